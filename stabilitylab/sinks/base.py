@@ -1,0 +1,23 @@
+"""Where numbers go. A sink has two methods; anything that has them is one.
+
+The monitor calls ``write`` once a flush, with the samples and the events since the last one, and ``close`` at the end.
+A sink that raises loses what it was given: the monitor reports ``telemetry-lost`` and training goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from stabilitylab.telemetry import Event, Samples
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """A destination for telemetry."""
+
+    def write(self, samples: Samples, events: Sequence[Event]) -> None:
+        """Take the samples and events of one flush. An event of kind ``rewind`` supersedes steps >= its step."""
+
+    def close(self) -> None:
+        """Write what is still held and let go of every resource. Called once; ``write`` is not called after it."""
