@@ -1,0 +1,49 @@
+# make demo   train four arms of a small GLM on real text, every layer watched, and write the report (about 10 minutes)
+# make test   the whole test suite (under 10 minutes on two cores)
+# make check  formatting, lint, types
+#
+# Each makes .venv and installs what it needs, once; a changed pyproject.toml or constraints.txt installs anew.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# Reports, tests and training pin their own thread counts; pip's chatter helps nobody.
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: demo test test-slow check format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m experiments run quick
+	$(BIN)/python -m experiments report quick
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; say which with: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade "pip>=23.2"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP) install --constraint constraints.txt --editable ".[corpus]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP) install --constraint constraints.txt --editable ".[corpus,dev,hf,distributed]"
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

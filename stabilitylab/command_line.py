@@ -1,0 +1,71 @@
+"""Command lines generated from types, with every refusal on one line.
+
+tyro builds the parser from a dataclass or a function. Its own error is a box of several lines; people who read logs, and
+programs that read stderr, want one line that names the thing and the way out. ``parse`` keeps tyro's words and its exit
+code (2) and drops the box.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+_BOX = re.compile(r"[╭╮╰╯│─┌┐└┘]+")
+
+
+def parse(form: Any, arguments: Sequence[str], *, program: str, description: str | None = None) -> Any:
+    """Parse arguments into ``form``: a type is made from them, a function is called with them.
+
+    Returns:
+        The instance, or what the function returned.
+
+    Raises:
+        SystemExit: 0 after ``--help``; 2, after one line on stderr, when the arguments do not fit.
+    """
+    said = io.StringIO()
+    try:
+        # tyro prints its box to stderr and exits. A function runs after parsing, with stderr its own again.
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(
+                _deferred(form) if inspect.isfunction(form) else form,
+                prog=program,
+                description=description,
+                args=list(arguments),
+                config=(tyro.conf.ConsolidateSubcommandArgs,),
+            )
+    except SystemExit as stop:
+        if stop.code == 2:
+            print(f"error: {_sentence(said.getvalue())} (see {program} --help)", file=sys.stderr)
+        raise
+    return parsed() if inspect.isfunction(form) else parsed
+
+
+def _deferred(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
+    """The same signature, but calling it only binds the arguments."""
+
+    @functools.wraps(function)
+    def bind(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        return functools.partial(function, *args, **kwargs)
+
+    return bind
+
+
+def _sentence(box: str) -> str:
+    """What tyro's box says between its title and its first rule."""
+    body: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = _BOX.sub(" ", line).strip()
+        if not text and body:
+            break
+        body.append(text)
+    said = " ".join(" ".join(body).split())
+    said = said.replace("__tyro-dummy-inner__.", "").replace("Error parsing config.", "Error parsing ")
+    return re.sub(r"^Error parsing ([\w.\-]+): ", r"\1: ", said) or "the arguments do not fit"
