@@ -1,0 +1,69 @@
+"""An experiment is a question, arms that differ in one thing each, and seeds that every arm shares.
+
+An arm is a list of command-line settings on top of a preset, so each of its runs can be repeated by hand with one
+``glm train`` command. Arms with the same seed see the same initial weights (as far as their shapes agree) and the same
+batches in the same order; differences between them are therefore taken seed by seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.verdicts import Claim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One treatment.
+
+    Attributes:
+        name: short, a folder's name.
+        summary: what it changes, for a reader.
+        settings: flags of ``glm train`` beyond the suite's own.
+    """
+
+    name: str
+    summary: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """One question: its arms, their common settings, and the claims it tests.
+
+    Attributes:
+        name: the name on the command line.
+        question: what is asked, in a sentence or two.
+        preset: of ``glm train``.
+        settings: flags shared by every arm.
+        steps: updates per run.
+        seeds: each arm runs once with each.
+        arms: the treatments; the first is the baseline of the tables.
+        claims: what would be expected, and of which metric.
+        data: makes the data folder if need be and returns it.
+    """
+
+    name: str
+    question: str
+    preset: str
+    steps: int
+    seeds: tuple[int, ...]
+    arms: tuple[Arm, ...]
+    claims: tuple[Claim, ...]
+    data: Callable[[Path], Path]
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, arm: Arm, seed: int, *, data: Path, out: Path, steps: int | None = None) -> list[str]:
+        """The ``glm train`` arguments of one run, without the program's name."""
+        flags = {**self.settings, **arm.settings}
+        return [
+            "train",
+            self.preset,
+            *("--data", str(data)),
+            *("--out", str(out)),
+            *("--steps", str(self.steps if steps is None else steps)),
+            *("--seed", str(seed)),
+            *(word for flag, value in flags.items() for word in (f"--{flag}", value)),
+        ]

@@ -1,0 +1,131 @@
+"""The numbers by which arms are compared, each computed from a run folder's telemetry alone.
+
+| metric | meaning | unit |
+| --- | --- | --- |
+| final_loss | mean training loss of the last tenth of the steps | nats a target |
+| spike_score | share of loss values 7 deviations off their rolling window, as OLMo 2 defines it | share |
+| spikes | episodes of kind spike or divergence that the detector closed or left open | count |
+| gradient_norm_max | largest global gradient norm after warm-up, non-finite steps aside | - |
+| embedding_share | the embedding's mean share of the squared gradient norm | share |
+| main_branch_max | largest absolute value on the main branch, over layers and steps | - |
+| attention_score_max | largest attention score, over layers, heads and steps | - |
+| fp16_headroom | log2(65504 / largest value of main branch and attention scores) | bits |
+| skipped_steps | updates skipped since the gradient was not finite | steps |
+| outlier_fraction | mean share of activation values with abs >= 6, at the end | share |
+
+A run that lacks a metric's telemetry has NaN there, and the tables show it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from stabilitylab.report import Run
+from stabilitylab.spikes import spike_score
+
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A named number of a run.
+
+    Attributes:
+        title: for a table's row.
+        better: which end is the stable one, for emphasis; None where neither is.
+        measure: computes it.
+        digits: significant digits shown.
+    """
+
+    title: str
+    measure: Callable[[Run], float]
+    better: str | None = "less"
+    unit: str = ""
+    digits: int = 3
+
+
+def final_loss(run: Run) -> float:
+    loss = run.series("train/-/loss")
+    return float(loss.iloc[-max(1, len(loss) // 10) :].mean(skipna=False)) if len(loss) else math.nan
+
+
+def run_spike_score(run: Run) -> float:
+    return float(spike_score(run.series("train/-/loss").to_numpy()))
+
+
+def spike_count(run: Run) -> float:
+    return float(sum(event.kind in ("spike", "divergence") for event in run.events))
+
+
+def gradient_norm_max(run: Run) -> float:
+    norm = run.series("train/-/gradient_norm")
+    after = norm[norm.index >= _warmup(run)]
+    finite = after[np.isfinite(after)]
+    return float(finite.max()) if len(finite) else math.nan
+
+
+def embedding_share(run: Run) -> float:
+    share = run.series("gradient/embedding.weight/share")
+    return float(share[np.isfinite(share)].mean()) if len(share) else math.nan
+
+
+def main_branch_by_layer(run: Run) -> pd.Series[float]:
+    """Largest |value| after each block, over all measured steps: index "layers.0", ..."""
+    absmax = run.matrix("activation", "absmax")
+    blocks = [site for site in absmax.index if site.removeprefix("layers.").isdigit()]
+    return absmax.loc[sorted(blocks, key=lambda site: int(site.removeprefix("layers.")))].max(axis=1)
+
+
+def main_branch_max(run: Run) -> float:
+    by_layer = main_branch_by_layer(run)
+    return float(by_layer.max()) if len(by_layer) else math.nan
+
+
+def attention_score_max(run: Run) -> float:
+    scores = run.matrix("attention", "score_max", index="max")
+    return float(np.nanmax(scores.to_numpy())) if scores.size else math.nan
+
+
+def fp16_headroom(run: Run) -> float:
+    largest = np.nanmax([main_branch_max(run), attention_score_max(run)])
+    return float(np.log2(FP16_MAX / largest)) if largest > 0 else math.nan
+
+
+def skipped_steps(run: Run) -> float:
+    return float(run.series("train/-/skipped").sum())
+
+
+def outlier_fraction(run: Run) -> float:
+    fractions = run.matrix("activation", "outlier_fraction")
+    return float(np.nanmean(fractions.iloc[:, -1])) if fractions.size else math.nan
+
+
+def _warmup(run: Run) -> int:
+    return int(run.config.get("schedule", {}).get("warmup", 0))
+
+
+METRICS: Mapping[str, Metric] = {
+    "final_loss": Metric(title="Final loss", unit="nats", measure=final_loss, digits=4),
+    "spike_score": Metric(title="Spike score (OLMo 2)", measure=run_spike_score),
+    "spikes": Metric(title="Spikes and divergences found", measure=spike_count),
+    "gradient_norm_max": Metric(title="Largest gradient norm after warm-up", measure=gradient_norm_max),
+    "embedding_share": Metric(title="Embedding's share of the squared gradient norm", measure=embedding_share),
+    "main_branch_max": Metric(title="Largest main-branch value", measure=main_branch_max),
+    "attention_score_max": Metric(title="Largest attention score", measure=attention_score_max),
+    "fp16_headroom": Metric(title="fp16 headroom", unit="bits", measure=fp16_headroom, better="more"),
+    "skipped_steps": Metric(title="Skipped steps", measure=skipped_steps),
+    "outlier_fraction": Metric(title="Outlier values (abs >= 6) at the end", measure=outlier_fraction),
+}
+
+
+def measure(runs: Mapping[str, Mapping[int, Run]]) -> dict[str, dict[str, dict[int, float]]]:
+    """All metrics of all runs: ``values[metric][arm][seed]``."""
+    return {
+        name: {arm: {seed: metric.measure(run) for seed, run in by_seed.items()} for arm, by_seed in runs.items()}
+        for name, metric in METRICS.items()
+    }
