@@ -1,0 +1,52 @@
+"""Paired differences against SciPy, and the verdicts that follow from them."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.statistics import paired_difference
+from experiments.verdicts import Claim, judge
+
+
+def test_interval_is_scipys():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=5), rng.normal(size=5)
+    ours = paired_difference(dict(enumerate(a)), dict(enumerate(b)))
+    theirs = stats.ttest_rel(a, b).confidence_interval(0.95)
+    # Two orders of summation of five numbers: a few units in the last place.
+    assert ours.low == pytest.approx(theirs.low, rel=1e-12)
+    assert ours.high == pytest.approx(theirs.high, rel=1e-12)
+
+
+def test_only_shared_seeds_count():
+    assert paired_difference({0: 1.0, 1: 2.0}, {1: 0.5, 2: 9.0}).seeds == (1,)
+
+
+CLAIM = Claim(text="less", metric="final_loss", arm="a", baseline="b")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "judgement"),
+    [
+        ([1.0, 1.0, 1.01], [2.0, 2.0, 2.0], "supported"),
+        ([2.0, 2.0, 2.01], [1.0, 1.0, 1.0], "against"),
+        ([1.0, 1.9], [2.0, 2.0], "leaning for"),
+        ([2.1, 3.0], [2.0, 2.0], "leaning against"),
+        ([1.0, 3.0], [2.0, 2.0], "undecided"),
+        ([1.0, math.nan], [2.0, 2.0], "undecided"),
+        ([], [], "undecided"),
+        # One arm diverged with every seed: no interval, but the direction is plain.
+        ([1.0, 1.0], [math.inf, math.inf], "leaning for"),
+    ],
+)
+def test_judgements(a, b, judgement):
+    values = {"a": dict(enumerate(a)), "b": dict(enumerate(b))}
+    assert judge(CLAIM, values).judgement == judgement
+
+
+def test_more_is_the_mirror_of_less():
+    more = Claim(text="more", metric="final_loss", arm="a", baseline="b", direction="more")
+    values = {"a": {0: 1.0, 1: 1.0, 2: 1.01}, "b": {0: 2.0, 1: 2.0, 2: 2.0}}
+    assert judge(more, values).judgement == "against"
