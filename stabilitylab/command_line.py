@@ -21,8 +21,10 @@ import tyro
 _BOX = re.compile(r"[╭╮╰╯│─┌┐└┘]+")
 
 
-def parse(form: Any, arguments: Sequence[str], *, program: str, description: str | None = None) -> Any:
-    """Parse arguments into ``form``: a type is made from them, a function is called with them.
+def parse(
+    form: Any, arguments: Sequence[str], *, program: str, description: str | None = None, default: Any = None
+) -> Any:
+    """Parse arguments into ``form``: a type is made from them (``default`` has what they leave out), a function is called.
 
     Returns:
         The instance, or what the function returned.
@@ -38,6 +40,7 @@ def parse(form: Any, arguments: Sequence[str], *, program: str, description: str
                 _deferred(form) if inspect.isfunction(form) else form,
                 prog=program,
                 description=description,
+                default=tyro.MISSING_NONPROP if default is None else default,
                 args=list(arguments),
                 config=(tyro.conf.ConsolidateSubcommandArgs,),
             )

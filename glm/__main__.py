@@ -1,0 +1,5 @@
+import sys
+
+from glm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,192 @@
+"""Checkpoints: whole or absent, checked on reading, kept to a budget.
+
+A checkpoint is a folder ``checkpoints/step-00000100`` (100 = updates made so far):
+
+    model.safetensors       the fp32 weights, under the model's own names
+    optimizer.safetensors   moments, under "<moment>/<parameter>"
+    state.json              step, data position, loss scaler, schedules, detector, ...
+    manifest.json           size and SHA-256 of each of the above
+
+It is written beside its place, flushed to disk and renamed into it, so a kill leaves either all of it or a ``.partial``
+folder that the next save removes. Reading verifies every byte. When the newest is damaged the one before it is taken,
+and the caller is told; nothing in a checkpoint is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from glm.errors import InputError
+
+FORMAT = 1
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        step: updates made before it.
+        model: fp32 weights by parameter name.
+        optimizer: moments by ``<moment>/<parameter name>``.
+        state: everything else, as JSON.
+    """
+
+    step: int
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` updates lies in a run's ``checkpoints`` folder."""
+    return folder / f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """All complete checkpoints as (step, path), oldest first. Their bytes are not checked here."""
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in folder.iterdir():
+        number = path.name.removeprefix("step-")
+        if path.name != number and number.isdigit() and path.is_dir():
+            found.append((int(number), path))
+    return sorted(found)
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write a checkpoint atomically, then remove all but the newest ``keep``.
+
+    Raises:
+        OSError: the disk is full; older checkpoints are untouched and nothing half-written stays behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = path_of(folder, checkpoint.step)
+    partial = target.with_name(target.name + _PARTIAL)
+    for left_over in folder.glob("*" + _PARTIAL):
+        shutil.rmtree(left_over)
+    try:
+        partial.mkdir()
+        _save_tensors(checkpoint.model, partial / "model.safetensors")
+        _save_tensors(checkpoint.optimizer, partial / "optimizer.safetensors")
+        # The state of a run holds only JSON. Non-finite numbers are written as Python's json does, and read back.
+        (partial / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1))
+        files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+        (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+        for path in partial.iterdir():
+            _flush(path)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise
+        # safetensors reports a full disk as its own error, with the operating system's words inside.
+        raise OSError(_errno_in(str(error)), str(error), str(target)) from None
+    for _, path in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(path)
+    return target
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint and verify it.
+
+    Raises:
+        InputError: it is missing a file, was cut short or altered, or is of a format we do not know.
+    """
+    verify(path)
+    try:
+        state = json.loads((path / "state.json").read_text())
+        step = state.pop("step")
+        model = load_file(path / "model.safetensors")
+        optimizer = load_file(path / "optimizer.safetensors")
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"checkpoint {path} cannot be read ({error}): remove it to use an older one") from None
+    return Checkpoint(step=step, model=model, optimizer=optimizer, state=state)
+
+
+def verify(path: Path) -> None:
+    """Check every file of a checkpoint against its manifest. Raises InputError naming the first that differs."""
+    manifest = path / "manifest.json"
+    if not manifest.is_file():
+        raise InputError(f"checkpoint {path} has no manifest.json: it is not a checkpoint, or is damaged")
+    try:
+        content = json.loads(manifest.read_text())
+        files, written = content["files"], content["format"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"checkpoint {path} is damaged: manifest.json cannot be read") from None
+    if written != FORMAT:
+        raise InputError(f"checkpoint {path} is of format {written}, this version reads {FORMAT}")
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise InputError(f"checkpoint {path} is damaged: {name} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise InputError(
+                f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes of {expected['bytes']}"
+            )
+        if _digest(file) != expected:
+            raise InputError(f"checkpoint {path} is damaged: {name} does not match its checksum")
+
+
+def load_newest(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole, and one line about each newer one that is not.
+
+    Raises:
+        InputError: there is none.
+    """
+    problems: list[str] = []
+    for _, path in reversed(list_checkpoints(folder)):
+        try:
+            return load(path), problems
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError(f"{folder} holds no undamaged checkpoint: {problems[0]}; start again into another folder")
+    raise InputError(f"{folder} holds no checkpoint to resume from: leave out --resume to start a new run")
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _errno_in(message: str) -> int:
+    """The number in the "(os error 28)" of a Rust error; EIO where there is none."""
+    _, _, tail = message.partition("os error ")
+    digits = "".join(_leading_digits(tail))
+    return int(digits) if digits else 5
+
+
+def _leading_digits(text: str) -> Iterator[str]:
+    for character in text:
+        if not character.isdigit():
+            return
+        yield character

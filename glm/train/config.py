@@ -1,0 +1,168 @@
+"""Everything that determines a run's numbers, in one frozen value.
+
+``config.json`` of a run folder is exactly this. Where the data lies and where the run goes are not part of it: they may
+move. The command line is generated from it (``--model.norm deepnorm``, ``--precision fp16``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import cattrs
+from cattrs.preconf.json import make_converter
+
+from glm.data.config import DataConfig, ObjectiveConfig
+from glm.errors import InputError
+from glm.model.config import ModelConfig
+from glm.precision.loss_scale import LossScaleConfig
+from glm.train.optimizer import OptimizerConfig
+from glm.train.schedule import ScheduleConfig
+from stabilitylab.spikes import ResponderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many rows an update sees, and how they pass through the model.
+
+    Attributes:
+        rows: rows (of ``model.length`` tokens) per update, after any ramp.
+        micro_rows: rows per forward pass; gradients are accumulated over rows / micro_rows of them.
+        ramp_from: rows of the first update; grows linearly to ``rows``. None: no ramp.
+        ramp_samples: rows seen until the ramp ends.
+    """
+
+    rows: int = 8
+    micro_rows: int | None = None
+    ramp_from: int | None = None
+    ramp_samples: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise InputError(f"batch.rows must be at least 1, got {self.rows}")
+        micro = self.micro
+        if micro < 1 or self.rows % micro:
+            raise InputError(f"batch.micro_rows must divide batch.rows ({self.rows}), got {micro}")
+        if self.ramp_from is not None and not 0 < self.ramp_from <= self.rows:
+            raise InputError(f"batch.ramp_from must be between 1 and batch.rows ({self.rows}), got {self.ramp_from}")
+
+    @property
+    def micro(self) -> int:
+        return self.rows if self.micro_rows is None else self.micro_rows
+
+    def rows_at(self, samples: int) -> int:
+        """Rows of the update that begins after ``samples`` rows, a multiple of the micro-batch."""
+        if self.ramp_from is None or samples >= self.ramp_samples:
+            return self.rows
+        grown = self.ramp_from + (self.rows - self.ramp_from) * samples / self.ramp_samples
+        return max(self.micro, int(grown) // self.micro * self.micro)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """What is watched while training.
+
+    Attributes:
+        every: steps between full measurements of activations, attention and updates; 0: only the step's own values.
+        gradients_every: steps between gradient statistics.
+        sites: glob of the module and parameter paths to watch.
+        tensorboard: write TensorBoard files beside the Parquet ones.
+    """
+
+    every: int = 10
+    gradients_every: int = 1
+    sites: str = "*"
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.gradients_every < 0:
+            raise InputError("monitor.every and monitor.gradients_every count steps: 0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When states are saved and how many are kept.
+
+    Attributes:
+        every: updates between checkpoints; the last state is always saved. 0: only the last.
+        keep: the newest so many stay.
+    """
+
+    every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise InputError(f"checkpoint.every counts updates: 0 (only the last) or more, got {self.every}")
+        if self.keep < 1:
+            raise InputError(f"checkpoint.keep must be at least 1, got {self.keep}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A run of ``steps`` updates.
+
+    Attributes:
+        steps: updates to make; also the length of the learning-rate schedule.
+        seed: of the initial weights, the data order and dropout.
+        precision: compute format; masters and moments are fp32 in each.
+        preset: the name this configuration began from, for the reader.
+    """
+
+    preset: str = ""
+    steps: int = 200
+    seed: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    sampling: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    responder: ResponderConfig = field(default_factory=ResponderConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps must be at least 1, got {self.steps}")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed must be in [0, 2^31), got {self.seed}")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, default=str)
+
+
+# What a resumed run may change: how long, how often it is looked at and saved, and what is done about spikes.
+MAY_CHANGE = frozenset({"steps", "monitor", "checkpoint", "responder", "preset"})
+
+_converter = make_converter(forbid_extra_keys=True)
+_converter.register_structure_hook(Path, lambda value, _: Path(value))
+
+
+def from_json(text: str, *, source: Path) -> TrainConfig:
+    """Read a ``config.json``. Raises InputError naming ``source`` and the field that does not fit."""
+    try:
+        return _converter.structure(json.loads(text), TrainConfig)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{source} is not JSON ({error}): the run folder is damaged") from None
+    except cattrs.BaseValidationError as error:
+        reasons = "; ".join(cattrs.transform_error(error))
+        raise InputError(f"{source} does not fit this version: {reasons}") from None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Fields in which two configurations (as nested dictionaries) differ, as ``field: old -> new``."""
+    found: list[str] = []
+    for name in dict.fromkeys([*old, *new]):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name}: {a} -> {b}")
+    return found

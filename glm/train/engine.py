@@ -1,0 +1,162 @@
+"""What turns a batch into an update: the interface of an engine, and the local one.
+
+The loop knows an ``Engine`` and nothing of how it computes: the local one is plain torch in one process; another may be
+tensor-, pipeline- and data-parallel. An update is
+
+    loss_i  = sum of the micro-batch's target losses / targets of the whole batch      so that the mean is over targets,
+    g       = sum_i d(s * loss_i)/dw / s                                               however the rows were split
+    w      <- AdamW(clip(g))         unless g is not finite: then the update is skipped and the loss scale told
+
+Dropout masks are a function of (seed, step): resuming or replaying a step draws the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from glm.data.batch import Batch
+from glm.errors import InputError
+from glm.model.transformer import Transformer
+from glm.precision import LossScaler, Policy
+from glm.train.config import TrainConfig
+from glm.train.optimizer import GradientSummary, MixedPrecisionAdamW
+
+
+class Engine(Protocol):
+    """A model, its optimizer, and the four parts of a step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss in the next backward pass."""
+
+    def forward_backward(self, batch: Batch, step: int) -> float:
+        """Accumulate the gradient of the batch's mean target loss; returns that loss in nats."""
+
+    def gradients(self) -> GradientSummary:
+        """Norms of the accumulated gradient: reduced over ranks, unscaled, not clipped."""
+
+    def update(self, learning_rate: float, *, clip: float) -> bool:
+        """Clip and apply the gradient, then forget it. False: it was not finite and the update was skipped."""
+
+    def discard(self) -> None:
+        """Forget the accumulated gradient without an update."""
+
+    def set_embedding_gradient_shrink(self, alpha: float) -> None:
+        """EGS's alpha from the next forward pass on; 1 is off."""
+
+    def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """The fp32 weights and the moments, by name. They are live: copy what must outlast the next update."""
+
+    def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Take weights and moments as ``tensors`` gave them. Raises InputError if they belong to another model."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rest of the engine's state, as JSON can hold it."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+
+
+class LocalEngine:
+    """Plain torch on one device.
+
+    Args:
+        config: the run's configuration, its vocabulary filled in.
+        device: where the model lives.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.seed = config.seed
+        self.micro_rows = config.batch.micro
+        self.policy = Policy(precision=config.precision)
+        torch.manual_seed(config.seed)
+        # The masters take the initial weights in fp32, so that every precision begins from the same point.
+        self.model = Transformer(config.model).to(self.device)
+        self.optimizer = MixedPrecisionAdamW(self.model, config.optimizer, self.policy)
+        self.scaler = LossScaler(config.loss_scale) if self.policy.scales_loss else None
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scaler.scale if self.scaler is not None else 1.0
+
+    def forward_backward(self, batch: Batch, step: int) -> float:
+        torch.manual_seed(self.seed * 1_000_003 + step)
+        targets = int((batch.targets_BT != -100).sum())
+        if targets == 0:
+            raise InputError(f"the batch of step {step} has no targets: its rows are too short for the objective")
+        total = 0.0
+        for first in range(0, batch.tokens_BT.shape[0], self.micro_rows):
+            rows = slice(first, first + self.micro_rows)
+            loss_sum, _ = self.model.loss(*(part.to(self.device) for part in _model_inputs(batch, rows)))
+            (loss_sum * (self.loss_scale / targets)).backward()
+            self.optimizer.accumulate()
+            total += float(loss_sum.detach())
+        return total / targets
+
+    def gradients(self) -> GradientSummary:
+        return self.optimizer.gradients(self.loss_scale)
+
+    def update(self, learning_rate: float, *, clip: float) -> bool:
+        applied = self.optimizer.step_with(learning_rate, clip=clip)
+        if self.scaler is not None:
+            self.scaler.update(overflow=not applied)
+        self.optimizer.zero_grad()
+        return applied
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
+
+    def set_embedding_gradient_shrink(self, alpha: float) -> None:
+        self.model.embedding.gradient_shrink = alpha
+
+    def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        return self.optimizer.masters(), self.optimizer.moments()
+
+    def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        own_weights, own_moments = self.tensors()
+        for own, given, what in ((own_weights, model, "weights"), (own_moments, optimizer, "moments")):
+            if odd := sorted(own.keys() ^ given.keys()):
+                raise InputError(f"the checkpoint's {what} are of another model: {odd[0]} is in only one of the two")
+            for name, tensor in own.items():
+                if tensor.shape != given[name].shape:
+                    raise InputError(
+                        f"the checkpoint is of another model: {name} is {list(given[name].shape)}, "
+                        f"this model's is {list(tensor.shape)}"
+                    )
+        self.optimizer.load(masters=model, moments=optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"optimizer": self.optimizer.counters()}
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_counters(state["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _model_inputs(batch: Batch, rows: slice) -> tuple[Tensor, ...]:
+    """What ``Transformer.loss`` takes, for some rows of the batch."""
+    return (
+        batch.tokens_BT[rows],
+        batch.targets_BT[rows],
+        batch.positions[rows],
+        batch.segments_BT[rows],
+        batch.context_BT[rows],
+    )
+
+
+def is_finite(value: float) -> bool:
+    """Whether a loss or norm is a number that training can go on with."""
+    return math.isfinite(value)

@@ -1,0 +1,92 @@
+"""The training loop's events, and who may listen.
+
+The loop is this, and ``glm/train/loop.py`` is held to it by a test:
+
+    train_start
+    for step:
+        step_start
+        for micro-batch: forward, backward
+        gradients_ready
+        clip, optimizer, schedule
+        step_end
+        responder
+    train_end
+
+A ``Callback`` observes and never changes training: a watched run equals an unwatched one bit for bit. It may hand back
+what it noticed (``step_end`` returns events); acting on it is the responder's business, and each of its decisions is an
+event on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stabilitylab.telemetry import Event
+
+if TYPE_CHECKING:
+    from glm.train.loop import Trainer
+    from glm.train.optimizer import GradientSummary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInfo:
+    """What one optimizer update was.
+
+    Attributes:
+        step: its number, from 0.
+        loss: mean over the step's targets, nats.
+        gradient_norm: global L2 norm, unscaled, before clipping; inf or nan if it overflowed.
+        learning_rate: the rate of this update.
+        tokens: input tokens of this step, padding included.
+        targets: tokens that the loss counted.
+        loss_scale: the factor on the loss in this step's backward pass; 1 without fp16.
+        skipped: the update was not applied, since its gradient was not finite.
+        seconds: wall time of the step.
+        embedding_gradient_shrink: EGS's alpha in this step; 1 = off.
+        data_seconds: the part of ``seconds`` spent waiting for the batch.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    targets: int
+    loss_scale: float
+    skipped: bool
+    seconds: float
+    embedding_gradient_shrink: float = 1.0
+    data_seconds: float = 0.0
+
+
+class Callback:
+    """An observer of the loop. Override what you need; nothing here needs calling."""
+
+    def train_start(self, trainer: Trainer) -> None:
+        """Before the first step, on a fresh or a restored state."""
+
+    def step_start(self, step: int) -> None:
+        """Before the step's first forward pass."""
+
+    def gradients_ready(self, step: int, gradients: GradientSummary) -> None:
+        """Gradients are reduced and unscaled, not yet clipped."""
+
+    def step_end(self, info: StepInfo) -> Sequence[Event]:
+        """The update is made, or was skipped. Returns what was noticed at this step."""
+        del info
+        return ()
+
+    def event(self, event: Event) -> None:
+        """The loop or the responder did something worth recording. A ``rewind`` supersedes steps >= its own."""
+
+    def train_end(self) -> None:
+        """After the last step, also when training stops early or fails. Called once."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What must continue exactly after a resume, as JSON can hold it."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""

@@ -1,0 +1,162 @@
+"""The training loop: the pseudocode at the head of ``glm/train/events.py``, and the state that a checkpoint holds.
+
+Everything that a step depends on is either in the configuration, a function of (seed, step or sample index), or in the
+state saved here: so a run that was killed and resumed ends with the weights of one that was not, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from glm.data.loader import Loader
+from glm.train import checkpoint as checkpoints
+from glm.train.checkpoint import Checkpoint
+from glm.train.config import TrainConfig
+from glm.train.engine import Engine
+from glm.train.events import Callback, StepInfo
+from glm.train.intervention import Intervention
+from glm.train.rewind import StateRing
+from stabilitylab.spikes import Decision, Responder
+from stabilitylab.telemetry import Event, RunFolder
+
+
+class Trainer:
+    """A run: configuration, engine, data, observers, responder, and where it is.
+
+    Args:
+        config: what determines the numbers.
+        engine: computes updates.
+        loader: gives the rows by sample index.
+        run: where checkpoints go; None keeps none.
+        callbacks: observers, told of every event in this order.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        loader: Loader,
+        *,
+        run: RunFolder | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.loader = loader
+        self.run = run
+        self.callbacks = tuple(callbacks)
+        self.responder = Responder(config.responder)
+        self.intervention = Intervention()
+        self.step = 0
+        self.samples = 0
+        self.tokens = 0
+        self.stop_requested = False
+        self._ring = StateRing(config.responder.rollback_steps) if config.responder.active else None
+        self._saved_at: int | None = None
+
+    def train(self) -> bool:
+        """Make the remaining updates. Returns whether the run is complete (False: it was asked to stop)."""
+        for callback in self.callbacks:
+            callback.train_start(self)
+        try:
+            while self.step < self.config.steps and not self.stop_requested:
+                self._one_step()
+            if self._saved_at != self.step:
+                self.save()
+            complete = self.step >= self.config.steps
+            self.tell(Event(step=self.step, kind="run-end" if complete else "interrupted"))
+            return complete
+        finally:
+            for callback in self.callbacks:
+                callback.train_end()
+
+    def tell(self, event: Event) -> None:
+        """Hand an event to every observer."""
+        for callback in self.callbacks:
+            callback.event(event)
+
+    def _one_step(self) -> None:
+        started = time.perf_counter()
+        step, schedule = self.step, self.config.schedule
+        for callback in self.callbacks:
+            callback.step_start(step)
+        rows = self.config.batch.rows_at(self.samples)
+        learning_rate = schedule.learning_rate(step, self.config.steps) * self.intervention.rate_factor
+        alpha = self.intervention.alpha or schedule.embedding_gradient_shrink(
+            step, self.config.model.embedding.gradient_shrink
+        )
+        self.engine.set_embedding_gradient_shrink(alpha)
+        batch = self.loader.samples(range(self.samples, self.samples + rows))
+        data_seconds = time.perf_counter() - started
+
+        scale = self.engine.loss_scale
+        loss = self.engine.forward_backward(batch, step)
+        gradients = self.engine.gradients()
+        for callback in self.callbacks:
+            callback.gradients_ready(step, gradients)
+        applied = self.engine.update(learning_rate, clip=self.intervention.clip(self.config.optimizer.clip))
+
+        self.step += 1
+        self.samples += rows
+        self.tokens += batch.tokens_BT.numel()
+        info = StepInfo(
+            step=step,
+            loss=loss,
+            gradient_norm=gradients.global_norm,
+            learning_rate=learning_rate,
+            tokens=batch.tokens_BT.numel(),
+            targets=int((batch.targets_BT != -100).sum()),
+            loss_scale=scale,
+            skipped=not applied,
+            seconds=time.perf_counter() - started,
+            embedding_gradient_shrink=alpha,
+            data_seconds=data_seconds,
+        )
+        noticed = [event for callback in self.callbacks for event in callback.step_end(info)]
+        if self._ring is not None:
+            self._respond(noticed, step)
+            self._ring.keep(self)
+        every = self.config.checkpoint.every
+        if every and self.step % every == 0 and self._saved_at != self.step:
+            self.save()
+
+    # ------------------------------------------------------------------------------------------------ responses
+
+    def _respond(self, noticed: Sequence[Event], step: int) -> None:
+        decision = self.responder.decide(noticed, step)
+        if decision.kind == "continue":
+            return
+        self.tell(decision.event)
+        self.intervention = self.intervention.after(decision, step)
+
+    # -------------------------------------------------------------------------------------------------- states
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state."""
+        if self.run is None:
+            return
+        path = checkpoints.save(self.run.checkpoints, self.state(), keep=self.config.checkpoint.keep)
+        self._saved_at = self.step
+        self.tell(Event(step=self.step, kind="checkpoint", data={"path": path.name}))
+
+    def state(self) -> Checkpoint:
+        """Everything the next step depends on. The tensors are live."""
+        weights, moments = self.engine.tensors()
+        return Checkpoint(
+            step=self.step,
+            model=weights,
+            optimizer=moments,
+            state={
+                "samples": self.samples,
+                "tokens": self.tokens,
+                "data": self.loader.fingerprint,
+                "engine": self.engine.state_dict(),
+                "responder": self.responder.state_dict(),
+                "intervention": self.intervention.state_dict(),
+                "callbacks": {type(callback).__name__: callback.state_dict() for callback in self.callbacks},
+            },
+        )

@@ -1,0 +1,94 @@
+"""The instrument in the training loop: hands each step to ``stabilitylab.Monitor`` and brings back what it noticed."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from glm.train.config import MonitorConfig
+from glm.train.events import Callback, StepInfo
+from glm.train.loop import Trainer
+from glm.train.optimizer import GradientSummary
+from stabilitylab import Monitor
+from stabilitylab.telemetry import Event, RunFolder
+
+
+class MonitorCallback(Callback):
+    """Watches every layer of the trainer's model and writes the run folder's telemetry.
+
+    Args:
+        run: the folder, claimed by the caller.
+        config: what to watch, how often.
+    """
+
+    def __init__(self, run: RunFolder, config: MonitorConfig) -> None:
+        self._run = run
+        self._config = config
+        self._monitor: Monitor | None = None
+        self._pending_state: Mapping[str, Any] = {}
+        self._pending_events: list[Event] = []
+
+    @property
+    def monitor(self) -> Monitor:
+        assert self._monitor is not None, "the monitor is attached at train_start"
+        return self._monitor
+
+    def train_start(self, trainer: Trainer) -> None:
+        self._monitor = Monitor(
+            trainer.engine.model,
+            trainer.engine.optimizer,
+            out=self._run.path,
+            every=self._config.every,
+            gradients_every=self._config.gradients_every,
+            sites=self._config.sites,
+            tensorboard=self._config.tensorboard,
+        )
+        if self._pending_state:
+            self._monitor.load_state_dict(self._pending_state)
+        started = {"torch": torch.__version__, "machine": platform.machine(), "from_step": trainer.step}
+        self._pending_events.append(Event(step=trainer.step, kind="run-start", data=started))
+        for event in self._pending_events:
+            self._monitor.event(event)
+        self._pending_events.clear()
+
+    def step_start(self, step: int) -> None:
+        self.monitor.start_step(step)
+
+    def gradients_ready(self, step: int, gradients: GradientSummary) -> None:
+        self.monitor.gradients_ready(norms=gradients.norms, scale=gradients.scale)
+
+    def step_end(self, info: StepInfo) -> Sequence[Event]:
+        return self.monitor.step(
+            info.step,
+            loss=info.loss,
+            gradient_norm=info.gradient_norm,
+            learning_rate=info.learning_rate,
+            loss_scale=info.loss_scale,
+            skipped=info.skipped,
+            tokens=info.tokens,
+            targets=info.targets,
+            seconds=info.seconds,
+            data_seconds=info.data_seconds,
+            embedding_gradient_shrink=info.embedding_gradient_shrink,
+        )
+
+    def event(self, event: Event) -> None:
+        if self._monitor is None:  # before train_start: a resume tells its rewind first
+            self._pending_events.append(event)
+        else:
+            self._monitor.event(event)
+
+    def train_end(self) -> None:
+        self.monitor.close()
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self.monitor.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._monitor is None:
+            self._pending_state = state
+        else:
+            self._monitor.load_state_dict(state)

@@ -1,0 +1,137 @@
+"""Checkpoints are whole or absent, and damage is found and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from glm.errors import InputError
+from glm.train import checkpoint as checkpoints
+from glm.train.checkpoint import Checkpoint
+
+
+def a_checkpoint(step: int, elements: int = 100) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    return Checkpoint(
+        step=step,
+        model={"w": torch.randn(elements, generator=generator)},
+        optimizer={"exp_avg/w": torch.randn(elements, generator=generator)},
+        state={"samples": 8 * step, "scaler": {"scale": 2.0**16}},
+    )
+
+
+def test_round_trip_is_exact(tmp_path):
+    written = a_checkpoint(3)
+    read = checkpoints.load(checkpoints.save(tmp_path, written, keep=2))
+    assert (read.step, read.state) == (3, written.state)
+    assert torch.equal(read.model["w"], written.model["w"])
+    assert torch.equal(read.optimizer["exp_avg/w"], written.optimizer["exp_avg/w"])
+
+
+def test_budget_keeps_the_newest(tmp_path):
+    for step in (5, 100, 20):
+        checkpoints.save(tmp_path, a_checkpoint(step), keep=2)
+    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [20, 100]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, os.remove])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage, name):
+    checkpoints.save(tmp_path, a_checkpoint(1), keep=2)
+    newest = checkpoints.save(tmp_path, a_checkpoint(2), keep=2)
+    damage(newest / name)
+    with pytest.raises(InputError, match="step-00000002"):
+        checkpoints.load(newest)
+    found, problems = checkpoints.load_newest(tmp_path)
+    assert found.step == 1
+    assert len(problems) == 1
+    assert str(newest) in problems[0]
+
+
+def test_nothing_undamaged_is_an_error(tmp_path):
+    cut(checkpoints.save(tmp_path, a_checkpoint(1), keep=2) / "model.safetensors")
+    with pytest.raises(InputError, match="no undamaged checkpoint"):
+        checkpoints.load_newest(tmp_path)
+
+
+def test_no_checkpoint_at_all_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="leave out --resume"):
+        checkpoints.load_newest(tmp_path / "none")
+
+
+def test_another_format_is_refused(tmp_path):
+    path = checkpoints.save(tmp_path, a_checkpoint(1), keep=2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(InputError, match="format 99"):
+        checkpoints.load(path)
+
+
+SAVE_UNDER_A_LIMIT = """
+    import resource, signal, sys
+    from pathlib import Path
+    from glm.train import checkpoint as checkpoints
+    from tests.glm.train.test_checkpoint import a_checkpoint
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    try:
+        checkpoints.save(Path(sys.argv[1]), a_checkpoint(2, elements=100_000), keep=1)
+    except OSError as error:
+        print("refused:", error.errno)
+"""
+
+
+def test_a_write_that_fails_loses_nothing(tmp_path):
+    checkpoints.save(tmp_path, a_checkpoint(1), keep=1)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SAVE_UNDER_A_LIMIT), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("refused:")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001"]
+    assert checkpoints.load_newest(tmp_path)[0].step == 1
+
+
+SAVE_FOR_EVER = """
+    import itertools, sys
+    from pathlib import Path
+    from glm.train import checkpoint as checkpoints
+    from tests.glm.train.test_checkpoint import a_checkpoint
+    for step in itertools.count(2):
+        checkpoints.save(Path(sys.argv[1]), a_checkpoint(step, elements=300_000), keep=2)
+        print(step, flush=True)
+"""
+
+
+def test_a_kill_while_writing_leaves_whole_checkpoints(tmp_path):
+    checkpoints.save(tmp_path, a_checkpoint(1), keep=2)
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SAVE_FOR_EVER), str(tmp_path)], stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        for _ in range(3):
+            writer.stdout.readline()
+        writer.send_signal(signal.SIGKILL)
+    for _, path in checkpoints.list_checkpoints(tmp_path):
+        checkpoints.verify(path)
+    checkpoints.save(tmp_path, a_checkpoint(10_000), keep=2)
+    assert not list(tmp_path.glob("*.partial"))
