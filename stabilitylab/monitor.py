@@ -1,0 +1,349 @@
+"""The monitor: attach to a model, measure some steps, write what was seen. The one coordinator.
+
+    with Monitor(model, optimizer, out="runs/mine", every=10) as monitor:
+        for step, batch in enumerate(batches):
+            loss = model(batch)
+            loss.backward()
+            monitor.gradients_ready()      # optional: before clipping
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(step, loss=loss)
+
+It observes and never changes training: weights, random numbers and kernels are those of the run without it.
+Steps count optimizer updates from 0. Whether a step is measured is decided when the step before it ends, so
+that the hooks of an unmeasured step need not exist.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.delivery import Delivery, EventLog, Flush
+from stabilitylab.errors import InputError
+from stabilitylab.probes.activations import ActivationProbe
+from stabilitylab.probes.attention import AttentionProbe
+from stabilitylab.probes.base import Context, Probe, Readings
+from stabilitylab.probes.gradients import GradientProbe
+from stabilitylab.schedule import Schedule
+from stabilitylab.sinks.base import Sink
+from stabilitylab.statistics.buffer import Buffer
+from stabilitylab.telemetry import RUN_SITE, Event, Key, RunFolder
+
+# What `step` may be given under a name of its own; everything else becomes train/-/<name>.
+_FAMILY = {"loss_scale": "precision"}
+_WATCHED = ("train/-/loss", "train/-/gradient_norm", "precision/-/loss_scale")
+
+
+class Detector(Protocol):
+    """What judges a step's values as they come; ``stabilitylab.spikes.SpikeDetector`` is one."""
+
+    def update(self, step: int, values: Mapping[str, float]) -> Sequence[Event]:
+        """Events that this step's values give rise to."""
+
+    def finish(self) -> Sequence[Event]:
+        """Events for what was still open."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The detector's memory, as plain JSON."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+
+
+class Monitor:
+    """Watches a model during training.
+
+    Args:
+        model: any ``nn.Module``; a wrapper (DDP, ``torch.compile``) is looked through.
+        optimizer: read for gradients (when ``gradients_ready`` is not called) and optimizer statistics; may
+            be None.
+        out: run folder to make and write (Parquet, TensorBoard, events.jsonl): a path, or a ``RunFolder``
+            that the caller has claimed. None: only ``sinks``.
+        every: measure each n-th step; 0: only the step's own values. ``schedule`` says more.
+        gradients_every: another cadence for the gradients.
+        probes: what to measure; by default gradients, activations and attention.
+        schedule: a ``Schedule`` instead of ``every``.
+        sinks: further sinks, or the only ones without ``out``.
+        sites: one glob or several over module and parameter paths.
+        detector: judges loss, gradient norm and loss scale of every step; None for no judgement.
+        parameters: the trained tensors by name, where they are not the model's own (fp32 masters of a
+            half-precision model): their ``.grad`` is read.
+        tensorboard: with ``out``: whether to write TensorBoard files beside the Parquet ones.
+        flush_every: hand over to the sinks after so many steps; events are handed over at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        out: str | os.PathLike[str] | RunFolder | None = None,
+        every: int = 10,
+        gradients_every: int | None = None,
+        probes: Sequence[Probe] | None = None,
+        schedule: Schedule | None = None,
+        sinks: Sequence[Sink] = (),
+        sites: str | Sequence[str] = "*",
+        detector: Detector | Literal["default"] | None = "default",
+        parameters: Mapping[str, Tensor] | None = None,
+        tensorboard: bool = True,
+        flush_every: int = 10,
+    ) -> None:
+        model = _unwrapped(model)
+        own = {} if gradients_every is None else {"gradients": gradients_every}
+        self._schedule = schedule or Schedule(every=every, probes=own)
+        self._detector = _default_detector() if detector == "default" else detector
+        self._claimed: RunFolder | None = None
+        self._delivery = Delivery([*self._open(out, tensorboard), *sinks])
+        self._buffer = Buffer()
+        self._context = Context(
+            model=model,
+            parameters=dict(model.named_parameters()) if parameters is None else dict(parameters),
+            optimizer=optimizer,
+            buffer=self._buffer,
+            patterns=(sites,) if isinstance(sites, str) else tuple(sites),
+        )
+        if probes is None:
+            probes = [GradientProbe(), ActivationProbe(), AttentionProbe()]
+        self._probes = tuple(probes)
+        for probe in self._probes:
+            probe.attach(self._context)
+        self._handles = []
+        if optimizer is not None:
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._optimizer_steps()))
+        self._flush_every = flush_every
+        self._flush = Flush()
+        self._keys: dict[tuple[str, ...], tuple[Key, ...]] = {}
+        self._alarm: int | None = None
+        self._last: int | None = None
+        self._armed: list[Probe] = []
+        self._taken = False
+        self._closed = False
+        self._arm(0, first=True)
+
+    def _open(self, out: str | os.PathLike[str] | RunFolder | None, tensorboard: bool) -> list[Sink]:
+        if out is None:
+            return []
+        from stabilitylab.sinks import ParquetSink
+
+        if isinstance(out, RunFolder):
+            run = out
+        else:
+            run = RunFolder(Path(out))
+            run.claim()
+            self._claimed = run
+        sinks: list[Sink] = [EventLog(run), ParquetSink(run.telemetry)]
+        if tensorboard:
+            with suppress(ImportError):
+                from stabilitylab.sinks import TensorBoardSink
+
+                sinks.append(TensorBoardSink(run.tensorboard))
+        return sinks
+
+    # -- the training loop's calls
+    # ------------------------------------------------------------------------------------
+
+    def start_step(self, step: int) -> None:
+        """Optional: name the step that begins, where it is not the last one plus one (a resumed run's
+        first)."""
+        self._arm(step)
+
+    def gradients_ready(
+        self,
+        *,
+        gradients: Mapping[str, Tensor] | None = None,
+        norms: Mapping[str, Tensor | float] | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Gradients are reduced, not yet clipped: read them now.
+
+        Args:
+            gradients: by parameter name; by default every parameter's ``.grad``.
+            norms: L2 norms by parameter name, true ones (not scaled), where the trainer has them but not the
+                gradients themselves any more: then L2 and share are all that is recorded of those parameters.
+            scale: the factor by which ``gradients`` are larger than the true ones (a loss scale not yet
+                divided out).
+        """
+        self._taken = True
+        if not self._armed:
+            return
+        if gradients is None:
+            gradients = {n: p.grad for n, p in self._context.parameters.items() if p.grad is not None}
+        for probe in self._armed:
+            probe.gradients(gradients, norms or {}, scale)
+
+    def step(self, step: int, **values: float | Tensor | None) -> list[Event]:
+        """The step is over: collect what was seen, judge it, hand it on.
+
+        Args:
+            step: number of the optimizer update, from 0. A number not above the last one means that training
+                went
+                back: it is recorded as a ``rewind`` to it.
+            values: the step's own numbers, as floats or tensors of one element: ``loss``, ``gradient_norm``,
+                ``learning_rate``, ``tokens``, ``seconds``, ``skipped``, ``loss_scale``, and any others. None
+                is left out.
+
+        Returns:
+            What the detector has to say about this step.
+        """
+        if self._last is not None and step <= self._last:
+            self.event(
+                Event(step=step, kind="rewind", data={"reason": f"step {step} came after {self._last}"})
+            )
+        if not self._taken:
+            self.gradients_ready()
+        numbers = {name: _number(value) for name, value in values.items() if value is not None}
+        self._collect(step, numbers)
+        names = tuple(numbers)
+        keys = self._keys.get(names)
+        if keys is None:
+            keys = self._keys[names] = tuple(_key(name) for name in names)
+        self._flush.readings.append(
+            (step, Readings(keys, np.array(list(numbers.values()), dtype=np.float64)))
+        )
+        self._last = step
+        events = self._judge(step, keys, numbers)
+        if events or len(self._flush.readings) >= self._flush_every:
+            self._post()
+        self._arm(step + 1)
+        return events
+
+    def event(self, event: Event) -> None:
+        """Record something that happened: a checkpoint, a response, a rewind."""
+        if event.kind == "rewind":
+            # What was measured before belongs to the old history: it must reach the sinks first.
+            self._post()
+            self._last = event.step - 1
+        self._flush.events.append(event)
+        if event.kind in self._schedule.dense_after:
+            self._alarm = event.step
+        self._post()
+
+    def rewind(self, step: int, **data: Any) -> None:
+        """Training goes back to ``step`` and on from there: what was recorded for steps >= it is
+        superseded."""
+        self.event(Event(step=step, kind="rewind", data=data))
+        self._arm(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on judging as if it had not stopped; plain JSON."""
+        state: dict[str, Any] = {"last": self._last, "alarm": self._alarm}
+        if self._detector is not None:
+            state["detector"] = self._detector.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self._last, self._alarm = state["last"], state["alarm"]
+        if self._detector is not None and "detector" in state:
+            self._detector.load_state_dict(state["detector"])
+
+    def flush(self) -> None:
+        """Write everything recorded so far; returns when the sinks have it."""
+        self._post()
+        self._delivery.wait()
+
+    def close(self) -> None:
+        """Remove every hook, close what is open, write what is left. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for probe in self._probes:
+            probe.detach()
+        for handle in self._handles:
+            handle.remove()
+        if self._detector is not None:
+            self._flush.events += self._detector.finish()
+        self._post()
+        self._delivery.close()
+        if self._claimed is not None:
+            self._claimed.release()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- inside
+    # -------------------------------------------------------------------------------------------------------
+
+    def _arm(self, step: int, first: bool = False) -> None:
+        # The very first step is measured whatever its number: nobody has said yet which one it is.
+        self._armed = [p for p in self._probes if first or self._schedule.due(p.name, step, self._alarm)]
+        for probe in self._probes:
+            probe.arm(probe in self._armed)
+        self._buffer.advance()
+        self._taken = False
+
+    def _optimizer_steps(self) -> None:
+        if not self._taken:
+            self.gradients_ready()
+
+    def _collect(self, step: int, numbers: dict[str, float]) -> None:
+        if not self._armed:
+            return
+        self._buffer.fetch()
+        for probe in self._armed:
+            readings = probe.read()
+            if len(readings.values):
+                self._flush.readings.append((step, readings))
+            if isinstance(probe, GradientProbe) and "gradient_norm" not in numbers and len(readings.values):
+                numbers["gradient_norm"] = probe.global_norm
+
+    def _judge(self, step: int, keys: Sequence[Key], numbers: Mapping[str, float]) -> list[Event]:
+        if self._detector is None:
+            return []
+        named = {key.metric: value for key, value in zip(keys, numbers.values(), strict=True)}
+        watched = {metric: named[metric] for metric in _WATCHED if metric in named}
+        events = list(self._detector.update(step, watched))
+        self._flush.events += events
+        if any(event.kind in self._schedule.dense_after for event in events):
+            self._alarm = step
+        return events
+
+    def _post(self) -> None:
+        if self._flush.readings or self._flush.events:
+            self._delivery.post(self._flush)
+            self._flush = Flush()
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def _key(name: str) -> Key:
+    if "/" in name:
+        return Key.parse(name)
+    return Key(_FAMILY.get(name, "train"), RUN_SITE, name)
+
+
+def _default_detector() -> Detector | None:
+    try:
+        from stabilitylab.spikes import SpikeDetector
+    except ImportError:
+        return None
+    return SpikeDetector()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}: the monitor attaches to a torch.nn.Module")
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
