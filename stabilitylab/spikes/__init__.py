@@ -1,0 +1,19 @@
+"""Spikes: found while they begin, told apart, explained and answered."""
+
+from stabilitylab.spikes.detector import SpikeDetector
+from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
+from stabilitylab.spikes.offline import find_episodes
+from stabilitylab.spikes.responses import Decision, Responder, ResponderConfig
+from stabilitylab.spikes.score import spike_score
+
+__all__ = [
+    "KINDS",
+    "Decision",
+    "Episode",
+    "Responder",
+    "ResponderConfig",
+    "SpikeDetector",
+    "episodes_of",
+    "find_episodes",
+    "spike_score",
+]

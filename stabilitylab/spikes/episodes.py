@@ -1,0 +1,72 @@
+"""What the detector finds: episodes, from the first value out of line to the last.
+
+| kind | meaning |
+| --- | --- |
+| hard-batch | one or two steps out of line that recover by themselves: the data, not the state |
+| spike | an excursion of the run's state that recovers |
+| divergence | one of which less than half has been recovered when the log ends or after 128 values |
+| non-finite | NaN or infinity |
+| loss-scale-collapse | the loss scale fell to a sixteenth of one that had been established, without growing
+once |
+
+An episode is told in events of its kind, which share ``data["episode"]``: ``phase`` "onset" when it begins
+(with the kind that is likely then), "change" when the kind turns out to be another, "end" when it is over.
+``episodes_of`` folds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stabilitylab.telemetry import Event
+
+KINDS = ("hard-batch", "spike", "divergence", "non-finite", "loss-scale-collapse")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """One event in a run's life.
+
+    Attributes:
+        kind: see the table above.
+        onset: step of the first value out of line.
+        peak: step of the highest value.
+        end: step of the last value out of line; None while the episode goes on.
+        height: peak above the baseline at onset, in the signal's unit (nats for a loss, log2 for a loss
+            scale, natural log for other signals); None for non-finite values.
+        signal: the metric, or the log's column, that shows it.
+    """
+
+    kind: str
+    onset: int
+    peak: int
+    end: int | None
+    height: float | None
+    signal: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def episodes_of(events: Iterable[Event]) -> list[Episode]:
+    """One episode for each one told by ``events``, in the order of their onsets, with the latest known kind
+    and extent."""
+    latest: dict[tuple[int, str], Event] = {}
+    for event in events:
+        if event.kind in KINDS and "episode" in event.data:
+            # A rollback may drop an episode's events, and a restored detector then counts on from its number.
+            latest[event.data["episode"], event.data["signal"]] = event
+    episodes = [
+        Episode(
+            kind=event.kind,
+            onset=event.data["onset"],
+            peak=event.data["peak"],
+            end=event.data["end"],
+            height=event.data["height"] if isinstance(event.data["height"], (int, float)) else None,
+            signal=event.data["signal"],
+        )
+        for event in latest.values()
+    ]
+    return sorted(episodes, key=lambda episode: episode.onset)

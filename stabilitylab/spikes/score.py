@@ -1,0 +1,52 @@
+"""Spike score: the share of values that stand far out of their neighbourhood.
+
+OLMo 2 (2501.00656, section 3.1) counts the values at least 7 standard deviations from the rolling mean of the
+last 1,000:
+
+    score = (1/N) |{t : |x_t - mean(x_{t-W..t-1})| >= k std(x_{t-W..t-1})}|        W = 1000, k = 7
+
+The current value is not part of its window here, for otherwise a window of W values could not reach more than
+(W - 1)/sqrt(W) deviations and short windows none at all. Windows are shorter at the start, but have at least
+``MINIMUM`` values.
+
+On a falling curve the trend inflates the deviation and hides spikes. ``detrend=True`` scores the residuals
+over a running median of the last 31 values instead, which a straight trend passes and a spike of fewer than
+16 does not move; of constant offset from the lag the rolling mean takes care. Both count hard batches too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+WINDOW = 1000
+SIGMAS = 7.0
+MINIMUM = 32
+MEDIAN_WINDOW = 31
+
+
+def spike_score(
+    values: ArrayLike, *, window: int = WINDOW, sigmas: float = SIGMAS, detrend: bool = False
+) -> float:
+    """The share of finite values that are spikes; NaN for a curve without finite values.
+
+    Args:
+        values: one curve, in order. Non-finite values are left out.
+        window: values in the rolling window, the current one excluded.
+        sigmas: how many standard deviations make a spike.
+        detrend: score the residuals over a running median instead of the values.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    x = x[np.isfinite(x)]
+    if not len(x):
+        return float("nan")
+    series = pd.Series(x)
+    if detrend:
+        series = series - series.rolling(MEDIAN_WINDOW, min_periods=1).median().shift(1).bfill().fillna(0.0)
+    minimum = min(MINIMUM, window)
+    rolling = series.rolling(window, min_periods=minimum)
+    mean, deviation = rolling.mean().shift(1), rolling.std(ddof=0).shift(1)
+    # A window of equal values has a deviation of rounding errors; nothing below the spacing of floats counts.
+    out = (series - mean).abs() >= np.maximum(sigmas * deviation, 1e-9 * mean.abs())
+    return float((out & (deviation.notna())).mean())
