@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from stabilitylab.report import Run
-from stabilitylab.spikes import spike_score
+from stabilitylab.spikes import episodes_of, spike_score
 
 FP16_MAX = 65504.0
 
@@ -59,7 +59,7 @@ def run_spike_score(run: Run) -> float:
 
 
 def spike_count(run: Run) -> float:
-    return float(sum(event.kind in ("spike", "divergence") for event in run.events))
+    return float(sum(episode.kind in ("spike", "divergence") for episode in episodes_of(run.events)))
 
 
 def gradient_norm_max(run: Run) -> float:
