@@ -1,0 +1,56 @@
+"""``glm corpus``, ``glm tokenizer``, ``glm shards``: from text to what ``glm train`` reads. Each does nothing where it is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from glm.data.corpus import build_corpus
+from glm.data.shards import build_shards
+from glm.data.tokenizer import train_tokenizer
+
+
+def corpus(
+    sources: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), *, out: Path, max_characters: int | None = None
+) -> int:
+    """Build a text corpus: the default bilingual one, or from your own files.
+
+    Args:
+        sources: .txt, .jsonl, .parquet files (the first two also .gz or .zst) or folders of them; none: the default corpus.
+        out: folder to make.
+        max_characters: stop after about so many; the default corpus takes half of them in each language.
+    """
+    made = build_corpus(sources, out, max_characters)
+    print(f"corpus: {made.documents:,} documents, {made.characters:,} characters: {out}")
+    return 0
+
+
+def tokenizer(*, corpus: Path, out: Path, vocabulary: int = 16384, sample_characters: int = 20_000_000) -> int:
+    """Train a SentencePiece tokenizer with GLM's special tokens and byte fallback.
+
+    Args:
+        corpus: folder made by `glm corpus`.
+        out: folder to make.
+        vocabulary: number of pieces.
+        sample_characters: train on about so many characters of the corpus.
+    """
+    made = train_tokenizer(corpus, out, vocabulary=vocabulary, sample_characters=sample_characters)
+    print(f"tokenizer: {made.vocabulary:,} pieces: {out}")
+    return 0
+
+
+def shards(*, corpus: Path, tokenizer: Path, out: Path, heldout: float = 0.02, threads: int = 2) -> int:
+    """Turn a corpus into memory-mapped tokens with a held-out split.
+
+    Args:
+        corpus: folder made by `glm corpus`.
+        tokenizer: folder made by `glm tokenizer`.
+        out: folder to make; this is what `glm train --data` takes.
+        heldout: share of groups (services, books, documents) kept out of training.
+        threads: of the tokenizer.
+    """
+    made = build_shards(corpus, tokenizer, out, heldout, threads)
+    print(f"shards: {made.tokens('train'):,} tokens to train on, {made.tokens('heldout'):,} held out: {out}")
+    return 0

@@ -1,0 +1,123 @@
+"""Documents on disk: what a corpus is.
+
+A corpus is a folder of Parquet files of documents and a ``meta.json`` that says from what it was made. A document has
+
+    text      its words
+    language  "zh", "en" or "" where unknown
+    source    the package or file it came from
+    group     what is held out together: a service, a book, a file's document
+
+Reading goes batch by batch, so memory stays bounded however large the corpus is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from glm.errors import InputError
+
+SCHEMA = pa.schema([(name, pa.string()) for name in ("text", "language", "source", "group")])
+DOCUMENTS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text."""
+
+    text: str
+    language: str
+    source: str
+    group: str
+
+
+class DocumentWriter:
+    """Writes documents into one Parquet file, a batch at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        self._held: list[Document] = []
+
+    def add(self, document: Document) -> None:
+        self._held.append(document)
+        if len(self._held) >= DOCUMENTS_PER_BATCH:
+            self._write()
+
+    def close(self) -> None:
+        self._write()
+        self._writer.close()
+
+    def _write(self) -> None:
+        if self._held:
+            columns = {name: [getattr(document, name) for document in self._held] for name in SCHEMA.names}
+            self._writer.write_table(pa.table(columns, schema=SCHEMA))
+            self._held.clear()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A corpus folder that is complete.
+
+    Attributes:
+        path: the folder.
+        documents, characters: how many.
+        fingerprint: of what it was made from, and how.
+    """
+
+    path: Path
+    documents: int
+    characters: int
+    fingerprint: str
+
+    @classmethod
+    def open(cls, path: Path) -> Corpus:
+        """Raises InputError where there is no complete corpus."""
+        meta = read_meta(path, what="corpus", made_by="glm corpus")
+        if not meta.get("documents"):
+            raise InputError(f"corpus {path} holds no documents: build it again with glm corpus")
+        return cls(
+            path=path,
+            documents=meta["documents"],
+            characters=meta["characters"],
+            fingerprint=meta["fingerprint"],
+        )
+
+    def files(self) -> list[Path]:
+        return sorted(self.path.glob("documents-*.parquet"))
+
+    def __iter__(self) -> Iterator[Document]:
+        for file in self.files():
+            try:
+                for batch in pq.ParquetFile(file).iter_batches(DOCUMENTS_PER_BATCH, columns=SCHEMA.names):
+                    for row in batch.to_pylist():
+                        yield Document(**row)
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(
+                    f"corpus file {file} is damaged ({str(error).splitlines()[0]}): remove {self.path} and build it again"
+                ) from None
+
+
+def read_meta(path: Path, *, what: str, made_by: str) -> dict[str, Any]:
+    """The ``meta.json`` of a finished product. Raises InputError where it is missing or unreadable."""
+    file = path / "meta.json"
+    if not file.is_file():
+        raise InputError(f"{path} is not a finished {what}: it has no meta.json; make it with {made_by}")
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}): remove {path} and make it again with {made_by}") from None
+    if not isinstance(meta, dict) or meta.get("what") != what:
+        raise InputError(f"{path} is not a {what}: it holds something else; choose the folder made by {made_by}")
+    return meta
+
+
+def fingerprint(parts: Iterable[object]) -> str:
+    """A short name of what something was made from."""
+    return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:16]
