@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 WINDOW = 1000
 SIGMAS = 7.0
@@ -37,16 +37,40 @@ def spike_score(
         sigmas: how many standard deviations make a spike.
         detrend: score the residuals over a running median instead of the values.
     """
-    x = np.asarray(values, dtype=np.float64)
-    x = x[np.isfinite(x)]
-    if not len(x):
-        return float("nan")
-    series = pd.Series(x)
-    if detrend:
-        series = series - series.rolling(MEDIAN_WINDOW, min_periods=1).median().shift(1).bfill().fillna(0.0)
-    minimum = min(MINIMUM, window)
-    rolling = series.rolling(window, min_periods=minimum)
-    mean, deviation = rolling.mean().shift(1), rolling.std(ddof=0).shift(1)
-    # A window of equal values has a deviation of rounding errors; nothing below the spacing of floats counts.
-    out = (series - mean).abs() >= np.maximum(sigmas * deviation, 1e-9 * mean.abs())
-    return float((out & (deviation.notna())).mean())
+    score = SpikeScore(window=window, sigmas=sigmas, detrend=detrend)
+    score.add(np.asarray(values, dtype=np.float64))
+    return score.value
+
+
+class SpikeScore:
+    """The spike score of a curve that comes in pieces; memory does not grow with its length."""
+
+    def __init__(self, *, window: int = WINDOW, sigmas: float = SIGMAS, detrend: bool = False) -> None:
+        self.window = window
+        self.sigmas = sigmas
+        self.detrend = detrend
+        self.count = 0
+        self.spikes = 0
+        self._tail = np.empty(0)
+
+    def add(self, values_N: NDArray[np.float64]) -> None:
+        """Take the next piece in."""
+        values_N = values_N[np.isfinite(values_N)]
+        joined_N = np.concatenate([self._tail, values_N])
+        self.count += len(values_N)
+        self.spikes += int(self._spikes(joined_N)[len(self._tail) :].sum())
+        self._tail = joined_N[-(self.window + MEDIAN_WINDOW) :]
+
+    @property
+    def value(self) -> float:
+        return self.spikes / self.count if self.count else float("nan")
+
+    def _spikes(self, values_N: NDArray[np.float64]) -> NDArray[np.bool_]:
+        series = pd.Series(values_N)
+        if self.detrend:
+            series = series - series.rolling(MEDIAN_WINDOW, min_periods=1).median().shift(1).fillna(series)
+        rolling = series.rolling(self.window, min_periods=min(MINIMUM, self.window))
+        mean, deviation = rolling.mean().shift(1), rolling.std(ddof=0).shift(1)
+        # A window of equal values has a deviation of rounding errors: nothing below those counts.
+        least = np.maximum(self.sigmas * deviation, 1e-9 * mean.abs())
+        return np.asarray(((series - mean).abs() >= least) & deviation.notna(), dtype=np.bool_)

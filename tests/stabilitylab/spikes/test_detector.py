@@ -228,7 +228,7 @@ def test_a_changed_learning_rate_is_noted():
     assert events[0].data["learning_rate_change"] == pytest.approx(2.0)
 
 
-# ------------------------------------------------------------------------------------- gaps, restarts, resumption
+# ------------------------------------------------------------------------ gaps, restarts, resumption
 
 
 def test_missing_values_are_no_events():

@@ -1,0 +1,99 @@
+"""``stabilitylab spikes``: a log's episodes as a table, JSON or a picture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from stabilitylab.errors import InputError
+from stabilitylab.spikes.episodes import KINDS, Episode
+from stabilitylab.spikes.logs import STEP, Log, open_log
+from stabilitylab.spikes.scan import Scan, scan_log
+
+
+def spikes(
+    log: Annotated[Path, tyro.conf.Positional],
+    *,
+    json: bool = False,
+    plot: Path | None = None,
+    loss: str | None = None,
+    step: str | None = None,
+) -> None:
+    """Find spikes, hard batches, divergences and loss-scale collapses in a training log.
+
+    Args:
+        log: a CSV, JSONL, Parquet or TensorBoard event file, a folder of event files, or a run folder.
+        json: print one JSON list of episodes instead of a table.
+        plot: write a picture (.png, .svg, .pdf) with the episodes marked.
+        loss: name of the loss column, where it is not one of the usual names.
+        step: name of the step column, likewise.
+    """
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {plot}: the name must end in .png, .svg or .pdf")
+    opened = open_log(log, loss=loss, step=step)
+    scan = scan_log(opened)
+    if plot is not None:
+        _write_picture(scan, opened, plot)
+    if json:
+        print(dumps([episode.to_json() for episode in scan.episodes]))
+    else:
+        _show(scan, opened)
+
+
+def _write_picture(scan: Scan, log: Log, plot: Path) -> None:
+    from stabilitylab.spikes.picture import draw
+
+    try:
+        draw(scan, log.path.name).savefig(plot, dpi=150)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise InputError(f"--plot {plot} cannot be written: {error.strerror}") from None
+
+
+def _show(scan: Scan, log: Log) -> None:
+    console = Console()
+    if scan.episodes:
+        console.print(_table(scan.episodes, log.path.name))
+    count = Counter(episode.kind for episode in scan.episodes)
+    found = ", ".join(f"{count[kind]} {kind}" for kind in KINDS if count[kind]) or "no episodes"
+    console.print(f"{log.path.name}: {found} in {scan.values:,} loss values", highlight=False, soft_wrap=True)
+    console.print(
+        f"spike score (7 sigma, 1,000 values): {scan.spike_score:.3g}; "
+        f"detrended: {scan.detrended_spike_score:.3g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    notes = []
+    if STEP not in log.columns and log.path.is_file() and "tfevents" not in log.path.name:
+        notes.append("no step column: steps are row numbers, from 0")
+    if scan.sorted:
+        notes.append("the log was not in the order of its steps and has been sorted")
+    if scan.not_logged:
+        notes.append(f"{scan.not_logged:,} rows hold no loss")
+    if scan.values < 3:
+        notes.append("too few values to tell an excursion from the rest")
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def _table(episodes: list[Episode], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("kind")
+    for name in ("onset", "peak", "end", "height"):
+        table.add_column(name, justify="right")
+    table.add_column("signal")
+    for one in episodes:
+        table.add_row(
+            one.kind,
+            str(one.onset),
+            str(one.peak),
+            "open" if one.end is None else str(one.end),
+            "" if one.height is None else f"{one.height:.3g}",
+            one.signal,
+        )
+    return table
