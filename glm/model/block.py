@@ -1,0 +1,77 @@
+"""One transformer layer, and where its norms stand. x is the main branch, A attention, F feed-forward, N norms.
+
+    pre        x = x + A(N1 x);          x = x + F(N2 x)
+    post       x = N1(x + A(x));         x = N2(x + F(x))
+    sandwich   x = x + N3(A(N1 x));      x = x + N4(F(N2 x))                             (CogView, 2105.13290)
+    deepnorm   a = N1 x; x = alpha a + A(a);  b = N2 x; x = alpha b + F(b)              (GLM-130B, alpha = (2 L)^1/2)
+    deepnet    the same with alpha = (2 L)^1/4                                           (DeepNet, 2203.00555)
+    parallel   x = x + A(N1 x) + F(N1 x)                                                 (PaLM)
+
+DeepNorm is post-LN: N(alpha x + A(x)) with each norm written at the beginning of what follows it, so that layer 0's first norm
+acts on the embedding and a final norm closes the stack. Its branch is bounded: |x| <= alpha |N x| + |A|.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from glm.model.attention import Attention
+from glm.model.config import ModelConfig
+from glm.model.feed_forward import FeedForward
+from glm.model.layers import Norm, dropout
+from glm.model.positions import Rotation
+
+
+def residual_scale(config: ModelConfig) -> float:
+    """alpha, the weight of the main branch."""
+    exponent = {"deepnorm": 0.5, "deepnet": 0.25}.get(config.norm, 0.0)
+    return float((2 * config.layers) ** exponent)
+
+
+class Block(nn.Module):
+    """One layer; its output is the main branch."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.norm = "deepnorm" if config.norm == "deepnet" else config.norm
+        self.is_parallel = config.parallel_block
+        self.alpha = residual_scale(config)
+        self.p = config.dropout
+
+        def norm() -> Norm:
+            return Norm(config.hidden, epsilon=config.norm_epsilon, bias=config.bias)
+
+        self.attention_norm = norm()
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = None if self.is_parallel else norm()
+        self.feed_forward = FeedForward(config)
+        self.attention_output_norm = norm() if config.norm == "sandwich" else None
+        self.feed_forward_output_norm = norm() if config.norm == "sandwich" else None
+
+    def forward(
+        self, x_BTC: Tensor, visible_B1TT: Tensor, turned: Rotation | None = None, bias_BHTT: Tensor | None = None
+    ) -> Tensor:
+        def attend(y: Tensor) -> Tensor:
+            return dropout(self.attention(y, visible_B1TT, turned, bias_BHTT), self.p, self.training)
+
+        def feed(y: Tensor) -> Tensor:
+            return dropout(self.feed_forward(y), self.p, self.training)
+
+        n1, n2, x = self.attention_norm, self.feed_forward_norm, x_BTC
+        if n2 is None:
+            y = n1(x)
+            return x + attend(y) + feed(y)
+        if self.norm == "post":
+            x = n1(x + attend(x))
+            after: Tensor = n2(x + feed(x))
+            return after
+        if self.norm == "deepnorm":
+            a = n1(x)
+            x = self.alpha * a + attend(a)
+            b = n2(x)
+            return self.alpha * b + feed(b)
+        if self.attention_output_norm is not None and self.feed_forward_output_norm is not None:
+            x = x + self.attention_output_norm(attend(n1(x)))
+            return x + self.feed_forward_output_norm(feed(n2(x)))
+        x = x + attend(n1(x))
+        return x + feed(n2(x))

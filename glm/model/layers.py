@@ -1,0 +1,49 @@
+"""Linear layer and LayerNorm in the compute format, with fp32 accumulation inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glm.precision import linear
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` whose half-precision product accumulates in fp32 on every machine (``glm.precision.matmul``)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm. Mean and variance are taken in fp32 whatever the compute format, as torch's kernels do."""
+
+    def __init__(self, width: int, *, epsilon: float, bias: bool) -> None:
+        super().__init__(width, eps=epsilon, bias=bias)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.factor, None  # type: ignore[attr-defined]
+
+
+def shrink_gradient(x: Tensor, alpha: float) -> Tensor:
+    """EGS: x forward, alpha times the gradient backward.
+
+    The derivative of ``x * alpha + x.detach() * (1 - alpha)`` (GLM-130B, section 2.3), without its rounding of x in fp16.
+    """
+    if alpha == 1.0:
+        return x
+    shrunk: Tensor = _ScaledGradient.apply(x, alpha)
+    return shrunk
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    return F.dropout(x, p, training) if p > 0 and training else x

@@ -1,0 +1,106 @@
+"""Shapes by name: GLM at several sizes, and the systems that GLM-130B is compared with, at a size that trains here.
+
+A preset is a model and the objective it trains with; ``glm train NAME`` composes it with everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPreset:
+    """A named model.
+
+    Attributes:
+        summary: one line for help.
+        model: its shape and levers.
+        objective: kind of ``ObjectiveConfig``.
+    """
+
+    summary: str
+    model: ModelConfig
+    objective: Literal["glm", "causal", "span-corruption"] = "glm"
+
+
+def glm(layers: int, hidden: int, heads: int, length: int, *, vocabulary: int | None = None, inner: int | None = None) -> ModelConfig:
+    """GLM-130B's architecture at another size: DeepNorm, RoPE, GeGLU, tied embeddings, fp32 softmax."""
+    return ModelConfig(
+        vocabulary=vocabulary,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        length=length,
+        feed_forward=FeedForwardConfig(kind="geglu", inner=inner),
+    )
+
+
+_TINY = {"layers": 8, "hidden": 128, "heads": 4, "length": 256}
+
+PRESETS: Mapping[str, ModelPreset] = {
+    "glm-tiny": ModelPreset(summary="GLM, 8 layers of 128: minutes on a laptop", model=glm(8, 128, 4, 256)),
+    "glm-small": ModelPreset(summary="GLM, 12 layers of 384: an evening on a CPU", model=glm(12, 384, 6, 512)),
+    "glm-medium": ModelPreset(summary="GLM, 12 layers of 768: about 110M", model=glm(12, 768, 12, 512)),
+    "glm-1b": ModelPreset(summary="GLM, 24 layers of 2048: about 1B", model=glm(24, 2048, 16, 1024)),
+    "glm-10b": ModelPreset(summary="GLM, 48 layers of 4096: about 10B", model=glm(48, 4096, 64, 1024)),
+    "glm-130b": ModelPreset(
+        summary="GLM-130B: 70 layers of 12288",
+        model=glm(70, 12288, 96, 2048, vocabulary=150_528, inner=32_768),
+    ),
+    "gpt3-like": ModelPreset(
+        summary="GPT-3's recipe: learned positions, pre-LN, GELU, next token",
+        model=ModelConfig(
+            **_TINY,
+            norm="pre",
+            init="gpt2",
+            attention=AttentionConfig(positions="learned"),
+            feed_forward=FeedForwardConfig(kind="gelu"),
+        ),
+        objective="causal",
+    ),
+    "opt-like": ModelPreset(
+        summary="OPT's recipe: as GPT-3 with ReLU",
+        model=ModelConfig(
+            **_TINY,
+            norm="pre",
+            init="gpt2",
+            attention=AttentionConfig(positions="learned"),
+            feed_forward=FeedForwardConfig(kind="relu"),
+        ),
+        objective="causal",
+    ),
+    "palm-like": ModelPreset(
+        summary="PaLM's recipe: parallel block, SwiGLU, RoPE, no biases, z-loss",
+        model=ModelConfig(
+            **_TINY,
+            norm="pre",
+            init="gpt2",
+            bias=False,
+            parallel_block=True,
+            z_loss=1e-4,
+            feed_forward=FeedForwardConfig(kind="swiglu"),
+        ),
+        objective="causal",
+    ),
+    "bloom-like": ModelPreset(
+        summary="BLOOM's recipe: ALiBi, embedding norm, pre-LN, GELU",
+        model=ModelConfig(
+            **_TINY,
+            norm="pre",
+            init="gpt2",
+            embedding=EmbeddingConfig(norm=True),
+            attention=AttentionConfig(positions="alibi"),
+            feed_forward=FeedForwardConfig(kind="gelu"),
+        ),
+        objective="causal",
+    ),
+    "t5-like": ModelPreset(
+        summary="T5's objective on GLM's architecture: span corruption only",
+        model=glm(**_TINY),
+        objective="span-corruption",
+    ),
+}
