@@ -64,7 +64,10 @@ def run(
     )
     console = Console()
     console.print(f"runs: {out}")
-    console.print(f"next: python -m experiments report {suite}" + ("" if out == Path("runs") / suite else f" --out {out}"))
+    console.print(
+        f"next: python -m experiments report {suite}"
+        + ("" if out == Path("runs") / suite else f" --out {out}")
+    )
     return 0
 
 

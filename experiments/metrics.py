@@ -114,7 +114,9 @@ METRICS: Mapping[str, Metric] = {
     "spike_score": Metric(title="Spike score (OLMo 2)", measure=run_spike_score),
     "spikes": Metric(title="Spikes and divergences found", measure=spike_count),
     "gradient_norm_max": Metric(title="Largest gradient norm after warm-up", measure=gradient_norm_max),
-    "embedding_share": Metric(title="Embedding's share of the squared gradient norm", measure=embedding_share),
+    "embedding_share": Metric(
+        title="Embedding's share of the squared gradient norm", measure=embedding_share
+    ),
     "main_branch_max": Metric(title="Largest main-branch value", measure=main_branch_max),
     "attention_score_max": Metric(title="Largest attention score", measure=attention_score_max),
     "fp16_headroom": Metric(title="fp16 headroom", unit="bits", measure=fp16_headroom, better="more"),
@@ -126,6 +128,8 @@ METRICS: Mapping[str, Metric] = {
 def measure(runs: Mapping[str, Mapping[int, Run]]) -> dict[str, dict[str, dict[int, float]]]:
     """All metrics of all runs: ``values[metric][arm][seed]``."""
     return {
-        name: {arm: {seed: metric.measure(run) for seed, run in by_seed.items()} for arm, by_seed in runs.items()}
+        name: {
+            arm: {seed: metric.measure(run) for seed, run in by_seed.items()} for arm, by_seed in runs.items()
+        }
         for name, metric in METRICS.items()
     }

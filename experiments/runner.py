@@ -46,7 +46,9 @@ class Job:
 def jobs_of(suite: Suite, out: Path) -> list[Job]:
     """Every arm with every seed; a seed's arms lie side by side in time, so that a cut-off suite compares what it has."""
     return [
-        Job(arm=arm, seed=seed, out=out / f"{arm.name}-seed{seed}") for seed in suite.seeds for arm in suite.arms
+        Job(arm=arm, seed=seed, out=out / f"{arm.name}-seed{seed}")
+        for seed in suite.seeds
+        for arm in suite.arms
     ]
 
 
@@ -58,10 +60,17 @@ def run_suite(suite: Suite, *, data: Path, out: Path, parallel: int, steps: int 
     """
     out.mkdir(parents=True, exist_ok=True)
     waiting = [job for job in jobs_of(suite, out) if not job.is_complete()]
-    commands = {job.name: suite.command(job.arm, job.seed, data=data, out=job.out, steps=steps) for job in waiting}
+    commands = {
+        job.name: suite.command(job.arm, job.seed, data=data, out=job.out, steps=steps) for job in waiting
+    }
     running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
     failed: list[Job] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[said]}"),
+        TimeElapsedColumn(),
+    )
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             total = len(jobs_of(suite, out))
@@ -92,7 +101,9 @@ def run_suite(suite: Suite, *, data: Path, out: Path, parallel: int, steps: int 
             process.wait()
     if failed:
         told = "; ".join(f"{job.name}: {_last_line(job.log)} (see {job.log})" for job in failed)
-        raise InputError(f"{len(failed)} of the suite's runs failed: {told}; mend the cause and give the command again")
+        raise InputError(
+            f"{len(failed)} of the suite's runs failed: {told}; mend the cause and give the command again"
+        )
 
 
 def _start(job: Job, command: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -52,7 +52,9 @@ def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> PairedD
     if n < 2 or not all(math.isfinite(d) for d in differences):
         return PairedDifference(seeds=seeds, differences=differences, mean=mean, low=-math.inf, high=math.inf)
     half = float(stats.t.ppf(0.975, n - 1)) * float(np.std(differences, ddof=1)) / math.sqrt(n)
-    return PairedDifference(seeds=seeds, differences=differences, mean=mean, low=mean - half, high=mean + half)
+    return PairedDifference(
+        seeds=seeds, differences=differences, mean=mean, low=mean - half, high=mean + half
+    )
 
 
 def _difference(a: float, b: float) -> float:

@@ -27,7 +27,15 @@ class ModelPreset:
     objective: Literal["glm", "causal", "span-corruption"] = "glm"
 
 
-def glm(layers: int, hidden: int, heads: int, length: int, *, vocabulary: int | None = None, inner: int | None = None) -> ModelConfig:
+def glm(
+    layers: int,
+    hidden: int,
+    heads: int,
+    length: int,
+    *,
+    vocabulary: int | None = None,
+    inner: int | None = None,
+) -> ModelConfig:
     """GLM-130B's architecture at another size: DeepNorm, RoPE, GeGLU, tied embeddings, fp32 softmax."""
     return ModelConfig(
         vocabulary=vocabulary,
@@ -43,7 +51,9 @@ _TINY = {"layers": 8, "hidden": 128, "heads": 4, "length": 256}
 
 PRESETS: Mapping[str, ModelPreset] = {
     "glm-tiny": ModelPreset(summary="GLM, 8 layers of 128: minutes on a laptop", model=glm(8, 128, 4, 256)),
-    "glm-small": ModelPreset(summary="GLM, 12 layers of 384: an evening on a CPU", model=glm(12, 384, 6, 512)),
+    "glm-small": ModelPreset(
+        summary="GLM, 12 layers of 384: an evening on a CPU", model=glm(12, 384, 6, 512)
+    ),
     "glm-medium": ModelPreset(summary="GLM, 12 layers of 768: about 110M", model=glm(12, 768, 12, 512)),
     "glm-1b": ModelPreset(summary="GLM, 24 layers of 2048: about 1B", model=glm(24, 2048, 16, 1024)),
     "glm-10b": ModelPreset(summary="GLM, 48 layers of 4096: about 10B", model=glm(48, 4096, 64, 1024)),

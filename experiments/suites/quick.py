@@ -30,7 +30,11 @@ SUITE = Suite(
     },
     arms=(
         Arm(name="pre-ln", summary="norm before each sublayer", settings={"model.norm": "pre"}),
-        Arm(name="deepnorm", summary="GLM-130B's DeepNorm, alpha (2L)^0.5", settings={"model.norm": "deepnorm"}),
+        Arm(
+            name="deepnorm",
+            summary="GLM-130B's DeepNorm, alpha (2L)^0.5",
+            settings={"model.norm": "deepnorm"},
+        ),
         Arm(
             name="deepnorm-egs",
             summary="DeepNorm, embedding gradient x 0.1",

@@ -142,7 +142,9 @@ def mask_pieces(
     q_Q1 = np.arange(Q)[:, None]
     # Runs of the context: text, mask, text, mask, ..., text. Of the rest: sop, span, sop, span, ...; then padding.
     end_QK = spans.start_QK + spans.length_QK
-    before_QK = np.where(used_QK, spans.start_QK - np.concatenate([np.zeros((Q, 1), np.int64), end_QK[:, :-1]], 1), 0)
+    before_QK = np.where(
+        used_QK, spans.start_QK - np.concatenate([np.zeros((Q, 1), np.int64), end_QK[:, :-1]], 1), 0
+    )
     tail_Q = spans.text_Q - end_QK[np.arange(Q), spans.count_Q - 1]
     ordered_length_QK = spans.length_QK[q_Q1, spans.order_QK]
     ordered_start_QK = spans.start_QK[q_Q1, spans.order_QK]
@@ -158,7 +160,9 @@ def mask_pieces(
     source[:, 2 * K] = spans.text_Q - tail_Q
     context_Q = length[:, : 2 * K + 1].sum(1)
     length[:, 2 * K + 1 : 4 * K + 1 : 2] = used_first_QK
-    source[:, 2 * K + 1 : 4 * K + 1 : 2] = ordered_start_QK - 1  # so that a sop's target, one on, is the span's first
+    source[:, 2 * K + 1 : 4 * K + 1 : 2] = (
+        ordered_start_QK - 1
+    )  # so that a sop's target, one on, is the span's first
     length[:, 2 * K + 2 : 4 * K + 1 : 2] = ordered_length_QK
     source[:, 2 * K + 2 : 4 * K + 1 : 2] = ordered_start_QK
     length[:, -1] = room - length.sum(1)
@@ -227,7 +231,9 @@ def gmask_rows(
     tokens[place_T == prefix_R1] = special.gmask
     tokens[place_T == prefix_R1 + 1] = special.sop
     generated_RT = place_T > prefix_R1
-    targets = np.where(generated_RT, stream[first_R[:, None] + (place_T - 1).clip(0)].astype(np.int64), NO_TARGET)
+    targets = np.where(
+        generated_RT, stream[first_R[:, None] + (place_T - 1).clip(0)].astype(np.int64), NO_TARGET
+    )
     return Rows(
         tokens=tokens,
         targets=targets,

@@ -43,7 +43,9 @@ def build_once(
         meta = read_meta(out, what=what, made_by=made_by)
         if meta.get("fingerprint") == fingerprint:
             return False
-        raise InputError(f"{out} holds a {what} made from other inputs or settings: remove it, or choose another --out")
+        raise InputError(
+            f"{out} holds a {what} made from other inputs or settings: remove it, or choose another --out"
+        )
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with _alone(partial, out):
@@ -70,7 +72,9 @@ def _alone(partial: Path, out: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"{out} is being made by another process: wait for it, or choose another --out") from None
+                raise InputError(
+                    f"{out} is being made by another process: wait for it, or choose another --out"
+                ) from None
         yield
     finally:
         lock.close()

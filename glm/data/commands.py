@@ -13,7 +13,10 @@ from glm.data.tokenizer import train_tokenizer
 
 
 def corpus(
-    sources: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), *, out: Path, max_characters: int | None = None
+    sources: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    *,
+    out: Path,
+    max_characters: int | None = None,
 ) -> int:
     """Build a text corpus: the default bilingual one, or from your own files.
 
@@ -27,7 +30,9 @@ def corpus(
     return 0
 
 
-def tokenizer(*, corpus: Path, out: Path, vocabulary: int = 16384, sample_characters: int = 20_000_000) -> int:
+def tokenizer(
+    *, corpus: Path, out: Path, vocabulary: int = 16384, sample_characters: int = 20_000_000
+) -> int:
     """Train a SentencePiece tokenizer with GLM's special tokens and byte fallback.
 
     Args:

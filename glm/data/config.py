@@ -55,4 +55,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         for first, last in self.skip:
             if not 0 <= first < last:
-                raise InputError(f"sampling.skip holds ranges FIRST LAST with FIRST < LAST, got {first} {last}")
+                raise InputError(
+                    f"sampling.skip holds ranges FIRST LAST with FIRST < LAST, got {first} {last}"
+                )

@@ -112,9 +112,13 @@ def read_meta(path: Path, *, what: str, made_by: str) -> dict[str, Any]:
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{file} is damaged ({error}): remove {path} and make it again with {made_by}") from None
+        raise InputError(
+            f"{file} is damaged ({error}): remove {path} and make it again with {made_by}"
+        ) from None
     if not isinstance(meta, dict) or meta.get("what") != what:
-        raise InputError(f"{path} is not a {what}: it holds something else; choose the folder made by {made_by}")
+        raise InputError(
+            f"{path} is not a {what}: it holds something else; choose the folder made by {made_by}"
+        )
     return meta
 
 

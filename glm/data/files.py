@@ -37,12 +37,16 @@ def find_files(sources: tuple[Path, ...]) -> list[Path]:
         if source.is_dir():
             inside = sorted(path for path in source.rglob("*") if path.is_file() and _kind(path))
             if not inside:
-                raise InputError(f"{source} holds no text: put .txt, .jsonl or .parquet files there (the first two also .gz, .zst)")
+                raise InputError(
+                    f"{source} holds no text: put .txt, .jsonl or .parquet files there (the first two also .gz, .zst)"
+                )
             found += inside
         elif not source.exists():
             raise InputError(f"{source} does not exist: name a text file or a folder of them")
         elif not _kind(source):
-            raise InputError(f"{source} is of no known kind: give .txt, .jsonl or .parquet (the first two also .gz or .zst)")
+            raise InputError(
+                f"{source} is of no known kind: give .txt, .jsonl or .parquet (the first two also .gz or .zst)"
+            )
         else:
             found.append(source)
     return found
@@ -58,9 +62,13 @@ def read_documents(path: Path) -> Iterator[Document]:
         with _opened(path) as file:
             yield from _jsonl(path, file) if kind == ".jsonl" else _text(path, file)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start} of a block): convert it, or leave it out") from None
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start} of a block): convert it, or leave it out"
+        ) from None
     except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise InputError(f"{path} cannot be decompressed ({error}): it is cut short or not what its name says") from None
+        raise InputError(
+            f"{path} cannot be decompressed ({error}): it is cut short or not what its name says"
+        ) from None
 
 
 def _kind(path: Path) -> str:
@@ -111,7 +119,9 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[Document]:
         except ValueError as error:
             raise InputError(f"{path}, line {number} is not JSON ({error}): repair the line") from None
         if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
-            raise InputError(f'{path}, line {number} has no "text": each line must be an object with a string "text"')
+            raise InputError(
+                f'{path}, line {number} has no "text": each line must be an object with a string "text"'
+            )
         yield _from_record(path, record, number)
 
 

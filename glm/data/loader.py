@@ -56,7 +56,9 @@ class Loader:
         self.fingerprint = f"{data.fingerprint}/{split}"
         self._shards = data.shards[split]
         # One token more than a row, for the target of its last; and room for an epoch's shift.
-        self._blocks = np.array([max(0, (shard.tokens - 1) // length) for shard in self._shards], dtype=np.int64)
+        self._blocks = np.array(
+            [max(0, (shard.tokens - 1) // length) for shard in self._shards], dtype=np.int64
+        )
         self._first_block = self._blocks.cumsum() - self._blocks
         self.blocks = int(self._blocks.sum())
         if self.blocks == 0:
@@ -108,7 +110,9 @@ class Loader:
         # Empty shards share their first block with the next: the last of them is the one that holds it.
         rows = np.empty((len(sample_R), self.length + 1), dtype=self._shards[0].dtype)
         provenance = []
-        for r, (s, block, epoch) in enumerate(zip(shard_R.tolist(), block_R.tolist(), epoch_R.tolist(), strict=True)):
+        for r, (s, block, epoch) in enumerate(
+            zip(shard_R.tolist(), block_R.tolist(), epoch_R.tolist(), strict=True)
+        ):
             shard = self._shards[s]
             spare = shard.tokens - 1 - int(self._blocks[s]) * self.length
             shift = int(uniform(self.seed, epoch, _SHIFT)[0] * (spare + 1)) if epoch else 0
@@ -134,7 +138,9 @@ class Loader:
             segments=np.full((R, T), PADDING_SEGMENT, np.int32),
         )
         if whole_R.any():
-            made = gmask_rows(self.seed, stream, sample_R[whole_R], first_R[whole_R], T, objective, self.special)
+            made = gmask_rows(
+                self.seed, stream, sample_R[whole_R], first_R[whole_R], T, objective, self.special
+            )
             _place(rows, made, np.flatnonzero(whole_R), T)
         if not whole_R.all():
             which = np.flatnonzero(~whole_R)
@@ -149,8 +155,12 @@ class Loader:
         return rows
 
 
-def _place(rows: Rows, made: Rows, which: Ints, width: int, segments: NDArray[np.int32] | None = None) -> None:
+def _place(
+    rows: Rows, made: Rows, which: Ints, width: int, segments: NDArray[np.int32] | None = None
+) -> None:
     """Put made rows (or pieces, several to a row) into their places."""
     for name in ("tokens", "targets", "positions", "intra", "context"):
         getattr(rows, name)[which, :width] = getattr(made, name).reshape(len(which), width)
-    rows.segments[which, :width] = (made.segments if segments is None else segments).reshape(len(which), width)
+    rows.segments[which, :width] = (made.segments if segments is None else segments).reshape(
+        len(which), width
+    )

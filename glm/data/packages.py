@@ -49,7 +49,15 @@ def download(name: str, folder: Path) -> Path:
     version = VERSIONS[name]
     stem = f"{name.replace('-', '_')}-{version}-"
     if not (found := sorted(folder.glob(stem + "*.whl"))):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         done = subprocess.run(
             [*command, "--only-binary", ":all:", "--dest", str(folder), f"{name}=={version}"],
             capture_output=True,
@@ -58,8 +66,12 @@ def download(name: str, folder: Path) -> Path:
         )
         found = sorted(folder.glob(stem + "*.whl"))
         if done.returncode or not found:
-            said = next((line for line in reversed(done.stderr.splitlines()) if "ERROR" in line), "pip failed")
-            raise InputError(f"cannot download {name} {version} for the default corpus ({said}); give files of your own")
+            said = next(
+                (line for line in reversed(done.stderr.splitlines()) if "ERROR" in line), "pip failed"
+            )
+            raise InputError(
+                f"cannot download {name} {version} for the default corpus ({said}); give files of your own"
+            )
     return found[0]
 
 
@@ -71,7 +83,9 @@ def tencent_documents(wheel: Path, language: str) -> Iterator[Document]:
             source = archive.read(name).decode("utf-8", errors="replace")
             service = name.split("/")[1]
             for text in _texts(source, is_models=name.endswith("/models.py"), seen=seen):
-                yield Document(text=text, language=language, source=wheel.name.split("-")[0], group=f"tencent/{service}")
+                yield Document(
+                    text=text, language=language, source=wheel.name.split("-")[0], group=f"tencent/{service}"
+                )
 
 
 def _texts(source: str, *, is_models: bool, seen: set[int]) -> Iterator[str]:
@@ -85,7 +99,10 @@ def _texts(source: str, *, is_models: bool, seen: set[int]) -> Iterator[str]:
         body = source[first:last]
         head = _CLASS.match(body)
         assert head is not None
-        lines = [_line(head[1], head[2], seen), *(_line(name, said, seen) for name, said in _PARAMETER.findall(body))]
+        lines = [
+            _line(head[1], head[2], seen),
+            *(_line(name, said, seen) for name, said in _PARAMETER.findall(body)),
+        ]
         if text := "\n".join(line for line in lines if line):
             yield text
 

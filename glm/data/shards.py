@@ -101,21 +101,35 @@ def open_data(path: Path) -> TokenData:
         found = []
         for entry in meta["splits"][split]:
             file = path / entry["file"]
-            for name, size in ((file, entry["bytes"]), (file.with_suffix(".offsets"), entry["offsets_bytes"])):
+            for name, size in (
+                (file, entry["bytes"]),
+                (file.with_suffix(".offsets"), entry["offsets_bytes"]),
+            ):
                 if not name.is_file():
                     raise InputError(f"{name} is missing: make the shards again with glm shards")
                 if name.stat().st_size != size:
-                    raise InputError(f"{name} has {name.stat().st_size} bytes of {size}: make the shards again with glm shards")
+                    raise InputError(
+                        f"{name} has {name.stat().st_size} bytes of {size}: make the shards again with glm shards"
+                    )
             found.append(
-                Shard(path=file, tokens=entry["tokens"], dtype=meta["dtype"], sha256=(entry["sha256"], entry["offsets_sha256"]))
+                Shard(
+                    path=file,
+                    tokens=entry["tokens"],
+                    dtype=meta["dtype"],
+                    sha256=(entry["sha256"], entry["offsets_sha256"]),
+                )
             )
         shards[split] = tuple(found)
     if Tokenizer(path).fingerprint != meta["tokenizer"]:
-        raise InputError(f"{path}/tokenizer.model is not the one its shards were made with: make them again with glm shards")
+        raise InputError(
+            f"{path}/tokenizer.model is not the one its shards were made with: make them again with glm shards"
+        )
     return TokenData(path=path, vocabulary=meta["vocabulary"], fingerprint=meta["fingerprint"], shards=shards)
 
 
-def build_shards(corpus_path: Path, tokenizer_path: Path, out: Path, heldout: float, threads: int) -> TokenData:
+def build_shards(
+    corpus_path: Path, tokenizer_path: Path, out: Path, heldout: float, threads: int
+) -> TokenData:
     """Tokenize a corpus into ``out``, or open it where it stands. Raises InputError for wrong input."""
     if not 0 <= heldout < 1:
         raise InputError(f"--heldout is a share in [0, 1), got {heldout}")
@@ -137,10 +151,17 @@ def build_shards(corpus_path: Path, tokenizer_path: Path, out: Path, heldout: fl
                 progress.update(bar, advance=sum(len(d.text) for d in batch), said=f"{written:,} tokens")
             splits = {split: writer.close() for split, writer in writers.items()}
         if not splits["train"]:
-            raise InputError("no document is left to train on: lower --heldout, or give more than one document")
+            raise InputError(
+                "no document is left to train on: lower --heldout, or give more than one document"
+            )
         source = tokenizer_path / "tokenizer.model" if tokenizer_path.is_dir() else tokenizer_path
         shutil.copyfile(source, folder / "tokenizer.model")
-        return {"dtype": dtype, "vocabulary": tokenizer.vocabulary, "tokenizer": tokenizer.fingerprint, "splits": splits}
+        return {
+            "dtype": dtype,
+            "vocabulary": tokenizer.vocabulary,
+            "tokenizer": tokenizer.fingerprint,
+            "splits": splits,
+        }
 
     build_once(out, what="shards", made_by="glm shards", fingerprint=identity, work=work)
     return open_data(out)
@@ -214,4 +235,6 @@ def _sha256(path: Path) -> str:
 
 def _check(path: Path, expected: str) -> None:
     if _sha256(path) != expected:
-        raise InputError(f"{path} does not match its checksum: it was altered; make the shards again with glm shards")
+        raise InputError(
+            f"{path} does not match its checksum: it was altered; make the shards again with glm shards"
+        )

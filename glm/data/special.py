@@ -1,7 +1,7 @@
 """GLM's special tokens, and the numbers they have in every tokenizer made here.
 
-    [PAD] fills rows;  [EOS] ends a document;  [MASK] stands for a short span, [gMASK] for everything that follows;
-    <sop> starts, <eop> ends what is generated.
+[PAD] fills rows;  [EOS] ends a document;  [MASK] stands for a short span, [gMASK] for everything that follows;
+<sop> starts, <eop> ends what is generated.
 """
 
 from __future__ import annotations

@@ -44,11 +44,23 @@ class Tokenizer:
         except RuntimeError:
             raise InputError(f"{file} is not a SentencePiece model, or is damaged: make it again") from None
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
-        names = {"pad": PAD, "eos": EOS, "unknown": UNKNOWN, "mask": MASK, "gmask": GMASK, "sop": SOP, "eop": EOP}
+        names = {
+            "pad": PAD,
+            "eos": EOS,
+            "unknown": UNKNOWN,
+            "mask": MASK,
+            "gmask": GMASK,
+            "sop": SOP,
+            "eop": EOP,
+        }
         numbers = {field: self._model.piece_to_id(piece) for field, piece in names.items()}
-        missing = [piece for field, piece in names.items() if self._model.id_to_piece(numbers[field]) != piece]
+        missing = [
+            piece for field, piece in names.items() if self._model.id_to_piece(numbers[field]) != piece
+        ]
         if missing:
-            raise InputError(f"{file} lacks GLM's special tokens {', '.join(missing)}: make it with glm tokenizer")
+            raise InputError(
+                f"{file} lacks GLM's special tokens {', '.join(missing)}: make it with glm tokenizer"
+            )
         self.special = SpecialTokens(**numbers)
 
     @property
@@ -76,14 +88,18 @@ class Tokenizer:
 def train_tokenizer(corpus_path: Path, out: Path, *, vocabulary: int, sample_characters: int) -> Tokenizer:
     """Train on a sample of the corpus, or open ``out`` where it stands. Raises InputError for wrong input."""
     if vocabulary < SMALLEST:
-        raise InputError(f"--vocabulary must be at least {SMALLEST} (256 bytes, 7 special tokens, letters), got {vocabulary}")
+        raise InputError(
+            f"--vocabulary must be at least {SMALLEST} (256 bytes, 7 special tokens, letters), got {vocabulary}"
+        )
     corpus = Corpus.open(corpus_path)
     identity = fingerprint([corpus.fingerprint, vocabulary, sample_characters])
 
     def work(folder: Path) -> dict[str, Any]:
         model = io.BytesIO()
         with progress_bar() as progress:
-            bar = progress.add_task("tokenizer", total=min(sample_characters, corpus.characters), said="reading")
+            bar = progress.add_task(
+                "tokenizer", total=min(sample_characters, corpus.characters), said="reading"
+            )
             sample = list(_sample(corpus, sample_characters, lambda n: progress.update(bar, advance=n)))
             progress.update(bar, said=f"training {vocabulary:,} pieces on {len(sample):,} sentences")
             try:

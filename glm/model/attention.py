@@ -38,7 +38,9 @@ class Scores(nn.Module):
         self.scaling = float(layer + 1) if self.softmax == "fp32" else 1.0
         self.root = math.sqrt(config.head)
 
-    def forward(self, q_BHTD: Tensor, k_BHTD: Tensor, visible_B1TT: Tensor, bias_BHTT: Tensor | None) -> Tensor:
+    def forward(
+        self, q_BHTD: Tensor, k_BHTD: Tensor, visible_B1TT: Tensor, bias_BHTT: Tensor | None
+    ) -> Tensor:
         divisor = self.scaling * (self.relax if self.softmax == "pb-relax" else 1.0)
         scores_BHTT = matmul(q_BHTD * (1.0 / (self.root * divisor)), k_BHTD.transpose(-1, -2))
         if self.softmax != "compute":
@@ -78,7 +80,11 @@ class Attention(nn.Module):
         self.scores = None if self.is_fused else Scores(config, layer)
 
     def forward(
-        self, x_BTC: Tensor, visible_B1TT: Tensor, turned: Rotation | None = None, bias_BHTT: Tensor | None = None
+        self,
+        x_BTC: Tensor,
+        visible_B1TT: Tensor,
+        turned: Rotation | None = None,
+        bias_BHTT: Tensor | None = None,
     ) -> Tensor:
         B, T, C = x_BTC.shape
         qkv = self.query_key_value(x_BTC).view(B, T, 3, self.heads, self.head)

@@ -49,7 +49,11 @@ class Block(nn.Module):
         self.feed_forward_output_norm = norm() if config.norm == "sandwich" else None
 
     def forward(
-        self, x_BTC: Tensor, visible_B1TT: Tensor, turned: Rotation | None = None, bias_BHTT: Tensor | None = None
+        self,
+        x_BTC: Tensor,
+        visible_B1TT: Tensor,
+        turned: Rotation | None = None,
+        bias_BHTT: Tensor | None = None,
     ) -> Tensor:
         def attend(y: Tensor) -> Tensor:
             return dropout(self.attention(y, visible_B1TT, turned, bias_BHTT), self.p, self.training)

@@ -34,7 +34,9 @@ class EmbeddingConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.gradient_shrink <= 1:
-            raise InputError(f"model.embedding.gradient_shrink must lie in [0, 1], got {self.gradient_shrink}")
+            raise InputError(
+                f"model.embedding.gradient_shrink must lie in [0, 1], got {self.gradient_shrink}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,9 @@ class AttentionConfig:
         if self.soft_cap < 0:
             raise InputError(f"model.attention.soft_cap must be 0 (off) or positive, got {self.soft_cap}")
         if self.softmax == "fused" and self.soft_cap:
-            raise InputError("model.attention.soft_cap needs the scores, which fused attention does not form: choose softmax fp32")
+            raise InputError(
+                "model.attention.soft_cap needs the scores, which fused attention does not form: choose softmax fp32"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +135,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive(
-            "model", length=self.length, layers=self.layers, hidden=self.hidden, heads=self.heads, norm_epsilon=self.norm_epsilon
+            "model",
+            length=self.length,
+            layers=self.layers,
+            hidden=self.hidden,
+            heads=self.heads,
+            norm_epsilon=self.norm_epsilon,
         )
         if self.hidden % self.heads:
             raise InputError(f"model.heads must divide model.hidden ({self.hidden}), got {self.heads}")

@@ -25,7 +25,12 @@ class Embedding(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int, hidden: int, *, gradient_shrink: float, shrink_side: Literal["input", "output", "both"]
+        self,
+        vocabulary: int,
+        hidden: int,
+        *,
+        gradient_shrink: float,
+        shrink_side: Literal["input", "output", "both"],
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, hidden))
@@ -34,8 +39,14 @@ class Embedding(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         looked_up_BTC = F.embedding(tokens_BT, self.weight)
-        return shrink_gradient(looked_up_BTC, self.gradient_shrink) if self.shrink_side != "output" else looked_up_BTC
+        return (
+            shrink_gradient(looked_up_BTC, self.gradient_shrink)
+            if self.shrink_side != "output"
+            else looked_up_BTC
+        )
 
     def output_weight(self) -> Tensor:
         """The matrix as the tied output projection uses it."""
-        return shrink_gradient(self.weight, self.gradient_shrink) if self.shrink_side != "input" else self.weight
+        return (
+            shrink_gradient(self.weight, self.gradient_shrink) if self.shrink_side != "input" else self.weight
+        )

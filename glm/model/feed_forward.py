@@ -1,7 +1,7 @@
 """Feed-forward layers.
 
-    gelu, relu       W2 f(W1 x)
-    geglu, swiglu    W2 (a * f(b)),  [a, b] = W1 x         (Shazeer, 2002.05202; GLM-130B: GeGLU)
+gelu, relu       W2 f(W1 x)
+geglu, swiglu    W2 (a * f(b)),  [a, b] = W1 x         (Shazeer, 2002.05202; GLM-130B: GeGLU)
 """
 
 from __future__ import annotations

@@ -25,7 +25,11 @@ def rotation(positions: Tensor, head: int, base: float, dtype: torch.dtype, *, t
         positions: [B, T], or [B, T, 2] for the 2-D form.
     """
     if two:
-        place = positions if positions.dim() == 3 else torch.stack((positions, torch.zeros_like(positions)), dim=-1)
+        place = (
+            positions
+            if positions.dim() == 3
+            else torch.stack((positions, torch.zeros_like(positions)), dim=-1)
+        )
         parts = [_angles(place[..., i], head // 2, base) for i in (0, 1)]
         angle_BTD = torch.cat(parts, dim=-1)
     else:
@@ -34,7 +38,9 @@ def rotation(positions: Tensor, head: int, base: float, dtype: torch.dtype, *, t
 
 
 def _angles(positions_BT: Tensor, dimensions: int, base: float) -> Tensor:
-    frequency = base ** (-torch.arange(0, dimensions, 2, device=positions_BT.device, dtype=torch.float32) / dimensions)
+    frequency = base ** (
+        -torch.arange(0, dimensions, 2, device=positions_BT.device, dtype=torch.float32) / dimensions
+    )
     half = positions_BT[..., None].float() * frequency
     return torch.cat((half, half), dim=-1)
 
@@ -57,7 +63,9 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 def alibi_bias(positions_BT: Tensor, heads: int) -> Tensor:
     """What ALiBi adds to the scores, [B, H, T, T] fp32."""
-    slope_H = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=positions_BT.device, dtype=torch.float32) / heads)
+    slope_H = 2.0 ** (
+        -8.0 * torch.arange(1, heads + 1, device=positions_BT.device, dtype=torch.float32) / heads
+    )
     distance_BTT = (positions_BT[:, :, None] - positions_BT[:, None, :]).abs().float()
     return -slope_H[:, None, None] * distance_BTT[:, None]
 
@@ -68,4 +76,3 @@ def visible(segments_BT: Tensor, context_BT: Tensor) -> Tensor:
     causal_TT = torch.ones(T, T, dtype=torch.bool, device=segments_BT.device).tril()
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     return (same_BTT & (causal_TT | context_BT[:, None, :]))[:, None]
-

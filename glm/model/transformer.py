@@ -31,11 +31,16 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.vocabulary is None:
-            raise InputError("model.vocabulary is not set: give --model.vocabulary, or data whose tokenizer has one")
+            raise InputError(
+                "model.vocabulary is not set: give --model.vocabulary, or data whose tokenizer has one"
+            )
         self.config = config
         shrink = config.embedding
         self.embedding = Embedding(
-            config.vocabulary, config.hidden, gradient_shrink=shrink.gradient_shrink, shrink_side=shrink.shrink_side
+            config.vocabulary,
+            config.hidden,
+            gradient_shrink=shrink.gradient_shrink,
+            shrink_side=shrink.shrink_side,
         )
         learned = config.attention.positions == "learned"
         self.positions = nn.Parameter(torch.empty(config.length, config.hidden)) if learned else None
@@ -57,7 +62,9 @@ class Transformer(nn.Module):
         if self.projection is not None:
             initialise_embedding(self.projection.weight, self.config)
 
-    def forward(self, tokens_BT: Tensor, positions: Tensor, segments_BT: Tensor, context_BT: Tensor) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, positions: Tensor, segments_BT: Tensor, context_BT: Tensor
+    ) -> Tensor:
         """Logits, [B, T, V] in the compute format.
 
         Args:
@@ -69,7 +76,12 @@ class Transformer(nn.Module):
         return logits(self.hidden(tokens_BT, positions, segments_BT, context_BT), self.output_weight())
 
     def loss(
-        self, tokens_BT: Tensor, targets_BT: Tensor, positions: Tensor, segments_BT: Tensor, context_BT: Tensor
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        positions: Tensor,
+        segments_BT: Tensor,
+        context_BT: Tensor,
     ) -> tuple[Tensor, int]:
         """Sum of the target losses (fp32 scalar, nats) and how many there are; targets below 0 do not count."""
         hidden_BTC = self.hidden(tokens_BT, positions, segments_BT, context_BT)

@@ -35,7 +35,9 @@ class _VocabularyLoss(torch.autograd.Function):
         weight = weight_VC.float() if in_fp32 else weight_VC
         loss = hidden_NC.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty(hidden_NC.shape, dtype=torch.float32, device=hidden_NC.device)
-        grad_weight = torch.zeros(weight_VC.shape if needs_gradient else (0,), dtype=torch.float32, device=weight_VC.device)
+        grad_weight = torch.zeros(
+            weight_VC.shape if needs_gradient else (0,), dtype=torch.float32, device=weight_VC.device
+        )
         size = max(1, CHUNK_ELEMENTS // weight_VC.shape[0])
         for first in range(0, hidden_NC.shape[0], size):
             hidden = hidden_NC[first : first + size]
@@ -57,7 +59,9 @@ class _VocabularyLoss(torch.autograd.Function):
                 grad_logits.scatter_add_(1, target_n1, torch.full_like(total_n1, -1.0))
                 wide = grad_logits.to(hidden.dtype)
                 grad_hidden[first : first + size] = wide @ weight
-                grad_weight += (wide.t() @ hidden).float() if wide.dtype != torch.float32 else wide.t() @ hidden
+                grad_weight += (
+                    (wide.t() @ hidden).float() if wide.dtype != torch.float32 else wide.t() @ hidden
+                )
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden_NC.dtype, weight_VC.dtype
         return loss

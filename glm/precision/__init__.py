@@ -1,0 +1,19 @@
+"""Number formats: which tensor has which, how half operands are multiplied, and how the loss is scaled."""
+
+from glm.precision.gradient_range import GradientRange, gradient_range
+from glm.precision.loss_scale import LossScaleConfig, LossScaler
+from glm.precision.matmul import linear, matmul, multiplies_natively, upcasts
+from glm.precision.policy import Policy, Precision
+
+__all__ = [
+    "GradientRange",
+    "LossScaleConfig",
+    "LossScaler",
+    "Policy",
+    "Precision",
+    "gradient_range",
+    "linear",
+    "matmul",
+    "multiplies_natively",
+    "upcasts",
+]

@@ -83,7 +83,9 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         _save_tensors(checkpoint.model, partial / "model.safetensors")
         _save_tensors(checkpoint.optimizer, partial / "optimizer.safetensors")
         # The state of a run holds only JSON. Non-finite numbers are written as Python's json does, and read back.
-        (partial / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1))
+        (partial / "state.json").write_text(
+            json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1)
+        )
         files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
         for path in partial.iterdir():
@@ -103,6 +105,13 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     return target
 
 
+def drop_after(folder: Path, step: int) -> None:
+    """Remove checkpoints of a history that was given up: all after ``step``."""
+    for number, path in list_checkpoints(folder):
+        if number > step:
+            shutil.rmtree(path)
+
+
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint and verify it.
 
@@ -116,7 +125,9 @@ def load(path: Path) -> Checkpoint:
         model = load_file(path / "model.safetensors")
         optimizer = load_file(path / "optimizer.safetensors")
     except (ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"checkpoint {path} cannot be read ({error}): remove it to use an older one") from None
+        raise InputError(
+            f"checkpoint {path} cannot be read ({error}): remove it to use an older one"
+        ) from None
     return Checkpoint(step=step, model=model, optimizer=optimizer, state=state)
 
 
@@ -157,7 +168,9 @@ def load_newest(folder: Path) -> tuple[Checkpoint, list[str]]:
         except InputError as error:
             problems.append(str(error))
     if problems:
-        raise InputError(f"{folder} holds no undamaged checkpoint: {problems[0]}; start again into another folder")
+        raise InputError(
+            f"{folder} holds no undamaged checkpoint: {problems[0]}; start again into another folder"
+        )
     raise InputError(f"{folder} holds no checkpoint to resume from: leave out --resume to start a new run")
 
 

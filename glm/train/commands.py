@@ -79,7 +79,9 @@ def _parse(arguments: Sequence[str]) -> TrainCommand:
     if not arguments or arguments[0].startswith("-"):
         names = "\n".join(f"  {name:12} {preset.summary}" for name, preset in PRESETS.items())
         if arguments and arguments[0] in ("-h", "--help"):
-            print(f"usage: glm train PRESET --data DIR --out RUN [flags]\n\npresets (each takes --help):\n{names}")
+            print(
+                f"usage: glm train PRESET --data DIR --out RUN [flags]\n\npresets (each takes --help):\n{names}"
+            )
             raise SystemExit(0)
         raise InputError(f"glm train needs a preset first: one of {', '.join(PRESETS)}")
     name, *rest = arguments
@@ -106,7 +108,13 @@ def train(command: TrainCommand, *, console: Console) -> bool:
 
 
 def _train_claimed(
-    command: TrainCommand, config: TrainConfig, data: TokenData, run: RunFolder, *, resumes: bool, console: Console
+    command: TrainCommand,
+    config: TrainConfig,
+    data: TokenData,
+    run: RunFolder,
+    *,
+    resumes: bool,
+    console: Console,
 ) -> bool:
     loader = Loader(data, config.objective, config.sampling, length=config.model.length, seed=config.seed)
     engine = LocalEngine(config, _device(command.device))
@@ -141,7 +149,9 @@ def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool) -> bool:
         return False
     has_state = bool(checkpoints.list_checkpoints(run.checkpoints))
     if not resume:
-        raise InputError(f"{run.path} already holds a run: add --resume to continue it, or choose another --out")
+        raise InputError(
+            f"{run.path} already holds a run: add --resume to continue it, or choose another --out"
+        )
     old = from_json(file.read_text(encoding="utf-8"), source=file)
     changed = [
         line
@@ -190,7 +200,9 @@ def _stops_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
         trainer.stop_requested = True
         console.print(f"{signal.Signals(number).name}: saving after this step", style="yellow")
 
-    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {
+        number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:

@@ -48,7 +48,9 @@ class BatchConfig:
         if micro < 1 or self.rows % micro:
             raise InputError(f"batch.micro_rows must divide batch.rows ({self.rows}), got {micro}")
         if self.ramp_from is not None and not 0 < self.ramp_from <= self.rows:
-            raise InputError(f"batch.ramp_from must be between 1 and batch.rows ({self.rows}), got {self.ramp_from}")
+            raise InputError(
+                f"batch.ramp_from must be between 1 and batch.rows ({self.rows}), got {self.ramp_from}"
+            )
 
     @property
     def micro(self) -> int:

@@ -12,7 +12,6 @@ Dropout masks are a function of (seed, step): resuming or replaying a step draws
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -92,7 +91,9 @@ class LocalEngine:
         torch.manual_seed(self.seed * 1_000_003 + step)
         targets = int((batch.targets_BT != -100).sum())
         if targets == 0:
-            raise InputError(f"the batch of step {step} has no targets: its rows are too short for the objective")
+            raise InputError(
+                f"the batch of step {step} has no targets: its rows are too short for the objective"
+            )
         total = 0.0
         for first in range(0, batch.tokens_BT.shape[0], self.micro_rows):
             rows = slice(first, first + self.micro_rows)
@@ -125,7 +126,9 @@ class LocalEngine:
         own_weights, own_moments = self.tensors()
         for own, given, what in ((own_weights, model, "weights"), (own_moments, optimizer, "moments")):
             if odd := sorted(own.keys() ^ given.keys()):
-                raise InputError(f"the checkpoint's {what} are of another model: {odd[0]} is in only one of the two")
+                raise InputError(
+                    f"the checkpoint's {what} are of another model: {odd[0]} is in only one of the two"
+                )
             for name, tensor in own.items():
                 if tensor.shape != given[name].shape:
                     raise InputError(
@@ -155,8 +158,3 @@ def _model_inputs(batch: Batch, rows: slice) -> tuple[Tensor, ...]:
         batch.segments_BT[rows],
         batch.context_BT[rows],
     )
-
-
-def is_finite(value: float) -> bool:
-    """Whether a loss or norm is a number that training can go on with."""
-    return math.isfinite(value)

@@ -7,12 +7,10 @@ state saved here: so a run that was killed and resumed ends with the weights of 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
+from collections.abc import Sequence
 
 from glm.data.loader import Loader
+from glm.errors import InputError
 from glm.train import checkpoint as checkpoints
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
@@ -20,7 +18,7 @@ from glm.train.engine import Engine
 from glm.train.events import Callback, StepInfo
 from glm.train.intervention import Intervention
 from glm.train.rewind import StateRing
-from stabilitylab.spikes import Decision, Responder
+from stabilitylab.spikes import Responder
 from stabilitylab.telemetry import Event, RunFolder
 
 
@@ -55,14 +53,14 @@ class Trainer:
         self.samples = 0
         self.tokens = 0
         self.stop_requested = False
-        self._ring = StateRing(config.responder.rollback_steps) if config.responder.active else None
+        self._ring = StateRing.covering(config.responder.rollback_steps) if config.responder.active else None
         self._saved_at: int | None = None
 
     def train(self) -> bool:
         """Make the remaining updates. Returns whether the run is complete (False: it was asked to stop)."""
-        for callback in self.callbacks:
-            callback.train_start(self)
         try:
+            for callback in self.callbacks:
+                callback.train_start(self)
             while self.step < self.config.steps and not self.stop_requested:
                 self._one_step()
             if self._saved_at != self.step:
@@ -81,13 +79,16 @@ class Trainer:
 
     def _one_step(self) -> None:
         started = time.perf_counter()
-        step, schedule = self.step, self.config.schedule
+        step, schedule, intervention = self.step, self.config.schedule, self.intervention
+        if self._ring is not None and self._ring.is_due(step):
+            self._ring.keep(self.state())
         for callback in self.callbacks:
             callback.step_start(step)
         rows = self.config.batch.rows_at(self.samples)
-        learning_rate = schedule.learning_rate(step, self.config.steps) * self.intervention.rate_factor
-        alpha = self.intervention.alpha or schedule.embedding_gradient_shrink(
-            step, self.config.model.embedding.gradient_shrink
+        self.samples += intervention.skipped_before(step) * rows
+        learning_rate = schedule.learning_rate(step, self.config.steps) * intervention.rate_factor
+        alpha = intervention.shrink(
+            schedule.embedding_gradient_shrink(step, self.config.model.embedding.gradient_shrink)
         )
         self.engine.set_embedding_gradient_shrink(alpha)
         batch = self.loader.samples(range(self.samples, self.samples + rows))
@@ -98,7 +99,7 @@ class Trainer:
         gradients = self.engine.gradients()
         for callback in self.callbacks:
             callback.gradients_ready(step, gradients)
-        applied = self.engine.update(learning_rate, clip=self.intervention.clip(self.config.optimizer.clip))
+        applied = self.engine.update(learning_rate, clip=intervention.clipping(self.config.optimizer.clip))
 
         self.step += 1
         self.samples += rows
@@ -117,21 +118,35 @@ class Trainer:
             data_seconds=data_seconds,
         )
         noticed = [event for callback in self.callbacks for event in callback.step_end(info)]
-        if self._ring is not None:
-            self._respond(noticed, step)
-            self._ring.keep(self)
+        self._respond(noticed, step)
         every = self.config.checkpoint.every
         if every and self.step % every == 0 and self._saved_at != self.step:
             self.save()
 
-    # ------------------------------------------------------------------------------------------------ responses
-
     def _respond(self, noticed: Sequence[Event], step: int) -> None:
+        """Let the responder decide, and carry it out."""
         decision = self.responder.decide(noticed, step)
         if decision.kind == "continue":
             return
         self.tell(decision.event)
-        self.intervention = self.intervention.after(decision, step)
+        self.intervention = self.intervention.after(decision)
+        if decision.back_to is not None:
+            self._go_back(decision.back_to)
+
+    def _go_back(self, step: int) -> None:
+        """Take the newest kept state at or before ``step``, or the oldest there is, and train on from it."""
+        assert self._ring is not None, "a responder that goes back has a ring"
+        state = self._ring.take_back(step)
+        if state is None:
+            return
+        decided = self.responder, self.intervention
+        self.restore(state)
+        # Decisions outlive the history that they take back.
+        self.responder, self.intervention = decided
+        if self.run is not None:
+            checkpoints.drop_after(self.run.checkpoints, self.step)
+        self._saved_at = None
+        self.tell(Event(step=self.step, kind="rewind", data={"why": "the responder went back", "to": step}))
 
     # -------------------------------------------------------------------------------------------------- states
 
@@ -160,3 +175,21 @@ class Trainer:
                 "callbacks": {type(callback).__name__: callback.state_dict() for callback in self.callbacks},
             },
         )
+
+    def restore(self, state: Checkpoint) -> None:
+        """Continue from a state. Raises InputError when it is of another model or other data."""
+        saved = state.state
+        if saved["data"] != self.loader.fingerprint:
+            raise InputError(
+                f"the checkpoint was trained on other data ({saved['data']}, here {self.loader.fingerprint}): "
+                "give --data as it was"
+            )
+        self.engine.load_tensors(state.model, state.optimizer)
+        self.engine.load_state_dict(saved["engine"])
+        self.step, self.samples, self.tokens = state.step, saved["samples"], saved["tokens"]
+        self.responder.load_state_dict(saved["responder"])
+        self.intervention = Intervention.from_state(saved["intervention"])
+        for callback in self.callbacks:
+            if (own := saved["callbacks"].get(type(callback).__name__)) is not None:
+                callback.load_state_dict(own)
+        self._saved_at = self.step

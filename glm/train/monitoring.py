@@ -40,7 +40,8 @@ class MonitorCallback(Callback):
         self._monitor = Monitor(
             trainer.engine.model,
             trainer.engine.optimizer,
-            out=self._run.path,
+            out=self._run,
+            parameters=trainer.engine.tensors()[0],
             every=self._config.every,
             gradients_every=self._config.gradients_every,
             sites=self._config.sites,
@@ -58,7 +59,7 @@ class MonitorCallback(Callback):
         self.monitor.start_step(step)
 
     def gradients_ready(self, step: int, gradients: GradientSummary) -> None:
-        self.monitor.gradients_ready(norms=gradients.norms, scale=gradients.scale)
+        self.monitor.gradients_ready(gradients=gradients.gradients, norms=gradients.norms)
 
     def step_end(self, info: StepInfo) -> Sequence[Event]:
         return self.monitor.step(
@@ -82,7 +83,8 @@ class MonitorCallback(Callback):
             self._monitor.event(event)
 
     def train_end(self) -> None:
-        self.monitor.close()
+        if self._monitor is not None:
+            self._monitor.close()
 
     def state_dict(self) -> Mapping[str, Any]:
         return self.monitor.state_dict()

@@ -57,7 +57,9 @@ class ProgressCallback(Callback):
     def step_end(self, info: StepInfo) -> Sequence[Event]:
         now = info.tokens / max(info.seconds, 1e-9)
         # An exponential mean over about ten steps: steady enough to read, quick enough to show a stall.
-        self._tokens_per_second = 0.9 * self._tokens_per_second + 0.1 * now if self._tokens_per_second else now
+        self._tokens_per_second = (
+            0.9 * self._tokens_per_second + 0.1 * now if self._tokens_per_second else now
+        )
         said = (
             f"loss {info.loss:.4f}  gradient norm {info.gradient_norm:.3g}  lr {info.learning_rate:.2e}  "
             f"{self._tokens_per_second:,.0f} tokens/s" + ("  skipped" if info.skipped else "")
@@ -72,7 +74,9 @@ class ProgressCallback(Callback):
     def event(self, event: Event) -> None:
         if event.kind not in ROUTINE:
             about = ", ".join(f"{name} {value}" for name, value in event.data.items())
-            self.console.print(f"step {event.step}: {event.kind}" + (f" ({about})" if about else ""), style="yellow")
+            self.console.print(
+                f"step {event.step}: {event.kind}" + (f" ({about})" if about else ""), style="yellow"
+            )
 
     def train_end(self) -> None:
         if self._bar is not None:
@@ -82,5 +86,8 @@ class ProgressCallback(Callback):
         seconds = time.perf_counter() - self._began
         left = seconds / max(1, done - self._first_step) * (self._steps - done)
         self.console.print(
-            f"step {done}/{self._steps}  {said}  {left:,.0f} s left", soft_wrap=True, highlight=False, markup=False
+            f"step {done}/{self._steps}  {said}  {left:,.0f} s left",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
         )

@@ -1,0 +1,63 @@
+"""Which number format holds what, by the name of a precision.
+
+| | weights, activations, gradients | masters, moments | gradient accumulation | loss scale |
+| --- | --- | --- | --- | --- |
+| fp32 | fp32 | the weights themselves, fp32 | fp32 | none |
+| fp16 | fp16 | fp32 | fp16 | dynamic |
+| bf16 | bf16 | fp32 | fp32 | none |
+
+Source: mixed precision training (Micikevicius et al., 1710.03740) as GLM-130B ran it (2210.02414, section 3). bf16
+accumulates in fp32 because eight significant bits lose what a micro-batch adds; that buffer is why the paper counts
+about 15 % more memory for it (``glm.precision.memory`` computes the number).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from glm.errors import InputError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The number formats of a run, derived from the precision's name."""
+
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in DTYPES:
+            raise InputError(f"precision {self.precision!r} is unknown: choose one of {', '.join(DTYPES)}")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Format of weights, activations and gradients."""
+        return DTYPES[self.precision]
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer keeps fp32 copies of the weights."""
+        return self.precision != "fp32"
+
+    @property
+    def accumulates_in_fp32(self) -> bool:
+        """Whether gradients of micro-batches are added up in an fp32 buffer beside the half gradient."""
+        return self.precision == "bf16"
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is multiplied by a dynamic scale before backward."""
+        return self.precision == "fp16"
+
+    def cast(self, model: ModuleT) -> ModuleT:
+        """Bring the model's floating-point parameters and buffers into the compute format, in place."""
+        return model.to(self.compute_dtype)

@@ -1,0 +1,75 @@
+"""What the responder has changed about training so far: the state between a decision and its expiry.
+
+A decision (``stabilitylab.spikes.Decision``) is carried out by the loop; what lasts longer than a step is kept here, saved
+in checkpoints, and applied on top of the schedules:
+
+    learning rate   x rate_factor
+    EGS alpha       min(schedule, alpha)
+    clipping bound  min(configured, clip)
+    data position   jumps ahead by so many batches when a given step is reached
+
+Sources: OPT-175B lowered its rate and clip bound by hand (2205.01068, section 2.5); GLM-130B lowered alpha; PaLM went back
+about 100 steps and skipped 200-500 batches (2204.02311, section 5.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stabilitylab.spikes import Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intervention:
+    """Lasting changes, neutral at first.
+
+    Attributes:
+        rate_factor: on the scheduled learning rate.
+        alpha: upper bound of EGS's alpha; None: the schedule's own.
+        clip: upper bound of the clipping norm; None: the configured one.
+        skips: (step, batches): how many batches are left out before that step.
+    """
+
+    rate_factor: float = 1.0
+    alpha: float | None = None
+    clip: float | None = None
+    skips: tuple[tuple[int, int], ...] = ()
+
+    def after(self, decision: Decision) -> Intervention:
+        """What holds once a decision is carried out."""
+        skips = self.skips
+        if decision.back_to is not None and decision.skip_batches:
+            # Steps at or after the one gone back to are trained anew: their earlier skips were of another history.
+            kept = tuple(skip for skip in skips if skip[0] <= decision.back_to)
+            skips = (*kept, (decision.back_to, decision.skip_batches))
+        bounds = [bound for bound in (self.clip, decision.clip) if bound is not None]
+        return Intervention(
+            rate_factor=self.rate_factor * (decision.rate_factor or 1.0),
+            alpha=self.alpha if decision.alpha is None else decision.alpha,
+            clip=min(bounds, default=None),
+            skips=skips,
+        )
+
+    def skipped_before(self, step: int) -> int:
+        """Batches to leave out before ``step``."""
+        return sum(batches for at, batches in self.skips if at == step)
+
+    def clipping(self, configured: float) -> float:
+        """The bound in force. A configured 0 means no clipping, which a bound of ours replaces."""
+        if self.clip is None:
+            return configured
+        return self.clip if configured == 0 else min(self.clip, configured)
+
+    def shrink(self, scheduled: float) -> float:
+        """EGS's alpha in force."""
+        return scheduled if self.alpha is None else min(self.alpha, scheduled)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Intervention:
+        skips = tuple((int(step), int(batches)) for step, batches in state["skips"])
+        return cls(rate_factor=state["rate_factor"], alpha=state["alpha"], clip=state["clip"], skips=skips)

@@ -1,0 +1,54 @@
+"""A ring of recent states in memory, to go back to when something fires.
+
+Rolling back n steps needs the state of n steps ago. Checkpoints on disk are too far apart, so while a responder is active
+the loop keeps copies of its state every ``every`` steps, the newest ``size`` of them. One copy is the fp32 weights and two
+moments: 12 bytes a parameter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from dataclasses import replace
+
+from glm.train.checkpoint import Checkpoint
+
+
+class StateRing:
+    """The newest states, oldest first.
+
+    Args:
+        every: steps between copies.
+        size: copies kept.
+    """
+
+    def __init__(self, *, every: int, size: int) -> None:
+        self.every = every
+        self._states: deque[Checkpoint] = deque(maxlen=size)
+
+    @classmethod
+    def covering(cls, steps: int) -> StateRing:
+        """A ring that reaches back at least ``steps``, with about ten states."""
+        every = max(1, steps // 8)
+        return cls(every=every, size=steps // every + 2)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state before ``step`` is one to keep."""
+        return step % self.every == 0 and not (self._states and self._states[-1].step == step)
+
+    def keep(self, state: Checkpoint) -> None:
+        """Copy a live state into the ring."""
+        self._states.append(
+            replace(
+                state,
+                model={name: tensor.detach().clone() for name, tensor in state.model.items()},
+                optimizer={name: tensor.detach().clone() for name, tensor in state.optimizer.items()},
+                state=copy.deepcopy(dict(state.state)),
+            )
+        )
+
+    def take_back(self, step: int) -> Checkpoint | None:
+        """The newest state at or before ``step``, or the oldest there is; newer ones are dropped. None: there is none."""
+        while len(self._states) > 1 and self._states[-1].step > step:
+            self._states.pop()
+        return self._states[-1] if self._states else None
