@@ -19,23 +19,31 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.probes.base import Readings
+from stabilitylab.probes.base import Finish, Readings
 from stabilitylab.sinks.base import Sink
+from stabilitylab.statistics.transfer import Host
 from stabilitylab.telemetry import Event, Key, RunFolder, Samples
 
-LIMIT = 16_000_000
+LIMIT = 10_000
 _log = logging.getLogger("stabilitylab")
 
 
 @dataclass
 class Flush:
-    """What is posted: the readings of some steps, and events."""
+    """What is posted: readings of some steps, numbers that are yet to be made into readings, and events."""
 
     readings: list[tuple[int, Readings]] = field(default_factory=list)
+    unfinished: list[tuple[int, Host, Sequence[Finish]]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
-    def __len__(self) -> int:
-        return sum(len(readings.values) for _, readings in self.readings)
+    def finish(self) -> None:
+        """Make readings of everything."""
+        for step, host, finishes in self.unfinished:
+            for finish in finishes:
+                readings = finish(host)
+                self.readings.append((step, readings))
+                self.events += [Event(step=step, kind=kind, data=data) for kind, data in readings.events]
+        self.unfinished = []
 
 
 class EventLog:
@@ -94,7 +102,8 @@ class Delivery:
         self._lost: dict[int, int] = {}
         self._reports: list[Event] = []
         self._numbering = _Numbering()
-        self._queue: queue.SimpleQueue[Flush | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Flush, int] | threading.Event | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self._waiting = 0
         self._dropped = 0
         self._step = 0
@@ -104,18 +113,17 @@ class Delivery:
 
     def post(self, flush: Flush) -> None:
         """Hand over a flush; returns at once."""
-        size = len(flush)
-        if self._waiting + size > LIMIT:
-            self._dropped += size
-            flush.readings = []
-            size = 0
+        steps = len(flush.readings) + len(flush.unfinished)
+        if self._waiting + steps > LIMIT:
+            self._dropped += steps
+            flush.readings, flush.unfinished, steps = [], [], 0
         elif self._dropped:
-            step = flush.readings[0][0] if flush.readings else 0
-            lost = {"sink": "all", "values": self._dropped, "reason": "the sinks fell behind"}
-            flush.events.append(Event(step=step, kind="telemetry-lost", data=lost))
+            lost = {"sink": "all", "steps": self._dropped, "reason": "the sinks fell behind"}
+            flush.events.append(Event(step=self._step, kind="telemetry-lost", data=lost))
             self._dropped = 0
-        self._waiting += size
-        self._queue.put(flush)
+        with self._lock:
+            self._waiting += steps
+        self._queue.put((flush, steps))
 
     def wait(self) -> None:
         """Return when everything posted so far has been written."""
@@ -139,16 +147,21 @@ class Delivery:
             if isinstance(item, threading.Event):
                 item.set()
                 continue
+            flush, steps = item
             try:
-                self._deliver(item)
-            finally:
-                self._waiting -= len(item)
+                flush.finish()
+                self._deliver(flush)
+            except Exception:
+                # A defect of ours: the run must not lose its thread over it, nor hide it.
+                _log.exception("telemetry lost: a flush could not be prepared")
+            with self._lock:
+                self._waiting -= steps
         self._end()
 
     def _deliver(self, flush: Flush) -> None:
         samples = self._numbering.samples(flush.readings)
         events = [*flush.events, *self._reports]
-        self._reports.clear()
+        self._reports = []
         self._step = max([self._step, *samples.step[-1:].tolist(), *(event.step for event in events)])
         for i, sink in enumerate(self._sinks):
             try:
@@ -158,9 +171,7 @@ class Delivery:
             else:
                 if self._lost.get(i):
                     self._report_total(i, sink)
-        if self._reports and not flush.readings:
-            return
-        if self._reports:
+        if self._reports and (len(samples) or flush.events):
             self._deliver(Flush())
 
     def _report_failure(self, i: int, sink: Sink, values: int, error: Exception) -> None:

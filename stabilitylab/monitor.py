@@ -16,9 +16,12 @@ that the hooks of an unmeasured step need not exist.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -26,17 +29,25 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
 
 from stabilitylab.delivery import Delivery, EventLog, Flush
 from stabilitylab.errors import InputError
+from stabilitylab.probes.activation_gradients import ActivationGradientProbe
 from stabilitylab.probes.activations import ActivationProbe
 from stabilitylab.probes.attention import AttentionProbe
-from stabilitylab.probes.base import Context, Probe, Readings
+from stabilitylab.probes.base import Context, Finish, Probe, Readings
+from stabilitylab.probes.embedding_rows import EmbeddingRowProbe
 from stabilitylab.probes.gradients import GradientProbe
+from stabilitylab.probes.precision import PrecisionProbe
+from stabilitylab.probes.updates import UpdateProbe
 from stabilitylab.schedule import Schedule
 from stabilitylab.sinks.base import Sink
 from stabilitylab.statistics.buffer import Buffer
+from stabilitylab.statistics.transfer import Host, Slots, Transfer
 from stabilitylab.telemetry import RUN_SITE, Event, Key, RunFolder
+
+_log = logging.getLogger("stabilitylab")
 
 # What `step` may be given under a name of its own; everything else becomes train/-/<name>.
 _FAMILY = {"loss_scale": "precision"}
@@ -59,6 +70,34 @@ class Detector(Protocol):
         """Take back what ``state_dict`` gave."""
 
 
+@dataclass(slots=True)
+class _Ended:
+    """A step that is over and whose numbers are perhaps still on their way."""
+
+    step: int
+    numbers: dict[str, float | Tensor]
+    # Names of the numbers that are on an accelerator, in the order of the transfer's ``others``.
+    distant: tuple[str, ...]
+    transfer: Transfer | None
+    finishes: list[Finish]
+    gradient_norm: Callable[[Host], float] | None
+
+
+def all_probes() -> list[Probe]:
+    """Everything there is to measure."""
+    gradients, activations = GradientProbe(), ActivationProbe()
+    activation_gradients = ActivationGradientProbe()
+    return [
+        gradients,
+        EmbeddingRowProbe(),
+        activations,
+        activation_gradients,
+        AttentionProbe(),
+        UpdateProbe(),
+        PrecisionProbe(activations, activation_gradients, gradients),
+    ]
+
+
 class Monitor:
     """Watches a model during training.
 
@@ -70,7 +109,7 @@ class Monitor:
             that the caller has claimed. None: only ``sinks``.
         every: measure each n-th step; 0: only the step's own values. ``schedule`` says more.
         gradients_every: another cadence for the gradients.
-        probes: what to measure; by default gradients, activations and attention.
+        probes: what to measure; by default ``all_probes()``.
         schedule: a ``Schedule`` instead of ``every``.
         sinks: further sinks, or the only ones without ``out``.
         sites: one glob or several over module and parameter paths.
@@ -79,6 +118,7 @@ class Monitor:
             half-precision model): their ``.grad`` is read.
         tensorboard: with ``out``: whether to write TensorBoard files beside the Parquet ones.
         flush_every: hand over to the sinks after so many steps; events are handed over at once.
+        scaler: torch's loss scaler, if one is used: numbers are recorded without its factor.
     """
 
     def __init__(
@@ -97,6 +137,7 @@ class Monitor:
         parameters: Mapping[str, Tensor] | None = None,
         tensorboard: bool = True,
         flush_every: int = 10,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         model = _unwrapped(model)
         own = {} if gradients_every is None else {"gradients": gradients_every}
@@ -113,18 +154,25 @@ class Monitor:
             patterns=(sites,) if isinstance(sites, str) else tuple(sites),
         )
         if probes is None:
-            probes = [GradientProbe(), ActivationProbe(), AttentionProbe()]
+            probes = all_probes()
         self._probes = tuple(probes)
+        self._gradients = next((p for p in self._probes if isinstance(p, GradientProbe)), None)
+        self._failed: set[str] = set()
+        self._context.failed = self._probe_failed
         for probe in self._probes:
             probe.attach(self._context)
+        self._scaler = scaler
+        self._scale_slots: Slots | None = None
         self._handles = []
         if optimizer is not None:
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._optimizer_steps()))
         self._flush_every = flush_every
         self._flush = Flush()
         self._keys: dict[tuple[str, ...], tuple[Key, ...]] = {}
+        self._pending: deque[_Ended] = deque()
         self._alarm: int | None = None
         self._last: int | None = None
+        self._next: int | None = None
         self._armed: list[Probe] = []
         self._taken = False
         self._closed = False
@@ -155,14 +203,15 @@ class Monitor:
     def start_step(self, step: int) -> None:
         """Optional: name the step that begins, where it is not the last one plus one (a resumed run's
         first)."""
-        self._arm(step)
+        if step != self._next:
+            self._arm(step)
 
     def gradients_ready(
         self,
         *,
         gradients: Mapping[str, Tensor] | None = None,
         norms: Mapping[str, Tensor | float] | None = None,
-        scale: float = 1.0,
+        scale: float | Slots = 1.0,
     ) -> None:
         """Gradients are reduced, not yet clipped: read them now.
 
@@ -179,7 +228,7 @@ class Monitor:
         if gradients is None:
             gradients = {n: p.grad for n, p in self._context.parameters.items() if p.grad is not None}
         for probe in self._armed:
-            probe.gradients(gradients, norms or {}, scale)
+            self._context.guarded(probe.name, probe.gradients)(gradients, norms or {}, scale)
 
     def step(self, step: int, **values: float | Tensor | None) -> list[Event]:
         """The step is over: collect what was seen, judge it, hand it on.
@@ -193,34 +242,38 @@ class Monitor:
                 is left out.
 
         Returns:
-            What the detector has to say about this step.
+            What the detector has to say about this step; on an accelerator, about the steps whose numbers
+            have arrived.
         """
         if self._last is not None and step <= self._last:
             self.event(
                 Event(step=step, kind="rewind", data={"reason": f"step {step} came after {self._last}"})
             )
         if not self._taken:
-            self.gradients_ready()
-        numbers = {name: _number(value) for name, value in values.items() if value is not None}
-        self._collect(step, numbers)
-        names = tuple(numbers)
-        keys = self._keys.get(names)
-        if keys is None:
-            keys = self._keys[names] = tuple(_key(name) for name in names)
-        self._flush.readings.append(
-            (step, Readings(keys, np.array(list(numbers.values()), dtype=np.float64)))
-        )
+            self._read_late()
+        numbers = {name: value for name, value in values.items() if value is not None}
+        if isinstance(scale := numbers.get("loss_scale"), (int, float)):
+            self._context.loss_scale = float(scale)
+        collected = [self._context.guarded(probe.name, probe.collect)() for probe in self._armed]
+        finishes = [finish for finish in collected if finish is not None]
+        distant = {n: v for n, v in numbers.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
+        transfer = None
+        if finishes:
+            transfer = self._buffer.fetch(*distant.values())
+        elif distant:
+            transfer = Transfer({}, list(distant.values()))
+        norm = self._gradients.norm_reader() if self._gradients is not None else None
+        self._pending.append(_Ended(step, numbers, tuple(distant), transfer, finishes, norm))
         self._last = step
-        events = self._judge(step, keys, numbers)
-        if events or len(self._flush.readings) >= self._flush_every:
-            self._post()
+        found = self._settle()
         self._arm(step + 1)
-        return events
+        return found
 
     def event(self, event: Event) -> None:
         """Record something that happened: a checkpoint, a response, a rewind."""
         if event.kind == "rewind":
             # What was measured before belongs to the old history: it must reach the sinks first.
+            self._settle(wait=True)
             self._post()
             self._last = event.step - 1
         self._flush.events.append(event)
@@ -249,6 +302,7 @@ class Monitor:
 
     def flush(self) -> None:
         """Write everything recorded so far; returns when the sinks have it."""
+        self._settle(wait=True)
         self._post()
         self._delivery.wait()
 
@@ -261,6 +315,7 @@ class Monitor:
             probe.detach()
         for handle in self._handles:
             handle.remove()
+        self._settle(wait=True)
         if self._detector is not None:
             self._flush.events += self._detector.finish()
         self._post()
@@ -281,26 +336,101 @@ class Monitor:
 
     def _arm(self, step: int, first: bool = False) -> None:
         # The very first step is measured whatever its number: nobody has said yet which one it is.
-        self._armed = [p for p in self._probes if first or self._schedule.due(p.name, step, self._alarm)]
+        self._armed = [
+            probe
+            for probe in self._probes
+            if probe.name not in self._failed
+            and self._schedule.due(probe.name, 0 if first else step, self._alarm)
+        ]
         for probe in self._probes:
             probe.arm(probe in self._armed)
         self._buffer.advance()
         self._taken = False
+        self._next = step
+        self._context.loss_scale = self._current_scale() if self._armed else 1.0
+
+    def _current_scale(self) -> float | Slots:
+        """The loss scale of the backward pass to come: GradScaler changes it at the end of a step only."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return 1.0
+        scale = self._scaler._scale
+        if scale is None:
+            return float(self._scaler._init_scale)
+        if scale.device.type == "cpu":
+            return float(scale)
+        if self._scale_slots is None:
+            self._scale_slots = self._buffer.reserve("replicated", 1, scale.device)
+        self._buffer.put(self._scale_slots, scale.double())
+        return self._scale_slots
+
+    def _scaled(self) -> bool:
+        """Whether GradScaler's factor is still in the gradients."""
+        if self._scaler is None or self._context.optimizer is None or not self._scaler.is_enabled():
+            return False
+        state = self._scaler._per_optimizer_states[id(self._context.optimizer)]
+        return bool(state["stage"] is OptState.READY)
 
     def _optimizer_steps(self) -> None:
         if not self._taken:
             self.gradients_ready()
 
-    def _collect(self, step: int, numbers: dict[str, float]) -> None:
-        if not self._armed:
-            return
-        self._buffer.fetch()
-        for probe in self._armed:
-            readings = probe.read()
-            if len(readings.values):
-                self._flush.readings.append((step, readings))
-            if isinstance(probe, GradientProbe) and "gradient_norm" not in numbers and len(readings.values):
-                numbers["gradient_norm"] = probe.global_norm
+    def _read_late(self) -> None:
+        """Nobody announced the gradients and the optimizer made no step: read what is there, already
+        unscaled."""
+        scaler, self._scaler = self._scaler, None
+        try:
+            self.gradients_ready()
+        finally:
+            self._scaler = scaler
+
+    def _probe_failed(self, name: str, error: Exception) -> None:
+        """A probe could not do its work: it is left out from the next step on, and training goes on."""
+        if os.environ.get("STABILITYLAB_STRICT") == "1":
+            raise error
+        if name not in self._failed:
+            self._failed.add(name)
+            reason = f"{type(error).__name__}: {error}"
+            _log.warning(
+                "telemetry lost: the probe %s failed (%s); training goes on without it", name, reason
+            )
+            lost = Event(step=self._next or 0, kind="telemetry-lost", data={"probe": name, "reason": reason})
+            self._flush.events.append(lost)
+
+    def _settle(self, *, wait: bool = False) -> list[Event]:
+        """Take the ended steps whose numbers have arrived, in order: judge them and put them into the
+        flush."""
+        found: list[Event] = []
+        while self._pending:
+            ended = self._pending[0]
+            if ended.transfer is not None:
+                if wait:
+                    ended.transfer.wait()
+                elif not ended.transfer.ready():
+                    break
+            self._pending.popleft()
+            found += self._take(ended)
+        if found or len(self._flush.readings) >= self._flush_every:
+            self._post()
+        return found
+
+    def _take(self, ended: _Ended) -> list[Event]:
+        arrived = ended.transfer.others() if ended.transfer is not None else []
+        distant = dict(zip(ended.distant, arrived, strict=True))
+        numbers = {name: _number(distant.get(name, value)) for name, value in ended.numbers.items()}
+        if ended.finishes and ended.transfer is not None:
+            host = ended.transfer.host()
+            self._flush.unfinished.append((ended.step, host, ended.finishes))
+            if "gradient_norm" not in numbers and ended.gradient_norm is not None:
+                numbers["gradient_norm"] = ended.gradient_norm(host)
+        if "skipped" in numbers:
+            numbers[f"precision/{RUN_SITE}/skipped"] = numbers["skipped"]
+        names = tuple(numbers)
+        keys = self._keys.get(names)
+        if keys is None:
+            keys = self._keys[names] = tuple(_key(name) for name in names)
+        values = np.array(list(numbers.values()), dtype=np.float64)
+        self._flush.readings.append((ended.step, Readings(keys, values)))
+        return self._judge(ended.step, keys, numbers)
 
     def _judge(self, step: int, keys: Sequence[Key], numbers: Mapping[str, float]) -> list[Event]:
         if self._detector is None:
@@ -314,7 +444,7 @@ class Monitor:
         return events
 
     def _post(self) -> None:
-        if self._flush.readings or self._flush.events:
+        if self._flush.readings or self._flush.events or self._flush.unfinished:
             self._delivery.post(self._flush)
             self._flush = Flush()
 

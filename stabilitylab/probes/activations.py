@@ -3,10 +3,10 @@
 Seen through forward hooks that exist only while a step is measured. A site is a module's output under the
 module's path, or the input of a linear or norm layer under ``<path>:input``. Where a module returns several
 tensors the first floating-point one counts. The same tensor met again (a norm's output is the next layer's
-input) is summarised once and reported under both names.
+input) is summarised once and reported under both names. The last dimension is taken for the channels.
 
 Counted are forward passes in training mode or with gradients on; the second forward pass of activation
-recomputation runs inside the backward pass and is left out. Micro-batches of one step merge.
+recomputation runs inside the backward pass and is left out. Micro-batches of one step combine.
 
 Family ``activation``, site = module path or ``<path>:input``:
 
@@ -16,50 +16,83 @@ Family ``activation``, site = module path or ``<path>:input``:
 | rms | root mean square | activation | definition |
 | mean | arithmetic mean | activation | definition |
 | kurtosis | m4 / m2^2 over all elements (Gaussian: 3) | 1 | Pearson; Bondarenko et al., arXiv:2306.12929 |
+| channel_kurtosis | mean(s^4)/mean(s^2)^2 over channels, s = RMS of a channel | 1 | He et al., arXiv:2405.19279 |
+| channel_max_over_median | largest channel maximum / median channel maximum | 1 | SmoothQuant, arXiv:2211.10438 |
+| quantile_1e-3 | magnitude that one element in 1e3 exceeds, to a histogram bin (12.5 %) | activation | tails.py |
+| quantile_1e-4 | the same of one in 1e4 | activation | tails.py |
+| quantile_1e-5 | the same of one in 1e5 | activation | tails.py |
+| quantile_1e-6 | the same of one in 1e6 (the maximum, where there are fewer elements) | activation | tails.py |
 | outlier_fraction | share of elements with abs(x) >= 6 | 1 | LLM.int8(), arXiv:2208.07339, section 3.1 |
+| outlier_6rms_fraction | share with abs(x) >= 6 RMS of its micro-batch | 1 | Bondarenko et al., arXiv:2109.12948 |
+| massive_fraction | share with abs(x) > 100 and >= 1,000 medians (of a 2,048 sample) | 1 | arXiv:2402.17762 |
 | fp16_headroom_bits | log2(65504 / absmax) | bit | formats.py |
+| fp8_e4m3_headroom_bits | log2(448 / absmax) | bit | formats.py |
+| fp8_e5m2_headroom_bits | log2(57344 / absmax) | bit | formats.py |
+| fp16_underflow_fraction | share of nonzero elements that fp16 rounds to 0: abs(x) <= 2^-25 | 1 | formats.py |
+| fp8_underflow_fraction | share of nonzero elements that E4M3 rounds to 0, unscaled: abs(x) <= 2^-10 | 1 | formats.py |
+| zero_fraction | share of elements equal to 0 | 1 | definition |
 | nonfinite_fraction | share of NaN and infinite elements | 1 | IEEE 754-2019, 3.4 |
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.probes.base import NOTHING, Context, Readings
-from stabilitylab.probes.sites import blocks, is_linear, is_norm, tensor_in
-from stabilitylab.statistics import moments
-from stabilitylab.statistics.buffer import Block
-from stabilitylab.statistics.formats import headroom_bits
-from stabilitylab.statistics.summary import COLUMN, FIELDS, SUMS, summarise
-from stabilitylab.telemetry import Key
+from stabilitylab.probes.base import Context, Finish, KeyTable, Readings
+from stabilitylab.probes.sites import counts, tensor_in, watched
+from stabilitylab.statistics import formats, moments
+from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary
+from stabilitylab.statistics.tails import channel_kurtosis, max_over_median, tail_quantiles
+from stabilitylab.statistics.transfer import Host, Slots
 
 STATISTICS = (
     "absmax",
     "rms",
     "mean",
     "kurtosis",
+    "channel_kurtosis",
+    "channel_max_over_median",
+    "quantile_1e-3",
+    "quantile_1e-4",
+    "quantile_1e-5",
+    "quantile_1e-6",
     "outlier_fraction",
+    "outlier_6rms_fraction",
+    "massive_fraction",
     "fp16_headroom_bits",
+    "fp8_e4m3_headroom_bits",
+    "fp8_e5m2_headroom_bits",
+    "fp16_underflow_fraction",
+    "fp8_underflow_fraction",
+    "zero_fraction",
     "nonfinite_fraction",
 )
 
 
-class _Site:
-    """One tensor in the forward pass, and where its summary lies."""
+class Site:
+    """One tensor in the forward pass, its summary, and the site whose summary it shares if it is the same
+    tensor.
 
-    __slots__ = ("alias", "block", "fixed", "path", "stamp")
+    ``alias`` holds for a step: it is found in the step's first forward pass, and a later micro-batch that
+    contradicts it voids the site for the step (``broken``), for then its first part was never summarised by
+    itself; from the next step on the site keeps a summary of its own.
+    """
 
-    def __init__(self, path: str) -> None:
+    __slots__ = ("alias", "broken", "own_only", "path", "stamp", "summary")
+
+    def __init__(self, path: str, summary: Summary) -> None:
         self.path = path
-        self.block: Block | None = None
-        self.alias: _Site | None = None
+        self.summary = summary
+        self.alias: Site | None = None
         self.stamp = -1
+        self.broken = False
+        self.own_only = False
 
 
 class ActivationProbe:
@@ -69,101 +102,145 @@ class ActivationProbe:
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        self._sites: list[_Site] = []
-        self._hooked: list[tuple[nn.Module, _Site | None, _Site | None]] = []
-        self._keys: dict[tuple[str, ...], tuple[Key, ...]] = {}
+        self._sites: list[Site] = []
+        self._hooked: list[tuple[nn.Module, Site | None, Site | None]] = []
+        self._keys = KeyTable("activation", STATISTICS)
         # The tensors summarised in this step, by id, so that the same one is not summarised twice.
-        self._known: dict[int, tuple[weakref.ref[Tensor], int, _Site]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Site]] = {}
+        # The summaries of this step in the order in which the forward pass came to them.
+        self.order: list[tuple[str, Summary]] = []
 
     def attach(self, context: Context) -> None:
         """Choose the sites; a module shared under several names is watched under the first."""
         self._context = context
-        main_branch = {id(block): path for path, block in blocks(context.model).items()}
-        for path, module in context.model.named_modules():
-            layer = is_linear(module) or is_norm(module)
-            inside = _Site(f"{path}:input") if layer and context.wanted(f"{path}:input") else None
-            out = _Site(path) if (layer or id(module) in main_branch) and context.wanted(path) else None
+        for path, module, layer in watched(context.model):
+            inside = self._site(f"{path}:input") if layer and context.wanted(f"{path}:input") else None
+            out = self._site(path) if context.wanted(path) else None
             if inside is not None or out is not None:
                 self._hooked.append((module, inside, out))
-                self._sites += [site for site in (inside, out) if site is not None]
+
+    def _site(self, path: str) -> Site:
+        self._sites.append(Site(path, Summary(self._context.buffer, full=True)))
+        return self._sites[-1]
 
     def arm(self, measured: bool) -> None:
         """Put the hooks in place, or take them away."""
         self._known.clear()
+        self.order = []
         if measured == bool(self._handles):
             return
         if not measured:
             self.detach()
             return
         for module, inside, out in self._hooked:
-            self._handles.append(module.register_forward_hook(self._hook(inside, out), with_kwargs=True))
+            hook = self._context.guarded(self.name, self._hook(inside, out))
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    def _hook(self, inside: _Site | None, out: _Site | None) -> Any:
+    def _hook(self, inside: Site | None, out: Site | None) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if torch._C._current_graph_task_id() != -1 or not (module.training or torch.is_grad_enabled()):
+            if not counts(module):
                 return
-            if inside is not None:
-                self._observe(inside, tensor_in(args) if args else tensor_in(kwargs))
-            if out is not None:
-                self._observe(out, tensor_in(output))
+            # Whatever mode the user or another probe has set is not meant for what we do here.
+            with torch._C.DisableTorchFunction():
+                if inside is not None:
+                    x = tensor_in(args) if args else tensor_in(kwargs)
+                    if x is not None:
+                        self._observe(inside, x)
+                if out is not None:
+                    x = tensor_in(output)
+                    if x is not None:
+                        self._observe(out, x)
 
         return hook
 
-    def _observe(self, site: _Site, x: Tensor | None) -> None:
-        if x is None:
-            return
+    def _observe(self, site: Site, x: Tensor) -> None:
+        stamp = self._context.buffer.stamp
         known = self._known.get(id(x))
-        if known is not None and known[0]() is x and known[1] == x._version:
-            site.alias = known[2]
+        same = known[2] if known is not None and known[0]() is x and known[1] == x._version else None
+        if site.stamp != stamp:
+            site.stamp, site.broken = stamp, False
+            site.alias = None if site.own_only or same is site else same
+        elif site.alias is not None and site.alias is not same:
+            site.broken = site.own_only = True
+        if site.alias is not None:
             return
-        buffer = self._context.buffer
-        if site.block is None or site.block.device != x.device:
-            site.block = buffer.reserve(len(FIELDS), len(SUMS), x.device)
-        site.alias = None
-        buffer.put(site.block, summarise(x))
+        if not site.summary.seen:
+            self.order.append((site.path, site.summary))
+        site.summary.add(x)
         self._known[id(x)] = (weakref.ref(x), x._version, site)
 
+    def collect(self) -> Finish | None:
+        """The table's statistics of every site that the step's forward passes reached."""
+        stamp = self._context.buffer.stamp
+        seen = [
+            (site.path, (site.alias or site).summary)
+            for site in self._sites
+            if site.stamp == stamp and not site.broken
+        ]
+        if not seen:
+            return None
+        paths = tuple(path for path, _ in seen)
+        # Each summary is finished once, however many sites share it.
+        position = {id(summary): i for i, summary in enumerate({id(s): s for _, s in seen}.values())}
+        index = [position[id(summary)] for _, summary in seen]
+        slots = [(s.row, s.bits, s.squares, s.tail) for s in {id(s): s for _, s in seen}.values()]
+
+        def finish(host: Host) -> Readings:
+            return Readings(self._keys.keys(paths), statistics(host, slots)[index].ravel())
+
+        return finish
+
     def gradients(
-        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float
+        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
         """Not this probe's business."""
-
-    def read(self) -> Readings:
-        """The table's statistics of every site that the step's forward passes reached."""
-        buffer = self._context.buffer
-        rows, paths = [], []
-        for site in self._sites:
-            block = (site.alias or site).block
-            if block is not None and buffer.seen(block):
-                rows.append(buffer.host(block))
-                paths.append(site.path)
-        if not rows:
-            return NOTHING
-        table = np.stack(rows)
-        column = {field: table[:, i] for field, i in COLUMN.items()}
-        count = column["count"]
-        absmax = np.maximum(column["maximum"], column["negative"])
-        values = np.stack(
-            [
-                absmax,
-                moments.rms(count, column["s2"]),
-                moments.mean(count, column["s1"]),
-                moments.kurtosis(count, column["s1"], column["s2"], column["s3"], column["s4"]),
-                column["over_6"] / count,
-                headroom_bits(absmax),
-                column["nonfinite"] / count,
-            ],
-            axis=1,
-        )
-        names = tuple(paths)
-        keys = self._keys.get(names)
-        if keys is None:
-            keys = tuple(Key("activation", path, statistic) for path in names for statistic in STATISTICS)
-            self._keys = {names: keys}
-        return Readings(keys, values.ravel())
 
     def detach(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def statistics(host: Host, slots: Sequence[tuple[Slots | None, ...]]) -> moments.Array:
+    """The table's statistics, [summaries, STATISTICS].
+
+    Args:
+        host: the step's numbers.
+        slots: row, bits, squares and tail of each summary; bits and squares may be None.
+    """
+    rows = np.array([host[row] for row, *_ in slots if row is not None]).reshape(len(slots), len(FIELDS))
+    column = {field: rows[:, i] for field, i in COLUMN.items()}
+    count, absmax = column["count"], column["absmax"]
+    tail = np.array([host[tail] for *_, tail in slots if tail is not None])
+    spread = np.full((len(slots), 2), np.nan)
+    widths: dict[int, list[int]] = {}
+    for i, (_, bits, squares, _) in enumerate(slots):
+        if bits is not None and squares is not None:
+            widths.setdefault(bits.length, []).append(i)
+    for of_width in widths.values():
+        bits_SC = np.array([host[b] for b in (slots[i][1] for i in of_width) if b is not None])
+        square_SC = np.array([host[s] for s in (slots[i][2] for i in of_width) if s is not None])
+        spread[of_width, 0] = channel_kurtosis(square_SC.astype(np.float64))
+        spread[of_width, 1] = max_over_median(bits_SC.view(np.float32).astype(np.float64))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.column_stack(
+            [
+                absmax,
+                moments.rms(count, column["s2"]),
+                moments.mean(count, column["s1"]),
+                moments.kurtosis(count, *(column[f"s{k}"] for k in (1, 2, 3, 4))),
+                spread,
+                tail_quantiles(tail, count, absmax, column["tail_from"]),
+                column["over_6"] / count,
+                column["over_6rms"] / count,
+                column["massive"] / count,
+                formats.headroom_bits(absmax, formats.FP16_MAX),
+                formats.headroom_bits(absmax, formats.FP8_E4M3_MAX),
+                formats.headroom_bits(absmax, formats.FP8_E5M2_MAX),
+                column["fp16_lost"] / (count - column["zero"]),
+                column["fp8_lost"] / (count - column["zero"]),
+                column["zero"] / count,
+                column["nonfinite"] / count,
+            ]
+        )

@@ -1,29 +1,30 @@
 """Attention scores, per head, whether they are materialised or never leave a fused kernel.
 
-*Materialised*: a module whose output is the score tensor [B, H, T, T] before the softmax (by default one
-named ``scores``); masked entries are -inf or the format's minimum and do not count.
-
 *Fused*: the kernel behind ``scaled_dot_product_attention`` returns the log-sum-exp of every row, since its
-backward pass needs it, and
+backward pass needs it. It is read off the kernel's own return value in any model that calls the function: the
+same kernel runs, its result is untouched, and no second product Q K' is formed; see ``statistics.scores`` for
+what follows from it. Where PyTorch falls back to its unfused path, the scores pass through a softmax there
+and are taken from it exactly.
 
-    row maximum <= log-sum-exp <= row maximum + log(keys in the row)
-
-so the largest one bounds the largest score from above, with a slack of at most log n. It is read off the
-kernel's own return value: the same kernel runs, and no second product Q K' is formed. Where PyTorch falls
-back to its unfused path, the scores pass through a softmax there and are taken from it exactly.
+*Materialised*: a module whose output is the score tensor [B, H, T, S] before the softmax, by default one
+named ``scores``; its parent is the site.
 
 Family ``attention``, site = the attention module's path, index = head:
 
 | statistic | meaning | unit | source |
 | --- | --- | --- | --- |
-| score_max | largest score; under a fused kernel the largest row log-sum-exp | score | see above |
-| fp16_headroom_bits | log2(65504 / abs(score_max)) | bit | formats.py |
-"""
+| score_max | largest score; fused: never understated, by at most log S too large | score | scores.py |
+| score_max_sampled | exact maximum of the rows looked at: equal to score_max where that is exact | score | scores.py |
+| score_min | smallest unmasked score; fused: of the sampled rows | score | scores.py |
+| entropy | mean entropy of the attention weights of sampled rows | nat | Zhai et al., arXiv:2303.06296 |
+| fp16_headroom_bits | log2(65504 / max(abs(score_max), abs(score_min))) | bit | formats.py |
+"""  # noqa: E501
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from types import FrameType
 from typing import Any
 
@@ -33,28 +34,26 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stabilitylab.probes.base import NOTHING, Context, Readings
-from stabilitylab.probes.sites import blocks
-from stabilitylab.statistics.buffer import Block
+from stabilitylab.probes.base import Context, Finish, Readings
+from stabilitylab.probes.sites import blocks, counts
 from stabilitylab.statistics.formats import headroom_bits
+from stabilitylab.statistics.scores import Scores, fused, materialised
+from stabilitylab.statistics.transfer import Host, Slots
 from stabilitylab.telemetry import Key
 
-STATISTICS = ("score_max", "fp16_headroom_bits")
+STATISTICS = ("score_max", "score_max_sampled", "score_min", "entropy", "fp16_headroom_bits")
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _aten = torch.ops.aten
-_FUSED = {
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-}
-_SOFTMAX = {_aten._safe_softmax.default, _aten._softmax.default}
-
-
-def unmasked_max(scores_BHTS: Tensor) -> Tensor:
-    """Largest score of each head, [H]: masked entries, being the smallest numbers there are, cannot win."""
-    return scores_BHTS.amax(dim=(0, 2, 3))
+_FUSED = frozenset(
+    {
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+_SOFTMAX = frozenset({_aten._safe_softmax.default, _aten._softmax.default})
 
 
 class _Kernel(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -62,34 +61,32 @@ class _Kernel(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.score_max_H: Tensor | None = None
+        self.lse: Tensor | None = None
+        self.scores: Tensor | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _FUSED:
-            lse_BHT = result[1]
-            if lse_BHT.dim() == 3 and lse_BHT.numel():
-                heads = args[0].shape[1]
-                self.score_max_H = lse_BHT[:, :heads, : args[0].shape[2]].amax(dim=(0, 2))
+            self.lse = result[1]
         elif func in _SOFTMAX and args[0].dim() == 4:
-            self.score_max_H = unmasked_max(args[0])
+            self.scores = args[0]
         return result
 
 
 class _Calls(TorchFunctionMode):
     """Sees every call of scaled_dot_product_attention while the model's forward pass runs."""
 
-    def __init__(self, probe: AttentionProbe) -> None:
+    def __init__(self, saw: Callable[..., None]) -> None:
         super().__init__()
-        self._probe = probe
+        self._saw = saw
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _SDPA:
             return func(*args, **(kwargs or {}))
         with _Kernel() as kernel:
             result = func(*args, **(kwargs or {}))
-        if kernel.score_max_H is not None and torch._C._current_graph_task_id() == -1:
-            self._probe.record(self._probe.caller(), kernel.score_max_H)
+        with torch.no_grad():
+            self._saw(kernel, *args, **(kwargs or {}))
         return result
 
 
@@ -97,15 +94,15 @@ class AttentionProbe:
     """Score statistics per head; see the module's docstring.
 
     Args:
-        scores: the last part of the path of modules whose output is a materialised score tensor.
+        scores: glob over paths of modules whose output is a materialised score tensor.
     """
 
     name = "attention"
 
-    def __init__(self, scores: str = "scores") -> None:
+    def __init__(self, scores: str = "*.scores") -> None:
         self._scores = scores
         self._handles: list[Any] = []
-        self._blocks: dict[str, Block] = {}
+        self._slots: dict[str, tuple[Slots, Slots]] = {}
         self._keys: dict[tuple[tuple[str, int], ...], tuple[Key, ...]] = {}
         self._mode: _Calls | None = None
         self._depth = 0
@@ -124,24 +121,19 @@ class AttentionProbe:
             return
         model = self._context.model
         for path, module in model.named_modules():
-            if path.rpartition(".")[2] == self._scores and self._context.wanted(path):
-                self._handles.append(
-                    module.register_forward_hook(self._materialised(path.rpartition(".")[0]))
-                )
-        # The model's forward pass may be entered by another method than forward: then its blocks are
-        # the way in.
+            if fnmatchcase(path, self._scores):
+                hook = self._context.guarded(self.name, self._materialised(path.rpartition(".")[0]))
+                self._handles.append(module.register_forward_hook(hook))
+        # The model's forward pass may be entered by another method than forward: then its blocks are the way
+        # in.
         for module in (model, *blocks(model).values()):
             self._handles.append(module.register_forward_pre_hook(self._enter))
             self._handles.append(module.register_forward_hook(self._exit, always_call=True))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._depth += 1
-        if (
-            self._depth == 1
-            and torch._C._current_graph_task_id() == -1
-            and (module.training or torch.is_grad_enabled())
-        ):
-            self._mode = _Calls(self)
+        if self._mode is None and counts(module):
+            self._mode = _Calls(self._context.guarded(self.name, self._fused))
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -156,16 +148,37 @@ class AttentionProbe:
 
     def _materialised(self, path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if torch._C._current_graph_task_id() != -1 or not (module.training or torch.is_grad_enabled()):
-                return
-            if isinstance(output, Tensor) and output.dim() == 4 and output.numel():
-                self.record(path, unmasked_max(output.detach()))
+            if counts(module) and isinstance(output, Tensor) and output.dim() == 4 and output.numel():
+                with torch.no_grad(), torch._C.DisableTorchFunction():
+                    self._record(path, materialised(output))
 
         return hook
 
-    def caller(self) -> str | None:
+    def _fused(
+        self,
+        kernel: _Kernel,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        """Take the ranges of one call; the arguments are those of scaled_dot_product_attention."""
+        path = self._caller()
+        if path is None or query.dim() != 4 or not query.numel() or not key.numel():
+            return
+        if kernel.lse is not None and kernel.lse.numel():
+            lse_BHT = kernel.lse.reshape(*query.shape[:2], -1)
+            self._record(path, fused(lse_BHT, query, key, mask=attn_mask, causal=is_causal, scale=scale))
+        elif kernel.scores is not None:
+            self._record(path, materialised(kernel.scores))
+
+    def _caller(self) -> str | None:
         """The path of the innermost module of the model whose method is running."""
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(4)
         while frame is not None:
             path = self._path.get(id(frame.f_locals.get("self")))
             if path is not None:
@@ -173,45 +186,53 @@ class AttentionProbe:
             frame = frame.f_back
         return None
 
-    def record(self, path: str | None, score_max_H: Tensor) -> None:
-        """Write one call's maxima per head; calls of one module in one step merge."""
-        if path is None or not self._context.wanted(path):
+    def _record(self, path: str, scores: Scores) -> None:
+        """Write one call's ranges; calls of one module in one step combine."""
+        if not self._context.wanted(path):
             return
-        buffer = self._context.buffer
-        block = self._blocks.get(path)
-        if block is None or block.device != score_max_H.device or block.width != len(score_max_H):
-            block = self._blocks[path] = buffer.reserve(len(score_max_H), 0, score_max_H.device)
-        buffer.put(block, score_max_H.double())
+        buffer, H, device = self._context.buffer, len(scores.largest), scores.largest.device
+        slots = self._slots.get(path)
+        if slots is None or slots[0].device != device or slots[0].length != 3 * H:
+            slots = (buffer.reserve("maxima", 3 * H, device), buffer.reserve("sums", H + 1, device))
+            self._slots[path] = slots
+        buffer.put(slots[0], torch.cat([scores.largest, scores.sampled, -scores.smallest]).double())
+        one = torch.ones(1, dtype=torch.float64, device=device)
+        buffer.put(slots[1], torch.cat([scores.entropy.double(), one]))
 
     def gradients(
-        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float
+        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
         """Not this probe's business."""
 
-    def read(self) -> Readings:
+    def collect(self) -> Finish | None:
         """The table's statistics of every attention module that the step's forward passes reached."""
-        buffer = self._context.buffer
-        seen = [(path, block) for path, block in self._blocks.items() if buffer.seen(block)]
+        stamp = self._context.buffer.stamp
+        seen = [(path, *slots) for path, slots in self._slots.items() if slots[0].stamp == stamp]
         if not seen:
-            return NOTHING
-        values = []
-        for _, block in seen:
-            score_max_H = buffer.host(block)
-            values += [score_max_H, headroom_bits(np.abs(score_max_H))]
-        shape = tuple((path, block.width) for path, block in seen)
-        keys = self._keys.get(shape)
-        if keys is None:
-            keys = tuple(
-                Key("attention", path, statistic, head)
-                for path, heads in shape
-                for statistic in STATISTICS
-                for head in range(heads)
-            )
-            self._keys = {shape: keys}
-        return Readings(keys, np.concatenate(values))
+            return None
+        shape = tuple((path, maxima.length // 3) for path, maxima, _ in seen)
+
+        def finish(host: Host) -> Readings:
+            values = []
+            for _, maxima, sums in seen:
+                largest_H, sampled_H, negated_H = host[maxima].reshape(3, -1)
+                entropy_H = host[sums][:-1] / host[sums][-1]
+                magnitude_H = np.maximum(np.abs(largest_H), np.abs(negated_H))
+                values += [largest_H, sampled_H, -negated_H, entropy_H, headroom_bits(magnitude_H)]
+            if shape not in self._keys:
+                keys = (
+                    Key("attention", path, statistic, head)
+                    for path, heads in shape
+                    for statistic in STATISTICS
+                    for head in range(heads)
+                )
+                self._keys = {shape: tuple(keys)}
+            return Readings(self._keys[shape], np.concatenate(values))
+
+        return finish
 
     def detach(self) -> None:
-        """Remove the hooks and leave every mode."""
+        """Remove the hooks and leave the mode."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

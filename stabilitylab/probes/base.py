@@ -7,7 +7,8 @@ The life of a probe under the monitor:
         arm(measured)                    before the forward pass: whether this step is measured
         ... hooks write to the buffer ...
         gradients(...)                   once: gradients are reduced and unscaled, not yet clipped
-        read() -> readings               after the optimizer's step and the buffer's transfer
+        finish = collect()               after the optimizer's step: what was seen, still on the device
+        finish(host) -> readings         later, when the buffer's numbers are on the host, in another thread
     detach()                             every handle is removed
 
 Nothing a probe does may change what the model computes: no random numbers, no in-place change, no other
@@ -16,10 +17,10 @@ kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stabilitylab.statistics.buffer import Buffer
+from stabilitylab.statistics.transfer import Host, Slots
 from stabilitylab.telemetry import Key
 
 
@@ -37,12 +39,37 @@ class Readings:
 
     keys: tuple[Key, ...]
     values: NDArray[np.float64]
+    # What deserves an event of its own: kind and data.
+    events: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
-NOTHING = Readings((), np.empty(0))
+# Turns a step's numbers on the host into readings. Runs in the delivery thread: it must not touch the probe's
+# state.
+Finish = Callable[[Host], Readings]
 
 
-@dataclass(frozen=True, kw_only=True)
+def number(value: float | Slots, host: Host) -> float:
+    """A number that is known, or that came with the buffer."""
+    return value if isinstance(value, float) else float(host[value][0])
+
+
+class KeyTable:
+    """Remembers the keys of the last set of sites, so that equal sets give the same tuple."""
+
+    def __init__(self, family: str, statistics: Sequence[str]) -> None:
+        self._family, self._statistics = family, tuple(statistics)
+        self._sites: tuple[str, ...] | None = None
+        self._keys: tuple[Key, ...] = ()
+
+    def keys(self, sites: tuple[str, ...]) -> tuple[Key, ...]:
+        """Site by site, the statistics in order."""
+        if sites != self._sites:
+            self._keys = tuple(Key(self._family, site, s) for site in sites for s in self._statistics)
+            self._sites = sites
+        return self._keys
+
+
+@dataclass(kw_only=True)
 class Context:
     """What the monitor lends to its probes.
 
@@ -52,6 +79,8 @@ class Context:
         optimizer: may be None.
         buffer: where numbers go during a step.
         patterns: globs; a site is watched if one of them matches its module path.
+        loss_scale: the factor on the loss in the step that ends, as a number or where the buffer has it.
+        failed: told of a probe, by name, whose hook raised.
     """
 
     model: nn.Module
@@ -59,6 +88,21 @@ class Context:
     optimizer: torch.optim.Optimizer | None
     buffer: Buffer
     patterns: Sequence[str] = field(default=("*",))
+    loss_scale: float | Slots = 1.0
+    failed: Callable[[str, Exception], None] | None = None
+
+    def guarded(self, probe: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, with the training protected from its failure: that is reported instead of raised."""
+
+        def protected(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(*args, **kwargs)
+            except Exception as error:
+                if self.failed is None:
+                    raise
+                self.failed(probe, error)
+
+        return protected
 
     def wanted(self, path: str) -> bool:
         """Whether the user asked for this module or parameter path."""
@@ -77,15 +121,15 @@ class Probe(Protocol):
         """Say whether the step that begins is measured."""
 
     def gradients(
-        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float
+        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
         """Take the gradients by parameter name, each ``scale`` times the true one; called on measured steps.
 
         ``norms`` are true L2 norms of parameters whose gradients themselves are gone.
         """
 
-    def read(self) -> Readings:
-        """The step's numbers, from the buffer's host side. Called after a measured step."""
+    def collect(self) -> Finish | None:
+        """What turns the step's numbers, once on the host, into readings; None if nothing was seen."""
 
     def detach(self) -> None:
         """Remove every handle."""

@@ -3,7 +3,7 @@ holds them.
 
 Read where the gradient is final: reduced over ranks, unscaled, not yet clipped. A parameter without a
 gradient (frozen, unused) has no row; a parameter under several names (tied) is counted once, under its first
-name.
+name. Of a parameter whose trainer hands over the norm alone, L2 and share are recorded.
 
 Family ``gradient``, site = parameter path:
 
@@ -17,20 +17,22 @@ Family ``gradient``, site = parameter path:
 | subnormal_fraction | share with 0 < abs(g) < the format's smallest normal number | 1 | IEEE 754-2019, 3.4 |
 | nonfinite_fraction | share of NaN and infinite elements | 1 | IEEE 754-2019, 3.4 |
 | share | l2^2 / sum over parameters of l2^2: this parameter's part in the global norm | 1 | definition |
+
+``subnormal_fraction`` is of the gradient as stored, that is with the loss scale in it if it still is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from torch import Tensor
 
-from stabilitylab.probes.base import Context, Readings
+from stabilitylab.probes.base import Context, Finish, KeyTable, Readings, number
 from stabilitylab.statistics import moments
-from stabilitylab.statistics.buffer import Block
-from stabilitylab.statistics.summary import COLUMN, FIELDS, SUMS, measurable, summarise
-from stabilitylab.telemetry import Key
+from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, add_all, measurable
+from stabilitylab.statistics.transfer import Host, Slots
 
 STATISTICS = (
     "l2",
@@ -50,74 +52,105 @@ class GradientProbe:
     name = "gradients"
 
     def __init__(self) -> None:
-        self._blocks: dict[str, Block] = {}
-        self._keys: dict[tuple[tuple[str, ...], ...], tuple[Key, ...]] = {}
+        self._summaries: dict[str, Summary] = {}
+        self._full = KeyTable("gradient", STATISTICS)
+        self._short = KeyTable("gradient", ("l2", "share"))
         self._norms: dict[str, float] = {}
-        self._scale = 1.0
-        self.global_norm = float("nan")
+        self._seen: list[Slots] = []
+        self._scale: float | Slots = 1.0
+        # The parameters of this step in the order in which the backward pass came to them.
+        self.order: list[tuple[str, Summary]] = []
 
     def attach(self, context: Context) -> None:
         """Nothing is hooked: the monitor hands the gradients over."""
         self._context = context
 
     def arm(self, measured: bool) -> None:
-        """Forget the last step's norms."""
-        self._norms = {}
+        """Forget the last step."""
+        self._norms, self._seen = {}, []
+        self.order = []
 
     def gradients(
-        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float
+        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
-        """Summarise each gradient into its block."""
-        buffer = self._context.buffer
+        """Summarise all gradients, each in its own slots, in one call."""
         self._scale = scale
+        pairs = []
         for name, gradient in gradients.items():
-            if not measurable(gradient):
-                continue
-            block = self._blocks.get(name)
-            if block is None or block.device != gradient.device:
-                block = self._blocks[name] = buffer.reserve(len(FIELDS), len(SUMS), gradient.device)
-            block.stamp = -1
-            buffer.put(block, summarise(gradient))
+            if measurable(gradient):
+                summary = self._summaries.get(name)
+                if summary is None:
+                    summary = self._summaries[name] = Summary(self._context.buffer, region="replicated")
+                pairs.append((summary, gradient))
+        add_all(pairs)
+        # The backward pass comes to the parameters from the last to the first.
+        self.order = [
+            (name, self._summaries[name]) for name in reversed(list(gradients)) if name in self._summaries
+        ]
         self._norms = {name: float(norm) for name, norm in norms.items() if name not in gradients}
 
-    def read(self) -> Readings:
+    def collect(self) -> Finish | None:
         """The table's statistics of every parameter that had a gradient."""
-        buffer, scale = self._context.buffer, self._scale
-        seen = [name for name, block in self._blocks.items() if buffer.seen(block)]
-        rows = np.array([buffer.host(self._blocks[name]) for name in seen]).reshape(len(seen), len(FIELDS))
-        column = {field: rows[:, i] for field, i in COLUMN.items()}
-        given = np.array(list(self._norms.values()), dtype=np.float64)
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            l2 = np.sqrt(column["s2"]) / scale
-            square = np.sum(l2**2) + np.sum(given**2)
-            self.global_norm = float(np.sqrt(square))
-            full = np.stack(
-                [
-                    l2,
-                    np.maximum(column["maximum"], column["negative"]) / scale,
-                    moments.mean(column["count"], column["s1"]) / scale,
-                    np.sqrt(moments.variance(column["count"], column["s1"], column["s2"])) / scale,
-                    column["zero"] / column["count"],
-                    column["subnormal"] / column["count"],
-                    column["nonfinite"] / column["count"],
-                    l2**2 / square if square != 0 else np.zeros_like(l2),
-                ],
-                axis=1,
-            )
-            short = np.stack([given, given**2 / square if square != 0 else np.zeros_like(given)], axis=1)
-        keep = [i for i, name in enumerate(seen) if self._context.wanted(name)]
-        keep_given = [i for i, name in enumerate(self._norms) if self._context.wanted(name)]
-        names = (tuple(seen[i] for i in keep), tuple(list(self._norms)[i] for i in keep_given))
-        keys = self._keys.get(names)
-        if keys is None:
-            keys = tuple(
-                Key("gradient", name, statistic)
-                for group, statistics in zip(names, (STATISTICS, ("l2", "share")), strict=True)
-                for name in group
-                for statistic in statistics
-            )
-            self._keys = {names: keys}
-        return Readings(keys, np.concatenate([full[keep].ravel(), short[keep_given].ravel()]))
+        seen = [(name, s.row) for name, s in self._summaries.items() if s.seen and s.row is not None]
+        norms, scale, wanted = self._norms, self._scale, self._context.wanted
+        if not seen and not norms:
+            return None
+
+        self._seen = [row for _, row in seen]
+
+        def finish(host: Host) -> Readings:
+            rows = np.array([host[row] for _, row in seen]).reshape(len(seen), len(FIELDS))
+            given = np.array(list(norms.values()), dtype=np.float64)
+            full, short = statistics(rows, given, number(scale, host))
+            keep = [i for i, (name, _) in enumerate(seen) if wanted(name)]
+            keep_given = [i for i, name in enumerate(norms) if wanted(name)]
+            keys = self._full.keys(tuple(seen[i][0] for i in keep))
+            if keep_given:
+                keys += self._short.keys(tuple(list(norms)[i] for i in keep_given))
+            return Readings(keys, np.concatenate([full[keep].ravel(), short[keep_given].ravel()]))
+
+        return finish
+
+    def norm_reader(self) -> Callable[[Host], float] | None:
+        """What reads the norm over all parameters of the step last collected; None if nothing was seen."""
+        rows, norms, scale = self._seen, self._norms, self._scale
+        if not rows and not norms:
+            return None
+
+        def norm(host: Host) -> float:
+            squares = sum(host[row][COLUMN["s2"]] for row in rows)
+            return math.sqrt(squares / number(scale, host) ** 2 + sum(n**2 for n in norms.values()))
+
+        return norm
 
     def detach(self) -> None:
         """Nothing was attached."""
+
+
+def statistics(
+    rows: np.ndarray[tuple[int, int], np.dtype[np.float64]], norms: moments.Array, scale: float
+) -> tuple[moments.Array, moments.Array]:
+    """The table's statistics [parameters, STATISTICS], and (l2, share) [norms, 2] of those with a norm alone.
+
+    Args:
+        rows: summaries of the stored gradients, [parameters, FIELDS].
+        norms: true L2 norms of further parameters.
+        scale: the stored gradients are so many times the true ones.
+    """
+    column = {field: rows[:, i] for field, i in COLUMN.items()}
+    count = column["count"]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        l2 = np.sqrt(column["s2"]) / scale
+        square = np.sum(l2**2) + np.sum(norms**2)
+        full = [
+            l2,
+            column["absmax"] / scale,
+            moments.mean(count, column["s1"]) / scale,
+            np.sqrt(moments.variance(count, column["s1"], column["s2"])) / scale,
+            column["zero"] / count,
+            column["subnormal"] / count,
+            column["nonfinite"] / count,
+            l2**2 / square if square != 0 else np.zeros_like(l2),
+        ]
+        short = [norms, norms**2 / square if square != 0 else np.zeros_like(norms)]
+    return np.stack(full, axis=1), np.stack(short, axis=1)

@@ -7,10 +7,11 @@ blocks whose outputs are the main branch (residual stream).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stabilitylab.statistics.summary import measurable
@@ -56,3 +57,23 @@ def tensor_in(value: Any) -> Tensor | None:
         if found is not None:
             return found
     return None
+
+
+def watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Path, module, and whether it is a linear or norm layer (else a block), of all whose activations are
+    watched."""
+    main_branch = {id(block) for block in blocks(model).values()}
+    for path, module in model.named_modules():
+        layer = is_linear(module) or is_norm(module)
+        if layer or id(module) in main_branch:
+            yield path, module, layer
+
+
+def counts(module: nn.Module) -> bool:
+    """Whether a forward pass running now is one of training, and not the second one of activation
+    recomputation.
+
+    Recomputation happens inside the backward pass, where the autograd engine has a graph task; an evaluation
+    runs without gradients in evaluation mode.
+    """
+    return torch._C._current_graph_task_id() == -1 and (module.training or torch.is_grad_enabled())

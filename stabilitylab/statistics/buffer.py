@@ -1,81 +1,125 @@
-"""The preallocated buffer of one device: every probe's numbers of one step, leaving it in one transfer.
+"""The preallocated buffer of each device: every probe's numbers of one step, leaving it in one transfer.
 
-A probe reserves a ``Block`` of float64 slots once and writes to it during the step; a second write in the
-same step (the next micro-batch) merges with the first: sums add, maxima take the larger. A block nobody wrote
-to in a step holds the numbers of an older one and is told apart by its stamp, so nothing need be cleared
-between steps.
+A buffer has *regions*, told apart by number type and by how parts of one number combine (micro-batches,
+ranks):
+
+    rows       float64  tensor summaries of FIELDS numbers each: sums add, the rest are maxima
+    replicated float64  the same, of tensors that every rank holds alike: not combined over ranks
+    sums       float64  add
+    maxima     float64  larger wins
+    squares    float32  add            (per channel)
+    bits       int32    larger wins    (per channel: a magnitude's bits, which order as the magnitude does)
+    tail       int32    add            (histogram counts)
+
+A probe reserves ``Slots`` in a region once. Within a step the first write overwrites and later ones combine,
+so nothing is cleared between steps; ``stamp`` tells whose numbers are of this step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from stabilitylab.statistics.transfer import REGIONS, Slots, Transfer
 
-@dataclass(slots=True)
-class Block:
-    """A range of slots: the first ``sums`` of them add up, the rest are maxima."""
+MAXIMA = frozenset({"maxima", "bits"})
 
-    offset: int
-    width: int
-    sums: int
-    device: torch.device
-    stamp: int = -1
+
+class _Arena:
+    """One device's bytes, region after region."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.capacity = dict.fromkeys(REGIONS, 0)
+        self.used = dict.fromkeys(REGIONS, 0)
+        self.storage = torch.empty(0, dtype=torch.uint8, device=device)
+        self.regions: dict[str, Tensor] = {}
+        self.layout: dict[str, tuple[int, int]] = {}
+
+    def reserve(self, region: str, length: int) -> int:
+        offset = self.used[region]
+        self.used[region] += length
+        if self.used[region] > self.capacity[region]:
+            # A third of room to grow: sites appear one after the other in the first forward pass only.
+            self.capacity[region] = self.used[region] + max(256, self.used[region] // 3) // 8 * 8
+            self._lay_out()
+        return offset
+
+    def _lay_out(self) -> None:
+        layout, start = {}, 0
+        for region, dtype in REGIONS.items():
+            size = self.capacity[region] * dtype.itemsize
+            layout[region] = (start, size)
+            start += (size + 7) // 8 * 8
+        storage = torch.zeros(start, dtype=torch.uint8, device=self.device)
+        regions = {r: storage[s : s + n].view(REGIONS[r]) for r, (s, n) in layout.items()}
+        for region, old in self.regions.items():
+            regions[region][: len(old)] = old
+        self.storage, self.layout, self.regions = storage, layout, regions
+
+    def trim(self) -> None:
+        """Give back the room to grow."""
+        self.capacity = dict(self.used)
+        self.regions = {region: old[: self.used[region]] for region, old in self.regions.items()}
+        self._lay_out()
 
 
 class Buffer:
-    """Blocks of float64 on each device that the model lives on."""
+    """One arena a device."""
 
-    def __init__(self, slots: int = 4096) -> None:
-        self._slots = slots
-        self._data: dict[torch.device, Tensor] = {}
-        self._used: dict[torch.device, int] = {}
-        self._host: dict[torch.device, NDArray[np.float64]] = {}
+    def __init__(self) -> None:
+        self._arenas: dict[torch.device, _Arena] = {}
+        self._trimmed = 0
         self.stamp = 0
+        # Counts up whenever the arenas move in memory: addresses kept elsewhere are stale then.
+        self.generation = 0
 
-    def reserve(self, width: int, sums: int, device: torch.device) -> Block:
-        """A new block of ``width`` slots, ``sums`` of which add up and the others are maxima."""
-        used = self._used.get(device, 0)
-        data = self._data.get(device)
-        if data is None or used + width > len(data):
-            larger = torch.empty(max(self._slots, 2 * (used + width)), dtype=torch.float64, device=device)
-            if data is not None:
-                larger[:used] = data[:used]
-            self._data[device] = larger
-        self._used[device] = used + width
-        return Block(used, width, sums, device)
+    def reserve(self, region: str, length: int, device: torch.device) -> Slots:
+        """New slots in a region."""
+        arena = self._arenas.get(device)
+        if arena is None:
+            arena = self._arenas[device] = _Arena(device)
+        before = arena.storage
+        slots = Slots(region, arena.reserve(region, length), length, device)
+        self.generation += arena.storage is not before
+        return slots
 
-    def view(self, block: Block) -> Tensor:
-        """The block's slots, to write into."""
-        return self._data[block.device].narrow(0, block.offset, block.width)
+    def view(self, slots: Slots) -> Tensor:
+        """The slots as a tensor to write into; not to be kept."""
+        return self._arenas[slots.device].regions[slots.region].narrow(0, slots.offset, slots.length)
 
-    def put(self, block: Block, values: Tensor) -> None:
-        """Write ``values`` [width] float64; merge with what this step already wrote."""
-        view = self.view(block)
-        if block.stamp != self.stamp:
+    def address(self, slots: Slots) -> int:
+        """Where the slots lie in memory, for as long as ``generation`` stays the same."""
+        start, _ = self._arenas[slots.device].layout[slots.region]
+        base: int = self._arenas[slots.device].storage.data_ptr()
+        return base + start + slots.offset * REGIONS[slots.region].itemsize
+
+    def put(self, slots: Slots, values: Tensor) -> None:
+        """Write ``values``; combine with what this step already wrote there."""
+        view = self.view(slots)
+        if slots.stamp != self.stamp:
             view.copy_(values)
-            block.stamp = self.stamp
+            slots.stamp = self.stamp
+        elif slots.region in MAXIMA:
+            torch.maximum(view, values.to(view.dtype), out=view)
         else:
-            n = block.sums
-            view[:n] += values[:n]
-            torch.maximum(view[n:], values[n:], out=view[n:])
+            view += values
 
-    def seen(self, block: Block) -> bool:
-        """Whether the block was written to since the last ``advance``."""
-        return block.stamp == self.stamp
+    def fetch(self, *others: Tensor) -> Transfer:
+        """Start bringing this step's numbers, and ``others``, to the host: one transfer a device."""
+        if self._trimmed != self.generation:
+            for arena in self._arenas.values():
+                arena.trim()
+            self.generation += 1
+            self._trimmed = self.generation
+        arenas = {device: (a.storage, dict(a.layout)) for device, a in self._arenas.items()}
+        return Transfer(arenas, others)
 
-    def fetch(self) -> None:
-        """Bring this step's numbers to the host: one transfer a device."""
-        self._host = {device: data[: self._used[device]].cpu().numpy() for device, data in self._data.items()}
-
-    def host(self, block: Block) -> NDArray[np.float64]:
-        """The block's slots as fetched."""
-        return self._host[block.device][block.offset : block.offset + block.width]
+    @property
+    def nbytes(self) -> int:
+        """Memory held on all devices."""
+        return sum(arena.storage.numel() for arena in self._arenas.values())
 
     def advance(self) -> None:
-        """Begin the next step: blocks count as unwritten."""
+        """Begin the next step: everything counts as unwritten."""
         self.stamp += 1

@@ -1,26 +1,39 @@
-"""What is known of one tensor after one pass: counts, power sums, the largest and the smallest value.
+"""What is known of one tensor after one pass: counts, power sums, the largest magnitude, channels, the tail.
 
-All of it merges exactly over parts of a tensor, micro-batches and ranks: counts and power sums add, extremes
-take the maximum. So this is what leaves the device, as one row of float64 per tensor (``FIELDS``), and every
-statistic that people read is computed from it on the host (``moments``, ``formats``).
+All of it combines exactly over micro-batches and ranks, so this is what leaves the device; every statistic
+that people read is computed from it on the host (``moments``, ``tails``, ``formats``). Of each tensor a row
+of ``FIELDS``, float64:
 
-    count        elements                           s1 .. s4   sum of x^k, k = 1..4
-    nonfinite    NaN or infinite                    maximum    largest x       (NaN if any is NaN)
-    zero         equal to 0                         negative   largest -x      (NaN if any is NaN)
-    subnormal    0 < |x| < the smallest normal number of the tensor's own format
-    fp16_lost    nonzero, but rounds to 0 in fp16: |x| <= 2^-25
-    fp8_lost     nonzero, but rounds to 0 in FP8 E4M3: |x| <= 2^-10
-    over_6       |x| >= 6, the magnitude criterion of LLM.int8() (Dettmers et al., arXiv:2208.07339, section
-    3.1)
+    count      elements                          over_6     |x| >= 6: LLM.int8() (arXiv:2208.07339), section
+    3.1
+    nonfinite  NaN or infinite                   over_6rms  |x| >= 6 RMS of its own micro-batch
+    zero       equal to 0                        massive    |x| > 100 and >= 1,000 medians of |x|
+    subnormal  0 < |x| < the smallest normal                (arXiv:2402.17762); median of 2,048 elements
+               number of the tensor's format     s1 .. s4   sums of x^k, k = 1..4
+    fp16_lost  0 < |x| <= 2^-25: 0 in fp16       absmax     largest |x|; NaN if any is NaN
+    fp8_lost   0 < |x| <= 2^-10: 0 in E4M3       tail_from  the histogram is complete from this magnitude on
 
-Power sums are taken of x divided by the tensor's largest magnitude and scaled back in float64, so that x^4
-neither overflows nor underflows in float32 for any x that float32 holds.
+and, where asked for, of each channel (last dimension) the largest magnitude and the sum of squares, and a
+histogram of the largest magnitudes, at least one in 1,000 (``tails``). ``over_6rms``, ``massive`` and the
+histogram come together.
+
+Two implementations, same results up to rounding: the compiled kernel (kernel.c) for float32, bfloat16 and
+float16 on CPUs; torch operations, without host synchronisation, for the rest. Complex tensors count as their
+real and imaginary parts, sparse ones as their values and the implied zeros.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from stabilitylab.statistics import native
+from stabilitylab.statistics.buffer import Buffer
+from stabilitylab.statistics.transfer import Slots
 
 SUMS = (
     "count",
@@ -30,14 +43,22 @@ SUMS = (
     "fp16_lost",
     "fp8_lost",
     "over_6",
+    "over_6rms",
+    "massive",
     "s1",
     "s2",
     "s3",
     "s4",
 )
-MAXIMA = ("maximum", "negative")
-FIELDS = SUMS + MAXIMA
+FIELDS = (*SUMS, "absmax", "tail_from")
 COLUMN = {name: i for i, name in enumerate(FIELDS)}
+SAMPLE = 2048
+
+# The tail histogram: 8 bins to the octave from 2^-24 up to 2^16; what lies outside counts in the first or
+# last bin.
+TAIL_BINS = 320
+TAIL_SHIFT = 20
+TAIL_FIRST = (127 - 24) << 3
 
 
 def measurable(x: object) -> bool:
@@ -50,11 +71,8 @@ def measurable(x: object) -> bool:
     )
 
 
-def dense(x: Tensor) -> tuple[Tensor, int]:
-    """The stored real numbers of ``x`` and how many further elements are zero because they are not stored.
-
-    A complex tensor counts as its real and imaginary parts, a sparse one as its values and the implied zeros.
-    """
+def stored(x: Tensor) -> tuple[Tensor, int]:
+    """The stored real numbers of ``x`` and how many further elements are zero because they are not stored."""
     x = x.detach()
     implied = 0
     if x.layout is not torch.strided:
@@ -66,48 +84,212 @@ def dense(x: Tensor) -> tuple[Tensor, int]:
     return x, implied
 
 
-def summarise(x: Tensor) -> Tensor:
-    """One row of ``FIELDS`` in float64 on the tensor's device, without a host synchronisation.
+class Summary:
+    """The summary of one site, gathered over a step in slots of the buffer.
 
     Args:
-        x: any measurable tensor, of any shape.
+        buffer: where the numbers go.
+        region: ``rows``, or ``replicated`` for tensors that all ranks hold alike.
+        full: with channels and tail.
     """
-    x, implied = dense(x)
-    subnormal = torch.finfo(x.dtype).smallest_normal
-    x = x if x.dtype == torch.float64 else x.float()
-    if x.numel() == 0:
-        x = x.new_zeros(1)
-        implied -= 1
-    low, high = torch.aminmax(x)
-    scale = torch.maximum(high, -low)
-    scale = torch.where((scale > 0) & torch.isfinite(scale), scale, torch.ones_like(scale))
-    size = x.abs()
-    y = x / scale
-    y2 = y * y
-    power = scale.double()
-    row = torch.stack(
-        [
-            torch.isfinite(x).logical_not_().sum().double(),
-            (x == 0).sum().double() + implied,
-            (size < subnormal).sum().double(),
-            (size <= 2.0**-25).sum().double(),
-            (size <= 2.0**-10).sum().double(),
-            (size >= 6.0).sum().double(),
-            y.sum(dtype=torch.float64) * power,
-            y2.sum(dtype=torch.float64) * power**2,
-            (y * y2).sum(dtype=torch.float64) * power**3,
-            y2.square_().sum(dtype=torch.float64) * power**4,
-            high.double(),
-            -low.double(),
-        ]
+
+    __slots__ = (
+        "_buffer",
+        "_full",
+        "_generation",
+        "_job",
+        "_pointer",
+        "address",
+        "bits",
+        "region",
+        "row",
+        "squares",
+        "tail",
     )
-    row[2:5] -= row[1] - implied
-    count = torch.full((1,), float(x.numel() + implied), dtype=torch.float64, device=x.device)
-    return torch.cat([count, row])
+
+    def __init__(self, buffer: Buffer, *, region: str = "rows", full: bool = False) -> None:
+        self._buffer = buffer
+        self._full = full
+        self._generation = -1
+        self._job = native.Job(tail_from=math.nan)
+        # The job's address for the kernel, which takes a list of them; and the address of a list of this one.
+        self.address = ctypes.addressof(self._job)
+        self._pointer = ctypes.c_void_p(self.address)
+        self.region = region
+        self.row: Slots | None = None
+        self.bits: Slots | None = None
+        self.squares: Slots | None = None
+        self.tail: Slots | None = None
+
+    @property
+    def seen(self) -> bool:
+        """Whether a tensor was added in this step."""
+        return self.row is not None and self.row.stamp == self._buffer.stamp
+
+    def prepare(self, x: Tensor) -> bool:
+        """Set up the kernel's job (``address``) for adding ``x``, which must outlive it. False: not one for
+        the kernel."""
+        dtype = native.DTYPES.get(x.dtype)
+        if (
+            dtype is None
+            or x.device.type != "cpu"
+            or x.layout is not torch.strided
+            or not x.is_contiguous()
+            or native.kernel() is None
+        ):
+            return False
+        job, buffer = self._job, self._buffer
+        channels = x.shape[-1] if x.dim() and self._full else 1
+        if self._reserve(x.device, channels) or self._generation != buffer.generation:
+            self._point()
+        row = self.row
+        assert row is not None
+        job.data = x.data_ptr()
+        job.rows, job.channels = x.numel() // channels, channels
+        job.dtype = dtype
+        job.fresh = row.stamp != buffer.stamp
+        row.stamp = buffer.stamp
+        return True
+
+    def add(self, x: Tensor) -> None:
+        """Add one measurable tensor's numbers to this step's."""
+        if x.layout is torch.strided and not x.is_contiguous():
+            x = x.detach().contiguous()
+        if self.prepare(x):
+            library = native.kernel()
+            assert library is not None
+            library.stabilitylab_summarise(ctypes.addressof(self._pointer), 1, torch.get_num_threads())
+            return
+        x, implied = stored(x)
+        channels = x.shape[-1] if x.dim() and self._full else 1
+        self._reserve(x.device, channels)
+        buffer, row = self._buffer, self.row
+        assert row is not None
+        fresh = row.stamp != buffer.stamp
+        parts = summarise(x, implied, full=self._full)
+        view = buffer.view(row)
+        if fresh:
+            view.copy_(parts[0])
+        else:
+            combine(view, parts[0])
+        row.stamp = buffer.stamp
+        for slots, part in zip((self.bits, self.squares, self.tail), parts[1:], strict=True):
+            if slots is not None and part is not None:
+                slots.stamp = -1 if fresh else buffer.stamp
+                buffer.put(slots, part)
+
+    def _reserve(self, device: torch.device, channels: int) -> bool:
+        """Make sure of slots on this device for so many channels. True if they are new."""
+        buffer = self._buffer
+        if self.row is not None and self.row.device == device:
+            if not self._full or self.bits is None or self.bits.length == channels:
+                return False
+            # The width changed from one call to the next: it is no channel. Extremes and squares are given
+            # up.
+            self.bits = self.squares = None
+            return True
+        self.row = buffer.reserve(self.region, len(FIELDS), device)
+        if self._full:
+            self.bits = buffer.reserve("bits", channels, device)
+            self.squares = buffer.reserve("squares", channels, device)
+            self.tail = buffer.reserve("tail", TAIL_BINS, device)
+        return True
+
+    def _point(self) -> None:
+        """Tell the kernel where the slots lie."""
+        buffer, job = self._buffer, self._job
+        for field, slots in (
+            ("row", self.row),
+            ("channel_max", self.bits),
+            ("channel_square", self.squares),
+            ("tail", self.tail),
+        ):
+            setattr(job, field, None if slots is None else buffer.address(slots))
+        self._generation = buffer.generation
 
 
-def merge(row: Tensor, other: Tensor) -> None:
+def add_all(pairs: Sequence[tuple[Summary, Tensor]]) -> None:
+    """Add many tensors, each to its own summary, in one call of the kernel for those it can take."""
+    rest = [(summary, x) for summary, x in pairs if not summary.prepare(x)]
+    left = {id(summary) for summary, _ in rest}
+    addresses = [summary.address for summary, _ in pairs if id(summary) not in left]
+    if addresses:
+        library = native.kernel()
+        assert library is not None
+        listed = (ctypes.c_void_p * len(addresses))(*addresses)
+        library.stabilitylab_summarise(ctypes.addressof(listed), len(addresses), torch.get_num_threads())
+    for summary, x in rest:
+        summary.add(x)
+
+
+def combine(row: Tensor, other: Tensor) -> None:
     """Add what ``other`` saw to ``row`` in place, for any number of rows (..., FIELDS)."""
     n = len(SUMS)
     row[..., :n] += other[..., :n]
     torch.maximum(row[..., n:], other[..., n:], out=row[..., n:])
+
+
+def summarise(
+    x: Tensor, implied: int = 0, *, full: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The kernel's results in torch operations on the tensor's device, without host synchronisation.
+
+    Args:
+        x: dense real floating-point tensor of any shape.
+        implied: further elements that are zero.
+        full: with channels and tail, of the last dimension.
+
+    Returns:
+        The row of ``FIELDS``; the bits of each channel's largest magnitude, the sums of squares of each
+        channel, and the tail histogram, or None.
+    """
+    own = x.dtype
+    if x.numel() == 0:
+        x, implied = x.new_zeros(1), implied - 1
+    x = x if own == torch.float64 else x.float()
+    size = x.abs()
+    high = size.amax()
+    scale = torch.where((high > 0) & torch.isfinite(high), high, torch.ones_like(high))
+    y = x / scale
+    y2 = y * y
+    unit = scale.double()
+    count = x.numel() + implied
+    zero = (size == 0).sum()
+    s2 = y2.sum(dtype=torch.float64) * unit**2
+    none = torch.zeros((), dtype=torch.float64, device=x.device)
+    if full:
+        rms = (s2 / count).sqrt()
+        picked = min(SAMPLE, x.numel())
+        at = (torch.arange(picked, dtype=torch.float64, device=x.device) * x.numel() / picked).long()
+        median = size.reshape(-1)[at].median()
+        over_6rms = ((size >= 6 * rms) & (rms > 0)).sum()
+        massive = ((size > 100) & (size >= 1000 * median)).sum()
+    else:
+        over_6rms = massive = none
+    row = torch.stack(
+        [
+            torch.full_like(none, float(count)),
+            torch.isfinite(x).logical_not_().sum().double(),
+            zero.double() + implied,
+            ((size < torch.finfo(own).smallest_normal).sum() - zero).double(),
+            ((size <= 2.0**-25).sum() - zero).double(),
+            ((size <= 2.0**-10).sum() - zero).double(),
+            (size >= 6.0).sum().double(),
+            over_6rms.double(),
+            massive.double(),
+            y.sum(dtype=torch.float64) * unit,
+            s2,
+            (y * y2).sum(dtype=torch.float64) * unit**3,
+            y2.square().sum(dtype=torch.float64) * unit**4,
+            high.double(),
+            none,
+        ]
+    )
+    if not full:
+        return row, None, None, None
+    size_RC = size.float().reshape(-1, x.shape[-1] if x.dim() else 1)
+    bits_RC = size_RC.view(torch.int32)
+    bins = (bits_RC >> TAIL_SHIFT).sub_(TAIL_FIRST).clamp_(0, TAIL_BINS - 1).reshape(-1).long()
+    numbers = (size_RC == size_RC).int().reshape(-1)
+    tail = torch.zeros(TAIL_BINS, dtype=torch.int32, device=x.device).scatter_add_(0, bins, numbers)
+    return row, bits_RC.amax(0), size_RC.square().sum(0), tail

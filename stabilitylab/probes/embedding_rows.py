@@ -1,0 +1,111 @@
+"""Which tokens carry the gradient: the rows of each embedding's gradient with the largest norms.
+
+A spike of the embedding's gradient often sits in a few rows: rare tokens, or one that the batch repeats. Of
+each ``nn.Embedding`` the ``TOP`` rows with the largest norm are recorded, largest first, index = place in
+that order.
+
+Family ``gradient``, site = path of the embedding's weight:
+
+| statistic | meaning | unit | source |
+| --- | --- | --- | --- |
+| top_row | number of the row, which is the token's | token | definition |
+| top_row_l2 | Euclidean norm of that row's gradient | gradient | definition |
+| top_rows_share | share of these rows together in the squared norm of the embedding's gradient | 1 | definition |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.probes.base import Context, Finish, Readings, number
+from stabilitylab.statistics.transfer import Host, Slots
+from stabilitylab.telemetry import Key
+
+TOP = 8
+STATISTICS = ("top_row", "top_row_l2", "top_rows_share")
+
+
+class EmbeddingRowProbe:
+    """The heaviest rows of embeddings' gradients; see the module's docstring."""
+
+    name = "embedding_rows"
+
+    def __init__(self) -> None:
+        self._slots: dict[str, tuple[Slots, int]] = {}
+        self._keys: dict[tuple[tuple[str, int], ...], tuple[Key, ...]] = {}
+        self._scale: float | Slots = 1.0
+
+    def attach(self, context: Context) -> None:
+        """Find the embeddings among the parameters, by name: a half-precision model's masters are other
+        tensors."""
+        self._context = context
+        self._weights = {
+            f"{path}.weight" if path else "weight"
+            for path, module in context.model.named_modules()
+            if isinstance(module, nn.Embedding)
+        }
+        self._weights = {name for name in self._weights if context.wanted(name)}
+
+    def arm(self, measured: bool) -> None:
+        """Nothing to prepare."""
+
+    def gradients(
+        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
+    ) -> None:
+        """Find the heaviest rows of each embedding's gradient."""
+        self._scale = scale
+        buffer = self._context.buffer
+        for name in self._weights & gradients.keys():
+            gradient = gradients[name].detach()
+            if gradient.dim() != 2 or not gradient.is_floating_point() or not gradient.numel():
+                continue
+            rows = None
+            if gradient.is_sparse:
+                gradient = gradient.coalesce()
+                rows, gradient = gradient.indices()[0], gradient.values()
+            norm = torch.linalg.vector_norm(
+                gradient, dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)
+            )
+            top = norm.topk(min(TOP, len(norm)))
+            count = len(top.values)
+            slots = self._slots.get(name)
+            if slots is None or slots[0].device != gradient.device or slots[1] != count:
+                slots = buffer.reserve("replicated", 2 * count + 1, gradient.device), count
+                self._slots[name] = slots
+            slots[0].stamp = -1
+            values = top.values.double()
+            number = top.indices if rows is None else rows[top.indices]
+            share = values.square().sum() / norm.double().square().sum()
+            buffer.put(slots[0], torch.cat([number.double(), values, share[None]]))
+
+    def collect(self) -> Finish | None:
+        """The table's statistics of every embedding that had a gradient."""
+        stamp, scale = self._context.buffer.stamp, self._scale
+        seen = [(name, *slots) for name, slots in self._slots.items() if slots[0].stamp == stamp]
+        if not seen:
+            return None
+        shape = tuple((name, count) for name, _, count in seen)
+
+        def finish(host: Host) -> Readings:
+            values = []
+            for _, slots, count in seen:
+                numbers = host[slots].copy()
+                numbers[count : 2 * count] /= number(scale, host)
+                values.append(numbers)
+            if shape not in self._keys:
+                keys: list[Key] = []
+                for name, count in shape:
+                    keys += [Key("gradient", name, "top_row", i) for i in range(count)]
+                    keys += [Key("gradient", name, "top_row_l2", i) for i in range(count)]
+                    keys.append(Key("gradient", name, "top_rows_share"))
+                self._keys = {shape: tuple(keys)}
+            return Readings(self._keys[shape], np.concatenate(values))
+
+        return finish
+
+    def detach(self) -> None:
+        """Nothing was attached."""

@@ -1,0 +1,104 @@
+"""Where numbers leave the format: the first tensor that went non-finite, in the order of computation.
+
+Looks at what the other probes have counted in the same step: activations in the order in which the forward
+pass came to them, then gradients of activations in the order of the backward pass, then gradients of
+parameters. Nothing is measured twice, and nothing is seen in a step that the others do not measure.
+
+Family ``precision``, site ``-`` unless said otherwise:
+
+| statistic | meaning | unit | source |
+| --- | --- | --- | --- |
+| nonfinite_activations | activation tensors of this step with a NaN or infinite element | 1 | activations.py |
+| nonfinite_activation_gradients | gradients of activations with one | 1 | activation_gradients.py |
+| nonfinite_gradients | parameters whose gradient has one | 1 | gradients.py |
+| first_overflow | at the site of the first: 1 activation, 2 gradient of one, 3 of a parameter | 1 | see above |
+
+``loss_scale`` and ``skipped`` are recorded from what the trainer reports. The first overflow is also an event
+``overflow`` with ``site`` and ``tensor``.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from stabilitylab.probes.activation_gradients import ActivationGradientProbe
+from stabilitylab.probes.activations import ActivationProbe
+from stabilitylab.probes.base import Context, Finish, Readings
+from stabilitylab.probes.gradients import GradientProbe
+from stabilitylab.statistics.summary import COLUMN, Summary
+from stabilitylab.statistics.transfer import Host, Slots
+from stabilitylab.telemetry import RUN_SITE, Key
+
+TENSORS = ("activation", "activation_gradient", "gradient")
+COUNTS = ("nonfinite_activations", "nonfinite_activation_gradients", "nonfinite_gradients")
+
+
+class PrecisionProbe:
+    """Finds the overflow site; see the module's docstring.
+
+    Args:
+        activations, activation_gradients, gradients: the probes whose counts it reads; None for one that is
+        not used.
+    """
+
+    name = "precision"
+
+    def __init__(
+        self,
+        activations: ActivationProbe | None = None,
+        activation_gradients: ActivationGradientProbe | None = None,
+        gradients: GradientProbe | None = None,
+    ) -> None:
+        self._probes = (activations, activation_gradients, gradients)
+        self._keys: dict[tuple[str, ...], tuple[Key, ...]] = {}
+
+    def attach(self, context: Context) -> None:
+        """Nothing is hooked."""
+
+    def arm(self, measured: bool) -> None:
+        """Nothing to prepare."""
+
+    def gradients(
+        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
+    ) -> None:
+        """Not this probe's business."""
+
+    def collect(self) -> Finish | None:
+        """The table's statistics, of the probes that saw anything in this step."""
+        seen = [_slots(probe.order) if probe is not None else [] for probe in self._probes]
+        if not any(seen):
+            return None
+
+        def finish(host: Host) -> Readings:
+            metrics, values = [], []
+            first: tuple[str, int] | None = None
+            for number, (name, sites) in enumerate(zip(COUNTS, seen, strict=True), start=1):
+                if not sites:
+                    continue
+                bad = [site for site, row in sites if host[row][COLUMN["nonfinite"]] > 0]
+                metrics.append(f"precision/{RUN_SITE}/{name}")
+                values.append(float(len(bad)))
+                if bad and first is None:
+                    first = bad[0], number
+            events: tuple[tuple[str, dict[str, str]], ...] = ()
+            if first is not None:
+                site, number = first
+                metrics.append(f"precision/{site}/first_overflow")
+                values.append(float(number))
+                events = (("overflow", {"site": site, "tensor": TENSORS[number - 1]}),)
+            names = tuple(metrics)
+            if names not in self._keys:
+                self._keys[names] = tuple(Key.parse(metric) for metric in names)
+            return Readings(self._keys[names], np.array(values), events)
+
+        return finish
+
+    def detach(self) -> None:
+        """Nothing was attached."""
+
+
+def _slots(order: list[tuple[str, Summary]]) -> list[tuple[str, Slots]]:
+    return [(site, summary.row) for site, summary in order if summary.row is not None]

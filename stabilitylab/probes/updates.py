@@ -1,0 +1,205 @@
+"""What the optimizer does with the gradients: how far each parameter moves, and whether Adam's scale fits.
+
+Weights are sampled in the optimizer's step pre-hook and compared in its post-hook (``statistics.updates``).
+Adam's moments are read from the optimizer's state where it holds ``exp_avg`` and ``exp_avg_sq``; other
+optimizers have the first three statistics only.
+
+Family ``update``, site = parameter path:
+
+| statistic | meaning | unit | source |
+| --- | --- | --- | --- |
+| rms | RMS of the change of the weights, of a sample of at least 1,024 (all, if fewer) | weight | updates.py |
+| weight_rms | RMS of the weights before the step, of the same sample | weight | updates.py |
+| ratio | rms / weight_rms | 1 | updates.py |
+| rms_t | sqrt(mean(g^2 / max(v, eps^2))): well above 1 when v lags behind g^2 | 1 | StableAdamW, arXiv:2304.13013 |
+| first_moment_l2 | Euclidean norm of exp_avg | gradient | Adam, arXiv:1412.6980 |
+| second_moment_l2 | Euclidean norm of exp_avg_sq | gradient^2 | Adam, arXiv:1412.6980 |
+| below_epsilon_fraction | share of elements with v < eps^2: eps, not v, sets their step | 1 | arXiv:2304.13013 |
+
+v is free of its initial bias, v / (1 - beta2^t), and g the gradient that the optimizer saw (clipped).
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabilitylab.probes.base import Context, Finish, KeyTable, Readings
+from stabilitylab.statistics import native
+from stabilitylab.statistics.transfer import Host, Slots
+from stabilitylab.statistics.updates import COLUMN, FIELDS, Moments, Update, take_before
+
+WITHOUT_MOMENTS = ("rms", "weight_rms", "ratio")
+STATISTICS = (
+    *WITHOUT_MOMENTS,
+    "rms_t",
+    "first_moment_l2",
+    "second_moment_l2",
+    "below_epsilon_fraction",
+)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A parameter and where its numbers go; whether the optimizer had moments for it in this step."""
+
+    name: str
+    update: Update
+    slots: Slots
+    moments: bool = False
+
+
+class UpdateProbe:
+    """Statistics of every parameter's update; see the module's docstring."""
+
+    name = "updates"
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._updates: dict[int, _Entry] = {}
+        self._full = KeyTable("update", STATISTICS)
+        self._short = KeyTable("update", WITHOUT_MOMENTS)
+        self._ready = False
+
+    def attach(self, context: Context) -> None:
+        """Name the optimizer's tensors."""
+        self._context = context
+        self._names = {id(p): name for name, p in context.parameters.items()}
+
+    def arm(self, measured: bool) -> None:
+        """Put the optimizer's hooks in place, or take them away."""
+        self._ready = False
+        optimizer = self._context.optimizer
+        if optimizer is None or measured == bool(self._handles):
+            return
+        if not measured:
+            self.detach()
+            return
+        self._handles = [
+            optimizer.register_step_pre_hook(self._context.guarded(self.name, self._before)),
+            optimizer.register_step_post_hook(self._context.guarded(self.name, self._after)),
+        ]
+
+    def _listed(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Mapping[str, Any]]]:
+        """The optimizer's tensors that have a gradient and that the user asked for, with their groups."""
+        return [
+            (p, group)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None and self._wanted(p)
+        ]
+
+    def _wanted(self, p: Tensor) -> bool:
+        name = self._names.get(id(p))
+        return (
+            name is not None
+            and p.layout is torch.strided
+            and p.is_floating_point()
+            and p.numel() > 0
+            and self._context.wanted(name)
+        )
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._ready:
+            return
+        chosen = []
+        for p, _ in self._listed(optimizer):
+            entry = self._updates.get(id(p))
+            if entry is None or entry.update.weight is not p:
+                slots = self._context.buffer.reserve("replicated", len(FIELDS), p.device)
+                entry = self._updates[id(p)] = _Entry(self._names[id(p)], Update(p), slots)
+            chosen.append(entry.update)
+        with torch.no_grad():
+            take_before(chosen)
+        self._ready = True
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._ready:
+            return
+        buffer, jobs = self._context.buffer, []
+        for p, group in self._listed(optimizer):
+            entry = self._updates.get(id(p))
+            if entry is None:
+                continue
+            update, slots = entry.update, entry.slots
+            moments = _moments(optimizer.state.get(p, {}), group)
+            if slots.device.type == "cpu" and update.prepare(p.grad, moments, buffer.address(slots)):
+                jobs.append(update.address)
+            else:
+                with torch.no_grad():
+                    buffer.view(slots).copy_(update.after(p.grad, moments))
+            entry.moments = moments is not None
+            slots.stamp = buffer.stamp
+        library = native.kernel()
+        if jobs and library is not None:
+            addresses = (ctypes.c_void_p * len(jobs))(*jobs)
+            library.stabilitylab_after(ctypes.addressof(addresses), len(jobs), torch.get_num_threads())
+
+    def gradients(
+        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
+    ) -> None:
+        """Not this probe's business."""
+
+    def collect(self) -> Finish | None:
+        """The table's statistics of every parameter that was updated."""
+        stamp = self._context.buffer.stamp
+        seen = [e for e in self._updates.values() if e.slots.stamp == stamp]
+        if not seen:
+            return None
+        slots = [e.slots for e in seen]
+        with_moments = np.array([e.moments for e in seen])
+        full = tuple(e.name for e in seen if e.moments)
+        short = tuple(e.name for e in seen if not e.moments)
+
+        def finish(host: Host) -> Readings:
+            values = statistics(np.array([host[s] for s in slots]))
+            keys = self._full.keys(full) + self._short.keys(short) if short else self._full.keys(full)
+            parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
+            return Readings(keys, np.concatenate(parts))
+
+        return finish
+
+    def detach(self) -> None:
+        """Remove the optimizer's hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def statistics(rows: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The table's statistics [parameters, STATISTICS] from the summed-up updates [parameters, FIELDS]."""
+    column = {field: rows[:, i] for field, i in COLUMN.items()}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rms = np.sqrt(column["update2"] / column["sampled"])
+        weight_rms = np.sqrt(column["weight2"] / column["sampled"])
+        values = [
+            rms,
+            weight_rms,
+            rms / weight_rms,
+            np.sqrt(column["ratio2"] / column["count"]),
+            np.sqrt(column["first2"]),
+            np.sqrt(column["second2"]),
+            column["below"] / column["count"],
+        ]
+    return np.stack(values, axis=1)
+
+
+def _moments(state: Mapping[str, Any], group: Mapping[str, Any]) -> Moments | None:
+    """Adam's moments from a parameter's optimizer state; None if there are none."""
+    first, second, betas = state.get("exp_avg"), state.get("exp_avg_sq"), group.get("betas")
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor) and betas):
+        return None
+    # torch keeps the step count with the parameter, fused optimizers with the group.
+    step, correction = state.get("step", group.get("step")), 1.0
+    if isinstance(step, Tensor):
+        # A step counter on an accelerator stays there: reading it would wait for the device.
+        correction = 1.0 - betas[1] ** (float(step) if step.device.type == "cpu" else step)
+    elif step is not None:
+        correction = 1.0 - betas[1] ** step
+    return Moments(first=first, second=second, correction=correction, epsilon=float(group.get("eps", 1e-8)))

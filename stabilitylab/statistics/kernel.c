@@ -1,0 +1,468 @@
+/* One pass over a tensor: counts, power sums, largest magnitude, per-channel extremes and squares, tail histogram.
+ *
+ * The tensor is a matrix of rows (tokens) by channels (features). It is taken in blocks that stay in the first-level
+ * cache; within a block there are two sweeps, since the second needs what the first found:
+ *
+ *   1. on the bits.  The bits of |x|, read as an integer, order like |x|, with NaN above infinity above every number:
+ *      the largest integer is the largest magnitude and propagates NaN, and each count is an integer comparison,
+ *      whatever the processor does to subnormal numbers.
+ *   2. on the values.  With c the block's mean and s a power of two near 1/max|x|, sums of ((x - c) s)^k for k = 1..4
+ *      in float32, several partial sums side by side. Scaling by s keeps the fourth power from leaving float32's range,
+ *      centring keeps the sums from cancelling. In float64 they are turned into sums of x^k and added up.
+ *
+ * Compiled at first use by the system's C compiler (native.py). There is a twin in torch operations (summary.py) with
+ * the same results up to rounding, which runs where there is no compiler and on accelerators.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+/* The layout of a row; summary.py has the same list and a test compares them through the numbers. */
+enum { COUNT, NONFINITE, ZERO, SUBNORMAL, FP16_LOST, FP8_LOST, OVER_6, OVER_6RMS, MASSIVE, S1, S2, S3, S4, SUMS,
+       ABSMAX = SUMS, TAIL_FROM, FIELDS };
+
+#define BLOCK 4096
+#define SAMPLE 2048
+#define GROUP 32
+#define LARGE 65536
+#define INFINITE 0x7f800000u
+/* The tail histogram: 8 bins to the octave from 2^-24 up to 2^16; what lies outside counts in the first or last bin. */
+#define TAIL_SHIFT 20
+#define TAIL_FIRST ((127u - 24u) << 3)
+#define TAIL_BINS 320
+
+typedef struct {
+    const void *data;      /* rows x channels, contiguous */
+    int64_t rows, channels;
+    int32_t dtype;
+    int32_t fresh;         /* 1: overwrite the outputs; 0: merge with what is there */
+    double *row;           /* FIELDS numbers */
+    uint32_t *channel_max; /* bits of the largest magnitude of each channel, or NULL */
+    float *channel_square; /* sum of squares of each channel, with channel_max */
+    uint32_t *tail;        /* TAIL_BINS counts, or NULL */
+    float tail_from;       /* in and out: magnitudes below it are not in the histogram */
+    float unused;          /* keeps the size a multiple of 8 bytes */
+} Job;
+
+static float from_half(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3ffu, bits;
+    float value;
+    if (exponent == 0) {
+        value = (float)fraction * 0x1p-24f;
+        memcpy(&bits, &value, 4);
+        bits |= sign;
+    } else {
+        bits = sign | (exponent == 31 ? INFINITE : (exponent + 112u) << 23) | (fraction << 13);
+    }
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static void load(const void *data, int32_t dtype, int64_t first, int64_t n, float *restrict out) {
+    const uint16_t *half = (const uint16_t *)data + first;
+    if (dtype == BFLOAT16) {
+        uint32_t *bits = (uint32_t *)out;
+        for (int64_t i = 0; i < n; i++) bits[i] = (uint32_t)half[i] << 16;
+        return;
+    }
+    int64_t i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
+#endif
+    for (; i < n; i++) out[i] = from_half(half[i]);
+}
+
+static inline uint32_t magnitude(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits & 0x7fffffffu;
+}
+
+static inline float value_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static int64_t count_from(const float *restrict x, int64_t n, uint32_t from) {
+    int32_t c = 0;
+    for (int64_t i = 0; i < n; i++) c += (int32_t)magnitude(x[i]) >= (int32_t)from;
+    return c;
+}
+
+/* Adds one block's numbers to row[0 .. FIELDS). */
+static void add_block(const float *restrict x, int64_t n, uint32_t subnormal, double *row) {
+    int32_t high = 0, low = 0x7fffffff;
+    float sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t u = (int32_t)magnitude(x[i]);
+        high = u > high ? u : high;
+        low = u < low ? u : low;
+        sum += x[i];
+    }
+    int64_t nan = 0;
+    row[COUNT] += (double)n;
+    if ((uint32_t)high >= INFINITE) {
+        row[NONFINITE] += (double)count_from(x, n, INFINITE);
+        nan = count_from(x, n, INFINITE + 1);
+    }
+    if (high >= (int32_t)magnitude(6.0f)) row[OVER_6] += (double)(count_from(x, n, magnitude(6.0f)) - nan);
+    if (low <= (int32_t)magnitude(0x1p-10f)) {
+        int64_t above_zero = n - (low == 0 ? n - count_from(x, n, 1) : 0);
+        row[ZERO] += (double)(n - above_zero);
+        row[FP8_LOST] += (double)(above_zero - count_from(x, n, magnitude(0x1p-10f) + 1));
+        if (low <= (int32_t)magnitude(0x1p-25f))
+            row[FP16_LOST] += (double)(above_zero - count_from(x, n, magnitude(0x1p-25f) + 1));
+        if (low < (int32_t)subnormal) row[SUBNORMAL] += (double)(above_zero - count_from(x, n, subnormal));
+    }
+    double absmax = (double)value_of((uint32_t)high);
+    if ((uint32_t)high > INFINITE || row[ABSMAX] < absmax) row[ABSMAX] = absmax;
+    if ((uint32_t)high >= INFINITE) {
+        /* No sums to scale: those of a NaN are NaN; of an infinity, what plain summation gives. */
+        for (int64_t i = 0; i < n; i++) {
+            double v = x[i];
+            row[S1] += v, row[S2] += v * v, row[S3] += v * v * v, row[S4] += v * v * v * v;
+        }
+        return;
+    }
+    if (high == 0) return;
+    /* 2^e <= max|x| < 2^(e+1); kept from the ends of the exponent range, where 1/s would not be a normal number. */
+    int exponent;
+    frexp(absmax, &exponent);
+    exponent = exponent < -124 ? -124 : exponent > 124 ? 124 : exponent;
+    const double unit = ldexp(1.0, exponent);
+    const float s = (float)ldexp(1.0, -exponent), c = sum / (float)n;
+    if (!isfinite(c)) {
+        for (int64_t i = 0; i < n; i++) {
+            double v = x[i];
+            row[S1] += v, row[S2] += v * v, row[S3] += v * v * v, row[S4] += v * v * v * v;
+        }
+        return;
+    }
+    float m1 = 0, m2 = 0, m3 = 0, m4 = 0;
+    for (int64_t i = 0; i < n; i++) {
+        float d = (x[i] - c) * s, d2 = d * d;
+        m1 += d;
+        m2 += d2;
+        m3 += d2 * d;
+        m4 += d2 * d2;
+    }
+    const double k = (double)n, a = (double)c * (double)s, t1 = m1, t2 = m2, t3 = m3, t4 = m4;
+    row[S1] += (t1 + k * a) * unit;
+    row[S2] += (t2 + 2 * a * t1 + k * a * a) * unit * unit;
+    row[S3] += (t3 + 3 * a * t2 + 3 * a * a * t1 + k * a * a * a) * unit * unit * unit;
+    row[S4] += (t4 + 4 * a * t3 + 6 * a * a * t2 + 4 * a * a * a * t1 + k * a * a * a * a) * unit * unit * unit * unit;
+}
+
+static void add_channels(const float *restrict x, int64_t rows, int64_t channels, uint32_t *restrict high,
+                         float *restrict square) {
+    int32_t *restrict top = (int32_t *)high;
+    for (int64_t r = 0; r < rows; r++, x += channels) {
+        for (int64_t j = 0; j < channels; j++) {
+            int32_t u = (int32_t)magnitude(x[j]);
+            top[j] = u > top[j] ? u : top[j];
+            square[j] += x[j] * x[j];
+        }
+    }
+}
+
+static void add_tail(const float *restrict x, int64_t n, uint32_t from, uint32_t *restrict tail) {
+    for (int64_t i = 0; i < n; i += GROUP) {
+        int64_t end = n;
+        if (i + GROUP <= n) { /* few groups have anything above the threshold; the test is cheap */
+            int32_t any = 0;
+            for (int64_t j = 0; j < GROUP; j++) any |= (int32_t)magnitude(x[i + j]) >= (int32_t)from;
+            if (!any) continue;
+            end = i + GROUP;
+        }
+        for (int64_t j = i; j < end; j++) {
+            uint32_t u = magnitude(x[j]);
+            if (u < from || u > INFINITE) continue;
+            int32_t bin = (int32_t)(u >> TAIL_SHIFT) - (int32_t)TAIL_FIRST;
+            tail[bin < 0 ? 0 : bin >= TAIL_BINS ? TAIL_BINS - 1 : bin]++;
+        }
+    }
+}
+
+/* The bits of the k-th largest magnitude among at most SAMPLE elements at equal distances. */
+static uint32_t sampled(const Job *job, double share) {
+    uint32_t u[SAMPLE];
+    int64_t n = job->rows * job->channels, m = n < SAMPLE ? n : SAMPLE;
+    for (int64_t i = 0; i < m; i++) {
+        int64_t at = (int64_t)((double)i * (double)n / (double)m);
+        float x;
+        if (job->dtype == FLOAT32) x = ((const float *)job->data)[at];
+        else load(job->data, job->dtype, at, 1, &x);
+        u[i] = magnitude(x);
+    }
+    int64_t k = (int64_t)(share * (double)m), left = 0, right = m - 1;
+    while (left < right) { /* Hoare's quickselect, descending */
+        uint32_t pivot = u[(left + right) / 2];
+        int64_t i = left, j = right;
+        while (i <= j) {
+            while (u[i] > pivot) i++;
+            while (u[j] < pivot) j--;
+            if (i <= j) {
+                uint32_t t = u[i];
+                u[i++] = u[j];
+                u[j--] = t;
+            }
+        }
+        if (k <= j) right = j;
+        else if (k >= i) left = i;
+        else break;
+    }
+    return u[k];
+}
+
+typedef struct {
+    const Job *job;
+    uint32_t tail_from, over, massive; /* bits; over and massive only in the second pass */
+    double row[FIELDS];
+    uint32_t *channel_max, *tail;
+    float *channel_square;
+    int first_pass, with_tail;
+} Part;
+
+static void sweep(Part *part, int64_t first_row, int64_t last_row) {
+    const Job *job = part->job;
+    const int64_t channels = job->channels;
+    const uint32_t subnormal = job->dtype == FLOAT16 ? magnitude(0x1p-14f) : 0x00800000u;
+    float converted[BLOCK];
+    const int64_t step_rows = channels <= BLOCK ? BLOCK / channels : 1;
+    for (int64_t r = first_row; r < last_row; r += step_rows) {
+        const int64_t rows = r + step_rows < last_row ? step_rows : last_row - r;
+        /* A row wider than a block is cut; its channels then start at j. */
+        for (int64_t j = 0; j < channels; j += BLOCK) {
+            const int64_t width = channels - j < BLOCK ? channels - j : BLOCK;
+            const int64_t at = r * channels + j, n = step_rows > 1 || channels <= BLOCK ? rows * channels : width;
+            const float *x = converted;
+            if (job->dtype == FLOAT32) x = (const float *)job->data + at;
+            else load(job->data, job->dtype, at, n, converted);
+            if (part->first_pass) {
+                add_block(x, n, subnormal, part->row);
+                if (part->channel_max != NULL)
+                    add_channels(x, n / width, width, part->channel_max + j, part->channel_square + j);
+            } else {
+                if (part->over) part->row[OVER_6RMS] += (double)count_from(x, n, part->over);
+                if (part->massive) part->row[MASSIVE] += (double)count_from(x, n, part->massive);
+            }
+            if (part->with_tail) add_tail(x, n, part->tail_from, part->tail);
+        }
+    }
+}
+
+static void add_row(double *row, const double *other) {
+    for (int i = 0; i < SUMS; i++) row[i] += other[i];
+    for (int i = SUMS; i < FIELDS; i++)
+        if (isnan(other[i]) || other[i] > row[i]) row[i] = other[i];
+}
+
+/* Runs the pass over all rows, in `threads` parts, and adds them up in order into `total`. */
+static void pass(Part *total, int threads) {
+    const int64_t rows = total->job->rows, channels = total->job->channels;
+    if (threads <= 1) {
+        sweep(total, 0, rows);
+        return;
+    }
+    Part *parts = malloc((size_t)threads * sizeof(Part));
+    char *scratch = NULL;
+    const size_t bytes = (size_t)channels * 8 + TAIL_BINS * 4;
+    if (parts != NULL) scratch = calloc((size_t)threads, bytes);
+    if (scratch == NULL) { /* no memory for parts: one after the other then */
+        free(parts);
+        sweep(total, 0, rows);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++) {
+        Part *part = parts + t;
+        *part = *total;
+        memset(part->row, 0, sizeof part->row);
+        char *mine = scratch + (size_t)t * bytes;
+        if (total->channel_max != NULL) {
+            part->channel_max = (uint32_t *)mine;
+            part->channel_square = (float *)(mine + channels * 4);
+        }
+        part->tail = (uint32_t *)(mine + channels * 8);
+        sweep(part, rows * t / threads, rows * (t + 1) / threads);
+    }
+    for (int t = 0; t < threads; t++) {
+        add_row(total->row, parts[t].row);
+        if (total->channel_max != NULL)
+            for (int64_t j = 0; j < channels; j++) {
+                if (parts[t].channel_max[j] > total->channel_max[j]) total->channel_max[j] = parts[t].channel_max[j];
+                total->channel_square[j] += parts[t].channel_square[j];
+            }
+        if (total->with_tail)
+            for (int b = 0; b < TAIL_BINS; b++) total->tail[b] += parts[t].tail[b];
+    }
+    free(scratch);
+    free(parts);
+}
+
+static uint64_t total(const uint32_t *tail) {
+    uint64_t sum = 0;
+    for (int b = 0; b < TAIL_BINS; b++) sum += tail[b];
+    return sum;
+}
+
+static void summarise(Job *job, int threads) {
+    const int64_t n = job->rows * job->channels;
+    uint32_t counted[TAIL_BINS];
+    Part part = {.job = job, .first_pass = 1, .with_tail = job->tail != NULL};
+    part.tail = counted;
+    part.channel_max = job->channel_max;
+    part.channel_square = job->channel_square;
+    if (job->fresh && job->channel_max != NULL) {
+        memset(job->channel_max, 0, (size_t)job->channels * 4);
+        memset(job->channel_square, 0, (size_t)job->channels * 4);
+    }
+    if (n < LARGE) threads = 1;
+    if (job->rows < threads) threads = (int)job->rows;
+    if (part.with_tail) {
+        if (!(job->tail_from >= 0)) job->tail_from = value_of(sampled(job, 0.004));
+        part.tail_from = magnitude(job->tail_from);
+        memset(counted, 0, sizeof counted);
+    }
+    pass(&part, threads);
+    Part second = {.job = job};
+    if (part.with_tail) {
+        uint64_t above = total(counted);
+        /* The threshold was right for an older tensor: is it for this one? One element in 1,000 must lie above it. */
+        for (int attempt = 0; above * 1000 < (uint64_t)n && job->tail_from > 0; attempt++) {
+            job->tail_from = attempt < 2 ? value_of(sampled(job, attempt == 0 ? 0.008 : 0.03)) : 0;
+            if (!(job->tail_from < INFINITY)) job->tail_from = 0;
+            Part again = {.job = job, .with_tail = 1, .tail_from = magnitude(job->tail_from), .tail = counted};
+            memset(counted, 0, sizeof counted);
+            pass(&again, threads);
+            above = total(counted);
+        }
+        part.row[TAIL_FROM] = job->tail_from;
+        if (above * 100 > (uint64_t)n) job->tail_from = NAN; /* too low to be cheap: sample anew next time */
+        const double rms = sqrt(part.row[S2] / (double)n);
+        if (6 * rms > 0 && part.row[ABSMAX] >= 6 * rms && rms < 1e37) second.over = magnitude((float)(6 * rms));
+        if (part.row[ABSMAX] > 100) {
+            double median = (double)value_of(sampled(job, 0.5));
+            second.massive = median < 0.1 ? magnitude(100.0f) + 1 : median < 1e35 ? magnitude((float)(1000 * median)) : 0;
+        }
+    }
+    if (second.over || second.massive) {
+        pass(&second, threads);
+        add_row(part.row, second.row);
+    }
+    if (job->fresh) memcpy(job->row, part.row, sizeof part.row);
+    else add_row(job->row, part.row);
+    if (job->tail != NULL)
+        for (int b = 0; b < TAIL_BINS; b++) job->tail[b] = (job->fresh ? 0 : job->tail[b]) + counted[b];
+}
+
+/* Many small tensors are shared out among the threads whole; a large one is cut into rows. */
+void stabilitylab_summarise(Job *const *jobs, int64_t n, int threads) {
+    if (n == 1) {
+        summarise(jobs[0], threads);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++)
+        if (threads > 1 && jobs[i]->rows * jobs[i]->channels >= LARGE) summarise(jobs[i], threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int64_t i = 0; i < n; i++)
+        if (threads <= 1 || jobs[i]->rows * jobs[i]->channels < LARGE) summarise(jobs[i], 1);
+}
+
+/* Largest and smallest attention score of each head, of [batch, heads, n] contiguous; what is <= masked (or NaN in the
+ * mask's place) does not count. Merges into the larger of what is there. A NaN score makes the head's maximum NaN. */
+void stabilitylab_scores(const void *data, int32_t dtype, int64_t batch, int64_t heads, int64_t n, float masked,
+                         double *largest, double *negated_smallest) {
+    for (int64_t bh = 0; bh < batch * heads; bh++) {
+        float high = -INFINITY, low = INFINITY, converted[BLOCK];
+        int32_t nan = 0;
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            const int64_t m = n - i < BLOCK ? n - i : BLOCK;
+            const float *x = converted;
+            if (dtype == FLOAT32) x = (const float *)data + bh * n + i;
+            else load(data, dtype, bh * n + i, m, converted);
+            for (int64_t j = 0; j < m; j++) {
+                const float seen = x[j] > masked ? x[j] : INFINITY;
+                high = x[j] > high ? x[j] : high;
+                low = seen < low ? seen : low;
+                nan |= x[j] != x[j];
+            }
+        }
+        const int64_t h = bh % heads;
+        double top = nan ? NAN : high > masked ? (double)high : -INFINITY;
+        if (!(top <= largest[h])) largest[h] = isnan(largest[h]) ? NAN : top;
+        if (-(double)low > negated_smallest[h]) negated_smallest[h] = -(double)low;
+    }
+}
+
+typedef struct {
+    const float *weight;   /* contiguous, n numbers */
+    float *before;         /* sampled weights as they were before the update */
+    int64_t n, stride, sampled;
+    const float *gradient; /* n numbers, or NULL */
+    const float *first;    /* Adam's moments, n numbers each, or NULL */
+    const float *second;
+    float correction;      /* second / correction is free of bias: 1 - beta2^t */
+    float epsilon2;        /* epsilon^2 */
+    double *out;           /* UPDATE_FIELDS numbers; updates.py has the same list */
+} Update;
+
+enum { U_COUNT, U_SAMPLED, U_UPDATE2, U_WEIGHT2, U_RATIO2, U_FIRST2, U_SECOND2, U_BELOW, UPDATE_FIELDS };
+
+void stabilitylab_before(Update *const *updates, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        const Update *u = updates[i];
+        for (int64_t j = 0; j < u->sampled; j++) u->before[j] = u->weight[j * u->stride];
+    }
+}
+
+static void after(const Update *u) {
+    double *out = u->out;
+    double moved = 0, weight = 0, ratio = 0, first = 0, second = 0;
+    int64_t below = 0;
+    for (int64_t j = 0; j < u->sampled; j++) {
+        const double w = u->weight[j * u->stride], d = w - (double)u->before[j];
+        moved += d * d;
+        weight += (double)u->before[j] * (double)u->before[j];
+    }
+    if (u->first != NULL && u->second != NULL) {
+        const float unbiased = 1.0f / u->correction;
+        for (int64_t i = 0; i < u->n; i += BLOCK) {
+            const int64_t end = i + BLOCK < u->n ? i + BLOCK : u->n;
+            float r = 0;
+            double m2 = 0, v2 = 0; /* float32 has no room for the squares of squares */
+            int32_t c = 0;
+            for (int64_t j = i; j < end; j++) {
+                const float v = u->second[j] * unbiased;
+                m2 += (double)u->first[j] * (double)u->first[j];
+                v2 += (double)u->second[j] * (double)u->second[j];
+                c += v < u->epsilon2;
+            }
+            if (u->gradient != NULL)
+                for (int64_t j = i; j < end; j++) {
+                    const float v = u->second[j] * unbiased, g = u->gradient[j];
+                    r += g * g / (v > u->epsilon2 ? v : u->epsilon2);
+                }
+            ratio += r, first += m2, second += v2, below += c;
+        }
+    }
+    out[U_COUNT] = (double)u->n;
+    out[U_SAMPLED] = (double)u->sampled;
+    out[U_UPDATE2] = moved;
+    out[U_WEIGHT2] = weight;
+    out[U_RATIO2] = u->gradient != NULL && u->second != NULL ? ratio : NAN;
+    out[U_FIRST2] = u->first != NULL ? first : NAN;
+    out[U_SECOND2] = u->second != NULL ? second : NAN;
+    out[U_BELOW] = u->second != NULL ? (double)below : NAN;
+}
+
+void stabilitylab_after(Update *const *updates, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int64_t i = 0; i < n; i++) after(updates[i]);
+}

@@ -1,0 +1,153 @@
+"""Ranges of attention scores, per head, from materialised scores or from what a fused kernel returns.
+
+Shapes: B batch, H heads, T queries, S keys, D head dimension, K key heads (grouped-query attention: K divides
+H), R sampled rows. A score is q.k * scale plus whatever the mask adds; masked entries are -inf or the lowest
+numbers of the format, and do not count.
+
+A fused kernel never forms the scores but returns L, the log-sum-exp of each row, and
+
+    row maximum m_i <= L_i <= m_i + log(keys in row i).
+
+Let t be the row of the largest L, with exact maximum m_t, and L' the second largest L. Then the largest score
+M obeys
+
+    m_t <= M <= max(m_t, L')
+
+The right side is ``score_max``: it never understates, is exact whenever the two sides agree (they do when
+scores are large and rows peaked, which is when one wants to know), and else exceeds M by at most log S.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabilitylab.statistics import native
+
+SAMPLED_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What one attention call says of its scores, each [H].
+
+    ``largest`` bounds the maximum from above and ``sampled`` from below (equal where exact); ``smallest`` is
+    the minimum, of the sampled rows only under a fused kernel; ``entropy`` the mean entropy in nats of the
+    sampled rows' weights.
+    """
+
+    largest: Tensor
+    sampled: Tensor
+    smallest: Tensor
+    entropy: Tensor
+
+
+def masked_below(dtype: torch.dtype) -> float:
+    """Scores at or below this are masked: half the lowest number of the format."""
+    return torch.finfo(dtype).min / 2
+
+
+def entropy(scores: Tensor) -> Tensor:
+    """Entropy in nats of softmax over the last dimension, float32; that of a wholly masked row is 0."""
+    scores = scores.float()
+    scores = torch.where(scores > masked_below(torch.float32), scores, -math.inf)
+    p = torch.nan_to_num(torch.softmax(scores, -1))
+    return torch.special.xlogy(p, p).sum(-1).neg()
+
+
+def sample_rows(rows: int, device: torch.device) -> Tensor:
+    """Up to ``SAMPLED_ROWS`` row numbers at equal distances, the last one among them."""
+    count = min(SAMPLED_ROWS, rows)
+    return (torch.arange(1, count + 1, device=device) * rows) // count - 1
+
+
+def materialised(scores_BHTS: Tensor) -> Scores:
+    """Exact range of scores that are there in full."""
+    largest_H, smallest_H = _range(scores_BHTS)
+    rows = sample_rows(scores_BHTS.shape[2], scores_BHTS.device)
+    entropy_H = entropy(scores_BHTS[0][:, rows]).mean(-1)
+    return Scores(largest_H, largest_H, smallest_H, entropy_H)
+
+
+def _range(scores_BHTS: Tensor) -> tuple[Tensor, Tensor]:
+    cutoff = masked_below(scores_BHTS.dtype)
+    library, dtype = native.kernel(), native.DTYPES.get(scores_BHTS.dtype)
+    if library is not None and dtype is not None and scores_BHTS.device.type == "cpu":
+        scores_BHTS = scores_BHTS.contiguous()
+        B, H, T, S = scores_BHTS.shape
+        largest_H = torch.full((H,), -math.inf, dtype=torch.float64)
+        negated_H = torch.full((H,), -math.inf, dtype=torch.float64)
+        addresses = largest_H.data_ptr(), negated_H.data_ptr()
+        library.stabilitylab_scores(scores_BHTS.data_ptr(), dtype, B, H, T * S, cutoff, *addresses)
+        smallest_H: Tensor = -negated_H
+        return largest_H, smallest_H
+    seen = scores_BHTS > cutoff
+    largest_H = torch.where(seen | scores_BHTS.isnan(), scores_BHTS, -math.inf).amax((0, 2, 3)).float()
+    smallest_H = torch.where(seen, scores_BHTS, math.inf).amin((0, 2, 3)).float()
+    return largest_H, smallest_H
+
+
+def fused(
+    lse_BHT: Tensor,
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Scores:
+    """Range of scores from the log-sum-exp of a fused kernel and a few rows recomputed.
+
+    Args:
+        lse_BHT: natural logarithm; rows beyond T are padding.
+        q_BHTD: queries as given to the kernel.
+        k_BKSD: keys as given to the kernel.
+        mask: boolean (True: may look) or additive, broadcastable to [B, H, T, S].
+        causal: query i sees keys j <= i.
+        scale: factor on q.k; by default 1/sqrt(D).
+    """
+    B, H, T, D = q_BHTD.shape
+    S, device = k_BKSD.shape[2], q_BHTD.device
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    lse_BHT = lse_BHT[:, :, :T].float()
+    if mask is not None:
+        mask = mask.expand(B, H, T, S) if mask.dim() == 4 else mask.expand(H, T, S).expand(B, H, T, S)
+        # What a kernel returns for a row without keys is its own affair.
+        looks = mask if mask.dtype == torch.bool else mask > masked_below(mask.dtype)
+        lse_BHT = torch.where(looks.any(-1), lse_BHT, -math.inf)
+    flat_HN = lse_BHT.transpose(0, 1).reshape(H, B * T)
+    top = flat_HN.topk(min(2, B * T), dim=1)
+    b_H, t_H = top.indices[:, 0] // T, top.indices[:, 0] % T
+    h_H = torch.arange(H, device=device)
+    key_head_H = h_H * k_BKSD.shape[1] // H
+
+    top_row_HS = _scores(q_BHTD[b_H, h_H, t_H][:, None], k_BKSD[b_H, key_head_H], scale)[:, 0]
+    t_R = sample_rows(T, device)
+    rows_HRS = _scores(q_BHTD[0][:, t_R], k_BKSD[0][key_head_H], scale)
+    if mask is not None:
+        top_row_HS = _masked(top_row_HS, mask[b_H, h_H, t_H])
+        rows_HRS = _masked(rows_HRS, mask[0][:, t_R])
+    if causal:
+        keys_S = torch.arange(S, device=device)
+        top_row_HS = torch.where(keys_S <= t_H[:, None], top_row_HS, -math.inf)
+        rows_HRS = torch.where(keys_S <= t_R[:, None], rows_HRS, -math.inf)
+    cutoff = masked_below(torch.float32)
+    exact_H = top_row_HS.amax(-1)
+    sampled_H = torch.maximum(exact_H, rows_HRS.amax((-1, -2)))
+    bound_H = torch.maximum(exact_H, top.values[:, -1]) if B * T > 1 else exact_H
+    seen_HRS = torch.cat([rows_HRS, top_row_HS[:, None]], dim=1)
+    smallest_H = torch.where(seen_HRS > cutoff, seen_HRS, math.inf).amin((-1, -2))
+    return Scores(torch.maximum(bound_H, sampled_H), sampled_H, smallest_H, entropy(rows_HRS).mean(-1))
+
+
+def _scores(q_HRD: Tensor, k_HSD: Tensor, scale: float) -> Tensor:
+    return (q_HRD.float() @ k_HSD.float().transpose(-1, -2)) * scale
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.where(mask, scores, -math.inf)
+    return scores + mask.float()

@@ -1,0 +1,67 @@
+"""The largest magnitudes: quantiles from a histogram, channels that stand out.
+
+The tail of |x| is kept as counts in bins of an eighth of an octave (``summary``): wide enough for a few
+hundred integers a site, narrow enough to place a quantile to within 12.5 % at worst; linear interpolation
+inside the bin brings the typical error to 1-2 %. Counts add up exactly over micro-batches and ranks, which
+quantiles do not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabilitylab.statistics.summary import TAIL_BINS, TAIL_FIRST, TAIL_SHIFT
+
+Array = NDArray[np.float64]
+TAIL_SHARES = (1e-3, 1e-4, 1e-5, 1e-6)
+
+# Lower edges of the bins, from the bits of a float32, and the upper edge of the last.
+EDGES = (
+    ((np.arange(TAIL_BINS + 1) + TAIL_FIRST).astype(np.uint32) << TAIL_SHIFT)
+    .view(np.float32)
+    .astype(np.float64)
+)
+
+
+def tail_quantiles(tail: NDArray[np.integer], count: Array, absmax: Array, tail_from: Array) -> Array:
+    """The magnitudes exceeded by a share of ``TAIL_SHARES`` of all elements, [sites, shares].
+
+    Args:
+        tail: counts [sites, TAIL_BINS].
+        count: elements of each site; with fewer than 1/share of them the quantile is the maximum.
+        absmax: largest magnitude; where it is NaN so are the quantiles.
+        tail_from: where the histogram becomes complete; a quantile below it is unknown, NaN.
+    """
+    sites = np.arange(len(tail))
+    above = np.cumsum(tail[:, ::-1], axis=1)[:, ::-1].astype(np.float64)  # elements in this bin or higher
+    quantiles = []
+    for share in TAIL_SHARES:
+        rank = share * count
+        # The bin that holds the element of this rank: the highest with at least so many in it or above.
+        bin_ = np.maximum(np.sum(above >= np.maximum(rank, 1.0)[:, None], axis=1) - 1, 0)
+        inside = tail[sites, bin_]
+        over = above[sites, bin_] - inside
+        with np.errstate(divide="ignore", invalid="ignore"):
+            part = np.where(inside > 0, (np.maximum(rank, 1.0) - over) / inside, 0.0)
+        value = EDGES[bin_ + 1] - part * (EDGES[bin_ + 1] - EDGES[bin_])
+        value = np.where(rank <= 1.0, absmax, np.minimum(value, absmax))
+        known = np.isfinite(absmax) & ((EDGES[bin_] >= tail_from) | (value >= tail_from))
+        quantiles.append(np.where(known, value, np.nan))
+    return np.stack(quantiles, axis=1)
+
+
+def max_over_median(largest_SC: Array) -> Array:
+    """The largest channel's maximum over the median channel's, [sites]: 1 where all are alike."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.max(largest_SC, axis=1) / np.median(largest_SC, axis=1))
+
+
+def channel_kurtosis(square_SC: Array) -> Array:
+    """mean(s^4)/mean(s^2)^2 over channels, s the RMS of a channel: 1 if all carry alike, C if one carries
+    all.
+
+    Source: He et al., arXiv:2405.19279, section 2. Only the ratios of ``square_SC`` [sites, channels] matter.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.mean(square_SC**2, axis=1) / np.mean(square_SC, axis=1) ** 2)
