@@ -17,9 +17,14 @@ upward ones keeps a fall out of them, where x < f.
 
 A value is judged by its residual r = x - f:
 
-    r <= band  = max(3 sigma, 2/3 of floor)    ordinary: enters the baseline
-    r >  limit = max(7 sigma, floor)           out: an excursion begins; enters nothing
-    between the two                            doubtful: enters nothing; four in a row are an excursion too
+    r <= band  = max(3 k sigma, 2/3 of floor)    ordinary: enters the baseline
+    r >  limit = max(7 k sigma, floor)           out: an excursion begins; enters nothing
+    between the two                              doubtful: enters nothing; four in a row are an excursion too
+
+The spread k is 1 while single values over the band are rare, as in Gaussian noise (1 in 740). Where they
+come more often than once in 32 values they are the noise's own tail: each multiplies k by 1.1, and 32 values
+without one divide it by 1.1, so k settles where the band holds 97 % of the values (stochastic approximation
+of a quantile, Robbins and Monro 1951). Values of a spike do not count: a run full of spikes keeps its k.
 
 ``floor`` is the smallest rise that is worth a word whatever the noise: 3 % of the level of a loss, a factor
 of 2 of a norm. 7 sigma is the rarity that OLMo 2's spike score uses (2501.00656, section 3.1). A Gaussian
@@ -44,6 +49,8 @@ CREEP_GAIN = 1 / 2
 BAND_SIGMAS = 3.0
 LIMIT_SIGMAS = 7.0
 BAND_SHARE = 2 / 3
+SPREAD_STEP = 1.1
+SPREAD_DECAY = SPREAD_STEP**-0.5  # a block of 16 values
 # A rise of the slow mean over its own minimum. Its noise is 0.15 sigma, so over 1e6 values (6e4 of g) its
 # extremes lie +-0.65 sigma from its centre: 2.5 sigma is out of reach of noise. Twice the floor, since a slow
 # wander is no excursion yet.
@@ -80,6 +87,7 @@ class Baseline:
     before_previous: float | None = None
     slow: float = 0.0
     lowest: float = 0.0
+    spread: float = 1.0
 
     @property
     def sigma(self) -> float:
@@ -91,11 +99,11 @@ class Baseline:
 
     def band(self) -> float:
         """Residuals up to here are ordinary."""
-        return max(BAND_SIGMAS * self.sigma, BAND_SHARE * self.floor)
+        return max(BAND_SIGMAS * self.sigma * self.spread, BAND_SHARE * self.floor)
 
     def limit(self) -> float:
         """Residuals above this begin an excursion at once."""
-        return max(LIMIT_SIGMAS * self.sigma, self.floor)
+        return max(LIMIT_SIGMAS * self.sigma * self.spread, self.floor)
 
     def creep(self) -> float:
         """How far the slow mean stands above its lowest value, as a share of what would be an excursion."""
@@ -128,9 +136,14 @@ class Baseline:
         self.before_previous, self.previous = self.previous, value
 
     def settle(self) -> None:
-        """Once every 16 accepted values: take the level into the slow mean."""
+        """Once every 16 accepted values: take the level into the slow mean, and let the spread shrink."""
+        self.spread = max(1.0, self.spread * SPREAD_DECAY)
         self.slow += CREEP_GAIN * (self.level - self.slow)
         self.lowest = min(self.lowest, self.slow)
+
+    def exceeded(self, values: int) -> None:
+        """So many values over the band turned out to be no excursion of the run's state."""
+        self.spread *= SPREAD_STEP**values
 
     def shift(self, by: float) -> None:
         """The signal's unit has changed: the whole baseline moves."""

@@ -151,7 +151,9 @@ class Excursions:
     def _ordinary(self, step: int) -> list[Change]:
         self.fresh = False
         self.inside = step
-        self.doubtful.clear()
+        if self.doubtful:
+            self.baseline.exceeded(len(self.doubtful))
+            self.doubtful.clear()
         self.since_block += 1
         return self.end_block(step) if self.since_block == BLOCK_VALUES else []
 
@@ -267,6 +269,8 @@ class Excursions:
         assert self.open is not None
         closed, self.open = self.open, None
         closed.kind = kind
+        if kind == "hard-batch":
+            self.baseline.exceeded(closed.out)
         if closed.age >= FIRST_CHECK:  # what was learned before it is old: begin where the signal is now
             self.baseline.start(closed.level + closed.mean)
         self.inside = closed.inside

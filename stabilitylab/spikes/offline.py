@@ -117,12 +117,12 @@ def _ordinary(detector: SpikeDetector, curve: _Curve, at: int, events: list[Even
     level, difference, upward = base.level, base.difference_sigma, base.upward_sigma
     share = BAND_SHARE * base.relative_floor
     while at < end:
-        first = at
+        first, spread = at, base.spread
         stop = min(end, at + BLOCK_VALUES - loss.since_block)
         for value, bend in zip(values[at:stop], bends[at:stop], strict=True):
             residual = value - level
             clip = BAND_SIGMAS * (difference if difference > upward else upward)
-            if residual > clip and residual > share * abs(level):
+            if residual > clip and residual > clip * spread and residual > share * abs(level):
                 break
             if residual > 0.0:
                 up = UPWARD * residual

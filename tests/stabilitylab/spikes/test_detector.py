@@ -360,3 +360,26 @@ def test_baselines_agree_to_the_last_bit_on_both_paths():
     for i, x in enumerate(curve.tolist()):
         slow.update(i, {LOSS: x})
     assert fast.state_dict() == slow.state_dict()
+
+
+# ------------------------------------------------------------------------------------------- noise of all kinds
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        lambda rng, n: 1e-4 * rng.standard_normal(n),
+        lambda rng, n: 0.3 * rng.standard_normal(n),
+        lambda rng, n: np.linspace(0.02, 0.3, n) * rng.standard_normal(n),
+        lambda rng, n: np.where(np.arange(n) < n // 2, 0.03, 0.09) * rng.standard_normal(n),
+        lambda rng, n: 0.03 * rng.standard_normal(n) + 0.3 * (rng.random(n) < 0.2),
+        lambda rng, n: np.convolve(0.1 * rng.standard_normal(n + 49), np.ones(50) / 50, "valid"),
+    ],
+    ids=["tiny", "large", "growing", "threefold at once", "two kinds of batch", "a moving average"],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_alone_makes_no_spikes(noise, seed):
+    curve = falling(5000, noise=0.0) + noise(np.random.default_rng(seed), 5000)
+    found = kinds(find_episodes(None, curve))
+    assert found.count("spike") + found.count("divergence") <= 1
+    assert found.count("hard-batch") <= 2
