@@ -51,7 +51,13 @@ _log = logging.getLogger("stabilitylab")
 
 # What `step` may be given under a name of its own; everything else becomes train/-/<name>.
 _FAMILY = {"loss_scale": "precision"}
-_WATCHED = ("train/-/loss", "train/-/gradient_norm", "precision/-/loss_scale")
+_WATCHED = (
+    "train/-/loss",
+    "train/-/gradient_norm",
+    "train/-/learning_rate",
+    "train/-/skipped",
+    "precision/-/loss_scale",
+)
 
 
 class Detector(Protocol):
@@ -113,7 +119,7 @@ class Monitor:
         schedule: a ``Schedule`` instead of ``every``.
         sinks: further sinks, or the only ones without ``out``.
         sites: one glob or several over module and parameter paths.
-        detector: judges loss, gradient norm and loss scale of every step; None for no judgement.
+        detector: judges loss, gradient norm, rate and loss scale of every step; None for no judgement.
         parameters: the trained tensors by name, where they are not the model's own (fp32 masters of a
             half-precision model): their ``.grad`` is read.
         tensorboard: with ``out``: whether to write TensorBoard files beside the Parquet ones.
