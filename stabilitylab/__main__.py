@@ -1,0 +1,5 @@
+import sys
+
+from stabilitylab.cli import main
+
+sys.exit(main())

@@ -1,0 +1,106 @@
+"""The ``stabilitylab`` command: read what a run recorded.
+
+Commands live beside what they command and are imported when called, so that help and errors are quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from stabilitylab.command_line import parse
+from stabilitylab.errors import InputError, run_command
+
+COMMANDS = {
+    "report": ("stabilitylab.cli", "one self-contained HTML page about a run"),
+    "compare": ("stabilitylab.cli", "several runs over each other, as HTML"),
+    "show": ("stabilitylab.cli", "a run's last values and its events, on the terminal"),
+    "spikes": ("stabilitylab.spikes.commands", "find spikes in a training log or run folder"),
+}
+
+RunPath = Annotated[Path, tyro.conf.Positional]
+RunPaths = Annotated[tuple[Path, ...], tyro.conf.Positional]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: stabilitylab COMMAND ...; each takes --help\n")
+        print("\n".join(f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items()))
+        return 0
+    return run_command(lambda: _dispatch(words[0], words[1:]))
+
+
+def _dispatch(name: str, rest: Sequence[str]) -> int | None:
+    if name not in COMMANDS:
+        raise InputError(f"stabilitylab has no command {name!r}: choose one of {', '.join(COMMANDS)}")
+    module = importlib.import_module(COMMANDS[name][0])
+    code: int | None = parse(getattr(module, name), rest, program=f"stabilitylab {name}")
+    return code
+
+
+def report(run: RunPath, *, out: Path | None = None) -> int:
+    """Write one self-contained HTML page about a run.
+
+    Args:
+        run: run folder.
+        out: file to write; by default report.html in the run folder.
+    """
+    from stabilitylab.report import load_run, run_report
+
+    loaded = load_run(run)
+    print(run_report(loaded).write(_writable(out or loaded.folder.report)))
+    return 0
+
+
+def compare(runs: RunPaths, *, out: Path) -> int:
+    """Write several runs over each other as one HTML page.
+
+    Args:
+        runs: run folders, two or more.
+        out: file to write.
+    """
+    from stabilitylab.report import comparison, load_run
+
+    if len(runs) < 2:
+        raise InputError(f"compare takes two run folders or more, got {len(runs)}")
+    print(comparison([load_run(run) for run in runs]).write(_writable(out)))
+    return 0
+
+
+def show(run: RunPath) -> int:
+    """Print a run's last values and its events.
+
+    Args:
+        run: run folder.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from stabilitylab.report import load_run
+
+    loaded, console = load_run(run), Console()
+    metrics = loaded.metrics
+    table = Table("metric", "first", "last", "largest", title=str(loaded.path))
+    scalars = metrics[metrics["family"].isin(["train", "precision"])]
+    for family, site, statistic in scalars[["family", "site", "statistic"]].itertuples(index=False):
+        series = loaded.series(f"{family}/{site}/{statistic}")
+        table.add_row(f"{family}/{site}/{statistic}", *(f"{v:.5g}" for v in (series.iloc[0], series.iloc[-1], series.max())))
+    console.print(table)
+    events = Table("step", "event", "what")
+    for event in loaded.events:
+        events.add_row(str(event.step), event.kind, ", ".join(f"{k} {v}" for k, v in event.data.items()))
+    console.print(events)
+    return 0
+
+
+def _writable(path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+    return path

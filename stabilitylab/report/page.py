@@ -1,0 +1,122 @@
+"""One page, one file: sections of text, tables and figures as self-contained HTML.
+
+Nothing is loaded from elsewhere. Text from runs (names, paths, event data) is escaped by jinja2. Figures are inline SVG, or
+PNG where a map has so many cells that SVG would be larger.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+SVG_BYTES = 200_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One cell: its text, whether it is the best of its row, and a second, smaller line."""
+
+    text: str
+    best: bool = False
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table.
+
+    Attributes:
+        columns: headings.
+        rows: first cell a heading of its row.
+        note: a sentence under it.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell | str]]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure with what a reader should see in it."""
+
+    figure: Figure
+    caption: str = ""
+
+
+@dataclass(kw_only=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        title: its heading and entry in the contents.
+        text: paragraphs.
+        parts: tables and pictures, in order.
+    """
+
+    title: str
+    text: Sequence[str] = ()
+    parts: Sequence[Table | Picture] = ()
+
+
+@dataclass(kw_only=True)
+class Page:
+    """A report.
+
+    Attributes:
+        title: heading.
+        lead: the first paragraph: what was asked, or what this is.
+        facts: small print beside it: name -> value.
+        sections: its body.
+    """
+
+    title: str
+    lead: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    sections: list[Section] = field(default_factory=list)
+
+    def html(self) -> str:
+        """The whole page."""
+        template = _environment().get_template("page.html.jinja")
+        return template.render(page=self, css=Markup(_here("page.css")))  # noqa: S704 - our own file
+
+    def write(self, path: Path) -> Path:
+        """Write the page atomically and return its path."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self.html(), encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+
+def picture_html(figure: Figure) -> Markup:
+    """A figure as inline SVG, or as PNG where that is smaller."""
+    vector = io.StringIO()
+    figure.savefig(vector, format="svg", metadata={"Date": None})
+    text = vector.getvalue()
+    if len(text) <= SVG_BYTES:
+        return Markup(text[text.index("<svg") :])  # noqa: S704 - matplotlib escapes its texts
+    raster = io.BytesIO()
+    figure.savefig(raster, format="png", dpi=160)
+    return Markup('<img alt="" src="data:image/png;base64,{}">').format(base64.b64encode(raster.getvalue()).decode())
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters["picture"] = picture_html
+    environment.tests["table"] = lambda part: isinstance(part, Table)
+    environment.tests["cell"] = lambda cell: isinstance(cell, Cell)
+    return environment
+
+
+def _here(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
