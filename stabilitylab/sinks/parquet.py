@@ -1,0 +1,306 @@
+"""Telemetry into a folder of Parquet files: tidy, compressed, readable after a kill at any moment.
+
+Columns: step, family, site, statistic, index, value (see telemetry.py; how files relate to each other is told in
+parts.py). ``write`` only puts arrays on a queue; one thread sorts, encodes, compresses and writes. So the training step
+never waits for the disk, and an error of the thread surfaces at the next ``write`` or at ``close``.
+
+A file is written when ``rows_per_file`` have gathered, when the oldest row is ``seconds`` old at a flush, after a
+``checkpoint`` event (a run resumed from it then misses nothing), and at ``close``. 64 files of one level are merged into
+one of the next, so a run of any length keeps few files; ``close`` merges what remains.
+
+A ``rewind`` takes effect before the samples of the same ``write``: whoever holds samples of the abandoned history
+writes them first. Opening a folder that already holds telemetry starts a new segment, which supersedes older rows from
+its ``rewind``'s step on, or, where no such event comes, from the first step written: a resumed run comes out right
+even if nobody says that it was resumed.
+
+Size, after ``close``: SIZE_PLACEHOLDER
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from stabilitylab.errors import InputError
+from stabilitylab.sinks.parts import SCHEMA, Part, list_parts, read_rows, write_part
+from stabilitylab.telemetry import Event, Key, RunFolder, Samples
+
+_MERGE_AT = 64
+_MERGED_ROWS = 4_000_000
+_BACKLOG_ROWS = 8_000_000
+_FLUSHING = frozenset({"checkpoint", "run-end", "interrupted"})
+
+_Batch = tuple[Samples, tuple[Event, ...]]
+
+
+class ParquetSink:
+    """Writes telemetry under ``folder``, which it makes and locks.
+
+    Args:
+        folder: where the files go, usually ``RUN/telemetry``. Earlier telemetry in it is kept.
+        rows_per_file: rows that make a file. About 20 bytes a row are held in memory until then.
+        seconds: age of the oldest row at which a file is written although it is small.
+
+    Raises:
+        InputError: the folder cannot be written, or another sink is writing there.
+        OSError: from ``write`` or ``close``, when an earlier file could not be written. The rows it names are lost; the
+            sink goes on with the next ones.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], *, rows_per_file: int = 200_000, seconds: float = 20.0
+    ) -> None:
+        if rows_per_file < 1:
+            raise InputError(f"rows_per_file={rows_per_file}: give at least 1")
+        self.folder = Path(folder)
+        self._lock = RunFolder(self.folder)
+        self._lock.claim()
+        try:
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink()
+            self._parts = list_parts(self.folder)
+            self._remove_replaced()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._rows_per_file = rows_per_file
+        self._seconds = seconds
+        self._number = max((part.number for part in self._parts), default=-1) + 1
+        self._segment = max((part.segment for part in self._parts), default=-1) + 1
+        self._from_step: int | None = None
+        self._keys = _KeyTable()
+        self._rows: list[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64]]] = []
+        self._row_count = 0
+        self._oldest = 0.0
+
+        self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._queued = 0  # rows; counted by the caller's thread alone, as _taken is by the other
+        self._taken = 0
+        self._errors: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="stabilitylab-parquet", daemon=True)
+        self._thread.start()
+        atexit.register(self._close_at_exit)
+
+    def write(self, samples: Samples, events: Sequence[Event]) -> None:
+        """Queue one flush and return at once. The arrays are copied: the caller may reuse them."""
+        if self._closed:
+            raise ValueError("write after close")
+        if self._queued - self._taken + len(samples) > _BACKLOG_ROWS:
+            raise OSError(
+                f"{self.folder} takes rows more slowly than they come: {len(samples)} rows of telemetry dropped"
+            )
+        if len(samples) or any(e.kind == "rewind" or e.kind in _FLUSHING for e in events):
+            self._queued += len(samples)
+            copy = Samples(samples.keys, samples.step.copy(), samples.key.copy(), samples.value.copy())
+            self._queue.put((copy, tuple(events)))
+        self._raise_error()
+
+    def close(self) -> None:
+        """Write what is held, merge small files, and wait for the thread. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._close_at_exit)
+        self._queue.put(None)
+        self._thread.join()
+        self._lock.release()
+        self._raise_error()
+
+    def _close_at_exit(self) -> None:
+        # Whoever forgot to close (or died of an exception) still finds the last rows on disk.
+        try:
+            self.close()
+        except Exception as error:
+            print(f"warning: {error}", file=sys.stderr)
+
+    def _raise_error(self) -> None:
+        if not self._errors.empty():
+            raise self._errors.get()
+
+    # Everything below runs in the thread, and only there.
+
+    def _work(self) -> None:
+        while True:
+            batch = self._queue.get()
+            try:
+                if batch is None:
+                    self._flush()
+                    self._merge_all()
+                    return
+                self._take(*batch)
+            except Exception as error:  # handed to the caller, whatever it is
+                self._errors.put(error)
+                if batch is None:
+                    return
+            finally:
+                if batch is not None:
+                    self._taken += len(batch[0])
+
+    def _take(self, samples: Samples, events: tuple[Event, ...]) -> None:
+        for event in events:
+            if event.kind == "rewind":
+                self._rewind(event.step)
+        if len(samples):
+            if self._from_step is None and self._segment > 0:
+                self._from_step = int(samples.step.min())
+            if not self._row_count:
+                self._oldest = time.monotonic()
+            self._rows.append((samples.step, self._keys.numbers(samples), samples.value))
+            self._row_count += len(samples)
+        if (
+            self._row_count >= self._rows_per_file
+            or (self._row_count and time.monotonic() - self._oldest >= self._seconds)
+            or any(event.kind in _FLUSHING for event in events)
+        ):
+            self._flush()
+
+    def _rewind(self, step: int) -> None:
+        self._flush()
+        if self._from_step is not None or self._segment == 0:
+            self._segment += 1
+        self._from_step = step
+        # An empty file carries the news: were the run killed now, the old steps would otherwise come back to life.
+        self._write(SCHEMA.empty_table())
+
+    def _flush(self) -> None:
+        if not self._row_count:
+            return
+        step = np.concatenate([row[0] for row in self._rows])
+        key = np.concatenate([row[1] for row in self._rows])
+        value = np.concatenate([row[2] for row in self._rows])
+        self._rows, self._row_count = [], 0
+        try:
+            self._write(self._keys.table(step, key, value))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{len(step)} rows of telemetry (steps {step.min()} to {step.max()}) lost: {error.strerror or error}",
+                str(self.folder),
+            ) from None
+        level = 0
+        while len(group := [p for p in self._current() if p.level == level]) >= _MERGE_AT:
+            self._merge(group, level + 1)
+            level += 1
+
+    def _write(self, table: pa.Table, level: int = 0, replaces: Sequence[Part] = ()) -> None:
+        path = self.folder / f"part-{self._number:06d}.parquet"
+        names = tuple(name for part in replaces for name in (part.path.name, *part.replaces))
+        segment, from_step = self._segment, self._from_step
+        if replaces:
+            segment, from_step = replaces[0].segment, replaces[0].from_step
+        part = Part(path=path, segment=segment, rows=0, from_step=from_step, level=level, replaces=names)
+        self._parts.append(write_part(table, part))
+        self._number += 1
+
+    def _current(self) -> list[Part]:
+        return [part for part in self._parts if part.segment == self._segment]
+
+    def _merge_all(self) -> None:
+        """Merge neighbouring files of each segment into ones of up to ``_MERGED_ROWS`` rows."""
+        for segment in sorted({part.segment for part in self._parts}):
+            group: list[Part] = []
+            for part in [p for p in self._parts if p.segment == segment]:
+                if group and sum(p.rows for p in group) + part.rows > _MERGED_ROWS:
+                    self._merge(group, max(p.level for p in group) + 1)
+                    group = []
+                group.append(part)
+            self._merge(group, max((p.level for p in group), default=0) + 1)
+
+    def _merge(self, group: Sequence[Part], level: int) -> None:
+        if len(group) < 2:
+            return
+        self._write(_sorted(pa.concat_tables([read_rows(part, SCHEMA.names) for part in group])), level, group)
+        merged = self._parts.pop()
+        # The merged file takes the place of the first in the order of time.
+        place = self._parts.index(group[0])
+        self._parts = [part for part in self._parts if part not in group]
+        self._parts.insert(place, merged)
+        self._remove_replaced()
+
+    def _remove_replaced(self) -> None:
+        for part in self._parts:
+            for name in part.replaces:
+                (self.folder / name).unlink(missing_ok=True)
+
+
+class _KeyTable:
+    """Numbers for keys, and their three words as dictionary codes."""
+
+    def __init__(self) -> None:
+        self._number: dict[Key, int] = {}
+        self._cached: tuple[tuple[Key, ...], NDArray[np.int32]] | None = None
+
+    def numbers(self, samples: Samples) -> NDArray[np.int32]:
+        """The samples' ``key`` column in this table's own numbers."""
+        if self._cached is None or self._cached[0] is not samples.keys:
+            numbers = [self._number.setdefault(key, len(self._number)) for key in samples.keys]
+            self._cached = samples.keys, np.array(numbers, dtype=np.int32)
+        return self._cached[1][samples.key]
+
+    def table(
+        self, step: NDArray[np.int64], key: NDArray[np.int32], value: NDArray[np.float64]
+    ) -> pa.Table:
+        """Rows sorted by family, statistic, site in the order of first appearance, index, step."""
+        keys = list(self._number)
+        codes, words = zip(
+            *(_encode([getattr(k, name) for k in keys]) for name in ("family", "site", "statistic")), strict=True
+        )
+        families, sites, statistics = codes
+        index = np.array([k.index for k in keys], dtype=np.int32)
+        rank = np.empty(len(keys), dtype=np.int32)
+        rank[np.lexsort((index, sites, _alphabetical(words[2])[statistics], _alphabetical(words[0])[families]))] = (
+            np.arange(len(keys), dtype=np.int32)
+        )
+        order = np.lexsort((step, rank[key]))
+        key = key[order]
+        columns = [pa.array(step[order])]
+        columns += [
+            pa.DictionaryArray.from_arrays(pa.array(code[key]), pa.array(word, pa.string()))
+            for code, word in zip(codes, words, strict=True)
+        ]
+        columns += [pa.array(index[key]), pa.array(value[order])]
+        return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _encode(words: list[str]) -> tuple[NDArray[np.int32], list[str]]:
+    """Codes in the order of first appearance, and the words they stand for."""
+    number: dict[str, int] = {}
+    codes = [number.setdefault(word, len(number)) for word in words]
+    return np.array(codes, dtype=np.int32), list(number)
+
+
+def _alphabetical(words: list[str]) -> NDArray[np.int32]:
+    """For each word, its place in the alphabetical order of UTF-8, which is also the order of Parquet's ranges."""
+    place = np.empty(len(words), dtype=np.int32)
+    place[np.argsort(np.array([word.encode() for word in words], dtype=object), kind="stable")] = np.arange(len(words))
+    return place
+
+
+def _sorted(table: pa.Table) -> pa.Table:
+    """Restore the order that ``_KeyTable.table`` gives, across merged files; equal rows keep the order of time."""
+    table = table.unify_dictionaries().combine_chunks()
+    codes = {}
+    for name in ("family", "site", "statistic"):
+        column = table[name].chunk(0) if table[name].num_chunks else pa.array([], SCHEMA.field(name).type)
+        codes[name] = (column.indices.to_numpy(), column.dictionary.to_pylist())
+    order = np.lexsort(
+        (
+            table["step"].to_numpy(),
+            table["index"].to_numpy(),
+            codes["site"][0],
+            _alphabetical(codes["statistic"][1])[codes["statistic"][0]],
+            _alphabetical(codes["family"][1])[codes["family"][0]],
+        )
+    )
+    return table.take(pa.array(order))
