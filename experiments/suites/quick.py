@@ -24,6 +24,8 @@ SUITE = Suite(
     seeds=(0, 1),
     settings={
         "precision": "fp16",
+        "batch.rows": "4",
+        "schedule.peak": "2e-3",
         "monitor.every": "5",
         "checkpoint.every": "100",
         "loss-scale.window": "50",
