@@ -20,7 +20,7 @@ Family ``activation_gradient``, site = module path:
 
 ``absmax`` and ``rms`` are of the true gradient, with the loss scale divided out; the shares and the headroom
 are of the gradient as the format has to hold it, with the loss scale in it.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ Family ``activation``, site = module path or ``<path>:input``:
 | fp8_underflow_fraction | share of nonzero elements that E4M3 rounds to 0, unscaled: abs(x) <= 2^-10 | 1 | formats.py |
 | zero_fraction | share of elements equal to 0 | 1 | definition |
 | nonfinite_fraction | share of NaN and infinite elements | 1 | IEEE 754-2019, 3.4 |
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Family ``attention``, site = the attention module's path, index = head:
 | score_min | smallest unmasked score; fused: of the sampled rows | score | scores.py |
 | entropy | mean entropy of the attention weights of sampled rows | nat | Zhai et al., arXiv:2303.06296 |
 | fp16_headroom_bits | log2(65504 / max(abs(score_max), abs(score_min))) | bit | formats.py |
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

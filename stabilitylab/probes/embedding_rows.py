@@ -11,7 +11,7 @@ Family ``gradient``, site = path of the embedding's weight:
 | top_row | number of the row, which is the token's | token | definition |
 | top_row_l2 | Euclidean norm of that row's gradient | gradient | definition |
 | top_rows_share | share of these rows together in the squared norm of the embedding's gradient | 1 | definition |
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Family ``precision``, site ``-`` unless said otherwise:
 
 ``loss_scale`` and ``skipped`` are recorded from what the trainer reports. The first overflow is also an event
 ``overflow`` with ``site`` and ``tensor``.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

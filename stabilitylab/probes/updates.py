@@ -17,7 +17,7 @@ Family ``update``, site = parameter path:
 | below_epsilon_fraction | share of elements with v < eps^2: eps, not v, sets their step | 1 | arXiv:2304.13013 |
 
 v is free of its initial bias, v / (1 - beta2^t), and g the gradient that the optimizer saw (clipped).
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

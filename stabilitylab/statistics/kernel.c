@@ -270,6 +270,7 @@ static void pass(Part *total, int threads) {
         sweep(total, 0, rows);
         return;
     }
+    const int64_t block_rows = channels <= BLOCK ? BLOCK / channels : 1, blocks = (rows + block_rows - 1) / block_rows;
     Part *parts = malloc((size_t)threads * sizeof(Part));
     char *scratch = NULL;
     const size_t bytes = (size_t)channels * 8 + TAIL_BINS * 4;
@@ -290,7 +291,9 @@ static void pass(Part *total, int threads) {
             part->channel_square = (float *)(mine + channels * 4);
         }
         part->tail = (uint32_t *)(mine + channels * 8);
-        sweep(part, rows * t / threads, rows * (t + 1) / threads);
+        /* Cut between blocks, so that the blocks and their sums are those of one thread. */
+        int64_t first = blocks * t / threads * block_rows, last = blocks * (t + 1) / threads * block_rows;
+        sweep(part, first, last < rows ? last : rows);
     }
     for (int t = 0; t < threads; t++) {
         add_row(total->row, parts[t].row);
@@ -375,29 +378,40 @@ void stabilitylab_summarise(Job *const *jobs, int64_t n, int threads) {
         if (threads <= 1 || jobs[i]->rows * jobs[i]->channels < LARGE) summarise(jobs[i], 1);
 }
 
+/* An integer that orders like x, also below zero, and back. */
+static inline int32_t ordered(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+static float unordered(int32_t u) { return value_of((uint32_t)(u ^ ((u >> 31) & 0x7fffffff))); }
+
 /* Largest and smallest attention score of each head, of [batch, heads, n] contiguous; what is <= masked (or NaN in the
  * mask's place) does not count. Merges into the larger of what is there. A NaN score makes the head's maximum NaN. */
 void stabilitylab_scores(const void *data, int32_t dtype, int64_t batch, int64_t heads, int64_t n, float masked,
                          double *largest, double *negated_smallest) {
+    const int32_t cutoff = ordered(masked);
     for (int64_t bh = 0; bh < batch * heads; bh++) {
-        float high = -INFINITY, low = INFINITY, converted[BLOCK];
-        int32_t nan = 0;
+        float converted[BLOCK];
+        int32_t high = INT32_MIN, low = INT32_MAX, nan = 0;
         for (int64_t i = 0; i < n; i += BLOCK) {
             const int64_t m = n - i < BLOCK ? n - i : BLOCK;
             const float *x = converted;
             if (dtype == FLOAT32) x = (const float *)data + bh * n + i;
             else load(data, dtype, bh * n + i, m, converted);
             for (int64_t j = 0; j < m; j++) {
-                const float seen = x[j] > masked ? x[j] : INFINITY;
-                high = x[j] > high ? x[j] : high;
+                const int32_t u = ordered(x[j]), seen = u > cutoff ? u : INT32_MAX;
+                high = u > high ? u : high;
                 low = seen < low ? seen : low;
-                nan |= x[j] != x[j];
+                nan |= magnitude(x[j]) > INFINITE;
             }
         }
         const int64_t h = bh % heads;
-        double top = nan ? NAN : high > masked ? (double)high : -INFINITY;
+        double top = nan ? NAN : high > cutoff ? (double)unordered(high) : -INFINITY;
+        double bottom = low == INT32_MAX ? INFINITY : (double)unordered(low);
         if (!(top <= largest[h])) largest[h] = isnan(largest[h]) ? NAN : top;
-        if (-(double)low > negated_smallest[h]) negated_smallest[h] = -(double)low;
+        if (-bottom > negated_smallest[h]) negated_smallest[h] = -bottom;
     }
 }
 
@@ -465,4 +479,109 @@ static void after(const Update *u) {
 void stabilitylab_after(Update *const *updates, int64_t n, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t i = 0; i < n; i++) after(updates[i]);
+}
+
+/* One call of fused attention: what its log-sum-exp and a few rows say of its scores (scores.py has the reasoning).
+ * Strides are in elements; the last dimension of queries and keys is contiguous. */
+typedef struct {
+    const void *query, *key;
+    int64_t batch, heads, key_heads, queries, keys, width;
+    int64_t query_stride[3], key_stride[3]; /* batch, head, position */
+    const float *lse;
+    int64_t lse_stride[3];
+    const void *mask; /* or NULL; broadcast dimensions have stride 0 */
+    int64_t mask_stride[4];
+    int32_t mask_is_bool, dtype, causal, rows; /* rows: how many to sample, at equal distances, of the first batch element */
+    float scale, masked;
+    double *largest, *sampled, *negated_smallest, *entropy; /* heads numbers each */
+} Attention;
+
+static float mask_at(const Attention *a, int64_t b, int64_t h, int64_t t, int64_t s) {
+    const int64_t at = b * a->mask_stride[0] + h * a->mask_stride[1] + t * a->mask_stride[2] + s * a->mask_stride[3];
+    if (a->mask_is_bool) return ((const uint8_t *)a->mask)[at] ? 0 : -INFINITY;
+    return ((const float *)a->mask)[at];
+}
+
+static int sees_any(const Attention *a, int64_t b, int64_t h, int64_t t) {
+    if (a->mask == NULL) return 1;
+    for (int64_t s = 0; s < a->keys; s++)
+        if (mask_at(a, b, h, t, s) > a->masked) return 1;
+    return 0;
+}
+
+/* Scores of row (b, h, t) into `out`; `q` and `k` are scratch of one head's width. */
+static void score_row(const Attention *a, int64_t b, int64_t h, int64_t t, float *q, float *k, float *out) {
+    const int64_t width = a->width;
+    const int64_t q_at = b * a->query_stride[0] + h * a->query_stride[1] + t * a->query_stride[2];
+    const int64_t k_at = b * a->key_stride[0] + h * a->key_heads / a->heads * a->key_stride[1];
+    if (a->dtype == FLOAT32) memcpy(q, (const float *)a->query + q_at, (size_t)width * 4);
+    else load(a->query, a->dtype, q_at, width, q);
+    for (int64_t s = 0; s < a->keys; s++) {
+        if (a->causal && s > t) {
+            out[s] = -INFINITY;
+            continue;
+        }
+        const int64_t at = k_at + s * a->key_stride[2];
+        const float *row = k;
+        if (a->dtype == FLOAT32) row = (const float *)a->key + at;
+        else load(a->key, a->dtype, at, width, k);
+        float dot = 0;
+        for (int64_t j = 0; j < width; j++) dot += q[j] * row[j];
+        out[s] = dot * a->scale + (a->mask != NULL ? mask_at(a, b, h, t, s) : 0);
+    }
+}
+
+static double entropy(const float *x, int64_t n, float masked) {
+    float high = -INFINITY;
+    for (int64_t i = 0; i < n; i++) high = x[i] > high ? x[i] : high;
+    if (!(high > masked)) return 0;
+    double total = 0, weighted = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (x[i] > masked) {
+            const float d = x[i] - high, e = expf(d);
+            total += e;
+            weighted += (double)e * d;
+        }
+    return log(total) - weighted / total;
+}
+
+/* Returns 0, or 1 where there is no memory for a row. */
+int stabilitylab_attention(const Attention *a) {
+    float *scratch = malloc((size_t)(a->keys + 2 * a->width) * sizeof(float));
+    if (scratch == NULL) return 1;
+    float *scores = scratch, *q = scratch + a->keys, *k = q + a->width;
+    for (int64_t h = 0; h < a->heads; h++) {
+        float best = -INFINITY, second = -INFINITY;
+        int64_t best_b = 0, best_t = 0, nan = 0;
+        for (int64_t b = 0; b < a->batch; b++)
+            for (int64_t t = 0; t < a->queries; t++) {
+                const float l = a->lse[b * a->lse_stride[0] + h * a->lse_stride[1] + t * a->lse_stride[2]];
+                if (l <= second || !sees_any(a, b, h, t)) continue;
+                if (isnan(l)) nan = 1;
+                else if (l > best) second = best, best = l, best_b = b, best_t = t;
+                else second = l;
+            }
+        float sampled = -INFINITY, smallest = INFINITY, exact = -INFINITY;
+        double sum = 0;
+        for (int64_t r = 0; r <= a->rows; r++) {
+            const int64_t b = r < a->rows ? 0 : best_b, t = r < a->rows ? (r + 1) * a->queries / a->rows - 1 : best_t;
+            score_row(a, b, h, t, q, k, scores);
+            for (int64_t s = 0; s < a->keys; s++)
+                if (scores[s] > a->masked) {
+                    sampled = scores[s] > sampled ? scores[s] : sampled;
+                    smallest = scores[s] < smallest ? scores[s] : smallest;
+                    if (r == a->rows) exact = scores[s] > exact ? scores[s] : exact;
+                } else if (isnan(scores[s])) {
+                    nan = 1;
+                }
+            if (r < a->rows) sum += entropy(scores, a->keys, a->masked);
+        }
+        const float bound = exact > second ? exact : second;
+        a->largest[h] = nan ? NAN : bound > sampled ? bound : sampled;
+        a->sampled[h] = nan ? NAN : sampled;
+        a->negated_smallest[h] = -(double)smallest;
+        a->entropy[h] = nan ? NAN : sum / (double)a->rows;
+    }
+    free(scratch);
+    return 0;
 }

@@ -75,6 +75,26 @@ class Update(ctypes.Structure):
     )
 
 
+class Attention(ctypes.Structure):
+    """One attention call for the kernel; the fields are explained in kernel.c."""
+
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("key", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "queries", "keys", "width")),
+        ("query_stride", ctypes.c_int64 * 3),
+        ("key_stride", ctypes.c_int64 * 3),
+        ("lse", ctypes.c_void_p),
+        ("lse_stride", ctypes.c_int64 * 3),
+        ("mask", ctypes.c_void_p),
+        ("mask_stride", ctypes.c_int64 * 4),
+        *((name, ctypes.c_int32) for name in ("mask_is_bool", "dtype", "causal", "rows")),
+        ("scale", ctypes.c_float),
+        ("masked", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("largest", "sampled", "negated_smallest", "entropy")),
+    )
+
+
 @functools.cache
 def kernel() -> ctypes.CDLL | None:
     """The loaded kernel; None where it cannot be had."""
@@ -91,9 +111,11 @@ def kernel() -> ctypes.CDLL | None:
             ),
             "stabilitylab_before": (pointer, integer),
             "stabilitylab_after": (pointer, integer, ctypes.c_int),
+            "stabilitylab_attention": (pointer,),
         }.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes = arguments
+            function.restype = ctypes.c_int if name == "stabilitylab_attention" else None
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         _log.debug("no compiled statistics kernel (%s): torch operations do its work", error)
         return None

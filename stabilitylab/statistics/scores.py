@@ -19,6 +19,7 @@ scores are large and rows peaked, which is when one wants to know), and else exc
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 
@@ -55,7 +56,8 @@ def entropy(scores: Tensor) -> Tensor:
     scores = scores.float()
     scores = torch.where(scores > masked_below(torch.float32), scores, -math.inf)
     p = torch.nan_to_num(torch.softmax(scores, -1))
-    return torch.special.xlogy(p, p).sum(-1).neg()
+    weighted: Tensor = torch.special.xlogy(p, p)
+    return weighted.sum(-1).neg()
 
 
 def sample_rows(rows: int, device: torch.device) -> Tensor:
@@ -109,12 +111,70 @@ def fused(
         causal: query i sees keys j <= i.
         scale: factor on q.k; by default 1/sqrt(D).
     """
+    scale = 1 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
+    if mask is not None:
+        B, H, T, S = *q_BHTD.shape[:3], k_BKSD.shape[2]
+        mask = mask.expand(B, H, T, S)
+    ranges = _fused_in_kernel(lse_BHT, q_BHTD, k_BKSD, mask, causal, scale)
+    return ranges if ranges is not None else _fused_in_torch(lse_BHT, q_BHTD, k_BKSD, mask, causal, scale)
+
+
+def _fused_in_kernel(
+    lse_BHT: Tensor, q_BHTD: Tensor, k_BKSD: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Scores | None:
+    """What the compiled kernel finds; None if these tensors are not for it."""
+    library, dtype = native.kernel(), native.DTYPES.get(q_BHTD.dtype)
+    if (
+        library is None
+        or dtype is None
+        or q_BHTD.device.type != "cpu"
+        or lse_BHT.dtype != torch.float32
+        or q_BHTD.stride(-1) != 1
+        or k_BKSD.stride(-1) != 1
+        or (mask is not None and mask.dtype not in (torch.bool, torch.float32))
+    ):
+        return None
     B, H, T, D = q_BHTD.shape
+    out = torch.empty(4, H, dtype=torch.float64)
+    job = native.Attention(
+        query=q_BHTD.data_ptr(),
+        key=k_BKSD.data_ptr(),
+        batch=B,
+        heads=H,
+        key_heads=k_BKSD.shape[1],
+        queries=T,
+        keys=k_BKSD.shape[2],
+        width=D,
+        query_stride=q_BHTD.stride()[:3],
+        key_stride=k_BKSD.stride()[:3],
+        lse=lse_BHT.data_ptr(),
+        lse_stride=lse_BHT.stride(),
+        dtype=dtype,
+        causal=causal,
+        rows=min(SAMPLED_ROWS, T),
+        scale=scale,
+        masked=masked_below(torch.float32),
+        largest=out[0].data_ptr(),
+        sampled=out[1].data_ptr(),
+        negated_smallest=out[2].data_ptr(),
+        entropy=out[3].data_ptr(),
+    )
+    if mask is not None:
+        job.mask, job.mask_stride = mask.data_ptr(), mask.stride()
+        job.mask_is_bool = mask.dtype == torch.bool
+    if library.stabilitylab_attention(ctypes.addressof(job)):
+        return None
+    return Scores(out[0], out[1], out[2].neg(), out[3])
+
+
+def _fused_in_torch(
+    lse_BHT: Tensor, q_BHTD: Tensor, k_BKSD: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Scores:
+    """The same in torch operations, without host synchronisation."""
+    B, H, T, _ = q_BHTD.shape
     S, device = k_BKSD.shape[2], q_BHTD.device
-    scale = 1 / math.sqrt(D) if scale is None else scale
     lse_BHT = lse_BHT[:, :, :T].float()
     if mask is not None:
-        mask = mask.expand(B, H, T, S) if mask.dim() == 4 else mask.expand(H, T, S).expand(B, H, T, S)
         # What a kernel returns for a row without keys is its own affair.
         looks = mask if mask.dtype == torch.bool else mask > masked_below(mask.dtype)
         lse_BHT = torch.where(looks.any(-1), lse_BHT, -math.inf)

@@ -139,8 +139,8 @@ class Summary:
         ):
             return False
         job, buffer = self._job, self._buffer
-        channels = x.shape[-1] if x.dim() and self._full else 1
-        if self._reserve(x.device, channels) or self._generation != buffer.generation:
+        channels = self.reserve(x)
+        if self._generation != buffer.generation:
             self._point()
         row = self.row
         assert row is not None
@@ -161,8 +161,7 @@ class Summary:
             library.stabilitylab_summarise(ctypes.addressof(self._pointer), 1, torch.get_num_threads())
             return
         x, implied = stored(x)
-        channels = x.shape[-1] if x.dim() and self._full else 1
-        self._reserve(x.device, channels)
+        self.reserve(x)
         buffer, row = self._buffer, self.row
         assert row is not None
         fresh = row.stamp != buffer.stamp
@@ -178,22 +177,23 @@ class Summary:
                 slots.stamp = -1 if fresh else buffer.stamp
                 buffer.put(slots, part)
 
-    def _reserve(self, device: torch.device, channels: int) -> bool:
-        """Make sure of slots on this device for so many channels. True if they are new."""
-        buffer = self._buffer
-        if self.row is not None and self.row.device == device:
-            if not self._full or self.bits is None or self.bits.length == channels:
-                return False
+    def reserve(self, x: Tensor) -> int:
+        """Make sure of slots for ``x``; returns how many channels it has."""
+        buffer, device = self._buffer, x.device
+        channels = x.shape[-1] if x.dim() and self._full else 1
+        if self.row is None or self.row.device != device:
+            self.row = buffer.reserve(self.region, len(FIELDS), device)
+            if self._full:
+                self.bits = buffer.reserve("bits", channels, device)
+                self.squares = buffer.reserve("squares", channels, device)
+                self.tail = buffer.reserve("tail", TAIL_BINS, device)
+            self._generation = -1
+        elif self.bits is not None and self.bits.length != channels:
             # The width changed from one call to the next: it is no channel. Extremes and squares are given
             # up.
             self.bits = self.squares = None
-            return True
-        self.row = buffer.reserve(self.region, len(FIELDS), device)
-        if self._full:
-            self.bits = buffer.reserve("bits", channels, device)
-            self.squares = buffer.reserve("squares", channels, device)
-            self.tail = buffer.reserve("tail", TAIL_BINS, device)
-        return True
+            self._generation = -1
+        return channels
 
     def _point(self) -> None:
         """Tell the kernel where the slots lie."""
@@ -210,6 +210,8 @@ class Summary:
 
 def add_all(pairs: Sequence[tuple[Summary, Tensor]]) -> None:
     """Add many tensors, each to its own summary, in one call of the kernel for those it can take."""
+    for summary, x in pairs:
+        summary.reserve(x)  # all first: the buffer may move when it grows
     rest = [(summary, x) for summary, x in pairs if not summary.prepare(x)]
     left = {id(summary) for summary, _ in rest}
     addresses = [summary.address for summary, _ in pairs if id(summary) not in left]
@@ -250,12 +252,18 @@ def summarise(
     size = x.abs()
     high = size.amax()
     scale = torch.where((high > 0) & torch.isfinite(high), high, torch.ones_like(high))
-    y = x / scale
+    # Centred and scaled as in the kernel, for the same reasons; the implied zeros add nothing to any power
+    # sum.
+    centre = x.mean()
+    centre = torch.where(torch.isfinite(centre), centre, torch.zeros_like(centre))
+    y = (x - centre) / scale
     y2 = y * y
-    unit = scale.double()
+    unit, k, a = scale.double(), x.numel(), centre.double() / scale.double()
+    t1, t2 = y.sum(dtype=torch.float64), y2.sum(dtype=torch.float64)
+    t3, t4 = (y * y2).sum(dtype=torch.float64), y2.square().sum(dtype=torch.float64)
+    s2 = (t2 + 2 * a * t1 + k * a**2) * unit**2
     count = x.numel() + implied
     zero = (size == 0).sum()
-    s2 = y2.sum(dtype=torch.float64) * unit**2
     none = torch.zeros((), dtype=torch.float64, device=x.device)
     if full:
         rms = (s2 / count).sqrt()
@@ -277,10 +285,10 @@ def summarise(
             (size >= 6.0).sum().double(),
             over_6rms.double(),
             massive.double(),
-            y.sum(dtype=torch.float64) * unit,
+            (t1 + k * a) * unit,
             s2,
-            (y * y2).sum(dtype=torch.float64) * unit**3,
-            y2.square().sum(dtype=torch.float64) * unit**4,
+            (t3 + 3 * a * t2 + 3 * a**2 * t1 + k * a**3) * unit**3,
+            (t4 + 4 * a * t3 + 6 * a**2 * t2 + 4 * a**3 * t1 + k * a**4) * unit**4,
             high.double(),
             none,
         ]
