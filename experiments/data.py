@@ -14,13 +14,25 @@ from stabilitylab.errors import InputError
 
 MAX_CHARACTERS = 12_000_000
 VOCABULARY = 4096
+# Pieces of so small a vocabulary settle long before the whole corpus is read.
+SAMPLE = 4_000_000
 
 
 def bilingual(folder: Path) -> Path:
     """Corpus, tokenizer and shards under ``folder``; returns the folder of the shards."""
     corpus, tokenizer, shards = folder / "corpus", folder / "tokenizer", folder / "shards"
     _glm("corpus", "--out", str(corpus), "--max-characters", str(MAX_CHARACTERS))
-    _glm("tokenizer", "--corpus", str(corpus), "--out", str(tokenizer), "--vocabulary", str(VOCABULARY))
+    _glm(
+        "tokenizer",
+        "--corpus",
+        str(corpus),
+        "--out",
+        str(tokenizer),
+        "--vocabulary",
+        str(VOCABULARY),
+        "--sample-characters",
+        str(SAMPLE),
+    )
     _glm("shards", "--corpus", str(corpus), "--tokenizer", str(tokenizer), "--out", str(shards))
     return shards
 

@@ -47,7 +47,9 @@ def load_runs(suite: Suite, out: Path) -> dict[str, dict[int, Run]]:
         if job.is_complete():
             runs[job.arm.name][job.seed] = load_run(job.out)
     if not any(runs.values()):
-        raise InputError(f"{out} holds no complete run of {suite.name}: first python -m experiments run {suite.name}")
+        raise InputError(
+            f"{out} holds no complete run of {suite.name}: first python -m experiments run {suite.name}"
+        )
     return {arm: by_seed for arm, by_seed in runs.items() if by_seed}
 
 
@@ -66,9 +68,15 @@ def facts(suite: Suite, runs: Mapping[str, Mapping[int, Run]]) -> dict[str, str]
 
 
 def arms_section(suite: Suite) -> Section:
-    rows = [[arm.name, arm.summary, " ".join(f"--{k} {v}" for k, v in arm.settings.items())] for arm in suite.arms]
+    rows = [
+        [arm.name, arm.summary, " ".join(f"--{k} {v}" for k, v in arm.settings.items())] for arm in suite.arms
+    ]
     common = " ".join(f"--{k} {v}" for k, v in suite.settings.items())
-    return Section(title="Arms", text=(f"All share: {common}.",), parts=[Table(columns=["arm", "what", "settings"], rows=rows)])
+    return Section(
+        title="Arms",
+        text=(f"All share: {common}.",),
+        parts=[Table(columns=["arm", "what", "settings"], rows=rows)],
+    )
 
 
 def verdict_section(suite: Suite, values: Values) -> Section:
@@ -86,7 +94,7 @@ def verdict_section(suite: Suite, values: Values) -> Section:
         title="Verdicts",
         text=(
             "A claim is supported, or refuted, when the 95 % interval of the paired difference excludes zero. With two seeds "
-            "that interval is wide; \"leaning\" means that every seed points the same way.",
+            'that interval is wide; "leaning" means that every seed points the same way.',
         ),
         parts=[Table(columns=["claim", "verdict", "arm / baseline", "difference, 95 % interval"], rows=rows)],
     )
@@ -103,7 +111,11 @@ def metric_section(suite: Suite, values: Values) -> Section:
             [
                 metric.title + (f", {metric.unit}" if metric.unit else ""),
                 *(
-                    Cell(text=_number(means[arm], metric), best=arm in best, detail=_seeds(values[name].get(arm, {}), metric))
+                    Cell(
+                        text=_number(means[arm], metric),
+                        best=arm in best,
+                        detail=_seeds(values[name].get(arm, {}), metric),
+                    )
                     for arm in arms
                 ),
             ]
@@ -115,7 +127,8 @@ def metric_section(suite: Suite, values: Values) -> Section:
 def commands_section(suite: Suite) -> Section:
     """How to repeat each arm by hand."""
     lines = tuple(
-        "glm " + " ".join(suite.command(arm, suite.seeds[0], data=Path("DATA"), out=Path("RUN"))) for arm in suite.arms
+        "glm " + " ".join(suite.command(arm, suite.seeds[0], data=Path("DATA"), out=Path("RUN")))
+        for arm in suite.arms
     )
     return Section(title="Repeat a run", text=lines)
 
