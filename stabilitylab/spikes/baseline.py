@@ -21,6 +21,8 @@ A value is judged by its residual r = x - f:
     r >  limit = max(7 k sigma, floor)           out: an excursion begins; enters nothing
     between the two                              doubtful: enters nothing; four in a row are an excursion too
 
+On a fall f lags behind; there a value that stands over the limit above both of the last two is out as well.
+
 The spread k is 1 while single values over the band are rare, as in Gaussian noise (1 in 740). Where they
 come more often than once in 32 values they are the noise's own tail: each multiplies k by 1.1, and 32 values
 without one divide it by 1.1, so k settles where the band holds 97 % of the values (stochastic approximation
@@ -32,15 +34,17 @@ value is doubtful once in 740, four in a row once in 3e11. The estimates of sigm
 6 sigma (2.4 sigma of a second difference or of an upward residual), so that one tail value moves them by at
 most 8 %.
 
-Limits: on a steep fall f lags the curve by 7 slopes, which makes the first tens of values of a run less
-sensitive, never more. Sigma has a relative error of about 8 % (64 correlated values); the gap between 3 and 7
+Limits: on a steep fall f lags the curve by 7 slopes, which makes the run's first tens of values less sensitive
+to what is smaller than a jump. Sigma has a relative error of about 8 % (64 correlated values); the gap between 3 and 7
 is there to absorb it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 LEVEL_GAIN = 1 / 8
@@ -49,6 +53,7 @@ CREEP_GAIN = 1 / 2
 BAND_SIGMAS = 3.0
 LIMIT_SIGMAS = 7.0
 BAND_SHARE = 2 / 3
+FALL_SIGMAS = 2.0
 SPREAD_STEP = 1.1
 SPREAD_DECAY = SPREAD_STEP**-0.5  # a block of 16 values
 # A rise of the slow mean over its own minimum. Its noise is 0.15 sigma, so over 1e6 values (6e4 of g) its
@@ -59,7 +64,10 @@ CREEP_FLOORS = 2.0
 # Before anything is known the noise is taken as 2.5 % of the first value: fresh runs log their loss to within
 # a few per cent.
 PRIOR = 0.025
-PRIOR_WEIGHT = 4
+# The noise of the first values weighs like so many; a fresh curve's early noise is forgotten as the run goes on (2/n).
+PRIOR_WEIGHT = 8
+# Half of the upward residuals are zero, so that estimate starts at nothing and learns more slowly.
+UPWARD_WEIGHT = 16
 
 SECOND_DIFFERENCE = math.sqrt(math.pi / 2) / math.sqrt(6)
 UPWARD = math.sqrt(2 * math.pi)
@@ -79,7 +87,8 @@ class Baseline:
     relative_floor: float
     absolute_floor: float
     prior: float = PRIOR
-    count: int = 0
+    count: int = 0  # values of this stretch
+    learned: int = 0  # values that sigma was learned from, over all stretches
     level: float = 0.0
     difference_sigma: float = 0.0
     upward_sigma: float = 0.0
@@ -105,9 +114,24 @@ class Baseline:
         """Residuals above this begin an excursion at once."""
         return max(LIMIT_SIGMAS * self.sigma * self.spread, self.floor)
 
+    def jumped(self, value: float) -> bool:
+        """On a fall the level lags: whether ``value`` stands over the limit above the last two values instead.
+
+        They count when both lie 2 sigma under the level, as two neighbours do once in 2,000 in noise without a trend.
+        """
+        previous, before, sigma = self.previous, self.before_previous, self.sigma
+        if previous is None or before is None or self.level - max(previous, before) <= FALL_SIGMAS * sigma:
+            return False
+        bend = SECOND_DIFFERENCE * abs(value - 2 * previous + before)
+        return value - max(previous, before) > self.limit() and bend > BAND_SIGMAS * sigma
+
+    def drop_to_recent(self) -> None:
+        """Set the level to where the last two values were."""
+        self.level = max(x for x in (self.previous, self.before_previous) if x is not None)
+
     def creep(self) -> float:
         """How far the slow mean stands above its lowest value, as a share of what would be an excursion."""
-        return (self.slow - self.lowest) / self.creep_limit()
+        return 0.0 if self.slow <= self.lowest else (self.slow - self.lowest) / self.creep_limit()
 
     def creep_limit(self) -> float:
         return max(CREEP_SIGMAS * self.sigma, CREEP_FLOORS * self.floor, 1e-300)
@@ -116,7 +140,6 @@ class Baseline:
         """Begin, or begin again, at ``value``. What is known of the noise is kept."""
         if self.difference_sigma == 0.0:
             self.difference_sigma = self.prior * (abs(value) if self.relative_floor else 1.0)
-            self.upward_sigma = self.difference_sigma
         self.count = 1
         self.level = self.slow = self.lowest = value
         self.previous, self.before_previous = value, None
@@ -127,10 +150,12 @@ class Baseline:
         count = self.count = self.count + 1
         clip = BAND_SIGMAS * self.sigma
         self.level += max(LEVEL_GAIN, 1 / count) * residual
-        gain = max(SIGMA_GAIN, 1 / (count + PRIOR_WEIGHT))
+        self.learned += 1
         up = UPWARD * residual if residual > 0 else 0.0
+        gain = max(SIGMA_GAIN, 1 / (self.learned + UPWARD_WEIGHT))
         self.upward_sigma += gain * (min(up, 2 * clip) - self.upward_sigma)
         if self.previous is not None and self.before_previous is not None:
+            gain = max(SIGMA_GAIN, 2 / (self.learned + PRIOR_WEIGHT))
             bend = SECOND_DIFFERENCE * abs(value - 2 * self.previous + self.before_previous)
             self.difference_sigma += gain * (min(bend, clip) - self.difference_sigma)
         self.before_previous, self.previous = self.previous, value
@@ -156,13 +181,15 @@ class Baseline:
         """The next value is not the successor of the last one: no differences across the gap."""
         self.previous = self.before_previous = None
 
-    def state(self) -> list[Any]:
+    def state(self) -> tuple[Any, ...]:
         """Everything that changes, in a fixed order."""
-        return [getattr(self, name) for name in _CHANGING]
+        state: tuple[Any, ...] = _STATE(self)
+        return state
 
-    def restore(self, state: list[Any]) -> None:
+    def restore(self, state: Sequence[Any]) -> None:
         for name, value in zip(_CHANGING, state, strict=True):
             setattr(self, name, value)
 
 
 _CHANGING = tuple(field.name for field in fields(Baseline))[3:]
+_STATE = attrgetter(*_CHANGING)

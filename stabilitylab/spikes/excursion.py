@@ -89,7 +89,7 @@ class Excursions:
         self.doubtful: list[tuple[int, float]] = []
         self.creep_onset: int | None = None
         self.open: Open | None = None
-        self.snapshots: list[tuple[int, list[Any]]] = []
+        self.snapshots: list[tuple[int, tuple[Any, ...]]] = []
         self.since_block = 0
 
     def update(self, step: int, value: float) -> list[Change]:
@@ -138,6 +138,9 @@ class Excursions:
             return self._ordinary(step)
         residual = value - base.level
         if residual > base.limit():
+            return [self._begin(step, value)]
+        if base.jumped(value):
+            base.drop_to_recent()
             return [self._begin(step, value)]
         if self.fresh:
             base.start(value)
@@ -315,7 +318,7 @@ class Excursions:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "baseline": self.baseline.state(),
+            "baseline": list(self.baseline.state()),
             "last_step": self.last_step,
             "interval": self.interval,
             "odd_gap": self.odd_gap,
@@ -338,5 +341,5 @@ class Excursions:
         self.doubtful = [(step, value) for step, value in state["doubtful"]]
         self.creep_onset = state["creep_onset"]
         self.open = None if state["open"] is None else Open(**state["open"])
-        self.snapshots = [(step, list(values)) for step, values in state["snapshots"]]
+        self.snapshots = [(step, tuple(values)) for step, values in state["snapshots"]]
         self.since_block = state["since_block"]

@@ -17,6 +17,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.spikes.baseline import (
     BAND_SHARE,
     BAND_SIGMAS,
+    FALL_SIGMAS,
     LEVEL_GAIN,
     PRIOR_WEIGHT,
     SECOND_DIFFERENCE,
@@ -28,8 +29,10 @@ from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.excursion import BLOCK_VALUES
 from stabilitylab.telemetry import Event
 
-# From this many values on no gain is larger than its steady value.
-_STEADY = int(max(1 / LEVEL_GAIN, 1 / SIGMA_GAIN)) + PRIOR_WEIGHT
+# From so many values on no gain is larger than its steady value.
+_FALL = 0.99 * FALL_SIGMAS / BAND_SIGMAS  # a little early, for the rounding
+_STEADY_LEVEL = int(1 / LEVEL_GAIN)
+_STEADY_SIGMA = int(2 / SIGMA_GAIN) - PRIOR_WEIGHT
 
 
 def find_episodes(
@@ -71,7 +74,7 @@ def feed_losses(
     while at < len(curve.values):
         at = _ordinary(detector, curve, at, events)
         if at < len(curve.values):
-            events += detector.update(curve.steps[at], {detector.loss: curve.values[at]})
+            events += detector.update(int(curve.steps[at]), {detector.loss: curve.values[at]})
             at += 1
     return events
 
@@ -80,7 +83,7 @@ class _Curve:
     """A curve as lists, for speed in a Python loop, with what can be computed ahead."""
 
     def __init__(self, steps_N: NDArray[np.int64], values_N: NDArray[np.float64]) -> None:
-        self.steps: list[int] = steps_N.tolist()
+        self.steps = steps_N
         self.values: list[float] = values_N.tolist()
         bends_N = np.zeros_like(values_N)
         with np.errstate(invalid="ignore", over="ignore"):
@@ -88,7 +91,7 @@ class _Curve:
         self.bends: list[float] = bends_N.tolist()
         # Where the gap between steps changes, or a value is not finite, the detector itself has to look.
         gaps_N = np.diff(steps_N, prepend=steps_N[0] - 1)
-        self.gaps: list[int] = gaps_N.tolist()
+        self.gaps = gaps_N
         odd_N = ~np.isfinite(values_N)
         odd_N[1:] |= gaps_N[1:] != gaps_N[:-1]
         self.odd: list[int] = [*np.flatnonzero(odd_N).tolist(), len(values_N)]
@@ -102,7 +105,8 @@ def _ordinary(detector: SpikeDetector, curve: _Curve, at: int, events: list[Even
     values, bends = curve.values, curve.bends
     if (
         at < 2
-        or base.count < _STEADY
+        or base.count < _STEADY_LEVEL
+        or base.learned < _STEADY_SIGMA
         or base.absolute_floor > 0.0
         or loss.open is not None
         or loss.fresh
@@ -124,6 +128,11 @@ def _ordinary(detector: SpikeDetector, curve: _Curve, at: int, events: list[Even
             clip = BAND_SIGMAS * (difference if difference > upward else upward)
             if residual > clip and residual > clip * spread and residual > share * abs(level):
                 break
+            if bend > clip:
+                if level - values[at - 1] > _FALL * clip:  # perhaps a jump on a fall: for the detector to say
+                    break
+                bend = clip
+            level += LEVEL_GAIN * residual
             if residual > 0.0:
                 up = UPWARD * residual
                 if up > 2 * clip:
@@ -131,9 +140,6 @@ def _ordinary(detector: SpikeDetector, curve: _Curve, at: int, events: list[Even
                 upward += SIGMA_GAIN * (up - upward)
             else:
                 upward -= SIGMA_GAIN * upward
-            if bend > clip:
-                bend = clip
-            level += LEVEL_GAIN * residual
             difference += SIGMA_GAIN * (bend - difference)
             at += 1
         if at == first:
@@ -141,10 +147,11 @@ def _ordinary(detector: SpikeDetector, curve: _Curve, at: int, events: list[Even
         base.level, base.difference_sigma, base.upward_sigma = level, difference, upward
         base.before_previous, base.previous = values[at - 2], values[at - 1]
         base.count += at - first
-        loss.last_step = loss.inside = curve.steps[at - 1]
+        base.learned += at - first
+        step = loss.last_step = loss.inside = int(curve.steps[at - 1])
         loss.since_block += at - first
-        if loss.since_block == BLOCK_VALUES and (changes := loss.end_block(curve.steps[at - 1])):
-            events += detector.tell(curve.steps[at - 1], changes)
+        if loss.since_block == BLOCK_VALUES and (changes := loss.end_block(step)):
+            events += detector.tell(step, changes)
             break
         if at < stop:
             break

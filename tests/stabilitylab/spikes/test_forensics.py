@@ -1,0 +1,185 @@
+"""A planted cause must be named: a small real transformer is trained under the monitor, and one thing is done to it."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from stabilitylab import Monitor
+from stabilitylab.report import load_run
+from stabilitylab.spikes.episodes import Episode, episodes_of
+from stabilitylab.spikes.forensics import diagnose, diagnose_run
+from stabilitylab.telemetry import Event, RunFolder
+from tests.stabilitylab.gpt import GPT, next_token_loss
+
+STEPS, PLANTED = 90, 80
+NAMED = "layers.1.feed_forward.0.weight"
+
+
+def tokens(step, rows=16, length=17):
+    """Rows of a sparse Markov chain over 64 tokens: something a small model learns in a hundred steps."""
+    table = torch.randint(64, (64, 4), generator=torch.Generator().manual_seed(7))
+    choice = torch.randint(4, (rows, length), generator=torch.Generator().manual_seed(step))
+    out = torch.empty(rows, length, dtype=torch.int64)
+    out[:, 0] = torch.randint(64, (rows,), generator=torch.Generator().manual_seed(10_000 + step))
+    for t in range(1, length):
+        out[:, t] = table[out[:, t - 1], choice[:, t]]
+    return out
+
+
+def scale_head(model):
+    """The query weights of head 2 in the first layer, times 40."""
+    rows = slice(2 * 8, 3 * 8)
+    model.layers[0].attention.query_key_value.weight.data[rows] *= 40
+    model.layers[0].attention.query_key_value.bias.data[rows] *= 40
+
+
+def train(folder, plant, *, steps=STEPS, every=1):
+    torch.manual_seed(0)
+    model = GPT()
+    if plant == "gradient":  # Adam would divide the factor out again
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))
+    with Monitor(model, optimizer, out=folder, every=every, tensorboard=False) as monitor:
+        for step in range(steps):
+            batch = tokens(step)
+            if plant == "batch" and step == PLANTED:
+                batch = (
+                    torch.randint(64, batch.shape, generator=torch.Generator().manual_seed(99))
+                    .mul(7)
+                    .remainder(64)
+                )
+            if plant == "head" and step == PLANTED:
+                scale_head(model)
+            if plant == "rate" and step == PLANTED:
+                for group in optimizer.param_groups:
+                    group["lr"] *= 8
+            optimizer.zero_grad()
+            loss = next_token_loss(model, batch)
+            loss.backward()
+            if plant == "gradient" and step == PLANTED:
+                dict(model.named_parameters())[NAMED].grad.mul_(100)
+            monitor.gradients_ready()
+            norm = clip_grad_norm_(model.parameters(), math.inf)
+            optimizer.step()
+            monitor.step(step, loss=loss, gradient_norm=norm, learning_rate=optimizer.param_groups[0]["lr"])
+    return load_run(folder)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Each run is trained once."""
+    runs = {}
+
+    def get(plant):
+        if plant not in runs:
+            runs[plant] = train(tmp_path_factory.mktemp(plant) / "run", plant)
+        return runs[plant]
+
+    return get
+
+
+def explained(run, kind=None):
+    """The diagnosis of the loss's episode at the planted step or just after it."""
+    near = [one for one in diagnose_run(run) if PLANTED <= one.episode.onset <= PLANTED + 2]
+    (one,) = [one for one in near if one.episode.signal == "train/-/loss"]
+    assert kind is None or one.episode.kind == kind
+    return one
+
+
+def test_a_multiplied_gradient_is_named(planted):
+    one = explained(planted("gradient"), "spike")
+    assert (one.cause, one.site) == ("gradient", NAMED)
+    assert (one.first_step, one.lead) == (PLANTED, one.episode.onset - PLANTED)
+    assert one.lead >= 1
+    assert one.leads["gradient"] == one.lead
+    assert any(
+        f"The gradient of {NAMED} left its baseline first, at step {PLANTED}" in s for s in one.sentences
+    )
+
+
+def test_a_poisoned_batch_is_named(planted):
+    one = explained(planted("batch"), "hard-batch")
+    assert (one.cause, one.first_step, one.lead) == ("batch", PLANTED, 0)
+
+
+def test_the_documents_of_the_suspect_batches_are_told(planted):
+    run = planted("batch")
+    (episode,) = episodes_of(run.events)
+    one = diagnose(run, episode, describe_batch=lambda step: [f"document {step}"])
+    assert one.batches == {PLANTED - 1: [f"document {PLANTED - 1}"], PLANTED: [f"document {PLANTED}"]}
+    assert f"Batch of step {PLANTED}: document {PLANTED}." in one.sentences
+
+
+def test_a_head_with_scaled_queries_is_named(planted):
+    run = planted("head")
+    # Softmax bounds what one head can do to the loss of this model, so the step is given.
+    episode = Episode(
+        kind="spike", onset=PLANTED, peak=PLANTED, end=PLANTED, height=0.0, signal="train/-/loss"
+    )
+    one = diagnose(run, episode)
+    assert (one.cause, one.site, one.first_step) == ("attention", "layers.0.attention, head 2", PLANTED)
+
+
+def test_a_raised_learning_rate_is_named(planted):
+    one = explained(planted("rate"), "spike")
+    assert (one.cause, one.first_step) == ("learning-rate", PLANTED)
+    assert one.learning_rate_change == (PLANTED, pytest.approx(8.0))
+    assert one.departures[0].family == "update"
+
+
+def test_an_undisturbed_run_has_nothing_to_explain(planted):
+    run = planted("none")
+    assert diagnose_run(run) == []
+    episode = Episode(
+        kind="spike", onset=PLANTED, peak=PLANTED, end=PLANTED, height=0.0, signal="train/-/loss"
+    )
+    assert diagnose(run, episode).cause == "unknown"
+
+
+def test_overflow_and_loss_scale(planted, tmp_path):
+    """A collapse of the loss scale, and the overflow event that the probes would have written."""
+    run = planted("none")
+    events = [
+        Event(step=80, kind="overflow", data={"site": "layers.1", "tensor": "activation"}),
+        Event(
+            step=80,
+            kind="loss-scale-collapse",
+            data={
+                "episode": 1,
+                "phase": "onset",
+                "signal": "x",
+                "onset": 80,
+                "peak": 80,
+                "end": None,
+                "height": 4.0,
+            },
+        ),
+    ]
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    RunFolder(copy).append_events(events)
+    (one,) = diagnose_run(load_run(copy))
+    assert (one.cause, one.overflow) == ("overflow", (80, "activation of layers.1"))
+
+
+def test_a_diagnosis_is_an_event_of_strict_json(planted):
+    one = explained(planted("gradient"))
+    body = json.loads(one.event.to_json())
+    assert body["kind"] == "diagnosis"
+    assert body["data"]["cause"] == "gradient"
+    assert body["data"]["departures"][0]["site"] == NAMED
+    assert body["data"]["sentences"] == one.sentences
+
+
+def test_a_run_without_layer_telemetry_says_so(tmp_path):
+    with Monitor(GPT(), None, out=tmp_path / "run", probes=[], tensorboard=False) as monitor:
+        for step, loss in enumerate([2.0] * 60 + [9.0] * 6 + [2.0] * 10):
+            monitor.step(step, loss=loss)
+    (one,) = diagnose_run(load_run(tmp_path / "run"))
+    assert (one.cause, one.departures, one.embedding_share) == ("unknown", (), None)
+    assert "No site that was measured" in " ".join(one.sentences)
