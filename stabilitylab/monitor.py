@@ -125,6 +125,7 @@ class Monitor:
         tensorboard: with ``out``: whether to write TensorBoard files beside the Parquet ones.
         flush_every: hand over to the sinks after so many steps; events are handed over at once.
         scaler: torch's loss scaler, if one is used: numbers are recorded without its factor.
+        describe_batch: step -> the documents of its batch, for the diagnoses written at the end.
     """
 
     def __init__(
@@ -144,12 +145,15 @@ class Monitor:
         tensorboard: bool = True,
         flush_every: int = 10,
         scaler: torch.amp.GradScaler | None = None,
+        describe_batch: Callable[[int], list[str]] | None = None,
     ) -> None:
         model = _unwrapped(model)
         own = {} if gradients_every is None else {"gradients": gradients_every}
         self._schedule = schedule or Schedule(every=every, probes=own)
         self._detector = _default_detector() if detector == "default" else detector
         self._claimed: RunFolder | None = None
+        self._run: RunFolder | None = None
+        self._describe_batch = describe_batch
         self._delivery = Delivery([*self._open(out, tensorboard), *sinks])
         self._buffer = Buffer()
         self._context = Context(
@@ -195,6 +199,7 @@ class Monitor:
             run = RunFolder(Path(out))
             run.claim()
             self._claimed = run
+        self._run = run
         sinks: list[Sink] = [EventLog(run), ParquetSink(run.telemetry)]
         if tensorboard:
             with suppress(ImportError):
@@ -326,6 +331,7 @@ class Monitor:
             self._flush.events += self._detector.finish()
         self._post()
         self._delivery.close()
+        self._explain()
         if self._claimed is not None:
             self._claimed.release()
 
@@ -336,6 +342,17 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _explain(self) -> None:
+        """Say of each episode why it happened, now that everything about it is on disk."""
+        if self._run is None or self._detector is None:
+            return
+        try:
+            from stabilitylab.spikes.explain import write_diagnoses
+
+            write_diagnoses(self._run, describe_batch=self._describe_batch)
+        except Exception:  # a run is not lost because it could not be explained
+            _log.exception("the episodes of %s could not be explained", self._run.path)
 
     # -- inside
     # -------------------------------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ class Event:
     """Something that happened at a step: a spike, a response, a checkpoint, a rewind.
 
     Kinds that the project writes: ``run-start``, ``run-end``, ``interrupted``, ``checkpoint``, ``rewind``, the detector's
-    ``hard-batch``, ``spike``, ``divergence``, ``non-finite``, ``loss-scale-collapse``, the responder's ``response``, and
+    ``hard-batch``, ``spike``, ``divergence``, ``non-finite``, ``loss-scale-collapse``, their ``diagnosis``, the
+    responder's ``response``, and
     ``telemetry-lost``.
     """
 

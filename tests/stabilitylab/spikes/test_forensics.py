@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch.nn.utils import clip_grad_norm_
 
 from stabilitylab import Monitor
 from stabilitylab.report import load_run
 from stabilitylab.spikes.episodes import Episode, episodes_of
+from stabilitylab.spikes.explain import explain
 from stabilitylab.spikes.forensics import diagnose, diagnose_run
 from stabilitylab.telemetry import Event, RunFolder
 from tests.stabilitylab.gpt import GPT, next_token_loss
@@ -37,15 +39,15 @@ def scale_head(model):
     model.layers[0].attention.query_key_value.bias.data[rows] *= 40
 
 
-def train(folder, plant, *, steps=STEPS, every=1):
+def train(folder, plant, *, tensorboard=False):
     torch.manual_seed(0)
     model = GPT()
     if plant == "gradient":  # Adam would divide the factor out again
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))
-    with Monitor(model, optimizer, out=folder, every=every, tensorboard=False) as monitor:
-        for step in range(steps):
+    with Monitor(model, optimizer, out=folder, every=1, tensorboard=tensorboard) as monitor:
+        for step in range(STEPS):
             batch = tokens(step)
             if plant == "batch" and step == PLANTED:
                 batch = (
@@ -183,3 +185,22 @@ def test_a_run_without_layer_telemetry_says_so(tmp_path):
     (one,) = diagnose_run(load_run(tmp_path / "run"))
     assert (one.cause, one.departures, one.embedding_share) == ("unknown", (), None)
     assert "No site that was measured" in " ".join(one.sentences)
+
+
+def test_the_monitor_writes_diagnoses_when_it_closes(planted, tmp_path):
+    (written,) = [event for event in planted("batch").events if event.kind == "diagnosis"]
+    assert (written.step, written.data["cause"]) == (PLANTED, "batch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.stabilitylab.spikes.test_forensics.STEPS", PLANTED + 4)
+        run = train(tmp_path / "run", "batch", tensorboard=True)
+    texts = list(_texts(run.folder.tensorboard))
+    assert any("First suspect: the batch" in text for text in texts)
+    assert explain(run.folder) == []  # each episode is explained once
+
+
+def _texts(folder):
+    for file in folder.rglob("*tfevents*"):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if "diagnoses" in value.tag:
+                    yield from (text.decode() for text in value.tensor.string_val)

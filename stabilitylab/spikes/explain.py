@@ -1,0 +1,51 @@
+"""The diagnoses of a run that is over, as events: what ``events.jsonl``, TensorBoard and the report show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from stabilitylab.report import load_run
+from stabilitylab.spikes.episodes import episodes_of
+from stabilitylab.spikes.forensics import diagnose
+from stabilitylab.telemetry import Event, RunFolder
+
+# A run that breaks a hundred times is not understood by reading a hundred diagnoses: the gravest are explained.
+MOST = 20
+_GRAVITY = ("divergence", "spike", "non-finite", "loss-scale-collapse", "hard-batch")
+
+
+def explain(run: RunFolder, *, describe_batch: Callable[[int], list[str]] | None = None) -> list[Event]:
+    """A ``diagnosis`` event for each of the gravest episodes that has none yet, in the order of their onsets.
+
+    Args:
+        run: a run folder whose telemetry and events are on disk.
+        describe_batch: step -> the documents and token ranges of its batch.
+    """
+    loaded = load_run(run.path)
+    known = {_name(event.data["episode"]) for event in loaded.events if event.kind == "diagnosis"}
+    open_questions = [one for one in episodes_of(loaded.events) if (one.onset, one.signal) not in known]
+    gravest = sorted(open_questions, key=lambda one: (_GRAVITY.index(one.kind), -(one.height or 0.0)))[:MOST]
+    gravest.sort(key=lambda one: one.onset)
+    return [diagnose(loaded, one, describe_batch=describe_batch).event for one in gravest]
+
+
+def write_diagnoses(
+    run: RunFolder, *, describe_batch: Callable[[int], list[str]] | None = None
+) -> list[Event]:
+    """Explain a run's episodes into its ``events.jsonl``, and as text into its TensorBoard folder if it has one."""
+    if not run.events.is_file():
+        return []
+    events = explain(run, describe_batch=describe_batch)
+    run.append_events(events)
+    if events and run.tensorboard.is_dir():
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(run.tensorboard), filename_suffix=".diagnoses") as writer:
+            for event in events:
+                text = "\n".join(f"- {sentence}" for sentence in event.data["sentences"])
+                writer.add_text("diagnoses", text, event.step)
+    return events
+
+
+def _name(episode: dict[str, object]) -> tuple[object, object]:
+    return episode["onset"], episode["signal"]
