@@ -46,6 +46,7 @@ class StepInfo:
         seconds: wall time of the step.
         embedding_gradient_shrink: EGS's alpha in this step; 1 = off.
         data_seconds: the part of ``seconds`` spent waiting for the batch.
+        first_sample: number of the step's first row: with it the batch can be built again.
     """
 
     step: int
@@ -59,6 +60,7 @@ class StepInfo:
     seconds: float
     embedding_gradient_shrink: float = 1.0
     data_seconds: float = 0.0
+    first_sample: int = 0
 
 
 class Callback:

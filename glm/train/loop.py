@@ -116,6 +116,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
             embedding_gradient_shrink=alpha,
             data_seconds=data_seconds,
+            first_sample=self.samples - rows,
         )
         noticed = [event for callback in self.callbacks for event in callback.step_end(info)]
         self._respond(noticed, step)

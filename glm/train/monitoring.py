@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from glm.train.batches import BatchDescriber
 from glm.train.config import MonitorConfig
 from glm.train.events import Callback, StepInfo
 from glm.train.loop import Trainer
@@ -37,6 +38,7 @@ class MonitorCallback(Callback):
         return self._monitor
 
     def train_start(self, trainer: Trainer) -> None:
+        describe = BatchDescriber(self._run, trainer.loader, trainer.config.model.length)
         self._monitor = Monitor(
             trainer.engine.model,
             trainer.engine.optimizer,
@@ -46,6 +48,7 @@ class MonitorCallback(Callback):
             gradients_every=self._config.gradients_every,
             sites=self._config.sites,
             tensorboard=self._config.tensorboard,
+            describe_batch=describe,
         )
         if self._pending_state:
             self._monitor.load_state_dict(self._pending_state)
@@ -74,6 +77,7 @@ class MonitorCallback(Callback):
             seconds=info.seconds,
             data_seconds=info.data_seconds,
             embedding_gradient_shrink=info.embedding_gradient_shrink,
+            first_sample=info.first_sample,
         )
 
     def event(self, event: Event) -> None:

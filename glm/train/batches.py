@@ -1,0 +1,52 @@
+"""What was in the batch of a step: built again from the sample numbers that telemetry recorded."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import pandas as pd
+
+from glm.data.loader import Loader
+from stabilitylab.report import load_run
+from stabilitylab.telemetry import RunFolder
+
+
+class BatchDescriber:
+    """Step -> the documents of its batch, each with its range of tokens, for reading.
+
+    Args:
+        run: the folder whose telemetry says which samples a step saw. It is read at the first question.
+        loader: the run's own.
+        length: tokens a row.
+    """
+
+    def __init__(self, run: RunFolder, loader: Loader, length: int) -> None:
+        self._run = run
+        self._loader = loader
+        self._length = length
+
+    def __call__(self, step: int) -> list[str]:
+        samples = self.samples(step)
+        if not samples:
+            return []
+        lines = []
+        for row in self._loader.samples(samples).provenance:
+            for piece in row:
+                documents = self._loader.documents(piece)
+                more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
+                ends = f"tokens {piece.first:,} to {piece.first + piece.length - 1:,}"
+                lines.append(f"{documents[0] if documents else piece.source}{more} ({ends})")
+        return lines
+
+    def samples(self, step: int) -> range:
+        """Numbers of the rows that ``step`` was trained on; empty where telemetry does not say."""
+        first, tokens = self._recorded
+        if step not in first.index or step not in tokens.index:
+            return range(0)
+        begin = int(first.loc[step])
+        return range(begin, begin + int(tokens.loc[step]) // self._length)
+
+    @cached_property
+    def _recorded(self) -> tuple[pd.Series[float], pd.Series[float]]:
+        run = load_run(self._run.path)
+        return run.series("train/-/first_sample"), run.series("train/-/tokens")
