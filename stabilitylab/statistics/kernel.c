@@ -162,13 +162,22 @@ static void add_block(const float *restrict x, int64_t n, uint32_t subnormal, do
 static void add_channels(const float *restrict x, int64_t rows, int64_t channels, uint32_t *restrict high,
                          float *restrict square) {
     int32_t *restrict top = (int32_t *)high;
-    for (int64_t r = 0; r < rows; r++, x += channels) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4, x += 4 * channels) /* four rows for one trip to the sums */
         for (int64_t j = 0; j < channels; j++) {
-            int32_t u = (int32_t)magnitude(x[j]);
+            const float a = x[j], b = x[j + channels], c = x[j + 2 * channels], d = x[j + 3 * channels];
+            const int32_t u = (int32_t)magnitude(a), v = (int32_t)magnitude(b);
+            const int32_t w = (int32_t)magnitude(c), z = (int32_t)magnitude(d);
+            const int32_t uv = u > v ? u : v, wz = w > z ? w : z, m = uv > wz ? uv : wz;
+            top[j] = m > top[j] ? m : top[j];
+            square[j] += (a * a + b * b) + (c * c + d * d);
+        }
+    for (; r < rows; r++, x += channels)
+        for (int64_t j = 0; j < channels; j++) {
+            const int32_t u = (int32_t)magnitude(x[j]);
             top[j] = u > top[j] ? u : top[j];
             square[j] += x[j] * x[j];
         }
-    }
 }
 
 static void add_tail(const float *restrict x, int64_t n, uint32_t from, uint32_t *restrict tail) {
@@ -315,6 +324,17 @@ static uint64_t total(const uint32_t *tail) {
     return sum;
 }
 
+/* A threshold for the next tensor of this site: it should leave one element in 400 above it. */
+static float next_threshold(const uint32_t *tail, uint64_t above, int64_t n, float threshold) {
+    if (above * 400 < (uint64_t)n) return threshold * 0.9f;
+    uint64_t count = 0;
+    int b = TAIL_BINS - 1;
+    for (; b > 0 && count * 400 < (uint64_t)n; b--) count += tail[b];
+    /* The bin that the count was reached in, from its lower edge. */
+    const float edge = b == 0 ? 0 : value_of((TAIL_FIRST + (uint32_t)b + 1) << TAIL_SHIFT);
+    return edge > threshold ? edge : threshold;
+}
+
 static void summarise(Job *job, int threads) {
     const int64_t n = job->rows * job->channels;
     uint32_t counted[TAIL_BINS];
@@ -329,7 +349,7 @@ static void summarise(Job *job, int threads) {
     if (n < LARGE) threads = 1;
     if (job->rows < threads) threads = (int)job->rows;
     if (part.with_tail) {
-        if (!(job->tail_from >= 0)) job->tail_from = value_of(sampled(job, 0.004));
+        if (!(job->tail_from >= 0)) job->tail_from = value_of(sampled(job, 0.003));
         part.tail_from = magnitude(job->tail_from);
         memset(counted, 0, sizeof counted);
     }
@@ -347,7 +367,7 @@ static void summarise(Job *job, int threads) {
             above = total(counted);
         }
         part.row[TAIL_FROM] = job->tail_from;
-        if (above * 100 > (uint64_t)n) job->tail_from = NAN; /* too low to be cheap: sample anew next time */
+        job->tail_from = next_threshold(counted, above, n, job->tail_from);
         const double rms = sqrt(part.row[S2] / (double)n);
         if (6 * rms > 0 && part.row[ABSMAX] >= 6 * rms && rms < 1e37) second.over = magnitude((float)(6 * rms));
         if (part.row[ABSMAX] > 100) {
@@ -387,6 +407,20 @@ static inline int32_t ordered(float x) {
 
 static float unordered(int32_t u) { return value_of((uint32_t)(u ^ ((u >> 31) & 0x7fffffff))); }
 
+static void score_range(const float *restrict x, int64_t n, int32_t cutoff, int32_t *highest, int32_t *lowest,
+                        int32_t *any_nan) {
+    int32_t high = *highest, low = *lowest, nan = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t u = ordered(x[i]), hidden = -(u <= cutoff), seen = (u & ~hidden) | (INT32_MAX & hidden);
+        high = u > high ? u : high;
+        low = seen < low ? seen : low;
+        const int32_t size = (int32_t)magnitude(x[i]);
+        nan = size > nan ? size : nan;
+    }
+    *highest = high, *lowest = low;
+    *any_nan |= nan > (int32_t)INFINITE;
+}
+
 /* Largest and smallest attention score of each head, of [batch, heads, n] contiguous; what is <= masked (or NaN in the
  * mask's place) does not count. Merges into the larger of what is there. A NaN score makes the head's maximum NaN. */
 void stabilitylab_scores(const void *data, int32_t dtype, int64_t batch, int64_t heads, int64_t n, float masked,
@@ -400,12 +434,7 @@ void stabilitylab_scores(const void *data, int32_t dtype, int64_t batch, int64_t
             const float *x = converted;
             if (dtype == FLOAT32) x = (const float *)data + bh * n + i;
             else load(data, dtype, bh * n + i, m, converted);
-            for (int64_t j = 0; j < m; j++) {
-                const int32_t u = ordered(x[j]), seen = u > cutoff ? u : INT32_MAX;
-                high = u > high ? u : high;
-                low = seen < low ? seen : low;
-                nan |= magnitude(x[j]) > INFINITE;
-            }
+            score_range(x, m, cutoff, &high, &low, &nan);
         }
         const int64_t h = bh % heads;
         double top = nan ? NAN : high > cutoff ? (double)unordered(high) : -INFINITY;

@@ -44,9 +44,10 @@ def tail_quantiles(tail: NDArray[np.integer], count: Array, absmax: Array, tail_
         over = above[sites, bin_] - inside
         with np.errstate(divide="ignore", invalid="ignore"):
             part = np.where(inside > 0, (np.maximum(rank, 1.0) - over) / inside, 0.0)
-        value = EDGES[bin_ + 1] - part * (EDGES[bin_ + 1] - EDGES[bin_])
-        value = np.where(rank <= 1.0, absmax, np.minimum(value, absmax))
-        known = np.isfinite(absmax) & ((EDGES[bin_] >= tail_from) | (value >= tail_from))
+        # The bin that holds the threshold is complete from there on only.
+        low, high = np.maximum(EDGES[bin_], np.minimum(tail_from, EDGES[bin_ + 1])), EDGES[bin_ + 1]
+        value = np.where(rank <= 1.0, absmax, np.minimum(high - part * (high - low), absmax))
+        known = ~np.isnan(absmax) & (high > tail_from)
         quantiles.append(np.where(known, value, np.nan))
     return np.stack(quantiles, axis=1)
 

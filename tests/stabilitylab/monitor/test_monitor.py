@@ -4,7 +4,6 @@ behind."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,28 +12,9 @@ import torch
 from torch import nn
 
 from stabilitylab import Monitor, Schedule
-from stabilitylab.telemetry import Event, Samples
+from stabilitylab.telemetry import Event
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
-
-
-class Kept:
-    """A sink that keeps rows as {(step, metric, index): value}."""
-
-    def __init__(self) -> None:
-        self.rows: dict[tuple[int, str, int], float] = {}
-        self.events: list[Event] = []
-        self.closed = False
-
-    def write(self, samples: Samples, events: Sequence[Event]) -> None:
-        self.events += events
-        for step, key, value in samples:
-            self.rows[step, key.metric, key.index] = value
-
-    def close(self) -> None:
-        self.closed = True
-
-    def steps(self, metric: str) -> list[int]:
-        return sorted(step for step, name, _ in self.rows if name == metric)
+from tests.stabilitylab.recording import Recording
 
 
 def train(monitored: bool, steps: int, *, dropout: float = 0.0, clip: float = 1.0, **options: Any) -> GPT:
@@ -61,12 +41,12 @@ def train(monitored: bool, steps: int, *, dropout: float = 0.0, clip: float = 1.
 @pytest.mark.parametrize("every", [1, 3])
 def test_training_is_bit_identical_with_and_without(dropout: float, every: int) -> None:
     bare = train(False, 6, dropout=dropout).state_dict()
-    watched = train(True, 6, dropout=dropout, every=every, sinks=[Kept()]).state_dict()
+    watched = train(True, 6, dropout=dropout, every=every, sinks=[Recording()]).state_dict()
     assert all(torch.equal(bare[name], watched[name]) for name in bare)
 
 
 def test_every_family_arrives_at_its_cadence() -> None:
-    sink = Kept()
+    sink = Recording()
     train(True, 7, every=3, gradients_every=1, sinks=[sink])
     assert sink.closed
     assert sink.steps("train/-/loss") == list(range(7))
@@ -78,7 +58,7 @@ def test_every_family_arrives_at_its_cadence() -> None:
 
 
 def test_gradients_are_read_before_clipping_and_make_up_the_global_norm() -> None:
-    sink = Kept()
+    sink = Recording()
     train(True, 2, every=1, clip=1e-3, sinks=[sink])
     squares = [v**2 for (step, name, _), v in sink.rows.items() if step == 1 and name.endswith("/l2")]
     assert math.sqrt(sum(squares)) == pytest.approx(sink.rows[1, "train/-/gradient_norm", -1], rel=1e-5)
@@ -88,7 +68,7 @@ def test_gradients_are_read_before_clipping_and_make_up_the_global_norm() -> Non
 
 def test_activations_equal_float64() -> None:
     torch.manual_seed(1)
-    model, tokens, sink = GPT(), batch(0), Kept()
+    model, tokens, sink = GPT(), batch(0), Recording()
     seen: dict[str, torch.Tensor] = {}
     model.layers[1].feed_forward[2].register_forward_hook(lambda m, a, y: seen.update(y=y, x=a[0]))
     with Monitor(model, every=1, sinks=[sink], detector=None) as monitor:
@@ -135,7 +115,7 @@ def test_off_steps_have_no_hooks() -> None:
 
 
 def test_a_step_that_goes_back_is_a_rewind() -> None:
-    sink = Kept()
+    sink = Recording()
     with Monitor(GPT(), sinks=[sink], detector=None) as monitor:
         for step in (0, 1, 2):
             monitor.step(step, loss=1.0)
@@ -160,7 +140,7 @@ class Alarm:
 
 
 def test_everything_is_measured_for_a_while_after_an_alarm() -> None:
-    sink, model = Kept(), GPT()
+    sink, model = Recording(), GPT()
     with Monitor(
         model, schedule=Schedule(every=100, dense_steps=2), sinks=[sink], detector=Alarm()
     ) as monitor:
@@ -173,7 +153,7 @@ def test_everything_is_measured_for_a_while_after_an_alarm() -> None:
 
 
 def test_non_finite_gradients_are_recorded() -> None:
-    sink, model = Kept(), nn.Linear(4, 5)
+    sink, model = Recording(), nn.Linear(4, 5)
     with Monitor(model, every=1, sinks=[sink], detector=None) as monitor:
         model(torch.ones(2, 4)).sum().backward()
         assert model.weight.grad is not None
