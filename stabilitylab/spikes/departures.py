@@ -29,7 +29,7 @@ from stabilitylab.telemetry import SCALAR
 WINDOW = 128
 BEFORE = 8
 AFTER = 3
-LEAST_VALUES = 6
+LEAST_VALUES = 12
 SIGMAS = 5.0
 LEAST_RISE = float(np.log(2))
 
