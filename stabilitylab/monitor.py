@@ -126,6 +126,8 @@ class Monitor:
         flush_every: hand over to the sinks after so many steps; events are handed over at once.
         scaler: torch's loss scaler, if one is used: numbers are recorded without its factor.
         describe_batch: step -> the documents of its batch, for the diagnoses written at the end.
+        recorder: with ``out``: measure every step, hold the last so many in memory, and write them in full when
+            an alarm begins; else only what ``every`` asks for is written. 0: off.
     """
 
     def __init__(
@@ -146,15 +148,19 @@ class Monitor:
         flush_every: int = 10,
         scaler: torch.amp.GradScaler | None = None,
         describe_batch: Callable[[int], list[str]] | None = None,
+        recorder: int = 0,
     ) -> None:
         model = _unwrapped(model)
         own = {} if gradients_every is None else {"gradients": gradients_every}
         self._schedule = schedule or Schedule(every=every, probes=own)
+        self._recorder = recorder
         self._detector = _default_detector() if detector == "default" else detector
         self._claimed: RunFolder | None = None
         self._run: RunFolder | None = None
         self._describe_batch = describe_batch
         self._delivery = Delivery([*self._open(out, tensorboard), *sinks])
+        if recorder and out is not None:
+            self._schedule = Schedule(every=1, dense_after=self._schedule.dense_after)
         self._buffer = Buffer()
         self._context = Context(
             model=model,
@@ -200,13 +206,27 @@ class Monitor:
             run.claim()
             self._claimed = run
         self._run = run
-        sinks: list[Sink] = [EventLog(run), ParquetSink(run.telemetry)]
+        parquet: Sink = ParquetSink(run.telemetry)
+        if self._recorder:
+            parquet = self._recording(parquet)
+        sinks: list[Sink] = [EventLog(run), parquet]
         if tensorboard:
             with suppress(ImportError):
                 from stabilitylab.sinks import TensorBoardSink
 
                 sinks.append(TensorBoardSink(run.tensorboard))
         return sinks
+
+    def _recording(self, sink: Sink) -> Sink:
+        """Every step is measured; what is not due by the schedule is held for an alarm."""
+        from stabilitylab.spikes.flight_recorder import EVERY_STEP, FlightRecorder
+
+        seldom = 1 << 60
+        every = self._schedule.every or seldom
+        gradients = self._schedule.probes.get("gradients", every) or seldom
+        return FlightRecorder(
+            sink, keep=self._recorder, every=every, cadence={**EVERY_STEP, "gradient": gradients}
+        )
 
     # -- the training loop's calls
     # ------------------------------------------------------------------------------------

@@ -73,16 +73,18 @@ class MonitorConfig:
         gradients_every: steps between gradient statistics.
         sites: glob of the module and parameter paths to watch.
         tensorboard: write TensorBoard files beside the Parquet ones.
+        recorder: measure every step, hold the last so many steps, and write them in full when something breaks; 0: off.
     """
 
     every: int = 10
     gradients_every: int = 1
     sites: str = "*"
     tensorboard: bool = True
+    recorder: int = 0
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.gradients_every < 0:
-            raise InputError("monitor.every and monitor.gradients_every count steps: 0 (off) or more")
+        if self.every < 0 or self.gradients_every < 0 or self.recorder < 0:
+            raise InputError("monitor.every, monitor.gradients_every and monitor.recorder count steps: 0 (off) or more")
 
 
 @dataclass(frozen=True, kw_only=True)

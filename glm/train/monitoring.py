@@ -49,6 +49,7 @@ class MonitorCallback(Callback):
             sites=self._config.sites,
             tensorboard=self._config.tensorboard,
             describe_batch=describe,
+            recorder=self._config.recorder,
         )
         if self._pending_state:
             self._monitor.load_state_dict(self._pending_state)

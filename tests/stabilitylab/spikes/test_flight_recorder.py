@@ -1,8 +1,11 @@
 """Around an alarm every step is on disk; elsewhere only those that are due."""
 
 import pytest
+import torch
 
+from stabilitylab import Monitor
 from stabilitylab.errors import InputError
+from stabilitylab.report import load_run
 from stabilitylab.sinks import MemorySink
 from stabilitylab.spikes.flight_recorder import FlightRecorder
 from stabilitylab.telemetry import Event, Key, Samples
@@ -73,3 +76,19 @@ def test_memory_is_bounded():
     assert sum(len(held) for held in recorder._held) <= 11
     with pytest.raises(InputError, match="at least 1"):
         FlightRecorder(MemorySink(), keep=0, every=1)
+
+
+def test_the_monitor_writes_every_step_around_a_spike(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Monitor(model, optimizer, out=tmp_path / "run", every=25, recorder=10, tensorboard=False) as monitor:
+        for step in range(100):
+            loss = model(torch.randn(8, 4)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(step, loss=2.0 + 3.0 * (60 <= step < 66))
+    measured = set(load_run(tmp_path / "run").series("gradient/weight/l2").index)
+    assert measured >= {0, 25, 50, 75, *range(53, 76)}
+    assert not measured & {*range(1, 25), *range(26, 50), *range(81, 100)}
