@@ -140,10 +140,11 @@ class Trainer:
         state = self._ring.take_back(step)
         if state is None:
             return
-        decided = self.responder, self.intervention
+        # Decisions outlive the history that they take back, and so does the budget they were taken from.
+        responder, intervention = self.responder.state_dict(), self.intervention
         self.restore(state)
-        # Decisions outlive the history that they take back.
-        self.responder, self.intervention = decided
+        self.responder.load_state_dict(responder)
+        self.intervention = intervention
         if self.run is not None:
             checkpoints.drop_after(self.run.checkpoints, self.step)
         self._saved_at = None

@@ -96,6 +96,7 @@ class Baseline:
     before_previous: float | None = None
     slow: float = 0.0
     lowest: float = 0.0
+    lowest_sigma: float = 0.0  # sigma when it was that low
     spread: float = 1.0
 
     @property
@@ -134,7 +135,9 @@ class Baseline:
         return 0.0 if self.slow <= self.lowest else (self.slow - self.lowest) / self.creep_limit()
 
     def creep_limit(self) -> float:
-        return max(CREEP_SIGMAS * self.sigma, CREEP_FLOORS * self.floor, 1e-300)
+        # A run that slowly diverges grows noisier, too: its noise then must not hide the climb.
+        sigma = min(self.sigma, 2 * self.lowest_sigma)
+        return max(CREEP_SIGMAS * sigma, CREEP_FLOORS * self.floor, 1e-300)
 
     def start(self, value: float) -> None:
         """Begin, or begin again, at ``value``. What is known of the noise is kept."""
@@ -142,6 +145,7 @@ class Baseline:
             self.difference_sigma = self.prior * (abs(value) if self.relative_floor else 1.0)
         self.count = 1
         self.level = self.slow = self.lowest = value
+        self.lowest_sigma = self.sigma
         self.previous, self.before_previous = value, None
 
     def accept(self, value: float) -> None:
@@ -164,7 +168,8 @@ class Baseline:
         """Once every 16 accepted values: take the level into the slow mean, and let the spread shrink."""
         self.spread = max(1.0, self.spread * SPREAD_DECAY)
         self.slow += CREEP_GAIN * (self.level - self.slow)
-        self.lowest = min(self.lowest, self.slow)
+        if self.slow <= self.lowest:
+            self.lowest, self.lowest_sigma = self.slow, self.sigma
 
     def exceeded(self, values: int) -> None:
         """So many values over the band turned out to be no excursion of the run's state."""

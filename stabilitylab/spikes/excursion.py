@@ -59,6 +59,9 @@ class Open:
     mean_peak: float = 0.0
     mean_at_check: float = 0.0
     is_out: bool = True
+    # A mean that crept up is followed by its mean, as its single values may well be ordinary: the height at which it is
+    # back. None for excursions that began with values out.
+    crept_until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,14 +218,24 @@ class Excursions:
         if crept < 1.0:
             return []
         onset = self.creep_onset
-        height = base.slow - base.lowest
+        height, limit = base.slow - base.lowest, base.creep_limit()
         base.level = base.slow = base.lowest
         base.forget_neighbours()
         self.creep_onset = None
         self.open = Open(
-            kind="divergence", onset=onset, inside=onset, level=base.level, peak=step, height=height,
-            end=step, out=HARD_STEPS + 1, long_run=True, mean=height, mean_peak=height,
-        )  # fmt: skip
+            kind="divergence",
+            onset=onset,
+            inside=onset,
+            level=base.level,
+            peak=step,
+            height=height,
+            end=step,
+            out=HARD_STEPS + 1,
+            long_run=True,
+            mean=height,
+            mean_peak=height,
+            crept_until=limit / 2,
+        )
         return [Change("onset", self.open)]
 
     # ------------------------------------------------------------------------------------------------- out
@@ -232,9 +245,13 @@ class Excursions:
         now.age += 1
         now.mean += MEAN_GAIN * (residual - now.mean)
         now.mean_peak = max(now.mean_peak, now.mean)
-        if residual > now.height:
-            now.peak, now.height = step, residual
-        if residual > self.baseline.band():
+        if now.crept_until is None:
+            out = residual > self.baseline.band()
+        else:
+            out = now.mean > now.crept_until
+        if out:
+            if residual > now.height:
+                now.peak, now.height = step, residual
             now.is_out, now.calm, now.end = True, 0, step
             now.out += 1
             if step - now.inside > HARD_STEPS:

@@ -11,8 +11,8 @@ acts.
 | roll-back | back ``rollback_steps``, leave out ``skip_batches`` | PaLM: 100, 200-500 (2204.02311, 5.1) |
 | escalate | the rungs of ``LADDER`` one after the other | |
 
-A decision is taken at the onset of an episode, or when it turns out worse than thought, and never again
-within ``cooldown`` steps, except that a loss which is not finite does not wait: there is nothing to wait for.
+A decision is taken at the onset of an episode, or when it turns out worse than thought, but not within
+``cooldown`` steps of the run's beginning or of the last decision; only a loss that is not finite does not wait.
 Under ``escalate`` an episode within ``memory`` steps of the last decision takes the next rung, later ones
 begin at the first. After ``budget`` decisions the responder says so once and stands aside: a run that needs
 more needs a person.
@@ -50,7 +50,7 @@ class ResponderConfig:
         rollback_steps: of roll-back, steps to go back from the onset.
         skip_batches: of roll-back, batches to leave out from there on.
         hard_batches: act on hard batches too, the moment they show.
-        cooldown: steps after a decision in which none is taken.
+        cooldown: steps after the beginning and after a decision in which none is taken.
         memory: steps after a decision within which escalate takes the next rung.
         budget: decisions in one run.
     """
@@ -139,7 +139,7 @@ class Responder:
         self.config = config
         self.used = 0
         self.rung = 0
-        self.quiet_until = 0
+        self.quiet_until = config.cooldown
         self.remember_until = 0
         self.gave_up = False
 
