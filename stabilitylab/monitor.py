@@ -37,9 +37,11 @@ from stabilitylab.probes.activation_gradients import ActivationGradientProbe
 from stabilitylab.probes.activations import ActivationProbe
 from stabilitylab.probes.attention import AttentionProbe
 from stabilitylab.probes.base import Context, Finish, Probe, Readings
+from stabilitylab.probes.compiled import forget_graphs, is_compiled
 from stabilitylab.probes.embedding_rows import EmbeddingRowProbe
 from stabilitylab.probes.gradients import GradientProbe
 from stabilitylab.probes.precision import PrecisionProbe
+from stabilitylab.probes.sites import clean, unwrapped
 from stabilitylab.probes.updates import UpdateProbe
 from stabilitylab.schedule import Schedule
 from stabilitylab.sinks.base import Sink
@@ -126,8 +128,8 @@ class Monitor:
         flush_every: hand over to the sinks after so many steps; events are handed over at once.
         scaler: torch's loss scaler, if one is used: numbers are recorded without its factor.
         describe_batch: step -> the documents of its batch, for the diagnoses written at the end.
-        recorder: with ``out``: measure every step, hold the last so many in memory, and write them in full when
-            an alarm begins; else only what ``every`` asks for is written. 0: off.
+        recorder: with ``out``: measure every step, hold the last so many in memory, and write them in full
+            when an alarm begins; else only what ``every`` asks for is written. 0: off.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class Monitor:
         describe_batch: Callable[[int], list[str]] | None = None,
         recorder: int = 0,
     ) -> None:
-        model = _unwrapped(model)
+        given, model = model, _unwrapped(model)
         own = {} if gradients_every is None else {"gradients": gradients_every}
         self._schedule = schedule or Schedule(every=every, probes=own)
         self._recorder = recorder
@@ -164,11 +166,14 @@ class Monitor:
         self._buffer = Buffer()
         self._context = Context(
             model=model,
-            parameters=dict(model.named_parameters()) if parameters is None else dict(parameters),
+            parameters=dict(parameters) if parameters is not None else _named_parameters(model),
             optimizer=optimizer,
             buffer=self._buffer,
             patterns=(sites,) if isinstance(sites, str) else tuple(sites),
+            compiled=is_compiled(given),
         )
+        if self._context.compiled:
+            forget_graphs(model)
         if probes is None:
             probes = all_probes()
         self._probes = tuple(probes)
@@ -502,6 +507,10 @@ def _key(name: str) -> Key:
     return Key(_FAMILY.get(name, "train"), RUN_SITE, name)
 
 
+def _named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {clean(name): parameter for name, parameter in model.named_parameters()}
+
+
 def _default_detector() -> Detector | None:
     try:
         from stabilitylab.spikes import SpikeDetector
@@ -514,9 +523,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}: the monitor attaches to a torch.nn.Module")
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else unwrapped(model)
+        if inner is model:
             return model
         model = inner

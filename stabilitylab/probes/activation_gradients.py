@@ -24,7 +24,7 @@ are of the gradient as the format has to hold it, with the loss scale in it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.probes.base import Context, Finish, KeyTable, Readings, number
+from stabilitylab.probes.compiled import WatchGradient, register, unregister
 from stabilitylab.probes.sites import tensor_in, watched
 from stabilitylab.statistics import formats, moments
 from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, measurable
@@ -57,6 +58,8 @@ class ActivationGradientProbe:
     def __init__(self) -> None:
         self._handles: list[Any] = []
         self._sites: dict[str, tuple[nn.Module, Summary]] = {}
+        self._armed = False
+        self._states: list[Tensor] = []
         self._keys = KeyTable("activation_gradient", STATISTICS)
         # The sites of this step in the order in which the backward pass came to them.
         self.order: list[tuple[str, Summary]] = []
@@ -71,31 +74,38 @@ class ActivationGradientProbe:
     def arm(self, measured: bool) -> None:
         """Put the hooks in place, or take them away."""
         self.order = []
-        if measured == bool(self._handles):
+        self._armed = measured
+        wanted = measured or self._context.compiled
+        if wanted == bool(self._handles):
             return
-        if not measured:
+        if not wanted:
             self.detach()
             return
         for path, (module, summary) in self._sites.items():
-            hook = self._context.guarded(self.name, self._hook(path, summary))
+            watcher = self._context.guarded(self.name, self._watcher(path, summary))
+            self._states.append(register(watcher))
+            eager = self._context.guarded(self.name, self._hook(watcher))
+            hook = traceable(eager, self._states[-1])
             self._handles.append(module.register_forward_hook(hook))
 
-    def _hook(self, path: str, summary: Summary) -> Any:
-        def backward(gradient: Tensor) -> None:
-            if self._handles and measurable(gradient):
+    def _watcher(self, path: str, summary: Summary) -> Callable[[Tensor], None]:
+        def watch(gradient: Tensor) -> None:
+            if self._armed and measurable(gradient):
                 if not summary.seen:
                     self.order.append((path, summary))
                 summary.add(gradient)
 
-        protected = self._context.guarded(self.name, backward)
+        return watch
 
-        def forward(module: nn.Module, args: Any, output: Any) -> None:
-            with torch._C.DisableTorchFunction():
-                x = tensor_in(output)
-                if x is not None and x.requires_grad:
-                    x.register_hook(protected)  # type: ignore[no-untyped-call]
+    def _hook(self, watcher: Callable[[Tensor], None]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self._armed:
+                with torch._C.DisableTorchFunction():
+                    x = tensor_in(output)
+                    if x is not None and x.requires_grad:
+                        x.register_hook(watcher)  # type: ignore[no-untyped-call]
 
-        return forward
+        return hook
 
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
@@ -130,7 +140,28 @@ class ActivationGradientProbe:
         return finish
 
     def detach(self) -> None:
-        """Remove the hooks; those on tensors of a graph still alive see nothing any more."""
+        """Remove the hooks; those on tensors of a graph still alive, or compiled, see nothing any more."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for state in self._states:
+            unregister(state)
+        self._states.clear()
+        self._armed = False
+
+
+def traceable(eager: Callable[..., None], state: Tensor) -> Callable[..., Any]:
+    """A forward hook that runs ``eager``, or where it is traced puts a ``WatchGradient`` behind the module's
+    output.
+
+    Only a tensor returned by itself can be replaced by its twin; other outputs are left alone.
+    """
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return eager(module, args, output)
+        if isinstance(output, Tensor) and measurable(output) and torch.is_grad_enabled():
+            return WatchGradient.apply(output, state)  # type: ignore[no-untyped-call]
+        return None
+
+    return hook

@@ -37,7 +37,7 @@ Family ``activation``, site = module path or ``<path>:input``:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,10 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.probes.base import Context, Finish, KeyTable, Readings
+from stabilitylab.probes.compiled import observe, register, unregister
 from stabilitylab.probes.sites import counts, tensor_in, watched
 from stabilitylab.statistics import formats, moments
-from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary
+from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, measurable
 from stabilitylab.statistics.tails import channel_kurtosis, max_over_median, tail_quantiles
 from stabilitylab.statistics.transfer import Host, Slots
 
@@ -84,7 +85,7 @@ class Site:
     itself; from the next step on the site keeps a summary of its own.
     """
 
-    __slots__ = ("alias", "broken", "own_only", "path", "stamp", "summary")
+    __slots__ = ("alias", "broken", "own_only", "path", "stamp", "state", "summary")
 
     def __init__(self, path: str, summary: Summary) -> None:
         self.path = path
@@ -93,6 +94,7 @@ class Site:
         self.stamp = -1
         self.broken = False
         self.own_only = False
+        self.state: Tensor | None = None
 
 
 class ActivationProbe:
@@ -102,6 +104,7 @@ class ActivationProbe:
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
+        self._armed = False
         self._sites: list[Site] = []
         self._hooked: list[tuple[nn.Module, Site | None, Site | None]] = []
         self._keys = KeyTable("activation", STATISTICS)
@@ -127,18 +130,32 @@ class ActivationProbe:
         """Put the hooks in place, or take them away."""
         self._known.clear()
         self.order = []
-        if measured == bool(self._handles):
+        self._armed = measured
+        wanted = measured or self._context.compiled
+        if wanted == bool(self._handles):
             return
-        if not measured:
+        if not wanted:
             self.detach()
             return
         for module, inside, out in self._hooked:
-            hook = self._context.guarded(self.name, self._hook(inside, out))
+            eager = self._context.guarded(self.name, self._hook(inside, out))
+            hook = traceable(eager, self._state(inside), self._state(out))
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def _state(self, site: Site | None) -> Tensor | None:
+        """What operators in compiled graphs know the site by."""
+        if site is not None and site.state is None:
+
+            def watcher(x: Tensor) -> None:
+                if self._armed and measurable(x):
+                    self._observe(site, x)
+
+            site.state = register(self._context.guarded(self.name, watcher))
+        return site.state if site is not None else None
 
     def _hook(self, inside: Site | None, out: Site | None) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not counts(module):
+            if not self._armed or not counts(module):
                 return
             # Whatever mode the user or another probe has set is not meant for what we do here.
             with torch._C.DisableTorchFunction():
@@ -196,10 +213,33 @@ class ActivationProbe:
         """Not this probe's business."""
 
     def detach(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, and whatever compiled graphs would show us."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for site in self._sites:
+            if site.state is not None:
+                unregister(site.state)
+                site.state = None
+
+
+def traceable(eager: Callable[..., None], inside: Tensor | None, out: Tensor | None) -> Callable[..., None]:
+    """A forward hook that runs ``eager``, or where it is traced leaves operators for the sites behind."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            eager(module, args, kwargs, output)
+        elif module.training or torch.is_grad_enabled():
+            if inside is not None:
+                x = tensor_in(args) if args else tensor_in(kwargs)
+                if x is not None:
+                    observe(x, inside)
+            if out is not None:
+                x = tensor_in(output)
+                if x is not None:
+                    observe(x, out)
+
+    return hook
 
 
 def statistics(host: Host, slots: Sequence[tuple[Slots | None, ...]]) -> moments.Array:

@@ -35,7 +35,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabilitylab.probes.base import Context, Finish, Readings
-from stabilitylab.probes.sites import blocks, counts
+from stabilitylab.probes.compiled import observe, register, unregister
+from stabilitylab.probes.sites import blocks, counts, named_modules
 from stabilitylab.statistics.formats import headroom_bits
 from stabilitylab.statistics.scores import Scores, fused, materialised
 from stabilitylab.statistics.transfer import Host, Slots
@@ -104,26 +105,33 @@ class AttentionProbe:
         self._handles: list[Any] = []
         self._slots: dict[str, tuple[Slots, Slots]] = {}
         self._keys: dict[tuple[tuple[str, int], ...], tuple[Key, ...]] = {}
+        self._states: list[Tensor] = []
+        self._armed = False
         self._mode: _Calls | None = None
         self._depth = 0
 
     def attach(self, context: Context) -> None:
         """Note the module paths: a call is named after the module it came from."""
         self._context = context
-        self._path: dict[int, str] = {id(module): path for path, module in context.model.named_modules()}
+        self._path: dict[int, str] = {id(module): path for path, module in named_modules(context.model)}
 
     def arm(self, measured: bool) -> None:
         """Put the hooks in place, or take them away."""
-        if measured == bool(self._handles):
+        self._armed = measured
+        wanted = measured or self._context.compiled
+        if wanted == bool(self._handles):
             return
-        if not measured:
+        if not wanted:
             self.detach()
             return
         model = self._context.model
-        for path, module in model.named_modules():
+        for path, module in named_modules(model):
             if fnmatchcase(path, self._scores):
-                hook = self._context.guarded(self.name, self._materialised(path.rpartition(".")[0]))
-                self._handles.append(module.register_forward_hook(hook))
+                watcher = self._context.guarded(self.name, self._watcher(path.rpartition(".")[0]))
+                self._states.append(register(watcher))
+                self._handles.append(module.register_forward_hook(traceable(watcher, self._states[-1])))
+        if self._context.compiled:
+            return
         # The model's forward pass may be entered by another method than forward: then its blocks are the way
         # in.
         for module in (model, *blocks(model).values()):
@@ -146,13 +154,18 @@ class AttentionProbe:
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._mode = None
 
-    def _materialised(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if counts(module) and isinstance(output, Tensor) and output.dim() == 4 and output.numel():
+    def _watcher(self, path: str) -> Callable[[Tensor], None]:
+        def watch(scores: Tensor) -> None:
+            if (
+                self._armed
+                and torch._C._current_graph_task_id() == -1
+                and scores.dim() == 4
+                and scores.numel()
+            ):
                 with torch.no_grad(), torch._C.DisableTorchFunction():
-                    self._record(path, materialised(output))
+                    self._record(path, materialised(scores))
 
-        return hook
+        return watch
 
     def _fused(
         self,
@@ -236,5 +249,22 @@ class AttentionProbe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for state in self._states:
+            unregister(state)
+        self._states.clear()
+        self._armed = False
         self._leave()
         self._depth = 0
+
+
+def traceable(watcher: Callable[[Tensor], None], state: Tensor) -> Callable[..., None]:
+    """A forward hook that shows the output to ``watcher``, directly or from inside a compiled graph."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and (module.training or torch.is_grad_enabled()):
+            if torch.compiler.is_compiling():
+                observe(output, state)
+            else:
+                watcher(output)
+
+    return hook

@@ -81,6 +81,7 @@ class Context:
         patterns: globs; a site is watched if one of them matches its module path.
         loss_scale: the factor on the loss in the step that ends, as a number or where the buffer has it.
         failed: told of a probe, by name, whose hook raised.
+        compiled: the model runs under ``torch.compile``: hooks are traced once and must stay.
     """
 
     model: nn.Module
@@ -90,6 +91,7 @@ class Context:
     patterns: Sequence[str] = field(default=("*",))
     loss_scale: float | Slots = 1.0
     failed: Callable[[str, Exception], None] | None = None
+    compiled: bool = False
 
     def guarded(self, probe: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The hook, with the training protected from its failure: that is reported instead of raised."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.probes.base import Context, Finish, Readings, number
+from stabilitylab.probes.sites import named_modules
 from stabilitylab.statistics.transfer import Host, Slots
 from stabilitylab.telemetry import Key
 
@@ -45,7 +46,7 @@ class EmbeddingRowProbe:
         self._context = context
         self._weights = {
             f"{path}.weight" if path else "weight"
-            for path, module in context.model.named_modules()
+            for path, module in named_modules(context.model)
             if isinstance(module, nn.Embedding)
         }
         self._weights = {name for name in self._weights if context.wanted(name)}

@@ -16,6 +16,30 @@ from torch import Tensor, nn
 
 from stabilitylab.statistics.summary import measurable
 
+# Attributes under which wrappers (torch.compile, FSDP, activation checkpointing) keep the module they wrap.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def clean(path: str) -> str:
+    """The path of a module or parameter as it would be without wrappers."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside wrappers of ``torch.compile``, FSDP, activation checkpointing."""
+    while True:
+        inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Like ``model.named_modules()``, with wrappers left out of the walk and of the paths."""
+    for path, module in model.named_modules():
+        if unwrapped(module) is module:
+            yield clean(path), module
+
 
 def is_linear(module: nn.Module) -> bool:
     """``nn.Linear``, its subclasses, and layers that call themselves so (``ColumnParallelLinear``, HF's
@@ -32,9 +56,9 @@ def is_norm(module: nn.Module) -> bool:
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of the longest ``ModuleList`` by path; empty where the model has none of two or more."""
     longest: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, nn.ModuleList) and len(module) > max(1, len(longest)):
-            longest = {f"{path}.{i}" if path else str(i): block for i, block in enumerate(module)}
+            longest = {f"{path}.{i}" if path else str(i): unwrapped(block) for i, block in enumerate(module)}
     return longest
 
 
@@ -63,7 +87,7 @@ def watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """Path, module, and whether it is a linear or norm layer (else a block), of all whose activations are
     watched."""
     main_branch = {id(block) for block in blocks(model).values()}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         layer = is_linear(module) or is_norm(module)
         if layer or id(module) in main_branch:
             yield path, module, layer

@@ -1,0 +1,96 @@
+"""Watching inside ``torch.compile``: hooks that are traced into the graph as operators, without breaking it.
+
+Dynamo traces forward hooks. A hook that counted anything itself would break the graph; ours, when traced,
+leave an operator behind that takes the tensor and a *state*: an integer tensor that holds the number of a
+site, and that the operator claims to write, so that nobody removes or reorders it. When the compiled graph
+runs, the operator asks the table of ``watchers`` who wants the tensor, and does nothing if nobody does: after
+an unmeasured step, or once the monitor is closed. So the graph is compiled once and stays one graph, whether
+a step is measured or not.
+
+The number travels in a tensor and not as a constant because a graph compiled for one block is used again for
+all that are alike: the state is an input of the graph and comes from the hook of the block at hand.
+
+Gradients take the same way: ``WatchGradient`` is an identity whose backward pass holds the operator.
+
+Limits. The operator keeps the compiler from fusing across it, and with half precision what is fused is
+rounded less
+often: a compiled watched model may differ from a compiled unwatched one in the last bit (in float32 it does
+not). CUDA graphs replay kernels without asking anybody: the operators are marked as unsafe for them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import reset_code
+
+Watcher = Callable[[Tensor], None]
+
+# By site number: who takes the tensor. An operator whose number is not here does nothing.
+watchers: dict[int, Watcher] = {}
+_numbers = itertools.count()
+
+_library = torch.library.Library("stabilitylab", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "observe(Tensor x, Tensor(a!) state) -> ()",
+    tags=(torch._C.Tag.cudagraph_unsafe,) if hasattr(torch._C.Tag, "cudagraph_unsafe") else (),
+)
+
+
+def _observe(x: Tensor, state: Tensor) -> None:
+    watcher = watchers.get(int(state))
+    if watcher is not None:
+        watcher(x)
+
+
+_library.impl("observe", _observe, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("stabilitylab::observe", lambda x, state: None, lib=_library)
+observe = torch.ops.stabilitylab.observe
+
+
+class WatchGradient(torch.autograd.Function):
+    """The identity; its backward pass shows the gradient to the watcher of ``state``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: Tensor) -> Tensor:
+        ctx.state = state
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        observe(gradient, ctx.state)
+        return gradient, None
+
+
+def register(watcher: Watcher) -> Tensor:
+    """The state for a watcher: pass it to the operator. Give it back with ``unregister``."""
+    number = next(_numbers)
+    watchers[number] = watcher
+    return torch.tensor(number)
+
+
+def unregister(state: Tensor) -> None:
+    """The watcher of this state is shown nothing any more."""
+    watchers.pop(int(state), None)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model or a part of it has been given to ``torch.compile``."""
+    wrapper = torch._dynamo.eval_frame.OptimizedModule
+    return any(
+        isinstance(module, wrapper) or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def forget_graphs(model: nn.Module) -> None:
+    """Have the model traced again: graphs made before the hooks were in place do not have them in."""
+    for module in model.modules():
+        code = getattr(type(module).forward, "__code__", None)
+        if code is not None:
+            reset_code(code)

@@ -1,0 +1,127 @@
+"""Under torch.compile: one graph and no break more than the bare model, and the numbers of the uncompiled
+run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from stabilitylab import Monitor
+from stabilitylab.probes.compiled import watchers
+from tests.stabilitylab.gpt import GPT, batch, next_token_loss
+from tests.stabilitylab.recording import Recording
+
+# The compiler's own imports and internals, not ours.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+counters = torch._dynamo.utils.counters
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def same(model: nn.Module) -> nn.Module:
+    return model
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="aot_eager")  # type: ignore[return-value]
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="aot_eager")
+    return model
+
+
+def by_block(model: nn.Module) -> nn.Module:
+    for i, block in enumerate(model.layers):
+        model.layers[i] = torch.compile(block, backend="aot_eager")
+    return model
+
+
+def run(
+    wrap: Callable[[nn.Module], nn.Module], *, attach: int | None, every: int = 1, steps: int = 4
+) -> Recording:
+    """Train for some steps, attaching the monitor before step ``attach``."""
+    torch.manual_seed(0)
+    inner, sink = GPT(), Recording()
+    model = wrap(inner)
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+    monitor: Monitor | None = None
+    for step in range(steps):
+        if step == attach:
+            monitor = Monitor(model, optimizer, every=every, sinks=[sink], detector=None)
+            monitor.start_step(step)
+        next_token_loss(model, batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if monitor is not None:
+            monitor.step(step)
+    if monitor is not None:
+        monitor.close()
+    assert not watchers
+    return sink
+
+
+FAMILIES = ("activation/", "activation_gradient/", "gradient/", "update/")
+
+
+@pytest.mark.parametrize("wrap", [compiled, in_place, by_block])
+@pytest.mark.parametrize("attach", [0, 2])
+def test_numbers_are_those_of_the_uncompiled_run(wrap: Callable[[nn.Module], nn.Module], attach: int) -> None:
+    expected = {k: v for k, v in run(same, attach=attach).rows.items() if k[1].startswith(FAMILIES)}
+    found = {k: v for k, v in run(wrap, attach=attach).rows.items() if k[1].startswith(FAMILIES)}
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        # aot_eager runs the same kernels; sums of gradients may be formed in another order.
+        assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-6, nan_ok=True), key
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_one_graph_and_no_break_more_than_the_bare_model(every: int) -> None:
+    run(compiled, attach=None)
+    bare = dict(counters["stats"]), dict(counters["graph_break"])
+    assert bare[0]["unique_graphs"] == 1
+    torch._dynamo.reset()
+    counters.clear()
+    sink = run(compiled, attach=0, every=every)
+    assert sink.steps("activation/layers.1/rms") == list(range(0, 4, every))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert dict(counters["graph_break"]) == bare[1] == {}
+
+
+def test_full_graph_is_possible() -> None:
+    sink = run(lambda m: torch.compile(m, backend="aot_eager", fullgraph=True), attach=0)  # type: ignore[arg-type, return-value]
+    assert sink.steps("activation_gradient/layers.0/rms") == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_weights_are_bit_identical_under_inductor() -> None:
+    weights = []
+    for watched in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        inner = GPT()
+        model = torch.compile(inner)
+        optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-2)
+        monitor = Monitor(model, optimizer, every=2, detector=None) if watched else None  # type: ignore[arg-type]
+        for step in range(4):
+            next_token_loss(model, batch(step)).backward()  # type: ignore[arg-type]
+            optimizer.step()
+            optimizer.zero_grad()
+            if monitor is not None:
+                monitor.step(step)
+        if monitor is not None:
+            monitor.close()
+        weights.append(inner.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
