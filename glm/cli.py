@@ -18,6 +18,7 @@ COMMANDS = {
     "tokenizer": ("glm.data.commands", "train a SentencePiece tokenizer on a corpus"),
     "shards": ("glm.data.commands", "turn a corpus into memory-mapped tokens with a held-out split"),
     "train": ("glm.train.commands", "train a preset, any field overridden"),
+    "replay": ("glm.train.replay", "an event of a run again, from before it, with one thing changed"),
     "generate": ("glm.inference.commands", "fill blanks or continue text with a trained model"),
     "evaluate": ("glm.inference.commands", "perplexity and zero-shot tasks on held-out text"),
     "export": ("glm.inference.commands", "one safetensors file from a checkpoint"),
@@ -38,8 +39,8 @@ def _dispatch(name: str, rest: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"glm has no command {name!r}: choose one of {', '.join(COMMANDS)}")
     module = importlib.import_module(COMMANDS[name][0])
-    if name == "train":
-        code: int = module.train_command(rest)
+    if name in ("train", "replay"):
+        code: int = getattr(module, f"{name}_command")(rest)
     else:
         code = parse(getattr(module, name), rest, program=f"glm {name}")
     return code

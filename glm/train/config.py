@@ -94,16 +94,27 @@ class CheckpointConfig:
     Attributes:
         every: updates between checkpoints; the last state is always saved. 0: only the last.
         keep: the newest so many stay.
+        ring: copies of recent states held in memory, each 12 bytes a parameter. When something breaks, the one before it
+            is written to ``flight/``, for ``glm replay``. 0: none.
+        ring_every: steps between them.
+        ring_keep: the newest so many in ``flight/`` stay.
     """
 
     every: int = 100
     keep: int = 2
+    ring: int = 4
+    ring_every: int = 25
+    ring_keep: int = 8
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise InputError(f"checkpoint.every counts updates: 0 (only the last) or more, got {self.every}")
         if self.keep < 1:
             raise InputError(f"checkpoint.keep must be at least 1, got {self.keep}")
+        if self.ring < 0 or self.ring_every < 1 or self.ring_keep < 1:
+            raise InputError(
+                "checkpoint.ring counts states (0 or more); checkpoint.ring_every and checkpoint.ring_keep are at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,8 @@ class LocalEngine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_counters(state["optimizer"])
-        if self.scaler is not None:
+        # A state of another precision has no scaler: a replay in fp16 begins with a fresh one.
+        if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
 
 

@@ -14,8 +14,8 @@ about 100 steps and skipped 200-500 batches (2204.02311, section 5.1).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from stabilitylab.spikes import Decision
@@ -51,6 +51,12 @@ class Intervention:
             clip=min(bounds, default=None),
             skips=skips,
         )
+
+    def leaving_out(self, steps: Sequence[int]) -> Intervention:
+        """The same, and the batches of ``steps`` are left out: those after them come in their place."""
+        # Left out one at a time, the batch of a later step comes earlier by the number of those before it.
+        skips = [(step - place, 1) for place, step in enumerate(sorted(steps))]
+        return replace(self, skips=(*self.skips, *skips))
 
     def skipped_before(self, step: int) -> int:
         """Batches to leave out before ``step``."""

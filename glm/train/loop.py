@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from glm.data.loader import Loader
 from glm.errors import InputError
@@ -18,8 +19,22 @@ from glm.train.engine import Engine
 from glm.train.events import Callback, StepInfo
 from glm.train.intervention import Intervention
 from glm.train.rewind import StateRing
+from stabilitylab.schedule import ALARMS
 from stabilitylab.spikes import Responder
 from stabilitylab.telemetry import Event, RunFolder
+
+# Where states from before events lie in a run folder, and how long before.
+FLIGHT = "flight"
+REPLAY_MARGIN = 20
+
+
+def ring_for(config: TrainConfig) -> StateRing | None:
+    """The ring that the responder's rollbacks and the replay of events need."""
+    if config.responder.active:
+        return StateRing.covering(config.responder.rollback_steps)
+    if config.checkpoint.ring:
+        return StateRing(every=config.checkpoint.ring_every, size=config.checkpoint.ring)
+    return None
 
 
 class Trainer:
@@ -53,21 +68,35 @@ class Trainer:
         self.samples = 0
         self.tokens = 0
         self.stop_requested = False
-        self._ring = StateRing.covering(config.responder.rollback_steps) if config.responder.active else None
+        self._ring = ring_for(config)
         self._saved_at: int | None = None
 
-    def train(self) -> bool:
-        """Make the remaining updates. Returns whether the run is complete (False: it was asked to stop)."""
+    def train(self, *, until: int | None = None) -> bool:
+        """Make the remaining updates, or those before ``until``. Returns whether the run is complete (False: it was asked
+        to stop)."""
+        end = self.config.steps if until is None else min(until, self.config.steps)
         try:
             for callback in self.callbacks:
                 callback.train_start(self)
-            while self.step < self.config.steps and not self.stop_requested:
+            while self.step < end and not self.stop_requested:
                 self._one_step()
             if self._saved_at != self.step:
                 self.save()
             complete = self.step >= self.config.steps
             self.tell(Event(step=self.step, kind="run-end" if complete else "interrupted"))
             return complete
+        finally:
+            for callback in self.callbacks:
+                callback.train_end()
+
+    def advance(self, step: int) -> Checkpoint:
+        """Train on up to ``step`` and return the state there, with what the observers know but before they close."""
+        for callback in self.callbacks:
+            callback.train_start(self)
+        try:
+            while self.step < step and not self.stop_requested:
+                self._one_step()
+            return self.state()
         finally:
             for callback in self.callbacks:
                 callback.train_end()
@@ -119,10 +148,25 @@ class Trainer:
             first_sample=self.samples - rows,
         )
         noticed = [event for callback in self.callbacks for event in callback.step_end(info)]
+        self._keep_for_replay(noticed)
         self._respond(noticed, step)
         every = self.config.checkpoint.every
         if every and self.step % every == 0 and self._saved_at != self.step:
             self.save()
+
+    def _keep_for_replay(self, noticed: Sequence[Event]) -> None:
+        """When something breaks, put a state from before it on disk."""
+        onsets = [int(event.data["onset"]) for event in noticed if event.kind in ALARMS and event.data.get("phase") != "end"]
+        if not onsets or self._ring is None or self.run is None:
+            return
+        state = self._ring.newest_at(min(onsets) - REPLAY_MARGIN)
+        if state is None or checkpoints.path_of(self.run.path / FLIGHT, state.step).exists():
+            return
+        try:
+            checkpoints.save(self.run.path / FLIGHT, state, keep=self.config.checkpoint.ring_keep)
+        except OSError as error:
+            reason = f"the state before the event could not be kept: {error}"
+            self.tell(Event(step=self.step, kind="telemetry-lost", data={"reason": reason}))
 
     def _respond(self, noticed: Sequence[Event], step: int) -> None:
         """Let the responder decide, and carry it out."""
@@ -130,16 +174,18 @@ class Trainer:
         if decision.kind == "continue":
             return
         self.tell(decision.event)
+        state = None
+        if decision.back_to is not None and self._ring is not None:
+            state = self._ring.take_back(decision.back_to)
+        if state is not None:
+            # The oldest state kept may be younger than what was asked for; batches are then left out from there.
+            decision = replace(decision, back_to=max(state.step, decision.back_to or 0))
         self.intervention = self.intervention.after(decision)
-        if decision.back_to is not None:
-            self._go_back(decision.back_to)
+        if state is not None:
+            self._go_back(state, asked=decision.back_to or 0)
 
-    def _go_back(self, step: int) -> None:
-        """Take the newest kept state at or before ``step``, or the oldest there is, and train on from it."""
-        assert self._ring is not None, "a responder that goes back has a ring"
-        state = self._ring.take_back(step)
-        if state is None:
-            return
+    def _go_back(self, state: Checkpoint, *, asked: int) -> None:
+        """Train on from a kept state."""
         # Decisions outlive the history that they take back, and so does the budget they were taken from.
         responder, intervention = self.responder.state_dict(), self.intervention
         self.restore(state)
@@ -147,8 +193,9 @@ class Trainer:
         self.intervention = intervention
         if self.run is not None:
             checkpoints.drop_after(self.run.checkpoints, self.step)
+            checkpoints.drop_after(self.run.path / FLIGHT, self.step)
         self._saved_at = None
-        self.tell(Event(step=self.step, kind="rewind", data={"why": "the responder went back", "to": step}))
+        self.tell(Event(step=self.step, kind="rewind", data={"why": "the responder went back", "to": asked}))
 
     # -------------------------------------------------------------------------------------------------- states
 

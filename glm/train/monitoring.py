@@ -21,11 +21,11 @@ class MonitorCallback(Callback):
     """Watches every layer of the trainer's model and writes the run folder's telemetry.
 
     Args:
-        run: the folder, claimed by the caller.
+        run: the folder, claimed by the caller; None: only the detector watches, and nothing is written.
         config: what to watch, how often.
     """
 
-    def __init__(self, run: RunFolder, config: MonitorConfig) -> None:
+    def __init__(self, run: RunFolder | None, config: MonitorConfig) -> None:
         self._run = run
         self._config = config
         self._monitor: Monitor | None = None
@@ -38,7 +38,9 @@ class MonitorCallback(Callback):
         return self._monitor
 
     def train_start(self, trainer: Trainer) -> None:
-        describe = BatchDescriber(self._run, trainer.loader, trainer.config.model.length)
+        describe = None
+        if self._run is not None:
+            describe = BatchDescriber(self._run, trainer.loader, trainer.config.model.length)
         self._monitor = Monitor(
             trainer.engine.model,
             trainer.engine.optimizer,
@@ -53,7 +55,12 @@ class MonitorCallback(Callback):
         )
         if self._pending_state:
             self._monitor.load_state_dict(self._pending_state)
-        started = {"torch": torch.__version__, "machine": platform.machine(), "from_step": trainer.step}
+        started = {
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "from_step": trainer.step,
+            "data": str(trainer.loader.data.path.resolve()),
+        }
         self._pending_events.append(Event(step=trainer.step, kind="run-start", data=started))
         for event in self._pending_events:
             self._monitor.event(event)

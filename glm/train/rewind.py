@@ -47,6 +47,11 @@ class StateRing:
             )
         )
 
+    def newest_at(self, step: int) -> Checkpoint | None:
+        """The newest state at or before ``step``, or the oldest there is. None: there is none."""
+        older = [state for state in self._states if state.step <= step]
+        return older[-1] if older else next(iter(self._states), None)
+
     def take_back(self, step: int) -> Checkpoint | None:
         """The newest state at or before ``step``, or the oldest there is; newer ones are dropped. None: there is none."""
         while len(self._states) > 1 and self._states[-1].step > step:

@@ -83,12 +83,14 @@ def _show(scan: Scan, log: Log) -> None:
 
 def _table(episodes: list[Episode], title: str) -> Table:
     table = Table(title=title, title_justify="left")
+    table.add_column("#", justify="right")
     table.add_column("kind")
     for name in ("onset", "peak", "end", "height"):
         table.add_column(name, justify="right")
     table.add_column("signal")
-    for one in episodes:
+    for number, one in enumerate(episodes, start=1):
         table.add_row(
+            str(number),
             one.kind,
             str(one.onset),
             str(one.peak),
