@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": ("stabilitylab.cli", "several runs over each other, as HTML"),
     "show": ("stabilitylab.cli", "a run's last values and its events, on the terminal"),
     "spikes": ("stabilitylab.spikes.commands", "find spikes in a training log or run folder"),
+    "precursors": ("stabilitylab.spikes.commands", "how well each signal warned of a folder of runs' episodes"),
 }
 
 RunPath = Annotated[Path, tyro.conf.Positional]

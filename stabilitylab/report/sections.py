@@ -54,6 +54,33 @@ def episode_section(runs: Runs) -> Section:
     return Section(title="Episodes", text=(f"{len(rows)} episodes.",), parts=[Table(columns=columns, rows=rows, note=note)])
 
 
+def diagnosis_section(runs: Runs) -> Section:
+    """Why each episode happened, as far as the telemetry tells."""
+    rows: list[Sequence[Cell | str]] = []
+    for several in runs.values():
+        for run in several:
+            for step, cause, sentences in _diagnoses(run):
+                rows.append([run.name, str(step), cause, " ".join(sentences)])
+    if not rows:
+        return Section(title="Causes", text=("There is nothing to explain.",))
+    note = "What is close in time is not thereby the cause; the table of causes stands in stabilitylab/spikes/forensics.py."
+    return Section(
+        title="Causes",
+        text=("Which site left its own baseline first, around each episode, and what that suggests.",),
+        parts=[Table(columns=["run", "step", "suspect", "what was seen"], rows=rows, note=note)],
+    )
+
+
+def _diagnoses(run: Run) -> list[tuple[int, str, Sequence[str]]]:
+    """Step, cause and sentences: as the run recorded them, else made now (the run was killed, or is going on)."""
+    recorded = [event for event in run.events if event.kind == "diagnosis"]
+    if recorded:
+        return [(event.step, str(event.data["cause"]), event.data["sentences"]) for event in recorded]
+    from stabilitylab.spikes.forensics import diagnose_run  # forensics reads runs, so it knows this package
+
+    return [(one.episode.onset, one.cause, one.sentences) for one in diagnose_run(run)]
+
+
 def main_branch(runs: Runs) -> Section:
     """The main branch by depth, and its maps over the steps."""
     parts: list[Table | Picture] = [

@@ -27,6 +27,7 @@ def _report(runs: sections.Runs, *, title: str, lead: str, facts: dict[str, str]
     page.sections += [
         sections.overview(runs),
         sections.episode_section(runs),
+        sections.diagnosis_section(runs),
         sections.gradients(runs),
         sections.main_branch(runs),
         sections.attention(runs),

@@ -1,4 +1,4 @@
-"""``stabilitylab spikes``: a log's episodes as a table, JSON or a picture."""
+"""``stabilitylab spikes``: a log's episodes as a table, JSON or a picture. ``stabilitylab precursors``: what warned of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.spikes.episodes import KINDS, Episode
 from stabilitylab.spikes.logs import STEP, Log, open_log
 from stabilitylab.spikes.scan import Scan, scan_log
+from stabilitylab.telemetry import RunFolder
 
 
 def spikes(
@@ -44,6 +45,41 @@ def spikes(
         print(dumps([episode.to_json() for episode in scan.episodes]))
     else:
         _show(scan, opened)
+
+
+def precursors(runs: Annotated[Path, tyro.conf.Positional], *, json: bool = False, horizon: int = 64) -> None:
+    """Say how well each signal warned of the spikes and divergences in a folder of runs.
+
+    Args:
+        runs: a folder with run folders in it, or one run folder.
+        json: print one JSON list instead of a table.
+        horizon: steps within which an alarm must be followed by an episode to be right.
+    """
+    from stabilitylab.spikes.precursors import find_runs, judge
+
+    found = find_runs(runs)
+    records = judge(found, horizon=horizon)
+    if json:
+        print(dumps([record.to_json() for record in records]))
+        return
+    table = Table(title=f"Warnings within {horizon} steps, over {len(found)} runs", title_justify="left")
+    table.add_column("precursor")
+    for name in ("precision", "right / alarms", "recall", "warned / episodes", "median lead (steps)", "runs"):
+        table.add_column(name, justify="right")
+    for one in records:
+        table.add_row(
+            one.precursor,
+            "-" if one.precision is None else f"{one.precision:.2f}",
+            f"{one.right} / {one.right + one.wrong}",
+            "-" if one.recall is None else f"{one.recall:.2f}",
+            f"{one.warned} / {one.episodes}",
+            "-" if one.median_lead is None else f"{one.median_lead:g}",
+            str(one.runs),
+        )
+    console = Console()
+    console.print(table)
+    if not any(one.episodes for one in records):
+        console.print("no episodes: nothing to warn of", highlight=False)
 
 
 def _write_picture(scan: Scan, log: Log, plot: Path) -> None:
@@ -77,8 +113,17 @@ def _show(scan: Scan, log: Log) -> None:
         notes.append(f"{scan.not_logged:,} rows hold no loss")
     if scan.values < 3:
         notes.append("too few values to tell an excursion from the rest")
+    for sentence in _explanations(log):
+        console.print(sentence, highlight=False, soft_wrap=True)
     for note in notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def _explanations(log: Log) -> list[str]:
+    """A run folder says why: the first sentences of each diagnosis it holds."""
+    events = RunFolder(log.path).read_events() if log.path.is_dir() else []
+    diagnoses = [event for event in events if event.kind == "diagnosis"]
+    return [" ".join(event.data["sentences"][:3]) for event in diagnoses]
 
 
 def _table(episodes: list[Episode], title: str) -> Table:

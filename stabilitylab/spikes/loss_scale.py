@@ -23,8 +23,13 @@ GAP_INTERVALS = 16
 
 @dataclass(slots=True)
 class ScaleWatch:
-    """Follows one loss scale. O(1) memory."""
+    """Follows one loss scale. O(1) memory.
 
+    Args:
+        collapse: the factor by which the scale must have fallen.
+    """
+
+    collapse: float = COLLAPSE
     last_step: int | None = None
     interval: float = 0.0
     scale: float = 0.0
@@ -68,9 +73,9 @@ class ScaleWatch:
             return None
         if self.falling_since is None:
             self.falling_since = step
-        if self.collapsed or scale * COLLAPSE <= self.established:
+        if self.collapsed or scale * self.collapse <= self.established:
             self.lowest, self.lowest_step = scale, step
-        if not self.collapsed and scale * COLLAPSE <= self.established:
+        if not self.collapsed and scale * self.collapse <= self.established:
             self.collapsed = True
             self.onset, self.reference = self.falling_since, self.established
             return "onset"

@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from torch.nn.utils import clip_grad_norm_
 
 from stabilitylab import Monitor
-from stabilitylab.report import load_run
+from stabilitylab.report import load_run, run_report
+from stabilitylab.spikes.commands import spikes
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.explain import explain
 from stabilitylab.spikes.forensics import diagnose, diagnose_run
@@ -196,6 +197,13 @@ def test_the_monitor_writes_diagnoses_when_it_closes(planted, tmp_path):
     texts = list(_texts(run.folder.tensorboard))
     assert any("First suspect: the batch" in text for text in texts)
     assert explain(run.folder) == []  # each episode is explained once
+
+
+def test_the_report_and_the_command_show_the_cause(planted, capsys):
+    run = planted("batch")
+    assert "First suspect: the batch" in run_report(run).html()
+    spikes(run.path)
+    assert "First suspect: the batch" in capsys.readouterr().out
 
 
 def _texts(folder):
