@@ -2,4 +2,5 @@
 
 SUITES = {
     "quick": "experiments.suites.quick",
+    "responder": "experiments.suites.responder",
 }
