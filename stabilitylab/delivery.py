@@ -3,7 +3,7 @@
 The monitor posts each flush; one thread turns it into ``Samples`` and hands it to every sink in order. A sink
 that raises loses that flush and no more: the loss is an event ``telemetry-lost`` (once when it begins, once
 with the total when the sink works again or the run ends), the other sinks and the training go on. Should the
-sinks fall behind by ``LIMIT`` numbers, further samples are dropped and reported the same way; events are
+sinks fall behind by ``LIMIT`` steps, further samples are dropped and reported the same way; events are
 never dropped.
 """
 
@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.probes.base import Finish, Readings
+from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.sinks.base import Sink
-from stabilitylab.statistics.transfer import Host
+from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.telemetry import Event, Key, RunFolder, Samples
 
 LIMIT = 10_000
@@ -33,14 +33,14 @@ class Flush:
     """What is posted: readings of some steps, numbers that are yet to be made into readings, and events."""
 
     readings: list[tuple[int, Readings]] = field(default_factory=list)
-    unfinished: list[tuple[int, Host, Sequence[Finish]]] = field(default_factory=list)
+    unfinished: list[tuple[int, Sequence[tuple[Probe, Gathered]]]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
     def finish(self) -> None:
         """Make readings of everything."""
-        for step, host, finishes in self.unfinished:
-            for finish in finishes:
-                readings = finish(host)
+        for step, found in self.unfinished:
+            for probe, gathered in found:
+                readings = probe.finish(gathered)
                 self.readings.append((step, readings))
                 self.events += [Event(step=step, kind=kind, data=data) for kind, data in readings.events]
         self.unfinished = []

@@ -18,77 +18,37 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.amp.grad_scaler import OptState
 
-from stabilitylab.delivery import Delivery, EventLog, Flush
+from stabilitylab.arrivals import Arrivals, Detector, Ended
+from stabilitylab.delivery import Delivery
 from stabilitylab.errors import InputError
+from stabilitylab.loss_scale import LossScale
+from stabilitylab.output import Output
 from stabilitylab.probes.activation_gradients import ActivationGradientProbe
 from stabilitylab.probes.activations import ActivationProbe
 from stabilitylab.probes.attention import AttentionProbe
-from stabilitylab.probes.base import Context, Finish, Probe, Readings
+from stabilitylab.probes.base import Context, Placing, Probe
 from stabilitylab.probes.compiled import forget_graphs, is_compiled
 from stabilitylab.probes.embedding_rows import EmbeddingRowProbe
 from stabilitylab.probes.gradients import GradientProbe
 from stabilitylab.probes.precision import PrecisionProbe
 from stabilitylab.probes.sites import clean, unwrapped
 from stabilitylab.probes.updates import UpdateProbe
+from stabilitylab.ranks import Ranks
 from stabilitylab.schedule import Schedule
 from stabilitylab.sinks.base import Sink
-from stabilitylab.statistics.buffer import Buffer
-from stabilitylab.statistics.transfer import Host, Slots, Transfer
-from stabilitylab.telemetry import RUN_SITE, Event, Key, RunFolder
+from stabilitylab.statistics.buffer import Buffer, Slots
+from stabilitylab.statistics.transfer import Transfer
+from stabilitylab.telemetry import Event, RunFolder
 
 _log = logging.getLogger("stabilitylab")
-
-# What `step` may be given under a name of its own; everything else becomes train/-/<name>.
-_FAMILY = {"loss_scale": "precision"}
-_WATCHED = (
-    "train/-/loss",
-    "train/-/gradient_norm",
-    "train/-/learning_rate",
-    "train/-/skipped",
-    "precision/-/loss_scale",
-)
-
-
-class Detector(Protocol):
-    """What judges a step's values as they come; ``stabilitylab.spikes.SpikeDetector`` is one."""
-
-    def update(self, step: int, values: Mapping[str, float]) -> Sequence[Event]:
-        """Events that this step's values give rise to."""
-
-    def finish(self) -> Sequence[Event]:
-        """Events for what was still open."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The detector's memory, as plain JSON."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
-
-
-@dataclass(slots=True)
-class _Ended:
-    """A step that is over and whose numbers are perhaps still on their way."""
-
-    step: int
-    numbers: dict[str, float | Tensor]
-    # Names of the numbers that are on an accelerator, in the order of the transfer's ``others``.
-    distant: tuple[str, ...]
-    transfer: Transfer | None
-    finishes: list[Finish]
-    gradient_norm: Callable[[Host], float] | None
 
 
 def all_probes() -> list[Probe]:
@@ -128,6 +88,11 @@ class Monitor:
         flush_every: hand over to the sinks after so many steps; events are handed over at once.
         scaler: torch's loss scaler, if one is used: numbers are recorded without its factor.
         describe_batch: step -> the documents of its batch, for the diagnoses written at the end.
+        group: processes whose telemetry becomes one, written by its first rank; by default all, where
+            ``torch.distributed`` is running. None: this process alone. All must call ``step`` for the same
+            steps.
+        sharded: globs of parameters of which each rank holds a shard: their gradients' sums are added over
+            ranks. DTensor parameters (FSDP2) are known to be; all others count as alike on every rank.
         recorder: with ``out``: measure every step, hold the last so many in memory, and write them in full
             when an alarm begins; else only what ``every`` asks for is written. 0: off.
     """
@@ -151,94 +116,69 @@ class Monitor:
         scaler: torch.amp.GradScaler | None = None,
         describe_batch: Callable[[int], list[str]] | None = None,
         recorder: int = 0,
+        group: dist.ProcessGroup | Literal["default"] | None = "default",
+        sharded: str | Sequence[str] = (),
     ) -> None:
         given, model = model, _unwrapped(model)
         own = {} if gradients_every is None else {"gradients": gradients_every}
         self._schedule = schedule or Schedule(every=every, probes=own)
-        self._recorder = recorder
-        self._detector = _default_detector() if detector == "default" else detector
-        self._claimed: RunFolder | None = None
-        self._run: RunFolder | None = None
-        self._describe_batch = describe_batch
-        self._delivery = Delivery([*self._open(out, tensorboard), *sinks])
+        self._ranks = _ranks(group)
+        self._writes = self._ranks is None or self._ranks.rank == 0
+        self._output: Output | None = None
+        if out is not None and self._writes:
+            self._output = Output(out, tensorboard=tensorboard, recorder=recorder, schedule=self._schedule)
         if recorder and out is not None:
             self._schedule = Schedule(every=1, dense_after=self._schedule.dense_after)
+        self._describe_batch = describe_batch
         self._buffer = Buffer()
         self._context = Context(
             model=model,
             parameters=dict(parameters) if parameters is not None else _named_parameters(model),
             optimizer=optimizer,
             buffer=self._buffer,
-            patterns=(sites,) if isinstance(sites, str) else tuple(sites),
+            patterns=_patterns(sites),
+            sharded=_patterns(sharded),
             compiled=is_compiled(given),
+            failed=self._probe_failed,
         )
         if self._context.compiled:
             forget_graphs(model)
-        if probes is None:
-            probes = all_probes()
-        self._probes = tuple(probes)
-        self._gradients = next((p for p in self._probes if isinstance(p, GradientProbe)), None)
+        self._probes = tuple(all_probes() if probes is None else probes)
+        self._placing = {probe.name: Placing() for probe in self._probes}
         self._failed: set[str] = set()
-        self._context.failed = self._probe_failed
+        self._detector = (
+            (_default_detector() if detector == "default" else detector) if self._writes else None
+        )
+        self._delivery = Delivery(
+            [*(self._output.sinks if self._output is not None else ()), *sinks] if self._writes else ()
+        )
+        self._arrivals = Arrivals(
+            self._probes,
+            self._detector,
+            self._delivery,
+            alarms=self._schedule.dense_after,
+            flush_every=flush_every,
+        )
         for probe in self._probes:
             probe.attach(self._context)
-        self._scaler = scaler
-        self._scale_slots: Slots | None = None
+        self._scale = LossScale(scaler, optimizer, self._buffer)
         self._handles = []
         if optimizer is not None:
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._optimizer_steps()))
-        self._flush_every = flush_every
-        self._flush = Flush()
-        self._keys: dict[tuple[str, ...], tuple[Key, ...]] = {}
-        self._pending: deque[_Ended] = deque()
+        # The step of the last alarm that all ranks know of.
         self._alarm: int | None = None
         self._last: int | None = None
         self._next: int | None = None
+        self._due = False
         self._armed: list[Probe] = []
         self._taken = False
         self._closed = False
         self._arm(0, first=True)
 
-    def _open(self, out: str | os.PathLike[str] | RunFolder | None, tensorboard: bool) -> list[Sink]:
-        if out is None:
-            return []
-        from stabilitylab.sinks import ParquetSink
-
-        if isinstance(out, RunFolder):
-            run = out
-        else:
-            run = RunFolder(Path(out))
-            run.claim()
-            self._claimed = run
-        self._run = run
-        parquet: Sink = ParquetSink(run.telemetry)
-        if self._recorder:
-            parquet = self._recording(parquet)
-        sinks: list[Sink] = [EventLog(run), parquet]
-        if tensorboard:
-            with suppress(ImportError):
-                from stabilitylab.sinks import TensorBoardSink
-
-                sinks.append(TensorBoardSink(run.tensorboard))
-        return sinks
-
-    def _recording(self, sink: Sink) -> Sink:
-        """Every step is measured; what is not due by the schedule is held for an alarm."""
-        from stabilitylab.spikes.flight_recorder import EVERY_STEP, FlightRecorder
-
-        seldom = 1 << 60
-        every = self._schedule.every or seldom
-        gradients = self._schedule.probes.get("gradients", every) or seldom
-        return FlightRecorder(
-            sink, keep=self._recorder, every=every, cadence={**EVERY_STEP, "gradient": gradients}
-        )
-
-    # -- the training loop's calls
-    # ------------------------------------------------------------------------------------
+    # What the training loop calls.
 
     def start_step(self, step: int) -> None:
-        """Optional: name the step that begins, where it is not the last one plus one (a resumed run's
-        first)."""
+        """Optional: name the step that begins, where it is not the last one plus one (after a resume)."""
         if step != self._next:
             self._arm(step)
 
@@ -247,7 +187,7 @@ class Monitor:
         *,
         gradients: Mapping[str, Tensor] | None = None,
         norms: Mapping[str, Tensor | float] | None = None,
-        scale: float | Slots = 1.0,
+        scale: float = 1.0,
     ) -> None:
         """Gradients are reduced, not yet clipped: read them now.
 
@@ -255,16 +195,16 @@ class Monitor:
             gradients: by parameter name; by default every parameter's ``.grad``.
             norms: L2 norms by parameter name, true ones (not scaled), where the trainer has them but not the
                 gradients themselves any more: then L2 and share are all that is recorded of those parameters.
-            scale: the factor by which ``gradients`` are larger than the true ones (a loss scale not yet
-                divided out).
+            scale: the factor by which ``gradients`` are larger than the true ones: a loss scale not yet
+                divided out. A ``scaler`` given to the monitor is asked itself.
         """
         self._taken = True
         if not self._armed:
             return
-        if gradients is None:
-            gradients = {n: p.grad for n, p in self._context.parameters.items() if p.grad is not None}
-        for probe in self._armed:
-            self._context.guarded(probe.name, probe.gradients)(gradients, norms or {}, scale)
+        if scale != 1.0:
+            self._context.loss_scale = scale
+        scaled = scale != 1.0 or self._scale.in_gradients()
+        self._read(gradients, norms or {}, self._context.loss_scale if scaled else 1.0)
 
     def step(self, step: int, **values: float | Tensor | None) -> list[Event]:
         """The step is over: collect what was seen, judge it, hand it on.
@@ -285,23 +225,17 @@ class Monitor:
             self.event(
                 Event(step=step, kind="rewind", data={"reason": f"step {step} came after {self._last}"})
             )
-        if not self._taken:
-            self._read_late()
+        if not self._taken and self._armed:
+            # Nobody announced the gradients and the optimizer made no step: GradScaler found them non-finite
+            # after it had unscaled them. Or there is no optimizer.
+            self._read(None, {}, 1.0)
         numbers = {name: value for name, value in values.items() if value is not None}
         if isinstance(scale := numbers.get("loss_scale"), (int, float)):
             self._context.loss_scale = float(scale)
-        collected = [self._context.guarded(probe.name, probe.collect)() for probe in self._armed]
-        finishes = [finish for finish in collected if finish is not None]
-        distant = {n: v for n, v in numbers.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
-        transfer = None
-        if finishes:
-            transfer = self._buffer.fetch(*distant.values())
-        elif distant:
-            transfer = Transfer({}, list(distant.values()))
-        norm = self._gradients.norm_reader() if self._gradients is not None else None
-        self._pending.append(_Ended(step, numbers, tuple(distant), transfer, finishes, norm))
         self._last = step
-        found = self._settle()
+        found = self._arrivals.add(self._ended(step, numbers))
+        if self._ranks is None:
+            self._alarm = self._arrivals.alarm
         self._arm(step + 1)
         return found
 
@@ -309,23 +243,19 @@ class Monitor:
         """Record something that happened: a checkpoint, a response, a rewind."""
         if event.kind == "rewind":
             # What was measured before belongs to the old history: it must reach the sinks first.
-            self._settle(wait=True)
-            self._post()
+            self._arrivals.settle(wait=True)
+            self._arrivals.post()
             self._last = event.step - 1
-        self._flush.events.append(event)
-        if event.kind in self._schedule.dense_after:
-            self._alarm = event.step
-        self._post()
+        self._arrivals.event(event)
 
     def rewind(self, step: int, **data: Any) -> None:
-        """Training goes back to ``step`` and on from there: what was recorded for steps >= it is
-        superseded."""
+        """Training goes back to ``step`` and on from there: what was recorded from it on is superseded."""
         self.event(Event(step=step, kind="rewind", data=data))
         self._arm(step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on judging as if it had not stopped; plain JSON."""
-        state: dict[str, Any] = {"last": self._last, "alarm": self._alarm}
+        state: dict[str, Any] = {"last": self._last, "alarm": self._arrivals.alarm}
         if self._detector is not None:
             state["detector"] = self._detector.state_dict()
         return state
@@ -333,13 +263,14 @@ class Monitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
         self._last, self._alarm = state["last"], state["alarm"]
+        self._arrivals.alarm = self._alarm
         if self._detector is not None and "detector" in state:
             self._detector.load_state_dict(state["detector"])
 
     def flush(self) -> None:
         """Write everything recorded so far; returns when the sinks have it."""
-        self._settle(wait=True)
-        self._post()
+        self._arrivals.settle(wait=True)
+        self._arrivals.post()
         self._delivery.wait()
 
     def close(self) -> None:
@@ -351,14 +282,12 @@ class Monitor:
             probe.detach()
         for handle in self._handles:
             handle.remove()
-        self._settle(wait=True)
-        if self._detector is not None:
-            self._flush.events += self._detector.finish()
-        self._post()
+        self._arrivals.finish()
         self._delivery.close()
-        self._explain()
-        if self._claimed is not None:
-            self._claimed.release()
+        if self._output is not None:
+            if self._detector is not None:
+                self._output.explain(self._describe_batch)
+            self._output.release()
 
     def __enter__(self) -> Monitor:
         return self
@@ -368,68 +297,54 @@ class Monitor:
     ) -> None:
         self.close()
 
-    def _explain(self) -> None:
-        """Say of each episode why it happened, now that everything about it is on disk."""
-        if self._run is None or self._detector is None:
-            return
-        try:
-            from stabilitylab.spikes.explain import write_diagnoses
-
-            write_diagnoses(self._run, describe_batch=self._describe_batch)
-        except Exception:  # a run is not lost because it could not be explained
-            _log.exception("the episodes of %s could not be explained", self._run.path)
-
-    # -- inside
-    # -------------------------------------------------------------------------------------------------------
+    # Inside.
 
     def _arm(self, step: int, first: bool = False) -> None:
         # The very first step is measured whatever its number: nobody has said yet which one it is.
-        self._armed = [
-            probe
-            for probe in self._probes
-            if probe.name not in self._failed
-            and self._schedule.due(probe.name, 0 if first else step, self._alarm)
-        ]
+        due = [p for p in self._probes if self._schedule.due(p.name, 0 if first else step, self._alarm)]
+        self._due = bool(due)
+        self._armed = [probe for probe in due if probe.name not in self._failed]
         for probe in self._probes:
             probe.arm(probe in self._armed)
         self._buffer.advance()
         self._taken = False
         self._next = step
-        self._context.loss_scale = self._current_scale() if self._armed else 1.0
+        self._context.loss_scale = self._scale.coming() if self._armed else 1.0
 
-    def _current_scale(self) -> float | Slots:
-        """The loss scale of the backward pass to come: GradScaler changes it at the end of a step only."""
-        if self._scaler is None or not self._scaler.is_enabled():
-            return 1.0
-        scale = self._scaler._scale
-        if scale is None:
-            return float(self._scaler._init_scale)
-        if scale.device.type == "cpu":
-            return float(scale)
-        if self._scale_slots is None:
-            self._scale_slots = self._buffer.reserve("replicated", 1, scale.device)
-        self._buffer.put(self._scale_slots, scale.double())
-        return self._scale_slots
+    def _read(
+        self,
+        gradients: Mapping[str, Tensor] | None,
+        norms: Mapping[str, Tensor | float],
+        scale: float | Slots,
+    ) -> None:
+        if gradients is None:
+            gradients = {n: p.grad for n, p in self._context.parameters.items() if p.grad is not None}
+        for probe in self._armed:
+            self._context.guarded(probe.name, probe.gradients)(gradients, norms, scale)
 
-    def _scaled(self) -> bool:
-        """Whether GradScaler's factor is still in the gradients."""
-        if self._scaler is None or self._context.optimizer is None or not self._scaler.is_enabled():
-            return False
-        state = self._scaler._per_optimizer_states[id(self._context.optimizer)]
-        return bool(state["stage"] is OptState.READY)
+    def _ended(self, step: int, numbers: dict[str, float | Tensor]) -> Ended:
+        """Collect what the probes found and set it on its way to the host."""
+        found = [(p, self._context.guarded(p.name, p.collect)()) for p in self._armed]
+        self._buffer.compact()
+        manifest = tuple(
+            (p.name, self._placing[p.name].seen(f, self._buffer)) for p, f in found if f is not None
+        )
+        distant = {n: v for n, v in numbers.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
+        ended = Ended(step=step, numbers=numbers, distant=tuple(distant), manifest=manifest)
+        parts = self._buffer.parts() if manifest else []
+        if self._ranks is not None and self._due:
+            ended.received = self._ranks.exchange(manifest, parts, self._arrivals.alarm)
+            self._alarm = ended.received.alarm
+            parts = []
+            if not self._writes:
+                ended.received, ended.manifest = None, ()
+        if parts or distant:
+            ended.transfer = Transfer(parts, list(distant.values()))
+        return ended
 
     def _optimizer_steps(self) -> None:
         if not self._taken:
             self.gradients_ready()
-
-    def _read_late(self) -> None:
-        """Nobody announced the gradients and the optimizer made no step: read what is there, already
-        unscaled."""
-        scaler, self._scaler = self._scaler, None
-        try:
-            self.gradients_ready()
-        finally:
-            self._scaler = scaler
 
     def _probe_failed(self, name: str, error: Exception) -> None:
         """A probe could not do its work: it is left out from the next step on, and training goes on."""
@@ -441,81 +356,28 @@ class Monitor:
             _log.warning(
                 "telemetry lost: the probe %s failed (%s); training goes on without it", name, reason
             )
-            lost = Event(step=self._next or 0, kind="telemetry-lost", data={"probe": name, "reason": reason})
-            self._flush.events.append(lost)
-
-    def _settle(self, *, wait: bool = False) -> list[Event]:
-        """Take the ended steps whose numbers have arrived, in order: judge them and put them into the
-        flush."""
-        found: list[Event] = []
-        while self._pending:
-            ended = self._pending[0]
-            if ended.transfer is not None:
-                if wait:
-                    ended.transfer.wait()
-                elif not ended.transfer.ready():
-                    break
-            self._pending.popleft()
-            found += self._take(ended)
-        if found or len(self._flush.readings) >= self._flush_every:
-            self._post()
-        return found
-
-    def _take(self, ended: _Ended) -> list[Event]:
-        arrived = ended.transfer.others() if ended.transfer is not None else []
-        distant = dict(zip(ended.distant, arrived, strict=True))
-        numbers = {name: _number(distant.get(name, value)) for name, value in ended.numbers.items()}
-        if ended.finishes and ended.transfer is not None:
-            host = ended.transfer.host()
-            self._flush.unfinished.append((ended.step, host, ended.finishes))
-            if "gradient_norm" not in numbers and ended.gradient_norm is not None:
-                numbers["gradient_norm"] = ended.gradient_norm(host)
-        if "skipped" in numbers:
-            numbers[f"precision/{RUN_SITE}/skipped"] = numbers["skipped"]
-        names = tuple(numbers)
-        keys = self._keys.get(names)
-        if keys is None:
-            keys = self._keys[names] = tuple(_key(name) for name in names)
-        values = np.array(list(numbers.values()), dtype=np.float64)
-        self._flush.readings.append((ended.step, Readings(keys, values)))
-        return self._judge(ended.step, keys, numbers)
-
-    def _judge(self, step: int, keys: Sequence[Key], numbers: Mapping[str, float]) -> list[Event]:
-        if self._detector is None:
-            return []
-        named = {key.metric: value for key, value in zip(keys, numbers.values(), strict=True)}
-        watched = {metric: named[metric] for metric in _WATCHED if metric in named}
-        events = list(self._detector.update(step, watched))
-        self._flush.events += events
-        if any(event.kind in self._schedule.dense_after for event in events):
-            self._alarm = step
-        return events
-
-    def _post(self) -> None:
-        if self._flush.readings or self._flush.events or self._flush.unfinished:
-            self._delivery.post(self._flush)
-            self._flush = Flush()
+            lost = {"probe": name, "reason": reason}
+            self._arrivals.event(Event(step=self._next or 0, kind="telemetry-lost", data=lost))
 
 
-def _number(value: float | Tensor) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)
+def _ranks(group: dist.ProcessGroup | Literal["default"] | None) -> Ranks | None:
+    if group is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    ranks = Ranks(None if group == "default" else group)
+    return ranks if ranks.size > 1 else None
 
 
-def _key(name: str) -> Key:
-    if "/" in name:
-        return Key.parse(name)
-    return Key(_FAMILY.get(name, "train"), RUN_SITE, name)
+def _patterns(globs: str | Sequence[str]) -> tuple[str, ...]:
+    return (globs,) if isinstance(globs, str) else tuple(globs)
 
 
 def _named_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {clean(name): parameter for name, parameter in model.named_parameters()}
 
 
-def _default_detector() -> Detector | None:
-    try:
-        from stabilitylab.spikes import SpikeDetector
-    except ImportError:
-        return None
+def _default_detector() -> Detector:
+    from stabilitylab.spikes import SpikeDetector
+
     return SpikeDetector()
 
 

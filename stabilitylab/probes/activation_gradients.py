@@ -31,12 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.probes.base import Context, Finish, KeyTable, Readings, number
+from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.probes.compiled import WatchGradient, register, unregister
 from stabilitylab.probes.sites import tensor_in, watched
 from stabilitylab.statistics import formats, moments
-from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, measurable
-from stabilitylab.statistics.transfer import Host, Slots
+from stabilitylab.statistics.buffer import Slots
+from stabilitylab.statistics.gathering import Gathered
+from stabilitylab.statistics.summary import COLUMN, Summary, measurable
 
 STATISTICS = (
     "absmax",
@@ -112,32 +113,34 @@ class ActivationGradientProbe:
     ) -> None:
         """Not this probe's business."""
 
-    def collect(self) -> Finish | None:
-        """The table's statistics of every site that the step's backward passes reached."""
-        seen = [(path, s.row) for path, (_, s) in self._sites.items() if s.seen and s.row is not None]
+    def collect(self) -> Found | None:
+        """Every site that the step's backward passes reached."""
+        seen = [(path, s.row) for path, (_, s) in self._sites.items() if s.seen]
         if not seen:
             return None
-        paths, loss_scale = tuple(path for path, _ in seen), self._context.loss_scale
+        return Found(
+            sites=tuple(path for path, _ in seen),
+            slots=[(row,) for _, row in seen],
+            scale=self._context.loss_scale,
+        )
 
-        def finish(host: Host) -> Readings:
-            rows = np.array([host[row] for _, row in seen]).reshape(len(seen), len(FIELDS))
-            column = {field: rows[:, i] for field, i in COLUMN.items()}
-            count = column["count"]
-            scale = number(loss_scale, host)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                values = [
-                    column["absmax"] / scale,
-                    moments.rms(count, column["s2"]) / scale,
-                    moments.kurtosis(count, *(column[f"s{k}"] for k in (1, 2, 3, 4))),
-                    column["zero"] / count,
-                    column["subnormal"] / count,
-                    column["fp16_lost"] / (count - column["zero"]),
-                    formats.headroom_bits(column["absmax"]),
-                    column["nonfinite"] / count,
-                ]
-            return Readings(self._keys.keys(paths), np.stack(values, axis=1).ravel())
-
-        return finish
+    def finish(self, gathered: Gathered) -> Readings:
+        """The table's statistics."""
+        rows, scale = gathered.rows(), gathered.scale
+        column = {field: rows[:, i] for field, i in COLUMN.items()}
+        count = column["count"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = [
+                column["absmax"] / scale,
+                moments.rms(count, column["s2"]) / scale,
+                moments.kurtosis(count, *(column[f"s{k}"] for k in (1, 2, 3, 4))),
+                column["zero"] / count,
+                column["subnormal"] / count,
+                column["fp16_lost"] / (count - column["zero"]),
+                formats.headroom_bits(column["absmax"]),
+                column["nonfinite"] / count,
+            ]
+        return Readings(self._keys.keys(gathered.sites), np.stack(values, axis=1).ravel())
 
     def detach(self) -> None:
         """Remove the hooks; those on tensors of a graph still alive, or compiled, see nothing any more."""

@@ -44,13 +44,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.probes.base import Context, Finish, KeyTable, Readings
+from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.probes.compiled import observe, register, unregister
 from stabilitylab.probes.sites import counts, tensor_in, watched
 from stabilitylab.statistics import formats, moments
-from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, measurable
+from stabilitylab.statistics.buffer import Slots
+from stabilitylab.statistics.gathering import Gathered, Numbers
+from stabilitylab.statistics.summary import COLUMN, Summary, measurable
 from stabilitylab.statistics.tails import channel_kurtosis, max_over_median, tail_quantiles
-from stabilitylab.statistics.transfer import Host, Slots
 
 STATISTICS = (
     "absmax",
@@ -186,8 +187,8 @@ class ActivationProbe:
         site.summary.add(x)
         self._known[id(x)] = (weakref.ref(x), x._version, site)
 
-    def collect(self) -> Finish | None:
-        """The table's statistics of every site that the step's forward passes reached."""
+    def collect(self) -> Found | None:
+        """Every site that the step's forward passes reached."""
         stamp = self._context.buffer.stamp
         seen = [
             (site.path, (site.alias or site).summary)
@@ -196,16 +197,12 @@ class ActivationProbe:
         ]
         if not seen:
             return None
-        paths = tuple(path for path, _ in seen)
-        # Each summary is finished once, however many sites share it.
-        position = {id(summary): i for i, summary in enumerate({id(s): s for _, s in seen}.values())}
-        index = [position[id(summary)] for _, summary in seen]
-        slots = [(s.row, s.bits, s.squares, s.tail) for s in {id(s): s for _, s in seen}.values()]
+        slots: list[tuple[Slots | None, ...]] = [(s.row, s.bits, s.squares, s.tail) for _, s in seen]
+        return Found(sites=tuple(path for path, _ in seen), slots=slots)
 
-        def finish(host: Host) -> Readings:
-            return Readings(self._keys.keys(paths), statistics(host, slots)[index].ravel())
-
-        return finish
+    def finish(self, gathered: Gathered) -> Readings:
+        """The table's statistics."""
+        return Readings(self._keys.keys(gathered.sites), statistics(gathered.numbers).ravel())
 
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
@@ -242,26 +239,25 @@ def traceable(eager: Callable[..., None], inside: Tensor | None, out: Tensor | N
     return hook
 
 
-def statistics(host: Host, slots: Sequence[tuple[Slots | None, ...]]) -> moments.Array:
-    """The table's statistics, [summaries, STATISTICS].
+def statistics(numbers: Sequence[Numbers]) -> moments.Array:
+    """The table's statistics, [sites, STATISTICS].
 
     Args:
-        host: the step's numbers.
-        slots: row, bits, squares and tail of each summary; bits and squares may be None.
+        numbers: row, bits, squares and tail of each site; bits and squares may be None.
     """
-    rows = np.array([host[row] for row, *_ in slots if row is not None]).reshape(len(slots), len(FIELDS))
+    rows = np.array([row for row, *_ in numbers], dtype=np.float64)
     column = {field: rows[:, i] for field, i in COLUMN.items()}
     count, absmax = column["count"], column["absmax"]
-    tail = np.array([host[tail] for *_, tail in slots if tail is not None])
-    spread = np.full((len(slots), 2), np.nan)
+    tail = np.array([tail for *_, tail in numbers])
+    spread = np.full((len(numbers), 2), np.nan)
     widths: dict[int, list[int]] = {}
-    for i, (_, bits, squares, _) in enumerate(slots):
+    for i, (_, bits, squares, _) in enumerate(numbers):
         if bits is not None and squares is not None:
-            widths.setdefault(bits.length, []).append(i)
+            widths.setdefault(len(bits), []).append(i)
     for of_width in widths.values():
-        bits_SC = np.array([host[b] for b in (slots[i][1] for i in of_width) if b is not None])
-        square_SC = np.array([host[s] for s in (slots[i][2] for i in of_width) if s is not None])
-        spread[of_width, 0] = channel_kurtosis(square_SC.astype(np.float64))
+        bits_SC = np.array([numbers[i][1] for i in of_width], dtype=np.int32)
+        square_SC = np.array([numbers[i][2] for i in of_width], dtype=np.float64)
+        spread[of_width, 0] = channel_kurtosis(square_SC)
         spread[of_width, 1] = max_over_median(bits_SC.view(np.float32).astype(np.float64))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.column_stack(

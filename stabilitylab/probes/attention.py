@@ -34,12 +34,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stabilitylab.probes.base import Context, Finish, Readings
+from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.probes.compiled import observe, register, unregister
 from stabilitylab.probes.sites import blocks, counts, named_modules
+from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.formats import headroom_bits
+from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.scores import Scores, fused, materialised
-from stabilitylab.statistics.transfer import Host, Slots
 from stabilitylab.telemetry import Key
 
 STATISTICS = ("score_max", "score_max_sampled", "score_min", "entropy", "fp16_headroom_bits")
@@ -217,32 +218,35 @@ class AttentionProbe:
     ) -> None:
         """Not this probe's business."""
 
-    def collect(self) -> Finish | None:
-        """The table's statistics of every attention module that the step's forward passes reached."""
+    def collect(self) -> Found | None:
+        """Every attention module that the step's forward passes reached."""
         stamp = self._context.buffer.stamp
-        seen = [(path, *slots) for path, slots in self._slots.items() if slots[0].stamp == stamp]
+        seen = [(path, slots) for path, slots in self._slots.items() if slots[0].stamp == stamp]
         if not seen:
             return None
-        shape = tuple((path, maxima.length // 3) for path, maxima, _ in seen)
+        return Found(sites=tuple(path for path, _ in seen), slots=[slots for _, slots in seen])
 
-        def finish(host: Host) -> Readings:
-            values = []
-            for _, maxima, sums in seen:
-                largest_H, sampled_H, negated_H = host[maxima].reshape(3, -1)
-                entropy_H = host[sums][:-1] / host[sums][-1]
-                magnitude_H = np.maximum(np.abs(largest_H), np.abs(negated_H))
-                values += [largest_H, sampled_H, -negated_H, entropy_H, headroom_bits(magnitude_H)]
-            if shape not in self._keys:
-                keys = (
-                    Key("attention", path, statistic, head)
-                    for path, heads in shape
-                    for statistic in STATISTICS
-                    for head in range(heads)
-                )
-                self._keys = {shape: tuple(keys)}
-            return Readings(self._keys[shape], np.concatenate(values))
-
-        return finish
+    def finish(self, gathered: Gathered) -> Readings:
+        """The table's statistics."""
+        values, heads = [], []
+        for maxima, sums in gathered.numbers:
+            assert maxima is not None
+            assert sums is not None
+            largest_H, sampled_H, negated_H = maxima.reshape(3, -1)
+            entropy_H = sums[:-1] / sums[-1]
+            magnitude_H = np.maximum(np.abs(largest_H), np.abs(negated_H))
+            values += [largest_H, sampled_H, -negated_H, entropy_H, headroom_bits(magnitude_H)]
+            heads.append(len(largest_H))
+        shape = tuple(zip(gathered.sites, heads, strict=True))
+        if shape not in self._keys:
+            keys = (
+                Key("attention", path, statistic, head)
+                for path, count in shape
+                for statistic in STATISTICS
+                for head in range(count)
+            )
+            self._keys = {shape: tuple(keys)}
+        return Readings(self._keys[shape], np.concatenate(values))
 
     def detach(self) -> None:
         """Remove the hooks and leave the mode."""

@@ -7,8 +7,8 @@ The life of a probe under the monitor:
         arm(measured)                    before the forward pass: whether this step is measured
         ... hooks write to the buffer ...
         gradients(...)                   once: gradients are reduced and unscaled, not yet clipped
-        finish = collect()               after the optimizer's step: what was seen, still on the device
-        finish(host) -> readings         later, when the buffer's numbers are on the host, in another thread
+        collect() -> found               after the optimizer's step: what was found, still on the device
+        finish(gathered) -> readings     later, when the numbers are on the host, in another thread
     detach()                             every handle is removed
 
 Nothing a probe does may change what the model computes: no random numbers, no in-place change, no other
@@ -18,7 +18,7 @@ kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -27,8 +27,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stabilitylab.statistics.buffer import Buffer
-from stabilitylab.statistics.transfer import Host, Slots
+from stabilitylab.statistics.buffer import Buffer, Slots
+from stabilitylab.statistics.gathering import Gathered
+from stabilitylab.statistics.transfer import Seen
 from stabilitylab.telemetry import Key
 
 
@@ -43,14 +44,47 @@ class Readings:
     events: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
-# Turns a step's numbers on the host into readings. Runs in the delivery thread: it must not touch the probe's
-# state.
-Finish = Callable[[Host], Readings]
+@dataclass(kw_only=True)
+class Found:
+    """What a probe found in a step, still on the device: of each site, the slots that hold its numbers.
+
+    Args:
+        sites: names.
+        slots: of each site the same number of slots; None for what it has not.
+        scale: a factor on the numbers, as a number or where the buffer has it.
+        extra: what else ``finish`` needs, plain data.
+    """
+
+    sites: tuple[str, ...]
+    slots: list[tuple[Slots | None, ...]]
+    scale: float | Slots = 1.0
+    extra: Any = None
 
 
-def number(value: float | Slots, host: Host) -> float:
-    """A number that is known, or that came with the buffer."""
-    return value if isinstance(value, float) else float(host[value][0])
+class Placing:
+    """Turns ``Found`` into ``Seen``; remembers the last one, since most steps find the same."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Found, int, Seen] | None = None
+
+    def seen(self, found: Found, buffer: Buffer) -> Seen:
+        """Where in the packet the numbers will lie."""
+        if self._last is not None:
+            last, generation, seen = self._last
+            if (
+                generation == buffer.generation
+                and last.slots == found.slots
+                and (last.sites, last.scale, last.extra) == (found.sites, found.scale, found.extra)
+            ):
+                return seen
+        seen = Seen(
+            sites=found.sites,
+            places=tuple(tuple(s if s is None else buffer.place(s) for s in slots) for slots in found.slots),
+            scale=buffer.place(found.scale) if isinstance(found.scale, Slots) else found.scale,
+            extra=found.extra,
+        )
+        self._last = found, buffer.generation, seen
+        return seen
 
 
 class KeyTable:
@@ -79,6 +113,7 @@ class Context:
         optimizer: may be None.
         buffer: where numbers go during a step.
         patterns: globs; a site is watched if one of them matches its module path.
+        sharded: globs; of parameters whose path one of them matches, each rank holds a shard.
         loss_scale: the factor on the loss in the step that ends, as a number or where the buffer has it.
         failed: told of a probe, by name, whose hook raised.
         compiled: the model runs under ``torch.compile``: hooks are traced once and must stay.
@@ -88,7 +123,8 @@ class Context:
     parameters: Mapping[str, Tensor]
     optimizer: torch.optim.Optimizer | None
     buffer: Buffer
-    patterns: Sequence[str] = field(default=("*",))
+    patterns: Sequence[str] = ("*",)
+    sharded: Sequence[str] = ()
     loss_scale: float | Slots = 1.0
     failed: Callable[[str, Exception], None] | None = None
     compiled: bool = False
@@ -130,8 +166,12 @@ class Probe(Protocol):
         ``norms`` are true L2 norms of parameters whose gradients themselves are gone.
         """
 
-    def collect(self) -> Finish | None:
-        """What turns the step's numbers, once on the host, into readings; None if nothing was seen."""
+    def collect(self) -> Found | None:
+        """What was found in the step that ends; None for nothing."""
+
+    def finish(self, gathered: Gathered) -> Readings:
+        """Readings from what was found. Runs in the delivery thread: it must not touch what ``collect``
+        does."""
 
     def detach(self) -> None:
         """Remove every handle."""

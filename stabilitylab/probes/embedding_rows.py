@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.probes.base import Context, Finish, Readings, number
+from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.probes.sites import named_modules
-from stabilitylab.statistics.transfer import Host, Slots
+from stabilitylab.statistics.buffer import Slots
+from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.telemetry import Key
 
 TOP = 8
@@ -36,7 +37,7 @@ class EmbeddingRowProbe:
     name = "embedding_rows"
 
     def __init__(self) -> None:
-        self._slots: dict[str, tuple[Slots, int]] = {}
+        self._slots: dict[str, Slots] = {}
         self._keys: dict[tuple[tuple[str, int], ...], tuple[Key, ...]] = {}
         self._scale: float | Slots = 1.0
 
@@ -74,39 +75,41 @@ class EmbeddingRowProbe:
             top = norm.topk(min(TOP, len(norm)))
             count = len(top.values)
             slots = self._slots.get(name)
-            if slots is None or slots[0].device != gradient.device or slots[1] != count:
-                slots = buffer.reserve("replicated", 2 * count + 1, gradient.device), count
-                self._slots[name] = slots
-            slots[0].stamp = -1
+            if slots is None or slots.device != gradient.device or slots.length != 2 * count + 1:
+                slots = self._slots[name] = buffer.reserve("replicated", 2 * count + 1, gradient.device)
+            slots.stamp = -1
             values = top.values.double()
             number = top.indices if rows is None else rows[top.indices]
             share = values.square().sum() / norm.double().square().sum()
-            buffer.put(slots[0], torch.cat([number.double(), values, share[None]]))
+            buffer.put(slots, torch.cat([number.double(), values, share[None]]))
 
-    def collect(self) -> Finish | None:
-        """The table's statistics of every embedding that had a gradient."""
-        stamp, scale = self._context.buffer.stamp, self._scale
-        seen = [(name, *slots) for name, slots in self._slots.items() if slots[0].stamp == stamp]
+    def collect(self) -> Found | None:
+        """Every embedding that had a gradient."""
+        stamp = self._context.buffer.stamp
+        seen = [(name, slots) for name, slots in self._slots.items() if slots.stamp == stamp]
         if not seen:
             return None
-        shape = tuple((name, count) for name, _, count in seen)
+        return Found(
+            sites=tuple(name for name, _ in seen), slots=[(slots,) for _, slots in seen], scale=self._scale
+        )
 
-        def finish(host: Host) -> Readings:
-            values = []
-            for _, slots, count in seen:
-                numbers = host[slots].copy()
-                numbers[count : 2 * count] /= number(scale, host)
-                values.append(numbers)
-            if shape not in self._keys:
-                keys: list[Key] = []
-                for name, count in shape:
-                    keys += [Key("gradient", name, "top_row", i) for i in range(count)]
-                    keys += [Key("gradient", name, "top_row_l2", i) for i in range(count)]
-                    keys.append(Key("gradient", name, "top_rows_share"))
-                self._keys = {shape: tuple(keys)}
-            return Readings(self._keys[shape], np.concatenate(values))
-
-        return finish
+    def finish(self, gathered: Gathered) -> Readings:
+        """The table's statistics."""
+        values, counts = [], []
+        for (numbers,) in gathered.numbers:
+            assert numbers is not None
+            count = len(numbers) // 2
+            values += [numbers[:count], numbers[count : 2 * count] / gathered.scale, numbers[-1:]]
+            counts.append(count)
+        shape = tuple(zip(gathered.sites, counts, strict=True))
+        if shape not in self._keys:
+            keys: list[Key] = []
+            for name, count in shape:
+                keys += [Key("gradient", name, "top_row", i) for i in range(count)]
+                keys += [Key("gradient", name, "top_row_l2", i) for i in range(count)]
+                keys.append(Key("gradient", name, "top_rows_share"))
+            self._keys = {shape: tuple(keys)}
+        return Readings(self._keys[shape], np.concatenate(values))
 
     def detach(self) -> None:
         """Nothing was attached."""

@@ -24,15 +24,19 @@ Family ``gradient``, site = parameter path:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 import numpy as np
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from stabilitylab.probes.base import Context, Finish, KeyTable, Readings, number
+from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.statistics import moments
+from stabilitylab.statistics.buffer import Slots
+from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, add_all, measurable
-from stabilitylab.statistics.transfer import Host, Slots
 
 STATISTICS = (
     "l2",
@@ -56,7 +60,6 @@ class GradientProbe:
         self._full = KeyTable("gradient", STATISTICS)
         self._short = KeyTable("gradient", ("l2", "share"))
         self._norms: dict[str, float] = {}
-        self._seen: list[Slots] = []
         self._scale: float | Slots = 1.0
         # The parameters of this step in the order in which the backward pass came to them.
         self.order: list[tuple[str, Summary]] = []
@@ -67,7 +70,7 @@ class GradientProbe:
 
     def arm(self, measured: bool) -> None:
         """Forget the last step."""
-        self._norms, self._seen = {}, []
+        self._norms = {}
         self.order = []
 
     def gradients(
@@ -77,10 +80,13 @@ class GradientProbe:
         self._scale = scale
         pairs = []
         for name, gradient in gradients.items():
+            gradient, sharded = local_part(gradient)
             if measurable(gradient):
                 summary = self._summaries.get(name)
                 if summary is None:
-                    summary = self._summaries[name] = Summary(self._context.buffer, region="replicated")
+                    sharded = sharded or any(fnmatchcase(name, glob) for glob in self._context.sharded)
+                    region = "rows" if sharded else "replicated"
+                    summary = self._summaries[name] = Summary(self._context.buffer, region=region)
                 pairs.append((summary, gradient))
         add_all(pairs)
         # The backward pass comes to the parameters from the last to the first.
@@ -89,54 +95,62 @@ class GradientProbe:
         ]
         self._norms = {name: float(norm) for name, norm in norms.items() if name not in gradients}
 
-    def collect(self) -> Finish | None:
-        """The table's statistics of every parameter that had a gradient."""
-        seen = [(name, s.row) for name, s in self._summaries.items() if s.seen and s.row is not None]
-        norms, scale, wanted = self._norms, self._scale, self._context.wanted
-        if not seen and not norms:
+    def collect(self) -> Found | None:
+        """Every parameter that had a gradient."""
+        seen = [(name, s.row) for name, s in self._summaries.items() if s.seen]
+        if not seen and not self._norms:
             return None
+        return Found(
+            sites=tuple(name for name, _ in seen),
+            slots=[(row,) for _, row in seen],
+            scale=self._scale,
+            extra=self._norms,
+        )
 
-        self._seen = [row for _, row in seen]
-
-        def finish(host: Host) -> Readings:
-            rows = np.array([host[row] for _, row in seen]).reshape(len(seen), len(FIELDS))
-            given = np.array(list(norms.values()), dtype=np.float64)
-            full, short = statistics(rows, given, number(scale, host))
-            keep = [i for i, (name, _) in enumerate(seen) if wanted(name)]
-            keep_given = [i for i, name in enumerate(norms) if wanted(name)]
-            keys = self._full.keys(tuple(seen[i][0] for i in keep))
-            if keep_given:
-                keys += self._short.keys(tuple(list(norms)[i] for i in keep_given))
-            return Readings(keys, np.concatenate([full[keep].ravel(), short[keep_given].ravel()]))
-
-        return finish
-
-    def norm_reader(self) -> Callable[[Host], float] | None:
-        """What reads the norm over all parameters of the step last collected; None if nothing was seen."""
-        rows, norms, scale = self._seen, self._norms, self._scale
-        if not rows and not norms:
-            return None
-
-        def norm(host: Host) -> float:
-            squares = sum(host[row][COLUMN["s2"]] for row in rows)
-            return math.sqrt(squares / number(scale, host) ** 2 + sum(n**2 for n in norms.values()))
-
-        return norm
+    def finish(self, gathered: Gathered) -> Readings:
+        """The table's statistics, of the parameters that the user asked for."""
+        norms, wanted = gathered.extra, self._context.wanted
+        full, short = statistics(gathered)
+        keep = [i for i, name in enumerate(gathered.sites) if wanted(name)]
+        keep_given = [i for i, name in enumerate(norms) if wanted(name)]
+        keys = self._full.keys(tuple(gathered.sites[i] for i in keep))
+        if keep_given:
+            keys += self._short.keys(tuple(list(norms)[i] for i in keep_given))
+        return Readings(keys, np.concatenate([full[keep].ravel(), short[keep_given].ravel()]))
 
     def detach(self) -> None:
         """Nothing was attached."""
 
 
-def statistics(
-    rows: np.ndarray[tuple[int, int], np.dtype[np.float64]], norms: moments.Array, scale: float
-) -> tuple[moments.Array, moments.Array]:
-    """The table's statistics [parameters, STATISTICS], and (l2, share) [norms, 2] of those with a norm alone.
+def local_part(gradient: Tensor) -> tuple[Tensor, bool]:
+    """This rank's part of a gradient, and whether other ranks hold other parts.
 
-    Args:
-        rows: summaries of the stored gradients, [parameters, FIELDS].
-        norms: true L2 norms of further parameters.
-        scale: the stored gradients are so many times the true ones.
+    Of a DTensor that is copied over some dimensions of its mesh, the first copy counts: the others give
+    nothing.
     """
+    if not dist.is_available() or not isinstance(gradient, DTensor):
+        return gradient, False
+    coordinate = gradient.device_mesh.get_coordinate()
+    local = gradient.to_local()
+    copies = [
+        at
+        for at, placement in zip(coordinate or (), gradient.placements, strict=True)
+        if placement.is_replicate()
+    ]
+    return (local.new_empty(0) if any(copies) else local), True
+
+
+def global_norm(gathered: Gathered) -> float:
+    """The norm over all parameters."""
+    squares = sum(numbers[0][COLUMN["s2"]] for numbers in gathered.numbers if numbers[0] is not None)
+    return math.sqrt(squares / gathered.scale**2 + sum(norm**2 for norm in gathered.extra.values()))
+
+
+def statistics(gathered: Gathered) -> tuple[moments.Array, moments.Array]:
+    """The table's statistics [parameters, STATISTICS], and (l2, share) [norms, 2] of those with a norm
+    alone."""
+    rows = gathered.rows().reshape(-1, len(FIELDS))
+    norms, scale = np.array(list(gathered.extra.values()), dtype=np.float64), gathered.scale
     column = {field: rows[:, i] for field, i in COLUMN.items()}
     count = column["count"]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

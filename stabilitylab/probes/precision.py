@@ -26,10 +26,11 @@ from torch import Tensor
 
 from stabilitylab.probes.activation_gradients import ActivationGradientProbe
 from stabilitylab.probes.activations import ActivationProbe
-from stabilitylab.probes.base import Context, Finish, Readings
+from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.probes.gradients import GradientProbe
-from stabilitylab.statistics.summary import COLUMN, Summary
-from stabilitylab.statistics.transfer import Host, Slots
+from stabilitylab.statistics.buffer import Slots
+from stabilitylab.statistics.gathering import Gathered
+from stabilitylab.statistics.summary import COLUMN
 from stabilitylab.telemetry import RUN_SITE, Key
 
 TENSORS = ("activation", "activation_gradient", "gradient")
@@ -66,39 +67,37 @@ class PrecisionProbe:
     ) -> None:
         """Not this probe's business."""
 
-    def collect(self) -> Finish | None:
+    def collect(self) -> Found | None:
+        """The other probes' summaries, in the order of computation."""
+        sites: list[str] = []
+        slots: list[tuple[Slots | None, ...]] = []
+        for number, probe in enumerate(self._probes, start=1):
+            for site, summary in probe.order if probe is not None else ():
+                sites.append(f"{number}/{site}")
+                slots.append((summary.row,))
+        return Found(sites=tuple(sites), slots=slots) if sites else None
+
+    def finish(self, gathered: Gathered) -> Readings:
         """The table's statistics, of the probes that saw anything in this step."""
-        seen = [_slots(probe.order) if probe is not None else [] for probe in self._probes]
-        if not any(seen):
-            return None
-
-        def finish(host: Host) -> Readings:
-            metrics, values = [], []
-            first: tuple[str, int] | None = None
-            for number, (name, sites) in enumerate(zip(COUNTS, seen, strict=True), start=1):
-                if not sites:
-                    continue
-                bad = [site for site, row in sites if host[row][COLUMN["nonfinite"]] > 0]
-                metrics.append(f"precision/{RUN_SITE}/{name}")
-                values.append(float(len(bad)))
-                if bad and first is None:
-                    first = bad[0], number
-            events: tuple[tuple[str, dict[str, str]], ...] = ()
-            if first is not None:
-                site, number = first
-                metrics.append(f"precision/{site}/first_overflow")
-                values.append(float(number))
-                events = (("overflow", {"site": site, "tensor": TENSORS[number - 1]}),)
-            names = tuple(metrics)
-            if names not in self._keys:
-                self._keys[names] = tuple(Key.parse(metric) for metric in names)
-            return Readings(self._keys[names], np.array(values), events)
-
-        return finish
+        bad: dict[int, list[str]] = {}
+        for name, (row,) in zip(gathered.sites, gathered.numbers, strict=True):
+            kind, _, site = name.partition("/")
+            of_kind = bad.setdefault(int(kind), [])
+            if row is not None and row[COLUMN["nonfinite"]] > 0:
+                of_kind.append(site)
+        metrics = [f"precision/{RUN_SITE}/{COUNTS[number - 1]}" for number in bad]
+        values = [float(len(sites)) for sites in bad.values()]
+        events: tuple[tuple[str, dict[str, str]], ...] = ()
+        first = next(((number, sites[0]) for number, sites in sorted(bad.items()) if sites), None)
+        if first is not None:
+            number, site = first
+            metrics.append(f"precision/{site}/first_overflow")
+            values.append(float(number))
+            events = (("overflow", {"site": site, "tensor": TENSORS[number - 1]}),)
+        names = tuple(metrics)
+        if names not in self._keys:
+            self._keys[names] = tuple(Key.parse(metric) for metric in names)
+        return Readings(self._keys[names], np.array(values), events)
 
     def detach(self) -> None:
         """Nothing was attached."""
-
-
-def _slots(order: list[tuple[str, Summary]]) -> list[tuple[str, Slots]]:
-    return [(site, summary.row) for site, summary in order if summary.row is not None]

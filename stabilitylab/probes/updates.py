@@ -30,9 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabilitylab.probes.base import Context, Finish, KeyTable, Readings
+from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.statistics import native
-from stabilitylab.statistics.transfer import Host, Slots
+from stabilitylab.statistics.buffer import Slots
+from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.updates import COLUMN, FIELDS, Moments, Update, take_before
 
 WITHOUT_MOMENTS = ("rms", "weight_rms", "ratio")
@@ -47,12 +48,11 @@ STATISTICS = (
 
 @dataclass(slots=True)
 class _Entry:
-    """A parameter and where its numbers go; whether the optimizer had moments for it in this step."""
+    """A parameter and where its numbers go."""
 
     name: str
     update: Update
     slots: Slots
-    moments: bool = False
 
 
 class UpdateProbe:
@@ -134,7 +134,6 @@ class UpdateProbe:
             else:
                 with torch.no_grad():
                     buffer.view(slots).copy_(update.after(p.grad, moments))
-            entry.moments = moments is not None
             slots.stamp = buffer.stamp
         library = native.kernel()
         if jobs and library is not None:
@@ -146,24 +145,25 @@ class UpdateProbe:
     ) -> None:
         """Not this probe's business."""
 
-    def collect(self) -> Finish | None:
-        """The table's statistics of every parameter that was updated."""
+    def collect(self) -> Found | None:
+        """Every parameter that was updated."""
         stamp = self._context.buffer.stamp
         seen = [e for e in self._updates.values() if e.slots.stamp == stamp]
         if not seen:
             return None
-        slots = [e.slots for e in seen]
-        with_moments = np.array([e.moments for e in seen])
-        full = tuple(e.name for e in seen if e.moments)
-        short = tuple(e.name for e in seen if not e.moments)
+        return Found(sites=tuple(e.name for e in seen), slots=[(e.slots,) for e in seen])
 
-        def finish(host: Host) -> Readings:
-            values = statistics(np.array([host[s] for s in slots]))
-            keys = self._full.keys(full) + self._short.keys(short) if short else self._full.keys(full)
-            parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
-            return Readings(keys, np.concatenate(parts))
-
-        return finish
+    def finish(self, gathered: Gathered) -> Readings:
+        """The table's statistics."""
+        rows = gathered.rows()
+        values, with_moments = statistics(rows), rows[:, COLUMN["first2"]] != -1
+        full, short = (
+            tuple(name for name, has in zip(gathered.sites, with_moments, strict=True) if has == wanted)
+            for wanted in (True, False)
+        )
+        keys = self._full.keys(full) + self._short.keys(short) if short else self._full.keys(full)
+        parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
+        return Readings(keys, np.concatenate(parts))
 
     def detach(self) -> None:
         """Remove the optimizer's hooks."""

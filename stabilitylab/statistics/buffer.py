@@ -17,12 +17,25 @@ so nothing is cleared between steps; ``stamp`` tells whose numbers are of this s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from stabilitylab.statistics.transfer import REGIONS, Slots, Transfer
+from stabilitylab.statistics.transfer import REGIONS, Place
 
 MAXIMA = frozenset({"maxima", "bits"})
+
+
+@dataclass(slots=True, eq=False)
+class Slots:
+    """A range of one region on one device. ``stamp`` is that of the step in which it was last written."""
+
+    region: str
+    offset: int
+    length: int
+    device: torch.device
+    stamp: int = -1
 
 
 class _Arena:
@@ -105,15 +118,28 @@ class Buffer:
         else:
             view += values
 
-    def fetch(self, *others: Tensor) -> Transfer:
-        """Start bringing this step's numbers, and ``others``, to the host: one transfer a device."""
+    def compact(self) -> None:
+        """Give back the room to grow, once the sites are known."""
         if self._trimmed != self.generation:
             for arena in self._arenas.values():
                 arena.trim()
             self.generation += 1
             self._trimmed = self.generation
-        arenas = {device: (a.storage, dict(a.layout)) for device, a in self._arenas.items()}
-        return Transfer(arenas, others)
+
+    def parts(self) -> list[Tensor]:
+        """The bytes of each device, in the order in which they make up a packet."""
+        return [arena.storage for arena in self._arenas.values()]
+
+    def place(self, slots: Slots) -> Place:
+        """Where the slots will lie in the packet."""
+        before = 0
+        for device, arena in self._arenas.items():
+            if device == slots.device:
+                start, _ = arena.layout[slots.region]
+                offset = slots.offset * REGIONS[slots.region].itemsize
+                return Place(slots.region, before + start + offset, slots.length)
+            before += arena.storage.numel()
+        raise KeyError(slots.device)
 
     @property
     def nbytes(self) -> int:

@@ -500,8 +500,8 @@ static void after(const Update *u) {
     out[U_UPDATE2] = moved;
     out[U_WEIGHT2] = weight;
     out[U_RATIO2] = u->gradient != NULL && u->second != NULL ? ratio : NAN;
-    out[U_FIRST2] = u->first != NULL ? first : NAN;
-    out[U_SECOND2] = u->second != NULL ? second : NAN;
+    out[U_FIRST2] = u->first != NULL ? first : -1; /* no sum of squares: there is no such moment */
+    out[U_SECOND2] = u->second != NULL ? second : -1;
     out[U_BELOW] = u->second != NULL ? (double)below : NAN;
 }
 

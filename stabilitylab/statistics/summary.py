@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.statistics import native
-from stabilitylab.statistics.buffer import Buffer
-from stabilitylab.statistics.transfer import Slots
+from stabilitylab.statistics.buffer import Buffer, Slots
 
 SUMS = (
     "count",

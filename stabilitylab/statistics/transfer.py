@@ -1,13 +1,16 @@
-"""From the device to the host: a step's numbers cross in one copy a device, and nobody waits for it.
+"""From the device to the host: a step's numbers cross as one *packet* of bytes, and nobody waits for it.
 
 On an accelerator the copy goes to pinned memory behind the work already queued, and an event tells when it
 has arrived: the training thread goes on queueing meanwhile. On a CPU the numbers are copied at once, for the
 next step will overwrite them.
+
+``Seen`` says what of a packet belongs to which site. It is plain data, so that one rank can read another's
+packet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,57 +28,58 @@ REGIONS: dict[str, torch.dtype] = {
     "bits": torch.int32,
     "tail": torch.int32,
 }
-_NUMPY = {torch.float64: np.float64, torch.float32: np.float32, torch.int32: np.int32}
+_NUMPY: dict[torch.dtype, Any] = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.int32: np.int32,
+}
 
-# Where each region lies in an arena: first byte and number of bytes.
-Layout = dict[str, tuple[int, int]]
 
-
-@dataclass(slots=True, eq=False)
-class Slots:
-    """A range of one region on one device. ``stamp`` is that of the step in which it was last written."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where some numbers of one region lie in a packet: first byte, and how many numbers."""
 
     region: str
-    offset: int
+    start: int
     length: int
-    device: torch.device
-    stamp: int = -1
+
+    def read(self, packet: NDArray[np.uint8]) -> NDArray[Any]:
+        """The numbers."""
+        dtype = REGIONS[self.region]
+        end = self.start + self.length * dtype.itemsize
+        return packet[self.start : end].view(_NUMPY[dtype])
 
 
-class Host:
-    """A step's numbers on the host.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What a probe saw in a step: of each site, where its numbers lie.
 
     Args:
-        arenas: bytes and layout of each device's arena.
+        sites: names.
+        places: of each site the same number of places; None for what it has not.
+        scale: a factor on the numbers, as a number or a place.
+        extra: what else the probe needs to finish, plain data; of several ranks the first one's counts.
     """
 
-    def __init__(self, arenas: Mapping[torch.device, tuple[NDArray[np.uint8], Layout]]) -> None:
-        self._regions: dict[tuple[torch.device, str], NDArray[Any]] = {
-            (device, region): arena[start : start + size].view(_NUMPY[REGIONS[region]])
-            for device, (arena, layout) in arenas.items()
-            for region, (start, size) in layout.items()
-        }
-
-    def __getitem__(self, slots: Slots) -> NDArray[Any]:
-        return self._regions[slots.device, slots.region][slots.offset : slots.offset + slots.length]
+    sites: tuple[str, ...]
+    places: tuple[tuple[Place | None, ...], ...]
+    scale: float | Place = 1.0
+    extra: Any = None
 
 
 class Transfer:
     """One step's copy to the host, perhaps still under way.
 
     Args:
-        arenas: storage and layout of each device's arena.
+        parts: byte tensors that make up the packet, one after the other.
         others: further tensors, small, of any device.
     """
 
-    def __init__(
-        self, arenas: Mapping[torch.device, tuple[Tensor, Layout]], others: Sequence[Tensor] = ()
-    ) -> None:
+    def __init__(self, parts: Sequence[Tensor], others: Sequence[Tensor] = ()) -> None:
         self._events: list[torch.cuda.Event] = []
-        self._layouts = {device: layout for device, (_, layout) in arenas.items()}
-        self._storages = {device: self._copy(storage) for device, (storage, _) in arenas.items()}
+        self._parts = [self._copy(part) for part in parts]
         self._others = [self._copy(other) for other in others]
-        for device in {s.device for s, _ in arenas.values()} | {other.device for other in others}:
+        for device in {x.device for x in (*parts, *others)}:
             if device.type == "cuda":
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(torch.cuda.current_stream(device))
@@ -96,9 +100,10 @@ class Transfer:
         for event in self._events:
             event.synchronize()
 
-    def host(self) -> Host:
-        """The numbers; only once they are ``ready``."""
-        return Host({d: (s.numpy(), self._layouts[d]) for d, s in self._storages.items()})
+    def packet(self) -> NDArray[np.uint8]:
+        """The packet; only once it is ``ready``."""
+        parts = [part.numpy() for part in self._parts]
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, np.uint8)])
 
     def others(self) -> list[Tensor]:
         """The further tensors; only once they are ``ready``."""

@@ -6,9 +6,10 @@ step and compared afterwards. All of them are in the sample when the parameter h
 elements, else one in ``numel // sampled`` with at least ``SAMPLE``; the copies take a sixty-fourth of the
 weights at most. The standard error of an RMS from n Gaussian numbers is 1/sqrt(2n): 2.2 % at 1,024.
 
-    fields: count, sampled, sum of (w' - w)^2, sum of w^2        over the sample
-            sum of g^2 / max(v, eps^2), sum of m^2, sum of v^2   over all elements; v free of its bias except
-            in the last number of elements with v < eps^2
+    count, sampled, sum of (w' - w)^2, sum of w^2     of the sample
+    sum of g^2 / max(v, eps^2)                        of all elements, v free of its initial bias
+    sum of m^2, sum of v^2                            of all elements; -1 where there is no such moment
+    number of elements with v < eps^2                 v free of its initial bias
 
 The ratio is StableAdamW's: RMS_t = sqrt(mean(g^2 / max(v, eps^2))), Wortsman et al., arXiv:2304.13013,
 algorithm 2.
@@ -102,7 +103,8 @@ class Update:
             before.square().sum(),
         ]
         if moments is None:
-            values += [unknown] * 4
+            absent = torch.full_like(unknown, -1.0)
+            values += [unknown, absent, absent, unknown]
         else:
             limit = moments.epsilon**2
             unbiased = moments.second.double() / moments.correction
