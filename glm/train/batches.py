@@ -10,6 +10,8 @@ from glm.data.loader import Loader
 from stabilitylab.report import load_run
 from stabilitylab.telemetry import RunFolder
 
+SHOWN = 12  # tokens of a row that are quoted
+
 
 class BatchDescriber:
     """Step -> the documents of its batch, each with its range of tokens, for reading.
@@ -30,12 +32,15 @@ class BatchDescriber:
         if not samples:
             return []
         lines = []
-        for row in self._loader.samples(samples).provenance:
+        batch = self._loader.samples(samples)
+        for tokens_T, row in zip(batch.tokens_BT, batch.provenance, strict=True):
             for piece in row:
                 documents = self._loader.documents(piece)
                 more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
                 ends = f"tokens {piece.first:,} to {piece.first + piece.length - 1:,}"
                 lines.append(f"{documents[0] if documents else piece.source}{more} ({ends})")
+            words = " ".join(self._loader.data.tokenizer.decode(tokens_T[:SHOWN].tolist()).split())
+            lines[-1] += f', row begins "{words}"'
         return lines
 
     def samples(self, step: int) -> range:

@@ -71,6 +71,6 @@ class SpikeScore:
             series = series - series.rolling(MEDIAN_WINDOW, min_periods=1).median().shift(1).fillna(series)
         rolling = series.rolling(self.window, min_periods=min(MINIMUM, self.window))
         mean, deviation = rolling.mean().shift(1), rolling.std(ddof=0).shift(1)
-        # A window of equal values has a deviation of rounding errors: nothing below those counts.
-        least = np.maximum(self.sigmas * deviation, 1e-9 * mean.abs())
+        # A window of equal values has a deviation of rounding errors: nothing that small counts.
+        least = np.maximum(self.sigmas * deviation, 1e-9 * np.abs(values_N) + 1e-300)
         return np.asarray(((series - mean).abs() >= least) & deviation.notna(), dtype=np.bool_)
