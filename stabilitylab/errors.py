@@ -8,6 +8,7 @@ exception is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -35,9 +36,9 @@ def run_command(command: Callable[[], int | None]) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             where = f" while writing {error.filename}" if error.filename else ""
-            return _refuse(f"the disk is full{where}: free some space and run the same command again")
+            return _refuse(f"{os.strerror(error.errno)}{where}: free some space and run the same command again")
         raise
 
 
