@@ -17,7 +17,7 @@ def test_documents_tokens_and_words_of_a_step(data_folder, tmp_path):
         steps=6,
         model=ModelConfig(layers=1, hidden=32, heads=2, length=64),
         objective=ObjectiveConfig(kind="causal"),
-        batch=BatchConfig(rows=4, ramp_from=2, ramp_samples=8),
+        batch=BatchConfig(rows=4, micro_rows=1, ramp_from=1, ramp_samples=8),
         monitor=MonitorConfig(every=0, gradients_every=0, tensorboard=False),
     )
     train(TrainCommand(config=config, data=data_folder, out=tmp_path / "run"), console=Console(quiet=True))
