@@ -20,6 +20,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.probes.sites import named_modules
@@ -72,11 +73,13 @@ class EmbeddingRowProbe:
             norm = torch.linalg.vector_norm(
                 gradient, dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)
             )
+            if isinstance(norm, DTensor):
+                norm = norm.full_tensor()  # one number a row, gathered over the ranks that hold the rows
             top = norm.topk(min(TOP, len(norm)))
             count = len(top.values)
             slots = self._slots.get(name)
-            if slots is None or slots.device != gradient.device or slots.length != 2 * count + 1:
-                slots = self._slots[name] = buffer.reserve("replicated", 2 * count + 1, gradient.device)
+            if slots is None or slots.device != norm.device or slots.length != 2 * count + 1:
+                slots = self._slots[name] = buffer.reserve("replicated", 2 * count + 1, norm.device)
             slots.stamp = -1
             values = top.values.double()
             number = top.indices if rows is None else rows[top.indices]

@@ -357,8 +357,9 @@ static void summarise(Job *job, int threads) {
     Part second = {.job = job};
     if (part.with_tail) {
         uint64_t above = total(counted);
-        /* The threshold was right for an older tensor: is it for this one? One element in 1,000 must lie above it. */
-        for (int attempt = 0; above * 1000 < (uint64_t)n && job->tail_from > 0; attempt++) {
+        /* The threshold was right for an older tensor: is it for this one? More than the one
+         * element in 1,000 that is asked for must lie above it, so that parts with other thresholds can be added. */
+        for (int attempt = 0; above < (uint64_t)n / 700 + 2 && job->tail_from > 0; attempt++) {
             job->tail_from = attempt < 2 ? value_of(sampled(job, attempt == 0 ? 0.008 : 0.03)) : 0;
             if (!(job->tail_from < INFINITY)) job->tail_from = 0;
             Part again = {.job = job, .with_tail = 1, .tail_from = magnitude(job->tail_from), .tail = counted};

@@ -14,7 +14,7 @@ of ``FIELDS``, float64:
     fp8_lost   0 < |x| <= 2^-10: 0 in E4M3       tail_from  the histogram is complete from this magnitude on
 
 and, where asked for, of each channel (last dimension) the largest magnitude and the sum of squares, and a
-histogram of the largest magnitudes, at least one in 1,000 (``tails``). ``over_6rms``, ``massive`` and the
+histogram of the largest magnitudes, at least one in 700 (``tails``). ``over_6rms``, ``massive`` and the
 histogram come together.
 
 Two implementations, same results up to rounding: the compiled kernel (kernel.c) for float32, bfloat16 and

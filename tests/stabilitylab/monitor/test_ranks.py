@@ -1,0 +1,176 @@
+"""Two processes: their telemetry equals that of one process with all the data, and one of them writes it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from stabilitylab import Monitor, Schedule
+from stabilitylab.telemetry import Event
+from tests.stabilitylab.gpt import GPT, batch, next_token_loss
+from tests.stabilitylab.recording import Recording
+
+pytestmark = pytest.mark.distributed
+Rows = dict[tuple[int, str, int], float]
+
+
+class Alarm:
+    """Raises a spike at one step."""
+
+    def update(self, step: int, values: object) -> list[Event]:
+        return [Event(step=step, kind="spike")] if step == 1 else []
+
+    def finish(self) -> list[Event]:
+        return []
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state: object) -> None:
+        pass
+
+
+def data_parallel(rank: int, out: Path) -> None:
+    """Each rank takes half of the rows of every batch. The alarm of rank 0 makes both measure more
+    densely."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(GPT())
+    sink = Recording()
+    schedule = Schedule(every=4, dense_steps=2)
+    with Monitor(model, schedule=schedule, sinks=[sink], detector=Alarm()) as monitor:
+        for step in range(8):
+            next_token_loss(model, batch(step)[:2][rank : rank + 1]).backward()
+            monitor.step(step)
+            model.zero_grad()
+    _keep(sink, rank, out)
+
+
+def fully_sharded(rank: int, out: Path) -> None:
+    """Parameters and gradients are shards (FSDP2)."""
+    torch.manual_seed(0)
+    model = GPT()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    sink = Recording()
+    with Monitor(model, every=1, sinks=[sink], detector=None) as monitor:
+        next_token_loss(model, batch(0)[:2][rank : rank + 1]).backward()
+        monitor.step(0)
+    _keep(sink, rank, out)
+
+
+class Stage(nn.Module):
+    """Half of the GPT's layers, under the names that the whole model has for them."""
+
+    def __init__(self, whole: GPT, rank: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(rank): whole.layers[rank]})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+def pipeline(rank: int, out: Path) -> None:
+    """Each rank has other layers, and sees other sites from the second step on."""
+    torch.manual_seed(0)
+    whole, sink = GPT(), Recording()
+    stage = Stage(whole, rank)
+    x = whole.embedding(batch(0)[:2, :-1]).detach()
+    if rank == 1:
+        x = whole.layers[0](x).detach()
+    with Monitor(stage, every=1, sinks=[sink], detector=None) as monitor:
+        for step in range(3):
+            if step < 2:
+                stage(x).sum().backward()
+            elif rank == 0:
+                stage.layers["0"].attention_norm(x).sum().backward()
+            monitor.step(step)
+            stage.zero_grad()
+    _keep(sink, rank, out)
+
+
+def _keep(sink: Recording, rank: int, out: Path) -> None:
+    (out / f"{rank}.pickle").write_bytes(pickle.dumps((sink.rows, sink.events)))
+
+
+def _process(rank: int, work: Callable[[int, Path], None], out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
+    try:
+        work(rank, out)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(work: Callable[[int, Path], None], out: Path) -> Rows:
+    """Rank 0's rows; rank 1 must have written nothing."""
+    mp.start_processes(_process, args=(work, out), nprocs=2, start_method="fork")
+    kept = [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
+    assert kept[1] == ({}, [])
+    rows: Rows = kept[0][0]
+    return rows
+
+
+def alone(steps: int = 1) -> Rows:
+    """One process with all the data."""
+    torch.manual_seed(0)
+    model, sink = GPT(), Recording()
+    with Monitor(model, every=1, sinks=[sink], detector=None) as monitor:
+        for step in range(steps):
+            next_token_loss(model, batch(step)[:2]).backward()
+            monitor.step(step)
+            model.zero_grad()
+    return sink.rows
+
+
+COMBINED = ("activation/", "attention/", "gradient/", "train/-/gradient_norm")
+# These look at a part of the data that each rank chooses for itself.
+SAMPLED = ("outlier_6rms_fraction", "massive_fraction", "entropy", "score_max_sampled", "score_min")
+
+
+def compare(found: Rows, expected: Rows, step: int) -> None:
+    names = {name for s, name, _ in expected if s == step and name.startswith(COMBINED)}
+    assert names == {name for s, name, _ in found if s == step and name.startswith(COMBINED)}
+    for (s, name, index), value in expected.items():
+        if s == step and name.endswith("score_max"):  # a bound, the tighter the smaller the parts
+            assert found[s, name, index] <= value + 1e-5
+        elif s == step and name in names and not name.endswith((*SAMPLED, "fp16_headroom_bits")):
+            # Quantiles are known to a bin; float32 sums and means over ranks are formed in other orders.
+            room = 0.126 if "quantile" in name else 2e-4
+            assert found[s, name, index] == pytest.approx(value, rel=room, abs=1e-7, nan_ok=True), name
+
+
+def test_data_parallel_ranks_combine_exactly_and_share_alarms(tmp_path: Path) -> None:
+    found = run(data_parallel, tmp_path)
+    measured = sorted({step for step, name, _ in found if name == "activation/layers.0/rms"})
+    # The alarm at step 1 is known to all after the exchange of step 4, too late for 2 and 3.
+    assert measured == [0, 4]
+    expected = alone(5)
+    compare(found, expected, 0)
+    compare(found, expected, 4)
+
+
+def test_shards_of_parameters_add_up(tmp_path: Path) -> None:
+    compare(run(fully_sharded, tmp_path), alone(), 0)
+
+
+def test_pipeline_ranks_are_joined_by_name(tmp_path: Path) -> None:
+    found = run(pipeline, tmp_path)
+    for step in (0, 1):
+        sites = {name.split("/")[1] for s, name, _ in found if s == step and name.startswith("attention/")}
+        assert sites == {"layers.0.attention", "layers.1.attention"}
+    last = {name.split("/")[1] for s, name, _ in found if s == 2 and name.startswith("activation/")}
+    assert last == {"layers.0.attention_norm", "layers.0.attention_norm:input"}
