@@ -21,7 +21,7 @@ class Arm:
     Attributes:
         name: short, a folder's name.
         summary: what it changes, for a reader.
-        settings: flags of ``glm train`` beyond the suite's own.
+        settings: flags of ``glm train`` beyond the suite's own; an empty value is a flag that takes none.
     """
 
     name: str
@@ -65,5 +65,5 @@ class Suite:
             *("--out", str(out)),
             *("--steps", str(self.steps if steps is None else steps)),
             *("--seed", str(seed)),
-            *(word for flag, value in flags.items() for word in (f"--{flag}", value)),
+            *(word for flag, value in flags.items() for word in (f"--{flag}", value) if word),
         ]

@@ -45,7 +45,7 @@ SUITE = Suite(
         Arm(
             name="pre-ln-embedding-norm",
             summary="pre-LN, norm after the embedding look-up",
-            settings={"model.norm": "pre", "model.embedding.norm": "True"},
+            settings={"model.norm": "pre", "model.embedding.norm": ""},
         ),
     ),
     claims=(

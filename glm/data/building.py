@@ -8,6 +8,7 @@ product of another call is not ours to overwrite.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -56,12 +57,28 @@ def build_once(
                 if path.name != ".lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             begun.write_text(fingerprint)
-        meta = {"what": what, "fingerprint": fingerprint, **work(partial)}
-        begun.unlink()
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+        with _room(partial):
+            meta = {"what": what, "fingerprint": fingerprint, **work(partial)}
+            begun.unlink()
+            (partial / "meta.json").write_text(
+                json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8"
+            )
         (partial / ".lock").unlink()
-        os.replace(partial, out)
+        partial.replace(out)
     return True
+
+
+@contextmanager
+def _room(partial: Path) -> Iterator[None]:
+    """Says it in one line when there is no room left for files, or none for so large a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(
+                f"there is no room to write {partial} ({os.strerror(error.errno)}): free some space and run the same command again"
+            ) from None
+        raise
 
 
 @contextmanager

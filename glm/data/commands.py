@@ -1,4 +1,7 @@
-"""``glm corpus``, ``glm tokenizer``, ``glm shards``: from text to what ``glm train`` reads. Each does nothing where it is done."""
+"""``glm corpus``, ``glm tokenizer``, ``glm shards``: from text to what ``glm train`` reads.
+
+Each does nothing where its product stands already.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ source that it finished.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,10 +105,9 @@ def _write_sources(parts: list[Source], folder: Path, max_characters: int | None
 
 def _write_source(part: Source, file: Path, limit: int | None, tell: Callable[[str], None]) -> dict[str, int]:
     partial = file.with_suffix(".writing")
-    writer = DocumentWriter(partial)
     documents = characters = 0
     stream = part.documents() if limit is None or limit > 0 else iter(())
-    try:
+    with DocumentWriter(partial) as writer:
         for document in stream:
             writer.add(document)
             documents += 1
@@ -118,7 +116,5 @@ def _write_source(part: Source, file: Path, limit: int | None, tell: Callable[[s
                 tell(f"{part.name}: {characters:,} characters")
             if limit is not None and characters >= limit:
                 break
-    finally:
-        writer.close()
-    os.replace(partial, file)
+    partial.replace(file)
     return {"documents": documents, "characters": characters}

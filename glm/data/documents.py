@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Document:
 
 
 class DocumentWriter:
-    """Writes documents into one Parquet file, a batch at a time."""
+    """Writes documents into one Parquet file, a batch at a time; a context manager."""
 
     def __init__(self, path: Path) -> None:
         self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
@@ -50,9 +51,17 @@ class DocumentWriter:
         if len(self._held) >= DOCUMENTS_PER_BATCH:
             self._write()
 
-    def close(self) -> None:
-        self._write()
-        self._writer.close()
+    def __enter__(self) -> DocumentWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._write()
+            self._writer.close()
+        else:
+            # The file is given up; closing it may fail again for the same reason, and would hide the first one.
+            with suppress(Exception):
+                self._writer.close()
 
     def _write(self) -> None:
         if self._held:

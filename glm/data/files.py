@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,12 +82,12 @@ def _kind(path: Path) -> str:
 def _opened(path: Path) -> Iterator[TextIO]:
     with path.open("rb") as raw:
         if path.suffix.lower() == ".gz":
-            stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw)
+            stream: Any = gzip.GzipFile(fileobj=raw)
         elif path.suffix.lower() == ".zst":
             stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
         else:
             stream = raw
-        yield io.TextIOWrapper(io.BufferedReader(stream, 1 << 20), encoding="utf-8", newline=None)  # type: ignore[type-var]
+        yield io.TextIOWrapper(io.BufferedReader(stream, 1 << 20), encoding="utf-8", newline=None)
 
 
 def _text(path: Path, file: TextIO) -> Iterator[Document]:

@@ -24,6 +24,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from html import unescape
+from itertools import pairwise
 from pathlib import Path
 
 from glm.data.documents import Document
@@ -95,7 +96,7 @@ def _texts(source: str, *, is_models: bool, seen: set[int]) -> Iterator[str]:
             yield text
         return
     starts = [match.start() for match in _CLASS.finditer(source)] + [len(source)]
-    for first, last in zip(starts, starts[1:], strict=False):
+    for first, last in pairwise(starts):
         body = source[first:last]
         head = _CLASS.match(body)
         assert head is not None

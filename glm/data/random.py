@@ -34,7 +34,7 @@ def bits(seed: int, sample: ArrayLike, draw: ArrayLike) -> NDArray[np.uint64]:
 
 def uniform(seed: int, sample: ArrayLike, draw: ArrayLike) -> NDArray[np.float64]:
     """Uniform in [0, 1) for each (sample, draw), broadcast together."""
-    return (bits(seed, sample, draw) >> np.uint64(11)) * 2.0**-53
+    return (bits(seed, sample, draw) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def shuffled(seed: int, index: NDArray[np.int64], size: int) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,13 +191,13 @@ class _ShardWriter:
         self._folder, self._split, self._dtype = folder, split, dtype
         self._entries: list[dict[str, Any]] = []
         self._offsets = [0]
-        self._file = None
+        self._file: IO[bytes] | None = None
 
     def add(self, tokens: list[int]) -> None:
         if self._file is None:
             self._path = self._folder / f"{self._split}-{len(self._entries):05d}.tokens"
             self._file = self._path.open("wb")
-        np.asarray(tokens, dtype=self._dtype).tofile(self._file)
+        self._file.write(np.asarray(tokens, dtype=self._dtype).tobytes())
         self._offsets.append(self._offsets[-1] + len(tokens))
         self.total += len(tokens)
         if self._offsets[-1] >= TOKENS_PER_SHARD:
@@ -213,7 +213,7 @@ class _ShardWriter:
         self._file.close()
         self._file = None
         offsets = self._path.with_suffix(".offsets")
-        np.array(self._offsets, dtype=np.int64).tofile(offsets)
+        offsets.write_bytes(np.array(self._offsets, dtype=np.int64).tobytes())
         self._entries.append(
             {
                 "file": self._path.name,

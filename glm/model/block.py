@@ -61,21 +61,28 @@ class Block(nn.Module):
         def feed(y: Tensor) -> Tensor:
             return dropout(self.feed_forward(y), self.p, self.training)
 
-        n1, n2, x = self.attention_norm, self.feed_forward_norm, x_BTC
+        n1, n2, n3, n4 = (
+            self.attention_norm,
+            self.feed_forward_norm,
+            self.attention_output_norm,
+            self.feed_forward_output_norm,
+        )
+        x: Tensor = x_BTC
         if n2 is None:
             y = n1(x)
-            return x + attend(y) + feed(y)
-        if self.norm == "post":
+            x = x + attend(y) + feed(y)
+        elif self.norm == "post":
             x = n1(x + attend(x))
-            after: Tensor = n2(x + feed(x))
-            return after
-        if self.norm == "deepnorm":
+            x = n2(x + feed(x))
+        elif self.norm == "deepnorm":
             a = n1(x)
             x = self.alpha * a + attend(a)
             b = n2(x)
-            return self.alpha * b + feed(b)
-        if self.attention_output_norm is not None and self.feed_forward_output_norm is not None:
-            x = x + self.attention_output_norm(attend(n1(x)))
-            return x + self.feed_forward_output_norm(feed(n2(x)))
-        x = x + attend(n1(x))
-        return x + feed(n2(x))
+            x = self.alpha * b + feed(b)
+        elif n3 is not None and n4 is not None:
+            x = x + n3(attend(n1(x)))
+            x = x + n4(feed(n2(x)))
+        else:
+            x = x + attend(n1(x))
+            x = x + feed(n2(x))
+        return x

@@ -1,4 +1,4 @@
-"""The model's shape and levers. Every lever that an experiment can move is a field here; no experiment has a branch in the model."""
+"""The model's shape and levers. What an experiment can move is a field here; no experiment has a branch in the model."""
 
 from __future__ import annotations
 

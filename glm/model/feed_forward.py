@@ -6,13 +6,20 @@ geglu, swiglu    W2 (a * f(b)),  [a, b] = W1 x         (Shazeer, 2002.05202; GLM
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glm.model.config import ModelConfig
 from glm.model.layers import Linear
 
-ACTIVATIONS = {"geglu": F.gelu, "swiglu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "geglu": F.gelu,
+    "swiglu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 class FeedForward(nn.Module):

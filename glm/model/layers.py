@@ -30,7 +30,7 @@ class _ScaledGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None  # type: ignore[attr-defined]
 
 
@@ -41,7 +41,7 @@ def shrink_gradient(x: Tensor, alpha: float) -> Tensor:
     """
     if alpha == 1.0:
         return x
-    shrunk: Tensor = _ScaledGradient.apply(x, alpha)
+    shrunk: Tensor = _ScaledGradient.apply(x, alpha)  # type: ignore[no-untyped-call]
     return shrunk
 
 

@@ -95,7 +95,7 @@ class Transformer(nn.Module):
         attention = self.config.attention
         self._check_length(tokens_BT)
         place_BT = positions if positions.dim() == 2 else positions[..., 0]
-        x_BTC = self.embedding(tokens_BT)
+        x_BTC: Tensor = self.embedding(tokens_BT)
         if self.positions is not None:
             x_BTC = x_BTC + self.positions[place_BT]
         if self.embedding_norm is not None:
@@ -112,7 +112,9 @@ class Transformer(nn.Module):
                 x_BTC = checkpoint(layer, x_BTC, visible_B1TT, turned, bias_BHTT, use_reentrant=False)
             else:
                 x_BTC = layer(x_BTC, visible_B1TT, turned, bias_BHTT)
-        return x_BTC if self.final_norm is None else self.final_norm(x_BTC)
+        if self.final_norm is not None:
+            x_BTC = self.final_norm(x_BTC)
+        return x_BTC
 
     def output_weight(self) -> Tensor:
         """The output projection, [V, C]."""

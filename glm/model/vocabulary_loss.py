@@ -67,7 +67,7 @@ class _VocabularyLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         return (grad_hidden * grad).to(hidden_dtype), (grad_weight * grad).to(weight_dtype), None, None
@@ -82,7 +82,7 @@ def vocabulary_loss(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, z_lo
         target_N: token numbers.
         z_loss: coefficient c.
     """
-    loss: Tensor = _VocabularyLoss.apply(hidden_NC, weight_VC, target_N, z_loss)
+    loss: Tensor = _VocabularyLoss.apply(hidden_NC, weight_VC, target_N, z_loss)  # type: ignore[no-untyped-call]
     return loss
 
 

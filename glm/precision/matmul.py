@@ -64,7 +64,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x: [..., in], ``weight``: [out, in], ``bias``: [out], all of one dtype.
     """
     if upcasts(x) and weight.dtype == x.dtype:
-        result: Tensor = _UpcastLinear.apply(x, weight, bias)
+        result: Tensor = _UpcastLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return F.linear(x, weight, bias)
 
@@ -72,7 +72,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Batched ``a @ b`` (equal leading shapes) with fp32 accumulation and one rounding."""
     if upcasts(a) and b.dtype == a.dtype:
-        result: Tensor = _UpcastMatmul.apply(a, b)
+        result: Tensor = _UpcastMatmul.apply(a, b)  # type: ignore[no-untyped-call]
         return result
     return torch.matmul(a, b)
 

@@ -84,7 +84,9 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.gradients_every < 0 or self.recorder < 0:
-            raise InputError("monitor.every, monitor.gradients_every and monitor.recorder count steps: 0 (off) or more")
+            raise InputError(
+                "monitor.every, monitor.gradients_every and monitor.recorder count steps: 0 (off) or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

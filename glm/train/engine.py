@@ -29,8 +29,13 @@ from glm.train.optimizer import GradientSummary, MixedPrecisionAdamW
 class Engine(Protocol):
     """A model, its optimizer, and the four parts of a step."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    @property
+    def model(self) -> nn.Module:
+        """What the monitor attaches to."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What updates it."""
 
     @property
     def loss_scale(self) -> float:
@@ -98,7 +103,7 @@ class LocalEngine:
         for first in range(0, batch.tokens_BT.shape[0], self.micro_rows):
             rows = slice(first, first + self.micro_rows)
             loss_sum, _ = self.model.loss(*(part.to(self.device) for part in _model_inputs(batch, rows)))
-            (loss_sum * (self.loss_scale / targets)).backward()
+            (loss_sum * (self.loss_scale / targets)).backward()  # type: ignore[no-untyped-call]
             self.optimizer.accumulate()
             total += float(loss_sum.detach())
         return total / targets

@@ -156,7 +156,11 @@ class Trainer:
 
     def _keep_for_replay(self, noticed: Sequence[Event]) -> None:
         """When something breaks, put a state from before it on disk."""
-        onsets = [int(event.data["onset"]) for event in noticed if event.kind in ALARMS and event.data.get("phase") != "end"]
+        onsets = [
+            int(event.data["onset"])
+            for event in noticed
+            if event.kind in ALARMS and event.data.get("phase") != "end"
+        ]
         if not onsets or self._ring is None or self.run is None:
             return
         state = self._ring.newest_at(min(onsets) - REPLAY_MARGIN)

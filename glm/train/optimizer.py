@@ -184,7 +184,8 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Apply the gradient. Hooks registered on the optimizer run around it."""
-        assert closure is None and self._summary is not None
+        assert closure is None
+        assert self._summary is not None
         factor = self._clip_factor(self._summary.global_norm)
         self.updates += 1
         config, t = self.config, self.updates

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
-from pydoc_data.topics import topics
 
 from glm.data.corpus import build_corpus
 from glm.data.shards import TokenData, build_shards
@@ -28,7 +28,10 @@ def text_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.write(json.dumps({"text": text, "language": "en", "source": "pydoc", "group": name}) + "\n")
         for number in range(60):
             text = "".join(CHINESE[(number + i) % 3] for i in range(6))
-            file.write(json.dumps({"text": text, "language": "zh", "group": f"zh{number}"}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"text": text, "language": "zh", "group": f"zh{number}"}, ensure_ascii=False)
+                + "\n"
+            )
     return folder
 
 

@@ -69,7 +69,9 @@ def test_pieces_are_the_naive_ones_and_no_target_is_cut(room):
         text = STREAM[first[q] : first[q] + n].tolist()
         lengths, starts = spans.length_QK[q, :k].tolist(), spans.start_QK[q, :k].tolist()
         expected = naive_piece(text, lengths, starts, spans.order_QK[q, :k].tolist(), room)
-        for ours, theirs in zip((rows.tokens, rows.targets, rows.positions, rows.intra, rows.context), expected, strict=True):
+        for ours, theirs in zip(
+            (rows.tokens, rows.targets, rows.positions, rows.intra, rows.context), expected, strict=True
+        ):
             assert ours[q].tolist() == theirs
         # Every masked token is a target, and each span's end is.
         assert (rows.targets[q] != NO_TARGET).sum() == sum(lengths) + k

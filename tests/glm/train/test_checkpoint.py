@@ -52,7 +52,9 @@ def flip(file):
 
 
 @pytest.mark.parametrize("damage", [cut, flip, os.remove])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
 def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage, name):
     checkpoints.save(tmp_path, a_checkpoint(1), keep=2)
     newest = checkpoints.save(tmp_path, a_checkpoint(2), keep=2)
