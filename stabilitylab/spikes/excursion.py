@@ -13,8 +13,7 @@ The verdict:
   moves, and is a spike after all if it comes back; when it has settled (within a tenth since half its age) it
   is closed, and the baseline learns the new level.
 - cut short, by the log's end, a gap, or the run going back: a divergence if three or more values were out and
-  less than half was recovered; else a spike if the run was taken back (someone found it worth that), else
-  what it was so far.
+  less than half was recovered, else a spike: a hard batch is one that has been seen to recover.
 
 Steps that go back are a restart: the baseline is restored as it was at that step, from snapshots that grow
 sparser with age. After a gap of more than 16 usual intervals the level is learned anew, but a value over the
@@ -103,10 +102,10 @@ class Excursions:
             if gone == 0:
                 return changes
             if gone < 0:
-                changes += self._cut_short(taken_back=True)
+                changes += self._cut_short()
                 self._restart(step)
             elif self.interval and gone > GAP_INTERVALS * self.interval:
-                changes += self._cut_short(taken_back=False)
+                changes += self._cut_short()
                 self._begin_stretch()
             if gone > 0 and gone != self.interval:
                 self._learn_interval(gone)
@@ -121,7 +120,7 @@ class Excursions:
 
     def finish(self) -> list[Change]:
         """The log ends here: give the verdict on what is still open."""
-        return self._cut_short(taken_back=False)
+        return self._cut_short()
 
     def _learn_interval(self, gone: int) -> None:
         """The usual interval between values: a mean over about 16, or a new gap once it has been seen
@@ -297,14 +296,14 @@ class Excursions:
         self.doubtful.clear()
         return Change("end", closed)
 
-    def _cut_short(self, *, taken_back: bool) -> list[Change]:
+    def _cut_short(self) -> list[Change]:
         now = self.open
         if now is None:
             return []
         kind = now.kind
         if now.out > HARD_STEPS and now.mean >= 0.5 * now.mean_peak:
             kind = "divergence"
-        elif taken_back and kind == "hard-batch":
+        elif kind == "hard-batch":
             kind = "spike"
         return [self._close(kind)]
 

@@ -79,7 +79,7 @@ def find_runs(folder: Path) -> list[Run]:
         raise InputError(f"{folder} is not a folder of runs: there is no such directory")
     if (folder / "telemetry").is_dir():
         return [load_run(folder)]
-    found = sorted(path.parent for path in folder.rglob("telemetry") if path.is_dir())
+    found = sorted({path.parent for path in folder.glob("**/telemetry") if path.is_dir()})
     if not found:
         raise InputError(f"{folder} holds no runs: give a folder with run folders in it")
     return [load_run(path) for path in found]

@@ -1,6 +1,6 @@
 """A log read from end to end: its episodes, scores, and an outline for a picture, in bounded memory.
 
-Logs are taken as they come, and a step that goes back is a restart. When more than a tenth of the steps go
+Logs are taken as they come, and a step that goes back is a restart. When more than a quarter of the steps go
 back, the log is not in order rather than restarted: it is then sorted by step, if it has at most ``SORTABLE``
 rows.
 """
@@ -22,7 +22,7 @@ from stabilitylab.spikes.score import SpikeScore
 from stabilitylab.telemetry import Event
 
 SORTABLE = 5_000_000
-UNSORTED_SHARE = 0.1
+UNSORTED_SHARE = 0.25
 _JUDGE_ORDER_FROM = 10
 
 

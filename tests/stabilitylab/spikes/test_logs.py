@@ -254,6 +254,15 @@ def test_restarts_are_no_disorder_and_duplicates_do_no_harm(tmp_path, curve):
     assert [(e.kind, e.onset) for e in scan.episodes] == [("spike", 700), ("non-finite", 1000)]
 
 
+def test_a_short_excerpt_of_several_restarts_is_not_sorted(tmp_path, capsys):
+    path = tmp_path / "log.csv"
+    losses = [3.1, 3.0, 3.05, 7.5, 3.2, 3.15, 3.1, 3.0, 7.9, 3.1, 3.1, 3.0]
+    steps = [50, 51, 52, 53, 40, 41, 42, 43, 44, 30, 31, 32]
+    path.write_text("step,loss\n" + "".join(f"{s},{x}\n" for s, x in zip(steps, losses, strict=True)))
+    # Each time the run was taken back while its loss was up: found worth it by someone, so no hard batch.
+    assert [(e["kind"], e["onset"]) for e in found(path, capsys)] == [("spike", 44), ("spike", 53)]
+
+
 def test_a_log_without_steps_and_with_gaps(tmp_path, capsys, curve):
     path = tmp_path / "log.csv"
     path.write_text("loss,other\n" + "".join(f"{x},1\n" for x in curve[0].tolist()))
