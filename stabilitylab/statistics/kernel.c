@@ -324,15 +324,19 @@ static uint64_t total(const uint32_t *tail) {
     return sum;
 }
 
-/* A threshold for the next tensor of this site: it should leave one element in 400 above it. */
-static float next_threshold(const uint32_t *tail, uint64_t above, int64_t n, float threshold) {
-    if (above * 400 < (uint64_t)n) return threshold * 0.9f;
+/* Thresholds are edges of bins, so that every bin is counted in full or not at all, whatever the threshold was. */
+static float edge_at_or_below(uint32_t bits) {
+    if (bits >> TAIL_SHIFT <= TAIL_FIRST || bits > INFINITE) return 0;
+    const uint32_t last = TAIL_FIRST + TAIL_BINS - 1, bin = bits >> TAIL_SHIFT;
+    return value_of((bin < last ? bin : last) << TAIL_SHIFT);
+}
+
+/* The threshold for the next tensor of this site: the highest edge with one element in 500 above it. */
+static float next_threshold(const uint32_t *tail, uint64_t n) {
     uint64_t count = 0;
-    int b = TAIL_BINS - 1;
-    for (; b > 0 && count * 400 < (uint64_t)n; b--) count += tail[b];
-    /* The bin that the count was reached in, from its lower edge. */
-    const float edge = b == 0 ? 0 : value_of((TAIL_FIRST + (uint32_t)b + 1) << TAIL_SHIFT);
-    return edge > threshold ? edge : threshold;
+    int b = TAIL_BINS;
+    while (b > 0 && count < n / 500 + 2) count += tail[--b];
+    return b == 0 ? 0 : value_of((TAIL_FIRST + (uint32_t)b) << TAIL_SHIFT);
 }
 
 static void summarise(Job *job, int threads) {
@@ -349,7 +353,7 @@ static void summarise(Job *job, int threads) {
     if (n < LARGE) threads = 1;
     if (job->rows < threads) threads = (int)job->rows;
     if (part.with_tail) {
-        if (!(job->tail_from >= 0)) job->tail_from = value_of(sampled(job, 0.003));
+        if (!(job->tail_from >= 0)) job->tail_from = edge_at_or_below(sampled(job, 0.002));
         part.tail_from = magnitude(job->tail_from);
         memset(counted, 0, sizeof counted);
     }
@@ -360,15 +364,14 @@ static void summarise(Job *job, int threads) {
         /* The threshold was right for an older tensor: is it for this one? More than the one
          * element in 1,000 that is asked for must lie above it, so that parts with other thresholds can be added. */
         for (int attempt = 0; above < (uint64_t)n / 700 + 2 && job->tail_from > 0; attempt++) {
-            job->tail_from = attempt < 2 ? value_of(sampled(job, attempt == 0 ? 0.008 : 0.03)) : 0;
-            if (!(job->tail_from < INFINITY)) job->tail_from = 0;
+            job->tail_from = attempt < 2 ? edge_at_or_below(sampled(job, attempt == 0 ? 0.005 : 0.03)) : 0;
             Part again = {.job = job, .with_tail = 1, .tail_from = magnitude(job->tail_from), .tail = counted};
             memset(counted, 0, sizeof counted);
             pass(&again, threads);
             above = total(counted);
         }
         part.row[TAIL_FROM] = job->tail_from;
-        job->tail_from = next_threshold(counted, above, n, job->tail_from);
+        job->tail_from = next_threshold(counted, (uint64_t)n);
         const double rms = sqrt(part.row[S2] / (double)n);
         if (6 * rms > 0 && part.row[ABSMAX] >= 6 * rms && rms < 1e37) second.over = magnitude((float)(6 * rms));
         if (part.row[ABSMAX] > 100) {

@@ -31,7 +31,7 @@ def tail_quantiles(tail: NDArray[np.integer], count: Array, absmax: Array, tail_
         tail: counts [sites, TAIL_BINS].
         count: elements of each site; with fewer than 1/share of them the quantile is the maximum.
         absmax: largest magnitude; where it is NaN so are the quantiles.
-        tail_from: where the histogram becomes complete; a quantile below it is unknown, NaN.
+        tail_from: edge of a bin, from which the histogram is complete; a quantile below it is unknown, NaN.
     """
     sites = np.arange(len(tail))
     above = np.cumsum(tail[:, ::-1], axis=1)[:, ::-1].astype(np.float64)  # elements in this bin or higher
@@ -44,10 +44,9 @@ def tail_quantiles(tail: NDArray[np.integer], count: Array, absmax: Array, tail_
         over = above[sites, bin_] - inside
         with np.errstate(divide="ignore", invalid="ignore"):
             part = np.where(inside > 0, (np.maximum(rank, 1.0) - over) / inside, 0.0)
-        # The bin that holds the threshold is complete from there on only.
-        low, high = np.maximum(EDGES[bin_], np.minimum(tail_from, EDGES[bin_ + 1])), EDGES[bin_ + 1]
-        value = np.where(rank <= 1.0, absmax, np.minimum(high - part * (high - low), absmax))
-        known = ~np.isnan(absmax) & (high > tail_from)
+        value = EDGES[bin_ + 1] - part * (EDGES[bin_ + 1] - EDGES[bin_])
+        value = np.where(rank <= 1.0, absmax, np.minimum(value, absmax))
+        known = ~np.isnan(absmax) & (EDGES[bin_] >= np.where(tail_from <= EDGES[0], 0.0, tail_from))
         quantiles.append(np.where(known, value, np.nan))
     return np.stack(quantiles, axis=1)
 
