@@ -156,8 +156,9 @@ def _cause(
         return "overflow", first
     if first is None:
         return "unknown", None
-    # A step's families tie on the step; what few sites show is more telling than what all do.
-    earliest = [one for one in departures if one.step == first.step and one.family != "update"]
+    # Families tie on the step, and a site that is measured seldom may have left at any step since it was last seen in order.
+    # Among these, what few sites show is more telling than what all do.
+    earliest = [one for one in departures if one.since < first.step and one.family != "update"]
     local = [one for one in earliest if one.is_local]
     lasting = [one for one in local if one.family in FORWARD and _lasts(one, episode)]
     if lasting:

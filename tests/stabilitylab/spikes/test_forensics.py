@@ -40,14 +40,16 @@ def scale_head(model):
     model.layers[0].attention.query_key_value.bias.data[rows] *= 40
 
 
-def train(folder, plant, *, tensorboard=False):
+def train(folder, plant, *, tensorboard=False, every=1):
     torch.manual_seed(0)
     model = GPT()
     if plant == "gradient":  # Adam would divide the factor out again
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))
-    with Monitor(model, optimizer, out=folder, every=1, tensorboard=tensorboard) as monitor:
+    with Monitor(
+        model, optimizer, out=folder, every=every, gradients_every=1, tensorboard=tensorboard
+    ) as monitor:
         for step in range(STEPS):
             batch = tokens(step)
             if plant == "batch" and step == PLANTED:
@@ -126,6 +128,16 @@ def test_a_head_with_scaled_queries_is_named(planted):
     )
     one = diagnose(run, episode)
     assert (one.cause, one.site, one.first_step) == ("attention", "layers.0.attention, head 2", PLANTED)
+
+
+def test_sites_that_are_measured_seldom_tie_with_what_they_may_have_preceded(tmp_path):
+    """Attention every 4th step only: the head's departure is seen late, and may have come before the gradients'."""
+    run = train(tmp_path / "run", "head", every=4)
+    episode = Episode(
+        kind="spike", onset=PLANTED + 1, peak=PLANTED + 1, end=PLANTED + 1, height=0.0, signal="train/-/loss"
+    )
+    one = diagnose(run, episode)
+    assert (one.cause, one.site, one.resolution) == ("attention", "layers.0.attention, head 2", 4)
 
 
 def test_a_raised_learning_rate_is_named(planted):
