@@ -18,6 +18,7 @@ class ObjectiveConfig:
         pieces: [MASK] pieces in a row.
         mask_fraction: share of a piece's tokens inside spans.
         span_mean: Poisson mean of span lengths, zero excluded.
+        single_span: share of [MASK] pieces with one span only, whatever fraction that is.
         gmask_least: smallest share of a piece that [gMASK] generates; the largest is all of it.
         positions: "1d": span tokens take the position of their mask; "2d" adds the place within the span.
     """
@@ -27,11 +28,12 @@ class ObjectiveConfig:
     pieces: int = 4
     mask_fraction: float = 0.15
     span_mean: float = 3.0
+    single_span: float = 0.02
     gmask_least: float = 0.2
     positions: Literal["1d", "2d"] = "1d"
 
     def __post_init__(self) -> None:
-        for name in ("gmask_share", "gmask_least"):
+        for name in ("gmask_share", "gmask_least", "single_span"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"objective.{name} is a share between 0 and 1, got {getattr(self, name)}")
         if not 0 < self.mask_fraction < 0.5:

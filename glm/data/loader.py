@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from glm.data.batch import NO_TARGET, PADDING_SEGMENT, Batch, Provenance
-from glm.data.blanks import Ints, Rows, causal_rows, draw_spans, gmask_rows, mask_pieces
+from glm.data.blanks import Rows, causal_rows, gmask_rows, mask_pieces
 from glm.data.config import DataConfig, ObjectiveConfig
 from glm.data.random import shuffled, uniform
 from glm.data.shards import TokenData
+from glm.data.spans import Ints, draw_spans
 from glm.errors import InputError
 
 _KIND, _SHIFT = 0, 1

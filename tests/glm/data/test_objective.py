@@ -9,22 +9,23 @@ import pytest
 from scipy import stats
 
 from glm.data.batch import NO_TARGET
-from glm.data.blanks import draw_spans, gmask_rows, mask_pieces
+from glm.data.blanks import gmask_rows, mask_pieces
 from glm.data.config import ObjectiveConfig
 from glm.data.loader import Loader
+from glm.data.spans import draw_spans
 from glm.data.special import SpecialTokens
 from glm.errors import InputError
 
-CONFIG = ObjectiveConfig()
+CONFIG = ObjectiveConfig(single_span=0.0)
 SPECIAL = SpecialTokens()
 STREAM = np.arange(100, 40_100).astype(np.uint16)
 ROOM = 256
 
 
-def pieces(count: int, room: int = ROOM, seed: int = 3):
+def pieces(count: int, room: int = ROOM, seed: int = 3, config: ObjectiveConfig = CONFIG):
     sample = np.arange(count)
     first = sample * 131
-    spans = draw_spans(seed, sample, room, CONFIG)
+    spans = draw_spans(seed, sample, room, config)
     return first, spans, mask_pieces(STREAM, first, spans, room, SPECIAL)
 
 
@@ -63,7 +64,7 @@ def naive_piece(text, lengths, starts, order, room):
 
 @pytest.mark.parametrize("room", [32, 64, 256, 512])
 def test_pieces_are_the_naive_ones_and_no_target_is_cut(room):
-    first, spans, rows = pieces(200, room)
+    first, spans, rows = pieces(200, room, config=ObjectiveConfig(single_span=0.1))
     for q in range(200):
         k, n = int(spans.count_Q[q]), int(spans.text_Q[q])
         text = STREAM[first[q] : first[q] + n].tolist()
@@ -103,6 +104,21 @@ def test_span_lengths_are_poisson_without_zero():
     seen = np.array([(inner == v).mean() for v in values])
     # Five binomial deviations, plus 2 % for the stopping rule's own bias against long spans.
     assert (np.abs(seen - expected) < 5 * np.sqrt(expected / len(inner)) + 0.02 * expected + 0.003).all()
+
+
+def test_some_pieces_have_one_span_only():
+    _, spans, _ = pieces(5000, config=ObjectiveConfig())
+    assert abs((spans.count_Q == 1).mean() - 0.02) < 5 * math.sqrt(0.02 * 0.98 / 5000)
+    assert (spans.text_Q[spans.count_Q == 1] == ROOM - 2).all()
+
+
+def test_places_of_spans_are_uniform():
+    # Four tokens and one span of one: it may begin at 0, 1, 2 or 3, each a quarter of the time.
+    config = ObjectiveConfig(single_span=1.0, span_mean=1e-9)
+    starts = draw_spans(1, np.arange(8000), 6, config).start_QK[:, 0]
+    counts = np.bincount(starts, minlength=4)
+    assert len(counts) == 4
+    assert stats.chisquare(counts).pvalue > 1e-6
 
 
 def test_gmask_rows_are_the_definition():
