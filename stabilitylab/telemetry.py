@@ -21,6 +21,7 @@ History can be rewritten: a resumed or rolled-back run goes back to step s and t
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -37,7 +38,8 @@ from stabilitylab.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows has no advisory locks of this kind; runs there are not guarded against each other.
+except ImportError:
+    # Windows has no advisory locks of this kind; runs there are not guarded against each other.
     fcntl = None  # type: ignore[assignment]
 
 RUN_SITE = "-"
@@ -184,8 +186,12 @@ class RunFolder:
             lock = (self.path / ".lock").open("a+", encoding="utf-8")
         except (FileExistsError, NotADirectoryError):
             raise InputError(f"{self.path} cannot be a run folder: a file stands in the way") from None
-        except PermissionError:
-            raise InputError(f"{self.path} cannot be written: permission denied; choose another folder") from None
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise InputError(
+                f"{self.path} cannot be written: {os.strerror(error.errno).lower()}; choose another folder"
+            ) from None
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,6 +201,7 @@ class RunFolder:
                     f"{self.path} is being written by another run: wait for it, or choose another folder"
                 ) from None
         self._lock = lock
+        self._mend_events()
 
     def release(self) -> None:
         """Give the right to write back."""
@@ -203,10 +210,34 @@ class RunFolder:
             self._lock = None
 
     def append_events(self, events: Sequence[Event]) -> None:
-        """Add lines to ``events.jsonl`` and flush them to the operating system."""
-        if events:
-            with self.events.open("a", encoding="utf-8") as file:
-                file.write("".join(event.to_json() + "\n" for event in events))
+        """Add lines to ``events.jsonl`` and hand them to the operating system: all of them, or none where that fails."""
+        if not events:
+            return
+        lines = "".join(event.to_json() + "\n" for event in events).encode()
+        with self.events.open("ab", buffering=0) as file:
+            end = file.tell()
+            written = 0
+            try:
+                while written < len(lines):
+                    written += file.write(lines[written:])
+            except OSError as error:
+                file.truncate(end)
+                error.filename = str(self.events)
+                raise
+
+    def _mend_events(self) -> None:
+        """Give a last line that a kill cut short its end, or take it away: the next event starts a line of its own."""
+        if not self.events.is_file():
+            return
+        with self.events.open("r+b") as file:
+            *_, last = file.read().split(b"\n")
+            if not last:
+                return
+            try:
+                Event.from_json(last.decode())
+                file.write(b"\n")
+            except (ValueError, KeyError, TypeError):
+                file.truncate(file.tell() - len(last))
 
     def read_events(self) -> list[Event]:
         """All events whose history still stands: those at or after a later ``rewind``'s step are dropped.
@@ -225,7 +256,9 @@ class RunFolder:
             except (ValueError, KeyError, TypeError):
                 if number >= len(lines) - 1:
                     continue
-                raise InputError(f"{self.events}, line {number} is not an event: repair or remove the line") from None
+                raise InputError(
+                    f"{self.events}, line {number} is not an event: repair or remove the line"
+                ) from None
             if event.kind == "rewind":
                 standing = [e for e in standing if e.step < event.step or e.kind in _SURVIVES_REWIND]
             standing.append(event)
@@ -233,4 +266,6 @@ class RunFolder:
 
 
 # What the run did about its history outlives the history itself: a response explains why steps were taken back.
-_SURVIVES_REWIND = frozenset({"run-start", "rewind", "response", "interrupted", "telemetry-lost", "recovered"})
+_SURVIVES_REWIND = frozenset(
+    {"run-start", "rewind", "response", "interrupted", "telemetry-lost", "recovered"}
+)
