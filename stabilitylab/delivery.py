@@ -126,7 +126,7 @@ class Delivery:
         self._queue.put((flush, steps))
 
     def wait(self) -> None:
-        """Return when everything posted so far has been written."""
+        """Return when everything posted so far has been written, and is on disk where a sink can ``flush``."""
         if self._thread.is_alive():
             done = threading.Event()
             self._queue.put(done)
@@ -145,6 +145,9 @@ class Delivery:
             if item is None:
                 break
             if isinstance(item, threading.Event):
+                for sink in self._sinks:
+                    if (flush_sink := getattr(sink, "flush", None)) is not None:
+                        flush_sink()
                 item.set()
                 continue
             flush, steps = item

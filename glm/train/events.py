@@ -80,6 +80,9 @@ class Callback:
         del info
         return ()
 
+    def saving(self, step: int) -> None:
+        """A checkpoint is about to be written: what was seen of the steps before ``step`` must outlive this process."""
+
     def event(self, event: Event) -> None:
         """The loop or the responder did something worth recording. A ``rewind`` supersedes steps >= its own."""
 

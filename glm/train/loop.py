@@ -207,6 +207,9 @@ class Trainer:
         """Write a checkpoint of the present state."""
         if self.run is None:
             return
+        # Telemetry first: a run resumed from the checkpoint will not see these steps again.
+        for callback in self.callbacks:
+            callback.saving(self.step)
         path = checkpoints.save(self.run.checkpoints, self.state(), keep=self.config.checkpoint.keep)
         self._saved_at = self.step
         self.tell(Event(step=self.step, kind="checkpoint", data={"path": path.name}))

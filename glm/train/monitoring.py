@@ -88,6 +88,9 @@ class MonitorCallback(Callback):
             first_sample=info.first_sample,
         )
 
+    def saving(self, step: int) -> None:
+        self.monitor.flush()
+
     def event(self, event: Event) -> None:
         if self._monitor is None:  # before train_start: a resume tells its rewind first
             self._pending_events.append(event)

@@ -75,7 +75,9 @@ class ProgressCallback(Callback):
         if event.kind not in ROUTINE:
             about = ", ".join(f"{name} {value}" for name, value in event.data.items())
             self.console.print(
-                f"step {event.step}: {event.kind}" + (f" ({about})" if about else ""), style="yellow"
+                f"step {event.step}: {event.kind}" + (f" ({about})" if about else ""),
+                style="yellow",
+                soft_wrap=True,
             )
 
     def train_end(self) -> None:

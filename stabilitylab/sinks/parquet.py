@@ -85,7 +85,7 @@ class ParquetSink:
         self._row_count = 0
         self._oldest = 0.0
 
-        self._queue: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Batch | threading.Event | None] = queue.SimpleQueue()
         self._queued = 0  # rows; counted by the caller's thread alone, as _taken is by the other
         self._taken = 0
         self._errors: queue.SimpleQueue[Exception] = queue.SimpleQueue()
@@ -107,6 +107,13 @@ class ParquetSink:
             copy = Samples(samples.keys, samples.step.copy(), samples.key.copy(), samples.value.copy())
             self._queue.put((copy, tuple(events)))
         self._raise_error()
+
+    def flush(self) -> None:
+        """Write what is held and return when it is on disk. Errors surface at the next ``write`` or at ``close``."""
+        if not self._closed:
+            done = threading.Event()
+            self._queue.put(done)
+            done.wait()
 
     def close(self) -> None:
         """Write what is held, merge small files, and wait for the thread. A second call does nothing."""
@@ -140,13 +147,18 @@ class ParquetSink:
                     self._flush()
                     self._merge_all()
                     return
-                self._take(*batch)
+                if isinstance(batch, threading.Event):
+                    self._flush()
+                else:
+                    self._take(*batch)
             except Exception as error:  # handed to the caller, whatever it is
                 self._errors.put(error)
                 if batch is None:
                     return
             finally:
-                if batch is not None:
+                if isinstance(batch, threading.Event):
+                    batch.set()
+                elif batch is not None:
                     self._taken += len(batch[0])
 
     def _take(self, samples: Samples, events: tuple[Event, ...]) -> None:
