@@ -1,0 +1,75 @@
+"""Every command of the README does what it says, in an empty folder, on a reader's own text."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# These serve until stopped, or take minutes; the Makefile's own targets are what CI runs.
+LONG = ("make ", "tensorboard ")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the reader's text in it."""
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "my-text").mkdir()
+    for name, text in topics.items():
+        (folder / "my-text" / f"{name.replace('/', '-')}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def run(words: list[str], place: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, f"{words}: {done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_the_three_lines_then_every_command_in_order(place):
+    (python,) = blocks("python")
+    run([sys.executable, "-c", python], place)
+    commands = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    assert len(commands) >= 12
+    for command in commands:
+        if command and not command.startswith(LONG):
+            # `python` is the one of the environment in which the package is installed.
+            words = [sys.executable if word == "python" else word for word in command.split()]
+            run(words, place)
+    assert (place / "runs" / "mine" / "report.html").stat().st_size > 10_000
+    assert (place / "comparison.html").stat().st_size > 10_000
+
+
+def test_makefile_has_the_targets(place):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test", "test-slow", "check"):
+        assert re.search(rf"^{target}:", makefile, re.M)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_tree_is_the_one_that_stands():
+    tree = README.partition("## What is here")[2].partition("An arrow")[0]
+    package = ""
+    for line in tree.splitlines():
+        if match := re.match(r"    (\w+)/ ", line):
+            package = match[1]
+            assert (ROOT / package).is_dir()
+        elif match := re.match(r"      (\S+) ", line):
+            assert (ROOT / package / match[1]).exists(), f"{package}/{match[1]}"
