@@ -12,10 +12,10 @@ acts.
 | escalate | the rungs of ``LADDER`` one after the other | |
 
 A decision is taken at the onset of an episode, or when it turns out worse than thought, but not within
-``cooldown`` steps of the run's beginning or of the last decision; only a loss that is not finite does not wait.
-Under ``escalate`` an episode within ``memory`` steps of the last decision takes the next rung, later ones
-begin at the first. After ``budget`` decisions the responder says so once and stands aside: a run that needs
-more needs a person.
+``cooldown`` steps of the run's beginning or of the last decision; only a loss that is not finite does not
+wait. What begins in a cooldown and still goes on when that is over is answered then. Under ``escalate`` an
+episode within ``memory`` steps of the last decision takes the next rung, later ones begin at the first. After
+``budget`` decisions the responder says so once and stands aside: a run that needs more needs a person.
 
 A non-finite loss means that the state cannot be trusted: whatever the policy, the decision then also goes
 back to before the onset and leaves its batch out.
@@ -142,15 +142,26 @@ class Responder:
         self.quiet_until = config.cooldown
         self.remember_until = 0
         self.gave_up = False
+        self.waiting: dict[str, dict[str, Any]] = {}  # episodes that began in a cooldown and go on
 
     def decide(self, events: Sequence[Event], step: int) -> Decision:
         """The decision that follows from what the detector noticed at ``step``."""
-        event = self._gravest(events)
         proceed = Decision(kind="continue", step=step, used=self.used)
-        if event is None or not self.config.active:
+        if not self.config.active:
             return proceed
-        lost = event.kind == "non-finite" and event.data.get("signal", "").endswith("/loss")
+        self._forget_ended(events)
+        minded = [event for event in events if self._minds(event)]
+        event = _gravest(minded)
+        lost = event is not None and event.kind == "non-finite" and _signal(event).endswith("/loss")
         if step < self.quiet_until and not lost:
+            # What begins in the cooldown is answered when that is over, if it is still going on.
+            for one in minded:
+                self.waiting[_name(one)] = _reason(one)
+            return proceed
+        if event is None:
+            event = _gravest([_event(step, reason) for reason in self.waiting.values()])
+        self.waiting.clear()
+        if event is None:
             return proceed
         if self.used >= self.config.budget:
             if self.gave_up:
@@ -159,15 +170,15 @@ class Responder:
             return Decision(kind="give-up", step=step, used=self.used, reason=_reason(event))
         return self._respond(event, step, lost=lost)
 
-    def _gravest(self, events: Sequence[Event]) -> Event | None:
-        minded = [
-            event
-            for event in events
-            if event.kind in _GRAVITY
-            and event.data.get("phase") in ("onset", "change")
-            and (event.kind != "hard-batch" or self.config.hard_batches)
-        ]
-        return min(minded, key=lambda event: _GRAVITY.index(event.kind), default=None)
+    def _minds(self, event: Event) -> bool:
+        """A beginning, or a turn to the worse, of something that asks for an answer."""
+        asks = event.kind in _GRAVITY and (event.kind != "hard-batch" or self.config.hard_batches)
+        return asks and event.data.get("phase") in ("onset", "change")
+
+    def _forget_ended(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if event.data.get("phase") == "end":
+                self.waiting.pop(_name(event), None)
 
     def _respond(self, event: Event, step: int, *, lost: bool) -> Decision:
         config = self.config
@@ -206,6 +217,7 @@ class Responder:
             "quiet_until": self.quiet_until,
             "remember_until": self.remember_until,
             "gave_up": self.gave_up,
+            "waiting": {name: dict(reason) for name, reason in self.waiting.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -215,7 +227,24 @@ class Responder:
         self.quiet_until = state["quiet_until"]
         self.remember_until = state["remember_until"]
         self.gave_up = state["gave_up"]
+        self.waiting = {name: dict(reason) for name, reason in state["waiting"].items()}
+
+
+def _gravest(events: Sequence[Event]) -> Event | None:
+    return min(events, key=lambda event: _GRAVITY.index(event.kind), default=None)
 
 
 def _reason(event: Event) -> dict[str, Any]:
     return {"kind": event.kind, **event.data}
+
+
+def _event(step: int, reason: Mapping[str, Any]) -> Event:
+    return Event(step=step, kind=reason["kind"], data={k: v for k, v in reason.items() if k != "kind"})
+
+
+def _signal(event: Event) -> str:
+    return str(event.data.get("signal", ""))
+
+
+def _name(event: Event) -> str:
+    return f"{event.data.get('episode')} {_signal(event)}"

@@ -72,6 +72,20 @@ def test_cooldown_at_the_beginning_and_after_a_decision():
     assert responder.decide(noticed(100, "non-finite"), 100).kind == "clip"  # does not wait
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_begins_in_a_cooldown_is_answered_after_it_if_it_goes_on(ends):
+    responder = Responder(ResponderConfig(policy="skip-batch", cooldown=20))
+    assert responder.decide(noticed(10), 10).kind == "continue"
+    if ends:
+        responder.decide(noticed(15, onset=10, phase="end"), 15)
+    taken = {step: d for step in range(16, 40) if (d := responder.decide([], step)).kind != "continue"}
+    if ends:
+        assert taken == {}
+    else:
+        ((step, decision),) = taken.items()
+        assert (step, decision.back_to, decision.skip_batches) == (20, 10, 11)
+
+
 def test_cooldown_counts_from_where_training_goes_on():
     responder = Responder(ResponderConfig(policy="roll-back", rollback_steps=50, cooldown=20))
     assert responder.decide(noticed(100), 100).back_to == 50
