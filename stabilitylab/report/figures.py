@@ -1,242 +1,250 @@
-"""Figures: one quiet look for all, readable on light and on dark paper, non-finite values shown.
+"""Figures of values over steps and over depth, and of arms beside each other. style.py has their look, maps.py the maps.
 
-Lines are coloured in the Okabe-Ito order (safe for colour-blind readers), seeds thin and their mean thick. Axes and text are
-mid-grey on a transparent ground, so that one picture serves both modes. A value that is not finite cannot be drawn at its
-place: it becomes a cross at the upper edge, or a hatched cell in a map.
+Seeds are thin and their mean thick. A value that is not finite cannot be drawn at its place: it becomes a cross at the upper
+edge. Figures are plain matplotlib figures, so that a notebook can go on working with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-GREY = "#7f7f7f"
-SPIKE = "#D55E00"
-FP16_MAX = 65504.0
+from stabilitylab.report.style import (
+    ALARM,
+    STYLE,
+    colours,
+    log_axis,
+    panel,
+    plain,
+    positive,
+    say_not_recorded,
+    thinned,
+)
 
-STYLE: dict[str, Any] = {
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "text.color": GREY,
-    "axes.labelcolor": GREY,
-    "axes.edgecolor": GREY,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GREY,
-    "grid.alpha": 0.2,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.6,
-    "font.family": "sans-serif",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "stabilitylab",
-}
+Lines = Mapping[str, Sequence["pd.Series[float]"]]
+
+
+class Mark(NamedTuple):
+    """An episode to show on a curve: first step, last step (None: still open), and its kind."""
+
+    onset: int
+    end: int | None
+    text: str
 
 
 def curves(
-    lines: Mapping[str, Sequence[pd.Series[float]]],
+    lines: Lines,
     *,
     title: str,
     unit: str = "",
-    log: bool = False,
+    log: bool | Literal["auto"] = False,
+    base: int = 10,
+    stairs: bool = False,
     limit: tuple[float, str] | None = None,
-    marks: Mapping[str, Sequence[tuple[int, str]]] | None = None,
+    marks: Mapping[str, Sequence[Mark]] | None = None,
 ) -> Figure:
     """Values over steps; several series under one label are seeds: thin, with their mean thick.
 
     Args:
         lines: label -> series with the step as index.
-        log: logarithmic value axis.
+        log: logarithmic value axis, where the values allow it. "auto": where the largest is 30 times the median.
+        base: of the logarithm.
+        stairs: the value holds from one step to the next (loss scale) instead of moving there evenly.
         limit: a horizontal line and its name, drawn only where it is within a factor of 30 of the data.
-        marks: label -> (step, text) of events, drawn on the label's first series.
+        marks: label -> episodes, marked on the label's first series and shaded for as long as they last.
     """
+    drawn = {label: [thinned(s) for s in several if len(s)] for label, several in lines.items()}
+    every = _together(s.to_numpy(dtype=float) for several in drawn.values() for s in several)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 2.9), layout="constrained")
-        axes = figure.subplots()
-        for (label, series), colour in zip(lines.items(), _colours(), strict=False):
-            seeds = [s for s in series if len(s)]
-            for s in seeds:
-                finite = s[np.isfinite(s)]
-                thin: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.45} if len(seeds) > 1 else {}
-                axes.plot(finite.index, finite, color=colour, label=None if len(seeds) > 1 else label, **thin)
-                bad = s.index[~np.isfinite(s)]
-                if len(bad):
-                    edge = axes.get_xaxis_transform()
-                    axes.plot(bad, np.full(len(bad), 0.98), "x", color=colour, markersize=5, transform=edge)
-            if len(seeds) > 1:
-                mean = pd.concat(seeds, axis=1).replace([np.inf, -np.inf], np.nan).mean(axis=1)
-                axes.plot(mean.index, mean, color=colour, label=label)
-            _mark(axes, seeds, (marks or {}).get(label, ()))
-        if log:
-            axes.set_yscale("log")
-        if limit is not None and _near(lines, limit[0]):
-            axes.axhline(limit[0], color=SPIKE, linewidth=1, linestyle="--")
-            axes.annotate(
-                limit[1],
-                (0.01, limit[0]),
-                xycoords=("axes fraction", "data"),
-                va="bottom",
-                fontsize=8,
-                color=SPIKE,
-            )
+        figure, axes = panel()
         axes.set_title(title)
+        if not every.size:
+            say_not_recorded(axes)
+            return figure
+        way: dict[str, Any] = {"drawstyle": "steps-post"} if stairs else {}
+        crosses = False
+        for (label, several), colour in zip(drawn.items(), colours(), strict=False):
+            for s in several:
+                finite = s[np.isfinite(s)]
+                look: dict[str, Any] = (
+                    {"linewidth": 0.7, "alpha": 0.45} if len(several) > 1 else {"label": label}
+                )
+                # A single value has no line: it needs a dot.
+                dot: dict[str, Any] = {"marker": "o", "markersize": 3} if len(finite) == 1 else {}
+                axes.plot(finite.index, finite, color=colour, **look, **way, **dot)
+                crosses |= _cross(axes, s.index[~np.isfinite(s)], colour)
+            if len(several) > 1:
+                mean = thinned(_mean(lines[label]))
+                axes.plot(mean.index, mean, color=colour, label=label, **way)
+        if logarithmic := _logarithmic(log, every):
+            axes.set_yscale("log", base=base)
+        _limit(axes, limit, every)
+        if logarithmic:
+            log_axis(axes.yaxis, base=base)
+        else:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: plain(v)))
+        # Shading reaches to the curve's own ends, not beyond them.
+        axes.margins(x=0.01)
+        for (label, several), colour in zip(drawn.items(), colours(), strict=False):
+            _mark(axes, several, (marks or {}).get(label, ()), colour if len(drawn) > 1 else ALARM)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if any(any(len(s) for s in series) for series in lines.values()):
-            axes.legend(ncols=min(4, len(lines)), loc="best")
-        else:
-            axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
+        if crosses:
+            axes.plot([], [], "x", color=STYLE["text.color"], markersize=4, label="not finite")
+        if len(drawn) > 1 or crosses:
+            axes.legend(ncols=min(4, len(drawn) + crosses), loc="best")
         return figure
 
 
-def heat_map(
-    matrix: pd.DataFrame, *, title: str, log: bool = True, limits: tuple[float, float] | None = None
+def by_depth(
+    values: Mapping[str, Sequence[pd.Series[float]]],
+    *,
+    title: str,
+    unit: str = "",
+    limit: tuple[float, str] | None = None,
+    joined: bool = True,
 ) -> Figure:
-    """Sites down, steps across, the value as colour. Cells that are not finite are red.
+    """Values by layer, counted from 0 in the order given. Several series under a label are seeds, or heads.
 
     Args:
-        matrix: rows the sites, columns the steps.
-        limits: of the colour scale; by default the data's own.
+        values: label -> series, one value a layer.
+        joined: draw the mean of a label's series as a line; False: only a dot for each value (heads).
     """
-    values = matrix.to_numpy(dtype=float)
-    with mpl.rc_context({**STYLE, "axes.grid": False}):
-        height = min(7.0, max(1.6, 0.8 + 0.17 * len(matrix)))
-        figure = Figure(figsize=(7.2, height), layout="constrained")
-        axes = figure.subplots()
-        finite = values[np.isfinite(values) & ((values > 0) | (not log))]
-        if not finite.size:
-            axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
-            axes.set_title(title)
+    every = _together(s.to_numpy(dtype=float) for several in values.values() for s in several)
+    with mpl.rc_context(STYLE):
+        figure, axes = panel()
+        axes.set_title(title)
+        if not every.size:
+            say_not_recorded(axes)
             return figure
-        low, high = limits or (float(finite.min()), float(finite.max()))
-        high = high if high > low else low * 1.01 + 1e-12
-        scale = LogNorm(low, high, clip=True) if log else Normalize(low, high, clip=True)
-        colours = mpl.colormaps["viridis"].with_extremes(bad="#d62728")
-        shown = np.ma.masked_invalid(
-            np.where(np.isfinite(values), np.clip(values, low, None) if log else values, np.nan)
-        )
-        image = axes.imshow(
-            shown, aspect="auto", cmap=colours, norm=scale, interpolation="nearest", origin="lower"
-        )
-        figure.colorbar(image, ax=axes, pad=0.01)
-        _label_sites(axes, [str(site) for site in matrix.index])
-        ticks = np.unique(
-            np.linspace(0, len(matrix.columns) - 1, min(8, len(matrix.columns))).round().astype(int)
-        )
-        axes.set_xticks(ticks, [str(matrix.columns[i]) for i in ticks])
-        axes.set_xlabel("step")
-        axes.set_title(title)
-        return figure
-
-
-def by_layer(
-    values: Mapping[str, Sequence[pd.Series[float]]], *, title: str, limit: tuple[float, str] | None = None
-) -> Figure:
-    """One value a layer: how a quantity grows with depth. Several series under a label are seeds."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 2.9), layout="constrained")
-        axes = figure.subplots()
-        for (label, series), colour in zip(values.items(), _colours(), strict=False):
-            seeds = [s.reset_index(drop=True) for s in series if len(s)]
-            if not seeds:
-                continue
-            for s in seeds if len(seeds) > 1 else ():
-                axes.plot(s.index, s, color=colour, linewidth=0.7, alpha=0.45)
-            mean = pd.concat(seeds, axis=1).mean(axis=1)
-            axes.plot(mean.index, mean, "o-", color=colour, label=label, markersize=3)
-        axes.set_yscale("log")
-        if limit is not None:
-            axes.axhline(limit[0], color=SPIKE, linewidth=1, linestyle="--")
-            axes.annotate(
-                limit[1],
-                (0.01, limit[0]),
-                xycoords=("axes fraction", "data"),
-                va="bottom",
-                fontsize=8,
-                color=SPIKE,
-            )
-        axes.set_title(title)
-        axes.set_xlabel("layer")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(ncols=2)
-        else:
-            axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
-        return figure
-
-
-def dots(values: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, log: bool = False) -> Figure:
-    """Groups of arms, one dot a seed and a bar at the mean: ``values[group][arm]``."""
-    arms = list(dict.fromkeys(arm for group in values.values() for arm in group))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 2.6), layout="constrained")
-        axes = figure.subplots()
-        for number, (arm, colour) in enumerate(zip(arms, _colours(), strict=False)):
-            place = np.arange(len(values)) + (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
-            for x, group in zip(place, values.values(), strict=True):
-                seeds = np.array([v for v in group.get(arm, ()) if np.isfinite(v)])
-                axes.plot(np.full(len(seeds), x), seeds, "o", color=colour, markersize=4)
-                if len(seeds):
-                    axes.hlines(seeds.mean(), x - 0.3 / len(arms), x + 0.3 / len(arms), color=colour)
-            axes.plot([], [], "o", color=colour, label=arm)
-        if log:
+        for (label, several), colour in zip(values.items(), colours(), strict=False):
+            layers = [s.reset_index(drop=True) for s in several if len(s)]
+            for s in layers if len(layers) > 1 or not joined else ():
+                finite = s[np.isfinite(s)]
+                axes.plot(finite.index, finite, "o", color=colour, markersize=3, alpha=0.5, markeredgewidth=0)
+            for s in layers:
+                _cross(axes, s.index[~np.isfinite(s)], colour)
+            if joined and layers:
+                mean = _mean(layers)
+                axes.plot(mean.index, mean, "o-", color=colour, label=label, markersize=3)
+            else:
+                axes.plot([], [], "o", color=colour, label=label, markersize=3)
+        if positive(every):
             axes.set_yscale("log")
-        axes.set_xticks(range(len(values)), list(values))
+        _limit(axes, limit, every, always=positive(every))
+        if positive(every):
+            log_axis(axes.yaxis)
+        axes.set_xlabel("layer")
+        axes.set_ylabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(values) > 1:
+            axes.legend(ncols=2)
+        return figure
+
+
+def dots(
+    values: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, unit: str = "", log: bool = False
+) -> Figure:
+    """Groups of arms, one dot a seed and a bar at their mean: ``values[group][arm]``. Crosses are seeds that are not finite."""
+    arms = list(dict.fromkeys(arm for group in values.values() for arm in group))
+    every = _together(np.array(seeds, dtype=float) for group in values.values() for seeds in group.values())
+    with mpl.rc_context(STYLE):
+        figure, axes = panel(2.5)
         axes.set_title(title)
+        if not every.size:
+            say_not_recorded(axes)
+            return figure
+        for number, (arm, colour) in enumerate(zip(arms, colours(), strict=False)):
+            places = np.arange(len(values)) + (number - (len(arms) - 1) / 2) * 0.8 / len(arms)
+            for x, group in zip(places, values.values(), strict=True):
+                seeds = np.array(group.get(arm, ()), dtype=float)
+                finite = seeds[np.isfinite(seeds)]
+                axes.plot(np.full(len(finite), x), finite, "o", color=colour, markersize=4)
+                _cross(axes, np.full(len(seeds) - len(finite), x), colour)
+                if len(finite):
+                    axes.hlines(finite.mean(), x - 0.3 / len(arms), x + 0.3 / len(arms), color=colour)
+            axes.plot([], [], "o", color=colour, label=arm)
+        if log and positive(every):
+            axes.set_yscale("log")
+            log_axis(axes.yaxis)
+        axes.set_xticks(range(len(values)), list(values))
+        axes.set_xlim(-0.6, len(values) - 0.4)
+        axes.set_ylabel(unit)
         axes.legend(ncols=min(4, len(arms)))
         return figure
 
 
-def _colours() -> list[str]:
-    return list(COLOURS) * 8
+def _together(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0), *arrays])
 
 
-def _mark(axes: Any, seeds: Sequence[pd.Series[float]], marks: Sequence[tuple[int, str]]) -> None:
-    for step, text in marks:
-        near = next((s for s in seeds if step in s.index and np.isfinite(s.loc[step])), None)
-        if near is None:
-            axes.axvline(step, color=SPIKE, linewidth=0.8, alpha=0.6)
-        else:
-            axes.plot([step], [near.loc[step]], "v", color=SPIKE, markersize=6)
-        axes.annotate(
-            text,
-            (step, 1.0),
-            xycoords=("data", "axes fraction"),
-            rotation=90,
-            fontsize=7,
-            va="top",
-            ha="right",
-            color=SPIKE,
-        )
+def _mean(several: Sequence[pd.Series[float]]) -> pd.Series[float]:
+    """Mean of seeds at each step; not finite where one of them is not."""
+    frame = pd.concat([s.rename(i) for i, s in enumerate(several) if len(s)], axis=1)
+    recorded = pd.concat([s.notna().rename(i) | True for i, s in enumerate(several) if len(s)], axis=1)
+    broken = recorded.notna() & ~np.isfinite(frame)
+    return frame.mean(axis=1).mask(broken.any(axis=1))
 
 
-def _near(lines: Mapping[str, Sequence[pd.Series[float]]], limit: float) -> bool:
-    largest = [s[np.isfinite(s)].max() for series in lines.values() for s in series if np.isfinite(s).any()]
-    return bool(largest) and max(largest) * 30 > limit
+def _logarithmic(log: bool | str, values: np.ndarray) -> bool:
+    if not log or not positive(values):
+        return False
+    finite = values[np.isfinite(values)]
+    return log is True or bool(finite.max() > 30 * np.median(finite))
 
 
-def _label_sites(axes: Any, sites: Sequence[str]) -> None:
-    """All names where they fit, else an even choice of them; long ones keep their end, where they differ."""
-    step = max(1, -(-len(sites) // 40))
-    places = range(0, len(sites), step)
-    axes.set_yticks(
-        places, [name if len(name) <= 42 else "…" + name[-41:] for name in (sites[i] for i in places)]
+def _cross(axes: Axes, places: Any, colour: str) -> bool:
+    """Crosses at the upper edge; whether there were any."""
+    if not len(places):
+        return False
+    edge = axes.get_xaxis_transform()
+    axes.plot(
+        places, np.full(len(places), 0.98), "x", color=colour, markersize=4, transform=edge, clip_on=False
     )
+    return True
+
+
+def _limit(axes: Axes, limit: tuple[float, str] | None, values: np.ndarray, *, always: bool = False) -> None:
+    finite = values[np.isfinite(values)]
+    if limit is None or not (always or (finite.size and finite.max() * 30 > limit[0])):
+        return
+    axes.axhline(limit[0], color=ALARM, linewidth=1, linestyle="--")
+    where = (0.01, limit[0])
+    axes.annotate(limit[1], where, xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color=ALARM)
+    axes.margins(y=0.12)
+
+
+def _mark(axes: Axes, several: Sequence[pd.Series[float]], marks: Sequence[Mark], colour: str) -> None:
+    """Shade every episode, put a triangle above its onset, and name it where there is room for the name."""
+    above = axes.transData + ScaledTranslation(0, 5 / 72, axes.get_figure(root=True).dpi_scale_trans)  # type: ignore[union-attr]
+    left, right = axes.get_xlim()
+    named = left - 1.0
+    for mark in sorted(marks):
+        end = right if mark.end is None else mark.end
+        axes.axvspan(mark.onset, max(end, mark.onset), color=colour, alpha=0.18, linewidth=1)
+        # Of several seeds, the one that stands out there is the one in which it happened.
+        heights = [
+            s.loc[mark.onset] for s in several if mark.onset in s.index and np.isfinite(s.loc[mark.onset])
+        ]
+        if heights:
+            axes.plot([mark.onset], [max(heights)], "v", color=colour, markersize=5, transform=above)
+        if mark.onset - named > 0.035 * (right - left):
+            named = mark.onset
+            style: dict[str, Any] = {
+                "rotation": 90,
+                "fontsize": 7,
+                "va": "top",
+                "ha": "right",
+                "color": colour,
+            }
+            axes.annotate(mark.text, (mark.onset, 0.97), xycoords=("data", "axes fraction"), **style)
+    axes.set_xlim(left, right)

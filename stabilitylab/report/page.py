@@ -7,7 +7,9 @@ PNG where a map has so many cells that SVG would be larger.
 from __future__ import annotations
 
 import base64
+import errno
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,12 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from stabilitylab.errors import InputError
+from stabilitylab.report.style import ALARM, COLOURS, INK
+
 SVG_BYTES = 200_000
+# Colours of figures that a page's style sheet may set: they need another shade on dark ground.
+_PAGE_COLOURS = {INK: "currentColor", COLOURS[0]: "var(--blue)", ALARM: "var(--alarm)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,25 +95,52 @@ class Page:
         return template.render(page=self, css=Markup(_here("page.css")))
 
     def write(self, path: Path) -> Path:
-        """Write the page atomically and return its path."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.html(), encoding="utf-8")
-        partial.replace(path)
+        """Write the page under its name only when it is whole, and return its path.
+
+        Raises InputError where the folder may not be written; a full disk is an OSError that names the file.
+        """
+        text = self.html()
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            try:
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno in (
+                errno.EACCES,
+                errno.EPERM,
+                errno.EROFS,
+                errno.ENOENT,
+                errno.ENOTDIR,
+                errno.EISDIR,
+            ):
+                raise InputError(
+                    f"cannot write {path}: {os.strerror(error.errno)}; choose another place"
+                ) from None
+            error.filename = str(path)
+            raise
         return path
 
 
 def picture_html(figure: Figure) -> Markup:
-    """A figure as inline SVG, or as PNG where that is smaller."""
+    """A figure as inline SVG in the page's own ink, or as PNG where that is smaller."""
+    title = "; ".join(axes.get_title("left") or axes.get_title() for axes in figure.axes).strip("; ")
     vector = io.StringIO()
     figure.savefig(vector, format="svg", metadata={"Date": None})
     text = vector.getvalue()
     if len(text) <= SVG_BYTES:
-        return Markup(text[text.index("<svg") :])
+        text = text[text.index("<svg") :]
+        for colour, name in _PAGE_COLOURS.items():
+            text = text.replace(colour.lower(), name)
+        # matplotlib escapes the texts it draws; the title goes through Markup.
+        label = Markup('<svg role="img" aria-label="{}"').format(title)
+        return label + Markup(text.removeprefix("<svg"))
     raster = io.BytesIO()
     figure.savefig(raster, format="png", dpi=160)
-    return Markup('<img alt="" src="data:image/png;base64,{}">').format(
-        base64.b64encode(raster.getvalue()).decode()
-    )
+    encoded = base64.b64encode(raster.getvalue()).decode()
+    return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(title, encoded)
 
 
 def _environment() -> jinja2.Environment:

@@ -131,7 +131,7 @@ class Run:
     def matrix(self, family: str, statistic: str, index: Index = None) -> pd.DataFrame:
         """A statistic at every site: rows the sites in the model's order, columns the steps.
 
-        NaN also where nothing was recorded; ``rows`` tells the two apart.
+        NaN also where nothing was recorded; ``recorded`` tells the two apart.
 
         Args:
             family: for example "activation".
@@ -142,6 +142,13 @@ class Run:
         order = rows["site"].astype(str).unique()
         frame = rows.assign(site=rows["site"].astype(str)).pivot(index="site", columns="step", values="value")
         return frame.reindex(order).sort_index(axis=1)
+
+    def recorded(self, family: str, statistic: str) -> pd.DataFrame:
+        """Where ``matrix`` has a value that was recorded, be it NaN: booleans, rows and columns as in ``matrix``."""
+        rows = self.rows(family, statistic)
+        site = rows["site"].astype(str)
+        frame = pd.crosstab(site, rows["step"]).astype(bool)
+        return frame.reindex(site.unique()).rename_axis(index="site", columns="step")
 
     def _table(self, columns: list[str], family: str | None = None, statistic: str | None = None) -> pa.Table:
         """Standing rows of all files, oldest first, sites in the order of first appearance."""

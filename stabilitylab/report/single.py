@@ -31,6 +31,8 @@ def _report(runs: sections.Runs, *, title: str, lead: str, facts: dict[str, str]
         sections.gradients(runs),
         sections.main_branch(runs),
         sections.attention(runs),
+        sections.ranges(runs),
+        sections.updates(runs),
         sections.outliers(runs),
     ]
     return page

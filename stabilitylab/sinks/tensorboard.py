@@ -170,7 +170,7 @@ class TensorBoardSink:
             writer.add_text("spikes" if event.kind in EPISODES else "events", text, event.step)
 
     def _draw(self, writer: SummaryWriter) -> None:
-        from stabilitylab.report.figures import heat_map
+        from stabilitylab.report.maps import heat_map
 
         self._drawn = time.monotonic()
         for title, sites in self._maps.items():

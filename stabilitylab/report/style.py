@@ -1,0 +1,121 @@
+"""One quiet look for all figures.
+
+Lines are coloured in Okabe and Ito's order, which colour-blind readers tell apart. Axes and text have one grey on a
+transparent ground; a page replaces that grey by its own ink (page.py), so that one figure serves light and dark mode. Text is
+sized for a figure shown at about 1.6 times its size on a desk and at its own on a phone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+INK = "#7f7f7e"
+ALARM = "#D55E00"
+FP16_MAX = 65504.0
+WIDTH = 6.4
+
+STYLE: dict[str, Any] = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": INK,
+    "grid.alpha": 0.2,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.4,
+    "lines.solid_capstyle": "round",
+    "path.simplify": True,
+    "font.family": "sans-serif",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "stabilitylab",
+}
+
+
+def colours() -> Iterator[str]:
+    """The palette, over and over."""
+    return cycle(COLOURS)
+
+
+def panel(height: float = 2.7) -> tuple[Figure, Axes]:
+    """An empty figure of the page's width; call inside ``rc_context(STYLE)``."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def say_not_recorded(axes: Axes) -> None:
+    """What an empty picture says instead of nothing."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=axes.transAxes)
+
+
+def log_axis(axis: Any, *, base: int = 10) -> None:
+    """A logarithmic axis whose marks read 0.5, 20, 3,000 and not 2 x 10^1."""
+    if base == 2:
+        # A loss scale moves by factors of two; which power it is, is what people know of it.
+        axis.set_major_locator(LogLocator(base=2, numticks=8))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"$2^{{{math.log2(v):.0f}}}$" if v > 0 else ""))
+        axis.set_minor_locator(NullLocator())
+        return
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low) if 0 < low < high else 0.0
+    # Few decades: marks at 1, 2 and 5; many: at the powers alone.
+    subs = (1.0, 2.0, 5.0) if decades < 3.5 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=9))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: plain(v)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def plain(value: float) -> str:
+    """A number as people write it: 0.002, 1.5, 65,504, 3e-09, inf."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+
+
+def positive(values: np.ndarray) -> bool:
+    """Whether a logarithmic axis can show every finite value, and there is one."""
+    finite = values[np.isfinite(values)]
+    return bool(finite.size) and bool((finite > 0).all())
+
+
+def thinned(series: pd.Series[float], points: int = 2000) -> pd.Series[float]:
+    """At most about ``points`` values of a curve: of each stretch of steps its lowest, its highest and one that is not finite.
+
+    No spike and no NaN is lost by drawing fewer points than were recorded.
+    """
+    if len(series) <= points:
+        return series
+    values = series.to_numpy(dtype=float)
+    stretch = np.arange(len(values)) * (points // 3) // len(values)
+    frame = pd.DataFrame({"stretch": stretch, "value": np.where(np.isfinite(values), values, np.nan)})
+    grouped = frame.dropna().groupby("stretch")["value"]
+    bad = pd.Series(np.flatnonzero(~np.isfinite(values)))
+    first_bad = bad.groupby(stretch[bad.to_numpy()]).first()
+    keep = np.unique(np.concatenate([grouped.idxmin(), grouped.idxmax(), first_bad, [0, len(values) - 1]]))
+    return series.iloc[keep.astype(int)]
