@@ -126,7 +126,8 @@ class Delivery:
         self._queue.put((flush, steps))
 
     def wait(self) -> None:
-        """Return when everything posted so far has been written, and is on disk where a sink can ``flush``."""
+        """Return when everything posted so far has been written, and is on disk where a sink can
+        ``flush``."""
         if self._thread.is_alive():
             done = threading.Event()
             self._queue.put(done)

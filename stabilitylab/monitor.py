@@ -289,6 +289,11 @@ class Monitor:
                 self._output.explain(self._describe_batch)
             self._output.release()
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the monitor holds on the model's devices."""
+        return self._buffer.nbytes + sum(getattr(probe, "nbytes", 0) for probe in self._probes)
+
     def __enter__(self) -> Monitor:
         return self
 

@@ -8,7 +8,7 @@ Family ``update``, site = parameter path:
 
 | statistic | meaning | unit | source |
 | --- | --- | --- | --- |
-| rms | RMS of the change of the weights, of a sample of at least 1,024 (all, if fewer) | weight | updates.py |
+| rms | RMS of the change of the weights, of a sample of at least 256 (all, if fewer) | weight | updates.py |
 | weight_rms | RMS of the weights before the step, of the same sample | weight | updates.py |
 | ratio | rms / weight_rms | 1 | updates.py |
 | rms_t | sqrt(mean(g^2 / max(v, eps^2))): well above 1 when v lags behind g^2 | 1 | StableAdamW, arXiv:2304.13013 |
@@ -164,6 +164,12 @@ class UpdateProbe:
         keys = self._full.keys(full) + self._short.keys(short) if short else self._full.keys(full)
         parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
         return Readings(keys, np.concatenate(parts))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the sampled weights."""
+        samples = (entry.update.before for entry in self._updates.values())
+        return sum(before.numel() * before.element_size() for before in samples)
 
     def detach(self) -> None:
         """Remove the optimizer's hooks."""
