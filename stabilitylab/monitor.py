@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from stabilitylab.arrivals import Arrivals, Detector, Ended
 from stabilitylab.delivery import Delivery
@@ -162,9 +163,12 @@ class Monitor:
         for probe in self._probes:
             probe.attach(self._context)
         self._scale = LossScale(scaler, optimizer, self._buffer)
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         if optimizer is not None:
-            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._optimizer_steps()))
+            self._handles += [
+                optimizer.register_step_pre_hook(self._optimizer_begins),
+                optimizer.register_step_post_hook(self._optimizer_ends),
+            ]
         # The step of the last alarm that all ranks know of.
         self._alarm: int | None = None
         self._last: int | None = None
@@ -347,7 +351,12 @@ class Monitor:
             ended.transfer = Transfer(parts, list(distant.values()))
         return ended
 
-    def _optimizer_steps(self) -> None:
+    def _optimizer_begins(self, optimizer: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        # With a closure the backward pass is still to come, inside the step.
+        if not self._taken and not any(callable(argument) for argument in (*args, *kwargs.values())):
+            self.gradients_ready()
+
+    def _optimizer_ends(self, optimizer: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if not self._taken:
             self.gradients_ready()
 

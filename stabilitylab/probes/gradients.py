@@ -87,6 +87,10 @@ class GradientProbe:
                     sharded = sharded or any(fnmatchcase(name, glob) for glob in self._context.sharded)
                     region = "rows" if sharded else "replicated"
                     summary = self._summaries[name] = Summary(self._context.buffer, region=region)
+                if summary.row is not None:
+                    summary.row.stamp = (
+                        -1
+                    )  # read again in the same step, gradients replace what was read before
                 pairs.append((summary, gradient))
         add_all(pairs)
         # The backward pass comes to the parameters from the last to the first.

@@ -87,13 +87,8 @@ class UpdateProbe:
         ]
 
     def _listed(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Mapping[str, Any]]]:
-        """The optimizer's tensors that have a gradient and that the user asked for, with their groups."""
-        return [
-            (p, group)
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None and self._wanted(p)
-        ]
+        """The optimizer's tensors that the user asked for, with their groups."""
+        return [(p, group) for group in optimizer.param_groups for p in group["params"] if self._wanted(p)]
 
     def _wanted(self, p: Tensor) -> bool:
         name = self._names.get(id(p))
@@ -102,6 +97,7 @@ class UpdateProbe:
             and p.layout is torch.strided
             and p.is_floating_point()
             and p.numel() > 0
+            and p.requires_grad
             and self._context.wanted(name)
         )
 
@@ -125,7 +121,7 @@ class UpdateProbe:
         buffer, jobs = self._context.buffer, []
         for p, group in self._listed(optimizer):
             entry = self._updates.get(id(p))
-            if entry is None:
+            if entry is None or p.grad is None:
                 continue
             update, slots = entry.update, entry.slots
             moments = _moments(optimizer.state.get(p, {}), group)

@@ -410,6 +410,35 @@ def test_a_cadence_that_counts_no_steps_is_refused(every: object) -> None:
         Monitor(nn.Linear(2, 2), every=every)  # type: ignore[arg-type]
 
 
+def test_a_closure_is_run_before_gradients_are_read() -> None:
+    torch.manual_seed(0)
+    model, sink = GPT(), Recording()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = next_token_loss(model, batch(0))
+        loss.backward()
+        return loss
+
+    with Monitor(model, optimizer, every=1, sinks=[sink], detector=None) as monitor:
+        optimizer.step(closure)
+        monitor.step(0)
+    norm = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()])).norm()
+    assert sink.rows[0, "train/-/gradient_norm", -1] == pytest.approx(float(norm), rel=1e-5)
+    assert by_metric(sink, 0, "embedding.weight")["ratio"] > 0
+
+
+def test_gradients_read_twice_are_those_of_the_second_time() -> None:
+    model, sink = nn.Linear(2, 2, bias=False), Recording()
+    with Monitor(model, every=1, sinks=[sink], detector=None) as monitor:
+        for value in (5.0, 3.0):
+            model.weight.grad = torch.full((2, 2), value)
+            monitor.gradients_ready()
+        monitor.step(0)
+    assert by_metric(sink, 0, "weight")["l2"] == pytest.approx(6)
+
+
 def test_sites_are_chosen_by_glob() -> None:
     sink, model = Recording(), GPT()
     with Monitor(model, every=1, sites=["layers.1.*", "embedding*"], sinks=[sink], detector=None) as monitor:

@@ -1,0 +1,84 @@
+"""The monitor under Lightning's Trainer.
+
+    from stabilitylab.integrations.lightning import MonitorCallback
+
+    trainer = Trainer(max_steps=1000, callbacks=[MonitorCallback(out="runs/mine", every=10)])
+    trainer.fit(module, data)
+
+The step's number is the Trainer's ``global_step`` before it counts up. Gradients are read in
+``on_before_optimizer_step``, which Lightning calls when they are unscaled and before it clips them. The loss
+is what ``training_step`` returned, averaged over the micro-batches of a step.
+
+Limits: modules with one optimizer; with several, the first one's steps are counted and the others' parameters
+    read with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from stabilitylab.monitor import Monitor
+
+
+class MonitorCallback(Callback):  # type: ignore[misc]
+    """Watches the module being fitted.
+
+    Args:
+        options: those of ``Monitor``, without model, optimizer and scaler.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self.monitor: Monitor | None = None
+        self._losses: list[Tensor] = []
+        self._next = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.monitor = Monitor(pl_module, trainer.optimizers[0], scaler=scaler, **self._options)
+        self._next = trainer.global_step
+        self.monitor.start_step(self._next)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Gradients are unscaled, not yet clipped."""
+        if self.monitor is not None:
+            self.monitor.gradients_ready()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A micro-batch is over, and with the last one of a step, the step."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            self._losses.append(loss.detach())
+        if self.monitor is None or trainer.global_step == self._next:
+            return
+        mean = None
+        if self._losses:
+            losses = torch.stack(self._losses)
+            # Under automatic optimization each is already divided by the number of micro-batches.
+            mean = losses.sum() if pl_module.automatic_optimization else losses.mean()
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.monitor.step(self._next, loss=mean, learning_rate=rate)
+        self._losses.clear()
+        self._next = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach and write what is left."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The fit was cut short: what has been seen is written."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+            self.monitor = None

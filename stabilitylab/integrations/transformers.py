@@ -1,0 +1,86 @@
+"""The monitor under HuggingFace's Trainer.
+
+    from stabilitylab.integrations.transformers import MonitorCallback
+
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[MonitorCallback(out="runs/mine", every=10)])
+    trainer.train()
+
+The step's number is the Trainer's ``global_step`` before it counts up, so steps begin at 0 and a resumed run
+goes on where it stopped. The loss of every step is taken from the model's own output, micro-batches put
+together as the Trainer does: added where it divides by the number of items in the whole batch, else averaged.
+
+The Trainer has no event between the backward pass and clipping. So while training runs,
+``torch.nn.utils.clip_grad_norm_``, which it clips with, is wrapped by a function that reads the gradients and
+then calls it. Where it clips by other means (FSDP, DeepSpeed), gradients are read clipped, in the optimizer's
+step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from stabilitylab.monitor import Monitor
+
+
+class MonitorCallback(TrainerCallback):  # type: ignore[misc]
+    """Watches the Trainer's model.
+
+    Args:
+        options: those of ``Monitor``, without model, optimizer and scaler.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self.monitor: Monitor | None = None
+        self._losses: list[tuple[Tensor, bool]] = []
+        self._norm: Tensor | None = None
+        self._clip = torch.nn.utils.clip_grad_norm_
+        self._handle: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        scaler = getattr(optimizer, "scaler", None)
+        self.monitor = Monitor(
+            model, getattr(optimizer, "optimizer", optimizer), scaler=scaler, **self._options
+        )
+        self.monitor.start_step(state.global_step)
+        self._handle = model.register_forward_hook(self._take_loss, with_kwargs=True)
+        self._clip = torch.nn.utils.clip_grad_norm_
+        torch.nn.utils.clip_grad_norm_ = self._before_clipping
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An update has been made."""
+        if self.monitor is None:
+            return
+        loss = None
+        if self._losses:
+            losses = torch.stack([loss for loss, _ in self._losses])
+            loss = losses.sum() if self._losses[0][1] else losses.mean()
+        rate = kwargs["optimizer"].param_groups[0]["lr"]
+        self.monitor.step(state.global_step - 1, loss=loss, gradient_norm=self._norm, learning_rate=rate)
+        self._losses.clear()
+        self._norm = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detach and write what is left."""
+        if self.monitor is not None:
+            torch.nn.utils.clip_grad_norm_ = self._clip
+            self._handle.remove()
+            self.monitor.close()
+            self.monitor = None
+
+    def _take_loss(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if isinstance(loss, Tensor) and module.training:
+            self._losses.append((loss.detach(), kwargs.get("num_items_in_batch") is not None))
+
+    def _before_clipping(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.monitor is not None:
+            self.monitor.gradients_ready()
+        self._norm = self._clip(*args, **kwargs)
+        return self._norm

@@ -1,0 +1,73 @@
+"""Under the real Trainer: its steps, its losses, gradients before it clips; training unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from stabilitylab.integrations.transformers import MonitorCallback  # noqa: E402
+from tests.stabilitylab.recording import Recording  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
+
+
+def train(folder: Path, *, sink: Recording | None, steps: int = 3, **arguments: Any) -> Any:
+    transformers.set_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    tokens = torch.randint(64, (32, 16), generator=torch.Generator().manual_seed(0))
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            logging_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            save_strategy="no",
+            max_grad_norm=0.01,
+            **arguments,
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+        callbacks=[MonitorCallback(every=1, sinks=[sink], detector=None)] if sink is not None else [],
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_losses_and_gradients_are_the_trainers(tmp_path: Path, accumulation: int) -> None:
+    clip, sink = torch.nn.utils.clip_grad_norm_, Recording()
+    trainer = train(tmp_path, sink=sink, gradient_accumulation_steps=accumulation)
+    bare = train(tmp_path, sink=None, gradient_accumulation_steps=accumulation)
+    for name, value in bare.model.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert sink.steps("train/-/loss") == [0, 1, 2]
+    for step, entry in enumerate(logs):
+        # The Trainer rounds what it logs to a few digits.
+        assert sink.rows[step, "train/-/loss", -1] == pytest.approx(entry["loss"], rel=1e-3)
+        assert sink.rows[step, "train/-/gradient_norm", -1] == pytest.approx(
+            float(entry["grad_norm"]), rel=1e-3
+        )
+        squares = [v**2 for (s, name, _), v in sink.rows.items() if s == step and name.endswith("/l2")]
+        assert sum(squares) ** 0.5 == pytest.approx(float(entry["grad_norm"]), rel=1e-3)
+    assert sink.vector(2, "attention/model.layers.1.self_attn/score_max")
+    assert sink.rows[0, "activation/model.layers.0.input_layernorm/rms", -1] > 0
+    assert torch.nn.utils.clip_grad_norm_ is clip
+    assert sink.closed
