@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from glm.data.corpus import build_corpus
-from glm.data.shards import build_shards
+from glm.data.sharding import build_shards
 from glm.data.tokenizer import train_tokenizer
 
 
@@ -20,6 +20,7 @@ def corpus(
     *,
     out: Path,
     max_characters: int | None = None,
+    tasks: tuple[Path, ...] = (),
 ) -> int:
     """Build a text corpus: the default bilingual one, or from your own files.
 
@@ -27,9 +28,13 @@ def corpus(
         sources: .txt, .jsonl, .parquet files (the first two also .gz or .zst) or folders of them; none: the default corpus.
         out: folder to make.
         max_characters: stop after about so many; the default corpus takes half of them in each language.
+        tasks: .jsonl files of records for multi-task training, each with a Jinja template of the same name (.jinja) beside it;
+            the default corpus has tasks of its own.
     """
-    made = build_corpus(sources, out, max_characters)
-    print(f"corpus: {made.documents:,} documents, {made.characters:,} characters: {out}")
+    made = build_corpus(sources, out, max_characters, tasks)
+    print(
+        f"corpus: {made.documents:,} documents, {made.characters:,} characters, {made.tasks:,} task examples: {out}"
+    )
     return 0
 
 
@@ -60,5 +65,9 @@ def shards(*, corpus: Path, tokenizer: Path, out: Path, heldout: float = 0.02, t
         threads: of the tokenizer.
     """
     made = build_shards(corpus, tokenizer, out, heldout, threads)
-    print(f"shards: {made.tokens('train'):,} tokens to train on, {made.tokens('heldout'):,} held out: {out}")
+    examples = {split: sum(tasks.counts.values()) for split, tasks in made.tasks.items()}
+    for split, what in (("train", "to train on"), ("heldout", "held out")):
+        print(
+            f"shards: {made.tokens(split):,} tokens and {examples.get(split, 0):,} task examples {what}: {out}"
+        )
     return 0

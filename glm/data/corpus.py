@@ -1,58 +1,82 @@
 """Building a corpus: from the default packages, or from the user's files.
 
-Every source (a package, a file) becomes one Parquet file of documents; a build that was killed takes up after the last
-source that it finished.
+Every source (a package, a file) becomes one Parquet file of documents, or one a task; a build that was killed takes up after
+the last source that it finished.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm.data import packages
+from glm.data import documentation_tasks, packages
 from glm.data.building import build_once, progress_bar
 from glm.data.documents import Corpus, Document, DocumentWriter, fingerprint
-from glm.data.files import find_files, read_documents
+from glm.data.files import find_files, find_tasks, read_documents, read_task_records
+from glm.data.tasks import TaskExample, TaskWriter
 from glm.errors import InputError
+
+TASKS_PER_SERVICE = 24
+# A corpus cut short has fewer tasks too: one less for each so many characters, but some.
+CHARACTERS_PER_TASK = 2_000_000
+FORMAT = 2
+
+Tell = Callable[[str], None]
+Counts = dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where documents come from.
+    """Where documents or task examples come from.
 
     Attributes:
         name: for messages.
-        documents: opens the stream.
+        items: opens the stream.
         characters: take so many at most; None: all.
     """
 
     name: str
-    documents: Callable[[], Iterator[Document]]
+    items: Callable[[], Iterator[Document]] | Callable[[], Iterator[TaskExample]]
     characters: int | None = None
 
 
-def build_corpus(sources: tuple[Path, ...], out: Path, max_characters: int | None) -> Corpus:
-    """Make a corpus at ``out``, or open it where it stands. Raises InputError for wrong input."""
+def build_corpus(
+    sources: tuple[Path, ...], out: Path, max_characters: int | None, tasks: tuple[Path, ...] = ()
+) -> Corpus:
+    """Make a corpus at ``out``, or open it where it stands.
+
+    Args:
+        sources: text files or folders of them; none: the default corpus.
+        out: the folder.
+        max_characters: stop after about so many.
+        tasks: .jsonl files, each with its template beside it.
+
+    Raises:
+        InputError: for wrong input.
+    """
     if max_characters is not None and max_characters < 1:
         raise InputError(f"--max-characters must be at least 1, got {max_characters}")
-    files = find_files(sources)
+    files, task_files = find_files(sources), find_tasks(tasks)
+    read = [*files, *task_files, *(path.with_suffix(".jinja") for path in task_files)]
+    identity: list[object] = [FORMAT, max_characters]
+    identity += [(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
     if files:
-        identity: list[object] = [max_characters]
-        identity += [(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        parts = [Source(name=path.name, documents=lambda path=path: read_documents(path)) for path in files]  # type: ignore[misc]
+        parts = [Source(name=path.name, items=lambda path=path: read_documents(path)) for path in files]
     else:
-        identity = ["default", max_characters, sorted(packages.VERSIONS.items())]
+        identity += sorted(packages.VERSIONS.items())
         parts = _default_sources(out.with_name(out.name + ".packages"), max_characters)
+    parts += [Source(name=path.name, items=lambda path=path: read_task_records(path)) for path in task_files]
 
     def work(folder: Path) -> dict[str, Any]:
         counts = _write_sources(parts, folder, max_characters)
         if not counts["documents"]:
             names = ", ".join(str(path) for path in sources)
             raise InputError(f"there is no text in {names}: every file is empty")
-        return counts
+        return {"format": FORMAT, **counts}
 
     build_once(out, what="corpus", made_by="glm corpus", fingerprint=fingerprint(identity), work=work)
     return Corpus.open(out)
@@ -60,61 +84,87 @@ def build_corpus(sources: tuple[Path, ...], out: Path, max_characters: int | Non
 
 def _default_sources(cache: Path, max_characters: int | None) -> list[Source]:
     half = None if max_characters is None else max_characters // 2
+    quarter = None if half is None else half // 2
+    per_service = TASKS_PER_SERVICE
+    if max_characters is not None:
+        per_service = min(per_service, max(4, max_characters // CHARACTERS_PER_TASK))
 
-    def open_wheel(name: str) -> Path:
+    def wheel(name: str) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         return packages.download(name, cache)
 
-    def chinese() -> Iterator[Document]:
-        return packages.tencent_documents(open_wheel("tencentcloud-sdk-python"), "zh")
-
-    def english() -> Iterator[Document]:
-        return packages.tencent_documents(open_wheel("tencentcloud-sdk-python-intl-en"), "en")
-
-    def botocore() -> Iterator[Document]:
-        return packages.botocore_documents(open_wheel("botocore"))
-
-    quarter = None if half is None else half // 2
+    zh, en, aws = "tencentcloud-sdk-python", "tencentcloud-sdk-python-intl-en", "botocore"
     return [
-        Source(name="Chinese documentation", documents=chinese, characters=half),
-        Source(name="English documentation", documents=english, characters=quarter),
-        Source(name="botocore", documents=botocore, characters=quarter),
+        Source(
+            name="Chinese documentation",
+            items=lambda: packages.tencent_documents(wheel(zh), "zh"),
+            characters=half,
+        ),
+        Source(
+            name="English documentation",
+            items=lambda: packages.tencent_documents(wheel(en), "en"),
+            characters=quarter,
+        ),
+        Source(name="botocore", items=lambda: packages.botocore_documents(wheel(aws)), characters=quarter),
+        Source(
+            name="bilingual tasks",
+            items=lambda: documentation_tasks.tencent_tasks(wheel(zh), wheel(en), per_service),
+        ),
+        Source(name="botocore tasks", items=lambda: documentation_tasks.aws_tasks(wheel(aws), per_service)),
     ]
 
 
-def _write_sources(parts: list[Source], folder: Path, max_characters: int | None) -> dict[str, int]:
-    """Write one file a source; what a killed build finished is kept."""
-    total = {"documents": 0, "characters": 0}
+def _write_sources(parts: list[Source], folder: Path, max_characters: int | None) -> Counts:
+    """Write one file a source or task; what a killed build finished is kept."""
+    total = {"documents": 0, "characters": 0, "tasks": 0, "task_characters": 0}
     with progress_bar() as progress:
         bar = progress.add_task("corpus", total=len(parts), said="")
         for number, part in enumerate(parts):
-            file = folder / f"documents-{number:05d}.parquet"
-            done = file.with_suffix(".json")
+            done = folder / f"source-{number:05d}.json"
             if not done.is_file():
                 left = None if max_characters is None else max_characters - total["characters"]
                 limit = min((n for n in (part.characters, left) if n is not None), default=None)
-                counts = _write_source(part, file, limit, lambda said: progress.update(bar, said=said))
-                done.write_text(json.dumps(counts))
+
+                def tell(said: str, name: str = part.name) -> None:
+                    progress.update(bar, said=f"{name}: {said}")
+
+                done.write_text(json.dumps(_write_source(part, folder, number, limit, tell)))
             counts = json.loads(done.read_text())
-            total = {name: total[name] + counts[name] for name in total}
+            total = {name: total[name] + counts.get(name, 0) for name in total}
             progress.update(bar, advance=1, said=f"{total['characters']:,} characters")
-    for note in folder.glob("documents-*.json"):
+    for note in folder.glob("source-*.json"):
         note.unlink()
     return total
 
 
-def _write_source(part: Source, file: Path, limit: int | None, tell: Callable[[str], None]) -> dict[str, int]:
-    partial = file.with_suffix(".writing")
-    documents = characters = 0
-    stream = part.documents() if limit is None or limit > 0 else iter(())
-    with DocumentWriter(partial) as writer:
-        for document in stream:
-            writer.add(document)
-            documents += 1
-            characters += len(document.text)
-            if documents % 2000 == 0:
-                tell(f"{part.name}: {characters:,} characters")
-            if limit is not None and characters >= limit:
-                break
-    partial.replace(file)
-    return {"documents": documents, "characters": characters}
+def _write_source(part: Source, folder: Path, number: int, limit: int | None, tell: Tell) -> Counts:
+    """Write a source's documents (at most ``limit`` characters) or examples (all of them)."""
+    documents = characters = tasks = task_characters = 0
+    files: dict[str, Path] = {}
+    with ExitStack() as stack:
+        writers: dict[str, Any] = {}  # a file has one kind of item
+        for item in part.items():
+            if isinstance(item, Document):
+                if limit is not None and characters >= limit:
+                    break
+                name = f"documents-{number:05d}"
+                documents, characters = documents + 1, characters + len(item.text)
+            else:
+                name = f"tasks-{item.task}"
+                tasks, task_characters = tasks + 1, task_characters + len(item.prompt) + len(item.answer)
+            if name not in writers:
+                files[name] = folder / f"{name}.parquet"
+                partial = files[name].with_suffix(".writing")
+                writer: Any = (DocumentWriter if isinstance(item, Document) else TaskWriter)(partial)
+                writers[name] = stack.enter_context(writer)
+            writers[name].add(item)
+            if (documents + tasks) % 2000 == 0:
+                tell(f"{characters + task_characters:,} characters")
+    for file in files.values():
+        file.with_suffix(".writing").replace(file)
+    return {
+        "documents": documents,
+        "characters": characters,
+        "tasks": tasks,
+        "task_characters": task_characters,
+    }

@@ -77,12 +77,15 @@ class Corpus:
     Attributes:
         path: the folder.
         documents, characters: how many.
+        tasks, task_characters: how many multi-task examples, and characters in them.
         fingerprint: of what it was made from, and how.
     """
 
     path: Path
     documents: int
     characters: int
+    tasks: int
+    task_characters: int
     fingerprint: str
 
     @classmethod
@@ -91,15 +94,20 @@ class Corpus:
         meta = read_meta(path, what="corpus", made_by="glm corpus")
         if not meta.get("documents"):
             raise InputError(f"corpus {path} holds no documents: build it again with glm corpus")
-        return cls(
-            path=path,
-            documents=meta["documents"],
-            characters=meta["characters"],
-            fingerprint=meta["fingerprint"],
-        )
+        names = ("documents", "characters", "tasks", "task_characters", "fingerprint")
+        if missing := [name for name in names if name not in meta]:
+            raise InputError(
+                f"corpus {path} is of another version (no {', '.join(missing)}): remove it and build it again with glm corpus"
+            )
+        return cls(path=path, **{name: meta[name] for name in names})
 
     def files(self) -> list[Path]:
+        """Of documents."""
         return sorted(self.path.glob("documents-*.parquet"))
+
+    def task_files(self) -> list[Path]:
+        """Of examples, one a task."""
+        return sorted(self.path.glob("tasks-*.parquet"))
 
     def __iter__(self) -> Iterator[Document]:
         for file in self.files():

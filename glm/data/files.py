@@ -1,8 +1,11 @@
-"""The user's own text: .txt, .jsonl and .parquet, the first two also as .gz or .zst, read as streams.
+"""The user's own text and tasks: .txt, .jsonl and .parquet, the first two also as .gz or .zst, read as streams.
 
     .txt      one document a paragraph group: cut at a blank line once 2,000 characters are reached, or at 20,000 anywhere
     .jsonl    one object a line with "text", and if they are there "language", "source", "group"
     .parquet  the same names as columns
+
+A task is a .jsonl file of records with a template of the same name beside it (``reviews.jsonl``, ``reviews.jinja``; see
+``templates``); "language" and "group" of a record are used where they are there.
 
 Memory is bounded by one document. What is not UTF-8 text, or lacks "text", is refused with its place.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from glm.data.documentation_tasks import PROMPTS
 from glm.data.documents import Document
+from glm.data.tasks import TaskExample
+from glm.data.templates import Template
 from glm.errors import InputError
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -58,9 +65,53 @@ def read_documents(path: Path) -> Iterator[Document]:
     if kind == ".parquet":
         yield from _parquet(path)
         return
+    with _readable(path), _opened(path) as file:
+        yield from _jsonl(path, file) if kind == ".jsonl" else _text(path, file)
+
+
+def find_tasks(paths: tuple[Path, ...]) -> list[Path]:
+    """Task files, each with a template beside it. Raises InputError where one is missing, or two have one name."""
+    names: dict[str, Path] = {}
+    for path in paths:
+        template = path.with_suffix(".jinja")
+        if path.suffix != ".jsonl":
+            raise InputError(f"{path} is no task: give .jsonl files of records")
+        for file in (path, template):
+            if not file.is_file():
+                raise InputError(
+                    f"{file} does not exist: a task is a .jsonl file with a .jinja template beside it"
+                )
+        if not re.fullmatch(r"[\w.-]+", path.stem) or path.stem in PROMPTS:
+            raise InputError(
+                f"{path}: rename it; a task's name is letters, digits, -, _ and ., and none of the built-in ones"
+            )
+        if path.stem in names:
+            raise InputError(f"{names[path.stem]} and {path} are both task {path.stem!r}: rename one")
+        names[path.stem] = path
+    return list(names.values())
+
+
+def read_task_records(path: Path) -> Iterator[TaskExample]:
+    """The examples that a task's records make. Raises InputError for a record or template that is wrong."""
+    with _readable(path.with_suffix(".jinja")):
+        source = path.with_suffix(".jinja").read_text(encoding="utf-8")
+    template = Template(source, path.with_suffix(".jinja").name)
+    with _readable(path), _opened(path) as file:
+        for number, record in _records(path, file):
+            yield template.fill(
+                record,
+                task=path.stem,
+                language=str(record.get("language") or ""),
+                group=str(record.get("group") or f"{path.name}#{number}"),
+                where=f"{path}, line {number}",
+            )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Says in one line what is wrong with a file that cannot be read as text."""
     try:
-        with _opened(path) as file:
-            yield from _jsonl(path, file) if kind == ".jsonl" else _text(path, file)
+        yield
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text (byte {error.start} of a block): convert it, or leave it out"
@@ -111,6 +162,16 @@ def _document(path: Path, text: str, group: str) -> Iterator[Document]:
 
 
 def _jsonl(path: Path, file: TextIO) -> Iterator[Document]:
+    for number, record in _records(path, file):
+        if not isinstance(record.get("text"), str):
+            raise InputError(
+                f'{path}, line {number} has no "text": each line must be an object with a string "text"'
+            )
+        yield _from_record(path, record, number)
+
+
+def _records(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a .jsonl file with their line numbers; empty lines are passed over."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -118,11 +179,11 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[Document]:
             record = json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number} is not JSON ({error}): repair the line") from None
-        if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
+        if not isinstance(record, dict):
             raise InputError(
-                f'{path}, line {number} has no "text": each line must be an object with a string "text"'
+                f"{path}, line {number} is not an object: write one of the form {{...}} on each line"
             )
-        yield _from_record(path, record, number)
+        yield number, record
 
 
 def _parquet(path: Path) -> Iterator[Document]:

@@ -37,7 +37,7 @@ VERSIONS = {
 }
 
 _CLASS = re.compile(r'^class (\w+)\(AbstractModel\):\n\s+r?"""(.*?)"""', re.S | re.M)
-_PARAMETER = re.compile(r":param _?(\w+): (.*?)\n\s*:type ", re.S)
+_PARAMETER = re.compile(r":param _?(\w+): (.*?)\n\s*:type \w+: ([^\n]*)", re.S)
 _CALL = re.compile(r'^    def (\w+)\(self, request\):\n\s+r?"""(.*?)\n\s*:param ', re.S | re.M)
 _TAG = re.compile(r"<[^<>]{1,300}>")
 _SPACE = re.compile(r"[ \t\u3000]+")
@@ -80,7 +80,7 @@ def tencent_documents(wheel: Path, language: str) -> Iterator[Document]:
     """One document a class and one a service's calls; sentences seen before are left out."""
     seen: set[int] = set()
     with zipfile.ZipFile(wheel) as archive:
-        for name in _spread(n for n in archive.namelist() if n.endswith(("/models.py", "_client.py"))):
+        for name in spread(n for n in archive.namelist() if n.endswith(("/models.py", "_client.py"))):
             source = archive.read(name).decode("utf-8", errors="replace")
             service = name.split("/")[1]
             for text in _texts(source, is_models=name.endswith("/models.py"), seen=seen):
@@ -89,20 +89,33 @@ def tencent_documents(wheel: Path, language: str) -> Iterator[Document]:
                 )
 
 
+def parameters(source: str) -> Iterator[tuple[str, str, str, str]]:
+    """(class, parameter, description, type) of everything that a models.py describes."""
+    for head, body in _classes(source):
+        for name, said, kind in _PARAMETER.findall(body):
+            yield head[1], name, said, kind
+
+
+def _classes(source: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Each class's first line and docstring, and all that belongs to it."""
+    starts = [match.start() for match in _CLASS.finditer(source)] + [len(source)]
+    for first, last in pairwise(starts):
+        body = source[first:last]
+        head = _CLASS.match(body)
+        assert head is not None
+        yield head, body
+
+
 def _texts(source: str, *, is_models: bool, seen: set[int]) -> Iterator[str]:
     if not is_models:
         lines = [_line(name, said, seen) for name, said in _CALL.findall(source)]
         if text := "\n".join(line for line in lines if line):
             yield text
         return
-    starts = [match.start() for match in _CLASS.finditer(source)] + [len(source)]
-    for first, last in pairwise(starts):
-        body = source[first:last]
-        head = _CLASS.match(body)
-        assert head is not None
+    for head, body in _classes(source):
         lines = [
             _line(head[1], head[2], seen),
-            *(_line(name, said, seen) for name, said in _PARAMETER.findall(body)),
+            *(_line(name, said, seen) for name, said, _ in _PARAMETER.findall(body)),
         ]
         if text := "\n".join(line for line in lines if line):
             yield text
@@ -120,7 +133,7 @@ def botocore_documents(wheel: Path) -> Iterator[Document]:
     """One document a described operation or shape of at least 120 characters."""
     seen: set[int] = set()
     with zipfile.ZipFile(wheel) as archive:
-        for name in _spread(n for n in archive.namelist() if "/service-2.json" in n):
+        for name in spread(n for n in archive.namelist() if "/service-2.json" in n):
             raw = archive.read(name)
             model = json.loads(gzip.decompress(raw) if name.endswith(".gz") else raw)
             service = name.split("/")[2]
@@ -149,6 +162,6 @@ def plain(text: str) -> str:
     return " ".join(line for line in lines if line)
 
 
-def _spread(names: Iterable[str]) -> list[str]:
+def spread(names: Iterable[str]) -> list[str]:
     """In an order that mixes services, the same everywhere: a corpus cut short holds a bit of many."""
     return sorted(names, key=lambda name: hashlib.md5(name.encode()).digest())

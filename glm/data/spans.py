@@ -22,9 +22,10 @@ from scipy import stats
 
 from glm.data.config import ObjectiveConfig
 from glm.data.random import uniform
-from glm.errors import InputError
 
 Ints = NDArray[np.int64]
+
+LEAST_ROOM = 3  # [MASK], sop, and the one token that is masked
 
 # Which stream of draws is for what; each has room for 2^20 draws a sample.
 _LENGTHS, _PLACES, _ORDER, _SINGLE = (np.int64(n) << 20 for n in (1, 2, 3, 5))
@@ -57,13 +58,14 @@ def most_spans(room: int, mask_fraction: float) -> int:
 def draw_spans(seed: int, sample_Q: Ints, room: int, config: ObjectiveConfig) -> Spans:
     """Draw text length, span lengths, places and order for each piece; a pure function of (seed, sample).
 
-    Raises:
-        InputError: ``room`` is too short for any spans at this fraction and mean.
+    ``room`` is at least ``LEAST_ROOM``.
     """
     K = most_spans(room, config.mask_fraction)
     k_K = np.arange(K)
     sample_Q1 = sample_Q[:, None]
     length_QK = _span_lengths(uniform(seed, sample_Q1, _LENGTHS + k_K), config.span_mean)
+    # One span that fills the piece always fits, so there is always a choice below.
+    np.minimum(length_QK, room - 2, out=length_QK)
     masked_QK = length_QK.cumsum(1)
     # With k spans the text can be at most S_k / fraction (or fewer spans would have been too few), and must leave room.
     longest_QK = np.minimum((masked_QK / config.mask_fraction).astype(np.int64), room - 2 * (k_K + 1))
@@ -71,17 +73,11 @@ def draw_spans(seed: int, sample_Q: Ints, room: int, config: ObjectiveConfig) ->
     fits_QK = longest_QK >= masked_QK + k_K
     # Fewer spans would do for a text this short: that choice belongs to a smaller k.
     fits_QK &= longest_QK * config.mask_fraction > masked_QK - length_QK
-    if not fits_QK.any(1).all():
-        raise InputError(
-            f"pieces of {room} tokens are too short for spans of {config.span_mean:g} at {config.mask_fraction:.0%}: "
-            "use a longer model.length or fewer objective.pieces"
-        )
     longest_QK[~fits_QK] = 0
     chosen_Q = longest_QK.argmax(1)
     text_Q = longest_QK[np.arange(len(sample_Q)), chosen_Q]
     if config.single_span:
         single_Q = uniform(seed, sample_Q, _SINGLE) < config.single_span
-        single_Q &= length_QK[:, 0] <= room - 2
         chosen_Q[single_Q], text_Q[single_Q] = 0, room - 2
     count_Q = chosen_Q + 1
     # Pieces seldom need all of the K columns that they could.

@@ -9,7 +9,8 @@ from pydoc_data.topics import topics
 import pytest
 
 from glm.data.corpus import build_corpus
-from glm.data.shards import TokenData, build_shards
+from glm.data.sharding import build_shards
+from glm.data.shards import TokenData
 from glm.data.tokenizer import train_tokenizer
 
 CHINESE = (

@@ -23,7 +23,8 @@ from glm.data import packages
 from glm.data.corpus import build_corpus
 from glm.data.documents import Corpus
 from glm.data.files import find_files, read_documents
-from glm.data.shards import build_shards, is_held_out, open_data
+from glm.data.sharding import build_shards, is_held_out
+from glm.data.shards import open_data
 from glm.data.tokenizer import Tokenizer
 from glm.errors import InputError
 
@@ -68,10 +69,10 @@ def test_long_text_is_cut_into_documents(tmp_path):
         ("a.txt", b"  \n \n", "every file is empty"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": ', "line 2 is not JSON"),
         ("a.jsonl", b'{"words": "x"}\n', 'line 1 has no "text"'),
-        ("a.jsonl", b'["x"]\n', 'line 1 has no "text"'),
+        ("a.jsonl", b'["x"]\n', "line 1 is not an object"),
         ("a.txt.gz", b"not gzip at all", "cannot be decompressed"),
         ("a.txt.zst", b"not zstd at all", "cannot be decompressed"),
-        ("a.txt.gz", gzip.compress(b"x" * 5000)[:-9], "cannot be decompressed"),
+        ("a.txt.gz", gzip.compress(b"x" * 5000, mtime=0)[:-9], "cannot be decompressed"),
         ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
         ("a.docx", b"", "of no known kind"),
     ],
@@ -112,10 +113,10 @@ BUILD_AND_DIE = """
     from pathlib import Path
     from glm.data import corpus
     write = corpus._write_source
-    def die_in_the_third(part, file, *rest):
-        if file.name == "documents-00002.parquet":
+    def die_in_the_third(part, folder, number, *rest):
+        if number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(part, file, *rest)
+        return write(part, folder, number, *rest)
     corpus._write_source = die_in_the_third
     corpus.build_corpus((Path(sys.argv[1]),), Path(sys.argv[2]), None)
 """
@@ -283,12 +284,16 @@ def test_shards_hold_the_documents_and_groups_stay_together(data, data_folder, t
     special = data.tokenizer.special
     held = {d.group for d in corpus if is_held_out(d.group, 0.1)}
     assert held
-    expected = {split: [] for split in data.shards}
+    expected = {}
     for document in corpus:
         split = "heldout" if document.group in held else "train"
-        expected[split].append([*data.tokenizer.encode(document.text), special.eos])
-    for split, documents in expected.items():
-        (shard,) = data.shards[split]
+        documents = expected.setdefault((split, document.source, document.language), [])
+        documents.append([*data.tokenizer.encode(document.text), special.eos])
+    assert {key[1:] for key in expected} == {("pydoc", "en"), ("documents.jsonl", "zh")}
+    found = {(split, s.source, s.language): s for split, shards in data.shards.items() for s in shards}
+    assert found.keys() == expected.keys()
+    for key, documents in expected.items():
+        shard = found[key]
         assert shard.stream.tolist() == [token for document in documents for token in document]
         assert np.diff(shard.offsets).tolist() == [len(document) for document in documents]
 

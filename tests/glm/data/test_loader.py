@@ -41,11 +41,16 @@ def test_batches_of_any_size_are_the_same_stream(data):
 
 def test_an_epoch_reads_every_block_once(data):
     loader = Loader(data, ObjectiveConfig(kind="causal"), length=512, seed=0)
+    blocks = loader.blocks[""]
+    begin, total = {}, 0
+    for shard in data.shards["train"]:
+        begin[shard.path.name], total = total, total + shard.tokens
     for epoch in range(3):
-        rows = loader.samples(range(epoch * loader.blocks, (epoch + 1) * loader.blocks))
-        firsts = sorted(p.first for (p,) in rows.provenance)
-        assert len(set(firsts)) == loader.blocks
+        rows = loader.samples(range(epoch * blocks, (epoch + 1) * blocks))
+        firsts = sorted(begin[row[0].source] + row[0].first for row in rows.provenance)
+        assert len(set(firsts)) == blocks
         assert (np.diff(firsts) == 512).all()
+        assert all(sum(piece.length for piece in row) == 512 for row in rows.provenance)
 
 
 def test_causal_rows_are_the_stream(data):

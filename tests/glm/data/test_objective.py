@@ -184,5 +184,10 @@ def test_two_dimensional_positions(data):
 
 
 def test_rows_too_short_for_spans_are_refused(data):
-    with pytest.raises(InputError, match="pieces of 2 tokens are too short"):
-        Loader(data, ObjectiveConfig(gmask_share=0.0), length=8, seed=0).samples(range(50))
+    with pytest.raises(InputError, match="rows of 8 tokens are too short for 4 pieces of at least 3"):
+        Loader(data, ObjectiveConfig(), length=8, seed=0)
+
+
+def test_the_shortest_rows_hold(data):
+    rows = Loader(data, ObjectiveConfig(gmask_share=0.0), length=12, seed=0).samples(range(2000))
+    assert ((rows.targets_BT != NO_TARGET).sum(1) == 8).all()  # four pieces: [MASK] sop x, target x and eop

@@ -1,0 +1,81 @@
+"""Several shards read as one stream of tokens, cut into blocks of one row each.
+
+A row that lies across the end of one shard and the beginning of the next is put together from both, so that no text is lost
+however small the shards are.
+
+Shapes: R rows of S tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm.data.batch import Provenance
+from glm.data.random import shuffled, uniform
+from glm.data.shards import Shard
+
+Ints = NDArray[np.int64]
+
+_EPOCH = 1_000_003
+_SHIFT = 1  # the draw of an epoch's shift
+
+
+class Stream:
+    """One stream of tokens over several shards.
+
+    Args:
+        shards: in order; at least one.
+        length: T, tokens of a row. Rows are read with one more, for the target of their last.
+        seed: of the order of blocks.
+    """
+
+    def __init__(self, shards: tuple[Shard, ...], length: int, seed: int) -> None:
+        self._shards, self.length, self._seed = shards, length, seed
+        sizes = np.array([shard.tokens for shard in shards], dtype=np.int64)
+        self._ends = sizes.cumsum()
+        self._begins = self._ends - sizes
+        self.tokens = int(sizes.sum())
+        self.blocks = max(0, (self.tokens - 1) // length)
+
+    def first_of(self, number_R: Ints) -> Ints:
+        """Where the ``number``-th row of this stream begins: every epoch reads all blocks once, in an order of its own.
+
+        Later epochs begin at an offset, so that blocks are cut elsewhere.
+        """
+        epoch_R, index_R = np.divmod(number_R, self.blocks)
+        first_R = np.empty_like(index_R)
+        spare = self.tokens - 1 - self.blocks * self.length
+        for epoch in np.unique(epoch_R).tolist():
+            here = epoch_R == epoch
+            shift = int(uniform(self._seed, epoch, _SHIFT)[0] * (spare + 1)) if epoch else 0
+            order = shuffled(self._seed + _EPOCH * epoch, index_R[here], self.blocks)
+            first_R[here] = order * self.length + shift
+        return first_R
+
+    def read(self, first_R: Ints) -> NDArray[np.unsignedinteger[Any]]:
+        """Rows of T + 1 tokens that begin at ``first``."""
+        S = self.length + 1
+        out_RS = np.empty((len(first_R), S), self._shards[0].dtype)
+        shard_R = np.searchsorted(self._ends, first_R, side="right")
+        for row, (number, first) in enumerate(zip(shard_R.tolist(), first_R.tolist(), strict=True)):
+            place, filled = first - int(self._begins[number]), 0
+            while filled < S:
+                part = self._shards[number].stream[place : place + S - filled]
+                out_RS[row, filled : filled + len(part)] = part
+                place, filled, number = 0, filled + len(part), number + 1
+        return out_RS
+
+    def where(self, first: int, length: int) -> tuple[Provenance, ...]:
+        """The shards, and places in them, that tokens [first, first + length) come from."""
+        found = []
+        number = int(np.searchsorted(self._ends, first, side="right"))
+        while length > 0:
+            place = first - int(self._begins[number])
+            here = min(length, self._shards[number].tokens - place)
+            if here:
+                found.append(Provenance(source=self._shards[number].path.name, first=place, length=here))
+            first, length, number = first + here, length - here, number + 1
+        return tuple(found)
