@@ -2,54 +2,45 @@
 
 | tab | what is there |
 | --- | --- |
-| Custom scalars | one chart for each thing to watch; episodes are points on the loss |
-| Scalars | the step's own values, and for every family its largest value over sites |
-| Images | layer x step maps: main branch, attention maximum, gradient norm |
+| Time series (the first page) | group Overview: loss, gradient norm, loss scale, learning rate, maxima, the loss with its spikes, the spikes as a list, layer x step maps |
+| Custom scalars | charts: loss with its episodes as points, gradient norm, loss scale, learning rate, maxima |
+| Scalars, Images | the same by kind, and the step's other values |
 | Histograms | gradient norms over parameters (log10), attention maxima over heads |
-| Text | the episodes, as they come |
-| HParams | the run's configuration, from the ``config.json`` beside the folder, with its last loss and largest gradient norm |
+| Text | the spikes, and what else happened, each as one table that grows |
+| HParams | the run's configuration beside its last loss, largest gradient norm and number of episodes |
 
-Per-parameter scalars are left to the Parquet files and the report: thousands of charts help nobody. A ``rewind`` purges what
-was written for later steps. Works without tensorflow.
-"""
+Per-parameter scalars are left to the Parquet files and the report: thousands of charts help nobody. A ``rewind`` drops what
+was written for later steps. Pictures are drawn at the end, and during the run as often as takes a hundredth of the time.
+Works without tensorflow.
+"""  # noqa: E501 - the table's rows
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
-import re
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
-from stabilitylab.telemetry import Event, Key, Samples
+from stabilitylab.errors import InputError
+from stabilitylab.sinks import event_file as made
+from stabilitylab.sinks.dashboard import LAYOUT, LOSS, MAPS, NORM, SPIKES, STORY, Overview, flat
+from stabilitylab.sinks.event_file import EventFile
+from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
+from stabilitylab.telemetry import Event, RunFolder, Samples
 
-SECONDS_BETWEEN_MAPS = 60.0
-EPISODES = frozenset({"hard-batch", "spike", "divergence", "non-finite", "loss-scale-collapse"})
-
-LAYOUT = {
-    "Stability": {
-        "Loss": ["Multiline", ["train/loss$", "episodes/.*"]],
-        "Gradient norm": ["Multiline", ["train/gradient_norm$"]],
-        "Loss scale": ["Multiline", ["precision/loss_scale$"]],
-        "Learning rate": ["Multiline", ["train/learning_rate$"]],
-        "Attention maximum": ["Multiline", ["largest/attention score$"]],
-        "Main branch maximum": ["Multiline", ["largest/main branch$"]],
-        "Embedding's share of the gradient": ["Multiline", ["gradient/embedding share$"]],
-    }
-}
-
-_BLOCK = re.compile(r"^(?:.*\.)?(\d+)$")
-_INSIDE = re.compile(r"^(.*?\.\d+)\.")
-_EMBEDDING = re.compile(r"embed|wte")
+FIRST_PICTURES = 15.0  # seconds
+SHARE_OF_TIME = 0.01
+MARKERS = 100
+LISTED = 100
+LARGEST_NORM = "summary/largest gradient norm"
+EPISODES = "summary/episodes"
 
 
 class TensorBoardSink:
@@ -57,158 +48,199 @@ class TensorBoardSink:
 
     Args:
         folder: made if it does not exist; TensorBoard's ``--logdir`` is this folder or any above it.
+        config: what the HParams page shows of the run; by default the ``config.json`` beside the folder.
+
+    Raises:
+        OSError: from ``write`` and ``close``, when the disk does not take a record. Later records are written again.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None) -> None:
         self._folder = Path(folder)
-        self._writer: SummaryWriter | None = None
-        # title -> site -> step -> value, for the maps.
-        self._maps: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-        self._drawn = time.monotonic()
-        self._loss = math.nan
-        self._largest_norm = 0.0
+        self._config = config
+        self._file: EventFile | None = None
+        self._overview = Overview()
+        self._events: list[Event] = []
+        self._losses: dict[int, float] = {}
+        self._largest_norm = -math.inf
+        self._marked: set[int] = set()
+        self._session_end: list[Any] | None = None
+        self._next_pictures = time.monotonic() + FIRST_PICTURES
+        self._step = 0
 
     def write(self, samples: Samples, events: Sequence[Event]) -> None:
-        """Write one flush."""
+        """Write one flush. Its rewinds take effect before its samples."""
+        resumed = self._file is None
+        file = self._open()
         for event in events:
             if event.kind == "rewind":
-                self._rewind(event.step)
-        writer = self._open()
-        by_step: dict[int, list[tuple[Key, float]]] = defaultdict(list)
-        for step, key, value in samples:
-            by_step[step].append((key, value))
-        for step, rows in by_step.items():
-            self._write_step(writer, step, rows)
-        for event in events:
-            self._write_event(writer, event)
-        if time.monotonic() - self._drawn > SECONDS_BETWEEN_MAPS:
-            self._draw(writer)
-        writer.flush()
+                self._rewind(file, event.step, resumed)
+        for step, scalars, vectors in self._overview.steps(samples):
+            self._step = step
+            if LOSS in scalars:
+                self._remember(step, scalars[LOSS])
+            if math.isfinite(norm := scalars.get(NORM, math.nan)):
+                self._largest_norm = max(self._largest_norm, norm)
+            values = [made.scalar(tag, value) for tag, value in scalars.items()]
+            file.add(step, [*values, *_histograms(vectors)])
+        self._tell(file, [event for event in events if event.kind != "checkpoint"])
+        if time.monotonic() >= self._next_pictures:
+            self._draw(file)
 
     def close(self) -> None:
-        """Draw the last maps, write the arm's hyperparameters, close the file."""
-        writer = self._open()
-        self._draw(writer)
-        if (config := self._configuration()) and math.isfinite(self._loss):
-            metrics = {"train/loss": self._loss, "train/largest_gradient_norm": self._largest_norm}
-            for summary in hparams(config, metrics):  # type: ignore[no-untyped-call]
-                writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
-        writer.close()
-        self._writer = None
-
-    # --------------------------------------------------------------------------------------------------- inside
-
-    def _open(self, purge_step: int | None = None) -> SummaryWriter:
-        if self._writer is None:
-            self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
-            self._writer.add_custom_scalars(LAYOUT)
-        return self._writer
-
-    def _rewind(self, step: int) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        for sites in self._maps.values():
-            for values in sites.values():
-                for later in [s for s in values if s >= step]:
-                    del values[later]
-        self._open(purge_step=step)
-
-    def _write_step(self, writer: SummaryWriter, step: int, rows: Sequence[tuple[Key, float]]) -> None:
-        norms: list[float] = []
-        heads: list[float] = []
-        branch: list[float] = []
-        squares: dict[str, float] = defaultdict(float)
-        layers: dict[str, float] = {}
-        for key, value in rows:
-            if key.family in ("train", "precision"):
-                writer.add_scalar(f"{key.family}/{key.statistic}", value, step)
-                if key.metric == "train/-/loss":
-                    self._loss = value
-                elif key.metric == "train/-/gradient_norm" and math.isfinite(value):
-                    self._largest_norm = max(self._largest_norm, value)
-            elif key.family == "gradient" and key.statistic == "l2":
-                norms.append(value)
-                inside = _INSIDE.match(key.site)
-                squares[inside[1] if inside else key.site] += value * value
-            elif key.family == "gradient" and key.statistic == "share" and _EMBEDDING.search(key.site):
-                if "norm" not in key.site and "pos" not in key.site:
-                    writer.add_scalar("gradient/embedding share", value, step)
-            elif key.family == "attention" and key.statistic == "score_max":
-                heads.append(value)
-                layers[key.site] = _larger(layers.get(key.site, -math.inf), value)
-            elif key.family == "activation" and key.statistic == "absmax" and _BLOCK.match(key.site):
-                branch.append(value)
-                self._maps["main branch, largest |value|"][key.site][step] = value
-        for site, square in squares.items():
-            self._maps["gradient norm"][site][step] = math.sqrt(square) if square >= 0 else square
-        for site, value in layers.items():
-            self._maps["attention, largest score"][site][step] = value
-        for name, values in (("largest/attention score", heads), ("largest/main branch", branch)):
-            if values:
-                writer.add_scalar(name, float(np.max(values)), step)
-        _histogram(
-            writer,
-            "gradient/log10 l2 over parameters",
-            [math.log10(v) for v in norms if 0 < v < math.inf],
-            step,
-        )
-        _histogram(writer, "attention/largest score over heads", [v for v in heads if math.isfinite(v)], step)
-
-    def _write_event(self, writer: SummaryWriter, event: Event) -> None:
-        if event.kind in EPISODES and event.data.get("phase") == "onset":
-            # A point in the loss chart, at the height of the loss; where that is not finite there is no place for it.
-            loss = self._loss if math.isfinite(self._loss) else 0.0
-            writer.add_scalar(f"episodes/{event.kind}", loss, int(event.data.get("onset", event.step)))
-        if event.kind not in ("checkpoint",):
-            what = "\n".join(f"| {name} | {value} |" for name, value in event.data.items())
-            text = (
-                f"**{event.kind}** at step {event.step}\n\n| | |\n|---|---|\n{what}"
-                if what
-                else f"**{event.kind}** at step {event.step}"
-            )
-            writer.add_text("spikes" if event.kind in EPISODES else "events", text, event.step)
-
-    def _draw(self, writer: SummaryWriter) -> None:
-        from stabilitylab.report.maps import heat_map
-
-        self._drawn = time.monotonic()
-        for title, sites in self._maps.items():
-            matrix = pd.DataFrame.from_dict(sites, orient="index").sort_index(axis=1)
-            if matrix.size:
-                figure = heat_map(matrix, title=title, log=title != "attention, largest score")
-                writer.add_image(f"maps/{title}", _pixels(figure), int(matrix.columns[-1]), dataformats="HWC")
-
-    def _configuration(self) -> dict[str, Any]:
-        file = self._folder.parent / "config.json"
+        """Draw the last pictures, end the run's HParams session, close the file."""
+        file = self._open()
         try:
-            return dict(_flat(json.loads(file.read_text(encoding="utf-8"))))
+            self._draw(file)
+            summary = [made.scalar(EPISODES, len(episodes_of(self._events)))]
+            if math.isfinite(self._largest_norm):
+                summary.append(made.scalar(LARGEST_NORM, self._largest_norm))
+            file.add(self._step, summary)
+            if self._session_end is None:
+                self._start_session(file)  # the configuration came after the first flush
+            file.add(self._step, self._session_end or [])
+        finally:
+            file.close()
+
+    def _open(self) -> EventFile:
+        if self._file is None:
+            self._file = EventFile(self._folder)
+            self._file.add(0, made.layout(LAYOUT))
+            self._start_session(self._file)
+        return self._file
+
+    def _start_session(self, file: EventFile) -> None:
+        if config := self._configuration():
+            start, self._session_end = made.hyperparameters(flat(config), (LOSS, LARGEST_NORM, EPISODES))
+            file.add(0, start)
+
+    def _configuration(self) -> Mapping[str, Any]:
+        if self._config is not None:
+            return self._config
+        try:
+            config = json.loads((self._folder.parent / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return config if isinstance(config, dict) else {}
+
+    def _rewind(self, file: EventFile, step: int, resumed: bool) -> None:
+        file.restart(step)
+        if resumed:
+            self._recall(step)
+        self._overview.rewind(step)
+        self._events = [event for event in self._events if event.step < step]
+        self._losses = {s: loss for s, loss in self._losses.items() if s < step}
+        self._marked = {onset for onset in self._marked if onset < step}
+
+    def _recall(self, before: int) -> None:
+        """A resumed run's maps and list begin where the run began: read what an earlier process wrote of it."""
+        from stabilitylab.report.run import Run
+
+        run = Run(RunFolder(self._folder.parent))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # files that the kill left half written
+                self._overview.recall(run, before)
+                self._events = [event for event in run.events if event.step < before]
+        except InputError:
+            return  # damaged telemetry is for its readers to report; what comes can still be shown
+
+    def _remember(self, step: int, loss: float) -> None:
+        if math.isfinite(loss):
+            self._losses[step] = loss
+            if len(self._losses) > 4096:
+                del self._losses[next(iter(self._losses))]
+
+    def _tell(self, file: EventFile, events: Sequence[Event]) -> None:
+        """Text and markers of what happened. The newest text of a tag holds all of it: TensorBoard keeps only a few."""
+        self._events += events
+        found = [event for event in events if event.kind in KINDS]
+        if found:
+            file.add(found[-1].step, made.text("spikes", _episode_table(episodes_of(self._events))))
+        for event in found:
+            onset = event.data.get("onset")
+            if (
+                isinstance(onset, int)
+                and onset not in self._marked
+                and len(self._marked) < MARKERS
+                and self._losses
+            ):
+                self._marked.add(onset)
+                # A tag for each: points of one tag would be joined by a line, and smoothed.
+                nearest = min(self._losses, key=lambda step: (abs(step - onset), step))
+                file.add(onset, [made.scalar(f"episodes/step {onset}", self._losses[nearest])])
+        if len(found) < len(events):
+            others = [event for event in self._events if event.kind not in KINDS]
+            file.add(events[-1].step, made.text("events", _event_table(others)))
+
+    def _draw(self, file: EventFile) -> None:
+        """The maps, the loss with its spikes, and the spikes as a list."""
+        from stabilitylab.report.figures import Mark, curves
+        from stabilitylab.report.maps import heat_map, table_figure
+
+        began = time.monotonic()
+        pictures = []
+        episodes = episodes_of(self._events)
+        story, known = self._overview.story.frames()
+        if LOSS in story.index:
+            loss = story.T[LOSS][known.T[LOSS].to_numpy()]
+            marks = [Mark(e.onset, e.end, e.kind) for e in episodes[-40:]]
+            figure = curves({"loss": [loss]}, title="Loss, spikes marked", log="auto", marks={"loss": marks})
+            pictures.append(made.picture(STORY, figure))
+            rows = [_episode_cells(episode) for episode in reversed(episodes[-15:])]
+            title = f"Spikes: {len(episodes)}" + (
+                f", the last {len(rows)}" if len(rows) < len(episodes) else ""
+            )
+            pictures.append(made.picture(SPIKES, table_figure(_COLUMNS, rows, title=title)))
+        for name, tag in MAPS.items():
+            values, known = self._overview.maps[name].frames()
+            if values.size:
+                title = tag.partition(" ")[2].capitalize()
+                pictures.append(
+                    made.picture(tag, heat_map(values, title=title, log=name != "score", recorded=known))
+                )
+        file.add(self._step, pictures)
+        now = time.monotonic()
+        self._next_pictures = now + (now - began) / SHARE_OF_TIME
 
 
-def _larger(a: float, b: float) -> float:
-    return float(np.maximum(a, b))
+_COLUMNS = ("onset", "kind", "peak", "end", "height", "signal")
 
 
-def _histogram(writer: SummaryWriter, name: str, values: Sequence[float], step: int) -> None:
-    if values:
-        writer.add_histogram(name, np.asarray(values), step)
+def _episode_cells(episode: Episode) -> list[str]:
+    height = "–" if episode.height is None else f"{episode.height:.3g}"
+    end = "open" if episode.end is None else str(episode.end)
+    return [str(episode.onset), episode.kind, str(episode.peak), end, height, episode.signal]
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [pair for name, inner in value.items() for pair in _flat(inner, f"{prefix}{name}.")]
-    return [(prefix[:-1], value)] if isinstance(value, (bool, int, float, str)) else []
+def _episode_table(episodes: Sequence[Episode]) -> str:
+    rows = [_episode_cells(episode) for episode in reversed(episodes[-LISTED:])]
+    return _markdown(_COLUMNS, rows)
 
 
-def _pixels(figure: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _event_table(events: Sequence[Event]) -> str:
+    rows = [
+        [str(event.step), event.kind, ", ".join(f"{name} {value}" for name, value in event.data.items())]
+        for event in reversed(events[-LISTED:])
+    ]
+    return _markdown(("step", "event", "what"), rows)
 
-    # TensorBoard shows images on small cards: a small figure keeps its text readable there.
-    figure.set_facecolor("white")
-    figure.set_size_inches(4.8, 0.6 * figure.get_size_inches()[1] + 1.0)
-    figure.set_dpi(130)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    return "\n".join(f"| {line} |" for line in [*head, *(" | ".join(map(_cell, row)) for row in rows)])
+
+
+def _cell(value: str) -> str:
+    return html.escape(" ".join(value.split())).replace("|", "&#124;")
+
+
+def _histograms(vectors: Mapping[str, np.ndarray]) -> list[Any]:
+    found: list[Any] = []
+    norms, scores = vectors.get("gradient", np.empty(0)), vectors.get("score", np.empty(0))
+    norms = norms[np.isfinite(norms) & (norms > 0)]
+    scores = scores[np.isfinite(scores)]
+    if len(norms):
+        found += made.histogram("gradient/log10 l2 over parameters", np.log10(norms))
+    if len(scores):
+        found += made.histogram("attention/largest score over heads", scores)
+    return found

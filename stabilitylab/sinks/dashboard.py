@@ -1,0 +1,221 @@
+"""What the TensorBoard sink makes of a step's numbers: a dozen overview curves and three layer x step maps.
+
+The page that TensorBoard opens with shows groups of cards in the order of their names, the first ones unfolded; capitals come
+before small letters. So everything that a person looks at first is a tag of the group ``Overview``, numbered in the order of
+looking. One page of that group holds twelve cards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from stabilitylab.report.places import block_number, block_of, is_embedding
+from stabilitylab.telemetry import Key, Samples
+
+if TYPE_CHECKING:
+    from stabilitylab.report.run import Run
+
+LOSS = "Overview/1 loss"
+NORM = "Overview/2 gradient norm"
+SCALE = "Overview/3 loss scale"
+RATE = "Overview/4 learning rate"
+SCORE = "Overview/5 attention maximum"
+BRANCH = "Overview/6 main branch maximum"
+SHARE = "Overview/7 embedding's share of the gradient"
+STORY = "Overview/8 loss with spikes"
+SPIKES = "Overview/9 spikes"
+MAPS = {
+    "gradient": "Overview/10 gradient norm, layer x step",
+    "branch": "Overview/11 main branch maximum, layer x step",
+    "score": "Overview/12 attention maximum, layer x step",
+}
+
+CHARTS = {
+    "Loss, episodes as points": [f"{LOSS}$", "episodes/.*"],
+    "Gradient norm": [f"{NORM}$"],
+    "Loss scale": [f"{SCALE}$"],
+    "Learning rate": [f"{RATE}$"],
+    "Attention maximum": [f"{SCORE}$"],
+    "Main branch maximum": [f"{BRANCH}$"],
+    "Embedding's share of the gradient": [f"{SHARE}$"],
+}
+LAYOUT = {"Stability": {title: ["Multiline", tags] for title, tags in CHARTS.items()}}
+
+_DIRECT = {
+    "train/-/loss": LOSS,
+    "train/-/gradient_norm": NORM,
+    "precision/-/loss_scale": SCALE,
+    "train/-/learning_rate": RATE,
+}
+# What the maps and the story are made of.
+_SOURCES = (
+    ("train", "loss"),
+    ("train", "gradient_norm"),
+    ("gradient", "l2"),
+    ("attention", "score_max"),
+    ("activation", "absmax"),
+)
+COLUMNS = 400
+
+
+class StepMap:
+    """Largest value of each row (a layer) in each stretch of steps, in memory that does not grow with the run.
+
+    At most ``columns`` stretches are kept; when there are more, their length doubles. A NaN wins over every number.
+    """
+
+    def __init__(self, columns: int = COLUMNS) -> None:
+        self._most = columns
+        self._stretch = 1
+        self._cells: dict[int, dict[str, float]] = {}
+        self._rows: dict[str, None] = {}
+
+    def add(self, step: int, row: str, value: float) -> None:
+        """Take a value in."""
+        self._rows.setdefault(row)
+        cell = self._cells.setdefault(step - step % self._stretch, {})
+        cell[row] = float(np.maximum(cell[row], value)) if row in cell else value
+        while len(self._cells) > self._most:
+            self._widen()
+
+    def rewind(self, step: int) -> None:
+        """Forget steps from ``step`` on (a stretch that begins before it stays)."""
+        self._cells = {start: cell for start, cell in self._cells.items() if start < step}
+
+    def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Values, and where there are any: rows the layers as they came, columns the first step of each stretch."""
+        starts = sorted(self._cells)
+        frame = pd.DataFrame(
+            {start: pd.Series(self._cells[start], dtype=float) for start in starts}, index=list(self._rows)
+        )
+        known = [[row in self._cells[start] for start in starts] for row in self._rows]
+        return frame, pd.DataFrame(known, index=frame.index, columns=frame.columns, dtype=bool)
+
+    def _widen(self) -> None:
+        self._stretch *= 2
+        cells: dict[int, dict[str, float]] = {}
+        for start, cell in sorted(self._cells.items()):
+            joined = cells.setdefault(start - start % self._stretch, {})
+            for row, value in cell.items():
+                joined[row] = float(np.maximum(joined[row], value)) if row in joined else value
+        self._cells = cells
+
+
+class Overview:
+    """Turns samples into the overview's curves, and keeps its maps and the loss."""
+
+    def __init__(self) -> None:
+        self.maps = {name: StepMap() for name in MAPS}
+        # Loss and norm for the picture with the spikes: one row a curve.
+        self.story = StepMap(columns=4 * COLUMNS)
+        self._roles: _Roles | None = None
+
+    def rewind(self, step: int) -> None:
+        """Forget steps from ``step`` on."""
+        for map_ in (*self.maps.values(), self.story):
+            map_.rewind(step)
+
+    def recall(self, run: Run, before: int) -> None:
+        """Take in what a run folder holds of steps below ``before``."""
+        for family, statistic in _SOURCES:
+            rows = run.rows(family, statistic)
+            rows = rows[rows["step"] < before]
+            keys = tuple(Key(family, str(site), statistic) for site in rows["site"].cat.categories)
+            codes: NDArray[np.int32] = rows["site"].cat.codes.to_numpy().astype(np.int32)
+            samples = Samples(keys, rows["step"].to_numpy(), codes, rows["value"].to_numpy())
+            self.steps(samples)
+
+    def steps(self, samples: Samples) -> list[tuple[int, dict[str, float], dict[str, NDArray[np.float64]]]]:
+        """For every step: its scalars by tag, and its vectors by name (gradient norms, attention maxima)."""
+        if self._roles is None or self._roles.keys is not samples.keys:
+            self._roles = _Roles(samples.keys)
+        found = []
+        for step in np.unique(samples.step).tolist():
+            at = samples.step == step
+            found.append((step, *self._step(step, samples.key[at], samples.value[at], self._roles)))
+        return found
+
+    def _step(
+        self, step: int, key: NDArray[np.int32], value: NDArray[np.float64], roles: _Roles
+    ) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+        role = roles.role[key]
+        scalars: dict[str, float] = {}
+        vectors: dict[str, NDArray[np.float64]] = {}
+        for number, one in zip(
+            key[role == _Roles.SCALAR].tolist(), value[role == _Roles.SCALAR].tolist(), strict=True
+        ):
+            scalars |= dict.fromkeys(roles.tags[number], one)
+        for name, code, tag in (("branch", _Roles.BRANCH, BRANCH), ("score", _Roles.SCORE, SCORE)):
+            here = role == code
+            if here.any():
+                scalars[tag] = float(value[here].max())  # NaN, where there is one
+                for number, one in zip(key[here].tolist(), value[here].tolist(), strict=True):
+                    self.maps[name].add(step, roles.rows[number], one)
+        here = role == _Roles.NORM
+        if here.any():
+            vectors["gradient"] = value[here]
+            squares: dict[str, float] = {}
+            for number, one in zip(key[here].tolist(), np.square(value[here]).tolist(), strict=True):
+                squares[roles.rows[number]] = squares.get(roles.rows[number], 0.0) + one
+            for row, square in squares.items():
+                self.maps["gradient"].add(step, row, float(np.sqrt(square)))
+        if (role == _Roles.SCORE).any():
+            vectors["score"] = value[role == _Roles.SCORE]
+        for tag in (LOSS, NORM):
+            if tag in scalars:
+                self.story.add(step, tag, scalars[tag])
+        return scalars, vectors
+
+
+class _Roles:
+    """What each key of a flush is to the dashboard; made once for a tuple of keys."""
+
+    NONE, SCALAR, BRANCH, SCORE, NORM = range(5)
+
+    def __init__(self, keys: tuple[Key, ...]) -> None:
+        self.keys = keys
+        self.tags: dict[int, list[str]] = {}
+        self.rows = [block_of(key.site) if key.family == "gradient" else key.site for key in keys]
+        self.role = np.zeros(len(keys), dtype=np.int8)
+        shared = False
+        for number, key in enumerate(keys):
+            if key.family in ("train", "precision") and key.site == "-":
+                self.tags[number] = [f"{key.family}/{key.statistic}"]
+                if key.metric in _DIRECT:
+                    self.tags[number] = [_DIRECT[key.metric]]
+                self.role[number] = self.SCALAR
+            elif (
+                key.family == "gradient"
+                and key.statistic == "share"
+                and is_embedding(key.site)
+                and not shared
+            ):
+                shared = True
+                self.tags[number] = [SHARE]
+                self.role[number] = self.SCALAR
+            elif key.family == "gradient" and key.statistic == "l2":
+                self.role[number] = self.NORM
+            elif key.family == "attention" and key.statistic == "score_max":
+                self.role[number] = self.SCORE
+            elif (
+                key.family == "activation"
+                and key.statistic == "absmax"
+                and block_number(key.site) is not None
+            ):
+                self.role[number] = self.BRANCH
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as ``model.norm`` -> value, without what a table cannot show."""
+    pairs: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            pairs |= flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (bool, int, float, str)):
+            pairs[f"{prefix}{name}"] = value
+    return pairs

@@ -1,0 +1,123 @@
+"""A real Chromium, driven through chromedriver's own HTTP protocol (W3C WebDriver and Chrome's DevTools commands)."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMEDRIVER = shutil.which("chromedriver")
+
+_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+]
+
+
+class Browser:
+    """One window."""
+
+    def __init__(self, address: str, session: str) -> None:
+        self._base = f"{address}/session/{session}"
+
+    def open(self, url: str) -> None:
+        _request("POST", f"{self._base}/url", {"url": url})
+
+    def run(self, script: str) -> Any:
+        """The value that a script returns."""
+        return _request("POST", f"{self._base}/execute/sync", {"script": script, "args": []})
+
+    def wait(self, script: str, seconds: float = 25.0) -> Any:
+        """Run a script until what it returns is true; its last value otherwise."""
+        limit = time.monotonic() + seconds
+        while not (value := self.run(script)) and time.monotonic() < limit:
+            time.sleep(0.1)
+        return value
+
+    def size(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
+        """The window's size in CSS pixels, and which colour scheme the reader prefers."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone}
+        self._devtools("Emulation.setDeviceMetricsOverride", metrics)
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self._devtools("Emulation.setEmulatedMedia", {"features": scheme})
+
+    def picture(self, path: Path) -> Path:
+        """A screenshot as PNG."""
+        path.write_bytes(base64.b64decode(_request("GET", f"{self._base}/screenshot")))
+        return path
+
+    def messages(self) -> list[str]:
+        """What the page's console said that is an error."""
+        entries = _request("POST", f"{self._base}/se/log", {"type": "browser"})
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+
+    def _devtools(self, command: str, parameters: dict[str, Any]) -> None:
+        _request("POST", f"{self._base}/goog/cdp/execute", {"cmd": command, "params": parameters})
+
+
+@contextmanager
+def browser(profile: Path) -> Iterator[Browser]:
+    """A fresh Chromium with an empty profile; both processes are gone afterwards."""
+    port = free_port()
+    driver = subprocess.Popen(
+        [str(CHROMEDRIVER), f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for_server(f"{address}/status", driver)
+        options = {"binary": CHROMIUM, "args": [*_FLAGS, f"--user-data-dir={profile}"]}
+        capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        made = _request("POST", f"{address}/session", {"capabilities": {"alwaysMatch": capabilities}})
+        try:
+            yield Browser(address, made["sessionId"])
+        finally:
+            _request("DELETE", f"{address}/session/{made['sessionId']}")
+    finally:
+        driver.terminate()
+        driver.wait(timeout=20)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for_server(url: str, process: subprocess.Popen[Any], seconds: float = 30.0) -> None:
+    """Return when the address answers."""
+    limit = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError as error:
+            if process.poll() is not None or time.monotonic() > limit:
+                raise AssertionError(f"{url} does not answer: {error}") from error
+            time.sleep(0.05)
+
+
+def _request(method: str, url: str, body: Any = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)["value"]
+    except urllib.error.HTTPError as error:
+        raise AssertionError(f"{url}: {json.load(error)['value']['message'][:300]}") from None

@@ -1,0 +1,327 @@
+"""TensorBoardSink, read back with TensorBoard's own reader, and looked at in a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stabilitylab.sinks import Sink, TensorBoardSink
+from stabilitylab.sinks import tensorboard as sink_module
+from stabilitylab.sinks.dashboard import (
+    BRANCH,
+    CHARTS,
+    LOSS,
+    MAPS,
+    NORM,
+    SCALE,
+    SCORE,
+    SHARE,
+    SPIKES,
+    STORY,
+    StepMap,
+)
+from stabilitylab.telemetry import Event, Key, Samples
+from tests.stabilitylab import story
+from tests.stabilitylab.browser import CHROMEDRIVER, CHROMIUM, browser, free_port, wait_for_server
+
+OVERVIEW = [LOSS, NORM, SCALE, "Overview/4 learning rate", SCORE, BRANCH, SHARE]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return story.make_run(tmp_path_factory.mktemp("tensorboard") / "läuft <b>", tensorboard=True)
+
+
+def read(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in read(folder).Scalars(tag)}
+
+
+def newest_text(folder: Path, tag: str) -> str:
+    return read(folder).Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
+
+
+def loss_of(step: int, value: float) -> Samples:
+    return Samples.of([(step, Key("train", "-", "loss"), value)])
+
+
+def test_it_is_a_sink(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    assert isinstance(sink, Sink)
+    sink.close()
+    assert read(tmp_path).Tags()["scalars"] == ["summary/episodes"]
+
+
+def test_curves_hold_what_was_seen(run: Path) -> None:
+    dice = np.random.default_rng(0)
+    expected = [story.values_at(step, dice) for step in range(120)]
+    loss = scalars(run / "tensorboard", LOSS)
+    assert list(loss) == list(range(120))
+    key = Key("train", "-", "loss")
+    assert list(loss.values()) == pytest.approx([v[key] for v in expected], rel=2**-24)  # stored in float32
+    norm = scalars(run / "tensorboard", NORM)
+    assert norm[story.BROKEN] == math.inf
+    scores = scalars(run / "tensorboard", SCORE)
+    largest = {
+        step: max(value for k, value in values.items() if k.family == "attention")
+        for step, values in enumerate(expected)
+        if step % 10 == 0
+    }
+    assert scores == pytest.approx(largest, rel=2**-23)
+
+
+def test_everything_of_the_overview_is_there(run: Path) -> None:
+    tags = read(run / "tensorboard").Tags()
+    assert set(OVERVIEW) <= set(tags["scalars"])
+    assert {STORY, SPIKES, *MAPS.values()} <= set(tags["images"])
+    assert {"attention/largest score over heads", "gradient/log10 l2 over parameters"} <= set(
+        tags["histograms"]
+    )
+    # The first page of the group shows a dozen cards, in the order of their names.
+    assert len(OVERVIEW) + 2 + len(MAPS) == 12
+
+
+def test_spikes_are_text_and_points_on_the_loss(run: Path) -> None:
+    folder = run / "tensorboard"
+    assert f"| {story.SPIKE} | " in newest_text(folder, "spikes")
+    assert "run-end" in newest_text(folder, "events")
+    points = [tag for tag in read(folder).Tags()["scalars"] if tag.startswith("episodes/")]
+    assert f"episodes/step {story.SPIKE}" in points
+    loss = scalars(folder, LOSS)
+    assert scalars(folder, f"episodes/step {story.SPIKE}") == {story.SPIKE: loss[story.SPIKE]}
+
+
+def test_the_arm_is_named_by_its_configuration(run: Path) -> None:
+    metadata = read(run / "tensorboard").SummaryMetadata("_hparams_/session_start_info")
+    assert b"model.norm" in metadata.plugin_data.content
+    assert b"glm-tiny" in metadata.plugin_data.content
+    assert "_hparams_/session_end_info" in read(run / "tensorboard").summary_metadata
+
+
+def test_a_rewind_drops_what_it_supersedes(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    for step in range(10):
+        sink.write(loss_of(step, step), [])
+    event = {
+        "episode": 1,
+        "phase": "onset",
+        "signal": "train/-/loss",
+        "onset": 8,
+        "peak": 8,
+        "end": None,
+        "height": 1.0,
+    }
+    sink.write(Samples.of([]), [Event(step=8, kind="spike", data=event)])
+    sink.write(loss_of(5, 50), [Event(step=5, kind="rewind")])
+    sink.write(loss_of(6, 60), [])
+    sink.close()
+    assert scalars(tmp_path, LOSS) == {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 50, 6: 60}
+    assert "episodes/step 8" not in {
+        tag for tag in read(tmp_path).Tags()["scalars"] if read(tmp_path).Scalars(tag)
+    }
+    assert scalars(tmp_path, "summary/episodes") == {6: 0}
+
+
+def test_a_resumed_run_shows_its_beginning(tmp_path: Path) -> None:
+    """A second process goes on from step 100: its maps begin at 0, its list of spikes holds the old one."""
+    run = story.make_run(tmp_path / "run", tensorboard=True)
+    sink = TensorBoardSink(run / "tensorboard")
+    samples = Samples.of(
+        [(100, Key("activation", "layers.0", "absmax"), 1.0), (100, Key("train", "-", "loss"), 3.0)]
+    )
+    sink.write(samples, [Event(step=100, kind="rewind")])
+    frame, known = sink._overview.maps["branch"].frames()
+    assert frame.columns.tolist() == [*range(0, 100, 10), 100]
+    assert known.loc["layers.3"].tolist() == [True] * 10 + [False]
+    sink._tell(sink._open(), [])
+    assert any(event.data.get("onset") == story.SPIKE for event in sink._events)
+    sink.close()
+    loss = scalars(run / "tensorboard", LOSS)
+    assert max(loss) == 100
+    assert loss[100] == 3.0
+
+
+def test_names_cannot_break_out(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    sink.write(
+        loss_of(0, 1.0), [Event(step=0, kind="res|ponse", data={"why": "<script>alert(1)</script>\n| x |"})]
+    )
+    sink.close()
+    text = newest_text(tmp_path, "events")
+    assert "<script>" not in text
+    assert text.count("\n") == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_but_nan(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    keys = [key for key in story.KEYS if key.family != "update"]
+    for step in range(3):
+        sink.write(Samples.of((step, key, math.nan) for key in keys), [])
+    sink.close()
+    assert all(math.isnan(value) for value in scalars(tmp_path, LOSS).values())
+
+
+def test_thousands_of_sites_stay_a_dozen_curves(tmp_path: Path) -> None:
+    keys = tuple(
+        Key("gradient", f"layers.{layer}.{module}.weight", "l2")
+        for layer in range(100)
+        for module in range(40)
+    )
+    sink = TensorBoardSink(tmp_path)
+    number = np.arange(len(keys), dtype=np.int32)
+    for step in range(5):
+        sink.write(Samples(keys, np.full(len(keys), step), number, np.full(len(keys), 0.5)), [])
+    sink.close()
+    assert len(read(tmp_path).Tags()["scalars"]) < 5
+    frame, _ = sink._overview.maps["gradient"].frames()
+    assert frame.shape == (100, 5)
+    assert frame.to_numpy() == pytest.approx(0.5 * math.sqrt(40))
+
+
+def test_a_full_disk_is_said_and_survived(tmp_path: Path) -> None:
+    """A file size limit stands in for the full disk; records before and after it can be read."""
+    script = f"""
+import resource, sys
+sys.path[:0] = [{str(Path(__file__).parents[3])!r}]
+from tests.stabilitylab.sinks.test_tensorboard import loss_of
+from stabilitylab.sinks import TensorBoardSink
+sink = TensorBoardSink({str(tmp_path)!r})
+sink.write(loss_of(0, 1.0), [])
+hard = resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_FSIZE, (sink._file.path.stat().st_size + 10, hard))
+try:
+    sink.write(loss_of(1, 1.0), [])
+except OSError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+sink.write(loss_of(2, 1.0), [])
+sink.close()
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", script],
+        preexec_fn=lambda: signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "File too large" in out.stdout
+    assert "events.out.tfevents" in out.stdout
+    assert list(scalars(tmp_path, LOSS)) == [0, 2]
+
+
+def test_pictures_take_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(sink_module.time, "monotonic", lambda: clock[0])
+    sink = TensorBoardSink(tmp_path)
+    drawn: list[float] = []
+
+    def draw(file: object) -> None:
+        drawn.append(clock[0])
+        clock[0] += 0.5
+        sink._next_pictures = clock[0] + 0.5 / sink_module.SHARE_OF_TIME
+
+    monkeypatch.setattr(sink, "_draw", draw)
+    for step in range(200):
+        sink.write(loss_of(step, 1.0), [])
+        clock[0] += 1.0
+    assert len(drawn) * 0.5 <= 0.01 * clock[0] + 0.5
+    sink.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_map_is_the_largest_of_each_stretch(seed: int) -> None:
+    """Against the naive maximum over the recorded steps of every stretch; memory stays within its bound."""
+    dice = np.random.default_rng(seed)
+    steps = np.sort(dice.choice(1000, size=300, replace=False))
+    values = dice.normal(size=300)
+    values[dice.integers(300, size=5)] = np.nan
+    map_ = StepMap(columns=16)
+    for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+        map_.add(step, "layers.0", value)
+    frame, known = map_.frames()
+    assert frame.shape[1] <= 16
+    assert known.all().all()
+    starts = frame.columns.tolist()
+    for start, end in zip(starts, [*starts[1:], 1000], strict=True):
+        expected = values[(steps >= start) & (steps < end)].max()
+        np.testing.assert_equal(frame.loc["layers.0", start], expected)
+
+
+# The older tabs hide what they show in shadow roots.
+ALL_TEXT = """
+const all = [];
+const walk = node => {
+  if (node.shadowRoot) walk(node.shadowRoot);
+  for (const child of node.childNodes) { if (child.nodeType == 3) all.push(child.data); else walk(child); }
+};
+walk(document.body);
+return all.join('|')"""
+
+
+@pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no chromium with chromedriver is installed")
+def test_a_person_sees_the_dashboard(run: Path, tmp_path: Path) -> None:
+    """The real server and a real browser: what the first page and the tabs show, without a click."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(run),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    base = f"http://127.0.0.1:{port}"
+    pictures = Path(os.environ.get("STABILITYLAB_PICTURES", tmp_path))
+    try:
+        wait_for_server(base, server)
+        with browser(tmp_path / "profile") as window:
+            window.size(1500, 3600)
+            window.open(base)
+            # Cards are drawn when they are in view: all twelve titles, then all five pictures with pixels in them.
+            count = "return document.querySelectorAll('card-view').length"
+            assert window.wait(f"{count} >= 12"), window.run(count)
+            loaded = (
+                "[...document.querySelectorAll('image-card img')].filter(i => i.naturalWidth > 100).length"
+            )
+            assert window.wait(f"return {loaded} >= 5")
+            shown = window.run(
+                "return document.body.innerText + [...document.querySelectorAll('[title]')].map(e => e.title)"
+            )
+            for tag in [*OVERVIEW, STORY, SPIKES, *MAPS.values()]:
+                assert tag in shown, tag
+            assert window.wait("return document.querySelectorAll('scalar-card line-chart').length >= 7")
+            window.picture(pictures / "tensorboard-first-page.png")
+
+            window.open(f"{base}/#custom_scalars")
+            last = json.dumps(list(CHARTS)[-1])
+            window.wait(f"{ALL_TEXT}.includes({last})")
+            text = window.run(ALL_TEXT)
+            assert all(title in text for title in CHARTS), text[-2000:]
+            window.picture(pictures / "tensorboard-custom-scalars.png")
+
+            window.open(f"{base}/#text")
+            assert window.wait(f"{ALL_TEXT}.includes('spikes/text_summary')")
+            window.picture(pictures / "tensorboard-text.png")
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
