@@ -1,4 +1,4 @@
-"""The ``glm`` command: corpus, tokenizer, shards, train, and what a trained model is used for.
+"""The ``glm`` command: corpus, tokenizer, shards, train, replay.
 
 Commands live beside what they command and are imported when called, so that help and errors are quick.
 """
@@ -19,9 +19,7 @@ COMMANDS = {
     "shards": ("glm.data.commands", "turn a corpus into memory-mapped tokens with a held-out split"),
     "train": ("glm.train.commands", "train a preset, any field overridden"),
     "replay": ("glm.train.replay", "an event of a run again, from before it, with one thing changed"),
-    "generate": ("glm.inference.commands", "fill blanks or continue text with a trained model"),
-    "evaluate": ("glm.inference.commands", "perplexity and zero-shot tasks on held-out text"),
-    "export": ("glm.inference.commands", "one safetensors file from a checkpoint"),
+    "plan": ("glm.parallel.commands", "memory, time and failures of a model on a cluster, on paper"),
 }
 
 
