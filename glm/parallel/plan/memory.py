@@ -1,0 +1,135 @@
+"""Memory of one GPU in training, by component, for each pipeline stage.
+
+With e bytes a number in the compute format and N parameters on the GPU:
+
+    weights      e N                    / d under ZeRO-3
+    gradients    e N   (bf16: 4 N more, its fp32 accumulation)                                        / d under ZeRO-2 and 3
+    optimizer    12 N  fp32 master and two moments (8 N in fp32, whose weights are the masters)      / d under ZeRO-1, 2 and 3
+    activations  what one micro-batch keeps for its backward pass x micro-batches in flight, min(p - k, m) on stage k
+    working      the largest of: one layer recomputed, the output loss on the last stage, the update's fp32 gradient
+    reserved     the driver's context, collectives' buffers, and 4 % lost to fragmentation
+
+A layer keeps (Korthikanti et al., 2205.05198, section 4, recounted for our block and a tensor group of t; a test holds it to what
+autograd saves): inputs of the norms and of both sublayers, e s b h each; q, k, v and the attention output, 4 e s b h / t; the
+scores' softmax in fp32 and rounded, (4 + e) a s^2 b / t; the feed-forward's inner tensors, e s b i / t each (four if gated,
+else two).
+Recomputed, a layer keeps its input alone.
+
+The fp32 gradient of the output matrix exists from forward to backward of a micro-batch's loss (``glm.model.vocabulary_loss``).
+
+Limits: peak sizes of tensors, not an allocator's trace; the optimizer's own temporaries are those of one parameter group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from glm.parallel.plan.hardware import GIB, Gpu
+from glm.parallel.plan.layout import Layout, stage_layers
+from glm.parallel.plan.shape import Shape
+
+BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+CONTEXT = 0.6 * GIB
+COLLECTIVES = 1.0 * GIB
+FRAGMENTED = 0.04
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one GPU by component; see the module's docstring."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float
+    reserved: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            "working": self.working,
+            "reserved": self.reserved,
+        }
+
+    def largest(self) -> str:
+        """The component that takes most."""
+        parts = self.parts()
+        return max(parts, key=lambda name: parts[name])
+
+
+def reserved(gpu: Gpu, *, gpus: int) -> float:
+    """Memory of a GPU that no tensor gets."""
+    return CONTEXT + (COLLECTIVES if gpus > 1 else 0.0) + FRAGMENTED * gpu.memory
+
+
+def layer_activations(shape: Shape, rows: int, tensor: int, precision: str) -> float:
+    """Bytes that one layer keeps for its backward pass, not recomputed."""
+    e, tokens = BYTES[precision], rows * shape.length
+    # Per norm its input; per sublayer the input of its first matrix. Parallel blocks share both.
+    whole = e * tokens * shape.hidden * (shape.norms + (1 if shape.norms == 1 else 2))
+    if shape.dropout:
+        whole += 2 * tokens * shape.hidden
+    # Norms of q and k keep the q, k, v product.
+    split = e * tokens * shape.hidden * (4 + (3 if shape.qk_norm else 0))
+    split += e * tokens * shape.inner * (4 if shape.gated else 2)
+    if shape.softmax != "fused":
+        wide = 4 + e if shape.softmax != "compute" and e < 4 else e
+        split += wide * rows * shape.heads * shape.length**2
+    return whole + split / tensor
+
+
+def micro_batch_activations(shape: Shape, layout: Layout, stage: int, precision: str) -> float:
+    """Bytes that a micro-batch in flight keeps on a stage."""
+    stages = stage_layers(shape.layers, layout.pipeline)
+    one_input = BYTES[precision] * layout.micro * shape.length * shape.hidden
+    if layout.recompute:
+        kept = stages[stage] * float(one_input)
+    else:
+        kept = stages[stage] * layer_activations(shape, layout.micro, layout.tensor, precision)
+    # The stage's input and output stay in the pipeline's buffers until the backward pass.
+    return kept + (2 * one_input if layout.pipeline > 1 else 0)
+
+
+def training_memory(
+    shape: Shape, layout: Layout, stage: int, rows: int, gpu: Gpu, precision: str = "fp16"
+) -> Memory:
+    """What a GPU of ``stage`` holds at the peak of an update of ``rows`` rows."""
+    e, d = BYTES[precision], layout.data
+    stages = stage_layers(shape.layers, layout.pipeline)
+    last = stage == layout.pipeline - 1
+    parameters = shape.stage_parameters(layout.tensor, stages, stage)
+    states = 12 if precision != "fp32" else 8
+    in_flight = min(layout.pipeline - stage, layout.micro_batches(rows))
+    tokens = layout.micro * shape.length
+    working = [4.0 * parameters / d]
+    if layout.recompute:
+        working.append(layer_activations(shape, layout.micro, layout.tensor, precision))
+    if last:
+        matrix = shape.vocabulary * shape.hidden / layout.tensor
+        working.append((8 + e % 4) * matrix + (4 + e) * tokens * shape.hidden)
+    wide_gradients = 4 if precision == "bf16" else 0
+    return Memory(
+        weights=e * parameters / (d if layout.zero >= 3 else 1),
+        gradients=(e + wide_gradients) * parameters / (d if layout.zero >= 2 else 1),
+        optimizer=states * parameters / (d if layout.zero >= 1 else 1),
+        activations=in_flight * micro_batch_activations(shape, layout, stage, precision),
+        working=max(working),
+        reserved=reserved(gpu, gpus=layout.gpus),
+    )
+
+
+def peak_memory(shape: Shape, layout: Layout, rows: int, gpu: Gpu, precision: str = "fp16") -> Memory:
+    """Of the stage that needs most: the first holds the most micro-batches, the last the loss, the middle the most layers."""
+    candidates = {0, layout.pipeline // 2, layout.pipeline - 1}
+    return max(
+        (training_memory(shape, layout, stage, rows, gpu, precision) for stage in sorted(candidates)),
+        key=lambda memory: memory.total,
+    )

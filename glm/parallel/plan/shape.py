@@ -1,0 +1,144 @@
+"""A model as the planner sees it: how many numbers of which kind each layer has, and where they lie.
+
+Of a layer, matrices and the biases of column-parallel ones are split over t tensor ranks; norms and the biases of row-parallel
+matrices are held by each. The vocabulary is split over t at both ends of the pipeline; a tied matrix is held by both end stages.
+
+FLOPs of a forward pass, two a multiply-add: 2 (matrices) + 4 s h a token and layer for the two products of attention, 2 h V a token
+for the output. With the paper's layer of 12 h^2 parameters, three forward passes' worth (forward and twice that backward) of this
+is Narayanan et al.'s 72 B s L h^2 (1 + s/6h + V/12Lh) (2104.04473, equation 3, without its recomputation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from glm.errors import InputError
+from glm.model.config import ModelConfig
+
+GATED = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a transformer.
+
+    Attributes:
+        layers, hidden, heads, vocabulary: L, h, a, V.
+        length: s, tokens a row.
+        inner: width of the feed-forward layer; ``gated``: it has two input projections.
+        norms: LayerNorms a layer; ``bias``: they and the linear layers have biases.
+        learned_positions, embedding_norm, tied, final_norm, qk_norm: what else there is.
+        softmax: how attention's scores are formed (``AttentionConfig.softmax``).
+        dropout: masks are kept for the backward pass.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    length: int
+    inner: int
+    gated: bool = True
+    norms: int = 2
+    bias: bool = True
+    learned_positions: bool = False
+    embedding_norm: bool = False
+    tied: bool = True
+    final_norm: bool = True
+    qk_norm: bool = False
+    softmax: str = "fp32"
+    dropout: bool = False
+
+    @property
+    def up(self) -> int:
+        """Width of the feed-forward layer's input projection."""
+        return self.inner * (GATED if self.gated else 1)
+
+    @property
+    def matrices(self) -> int:
+        """Elements of a layer's matrices."""
+        h = self.hidden
+        return 4 * h * h + h * self.up + self.inner * h
+
+    @property
+    def split_vectors(self) -> int:
+        """Biases of a layer that are split with their matrices."""
+        return (3 * self.hidden + self.up) * int(self.bias)
+
+    @property
+    def whole_vectors(self) -> int:
+        """Norms and biases of a layer that every tensor rank holds."""
+        norm = 1 + int(self.bias)
+        qk = 2 * (self.hidden // self.heads) * norm if self.qk_norm else 0
+        return 2 * self.hidden * int(self.bias) + self.norms * self.hidden * norm + qk
+
+    def layer_parameters(self, tensor: int) -> int:
+        """Parameters of a layer on one of ``tensor`` ranks."""
+        return (self.matrices + self.split_vectors) // tensor + self.whole_vectors
+
+    def first_parameters(self, tensor: int) -> int:
+        """What the first stage has before its layers."""
+        extra = self.length * self.hidden if self.learned_positions else 0
+        norm = self.hidden * (1 + int(self.bias)) if self.embedding_norm else 0
+        return self.vocabulary * self.hidden // tensor + extra + norm
+
+    def last_parameters(self, tensor: int, *, alone: bool) -> int:
+        """What the last stage has after its layers; ``alone``: it is the first too, and has a tied matrix already."""
+        norm = self.hidden * (1 + int(self.bias)) if self.final_norm else 0
+        return norm + (0 if self.tied and alone else self.vocabulary * self.hidden // tensor)
+
+    def stage_parameters(self, tensor: int, stages: list[int], stage: int) -> int:
+        """Parameters of one GPU of a stage, where ``stages`` are the layers of each."""
+        total = stages[stage] * self.layer_parameters(tensor)
+        if stage == 0:
+            total += self.first_parameters(tensor)
+        if stage == len(stages) - 1:
+            total += self.last_parameters(tensor, alone=len(stages) == 1)
+        return total
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model."""
+        return self.stage_parameters(1, [self.layers], 0)
+
+    def layer_flops(self, tokens: int) -> float:
+        """Of a layer's forward pass."""
+        return 2.0 * tokens * self.matrices + 4.0 * tokens * self.length * self.hidden
+
+    def output_flops(self, tokens: int) -> float:
+        """Of the output projection's forward pass."""
+        return 2.0 * tokens * self.hidden * self.vocabulary
+
+    def model_flops(self, tokens: int) -> float:
+        """Of a forward and backward pass without recomputation: what MFU counts."""
+        return 3.0 * (self.layers * self.layer_flops(tokens) + self.output_flops(tokens))
+
+    def hardware_flops(self, tokens: int, *, recompute: bool) -> float:
+        """The same with the layers' recomputed forward pass: what HFU counts."""
+        again = self.layers * self.layer_flops(tokens) if recompute else 0.0
+        return self.model_flops(tokens) + again
+
+
+def shape_of(config: ModelConfig, *, vocabulary: int | None = None, length: int | None = None) -> Shape:
+    """The shape of a configured model. Raises InputError where no vocabulary is known."""
+    size = vocabulary or config.vocabulary
+    if size is None:
+        raise InputError("this preset takes its vocabulary from the data: give --vocabulary")
+    return Shape(
+        layers=config.layers,
+        hidden=config.hidden,
+        heads=config.heads,
+        vocabulary=size,
+        length=length or config.length,
+        inner=config.feed_forward.width(config.hidden),
+        gated=config.feed_forward.is_gated,
+        norms={"sandwich": 4}.get(config.norm, 1 if config.parallel_block else 2),
+        bias=config.bias,
+        learned_positions=config.attention.positions == "learned",
+        embedding_norm=config.embedding.norm,
+        tied=config.embedding.tied,
+        final_norm=config.norm != "post",
+        qk_norm=config.attention.qk_norm,
+        softmax=config.attention.softmax,
+        dropout=config.dropout > 0,
+    )
