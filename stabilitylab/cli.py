@@ -21,7 +21,10 @@ COMMANDS = {
     "compare": ("stabilitylab.cli", "several runs over each other, as HTML"),
     "show": ("stabilitylab.cli", "a run's last values and its events, on the terminal"),
     "spikes": ("stabilitylab.spikes.commands", "find spikes in a training log or run folder"),
-    "precursors": ("stabilitylab.spikes.commands", "how well each signal warned of a folder of runs' episodes"),
+    "precursors": (
+        "stabilitylab.spikes.commands",
+        "how well each signal warned of a folder of runs' episodes",
+    ),
 }
 
 RunPath = Annotated[Path, tyro.conf.Positional]
@@ -83,20 +86,28 @@ def show(run: RunPath) -> int:
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from stabilitylab.report import load_run
+    from stabilitylab.report.style import plain
 
     loaded, console = load_run(run), Console()
     metrics = loaded.metrics
-    table = Table("metric", "first", "last", "largest", title=str(loaded.path))
-    scalars = metrics[metrics["family"].isin(["train", "precision"])]
+    table = Table("metric", "steps", "first", "last", "largest", "not finite", title=Text(str(loaded.path)))
+    scalars = metrics[metrics["family"].isin(["train", "precision"]) & (metrics["size"] == 0)]
     for family, site, statistic in scalars[["family", "site", "statistic"]].itertuples(index=False):
         series = loaded.series(f"{family}/{site}/{statistic}")
-        table.add_row(f"{family}/{site}/{statistic}", *(f"{v:.5g}" for v in (series.iloc[0], series.iloc[-1], series.max())))
+        finite = series[abs(series) < float("inf")]
+        numbers = [series.iloc[0], series.iloc[-1], finite.max()]
+        shown = [plain(float(f"{number:.5g}")) for number in numbers]
+        bad = len(series) - len(finite)
+        table.add_row(Text(f"{family}/{site}/{statistic}"), str(len(series)), *shown, str(bad) if bad else "")
     console.print(table)
     events = Table("step", "event", "what")
     for event in loaded.events:
-        events.add_row(str(event.step), event.kind, ", ".join(f"{k} {v}" for k, v in event.data.items()))
+        what = ", ".join(f"{name} {value}" for name, value in event.data.items())
+        # Names come from the run: none of them is markup.
+        events.add_row(str(event.step), Text(event.kind), Text(what))
     console.print(events)
     return 0
 

@@ -38,7 +38,9 @@ def run_command(command: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             where = f" while writing {error.filename}" if error.filename else ""
-            return _refuse(f"{os.strerror(error.errno)}{where}: free some space and run the same command again")
+            return _refuse(
+                f"{os.strerror(error.errno)}{where}: free some space and run the same command again"
+            )
         raise
 
 

@@ -7,7 +7,8 @@ The loss is multiplied by a scale s before backward, gradients are divided by s 
     no overflow:          after every ``window`` updates counted from the last overflow, s <- 2 s and hysteresis is refilled
 
 Source: Micikevicius et al. (1710.03740, section 3.2); the state machine is that of DeepSpeed's dynamic scaler with
-GLM-130B's values (initial 2^16, hysteresis 2, minimum 1; window 2000 in the paper, 200 in its launch configuration).
+GLM-130B's values (initial 2^16, hysteresis 2, minimum 1; window 2000 in the paper, 200 in its launch configuration). A window
+is counted as torch's GradScaler does; DeepSpeed 0.19 waits one update longer.
 
 A scale that keeps falling is the collapse that preceded GLM-130B's loss explosion by 30 steps: ``collapsed`` says that
 the scale stands at its minimum and the gradient overflows all the same, so nothing is left to lower.

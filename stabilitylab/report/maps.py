@@ -85,6 +85,8 @@ def table_figure(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title
         table = axes.table(
             cellText=rows, colLabels=columns, loc="upper left", cellLoc="left", edges="horizontal"
         )
+        for cell in table.get_celld().values():
+            cell.PAD = 0.06
         table.auto_set_font_size(False)
         table.set_fontsize(9)
         table.auto_set_column_width(list(range(len(columns))))

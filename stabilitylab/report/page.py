@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
+import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from stabilitylab.errors import InputError
-from stabilitylab.report.style import ALARM, COLOURS, INK
+from stabilitylab.report.style import ALARM, COLOURS, INK, STYLE
 
 SVG_BYTES = 200_000
 # Colours of figures that a page's style sheet may set: they need another shade on dark ground.
@@ -128,7 +129,8 @@ def picture_html(figure: Figure) -> Markup:
     """A figure as inline SVG in the page's own ink, or as PNG where that is smaller."""
     title = "; ".join(axes.get_title("left") or axes.get_title() for axes in figure.axes).strip("; ")
     vector = io.StringIO()
-    figure.savefig(vector, format="svg", metadata={"Date": None})
+    with mpl.rc_context(STYLE):  # the same figure gives the same file
+        figure.savefig(vector, format="svg", metadata={"Date": None})
     text = vector.getvalue()
     if len(text) <= SVG_BYTES:
         text = text[text.index("<svg") :]

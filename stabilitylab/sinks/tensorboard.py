@@ -183,7 +183,8 @@ class TensorBoardSink:
         story, known = self._overview.story.frames()
         if LOSS in story.index:
             loss = story.T[LOSS][known.T[LOSS].to_numpy()]
-            marks = [Mark(e.onset, e.end, e.kind) for e in episodes[-40:]]
+            # Loss and norm often tell the same story: one mark where they begin together.
+            marks = list({e.onset: Mark(e.onset, e.end, e.kind) for e in episodes[-40:]}.values())
             figure = curves({"loss": [loss]}, title="Loss, spikes marked", log="auto", marks={"loss": marks})
             pictures.append(made.picture(STORY, figure))
             rows = [_episode_cells(episode) for episode in reversed(episodes[-15:])]

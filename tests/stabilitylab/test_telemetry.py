@@ -166,12 +166,16 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     first.release()
 
 
-def as_nobody(action: str) -> str:
-    """What an action says when a user without rights tries it; the tests themselves may run as root."""
+def as_nobody(action: str, before: str = "") -> str:
+    """What an action says when a user without rights tries it; the tests themselves may run as root.
+
+    ``before`` runs with the rights of the tests: imports, which that user may not be able to read.
+    """
     script = f"""
 import os, warnings
 from stabilitylab.errors import InputError
 from stabilitylab.telemetry import RunFolder
+{before}
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid(65534)

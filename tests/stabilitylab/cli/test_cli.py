@@ -1,0 +1,118 @@
+"""The command as people start it: a process, its output, its exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stabilitylab.cli import COMMANDS, main
+from stabilitylab.report import Page
+from tests.stabilitylab import story
+from tests.stabilitylab.test_telemetry import as_nobody
+
+
+@pytest.fixture(scope="module")
+def run_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return story.make_run(tmp_path_factory.mktemp("runs") / "[red]läuft")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line that a wrong command says."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def test_the_module_is_the_console_script() -> None:
+    """Help comes at once: neither torch nor matplotlib is imported for it."""
+    script = (
+        "import sys, runpy\nsys.argv = ['stabilitylab', '--help']\n"
+        "try:\n    runpy.run_module('stabilitylab', run_name='__main__')\n"
+        "except SystemExit as error:\n    assert not error.code\n"
+        "assert not {'torch', 'matplotlib', 'pandas', 'tensorboard'} & set(sys.modules)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert all(name in out.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"stabilitylab {name}" in capsys.readouterr().out
+
+
+def test_report(run_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(run_path / "report.html")
+    assert main(["report", str(run_path), "--out", str(tmp_path / "x.html")]) == 0
+    assert (tmp_path / "x.html").read_text() == (run_path / "report.html").read_text()
+
+
+def test_compare(run_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = story.make_run(tmp_path / "zwei", seed=1, steps=30)
+    assert main(["compare", str(run_path), str(other), "--out", str(tmp_path / "both.html")]) == 0
+    assert "zwei" in (tmp_path / "both.html").read_text()
+    capsys.readouterr()
+    assert "two run folders or more, got 1" in refusal(
+        capsys, "compare", run_path, "--out", tmp_path / "one.html"
+    )
+
+
+def test_show(run_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["show", str(run_path)]) == 0
+    said = capsys.readouterr().out
+    assert "[red]läuft" in said
+    assert "train/-/loss" in said
+    (norm,) = [line for line in said.splitlines() if "gradient_norm" in line and "120" in line]
+    assert norm.split("│")[-2].strip() == "1"  # the one infinite norm is counted, not dropped
+    assert f"onset {story.SPIKE}" in said
+
+
+def test_wrong_paths(tmp_path: Path, run_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no such directory" in refusal(capsys, "report", tmp_path / "none")
+    assert "neither telemetry/ nor events.jsonl" in refusal(capsys, "show", tmp_path)
+    assert "there is no folder" in refusal(capsys, "report", run_path, "--out", tmp_path / "none" / "x.html")
+    assert "has no command 'reprot'" in refusal(capsys, "reprot", run_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Page, "html", lambda self: "")  # what it would hold does not matter here
+        assert "Is a directory" in refusal(capsys, "report", run_path, "--out", tmp_path)
+
+
+def test_a_damaged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = story.make_run(tmp_path / "run", steps=20)
+    (part,) = (run / "telemetry").glob("*.parquet")
+    part.write_bytes(part.read_bytes()[:-100])
+    assert part.name in refusal(capsys, "report", run)
+
+
+def test_events_with_a_cut_last_line(tmp_path: Path) -> None:
+    run = story.make_run(tmp_path / "run", steps=20)
+    content = (run / "events.jsonl").read_bytes()
+    (run / "events.jsonl").write_bytes(content[:-20])
+    assert main(["report", str(run)]) == 0
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    run = story.make_run(tmp_path / "run", steps=20)
+    for folder in (run, tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    run.chmod(0o555)
+    said = as_nobody(
+        f"page.write(RunFolder({str(run)!r}).report)",
+        before="from stabilitylab.report import Page\npage = Page(title='t')\npage.html()",
+    )
+    assert "Permission denied; choose another place" in said

@@ -1,0 +1,266 @@
+"""Figures and pages: every value shown, nothing from a run executed, and looked at in a real browser."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from stabilitylab.errors import InputError
+from stabilitylab.report import Cell, Page, Picture, Section, Table, comparison, figures, load_run, run_report
+from stabilitylab.report.figures import Mark
+from stabilitylab.report.maps import heat_map
+from stabilitylab.report.page import picture_html
+from stabilitylab.report.places import block_number, block_of, is_embedding
+from stabilitylab.report.style import plain, thinned
+from stabilitylab.telemetry import Key
+from tests.stabilitylab import story
+from tests.stabilitylab.browser import CHROMEDRIVER, CHROMIUM, browser
+from tests.stabilitylab.report.test_run import write
+
+EVIL = "<script>document.title='broken'</script>\"'&"
+
+
+@pytest.fixture(scope="module")
+def run_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return story.make_run(tmp_path_factory.mktemp("runs") / "läuft")
+
+
+def texts(figure: Figure) -> str:
+    figure.canvas.draw()
+    return "|".join(t.get_text() for axes in figure.axes for t in [*axes.texts, axes.title, axes.xaxis.label])
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (65504.0, "65,504"),
+        (0.002, "0.002"),
+        (3e-9, "3e-9"),
+        (1.5, "1.5"),
+        (math.inf, "inf"),
+        (math.nan, "nan"),
+    ]
+    + [(0.0, "0"), (2e7, "2e7"), (-20.0, "-20"), (123456.0, "123,456")],
+)
+def test_numbers_as_people_write_them(value: float, shown: str) -> None:
+    assert plain(value) == shown
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_thinning_loses_no_extreme_and_no_nan(seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    values = dice.normal(size=50_000)
+    values[dice.integers(50_000, size=3)] = [1e9, -1e9, math.nan]
+    series = pd.Series(values, index=np.arange(50_000) * 7)
+    thin = thinned(series, 900)
+    assert len(thin) < 1300
+    assert thin.max() == 1e9
+    assert thin.min() == -1e9
+    assert thin.isna().any()
+    assert thin.index.is_monotonic_increasing
+    assert (series.loc[thin.index].to_numpy() == thin.to_numpy())[thin.notna()].all()
+    assert thinned(pd.Series(np.full(5000, np.nan)), 900).isna().all()
+
+
+def test_sites_tell_where_they_are() -> None:
+    assert block_number("layers.12") == 12
+    assert block_number("transformer.h.3") == 3
+    assert block_number("layers.3.attention") is None
+    assert block_of("layers.3.attention.output.weight") == "layers.3"
+    assert block_of("embedding.weight") == "embedding.weight"
+    names = ["embedding.weight", "model.embed_tokens.weight", "transformer.wte.weight"]
+    assert all(map(is_embedding, names))
+    assert not any(
+        map(
+            is_embedding,
+            ["transformer.wpe.weight", "embedding_norm.weight", "position_embedding", "layers.0"],
+        )
+    )
+
+
+def test_curves_show_what_is_not_finite() -> None:
+    series = pd.Series([1.0, math.nan, 3.0, math.inf], index=[0, 1, 2, 3])
+    figure = figures.curves({"a": [series]}, title="Loss")
+    crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in crosses] == [[1, 3]]
+
+
+def test_the_mean_of_seeds_is_not_finite_where_a_seed_is_not() -> None:
+    a = pd.Series([1.0, math.nan, 3.0], index=[0, 1, 2])
+    b = pd.Series([3.0, 4.0, 5.0, 6.0], index=[0, 1, 2, 3])
+    figure = figures.curves({"arm": [a, b]}, title="t")
+    (mean,) = [line for line in figure.axes[0].lines if line.get_label() == "arm"]
+    np.testing.assert_equal(np.asarray(mean.get_ydata(), dtype=float), [2.0, math.nan, 4.0, 6.0])
+
+
+def test_maps_tell_gaps_from_broken_cells() -> None:
+    matrix = pd.DataFrame(
+        [[1.0, math.nan, math.inf], [math.nan, 2.0, 3.0]], index=["a", "b"], columns=[0, 5, 9]
+    )
+    recorded = pd.DataFrame([[True, True, True], [False, True, True]], index=["a", "b"], columns=[0, 5, 9])
+    figure = heat_map(matrix, title="m", recorded=recorded)
+    red = figure.axes[0].images[1].get_array()
+    assert (~np.ma.getmaskarray(red)).tolist() == [[False, True, True], [False, False, False]]
+    assert "red: not finite" in texts(figure)
+
+
+def test_large_maps_keep_their_largest_and_their_broken_cells() -> None:
+    values = np.ones((1000, 5000))
+    values[123, 4567], values[900, 17] = 1e6, math.nan
+    figure = heat_map(pd.DataFrame(values), title="m")
+    shown, red = (image.get_array() for image in figure.axes[0].images)
+    assert max(shown.shape) <= 400
+    assert shown.max() == 1e6
+    assert (~np.ma.getmaskarray(red)).sum() == 1
+
+
+EMPTY = pd.Series(dtype=float)
+ODD: dict[str, object] = {
+    "nothing": lambda: figures.curves({}, title="t"),
+    "empty": lambda: figures.curves({"a": [EMPTY]}, title="t", log=True),
+    "one step": lambda: figures.curves(
+        {"a": [pd.Series([2.0], index=[7])]}, title="t", marks={"a": [Mark(7, None, "x")]}
+    ),
+    "all nan": lambda: figures.curves({"a": [pd.Series([math.nan] * 3)]}, title="t", log="auto"),
+    "all inf": lambda: figures.curves({"a": [pd.Series([math.inf] * 3)]}, title="t", log=True),
+    "zeros on a log axis": lambda: figures.curves({"a": [pd.Series([0.0, 1.0])]}, title="t", log=True),
+    "all of float32": lambda: figures.curves({"a": [pd.Series([3.4e38, 1e-45])]}, title="t", log=True),
+    "depth of nan": lambda: figures.by_depth(
+        {"a": [pd.Series([math.nan, math.nan])]}, title="t", limit=(65504.0, "l")
+    ),
+    "depth of nothing": lambda: figures.by_depth({"a": []}, title="t"),
+    "dots of nothing": lambda: figures.dots({}, title="t"),
+    "dots of nan": lambda: figures.dots({"g": {"a": [math.nan, 1.0], "b": []}}, title="t"),
+    "map of nan": lambda: heat_map(pd.DataFrame([[math.nan]]), title="t"),
+    "map of nothing": lambda: heat_map(pd.DataFrame(), title="t"),
+    "map of one value": lambda: heat_map(pd.DataFrame([[2.0]]), title="t"),
+    "map of negatives": lambda: heat_map(pd.DataFrame([[-2.0, -1.0]]), title="t", log=True),
+    "markup in names": lambda: heat_map(pd.DataFrame([[1.0]], index=[EVIL]), title="層 <b>"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
+def test_odd_values_can_be_drawn(name: str) -> None:
+    html = picture_html(ODD[name]())  # type: ignore[operator]
+    assert html.startswith(("<svg", "<img"))
+    assert "<script" not in html
+
+
+def test_a_page_escapes_what_comes_from_runs() -> None:
+    table = Table(columns=[EVIL], rows=[[EVIL, Cell(text=EVIL, detail=EVIL, best=True)]], note=EVIL)
+    picture = Picture(figure=figures.curves({EVIL: [pd.Series([1.0, 2.0])]}, title=EVIL), caption=EVIL)
+    sections = [Section(title=EVIL, text=[EVIL], parts=[table, picture])] * 3
+    html = Page(title=EVIL, lead=EVIL, facts={EVIL: EVIL}, sections=sections).html()
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    assert 'class="best"' in html
+
+
+@pytest.fixture(scope="module")
+def report(run_path: Path) -> tuple[Page, str]:
+    page = run_report(load_run(run_path))
+    page.facts = {**page.facts, EVIL: EVIL}
+    return page, page.html()
+
+
+def test_a_page_is_one_file(report: tuple[Page, str]) -> None:
+    _, html = report
+    for outside in ('src="http', 'href="http', "@import", "url(http", "<link", "<script"):
+        assert outside not in html
+
+
+def test_a_report_tells_the_story(report: tuple[Page, str]) -> None:
+    page, html = report
+    titles = [section.title for section in page.sections]
+    assert titles[:3] == ["Loss and gradient norm", "Episodes", "Causes"]
+    assert {
+        "Gradients",
+        "Main branch",
+        "Attention scores",
+        "Ranges",
+        "Updates",
+        "Activation outliers",
+    } <= set(titles)
+    assert "120 steps recorded, 0 to 119" in html
+    assert f"<td>{story.SPIKE}</td>" in html
+    assert "A value on the main branch that is not finite" not in html
+    # Layer 3 at the last measured step: 4 x (2 + 110 / 20), 11.1 bits below 65,504.
+    assert "The largest value on the main branch was 30, 11.1 bits below" in html
+    assert all(section.text for section in page.sections)
+
+
+def test_reports_of_several_runs_lie_over_each_other(run_path: Path, tmp_path: Path) -> None:
+    other = story.make_run(tmp_path / "zwei", seed=1)
+    page = comparison([load_run(run_path), load_run(other)])
+    assert page.title == "Comparison of läuft, zwei"
+    assert "Largest |value|, layer by step: zwei" in page.html()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(0, Key("train", "-", "seconds"), 1.0)],
+        [(3, key, 1.0) for key in story.KEYS],
+        [(step, key, math.nan) for step in range(4) for key in story.KEYS],
+        [(step, key, -math.inf) for step in range(4) for key in story.KEYS],
+        [(0, Key("activation", f"層.{i}.<b>", "absmax"), 1.0) for i in range(3000)],
+    ],
+    ids=["no loss", "a single step", "all nan", "all -inf", "thousands of sites"],
+)
+def test_odd_runs_have_a_report(tmp_path: Path, rows: list[tuple[int, Key, float]]) -> None:
+    html = run_report(load_run(write(tmp_path / "run", (rows, [])))).html()
+    assert "<h1>Run run</h1>" in html
+    assert "<b>" not in html
+
+
+def test_pages_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Page(title="t")
+    target = tmp_path / "report.html"
+    target.write_text("before")
+    monkeypatch.setattr(
+        Path, "replace", lambda self, other: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(OSError, match="No space left") as raised:
+        page.write(target)
+    assert raised.value.filename == str(target)
+    assert target.read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="No such file or directory"):
+        page.write(tmp_path / "none" / "report.html")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="Is a directory"):
+        page.write(tmp_path / "folder")
+
+
+@pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no chromium with chromedriver is installed")
+def test_a_person_reads_the_report(report: tuple[Page, str], tmp_path: Path) -> None:
+    """Wide and on a phone, in light and in dark: it fits, its figures are drawn, nothing is logged."""
+    page, html = report
+    file = tmp_path / "report.html"
+    file.write_text(html, encoding="utf-8")
+    pictures = Path(os.environ.get("STABILITYLAB_PICTURES", tmp_path))
+    with browser(tmp_path / "profile") as window:
+        for name, width, dark in (("wide", 1200, False), ("dark", 1200, True), ("phone", 390, False)):
+            window.size(width, 900, dark=dark, phone=name == "phone")
+            window.open(file.as_uri())
+            # The page itself does not move sideways; wide tables and figures do so inside it.
+            assert window.run("return document.documentElement.scrollWidth") == width
+            drawn = "[...document.querySelectorAll('figure svg, figure img')]"
+            assert window.run(f"return {drawn}.length") == sum(
+                isinstance(part, Picture) for section in page.sections for part in section.parts
+            )
+            assert window.run(f"return Math.min(...{drawn}.map(p => p.getBoundingClientRect().height))") > 100
+            paper = window.run("return getComputedStyle(document.body).backgroundColor")
+            assert paper == ("rgb(22, 22, 24)" if dark else "rgb(255, 255, 255)")
+            window.picture(pictures / f"report-{name}.png")
+        assert window.run("return document.title") == "Run läuft"
+        assert window.run("return document.querySelectorAll('nav a').length") == len(page.sections)
+        assert window.messages() == []
