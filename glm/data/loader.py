@@ -206,8 +206,8 @@ class Loader:
                 continue
             first_R = stream.first_of(number_R[which])
             text_RS[which] = stream.read(first_R)
-            for row, first in zip(which.tolist(), first_R.tolist(), strict=True):
-                provenance[row] = stream.where(first, self.length)
+            for row, parts in zip(which.tolist(), stream.where(first_R, self.length), strict=True):
+                provenance[row] = parts
         return text_RS, provenance
 
     def _begins(self, rows: int) -> Ints:

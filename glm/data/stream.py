@@ -20,6 +20,7 @@ from glm.data.shards import Shard
 Ints = NDArray[np.int64]
 
 _EPOCH = 1_000_003
+_MOST_HELD = 1 << 20  # blocks of an epoch whose order is held in memory
 _SHIFT = 1  # the draw of an epoch's shift
 
 
@@ -34,11 +35,13 @@ class Stream:
 
     def __init__(self, shards: tuple[Shard, ...], length: int, seed: int) -> None:
         self._shards, self.length, self._seed = shards, length, seed
+        self._names = [shard.path.name for shard in shards]
         sizes = np.array([shard.tokens for shard in shards], dtype=np.int64)
         self._ends = sizes.cumsum()
         self._begins = self._ends - sizes
         self.tokens = int(sizes.sum())
         self.blocks = max(0, (self.tokens - 1) // length)
+        self._held: tuple[int, Ints] | None = None
 
     def first_of(self, number_R: Ints) -> Ints:
         """Where the ``number``-th row of this stream begins: every epoch reads all blocks once, in an order of its own.
@@ -51,9 +54,17 @@ class Stream:
         for epoch in np.unique(epoch_R).tolist():
             here = epoch_R == epoch
             shift = int(uniform(self._seed, epoch, _SHIFT)[0] * (spare + 1)) if epoch else 0
-            order = shuffled(self._seed + _EPOCH * epoch, index_R[here], self.blocks)
-            first_R[here] = order * self.length + shift
+            first_R[here] = self._blocks_of(epoch, index_R[here]) * self.length + shift
         return first_R
+
+    def _blocks_of(self, epoch: int, index_R: Ints) -> Ints:
+        seed = self._seed + _EPOCH * epoch
+        if self.blocks > _MOST_HELD:
+            return shuffled(seed, index_R, self.blocks)
+        # The same permutation, held whole: shuffling a few numbers at a time costs more than building a short row.
+        if self._held is None or self._held[0] != epoch:
+            self._held = epoch, shuffled(seed, np.arange(self.blocks), self.blocks)
+        return self._held[1][index_R]
 
     def read(self, first_R: Ints) -> NDArray[np.unsignedinteger[Any]]:
         """Rows of T + 1 tokens that begin at ``first``."""
@@ -68,14 +79,16 @@ class Stream:
                 place, filled, number = 0, filled + len(part), number + 1
         return out_RS
 
-    def where(self, first: int, length: int) -> tuple[Provenance, ...]:
-        """The shards, and places in them, that tokens [first, first + length) come from."""
+    def where(self, first_R: Ints, length: int) -> list[tuple[Provenance, ...]]:
+        """The shards, and places in them, that tokens [first, first + length) of each row come from."""
+        shard_R = np.searchsorted(self._ends, first_R, side="right")
+        place_R = first_R - self._begins[shard_R]
         found = []
-        number = int(np.searchsorted(self._ends, first, side="right"))
-        while length > 0:
-            place = first - int(self._begins[number])
-            here = min(length, self._shards[number].tokens - place)
-            if here:
-                found.append(Provenance(source=self._shards[number].path.name, first=place, length=here))
-            first, length, number = first + here, length - here, number + 1
-        return tuple(found)
+        for number, place in zip(shard_R.tolist(), place_R.tolist(), strict=True):
+            parts, left = [], length
+            while left:
+                here = min(left, self._shards[number].tokens - place)
+                parts.append(Provenance(source=self._names[number], first=place, length=here))
+                place, left, number = 0, left - here, number + 1
+            found.append(tuple(parts))
+        return found

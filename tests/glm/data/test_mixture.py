@@ -159,9 +159,6 @@ def test_rows_go_on_across_shards(tmp_path):
     first = np.arange(len(numbers) - 8)
     rows = stream.read(first)
     assert rows.tolist() == [numbers[f : f + 9].tolist() for f in first]
-    for f in first.tolist():
-        parts = [
-            numbers[sum(sizes[: int(p.source[0])]) :][p.first : p.first + p.length]
-            for p in stream.where(f, 8)
-        ]
+    for f, where in zip(first.tolist(), stream.where(first, 8), strict=True):
+        parts = [numbers[sum(sizes[: int(p.source[0])]) :][p.first : p.first + p.length] for p in where]
         assert np.concatenate(parts).tolist() == numbers[f : f + 8].tolist()
