@@ -20,7 +20,7 @@ SUITE = Suite(
         "All arms train in fp16 with fp32 masters on the same batches in the same order."
     ),
     preset="glm-tiny",
-    steps=200,
+    steps=160,
     seeds=(0, 1),
     settings={
         "precision": "fp16",

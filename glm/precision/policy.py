@@ -8,7 +8,7 @@
 
 Source: mixed precision training (Micikevicius et al., 1710.03740) as GLM-130B ran it (2210.02414, section 3). bf16
 accumulates in fp32 because eight significant bits lose what a micro-batch adds; that buffer is why the paper counts
-about 15 % more memory for it (``glm.precision.memory`` computes the number).
+about 15 % more memory for it.
 """
 
 from __future__ import annotations
