@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from glm.data.records import RecordWriter
 from glm.errors import InputError
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("text", "language", "source", "group")])
@@ -39,35 +39,11 @@ class Document:
     group: str
 
 
-class DocumentWriter:
-    """Writes documents into one Parquet file, a batch at a time; a context manager."""
+class DocumentWriter(RecordWriter[Document]):
+    """Writes a file of Documents."""
 
     def __init__(self, path: Path) -> None:
-        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
-        self._held: list[Document] = []
-
-    def add(self, document: Document) -> None:
-        self._held.append(document)
-        if len(self._held) >= DOCUMENTS_PER_BATCH:
-            self._write()
-
-    def __enter__(self) -> DocumentWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._write()
-            self._writer.close()
-        else:
-            # The file is given up; closing it may fail again for the same reason, and would hide the first one.
-            with suppress(Exception):
-                self._writer.close()
-
-    def _write(self) -> None:
-        if self._held:
-            columns = {name: [getattr(document, name) for document in self._held] for name in SCHEMA.names}
-            self._writer.write_table(pa.table(columns, schema=SCHEMA))
-            self._held.clear()
+        super().__init__(path, SCHEMA, batch=DOCUMENTS_PER_BATCH)
 
 
 @dataclass(frozen=True, kw_only=True)

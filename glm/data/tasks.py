@@ -12,7 +12,6 @@ taken for it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from glm.data.records import RecordWriter
 from glm.data.shards import SPLITS, check_sha256, open_data
 from glm.data.special import MASK
 from glm.data.tokenizer import Tokenizer
@@ -71,34 +71,11 @@ class TaskExample:
         return [*before, tokenizer.special.mask, *after]
 
 
-class TaskWriter:
-    """Writes examples into one Parquet file, a batch at a time; a context manager."""
+class TaskWriter(RecordWriter[TaskExample]):
+    """Writes a file of TaskExamples."""
 
     def __init__(self, path: Path) -> None:
-        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
-        self._held: list[TaskExample] = []
-
-    def add(self, example: TaskExample) -> None:
-        self._held.append(example)
-        if len(self._held) >= EXAMPLES_PER_BATCH:
-            self._write()
-
-    def __enter__(self) -> TaskWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._write()
-            self._writer.close()
-        else:
-            # The file is given up; closing it may fail again for the same reason, and would hide the first one.
-            with suppress(Exception):
-                self._writer.close()
-
-    def _write(self) -> None:
-        columns = {name: [getattr(example, name) for example in self._held] for name in SCHEMA.names}
-        self._writer.write_table(pa.table(columns, schema=SCHEMA))
-        self._held.clear()
+        super().__init__(path, SCHEMA, batch=EXAMPLES_PER_BATCH)
 
 
 def read_tasks(file: Path) -> Iterator[TaskExample]:
