@@ -13,9 +13,11 @@ acts on the embedding and a final norm closes the stack. Its branch is bounded: 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from glm.model.attention import Attention
+from glm.model.cache import LayerCache
 from glm.model.config import ModelConfig
 from glm.model.feed_forward import FeedForward
 from glm.model.layers import Norm, dropout
@@ -51,12 +53,14 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTC: Tensor,
-        visible_B1TT: Tensor,
+        bias_BHTS: Tensor,
         turned: Rotation | None = None,
-        bias_BHTT: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
+        """The main branch after this layer; the other arguments are ``Attention.forward``'s."""
+
         def attend(y: Tensor) -> Tensor:
-            return dropout(self.attention(y, visible_B1TT, turned, bias_BHTT), self.p, self.training)
+            return dropout(self.attention(y, bias_BHTS, turned, cache), self.p, self.training)
 
         def feed(y: Tensor) -> Tensor:
             return dropout(self.feed_forward(y), self.p, self.training)
@@ -76,9 +80,9 @@ class Block(nn.Module):
             x = n2(x + feed(x))
         elif self.norm == "deepnorm":
             a = n1(x)
-            x = self.alpha * a + attend(a)
+            x = torch.add(attend(a), a, alpha=self.alpha)
             b = n2(x)
-            x = self.alpha * b + feed(b)
+            x = torch.add(feed(b), b, alpha=self.alpha)
         elif n3 is not None and n4 is not None:
             x = x + n3(attend(n1(x)))
             x = x + n4(feed(n2(x)))

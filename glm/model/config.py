@@ -64,7 +64,7 @@ class AttentionConfig:
         _positive("model.attention", relax=self.relax, rope_base=self.rope_base)
         if self.soft_cap < 0:
             raise InputError(f"model.attention.soft_cap must be 0 (off) or positive, got {self.soft_cap}")
-        if self.softmax == "fused" and self.soft_cap:
+        if self.soft_cap and self.softmax == "fused":
             raise InputError(
                 "model.attention.soft_cap needs the scores, which fused attention does not form: choose softmax fp32"
             )

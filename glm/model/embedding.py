@@ -1,5 +1,8 @@
 """The embedding look-up, with GLM-130B's gradient shrink and BLOOM's norm as levers.
 
+A token that occurs often sums as many gradients into its row. In half precision on a CPU that sum is taken in fp32 and rounded
+once, as accelerators do; added up in half precision, gradients would vanish as soon as the sum is 2,048 times as large.
+
 EGS (GLM-130B, section 2.3): the embedding's gradient is abnormally large before a collapse, so it is multiplied by alpha < 1
 while the forward pass is unchanged. With tied matrices there are two ways in: the look-up and the output projection;
 ``shrink_side`` says which is shrunk. ``gradient_shrink`` is a plain attribute that schedules and responders may move.
@@ -7,13 +10,28 @@ while the forward pass is unchanged. With tied matrices there are two ways in: t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glm.model.layers import shrink_gradient
+from glm.precision import upcasts
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens_BT: Tensor, weight_VC: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_BT)
+        ctx.rows = weight_VC.shape[0]
+        return F.embedding(tokens_BT, weight_VC)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTC: Tensor) -> tuple[None, Tensor]:
+        (tokens_BT,) = ctx.saved_tensors
+        wide = torch.ops.aten.embedding_dense_backward(grad_BTC.float(), tokens_BT, ctx.rows, -1, False)
+        return None, wide.to(grad_BTC.dtype)
 
 
 class Embedding(nn.Module):
@@ -38,15 +56,18 @@ class Embedding(nn.Module):
         self.shrink_side = shrink_side
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        looked_up_BTC = F.embedding(tokens_BT, self.weight)
-        return (
-            shrink_gradient(looked_up_BTC, self.gradient_shrink)
-            if self.shrink_side != "output"
-            else looked_up_BTC
+        weight_VC = self.weight
+        looked_up_BTC: Tensor = (
+            _LookUp.apply(tokens_BT, weight_VC)  # type: ignore[no-untyped-call]
+            if upcasts(weight_VC)
+            else F.embedding(tokens_BT, weight_VC)
         )
+        if self.shrink_side == "output":
+            return looked_up_BTC
+        return shrink_gradient(looked_up_BTC, self.gradient_shrink)
 
     def output_weight(self) -> Tensor:
         """The matrix as the tied output projection uses it."""
-        return (
-            shrink_gradient(self.weight, self.gradient_shrink) if self.shrink_side != "input" else self.weight
-        )
+        if self.shrink_side == "input":
+            return self.weight
+        return shrink_gradient(self.weight, self.gradient_shrink)

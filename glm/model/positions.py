@@ -1,16 +1,24 @@
-"""Where a token stands: rotary embeddings (1-D, 2-D) and ALiBi.
+"""Where a token stands, and whom it may see: rotary embeddings (1-D, 2-D), ALiBi, and the mask.
 
 RoPE (Su et al., 2104.09864, equation 34), rotate-half form over all D dimensions of a head:
 
     x' = x cos(p w) + rotate_half(x) sin(p w),   w_i = base^(-2i/D),   rotate_half([a, b]) = [-b, a]
 
 2-D RoPE turns the first half of the dimensions by the position in the text, the second by the place in the span (GLM's
-two-dimensional positions). ALiBi (Press et al., 2108.12409) adds -m_h |i - j| to the scores, m_h = 2^(-8 h / H).
+two-dimensional positions). ALiBi (Press et al., 2108.12409) adds -m_h |i - j| to the scores, m_h = 2^(-8 h / H). Who may see
+whom is added to the scores too, as 0 or -inf: one addition serves both.
 
-Shapes: B rows, T positions, H heads, D dimensions a head.
+Shapes: B rows, T positions (queries), S positions that can be seen (keys; S = T unless a cache goes before), H heads,
+D dimensions a head, G groups of dimensions that turn together (1, or 2 in 2-D), R = D / 2G turned pairs of a group.
+
+Limits: angles are in fp32, to 2^-24 p w relative; at position 2047 that is 1e-4 radian, less than what a half-precision cosine
+is rounded by.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,55 +27,52 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rotation(positions: Tensor, head: int, base: float, dtype: torch.dtype, *, two: bool) -> Rotation:
-    """cos and sin, [B, 1, T, D], computed in fp32 and rounded once.
+    """cos and sin of the angles, [B, 1, T, G, R] each, computed in fp32 (or wider) and rounded once.
 
     Args:
         positions: [B, T], or [B, T, 2] for the 2-D form.
+        head: D.
+        base: of the frequencies.
+        dtype: of the queries and keys that will be turned.
+        two: the 2-D form; positions [B, T] then stand outside any span.
     """
-    if two:
-        place = (
-            positions
-            if positions.dim() == 3
-            else torch.stack((positions, torch.zeros_like(positions)), dim=-1)
-        )
-        parts = [_angles(place[..., i], head // 2, base) for i in (0, 1)]
-        angle_BTD = torch.cat(parts, dim=-1)
-    else:
-        angle_BTD = _angles(positions if positions.dim() == 2 else positions[..., 0], head, base)
-    return angle_BTD.cos().to(dtype)[:, None], angle_BTD.sin().to(dtype)[:, None]
+    place_BTG = positions[..., None] if positions.dim() == 2 else positions
+    if two and place_BTG.shape[-1] == 1:
+        place_BTG = torch.cat((place_BTG, torch.zeros_like(place_BTG)), dim=-1)
+    place_BTG = place_BTG[..., : 2 if two else 1]
+    wide = torch.promote_types(dtype, torch.float32)
+    dimensions = head // place_BTG.shape[-1]
+    exponent_R = torch.arange(0, dimensions, 2, device=positions.device, dtype=wide) / dimensions
+    angle_BTGR = place_BTG[..., None].to(wide) * base**-exponent_R
+    return angle_BTGR.cos().to(dtype)[:, None], angle_BTGR.sin().to(dtype)[:, None]
 
 
-def _angles(positions_BT: Tensor, dimensions: int, base: float) -> Tensor:
-    frequency = base ** (
-        -torch.arange(0, dimensions, 2, device=positions_BT.device, dtype=torch.float32) / dimensions
-    )
-    half = positions_BT[..., None].float() * frequency
-    return torch.cat((half, half), dim=-1)
+class _Rotate(torch.autograd.Function):
+    """The rotation is orthogonal, so its gradient is the rotation back; four multiplications either way, nothing kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x_BHTD, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1), None, None
 
 
-def rotate(x_BHTD: Tensor, turned: Rotation, *, two: bool) -> Tensor:
+def _turned(x_BHTD: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    groups, pairs = cos.shape[-2:]
+    a, b = x_BHTD.view(*x_BHTD.shape[:-1], groups, 2, pairs).unbind(-2)
+    turned_a = (a * cos).addcmul_(b, sin, value=-direction)
+    turned_b = (b * cos).addcmul_(a, sin, value=direction)
+    return torch.stack((turned_a, turned_b), dim=-2).flatten(-3)
+
+
+def rotate(x_BHTD: Tensor, turned: Rotation) -> Tensor:
     """Turn queries or keys by their positions."""
-    cos, sin = turned
-    if two:
-        a, b = x_BHTD.chunk(2, dim=-1)
-        swapped = torch.cat((_rotate_half(a), _rotate_half(b)), dim=-1)
-    else:
-        swapped = _rotate_half(x_BHTD)
-    return x_BHTD * cos + swapped * sin
-
-
-def _rotate_half(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
-
-
-def alibi_bias(positions_BT: Tensor, heads: int) -> Tensor:
-    """What ALiBi adds to the scores, [B, H, T, T] fp32."""
-    slope_H = 2.0 ** (
-        -8.0 * torch.arange(1, heads + 1, device=positions_BT.device, dtype=torch.float32) / heads
-    )
-    distance_BTT = (positions_BT[:, :, None] - positions_BT[:, None, :]).abs().float()
-    return -slope_H[:, None, None] * distance_BTT[:, None]
+    result: Tensor = _Rotate.apply(x_BHTD, *turned)  # type: ignore[no-untyped-call]
+    return result
 
 
 def visible(segments_BT: Tensor, context_BT: Tensor) -> Tensor:
@@ -76,3 +81,18 @@ def visible(segments_BT: Tensor, context_BT: Tensor) -> Tensor:
     causal_TT = torch.ones(T, T, dtype=torch.bool, device=segments_BT.device).tril()
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     return (same_BTT & (causal_TT | context_BT[:, None, :]))[:, None]
+
+
+def alibi(query_BT: Tensor, key_BS: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """What ALiBi adds to the scores, [B, H, T, S], from the positions of queries and keys."""
+    exponent_H = torch.arange(1, heads + 1, device=query_BT.device, dtype=dtype) * (8.0 / heads)
+    distance_BTS = (query_BT[:, :, None] - key_BS[:, None, :]).abs().to(dtype)
+    return -(2.0**-exponent_H)[:, None, None] * distance_BTS[:, None]
+
+
+def score_bias(visible_B1TS: Tensor, alibi_BHTS: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores, [B, 1 or H, T, S]: ALiBi's bias or 0, and -inf where the query may not look."""
+    if alibi_BHTS is None:
+        bias_B1TS = torch.zeros(visible_B1TS.shape, dtype=dtype, device=visible_B1TS.device)
+        return bias_B1TS.masked_fill_(~visible_B1TS, -math.inf)
+    return alibi_BHTS.to(dtype).masked_fill(~visible_B1TS, -math.inf)

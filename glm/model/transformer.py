@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from glm.errors import InputError
 from glm.model.block import Block
+from glm.model.cache import Cache
 from glm.model.config import ModelConfig
 from glm.model.embedding import Embedding
 from glm.model.initialise import initialise_block, initialise_embedding
 from glm.model.layers import Linear, Norm, dropout
-from glm.model.positions import alibi_bias, rotation, visible
+from glm.model.positions import Rotation, alibi, rotation, score_bias, visible
 from glm.model.vocabulary_loss import logits, vocabulary_loss
 
 
@@ -92,40 +93,83 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, positions: Tensor, segments_BT: Tensor, context_BT: Tensor) -> Tensor:
         """The final hidden states, [B, T, C]."""
-        attention = self.config.attention
-        self._check_length(tokens_BT)
-        place_BT = positions if positions.dim() == 2 else positions[..., 0]
-        x_BTC: Tensor = self.embedding(tokens_BT)
-        if self.positions is not None:
-            x_BTC = x_BTC + self.positions[place_BT]
-        if self.embedding_norm is not None:
-            x_BTC = self.embedding_norm(x_BTC)
-        x_BTC = dropout(x_BTC, self.config.dropout, self.training)
-        visible_B1TT = visible(segments_BT, context_BT)
-        turned = None
-        if attention.positions in ("rope", "rope2d"):
-            two = attention.positions == "rope2d"
-            turned = rotation(positions, self.config.head, attention.rope_base, x_BTC.dtype, two=two)
-        bias_BHTT = alibi_bias(place_BT, self.config.heads) if attention.positions == "alibi" else None
-        for layer in self.layers:
+        self._check_length(tokens_BT.shape[1])
+        return self._through(tokens_BT, positions, visible(segments_BT, context_BT))
+
+    def extend(self, tokens_BT: Tensor, positions: Tensor, visible_B1TS: Tensor, cache: Cache) -> Tensor:
+        """The final hidden states of tokens that follow those in the cache, and are added to it.
+
+        Args:
+            tokens_BT: the new tokens.
+            positions: theirs, [B, T] or [B, T, 2].
+            visible_B1TS: whom each of them may see, of those in the cache and then themselves.
+            cache: what went before; none with dropout or gradients.
+        """
+        self._check_length(visible_B1TS.shape[-1])
+        return self._through(tokens_BT, positions, visible_B1TS, cache)
+
+    def _through(
+        self, tokens_BT: Tensor, positions: Tensor, visible_B1TS: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        x_BTC = self.embed(tokens_BT, positions)
+        bias_BHTS, turned = self.surroundings(positions, visible_B1TS, x_BTC.dtype, cache)
+        for number, layer in enumerate(self.layers):
             if self.config.recompute and self.training and torch.is_grad_enabled():
-                x_BTC = checkpoint(layer, x_BTC, visible_B1TT, turned, bias_BHTT, use_reentrant=False)
+                x_BTC = checkpoint(layer, x_BTC, bias_BHTS, turned, use_reentrant=False)
             else:
-                x_BTC = layer(x_BTC, visible_B1TT, turned, bias_BHTT)
+                x_BTC = layer(x_BTC, bias_BHTS, turned, None if cache is None else cache.layers[number])
         if self.final_norm is not None:
             x_BTC = self.final_norm(x_BTC)
         return x_BTC
+
+    def embed(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
+        """What the first layer gets, [B, T, C]."""
+        x_BTC: Tensor = self.embedding(tokens_BT)
+        if self.positions is not None:
+            x_BTC = x_BTC + self.positions[_place(positions)]
+        if self.embedding_norm is not None:
+            x_BTC = self.embedding_norm(x_BTC)
+        return dropout(x_BTC, self.config.dropout, self.training)
+
+    def surroundings(
+        self, positions: Tensor, visible_B1TS: Tensor, dtype: torch.dtype, cache: Cache | None = None
+    ) -> tuple[Tensor, Rotation | None]:
+        """What every layer's attention is told of the tokens' places: bias of the scores, rotation of queries and keys.
+
+        Args:
+            positions: [B, T], or [B, T, 2].
+            visible_B1TS: who may see whom.
+            dtype: compute format.
+            cache: takes the positions.
+        """
+        attention, place_BT = self.config.attention, _place(positions)
+        place_BS = place_BT if cache is None else cache.extend_places(place_BT)
+        turned = None
+        if attention.positions in ("rope", "rope2d"):
+            two = attention.positions == "rope2d"
+            turned = rotation(positions, self.config.head, attention.rope_base, dtype, two=two)
+        wide = torch.promote_types(dtype, torch.float32)
+        distance_BHTS = (
+            alibi(place_BT, place_BS, self.config.heads, wide) if attention.positions == "alibi" else None
+        )
+        in_compute_format = attention.softmax in ("compute", "fused")
+        return score_bias(visible_B1TS, distance_BHTS, dtype if in_compute_format else wide), turned
 
     def output_weight(self) -> Tensor:
         """The output projection, [V, C]."""
         return self.embedding.output_weight() if self.projection is None else self.projection.weight
 
-    def _check_length(self, tokens_BT: Tensor) -> None:
-        if tokens_BT.shape[1] > self.config.length:
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.config.length:
             raise InputError(
-                f"the row has {tokens_BT.shape[1]} tokens but the model only {self.config.length} positions: shorten it, "
+                f"the row has {tokens} tokens but the model only {self.config.length} positions: shorten it, "
                 "or train with a longer --model.length"
             )
 
     def _norm(self) -> Norm:
         return Norm(self.config.hidden, epsilon=self.config.norm_epsilon, bias=self.config.bias)
+
+
+def _place(positions: Tensor) -> Tensor:
+    """The position in the text, [B, T], of 1-D or 2-D positions."""
+    return positions if positions.dim() == 2 else positions[..., 0]

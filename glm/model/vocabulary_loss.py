@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm.precision import linear, upcasts
+from glm.precision import at_least_fp32, linear, upcasts
 
 # Logits of a chunk: about 16 MB in fp32, which stays near the caches and is small beside the model.
 CHUNK_ELEMENTS = 1 << 22
@@ -29,41 +29,41 @@ CHUNK_ELEMENTS = 1 << 22
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, z_loss: float) -> Tensor:
-        needs_gradient = hidden_NC.requires_grad or weight_VC.requires_grad
+        ctx.dtypes = hidden_NC.dtype, weight_VC.dtype
+        needs_gradient = any(ctx.needs_input_grad[:2])
+        # Where half products are computed in fp32 anyway, upcast once instead of once a chunk.
         in_fp32 = upcasts(hidden_NC)
-        # Where half products are computed in fp32 anyway, upcast the matrix once instead of once a chunk.
-        weight = weight_VC.float() if in_fp32 else weight_VC
-        loss = hidden_NC.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty(hidden_NC.shape, dtype=torch.float32, device=hidden_NC.device)
-        grad_weight = torch.zeros(
-            weight_VC.shape if needs_gradient else (0,), dtype=torch.float32, device=weight_VC.device
-        )
+        hidden_NC, weight = (at_least_fp32(x) if in_fp32 else x for x in (hidden_NC, weight_VC))
+        wide = torch.promote_types(hidden_NC.dtype, torch.float32)
+        loss = hidden_NC.new_zeros((), dtype=wide)
+        # Without gradients (in evaluation) these stay empty.
+        grad_hidden = hidden_NC.new_empty(hidden_NC.shape if needs_gradient else (0,), dtype=wide)
+        grad_weight = hidden_NC.new_zeros(weight_VC.shape if needs_gradient else (0,), dtype=wide)
         size = max(1, CHUNK_ELEMENTS // weight_VC.shape[0])
+        room_nV = hidden_NC.new_empty((min(size, hidden_NC.shape[0]), weight_VC.shape[0]), dtype=wide)
         for first in range(0, hidden_NC.shape[0], size):
             hidden = hidden_NC[first : first + size]
-            hidden = hidden.float() if in_fp32 else hidden
             target_n1 = target_N[first : first + size, None]
-            logits_nV = (hidden @ weight.t()).float()
-            largest_n1 = logits_nV.amax(1, keepdim=True)
-            at_target_n1 = logits_nV.gather(1, target_n1) - largest_n1
-            # In place: the logits become exponentials, then their own gradient.
-            exponentials = logits_nV.sub_(largest_n1).exp_()
-            total_n1 = exponentials.sum(1, keepdim=True)
-            log_total_n1 = total_n1.log()
-            loss += (log_total_n1 - at_target_n1).sum()
+            logits_nV = at_least_fp32(hidden @ weight.t())
+            largest_n1, at_n1 = logits_nV.max(1, keepdim=True)
+            softmax_nV = torch.softmax(logits_nV, 1, out=room_nV[: len(hidden)])
+            # log sum exp(logits - largest): the largest one's probability is at least 1/V, so its logarithm is safe.
+            log_total_n1 = -softmax_nV.gather(1, at_n1).log()
+            loss += (largest_n1 - logits_nV.gather(1, target_n1) + log_total_n1).sum()
             z_n1 = log_total_n1 + largest_n1
             if z_loss:
                 loss += z_loss * z_n1.square().sum()
             if needs_gradient:
-                grad_logits = exponentials.mul_((1 + 2 * z_loss * z_n1) / total_n1)
-                grad_logits.scatter_add_(1, target_n1, torch.full_like(total_n1, -1.0))
-                wide = grad_logits.to(hidden.dtype)
-                grad_hidden[first : first + size] = wide @ weight
-                grad_weight += (
-                    (wide.t() @ hidden).float() if wide.dtype != torch.float32 else wide.t() @ hidden
-                )
+                # In place: the probabilities become the logits' gradient.
+                grad_logits = softmax_nV.mul_(1 + 2 * z_loss * z_n1) if z_loss else softmax_nV
+                grad_logits.scatter_add_(1, target_n1, torch.full_like(largest_n1, -1.0))
+                grad_logits = grad_logits.to(hidden.dtype)
+                grad_hidden[first : first + size] = grad_logits @ weight
+                if hidden.dtype == wide:
+                    torch.addmm(grad_weight, grad_logits.t(), hidden, out=grad_weight)
+                else:
+                    grad_weight += grad_logits.t() @ hidden
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden_NC.dtype, weight_VC.dtype
         return loss
 
     @staticmethod

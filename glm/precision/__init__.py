@@ -2,7 +2,14 @@
 
 from glm.precision.gradient_range import GradientRange, gradient_range
 from glm.precision.loss_scale import LossScaleConfig, LossScaler
-from glm.precision.matmul import linear, matmul, multiplies_natively, upcasts
+from glm.precision.matmul import (
+    at_least_fp32,
+    linear,
+    matmul,
+    multiplies_natively,
+    softmax_matmul,
+    upcasts,
+)
 from glm.precision.policy import Policy, Precision
 
 __all__ = [
@@ -11,9 +18,11 @@ __all__ = [
     "LossScaler",
     "Policy",
     "Precision",
+    "at_least_fp32",
     "gradient_range",
     "linear",
     "matmul",
     "multiplies_natively",
+    "softmax_matmul",
     "upcasts",
 ]

@@ -9,7 +9,12 @@ the same path and a run can be repeated bit for bit.
 Rounding: with unit roundoff u of the half format and v = 2^-24 of fp32, a product over n terms satisfies
 |y - exact| <= u |y| + n v sum |a_i b_i| to first order, plus half the smallest subnormal where y is tiny.
 
-Limits: on other devices and on capable CPUs these functions are the plain torch calls, so the result is whatever that
+``softmax_matmul`` is the second half of attention under the same rule: the softmax is in fp32, and what it weighs the values
+with is an operand, hence half. Upcast, its backward pass keeps those half weights and nothing else of the scores' size:
+
+    Y = P V,  P = softmax(S)      dV = P' dY,   dP = dY V',   dS = P * (dP - sum_j P dP)
+
+Limits: on other devices and on capable CPUs the products are the plain torch calls, so the result is whatever that
 library rounds. Double backward is not supported on the upcast path.
 """
 
@@ -69,12 +74,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Batched ``a @ b`` (equal leading shapes) with fp32 accumulation and one rounding."""
+def at_least_fp32(x: Tensor) -> Tensor:
+    """``x`` in fp32, or in its own format if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def matmul(a: Tensor, b: Tensor, *, widen: bool = False) -> Tensor:
+    """Batched ``a @ b`` (equal leading shapes) with fp32 accumulation and one rounding.
+
+    Args:
+        widen: hand the rounded result on in fp32 (or wider), for arithmetic that must not be in half precision.
+    """
     if upcasts(a) and b.dtype == a.dtype:
-        result: Tensor = _UpcastMatmul.apply(a, b)  # type: ignore[no-untyped-call]
+        result: Tensor = _UpcastMatmul.apply(a, b, widen)  # type: ignore[no-untyped-call]
         return result
-    return torch.matmul(a, b)
+    product = torch.matmul(a, b)
+    return at_least_fp32(product) if widen else product
+
+
+def softmax_matmul(scores: Tensor, values: Tensor) -> Tensor:
+    """``softmax(scores) @ values`` in the format of the values, the softmax in that of the scores.
+
+    Args:
+        scores: [..., queries, keys], ``values``: [..., keys, width], equal leading shapes.
+    """
+    if upcasts(values) and scores.dtype == torch.float32:
+        result: Tensor = _UpcastSoftmaxMatmul.apply(scores, values)  # type: ignore[no-untyped-call]
+        return result
+    return matmul(scores.softmax(-1).to(values.dtype), values)
 
 
 class _UpcastLinear(torch.autograd.Function):
@@ -100,17 +127,38 @@ class _UpcastLinear(torch.autograd.Function):
 
 class _UpcastMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, widen: bool) -> Tensor:
         ctx.save_for_backward(a, b)
-        return torch.matmul(a.float(), b.float()).to(a.dtype)
+        product = torch.matmul(a.float(), b.float())
+        rounded = product.to(a.dtype)
+        return product.copy_(rounded) if widen else rounded
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         a, b = ctx.saved_tensors
-        wide = grad.float()
+        # A widened result's gradient is an operand here, hence half, as it is where half products are native.
+        wide = grad.to(a.dtype).float()
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_a = torch.matmul(wide, b.float().transpose(-1, -2)).to(a.dtype)
         if ctx.needs_input_grad[1]:
             grad_b = torch.matmul(a.float().transpose(-1, -2), wide).to(b.dtype)
-        return grad_a, grad_b
+        return grad_a, grad_b, None
+
+
+class _UpcastSoftmaxMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, values: Tensor) -> Tensor:
+        weights = scores.softmax(-1)
+        rounded = weights.to(values.dtype)
+        ctx.save_for_backward(rounded, values)
+        return torch.matmul(weights.copy_(rounded), values.float()).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rounded, values = ctx.saved_tensors
+        weights, wide = rounded.float(), grad.float()
+        grad_values = torch.matmul(weights.transpose(-1, -2), wide).to(values.dtype)
+        grad_weights = torch.matmul(wide, values.float().transpose(-1, -2))
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, torch.float32)
+        return grad_scores, grad_values

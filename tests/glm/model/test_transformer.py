@@ -14,7 +14,7 @@ from glm.model.attention import Scores
 from glm.model.block import Block, residual_scale
 from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig
 from glm.model.initialise import deep_gain
-from glm.model.positions import alibi_bias, rotate, rotation, visible
+from glm.model.positions import alibi, rotate, rotation, score_bias, visible
 from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import vocabulary_loss
 from glm.presets import PRESETS
@@ -82,7 +82,7 @@ def test_what_a_position_may_not_see_leaves_its_logits_alone(softmax, positions)
                 assert not torch.equal(before[:, i], after[:, i])
 
 
-def naive_attention(attention, x, seen, place, *, layer):
+def naive_attention(attention, x, seen, place):
     """Token by token, head by head."""
     B, T, C = x.shape
     H, D = attention.heads, attention.head
@@ -96,9 +96,7 @@ def naive_attention(attention, x, seen, place, *, layer):
     def turn(vector, position):
         out = vector.clone()
         for i, f in enumerate(frequency):
-            # RoPE in fp32 inside the model: cos and sin rounded there; here the same angles in fp32.
-            angle = torch.tensor(float(position)) * torch.tensor(f, dtype=torch.float32)
-            c, s = angle.cos().double(), angle.sin().double()
+            c, s = math.cos(float(position) * f), math.sin(float(position) * f)
             a, b_ = vector[i], vector[i + D // 2]
             out[i], out[i + D // 2] = a * c - b_ * s, b_ * c + a * s
         return out
@@ -121,11 +119,8 @@ def test_attention_is_the_naive_one():
     x = torch.randn(1, 12, 32, dtype=torch.float64)
     turned = rotation(place, 8, 10_000.0, torch.float64, two=False)
     seen = visible(segments, context)
-    ours = block.attention(x, seen, turned)
-    # The softmax is in fp32 (24 bits): 2^-24 relative, over values of order one.
-    torch.testing.assert_close(
-        ours, naive_attention(block.attention, x, seen, place, layer=1), rtol=0, atol=2e-6
-    )
+    ours = block.attention(x, score_bias(seen, None, torch.float64), turned)
+    torch.testing.assert_close(ours, naive_attention(block.attention, x, seen, place), **EXACT)
 
 
 @pytest.mark.parametrize("softmax", ["compute", "pb-relax", "fused"])
@@ -135,25 +130,21 @@ def test_ways_of_handling_scores_agree(softmax, positions):
         model = model_of(attention=AttentionConfig(softmax=kind, positions=positions))
         return model.hidden(*rows())
 
-    # They differ in where fp32 rounds: 2^-24 relative on scores of order ten, three layers deep.
-    torch.testing.assert_close(hidden(softmax), hidden("fp32"), rtol=0, atol=1e-4)
+    torch.testing.assert_close(hidden(softmax), hidden("fp32"), **EXACT)
 
 
 def test_soft_cap_and_layer_scaling():
     q, k = torch.randn(2, 1, 4, 6, 8, dtype=torch.float64).unbind(0)
     seen = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    bias = score_bias(seen, None, torch.float64)
     exact = (q @ k.transpose(-1, -2)) / math.sqrt(8)
     for layer in (0, 5):
-        scores = Scores(SMALL, layer)(q, k, seen, None)
-        torch.testing.assert_close(
-            scores.double()[seen.expand_as(scores)], exact[seen.expand_as(exact)], rtol=1e-6, atol=1e-6
-        )
+        scores = Scores(SMALL, layer)(q, k, bias)
+        torch.testing.assert_close(scores[seen.expand_as(scores)], exact[seen.expand_as(exact)], **EXACT)
         assert (scores[~seen.expand_as(scores)] == -math.inf).all()
-    capped = Scores(dataclasses.replace(SMALL, attention=AttentionConfig(soft_cap=0.5)), 2)(q, k, seen, None)
+    capped = Scores(dataclasses.replace(SMALL, attention=AttentionConfig(soft_cap=0.5)), 2)(q, k, bias)
     shown = seen.expand_as(capped)
-    torch.testing.assert_close(
-        capped.double()[shown], (0.5 * torch.tanh(exact / 0.5))[shown], rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(capped[shown], (0.5 * torch.tanh(exact / 0.5))[shown], **EXACT)
 
 
 def test_rotation_depends_on_differences_only():
@@ -162,22 +153,22 @@ def test_rotation_depends_on_differences_only():
     def score(a, b):
         place = torch.tensor([[a, b]])
         turned = rotation(place, 8, 10_000.0, torch.float64, two=False)
-        x, y = rotate(q, turned, two=False), rotate(k, turned, two=False)
+        x, y = rotate(q, turned), rotate(k, turned)
         return x[0, 0, 0] @ y[0, 0, 1]
 
-    torch.testing.assert_close(score(3, 5), score(40, 42), rtol=0, atol=1e-5)  # angles in fp32
+    torch.testing.assert_close(score(3, 5), score(40, 42), **EXACT)
     two = rotation(torch.tensor([[[3, 1], [5, 2]]]), 8, 10_000.0, torch.float64, two=True)
     halves = [
         rotation(torch.tensor([[a, b]]), 4, 10_000.0, torch.float64, two=False) for a, b in ((3, 5), (1, 2))
     ]
     expected = torch.cat(
-        [rotate(part, turned, two=False) for part, turned in zip(q.chunk(2, -1), halves, strict=True)], -1
+        [rotate(part, turned) for part, turned in zip(q.chunk(2, -1), halves, strict=True)], -1
     )
-    torch.testing.assert_close(rotate(q, two, two=True), expected, **EXACT)
+    torch.testing.assert_close(rotate(q, two), expected, **EXACT)
 
 
 def test_alibi_slopes_are_the_papers():
-    bias = alibi_bias(torch.arange(5)[None], 8)
+    bias = alibi(torch.arange(5)[None], torch.arange(5)[None], 8, torch.float64)
     slopes = [2.0**-i for i in range(1, 9)]  # the paper's example for 8 heads
     for h, slope in enumerate(slopes):
         for i in range(5):
@@ -196,10 +187,10 @@ def test_blocks_are_their_equations(form):
     levers = {"norm": "pre", "parallel_block": True} if form == "parallel" else {"norm": form}
     block = model_of(**levers).layers[2]
     x = torch.randn(2, 24, 32, dtype=torch.float64)
-    seen = visible(*rows()[2:])
+    bias = score_bias(visible(*rows()[2:]), None, torch.float64)
 
     def A(y):
-        return block.attention(y, seen)
+        return block.attention(y, bias)
 
     f, n1, n2 = block.feed_forward, block.attention_norm, block.feed_forward_norm
     alpha = {"deepnorm": (2 * 3) ** 0.5, "deepnet": (2 * 3) ** 0.25}.get(form, 0)
@@ -220,7 +211,7 @@ def test_blocks_are_their_equations(form):
         b = norm(h, n2)
         expected = alpha * b + f(b)
         assert residual_scale(dataclasses.replace(SMALL, norm=form)) == pytest.approx(alpha)
-    torch.testing.assert_close(block(x, seen), expected, **EXACT)
+    torch.testing.assert_close(block(x, bias), expected, **EXACT)
 
 
 @pytest.mark.parametrize("kind", ["geglu", "swiglu", "gelu", "relu"])
