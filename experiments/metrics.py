@@ -13,7 +13,8 @@
 | skipped_steps | updates skipped since the gradient was not finite | steps |
 | outlier_fraction | mean share of activation values with abs >= 6, at the end | share |
 
-A run that lacks a metric's telemetry has NaN there, and the tables show it.
+A run that lacks a metric's telemetry has NaN there, and the tables show it. Maxima are over the values that are numbers: an
+infinite one counts, a NaN does not (it shows as a skipped step or a non-finite episode).
 """
 
 from __future__ import annotations

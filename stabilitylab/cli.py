@@ -1,20 +1,15 @@
-"""The ``stabilitylab`` command: read what a run recorded.
-
-Commands live beside what they command and are imported when called, so that help and errors are quick.
-"""
+"""The ``stabilitylab`` command: what a run recorded, and what a model's activations allow."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from stabilitylab.command_line import parse
-from stabilitylab.errors import InputError, run_command
+from stabilitylab.command_line import run_program
+from stabilitylab.errors import InputError
 
 COMMANDS = {
     "report": ("stabilitylab.cli", "one self-contained HTML page about a run"),
@@ -33,20 +28,7 @@ RunPaths = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print("usage: stabilitylab COMMAND ...; each takes --help\n")
-        print("\n".join(f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items()))
-        return 0
-    return run_command(lambda: _dispatch(words[0], words[1:]))
-
-
-def _dispatch(name: str, rest: Sequence[str]) -> int | None:
-    if name not in COMMANDS:
-        raise InputError(f"stabilitylab has no command {name!r}: choose one of {', '.join(COMMANDS)}")
-    module = importlib.import_module(COMMANDS[name][0])
-    code: int | None = parse(getattr(module, name), rest, program=f"stabilitylab {name}")
-    return code
+    return run_program("stabilitylab", COMMANDS, arguments)
 
 
 def report(run: RunPath, *, out: Path | None = None) -> int:

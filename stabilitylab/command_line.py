@@ -9,16 +9,53 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tyro
 
+from stabilitylab.errors import InputError, run_command
+
 _BOX = re.compile(r"[╭╮╰╯│─┌┐└┘]+")
+
+
+def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Sequence[str] | None) -> int:
+    """The whole of a program whose first word is a command; returns the exit code.
+
+    A command's function has its name and is called with its parsed arguments; or it is called ``NAME_command`` and parses
+    its words itself. Its module is imported only when it is called, so that help and errors are quick.
+
+    Args:
+        program: its name.
+        commands: name -> (module, summary).
+        words: the command line; None: this process's.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: {program} COMMAND ...; each takes --help\n")
+        print("\n".join(f"  {name:10} {summary}" for name, (_, summary) in commands.items()))
+        return 0
+    return run_command(lambda: _command(program, commands, words[0], words[1:]))
+
+
+def _command(
+    program: str, commands: Mapping[str, tuple[str, str]], name: str, words: Sequence[str]
+) -> int | None:
+    if name not in commands:
+        raise InputError(f"{program} has no command {name!r}: choose one of {', '.join(commands)}")
+    module = importlib.import_module(commands[name][0])
+    takes_words = getattr(module, f"{name}_command", None)
+    code: int | None = (
+        takes_words(words)
+        if takes_words is not None
+        else parse(getattr(module, name), words, program=f"{program} {name}")
+    )
+    return code
 
 
 def parse(

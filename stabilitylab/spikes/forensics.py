@@ -295,8 +295,11 @@ def _sentences(one: Diagnosis) -> Sequence[str]:
         step, where = one.overflow
         said.append(f"Numbers first left the format at step {step}, in the {where}.")
     if one.loss_scale is not None:
+        before, lowest = one.loss_scale
         said.append(
-            f"The loss scale was {one.loss_scale[0]:g} at the onset and fell to {one.loss_scale[1]:g}."
+            f"The loss scale was {before:g} at the onset and fell to {lowest:g}."
+            if lowest < before
+            else f"The loss scale stayed at {before:g}."
         )
     for step, documents in one.batches.items():
         shown = "; ".join(documents[:4]) + ("; ..." if len(documents) > 4 else "")
