@@ -1,0 +1,52 @@
+"""Which package reads a path: transformers its folders and GGUF files, other packages what they register.
+
+A package makes its own models known by an entry point of the group ``stabilitylab.models``,
+
+    [project.entry-points."stabilitylab.models"]
+    mine = "mine.opening:open_mine"
+
+a function ``open_mine(path: Path, dtype: torch.dtype) -> TextModel | None``: None where the path is not its own, InputError
+where it is but cannot be read. Entry points are of installed packages; nothing beside a model's weights is ever run.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import torch
+
+from stabilitylab.errors import InputError
+from stabilitylab.models import hugging_face
+from stabilitylab.models.text_model import TextModel
+
+GROUP = "stabilitylab.models"
+
+
+def open_text_model(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> TextModel:
+    """Open a model for reading text.
+
+    Args:
+        path: a HuggingFace folder, a GGUF file, or whatever an installed package registers.
+        dtype: format of weights and activations.
+
+    Raises:
+        InputError: there is no model, or it cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give a model's folder or GGUF file")
+    if hugging_face.recognises(path):
+        return hugging_face.open_folder(path, dtype)
+    known = []
+    for entry in entry_points(group=GROUP):
+        known.append(entry.name)
+        model = entry.load()(path, dtype)
+        if model is not None:
+            assert isinstance(model, TextModel)
+            return model
+    others = f", nor anything that {', '.join(sorted(known))} opens" if known else ""
+    raise InputError(
+        f"{path} is neither a HuggingFace folder (config.json and safetensors) nor a GGUF file{others}: give one of these"
+    )

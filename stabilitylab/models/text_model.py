@@ -1,0 +1,155 @@
+"""A model that reads text, wherever it came from: its module, and how to feed it.
+
+Whoever opens one (``hugging_face.py``; other packages through entry points) says how text becomes windows; everything else is
+the same for all: the output is a tensor of logits or hidden states, and the loss is the mean negative log-likelihood of the
+targets, computed in float32 from the logits whatever format the model runs in.
+
+Shapes: B rows (always 1), T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stabilitylab.errors import InputError
+from stabilitylab.models.layers import fingerprint, first_nonfinite, linear_layers, shared_parameters
+from stabilitylab.models.text import NO_TARGET, Window, read_text
+
+DEFAULT_LENGTH = 512
+_ROWS_AT_ONCE = 256
+
+Cut = Callable[[Iterator[str], int, int | None], Iterator[Window]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModel:
+    """An opened model. Made by ``open_text_model``; openers use ``TextModel.of``.
+
+    Attributes:
+        module: the model, in evaluation mode, its parameters without gradients.
+        name: what to call it in reports.
+        path: where it was opened.
+        fingerprint: 16 hexadecimal digits that tell it from other models (``layers.fingerprint``).
+        predicts: whether it has a language-model loss; where not, the error of the output is the criterion.
+        longest: the longest window it takes; None where there is no limit.
+        shared: groups of parameter names that are one tensor, such as tied embeddings.
+        cut: text in parts, window length, most tokens -> windows.
+    """
+
+    module: nn.Module
+    name: str
+    path: Path
+    fingerprint: str
+    predicts: bool
+    longest: int | None
+    shared: tuple[tuple[str, ...], ...]
+    cut: Cut
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, *, path: Path, predicts: bool, longest: int | None, cut: Cut, name: str = ""
+    ) -> TextModel:
+        """Check a module and make it ready.
+
+        Raises:
+            InputError: it has no linear layers, or a weight that is not finite.
+        """
+        name = name or path.resolve().name
+        if not linear_layers(module):
+            raise InputError(f"{path} has no linear layers: there is nothing to measure or quantize")
+        if (broken := first_nonfinite(module)) is not None:
+            raise InputError(
+                f"{path}: weight {broken} holds NaN or infinite values; use an intact checkpoint"
+            )
+        return cls(
+            module=module.eval().requires_grad_(False),
+            name=name,
+            path=path,
+            fingerprint=fingerprint(module),
+            predicts=predicts,
+            longest=longest,
+            shared=shared_parameters(module),
+            cut=cut,
+        )
+
+    def windows(
+        self, text: Iterable[str] | Path, length: int | None = None, limit_tokens: int | None = None
+    ) -> Iterator[Window]:
+        """The text in windows, as a stream.
+
+        Args:
+            text: a UTF-8 file, or strings that follow each other.
+            length: tokens a window; by default 512, or fewer where the model takes fewer.
+            limit_tokens: stop after so many tokens.
+
+        Raises:
+            InputError: the text gives no tokens, or the length is more than the model takes.
+        """
+        longest = self.longest
+        if length is not None and longest is not None and length > longest:
+            raise InputError(
+                f"{self.name} takes at most {longest} tokens at once, got a length of {length}: give {longest} or less"
+            )
+        if length is None:
+            length = DEFAULT_LENGTH if longest is None else min(DEFAULT_LENGTH, longest)
+        count = 0
+        for window in self.cut(read_text(text), length, limit_tokens):
+            count += 1
+            yield window
+        if not count:
+            source = str(text) if isinstance(text, Path) else "the text"
+            within = f" within {limit_tokens} tokens" if limit_tokens is not None else ""
+            raise InputError(f"{source} gives {self.name} no window of tokens{within}: give a longer text")
+
+    def run(self, window: Window) -> Tensor:
+        """The module's output: logits, or hidden states where it has none. [B, T, ...]."""
+        with torch.inference_mode():
+            output = self.module(**window.inputs)
+        return _tensor(output)
+
+    def loss(self, window: Window) -> tuple[float, int]:
+        """Sum of the negative log-likelihoods of the targets in nats, and how many targets there are.
+
+        Raises:
+            InputError: the model has no language-model loss.
+        """
+        targets_BT = window.targets_BT
+        if targets_BT is None or not self.predicts:
+            raise InputError(
+                f"{self.name} predicts no tokens, so it has no loss: use the error of its output"
+            )
+        return loss_of(self.run(window), targets_BT)
+
+
+def loss_of(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[float, int]:
+    """Sum of -log softmax(logits)[target] in nats, and the number of targets. Targets below 0 do not count.
+
+    The log-softmax is float32, the sum float64, so that the sum's rounding does not grow with the text.
+    """
+    with torch.inference_mode():
+        chosen = targets_BT != NO_TARGET
+        target_N = targets_BT[chosen]
+        total = 0.0
+        logits_NV = logits_BTV[chosen]
+        for start in range(0, target_N.numel(), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            losses_N = F.cross_entropy(logits_NV[part].float(), target_N[part], reduction="none")
+            total += float(losses_N.double().sum())
+        return total, target_N.numel()
+
+
+def _tensor(output: object) -> Tensor:
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(output, name, None), Tensor):
+            return found
+    if isinstance(output, (tuple, list)):
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise InputError(f"the model returns {type(output).__name__}, neither logits nor hidden states")
+    return output
