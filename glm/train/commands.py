@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -124,6 +125,8 @@ def _train_claimed(
     )
     if resumes:
         _restore(trainer, run)
+    # A run is used where its data may not be: it keeps the tokenizer.
+    shutil.copyfile(data.path / "tokenizer.model", run.path / "tokenizer.model")
     with _stops_on_signals(trainer, console):
         return trainer.train()
 

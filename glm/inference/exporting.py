@@ -1,0 +1,52 @@
+"""``glm export``: what using a model takes, and no more: its configuration, its tokenizer, its weights as safetensors.
+
+    config.json          of the run
+    tokenizer.model      of its data
+    model.safetensors    the weights under the model's own names
+
+In fp32 the weights are those of the checkpoint, bit for bit; in half precision each is rounded once. A weight beyond fp16's
+range is an error, not an infinity.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from glm.errors import InputError
+from glm.inference.opening import CONFIG, TOKENIZER, WEIGHTS, find_files, open_model
+from glm.precision.policy import DTYPES, Precision
+
+
+def export_model(source: Path, out: Path, precision: Precision = "fp32") -> int:
+    """Write a run, a checkpoint or another export to ``out``; returns the number of weights.
+
+    Raises:
+        InputError: the model cannot be opened, ``out`` stands already, or a weight does not fit the format.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists already: give another --out, or remove it")
+    model, _, _ = open_model(source)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensors[name] = tensor.detach().to(DTYPES[precision]).contiguous()
+        if not tensors[name].isfinite().all():
+            raise InputError(
+                f"{name} has weights of up to {float(tensor.abs().max()):,.0f}, beyond fp16's range: export as bf16 or fp32"
+            )
+    # Written beside its place and renamed into it: a kill leaves no half export.
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        files = find_files(source)
+        shutil.copyfile(files.config, partial / CONFIG)
+        shutil.copyfile(files.tokenizer, partial / TOKENIZER)
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sum(map(torch.Tensor.numel, tensors.values()))
