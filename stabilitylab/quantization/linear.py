@@ -1,7 +1,7 @@
 """``QuantizedLinear``: what stands where an ``nn.Linear`` stood.
 
     weight-only      y = x W_q' + b
-    W8A8             y = s_x (q W_q') + b,         q = round(x / s_x),  s_x = max|x| / 127 over the tensor or the token
+    W8A8             y = s_x (q W_q') + b,         q = round(x / s_x),  s_x = max|x| / 127.5 over the tensor or the token
     mixed            y = s_x (q W_q') + x_O W_q,O' + b,     O: channels with |x| >= threshold anywhere in the call (LLM.int8())
     SmoothQuant      as W8A8 of x / s with weights W diag(s)
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.quantization.kernels import IntegerKernel, WeightKernel, integer_kernel, weight_kernel
-from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.scheme import INT8_RANGE, Scheme
 from stabilitylab.quantization.stored import StoredWeight, quantize_weight
 
 
@@ -180,7 +180,7 @@ class QuantizedLinear(nn.Module):
             one_OK[torch.arange(len(outliers), device=x_MK.device), outliers] = 1.0
             y_RN: Tensor = kernel(torch.cat([codes_MK, one_OK]), count)
             return y_RN[:count].mul_(scale).addmm_(x_MO, y_RN[count:])
-        step_M1 = _scale(x_MO.abs().amax(1, keepdim=True))
+        step_M1 = _scale(x_MO.abs().amax(1, keepdim=True), 127)
         high_MO = (x_MO / step_M1).round()
         low_MO = ((x_MO / step_M1 - high_MO) * 254).round()
         digits = x_MK.new_zeros(2, count, self.in_features)
@@ -192,8 +192,9 @@ class QuantizedLinear(nn.Module):
     def _round(self, x_MK: Tensor) -> tuple[Tensor, Tensor]:
         """Scales ([M, 1], or one) and integer codes of activations."""
         size = x_MK.abs()
-        scale = _scale(size.amax(1, keepdim=True) if self.scheme.activations == "token" else size.amax())
-        return scale, x_MK.div(scale).round_()
+        largest = size.amax(1, keepdim=True) if self.scheme.activations == "token" else size.amax()
+        scale = _scale(largest, INT8_RANGE)
+        return scale, x_MK.div(scale).round_().clamp_(-127, 127)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
@@ -230,7 +231,7 @@ def smoothing(largest: Tensor, weight: Tensor, exponent: float) -> Tensor:
     return torch.where(usable, factor, torch.ones_like(factor))
 
 
-def _scale(largest: Tensor) -> Tensor:
-    """largest / 127, and 1 where everything is zero. NaN stays NaN, so that it reaches the output."""
-    scale = largest / 127
+def _scale(largest: Tensor, codes: float) -> Tensor:
+    """largest / codes, and 1 where everything is zero. NaN stays NaN, so that it reaches the output."""
+    scale = largest / codes
     return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.scheme import INT8_RANGE, Scheme
 from stabilitylab.quantization.stored import StoredWeight
 
 
@@ -45,11 +45,13 @@ def reference_linear(
 
 
 def reference_activations(rows: Tensor, scheme: Scheme) -> Tensor:
-    """float32 activations [M, K] after int8 and back: s = max|x| / 127 over tensor or token, round(x / s) s. float64."""
+    """float32 activations [M, K] after int8 and back: s = max|x| / 127.5 over tensor or token, round(x / s) s. float64."""
     kept = torch.zeros(rows.shape[1], dtype=torch.bool)
     if scheme.threshold is not None:
         kept = (rows.abs() >= scheme.threshold).any(0)
     regular = rows.masked_fill(kept, 0.0)
     largest = regular.abs().amax(-1, keepdim=True) if scheme.activations == "token" else regular.abs().amax()
-    scale = torch.where(largest == 0, 1.0, largest / 127)
-    return torch.where(kept, rows.double(), (regular / scale).round().double() * scale.double())
+    scale = torch.where(largest == 0, 1.0, largest / INT8_RANGE)
+    return torch.where(
+        kept, rows.double(), (regular / scale).round().clamp(-127, 127).double() * scale.double()
+    )

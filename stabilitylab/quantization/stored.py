@@ -8,7 +8,7 @@ Of W [N, K] (N output channels, K columns; G groups of columns a row):
 
     w[n, k] = (code[n, k] - zero[n, g(k)]) * scale[n, g(k)],       code in 0 ... 2^b - 1, int8 value = code - 128
 
-Symmetric (absmax; GLM-130B, section 5): scale = max|w| / (2^(b-1) - 1), code - zero in -(2^(b-1) - 1) ... 2^(b-1) - 1.
+Symmetric (absmax; GLM-130B, section 5): scale = max|w| / (2^(b-1) - 1), W8A8's / 127.5; code - zero in -(2^(b-1) - 1) ... 2^(b-1) - 1.
 Asymmetric (Jacob et al., 1712.05877): scale = (max - min) / (2^b - 1) over a range that holds 0, so 0 stays 0.
 
 The scale is rounded up to its stored format before the weights are rounded with it, so every weight is at most half a
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.errors import InputError
-from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.scheme import INT8_RANGE, Scheme
 
 _CHUNK = 1 << 22  # weights that are looked at together, which bounds the memory beside the result
 _SHRINK = tuple(1.0 - 0.05 * step for step in range(10))
@@ -105,7 +105,7 @@ def quantize_weight(
     scale_dtype = torch.bfloat16 if scheme.activations is None else torch.float32
     values, scales, zeros = [], [], []
     digest = hashlib.sha256()
-    one_scale = _largest(weight, smooth) / 127 if scheme.share == "tensor" else None
+    one_scale = _largest(weight, smooth) / INT8_RANGE if scheme.share == "tensor" else None
     for part in torch.split(weight, max(1, _CHUNK // max(columns, 1))):
         part = part.float()
         digest.update(part.cpu().contiguous().numpy().tobytes())
@@ -175,7 +175,7 @@ def _affine(
         zero = (-low / scale.float()).round().clamp(0, top).to(torch.uint8)
         bottom = 0
     else:
-        largest = grouped.abs().amax(-1) * shrink / (middle - 1)
+        largest = grouped.abs().amax(-1) * shrink / (middle - 1 if scheme.activations is None else INT8_RANGE)
         scale = _usable(largest if one_scale is None else one_scale.expand_as(largest), scale_dtype)
         zero = torch.full_like(scale, middle, dtype=torch.uint8)
         bottom = 1
