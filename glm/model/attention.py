@@ -8,7 +8,7 @@ leaves fp16's range, so:
     compute     everything in the compute format: what overflows does
     pb-relax    softmax((S/a - max S/a) a): CogView (2105.13290, section 2.4). S/a is what the product rounds to; from there
                 on it is fp32, whose softmax takes the maximum off by itself
-    fused       scaled_dot_product_attention: S is never held
+    fused       scaled_dot_product_attention: S is never held; a purely causal batch goes without a mask
 
 QK-norm (Henry et al., 2010.04245) norms each head's q and k; a soft cap bounds S by c tanh(S / c) (Gemma 2, 2408.00118).
 
@@ -21,13 +21,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from glm.model.cache import LayerCache
 from glm.model.config import ModelConfig
 from glm.model.layers import Linear, Norm
 from glm.model.positions import Rotation, rotate
-from glm.precision import matmul, softmax_matmul
+from glm.precision import fused_attention, matmul, softmax_matmul
 
 
 class Scores(nn.Module):
@@ -70,7 +69,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTC: Tensor,
-        bias_BHTS: Tensor,
+        bias_BHTS: Tensor | None,
         turned: Rotation | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
@@ -78,11 +77,11 @@ class Attention(nn.Module):
 
         Args:
             x_BTC: what is attended from.
-            bias_BHTS: added to the scores; -inf where a query may not look.
+            bias_BHTS: added to the scores; -inf where a query may not look. None: causal, which only fused attention knows.
             turned: rotation of the queries and of their own keys; None: none.
             cache: keys and values of the tokens before, which these are added to; None: there are none before.
         """
-        B, T, C = x_BTC.shape
+        B, T, _ = x_BTC.shape
         qkv = self.query_key_value(x_BTC).view(B, T, 3, self.heads, self.head)
         q_BHTD, k_BHSD, v_BHSD = (part.transpose(1, 2) for part in qkv.unbind(2))
         if self.query_norm is not None and self.key_norm is not None:
@@ -92,8 +91,9 @@ class Attention(nn.Module):
         if cache is not None:
             k_BHSD, v_BHSD = cache.extend(k_BHSD, v_BHSD)
         if self.scores is None:
-            mixed_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=bias_BHTS)
+            mixed_BHTD = fused_attention(q_BHTD, k_BHSD, v_BHSD, bias_BHTS)
         else:
+            assert bias_BHTS is not None
             mixed_BHTD = softmax_matmul(self.scores(q_BHTD, k_BHSD, bias_BHTS), v_BHSD)
-        attended: Tensor = self.output(mixed_BHTD.transpose(1, 2).reshape(B, T, C))
+        attended: Tensor = self.output(mixed_BHTD.transpose(1, 2).flatten(2))
         return attended

@@ -53,7 +53,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTC: Tensor,
-        bias_BHTS: Tensor,
+        bias_BHTS: Tensor | None,
         turned: Rotation | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:

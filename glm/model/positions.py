@@ -64,9 +64,11 @@ class _Rotate(torch.autograd.Function):
 def _turned(x_BHTD: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     groups, pairs = cos.shape[-2:]
     a, b = x_BHTD.view(*x_BHTD.shape[:-1], groups, 2, pairs).unbind(-2)
-    turned_a = (a * cos).addcmul_(b, sin, value=-direction)
-    turned_b = (b * cos).addcmul_(a, sin, value=direction)
-    return torch.stack((turned_a, turned_b), dim=-2).flatten(-3)
+    result_BHTD = torch.empty(x_BHTD.shape, dtype=x_BHTD.dtype, device=x_BHTD.device)
+    turned_a, turned_b = result_BHTD.view(*x_BHTD.shape[:-1], groups, 2, pairs).unbind(-2)
+    torch.mul(a, cos, out=turned_a).addcmul_(b, sin, value=-direction)
+    torch.mul(b, cos, out=turned_b).addcmul_(a, sin, value=direction)
+    return result_BHTD
 
 
 def rotate(x_BHTD: Tensor, turned: Rotation) -> Tensor:
@@ -81,6 +83,11 @@ def visible(segments_BT: Tensor, context_BT: Tensor) -> Tensor:
     causal_TT = torch.ones(T, T, dtype=torch.bool, device=segments_BT.device).tril()
     same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     return (same_BTT & (causal_TT | context_BT[:, None, :]))[:, None]
+
+
+def is_causal(segments_BT: Tensor, context_BT: Tensor) -> bool:
+    """Whether each row is one piece without context, so that who sees whom is the causal mask. Waits for the device."""
+    return bool(((segments_BT == segments_BT[:, :1]) & ~context_BT).all())
 
 
 def alibi(query_BT: Tensor, key_BS: Tensor, heads: int, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,10 @@ at once, while its logits are at hand, so the backward pass has nothing to recom
 of Liger's fused linear cross-entropy, 2410.10989, on any device.) Log-softmax is in fp32 whatever the compute format; the
 gradients are kept in fp32 until the loss's own gradient, loss scale included, has multiplied them, so none underflows early.
 
+Where half products are native, the logits' gradient is an operand, hence half. Its elements are probabilities, and in fp16 those
+below 2^-25 would be 0 before any loss scale can lift them. They are rounded multiplied by LIFT, products are accumulated and kept
+in fp32, and LIFT is taken out with the loss's gradient: 2^-37 is still seen, and 1 + 2 c z < 16 stays in range.
+
 Shapes: N positions, C hidden, V vocabulary, n positions a chunk.
 """
 
@@ -20,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm.precision import at_least_fp32, linear, upcasts
+from glm.precision import at_least_fp32, linear, upcasts, wide_product
 
 # Logits of a chunk: about 16 MB in fp32, which stays near the caches and is small beside the model.
 CHUNK_ELEMENTS = 1 << 22
+# Power of two, so that it costs no rounding.
+LIFT = 2.0**12
 
 
 class _VocabularyLoss(torch.autograd.Function):
@@ -35,6 +41,7 @@ class _VocabularyLoss(torch.autograd.Function):
         in_fp32 = upcasts(hidden_NC)
         hidden_NC, weight = (at_least_fp32(x) if in_fp32 else x for x in (hidden_NC, weight_VC))
         wide = torch.promote_types(hidden_NC.dtype, torch.float32)
+        ctx.lift = LIFT if hidden_NC.dtype == torch.float16 else 1.0
         loss = hidden_NC.new_zeros((), dtype=wide)
         # Without gradients (in evaluation) these stay empty.
         grad_hidden = hidden_NC.new_empty(hidden_NC.shape if needs_gradient else (0,), dtype=wide)
@@ -57,12 +64,13 @@ class _VocabularyLoss(torch.autograd.Function):
                 # In place: the probabilities become the logits' gradient.
                 grad_logits = softmax_nV.mul_(1 + 2 * z_loss * z_n1) if z_loss else softmax_nV
                 grad_logits.scatter_add_(1, target_n1, torch.full_like(largest_n1, -1.0))
-                grad_logits = grad_logits.to(hidden.dtype)
-                grad_hidden[first : first + size] = grad_logits @ weight
                 if hidden.dtype == wide:
+                    torch.mm(grad_logits, weight, out=grad_hidden[first : first + size])
                     torch.addmm(grad_weight, grad_logits.t(), hidden, out=grad_weight)
                 else:
-                    grad_weight += grad_logits.t() @ hidden
+                    grad_logits = grad_logits.mul_(ctx.lift).to(hidden.dtype)
+                    grad_hidden[first : first + size] = wide_product(grad_logits, weight)
+                    grad_weight += wide_product(grad_logits.t(), hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -70,6 +78,7 @@ class _VocabularyLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
+        grad = grad / ctx.lift
         return (grad_hidden * grad).to(hidden_dtype), (grad_weight * grad).to(weight_dtype), None, None
 
 

@@ -4,11 +4,13 @@ from glm.precision.gradient_range import GradientRange, gradient_range
 from glm.precision.loss_scale import LossScaleConfig, LossScaler
 from glm.precision.matmul import (
     at_least_fp32,
+    fused_attention,
     linear,
     matmul,
     multiplies_natively,
     softmax_matmul,
     upcasts,
+    wide_product,
 )
 from glm.precision.policy import Policy, Precision
 
@@ -19,10 +21,12 @@ __all__ = [
     "Policy",
     "Precision",
     "at_least_fp32",
+    "fused_attention",
     "gradient_range",
     "linear",
     "matmul",
     "multiplies_natively",
     "softmax_matmul",
     "upcasts",
+    "wide_product",
 ]

@@ -104,6 +104,30 @@ def softmax_matmul(scores: Tensor, values: Tensor) -> Tensor:
     return matmul(scores.softmax(-1).to(values.dtype), values)
 
 
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """``softmax(q k' / sqrt(D) + bias) v`` without holding the scores; in fp32, rounded once, where half products are.
+
+    Where it upcasts, its backward pass keeps q, k, v and the result in fp32, and the weights on v are not rounded.
+
+    Args:
+        q: [B, H, T, D], ``k``, ``v``: [B, H, S, D].
+        bias: added to the scores, in the format they are computed in; None: causal.
+    """
+    dtype = q.dtype
+    if upcasts(q):
+        q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None).to(dtype)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of matrices, handed on in fp32 (or wider) as it was accumulated: the result is not rounded to half."""
+    if a.dtype not in HALF_DTYPES:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 class _UpcastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

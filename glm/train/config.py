@@ -19,6 +19,7 @@ from cattrs.preconf.json import make_converter
 from glm.data.config import DataConfig, ObjectiveConfig
 from glm.errors import InputError
 from glm.model.config import ModelConfig
+from glm.parallel.config import ParallelConfig
 from glm.precision.loss_scale import LossScaleConfig
 from glm.train.optimizer import OptimizerConfig
 from glm.train.schedule import ScheduleConfig
@@ -144,6 +145,7 @@ class TrainConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     responder: ResponderConfig = field(default_factory=ResponderConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -155,8 +157,8 @@ class TrainConfig:
         return json.dumps(dataclasses.asdict(self), indent=1, default=str)
 
 
-# What a resumed run may change: how long, how often it is looked at and saved, and what is done about spikes.
-MAY_CHANGE = frozenset({"steps", "monitor", "checkpoint", "responder", "preset"})
+# What a resumed run may change: how long, how often it is looked at and saved, what is done about spikes, and on how many processes.
+MAY_CHANGE = frozenset({"steps", "monitor", "checkpoint", "responder", "preset", "parallel"})
 
 _converter = make_converter(forbid_extra_keys=True)
 _converter.register_structure_hook(Path, lambda value, _: Path(value))

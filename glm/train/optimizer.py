@@ -11,7 +11,8 @@ section 3.4). ``zclip`` bounds the norm by an exponential mean and deviation of 
 z > 2.5 deviations above the mean is clipped to mean + 2.5^2 / z deviations. A non-finite norm is not taken into that past.
 
 Norms are computed once a step, per tensor; the global one follows from them, and telemetry gets them for nothing. A gradient that
-is not finite is not applied.
+is not finite is not applied. The update is torch's fused kernel: one pass over weight, gradient and moments, clipping included.
+Groups carry ``betas``, ``eps`` and ``step`` as torch's own optimizers do, so that instruments can correct the moments' bias.
 
 Limits: one device; decay applies to matrices, not to biases, norms and other vectors.
 """
@@ -105,13 +106,8 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         )
         policy.cast(model)
         self._live = dict(model.named_parameters())
-        self._masters = {
-            name: nn.Parameter(initial[name], requires_grad=live.requires_grad)
-            if policy.has_masters
-            else live
-            for name, live in self._live.items()
-        }
-        decayed = {name for name, master in self._masters.items() if master.dim() >= 2}
+        self._masters = self._make_masters(initial)
+        decayed = {name for name, live in self._live.items() if live.dim() >= 2}
         groups = [
             {
                 "params": [m for n, m in self._masters.items() if n in decayed],
@@ -119,7 +115,8 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
             },
             {"params": [m for n, m in self._masters.items() if n not in decayed], "weight_decay": 0.0},
         ]
-        super().__init__([group for group in groups if group["params"]], {"lr": 0.0})
+        constants = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "step": 0}
+        super().__init__([group for group in groups if group["params"]], constants)
         for master in self._masters.values():
             self.state[master] = {moment: torch.zeros_like(master) for moment in MOMENTS}
         self._accumulated: dict[str, Tensor] = {}
@@ -128,6 +125,13 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         self.updates = 0
         self._norm_mean = self._norm_variance = 0.0
         self._norms_seen = 0
+
+    def _make_masters(self, initial: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+        """What is updated, by parameter name: copies of ``initial`` in fp32, or the weights themselves if that is empty."""
+        return {
+            name: nn.Parameter(initial[name], requires_grad=live.requires_grad) if initial else live
+            for name, live in self._live.items()
+        }
 
     # ------------------------------------------------------------------------------------------------ gradients
 
@@ -146,21 +150,29 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def gradients(self, scale: float) -> GradientSummary:
         """The accumulated gradient in fp32, divided by the loss scale, and its norms."""
-        if self.policy.accumulates_in_fp32:
-            found = self._accumulated
-        else:
-            found = {name: live.grad for name, live in self._live.items() if live.grad is not None}
-        found = {name: gradient.float() for name, gradient in found.items()}
+        found = self._found()
         if scale != 1.0 and found:
             if not self.policy.has_masters:
                 raise InputError("a loss scale needs a half-precision policy")
             torch._foreach_mul_(list(found.values()), 1.0 / scale)
-        norms = dict(zip(found, torch._foreach_norm(list(found.values())), strict=True)) if found else {}
-        total = float(torch.linalg.vector_norm(torch.stack(list(norms.values())))) if norms else 0.0
+        norms, total = self._norms(found)
         for name, gradient in found.items():
             self._masters[name].grad = gradient
         self._summary = GradientSummary(global_norm=total, norms=norms, gradients=found)
         return self._summary
+
+    def _found(self) -> dict[str, Tensor]:
+        """The accumulated gradient of each master, in fp32."""
+        if self.policy.accumulates_in_fp32:
+            found = self._accumulated
+        else:
+            found = {name: live.grad for name, live in self._live.items() if live.grad is not None}
+        return {name: gradient.float() for name, gradient in found.items()}
+
+    def _norms(self, found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+        """Norms by parameter, and over all."""
+        norms = dict(zip(found, torch._foreach_norm(list(found.values())), strict=True)) if found else {}
+        return norms, float(torch.linalg.vector_norm(torch.stack(list(norms.values())))) if norms else 0.0
 
     # --------------------------------------------------------------------------------------------------- update
 
@@ -188,34 +200,61 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         assert self._summary is not None
         factor = self._clip_factor(self._summary.global_norm)
         self.updates += 1
-        config, t = self.config, self.updates
-        correction1, correction2 = 1 - config.beta1**t, 1 - config.beta2**t
         for group in self.param_groups:
+            group["step"] = self.updates
             masters = [p for p in group["params"] if p.grad is not None]
-            if not masters:
-                continue
-            gradients = [p.grad for p in masters]
-            first, second = ([self.state[p][moment] for p in masters] for moment in MOMENTS)
+            if masters:
+                self._apply(masters, group, factor)
+        self._publish()
+
+    def _apply(self, masters: list[Tensor], group: Mapping[str, Any], factor: float) -> None:
+        """Move some weights by their gradients, which are clipped in place."""
+        config = self.config
+        gradients = [p.grad for p in masters]
+        first, second = ([self.state[p][moment] for p in masters] for moment in MOMENTS)
+        device = masters[0].device
+        scale = None
+        if config.update_clipping:
+            # The rates hang on the second moment that the update is about to make.
             if factor != 1.0:
                 torch._foreach_mul_(gradients, factor)
-            torch._foreach_lerp_(first, gradients, 1 - config.beta1)
-            torch._foreach_mul_(second, config.beta2)
-            torch._foreach_addcmul_(second, gradients, gradients, 1 - config.beta2)
-            rates = self._rates(group["lr"], gradients, second, correction2)
-            if group["weight_decay"]:
-                torch._foreach_mul_(masters, [1 - rate * group["weight_decay"] for rate in rates])
-            denominators = torch._foreach_sqrt(second)
-            torch._foreach_div_(denominators, math.sqrt(correction2))
-            torch._foreach_add_(denominators, config.epsilon)
-            torch._foreach_addcdiv_(masters, first, denominators, [-rate / correction1 for rate in rates])
-        self._publish()
+            coming = torch._foreach_mul(second, config.beta2)
+            torch._foreach_addcmul_(coming, gradients, gradients, 1 - config.beta2)
+            rates = self._rates(group["lr"], gradients, coming, 1 - config.beta2**self.updates)
+            calls = [(slice(i, i + 1), rate) for i, rate in enumerate(rates)]
+        else:
+            if factor != 1.0:
+                scale = torch.tensor(1.0 / factor, device=device)  # the kernel divides by it
+            calls = [(slice(None), group["lr"])]
+        step = torch.tensor(float(self.updates), device=device)
+        for part, rate in calls:
+            torch._fused_adamw_(
+                masters[part],
+                gradients[part],
+                first[part],
+                second[part],
+                [],
+                [step] * len(masters[part]),
+                lr=rate,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                weight_decay=group["weight_decay"],
+                eps=config.epsilon,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=scale,
+            )
 
     def _rates(
         self, rate: float, gradients: list[Tensor], second: list[Tensor], correction2: float
     ) -> list[float]:
-        """The learning rate of each tensor."""
-        if not self.config.update_clipping:
-            return [rate] * len(gradients)
+        """StableAdamW's learning rate of each tensor.
+
+        Args:
+            rate: before clipping.
+            gradients, second: g and the second moment that it is part of, both of update t.
+            correction2: 1 - b2^t.
+        """
         least = self.config.epsilon**2
         ratios = [
             (g.square() / (v / correction2).clamp_min(least)).mean()
@@ -290,5 +329,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
     def load_counters(self, state: Mapping[str, Any]) -> None:
         """Take back what ``counters`` gave."""
         self.updates = state["updates"]
+        for group in self.param_groups:
+            group["step"] = self.updates
         self._norm_mean, self._norm_variance = state["norm_mean"], state["norm_variance"]
         self._norms_seen = state["norms_seen"]
