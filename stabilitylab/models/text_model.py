@@ -109,7 +109,7 @@ class TextModel:
 
     def run(self, window: Window) -> Tensor:
         """The module's output: logits, or hidden states where it has none. [B, T, ...]."""
-        with torch.inference_mode():
+        with torch.no_grad():
             output = self.module(**window.inputs)
         return _tensor(output)
 
@@ -132,7 +132,7 @@ def loss_of(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[float, int]:
 
     The log-softmax is float32, the sum float64, so that the sum's rounding does not grow with the text.
     """
-    with torch.inference_mode():
+    with torch.no_grad():
         chosen = targets_BT != NO_TARGET
         target_N = targets_BT[chosen]
         total = 0.0
