@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("glm.train.commands", "train a preset, any field overridden"),
     "replay": ("glm.train.replay", "an event of a run again, from before it, with one thing changed"),
     "generate": ("glm.inference.commands", "fill the blanks of a text, or continue it"),
+    "evaluate": ("glm.inference.commands", "held-out perplexity and zero-shot tasks of a trained model"),
     "export": ("glm.inference.commands", "a trained model as safetensors, with its tokenizer"),
     "plan": ("glm.parallel.commands", "memory, time and failures of a model on a cluster, on paper"),
 }

@@ -16,8 +16,10 @@ from rich.console import Console
 
 from glm.errors import InputError
 from glm.inference.decoding import DecodingConfig, Timing
+from glm.inference.evaluation import PARTS, Part, evaluate_model
 from glm.inference.exporting import export_model
 from glm.inference.filling import fill
+from glm.inference.multiple_choice import Normalise
 from glm.inference.opening import OpenedModel, open_model
 from glm.precision.policy import Precision
 
@@ -86,6 +88,50 @@ def generate(
         return 0
     print(filled.text)
     Console(stderr=True, soft_wrap=True, highlight=False).print(_said(filled.timing))
+    return 0
+
+
+def evaluate(
+    model: ModelPath,
+    *,
+    data: Path,
+    parts: tuple[Part, ...] = PARTS,
+    rows: int = 64,
+    examples: int | None = None,
+    normalise: Normalise = "length",
+    tasks: tuple[Path, ...] = (),
+    precision: Precision | None = None,
+    device: str | None = None,
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """Held-out perplexity, last words of sentences, and zero-shot tasks by multiple choice, in each language.
+
+    Args:
+        model: a run, a checkpoint in it, or an export.
+        data: folder made by `glm shards` with the model's tokenizer; its held-out split is used.
+        parts: what to find out.
+        rows: rows for each perplexity.
+        examples: at most so many of each task and language; by default all, and 1,000 sentences.
+        normalise: compare answers by log-probability per token (length), as they are (none), or by what the prompt adds (prior).
+        tasks: .jsonl files of your own instead of the folder's tasks, each with its .jinja template beside it.
+        precision: format of weights and products; by default as stored.
+        device: "cpu", "cuda", ...; by default cuda where there is one.
+        json_output: print one JSON object instead of tables.
+    """
+    found = evaluate_model(
+        _open(model, precision, device),
+        model,
+        data,
+        parts=parts,
+        rows=rows,
+        examples=examples,
+        normalise=normalise,
+        task_files=tasks,
+    )
+    if json_output:
+        print(found.to_json())
+    else:
+        found.show(Console())
     return 0
 
 

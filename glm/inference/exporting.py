@@ -2,7 +2,7 @@
 
     config.json          of the run
     tokenizer.model      of its data
-    model.safetensors    the weights under the model's own names
+    model.safetensors    the weights under the model's own names; in its header, which data they were trained on
 
 In fp32 the weights are those of the checkpoint, bit for bit; in half precision each is rounded once. A weight beyond fp16's
 range is an error, not an infinity.
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from glm.errors import InputError
-from glm.inference.opening import CONFIG, TOKENIZER, WEIGHTS, find_files, open_model
+from glm.inference.opening import CONFIG, TOKENIZER, WEIGHTS, find_files, open_model, trained_on
 from glm.precision.policy import DTYPES, Precision
 
 
@@ -45,7 +45,7 @@ def export_model(source: Path, out: Path, precision: Precision = "fp32") -> int:
         files = find_files(source)
         shutil.copyfile(files.config, partial / CONFIG)
         shutil.copyfile(files.tokenizer, partial / TOKENIZER)
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt", "data": trained_on(source) or ""})
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

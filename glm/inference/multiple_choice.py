@@ -1,6 +1,8 @@
 """Zero-shot tasks: of the answers to choose from, the model's is the one it finds most probable in the blank.
 
-    choice = argmax_c log P(c | prompt)          or, per token of c: argmax_c log P(c | prompt) / n_c
+    none      argmax_c log P(c | prompt)
+    length    argmax_c log P(c | prompt) / n_c                            n_c tokens of c, its end included
+    prior     argmax_c log P(c | prompt) - log P(c | the blank alone)     (Holtzman et al., 2104.08315)
 
 The examples are those of a data folder's held-out groups: no document and no example of theirs was trained on. Beside the accuracy
 stand what guessing gives (the mean of 1 / choices), what always giving the most frequent answer gives, and Wilson's interval
@@ -24,13 +26,13 @@ from typing import Literal
 
 from glm.data.tasks import TaskExample
 from glm.errors import InputError
-from glm.inference.log_probabilities import TargetScore, log_probabilities
+from glm.inference.log_probabilities import log_probabilities
 from glm.inference.opening import OpenedModel
-from glm.inference.prompt import Prompt, task_prompt
+from glm.inference.prompt import Prompt, bare_prompt, task_prompt
 
 Z_95 = 1.959963984540054
 
-Normalise = Literal["none", "length"]
+Normalise = Literal["none", "length", "prior"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,11 +127,11 @@ def _answer(opened: OpenedModel, task: str, examples: list[TaskExample], normali
         raise InputError(
             f"none of the {len(examples)} examples of {task} fits the model's {opened.model.config.length} positions"
         )
-    scores = iter(log_probabilities(opened, prompts, targets))
+    values = iter(_values(opened, prompts, targets, normalise))
     correct = 0
     for example in answered:
-        values = [_value(next(scores), normalise) for _ in example.choices]
-        correct += example.choices[values.index(max(values))] == example.answer
+        of_choices = [next(values) for _ in example.choices]
+        correct += example.choices[of_choices.index(max(of_choices))] == example.answer
     low, high = wilson(correct, len(answered))
     frequent = Counter(example.answer for example in answered).most_common(1)[0][1]
     return TaskResult(
@@ -145,8 +147,22 @@ def _answer(opened: OpenedModel, task: str, examples: list[TaskExample], normali
     )
 
 
-def _value(score: TargetScore, normalise: Normalise) -> float:
-    return score.mean if normalise == "length" else score.total
+def _values(
+    opened: OpenedModel,
+    prompts: Sequence[Prompt],
+    targets: Sequence[tuple[int, ...]],
+    normalise: Normalise,
+) -> list[float]:
+    scores = log_probabilities(opened, prompts, targets)
+    if normalise == "length":
+        return [score.mean for score in scores]
+    if normalise == "none":
+        return [score.total for score in scores]
+    different = list(dict.fromkeys(targets))
+    alone = bare_prompt(opened.tokenizer, opened.config.objective)
+    priors = log_probabilities(opened, [alone] * len(different), different)
+    prior = {target: score.total for target, score in zip(different, priors, strict=True)}
+    return [score.total - prior[target] for score, target in zip(scores, targets, strict=True)]
 
 
 def _language_of(task: str) -> str:

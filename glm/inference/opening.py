@@ -14,13 +14,14 @@ Limits: a run made before runs kept their tokenizer is opened with that of its d
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -92,13 +93,25 @@ def find_files(path: Path) -> Files:
         return _of_run(path.resolve().parent.parent, path / WEIGHTS)
     if (path / WEIGHTS).is_file():
         return _of_export(path)
-    if (path / "checkpoints").is_dir():
+    if (path / "checkpoints").is_dir() or (path / CONFIG).is_file():
         return _of_run(path, _newest_checkpoint(path) / WEIGHTS)
     for file in sorted(path.iterdir()):
         _refuse_pickled(file)
     raise InputError(
         f"{path} holds no model (neither checkpoints/ nor {WEIGHTS}): give a run that has saved a checkpoint, or an export"
     )
+
+
+def trained_on(path: Path) -> str | None:
+    """Which data the model in a folder was trained on, as ``Loader.fingerprint`` names them; None where it does not say."""
+    weights = find_files(path).weights
+    state = weights.with_name("state.json")
+    if state.is_file():
+        found = json.loads(state.read_text()).get("data")
+    else:
+        with safe_open(weights, framework="pt") as file:
+            found = (file.metadata() or {}).get("data")
+    return str(found) if found else None
 
 
 def read_weights(file: Path) -> Mapping[str, Tensor]:

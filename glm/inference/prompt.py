@@ -145,6 +145,13 @@ def read_prompt(text: str, tokenizer: Tokenizer, objective: ObjectiveConfig) -> 
     return _prompt("gmask", (parts[0],), tokenizer)
 
 
+def continuation(text: str, tokenizer: Tokenizer, objective: ObjectiveConfig) -> Prompt:
+    """The prompt that asks for what follows a text, whatever the text spells, in the form that the objective knows."""
+    if objective.kind == "span-corruption":
+        return _prompt("mask", (text, ""), tokenizer)
+    return _prompt("causal" if objective.kind == "causal" else "gmask", (text,), tokenizer)
+
+
 def task_prompt(example: TaskExample, tokenizer: Tokenizer, objective: ObjectiveConfig) -> Prompt:
     """A multi-task example's prompt as it was trained on; a model of next tokens gets what stands before the blank.
 
@@ -158,6 +165,15 @@ def task_prompt(example: TaskExample, tokenizer: Tokenizer, objective: Objective
             f"task {example.task} has text behind its {MASK}, which a model of next tokens cannot see"
         )
     return _prompt("causal", (example.before,), tokenizer)
+
+
+def bare_prompt(tokenizer: Tokenizer, objective: ObjectiveConfig) -> Prompt:
+    """The prompt that says nothing: a blank alone, or the end of another document."""
+    if objective.kind != "causal":
+        return _prompt("mask", ("", ""), tokenizer)
+    return Prompt(
+        kind="causal", context=(tokenizer.special.eos,), blanks=(), parts=("",), sop=tokenizer.special.sop
+    )
 
 
 def _prompt(kind: Kind, parts: tuple[str, ...], tokenizer: Tokenizer) -> Prompt:
