@@ -7,6 +7,9 @@ A checkpoint is a folder ``checkpoints/step-00000100`` (100 = updates made so fa
     state.json              step, data position, loss scaler, schedules, detector, ...
     manifest.json           size and SHA-256 of each of the above
 
+Several processes write ``model-00003.safetensors`` and so on, each some of the tensors, every tensor whole and under the same name:
+so a checkpoint does not say how many there were, and any number reads it.
+
 It is written beside its place, flushed to disk and renamed into it, so a kill leaves either all of it or a ``.partial``
 folder that the next save removes. Reading verifies every byte. When the newest is damaged the one before it is taken,
 and the caller is told; nothing in a checkpoint is ever executed.
@@ -19,6 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,36 +77,79 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     Raises:
         OSError: the disk is full; older checkpoints are untouched and nothing half-written stays behind.
     """
+    target, partial = begin(folder, checkpoint.step)
+    with whole_or_absent(partial, target):
+        files = {
+            name: write_tensors(tensors, partial / name)
+            for name, tensors in (
+                ("model.safetensors", checkpoint.model),
+                ("optimizer.safetensors", checkpoint.optimizer),
+            )
+        }
+        finish(partial, target, checkpoint, files)
+    drop_oldest(folder, keep=keep)
+    return target
+
+
+def begin(folder: Path, step: int) -> tuple[Path, Path]:
+    """Where a checkpoint will lie, and a new folder to write it in. What a kill left half-written is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = path_of(folder, checkpoint.step)
+    target = path_of(folder, step)
     partial = target.with_name(target.name + _PARTIAL)
     for left_over in folder.glob("*" + _PARTIAL):
         shutil.rmtree(left_over)
+    partial.mkdir()
+    return target, partial
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """Write and flush one file of a checkpoint; returns its entry in the manifest.
+
+    Raises:
+        OSError: the disk is full.
+    """
     try:
-        partial.mkdir()
-        _save_tensors(checkpoint.model, partial / "model.safetensors")
-        _save_tensors(checkpoint.optimizer, partial / "optimizer.safetensors")
-        # The state of a run holds only JSON. Non-finite numbers are written as Python's json does, and read back.
-        (partial / "state.json").write_text(
-            json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1)
-        )
-        files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-        for path in partial.iterdir():
-            _flush(path)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
         # safetensors reports a full disk as its own error, with the operating system's words inside.
-        raise OSError(_errno_in(str(error)), str(error), str(target)) from None
+        raise OSError(_errno_in(str(error)), str(error), str(path)) from None
+    _flush(path)
+    return _digest(path)
+
+
+def finish(
+    partial: Path, target: Path, checkpoint: Checkpoint, files: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Add the state and the manifest to the tensors, and put the folder in its place."""
+    # The state of a run holds only JSON. Non-finite numbers are written as Python's json does, and read back.
+    state = partial / "state.json"
+    state.write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1))
+    manifest = partial / "manifest.json"
+    entries = {**files, state.name: _digest(state)}
+    manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
+    for path in (state, manifest):
+        _flush(path)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    _flush(target.parent)
+
+
+@contextmanager
+def whole_or_absent(partial: Path, target: Path) -> Iterator[None]:
+    """Leave nothing half-written behind a failure, and say which checkpoint it was."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        error.filename = error.filename or str(target)
+        raise
+
+
+def drop_oldest(folder: Path, *, keep: int) -> None:
+    """Remove all but the newest ``keep``."""
     for _, path in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(path)
-    return target
 
 
 def drop_after(folder: Path, step: int) -> None:
@@ -119,16 +166,33 @@ def load(path: Path) -> Checkpoint:
         InputError: it is missing a file, was cut short or altered, or is of a format we do not know.
     """
     verify(path)
+    state, names = read_state(path)
+    try:
+        tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for name in names:
+            tensors[_kind(name)] |= load_file(path / name)
+    except SafetensorError as error:
+        raise _unreadable(path, error) from None
+    return Checkpoint(step=state.pop("step"), state=state, **tensors)
+
+
+def read_state(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The state of a verified checkpoint, "step" included, and the names of its tensor files."""
     try:
         state = json.loads((path / "state.json").read_text())
-        step = state.pop("step")
-        model = load_file(path / "model.safetensors")
-        optimizer = load_file(path / "optimizer.safetensors")
-    except (ValueError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"checkpoint {path} cannot be read ({error}): remove it to use an older one"
-        ) from None
-    return Checkpoint(step=step, model=model, optimizer=optimizer, state=state)
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error) from None
+    return state, sorted(name for name in files if name.endswith(".safetensors"))
+
+
+def _kind(name: str) -> str:
+    return "model" if name.startswith("model") else "optimizer"
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"checkpoint {path} cannot be read ({error}): remove it to use an older one")
 
 
 def verify(path: Path) -> None:
@@ -161,10 +225,22 @@ def load_newest(folder: Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         InputError: there is none.
     """
+    path, problems = find_newest(folder)
+    return load(path), problems
+
+
+def find_newest(folder: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint that is whole, and one line about each newer one that is not.
+
+    Raises:
+        InputError: there is none.
+    """
     problems: list[str] = []
     for _, path in reversed(list_checkpoints(folder)):
         try:
-            return load(path), problems
+            verify(path)
+            read_state(path)
+            return path, problems
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -172,10 +248,6 @@ def load_newest(folder: Path) -> tuple[Checkpoint, list[str]]:
             f"{folder} holds no undamaged checkpoint: {problems[0]}; start again into another folder"
         )
     raise InputError(f"{folder} holds no checkpoint to resume from: leave out --resume to start a new run")
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
 
 
 def _digest(path: Path) -> dict[str, Any]:

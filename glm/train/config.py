@@ -157,7 +157,8 @@ class TrainConfig:
         return json.dumps(dataclasses.asdict(self), indent=1, default=str)
 
 
-# What a resumed run may change: how long, how often it is looked at and saved, what is done about spikes, and on how many processes.
+# What a resumed run may change: how long, how often it is looked at and saved, what is done about spikes, and how many
+# processes it has.
 MAY_CHANGE = frozenset({"steps", "monitor", "checkpoint", "responder", "preset", "parallel"})
 
 _converter = make_converter(forbid_extra_keys=True)

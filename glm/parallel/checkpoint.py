@@ -1,0 +1,156 @@
+"""Checkpoints of several processes: whole tensors under the model's own names, written by all ranks at once.
+
+    save   each tensor is put together on one of its holders, which writes it; the lead writes state and manifest and renames
+    load   each rank reads the tensors that it holds some of, and keeps its share
+
+The layout is ``glm.train.checkpoint``'s, so any topology, the local engine included, reads what any other wrote; weights and
+moments are the same bits. Writers are chosen so that each rank writes about as much as any other; a tensor is put together when
+its turn comes. A failure on one rank, such as a full disk, fails the save on all.
+
+Limits: all ranks must see the same folder, such as a network file system. Training waits for the writing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from glm.errors import InputError
+from glm.parallel.shares import Share
+from glm.parallel.team import Team
+from glm.train import checkpoint as checkpoints
+from glm.train.checkpoint import Checkpoint
+from glm.train.optimizer import MOMENTS
+
+
+def writers(shares: Mapping[str, Share]) -> dict[str, int]:
+    """The rank that writes each tensor: of its holders the one with least to write so far."""
+    load: dict[int, int] = {}
+    chosen = {}
+    for name, share in shares.items():
+        chosen[name] = min(share.ranks(), key=lambda rank: (load.get(rank, 0), rank))
+        load[chosen[name]] = load.get(chosen[name], 0) + share.shape.numel()
+    return chosen
+
+
+def save(folder: Path, checkpoint: Checkpoint, shares: Mapping[str, Share], team: Team, *, keep: int) -> Path:
+    """Write a checkpoint of all ranks' shares, atomically; then remove all but the newest ``keep``.
+
+    Args:
+        folder: of the run's checkpoints.
+        checkpoint: this rank's shares; the lead's state is written.
+        shares: of every parameter of the whole model.
+        team: the ranks.
+        keep: how many stay.
+
+    Raises:
+        OSError: a rank's disk is full: on every rank.
+    """
+    rank = dist.get_rank()
+    target = checkpoints.path_of(folder, checkpoint.step)
+    partial = target
+    with team.together():
+        if team.leads:
+            target, partial = checkpoints.begin(folder, checkpoint.step)
+    target, partial = team.from_first((target, partial))
+    model, optimizer = _assembled(checkpoint, shares, rank)
+    files: dict[str, dict[str, Any]] = {}
+    with checkpoints.whole_or_absent(partial, target), team.together():
+        for kind, tensors in (("model", model), ("optimizer", optimizer)):
+            if tensors:
+                name = f"{kind}-{rank:05d}.safetensors"
+                files[name] = checkpoints.write_tensors(tensors, partial / name)
+    model.clear()
+    optimizer.clear()
+    written: list[dict[str, dict[str, Any]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(written, files)
+    with checkpoints.whole_or_absent(partial, target), team.together():
+        if team.leads:
+            everything = {name: entry for one in written for name, entry in one.items()}
+            checkpoints.finish(partial, target, checkpoint, everything)
+            checkpoints.drop_oldest(folder, keep=keep)
+    return target
+
+
+def _assembled(
+    checkpoint: Checkpoint, shares: Mapping[str, Share], rank: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The whole tensors that this rank writes: weights, and moments."""
+    model, optimizer = {}, {}
+    for name, writer in writers(shares).items():
+        share = shares[name]
+        if share.place(rank) is None:
+            continue
+        kept = [checkpoint.model[name], *(checkpoint.optimizer[f"{moment}/{name}"] for moment in MOMENTS)]
+        mine = torch.stack([tensor.detach().reshape(-1) for tensor in kept])
+        if rank != writer:
+            if mine.numel():
+                dist.send(mine, writer)
+            continue
+        rows = {
+            holder: mine if holder == rank else _received(share, holder, mine) for holder in share.ranks()
+        }
+        wholes = [share.whole({holder: row[i] for holder, row in rows.items()}) for i in range(len(kept))]
+        model[name] = wholes[0].cpu()
+        for moment, whole in zip(MOMENTS, wholes[1:], strict=True):
+            optimizer[f"{moment}/{name}"] = whole.cpu()
+    return model, optimizer
+
+
+def _received(share: Share, holder: int, like: Tensor) -> Tensor:
+    size = share.share(share.part(torch.empty(share.shape, device="meta"), holder), holder).numel()
+    rows = like.new_empty((len(like), size))
+    if size:
+        dist.recv(rows, holder)
+    return rows
+
+
+def load_newest(folder: Path, shares: Mapping[str, Share], team: Team) -> tuple[Checkpoint, list[str]]:
+    """This rank's shares of the newest checkpoint that is whole, and one line about each newer one that is not.
+
+    The lead verifies every byte; the others read what they need.
+
+    Raises:
+        InputError: there is none, or it is of another model: on every rank.
+    """
+    newest: tuple[Path, list[str]] | None = None
+    with team.together():
+        if team.leads:
+            newest = checkpoints.find_newest(folder)
+    found = team.from_first(newest)
+    assert found is not None
+    path, problems = found
+    with team.together():
+        state, names = checkpoints.read_state(path)
+        tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for kind, name, share, whole in _read(path, names, shares):
+            if whole.shape != share.shape:
+                raise InputError(
+                    f"the checkpoint is of another model: {name} is {list(whole.shape)}, "
+                    f"this model's is {list(share.shape)}"
+                )
+            rank = dist.get_rank()
+            if share.place(rank) is not None:
+                tensors[kind][name] = share.share(share.part(whole, rank), rank).clone()
+    return Checkpoint(step=state.pop("step"), state=state, **tensors), problems
+
+
+def _read(
+    path: Path, names: list[str], shares: Mapping[str, Share]
+) -> Iterator[tuple[str, str, Share, Tensor]]:
+    """Kind, name, share and value of every tensor, one at a time. Raises InputError where the names are not the model's."""
+    wanted = {"model": set(shares), "optimizer": {f"{m}/{name}" for m in MOMENTS for name in shares}}
+    for kind, expected in wanted.items():
+        files = [safe_open(path / name, "pt") for name in names if name.startswith(kind)]
+        held = {name: file for file in files for name in file.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
+        if odd := sorted(held.keys() ^ expected):
+            raise InputError(f"the checkpoint is of another model: {odd[0]} is in only one of the two")
+        for name, file in held.items():
+            share = shares[name.partition("/")[2] if kind == "optimizer" else name]
+            yield kind, name, share, file.get_tensor(name)  # type: ignore[no-untyped-call]

@@ -1,0 +1,236 @@
+"""The engine that spans processes: tensor, pipeline and data parallelism behind the loop's interface.
+
+An update is the local engine's (``glm.train.engine``), cut into the same four parts:
+
+    forward_backward   DeepSpeed's PipelineEngine runs one-forward-one-backward over this replica's micro-batches; the loss of each
+                       is multiplied by scale / targets of the whole batch, so gradients need only be summed
+    gradients          summed over replicas and reduced to this rank's shares (``glm.parallel.optimizer``)
+    update             clip by the norm over all ranks, AdamW on the shares, weights gathered again
+    save, load_newest  whole tensors, written by all ranks (``glm.parallel.checkpoint``)
+
+DeepSpeed's schedule is cut off after the last backward pass: its reduction and its optimizer step are replaced by ours, since
+gradients are looked at between the two. Its copy of the model stays in the precision that the policy says, so that its own fp16
+wrapper, which refuses CPUs without half-precision units, has no part in it.
+
+Every rank builds the whole batch and takes its replica's rows. Replicas get micro-batches as evenly as they go.
+
+Limits: ZeRO-1 (ZeRO-2 and 3 are incompatible with pipeline stages). Dropout masks are not those of one process.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from glm.errors import InputError
+from glm.model.transformer import Transformer
+from glm.parallel import checkpoint as sharded
+from glm.parallel.groups import Groups
+from glm.parallel.optimizer import ShardedAdamW
+from glm.parallel.shares import shares
+from glm.parallel.team import Processes
+from glm.parallel.topology import checked
+from glm.precision import LossScaler, Policy
+from glm.train.checkpoint import Checkpoint
+from glm.train.config import TrainConfig
+from glm.train.optimizer import GradientSummary
+
+try:
+    import deepspeed
+except ImportError:
+    raise InputError(
+        "training over several processes needs DeepSpeed: pip install 'stabilitylab[distributed]'"
+    ) from None
+from deepspeed.runtime.pipe.schedule import (
+    BackwardPass,
+    OptimizerStep,
+    ReduceGrads,
+    ReduceTiedGrads,
+    TrainSchedule,
+)
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+from glm.parallel.stages import MicroBatch, Stages, cut_model
+
+
+class Rows(Protocol):
+    """A batch as this engine reads it (``glm.data.batch.Batch``)."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    segments_BT: Tensor
+    context_BT: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, T] or [B, T, 2]."""
+
+
+def _join_deepspeed() -> None:
+    """Let DeepSpeed use the groups that there are, without its word on everything and without compiling an operator."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its all-reduce in shared memory is compiled on first use, under a lock that a killed process leaves behind for good.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist.get_backend(), verbose=False)
+
+
+class _Schedule(TrainSchedule):  # type: ignore[misc]
+    """One-forward-one-backward, and nothing after it."""
+
+    def steps(self) -> Iterator[list[Any]]:
+        for commands in super().steps():
+            yield [c for c in commands if not isinstance(c, (OptimizerStep, ReduceGrads, ReduceTiedGrads))]
+
+
+class ParallelEngine:
+    """A model over the processes of the default group.
+
+    Args:
+        config: the run's configuration, its vocabulary filled in.
+        device: where this rank computes.
+
+    Raises:
+        InputError: the topology does not fit the model.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
+        self.topology = checked(config.parallel, config.model)
+        self.device = torch.device(device)
+        self.team = Processes(self.device)
+        self.rank = dist.get_rank()
+        self.seed = config.seed
+        self.micro_rows = config.batch.micro_rows or max(1, config.batch.rows // self.topology.data)
+        self.stage, self.replica, self.tensor_rank = self.topology.coordinates(self.rank)
+        self.policy = Policy(precision=config.precision)
+        self.scaler = LossScaler(config.loss_scale) if self.policy.scales_loss else None
+        groups = Groups(self.topology, self.rank, timedelta(seconds=config.parallel.timeout))
+
+        torch.manual_seed(config.seed)
+        whole = Transformer(config.model)
+        shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+        self.shares = shares(shapes, config.model, self.topology)
+        self.model = cut_model(
+            whole, stage=self.stage, stages=self.topology.pipeline, tensor=groups.tensor
+        ).to(self.device)
+        self.optimizer = ShardedAdamW(
+            self.model,
+            config.optimizer,
+            self.policy,
+            shares=self.shares,
+            rank=self.rank,
+            groups=groups.holders(self.shares.values()),
+        )
+        axes = PipeModelDataParallelTopology(
+            num_pp=self.topology.pipeline, num_mp=self.topology.tensor, num_dp=self.topology.data
+        )
+        _join_deepspeed()
+        with redirect_stdout(io.StringIO()):
+            self._stages = Stages(self.model, config.model, axes, seed=config.seed, tensor=groups.tensor)
+        # Values that DeepSpeed needs and that decide nothing here: it neither steps nor scales.
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "steps_per_print": 2**31,
+            "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        }
+        self._pipeline, *_ = deepspeed.initialize(
+            model=self._stages, optimizer=self.optimizer, config=settings
+        )
+        instructions = type(self._pipeline)._INSTRUCTION_MAP
+        self._pipeline._INSTRUCTION_MAP = {**instructions, BackwardPass: self._backward}
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scaler.scale if self.scaler is not None else 1.0
+
+    def forward_backward(self, batch: Rows, step: int) -> float:
+        targets = int((batch.targets_BT != -100).sum())
+        if targets == 0:
+            raise InputError(
+                f"the batch of step {step} has no targets: its rows are too short for the objective"
+            )
+        micro_batches, first = self._own(batch)
+        feed = self._stages.feed
+        feed.begin(micro_batches, scale=self.loss_scale / targets, step=step, first=first)
+        if micro_batches:
+            pipeline = self._pipeline
+            pipeline.set_dataiterator(iter([(one[0], one[1]) for one in micro_batches]))
+            pipeline.module.train()
+            pipeline.total_loss, pipeline.total_additional_losses, pipeline._compute_loss = None, None, True
+            pipeline._exec_schedule(
+                _Schedule(
+                    micro_batches=len(micro_batches), stages=self.topology.pipeline, stage_id=self.stage
+                )
+            )
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        if feed.losses and self.tensor_rank == 0:
+            total += torch.stack(feed.losses).double().sum()
+        dist.all_reduce(total)
+        return float(total) / targets
+
+    def _backward(self, pipeline: Any, buffer_id: int) -> None:
+        pipeline._exec_backward_pass(buffer_id)
+        self.optimizer.accumulate()
+
+    def _own(self, batch: Rows) -> tuple[list[MicroBatch], int]:
+        """This replica's micro-batches, and the number of the first within the update."""
+        rows, d = batch.tokens_BT.shape[0], self.topology.data
+        starts = range(0, rows, self.micro_rows)
+        first = len(starts) * self.replica // d
+        parts = [slice(a, a + self.micro_rows) for a in starts[first : len(starts) * (self.replica + 1) // d]]
+        tensors = (batch.tokens_BT, batch.targets_BT, batch.positions, batch.segments_BT, batch.context_BT)
+        return [tuple(tensor[part].to(self.device) for tensor in tensors) for part in parts], first
+
+    def gradients(self) -> GradientSummary:
+        return self.optimizer.gradients(self.loss_scale)
+
+    def update(self, learning_rate: float, *, clip: float) -> bool:
+        applied = self.optimizer.step_with(learning_rate, clip=clip)
+        if self.scaler is not None:
+            self.scaler.update(overflow=not applied)
+        self.optimizer.zero_grad()
+        return applied
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
+
+    def set_embedding_gradient_shrink(self, alpha: float) -> None:
+        if hasattr(self.model, "embedding"):
+            self.model.embedding.gradient_shrink = alpha
+
+    # ---------------------------------------------------------------------------------------------------- state
+
+    def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """This rank's shares."""
+        return self.optimizer.masters(), self.optimizer.moments()
+
+    def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Take back shares of this rank."""
+        self.optimizer.load(masters=model, moments=optimizer)
+
+    def save(self, folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+        return sharded.save(folder, checkpoint, self.shares, self.team, keep=keep)
+
+    def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
+        return sharded.load_newest(folder, self.shares, self.team)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"optimizer": self.optimizer.counters()}
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_counters(state["optimizer"])
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,208 @@
+"""A transformer as the stages of DeepSpeed's PipelineModule.
+
+The model's own parts are put in a row: look-up, layers, final norm and loss. A stage holds a run of them
+(``plan.layout.stage_layers``) and drops the rest. Only hidden states travel between stages: who sees whom, positions and targets
+are a function of the sample numbers, so every rank has its micro-batches' own, in the order in which one-forward-one-backward
+asks for them.
+
+A tied embedding is on the first and on the last stage. Both hold its weight; its gradient is summed over both by the optimizer.
+
+Dropout masks are a function of (seed, step, micro-batch, layer), so that tensor ranks agree, and a mask does not depend on how many
+stages or replicas there are. One process draws them one after the other (``glm.train.engine``): those masks differ.
+
+Limits: each rank builds the whole model, in fp32 on the host, before it keeps its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from glm.model.block import Block
+from glm.model.config import ModelConfig
+from glm.model.positions import Rotation, visible
+from glm.model.transformer import Transformer
+from glm.model.vocabulary_loss import vocabulary_loss
+from glm.parallel.plan.layout import stage_layers
+from glm.parallel.shares import Cut, stage_of
+from glm.parallel.tensor import VocabularyEmbedding, cut_block
+from glm.parallel.vocabulary_loss import split_vocabulary_loss
+
+# tokens, targets, positions, segments, context
+MicroBatch = tuple[Tensor, ...]
+
+
+def cut_model(
+    model: Transformer, *, stage: int, stages: int, tensor: dist.ProcessGroup | None
+) -> Transformer:
+    """Leave of a whole model what one rank computes, under the names that the whole has.
+
+    Args:
+        model: built and initialised; changed in place.
+        stage, stages: which of how many.
+        tensor: the ranks that share each layer; None: no other.
+    """
+    config = model.config
+    own = {
+        str(i): layer
+        for i, layer in enumerate(model.layers)
+        if stage_of(f"layers.{i}", config, stages) == stage
+    }
+    model.layers = nn.ModuleDict(own)  # type: ignore[assignment]
+    is_first, is_last = stage == 0, stage == stages - 1
+    if not is_first:
+        model.positions = None
+        model.embedding_norm = None
+    if not (is_first or (is_last and model.projection is None)):
+        del model.embedding
+    if not is_last:
+        model.final_norm = None
+        model.projection = None
+    if tensor is not None:
+        for layer in own.values():
+            assert isinstance(layer, Block)
+            cut_block(layer, tensor)
+        if hasattr(model, "embedding"):
+            model.embedding = VocabularyEmbedding(model.embedding, Cut(dim=0), tensor)
+        if model.projection is not None:
+            rank, size = dist.get_rank(tensor), dist.get_world_size(tensor)
+            part = Cut(dim=0).part(model.projection.weight.detach(), rank, size)
+            model.projection.weight = nn.Parameter(part)
+    return model
+
+
+class Feed:
+    """What a stage needs beside the hidden states, for the micro-batch whose turn it is."""
+
+    def __init__(self, model: Transformer, seed: int, tensor: dist.ProcessGroup | None) -> None:
+        self.model, self.seed, self.tensor = model, seed, tensor
+        self.waiting: list[MicroBatch] = []
+        self.scale = 1.0
+        self.losses: list[Tensor] = []
+        self._step = self._number = 0
+
+    def begin(self, micro_batches: Sequence[MicroBatch], *, scale: float, step: int, first: int) -> None:
+        """A new update.
+
+        Args:
+            micro_batches: this replica's.
+            scale: factor on each micro-batch's summed loss.
+            step: number of the update.
+            first: number of the replica's first micro-batch within it.
+        """
+        self.waiting, self.scale, self.losses = list(micro_batches), scale, []
+        self._step, self._number = step, first - 1
+
+    def advance(self, dtype: torch.dtype) -> None:
+        """The next micro-batch."""
+        self._number += 1
+        self.tokens_BT, self.targets_BT, self.positions, segments_BT, context_BT = self.waiting.pop(0)
+        bias_BHTS, self.turned = self.model.surroundings(
+            self.positions, visible(segments_BT, context_BT), dtype
+        )
+        if self.tensor is not None and bias_BHTS.shape[1] > 1:
+            # ALiBi: each rank's heads have slopes of their own.
+            bias_BHTS = bias_BHTS.chunk(dist.get_world_size(self.tensor), dim=1)[dist.get_rank(self.tensor)]
+        self.bias_BHTS: Tensor = bias_BHTS
+        self.dtype = dtype
+
+    def sow(self, layer: int) -> None:
+        """Seed the masks of one layer; -1 is the embedding."""
+        if self.model.config.dropout:
+            places = (self.seed, self._step, self._number, layer + 1)
+            mixed = 0
+            for place in places:
+                mixed = (mixed * 6_364_136_223_846_793_005 + place + 1) % 2**63
+            torch.manual_seed(mixed)
+
+
+class Stages(PipelineModule):  # type: ignore[misc]
+    """This rank's stage.
+
+    Args:
+        model: what ``cut_model`` left.
+        config: the model's shape.
+        axes: DeepSpeed's topology.
+        seed: of the run.
+        tensor: the ranks that share each layer; None: no other.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        config: ModelConfig,
+        axes: Any,
+        *,
+        seed: int,
+        tensor: dist.ProcessGroup | None,
+    ) -> None:
+        self._counts = stage_layers(config.layers, axes.get_dim("pipe"))
+        self.dtype = next(model.parameters()).dtype
+        feed = Feed(model, seed, tensor)
+        row = [_start(feed), *(_layer(feed, number) for number in range(config.layers)), _end(feed)]
+        super().__init__(row, topology=axes, partition_method="uniform")
+        self.feed, self.model = feed, model
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        del method
+        ends = [0]
+        for count in self._counts:
+            ends.append(ends[-1] + count)
+        ends = [0, *(end + 1 for end in ends[1:])]
+        ends[-1] += 1
+        self.parts = ends
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=ends[stage], stop=ends[stage + 1])
+
+    def forward(self, forward_input: Tensor) -> Tensor:
+        self.feed.advance(self.dtype)
+        out: Tensor = super().forward(forward_input)
+        return out
+
+
+def _start(feed: Feed) -> Callable[[Tensor], Tensor]:
+    def look_up(tokens_BT: Tensor) -> Tensor:
+        feed.sow(-1)
+        return feed.model.embed(tokens_BT, feed.positions)
+
+    return look_up
+
+
+def _layer(feed: Feed, number: int) -> Callable[[Tensor], Tensor]:
+    def through(x_BTC: Tensor) -> Tensor:
+        layers: Any = feed.model.layers
+        layer = layers[str(number)]
+        given: tuple[Tensor, Tensor, Rotation | None] = (x_BTC, feed.bias_BHTS, feed.turned)
+        feed.sow(number)
+        if feed.model.config.recompute:
+            again: Tensor = checkpoint(layer, *given, use_reentrant=False)
+            return again
+        out: Tensor = layer(*given)
+        return out
+
+    return through
+
+
+def _end(feed: Feed) -> Callable[[Tensor], Tensor]:
+    def loss(x_BTC: Tensor) -> Tensor:
+        model = feed.model
+        if model.final_norm is not None:
+            x_BTC = model.final_norm(x_BTC)
+        chosen = feed.targets_BT >= 0
+        hidden_NC, weight_VC, target_N = x_BTC[chosen], model.output_weight(), feed.targets_BT[chosen]
+        z_loss = model.config.z_loss
+        total = (
+            vocabulary_loss(hidden_NC, weight_VC, target_N, z_loss)
+            if feed.tensor is None
+            else split_vocabulary_loss(hidden_NC, weight_VC, target_N, z_loss, feed.tensor)
+        )
+        feed.losses.append(total.detach())
+        return total * feed.scale
+
+    return loss

@@ -1,0 +1,87 @@
+"""Agreement among the processes of a run: rank 0's word counts, and one rank's failure is everybody's.
+
+A rank that decided alone would leave the others waiting in a collective. So what depends on one process only (a signal, the
+detector's verdict, a full disk, a folder that is missing on one machine) goes through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from glm.errors import InputError
+
+T = TypeVar("T")
+
+
+class Team(Protocol):
+    """The processes of a run."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that judges, writes and speaks."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+
+    def from_first(self, value: T) -> T:
+        """What the leading process has."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what may fail on one process: then it fails on all, with the first failure's words."""
+
+
+class Alone:
+    """One process."""
+
+    leads = True
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def from_first(self, value: T) -> T:
+        return value
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        yield
+
+
+class Processes:
+    """The processes of torch's default group.
+
+    Args:
+        device: of the tensors that its backend can carry.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.leads = dist.get_rank() == 0
+
+    def any(self, flag: bool) -> bool:
+        said = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        return bool(said.item())
+
+    def from_first(self, value: T) -> T:
+        box = [value if self.leads else None]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        failure: InputError | OSError | None = None
+        try:
+            yield
+        except (InputError, OSError) as error:
+            failure = error
+        if not self.any(failure is not None):
+            return
+        said: list[Exception | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, failure)
+        raise failure or next(error for error in said if error is not None)

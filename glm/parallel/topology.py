@@ -1,0 +1,87 @@
+"""How ranks are laid out, who talks to whom, and whether a model can be cut so.
+
+rank = (stage d + replica) t + tensor rank,   world = t p d
+
+Tensor ranks are neighbours, so that their group stays inside a node; a replica's stages are furthest apart. This is the order of
+DeepSpeed's PipeModelDataParallelTopology (axes pipe, data, model) and of Megatron-LM.
+
+``checked`` refuses what cannot work before any process talks to another: it is a pure function of the configuration and the size of
+the world, so every rank comes to the same verdict alone, and none is left waiting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from glm.errors import InputError
+from glm.model.config import ModelConfig
+from glm.parallel.config import ParallelConfig
+from glm.parallel.plan.layout import stage_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Sizes of the three axes: t, p, d."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.tensor * self.pipeline * self.data
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(stage, replica, tensor rank) of a rank."""
+        rest, tensor = divmod(rank, self.tensor)
+        stage, replica = divmod(rest, self.data)
+        return stage, replica, tensor
+
+    def rank(self, stage: int, replica: int, tensor: int) -> int:
+        """The rank at these coordinates."""
+        return (stage * self.data + replica) * self.tensor + tensor
+
+    def tensor_groups(self) -> list[list[int]]:
+        """Ranks that hold parts of the same layers, of the same rows."""
+        return [
+            [self.rank(stage, replica, i) for i in range(self.tensor)]
+            for stage in range(self.pipeline)
+            for replica in range(self.data)
+        ]
+
+    def data_groups(self) -> list[list[int]]:
+        """Ranks that hold the same parts and see other rows."""
+        return [
+            [self.rank(stage, replica, i) for replica in range(self.data)]
+            for stage in range(self.pipeline)
+            for i in range(self.tensor)
+        ]
+
+    def pipeline_groups(self) -> list[list[int]]:
+        """Ranks that pass activations along, first stage first."""
+        return [
+            [self.rank(stage, replica, i) for stage in range(self.pipeline)]
+            for replica in range(self.data)
+            for i in range(self.tensor)
+        ]
+
+
+def checked(config: ParallelConfig, model: ModelConfig) -> Topology:
+    """The topology of a configuration. Raises InputError naming what it does not divide."""
+    t, p = config.tensor, config.pipeline
+    if model.vocabulary is None:
+        raise InputError("model.vocabulary is not set: it must be known before the model is cut")
+    for name, size in (
+        ("model.heads", model.heads),
+        ("model.feed_forward.inner", model.feed_forward.width(model.hidden)),
+        ("model.vocabulary", model.vocabulary),
+    ):
+        if size % t:
+            more = f"; {-(-size // t) * t} would do" if name != "model.heads" else ""
+            raise InputError(f"parallel.tensor {t} does not divide {name} {size}: change one of them{more}")
+    if p > model.layers or min(stage_layers(model.layers, p)) < 1:
+        raise InputError(
+            f"parallel.pipeline {p} leaves a stage without a layer: model.layers is {model.layers}; use fewer stages"
+        )
+    return Topology(tensor=t, pipeline=p, data=config.data)
