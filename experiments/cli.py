@@ -42,7 +42,7 @@ def run(
 
     Args:
         suite: name of the suite.
-        data: folder made by `glm shards`; by default the suite's own text, built under data/.
+        data: folder made by `glm shards`; by default the suite's own text, built under data/ once.
         out: where the runs go; by default runs/SUITE.
         steps: updates per run instead of the suite's own.
         parallel: runs at a time; by default one a core.
@@ -57,7 +57,7 @@ def run(
     out = out or Path("runs") / suite
     run_suite(
         chosen,
-        data=data or chosen.data(Path("data") / suite),
+        data=data or chosen.data(Path("data") / chosen.data.__name__),
         out=out,
         parallel=parallel or len(os.sched_getaffinity(0)),
         steps=steps,

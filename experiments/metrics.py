@@ -2,12 +2,14 @@
 
 | metric | meaning | unit |
 | --- | --- | --- |
-| final_loss | mean training loss of the last tenth of the steps | nats a target |
+| final_loss | mean training loss of the last tenth of the steps; infinite where one was not finite | nats a target |
 | spike_score | share of loss values 7 deviations off their rolling window, as OLMo 2 defines it | share |
 | spikes | episodes of kind spike or divergence that the detector closed or left open | count |
 | gradient_norm_max | largest global gradient norm after warm-up, non-finite steps aside | - |
+| gradient_norm_spread | standard deviation of ln(global gradient norm) after warm-up, non-finite steps aside | - |
 | embedding_share | the embedding's mean share of the squared gradient norm | share |
 | main_branch_max | largest absolute value on the main branch, over layers and steps | - |
+| main_branch_growth | largest absolute value after the last layer, over that after the first | - |
 | attention_score_max | largest attention score, over layers, heads and steps | - |
 | fp16_headroom | log2(65504 / largest value of main branch and attention scores) | bits |
 | skipped_steps | updates skipped since the gradient was not finite | steps |
@@ -52,7 +54,11 @@ class Metric:
 
 def final_loss(run: Run) -> float:
     loss = run.series("train/-/loss")
-    return float(loss.iloc[-max(1, len(loss) // 10) :].mean(skipna=False)) if len(loss) else math.nan
+    if not len(loss):
+        return math.nan
+    mean = float(loss.iloc[-max(1, len(loss) // 10) :].mean(skipna=False))
+    # A run that left the numbers did worse than any that did not.
+    return mean if math.isfinite(mean) else math.inf
 
 
 def run_spike_score(run: Run) -> float:
@@ -64,10 +70,13 @@ def spike_count(run: Run) -> float:
 
 
 def gradient_norm_max(run: Run) -> float:
-    norm = run.series("train/-/gradient_norm")
-    after = norm[norm.index >= _warmup(run)]
-    finite = after[np.isfinite(after)]
-    return float(finite.max()) if len(finite) else math.nan
+    norm = _settled_gradient_norm(run)
+    return float(norm.max()) if len(norm) else math.nan
+
+
+def gradient_norm_spread(run: Run) -> float:
+    norm = _settled_gradient_norm(run)
+    return float(np.log(norm[norm > 0]).std()) if len(norm) > 1 else math.nan
 
 
 def embedding_share(run: Run) -> float:
@@ -87,6 +96,13 @@ def main_branch_max(run: Run) -> float:
     return float(by_layer.max()) if len(by_layer) else math.nan
 
 
+def main_branch_growth(run: Run) -> float:
+    by_layer = main_branch_by_layer(run)
+    if len(by_layer) < 2 or not np.isfinite(by_layer.iloc[0]) or by_layer.iloc[0] <= 0:
+        return math.nan
+    return float(by_layer.iloc[-1] / by_layer.iloc[0])
+
+
 def attention_score_max(run: Run) -> float:
     scores = run.matrix("attention", "score_max", index="max")
     return float(np.nanmax(scores.to_numpy())) if scores.size else math.nan
@@ -94,6 +110,8 @@ def attention_score_max(run: Run) -> float:
 
 def fp16_headroom(run: Run) -> float:
     largest = np.nanmax([main_branch_max(run), attention_score_max(run)])
+    if math.isinf(largest):
+        return -math.inf
     return float(np.log2(FP16_MAX / largest)) if largest > 0 else math.nan
 
 
@@ -106,6 +124,13 @@ def outlier_fraction(run: Run) -> float:
     return float(np.nanmean(fractions.iloc[:, -1])) if fractions.size else math.nan
 
 
+def _settled_gradient_norm(run: Run) -> pd.Series[float]:
+    """The global gradient norm after warm-up, where it is finite."""
+    norm = run.series("train/-/gradient_norm")
+    after = norm[norm.index >= _warmup(run)]
+    return after[np.isfinite(after)]
+
+
 def _warmup(run: Run) -> int:
     return int(run.config.get("schedule", {}).get("warmup", 0))
 
@@ -115,10 +140,14 @@ METRICS: Mapping[str, Metric] = {
     "spike_score": Metric(title="Spike score (OLMo 2)", measure=run_spike_score),
     "spikes": Metric(title="Spikes and divergences found", measure=spike_count),
     "gradient_norm_max": Metric(title="Largest gradient norm after warm-up", measure=gradient_norm_max),
+    "gradient_norm_spread": Metric(
+        title="Spread of the gradient norm's logarithm after warm-up", measure=gradient_norm_spread
+    ),
     "embedding_share": Metric(
         title="Embedding's share of the squared gradient norm", measure=embedding_share
     ),
     "main_branch_max": Metric(title="Largest main-branch value", measure=main_branch_max),
+    "main_branch_growth": Metric(title="Main branch, last layer over first", measure=main_branch_growth),
     "attention_score_max": Metric(title="Largest attention score", measure=attention_score_max),
     "fp16_headroom": Metric(title="fp16 headroom", unit="bits", measure=fp16_headroom, better="more"),
     "skipped_steps": Metric(title="Skipped steps", measure=skipped_steps),

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def measure(settings: Settings) -> dict[str, object]:
     """Median milliseconds of each part, their shares, tokens a second, the monitor's overhead."""
-    data = open_data(settings.data or bilingual(Path("data") / "quick"))
+    data = open_data(settings.data or bilingual(Path("data") / "bilingual"))
     config = with_vocabulary(preset_config(settings.preset), data)
     config = dataclasses.replace(
         config, precision=settings.precision, batch=dataclasses.replace(config.batch, rows=settings.rows)

@@ -2,5 +2,9 @@
 
 SUITES = {
     "quick": "experiments.suites.quick",
+    "depth": "experiments.suites.depth",
+    "embedding": "experiments.suites.embedding",
+    "formats": "experiments.suites.formats",
+    "positions": "experiments.suites.positions",
     "responder": "experiments.suites.responder",
 }

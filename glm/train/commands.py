@@ -70,13 +70,14 @@ def preset_config(name: str) -> TrainConfig:
 
 def train_command(arguments: Sequence[str]) -> int:
     """Parse ``PRESET [flags]`` and train. Returns the exit code."""
-    command = _parse(arguments)
+    command = parse_command(arguments)
     complete = train(command, console=Console(stderr=True))
     print(f"{'complete' if complete else 'interrupted, continue with --resume'}: {command.out}")
     return 0
 
 
-def _parse(arguments: Sequence[str]) -> TrainCommand:
+def parse_command(arguments: Sequence[str]) -> TrainCommand:
+    """``PRESET [flags]`` as a command. Raises InputError, or SystemExit as ``parse`` does."""
     if not arguments or arguments[0].startswith("-"):
         names = "\n".join(f"  {name:12} {preset.summary}" for name, preset in PRESETS.items())
         if arguments and arguments[0] in ("-h", "--help"):

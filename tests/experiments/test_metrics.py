@@ -1,0 +1,93 @@
+"""The metrics of experiments, from run folders whose numbers are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.cli import load_suite
+from experiments.metrics import METRICS
+from experiments.suites import SUITES
+from glm.train.commands import parse_command
+from stabilitylab.report import Run, load_run
+from stabilitylab.sinks import ParquetSink
+from stabilitylab.telemetry import Key, RunFolder, Samples
+
+STEPS = 20
+LOSS = Key("train", "-", "loss")
+NORM = Key("train", "-", "gradient_norm")
+SKIPPED = Key("train", "-", "skipped")
+LAYERS = tuple(Key("activation", f"layers.{i}", "absmax") for i in (0, 1, 10))  # 10 after 1, not before 2
+
+
+def recorded(folder: Path, values: dict[Key, list[float]]) -> Run:
+    run = RunFolder(folder)
+    folder.mkdir()
+    run.config.write_text(json.dumps({"schedule": {"warmup": 10}}))
+    rows = [(step, key, series[step]) for key, series in values.items() for step in range(STEPS)]
+    sink = ParquetSink(run.telemetry)
+    sink.write(Samples.of(rows), [])
+    sink.close()
+    return load_run(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    steps = range(STEPS)
+    return recorded(
+        tmp_path_factory.mktemp("metrics") / "run",
+        {
+            LOSS: [10.0 - 0.25 * step for step in steps],
+            # Large in warm-up, not finite once after it.
+            NORM: [100.0 if step < 10 else math.inf if step == 12 else 1.0 + step % 2 for step in steps],
+            SKIPPED: [float(step == 12) for step in steps],
+            LAYERS[0]: [2.0] * STEPS,
+            LAYERS[1]: [3.0] * STEPS,
+            LAYERS[2]: [float(step) for step in steps],
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("final_loss", 5.375),  # steps 18 and 19
+        ("gradient_norm_max", 2.0),
+        ("skipped_steps", 1.0),
+        ("main_branch_max", 19.0),
+        ("main_branch_growth", 9.5),
+        ("gradient_norm_spread", float(np.std([0.0, math.log(2)] * 4 + [math.log(2)], ddof=1))),
+        ("fp16_headroom", math.log2(65504 / 19)),
+    ],
+)
+def test_value(run: Run, metric: str, expected: float) -> None:
+    assert METRICS[metric].measure(run) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["embedding_share", "attention_score_max", "outlier_fraction"])
+def test_absent_telemetry_is_nan(run: Run, metric: str) -> None:
+    assert math.isnan(METRICS[metric].measure(run))
+
+
+def test_a_run_that_left_the_numbers_is_worse_than_any(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run", {LOSS: [1.0] * 19 + [math.nan], LAYERS[0]: [math.inf] * STEPS})
+    assert METRICS["final_loss"].measure(run) == math.inf
+    assert METRICS["fp16_headroom"].measure(run) == -math.inf
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_arm_is_a_command_that_parses(name: str, tmp_path: Path) -> None:
+    suite = load_suite(name)
+    names = [arm.name for arm in suite.arms]
+    assert len(set(names)) == len(names)
+    for claim in suite.claims:
+        assert {claim.arm, claim.baseline} <= set(names)
+        assert claim.metric in METRICS
+    for arm in suite.arms:
+        command = suite.command(arm, 0, data=tmp_path, out=tmp_path / "run")
+        assert command[0] == "train"
+        parse_command(command[1:])
