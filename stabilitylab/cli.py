@@ -20,6 +20,14 @@ COMMANDS = {
         "stabilitylab.spikes.commands",
         "how well each signal warned of a folder of runs' episodes",
     ),
+    "outliers": (
+        "stabilitylab.outliers.commands",
+        "which activations of a model stand out, by every criterion",
+    ),
+    "quantize": (
+        "stabilitylab.quantization.commands",
+        "a quantization scheme for every layer of a model, measured, and applied",
+    ),
 }
 
 RunPath = Annotated[Path, tyro.conf.Positional]

@@ -60,7 +60,7 @@ class TextModel:
         Raises:
             InputError: it has no linear layers, or a weight that is not finite.
         """
-        name = name or path.resolve().name
+        name = name or _name(path.resolve())
         if not linear_layers(module):
             raise InputError(f"{path} has no linear layers: there is nothing to measure or quantize")
         if (broken := first_nonfinite(module)) is not None:
@@ -125,6 +125,11 @@ class TextModel:
                 f"{self.name} predicts no tokens, so it has no loss: use the error of its output"
             )
         return loss_of(self.run(window), targets_BT)
+
+
+def _name(path: Path) -> str:
+    """The file's or folder's name; with its parent's where it only says that it is a model."""
+    return f"{path.parent.name}/{path.name}" if path.name in ("model", "checkpoint", "export") else path.stem
 
 
 def loss_of(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[float, int]:

@@ -210,12 +210,12 @@ def reading(found: Found) -> str:
     """One line on a share: is it what the paper reports of GLM-130B, of OPT and BLOOM, or neither (within a factor of 3)?"""
     share = found.share
     if share is None:
-        return "does not apply: no layers of one width recur"
+        return "does not apply"
     if share == 0:
         return "none"
-    for name, published in (("GLM-130B's ~30 %", GLM_SHARE), ("OPT's and BLOOM's ~0.1 %", OPT_SHARE)):
+    for name, published in (("GLM-130B (~30 %)", GLM_SHARE), ("OPT, BLOOM (~0.1 %)", OPT_SHARE)):
         if published / 3 <= share <= published * 3:
-            return f"about {name}"
+            return f"as {name}"
     if share > GLM_SHARE:
-        return "most: it does not select"
-    return "between the two" if share > OPT_SHARE else "fewer than OPT and BLOOM"
+        return "nearly all: no selection"
+    return "between the two" if share > OPT_SHARE else "fewer than either"

@@ -29,6 +29,7 @@ def heat_map(
     log: bool = True,
     limits: tuple[float, float] | None = None,
     recorded: pd.DataFrame | None = None,
+    across: str = "step",
 ) -> Figure:
     """A statistic at every site over the steps.
 
@@ -38,6 +39,7 @@ def heat_map(
         limits: of the colour scale; by default the data's own.
         recorded: where a value was recorded, of the matrix's shape (``Run.recorded``): elsewhere is a gap. By default
             everywhere.
+        across: what the columns are.
     """
     everywhere = np.ones(matrix.shape, dtype=bool)
     known = everywhere if recorded is None else recorded.reindex_like(matrix).to_numpy(dtype=bool)
@@ -69,7 +71,7 @@ def heat_map(
         _label_sites(axes, sites)
         ticks = np.unique(np.linspace(0, len(steps) - 1, min(8, len(steps))).round().astype(int))
         axes.set_xticks(ticks, [str(steps[i]) for i in ticks])
-        axes.set_xlabel("step; red: not finite" if broken.any() else "step")
+        axes.set_xlabel(f"{across}; red: not finite" if broken.any() else across)
         return figure
 
 

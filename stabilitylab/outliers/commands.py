@@ -1,0 +1,115 @@
+"""``stabilitylab outliers``: a model read over a text, or a run over its training steps."""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stabilitylab.errors import InputError
+from stabilitylab.outliers.scan import OutlierScan
+from stabilitylab.telemetry import RunFolder
+
+DEFAULT_TOKENS = 20_000
+
+
+def outliers(
+    model: Annotated[Path, tyro.conf.Positional],
+    *,
+    text: Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    length: int | None = None,
+    json: bool = False,
+    html: Path | None = None,
+) -> None:
+    """Which activations of a model stand out, by every criterion in use; or how they grew over a run.
+
+    Args:
+        model: a HuggingFace folder, a GGUF file, or a model that an installed package opens; with --text. A run folder
+            without --text is shown over its training steps, from telemetry alone.
+        text: UTF-8 file to read through the model.
+        tokens: read at most so many tokens; 0 for the whole text.
+        length: tokens a window; by default 512, or what the model takes.
+        json: print one JSON object instead of tables.
+        html: write one self-contained page there.
+    """
+    if html is not None and not html.parent.is_dir():
+        raise InputError(f"cannot write {html}: there is no folder {html.parent}")
+    if tokens < 0:
+        raise InputError(f"--tokens counts tokens: 0 for the whole text, or more; got {tokens}")
+    if length is not None and length < 1:
+        raise InputError(f"--length counts tokens: 1 or more, got {length}")
+    if text is None:
+        _run(model, json=json, html=html)
+    else:
+        _scan(model, text, tokens=tokens or None, length=length, json=json, html=html)
+
+
+def _scan(
+    path: Path, text: Path, *, tokens: int | None, length: int | None, json: bool, html: Path | None
+) -> None:
+    from stabilitylab.models import open_text_model
+    from stabilitylab.outliers.record import scan_record
+    from stabilitylab.outliers.scan import scan_outliers
+
+    model = open_text_model(path)
+    with _progress() as bar:
+        task = bar.add_task("tokens read", total=tokens)
+        found: OutlierScan = scan_outliers(
+            model,
+            text,
+            length=length,
+            tokens=tokens,
+            progress=lambda read: bar.update(task, completed=read),
+        )
+    if html is not None:
+        from stabilitylab.outliers.page import outlier_page
+
+        outlier_page(found).write(html)
+    if json:
+        print(dumps(scan_record(found), allow_nan=False))
+        return
+    from stabilitylab.outliers.terminal import show_scan
+
+    console = Console()
+    show_scan(found, console)
+    if html is not None:
+        console.print(str(html), markup=False, highlight=False, soft_wrap=True)
+
+
+def _run(path: Path, *, json: bool, html: Path | None) -> None:
+    from stabilitylab.outliers.training import run_outliers, run_page, run_record, show_run
+    from stabilitylab.report import load_run
+
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give a model's folder, a GGUF file, or a run folder")
+    folder = RunFolder(path)
+    if not folder.telemetry.is_dir():
+        raise InputError(f"{path} is not a run folder: to read a text through a model, give --text FILE")
+    found = run_outliers(load_run(path))
+    if html is not None:
+        run_page(found).write(html)
+    if json:
+        print(dumps(run_record(found), allow_nan=False))
+        return
+    console = Console()
+    show_run(found, console)
+    if html is not None:
+        console.print(str(html), markup=False, highlight=False, soft_wrap=True)
+
+
+def _progress() -> Progress:
+    """A bar on stderr while somebody looks; nothing in a pipe."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description} {task.completed:,}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

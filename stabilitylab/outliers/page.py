@@ -1,0 +1,128 @@
+"""The page about a scan, for somebody who never saw the tool: what outliers are, where this model has them, by which measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from stabilitylab.outliers import words
+from stabilitylab.outliers.criteria import CRITERIA, reading, three_part_mask
+from stabilitylab.outliers.figures import channel_map, depth_figures, recurring_roles
+from stabilitylab.outliers.scan import OutlierScan
+from stabilitylab.report.page import Cell, Page, Picture, Section, Table
+
+MOST_MAPS = 8
+
+
+def outlier_page(scan: OutlierScan, *, decision: Sequence[Section] = ()) -> Page:
+    """The report of a scan.
+
+    Args:
+        decision: sections on what to do about it, put right after the criteria.
+    """
+    worst = scan.worst(1)[0]
+    lead = (
+        "To run a model in 8-bit arithmetic, every activation is divided by a scale and rounded to one of 255 steps. The largest "
+        "value sets the scale: where one channel is tens of times larger than the rest, the rest lose their digits. Such channels "
+        f"are outliers. {scan.model} has its most prominent one in {words.place(worst.site)}: channel {worst.channel} reaches "
+        f"{words.short(worst.largest)}, {words.short(worst.times_median)} × what the median channel there does. This page shows "
+        "where outliers lie, how many there are by every definition in use, and how they grow with depth."
+    )
+    page = Page(title=f"Activation outliers of {scan.model}", lead=lead, facts=_facts(scan))
+    page.sections += [
+        criteria_section(scan),
+        *decision,
+        worst_section(scan),
+        map_section(scan),
+        depth_section(scan),
+    ]
+    return page
+
+
+def _facts(scan: OutlierScan) -> dict[str, str]:
+    return {
+        "model": f"{scan.model}, fingerprint {scan.fingerprint}",
+        "text": scan.text,
+        "tokens": f"{scan.tokens:,} in {scan.windows:,} windows of up to {scan.length}",
+        "sites": f"{len(scan.inputs)} linear inputs, {len(scan.main_branch)} blocks",
+    }
+
+
+def criteria_section(scan: OutlierScan) -> Section:
+    """Every criterion side by side, and which of them give the published shares."""
+    rows: list[Sequence[Cell | str]] = []
+    for criterion in CRITERIA:
+        found, branch = criterion.measure(scan.inputs), criterion.measure(scan.main_branch)
+        rows.append(
+            [
+                Cell(text=criterion.name, detail=f"{criterion.rule}. {criterion.source}"),
+                criterion.marks,
+                words.share(found),
+                words.share(branch),
+                reading(found),
+            ]
+        )
+    text = (
+        "GLM-130B's authors report outliers in about 30 % of the dimensions where OPT and BLOOM have about 0.1 %, and therefore "
+        "keep activations in 16 bits; they give no threshold. Definitions differ by orders of magnitude, so a share means "
+        "something only beside its criterion.",
+        *words.answer(scan),
+    )
+    note = (
+        "Linear inputs: what enters the linear layers. Main branch: the blocks' outputs. The last column reads the linear inputs: "
+        "“as” means within a factor of 3. An absolute threshold depends on the scale of the model's activations; multiples of "
+        "the median channel and of the standard deviation do not."
+    )
+    columns = ["criterion", "marks", "linear inputs", "main branch", "reads like"]
+    return Section(title="How many outliers", text=text, parts=[Table(columns=columns, rows=rows, note=note)])
+
+
+def worst_section(scan: OutlierScan, count: int = 20) -> Section:
+    """The most prominent channels, and those of the main branch that LLM.int8()'s rule marks."""
+    rows = [
+        [
+            words.place(one.site),
+            str(one.channel),
+            words.short(one.largest),
+            f"{words.short(one.times_median)} ×",
+            f"{100 * one.over_6:.2g} %",
+        ]
+        for one in scan.worst(count)
+    ]
+    columns = ["where", "channel", "largest |x|", "over the median channel", "positions with |x| ≥ 6"]
+    text = [
+        "A channel that is large at few positions sits on special tokens, often the first one of a window; per-token scales "
+        "confine its harm to those. One that is large at many positions harms every token, and asks for mixed precision or for "
+        "moving its size into the weights.",
+        *words.notes(scan),
+    ]
+    for name, seen in (("linear inputs", scan.inputs), ("main branch", scan.main_branch)):
+        marked = np.flatnonzero(three_part_mask(seen))
+        if len(marked):
+            listed = ", ".join(map(str, marked[:24])) + (", …" if len(marked) > 24 else "")
+            text.append(f"LLM.int8()'s rule marks {len(marked)} dimensions of the {name}: {listed}.")
+    return Section(title="The worst channels", text=text, parts=[Table(columns=columns, rows=rows)])
+
+
+def map_section(scan: OutlierScan) -> Section:
+    """Layers by channels, for every place in the block."""
+    roles = recurring_roles(scan)[:MOST_MAPS]
+    seen = [one for role in roles for _, one in scan.roles()[role]]
+    highest = max((float(np.nanmax(one.times_median, initial=1.0)) for one in seen), default=1.0)
+    parts = [Picture(figure=channel_map(scan, role, highest=highest)) for role in roles]
+    text = (
+        "One row a layer, one column a channel; bright is large. All maps share one colour scale. A vertical line is a channel "
+        "that stands out in layer after layer; a single bright cell is one layer's own.",
+    )
+    if not parts:
+        text = ("This model has no stack of blocks, so there is nothing to lay out by depth.",)
+    return Section(title="Where they are", text=text, parts=parts)
+
+
+def depth_section(scan: OutlierScan) -> Section:
+    """Growth over depth."""
+    drawn = depth_figures(scan)
+    said = words.depth(scan)
+    parts = [Picture(figure=figure, caption=caption) for figure, caption in drawn]
+    return Section(title="Growth over depth", text=(said,) if said else (), parts=parts)

@@ -1,0 +1,78 @@
+"""A scan as JSON: everything the page shows, and each channel's maximum. NaN and infinity become null."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from stabilitylab.outliers import words
+from stabilitylab.outliers.criteria import CRITERIA, Found, reading
+from stabilitylab.outliers.scan import OutlierScan
+
+
+def scan_record(scan: OutlierScan) -> dict[str, Any]:
+    """Plain dictionaries, lists and numbers."""
+    thresholds = scan.thresholds()
+    return {
+        "model": scan.model,
+        "fingerprint": scan.fingerprint,
+        "text": scan.text,
+        "tokens": scan.tokens,
+        "windows": scan.windows,
+        "length": scan.length,
+        "criteria": [
+            {
+                "name": criterion.name,
+                "marks": criterion.marks,
+                "rule": criterion.rule,
+                "source": criterion.source,
+                "linear_inputs": _found(found := criterion.measure(scan.inputs)),
+                "main_branch": _found(criterion.measure(scan.main_branch)),
+                "reads_like": reading(found),
+            }
+            for criterion in CRITERIA
+        ],
+        "answer": words.answer(scan),
+        "reached_by": {
+            name: {"0.30": number(several[0]), "0.001": number(several[1])}
+            for name, several in thresholds.items()
+        },
+        "worst_channels": [
+            {
+                "site": one.site.path,
+                "layer": one.site.layer,
+                "channel": one.channel,
+                "absmax": number(one.largest),
+                "over_median": number(one.times_median),
+                "positions_over_6": number(one.over_6),
+            }
+            for one in scan.worst()
+        ],
+        "sites": [
+            {
+                "site": site.path,
+                "layer": site.layer,
+                "role": site.role,
+                "shared_with": list(scan.shared.get(site.path, ())),
+                "channels": one.channels,
+                "positions": one.positions,
+                "absmax": number(one.absmax),
+                "median_channel": number(one.median_channel),
+                "channel_max_over_median": number(float(one.times_median.max())),
+                "mean": number(one.mean),
+                "kurtosis": number(one.kurtosis),
+                "channel_absmax": [number(value) for value in one.largest.tolist()],
+            }
+            for site, one in scan.sites
+        ],
+        "not_reached": list(scan.skipped),
+    }
+
+
+def number(value: float) -> float | None:
+    """Six digits, or None for what JSON cannot hold."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _found(found: Found) -> dict[str, float | int | None]:
+    return {"share": found.share, "marked": found.marked, "total": found.total}

@@ -1,0 +1,48 @@
+"""A scan on the terminal: criteria, the answer, the worst channels."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stabilitylab.outliers import words
+from stabilitylab.outliers.criteria import CRITERIA, reading
+from stabilitylab.outliers.scan import OutlierScan
+
+
+def show_scan(scan: OutlierScan, console: Console, *, worst: int = 8) -> None:
+    """Print what a person looks at first."""
+    # Names come from outside: none of them is markup.
+    table = Table(
+        title=Text(f"{scan.model}: {scan.tokens:,} tokens in {scan.windows:,} windows"), title_justify="left"
+    )
+    for column, justify in (
+        ("criterion", "left"),
+        ("of", "left"),
+        ("linear inputs", "right"),
+        ("main branch", "right"),
+        ("reads like", "left"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for criterion in CRITERIA:
+        found, branch = criterion.measure(scan.inputs), criterion.measure(scan.main_branch)
+        table.add_row(
+            criterion.name, criterion.marks, words.share(found), words.share(branch), reading(found)
+        )
+    console.print(table)
+    for sentence in (*words.answer(scan), words.depth(scan), *words.notes(scan)):
+        if sentence:
+            console.print(Text(sentence))
+    channels = Table("where", title="Worst channels of linear inputs", title_justify="left")
+    for column in ("channel", "largest", "x median", "positions >= 6"):
+        channels.add_column(column, justify="right")
+    for one in scan.worst(worst):
+        channels.add_row(
+            Text(words.place(one.site)),
+            str(one.channel),
+            words.short(one.largest),
+            words.short(one.times_median),
+            f"{100 * one.over_6:.2g} %",
+        )
+    console.print(channels)

@@ -1,0 +1,85 @@
+"""What a scan found in words: numbers as people read them, and the sentences that terminal and page share."""
+
+from __future__ import annotations
+
+from stabilitylab.outliers.criteria import CRITERIA, GLM_SHARE, OPT_SHARE, Found
+from stabilitylab.outliers.scan import OutlierScan
+from stabilitylab.outliers.sites import MAIN_BRANCH, Site
+from stabilitylab.report.style import plain
+
+
+def share(found: Found) -> str:
+    """``2.6 %``, ``1 in 12,000``, ``none``, or a dash where the criterion does not apply."""
+    value = found.share
+    if value is None:
+        return "–"
+    if value == 0:
+        return "none"
+    return (
+        f"{100 * value:.2g} %"
+        if 1e-4 <= value < 0.995
+        else f"1 in {short(1 / value)}"
+        if value < 1e-4
+        else "all"
+    )
+
+
+def short(value: float) -> str:
+    """Three digits: 0.12, 18.7, 9,460."""
+    return plain(float(f"{value:.3g}"))
+
+
+def place(site: Site) -> str:
+    """``layer 14, mlp.down_proj input``."""
+    if site.role == MAIN_BRANCH:
+        return f"main branch after layer {site.layer}"
+    where = site.role if site.is_input else site.path
+    return f"{where} input" if site.layer is None else f"layer {site.layer}, {where} input"
+
+
+def answer(scan: OutlierScan) -> list[str]:
+    """Which criterion gives about 30 %, and which about 0.1 %, on this model."""
+    sentences = []
+    for published, whose in ((GLM_SHARE, "GLM-130B's ~30 %"), (OPT_SHARE, "OPT's and BLOOM's ~0.1 %")):
+        near = []
+        for criterion in CRITERIA:
+            found = criterion.measure(scan.inputs)
+            if found.share is not None and published / 3 <= found.share <= 3 * published:
+                near.append(f"{criterion.name} ({share(found)} of {criterion.marks})")
+        said = ", ".join(near) if near else "no criterion here"
+        sentences.append(f"Within a factor of 3 of {whose}: {said}.")
+    magnitude, times = scan.thresholds()["magnitude"], scan.thresholds()["times_median"]
+    sentences.append(
+        f"30 % of the dimensions reach {short(magnitude[0])} ({short(times[0])} × their site's median channel), "
+        f"0.1 % reach {short(magnitude[1])} ({short(times[1])} ×)."
+    )
+    return sentences
+
+
+def depth(scan: OutlierScan) -> str:
+    """How the main branch grows, in one sentence; empty for a model without blocks."""
+    branch = scan.main_branch
+    if not branch:
+        return ""
+    peak = max(branch, key=lambda pair: pair[1].absmax)
+    first = branch[0][1].absmax
+    return (
+        f"The main branch's largest value is {short(first)} after layer {branch[0][0].layer}, "
+        f"{short(peak[1].absmax)} at its highest (layer {peak[0].layer}) and {short(branch[-1][1].absmax)} after the last."
+    )
+
+
+def notes(scan: OutlierScan) -> list[str]:
+    """What a reader should know about the scan."""
+    said = []
+    together = {others for several in scan.shared.values() for others in several}
+    if together:
+        said.append(
+            f"{len(together)} linear layers read the same tensor as another and are measured with it "
+            "(query, key and value do, for example)."
+        )
+    if scan.skipped:
+        said.append(
+            f"{len(scan.skipped)} linear layers were never reached by this text, among them {scan.skipped[0]}."
+        )
+    return said
