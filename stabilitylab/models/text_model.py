@@ -129,7 +129,11 @@ class TextModel:
 
 def _name(path: Path) -> str:
     """The file's or folder's name; with its parent's where it only says that it is a model."""
-    return f"{path.parent.name}/{path.name}" if path.name in ("model", "checkpoint", "export") else path.stem
+    return (
+        f"{path.parent.name}/{path.name}"
+        if path.name in ("model", "checkpoint", "export")
+        else path.name.removesuffix(".gguf")
+    )
 
 
 def loss_of(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[float, int]:

@@ -213,9 +213,9 @@ def reading(found: Found) -> str:
         return "does not apply"
     if share == 0:
         return "none"
-    for name, published in (("GLM-130B (~30 %)", GLM_SHARE), ("OPT, BLOOM (~0.1 %)", OPT_SHARE)):
+    for name, published in (("GLM-130B", GLM_SHARE), ("OPT, BLOOM", OPT_SHARE)):
         if published / 3 <= share <= published * 3:
-            return f"as {name}"
+            return f"like {name}"
     if share > GLM_SHARE:
-        return "nearly all: no selection"
+        return "nearly all"
     return "between the two" if share > OPT_SHARE else "fewer than either"

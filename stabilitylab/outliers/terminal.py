@@ -39,7 +39,7 @@ def show_scan(scan: OutlierScan, console: Console, *, worst: int = 8) -> None:
         channels.add_column(column, justify="right")
     for one in scan.worst(worst):
         channels.add_row(
-            Text(words.place(one.site)),
+            Text(words.place(one.site).removesuffix(" input")),
             str(one.channel),
             words.short(one.largest),
             words.short(one.times_median),
