@@ -78,15 +78,28 @@ class QuantizedLinear(nn.Module):
         Raises:
             InputError: weights are not finite, or SmoothQuant has no ``largest``.
         """
+        return cls.from_weight(linear.weight, scheme, bias=linear.bias, largest=largest, name=name)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        scheme: Scheme,
+        *,
+        bias: Tensor | None = None,
+        largest: Tensor | None = None,
+        name: str = "the layer",
+    ) -> QuantizedLinear:
+        """As ``from_linear``, from W [N, K] and a bias [N]."""
         smooth = None
         if scheme.smooth is not None:
             if largest is None:
                 raise InputError(
                     f"{name}: SmoothQuant needs the activations' largest values: give a text to measure on"
                 )
-            smooth = smoothing(largest, linear.weight, scheme.smooth)
-        stored = quantize_weight(linear.weight, scheme, smooth=smooth, name=name)
-        return cls(stored, scheme, bias=linear.bias, smooth=smooth)
+            smooth = smoothing(largest, weight, scheme.smooth)
+        stored = quantize_weight(weight, scheme, smooth=smooth, name=name)
+        return cls(stored, scheme, bias=bias, smooth=smooth)
 
     @property
     def stored(self) -> StoredWeight:

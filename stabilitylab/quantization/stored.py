@@ -8,7 +8,8 @@ Of W [N, K] (N output channels, K columns; G groups of columns a row):
 
     w[n, k] = (code[n, k] - zero[n, g(k)]) * scale[n, g(k)],       code in 0 ... 2^b - 1, int8 value = code - 128
 
-Symmetric (absmax; GLM-130B, section 5): scale = max|w| / (2^(b-1) - 1), W8A8's / 127.5; code - zero in -(2^(b-1) - 1) ... 2^(b-1) - 1.
+Symmetric (absmax; GLM-130B, section 5): scale = max|w| / (2^(b-1) - 1), (W8A8: max|w| / 127.5),
+code - zero in -(2^(b-1) - 1) ... 2^(b-1) - 1.
 Asymmetric (Jacob et al., 1712.05877): scale = (max - min) / (2^b - 1) over a range that holds 0, so 0 stays 0.
 
 The scale is rounded up to its stored format before the weights are rounded with it, so every weight is at most half a

@@ -1,0 +1,239 @@
+"""From sensitivities to a plan: choose, apply it whole, measure, and take back what did not hold.
+
+Choosing assumes that harms add up (harm.py says why they should). So the choice is only a proposal:
+
+    memory, latency    the proposal, and the cheapest improvements of every single scheme, are verified; the best one that fits wins
+    loss               proposals under a shrinking or growing allowance are verified until the loss increase fits closely
+
+and last, no plan may lose against one scheme everywhere: if a single scheme with no more bytes has a smaller verified loss, that
+single scheme is the plan, and a note says so. Of equal proposals the one of fewer bytes is taken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stabilitylab.errors import InputError
+from stabilitylab.quantization.knapsack import choose
+from stabilitylab.quantization.latency import KEPT, Latencies
+from stabilitylab.quantization.plan import Budget, Outcome
+from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.sensitivity import LayerSensitivity
+from stabilitylab.quantization.verification import Verification
+
+Assignment = dict[str, str]  # path -> scheme's name, or KEPT
+
+_TRIES = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What came out.
+
+    Attributes:
+        assignment: path -> scheme's name or ``KEPT``.
+        planned: its outcome.
+        singles: outcomes of one scheme everywhere, and of none.
+        notes: corrections.
+    """
+
+    assignment: Assignment
+    planned: Outcome
+    singles: Mapping[str, Outcome]
+    notes: Sequence[str]
+
+
+class Advisor:
+    """Chooses schemes for a model's layers.
+
+    Args:
+        layers: their sensitivities.
+        latencies: of their shapes.
+        verification: measures whole plans.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerSensitivity], latencies: Latencies, verification: Verification
+    ) -> None:
+        self._layers, self._latencies, self._verification = layers, latencies, verification
+        self._names = [*next(iter(layers)).effects, KEPT]
+        self._batches = list(next(iter(latencies.values()))[KEPT])
+        self._squared = verification.loss is None
+
+    def bytes_of(self, layer: LayerSensitivity, name: str) -> int:
+        """Bytes of a layer's weights."""
+        return layer.bytes_16 if name == KEPT else layer.effects[name].bytes
+
+    def outcome(self, assignment: Assignment) -> Outcome:
+        """Figures of an assignment, its loss verified."""
+        schemes = {path: Scheme.parse(name) for path, name in assignment.items() if name != KEPT}
+        return Outcome(
+            bytes=self._bytes(assignment),
+            seconds={batch: self._seconds(assignment, batch) for batch in self._batches},
+            loss=self._verification.measure(schemes),
+            schemes=dict(Counter(assignment.values()).most_common()),
+        )
+
+    def advise(self, budget: Budget) -> Advice:
+        """The plan for a budget.
+
+        Raises:
+            InputError: the budget is below what the cheapest schemes take, or its batch was not timed.
+        """
+        if budget.batch not in self._batches:
+            raise InputError(
+                f"latencies were measured at batch {', '.join(map(str, self._batches))}, not {budget.batch}"
+            )
+        singles = {name: self.outcome({layer.path: name for layer in self._layers}) for name in self._names}
+        notes: list[str] = []
+        if budget.kind == "loss":
+            assignment = self._within_loss(budget, singles, notes)
+        else:
+            assignment = self._within_cost(budget, singles, notes)
+        planned = self.outcome(assignment)
+        for name, single in sorted(singles.items(), key=lambda item: item[1].loss):
+            if name != KEPT and single.bytes <= planned.bytes and single.loss < planned.loss:
+                notes.append(
+                    f"{name} everywhere has a verified loss of {single.loss:+.4f} with no more bytes, "
+                    f"the proposal {planned.loss:+.4f}: the plan is {name} everywhere"
+                )
+                assignment, planned = {layer.path: name for layer in self._layers}, single
+                break
+        return Advice(assignment=assignment, planned=planned, singles=singles, notes=notes)
+
+    def _bytes(self, assignment: Assignment) -> int:
+        return sum(self.bytes_of(layer, assignment[layer.path]) for layer in self._layers)
+
+    def _seconds(self, assignment: Assignment, batch: int) -> float:
+        return sum(self._latencies[layer.shape][assignment[layer.path]][batch] for layer in self._layers)
+
+    def _harms(self) -> list[list[float]]:
+        return [
+            [0.0 if name == KEPT else layer.effects[name].harm for name in self._names]
+            for layer in self._layers
+        ]
+
+    def _costs(self, budget: Budget) -> list[list[float]]:
+        if budget.kind == "latency":
+            return [
+                [self._latencies[layer.shape][name][budget.batch] for name in self._names]
+                for layer in self._layers
+            ]
+        return [[float(self.bytes_of(layer, name)) for name in self._names] for layer in self._layers]
+
+    def _proposal(self, choice: Sequence[int]) -> Assignment:
+        return {layer.path: self._names[index] for layer, index in zip(self._layers, choice, strict=True)}
+
+    def _within_cost(self, budget: Budget, singles: Mapping[str, Outcome], notes: list[str]) -> Assignment:
+        """Least harm within bytes or time."""
+        costs, harms = self._costs(budget), self._harms()
+        whole = sum(row[self._names.index(KEPT)] for row in costs)
+        limit = budget.value * whole
+        choice = choose(costs, harms, limit)
+        if choice is None:
+            least = sum(min(row) for row in costs) / whole
+            raise InputError(
+                f"a budget of {budget.text} cannot be met: the cheapest schemes take {least:.3f}; "
+                "raise it or allow other schemes"
+            )
+        candidates = [self._proposal(choice)]
+        # From one scheme everywhere, only what harms a layer less than that scheme: where harms do not quite add up, this
+        # still cannot be worse in any layer.
+        for index, name in enumerate(self._names):
+            if name != KEPT and sum(row[index] for row in costs) <= limit:
+                improved = choose(
+                    costs,
+                    [[h if h <= row[index] else 1e30 for h in row] for row in harms],
+                    limit,
+                )
+                if improved is not None and self._proposal(improved) not in candidates:
+                    candidates.append(self._proposal(improved))
+        outcomes = [self.outcome(candidate) for candidate in candidates]
+        best = min(range(len(candidates)), key=lambda at: (outcomes[at].loss, outcomes[at].bytes))
+        if best:
+            notes.append(
+                f"the proposal's verified loss is {outcomes[0].loss:+.4f}, that of a variant in which no layer is worse than "
+                f"under one scheme {outcomes[best].loss:+.4f}: the variant was taken"
+            )
+        return candidates[best]
+
+    def _within_loss(self, budget: Budget, singles: Mapping[str, Outcome], notes: list[str]) -> Assignment:
+        """Fewest bytes within a verified loss increase."""
+        costs, harms = self._costs(budget), self._harms()
+        goal = budget.value**2 if self._squared else budget.value
+        allowance = goal
+        # Nothing quantized always fits; the cheapest that does is kept.
+        best = {layer.path: KEPT for layer in self._layers}
+        for name, single in singles.items():
+            if single.loss <= budget.value and single.bytes < self._bytes(best):
+                best = {layer.path: name for layer in self._layers}
+        fits, exceeds = 0.0, float("inf")
+        seen: set[tuple[int, ...]] = set()
+        for _ in range(_TRIES):
+            choice = choose(harms, costs, allowance)
+            assert choice is not None  # keeping everything harms nothing
+            if tuple(choice) in seen:
+                break
+            seen.add(tuple(choice))
+            proposal = self._proposal(choice)
+            outcome = self.outcome(proposal)
+            if outcome.loss <= budget.value:
+                fits = max(fits, allowance)
+                if outcome.bytes < self._bytes(best):
+                    best = proposal
+            else:
+                exceeds = min(exceeds, allowance)
+            reached = max(outcome.loss, 0.0) ** 2 if self._squared else max(outcome.loss, 0.0)
+            # Aim at the goal in proportion; between an allowance that fits and one that does not, at most to their middle.
+            wanted = allowance * (4.0 if reached == 0 else min(4.0, max(0.25, 0.95 * goal / reached)))
+            middle = (fits * exceeds) ** 0.5 if fits and exceeds < float("inf") else wanted
+            allowance = wanted if fits < wanted < exceeds else middle
+        if set(best.values()) == {KEPT}:
+            notes.append(f"no plan keeps to a {budget.text}: every layer stays as it is")
+        elif exceeds <= goal:
+            notes.append(
+                f"harms add up to more than their sum here: the allowance was lowered from {goal:.4g} to {fits:.4g}"
+            )
+        return best
+
+
+def reason(layer: LayerSensitivity, chosen: str, criterion: str) -> str:
+    """One line: what the channels look like, and what the chosen scheme and its nearest alternatives do."""
+    seen = layer.range
+    if seen.outliers:
+        plural = "s" if seen.outliers > 1 else ""
+        verb = "hold" if seen.outliers > 1 else "holds"
+        parts = [
+            f"{seen.outliers} channel{plural} of {seen.channels} {verb} up to {seen.ratio:.0f}x the median"
+        ]
+    else:
+        parts = [f"largest channel of {seen.channels} {seen.ratio:.1f}x the median"]
+    unit = "nats" if criterion == "loss" else "squared output error"
+    effects = layer.effects
+    if chosen == KEPT:
+        name = min(effects, key=lambda other: effects[other].harm)
+        parts.append(f"even {name} costs {effects[name].harm:.2g} {unit}")
+        return f"{'; '.join(parts)}: left as it is"
+    own = effects[chosen]
+    told = [f"{chosen} error {own.error:.2g} ({own.harm:.2g} {unit})"]
+    cheaper = [name for name in effects if effects[name].bytes < 0.98 * own.bytes]
+    equal = [
+        name
+        for name in effects
+        if name != chosen and 0.98 * own.bytes <= effects[name].bytes <= 1.02 * own.bytes
+    ]
+    for names in (equal, cheaper):
+        if names:
+            other = min(names, key=lambda name: effects[name].harm)
+            told.append(f"{other} {effects[other].error:.2g} ({effects[other].harm:.2g})")
+    dearer = [name for name in effects if effects[name].bytes > 1.02 * own.bytes]
+    if dearer and not cheaper:
+        other = min(dearer, key=lambda name: effects[name].harm)
+        ratio = effects[other].bytes / own.bytes
+        told.append(
+            f"{other} {effects[other].error:.2g} ({effects[other].harm:.2g}) at {ratio:.1f}x the bytes"
+        )
+    parts.append(", ".join(told))
+    return f"{'; '.join(parts)}: {chosen}"

@@ -1,0 +1,312 @@
+"""``stabilitylab quantize``: a scheme for every layer, from measurements on your text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from stabilitylab.errors import InputError
+from stabilitylab.models import TextModel, Window, linear_layers, open_text_model
+from stabilitylab.quantization.advice import Advice, Advisor, reason
+from stabilitylab.quantization.latency import BATCHES, KEPT, machine, measure_latencies
+from stabilitylab.quantization.plan import Budget, Plan, PlannedLayer, load_plan
+from stabilitylab.quantization.ranges import Inputs, layer_inputs
+from stabilitylab.quantization.replacement import quantizable_layers
+from stabilitylab.quantization.saved import save_quantized
+from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.sensitivity import LayerSensitivity, measure_sensitivity, reached_layers
+from stabilitylab.quantization.tables import outcome_rows
+from stabilitylab.quantization.verification import Verification
+
+DEFAULT_SCHEMES = (
+    "w8a8-tensor",
+    "w8a8-token",
+    "mixed",
+    "smoothquant",
+    "int8-row",
+    "int4-row",
+    "int4-g128",
+    "int4-g64-asym-mse",
+)
+
+
+def quantize(
+    model: Annotated[Path, tyro.conf.Positional],
+    *,
+    plan: Path,
+    text: Path | None = None,
+    budget_loss: float | None = None,
+    budget_memory: float | None = None,
+    budget_latency: float | None = None,
+    batch: int = 1,
+    schemes: tuple[str, ...] = DEFAULT_SCHEMES,
+    tokens: int = 512,
+    verify_tokens: int = 4096,
+    length: int | None = None,
+    apply: Path | None = None,
+    html: Path | None = None,
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """Choose a quantization scheme for every linear layer of a model, by measuring, and apply it.
+
+    Args:
+        model: a HuggingFace folder, a GGUF file, or a run or checkpoint of an installed package.
+        plan: file to write the plan to; without --text, an existing plan to apply.
+        text: what to measure on: plain text of the kind that the model is for.
+        budget_loss: nats of loss increase per token that may be spent (relative output error for encoders); bytes are minimised.
+        budget_memory: bytes that may be used, as a share of the layers' 16-bit bytes; harm is minimised.
+        budget_latency: time that may be used, as a share of the unquantized layers'; harm is minimised.
+        batch: rows at which --budget-latency counts: 1, 32 or 256.
+        schemes: to choose from.
+        tokens: of the text that every layer and scheme is measured on.
+        verify_tokens: of the text after it, on which whole plans are verified.
+        length: tokens of a window; by default 256, or fewer where the model takes fewer.
+        apply: folder to write the quantized model to.
+        html: file to write a report to.
+        json_output: print the plan as one JSON object instead of tables.
+    """
+    budget = _budget(budget_loss, budget_memory, budget_latency, batch)
+    chosen = [Scheme.parse(name) for name in dict.fromkeys(schemes)]
+    if not chosen:
+        raise InputError("--schemes is empty: name at least one")
+    for file in (plan, html, apply):
+        if file is not None and not file.parent.is_dir():
+            raise InputError(f"cannot write {file}: there is no folder {file.parent}")
+    if apply is not None and apply.exists():
+        raise InputError(f"{apply} exists already: give another --apply, or remove it")
+    existing = _existing(plan, text, budget)
+    opened = open_text_model(model)
+    console = Console(stderr=json_output)
+    if existing is None:
+        assert text is not None
+        made = make_plan(
+            opened,
+            text,
+            budget or Budget(kind="loss", value=0.02 if opened.predicts else 0.05),
+            chosen,
+            tokens=tokens,
+            verify_tokens=verify_tokens,
+            length=length,
+            console=console,
+        )
+        made.write(plan)
+    else:
+        made = existing
+        made.require(opened.fingerprint, opened.name)
+    show(made, console)
+    if json_output:
+        print(plan.read_text(encoding="utf-8"), end="")
+    if apply is not None:
+        size = save_quantized(opened, made, apply)
+        console.print(f"written: {apply} ({size / 1e6:.1f} MB of weights)", highlight=False)
+    if html is not None:
+        from stabilitylab.quantization.page import plan_page
+
+        plan_page(made).write(html)
+        console.print(f"written: {html}", highlight=False)
+    return 0
+
+
+def make_plan(
+    model: TextModel,
+    text: Path,
+    budget: Budget,
+    schemes: Sequence[Scheme],
+    *,
+    tokens: int = 512,
+    verify_tokens: int = 4096,
+    length: int | None = None,
+    console: Console | None = None,
+) -> Plan:
+    """Measure, choose, verify.
+
+    Args:
+        model: unchanged afterwards.
+        text: UTF-8 file.
+        budget: what may be spent.
+        schemes: to choose from.
+        tokens: of the text that every layer and scheme is measured on.
+        verify_tokens: of the text after it, on which whole plans are verified.
+        length: tokens of a window.
+        console: where progress is shown.
+
+    Raises:
+        InputError: the text gives no tokens, no layer can be quantized, or the budget cannot be met.
+    """
+    console = console or Console(quiet=True)
+    if tokens < 1 or verify_tokens < 1:
+        raise InputError(f"tokens ({tokens}) and verify-tokens ({verify_tokens}) must be at least 1")
+    measured, fresh = _split(model, text, tokens, verify_tokens, length)
+    layers = quantizable_layers(model.module)
+    with torch.inference_mode(), Progress(console=console, transient=True) as progress:
+        inputs = layer_inputs(model, measured, layers)
+        layers = reached_layers(model.module, inputs.largest)
+        task = progress.add_task("measuring every layer under every scheme", total=None)
+        sensitivity = measure_sensitivity(
+            model,
+            measured,
+            schemes,
+            inputs.largest,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+        sensitivity = [
+            layer for layer in sensitivity if any(effect.harm for effect in layer.effects.values())
+        ]
+        if not sensitivity:
+            raise InputError(
+                f"no linear layer of {model.name} changes its output on this text: give another text"
+            )
+        progress.add_task("timing layers", total=None)
+        latencies = measure_latencies(model.module, inputs.samples, inputs.largest, schemes, batches=BATCHES)
+        progress.add_task("verifying whole plans", total=None)
+        verification = Verification(model, fresh or measured, inputs.largest)
+        advice = Advisor(sensitivity, latencies, verification).advise(budget)
+    notes = list(advice.notes)
+    if not fresh:
+        notes.append("the text ends with the measured part: plans were verified on that same part")
+    return _plan(
+        model,
+        budget,
+        sensitivity,
+        latencies,
+        advice,
+        inputs,
+        loss=verification.loss,
+        tokens=(sum(window.tokens for window in measured), verification.tokens),
+        notes=notes,
+    )
+
+
+def show(plan: Plan, console: Console) -> None:
+    """The plan on a terminal."""
+    what = "loss increase" if plan.criterion == "loss" else "output error"
+    title = f"{plan.model}: {plan.budget.text}"
+    table = Table(
+        "",
+        "MB",
+        "of fp16",
+        *(f"ms at {b}" for b in plan.planned.seconds),
+        what,
+        title=Text(title),
+    )
+    for row in outcome_rows(plan):
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+    for layer_path, layer in plan.layers.items():
+        console.print(Text(f"{layer_path}: {layer.reason}"), soft_wrap=True)
+    for layer_path, why in plan.kept.items():
+        console.print(Text(f"{layer_path}: {why}"), soft_wrap=True)
+    for note in plan.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+
+
+def _budget(loss: float | None, memory: float | None, latency: float | None, batch: int) -> Budget | None:
+    if batch not in BATCHES:
+        raise InputError(f"--batch {batch} is not measured: choose {', '.join(map(str, BATCHES))}")
+    given = [
+        budget
+        for budget in (("loss", loss), ("memory", memory), ("latency", latency))
+        if budget[1] is not None
+    ]
+    if len(given) > 1:
+        names = " and ".join(f"--budget-{kind}" for kind, _ in given)
+        raise InputError(f"{names} cannot both be kept to: give one budget")
+    for kind, value in given:
+        assert value is not None
+        return Budget(kind=kind, value=value, batch=batch)  # type: ignore[arg-type]
+    return None
+
+
+def _existing(plan: Path, text: Path | None, budget: Budget | None) -> Plan | None:
+    """The plan to apply, where none is to be made."""
+    if text is not None:
+        if plan.exists():
+            raise InputError(f"{plan} exists already: give another --plan, or leave out --text to apply it")
+        return None
+    if not plan.exists():
+        raise InputError(f"there is no plan {plan}: give --text FILE to make one")
+    if budget is not None:
+        raise InputError(f"a budget needs --text FILE to be measured on; without, {plan} is applied as it is")
+    return load_plan(plan)
+
+
+def _split(
+    model: TextModel, text: Path, tokens: int, verify_tokens: int, length: int | None
+) -> tuple[list[Window], list[Window]]:
+    """Windows to measure on, and windows after them to verify on."""
+    if length is None:
+        length = 256 if model.longest is None else min(256, model.longest)
+    measured: list[Window] = []
+    fresh: list[Window] = []
+    count = 0
+    for window in model.windows(text, length, tokens + verify_tokens):
+        (measured if not measured or count + window.tokens <= tokens else fresh).append(window)
+        count += window.tokens
+    return measured, fresh
+
+
+def _plan(
+    model: TextModel,
+    budget: Budget,
+    sensitivity: Sequence[LayerSensitivity],
+    latencies: Mapping[tuple[int, int], Mapping[str, Mapping[int, float]]],
+    advice: Advice,
+    inputs: Inputs,
+    *,
+    loss: float | None,
+    tokens: tuple[int, int],
+    notes: Sequence[str],
+) -> Plan:
+    criterion: Literal["loss", "output error"] = "loss" if model.predicts else "output error"
+    layers, kept = {}, {}
+    for layer in sensitivity:
+        name = advice.assignment[layer.path]
+        smooth = name != KEPT and Scheme.parse(name).smooth is not None
+        layers[layer.path] = PlannedLayer(
+            scheme=None if name == KEPT else name,
+            reason=reason(layer, name, criterion),
+            smooth=inputs.largest[layer.path].tolist() if smooth else None,
+        )
+    own = quantizable_layers(model.module)
+    for path in linear_layers(model.module):
+        if path not in layers:
+            why = "its weight is also another module's (tied)"
+            if path in own:
+                why = (
+                    "the output does not depend on it"
+                    if path in inputs.largest
+                    else "the text never reaches it"
+                )
+            kept[path] = f"left as it is: {why}"
+    return Plan(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        criterion=criterion,
+        loss=loss,
+        budget=budget,
+        tokens=tokens,
+        machine=machine(),
+        layers=layers,
+        kept=kept,
+        planned=advice.planned,
+        singles=advice.singles,
+        notes=notes,
+        sensitivity={
+            layer.path: {
+                "shape": layer.shape,
+                "range": asdict(layer.range),
+                "effects": {name: asdict(effect) for name, effect in layer.effects.items()},
+            }
+            for layer in sensitivity
+        },
+        latency={f"{shape[0]}x{shape[1]}": times for shape, times in latencies.items()},
+    )

@@ -1,0 +1,83 @@
+"""How long a layer takes on this machine, by shape, scheme and number of rows.
+
+Layers of one shape take the same time, so each shape is timed once: on real rows of the first layer of that shape (how many
+outlier channels there are decides what the mixed scheme does), all schemes in turn, the median of several rounds. Rows are
+repeated where the text gave fewer.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.quantization.replacement import quantized
+from stabilitylab.quantization.scheme import Scheme
+
+BATCHES = (1, 32, 256)
+KEPT = "16-bit"  # the name of leaving a layer as it is: its weights count two bytes
+
+# (N, K) -> scheme's name or KEPT -> batch -> seconds
+Latencies = Mapping[tuple[int, int], Mapping[str, Mapping[int, float]]]
+
+
+def machine() -> str:
+    """What the times are of, in words."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
+
+
+def measure_latencies(
+    module: nn.Module,
+    samples: Mapping[tuple[int, int], tuple[str, Tensor]],
+    largest: Mapping[str, Tensor],
+    schemes: Sequence[Scheme],
+    *,
+    batches: Sequence[int] = BATCHES,
+    rounds: int = 5,
+) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
+    """Seconds of one call of each scheme, and of the layer as it is.
+
+    Args:
+        module: the model.
+        samples: (N, K) -> path of a layer and rows of its input (``ranges.Inputs.samples``).
+        largest: path -> max|x| of each input channel.
+        schemes: to be timed.
+        batches: numbers of rows.
+        rounds: the median of so many is taken, after one that warms up.
+    """
+    found: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
+    for shape, (path, rows) in samples.items():
+        layer = module.get_submodule(path)
+        calls: dict[str, nn.Module] = {KEPT: layer}
+        calls |= {scheme.name: quantized(path, layer, scheme, largest[path]) for scheme in schemes}
+        found[shape] = {name: {} for name in calls}
+        for batch in batches:
+            x_MK = rows.repeat(-(-batch // len(rows)), 1)[:batch].contiguous()
+            for name, seconds in _medians(calls, x_MK, rounds).items():
+                found[shape][name][batch] = seconds
+    return found
+
+
+@torch.inference_mode()
+def _medians(calls: Mapping[str, nn.Module], x_MK: Tensor, rounds: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call(x_MK)
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}

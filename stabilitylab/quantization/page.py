@@ -1,0 +1,172 @@
+"""A plan as one HTML page, for someone who never saw the tool: what is proposed, what it costs, and why, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from stabilitylab.quantization.latency import KEPT
+from stabilitylab.quantization.plan import Plan
+from stabilitylab.quantization.tables import outcome_rows
+from stabilitylab.report.page import Cell, Page, Picture, Section, Table
+from stabilitylab.report.style import COLOURS, STYLE, WIDTH, log_axis, panel
+
+
+def plan_page(plan: Plan) -> Page:
+    """The page."""
+    what = "loss increase, nats per token" if plan.criterion == "loss" else "relative error of the output"
+    planned, whole = plan.planned, plan.singles[KEPT].bytes
+    spent = f"{planned.loss:+.4f} nats per token" if plan.criterion == "loss" else f"{planned.loss:.4f}"
+    lead = (
+        f"Asked for: {plan.budget.text}. The plan stores the {len(plan.layers)} linear layers in {planned.bytes:,} bytes, "
+        f"{planned.bytes / whole:.1%} of 16 bits a weight, at a verified {what.split(',')[0]} of {spent}."
+    )
+    facts = {
+        "model": f"{plan.model} ({plan.fingerprint})",
+        "measured on": f"{plan.tokens[0]:,} tokens; verified on {plan.tokens[1]:,}",
+        "machine": plan.machine,
+    }
+    if plan.loss is not None:
+        facts["loss as it is"] = f"{plan.loss:.4f} nats per token"
+    return Page(
+        title=f"Quantization of {plan.model}",
+        lead=lead,
+        facts=facts,
+        sections=[_before_after(plan, what), _maps(plan), _decisions(plan), _schemes()],
+    )
+
+
+def _before_after(plan: Plan, what: str) -> Section:
+    batches = [f"ms at batch {batch}" for batch in plan.planned.seconds]
+    rows: list[Sequence[Cell | str]] = [
+        [Cell(text=cell, best=row[0] == "the plan") if at else cell for at, cell in enumerate(row)]
+        for row in outcome_rows(plan)
+    ]
+    text = [
+        "Each row is the whole model, all its layers quantized at once, on text that nothing was chosen by. Bytes are of the "
+        "layers' weights; times are one call of every layer on the machine above.",
+    ]
+    best = plan.best_single
+    if best is not None:
+        name, outcome = best
+        text.append(
+            f"The best single scheme that takes no more bytes than the plan is {name}: {outcome.loss:.4f} against the plan's "
+            f"{plan.planned.loss:.4f}."
+        )
+    text += [f"Note: {note}." for note in plan.notes]
+    table = Table(columns=["", "megabytes", "of 16-bit", *batches, what], rows=rows)
+    return Section(
+        title="Before and after", text=text, parts=[table, Picture(figure=_trade(plan, what), caption=_TRADE)]
+    )
+
+
+_TRADE = "Down and to the left is better. A plan mixes schemes layer by layer, so it may lie where no single scheme can."
+
+
+def _trade(plan: Plan, what: str) -> Figure:
+    """Loss over bytes."""
+    with mpl.rc_context(STYLE):
+        figure, axes = panel()
+        whole = plan.singles[KEPT].bytes
+        for name, outcome in plan.singles.items():
+            axes.plot(outcome.bytes / whole, outcome.loss, "o", color=COLOURS[0])
+            axes.annotate(
+                name,
+                (outcome.bytes / whole, outcome.loss),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=7,
+            )
+        axes.plot(plan.planned.bytes / whole, plan.planned.loss, "D", color=COLOURS[5], label="the plan")
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_xlabel("share of 16-bit bytes")
+        axes.set_ylabel(what)
+        axes.legend()
+        axes.set_title("What bytes buy")
+    return figure
+
+
+def _maps(plan: Plan) -> Section:
+    text = [
+        "How far each layer's output is off when that layer alone is quantized: the norm of the error over the norm of the "
+        "output, on real inputs. A dark cell is a layer that the scheme breaks.",
+        "Channels whose largest value is many times that of the median channel are what makes one scale for all of them coarse.",
+    ]
+    return Section(
+        title="Where schemes hurt",
+        text=text,
+        parts=[
+            Picture(figure=_error_map(plan), caption="Layers in the model's order."),
+            Picture(figure=_outlier_curve(plan), caption="One dot a layer."),
+        ],
+    )
+
+
+def _error_map(plan: Plan) -> Figure:
+    names = [name for name in plan.singles if name != KEPT]
+    errors = np.array(
+        [[layer["effects"][name]["error"] for layer in plan.sensitivity.values()] for name in names]
+    )
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.8 + 0.22 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(
+            np.log10(np.maximum(errors, 1e-4)),
+            aspect="auto",
+            cmap="Blues",
+            vmin=-3,
+            vmax=0,
+            interpolation="nearest",
+        )
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlabel("layer")
+        axes.grid(visible=False)
+        bar = figure.colorbar(image, ax=axes, ticks=[-3, -2, -1, 0])
+        bar.ax.set_yticklabels(["0.001", "0.01", "0.1", "1"])
+        axes.set_title("Relative error of the layer's output")
+    return figure
+
+
+def _outlier_curve(plan: Plan) -> Figure:
+    ratios = [layer["range"]["ratio"] for layer in plan.sensitivity.values()]
+    with mpl.rc_context(STYLE):
+        figure, axes = panel(2.2)
+        axes.plot(range(len(ratios)), ratios, "o", markersize=3, color=COLOURS[0])
+        axes.set_yscale("log")
+        log_axis(axes.yaxis)
+        axes.set_xlabel("layer")
+        axes.set_title("Largest input channel, as a multiple of the median channel")
+    return figure
+
+
+def _decisions(plan: Plan) -> Section:
+    rows: list[Sequence[Cell | str]] = []
+    for path, layer in plan.layers.items():
+        measured = plan.sensitivity[path]
+        effect = measured["effects"].get(
+            layer.scheme, {"error": 0.0, "bytes": 2 * measured["shape"][0] * measured["shape"][1]}
+        )
+        rows.append(
+            [path, layer.scheme or KEPT, f"{effect['error']:.2g}", f"{effect['bytes']:,}", layer.reason]
+        )
+    rows += [[path, KEPT, "", "", why] for path, why in plan.kept.items()]
+    return Section(
+        title="The decision for every layer",
+        parts=[Table(columns=["layer", "scheme", "error", "bytes", "because"], rows=rows)],
+    )
+
+
+def _schemes() -> Section:
+    text = [
+        "w8a8: weights and activations as 8-bit integers, multiplied as such; -tensor has one scale for a whole tensor, -token one "
+        "a token and an output channel. mixed leaves input channels that reach 6 in floats and quantizes the rest (LLM.int8()). "
+        "smoothquant moves the range of activations into the weights first.",
+        "int8 and int4: only the weights are integers, with a scale for each row or each group of 32, 64 or 128 columns; -asym "
+        "with zero points, -mse with scales that minimise the squared error. Activations stay as they are.",
+        "Divergence is how many nats per token the quantized model's predictions are away from the model's own. It adds up over "
+        "layers, which is how a plan is composed; that it did is what the verified figures above show.",
+    ]
+    return Section(title="What the schemes are", text=text)

@@ -1,0 +1,207 @@
+"""A plan: the scheme of every layer, why, and the numbers behind it, as JSON.
+
+    {"format": "stabilitylab-quantization-plan", "version": 1, "model": ..., "fingerprint": ..., "layers": {...}, ...}
+
+Everything that was measured is in the file, so that a decision can be questioned without measuring again. A plan belongs to the
+model with its fingerprint: layers of another model have other sensitivities, and SmoothQuant's factors would be wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stabilitylab.errors import InputError
+from stabilitylab.quantization.latency import KEPT
+from stabilitylab.quantization.scheme import Scheme
+
+_FORMAT = "stabilitylab-quantization-plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What may be spent.
+
+    Attributes:
+        kind: "loss": nats of loss increase per token (relative output error for encoders), bytes are minimised;
+            "memory": bytes as a share of the layers' 16-bit bytes, harm is minimised;
+            "latency": time as a share of the unquantized layers' at ``batch`` rows, harm is minimised.
+        value: how much.
+        batch: rows for latencies.
+    """
+
+    kind: Literal["loss", "memory", "latency"]
+    value: float
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value) and self.value >= 0):
+            raise InputError(f"a budget of {self.value} for {self.kind} must be a number of at least 0")
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        if self.kind == "loss":
+            return f"loss increase of at most {self.value:g}"
+        if self.kind == "memory":
+            return f"{self.value:g} of the 16-bit bytes"
+        return f"{self.value:g} of the unquantized layers' time at batch {self.batch}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A whole model's figures.
+
+    Attributes:
+        bytes: of all planned layers.
+        seconds: batch -> of one call of every planned layer.
+        loss: verified loss increase in nats, or relative output error.
+        schemes: how many layers have which scheme.
+    """
+
+    bytes: int
+    seconds: Mapping[int, float]
+    loss: float
+    schemes: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLayer:
+    """One layer's decision.
+
+    Attributes:
+        scheme: its name; None leaves the layer as it is.
+        reason: one line, from numbers.
+        smooth: max|x| of each input channel, which SmoothQuant needs again when the plan is applied; else None.
+    """
+
+    scheme: str | None
+    reason: str
+    smooth: Sequence[float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """See the head of the module.
+
+    Attributes:
+        model: name.
+        fingerprint: of the model.
+        criterion: "loss" or "output error".
+        loss: the unchanged model's on the verification text; None for encoders.
+        budget: asked for.
+        tokens: of the text that sensitivities were measured on, and of the one that verified.
+        machine: where times were measured.
+        layers: path -> decision.
+        kept: path -> why a linear layer is no part of the plan.
+        planned: outcome of this plan.
+        singles: scheme's name -> outcome with that scheme in every layer; ``KEPT`` is the model as it is.
+        notes: what the search had to correct.
+        sensitivity: path -> {"shape", "range", "effects": scheme -> {"error", "harm", "loss", "bytes"}}.
+        latency: "NxK" -> scheme -> batch -> seconds.
+    """
+
+    model: str
+    fingerprint: str
+    criterion: Literal["loss", "output error"]
+    loss: float | None
+    budget: Budget
+    tokens: tuple[int, int]
+    machine: str
+    layers: Mapping[str, PlannedLayer]
+    kept: Mapping[str, str]
+    planned: Outcome
+    singles: Mapping[str, Outcome]
+    notes: Sequence[str]
+    sensitivity: Mapping[str, Any]
+    latency: Mapping[str, Any]
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """path -> scheme of the layers to be quantized."""
+        return {
+            path: Scheme.parse(layer.scheme)
+            for path, layer in self.layers.items()
+            if layer.scheme is not None
+        }
+
+    @property
+    def best_single(self) -> tuple[str, Outcome] | None:
+        """The single scheme of least loss that takes no more bytes than the plan; None where all take more."""
+        within = {
+            name: outcome
+            for name, outcome in self.singles.items()
+            if outcome.bytes <= self.planned.bytes and name != KEPT
+        }
+        if not within:
+            return None
+        name = min(within, key=lambda candidate: within[candidate].loss)
+        return name, within[name]
+
+    def require(self, fingerprint: str, name: str) -> None:
+        """Refuse another model.
+
+        Raises:
+            InputError: the plan was made for another.
+        """
+        if fingerprint != self.fingerprint:
+            raise InputError(
+                f"the plan was made for {self.model} (fingerprint {self.fingerprint}), not for {name} ({fingerprint}): "
+                f"make one with stabilitylab quantize"
+            )
+
+    def write(self, path: Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        text = json.dumps({"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(self)}, indent=1)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            partial.write_text(text + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        InputError: there is none, or it is not one of ours.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the plan {path}: {error.strerror}") from None
+    except ValueError:
+        data = None
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise InputError(f"{path} is not a plan: make one with stabilitylab quantize")
+    if data.get("version") != _VERSION:
+        raise InputError(f"{path} is a plan of version {data.get('version')}, this release reads {_VERSION}")
+    fields = {field.name for field in dataclasses.fields(Plan)}
+    try:
+        values = {name: value for name, value in data.items() if name in fields}
+        values["budget"] = Budget(**values["budget"])
+        values["tokens"] = tuple(values["tokens"])
+        values["layers"] = {name: PlannedLayer(**layer) for name, layer in values["layers"].items()}
+        values["planned"] = _outcome(values["planned"])
+        values["singles"] = {name: _outcome(outcome) for name, outcome in values["singles"].items()}
+        plan = Plan(**values)
+        for layer in plan.layers.values():
+            if layer.scheme is not None:
+                Scheme.parse(layer.scheme)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is a plan with a field missing or broken ({error}): make it again"
+        ) from None
+    return plan
+
+
+def _outcome(data: dict[str, Any]) -> Outcome:
+    seconds = {int(batch): value for batch, value in data["seconds"].items()}
+    return Outcome(bytes=data["bytes"], seconds=seconds, loss=data["loss"], schemes=data["schemes"])

@@ -1,0 +1,86 @@
+"""Quantized layers in the place of linear ones, and back.
+
+A layer that stands in a model under several paths is one layer: every path gets its quantized twin. A layer whose weight is also
+something else's (an output projection tied to the embedding) is left as it is: quantizing it would not save a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from stabilitylab.errors import InputError
+from stabilitylab.models import linear_layers, linear_weight, shared_parameters
+from stabilitylab.quantization.linear import QuantizedLinear
+from stabilitylab.quantization.scheme import Scheme
+
+
+def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers with a weight of their own, by path."""
+    shared = {name for group in shared_parameters(module) for name in group}
+    # A layer under two paths shares its weight only with itself.
+    weights: dict[int, set[int]] = {}
+    for _, owner in module.named_modules():
+        for parameter in owner.parameters(recurse=False):
+            weights.setdefault(id(parameter), set()).add(id(owner))
+    return {
+        path: layer
+        for path, layer in linear_layers(module).items()
+        if f"{path}.weight" not in shared or len(weights[id(layer.weight)]) == 1
+    }
+
+
+def quantized(path: str, layer: nn.Module, scheme: Scheme, largest: Tensor | None = None) -> QuantizedLinear:
+    """The quantized twin of a linear layer.
+
+    Raises:
+        InputError: its weights are not finite, or SmoothQuant has no ``largest``.
+    """
+    bias = layer.bias if isinstance(layer.bias, Tensor) else None
+    return QuantizedLinear.from_weight(linear_weight(layer), scheme, bias=bias, largest=largest, name=path)
+
+
+def put(module: nn.Module, path: str, layer: nn.Module) -> None:
+    """Set a layer in the place of the one at a path, wherever else that one stands too."""
+    before = module.get_submodule(path)
+    for name, found in list(module.named_modules(remove_duplicate=False)):
+        if found is before:
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, layer)
+
+
+@contextmanager
+def replaced(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The model with other layers in some places; afterwards it is what it was."""
+    before = {path: module.get_submodule(path) for path in layers}
+    try:
+        for path, layer in layers.items():
+            put(module, path, layer)
+        yield
+    finally:
+        for path, layer in before.items():
+            put(module, path, layer)
+
+
+def quantize_layers(
+    module: nn.Module, schemes: Mapping[str, Scheme], largest: Mapping[str, Tensor] | None = None
+) -> None:
+    """Quantize layers of a model for good, one after another, each original let go at once.
+
+    Args:
+        module: changed in place.
+        schemes: path -> scheme.
+        largest: path -> max|x| of each input channel, for SmoothQuant.
+
+    Raises:
+        InputError: a path is not a linear layer of the model, or its weights cannot be quantized.
+    """
+    layers = quantizable_layers(module)
+    for path, scheme in schemes.items():
+        if path not in layers:
+            raise InputError(
+                f"{path} is not a linear layer with a weight of its own here: the plan is for another model"
+            )
+        put(module, path, quantized(path, layers.pop(path), scheme, (largest or {}).get(path)))

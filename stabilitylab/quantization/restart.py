@@ -1,0 +1,109 @@
+"""A model run from one of its blocks on, with what came before taken from an earlier run.
+
+To see what one changed layer does to the output, the blocks before it need not be computed again. The blocks are the module list
+that holds most linear layers; while a restarted run passes the blocks before the first changed one, each returns what it returned
+before. That is right only if blocks speak to each other through their outputs alone, so it is tried first: restarted runs of the
+unchanged model must give the same output bit for bit, or whole runs are made instead. On average half of the work is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.models import TextModel, Window, linear_layers
+
+
+class Restart:
+    """Runs of a model on one window after another.
+
+    Args:
+        model: its parameters do not change, its layers may be replaced between runs.
+    """
+
+    def __init__(self, model: TextModel) -> None:
+        self._model = model
+        self._name, self._blocks = _blocks(model.module)
+        self._held: list[Any] = []
+        self._window: Window | None = None
+        self._tried = False
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are to restart from; 0 where only whole runs are right."""
+        return len(self._blocks)
+
+    def block_of(self, path: str) -> int:
+        """The block in which a layer lies; 0 for layers outside."""
+        if self._blocks and path.startswith(f"{self._name}."):
+            return int(path.removeprefix(f"{self._name}.").split(".")[0])
+        return 0
+
+    def begin(self, window: Window) -> Tensor:
+        """Run the whole, unchanged model on a window and keep the blocks' outputs. Returns the model's output."""
+        self._window = window
+        output = self._whole(window)
+        if not self._tried:
+            self._tried = True
+            tries = {1, self.blocks // 2, self.blocks - 1} if self._blocks else set()
+            if not all(torch.equal(self.run(start), output) for start in tries):
+                self._blocks = []
+        return output
+
+    def run(self, start: int) -> Tensor:
+        """The model's output on the window that was begun, computed from block ``start`` on."""
+        assert self._window is not None
+        with self._skipping(start if self._blocks else 0):
+            return self._model.run(self._window)
+
+    def _whole(self, window: Window) -> Tensor:
+        self._held = [None] * len(self._blocks)
+        calls: list[int] = []
+
+        def keep(index: int, _module: nn.Module, _arguments: Any, output: Any) -> None:
+            calls.append(index)
+            self._held[index] = output
+
+        hooks = [
+            block.register_forward_hook(partial(keep, index)) for index, block in enumerate(self._blocks)
+        ]
+        try:
+            output = self._model.run(window)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if calls != list(range(len(self._blocks))):
+            self._blocks = []  # called several times, in another order or not at all
+        return output
+
+    @contextmanager
+    def _skipping(self, count: int) -> Iterator[None]:
+        """The first blocks answer with what they returned before."""
+
+        def answer(index: int, *_arguments: Any, **_named: Any) -> Any:
+            return self._held[index]
+
+        skipped = self._blocks[:count]
+        try:
+            for index, block in enumerate(skipped):
+                block.forward = partial(answer, index)
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
+
+
+def _blocks(module: nn.Module) -> tuple[str, list[nn.Module]]:
+    """Name and modules of the list that holds most linear layers; no modules where there is none of at least two."""
+    best: tuple[int, str, list[nn.Module]] = (0, "", [])
+    for name, found in module.named_modules():
+        if isinstance(found, nn.ModuleList) and len(found) > 1:
+            count = len(linear_layers(found))
+            if count > best[0]:
+                best = (count, name, list(found))
+    return best[1], best[2]

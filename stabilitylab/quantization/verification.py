@@ -1,0 +1,74 @@
+"""What a whole plan does to a model, measured: all its layers quantized together, on text that the plan was not made from.
+
+The result is what users ask about: the loss increase per target in nats, or for an encoder ||y_q - y|| / ||y|| of its output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from stabilitylab.models import TextModel, Window
+from stabilitylab.models.text_model import loss_of
+from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
+from stabilitylab.quantization.scheme import Scheme
+
+
+class Verification:
+    """Measures assignments of schemes to layers, each once.
+
+    Args:
+        model: unchanged afterwards.
+        windows: the text.
+        largest: path -> max|x| of each input channel.
+    """
+
+    def __init__(self, model: TextModel, windows: Iterable[Window], largest: Mapping[str, Tensor]) -> None:
+        self._model, self._largest = model, largest
+        self._windows = list(windows)
+        self._layers = quantizable_layers(model.module)
+        self._known: dict[tuple[tuple[str, str], ...], float] = {}
+        self._own: list[Tensor] = []
+        self.tokens = sum(window.tokens for window in self._windows)
+        self._loss = 0.0
+        if model.predicts:
+            self._loss = self._mean_loss()
+        else:
+            # Hidden states of the text: small beside the logits that a predicting model would need.
+            self._own = [model.run(window).float() for window in self._windows]
+
+    @property
+    def loss(self) -> float | None:
+        """The unchanged model's loss per target in nats; None for encoders."""
+        return self._loss if self._model.predicts else None
+
+    def measure(self, schemes: Mapping[str, Scheme]) -> float:
+        """The loss increase, or the relative error of the output, of the model with these layers quantized (path -> scheme)."""
+        key = tuple(sorted((path, scheme.name) for path, scheme in schemes.items()))
+        if key not in self._known:
+            self._known[key] = self._measure(schemes)
+        return self._known[key]
+
+    def _measure(self, schemes: Mapping[str, Scheme]) -> float:
+        twins = {
+            path: quantized(path, self._layers[path], scheme, self._largest.get(path))
+            for path, scheme in schemes.items()
+        }
+        with replaced(self._model.module, twins):
+            if self._model.predicts:
+                return self._mean_loss() - self._loss
+            off = total = 0.0
+            for window, own in zip(self._windows, self._own, strict=True):
+                off += float((self._model.run(window).float() - own).double().square().sum())
+                total += float(own.double().square().sum())
+            return math.sqrt(off / total) if total else 0.0
+
+    def _mean_loss(self) -> float:
+        total, count = 0.0, 0
+        for window in self._windows:
+            assert window.targets_BT is not None
+            loss, targets = loss_of(self._model.run(window), window.targets_BT)
+            total, count = total + loss, count + targets
+        return total / max(count, 1)
