@@ -21,6 +21,7 @@ from glm.inference.exporting import export_model
 from glm.inference.filling import fill
 from glm.inference.multiple_choice import Normalise
 from glm.inference.opening import OpenedModel, open_model
+from glm.inference.quantized import is_quantized, open_quantized
 from glm.precision.policy import Precision
 
 ModelPath = Annotated[Path, tyro.conf.Positional]
@@ -51,6 +52,7 @@ def generate(
     seed: int = 0,
     beams: int = 4,
     length_penalty: float = 0.6,
+    quantize: str | None = None,
     precision: Precision | None = None,
     device: str | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -68,6 +70,7 @@ def generate(
         seed: of the draws.
         beams: texts that are extended together.
         length_penalty: 0: the most probable text; larger: longer ones.
+        quantize: int8, int4, or a plan of `stabilitylab quantize`: weights of the linear layers, read and quantized one by one.
         precision: format of weights and products; by default as stored.
         device: "cpu", "cuda", ...; by default cuda where there is one.
         json_output: print one JSON object instead of the text.
@@ -82,7 +85,7 @@ def generate(
         beams=beams,
         length_penalty=length_penalty,
     )
-    filled = fill(_open(model, precision, device), prompt, decoding)
+    filled = fill(_open(model, quantize, precision, device), prompt, decoding)
     if json_output:
         print(json.dumps({"prompt": prompt, **asdict(filled)}, ensure_ascii=False))
         return 0
@@ -100,6 +103,7 @@ def evaluate(
     examples: int | None = None,
     normalise: Normalise = "length",
     tasks: tuple[Path, ...] = (),
+    quantize: str | None = None,
     precision: Precision | None = None,
     device: str | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -114,12 +118,13 @@ def evaluate(
         examples: at most so many of each task and language; by default all, and 1,000 sentences.
         normalise: compare answers by log-probability per token (length), as they are (none), or by what the prompt adds (prior).
         tasks: .jsonl files of your own instead of the folder's tasks, each with its .jinja template beside it.
+        quantize: int8, int4, or a plan of `stabilitylab quantize`: weights of the linear layers, read and quantized one by one.
         precision: format of weights and products; by default as stored.
         device: "cpu", "cuda", ...; by default cuda where there is one.
         json_output: print one JSON object instead of tables.
     """
     found = evaluate_model(
-        _open(model, precision, device),
+        _open(model, quantize, precision, device),
         model,
         data,
         parts=parts,
@@ -135,7 +140,9 @@ def evaluate(
     return 0
 
 
-def _open(model: Path, precision: Precision | None, device: str | None) -> OpenedModel:
+def _open(model: Path, quantize: str | None, precision: Precision | None, device: str | None) -> OpenedModel:
+    if quantize is not None or is_quantized(model):
+        return open_quantized(model, quantize, precision=precision, device=_device(device))
     return open_model(model, precision=precision, device=_device(device))
 
 

@@ -45,7 +45,7 @@ def export_model(source: Path, out: Path, precision: Precision = "fp32") -> int:
         files = find_files(source)
         shutil.copyfile(files.config, partial / CONFIG)
         shutil.copyfile(files.tokenizer, partial / TOKENIZER)
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt", "data": trained_on(source) or ""})
+        save_file(tensors, partial / WEIGHTS, metadata={"data": trained_on(source) or ""})
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

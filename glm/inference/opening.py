@@ -58,6 +58,14 @@ class Files(NamedTuple):
     tokenizer: Path
 
 
+class Prepared(NamedTuple):
+    """Configuration and tokenizer of a model, and where its weights lie."""
+
+    config: TrainConfig
+    tokenizer: Tokenizer
+    weights: Path
+
+
 def open_model(
     path: Path, *, precision: Precision | None = None, device: torch.device | str = "cpu"
 ) -> OpenedModel:
@@ -71,14 +79,21 @@ def open_model(
     Raises:
         InputError: there is no model, or it is pickled, incomplete, damaged, not finite, or of another vocabulary.
     """
-    files = find_files(Path(path))
-    config = from_json(files.config.read_text(encoding="utf-8"), source=files.config)
-    tokenizer = Tokenizer(files.tokenizer)
-    _check_vocabulary(config.model, tokenizer, files)
-    model = build(config.model, read_weights(files.weights), source=files.weights)
+    config, tokenizer, weights = prepare(Path(path))
+    model = build(config.model, read_weights(weights), source=weights)
     if precision is not None:
         model.to(DTYPES[precision])
     return OpenedModel(model.to(device), tokenizer, config)
+
+
+def prepare(path: Path) -> Prepared:
+    """What opening a model takes before its weights are read. Raises InputError as ``open_model``."""
+    files = find_files(path)
+    config = from_json(files.config.read_text(encoding="utf-8"), source=files.config)
+    tokenizer = Tokenizer(files.tokenizer)
+    _check_vocabulary(config.model, tokenizer, files)
+    _refuse_pickled(files.weights)
+    return Prepared(config, tokenizer, files.weights)
 
 
 def find_files(path: Path) -> Files:
@@ -122,13 +137,18 @@ def read_weights(file: Path) -> Mapping[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} cannot be read as safetensors ({error}): export the model again") from None
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            bad = int((~tensor.isfinite()).sum())
-            raise InputError(
-                f"{file}: {bad:,} of {tensor.numel():,} weights of {name} are not finite: "
-                "take a checkpoint from before the run broke"
-            )
+        refuse_not_finite(name, tensor, file)
     return tensors
+
+
+def refuse_not_finite(name: str, tensor: Tensor, file: Path) -> None:
+    """Raises InputError where a weight is NaN or infinite."""
+    if not tensor.isfinite().all():
+        bad = int((~tensor.isfinite()).sum())
+        raise InputError(
+            f"{file}: {bad:,} of {tensor.numel():,} weights of {name} are not finite: "
+            "take a checkpoint from before the run broke"
+        )
 
 
 def build(config: ModelConfig, tensors: Mapping[str, Tensor], *, source: Path) -> Transformer:
