@@ -61,14 +61,37 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from glm.parallel.stages import MicroBatch, Stages, cut_model
 
+# Modules whose output, or with ":input" whose input, is one tensor rank's part.
+TENSOR_SHARDED = (
+    "layers.*.attention",
+    "layers.*.attention.scores",
+    "layers.*.attention.query_norm",
+    "layers.*.attention.key_norm",
+    "layers.*.attention.query_key_value",
+    "layers.*.attention.output:input",
+    "layers.*.feed_forward.up",
+    "layers.*.feed_forward.down:input",
+)
+
 
 class Rows(Protocol):
     """A batch as this engine reads it (``glm.data.batch.Batch``)."""
 
-    tokens_BT: Tensor
-    targets_BT: Tensor
-    segments_BT: Tensor
-    context_BT: Tensor
+    @property
+    def tokens_BT(self) -> Tensor:  # noqa: N802
+        """[B, T]."""
+
+    @property
+    def targets_BT(self) -> Tensor:  # noqa: N802
+        """[B, T]."""
+
+    @property
+    def segments_BT(self) -> Tensor:  # noqa: N802
+        """[B, T]."""
+
+    @property
+    def context_BT(self) -> Tensor:  # noqa: N802
+        """[B, T]."""
 
     @property
     def positions(self) -> Tensor:
@@ -148,6 +171,14 @@ class ParallelEngine:
         )
         instructions = type(self._pipeline)._INSTRUCTION_MAP
         self._pipeline._INSTRUCTION_MAP = {**instructions, BackwardPass: self._backward}
+
+    @property
+    def sharded(self) -> tuple[str, ...]:
+        return (*self.shares, *(TENSOR_SHARDED if self.topology.tensor > 1 else ()))
+
+    @property
+    def shard(self) -> int:
+        return self.tensor_rank
 
     @property
     def loss_scale(self) -> float:

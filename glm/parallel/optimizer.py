@@ -28,6 +28,10 @@ from glm.parallel.shares import Share
 from glm.precision import Policy
 from glm.train.optimizer import MixedPrecisionAdamW, OptimizerConfig
 
+# Since torch 2.13 under new names; the old ones warn.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 BUCKET = 1 << 24  # elements of a share's buffer: 64 MB in fp32
 
 
@@ -56,7 +60,7 @@ class _Bucket:
         if self.factor != 1.0:
             rows *= self.factor
         mine = torch.empty(self.width, device=device)
-        dist.reduce_scatter_tensor(mine, rows.view(-1), group=self.group)
+        _reduce_scatter(mine, rows.view(-1), group=self.group)
         return {name: self._share(mine[columns], elements) for name, elements, columns in self._columns()}
 
     def publish(self, masters: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
@@ -67,7 +71,7 @@ class _Bucket:
             share = masters[name].reshape(-1)
             mine[columns.start : columns.start + share.numel()] = share
         rows = mine.new_empty(self.holders * self.width)
-        dist.all_gather_into_tensor(rows, mine, group=self.group)
+        _all_gather(rows, mine, group=self.group)
         for name, elements, columns in self._columns():
             whole = rows.view(self.holders, -1)[:, columns].reshape(-1)[:elements]
             live[name].copy_(whole.view(live[name].shape))

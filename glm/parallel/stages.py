@@ -49,12 +49,12 @@ def cut_model(
         tensor: the ranks that share each layer; None: no other.
     """
     config = model.config
-    own = {
-        str(i): layer
-        for i, layer in enumerate(model.layers)
-        if stage_of(f"layers.{i}", config, stages) == stage
-    }
-    model.layers = nn.ModuleDict(own)  # type: ignore[assignment]
+    # A list with gaps: each layer keeps its number, by which telemetry knows it.
+    layers = nn.ModuleList()
+    for number, layer in enumerate(model.layers):
+        if stage_of(f"layers.{number}", config, stages) == stage:
+            layers.add_module(str(number), layer)
+    model.layers = layers
     is_first, is_last = stage == 0, stage == stages - 1
     if not is_first:
         model.positions = None
@@ -65,7 +65,7 @@ def cut_model(
         model.final_norm = None
         model.projection = None
     if tensor is not None:
-        for layer in own.values():
+        for layer in layers.children():
             assert isinstance(layer, Block)
             cut_block(layer, tensor)
         if hasattr(model, "embedding"):
@@ -176,8 +176,7 @@ def _start(feed: Feed) -> Callable[[Tensor], Tensor]:
 
 def _layer(feed: Feed, number: int) -> Callable[[Tensor], Tensor]:
     def through(x_BTC: Tensor) -> Tensor:
-        layers: Any = feed.model.layers
-        layer = layers[str(number)]
+        layer = feed.model.layers.get_submodule(str(number))
         given: tuple[Tensor, Tensor, Rotation | None] = (x_BTC, feed.bias_BHTS, feed.turned)
         feed.sow(number)
         if feed.model.config.recompute:

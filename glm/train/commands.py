@@ -7,12 +7,13 @@ same in everything that determines its numbers.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,10 +26,13 @@ from rich.console import Console
 from glm.data.loader import Loader
 from glm.data.shards import TokenData, open_data
 from glm.errors import InputError
+from glm.parallel.start import joined, speaks
+from glm.parallel.team import Team
 from glm.presets import PRESETS
 from glm.train import checkpoint as checkpoints
 from glm.train.config import MAY_CHANGE, TrainConfig, differences, from_json
-from glm.train.engine import LocalEngine
+from glm.train.engine import Engine, LocalEngine
+from glm.train.events import Callback
 from glm.train.loop import Trainer
 from glm.train.monitoring import MonitorCallback
 from glm.train.progress import ProgressCallback
@@ -70,6 +74,17 @@ def preset_config(name: str) -> TrainConfig:
 
 def train_command(arguments: Sequence[str]) -> int:
     """Parse ``PRESET [flags]`` and train. Returns the exit code."""
+    if speaks():
+        return _train_command(arguments)
+    # Of several processes one speaks: the others would say the same.
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            return _train_command(arguments)
+        except InputError:
+            return 2
+
+
+def _train_command(arguments: Sequence[str]) -> int:
     command = parse_command(arguments)
     complete = train(command, console=Console(stderr=True))
     print(f"{'complete' if complete else 'interrupted, continue with --resume'}: {command.out}")
@@ -98,38 +113,62 @@ def train(command: TrainCommand, *, console: Console) -> bool:
     Raises:
         InputError: the data, the folder, the configuration or the checkpoint does not fit.
     """
-    data = open_data(command.data)
-    config = with_vocabulary(command.config, data)
-    run = RunFolder(command.out)
-    run.claim()
-    try:
-        resumes = _prepare(run, config, resume=command.resume)
-        return _train_claimed(command, config, data, run, resumes=resumes, console=console)
-    finally:
-        run.release()
+    device = _device(command.device)
+    with joined(command.config.parallel, device, command.config.to_json()) as team:
+        with team.together():
+            data = open_data(command.data)
+            config = with_vocabulary(command.config, data)
+        run = RunFolder(command.out)
+        resumes = False
+        try:
+            with team.together():
+                if team.leads:
+                    run.claim()
+                    resumes = _prepare(run, config, resume=command.resume)
+            resumes = team.from_first(resumes)
+            return _train_claimed(config, data, run, device, team, resumes=resumes, console=console)
+        finally:
+            run.release()
 
 
 def _train_claimed(
-    command: TrainCommand,
     config: TrainConfig,
     data: TokenData,
     run: RunFolder,
+    device: torch.device,
+    team: Team,
     *,
     resumes: bool,
     console: Console,
 ) -> bool:
     loader = Loader(data, config.objective, config.sampling, length=config.model.length, seed=config.seed)
-    engine = LocalEngine(config, _device(command.device))
-    progress = ProgressCallback(console)
-    trainer = Trainer(
-        config, engine, loader, run=run, callbacks=(MonitorCallback(run, config.monitor), progress)
-    )
+    leading = team.from_first(loader.fingerprint)
+    with team.together():
+        if loader.fingerprint != leading:
+            raise InputError(
+                f"{data.path} holds other data on another machine ({loader.fingerprint}, on rank 0 {leading}): "
+                "give all ranks the same"
+            )
+    callbacks: list[Callback] = [MonitorCallback(run, config.monitor)]
+    if team.leads:
+        callbacks.append(ProgressCallback(console))
+    trainer = Trainer(config, _engine(config, device, team), loader, run=run, callbacks=callbacks)
     if resumes:
         _restore(trainer, run)
-    # A run is used where its data may not be: it keeps the tokenizer.
-    shutil.copyfile(data.path / "tokenizer.model", run.path / "tokenizer.model")
+    if team.leads:
+        # A run is used where its data may not be: it keeps the tokenizer.
+        shutil.copyfile(data.path / "tokenizer.model", run.path / "tokenizer.model")
     with _stops_on_signals(trainer, console):
         return trainer.train()
+
+
+def _engine(config: TrainConfig, device: torch.device, team: Team) -> Engine:
+    if config.parallel.ranks == 1:
+        return LocalEngine(config, device)
+    with team.together():
+        # Imported here: DeepSpeed takes a second, and one process does without.
+        from glm.parallel.engine import ParallelEngine
+    return ParallelEngine(config, device)
 
 
 def with_vocabulary(config: TrainConfig, data: TokenData) -> TrainConfig:
@@ -172,7 +211,7 @@ def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool) -> bool:
 
 
 def _restore(trainer: Trainer, run: RunFolder) -> None:
-    state, problems = checkpoints.load_newest(run.checkpoints)
+    state, problems = trainer.engine.load_newest(run.checkpoints)
     trainer.restore(state)
     for problem in problems:
         trainer.tell(Event(step=trainer.step, kind="recovered", data={"problem": problem}))

@@ -1,7 +1,7 @@
 """What turns a batch into an update: the interface of an engine, and the local one.
 
-The loop knows an ``Engine`` and nothing of how it computes: the local one is plain torch in one process; another may be
-tensor-, pipeline- and data-parallel. An update is
+The loop knows an ``Engine`` and nothing of how it computes: the local one is plain torch in one process; the one of
+``glm.parallel`` is tensor-, pipeline- and data-parallel. An update is
 
     loss_i  = sum of the micro-batch's target losses / targets of the whole batch      so that the mean is over targets,
     g       = sum_i d(s * loss_i)/dw / s                                               however the rows were split
@@ -12,7 +12,8 @@ Dropout masks are a function of (seed, step): resuming or replaying a step draws
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,10 @@ from torch import Tensor, nn
 from glm.data.batch import Batch
 from glm.errors import InputError
 from glm.model.transformer import Transformer
+from glm.parallel.team import Alone, Team
 from glm.precision import LossScaler, Policy
+from glm.train import checkpoint as checkpoints
+from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.optimizer import GradientSummary, MixedPrecisionAdamW
 
@@ -36,6 +40,18 @@ class Engine(Protocol):
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """What updates it."""
+
+    @property
+    def team(self) -> Team:
+        """The processes that this engine spans. All call the same methods in the same order."""
+
+    @property
+    def sharded(self) -> Sequence[str]:
+        """Globs of the parameters and modules of which this process has only a part; see ``stabilitylab.Monitor``."""
+
+    @property
+    def shard(self) -> int:
+        """Which part of the modules that is."""
 
     @property
     def loss_scale(self) -> float:
@@ -57,10 +73,21 @@ class Engine(Protocol):
         """EGS's alpha from the next forward pass on; 1 is off."""
 
     def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """The fp32 weights and the moments, by name. They are live: copy what must outlast the next update."""
+        """The fp32 weights and the moments, by name: of several processes, what this one keeps of them. They are live: copy
+        what must outlast the next update."""
 
     def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         """Take weights and moments as ``tensors`` gave them. Raises InputError if they belong to another model."""
+
+    def save(self, folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+        """Write a checkpoint whose tensors are as ``tensors`` gives them, then remove all but the newest ``keep``.
+
+        Raises OSError when the disk is full: on every process.
+        """
+
+    def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
+        """The newest checkpoint that is whole, its tensors as ``load_tensors`` takes them, and one line about each newer one
+        that is damaged. Raises InputError where there is none."""
 
     def state_dict(self) -> dict[str, Any]:
         """The rest of the engine's state, as JSON can hold it."""
@@ -77,8 +104,12 @@ class LocalEngine:
         device: where the model lives.
     """
 
+    sharded: Sequence[str] = ()
+    shard = 0
+
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+        self.team: Team = Alone()
         self.seed = config.seed
         self.micro_rows = config.batch.micro
         self.policy = Policy(precision=config.precision)
@@ -87,6 +118,15 @@ class LocalEngine:
         self.model = Transformer(config.model).to(self.device)
         self.optimizer = MixedPrecisionAdamW(self.model, config.optimizer, self.policy)
         self.scaler = LossScaler(config.loss_scale) if self.policy.scales_loss else None
+        if config.compile:
+            self._compile()
+
+    def _compile(self) -> None:
+        # Scores are scaled by a constant of their layer, so each layer may be a graph of its own, in training and evaluation.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(self.model.layers) + 2)
+        for layer in self.model.layers:
+            layer.compile()
 
     @property
     def loss_scale(self) -> float:
@@ -141,6 +181,12 @@ class LocalEngine:
                         f"this model's is {list(tensor.shape)}"
                     )
         self.optimizer.load(masters=model, moments=optimizer)
+
+    def save(self, folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+        return checkpoints.save(folder, checkpoint, keep=keep)
+
+    def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
+        return checkpoints.load_newest(folder)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"optimizer": self.optimizer.counters()}

@@ -59,6 +59,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.engine = engine
+        self.team = engine.team
         self.loader = loader
         self.run = run
         self.callbacks = tuple(callbacks)
@@ -78,7 +79,7 @@ class Trainer:
         try:
             for callback in self.callbacks:
                 callback.train_start(self)
-            while self.step < end and not self.stop_requested:
+            while self.step < end and not self.team.any(self.stop_requested):
                 self._one_step()
             if self._saved_at != self.step:
                 self.save()
@@ -94,7 +95,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.train_start(self)
         try:
-            while self.step < step and not self.stop_requested:
+            while self.step < step and not self.team.any(self.stop_requested):
                 self._one_step()
             return self.state()
         finally:
@@ -148,6 +149,9 @@ class Trainer:
             first_sample=self.samples - rows,
         )
         noticed = [event for callback in self.callbacks for event in callback.step_end(info)]
+        # One process judges; what it notices is answered by all.
+        if self.team.any(bool(noticed)):
+            noticed = self.team.from_first(noticed)
         self._keep_for_replay(noticed)
         self._respond(noticed, step)
         every = self.config.checkpoint.every
@@ -164,10 +168,12 @@ class Trainer:
         if not onsets or self._ring is None or self.run is None:
             return
         state = self._ring.newest_at(min(onsets) - REPLAY_MARGIN)
-        if state is None or checkpoints.path_of(self.run.path / FLIGHT, state.step).exists():
+        if state is None:
+            return
+        if self.team.from_first(checkpoints.path_of(self.run.path / FLIGHT, state.step).exists()):
             return
         try:
-            checkpoints.save(self.run.path / FLIGHT, state, keep=self.config.checkpoint.ring_keep)
+            self.engine.save(self.run.path / FLIGHT, state, keep=self.config.checkpoint.ring_keep)
         except OSError as error:
             reason = f"the state before the event could not be kept: {error}"
             self.tell(Event(step=self.step, kind="telemetry-lost", data={"reason": reason}))
@@ -195,7 +201,7 @@ class Trainer:
         self.restore(state)
         self.responder.load_state_dict(responder)
         self.intervention = intervention
-        if self.run is not None:
+        if self.run is not None and self.team.leads:
             checkpoints.drop_after(self.run.checkpoints, self.step)
             checkpoints.drop_after(self.run.path / FLIGHT, self.step)
         self._saved_at = None
@@ -210,7 +216,7 @@ class Trainer:
         # Telemetry first: a run resumed from the checkpoint will not see these steps again.
         for callback in self.callbacks:
             callback.saving(self.step)
-        path = checkpoints.save(self.run.checkpoints, self.state(), keep=self.config.checkpoint.keep)
+        path = self.engine.save(self.run.checkpoints, self.state(), keep=self.config.checkpoint.keep)
         self._saved_at = self.step
         self.tell(Event(step=self.step, kind="checkpoint", data={"path": path.name}))
 

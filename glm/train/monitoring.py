@@ -52,6 +52,7 @@ class MonitorCallback(Callback):
             tensorboard=self._config.tensorboard,
             describe_batch=describe,
             recorder=self._config.recorder,
+            sharded=trainer.engine.sharded,
         )
         if self._pending_state:
             self._monitor.load_state_dict(self._pending_state)
