@@ -1,7 +1,11 @@
-"""Where a training step's time goes: data, forward and backward, gradients, update, monitor; and tokens a second.
+"""How fast the stack trains: beside GPT-NeoX of equal size, in memory a token, and where a step's time goes.
 
-The parts are timed inside whole steps of the real engine on real rows; the monitor's share is the difference between steps with
-and without it, taken in turn so that a drifting machine moves both. Medians over the steps.
+    --figure peer      tokens/s of ours and of HuggingFace transformers' GPT-NeoX, eager and compiled, and of GLM's own objective
+    --figure memory    peak memory a token of both, and what recomputation saves (``_training_memory.py``)
+    --figure parts     time of data, forward and backward, gradients, update and monitor in our step
+
+Peers take their steps in turn, over the same rows, so that a drifting machine moves all; medians, and the median of the ratios
+of neighbouring steps. What is compared is written in ``_training_peer.py``.
 """
 
 from __future__ import annotations
@@ -11,16 +15,26 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmarks._training_memory import memory
+from experiments.benchmarks._training_peer import (
+    Contestant,
+    Size,
+    contestant_step,
+    flops,
+    parameters_of,
+    rows_of,
+    variants,
+)
 from experiments.data import bilingual
 from glm.data.loader import Loader
 from glm.data.shards import open_data
@@ -33,29 +47,38 @@ from stabilitylab.command_line import parse
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Time the parts of a training step.
+    """Time training.
 
     Attributes:
-        preset: of `glm train`.
+        figure: what to measure; see the module.
         precision: compute format.
-        rows: rows an update.
-        steps: steps timed, each with and without the monitor.
+        steps: steps timed of each.
         threads: of torch.
-        every: the monitor's cadence.
         data: folder made by `glm shards`; by default the quick suite's.
         json: print one JSON object.
+        size: peer and memory: of the models.
+        modes: peer: run as it is, compiled, or both.
+        recompute: peer: time recomputation of activations as well.
+        preset: parts: of `glm train`.
+        rows: parts: rows an update.
+        every: parts: the monitor's cadence.
     """
 
-    preset: str = "glm-tiny"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp16"
-    rows: int = 4
-    steps: int = 30
-    threads: int = 1
-    every: int = 10
+    figure: Literal["peer", "memory", "parts"] = "peer"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    steps: int = 5
+    threads: int = 2
     data: Path | None = None
     json: bool = False
+    size: Size = field(default_factory=Size)
+    modes: Literal["eager", "compiled", "both"] = "both"
+    recompute: bool = False
+    preset: str = "glm-tiny"
+    rows: int = 4
+    every: int = 10
 
 
+CONTESTANTS: tuple[Contestant, ...] = ("ours", "gpt-neox", "glm")
 PARTS = ("data", "forward and backward", "gradients", "update")
 
 
@@ -63,10 +86,95 @@ def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; returns the exit code."""
     settings: Settings = parse(Settings, arguments, program="python -m experiments.benchmarks training_speed")
     torch.set_num_threads(settings.threads)
+    measure, show = {
+        "peer": (measure_peer, show_peer),
+        "memory": (measure_memory, show_memory),
+        "parts": (measure_parts, show_parts),
+    }[settings.figure]
     result = measure(settings)
     if settings.json:
-        print(json.dumps(result))
-        return 0
+        print(json.dumps({"settings": dataclasses.asdict(settings), **result}, default=str))
+    else:
+        show(settings, result, Console())
+    return 0
+
+
+def measure_peer(settings: Settings) -> dict[str, Any]:
+    """Seconds of every step by contestant; tokens/s, FLOP/s and ratios of medians."""
+    size, modes = settings.size, settings.modes
+    contestants = {}
+    for name, contestant, compiled, recompute in variants(
+        compiled=modes != "eager", eager=modes != "compiled", recompute=settings.recompute
+    ):
+        model, step = contestant_step(
+            contestant, size, settings.precision, settings.data, compiled=compiled, recompute=recompute
+        )
+        parameters = parameters_of(model)
+        work = flops(size, parameters, tied=contestant == "glm", causal=contestant != "glm")
+        contestants[name] = (parameters, work, step)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(-1, settings.steps):
+        for name, (_, _, step) in contestants.items():
+            began = time.perf_counter()
+            step(number + 1)
+            if number >= 0:  # the first step allocates and compiles
+                seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = {}
+    for name in contestants:
+        mode = name.partition(", ")[2]
+        peer = f"gpt-neox, {mode.partition(',')[0]}"
+        if peer in seconds and name != peer:
+            pairs = zip(seconds[peer], seconds[name], strict=True)
+            ratios[name] = statistics.median(theirs / own for theirs, own in pairs)
+    return {
+        "seconds": seconds,
+        "parameters": {name: parameters for name, (parameters, _, _) in contestants.items()},
+        "tokens_per_second": {name: size.rows * size.length / s for name, s in medians.items()},
+        "gflops": {name: contestants[name][1] / s / 1e9 for name, s in medians.items()},
+        "ratio_to_peer": ratios,
+    }
+
+
+def show_peer(settings: Settings, result: dict[str, Any], console: Console) -> None:
+    size = settings.size
+    table = Table(
+        *("", "parameters", "tokens/s", "GFLOP/s", "times the peer's speed"),
+        title=f"{size.layers} layers of {size.hidden}, vocabulary {size.vocabulary:,}, {size.rows} rows of {size.length}, "
+        f"{settings.precision}, {settings.threads} threads, median of {settings.steps}",
+    )
+    for name, speed in result["tokens_per_second"].items():
+        ratio = result["ratio_to_peer"].get(name)
+        table.add_row(
+            name,
+            f"{result['parameters'][name] / 1e6:.2f}M",
+            f"{speed:,.0f}",
+            f"{result['gflops'][name]:.0f}",
+            f"{ratio:.2f}" if ratio else "",
+        )
+    console.print(table)
+
+
+def measure_memory(settings: Settings) -> dict[str, Any]:
+    """Peak memory by contestant, as it is and with recomputation."""
+    rows_of(settings.size, "glm", settings.data)  # what is wrong with the data is said here, not in a child
+    return {
+        f"{contestant}{', recomputed' if recompute else ''}": memory(
+            contestant, settings.size, settings.precision, settings.data, recompute=recompute
+        )
+        for recompute in (False, True)
+        for contestant in CONTESTANTS
+    }
+
+
+def show_memory(settings: Settings, result: dict[str, Any], console: Console) -> None:
+    table = Table("", "peak, MB", "kB a token", title=f"{settings.precision}, {settings.size}")
+    for name, found in result.items():
+        table.add_row(name, f"{found['peak'] / 1e6:,.0f}", f"{found['bytes_per_token'] / 1e3:,.1f}")
+    console.print(table)
+
+
+def show_parts(settings: Settings, result: dict[str, Any], console: Console) -> None:
     table = Table(
         "part",
         "ms, median",
@@ -77,15 +185,13 @@ def main(arguments: Sequence[str]) -> int:
         table.add_row(part, f"{result['ms'][part]:.1f}", f"{result['share'][part]:.1%}")
     table.add_row("whole step, no monitor", f"{result['ms']['step']:.1f}", "100%")
     table.add_row(f"whole step, monitor every {settings.every}", f"{result['ms']['monitored step']:.1f}", "")
-    console = Console()
     console.print(table)
     console.print(
         f"{result['tokens_per_second']:,.0f} tokens/s; the monitor adds {result['monitor_overhead']:+.1%} to the mean step"
     )
-    return 0
 
 
-def measure(settings: Settings) -> dict[str, object]:
+def measure_parts(settings: Settings) -> dict[str, Any]:
     """Median milliseconds of each part, their shares, tokens a second, the monitor's overhead."""
     data = open_data(settings.data or bilingual(Path("data") / "bilingual"))
     config = with_vocabulary(preset_config(settings.preset), data)
@@ -115,7 +221,6 @@ def measure(settings: Settings) -> dict[str, object]:
                     times["monitored step"].append(monitored)
     ms = {part: 1e3 * statistics.median(seconds) for part, seconds in times.items()}
     return {
-        "settings": {k: str(v) for k, v in dataclasses.asdict(settings).items()},
         "ms": ms,
         "share": {part: ms[part] / sum(ms[p] for p in PARTS) for part in PARTS},
         "tokens_per_second": settings.rows * config.model.length / (ms["step"] / 1e3),

@@ -64,11 +64,9 @@ class _Rotate(torch.autograd.Function):
 def _turned(x_BHTD: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     groups, pairs = cos.shape[-2:]
     a, b = x_BHTD.view(*x_BHTD.shape[:-1], groups, 2, pairs).unbind(-2)
-    result_BHTD = torch.empty(x_BHTD.shape, dtype=x_BHTD.dtype, device=x_BHTD.device)
-    turned_a, turned_b = result_BHTD.view(*x_BHTD.shape[:-1], groups, 2, pairs).unbind(-2)
-    torch.mul(a, cos, out=turned_a).addcmul_(b, sin, value=-direction)
-    torch.mul(b, cos, out=turned_b).addcmul_(a, sin, value=direction)
-    return result_BHTD
+    turned_a = (a * cos).addcmul_(b, sin, value=-direction)
+    turned_b = (b * cos).addcmul_(a, sin, value=direction)
+    return torch.stack((turned_a, turned_b), dim=-2).flatten(-3)
 
 
 def rotate(x_BHTD: Tensor, turned: Rotation) -> Tensor:

@@ -20,7 +20,6 @@ library rounds. Double backward is not supported on the upcast path.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ NATIVE_FLAGS = {
 }
 
 
-@functools.cache
 def cpu_flags() -> frozenset[str]:
     """Instruction sets of this CPU as Linux lists them; empty where the system has no such list."""
     try:
@@ -51,10 +49,13 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
-@functools.cache
+# Read once, at import: inside a compiled model it is a constant.
+NATIVE_DTYPES = frozenset(dtype for dtype, names in NATIVE_FLAGS.items() if names & cpu_flags())
+
+
 def multiplies_natively(dtype: torch.dtype) -> bool:
     """Whether this CPU has units for products of ``dtype``. An unknown CPU counts as one without: slower, never wrong."""
-    return not cpu_flags().isdisjoint(NATIVE_FLAGS.get(dtype, frozenset()))
+    return dtype in NATIVE_DTYPES
 
 
 def upcasts(x: Tensor) -> bool:
