@@ -49,12 +49,10 @@ def cut_model(
         tensor: the ranks that share each layer; None: no other.
     """
     config = model.config
-    # A list with gaps: each layer keeps its number, by which telemetry knows it.
-    layers = nn.ModuleList()
-    for number, layer in enumerate(model.layers):
-        if stage_of(f"layers.{number}", config, stages) == stage:
-            layers.add_module(str(number), layer)
-    model.layers = layers
+    for number in range(config.layers):
+        if stage_of(f"layers.{number}", config, stages) != stage:
+            # Something keeps the place, so that every layer keeps its number, by which telemetry knows it.
+            model.layers[number] = nn.Identity()
     is_first, is_last = stage == 0, stage == stages - 1
     if not is_first:
         model.positions = None
@@ -65,9 +63,9 @@ def cut_model(
         model.final_norm = None
         model.projection = None
     if tensor is not None:
-        for layer in layers.children():
-            assert isinstance(layer, Block)
-            cut_block(layer, tensor)
+        for layer in model.layers:
+            if isinstance(layer, Block):
+                cut_block(layer, tensor)
         if hasattr(model, "embedding"):
             model.embedding = VocabularyEmbedding(model.embedding, Cut(dim=0), tensor)
         if model.projection is not None:
@@ -176,7 +174,7 @@ def _start(feed: Feed) -> Callable[[Tensor], Tensor]:
 
 def _layer(feed: Feed, number: int) -> Callable[[Tensor], Tensor]:
     def through(x_BTC: Tensor) -> Tensor:
-        layer = feed.model.layers.get_submodule(str(number))
+        layer = feed.model.layers[number]
         given: tuple[Tensor, Tensor, Rotation | None] = (x_BTC, feed.bias_BHTS, feed.turned)
         feed.sow(number)
         if feed.model.config.recompute:
