@@ -19,7 +19,7 @@ from stabilitylab.delivery import Delivery, Flush
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.gradients import GradientProbe, global_norm
 from stabilitylab.ranks import Manifest, Received
-from stabilitylab.statistics.gathering import gather
+from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.transfer import Seen, Transfer
 from stabilitylab.telemetry import RUN_SITE, Event, Key
 
@@ -158,7 +158,7 @@ class Arrivals:
         for manifest, packet in ended.found():
             for name, seen in manifest:
                 by_probe.setdefault(name, []).append((seen, packet))
-        gathered = [(self._probes[name], gather(seen)) for name, seen in by_probe.items()]
+        gathered = [(self._probes[name], Gathered(seen)) for name, seen in by_probe.items()]
         if gathered:
             self._flush.unfinished.append((ended.step, gathered))
         for probe, of_probe in gathered:

@@ -92,8 +92,12 @@ class Monitor:
         group: processes whose telemetry becomes one, written by its first rank; by default all, where
             ``torch.distributed`` is running. None: this process alone. All must call ``step`` for the same
             steps.
-        sharded: globs of parameters of which each rank holds a shard: their gradients' sums are added over
-            ranks. DTensor parameters (FSDP2) are known to be; all others count as alike on every rank.
+        sharded: globs of parameters of which each tensor-parallel rank holds a shard (their sums are added),
+            and of attention modules, outputs (``path``) and inputs (``path:input``) of which each has some of
+            the heads or channels (they are laid side by side). DTensor parameters (FSDP2) are known to be;
+            all others count as alike on every rank.
+        shard: which part of what is ``sharded`` this process holds: its tensor-parallel rank; by default its
+            rank.
         recorder: with ``out``: measure every step, hold the last so many in memory, and write them in full
             when an alarm begins; else only what ``every`` asks for is written. 0: off.
     """
@@ -119,12 +123,15 @@ class Monitor:
         recorder: int = 0,
         group: dist.ProcessGroup | Literal["default"] | None = "default",
         sharded: str | Sequence[str] = (),
+        shard: int | None = None,
     ) -> None:
         given, model = model, _unwrapped(model)
         own = {} if gradients_every is None else {"gradients": gradients_every}
         self._schedule = schedule or Schedule(every=every, probes=own)
         self._ranks = _ranks(group)
         self._writes = self._ranks is None or self._ranks.rank == 0
+        if shard is None:
+            shard = self._ranks.rank if self._ranks is not None else 0
         self._output: Output | None = None
         if out is not None and self._writes:
             self._output = Output(out, tensorboard=tensorboard, recorder=recorder, schedule=self._schedule)
@@ -145,7 +152,7 @@ class Monitor:
         if self._context.compiled:
             forget_graphs(model)
         self._probes = tuple(all_probes() if probes is None else probes)
-        self._placing = {probe.name: Placing() for probe in self._probes}
+        self._placing = {probe.name: Placing(self._context.is_sharded, shard) for probe in self._probes}
         self._failed: set[str] = set()
         self._detector = (
             (_default_detector() if detector == "default" else detector) if self._writes else None
@@ -327,7 +334,7 @@ class Monitor:
         scale: float | Slots,
     ) -> None:
         if gradients is None:
-            gradients = {n: p.grad for n, p in self._context.parameters.items() if p.grad is not None}
+            gradients = {n: g for n, p in self._context.parameters.items() if (g := p.grad) is not None}
         for probe in self._armed:
             self._context.guarded(probe.name, probe.gradients)(gradients, norms, scale)
 

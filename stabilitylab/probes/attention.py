@@ -92,6 +92,18 @@ class _Calls(TorchFunctionMode):
         return result
 
 
+class _HeadSlots:
+    """Where a site's numbers go, one a head: written together, read apart."""
+
+    def __init__(self, maxima: Slots, sums: Slots) -> None:
+        self.maxima, self.sums = maxima, sums
+        self.parts: tuple[Slots | None, ...] = tuple(
+            Slots(whole.region, whole.offset + i * H, H, whole.device)
+            for whole, count, H in ((maxima, 3, maxima.length // 3), (sums, 2, sums.length // 2))
+            for i in range(count)
+        )
+
+
 class AttentionProbe:
     """Score statistics per head; see the module's docstring.
 
@@ -104,7 +116,7 @@ class AttentionProbe:
     def __init__(self, scores: str = "*.scores") -> None:
         self._scores = scores
         self._handles: list[Any] = []
-        self._slots: dict[str, tuple[Slots, Slots]] = {}
+        self._slots: dict[str, _HeadSlots] = {}
         self._keys: dict[tuple[tuple[str, int], ...], tuple[Key, ...]] = {}
         self._states: list[Tensor] = []
         self._armed = False
@@ -206,12 +218,13 @@ class AttentionProbe:
             return
         buffer, H, device = self._context.buffer, len(scores.largest), scores.largest.device
         slots = self._slots.get(path)
-        if slots is None or slots[0].device != device or slots[0].length != 3 * H:
-            slots = (buffer.reserve("maxima", 3 * H, device), buffer.reserve("sums", H + 1, device))
-            self._slots[path] = slots
-        buffer.put(slots[0], torch.cat([scores.largest, scores.sampled, -scores.smallest]).double())
-        one = torch.ones(1, dtype=torch.float64, device=device)
-        buffer.put(slots[1], torch.cat([scores.entropy.double(), one]))
+        if slots is None or slots.maxima.device != device or slots.maxima.length != 3 * H:
+            slots = self._slots[path] = _HeadSlots(
+                buffer.reserve("maxima", 3 * H, device), buffer.reserve("head_sums", 2 * H, device)
+            )
+        buffer.put(slots.maxima, torch.cat([scores.largest, scores.sampled, -scores.smallest]).double())
+        ones = torch.ones(H, dtype=torch.float64, device=device)
+        buffer.put(slots.sums, torch.cat([scores.entropy.double(), ones]))
 
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
@@ -221,21 +234,23 @@ class AttentionProbe:
     def collect(self) -> Found | None:
         """Every attention module that the step's forward passes reached."""
         stamp = self._context.buffer.stamp
-        seen = [(path, slots) for path, slots in self._slots.items() if slots[0].stamp == stamp]
+        seen = [(path, slots) for path, slots in self._slots.items() if slots.maxima.stamp == stamp]
         if not seen:
             return None
-        return Found(sites=tuple(path for path, _ in seen), slots=[slots for _, slots in seen])
+        return Found(sites=tuple(path for path, _ in seen), slots=[slots.parts for _, slots in seen])
 
     def finish(self, gathered: Gathered) -> Readings:
         """The table's statistics."""
         values, heads = [], []
-        for maxima, sums in gathered.numbers:
-            assert maxima is not None
-            assert sums is not None
-            largest_H, sampled_H, negated_H = maxima.reshape(3, -1)
-            entropy_H = sums[:-1] / sums[-1]
+        for numbers in gathered.numbers:
+            if any(x is None for x in numbers):
+                # Ranks that saw other numbers of heads and were not said to have different ones.
+                values.append(np.full(len(STATISTICS), np.nan))
+                heads.append(1)
+                continue
+            largest_H, sampled_H, negated_H, entropy_H, count_H = (x for x in numbers if x is not None)
             magnitude_H = np.maximum(np.abs(largest_H), np.abs(negated_H))
-            values += [largest_H, sampled_H, -negated_H, entropy_H, headroom_bits(magnitude_H)]
+            values += [largest_H, sampled_H, -negated_H, entropy_H / count_H, headroom_bits(magnitude_H)]
             heads.append(len(largest_H))
         shape = tuple(zip(gathered.sites, heads, strict=True))
         if shape not in self._keys:

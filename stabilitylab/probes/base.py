@@ -62,24 +62,32 @@ class Found:
 
 
 class Placing:
-    """Turns ``Found`` into ``Seen``; remembers the last one, since most steps find the same."""
+    """Turns ``Found`` into ``Seen``; remembers the last one, since most steps find the same.
 
-    def __init__(self) -> None:
+    Args:
+        split: whether this rank has some of a site's heads or channels only.
+        shard: which of them.
+    """
+
+    def __init__(self, split: Callable[[str], bool], shard: int) -> None:
+        self._split, self._shard = split, shard
         self._last: tuple[Found, int, Seen] | None = None
 
     def seen(self, found: Found, buffer: Buffer) -> Seen:
         """Where in the packet the numbers will lie."""
         if self._last is not None:
             last, generation, seen = self._last
-            if (
-                generation == buffer.generation
-                and last.slots == found.slots
+            same = last is found or (
+                last.slots == found.slots
                 and (last.sites, last.scale, last.extra) == (found.sites, found.scale, found.extra)
-            ):
+            )
+            if same and generation == buffer.generation:
                 return seen
         seen = Seen(
             sites=found.sites,
             places=tuple(tuple(s if s is None else buffer.place(s) for s in slots) for slots in found.slots),
+            split=tuple(self._split(site) for site in found.sites),
+            shard=self._shard,
             scale=buffer.place(found.scale) if isinstance(found.scale, Slots) else found.scale,
             extra=found.extra,
         )
@@ -113,7 +121,8 @@ class Context:
         optimizer: may be None.
         buffer: where numbers go during a step.
         patterns: globs; a site is watched if one of them matches its module path.
-        sharded: globs; of parameters whose path one of them matches, each rank holds a shard.
+        sharded: globs; of parameters, modules and inputs (``path:input``) that one of them matches, each rank
+            holds a shard, some of the heads, some of the channels.
         loss_scale: the factor on the loss in the step that ends, as a number or where the buffer has it.
         failed: told of a probe, by name, whose hook raised.
         compiled: the model runs under ``torch.compile``: hooks are traced once and must stay.
@@ -141,6 +150,10 @@ class Context:
                 self.failed(probe, error)
 
         return protected
+
+    def is_sharded(self, path: str) -> bool:
+        """Whether other ranks hold other parts of this parameter, of this module's output or input."""
+        return any(fnmatchcase(path, pattern) for pattern in self.sharded)
 
     def wanted(self, path: str) -> bool:
         """Whether the user asked for this module or parameter path."""

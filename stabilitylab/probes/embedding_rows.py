@@ -78,13 +78,13 @@ class EmbeddingRowProbe:
             top = norm.topk(min(TOP, len(norm)))
             count = len(top.values)
             slots = self._slots.get(name)
-            if slots is None or slots.device != norm.device or slots.length != 2 * count + 1:
-                slots = self._slots[name] = buffer.reserve("replicated", 2 * count + 1, norm.device)
+            if slots is None or slots.device != norm.device or slots.length != 2 * count + 2:
+                slots = self._slots[name] = buffer.reserve("lists", 2 * count + 2, norm.device)
             slots.stamp = -1
-            values = top.values.double()
             number = top.indices if rows is None else rows[top.indices]
-            share = values.square().sum() / norm.double().square().sum()
-            buffer.put(slots, torch.cat([number.double(), values, share[None]]))
+            whole = norm.double().square().sum()[None]
+            height = torch.full_like(whole, gradients[name].shape[0])
+            buffer.put(slots, torch.cat([height, whole, number.double(), top.values.double()]))
 
     def collect(self) -> Found | None:
         """Every embedding that had a gradient."""
@@ -99,10 +99,17 @@ class EmbeddingRowProbe:
     def finish(self, gathered: Gathered) -> Readings:
         """The table's statistics."""
         values, counts = [], []
-        for (numbers,) in gathered.numbers:
+        for i, (numbers,) in enumerate(gathered.numbers):
             assert numbers is not None
-            count = len(numbers) // 2
-            values += [numbers[:count], numbers[count : 2 * count] / gathered.scale, numbers[-1:]]
+            # [shards, height, square of the norm, numbers of rows, norms of rows]
+            shards = numbers.reshape(gathered.shards(i), -1)
+            count = shards.shape[1] // 2 - 1
+            before = np.cumsum(shards[:, :1], axis=0) - shards[:, :1]
+            rows, norms = (before + shards[:, 2 : 2 + count]).ravel(), shards[:, 2 + count :].ravel()
+            top = np.argsort(-norms, kind="stable")[:count]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share = np.sum(norms[top] ** 2) / np.sum(shards[:, 1])
+            values += [rows[top], norms[top] / gathered.scale, np.array([share])]
             counts.append(count)
         shape = tuple(zip(gathered.sites, counts, strict=True))
         if shape not in self._keys:

@@ -25,18 +25,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.statistics import moments
+from stabilitylab.statistics.batch import Batch
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
-from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, add_all, measurable
+from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, measurable
 
 STATISTICS = (
     "l2",
@@ -57,12 +56,13 @@ class GradientProbe:
 
     def __init__(self) -> None:
         self._summaries: dict[str, Summary] = {}
+        self._batch: tuple[tuple[str, ...], Batch] | None = None
         self._full = KeyTable("gradient", STATISTICS)
         self._short = KeyTable("gradient", ("l2", "share"))
         self._norms: dict[str, float] = {}
         self._scale: float | Slots = 1.0
-        # The parameters of this step in the order in which the backward pass came to them.
-        self.order: list[tuple[str, Summary]] = []
+        self._seen: tuple[str, ...] = ()
+        self._found: Found | None = None
 
     def attach(self, context: Context) -> None:
         """Nothing is hooked: the monitor hands the gradients over."""
@@ -71,45 +71,50 @@ class GradientProbe:
     def arm(self, measured: bool) -> None:
         """Forget the last step."""
         self._norms = {}
-        self.order = []
+        self._seen = ()
 
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
         """Summarise all gradients, each in its own slots, in one call."""
         self._scale = scale
-        pairs = []
+        names, tensors = [], []
         for name, gradient in gradients.items():
-            gradient, sharded = local_part(gradient)
+            is_shard = type(gradient) is not Tensor
+            if is_shard:
+                gradient, is_shard = local_part(gradient)
             if measurable(gradient):
-                summary = self._summaries.get(name)
-                if summary is None:
-                    sharded = sharded or any(fnmatchcase(name, glob) for glob in self._context.sharded)
-                    region = "rows" if sharded else "replicated"
-                    summary = self._summaries[name] = Summary(self._context.buffer, region=region)
-                if summary.row is not None:
-                    summary.row.stamp = (
-                        -1
-                    )  # read again in the same step, gradients replace what was read before
-                pairs.append((summary, gradient))
-        add_all(pairs)
-        # The backward pass comes to the parameters from the last to the first.
-        self.order = [
-            (name, self._summaries[name]) for name in reversed(list(gradients)) if name in self._summaries
-        ]
+                if name not in self._summaries:
+                    self._summaries[name] = self._summary(name, is_shard)
+                names.append(name)
+                tensors.append(gradient)
+        self._seen = tuple(names)
+        if self._batch is None or self._batch[0] != self._seen:
+            summaries = [self._summaries[name] for name in names]
+            self._batch = self._seen, Batch(self._context.buffer, summaries)
+        if not self._batch[1].take(tensors):
+            self._found = None
         self._norms = {name: float(norm) for name, norm in norms.items() if name not in gradients}
+
+    def _summary(self, name: str, is_shard: bool) -> Summary:
+        region = "rows" if is_shard else "shards" if self._context.is_sharded(name) else "replicated"
+        return Summary(self._context.buffer, region=region)
+
+    @property
+    def order(self) -> list[tuple[str, Summary]]:
+        """The parameters of this step in the order in which the backward pass came to them: from the last to
+        the first."""
+        return [(name, self._summaries[name]) for name in reversed(self._seen)]
 
     def collect(self) -> Found | None:
         """Every parameter that had a gradient."""
-        seen = [(name, s.row) for name, s in self._summaries.items() if s.seen]
-        if not seen and not self._norms:
+        if not self._seen and not self._norms:
             return None
-        return Found(
-            sites=tuple(name for name, _ in seen),
-            slots=[(row,) for _, row in seen],
-            scale=self._scale,
-            extra=self._norms,
-        )
+        last = self._found
+        if last is None or last.sites != self._seen or (last.scale, last.extra) != (self._scale, self._norms):
+            slots: list[tuple[Slots | None, ...]] = [(self._summaries[name].row,) for name in self._seen]
+            last = self._found = Found(sites=self._seen, slots=slots, scale=self._scale, extra=self._norms)
+        return last
 
     def finish(self, gathered: Gathered) -> Readings:
         """The table's statistics, of the parameters that the user asked for."""
@@ -132,7 +137,7 @@ def local_part(gradient: Tensor) -> tuple[Tensor, bool]:
     Of a DTensor that is copied over some dimensions of its mesh, the first copy counts: the others give
     nothing.
     """
-    if not dist.is_available() or not isinstance(gradient, DTensor):
+    if not isinstance(gradient, DTensor):
         return gradient, False
     coordinate = gradient.device_mesh.get_coordinate()
     local = gradient.to_local()
@@ -146,14 +151,14 @@ def local_part(gradient: Tensor) -> tuple[Tensor, bool]:
 
 def global_norm(gathered: Gathered) -> float:
     """The norm over all parameters."""
-    squares = sum(numbers[0][COLUMN["s2"]] for numbers in gathered.numbers if numbers[0] is not None)
+    squares = float(gathered.rows()[:, COLUMN["s2"]].sum()) if gathered.sites else 0.0
     return math.sqrt(squares / gathered.scale**2 + sum(norm**2 for norm in gathered.extra.values()))
 
 
 def statistics(gathered: Gathered) -> tuple[moments.Array, moments.Array]:
     """The table's statistics [parameters, STATISTICS], and (l2, share) [norms, 2] of those with a norm
     alone."""
-    rows = gathered.rows().reshape(-1, len(FIELDS))
+    rows = gathered.rows() if gathered.sites else np.empty((0, len(FIELDS)))
     norms, scale = np.array(list(gathered.extra.values()), dtype=np.float64), gathered.scale
     column = {field: rows[:, i] for field, i in COLUMN.items()}
     count = column["count"]

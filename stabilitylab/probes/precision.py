@@ -80,10 +80,11 @@ class PrecisionProbe:
     def finish(self, gathered: Gathered) -> Readings:
         """The table's statistics, of the probes that saw anything in this step."""
         bad: dict[int, list[str]] = {}
-        for name, (row,) in zip(gathered.sites, gathered.numbers, strict=True):
+        nonfinite = gathered.rows()[:, COLUMN["nonfinite"]] > 0
+        for name, is_bad in zip(gathered.sites, nonfinite.tolist(), strict=True):
             kind, _, site = name.partition("/")
             of_kind = bad.setdefault(int(kind), [])
-            if row is not None and row[COLUMN["nonfinite"]] > 0:
+            if is_bad:
                 of_kind.append(site)
         metrics = [f"precision/{RUN_SITE}/{COUNTS[number - 1]}" for number in bad]
         values = [float(len(sites)) for sites in bad.values()]

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.base import Context, Found, KeyTable, Readings
+from stabilitylab.probes.gradients import local_part
 from stabilitylab.statistics import native
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
@@ -48,9 +49,10 @@ STATISTICS = (
 
 @dataclass(slots=True)
 class _Entry:
-    """A parameter and where its numbers go."""
+    """A parameter, the part of it that is here, and where its numbers go."""
 
     name: str
+    parameter: Tensor
     update: Update
     slots: Slots
 
@@ -74,7 +76,7 @@ class UpdateProbe:
 
     def arm(self, measured: bool) -> None:
         """Put the optimizer's hooks in place, or take them away."""
-        self._ready = False
+        self._release()
         optimizer = self._context.optimizer
         if optimizer is None or measured == bool(self._handles):
             return
@@ -107,13 +109,25 @@ class UpdateProbe:
         chosen = []
         for p, _ in self._listed(optimizer):
             entry = self._updates.get(id(p))
-            if entry is None or entry.update.weight is not p:
-                slots = self._context.buffer.reserve("replicated", len(FIELDS), p.device)
-                entry = self._updates[id(p)] = _Entry(self._names[id(p)], Update(p), slots)
-            chosen.append(entry.update)
+            if entry is None or entry.parameter is not p:
+                entry = self._updates[id(p)] = self._entry(p)
+            if entry.update.sampled:
+                chosen.append(entry.update)
         with torch.no_grad():
             take_before(chosen)
         self._ready = True
+
+    def _entry(self, p: Tensor) -> _Entry:
+        name, (here, is_shard) = self._names[id(p)], local_part(p.detach())
+        # All fields are sums, and what is the same on every rank counts once.
+        region = "sums" if is_shard else "shard_sums" if self._context.is_sharded(name) else "replicated"
+        slots = self._context.buffer.reserve(region, len(FIELDS), here.device)
+        return _Entry(name, p, Update(here), slots)
+
+    def _release(self) -> None:
+        self._ready = False
+        for entry in self._updates.values():
+            entry.update.lend(None)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._ready:
@@ -121,20 +135,21 @@ class UpdateProbe:
         buffer, jobs = self._context.buffer, []
         for p, group in self._listed(optimizer):
             entry = self._updates.get(id(p))
-            if entry is None or p.grad is None:
+            if entry is None or p.grad is None or not entry.update.sampled:
                 continue
             update, slots = entry.update, entry.slots
-            moments = _moments(optimizer.state.get(p, {}), group)
-            if slots.device.type == "cpu" and update.prepare(p.grad, moments, buffer.address(slots)):
+            gradient, moments = local_part(p.grad)[0], _moments(optimizer.state.get(p, {}), group)
+            if slots.device.type == "cpu" and update.prepare(gradient, moments, buffer.address(slots)):
                 jobs.append(update.address)
             else:
                 with torch.no_grad():
-                    buffer.view(slots).copy_(update.after(p.grad, moments))
+                    buffer.view(slots).copy_(update.after(gradient, moments))
             slots.stamp = buffer.stamp
         library = native.kernel()
         if jobs and library is not None:
             addresses = (ctypes.c_void_p * len(jobs))(*jobs)
             library.stabilitylab_after(ctypes.addressof(addresses), len(jobs), torch.get_num_threads())
+        self._release()
 
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
@@ -152,7 +167,7 @@ class UpdateProbe:
     def finish(self, gathered: Gathered) -> Readings:
         """The table's statistics."""
         rows = gathered.rows()
-        values, with_moments = statistics(rows), rows[:, COLUMN["first2"]] != -1
+        values, with_moments = statistics(rows), rows[:, COLUMN["first2"]] >= 0
         full, short = (
             tuple(name for name, has in zip(gathered.sites, with_moments, strict=True) if has == wanted)
             for wanted in (True, False)
@@ -161,17 +176,12 @@ class UpdateProbe:
         parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
         return Readings(keys, np.concatenate(parts))
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the sampled weights."""
-        samples = (entry.update.before for entry in self._updates.values())
-        return sum(before.numel() * before.element_size() for before in samples)
-
     def detach(self) -> None:
         """Remove the optimizer's hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._release()
 
 
 def statistics(rows: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -204,4 +214,5 @@ def _moments(state: Mapping[str, Any], group: Mapping[str, Any]) -> Moments | No
         correction = 1.0 - betas[1] ** (float(step) if step.device.type == "cpu" else step)
     elif step is not None:
         correction = 1.0 - betas[1] ** step
+    first, second = local_part(first)[0], local_part(second)[0]
     return Moments(first=first, second=second, correction=correction, epsilon=float(group.get("eps", 1e-8)))

@@ -3,13 +3,18 @@
 A buffer has *regions*, told apart by number type and by how parts of one number combine (micro-batches,
 ranks):
 
-    rows       float64  tensor summaries of FIELDS numbers each: sums add, the rest are maxima
-    replicated float64  the same, of tensors that every rank holds alike: not combined over ranks
-    sums       float64  add
-    maxima     float64  larger wins
-    squares    float32  add            (per channel)
-    bits       int32    larger wins    (per channel: a magnitude's bits, which order as the magnitude does)
-    tail       int32    add            (histogram counts)
+    region      numbers  parts of one number
+    rows        float64  tensor summaries of FIELDS numbers each: sums add, the rest are maxima
+    replicated  float64  any, of tensors that every rank holds alike: not combined over ranks
+    shards      float64  as rows, of tensors of which some ranks hold parts and some the same part
+    shard_sums  float64  the same, of numbers that all add
+    lists       float64  of shards: laid side by side, of the same one the first
+    sums        float64  add
+    head_sums   float64  add (per head)
+    maxima      float64  larger wins (per head)
+    squares     float32  add (per channel)
+    bits        int32    larger wins (per channel: a magnitude's bits, which order as the magnitude does)
+    tail        int32    add (histogram counts)
 
 A probe reserves ``Slots`` in a region once. Within a step the first write overwrites and later ones combine,
 so nothing is cleared between steps; ``stamp`` tells whose numbers are of this step.

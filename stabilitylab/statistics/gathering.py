@@ -1,19 +1,19 @@
 """From packets to arrays: what one probe saw, of one rank or of several put together.
 
 Data-parallel ranks see the same sites with other samples, tensor-parallel ones the same sites with other
-channels, and pipeline ranks other sites. All three are joined by name: a site seen by several ranks is
-combined number by number as its region says (sums add, maxima win, what all hold alike is the first one's),
-exactly as micro-batches are; a site seen by one rank is that rank's.
+channels or heads, and pipeline ranks other sites. All three are joined by name. A site that several ranks saw
+is combined number by number as its region says, exactly as micro-batches are: sums add, maxima win, of what
+all hold alike the first counts. Of *shards* (a gradient of which each tensor rank holds a part, reduced
+already over the data ranks) different ones add up and of the same one the first counts.
 
-Channels of tensor-parallel shards have the same numbers on each rank and are combined like those of
-data-parallel ranks: channel statistics of a sharded tensor are those of the channels laid on top of each
-other.
+Of a site that is *split* (``Seen.split``) heads and channels are laid side by side, in the order of the
+shards; of any other they fall on each other, head on head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,46 +24,98 @@ from stabilitylab.statistics.summary import FIELDS, SUMS
 from stabilitylab.statistics.transfer import Place, Seen
 
 Numbers = tuple[NDArray[Any] | None, ...]
+Packet = NDArray[np.uint8]
+# What a split site has one of for each head or channel.
+_SIDE_BY_SIDE = frozenset({"lists", "head_sums", "maxima", "bits", "squares"})
+_FIRST = frozenset({"replicated", "shards", "shard_sums", "lists"})
+_ADDS = np.arange(len(FIELDS)) < len(SUMS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Gathered:
-    """``Seen`` with the numbers in the places."""
+    """What a probe saw, of all ranks, with the numbers in the places; worked out when asked for.
 
-    sites: tuple[str, ...]
-    numbers: list[Numbers]
-    scale: float
-    extra: Any
+    Args:
+        seen: of each rank, with its packet.
+    """
 
-    def rows(self, position: int = 0) -> NDArray[np.float64]:
-        """The numbers at one position of every site, [sites, n]."""
-        return np.array([numbers[position] for numbers in self.numbers], dtype=np.float64)
+    def __init__(self, seen: Sequence[tuple[Seen, Packet]]) -> None:
+        self._seen = seen
+        first, packet = seen[0]
+        self.extra = first.extra
+        self.scale = float(first.scale.read(packet)[0]) if isinstance(first.scale, Place) else first.scale
+
+    @cached_property
+    def _joined(self) -> dict[str, tuple[int, Numbers]]:
+        return _join(self._seen)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names."""
+        return self._seen[0][0].sites if len(self._seen) == 1 else tuple(self._joined)
+
+    @property
+    def numbers(self) -> list[Numbers]:
+        """Of each site, its numbers."""
+        return [numbers for _, numbers in self._joined.values()]
+
+    def shards(self, i: int) -> int:
+        """How many parts of the i-th site lie side by side: 1, if it is not split."""
+        return list(self._joined.values())[i][0]
+
+    def rows(self, position: int = 0) -> NDArray[Any]:
+        """The numbers at one position of every site, [sites, n], where all have as many."""
+        if len(self._seen) == 1:
+            seen, packet = self._seen[0]
+            index, dtype = seen.index(position)
+            return np.asarray(packet.view(dtype)[index])
+        return np.array([numbers[position] for numbers in self.numbers])
 
 
-def gather(seen: Sequence[tuple[Seen, NDArray[np.uint8]]]) -> Gathered:
-    """What several ranks saw, each with its packet, put together; of one rank, its own."""
-    first, packet = seen[0]
-    scale = float(first.scale.read(packet)[0]) if isinstance(first.scale, Place) else first.scale
-    found: dict[str, Numbers] = {}
-    places: dict[str, tuple[Place | None, ...]] = {}
-    for one, its_packet in seen:
-        for site, where in zip(one.sites, one.places, strict=True):
-            numbers = tuple(place.read(its_packet) if place is not None else None for place in where)
-            if site in found:
-                together = zip(places[site], found[site], numbers, strict=True)
-                numbers = tuple(_combined(place, a, b) for place, a, b in together)
-            else:
-                places[site] = where
-            found[site] = numbers
-    return Gathered(sites=tuple(found), numbers=list(found.values()), scale=scale, extra=first.extra)
+def _join(seen: Sequence[tuple[Seen, Packet]]) -> dict[str, tuple[int, Numbers]]:
+    """Site by site in the order in which they came: first ranks with the same shard, then the shards. And how
+    many lie side by side."""
+    parts: dict[str, dict[int, Numbers]] = {}
+    of: dict[str, tuple[tuple[Place | None, ...], bool]] = {}
+    for one, packet in seen:
+        for site, places, split in zip(one.sites, one.places, one.split, strict=True):
+            of.setdefault(site, (places, split))
+            numbers = tuple(place.read(packet) if place is not None else None for place in places)
+            shards = parts.setdefault(site, {})
+            before = shards.get(one.shard)
+            shards[one.shard] = numbers if before is None else _over(_combined, places, before, numbers)
+    joined: dict[str, tuple[int, Numbers]] = {}
+    for site, shards in parts.items():
+        places, split = of[site]
+        first, *others = (shards[shard] for shard in sorted(shards))
+        for other in others:
+            first = _over(_side_by_side if split else _shards, places, first, other)
+        joined[site] = (len(shards) if split else 1), first
+    return joined
 
 
-def _combined(place: Place | None, a: NDArray[Any] | None, b: NDArray[Any] | None) -> NDArray[Any] | None:
-    if place is None or a is None or b is None or len(a) != len(b):
-        return None if place is None or place.region != "replicated" else a
-    if place.region == "replicated":
+def _over(how: Any, places: tuple[Place | None, ...], a: Numbers, b: Numbers) -> Numbers:
+    return tuple(
+        None if place is None or x is None or y is None else how(place.region, x, y)
+        for place, x, y in zip(places, a, b, strict=True)
+    )
+
+
+def _combined(region: str, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any] | None:
+    """Two of the same kind: other samples, or the same thing twice."""
+    if region in _FIRST:
         return a
-    if place.region == "rows":
-        sums = np.arange(len(a)) % len(FIELDS) < len(SUMS)
-        return np.asarray(np.where(sums, a + b, np.maximum(a, b)))
-    return np.asarray(np.maximum(a, b) if place.region in MAXIMA else a + b)
+    if len(a) != len(b):
+        return None
+    if region == "rows":
+        return np.asarray(np.where(_ADDS, a + b, np.maximum(a, b)))
+    return np.asarray(np.maximum(a, b) if region in MAXIMA else a + b)
+
+
+def _shards(region: str, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any] | None:
+    """Two that are parts of one thing."""
+    return _combined({"shards": "rows", "shard_sums": "sums"}.get(region, region), a, b)
+
+
+def _side_by_side(region: str, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any] | None:
+    """Two with other heads or channels each."""
+    return np.concatenate([a, b]) if region in _SIDE_BY_SIDE else _shards(region, a, b)

@@ -96,10 +96,10 @@ class Summary:
         "_buffer",
         "_full",
         "_generation",
-        "_job",
         "_pointer",
         "address",
         "bits",
+        "job",
         "region",
         "row",
         "squares",
@@ -110,9 +110,9 @@ class Summary:
         self._buffer = buffer
         self._full = full
         self._generation = -1
-        self._job = native.Job(tail_from=math.nan)
+        self.job = native.Job(tail_from=math.nan)
         # The job's address for the kernel, which takes a list of them; and the address of a list of this one.
-        self.address = ctypes.addressof(self._job)
+        self.address = ctypes.addressof(self.job)
         self._pointer = ctypes.c_void_p(self.address)
         self.region = region
         self.row: Slots | None = None
@@ -137,7 +137,7 @@ class Summary:
             or native.kernel() is None
         ):
             return False
-        job, buffer = self._job, self._buffer
+        job, buffer = self.job, self._buffer
         channels = self.reserve(x)
         if self._generation != buffer.generation:
             self._point()
@@ -196,7 +196,7 @@ class Summary:
 
     def _point(self) -> None:
         """Tell the kernel where the slots lie."""
-        buffer, job = self._buffer, self._job
+        buffer, job = self._buffer, self.job
         for field, slots in (
             ("row", self.row),
             ("channel_max", self.bits),

@@ -11,7 +11,7 @@ packet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,11 @@ from torch import Tensor
 REGIONS: dict[str, torch.dtype] = {
     "rows": torch.float64,
     "replicated": torch.float64,
+    "shards": torch.float64,
+    "shard_sums": torch.float64,
+    "lists": torch.float64,
     "sums": torch.float64,
+    "head_sums": torch.float64,
     "maxima": torch.float64,
     "squares": torch.float32,
     "bits": torch.int32,
@@ -50,21 +54,39 @@ class Place:
         return packet[self.start : end].view(_NUMPY[dtype])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Seen:
     """What a probe saw in a step: of each site, where its numbers lie.
 
     Args:
         sites: names.
         places: of each site the same number of places; None for what it has not.
+        split: of each site whether this rank has some of its heads or channels only.
+        shard: which of the parts of what is sharded or split this rank has.
         scale: a factor on the numbers, as a number or a place.
         extra: what else the probe needs to finish, plain data; of several ranks the first one's counts.
     """
 
     sites: tuple[str, ...]
     places: tuple[tuple[Place | None, ...], ...]
+    split: tuple[bool, ...]
+    shard: int = 0
     scale: float | Place = 1.0
     extra: Any = None
+
+    def index(self, position: int) -> tuple[NDArray[np.intp], Any]:
+        """Where in the packet, taken as numbers of the type given beside, every site's place at ``position``
+        lies: [sites, n]; all must have one of the same length."""
+        known: dict[int, tuple[NDArray[np.intp], Any]] = self.__dict__.setdefault("_index", {})
+        if position not in known:
+            places = [place for places in self.places if (place := places[position]) is not None]
+            dtype = REGIONS[places[0].region]
+            starts = np.array([place.start for place in places]) // dtype.itemsize
+            known[position] = starts[:, None] + np.arange(places[0].length), _NUMPY[dtype]
+        return known[position]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class Transfer:

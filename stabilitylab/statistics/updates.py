@@ -3,9 +3,9 @@
 The change of the weights is measured, not computed from a formula, so it holds for every optimizer, with
 weight decay, clipping and skipped steps: weights at equal distances are copied before the step and compared
 afterwards. A parameter of no more than ``SAMPLE`` elements is sampled whole, a larger one at ``SAMPLE`` or
-one element in ``ONE_IN``, whichever is
-more: the copies take a five-hundredth of a large model. The standard error of an RMS of n Gaussian numbers is
-1/sqrt(2n): 4 % at 256, 1.6 % at 2,048 (of a million weights).
+one element in ``ONE_IN``, whichever is more. The standard error of an RMS of n Gaussian numbers is
+1/sqrt(2n): 4 % at 256, 1.6 % at 2,048 (of a million weights). The copies take a five-hundredth of a large
+model and live during the optimizer's step only, when the activations are gone: they add nothing to the peak.
 
     count, sampled, sum of (w' - w)^2, sum of w^2     of the sample
     sum of g^2 / max(v, eps^2)                        of all elements, v free of its initial bias
@@ -51,12 +51,11 @@ class Update:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
+        self._lent: tuple[Tensor, int] | None = None
         n = weight.numel()
         self.stride = max(1, n // max(SAMPLE, n // ONE_IN))
         self.sampled = (n + self.stride - 1) // self.stride
-        self.before = torch.empty(self.sampled, dtype=torch.float32, device=weight.device)
         self.job = native.Update(
-            before=self.before.data_ptr(),
             n=n,
             stride=self.stride,
             sampled=self.sampled,
@@ -68,6 +67,18 @@ class Update:
     def native(self) -> bool:
         """Whether the compiled kernel can take the weight as it now is."""
         return _plain(self.weight) and native.kernel() is not None
+
+    def lend(self, memory: Tensor | None, offset: int = 0) -> None:
+        """Where the sampled weights go; None takes the memory back."""
+        self._lent = None if memory is None else (memory, offset)
+        self.job.before = None if memory is None else memory.data_ptr() + 4 * offset
+
+    @property
+    def before(self) -> Tensor:
+        """The sampled weights as they were before the step."""
+        assert self._lent is not None
+        memory, offset = self._lent
+        return memory.narrow(0, offset, self.sampled)
 
     def sample(self) -> Tensor:
         """The sampled weights as they are now."""
@@ -123,7 +134,16 @@ class Update:
 
 
 def take_before(updates: list[Update]) -> None:
-    """Copy the sampled weights."""
+    """Copy the sampled weights, into memory that ``lend(None)`` gives back."""
+    sizes: dict[torch.device, int] = {}
+    for update in updates:
+        device = update.weight.device
+        sizes[device] = sizes.get(device, 0) + update.sampled
+    free = {device: torch.empty(size, dtype=torch.float32, device=device) for device, size in sizes.items()}
+    for update in updates:
+        device = update.weight.device
+        sizes[device] -= update.sampled
+        update.lend(free[device], sizes[device])
     listed = [u for u in updates if u.native]
     if listed:
         library = native.kernel()

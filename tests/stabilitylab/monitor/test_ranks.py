@@ -102,6 +102,58 @@ def pipeline(rank: int, out: Path) -> None:
     _keep(sink, rank, out)
 
 
+class Heads(nn.Module):
+    """Heads of an attention module, all of them or a rank's part."""
+
+    def __init__(self, heads: slice) -> None:
+        super().__init__()
+        weight = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))[:, heads]
+        self.query_key_value = nn.Linear(1, 1, bias=False)
+        self.query_key_value.weight = nn.Parameter(weight.reshape(-1, 6))
+        self.count = weight.shape[1]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        qkv = self.query_key_value(x_BTD)
+        q, k, v = qkv.unflatten(-1, (3, self.count, 5)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Part(nn.Module):
+    """A tensor-parallel rank's part of a model: of its vocabulary of 24, and of its 4 heads."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        rows, heads = (slice(rank * n // size, (rank + 1) * n // size) for n in (24, 4))
+        generator = torch.Generator().manual_seed(1)
+        weight, gradient = torch.randn(2, 24, 6, generator=generator)
+        self.embedding = nn.Embedding.from_pretrained(weight[rows], freeze=False)
+        self.embedding.weight.grad = gradient[rows]
+        self.attention = Heads(heads)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y: Tensor = self.attention(self.norm(x_BTD))
+        return y
+
+
+def tensor_parallel(rank: int, out: Path, size: int = 2) -> None:
+    """Each rank has a part of the heads and of the vocabulary."""
+    model, sink = Part(rank, size), Recording()
+    optimizer = torch.optim.AdamW(model.parameters())
+    layer = "attention.query_key_value"
+    sharded = ["embedding.weight", "attention", layer, f"{layer}.weight"]
+    with Monitor(
+        model, optimizer, every=1, sinks=[sink], detector=None, sharded=sharded, shard=rank
+    ) as monitor:
+        x_BTD = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(1))
+        model(x_BTD).square().sum().backward()
+        for parameter in model.norm.parameters():
+            parameter.grad = torch.ones(6)
+        optimizer.step()
+        monitor.step(0)
+    _keep(sink, rank, out)
+
+
 def _keep(sink: Recording, rank: int, out: Path) -> None:
     (out / f"{rank}.pickle").write_bytes(pickle.dumps((sink.rows, sink.events)))
 
@@ -174,3 +226,14 @@ def test_pipeline_ranks_are_joined_by_name(tmp_path: Path) -> None:
         assert sites == {"layers.0.attention", "layers.1.attention"}
     last = {name.split("/")[1] for s, name, _ in found if s == 2 and name.startswith("activation/")}
     assert last == {"layers.0.attention_norm", "layers.0.attention_norm:input"}
+
+
+def test_tensor_parallel_ranks_are_one_model(tmp_path: Path) -> None:
+    found = run(tensor_parallel, tmp_path)
+    tensor_parallel(0, tmp_path, size=1)
+    expected, _ = pickle.loads((tmp_path / "0.pickle").read_bytes())
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        # The gradient of what all ranks have is not summed over them here, as tensor parallelism would do.
+        if not key[1].endswith(SAMPLED) and not key[1].startswith("activation_gradient/norm/"):
+            assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), key
