@@ -1,13 +1,26 @@
-"""The instrument in the training loop: hands each step to ``stabilitylab.Monitor`` and brings back what it noticed."""
+"""The instrument in the training loop: hands each step to ``stabilitylab.Monitor`` and brings back what it noticed.
+
+At ``monitor.every`` it adds what only the trainer knows: where the gradient lies in the format that it was accumulated in, before
+the loss scale is taken out (``glm.precision.gradient_range``). Family ``precision``, site ``-``:
+
+| statistic | meaning | unit | source |
+| --- | --- | --- | --- |
+| gradient_elements | elements of all gradients | 1 | gradient_range.py |
+| overflowed_elements | infinite or NaN | 1 | gradient_range.py |
+| zero_elements | exactly 0: underflowed, or truly zero | 1 | gradient_range.py |
+| subnormal_elements | below the smallest normal number of the format | 1 | gradient_range.py |
+"""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from glm.precision import gradient_range
 from glm.train.batches import BatchDescriber
 from glm.train.config import MonitorConfig
 from glm.train.events import Callback, StepInfo
@@ -15,6 +28,17 @@ from glm.train.loop import Trainer
 from glm.train.optimizer import GradientSummary
 from stabilitylab import Monitor
 from stabilitylab.telemetry import Event, RunFolder
+
+
+def range_values(gradients: Iterable[Tensor]) -> dict[str, float]:
+    """The module's table, by metric."""
+    found = gradient_range(gradients)
+    return {
+        "precision/-/gradient_elements": found.elements,
+        "precision/-/overflowed_elements": found.nonfinite,
+        "precision/-/zero_elements": found.zero,
+        "precision/-/subnormal_elements": found.subnormal,
+    }
 
 
 class MonitorCallback(Callback):
@@ -31,6 +55,7 @@ class MonitorCallback(Callback):
         self._monitor: Monitor | None = None
         self._pending_state: Mapping[str, Any] = {}
         self._pending_events: list[Event] = []
+        self._range: Mapping[str, float] = {}
 
     @property
     def monitor(self) -> Monitor:
@@ -71,6 +96,8 @@ class MonitorCallback(Callback):
         self.monitor.start_step(step)
 
     def gradients_ready(self, step: int, gradients: GradientSummary) -> None:
+        every = self._config.every
+        self._range = range_values(gradients.accumulated.values()) if every and step % every == 0 else {}
         self.monitor.gradients_ready(gradients=gradients.gradients, norms=gradients.norms)
 
     def step_end(self, info: StepInfo) -> Sequence[Event]:
@@ -87,6 +114,7 @@ class MonitorCallback(Callback):
             data_seconds=info.data_seconds,
             embedding_gradient_shrink=info.embedding_gradient_shrink,
             first_sample=info.first_sample,
+            **self._range,
         )
 
     def saving(self, step: int) -> None:

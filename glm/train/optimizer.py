@@ -74,11 +74,14 @@ class GradientSummary:
         global_norm: over all parameters; inf or nan if any element is.
         norms: one fp32 scalar a parameter, by name.
         gradients: the unscaled fp32 gradients by name; live until ``zero_grad``.
+        accumulated: this process's own as the backward passes left them: in the format they are accumulated in, loss scale
+            included; live until ``zero_grad``.
     """
 
     global_norm: float
     norms: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
+    accumulated: Mapping[str, Tensor]
 
     @property
     def is_finite(self) -> bool:
@@ -158,16 +161,19 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         norms, total = self._norms(found)
         for name, gradient in found.items():
             self._masters[name].grad = gradient
-        self._summary = GradientSummary(global_norm=total, norms=norms, gradients=found)
+        self._summary = GradientSummary(
+            global_norm=total, norms=norms, gradients=found, accumulated=self._as_accumulated()
+        )
         return self._summary
 
     def _found(self) -> dict[str, Tensor]:
         """The accumulated gradient of each master, in fp32."""
+        return {name: gradient.float() for name, gradient in self._as_accumulated().items()}
+
+    def _as_accumulated(self) -> dict[str, Tensor]:
         if self.policy.accumulates_in_fp32:
-            found = self._accumulated
-        else:
-            found = {name: live.grad for name, live in self._live.items() if live.grad is not None}
-        return {name: gradient.float() for name, gradient in found.items()}
+            return self._accumulated
+        return {name: live.grad for name, live in self._live.items() if live.grad is not None}
 
     def _norms(self, found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
         """Norms by parameter, and over all."""
@@ -210,7 +216,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
     def _apply(self, masters: list[Tensor], group: Mapping[str, Any], factor: float) -> None:
         """Move some weights by their gradients, which are clipped in place."""
         config = self.config
-        gradients = [p.grad for p in masters]
+        gradients = [p.grad for p in masters if p.grad is not None]  # every one of them has one
         first, second = ([self.state[p][moment] for p in masters] for moment in MOMENTS)
         device = masters[0].device
         scale = None
@@ -218,7 +224,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
             # The rates hang on the second moment that the update is about to make.
             if factor != 1.0:
                 torch._foreach_mul_(gradients, factor)
-            coming = torch._foreach_mul(second, config.beta2)
+            coming = list(torch._foreach_mul(second, config.beta2))
             torch._foreach_addcmul_(coming, gradients, gradients, 1 - config.beta2)
             rates = self._rates(group["lr"], gradients, coming, 1 - config.beta2**self.updates)
             calls = [(slice(i, i + 1), rate) for i, rate in enumerate(rates)]
