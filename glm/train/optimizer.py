@@ -162,15 +162,16 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         for name, gradient in found.items():
             self._masters[name].grad = gradient
         self._summary = GradientSummary(
-            global_norm=total, norms=norms, gradients=found, accumulated=self._as_accumulated()
+            global_norm=total, norms=norms, gradients=found, accumulated=self.accumulated()
         )
         return self._summary
 
     def _found(self) -> dict[str, Tensor]:
         """The accumulated gradient of each master, in fp32."""
-        return {name: gradient.float() for name, gradient in self._as_accumulated().items()}
+        return {name: gradient.float() for name, gradient in self.accumulated().items()}
 
-    def _as_accumulated(self) -> dict[str, Tensor]:
+    def accumulated(self) -> dict[str, Tensor]:
+        """The gradients of the micro-batches so far, in the format they are accumulated in, loss scale included."""
         if self.policy.accumulates_in_fp32:
             return self._accumulated
         return {name: live.grad for name, live in self._live.items() if live.grad is not None}
