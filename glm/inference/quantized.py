@@ -24,6 +24,7 @@ from glm.model.transformer import Transformer
 from glm.precision.policy import DTYPES, Precision
 from stabilitylab.models.layers import fingerprint_of
 from stabilitylab.quantization.linear import QuantizedLinear
+from stabilitylab.quantization.memory import give_back_memory
 from stabilitylab.quantization.plan import Plan, load_plan
 from stabilitylab.quantization.replacement import put
 from stabilitylab.quantization.saved import header_of, load_quantized, read_tensor
@@ -72,6 +73,8 @@ def open_quantized(
                     tensor, schemes[layer], largest=largest.get(layer), name=f"{prepared.weights}: {name}"
                 ),
             )
+            del tensor
+            give_back_memory()
         else:
             refuse_not_finite(name, tensor, prepared.weights)
             owner = model.get_submodule(layer)

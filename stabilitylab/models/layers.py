@@ -9,6 +9,7 @@ never calls it, so neither a hook nor a replacement would take effect.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -67,14 +68,19 @@ def first_nonfinite(module: nn.Module) -> str | None:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """16 hexadecimal digits over parameter names, shapes, and 64 evenly spaced values of each parameter.
+    """The fingerprint of a model's parameters: see ``fingerprint_of``."""
+    return fingerprint_of(sorted(module.named_parameters()))
+
+
+def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """16 hexadecimal digits over parameter names, shapes, and 64 evenly spaced values of each parameter, in order of names.
 
     Values count in bfloat16, so that the same model opened in float32 and in bfloat16 is the same model. (Opened in
     float16 it may differ: values are then rounded twice.) Two fine-tunings of one model differ, unless every sampled value
-    agrees to 8 bits.
+    agrees to 8 bits. Parameters may come one by one, so a model need not fit into memory.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
+    for name, parameter in parameters:
         flat = parameter.detach().reshape(-1)
         at = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLE, flat.numel()), dtype=torch.float64)
         values = flat[at.round().long()].to("cpu", torch.bfloat16).view(torch.int16)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, shared_parameters
 from stabilitylab.quantization.linear import QuantizedLinear
+from stabilitylab.quantization.memory import give_back_memory
 from stabilitylab.quantization.plan import Plan
 from stabilitylab.quantization.replacement import put, quantizable_layers, quantized
 from stabilitylab.quantization.scheme import Scheme
@@ -35,7 +36,7 @@ WEIGHTS, PLAN = "model.safetensors", "plan.json"
 _FORMAT = "stabilitylab-quantized"
 _VERSION = "1"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
-_NEVER = (*_WEIGHT_FILES, ".index.json", ".py")
+_NEVER = (*_WEIGHT_FILES, ".index.json", ".py", ".jsonl", ".html", ".lock")
 
 
 def save_quantized(model: TextModel, plan: Plan, out: Path) -> int:
@@ -79,9 +80,14 @@ def header_of(path: Path) -> dict[str, str] | None:
 
 def holds(path: Path, prefix: str) -> bool:
     """Whether a safetensors file has a tensor whose name begins so."""
+    return any(name.startswith(prefix) for name in _names(path))
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """A copy of one tensor. The file is mapped anew for each, so that what was read does not stay in memory with it."""
     with safe_open(path, framework="pt") as file:
-        names: list[str] = file.keys()
-    return any(name.startswith(prefix) for name in names)
+        tensor: Tensor = file.get_tensor(name)
+        return tensor.clone()
 
 
 def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -101,15 +107,15 @@ def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.
     if header.get("version") != _VERSION:
         raise InputError(f"{path} has version {header.get('version')}, this release reads {_VERSION}")
     layers: dict[str, dict[str, Any]] = json.loads(header["layers"])
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        for layer_path, layout in layers.items():
-            _check_place(module, layer_path, path)
-            put(module, layer_path, _layer(file, names, layer_path, layout, dtype))
-        owned = tuple(f"{layer_path}." for layer_path in layers)
-        for name in sorted(names):
-            if not name.startswith(owned):
-                _set(module, name, file.get_tensor(name), dtype, path)
+    names = _names(path)
+    for layer_path, layout in layers.items():
+        _check_place(module, layer_path, path)
+        put(module, layer_path, _layer(path, names, layer_path, layout, dtype))
+        give_back_memory()
+    owned = tuple(f"{layer_path}." for layer_path in layers)
+    for name in sorted(names):
+        if not name.startswith(owned):
+            _set(module, name, read_tensor(path, name), dtype, path)
     for first, *others in json.loads(header["shared"]):
         for name in others:
             parent, _, leaf = name.rpartition(".")
@@ -137,6 +143,12 @@ def without_parameters() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _names(path: Path) -> set[str]:
+    with safe_open(path, framework="pt") as file:
+        names: list[str] = file.keys()
+    return set(names)
 
 
 def _tensors(model: TextModel, plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -186,10 +198,10 @@ def _narrowest(tensor: Tensor) -> Tensor:
 
 
 def _layer(
-    file: Any, names: set[str], path: str, layout: Mapping[str, Any], dtype: torch.dtype
+    file: Path, names: set[str], path: str, layout: Mapping[str, Any], dtype: torch.dtype
 ) -> QuantizedLinear:
     def get(name: str) -> Tensor | None:
-        return file.get_tensor(f"{path}.{name}") if f"{path}.{name}" in names else None
+        return read_tensor(file, f"{path}.{name}") if f"{path}.{name}" in names else None
 
     values, scales, bias = get("values"), get("scales"), get("bias")
     if values is None or scales is None:

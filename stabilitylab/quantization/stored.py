@@ -28,7 +28,7 @@ from torch import Tensor
 from stabilitylab.errors import InputError
 from stabilitylab.quantization.scheme import INT8_RANGE, Scheme
 
-_CHUNK = 1 << 22  # weights that are looked at together, which bounds the memory beside the result
+_CHUNK = 1 << 20  # weights that are looked at together, which bounds the memory beside the result
 _SHRINK = tuple(1.0 - 0.05 * step for step in range(10))
 
 
