@@ -3,6 +3,7 @@
 The activation is a matrix of positions R by channels C. Of it stay, added up window by window:
 
     low, high        each channel's least and largest value
+    elsewhere        each channel's largest magnitude at all positions but the first of every window
     s1, s2           each channel's sums of (x - c) and (x - c)^2; c is fixed at the first window's mean
     s3, s4           sums of (x - c)^3 and (x - c)^4 over everything
     over_6           each channel's positions with |x| >= 6
@@ -46,6 +47,7 @@ class ChannelStatistics:
         self.positions = 0
         self.low_C: Array = np.full(channels, np.inf)
         self.high_C: Array = np.full(channels, -np.inf)
+        self.elsewhere_C: Array = np.zeros(channels)
         self.over_6_C = np.zeros(channels, dtype=np.int64)
         self.over_6_sigma_C = np.zeros(channels, dtype=np.int64)
         self.massive_C = np.zeros(channels, dtype=np.int64)
@@ -71,7 +73,12 @@ class ChannelStatistics:
             return True
         if x_RC.dtype in (torch.float16, torch.bfloat16):
             x_RC = x_RC.float()
-        low_C, high_C = x_RC.amin(0), x_RC.amax(0)
+        # One row of positions: the first, where attention sinks lie, is told from the rest.
+        first = 1 if x.dim() == 3 and x.shape[0] == 1 < rows else 0
+        low_C, high_C = x_RC[first:].amin(0), x_RC[first:].amax(0)
+        elsewhere_C = torch.maximum(low_C.neg(), high_C)
+        if first:
+            low_C, high_C = torch.minimum(low_C, x_RC[0]), torch.maximum(high_C, x_RC[0])
         size_C = torch.maximum(low_C.neg(), high_C)
         largest = float(size_C.max())  # amin and amax pass NaN on
         if not np.isfinite(largest):
@@ -80,6 +87,7 @@ class ChannelStatistics:
         self.positions += rows
         np.minimum(self.low_C, _numpy(low_C), out=self.low_C)
         np.maximum(self.high_C, _numpy(high_C), out=self.high_C)
+        np.maximum(self.elsewhere_C, _numpy(elsewhere_C), out=self.elsewhere_C)
         if largest >= THRESHOLD:
             at = torch.nonzero(size_C >= THRESHOLD).flatten()
             self.over_6_C[at.cpu().numpy()] += _count(x_RC[:, at].abs() >= THRESHOLD)
@@ -130,8 +138,12 @@ class ChannelStatistics:
     @property
     def times_median(self) -> Array:
         """Each channel's largest magnitude over that median; infinite or NaN where the median is zero."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(self.largest / self.median_channel)
+        return _over_median(self.largest)
+
+    @property
+    def elsewhere_over_median(self) -> Array:
+        """The same, of what lies at other positions than the first of a window."""
+        return _over_median(self.elsewhere_C)
 
     @property
     def mean(self) -> float:
@@ -154,6 +166,11 @@ class ChannelStatistics:
     def nbytes(self) -> int:
         """Memory of the arrays held."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+
+
+def _over_median(size_C: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(size_C / np.median(size_C))
 
 
 def median_magnitude(x: Tensor) -> float:

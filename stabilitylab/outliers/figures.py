@@ -50,14 +50,20 @@ def recurring_roles(scan: OutlierScan) -> list[str]:
 
 
 def depth_figures(scan: OutlierScan) -> list[tuple[Figure, str]]:
-    """Largest magnitude, channel maximum over median, and kurtosis by layer, each with its caption."""
+    """Channel maximum over median, largest magnitude, and kurtosis by layer, each with its caption."""
     statistics: tuple[tuple[str, str, Callable[[ChannelStatistics], float]], ...] = (
         ("Largest channel over the median channel", "×", lambda one: float(one.times_median.max())),
+        (
+            "The same without the windows' first positions",
+            "×",
+            lambda one: float(one.elsewhere_over_median.max()),
+        ),
         ("Largest magnitude", "|x|", lambda one: one.absmax),
         ("Kurtosis of all values", "", lambda one: one.kurtosis),
     )
     captions = (
         "How much of a per-tensor scale a single channel takes. One: all channels alike.",
+        "What is left when the first token, on which attention rests, is kept out of the scale.",
         "The range that a number format must hold.",
         "3 for a Gaussian; large where few values carry most of the spread. The criterion of quantizable transformers "
         "(Bondarenko et al., arXiv:2306.12929).",

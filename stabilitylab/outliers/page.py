@@ -13,6 +13,9 @@ from stabilitylab.outliers.scan import OutlierScan
 from stabilitylab.report.page import Cell, Page, Picture, Section, Table
 
 MOST_MAPS = 8
+MOST_LISTED = 32
+# Beyond this a channel stands out whatever its ratio; without an end, one channel would darken all maps.
+BRIGHTEST = 100.0
 
 
 def outlier_page(scan: OutlierScan, *, decision: Sequence[Section] = ()) -> Page:
@@ -71,7 +74,8 @@ def criteria_section(scan: OutlierScan) -> Section:
     )
     note = (
         "Linear inputs: what enters the linear layers. Main branch: the blocks' outputs. The last column reads the linear inputs: "
-        "“like” means within a factor of 3 of what is published. An absolute threshold depends on the scale of the model's activations; multiples of "
+        "“like” means within a factor of 3 of what is published. An absolute "
+        "threshold depends on the scale of the model's activations; multiples of "
         "the median channel and of the standard deviation do not."
     )
     columns = ["criterion", "marks", "linear inputs", "main branch", "reads like"]
@@ -86,33 +90,44 @@ def worst_section(scan: OutlierScan, count: int = 20) -> Section:
             str(one.channel),
             words.short(one.largest),
             f"{words.short(one.times_median)} ×",
-            f"{100 * one.over_6:.2g} %",
+            words.short(one.elsewhere),
+            words.fraction(one.over_6),
         ]
         for one in scan.worst(count)
     ]
-    columns = ["where", "channel", "largest |x|", "over the median channel", "positions with |x| ≥ 6"]
+    columns = ["where", "channel", "largest |x|", "over the median channel", "elsewhere", "positions ≥ 6"]
+    note = "Elsewhere: the channel's largest magnitude without the first position of every window."
     text = [
-        "A channel that is large at few positions sits on special tokens, often the first one of a window; per-token scales "
-        "confine its harm to those. One that is large at many positions harms every token, and asks for mixed precision or for "
-        "moving its size into the weights.",
+        "A channel that is large at few positions sits on special tokens, most often the first of a window, on which attention "
+        "rests; per-token scales confine its harm to those. One that is large at many positions harms every token, and asks for "
+        "mixed precision or for moving its size into the weights.",
+        words.first_positions(scan),
         *words.notes(scan),
     ]
     for name, seen in (("linear inputs", scan.inputs), ("main branch", scan.main_branch)):
         marked = np.flatnonzero(three_part_mask(seen))
-        if len(marked):
-            listed = ", ".join(map(str, marked[:24])) + (", …" if len(marked) > 24 else "")
+        if len(marked) > MOST_LISTED:
+            text.append(
+                f"LLM.int8()'s rule marks {len(marked):,} dimensions of the {name}: it does not select there."
+            )
+        elif len(marked):
+            listed = ", ".join(map(str, marked))
             text.append(f"LLM.int8()'s rule marks {len(marked)} dimensions of the {name}: {listed}.")
-    return Section(title="The worst channels", text=text, parts=[Table(columns=columns, rows=rows)])
+    return Section(
+        title="The worst channels", text=text, parts=[Table(columns=columns, rows=rows, note=note)]
+    )
 
 
 def map_section(scan: OutlierScan) -> Section:
     """Layers by channels, for every place in the block."""
     roles = recurring_roles(scan)[:MOST_MAPS]
     seen = [one for role in roles for _, one in scan.roles()[role]]
-    highest = max((float(np.nanmax(one.times_median, initial=1.0)) for one in seen), default=1.0)
+    largest = max((float(np.nanmax(one.times_median, initial=1.0)) for one in seen), default=1.0)
+    highest = min(largest, BRIGHTEST)
     parts = [Picture(figure=channel_map(scan, role, highest=highest)) for role in roles]
     text = (
-        "One row a layer, one column a channel; bright is large. All maps share one colour scale. A vertical line is a channel "
+        "One row a layer, one column a channel; bright is large. All maps share one colour scale, which ends at 100. "
+        "A vertical line is a channel "
         "that stands out in layer after layer; a single bright cell is one layer's own.",
     )
     if not parts:

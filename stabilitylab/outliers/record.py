@@ -1,4 +1,7 @@
-"""A scan as JSON: everything the page shows, and each channel's maximum. NaN and infinity become null."""
+"""A scan as JSON: everything the page shows, and each channel's maximum. NaN and infinity become null.
+
+``elsewhere`` leaves the first position of every window out.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,7 @@ def scan_record(scan: OutlierScan) -> dict[str, Any]:
                 "layer": one.site.layer,
                 "channel": one.channel,
                 "absmax": number(one.largest),
+                "absmax_elsewhere": number(one.elsewhere),
                 "over_median": number(one.times_median),
                 "positions_over_6": number(one.over_6),
             }
@@ -61,6 +65,7 @@ def scan_record(scan: OutlierScan) -> dict[str, Any]:
                 "channel_max_over_median": number(float(one.times_median.max())),
                 "mean": number(one.mean),
                 "kurtosis": number(one.kurtosis),
+                "channel_max_over_median_elsewhere": number(float(one.elsewhere_over_median.max())),
                 "channel_absmax": [number(value) for value in one.largest.tolist()],
             }
             for site, one in scan.sites

@@ -1,7 +1,7 @@
 """Reading a text through a model and keeping, of every activation that passes, its channels' statistics.
 
 The text is a stream of windows; hooks add each activation to its site's ``ChannelStatistics`` and let it go. Memory is the
-model's own for one window plus about 60 bytes a channel and site, whatever the length of the text. Layers that read the same
+model's own for one window plus about 64 bytes a channel and site, whatever the length of the text. Layers that read the same
 tensor (query, key and value) are found in the first window and measured once, under the first one's name.
 """
 
@@ -33,6 +33,7 @@ class WorstChannel:
         site: where.
         channel: its number.
         largest: its largest magnitude.
+        elsewhere: the same without the windows' first positions.
         times_median: that over the median channel's.
         over_6: share of positions with |x| >= 6 there.
     """
@@ -40,6 +41,7 @@ class WorstChannel:
     site: Site
     channel: int
     largest: float
+    elsewhere: float
     times_median: float
     over_6: float
 
@@ -107,6 +109,7 @@ class OutlierScan:
                         site=site,
                         channel=int(channel),
                         largest=float(one.largest[channel]),
+                        elsewhere=float(one.elsewhere_C[channel]),
                         times_median=float(times_C[channel]),
                         over_6=float(one.over_6_C[channel] / one.positions),
                     )

@@ -31,11 +31,15 @@ def show_scan(scan: OutlierScan, console: Console, *, worst: int = 8) -> None:
             criterion.name, criterion.marks, words.share(found), words.share(branch), reading(found)
         )
     console.print(table)
-    for sentence in (*words.answer(scan), words.depth(scan), *words.notes(scan)):
+    for sentence in (*words.answer(scan), words.depth(scan), words.first_positions(scan), *words.notes(scan)):
         if sentence:
             console.print(Text(sentence))
-    channels = Table("where", title="Worst channels of linear inputs", title_justify="left")
-    for column in ("channel", "largest", "x median", "positions >= 6"):
+    channels = Table(
+        "where",
+        title="Worst channels of linear inputs (elsewhere: largest without the windows' first position)",
+        title_justify="left",
+    )
+    for column in ("channel", "largest", "x median", "elsewhere", "positions >= 6"):
         channels.add_column(column, justify="right")
     for one in scan.worst(worst):
         channels.add_row(
@@ -43,6 +47,7 @@ def show_scan(scan: OutlierScan, console: Console, *, worst: int = 8) -> None:
             str(one.channel),
             words.short(one.largest),
             words.short(one.times_median),
-            f"{100 * one.over_6:.2g} %",
+            words.short(one.elsewhere),
+            words.fraction(one.over_6),
         )
     console.print(channels)

@@ -10,18 +10,19 @@ from stabilitylab.report.style import plain
 
 def share(found: Found) -> str:
     """``2.6 %``, ``1 in 12,000``, ``none``, or a dash where the criterion does not apply."""
-    value = found.share
-    if value is None:
-        return "–"
+    return "–" if found.share is None else fraction(found.share)
+
+
+def fraction(value: float) -> str:
+    """A share in percent, and one below 0.01 % as one in so many."""
     if value == 0:
         return "none"
-    return (
-        f"{100 * value:.2g} %"
-        if 1e-4 <= value < 0.995
-        else f"1 in {short(1 / value)}"
-        if value < 1e-4
-        else "all"
-    )
+    if value == 1:
+        return "all"
+    if value < 1e-4:
+        return f"1 in {float(f'{1 / value:.3g}'):,.0f}"
+    # Two digits, but what is nearly all does not read as all.
+    return f"{100 * value:.2g} %" if value < 0.0995 else f"{min(99.9, 100 * value):.3g} %"
 
 
 def short(value: float) -> str:
@@ -66,6 +67,16 @@ def depth(scan: OutlierScan) -> str:
     return (
         f"The main branch's largest value is {short(first)} after layer {branch[0][0].layer}, "
         f"{short(peak[1].absmax)} at its highest (layer {peak[0].layer}) and {short(branch[-1][1].absmax)} after the last."
+    )
+
+
+def first_positions(scan: OutlierScan, worst: int = 20) -> str:
+    """How many of the worst channels owe it to the first position of the windows, where attention sinks lie."""
+    channels = scan.worst(worst)
+    owing = sum(one.elsewhere <= one.largest / 3 for one in channels)
+    return (
+        f"Of the {len(channels)} worst channels, {owing} owe it to the first position of the windows: elsewhere they reach a "
+        "third or less."
     )
 
 
