@@ -96,6 +96,8 @@ class Monitor:
             and of attention modules, outputs (``path``) and inputs (``path:input``) of which each has some of
             the heads or channels (they are laid side by side). DTensor parameters (FSDP2) are known to be;
             all others count as alike on every rank.
+        scattered: globs of parameters of which every element is on one rank only, whatever else the rank is
+            (ZeRO): sums are added over all ranks.
         shard: which part of what is ``sharded`` this process holds: its tensor-parallel rank; by default its
             rank.
         recorder: with ``out``: measure every step, hold the last so many in memory, and write them in full
@@ -123,6 +125,7 @@ class Monitor:
         recorder: int = 0,
         group: dist.ProcessGroup | Literal["default"] | None = "default",
         sharded: str | Sequence[str] = (),
+        scattered: str | Sequence[str] = (),
         shard: int | None = None,
     ) -> None:
         given, model = model, _unwrapped(model)
@@ -146,6 +149,7 @@ class Monitor:
             buffer=self._buffer,
             patterns=_patterns(sites),
             sharded=_patterns(sharded),
+            scattered=_patterns(scattered),
             compiled=is_compiled(given),
             failed=self._probe_failed,
         )

@@ -174,7 +174,11 @@ class ParallelEngine:
 
     @property
     def sharded(self) -> tuple[str, ...]:
-        return (*self.shares, *(TENSOR_SHARDED if self.topology.tensor > 1 else ()))
+        return TENSOR_SHARDED if self.topology.tensor > 1 else ()
+
+    @property
+    def scattered(self) -> tuple[str, ...]:
+        return ("*",)
 
     @property
     def shard(self) -> int:

@@ -144,11 +144,7 @@ class ShardedAdamW(MixedPrecisionAdamW):
         return done + list(filling.values())
 
     def _found(self) -> dict[str, Tensor]:
-        gradients = (
-            self._accumulated
-            if self.policy.accumulates_in_fp32
-            else {name: live.grad for name, live in self._live.items() if live.grad is not None}
-        )
+        gradients = self.accumulated()
         reduced: dict[str, Tensor] = {}
         for bucket in self._buckets:
             reduced |= bucket.reduce(gradients, self._device)

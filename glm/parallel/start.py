@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from glm.errors import InputError
 from glm.parallel.config import ParallelConfig
-from glm.parallel.team import Alone, Processes, Team
+from glm.parallel.team import Alone, EverywhereError, Processes, Team
 
 PORT = "29500"
 
@@ -85,11 +85,13 @@ def check_started(config: ParallelConfig) -> None:
         f"parallel.tensor {config.tensor} x parallel.pipeline {config.pipeline} x parallel.data {config.data}"
     )
     if here is None:
-        raise InputError(
+        raise EverywhereError(
             f"{axes} needs {config.ranks} processes and this is one: "
             f"start it with torchrun --nproc-per-node {config.ranks} -m glm train ..."
         )
-    raise InputError(f"{axes} is {config.ranks} processes, but {started} were started: change one of the two")
+    raise EverywhereError(
+        f"{axes} is {config.ranks} processes, but {started} were started: change one of the two"
+    )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ detector's verdict, a full disk, a folder that is missing on one machine) goes t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -18,6 +18,10 @@ from glm.errors import InputError
 T = TypeVar("T")
 
 
+class EverywhereError(InputError):
+    """Wrong on every process alike, or agreed to be: one of them says it."""
+
+
 class Team(Protocol):
     """The processes of a run."""
 
@@ -27,6 +31,9 @@ class Team(Protocol):
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the processes."""
 
     def from_first(self, value: T) -> T:
         """What the leading process has."""
@@ -43,6 +50,9 @@ class Alone:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        return list(values)
 
     def from_first(self, value: T) -> T:
         return value
@@ -68,6 +78,11 @@ class Processes:
         dist.all_reduce(said, op=dist.ReduceOp.MAX)
         return bool(said.item())
 
+    def total(self, values: Sequence[float]) -> list[float]:
+        sums = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
     def from_first(self, value: T) -> T:
         box = [value if self.leads else None]
         dist.broadcast_object_list(box, device=self.device)
@@ -82,6 +97,7 @@ class Processes:
             failure = error
         if not self.any(failure is not None):
             return
-        said: list[Exception | None] = [None] * dist.get_world_size()
+        said: list[InputError | OSError | None] = [None] * dist.get_world_size()
         dist.all_gather_object(said, failure)
-        raise failure or next(error for error in said if error is not None)
+        first = next(error for error in said if error is not None)
+        raise first if isinstance(first, OSError) else EverywhereError(str(first))

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from glm.data.loader import Loader
 from glm.data.shards import TokenData, open_data
 from glm.errors import InputError
 from glm.parallel.start import joined, speaks
-from glm.parallel.team import Team
+from glm.parallel.team import EverywhereError, Team
+from glm.parallel.topology import checked
 from glm.presets import PRESETS
 from glm.train import checkpoint as checkpoints
 from glm.train.config import MAY_CHANGE, TrainConfig, differences, from_json
@@ -38,6 +40,8 @@ from glm.train.monitoring import MonitorCallback
 from glm.train.progress import ProgressCallback
 from stabilitylab.command_line import parse
 from stabilitylab.telemetry import Event, RunFolder
+
+SECONDS_TO_SPEAK = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +81,16 @@ def train_command(arguments: Sequence[str]) -> int:
     if speaks():
         return _train_command(arguments)
     # Of several processes one speaks: the others would say the same.
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        try:
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             return _train_command(arguments)
-        except InputError:
-            return 2
+    except (EverywhereError, SystemExit) as stop:
+        code = stop.code if isinstance(stop, SystemExit) else 2
+        if code == 2:
+            # The launcher ends all as soon as one has ended: that must be the one that speaks.
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+            time.sleep(SECONDS_TO_SPEAK)
+        return int(code or 0)
 
 
 def _train_command(arguments: Sequence[str]) -> int:
@@ -118,6 +127,8 @@ def train(command: TrainCommand, *, console: Console) -> bool:
         with team.together():
             data = open_data(command.data)
             config = with_vocabulary(command.config, data)
+            if config.parallel.ranks > 1:
+                checked(config.parallel, config.model)
         run = RunFolder(command.out)
         resumes = False
         try:

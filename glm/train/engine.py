@@ -47,7 +47,11 @@ class Engine(Protocol):
 
     @property
     def sharded(self) -> Sequence[str]:
-        """Globs of the parameters and modules of which this process has only a part; see ``stabilitylab.Monitor``."""
+        """Globs of the modules of which this process has only a part; see ``stabilitylab.Monitor``."""
+
+    @property
+    def scattered(self) -> Sequence[str]:
+        """Globs of the parameters of which ``tensors`` gives only a part."""
 
     @property
     def shard(self) -> int:
@@ -105,6 +109,7 @@ class LocalEngine:
     """
 
     sharded: Sequence[str] = ()
+    scattered: Sequence[str] = ()
     shard = 0
 
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm.parallel.team import Alone, Team
 from glm.precision import gradient_range
 from glm.train.batches import BatchDescriber
 from glm.train.config import MonitorConfig
@@ -56,6 +57,7 @@ class MonitorCallback(Callback):
         self._pending_state: Mapping[str, Any] = {}
         self._pending_events: list[Event] = []
         self._range: Mapping[str, float] = {}
+        self._team: Team = Alone()
 
     @property
     def monitor(self) -> Monitor:
@@ -63,6 +65,7 @@ class MonitorCallback(Callback):
         return self._monitor
 
     def train_start(self, trainer: Trainer) -> None:
+        self._team = trainer.team
         describe = None
         if self._run is not None:
             describe = BatchDescriber(self._run, trainer.loader, trainer.config.model.length)
@@ -78,6 +81,8 @@ class MonitorCallback(Callback):
             describe_batch=describe,
             recorder=self._config.recorder,
             sharded=trainer.engine.sharded,
+            scattered=trainer.engine.scattered,
+            shard=trainer.engine.shard,
         )
         if self._pending_state:
             self._monitor.load_state_dict(self._pending_state)
@@ -97,7 +102,10 @@ class MonitorCallback(Callback):
 
     def gradients_ready(self, step: int, gradients: GradientSummary) -> None:
         every = self._config.every
-        self._range = range_values(gradients.accumulated.values()) if every and step % every == 0 else {}
+        self._range = {}
+        if every and step % every == 0:
+            own = range_values(gradients.accumulated.values())
+            self._range = dict(zip(own, self._team.total(list(own.values())), strict=True))
         self.monitor.gradients_ready(gradients=gradients.gradients, norms=gradients.norms)
 
     def step_end(self, info: StepInfo) -> Sequence[Event]:

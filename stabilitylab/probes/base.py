@@ -123,6 +123,7 @@ class Context:
         patterns: globs; a site is watched if one of them matches its module path.
         sharded: globs; of parameters, modules and inputs (``path:input``) that one of them matches, each rank
             holds a shard, some of the heads, some of the channels.
+        scattered: globs; of parameters that one of them matches, no two ranks hold the same elements.
         loss_scale: the factor on the loss in the step that ends, as a number or where the buffer has it.
         failed: told of a probe, by name, whose hook raised.
         compiled: the model runs under ``torch.compile``: hooks are traced once and must stay.
@@ -134,6 +135,7 @@ class Context:
     buffer: Buffer
     patterns: Sequence[str] = ("*",)
     sharded: Sequence[str] = ()
+    scattered: Sequence[str] = ()
     loss_scale: float | Slots = 1.0
     failed: Callable[[str, Exception], None] | None = None
     compiled: bool = False
@@ -154,6 +156,10 @@ class Context:
     def is_sharded(self, path: str) -> bool:
         """Whether other ranks hold other parts of this parameter, of this module's output or input."""
         return any(fnmatchcase(path, pattern) for pattern in self.sharded)
+
+    def is_scattered(self, path: str) -> bool:
+        """Whether every element of this parameter is on one rank only, as under ZeRO."""
+        return any(fnmatchcase(path, pattern) for pattern in self.scattered)
 
     def wanted(self, path: str) -> bool:
         """Whether the user asked for this module or parameter path."""

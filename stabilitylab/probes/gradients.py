@@ -97,6 +97,7 @@ class GradientProbe:
         self._norms = {name: float(norm) for name, norm in norms.items() if name not in gradients}
 
     def _summary(self, name: str, is_shard: bool) -> Summary:
+        is_shard = is_shard or self._context.is_scattered(name)
         region = "rows" if is_shard else "shards" if self._context.is_sharded(name) else "replicated"
         return Summary(self._context.buffer, region=region)
 

@@ -119,6 +119,7 @@ class UpdateProbe:
 
     def _entry(self, p: Tensor) -> _Entry:
         name, (here, is_shard) = self._names[id(p)], local_part(p.detach())
+        is_shard = is_shard or self._context.is_scattered(name)
         # All fields are sums, and what is the same on every rank counts once.
         region = "sums" if is_shard else "shard_sums" if self._context.is_sharded(name) else "replicated"
         slots = self._context.buffer.reserve(region, len(FIELDS), here.device)

@@ -1,0 +1,152 @@
+"""The parallel engine against the local one: the same losses, norms and weights, however the model is spread.
+
+The oracle of rounding is the local engine itself: the same batch in micro-batches of another size is the same update in exact
+arithmetic, summed in another order. By how much such runs differ is what order of summation does here; a parallel run may differ by
+as much, times a margin for the further sums that it makes (partial products of tensor ranks, shares of the vocabulary).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from glm.train import checkpoint as checkpoints
+from glm.train.checkpoint import Checkpoint
+from glm.train.config import BatchConfig, TrainConfig
+from glm.train.engine import LocalEngine
+from tests.glm.parallel import worlds
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.distributed
+
+# Of the largest difference between local runs. In half precision every tensor rank rounds its part of a sum, where one process
+# rounds the sum: the rounding errors of a step are twice as many.
+MARGIN = {"fp32": 4.0, "fp16": 8.0, "bf16": 8.0}
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """All worlds' checkpoints, made by real processes."""
+    folder = tmp_path_factory.mktemp("worlds")
+    command = [sys.executable, "-W", "error", "-m", "tests.glm.parallel.worlds", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def read(results: Path, name: str) -> Checkpoint:
+    ((_, path),) = checkpoints.list_checkpoints(results / name)
+    return checkpoints.load(path)
+
+
+@cache
+def local(key: str, config: TrainConfig, steps: int, micro: int) -> Checkpoint:
+    """The same run in one process."""
+    del key
+    config = dataclasses.replace(config, batch=BatchConfig(rows=worlds.ROWS, micro_rows=micro))
+    engine = LocalEngine(config)
+    curve = worlds.train(engine, steps)
+    weights, moments = engine.tensors()
+    return Checkpoint(step=steps, model=weights, optimizer=moments, state={"curve": curve})
+
+
+def distances(a: Checkpoint, b: Checkpoint) -> dict[str, float]:
+    """How far two runs are apart."""
+    pairs = list(zip(a.state["curve"], b.state["curve"], strict=True))
+    applied = [(x, y) for x, y in pairs if x[2]]
+    assert [x[2] for x, _ in pairs] == [y[2] for _, y in pairs], "other updates were skipped"
+
+    def apart(one, other):
+        return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+    def mean(one, other):
+        total = sum(float((one[name] - other[name]).abs().sum()) for name in one)
+        return total / sum(one[name].numel() for name in one)
+
+    return {
+        "loss": max(abs(x[0] - y[0]) for x, y in pairs),
+        "norm": max(abs(x[1] / y[1] - 1) for x, y in applied),
+        "weights": mean(a.model, b.model),
+        "moments": apart(a.optimizer, b.optimizer),
+    }
+
+
+def bounds(config: TrainConfig, steps: int) -> dict[str, float]:
+    """The largest distance between local runs that sum in another order, with the margin."""
+    # A plain number is rounded by half a unit in its last place whatever is summed how: fp32's of a loss near 8, twice.
+    least = {"loss": 8 * 2.0**-23, "norm": 2.0**-22, "weights": 0.0, "moments": 0.0}
+    runs = [local(config.to_json(), config, steps, micro) for micro in (1, 2, 4, 8)]
+    between = [distances(a, b) for i, a in enumerate(runs) for b in runs[:i]]
+    return {
+        what: max(least[what], MARGIN[config.precision] * max(one[what] for one in between)) for what in least
+    }
+
+
+def alone(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, parallel=type(config.parallel)())
+
+
+LIKE_LOCAL = [one for one in worlds.worlds() if one.steps and not one.config.model.dropout]
+
+
+@pytest.mark.parametrize("one", LIKE_LOCAL, ids=lambda one: one.name)
+def test_a_parallel_run_is_the_local_one_within_rounding(results, one):
+    config = alone(one.config)
+    found = distances(read(results, one.name), local(config.to_json(), config, one.steps, 2))
+    allowed = bounds(config, one.steps)
+    assert all(found[what] <= allowed[what] for what in found), (found, allowed)
+
+
+def test_dropout_masks_do_not_depend_on_the_topology(results):
+    a, b = read(results, "dropout-112"), read(results, "dropout-221")
+    found, allowed = distances(a, b), bounds(alone(LIKE_LOCAL[0].config), 5)
+    # Dropped and scaled activations are 1 / 0.8 as large, and so are the errors.
+    assert all(found[what] <= 2 * allowed[what] for what in found), (found, allowed)
+    dry = read(results, "fp32-112")
+    assert distances(a, dry)["loss"] > 100 * found["loss"]
+
+
+def test_a_checkpoint_is_the_same_bits_under_every_topology(results):
+    written = read(results, "fp16-221")
+    for name in ("again-122", "again-211"):
+        again = read(results, name)
+        for one, other in ((written.model, again.model), (written.optimizer, again.optimizer)):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[key], other[key]) for key in one)
+        assert again.state["engine"] == written.state["engine"]
+
+
+def test_any_topologys_checkpoint_continues_in_one_process(results):
+    """And the local engine's masters and moments are what the file says."""
+    written = read(results, "fp16-221")
+    engine = LocalEngine(alone(worlds.world("", (2, 2, 1), precision="fp16").config))
+    engine.load_tensors(written.model, written.optimizer)
+    engine.load_state_dict(written.state["engine"])
+    weights, moments = engine.tensors()
+    assert all(torch.equal(weights[name], written.model[name]) for name in written.model)
+    assert all(torch.equal(moments[name], written.optimizer[name]) for name in written.optimizer)
+    assert engine.state_dict() == written.state["engine"]
+    assert sum(applied for _, _, applied in written.state["curve"]) == engine.optimizer.updates
+
+
+@pytest.mark.parametrize(
+    "one", [w for w in worlds.worlds() if w.name.startswith("fp32")], ids=lambda w: w.name
+)
+def test_no_element_is_kept_twice(results, one):
+    """Masters and moments take exactly the model's size over all ranks, spread evenly within a stage."""
+    ((_, path),) = checkpoints.list_checkpoints(results / one.name)
+    held = [int(file.read_text()) for file in (results / one.name).glob("held-*")]
+    whole = sum(tensor.numel() for tensor in checkpoints.load(path).model.values())
+    assert len(held) == one.ranks
+    assert sum(held) == whole
+    if one.config.parallel.pipeline == 1:
+        assert max(held) - min(held) <= len(checkpoints.load(path).model)

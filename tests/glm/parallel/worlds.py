@@ -1,0 +1,183 @@
+"""Runs the parallel engine over several topologies and leaves their results on disk, for ``test_engine.py`` to judge.
+
+    python worlds.py FOLDER
+
+Importing torch and DeepSpeed takes seconds, so it is done once: the ranks of each world are forked from here. Not a test itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig
+from glm.parallel.config import ParallelConfig
+from glm.train.checkpoint import Checkpoint
+from glm.train.config import BatchConfig, TrainConfig
+from glm.train.optimizer import OptimizerConfig
+
+TOPOLOGIES = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2))
+ROWS, LENGTH, VOCABULARY, RATE = 8, 16, 96, 1e-3
+
+GLM = ModelConfig(
+    vocabulary=VOCABULARY,
+    layers=3,
+    hidden=32,
+    heads=4,
+    length=LENGTH,
+    embedding=EmbeddingConfig(gradient_shrink=0.5),
+)
+OTHER = dataclasses.replace(
+    GLM,
+    norm="sandwich",
+    z_loss=1e-3,
+    recompute=True,
+    embedding=EmbeddingConfig(norm=True, tied=False),
+    attention=AttentionConfig(positions="alibi", qk_norm=True),
+    feed_forward=FeedForwardConfig(kind="gelu"),
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """One run."""
+
+    name: str
+    config: TrainConfig
+    steps: int = 5
+    load: str = ""
+
+    @property
+    def ranks(self) -> int:
+        return self.config.parallel.ranks
+
+
+def world(
+    name: str,
+    axes: tuple[int, int, int],
+    *,
+    precision: str = "fp32",
+    model: ModelConfig = GLM,
+    micro: int = 2,
+    **more: object,
+) -> World:
+    t, p, d = axes
+    config = TrainConfig(
+        precision=precision,
+        model=model,
+        batch=BatchConfig(rows=ROWS, micro_rows=micro),
+        optimizer=more.pop("optimizer", OptimizerConfig()),
+        parallel=ParallelConfig(tensor=t, pipeline=p, data=d, timeout=60),
+    )
+    return World(name, config, **more)
+
+
+def worlds() -> list[World]:
+    """All runs, in the order in which they are made."""
+    found = [world("fp32-" + _joined(axes), axes) for axes in TOPOLOGIES]
+    found += [
+        world(f"{p}-{_joined(a)}", a, precision=p) for p in ("fp16", "bf16") for a in ((2, 2, 1), (1, 2, 2))
+    ]
+    # Other levers, and a micro-batch that only one of two replicas gets.
+    found += [world("other-221", (2, 2, 1), model=OTHER), world("uneven-112", (1, 1, 2), micro=8)]
+    stable = OptimizerConfig(update_clipping=True, zclip=True)
+    found += [world("stable-212", (2, 1, 2), optimizer=stable)]
+    wet = dataclasses.replace(GLM, dropout=0.2)
+    found += [world(f"dropout-{_joined(axes)}", axes, model=wet) for axes in ((1, 1, 2), (2, 2, 1))]
+    # Loads what another topology wrote and writes it again.
+    found += [
+        world("again-122", (1, 2, 2), precision="fp16", steps=0, load="fp16-221"),
+        world("again-211", (2, 1, 1), precision="fp16", steps=0, load="again-122"),
+    ]
+    return found
+
+
+def _joined(axes: tuple[int, int, int]) -> str:
+    return "".join(map(str, axes))
+
+
+def batch(step: int) -> SimpleNamespace:
+    """Random rows, some of whose tokens have targets."""
+    g = torch.Generator().manual_seed(step)
+    targets_BT = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=g)
+    targets_BT[torch.rand(ROWS, LENGTH, generator=g) < 0.4] = -100
+    positions_BT = torch.arange(LENGTH).expand(ROWS, -1).contiguous()
+    return SimpleNamespace(
+        tokens_BT=torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=g),
+        targets_BT=targets_BT,
+        positions=positions_BT,
+        segments_BT=torch.zeros(ROWS, LENGTH, dtype=torch.int32),
+        context_BT=positions_BT < 4,
+    )
+
+
+def train(engine, steps: int) -> list[tuple[float, float, bool]]:
+    """(loss, gradient norm, applied) of each step."""
+    curve = []
+    for step in range(steps):
+        loss = engine.forward_backward(batch(step), step)
+        norm = engine.gradients().global_norm
+        curve.append((loss, norm, engine.update(RATE, clip=1.0)))
+    return curve
+
+
+def run_rank(one: World, folder: Path) -> None:
+    from glm.parallel.engine import ParallelEngine
+    from glm.parallel.start import joined
+
+    config = one.config
+    with joined(config.parallel, torch.device("cpu"), config.to_json()) as team:
+        engine = ParallelEngine(config)
+        if one.load:
+            state, problems = engine.load_newest(folder / one.load)
+            assert not problems
+            engine.load_tensors(state.model, state.optimizer)
+            engine.load_state_dict(state.state["engine"])
+        curve = train(engine, one.steps)
+        weights, moments = engine.tensors()
+        held = sum(tensor.numel() for tensor in weights.values())
+        state = {"engine": engine.state_dict(), "curve": curve}
+        checkpoint = Checkpoint(step=one.steps, model=weights, optimizer=moments, state=state)
+        engine.save(folder / one.name, checkpoint, keep=1)
+        (folder / one.name / f"held-{team.from_first(os.getpid())}-{os.getpid()}").write_text(str(held))
+
+
+def main(folder: Path) -> int:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import glm.parallel.engine  # noqa: F401 (before the fork: once for all)
+
+    for one in worlds():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(one.ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": one.ranks, "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+            child = os.fork()
+            if child == 0:
+                try:
+                    run_rank(one, folder)
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if any(codes):
+            print(json.dumps({"world": one.name, "codes": codes}), file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
