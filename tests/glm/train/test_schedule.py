@@ -1,0 +1,113 @@
+"""Schedules against their closed forms at every step; what a resumed run records is what an unbroken one would."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from glm.data.loader import Loader
+from glm.errors import InputError
+from glm.model.config import EmbeddingConfig, ModelConfig
+from glm.train import checkpoint as checkpoints
+from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig
+from glm.train.engine import LocalEngine
+from glm.train.loop import Trainer
+from glm.train.monitoring import MonitorCallback
+from glm.train.schedule import ScheduleConfig
+from stabilitylab.report import load_run
+from stabilitylab.telemetry import Event, RunFolder
+
+
+def test_warm_up_and_cosine_are_glm_130bs():
+    """Table 11: 8e-5 to 8e-6, cosine, warm-up over 0.5 %."""
+    schedule = ScheduleConfig(peak=8e-5, least=0.1, warmup=50)
+    rates = np.array([schedule.learning_rate(step, 10_000) for step in range(10_000)])
+    np.testing.assert_allclose(rates[:50], 8e-5 * np.arange(1, 51) / 50, rtol=1e-12)
+    x = np.arange(9950) / 9950
+    np.testing.assert_allclose(rates[50:], 8e-6 + (8e-5 - 8e-6) * (1 + np.cos(math.pi * x)) / 2, rtol=1e-12)
+    assert schedule.learning_rate(10_000, 10_000) == pytest.approx(8e-6)
+    assert schedule.learning_rate(20_000, 10_000) == pytest.approx(8e-6)
+
+
+@pytest.mark.parametrize("shape", ["linear", "constant"])
+def test_other_shapes(shape):
+    schedule = ScheduleConfig(peak=2.0, least=0.5, warmup=4, shape=shape, decay_steps=14)
+    rates = [schedule.learning_rate(step, 1000) for step in range(20)]
+    after = [2.0 - (min(step, 14) - 4) / 10 for step in range(4, 20)] if shape == "linear" else [2.0] * 16
+    np.testing.assert_allclose(rates, [0.5, 1.0, 1.5, 2.0, *after], rtol=1e-12)
+
+
+def test_alpha_rises_between_two_steps():
+    schedule = ScheduleConfig(shrink_to=1.0, shrink_from_step=6000, shrink_to_step=6500)
+    alphas = [schedule.embedding_gradient_shrink(step, 0.1) for step in (0, 6000, 6250, 6500, 9000)]
+    np.testing.assert_allclose(alphas, [0.1, 0.1, 0.55, 1.0, 1.0], rtol=1e-12)
+    assert ScheduleConfig().embedding_gradient_shrink(5, 0.3) == 0.3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"peak": 0.0},
+        {"least": 1.5},
+        {"warmup": -1},
+        {"shrink_to": 2.0},
+        {"shrink_to": 1.0, "shrink_from_step": 5, "shrink_to_step": 4},
+    ],
+)
+def test_impossible_schedules_are_refused(wrong):
+    with pytest.raises(InputError, match=r"schedule\."):
+        ScheduleConfig(**wrong)
+
+
+def test_ramps_are_recorded_and_resumed(data, tmp_path):
+    """Rate, EGS's alpha, and rows of an update: recorded in two sittings as the schedules say for one."""
+    config = TrainConfig(
+        steps=8,
+        model=ModelConfig(
+            vocabulary=1000,
+            layers=1,
+            hidden=16,
+            heads=2,
+            length=64,
+            embedding=EmbeddingConfig(gradient_shrink=0.1),
+        ),
+        batch=BatchConfig(rows=6, micro_rows=1, ramp_from=2, ramp_samples=16),
+        schedule=ScheduleConfig(peak=1e-2, warmup=3, shrink_to=1.0, shrink_from_step=2, shrink_to_step=6),
+        monitor=MonitorConfig(every=0, gradients_every=0, tensorboard=False),
+        checkpoint=CheckpointConfig(every=0, ring=0),
+    )
+
+    def trainer(run):
+        loader = Loader(data, config.objective, config.sampling, length=64, seed=0)
+        return Trainer(
+            config, LocalEngine(config), loader, run=run, callbacks=(MonitorCallback(run, config.monitor),)
+        )
+
+    run = RunFolder(tmp_path / "run")
+    run.claim()
+    assert not trainer(run).train(until=3)
+    second = trainer(run)
+    second.restore(checkpoints.load_newest(run.checkpoints)[0])
+    second.tell(Event(step=second.step, kind="rewind"))
+    assert second.train()
+    run.release()
+    recorded = load_run(run.path)
+    rates = [config.schedule.learning_rate(step, 8) for step in range(8)]
+    alphas = [config.schedule.embedding_gradient_shrink(step, 0.1) for step in range(8)]
+    rows, samples = [], 0
+    for _ in range(8):
+        rows.append(config.batch.rows_at(samples))
+        samples += rows[-1]
+    assert rows == [2, 2, 3, 3, 4, 5, 6, 6]
+    for metric, expected in (
+        ("learning_rate", rates),
+        ("embedding_gradient_shrink", alphas),
+        ("tokens", [64 * n for n in rows]),
+    ):
+        series = recorded.series(f"train/-/{metric}")
+        assert list(series.index) == list(range(8))
+        np.testing.assert_allclose(series.to_numpy(), expected, rtol=1e-12)
+    assert dataclasses.asdict(second.intervention)["rate_factor"] == 1.0
