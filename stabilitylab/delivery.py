@@ -125,6 +125,11 @@ class Delivery:
             self._waiting += steps
         self._queue.put((flush, steps))
 
+    @property
+    def waiting(self) -> int:
+        """Steps posted and not yet written."""
+        return self._waiting
+
     def wait(self) -> None:
         """Return when everything posted so far has been written, and is on disk where a sink can
         ``flush``."""

@@ -309,6 +309,11 @@ class Monitor:
         """Memory that the monitor holds on the model's devices."""
         return self._buffer.nbytes + sum(getattr(probe, "nbytes", 0) for probe in self._probes)
 
+    @property
+    def backlog(self) -> int:
+        """Steps that are handed over and not yet with the sinks."""
+        return self._delivery.waiting
+
     def __enter__(self) -> Monitor:
         return self
 

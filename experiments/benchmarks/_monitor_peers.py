@@ -21,6 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
+PACKAGES = {
+    "trainscope": "trainscope",
+    "msprobe": "msprobe",
+    "wandb": "wandb",
+    "nvdlfw-inspect": "nvdlfw_inspect",
+}
 RECORDS = {
     "trainscope": "per parameter gradient and weight norm, mean, std, absmax; activations mean, std, kurtosis; CUSUM",
     "msprobe gradients": "per parameter gradient norm, min, max, mean, before and after clipping; CSV",
@@ -41,6 +47,9 @@ class Peer:
 
     def after_step(self, step: int, loss: torch.Tensor) -> None:
         """The optimizer has stepped."""
+
+    def settle(self) -> None:
+        """Wait until what was put off to threads is done."""
 
     def close(self) -> None:
         """The run is over."""
@@ -167,19 +176,11 @@ def quiet() -> Any:
             logging.disable(logging.NOTSET)
 
 
-def peers(every: int, modules: bool) -> dict[str, Callable[..., Peer]]:
-    """The tools that are installed, by name, for gradients alone or with modules."""
-    found: dict[str, Callable[..., Peer]] = {}
-    wanted: dict[str, tuple[str, Callable[..., Peer]]] = {
-        "trainscope": ("trainscope", TrainScopePeer),
-        "msprobe": ("msprobe", lambda *a: MsprobePeer(*a, modules=modules)),
-        "wandb": ("wandb", lambda *a: WandbPeer(*a, log="all" if modules else "gradients")),
-        "nvdlfw-inspect": ("nvdlfw_inspect", lambda *a: InspectPeer(*a, modules=modules)),
+def peers(modules: bool) -> dict[str, Callable[..., Peer]]:
+    """The tools by name, for gradients alone or with modules."""
+    return {
+        "trainscope": lambda *a: TrainScopePeer(*a, minimal=not modules),
+        "msprobe": lambda *a: MsprobePeer(*a, modules=modules),
+        "wandb": lambda *a: WandbPeer(*a, log="all" if modules else "gradients"),
+        "nvdlfw-inspect": lambda *a: InspectPeer(*a, modules=modules),
     }
-    if not modules:
-        wanted["trainscope"] = ("trainscope", lambda *a: TrainScopePeer(*a, minimal=True))
-    for name, (package, peer) in wanted.items():
-        with contextlib.suppress(ImportError), quiet():
-            __import__(package)
-            found[name] = peer
-    return found

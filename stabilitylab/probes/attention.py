@@ -6,6 +6,9 @@ same kernel runs, its result is untouched, and no second product Q K' is formed;
 what follows from it. Where PyTorch falls back to its unfused path, the scores pass through a softmax there
 and are taken from it exactly.
 
+Under ``torch.compile`` the same holds on CPUs where the flash kernel takes the call (no dropout, as many key
+heads as query heads); elsewhere compiled fused attention is not seen (``fused_calls``).
+
 *Materialised*: a module whose output is the score tensor [B, H, T, S] before the softmax, by default one
 named ``scores``; its parent is the site.
 
@@ -31,11 +34,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.probes.compiled import observe, register, unregister
+from stabilitylab.probes.fused_calls import Calls, Kernel, Running
 from stabilitylab.probes.sites import blocks, counts, named_modules
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.formats import headroom_bits
@@ -44,52 +46,6 @@ from stabilitylab.statistics.scores import Scores, fused, materialised
 from stabilitylab.telemetry import Key
 
 STATISTICS = ("score_max", "score_max_sampled", "score_min", "entropy", "fp16_headroom_bits")
-
-_SDPA = torch.nn.functional.scaled_dot_product_attention
-_aten = torch.ops.aten
-_FUSED = frozenset(
-    {
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
-    }
-)
-_SOFTMAX = frozenset({_aten._safe_softmax.default, _aten._softmax.default})
-
-
-class _Kernel(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Looks at what one call of scaled_dot_product_attention runs, and lets it run."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.lse: Tensor | None = None
-        self.scores: Tensor | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _FUSED:
-            self.lse = result[1]
-        elif func in _SOFTMAX and args[0].dim() == 4:
-            self.scores = args[0]
-        return result
-
-
-class _Calls(TorchFunctionMode):
-    """Sees every call of scaled_dot_product_attention while the model's forward pass runs."""
-
-    def __init__(self, saw: Callable[..., None]) -> None:
-        super().__init__()
-        self._saw = saw
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not _SDPA:
-            return func(*args, **(kwargs or {}))
-        with _Kernel() as kernel:
-            result = func(*args, **(kwargs or {}))
-        with torch.no_grad():
-            self._saw(kernel, *args, **(kwargs or {}))
-        return result
 
 
 class _HeadSlots:
@@ -120,7 +76,8 @@ class AttentionProbe:
         self._keys: dict[tuple[tuple[str, int], ...], tuple[Key, ...]] = {}
         self._states: list[Tensor] = []
         self._armed = False
-        self._mode: _Calls | None = None
+        self._mode: Calls | None = None
+        self._running: Running | None = None
         self._depth = 0
 
     def attach(self, context: Context) -> None:
@@ -131,6 +88,8 @@ class AttentionProbe:
     def arm(self, measured: bool) -> None:
         """Put the hooks in place, or take them away."""
         self._armed = measured
+        if self._running is not None:
+            self._running.begin(measured)
         wanted = measured or self._context.compiled
         if wanted == bool(self._handles):
             return
@@ -144,6 +103,7 @@ class AttentionProbe:
                 self._states.append(register(watcher))
                 self._handles.append(module.register_forward_hook(traceable(watcher, self._states[-1])))
         if self._context.compiled:
+            self._follow(model)
             return
         # The model's forward pass may be entered by another method than forward: then its blocks are the way
         # in.
@@ -151,10 +111,31 @@ class AttentionProbe:
             self._handles.append(module.register_forward_pre_hook(self._enter))
             self._handles.append(module.register_forward_hook(self._exit, always_call=True))
 
+    def _follow(self, model: nn.Module) -> None:
+        """Know in compiled graphs which module calls: any but those without parts."""
+        self._running = Running(self._context.guarded(self.name, self._fused))
+        for path, module in named_modules(model):
+            if module is model or any(True for _ in module.children()):
+                self._states.append(register(self._context.guarded(self.name, self._shown(path))))
+                before, after = self._running.hooks(self._states[-1])
+                self._handles.append(module.register_forward_pre_hook(before, prepend=True))
+                self._handles.append(module.register_forward_hook(after))
+
+    def _shown(self, path: str) -> Callable[..., None]:
+        def watch(
+            lse: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+        ) -> None:
+            if self._armed and torch._C._current_graph_task_id() == -1 and query.numel() and key.numel():
+                with torch.no_grad(), torch._C.DisableTorchFunction():
+                    lse_BHT = lse.reshape(*query.shape[:2], -1)
+                    self._record(path, fused(lse_BHT, query, key, mask=mask, causal=causal, scale=scale))
+
+        return watch
+
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._depth += 1
         if self._mode is None and counts(module):
-            self._mode = _Calls(self._context.guarded(self.name, self._fused))
+            self._mode = Calls(self._context.guarded(self.name, self._fused))
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -182,7 +163,7 @@ class AttentionProbe:
 
     def _fused(
         self,
-        kernel: _Kernel,
+        kernel: Kernel,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -273,6 +254,9 @@ class AttentionProbe:
         self._states.clear()
         self._armed = False
         self._leave()
+        if self._running is not None:
+            self._running.begin(False)
+            self._running = None
         self._depth = 0
 
 

@@ -10,7 +10,8 @@ a step is measured or not.
 The number travels in a tensor and not as a constant because a graph compiled for one block is used again for
 all that are alike: the state is an input of the graph and comes from the hook of the block at hand.
 
-Gradients take the same way: ``WatchGradient`` is an identity whose backward pass holds the operator.
+Gradients take the same way: ``WatchGradient`` is an identity whose backward pass holds the operator. So do calls
+of fused attention, with what its kernel returned and was given: ``observe_attention``.
 
 Limits. The operator keeps the compiler from fusing across it, and with half precision what is fused is
 rounded less
@@ -28,17 +29,20 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 
-Watcher = Callable[[Tensor], None]
+Watcher = Callable[..., None]
 
 # By site number: who takes the tensor. An operator whose number is not here does nothing.
 watchers: dict[int, Watcher] = {}
 _numbers = itertools.count()
 
 _library = torch.library.Library("stabilitylab", "DEF")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
+_TAGS = (torch._C.Tag.cudagraph_unsafe,) if hasattr(torch._C.Tag, "cudagraph_unsafe") else ()
+for _signature in (
     "observe(Tensor x, Tensor(a!) state) -> ()",
-    tags=(torch._C.Tag.cudagraph_unsafe,) if hasattr(torch._C.Tag, "cudagraph_unsafe") else (),
-)
+    "observe_attention(Tensor lse, Tensor query, Tensor key, Tensor? mask, bool causal, float? scale,"
+    " Tensor(a!) state) -> ()",
+):
+    _library.define(_signature, tags=_TAGS)  # type: ignore[no-untyped-call]
 
 
 def _observe(x: Tensor, state: Tensor) -> None:
@@ -47,9 +51,25 @@ def _observe(x: Tensor, state: Tensor) -> None:
         watcher(x)
 
 
-_library.impl("observe", _observe, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("stabilitylab::observe", lambda x, state: None, lib=_library)
+def _observe_attention(
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    state: Tensor,
+) -> None:
+    watcher = watchers.get(int(state))
+    if watcher is not None:
+        watcher(lse, query, key, mask, causal, scale)
+
+
+for _name, _function in (("observe", _observe), ("observe_attention", _observe_attention)):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"stabilitylab::{_name}", lambda *args: None, lib=_library)
 observe = torch.ops.stabilitylab.observe
+observe_attention = torch.ops.stabilitylab.observe_attention
 
 
 class WatchGradient(torch.autograd.Function):

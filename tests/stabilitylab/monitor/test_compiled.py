@@ -73,7 +73,7 @@ def run(
     return sink
 
 
-FAMILIES = ("activation/", "activation_gradient/", "gradient/", "update/")
+FAMILIES = ("attention/", "activation/", "activation_gradient/", "gradient/", "update/")
 
 
 @pytest.mark.parametrize(("wrap", "attach"), [(compiled, 2), (in_place, 0), (by_block, 0), (by_block, 2)])
