@@ -132,8 +132,13 @@ def trained_on(path: Path) -> str | None:
 def read_weights(file: Path) -> Mapping[str, Tensor]:
     """The tensors of a safetensors file. Raises InputError where it is damaged, pickled, or not finite."""
     _refuse_pickled(file)
+    tensors: dict[str, Tensor] = {}
     try:
-        tensors: Mapping[str, Tensor] = load_file(file)
+        # A checkpoint of several processes has several files, each with some of the tensors.
+        for part in (
+            [file] if file.is_file() else sorted(file.parent.glob(f"{file.stem}-*{file.suffix}")) or [file]
+        ):
+            tensors |= load_file(part)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} cannot be read as safetensors ({error}): export the model again") from None
     for name, tensor in tensors.items():

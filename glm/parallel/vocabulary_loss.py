@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glm.model.vocabulary_loss import CHUNK_ELEMENTS
-from glm.precision import at_least_fp32, upcasts
+from glm.model.vocabulary_loss import CHUNK_ELEMENTS, LIFT
+from glm.precision import at_least_fp32, upcasts, wide_product
 
 
 class _SplitVocabularyLoss(torch.autograd.Function):
@@ -37,6 +37,7 @@ class _SplitVocabularyLoss(torch.autograd.Function):
         ctx.dtypes = hidden_NC.dtype, weight_VC.dtype
         in_fp32 = upcasts(hidden_NC)
         hidden_NC, weight = (at_least_fp32(x) if in_fp32 else x for x in (hidden_NC, weight_VC))
+        ctx.lift = LIFT if hidden_NC.dtype == torch.float16 else 1.0
         wide = torch.promote_types(hidden_NC.dtype, torch.float32)
         needs_gradient = any(ctx.needs_input_grad[:2])
         loss = hidden_NC.new_zeros((), dtype=wide)
@@ -65,9 +66,9 @@ class _SplitVocabularyLoss(torch.autograd.Function):
             if needs_gradient:
                 grad_logits = softmax_nV.div_(total_n1).mul_(1 + 2 * z_loss * z_n1)
                 grad_logits.scatter_add_(1, local_n1, elsewhere_n1.to(wide) - 1.0)
-                grad_logits = grad_logits.to(hidden.dtype)
-                grad_hidden[begin : begin + size] = grad_logits @ weight
-                grad_weight += grad_logits.t() @ hidden
+                grad_logits = grad_logits.mul_(ctx.lift).to(hidden.dtype)
+                grad_hidden[begin : begin + size] = wide_product(grad_logits, weight)
+                grad_weight += wide_product(grad_logits.t(), hidden)
         if needs_gradient:
             dist.all_reduce(grad_hidden, group=group)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -76,6 +77,7 @@ class _SplitVocabularyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
+        grad = grad / ctx.lift
         hidden_dtype, weight_dtype = ctx.dtypes
         hidden, weight = (grad_hidden * grad).to(hidden_dtype), (grad_weight * grad).to(weight_dtype)
         return hidden, weight, None, None, None, None

@@ -154,6 +154,8 @@ class TrainConfig:
             raise InputError(f"steps must be at least 1, got {self.steps}")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed must be in [0, 2^31), got {self.seed}")
+        if self.compile and self.parallel.ranks > 1:
+            raise InputError("compile works in one process only: leave it out, or leave out parallel.*")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, default=str)
