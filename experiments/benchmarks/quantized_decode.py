@@ -3,9 +3,9 @@
     python -m experiments.benchmarks quantized_decode [--layers 12] [--tokens 24] [--rounds 5] [--json]
 
 A GLM of glm-medium's shape (hidden 768) with random weights and 32,000 pieces: 110M parameters at 12 layers. Every variant
-continues the same 64 tokens greedily with its own cache; variants take turns of ``tokens`` steps, medians and the median of ratios within a
-turn. The output projection is the embedding and stays in floats, as in GLM-130B. Memory is that of processes of their own: peak
-resident size while an export is opened, less what they held before, beside the bytes of what was opened.
+continues the same 64 tokens greedily with its own cache; variants take turns of ``tokens`` steps, medians and the median of ratios
+within a turn. The output projection is the embedding and stays in floats, as in GLM-130B. Memory is that of processes of their own:
+peak resident size while an export is opened, less what they held before, beside the bytes of what was opened.
 """
 
 from __future__ import annotations
@@ -167,10 +167,10 @@ def main(argv: Sequence[str]) -> int:
         )
     console.print(table)
     table = Table("opened as", "MB of the model", "MB held", "MB at the peak", title="loading an fp32 export")
-    for how, row in memory.items():
+    for how, sizes in memory.items():
         table.add_row(
             "stored" if how == "none" else how,
-            *(f"{row[key] / 1e6:.0f}" for key in ("bytes", "held", "peak")),
+            *(f"{sizes[key] / 1e6:.0f}" for key in ("bytes", "held", "peak")),
         )
     console.print(table)
     return 0

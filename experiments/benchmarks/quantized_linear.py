@@ -15,6 +15,7 @@ their calls in turn; medians, and the median of the ratios within a turn. Peers 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import statistics
@@ -43,8 +44,7 @@ Call = Callable[[Tensor], Tensor]
 
 def bitsandbytes_layer(weight: Tensor) -> Call:
     """LLM.int8() as its authors ship it."""
-    import bitsandbytes as bnb
-
+    bnb: Any = importlib.import_module("bitsandbytes")
     rows, columns = weight.shape
     layer = bnb.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0)
     layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
@@ -54,8 +54,7 @@ def bitsandbytes_layer(weight: Tensor) -> Call:
 
 def torchao_layer(weight: Tensor, config: Any) -> Call:
     """A linear layer through ``quantize_``."""
-    from torchao.quantization import quantize_
-
+    quantize_ = importlib.import_module("torchao.quantization").quantize_
     holder = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
     holder[0].weight = nn.Parameter(weight.clone(), requires_grad=False)
     quantize_(holder, config)
@@ -63,16 +62,14 @@ def torchao_layer(weight: Tensor, config: Any) -> Call:
 
 
 def torchao_int8(weight: Tensor) -> Call:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-
-    return torchao_layer(weight, Int8DynamicActivationInt8WeightConfig())
+    config = importlib.import_module("torchao.quantization").Int8DynamicActivationInt8WeightConfig()
+    return torchao_layer(weight, config)
 
 
 def torchao_int4(weight: Tensor) -> Call:
-    from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
-
+    workflow = importlib.import_module("torchao.prototype.quantization.int4.inference_workflow")
     group = 128 if weight.shape[1] % 128 == 0 else 64
-    return torchao_layer(weight.bfloat16(), PrototypeInt4WeightOnlyConfig(group_size=group))
+    return torchao_layer(weight.bfloat16(), workflow.PrototypeInt4WeightOnlyConfig(group_size=group))
 
 
 PEERS: dict[str, Callable[[Tensor], Call]] = {

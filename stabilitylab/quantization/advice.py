@@ -5,8 +5,8 @@ Choosing assumes that harms add up (harm.py says why they should). So the choice
     memory, latency    the proposal, and the cheapest improvements of every single scheme, are verified; the best one that fits wins
     loss               proposals under a shrinking or growing allowance are verified until the loss increase fits closely
 
-and last, no plan may lose against one scheme everywhere: if a single scheme with no more bytes has a smaller verified loss, that
-single scheme is the plan, and a note says so. Of equal proposals the one of fewer bytes is taken.
+and last, no plan may lose against one scheme everywhere: if a single scheme that keeps the budget, with no more bytes, has a
+smaller verified loss, that single scheme is the plan, and a note says so. Of equal proposals the one of fewer bytes is taken.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class Advisor:
             assignment = self._within_cost(budget, singles, notes)
         planned = self.outcome(assignment)
         for name, single in sorted(singles.items(), key=lambda item: item[1].loss):
-            if name != KEPT and single.bytes <= planned.bytes and single.loss < planned.loss:
+            if name == KEPT or not budget.allows(single, singles[KEPT]):
+                continue
+            if single.bytes <= planned.bytes and single.loss < planned.loss:
                 notes.append(
                     f"{name} everywhere has a verified loss of {single.loss:+.4f} with no more bytes, "
                     f"the proposal {planned.loss:+.4f}: the plan is {name} everywhere"

@@ -44,6 +44,14 @@ class Budget:
         if not (math.isfinite(self.value) and self.value >= 0):
             raise InputError(f"a budget of {self.value} for {self.kind} must be a number of at least 0")
 
+    def allows(self, outcome: Outcome, kept: Outcome) -> bool:
+        """Whether an outcome keeps to it, given that of the model as it is."""
+        if self.kind == "loss":
+            return outcome.loss <= self.value
+        if self.kind == "memory":
+            return outcome.bytes <= self.value * kept.bytes
+        return outcome.seconds[self.batch] <= self.value * kept.seconds[self.batch] * (1 + 1e-9)
+
     @property
     def text(self) -> str:
         """In words."""
@@ -133,11 +141,13 @@ class Plan:
 
     @property
     def best_single(self) -> tuple[str, Outcome] | None:
-        """The single scheme of least loss that takes no more bytes than the plan; None where all take more."""
+        """The single scheme of least loss that takes no more bytes than the plan and keeps the budget; None if there is none."""
         within = {
             name: outcome
             for name, outcome in self.singles.items()
-            if outcome.bytes <= self.planned.bytes and name != KEPT
+            if outcome.bytes <= self.planned.bytes
+            and name != KEPT
+            and self.budget.allows(outcome, self.singles[KEPT])
         }
         if not within:
             return None

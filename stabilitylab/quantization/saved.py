@@ -34,7 +34,7 @@ from stabilitylab.quantization.stored import StoredWeight
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 _FORMAT = "stabilitylab-quantized"
-_VERSION = "1"
+_VERSION = 1
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
 _NEVER = (*_WEIGHT_FILES, ".index.json", ".py", ".jsonl", ".html", ".lock")
 
@@ -68,14 +68,14 @@ def save_quantized(model: TextModel, plan: Plan, out: Path) -> int:
     return size
 
 
-def header_of(path: Path) -> dict[str, str] | None:
+def header_of(path: Path) -> dict[str, Any] | None:
     """The header of a quantized model's weights file; None for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
-    except (SafetensorError, OSError):
+            header = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
+    except (SafetensorError, OSError, ValueError):
         return None
-    return header if header.get("format") == _FORMAT else None
+    return header if isinstance(header, dict) else None
 
 
 def holds(path: Path, prefix: str) -> bool:
@@ -106,7 +106,7 @@ def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.
         raise InputError(f"{path} is not a quantized model: stabilitylab quantize --apply writes them")
     if header.get("version") != _VERSION:
         raise InputError(f"{path} has version {header.get('version')}, this release reads {_VERSION}")
-    layers: dict[str, dict[str, Any]] = json.loads(header["layers"])
+    layers: dict[str, dict[str, Any]] = header["layers"]
     names = _names(path)
     for layer_path, layout in layers.items():
         _check_place(module, layer_path, path)
@@ -116,7 +116,7 @@ def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.
     for name in sorted(names):
         if not name.startswith(owned):
             _set(module, name, read_tensor(path, name), dtype, path)
-    for first, *others in json.loads(header["shared"]):
+    for first, *others in header["shared"]:
         for name in others:
             parent, _, leaf = name.rpartition(".")
             module.get_submodule(parent)._parameters[leaf] = module.get_parameter(first)
@@ -177,14 +177,14 @@ def _tensors(model: TextModel, plan: Plan) -> tuple[dict[str, Tensor], dict[str,
     # Names under which a quantized layer stands a second time need no tensor: the layer is put in both places.
     groups = [group for group in shared if not any(name.startswith(owned) for name in group)]
     header = {
-        "format": _FORMAT,
         "version": _VERSION,
-        "layers": json.dumps(layout),
-        "shared": json.dumps(groups),
+        "layers": layout,
+        "shared": groups,
         "fingerprint": model.fingerprint,
         "name": model.name,
     }
-    return tensors, header
+    # One entry, since several would come in another order every time.
+    return tensors, {_FORMAT: json.dumps(header)}
 
 
 def _narrowest(tensor: Tensor) -> Tensor:

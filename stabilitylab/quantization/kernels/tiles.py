@@ -43,7 +43,9 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     key = f"{dtype} {device}"
     held: Tensor | None = getattr(_scratch, key, None)
     if held is None or held.numel() < size:
-        held = torch.empty(size, dtype=dtype, device=device)
+        # Outside inference mode, or later calls outside of it might not write here.
+        with torch.inference_mode(False):
+            held = torch.empty(size, dtype=dtype, device=device)
         setattr(_scratch, key, held)
     return held[:size].view(shape)
 

@@ -223,6 +223,16 @@ def test_tiles_are_reused():
     assert first.data_ptr() == again.data_ptr()
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_inference_mode_and_back(name):
+    """What a call in inference mode leaves behind serves calls outside of it."""
+    _, quantized, x = make(name, (40, 300), 200)
+    tiles._scratch.__dict__.clear()
+    with torch.inference_mode():
+        inside = quantized(x)
+    assert torch.equal(quantized(x), inside)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", SCHEMES)

@@ -1,0 +1,179 @@
+"""stabilitylab quantize: a plan made, shown, applied and opened again; everything that can be wrong with what it is given."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stabilitylab.cli import main
+from stabilitylab.errors import InputError
+from stabilitylab.models import open_text_model
+from stabilitylab.quantization import QuantizedLinear
+from stabilitylab.quantization.opening import open_quantized
+from stabilitylab.quantization.plan import load_plan
+from stabilitylab.quantization.replacement import quantize_layers
+from stabilitylab.quantization.saved import save_quantized
+from tests.stabilitylab.quantization.folders import TEXT, edit_weight, write_llama
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tied decoder, its plan, the quantized folder and the page, by the command."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "model").mkdir()
+    write_llama(folder / "model", tied=True)
+    (folder / "text").write_text(TEXT)
+    code = main(
+        [
+            "quantize",
+            str(folder / "model"),
+            "--text",
+            str(folder / "text"),
+            "--plan",
+            str(folder / "plan.json"),
+        ]
+        + ["--budget-memory", "0.45", "--tokens", "32", "--verify-tokens", "64", "--length", "32"]
+        + ["--schemes", "w8a8-token", "smoothquant", "int4-g32-asym"]
+        + ["--apply", str(folder / "out"), "--html", str(folder / "page.html")]
+    )
+    assert code == 0
+    return folder
+
+
+def test_what_was_written_opens_as_what_was_planned(made):
+    """Outputs bit for bit those of the original with the plan's layers; tied weights tied, tensors those of the file."""
+    plan, opened = load_plan(made / "plan.json"), open_quantized(made / "out")
+    original = open_text_model(made / "model")
+    smooth = {path: torch.tensor(layer.smooth) for path, layer in plan.layers.items() if layer.smooth}
+    quantize_layers(original.module, plan.schemes, smooth)
+    for window in original.windows([TEXT], 32, 64):
+        assert torch.equal(opened.run(window), original.run(window))
+    assert [window.inputs["input_ids"].tolist() for window in opened.windows([TEXT], 32, 64)] == [
+        window.inputs["input_ids"].tolist() for window in original.windows([TEXT], 32, 64)
+    ]
+    assert opened.fingerprint == plan.fingerprint
+    module = opened.module
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    found = [path for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear)]
+    assert found == list(plan.schemes)
+    assert plan.kept == {"lm_head": "left as it is: its weight is also another module's (tied)"}
+    stored = load_file(made / "out" / "model.safetensors")
+    for path in found:
+        assert torch.equal(module.get_submodule(path).stored.values, stored[f"{path}.values"])
+
+
+def test_the_page_tells_the_plan(made):
+    page = (made / "page.html").read_text()
+    plan = load_plan(made / "plan.json")
+    for path, layer in plan.layers.items():
+        assert path in page
+        assert layer.reason.split(";")[0] in page
+
+
+def test_the_plan_has_all_that_was_measured(made):
+    plan = load_plan(made / "plan.json")
+    assert plan.planned.bytes <= 0.45 * plan.singles["16-bit"].bytes
+    assert plan.tokens == (32, 64)
+    for layer in plan.sensitivity.values():
+        assert set(layer["effects"]) == {"w8a8-token", "smoothquant", "int4-g32-asym"}
+    best = plan.best_single
+    assert best is None or plan.planned.loss <= best[1].loss
+
+
+def test_an_existing_plan_is_applied(made, tmp_path, capsys):
+    command = ["quantize", str(made / "model"), "--plan", str(made / "plan.json"), "--json"]
+    assert main([*command, "--apply", str(tmp_path / "again")]) == 0
+    assert json.loads(capsys.readouterr().out)["fingerprint"] == load_plan(made / "plan.json").fingerprint
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        made / "out" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_quantized_file_that_does_not_fit(made, tmp_path):
+    shutil.copytree(made / "out", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"lacks \d+ weights"):
+        open_quantized(tmp_path / "out")
+    config["num_hidden_layers"] -= 2
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="has not"):
+        open_quantized(tmp_path / "out")
+    with pytest.raises(InputError, match="is not a quantized model"):
+        open_quantized(made / "model")
+    with pytest.raises(InputError, match="exists already"):
+        save_quantized(open_text_model(made / "model"), load_plan(made / "plan.json"), made / "out")
+
+
+def refused(capsys, arguments, *said):
+    capsys.readouterr()
+    assert main(["quantize", *map(str, arguments)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    for part in said:
+        assert part in lines[0]
+
+
+def test_wrong_input_is_one_line(made, tmp_path, capsys):
+    model, text, plan = made / "model", made / "text", tmp_path / "plan.json"
+    new = [model, "--text", text, "--plan", plan]
+    refused(capsys, [model, "--plan", plan], "give --text FILE to make one")
+    refused(capsys, [model, "--text", text, "--plan", made / "plan.json"], "exists already")
+    refused(capsys, [model, "--plan", made / "plan.json", "--budget-loss", 1], "a budget needs --text")
+    refused(capsys, [*new, "--budget-loss", 1, "--budget-memory", 1], "--budget-loss and --budget-memory")
+    refused(capsys, [*new, "--budget-memory", "nan"], "must be a number")
+    refused(capsys, [*new, "--budget-latency", 0.5, "--batch", 7], "--batch 7", "1, 32, 256")
+    refused(capsys, [*new, "--schemes", "int5-row"], "there is no scheme 'int5-row'")
+    refused(capsys, [*new, "--tokens", 0], "must be at least 1")
+    refused(capsys, [*new, "--apply", made / "out"], "exists already")
+    refused(capsys, [*new, "--html", tmp_path / "no" / "page.html"], "there is no folder")
+    refused(capsys, [model, "--text", tmp_path / "no", "--plan", plan], "does not exist")
+    (tmp_path / "empty").write_text("")
+    refused(capsys, [model, "--text", tmp_path / "empty", "--plan", plan], "no window of tokens")
+    assert not plan.exists()
+
+
+def test_a_plan_for_another_model_is_refused(made, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    write_llama(tmp_path / "other", tied=True, seed=1)
+    refused(capsys, [tmp_path / "other", "--plan", made / "plan.json"], "made for", "not for other")
+
+
+def test_weights_that_are_not_finite_are_refused(made, tmp_path, capsys):
+    shutil.copytree(made / "model", tmp_path / "broken")
+    edit_weight(tmp_path / "broken", "model.layers.1.mlp.down_proj.weight", float("nan"))
+    refused(
+        capsys,
+        [tmp_path / "broken", "--text", made / "text", "--plan", tmp_path / "plan.json"],
+        "model.layers.1.mlp.down_proj.weight holds NaN",
+    )
+
+
+def test_rows_of_zeros_stay_zero(made, tmp_path):
+    """No scale of zero, no division by it: the public code of GLM-130B gave NaN."""
+    shutil.copytree(made / "model", tmp_path / "zeros")
+    file = tmp_path / "zeros" / "model.safetensors"
+    from safetensors.torch import save_file
+
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][3:5] = 0.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    command = [
+        "quantize",
+        str(tmp_path / "zeros"),
+        "--text",
+        str(made / "text"),
+        "--plan",
+        str(tmp_path / "p"),
+    ]
+    command += ["--tokens", "16", "--verify-tokens", "16", "--length", "16", "--schemes", "int4-row"]
+    assert main([*command, "--budget-memory", "0.5", "--apply", str(tmp_path / "out")]) == 0
+    opened = open_quantized(tmp_path / "out")
+    layer = opened.module.get_submodule("model.layers.0.mlp.up_proj")
+    assert bool((layer.stored.dequantize()[3:5] == 0).all())
+    assert bool(opened.run(next(iter(opened.windows([TEXT], 16)))).isfinite().all())
