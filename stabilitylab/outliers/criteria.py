@@ -207,15 +207,15 @@ CRITERIA: tuple[Criterion, ...] = (
 
 
 def reading(found: Found) -> str:
-    """One line on a share: is it what the paper reports of GLM-130B, of OPT and BLOOM, or neither (within a factor of 3)?"""
+    """Whose published share a share is like, within a factor of 3: GLM-130B's, OPT's and BLOOM's, or neither's."""
     share = found.share
     if share is None:
-        return "does not apply"
+        return "–"
     if share == 0:
         return "none"
     for name, published in (("GLM-130B", GLM_SHARE), ("OPT, BLOOM", OPT_SHARE)):
         if published / 3 <= share <= published * 3:
-            return f"like {name}"
+            return name
     if share > GLM_SHARE:
         return "nearly all"
-    return "between the two" if share > OPT_SHARE else "fewer than either"
+    return "between" if share > OPT_SHARE else "fewer"

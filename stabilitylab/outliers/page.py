@@ -74,7 +74,7 @@ def criteria_section(scan: OutlierScan) -> Section:
     )
     note = (
         "Linear inputs: what enters the linear layers. Main branch: the blocks' outputs. The last column reads the linear inputs: "
-        "“like” means within a factor of 3 of what is published. An absolute "
+        "within a factor of 3 of what is published, between, above or below. An absolute "
         "threshold depends on the scale of the model's activations; multiples of "
         "the median channel and of the standard deviation do not."
     )

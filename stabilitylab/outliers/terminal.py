@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -10,12 +11,19 @@ from stabilitylab.outliers import words
 from stabilitylab.outliers.criteria import CRITERIA, reading
 from stabilitylab.outliers.scan import OutlierScan
 
+CHANNELS = (
+    "x median: largest over the median channel's; elsewhere: largest without the windows' first position; "
+    "at >= 6: share of positions"
+)
+
 
 def show_scan(scan: OutlierScan, console: Console, *, worst: int = 8) -> None:
     """Print what a person looks at first."""
     # Names come from outside: none of them is markup.
     table = Table(
-        title=Text(f"{scan.model}: {scan.tokens:,} tokens in {scan.windows:,} windows"), title_justify="left"
+        title=Text(f"{scan.model}: {scan.tokens:,} tokens in {scan.windows:,} windows"),
+        title_justify="left",
+        box=SIMPLE_HEAD,
     )
     for column, justify in (
         ("criterion", "left"),
@@ -36,10 +44,13 @@ def show_scan(scan: OutlierScan, console: Console, *, worst: int = 8) -> None:
             console.print(Text(sentence))
     channels = Table(
         "where",
-        title="Worst channels of linear inputs (elsewhere: largest without the windows' first position)",
+        title="Worst channels of linear inputs",
         title_justify="left",
+        caption=CHANNELS,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
     )
-    for column in ("channel", "largest", "x median", "elsewhere", "positions >= 6"):
+    for column in ("channel", "largest", "x median", "elsewhere", "at >= 6"):
         channels.add_column(column, justify="right")
     for one in scan.worst(worst):
         channels.add_row(

