@@ -13,12 +13,14 @@ from stabilitylab.outliers.scan import OutlierScan
 from stabilitylab.report.figures import by_depth
 from stabilitylab.report.maps import heat_map
 
+MOST_CHANNELS = 96
+
 
 def channel_map(scan: OutlierScan, role: str, *, highest: float | None = None) -> Figure:
-    """Channel maximum over the site's median channel, layers up and channels across.
+    """Channel maximum over the site's median channel, layers up and the most prominent channels across.
 
     Channels stand in one order for all layers, the one that is largest in any layer first, so a channel that stands out
-    everywhere is a vertical line. Where there are more than fit, neighbours are joined by their largest.
+    everywhere is a vertical line. Outliers are few: all channels at once would make them a hair's breadth wide.
 
     Args:
         role: which place in the block.
@@ -26,16 +28,16 @@ def channel_map(scan: OutlierScan, role: str, *, highest: float | None = None) -
     """
     seen = [(site, one) for site, one in scan.roles()[role] if site.layer is not None]
     times_LC = np.nan_to_num(np.stack([one.times_median for _, one in seen]), nan=0.0, posinf=np.inf)
-    order = np.argsort(-times_LC.max(0), kind="stable")
-    frame = pd.DataFrame(times_LC[:, order], index=[f"layer {site.layer}" for site, _ in seen])
+    order = np.argsort(-times_LC.max(0), kind="stable")[:MOST_CHANNELS]
+    frame = pd.DataFrame(times_LC[:, order], index=[f"layer {site.layer}" for site, _ in seen], columns=order)
     finite = times_LC[np.isfinite(times_LC)]
     top = highest if highest is not None else float(finite.max()) if finite.size else 1.0
     # The median channel is 1: what lies below it is not told apart.
     return heat_map(
         frame,
-        title=f"{role}: channel maximum over the median channel's",
+        title=f"{role}: channel maximum over the median channel's, {len(order)} of {times_LC.shape[1]:,} channels",
         limits=(1.0, max(top, 1.01)),
-        across="channels, the most prominent first",
+        across="number of the channel, the most prominent first",
     )
 
 

@@ -59,7 +59,7 @@ def criteria_section(scan: OutlierScan) -> Section:
         found, branch = criterion.measure(scan.inputs), criterion.measure(scan.main_branch)
         rows.append(
             [
-                Cell(text=criterion.name, detail=f"{criterion.rule}. {criterion.source}"),
+                Cell(text=criterion.name, detail=f"{criterion.rule}; {criterion.source}"),
                 criterion.marks,
                 words.share(found),
                 words.share(branch),
@@ -112,7 +112,9 @@ def worst_section(scan: OutlierScan, count: int = 20) -> Section:
             )
         elif len(marked):
             listed = ", ".join(map(str, marked))
-            text.append(f"LLM.int8()'s rule marks {len(marked)} dimensions of the {name}: {listed}.")
+            text.append(
+                f"LLM.int8()'s rule marks of the {name} dimension{'s' if len(marked) > 1 else ''} {listed}."
+            )
     return Section(
         title="The worst channels", text=text, parts=[Table(columns=columns, rows=rows, note=note)]
     )
@@ -126,9 +128,9 @@ def map_section(scan: OutlierScan) -> Section:
     highest = min(largest, BRIGHTEST)
     parts = [Picture(figure=channel_map(scan, role, highest=highest)) for role in roles]
     text = (
-        "One row a layer, one column a channel; bright is large. All maps share one colour scale, which ends at 100. "
-        "A vertical line is a channel "
-        "that stands out in layer after layer; a single bright cell is one layer's own.",
+        "One row a layer, one column a channel, of which the most prominent are shown; bright is large. All maps share one "
+        "colour scale, which ends at 100. A vertical line is a channel that stands out in layer after layer; a single bright "
+        "cell is one layer's own.",
     )
     if not parts:
         text = ("This model has no stack of blocks, so there is nothing to lay out by depth.",)

@@ -7,29 +7,8 @@ from typing import Any
 
 import torch
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "mat",
-    "tree",
-    "and",
-    "then",
-    "it",
-    "was",
-    "very",
-    "quick",
-    "slow",
-    ".",
-    ",",
-    "\n",
-]
-TEXT = "the cat sat on a mat and then it ran under the tree .\nthe dog was very slow , a cat quick .\n" * 40
+SENTENCES = "the cat sat on a mat and then it ran under the tree .\nthe dog was very slow , a cat quick .\n"
+TEXT = 40 * SENTENCES
 
 
 def tokenizer(folder: Path, *, framed: bool) -> None:
@@ -37,7 +16,7 @@ def tokenizer(folder: Path, *, framed: bool) -> None:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["[UNK]", "[CLS]", "[SEP]", *WORDS]
+    words = ["[UNK]", "[CLS]", "[SEP]", "\n", *sorted(set(SENTENCES.split()))]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex("\n"), "isolated")]
