@@ -3,6 +3,8 @@
 At ``monitor.every`` it adds what only the trainer knows: where the gradient lies in the format that it was accumulated in, before
 the loss scale is taken out (``glm.precision.gradient_range``). Family ``precision``, site ``-``:
 
+A mixture of data is recorded as ``train/<component>/mixture_share``: the shares that a step's first row was drawn with.
+
 | statistic | meaning | unit | source |
 | --- | --- | --- | --- |
 | gradient_elements | elements of all gradients | 1 | gradient_range.py |
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm.data.loader import Loader
 from glm.parallel.team import Alone, Team
 from glm.precision import gradient_range
 from glm.train.batches import BatchDescriber
@@ -57,6 +60,7 @@ class MonitorCallback(Callback):
         self._pending_state: Mapping[str, Any] = {}
         self._pending_events: list[Event] = []
         self._range: Mapping[str, float] = {}
+        self._mixed: Loader | None = None
         self._team: Team = Alone()
 
     @property
@@ -66,6 +70,7 @@ class MonitorCallback(Callback):
 
     def train_start(self, trainer: Trainer) -> None:
         self._team = trainer.team
+        self._mixed = trainer.loader if trainer.config.sampling.mixture else None
         describe = None
         if self._run is not None:
             describe = BatchDescriber(self._run, trainer.loader, trainer.config.model.length)
@@ -109,6 +114,7 @@ class MonitorCallback(Callback):
         self.monitor.gradients_ready(gradients=gradients.gradients, norms=gradients.norms)
 
     def step_end(self, info: StepInfo) -> Sequence[Event]:
+        shares = self._mixed.mixture_at(info.first_sample) if self._mixed is not None else {}
         return self.monitor.step(
             info.step,
             loss=info.loss,
@@ -123,6 +129,7 @@ class MonitorCallback(Callback):
             embedding_gradient_shrink=info.embedding_gradient_shrink,
             first_sample=info.first_sample,
             **self._range,
+            **{f"train/{component}/mixture_share": share for component, share in shares.items()},
         )
 
     def saving(self, step: int) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 
+from glm.data.config import DataConfig
 from glm.data.loader import Loader
 from glm.errors import InputError
 from glm.model.config import EmbeddingConfig, ModelConfig
@@ -63,7 +63,7 @@ def test_impossible_schedules_are_refused(wrong):
 
 
 def test_ramps_are_recorded_and_resumed(data, tmp_path):
-    """Rate, EGS's alpha, and rows of an update: recorded in two sittings as the schedules say for one."""
+    """Rate, EGS's alpha, rows of an update, mixture of data: recorded in two sittings as the schedules say for one."""
     config = TrainConfig(
         steps=8,
         model=ModelConfig(
@@ -76,6 +76,9 @@ def test_ramps_are_recorded_and_resumed(data, tmp_path):
         ),
         batch=BatchConfig(rows=6, micro_rows=1, ramp_from=2, ramp_samples=16),
         schedule=ScheduleConfig(peak=1e-2, warmup=3, shrink_to=1.0, shrink_from_step=2, shrink_to_step=6),
+        sampling=DataConfig(
+            mixture=(("zh", 1.0), ("pydoc", 1.0)), mixture_before=(("zh", 1.0),), mixture_ramp=(0, 20)
+        ),
         monitor=MonitorConfig(every=0, gradients_every=0, tensorboard=False),
         checkpoint=CheckpointConfig(every=0, ring=0),
     )
@@ -101,13 +104,17 @@ def test_ramps_are_recorded_and_resumed(data, tmp_path):
     for _ in range(8):
         rows.append(config.batch.rows_at(samples))
         samples += rows[-1]
+    zh = [1 - 0.5 * min(1.0, sum(rows[:step]) / 20) for step in range(8)]
     assert rows == [2, 2, 3, 3, 4, 5, 6, 6]
     for metric, expected in (
         ("learning_rate", rates),
         ("embedding_gradient_shrink", alphas),
         ("tokens", [64 * n for n in rows]),
+        ("mixture of zh", zh),
+        ("mixture of pydoc", [1 - share for share in zh]),
     ):
-        series = recorded.series(f"train/-/{metric}")
+        component = metric.removeprefix("mixture of ")
+        name = f"train/-/{metric}" if component == metric else f"train/{component}/mixture_share"
+        series = recorded.series(name)
         assert list(series.index) == list(range(8))
         np.testing.assert_allclose(series.to_numpy(), expected, rtol=1e-12)
-    assert dataclasses.asdict(second.intervention)["rate_factor"] == 1.0
