@@ -130,10 +130,9 @@ def peer_step(
 
     def step(number: int) -> float:
         batch = loader.batch(number, size.rows)
+        targets_BT = batch.targets_BT.contiguous()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss: Tensor = called(
-                input_ids=batch.tokens_BT, labels=batch.targets_BT, shift_labels=batch.targets_BT
-            ).loss
+            loss: Tensor = called(input_ids=batch.tokens_BT, labels=targets_BT, shift_labels=targets_BT).loss
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
