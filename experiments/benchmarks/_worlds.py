@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import socket
@@ -19,6 +20,13 @@ from glm.parallel.config import ParallelConfig
 from glm.parallel.start import joined
 
 T = TypeVar("T")
+
+
+def import_all() -> None:
+    """What every rank would import for itself, DeepSpeed and what torch's optimizers load when the first is made."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    importlib.import_module("glm.parallel.engine")
+    torch.optim.SGD([torch.zeros(1)], 0.1)
 
 
 def in_world(parallel: ParallelConfig, work: Callable[[], T]) -> list[T]:

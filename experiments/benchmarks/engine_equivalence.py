@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from experiments.benchmarks._worlds import batch, in_world
+from experiments.benchmarks._worlds import batch, import_all, in_world
 from glm.model.config import EmbeddingConfig, ModelConfig
 from glm.parallel.config import ParallelConfig
 from glm.train.config import BatchConfig, TrainConfig
@@ -55,8 +54,7 @@ Run = tuple[list[tuple[float, float, bool]], dict[str, Tensor]]
 def main(argv: Sequence[str]) -> int:
     settings: Settings = parse(Settings, argv, program="python -m experiments.benchmarks engine_equivalence")
     torch.set_num_threads(1)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import glm.parallel.engine  # noqa: F401 (before ranks are forked)
+    import_all()
 
     found: dict[str, dict[str, dict[str, float]]] = {}
     for precision in settings.precisions:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks._worlds import batch, in_world
+from experiments.benchmarks._worlds import batch, import_all, in_world
 from glm.parallel.config import ParallelConfig
 from glm.parallel.plan.hardware import parse_cluster
 from glm.parallel.plan.layout import Layout
@@ -63,8 +63,7 @@ class Settings:
 def main(argv: Sequence[str]) -> int:
     settings: Settings = parse(Settings, argv, program="python -m experiments.benchmarks engine_overhead")
     torch.set_num_threads(1)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import glm.parallel.engine  # noqa: F401 (before ranks are forked)
+    import_all()
 
     memory = {"x".join(map(str, axes)): _memory(settings, axes) for axes in AXES}
     times = {precision: _times(settings, precision) for precision in settings.precisions}

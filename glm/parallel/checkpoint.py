@@ -129,22 +129,24 @@ def load_newest(folder: Path, shares: Mapping[str, Share], team: Team) -> tuple[
     with team.together():
         state, names = checkpoints.read_state(path)
         tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        for kind, name, share, whole in _read(path, names, shares):
+        rank = dist.get_rank()
+        for kind, name, share, whole in _read(path, names, shares, rank):
             if whole.shape != share.shape:
                 raise InputError(
                     f"the checkpoint is of another model: {name} is {list(whole.shape)}, "
                     f"this model's is {list(share.shape)}"
                 )
-            rank = dist.get_rank()
-            if share.place(rank) is not None:
-                tensors[kind][name] = share.share(share.part(whole, rank), rank).clone()
+            tensors[kind][name] = share.share(share.part(whole, rank), rank).clone()
     return Checkpoint(step=state.pop("step"), state=state, **tensors), problems
 
 
 def _read(
-    path: Path, names: list[str], shares: Mapping[str, Share]
+    path: Path, names: list[str], shares: Mapping[str, Share], rank: int
 ) -> Iterator[tuple[str, str, Share, Tensor]]:
-    """Kind, name, share and value of every tensor, one at a time. Raises InputError where the names are not the model's."""
+    """Kind, name, share and value of every tensor that a rank holds some of, one at a time.
+
+    Raises InputError where the names are not the model's.
+    """
     wanted = {"model": set(shares), "optimizer": {f"{m}/{name}" for m in MOMENTS for name in shares}}
     for kind, expected in wanted.items():
         files = [safe_open(path / name, "pt") for name in names if name.startswith(kind)]
@@ -153,4 +155,5 @@ def _read(
             raise InputError(f"the checkpoint is of another model: {odd[0]} is in only one of the two")
         for name, file in held.items():
             share = shares[name.partition("/")[2] if kind == "optimizer" else name]
-            yield kind, name, share, file.get_tensor(name)  # type: ignore[no-untyped-call]
+            if share.place(rank) is not None:
+                yield kind, name, share, file.get_tensor(name)  # type: ignore[no-untyped-call]

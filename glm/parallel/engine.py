@@ -98,6 +98,11 @@ class Rows(Protocol):
         """[B, T] or [B, T, 2]."""
 
 
+def _even_part(rows: int, replicas: int) -> int:
+    """The most rows of a micro-batch that divide an update's and leave one for every replica, where there are as many."""
+    return max(size for size in range(1, max(1, rows // replicas) + 1) if rows % size == 0)
+
+
 def _join_deepspeed() -> None:
     """Let DeepSpeed use the groups that there are, without its word on everything and without compiling an operator."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -132,7 +137,7 @@ class ParallelEngine:
         self.team = Processes(self.device)
         self.rank = dist.get_rank()
         self.seed = config.seed
-        self.micro_rows = config.batch.micro_rows or max(1, config.batch.rows // self.topology.data)
+        self.micro_rows = config.batch.micro_rows or _even_part(config.batch.rows, self.topology.data)
         self.stage, self.replica, self.tensor_rank = self.topology.coordinates(self.rank)
         self.policy = Policy(precision=config.precision)
         self.scaler = LossScaler(config.loss_scale) if self.policy.scales_loss else None

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.distributed as dist
@@ -140,11 +140,18 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[T
         dist.destroy_process_group()
 
 
+def _version() -> str:
+    try:
+        return version("stabilitylab")
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _check_alike(run: str) -> None:
     mine = {
         "configuration": hashlib.sha256(run.encode()).hexdigest()[:12],
         "torch": torch.__version__,
-        "stabilitylab": version("stabilitylab"),
+        "stabilitylab": _version(),
     }
     all_of_them: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(all_of_them, mine)

@@ -1,8 +1,9 @@
 """The parallel engine against the local one: the same losses, norms and weights, however the model is spread.
 
-The oracle of rounding is the local engine itself: the same batch in micro-batches of another size is the same update in exact
-arithmetic, summed in another order. By how much such runs differ is what order of summation does here; a parallel run may differ by
-as much, times a margin for the further sums that it makes (partial products of tensor ranks, shares of the vocabulary).
+The oracle of rounding is the local engine itself. In micro-batches of another size a batch is the same update in exact arithmetic,
+summed in another order; and from weights that are moved by the rounding error of their format it is what a computation may come to
+whose products are rounded elsewhere. By how much such runs differ is what rounding does here. A parallel run may differ by as much,
+times a margin for the further sums that it makes (partial products of tensor ranks, shares of the vocabulary).
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from glm.cli import main
 from glm.train import checkpoint as checkpoints
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import LocalEngine
+from stabilitylab.report import load_run
 from tests.glm.parallel import worlds
 
 pytest.importorskip("deepspeed")
@@ -29,16 +32,26 @@ pytestmark = pytest.mark.distributed
 # Of the largest difference between local runs. In half precision every tensor rank rounds its part of a sum, where one process
 # rounds the sum: the rounding errors of a step are twice as many.
 MARGIN = {"fp32": 4.0, "fp16": 8.0, "bf16": 8.0}
+# Half a unit in the last place of the masters, which are fp32 in every precision.
+ROUNDING = 2.0**-24
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, data_folder):
     """All worlds' checkpoints, made by real processes."""
     folder = tmp_path_factory.mktemp("worlds")
-    command = [sys.executable, "-W", "error", "-m", "tests.glm.parallel.worlds", str(folder)]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "tests.glm.parallel.worlds",
+        str(folder),
+        str(data_folder),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -49,13 +62,22 @@ def read(results: Path, name: str) -> Checkpoint:
 
 
 @cache
-def local(key: str, config: TrainConfig, steps: int, micro: int) -> Checkpoint:
-    """The same run in one process."""
+def local(key: str, config: TrainConfig, steps: int, micro: int, nudge: float = 0.0) -> Checkpoint:
+    """The same run in one process; its initial weights moved by up to ``nudge`` of their size."""
     del key
     config = dataclasses.replace(config, batch=BatchConfig(rows=worlds.ROWS, micro_rows=micro))
     engine = LocalEngine(config)
+    if nudge:
+        weights, moments = engine.tensors()
+        g = torch.Generator().manual_seed(1)
+        moved = {
+            n: w.detach() * (1 + nudge * (2 * torch.rand(w.shape, generator=g) - 1))
+            for n, w in weights.items()
+        }
+        engine.load_tensors(moved, moments)
     curve = worlds.train(engine, steps)
     weights, moments = engine.tensors()
+    weights = {name: tensor.detach() for name, tensor in weights.items()}
     return Checkpoint(step=steps, model=weights, optimizer=moments, state={"curve": curve})
 
 
@@ -81,11 +103,12 @@ def distances(a: Checkpoint, b: Checkpoint) -> dict[str, float]:
 
 
 def bounds(config: TrainConfig, steps: int) -> dict[str, float]:
-    """The largest distance between local runs that sum in another order, with the margin."""
+    """The largest distance between local runs that sum in another order or round elsewhere, with the margin."""
     # A plain number is rounded by half a unit in its last place whatever is summed how: fp32's of a loss near 8, twice.
     least = {"loss": 8 * 2.0**-23, "norm": 2.0**-22, "weights": 0.0, "moments": 0.0}
     runs = [local(config.to_json(), config, steps, micro) for micro in (1, 2, 4, 8)]
     between = [distances(a, b) for i, a in enumerate(runs) for b in runs[:i]]
+    between.append(distances(local(config.to_json(), config, steps, 2, ROUNDING), runs[1]))
     return {
         what: max(least[what], MARGIN[config.precision] * max(one[what] for one in between)) for what in least
     }
@@ -150,3 +173,44 @@ def test_no_element_is_kept_twice(results, one):
     assert sum(held) == whole
     if one.config.parallel.pipeline == 1:
         assert max(held) - min(held) <= len(checkpoints.load(path).model)
+
+
+# Numbers that come from a sample of a tensor's elements, of which ranks take others.
+SAMPLED = {
+    "update": {"rms", "weight_rms", "ratio"},
+    "activation": {"outlier_6rms_fraction", "massive_fraction"},
+}
+TIMES = {"seconds", "data_seconds"}
+
+
+def measured(run: Path):
+    """Every number of a run by (step, family, site, statistic, index), without times and what is sampled."""
+    table = load_run(run).telemetry.drop_duplicates(KEY, keep="last")
+    sampled = [
+        s in SAMPLED.get(f, ()) or s.startswith("quantile")
+        for f, s in zip(table.family, table.statistic, strict=True)
+    ]
+    return table[~(table.statistic.isin(TIMES) | sampled)].set_index(KEY)["value"]
+
+
+KEY = ["step", "family", "site", "statistic", "index"]
+
+
+@pytest.mark.parametrize("axes", worlds.WATCHED, ids=str)
+def test_telemetry_has_the_local_runs_names_and_values(results, data_folder, tmp_path, axes):
+    assert main(worlds.command(data_folder, tmp_path / "local", (1, 1, 1))) == 0
+    ours, theirs = measured(tmp_path / "local"), measured(results / ("watched-" + "".join(map(str, axes))))
+    # How many elements were accumulated is counted on every rank.
+    ours, theirs = (
+        table.drop(index=[k for k in table.index if str(k[3]).endswith("_elements")])
+        for table in (ours, theirs)
+    )
+    assert set(ours.index) == set(theirs.index)
+    together = ours.to_frame("ours").join(theirs.to_frame("theirs"))
+    # fp32 sums over 256 tokens and up to 96 channels, four layers deep, each off by 2^-24 sqrt(terms) of their size: 1e-5; means
+    # are of both signs, hence small beside what they are means of.
+    size = together.ours.abs().clip(lower=1e-3)
+    apart = ((together.ours - together.theirs).abs() / size).dropna()
+    assert (together.ours.isna() == together.theirs.isna()).all()
+    assert apart.max() < 1e-3, apart.sort_values().tail(5)
+    assert apart.median() < 1e-6
