@@ -1,5 +1,8 @@
 """Ended steps, in order: their numbers arrive, are judged by the detector, and go to the sinks.
 
+The detector is given the step's own numbers and, of measured steps, the largest attention score of the whole model
+(``attention/-/score_max``) and the RMS of its update (``update/-/rms``).
+
 On a CPU a step's numbers are there when it ends. On an accelerator they are still on their way, and the step
 waits in line until they have come; the training thread asks at the end of each step and never waits.
 """
@@ -16,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabilitylab.delivery import Delivery, Flush
+from stabilitylab.probes.attention import AttentionProbe
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.probes.gradients import GradientProbe, global_norm
+from stabilitylab.probes.updates import UpdateProbe
 from stabilitylab.ranks import Manifest, Received
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.transfer import Seen, Transfer
@@ -161,9 +166,12 @@ class Arrivals:
         gathered = [(self._probes[name], Gathered(seen)) for name, seen in by_probe.items()]
         if gathered:
             self._flush.unfinished.append((ended.step, gathered))
+        companions: dict[str, float] = {}
         for probe, of_probe in gathered:
             if isinstance(probe, GradientProbe):
                 numbers.setdefault("gradient_norm", global_norm(of_probe))
+            elif isinstance(probe, (AttentionProbe, UpdateProbe)):
+                companions |= probe.companions(of_probe)
         if "skipped" in numbers:
             numbers[f"precision/{RUN_SITE}/skipped"] = numbers["skipped"]
         names = tuple(numbers)
@@ -173,12 +181,13 @@ class Arrivals:
         values = np.array(list(numbers.values()), dtype=np.float64)
         self._flush.readings.append((ended.step, Readings(keys, values)))
         self._steps += 1
-        return self._judge(ended.step, {k.metric: v for k, v in zip(keys, values.tolist(), strict=True)})
+        own = {k.metric: v for k, v in zip(keys, values.tolist(), strict=True)}
+        return self._judge(ended.step, {m: own[m] for m in _WATCHED if m in own} | companions)
 
     def _judge(self, step: int, numbers: Mapping[str, float]) -> list[Event]:
         if self._detector is None:
             return []
-        events = list(self._detector.update(step, {m: numbers[m] for m in _WATCHED if m in numbers}))
+        events = list(self._detector.update(step, numbers))
         self._flush.events += events
         if any(event.kind in self._alarms for event in events):
             self.alarm = step

@@ -61,6 +61,7 @@ def take_turns(specs: Sequence[Spec], rounds: int, steps: int) -> tuple[Times, d
         there.close()
         processes.append(process)
         lines[spec.name] = here
+    for here in lines.values():
         here.recv()
     times: Times = {spec.name: [] for spec in specs}
     for turn in range(rounds + 1):

@@ -18,7 +18,7 @@ Family ``activation``, site = module path or ``<path>:input``:
 | kurtosis | m4 / m2^2 over all elements (Gaussian: 3) | 1 | Pearson; Bondarenko et al., arXiv:2306.12929 |
 | channel_kurtosis | mean(s^4)/mean(s^2)^2 over channels, s = RMS of a channel | 1 | He et al., arXiv:2405.19279 |
 | channel_max_over_median | largest channel maximum / median channel maximum | 1 | SmoothQuant, arXiv:2211.10438 |
-| quantile_1e-3 | magnitude that one element in 1e3 exceeds, to a histogram bin (12.5 %) | activation | tails.py |
+| quantile_1e-3 | magnitude that one element in 1e3 exceeds; never more than a bin (12.5 %) off | activation | tails.py |
 | quantile_1e-4 | the same of one in 1e4 | activation | tails.py |
 | quantile_1e-5 | the same of one in 1e5 | activation | tails.py |
 | quantile_1e-6 | the same of one in 1e6 (the maximum, where there are fewer elements) | activation | tails.py |

@@ -25,6 +25,7 @@ Family ``attention``, site = the attention module's path, index = head:
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -243,6 +244,15 @@ class AttentionProbe:
             )
             self._keys = {shape: tuple(keys)}
         return Readings(self._keys[shape], np.concatenate(values))
+
+    def companions(self, gathered: Gathered) -> dict[str, float]:
+        """The largest score of all heads and layers, for the detector; NaN, where one is."""
+        largest = max(
+            (float(numbers[0].max()) for numbers in gathered.numbers if numbers[0] is not None),
+            key=lambda x: math.inf if math.isnan(x) else x,
+            default=-math.inf,
+        )
+        return {} if largest == -math.inf else {"attention/-/score_max": largest}
 
     def detach(self) -> None:
         """Remove the hooks and leave the mode."""

@@ -69,7 +69,7 @@ class Calls(TorchFunctionMode):
         self._running = running
         self.armed = True
         # Dynamo does not trace the question: it is asked between the steps.
-        self.flash = torch.backends.cuda.flash_sdp_enabled()
+        self.flash: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -146,19 +146,20 @@ class Running:
 
         def before(module: nn.Module, args: Any) -> None:
             if not stack:
-                mode.__enter__()
+                mode.__enter__()  # type: ignore[no-untyped-call]
             stack.append(state if module.training or torch.is_grad_enabled() else None)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             stack.pop()
             if not stack:
-                mode.__exit__(None, None, None)
+                mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
         return before, after
 
     def begin(self, armed: bool) -> None:
         """A step begins, perhaps after a forward pass that raised."""
-        self.mode.armed, self.mode.flash = armed, torch.backends.cuda.flash_sdp_enabled()
+        self.mode.armed = armed
+        self.mode.flash = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
         if self._stack:
             self._stack.clear()
-            self.mode.__exit__(None, None, None)
+            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]

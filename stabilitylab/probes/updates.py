@@ -177,6 +177,14 @@ class UpdateProbe:
         parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
         return Readings(keys, np.concatenate(parts))
 
+    def companions(self, gathered: Gathered) -> dict[str, float]:
+        """RMS of the change of all weights, each parameter's sample standing for all of it; for the
+        detector."""
+        rows = gathered.rows()
+        count, sampled, squares = (rows[:, COLUMN[name]] for name in ("count", "sampled", "update2"))
+        whole = count.sum()
+        return {"update/-/rms": float(np.sqrt(np.sum(squares * count / sampled) / whole))} if whole else {}
+
     def detach(self) -> None:
         """Remove the optimizer's hooks."""
         for handle in self._handles:

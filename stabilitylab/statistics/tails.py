@@ -1,9 +1,15 @@
 """The largest magnitudes: quantiles from a histogram, channels that stand out.
 
-The tail of |x| is kept as counts in bins of an eighth of an octave (``summary``): wide enough for a few
-hundred integers a site, narrow enough to place a quantile to within 12.5 % at worst; linear interpolation
-inside the bin brings the typical error to 1-2 %. Counts add up exactly over micro-batches and ranks, which
-quantiles do not.
+The tail of |x| is kept as counts in bins of an eighth of an octave (``summary``): narrow enough to place a
+quantile to within 12.5 % whatever the distribution, and a few hundred integers a site. Counts add up exactly over
+micro-batches and ranks, which quantiles do not.
+
+Inside a bin the tail is taken for Pareto's: the number N of elements from x on falls as a power of x, through
+what is known at the bin's edges; the last bin ends at the maximum, which one element reaches. This is exact
+for power-law tails and off by a term of second order for others: with h = 1/8 the width of a bin relative to
+x and a = -d log N / d log x, the error of log x is at most |da/d log x| h^2 / (8 a): 0.4 % for a Gaussian at
+any height (there da/d log x = 2a). What remains is chance, where few elements share a bin: about
+1/(2 a sqrt(r)) at the r-th largest element. Magnitudes of 2^16 and more share the last bin.
 """
 
 from __future__ import annotations
@@ -34,17 +40,21 @@ def tail_quantiles(tail: NDArray[np.integer], count: Array, absmax: Array, tail_
         tail_from: edge of a bin, from which the histogram is complete; a quantile below it is unknown, NaN.
     """
     sites = np.arange(len(tail))
-    above = np.cumsum(tail[:, ::-1], axis=1)[:, ::-1].astype(np.float64)  # elements in this bin or higher
+    above = np.zeros((len(tail), TAIL_BINS + 1))  # elements in this bin or higher
+    above[:, :-1] = np.cumsum(tail[:, ::-1], axis=1)[:, ::-1]
     quantiles = []
     for share in TAIL_SHARES:
         rank = share * count
         # The bin that holds the element of this rank: the highest with at least so many in it or above.
-        bin_ = np.maximum(np.sum(above >= np.maximum(rank, 1.0)[:, None], axis=1) - 1, 0)
-        inside = tail[sites, bin_]
-        over = above[sites, bin_] - inside
+        bin_ = np.maximum(np.sum(above[:, :-1] >= np.maximum(rank, 1.0)[:, None], axis=1) - 1, 0)
+        low, high = above[sites, bin_], above[sites, bin_ + 1]
+        ends_here = high < 1.0
+        # N at the ends of the bin, and the ends: the edges, or the maximum with one element.
+        last = np.where(ends_here, np.fmax(absmax, EDGES[bin_]), EDGES[bin_ + 1])
         with np.errstate(divide="ignore", invalid="ignore"):
-            part = np.where(inside > 0, (np.maximum(rank, 1.0) - over) / inside, 0.0)
-        value = EDGES[bin_ + 1] - part * (EDGES[bin_ + 1] - EDGES[bin_])
+            fall = np.log(low / np.maximum(rank, 1.0)) / np.log(low / np.maximum(high, 1.0))
+            part = np.where(np.isfinite(fall), np.clip(fall, 0.0, 1.0), 1.0)
+            value = EDGES[bin_] * (last / EDGES[bin_]) ** part
         value = np.where(rank <= 1.0, absmax, np.minimum(value, absmax))
         known = ~np.isnan(absmax) & (EDGES[bin_] >= np.where(tail_from <= EDGES[0], 0.0, tail_from))
         quantiles.append(np.where(known, value, np.nan))

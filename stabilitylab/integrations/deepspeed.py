@@ -1,0 +1,137 @@
+"""The monitor under a DeepSpeed engine.
+
+    from stabilitylab.integrations.deepspeed import watch
+
+    monitor = watch(engine, out="runs/mine", every=10)
+    ...                                  # engine.backward(loss), engine.step(), as ever
+    monitor.close()
+
+``engine.step`` of the engine given is replaced by one that reads the gradients before an update and tells the
+monitor of it afterwards, ``engine.backward`` by one that keeps the loss: the mean over the micro-batches of a step,
+of this rank. The step's number is the engine's ``global_steps`` before it counts up. Gradients are reduced, not
+clipped, with the loss scale divided out. Under ZeRO-1 and -2 each rank reads the fragment that its optimizer
+holds and the sums are added in the monitor's one collective; no gradient is put together for it. All ranks must
+call ``watch``; rank 0 writes.
+
+Limits. ZeRO-0, -1 and -2 without pipeline or tensor parallelism; ZeRO-3 is refused. The statistics of updates
+are those of an optimizer that steps on the model's own parameters: ZeRO and half precision step on flat copies and
+have none.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabilitylab.errors import InputError
+from stabilitylab.monitor import Monitor
+
+
+def watch(engine: Any, **options: Any) -> Monitor:
+    """Attach a monitor to a DeepSpeed engine, as it comes from ``deepspeed.initialize``, for as long as it is open.
+
+    Args:
+        engine: a ``DeepSpeedEngine``.
+        options: those of ``Monitor``, without model, optimizer, parameters and sharded.
+
+    Raises:
+        InputError: the engine partitions the parameters (ZeRO-3), or is none.
+    """
+    if not all(hasattr(engine, name) for name in ("module", "backward", "global_steps")):
+        raise InputError(
+            f"engine is a {type(engine).__name__}: give the first of what deepspeed.initialize returns"
+        )
+    if engine.zero_optimization_stage() > 2:
+        raise InputError("the engine runs ZeRO stage 3: the monitor reads stages 0 to 2")
+    return _EngineMonitor(engine, options)
+
+
+class _EngineMonitor(Monitor):
+    """A monitor that the engine's own calls drive."""
+
+    def __init__(self, engine: Any, options: dict[str, Any]) -> None:
+        self._engine = engine
+        self._named = dict(engine.module.named_parameters())
+        # Names are taken as they are, not as patterns.
+        partitioned = [glob.escape(name) for name, p in self._named.items() if hasattr(p, "_hp_mapping")]
+        super().__init__(engine.module, _own_optimizer(engine), sharded=partitioned, **options)
+        self._losses: list[Tensor] = []
+        self._step: Callable[..., Any] = engine.step
+        self._backward: Callable[..., Any] = engine.backward
+        engine.step, engine.backward = self._step_and_tell, self._keep_loss
+        self.start_step(engine.global_steps)
+
+    def close(self) -> None:
+        """Give the engine its own calls back, and write what is left."""
+        for name, ours in (("step", self._step_and_tell), ("backward", self._keep_loss)):
+            if self._engine.__dict__.get(name) == ours:
+                delattr(self._engine, name)
+        super().close()
+
+    def _keep_loss(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._losses.append(loss.detach().mean())
+        return self._backward(loss, *args, **kwargs)
+
+    def _step_and_tell(self, *args: Any, **kwargs: Any) -> Any:
+        engine, step = self._engine, self._engine.global_steps
+        scale = _loss_scale(engine)
+        if engine.is_gradient_accumulation_boundary():
+            self.gradients_ready(gradients=self._gradients(), scale=scale)
+        result = self._step(*args, **kwargs)
+        if engine.global_steps == step:
+            return result
+        values: dict[str, Any] = {"learning_rate": engine.get_lr()[0]}
+        if self._losses:
+            values["loss"] = torch.stack(self._losses).mean()
+        norm = engine.get_global_grad_norm()
+        # DeepSpeed says -1 of a norm that is not finite.
+        values["gradient_norm"] = norm if norm is None or norm >= 0 else float("nan")
+        if engine.fp16_enabled():
+            values |= {"loss_scale": scale, "skipped": not engine.was_step_applied()}
+        self._losses.clear()
+        self.step(step, **values)
+        return result
+
+    def _gradients(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self._named.items():
+            gradient = _fragment(parameter) if hasattr(parameter, "_hp_mapping") else parameter.grad
+            if gradient is not None:
+                found[name] = gradient
+        return found
+
+
+def _fragment(parameter: Any) -> Tensor | None:
+    """The part of a parameter's gradient that this rank's optimizer steps on; None if it has none."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    try:
+        gradient: Tensor | None = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+    except (ValueError, IndexError):
+        gradient = parameter.grad
+    if gradient is None:
+        return None
+    gradient, address = gradient.detach().reshape(-1), mapping.lp_fragment_address
+    if gradient.numel() == parameter.numel() != address.numel:
+        gradient = gradient.narrow(0, address.start, address.numel)
+    return gradient
+
+
+def _own_optimizer(engine: Any) -> torch.optim.Optimizer | None:
+    """The optimizer, if it steps on the parameters themselves."""
+    optimizer = getattr(engine, "basic_optimizer", None)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return None
+    own = {id(p) for p in engine.module.parameters()}
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    return optimizer if stepped and all(id(p) in own for p in stepped) else None
+
+
+def _loss_scale(engine: Any) -> float:
+    """The factor that is still in the gradients."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0)) if engine.fp16_enabled() else 1.0

@@ -1,0 +1,143 @@
+"""Under the real DeepSpeed, two processes on gloo: what the monitor says is what one plain process with all the
+data has."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from stabilitylab import Monitor
+from stabilitylab.errors import InputError
+from tests.stabilitylab.gpt import GPT, batch, next_token_loss
+from tests.stabilitylab.recording import Recording
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.distributed
+
+ACCUMULATION, STEPS, RATE = 2, 3, 0.05
+
+
+CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16")]
+Rows = dict[tuple[int, str, int], float]
+
+
+def _process(rank: int, out: Path) -> None:
+    """All cases in one pair of processes: to import DeepSpeed takes longer than to train."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (out / "port").read_text()}
+    torch.set_num_threads(1)
+    import deepspeed
+
+    # Built by a compiler at first use, and of no use to two processes that only count.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    found = {case: _train(rank, *case) for case in CASES}
+    (out / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def _train(rank: int, stage: int, precision: str) -> Rows:
+    import deepspeed
+
+    from stabilitylab.integrations.deepspeed import watch
+
+    torch.manual_seed(0)
+    model = GPT()
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": 0.1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10_000,
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    sink = Recording()
+    monitor = watch(engine, every=1, sinks=[sink], detector=None)
+    for step in range(STEPS):
+        for micro in range(ACCUMULATION):
+            row = 2 * micro + rank
+            engine.backward(next_token_loss(engine, _rows(step)[row : row + 1]))
+            engine.step()
+    monitor.close()
+    assert engine.step.__func__ is type(engine).step
+    return sink.rows
+
+
+def _rows(step: int) -> torch.Tensor:
+    return torch.cat([batch(step), batch(step + 100)])[:4]
+
+
+def _plain(precision: str) -> Rows:
+    torch.manual_seed(0)
+    model, sink = GPT(), Recording()
+    masters = [p.detach().clone() for p in model.parameters()]
+    if precision == "bf16":
+        model.bfloat16()
+    with Monitor(model, every=1, sinks=[sink], detector=None) as monitor:
+        for step in range(STEPS):
+            losses = [next_token_loss(model, row[None]) for row in _rows(step)]
+            (sum(losses) / 4).backward()
+            gradients = [p.grad.float() for p in model.parameters()]
+            monitor.gradients_ready()
+            norm = torch.stack(torch._foreach_norm(gradients)).norm()
+            clip = min(1.0, 0.1 / (float(norm) + 1e-6))
+            for master, gradient, parameter in zip(masters, gradients, model.parameters(), strict=True):
+                master -= RATE * clip * gradient
+                parameter.data.copy_(master)
+            monitor.step(step, loss=torch.stack(losses[::2]).mean(), gradient_norm=norm, learning_rate=RATE)
+            model.zero_grad()
+    return sink.rows
+
+
+@pytest.fixture(scope="module")
+def under_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[int, str], Rows]]:
+    """What both ranks recorded, by case."""
+    out = tmp_path_factory.mktemp("deepspeed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (out / "port").write_text(str(free.getsockname()[1]))
+    mp.start_processes(_process, args=(out,), nprocs=2, start_method="spawn")
+    return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_an_engine_is_watched(
+    under_deepspeed: list[dict[tuple[int, str], Rows]], stage: int, precision: str
+) -> None:
+    found, other = (of_rank[stage, precision] for of_rank in under_deepspeed)
+    assert other == {}
+    expected = _plain(precision)
+    # fp32: sums in another order. bf16 (2^-9 a rounding): each rank rounds its gradients, their sum is rounded again.
+    room = 1e-4 if precision == "fp32" else 2e-2
+    checked = [
+        key
+        for key in expected
+        if key[1].startswith(("gradient/", "train/"))
+        and key[1].endswith(("/l2", "/share", "loss", "norm", "rate"))
+    ]
+    assert len(checked) == STEPS * (3 + 2 * len(list(GPT().parameters())))
+    for key in checked:
+        assert found[key] == pytest.approx(expected[key], rel=room, abs=room / 10), key
+    for key in expected:
+        if key[1].startswith("activation/") and key[1].endswith("/rms"):
+            assert found[key] == pytest.approx(expected[key], rel=room), key
+    updates = {name for _, name, _ in found if name.startswith("update/")}
+    assert bool(updates) == ((stage, precision) == (0, "fp32"))
+
+
+def test_what_is_no_engine_is_refused() -> None:
+    from stabilitylab.integrations.deepspeed import watch
+
+    with pytest.raises(InputError, match=r"deepspeed\.initialize"):
+        watch(torch.nn.Linear(2, 2))
