@@ -2,10 +2,10 @@
 
     python -m experiments.benchmarks quantized_linear [--rounds 9] [--threads 1] [--json]
 
-    scheme            peer
-    mixed             bitsandbytes' Linear8bitLt, threshold 6, in evaluation mode
-    w8a8-token        torchao's int8 dynamic activations, int8 weights
-    int4-g128-...     torchao's prototype int4 weight-only, groups of 128 with zero points (64 where K is no multiple of 128)
+    scheme         peer
+    mixed          bitsandbytes' Linear8bitLt, threshold 6, in evaluation mode
+    w8a8-token     torchao's int8 dynamic activations, int8 weights
+    int4           int4-g128-asym-mse: torchao's prototype int4 weight-only; both in groups of 64 where 128 does not divide K
 
 Each layer gets the format in which it is quicker: int4 kernels take bf16, everything else fp32. Inputs have three channels 40 times
 as large as the rest; the error is ||y - y64|| / ||y64|| against float64 products, also on inputs without such channels. All take
@@ -37,7 +37,7 @@ OUTLIERS, FACTOR = 3, 40
 PAIRS = {
     "mixed": "bitsandbytes",
     "w8a8-token": "torchao int8 dynamic",
-    "int4-g128-asym-mse": "torchao prototype int4",
+    "int4": "torchao prototype int4",
 }
 Call = Callable[[Tensor], Tensor]
 
@@ -61,6 +61,11 @@ def torchao_layer(weight: Tensor, config: Any) -> Call:
     return holder.eval()
 
 
+def int4_group(weight: Tensor) -> int:
+    """128, or 64 where the peer cannot take that."""
+    return 128 if weight.shape[1] % 128 == 0 else 64
+
+
 def torchao_int8(weight: Tensor) -> Call:
     config = importlib.import_module("torchao.quantization").Int8DynamicActivationInt8WeightConfig()
     return torchao_layer(weight, config)
@@ -68,8 +73,9 @@ def torchao_int8(weight: Tensor) -> Call:
 
 def torchao_int4(weight: Tensor) -> Call:
     workflow = importlib.import_module("torchao.prototype.quantization.int4.inference_workflow")
-    group = 128 if weight.shape[1] % 128 == 0 else 64
-    return torchao_layer(weight.bfloat16(), workflow.PrototypeInt4WeightOnlyConfig(group_size=group))
+    return torchao_layer(
+        weight.bfloat16(), workflow.PrototypeInt4WeightOnlyConfig(group_size=int4_group(weight))
+    )
 
 
 PEERS: dict[str, Callable[[Tensor], Call]] = {
@@ -85,7 +91,8 @@ def contestants(weight: Tensor, tell: Callable[[str], None]) -> dict[str, Call]:
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
     found: dict[str, Call] = {"fp32": linear}
     for name in (*PAIRS, "int8-row"):
-        found[name] = QuantizedLinear.from_linear(linear, Scheme.parse(name))
+        scheme = f"int4-g{int4_group(weight)}-asym-mse" if name == "int4" else name
+        found[name] = QuantizedLinear.from_linear(linear, Scheme.parse(scheme))
     for name, make in PEERS.items():
         try:
             found[name] = make(weight)
@@ -178,12 +185,12 @@ def main(argv: Sequence[str]) -> int:
         "layer",
         "ms",
         "error",
-        "with outliers",
-        "speed over peer",
+        "outliers",
+        "over peer",
         title=f"{options.threads} threads, medians",
     )
     for row in found:
-        over = "" if row["peer"] is None else f"{row['faster_than_peer']:.2f}x {row['peer']}"
+        over = "" if row["peer"] is None else f"{row['faster_than_peer']:.2f}x"
         table.add_row(
             row["shape"], str(row["batch"]), row["layer"], f"{row['ms']:.2f}",
             f"{row['error']:.5f}", f"{row['error_outliers']:.5f}", over,

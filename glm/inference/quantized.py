@@ -93,7 +93,7 @@ def is_quantized(path: Path) -> bool:
 
 
 def read_one_by_one(file: Path, names: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, each a copy: the file is mapped anew for each, so what was read does not stay in memory.
+    """The tensors of a safetensors file, one after another; what is let go leaves the memory.
 
     Raises:
         InputError: the file is damaged, or a shape is another.

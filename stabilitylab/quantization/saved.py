@@ -84,10 +84,10 @@ def holds(path: Path, prefix: str) -> bool:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """A copy of one tensor. The file is mapped anew for each, so that what was read does not stay in memory with it."""
+    """One tensor, in the file's own pages. The file is mapped anew for each, so that none stays in memory for another's sake."""
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
-        return tensor.clone()
+        return tensor
 
 
 def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
