@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import matplotlib as mpl
 import numpy as np
@@ -12,7 +13,7 @@ from stabilitylab.quantization.latency import KEPT
 from stabilitylab.quantization.plan import Plan
 from stabilitylab.quantization.tables import outcome_rows
 from stabilitylab.report.page import Cell, Page, Picture, Section, Table
-from stabilitylab.report.style import COLOURS, STYLE, WIDTH, log_axis, panel
+from stabilitylab.report.style import COLOURS, INK, STYLE, WIDTH, colours, log_axis, panel
 
 
 def plan_page(plan: Plan) -> Page:
@@ -71,20 +72,18 @@ def _trade(plan: Plan, what: str) -> Figure:
     with mpl.rc_context(STYLE):
         figure, axes = panel()
         whole = plan.singles[KEPT].bytes
-        for name, outcome in plan.singles.items():
-            axes.plot(outcome.bytes / whole, outcome.loss, "o", color=COLOURS[0])
-            axes.annotate(
-                name,
-                (outcome.bytes / whole, outcome.loss),
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=7,
-            )
-        axes.plot(plan.planned.bytes / whole, plan.planned.loss, "D", color=COLOURS[5], label="the plan")
+        # Nine points may lie on each other: the legend tells them apart, by colour and by shape.
+        for (name, outcome), colour, mark in zip(
+            plan.singles.items(), colours(), cycle("osv^<>pX"), strict=False
+        ):
+            axes.plot(outcome.bytes / whole, outcome.loss, mark, color=colour, label=name, alpha=0.8)
+        axes.plot(
+            plan.planned.bytes / whole, plan.planned.loss, "D", color=INK, markersize=9, label="the plan"
+        )
         axes.set_yscale("symlog", linthresh=1e-3)
         axes.set_xlabel("share of 16-bit bytes")
         axes.set_ylabel(what)
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes.set_title("What bytes buy")
     return figure
 
