@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import socket
 import sys
@@ -19,13 +20,21 @@ from types import SimpleNamespace
 
 import torch
 
+from glm.data.loader import Loader
+from glm.data.shards import open_data
 from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig
 from glm.parallel.config import ParallelConfig
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import BatchConfig, TrainConfig
+from glm.train.engine import Engine
+from glm.train.events import Callback
+from glm.train.loop import Trainer
 from glm.train.optimizer import OptimizerConfig
+from stabilitylab.spikes import ResponderConfig
+from stabilitylab.telemetry import Event
 
 TOPOLOGIES = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2))
+RESPONDING = (1, 2, 2)
 WATCHED = ((2, 2, 1), (2, 1, 2))
 ROWS, LENGTH, VOCABULARY, RATE = 8, 16, 96, 1e-3
 
@@ -150,6 +159,57 @@ def run_rank(one: World, folder: Path) -> None:
         (folder / one.name / f"held-{team.from_first(os.getpid())}-{os.getpid()}").write_text(str(held))
 
 
+class Alarm(Callback):
+    """Notices a spike on the first process only, once; writes down what each step was."""
+
+    def __init__(self, leads: bool) -> None:
+        self.leads = leads
+        self.seen: list[tuple[int, int, float]] = []
+
+    def step_end(self, info):
+        self.seen.append((info.step, info.first_sample, info.loss))
+        if not self.leads or info.step != 6 or len(self.seen) > 7:
+            return ()
+        return [
+            Event(
+                step=6,
+                kind="spike",
+                data={"onset": 6, "phase": "onset", "signal": "train/-/loss", "episode": 1},
+            )
+        ]
+
+
+def responding(axes: tuple[int, int, int]) -> TrainConfig:
+    """A run whose responder goes back two steps."""
+    t, p, d = axes
+    return TrainConfig(
+        steps=10,
+        model=ModelConfig(vocabulary=1000, layers=2, hidden=32, heads=2, length=64),
+        batch=BatchConfig(rows=4, micro_rows=1),
+        responder=ResponderConfig(policy="roll-back", rollback_steps=2, skip_batches=1, cooldown=0, budget=1),
+        parallel=ParallelConfig(tensor=t, pipeline=p, data=d, timeout=60),
+    )
+
+
+def respond(config: TrainConfig, engine: Engine, data: Path, leads: bool) -> list[tuple[int, int, float]]:
+    """(step, first sample, loss) of every step that was made."""
+    shards = open_data(data)
+    loader = Loader(shards, config.objective, config.sampling, length=config.model.length, seed=config.seed)
+    alarm = Alarm(leads)
+    assert Trainer(config, engine, loader, callbacks=(alarm,)).train()
+    return alarm.seen
+
+
+def run_responding(folder: Path, data: Path) -> None:
+    from glm.parallel.engine import ParallelEngine
+    from glm.parallel.start import joined
+
+    config = responding(RESPONDING)
+    with joined(config.parallel, torch.device("cpu"), config.to_json()) as team:
+        seen = respond(config, ParallelEngine(config), data, team.leads)
+        (folder / f"responding-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
 def command(data: Path, out: Path, axes: tuple[int, int, int]) -> list[str]:
     """A watched run of ``glm train``."""
     flags = {
@@ -184,6 +244,7 @@ def main(folder: Path, data: Path) -> int:
     for axes in WATCHED:
         words = command(data, folder / f"watched-{_joined(axes)}", axes)
         runs.append((words[5], 4, lambda words=words: glm.cli.main(words)))
+    runs.append(("responding", math.prod(RESPONDING), lambda: run_responding(folder, data)))
     for name, ranks, work in runs:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
