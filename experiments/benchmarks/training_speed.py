@@ -53,6 +53,7 @@ class Settings:
         figure: what to measure; see the module.
         precision: compute format.
         steps: steps timed of each.
+        seconds: peer: stop after so long, however many steps that were.
         threads: of torch.
         data: folder made by `glm shards`; by default the quick suite's.
         json: print one JSON object.
@@ -67,6 +68,7 @@ class Settings:
     figure: Literal["peer", "memory", "parts"] = "peer"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     steps: int = 5
+    seconds: float = 3600.0
     threads: int = 2
     data: Path | None = None
     json: bool = False
@@ -113,7 +115,10 @@ def measure_peer(settings: Settings) -> dict[str, Any]:
         work = flops(size, parameters, tied=contestant == "glm", causal=contestant != "glm")
         contestants[name] = (parameters, work, step)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    deadline = time.perf_counter() + settings.seconds
     for number in range(-1, settings.steps):
+        if number > 0 and time.perf_counter() > deadline:
+            break
         for name, (_, _, step) in contestants.items():
             began = time.perf_counter()
             step(number + 1)
@@ -141,7 +146,7 @@ def show_peer(settings: Settings, result: dict[str, Any], console: Console) -> N
     table = Table(
         *("", "parameters", "tokens/s", "GFLOP/s", "times the peer's speed"),
         title=f"{size.layers} layers of {size.hidden}, vocabulary {size.vocabulary:,}, {size.rows} rows of {size.length}, "
-        f"{settings.precision}, {settings.threads} threads, median of {settings.steps}",
+        f"{settings.precision}, {settings.threads} threads, median of {len(next(iter(result['seconds'].values())))}",
     )
     for name, speed in result["tokens_per_second"].items():
         ratio = result["ratio_to_peer"].get(name)
