@@ -23,15 +23,14 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from glm.cli import main as glm
 from glm.data.documentation_tasks import PROMPTS
 from glm.data.shards import TokenData, open_data
 from glm.data.tasks import TaskExample, open_tasks
 from glm.data.templates import Template
+from glm.inference.evaluation import task_table
 from glm.inference.multiple_choice import TaskResult, answer_tasks
 from glm.inference.opening import open_model
 from stabilitylab.errors import InputError
@@ -149,31 +148,14 @@ def reworded(example: TaskExample) -> TaskExample:
 
 
 def show(results: dict[str, list[TaskResult]]) -> None:
-    """Print one table of all sets, and how many tasks beat chance in each language."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("task", "in", "chance", "frequent"):
-        table.add_column(column, no_wrap=True)
-    for name in SETS:
-        table.add_column(name, no_wrap=True)
-    by_task = {name: {one.task: one for one in found} for name, found in results.items()}
-    for task, one in by_task[SETS[0]].items():
-        cells = [_cell(by_task[name].get(task)) for name in SETS]
-        table.add_row(task, one.language, f"{one.chance:.3f}", f"{one.most_frequent:.3f}", *cells)
+    """Print a table of each set, and how many tasks beat chance in each language."""
     console = Console()
-    console.print(table)
     for name in SETS:
+        console.print(task_table(name, results[name]))
         for language in ("zh", "en"):
             above = [one.task for one in results[name] if one.beats_chance and one.language == language]
-            console.print(
-                f"{name}, {language}: {len(above)} tasks beat chance ({', '.join(above)})", soft_wrap=True
-            )
-
-
-def _cell(one: TaskResult | None) -> str:
-    if one is None:
-        return "none"
-    mark = "*" if one.beats_chance else " "
-    return f"{one.accuracy:.3f} [{one.low:.3f}, {one.high:.3f}] {one.examples:,}{mark}"
+            said = f"{name}, {language}: {len(above)} tasks beat chance ({', '.join(above)})"
+            console.print(said, soft_wrap=True)
 
 
 def _trained_texts(data: TokenData) -> Iterable[str]:

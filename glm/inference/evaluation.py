@@ -79,7 +79,7 @@ class Evaluation:
         if self.last_words:
             console.print(_last_words_table(self.last_words))
         if self.tasks:
-            console.print(_task_table(self.tasks))
+            console.print(task_table("zero-shot tasks, held out", self.tasks))
         if self.held_out is False:
             console.print(
                 "[yellow]The model was trained on another data folder: what is held out here may have been trained on there.[/]"
@@ -172,7 +172,8 @@ def _last_words_table(found: Sequence[ClozeResult]) -> Table:
     return _table("last words of held-out sentences", ("language",), columns, rows)
 
 
-def _task_table(found: Sequence[TaskResult]) -> Table:
+def task_table(title: str, found: Sequence[TaskResult]) -> Table:
+    """Accuracy, interval, and what it is above."""
     rows = [
         (
             one.task,
@@ -187,7 +188,7 @@ def _task_table(found: Sequence[TaskResult]) -> Table:
         for one in found
     ]
     columns = ("examples", "accuracy", "95 % interval", "chance", "frequent", "above")
-    return _table("zero-shot tasks, held out", ("task", "in"), columns, rows)
+    return _table(title, ("task", "in"), columns, rows)
 
 
 def _above(one: TaskResult) -> str:

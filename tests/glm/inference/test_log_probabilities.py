@@ -123,7 +123,7 @@ def by_task(examples, task):
 def test_tasks_are_answered_with_the_most_probable_choice(wide, task_data):
     examples = open_tasks(task_data)
     assert not {e.group for e in examples} & {e.group for e in open_tasks(task_data, "train")}
-    examples = [example for task in ("parity-en", "parity-zh") for example in by_task(examples, task)[:8]]
+    examples = [example for task in ("parity-en", "parity-zh") for example in by_task(examples, task)[:4]]
     for normalise in ("none", "length", "prior"):
         results = answer_tasks(wide, examples, normalise=normalise)
         assert [(r.task, r.chance) for r in results] == [("parity-en", 0.5), ("parity-zh", 0.5)]
