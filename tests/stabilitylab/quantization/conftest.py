@@ -9,9 +9,6 @@ from stabilitylab.models import open_text_model
 from stabilitylab.quantization import Scheme
 from stabilitylab.quantization.ranges import layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers
-
-pytest.importorskip("transformers")
-
 from tests.stabilitylab.quantization.folders import TEXT, write_bert, write_llama
 
 SCHEMES = ("w8a8-token", "mixed", "smoothquant", "int8-row", "int4-g32-asym")

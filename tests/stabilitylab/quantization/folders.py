@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +13,7 @@ TEXT = "the quick brown fox jumps over the lazy dog and runs away from it\n" * 3
 
 def write_tokenizer(folder: Path) -> int:
     """Returns the size of the vocabulary."""
+    pytest.importorskip("transformers")
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -29,6 +30,7 @@ def write_tokenizer(folder: Path) -> int:
 
 def write_llama(folder: Path, *, tied: bool = False, seed: int = 0, layers: int = 3) -> Path:
     """A decoder whose layers matter to its output and whose channel 5 stands out."""
+    pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     vocabulary = write_tokenizer(folder)
@@ -54,6 +56,7 @@ def write_llama(folder: Path, *, tied: bool = False, seed: int = 0, layers: int 
 
 def write_bert(folder: Path) -> Path:
     """An encoder."""
+    pytest.importorskip("transformers")
     from transformers import BertConfig, BertModel
 
     vocabulary = write_tokenizer(folder)
@@ -77,8 +80,3 @@ def edit_weight(folder: Path, name: str, value: float) -> None:
     tensors = load_file(file)
     tensors[name].view(-1)[0] = value
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-def edit_config(folder: Path, **fields: object) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))

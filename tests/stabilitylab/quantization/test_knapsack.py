@@ -20,10 +20,10 @@ def brute(costs, harms, budget):
     return best
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(25))
 def test_it_finds_what_trying_everything_finds(seed):
     dice = random.Random(seed)
-    layers, options = dice.randint(1, 6), dice.randint(1, 4)
+    layers, options = dice.randint(1, 5), dice.randint(1, 4)
     # Whole numbers: sums are exact, and equal costs and harms occur.
     costs = [[float(dice.randint(0, 9)) for _ in range(options)] for _ in range(layers)]
     harms = [[float(dice.randint(0, 9)) for _ in range(options)] for _ in range(layers)]
@@ -51,9 +51,9 @@ def test_a_thinned_front_fits_and_is_close(seed):
     )
     assert cost <= 3.0 * (1 + 1e-12)
     assert best == pytest.approx(brute(costs, harms, 3.0), rel=1e-12)
-    # Seven layers, each of which loses at most one range of cost, 1/63 of the budget, and here a unit of cost is worth at most
-    # the steepest exchange of harm for cost; 10 % is well beyond that.
-    assert best <= close <= 1.1 * best
+    # Each of seven layers may put a partial choice in the place of one that costs less by a range of costs, 1/63 of the budget at
+    # most, and harms no less: what is best with seven such ranges less is never lost.
+    assert best <= close <= brute(costs, harms, 3.0 * (1 - 7 / 63))
 
 
 def test_nothing_fits():
