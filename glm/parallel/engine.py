@@ -32,8 +32,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glm.errors import InputError
-from glm.model.transformer import Transformer
 from glm.parallel import checkpoint as sharded
+from glm.parallel.building import build, shapes_of
 from glm.parallel.groups import Groups
 from glm.parallel.optimizer import ShardedAdamW
 from glm.parallel.shares import shares
@@ -59,7 +59,7 @@ from deepspeed.runtime.pipe.schedule import (
 )
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-from glm.parallel.stages import MicroBatch, Stages, cut_model
+from glm.parallel.stages import MicroBatch, Stages
 
 # Modules whose output, or with ":input" whose input, is one tensor rank's part.
 TENSOR_SHARDED = (
@@ -143,12 +143,13 @@ class ParallelEngine:
         self.scaler = LossScaler(config.loss_scale) if self.policy.scales_loss else None
         groups = Groups(self.topology, self.rank, timedelta(seconds=config.parallel.timeout))
 
-        torch.manual_seed(config.seed)
-        whole = Transformer(config.model)
-        shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
-        self.shares = shares(shapes, config.model, self.topology)
-        self.model = cut_model(
-            whole, stage=self.stage, stages=self.topology.pipeline, tensor=groups.tensor
+        self.shares = shares(shapes_of(config.model), config.model, self.topology)
+        self.model = build(
+            config.model,
+            stage=self.stage,
+            stages=self.topology.pipeline,
+            tensor=groups.tensor,
+            seed=config.seed,
         ).to(self.device)
         self.optimizer = ShardedAdamW(
             self.model,

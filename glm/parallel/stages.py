@@ -1,7 +1,7 @@
 """A transformer as the stages of DeepSpeed's PipelineModule.
 
 The model's own parts are put in a row: look-up, layers, final norm and loss. A stage holds a run of them
-(``plan.layout.stage_layers``) and drops the rest. Only hidden states travel between stages: who sees whom, positions and targets
+(``plan.layout.stage_layers``). Only hidden states travel between stages: who sees whom, positions and targets
 are a function of the sample numbers, so every rank has its micro-batches' own, in the order in which one-forward-one-backward
 asks for them.
 
@@ -9,8 +9,6 @@ A tied embedding is on the first and on the last stage. Both hold its weight; it
 
 Dropout masks are a function of (seed, step, micro-batch, layer), so that tensor ranks agree, and a mask does not depend on how many
 stages or replicas there are. One process draws them one after the other (``glm.train.engine``): those masks differ.
-
-Limits: each rank builds the whole model, in fp32 on the host, before it keeps its part.
 """
 
 from __future__ import annotations
@@ -21,58 +19,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from glm.model.block import Block
 from glm.model.config import ModelConfig
 from glm.model.positions import Rotation, visible
 from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import vocabulary_loss
 from glm.parallel.plan.layout import stage_layers
-from glm.parallel.shares import Cut, stage_of
-from glm.parallel.tensor import VocabularyEmbedding, cut_block
 from glm.parallel.vocabulary_loss import split_vocabulary_loss
 
 # tokens, targets, positions, segments, context
 MicroBatch = tuple[Tensor, ...]
-
-
-def cut_model(
-    model: Transformer, *, stage: int, stages: int, tensor: dist.ProcessGroup | None
-) -> Transformer:
-    """Leave of a whole model what one rank computes, under the names that the whole has.
-
-    Args:
-        model: built and initialised; changed in place.
-        stage, stages: which of how many.
-        tensor: the ranks that share each layer; None: no other.
-    """
-    config = model.config
-    for number in range(config.layers):
-        if stage_of(f"layers.{number}", config, stages) != stage:
-            # Something keeps the place, so that every layer keeps its number, by which telemetry knows it.
-            model.layers[number] = nn.Identity()
-    is_first, is_last = stage == 0, stage == stages - 1
-    if not is_first:
-        model.positions = None
-        model.embedding_norm = None
-    if not (is_first or (is_last and model.projection is None)):
-        del model.embedding
-    if not is_last:
-        model.final_norm = None
-        model.projection = None
-    if tensor is not None:
-        for layer in model.layers:
-            if isinstance(layer, Block):
-                cut_block(layer, tensor)
-        if hasattr(model, "embedding"):
-            model.embedding = VocabularyEmbedding(model.embedding, Cut(dim=0), tensor)
-        if model.projection is not None:
-            rank, size = dist.get_rank(tensor), dist.get_world_size(tensor)
-            part = Cut(dim=0).part(model.projection.weight.detach(), rank, size)
-            model.projection.weight = nn.Parameter(part)
-    return model
 
 
 class Feed:
@@ -124,7 +82,7 @@ class Stages(PipelineModule):  # type: ignore[misc]
     """This rank's stage.
 
     Args:
-        model: what ``cut_model`` left.
+        model: what ``glm.parallel.building`` made.
         config: the model's shape.
         axes: DeepSpeed's topology.
         seed: of the run.

@@ -90,7 +90,7 @@ def check_started(config: ParallelConfig) -> None:
             f"start it with torchrun --nproc-per-node {config.ranks} -m glm train ..."
         )
     raise EverywhereError(
-        f"{axes} is {config.ranks} processes, but {started} were started: change one of the two"
+        f"{axes} is {config.ranks}, but {started} processes were started: change one of the two"
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from glm.errors import InputError
 from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig
 from glm.model.transformer import Transformer
+from glm.parallel.building import build, shapes_of
 from glm.parallel.checkpoint import writers
 from glm.parallel.config import ParallelConfig
 from glm.parallel.shares import Cut, shares, stage_of
@@ -155,3 +156,17 @@ def test_the_number_of_processes_is_compared(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"is 1, but 2 processes were started"):
         check_started(ParallelConfig())
+
+
+@pytest.mark.parametrize("model", MODELS, ids=["glm", "other"])
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_stages_draw_the_weights_of_one_process(model, stages):
+    torch.manual_seed(5)
+    whole = dict(Transformer(model).named_parameters())
+    built = [build(model, stage=stage, stages=stages, tensor=None, seed=5) for stage in range(stages)]
+    parts = [dict(part.named_parameters()) for part in built]
+    assert set().union(*parts) == set(whole)
+    assert all(torch.equal(tensor, whole[name]) for part in parts for name, tensor in part.items())
+    tied = {"embedding.weight"} if model.embedding.tied and stages > 1 else set()
+    assert {name for name in whole if sum(name in part for part in parts) > 1} == tied
+    assert shapes_of(model) == {name: tensor.shape for name, tensor in whole.items()}
