@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from stabilitylab.models import open_text_model
 from stabilitylab.quantization import Scheme
@@ -12,11 +11,6 @@ from stabilitylab.quantization.replacement import quantizable_layers
 from tests.stabilitylab.quantization.folders import TEXT, write_bert, write_llama
 
 SCHEMES = ("w8a8-token", "mixed", "smoothquant", "int8-row", "int4-g32-asym")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stabilitylab.errors import InputError
-from stabilitylab.quantization import QuantizedLinear, Scheme, reference_linear
+from stabilitylab.quantization import QuantizedLinear, Scheme, quantize_weight, reference_linear
 from stabilitylab.quantization.kernels import fbgemm, packed, tiles
 from stabilitylab.quantization.kernels.cuda import cuda_int4_agrees, cuda_int8_agrees
 from stabilitylab.quantization.scheme import NAMED
@@ -113,6 +113,43 @@ def test_largest_codes_do_not_saturate():
     expected = torch.tensor([1.0, -1.0, 0.0])[:, None].expand(3, 40) * 12.7 * 0.127 * 512 * (127 / 127.5) ** 2
     # All products are exact in integers; three scalings of 2^-24 each remain.
     torch.testing.assert_close(y, expected, rtol=2**-21, atol=0)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 131, 256])
+def test_pairs_are_clipped_to_what_sixteen_bits_hold(columns):
+    values = torch.randint(-127, 128, (40, columns), generator=torch.Generator().manual_seed(0)).to(
+        torch.int8
+    )
+    kept = fbgemm.clip_pairs(values)
+    wide, before = kept.to(torch.int64), values.to(torch.int64)
+    sums = torch.nn.functional.pad(wide.abs(), (0, columns % 2)).view(40, -1, 2).sum(-1)
+    assert int(sums.max()) <= 128
+    # Nothing grows or changes its sign, and pairs within the bound stay.
+    assert bool((wide.abs() <= before.abs()).all())
+    assert bool((wide * before >= 0).all())
+    fits = torch.nn.functional.pad(before.abs(), (0, columns % 2)).view(40, -1, 2).sum(-1) <= 128
+    assert torch.equal((kept == values)[:, ::2][:, : fits.shape[1]] | ~fits, torch.ones_like(fits))
+
+
+@pytest.mark.parametrize("way", ["corrected", "split"])
+@pytest.mark.parametrize(("columns", "power"), [(131, 3), (1040, 3), (1040, 0)])
+def test_integer_products_are_exact_in_every_way(way, columns, power, monkeypatch):
+    """Heavy-tailed weights leave few corrections, weights that are all 127 too many of them: then the sign is split."""
+    if fbgemm.fbgemm_agrees() not in ("direct", way, "corrected"):
+        pytest.skip("FBGEMM is not exact in this way here")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(65, columns, generator=generator) ** power
+    stored = quantize_weight(weight, Scheme.parse("w8a8-token"))
+    monkeypatch.setattr(fbgemm, "fbgemm_agrees", lambda: way)
+    kernel = fbgemm.FbgemmInt8(stored)
+    assert (kernel._correction is not None) == (way == "corrected" and power == 3)
+    codes = torch.randint(-127, 128, (19, columns), generator=generator).float()
+    codes[:2] = 127.0
+    codes[2] *= -1
+    exact = (codes.double() @ stored.values.double().T) * stored.scales.double().view(-1)
+    # Whole numbers below 2^24 are exact; beyond, and in two scalings, roundings of 2^-24 each.
+    assert bool(((kernel(codes, 19).double() - exact).abs() <= 4 * 2**-24 * exact.abs().amax()).all())
+    assert torch.equal(kernel.values(), stored.values)
 
 
 @pytest.mark.parametrize("outliers", [1, 2, 3, 50, 100])
