@@ -1,6 +1,6 @@
 """What reading activations costs: a scan of SmolLM2-135M over a text, beside the bare forward passes.
 
-    python -m experiments.benchmarks outlier_scan [--tokens 100000] [--length 512] [--model PATH] [--threads 2] [--json]
+    python -m experiments.benchmarks outlier_scan [--tokens 100000] [--length 512] [--model PATH] [--seconds 240] [--json]
 
 Every window is read twice in the same process, bare and with the scan's hooks in place, in an order that alternates; the ratio
 is the median over windows of (scanned / bare), with its quartiles, and the ratio of the two totals beside it. The first window
@@ -63,9 +63,10 @@ def text() -> Iterator[str]:
     return (topics[name] + "\n" for name in cycle(sorted(topics)))
 
 
-def measure(model: TextModel, tokens: int, length: int) -> dict[str, float]:
-    """Seconds of every window, bare and scanned."""
+def measure(model: TextModel, tokens: int, length: int, most: float) -> dict[str, float]:
+    """Seconds of every window, bare and scanned, until the tokens or the seconds are spent."""
     bare, scanned = [], []
+    end = time.perf_counter() + most
     watch = Watch(model.module)
     count = max(2, -(-tokens // length)) + 1
     for number, window in enumerate(islice(model.windows(text(), length), count)):
@@ -82,6 +83,8 @@ def measure(model: TextModel, tokens: int, length: int) -> dict[str, float]:
         if number:
             bare.append(seconds[False])
             scanned.append(seconds[True])
+        if bare and time.perf_counter() > end:
+            break
     ratios = sorted(b / a for a, b in zip(bare, scanned, strict=True))
     return {
         "tokens": len(bare) * length,
@@ -100,13 +103,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--length", type=int, default=512, help="tokens a window")
     parser.add_argument("--model", type=Path, help="a model's folder or GGUF file; left out: SmolLM2-135M")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after so many, whatever was read"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         model = open_text_model(options.model if options.model is not None else fetch(Path(folder)))
-        found = measure(model, options.tokens, options.length)
+        found = measure(model, options.tokens, options.length, options.seconds)
     if options.json:
         print(json.dumps({"model": model.name, "length": options.length, "limit": LIMIT, **found}))
         return 0

@@ -7,6 +7,7 @@ tensor (query, key and value) are found in the first window and measured once, u
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -122,12 +124,8 @@ class OutlierScan:
         times = np.nan_to_num(
             np.concatenate([one.times_median for _, one in self.inputs]), nan=0.0, posinf=np.inf
         )
-        shares = (1 - GLM_SHARE, 1 - OPT_SHARE)
         return {
-            name: (
-                float(np.quantile(every, shares[0], method="lower")),
-                float(np.quantile(every, shares[1], method="lower")),
-            )
+            name: (_reached_by(every, GLM_SHARE), _reached_by(every, OPT_SHARE))
             for name, every in (("magnitude", largest), ("times_median", times))
         }
 
@@ -135,6 +133,11 @@ class OutlierScan:
     def nbytes(self) -> int:
         """Memory of all statistics."""
         return sum(one.nbytes for _, one in self.sites)
+
+
+def _reached_by(values: NDArray[np.float64], share: float) -> float:
+    """The largest value that at least this share of the values reaches."""
+    return float(np.sort(values)[-math.ceil(share * len(values))])
 
 
 def scan_outliers(

@@ -18,6 +18,7 @@ Sites are the inputs of linear layers and the blocks' outputs, of equal weight w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +93,7 @@ def run_outliers(run: Run) -> RunOutliers:
     matrices = {}
     for statistic in (*SHARES, *PEAKS):
         matrix = run.matrix("activation", statistic)
-        wanted = [site.endswith(":input") or block_number(site) is not None for site in matrix.index]
-        matrix = matrix[wanted]
+        matrix = matrix[[_wanted(str(site)) for site in matrix.index]]
         if matrix.size:
             matrices[statistic] = matrix
     if not matrices:
@@ -101,6 +101,15 @@ def run_outliers(run: Run) -> RunOutliers:
             f"{run.path} recorded no activations: train with activations monitored, or give a model and --text"
         )
     return RunOutliers(name=run.name, path=str(run.path), matrices=matrices)
+
+
+def _wanted(site: str) -> bool:
+    """Inputs of linear layers, and blocks. Telemetry has inputs of norms too, which are the main branch again."""
+    module, _, end = site.rpartition(":")
+    if end != "input" or not module:
+        return block_number(site) is not None
+    name = module.rsplit(".", 1)[-1].lower()
+    return not ("norm" in name or re.match(r"ln(_|\d|$)", name))
 
 
 def _rows(found: RunOutliers) -> list[tuple[str, str, str, str, str, str]]:
@@ -116,7 +125,7 @@ def _rows(found: RunOutliers) -> list[tuple[str, str, str, str, str, str]]:
                 words.short(float(series.iloc[0])),
                 words.short(float(series.iloc[-1])),
                 words.short(value),
-                f"{site}, step {step}",
+                f"{site}, step {step}" if value else "–",
             )
         )
     return rows
@@ -188,7 +197,8 @@ def run_page(found: RunOutliers) -> Page:
 
 
 def _growth(found: RunOutliers) -> list[Picture]:
-    shares = {SHARES[name]: [found.series(name)] for name in SHARES if name in found.matrices}
+    short = dict(zip(SHARES, ("|x| ≥ 6", "|x| ≥ 6 RMS", "massive"), strict=True))
+    shares = {short[name]: [found.series(name)] for name in SHARES if name in found.matrices}
     pictures = (
         [Picture(figure=curves(shares, title="Outlying values, mean over sites", unit="share", log="auto"))]
         if shares

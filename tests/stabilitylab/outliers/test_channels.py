@@ -70,7 +70,7 @@ def test_counts_are_those_of_a_naive_count():
 
 def test_thresholds_count_what_equals_them():
     x = torch.zeros(1, 4, 3)
-    x[0, 1, 0], x[0, 2, 0], x[0, 3, 1] = 6.0, -6.0, np.nextafter(np.float32(6), np.float32(0))
+    x[0, 1, 0], x[0, 2, 0], x[0, 3, 1] = 6.0, -6.0, float(np.nextafter(np.float32(6), np.float32(0)))
     assert seen(x, channels=3).over_6_C.tolist() == [2, 0, 0]
 
 
