@@ -159,7 +159,9 @@ def make_plan(
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
         sensitivity = [
-            layer for layer in sensitivity if any(effect.harm for effect in layer.effects.values())
+            layer
+            for layer in sensitivity
+            if any(effect.harm or effect.loss for effect in layer.effects.values())
         ]
         if not sensitivity:
             raise InputError(
