@@ -1,7 +1,7 @@
 """Ended steps, in order: their numbers arrive, are judged by the detector, and go to the sinks.
 
 The detector is given the step's own numbers and, of measured steps, the largest attention score of the whole model
-(``attention/-/score_max``) and the RMS of its update (``update/-/rms``).
+(``attention/-/score_max``) and the RMS of its update over the learning rate (``update/-/rms_over_rate``).
 
 On a CPU a step's numbers are there when it ends. On an accelerator they are still on their way, and the step
 waits in line until they have come; the training thread asks at the end of each step and never waits.
@@ -170,8 +170,10 @@ class Arrivals:
         for probe, of_probe in gathered:
             if isinstance(probe, GradientProbe):
                 numbers.setdefault("gradient_norm", global_norm(of_probe))
-            elif isinstance(probe, (AttentionProbe, UpdateProbe)):
+            elif isinstance(probe, AttentionProbe):
                 companions |= probe.companions(of_probe)
+            elif isinstance(probe, UpdateProbe):
+                companions |= probe.companions(of_probe, numbers.get("learning_rate", 0.0))
         if "skipped" in numbers:
             numbers[f"precision/{RUN_SITE}/skipped"] = numbers["skipped"]
         names = tuple(numbers)

@@ -29,19 +29,12 @@ from torch.utils.hooks import RemovableHandle
 
 from stabilitylab.arrivals import Arrivals, Detector, Ended
 from stabilitylab.delivery import Delivery
-from stabilitylab.errors import InputError
 from stabilitylab.loss_scale import LossScale
 from stabilitylab.output import Output
-from stabilitylab.probes.activation_gradients import ActivationGradientProbe
-from stabilitylab.probes.activations import ActivationProbe
-from stabilitylab.probes.attention import AttentionProbe
 from stabilitylab.probes.base import Context, Placing, Probe
 from stabilitylab.probes.compiled import forget_graphs, is_compiled
-from stabilitylab.probes.embedding_rows import EmbeddingRowProbe
-from stabilitylab.probes.gradients import GradientProbe
-from stabilitylab.probes.precision import PrecisionProbe
-from stabilitylab.probes.sites import clean, unwrapped
-from stabilitylab.probes.updates import UpdateProbe
+from stabilitylab.probes.everything import all_probes
+from stabilitylab.probes.sites import bare, named_parameters
 from stabilitylab.ranks import Ranks
 from stabilitylab.schedule import Schedule
 from stabilitylab.sinks.base import Sink
@@ -50,21 +43,6 @@ from stabilitylab.statistics.transfer import Transfer
 from stabilitylab.telemetry import Event, RunFolder
 
 _log = logging.getLogger("stabilitylab")
-
-
-def all_probes() -> list[Probe]:
-    """Everything there is to measure."""
-    gradients, activations = GradientProbe(), ActivationProbe()
-    activation_gradients = ActivationGradientProbe()
-    return [
-        gradients,
-        EmbeddingRowProbe(),
-        activations,
-        activation_gradients,
-        AttentionProbe(),
-        UpdateProbe(),
-        PrecisionProbe(activations, activation_gradients, gradients),
-    ]
 
 
 class Monitor:
@@ -128,7 +106,7 @@ class Monitor:
         scattered: str | Sequence[str] = (),
         shard: int | None = None,
     ) -> None:
-        given, model = model, _unwrapped(model)
+        given, model = model, bare(model)
         own = {} if gradients_every is None else {"gradients": gradients_every}
         self._schedule = schedule or Schedule(every=every, probes=own)
         self._ranks = _ranks(group)
@@ -144,7 +122,7 @@ class Monitor:
         self._buffer = Buffer()
         self._context = Context(
             model=model,
-            parameters=dict(parameters) if parameters is not None else _named_parameters(model),
+            parameters=dict(parameters) if parameters is not None else named_parameters(model),
             optimizer=optimizer,
             buffer=self._buffer,
             patterns=_patterns(sites),
@@ -306,7 +284,8 @@ class Monitor:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the monitor holds on the model's devices."""
+        """Memory that the monitor holds on the model's devices; on a CPU, steps that are not yet delivered come
+        on top, each with a copy."""
         return self._buffer.nbytes + sum(getattr(probe, "nbytes", 0) for probe in self._probes)
 
     @property
@@ -401,21 +380,7 @@ def _patterns(globs: str | Sequence[str]) -> tuple[str, ...]:
     return (globs,) if isinstance(globs, str) else tuple(globs)
 
 
-def _named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {clean(name): parameter for name, parameter in model.named_parameters()}
-
-
 def _default_detector() -> Detector:
     from stabilitylab.spikes import SpikeDetector
 
     return SpikeDetector()
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model is a {type(model).__name__}: the monitor attaches to a torch.nn.Module")
-    while True:
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else unwrapped(model)
-        if inner is model:
-            return model
-        model = inner

@@ -142,7 +142,7 @@ def work(connection: Connection, spec: Spec) -> None:
             connection.send((took / steps, (time.process_time() - busy) / steps))
         busy = time.process_time()
         peer.close()
-        found = {"close": time.process_time() - busy, "steps": step}
+        found = {"close": time.process_time() - busy}
         found["peak MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if isinstance(peer, Ours):
             size = sum(p.numel() * p.element_size() for p in model.parameters())

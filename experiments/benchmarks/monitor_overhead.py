@@ -5,9 +5,9 @@ Every arm trains its own copy of one GPT (pre-norm, tied embedding, AdamW, fp32)
 a process of its own and on one thread. Arms take turns of ``--steps`` steps, in an order that is drawn anew
 every round; a turn's time is divided by the bare model's in the same round, and the median over rounds is
 reported, with the quartiles: neighbours on a shared machine then disturb both sides of a ratio. ``wall``: the
-training thread's. ``processor``: time of all threads of the process until the monitor has caught up, closing
-included, so that work put off to a thread is counted; wandb writes in a process of its own, whose time is
-not.
+training thread's. ``processor``: time of all threads of the process until the monitor has caught up, so that
+work put off to a thread is counted; wandb writes in a process of its own, whose time is not. ``close``: once a
+run, processor time.
 
     python -m experiments.benchmarks monitor_overhead [--model small|large] [--rounds 12] [--depth] [--json]
 
@@ -102,12 +102,11 @@ def measure(
     found = {}
     for name, taken in times.items():
         mine = np.array(taken)
-        # Closing is spread over the steps of the run that it closes.
-        mine[:, 1] += ends[name]["close"] / ends[name]["steps"]
         wall, processor = 100 * (mine / bare - 1).T
         low, middle, high = np.percentile(wall, (25, 50, 75))
         row = {"wall %": middle, "low": low, "high": high, "processor %": np.median(processor)}
-        row |= {"step ms": 1e3 * np.median(mine[:, 0]), "peak MiB": ends[name]["peak MiB"]}
+        row |= {"step ms": 1e3 * np.median(mine[:, 0]), "close s": ends[name]["close"]}
+        row["peak MiB"] = ends[name]["peak MiB"]
         if "memory %" in ends[name]:
             row["memory %"] = ends[name]["memory %"]
         found[name] = {key: round(float(value), 2) for key, value in row.items()}

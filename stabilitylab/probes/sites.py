@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.errors import InputError
 from stabilitylab.statistics.summary import measurable
 
 # Attributes under which wrappers (torch.compile, FSDP, activation checkpointing) keep the module they wrap.
@@ -32,6 +33,22 @@ def unwrapped(module: nn.Module) -> nn.Module:
         if inner is None:
             return module
         module = inner
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, without DDP and other wrappers around it. Raises InputError where it is no module."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}: the monitor attaches to a torch.nn.Module")
+    while True:
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else unwrapped(model)
+        if inner is model:
+            return model
+        model = inner
+
+
+def named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by path, with wrappers left out of the paths; a tied one under its first name."""
+    return {clean(name): parameter for name, parameter in model.named_parameters()}
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

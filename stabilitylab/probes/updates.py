@@ -35,6 +35,7 @@ from stabilitylab.probes.gradients import local_part
 from stabilitylab.statistics import native
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
+from stabilitylab.statistics.summary import measurable
 from stabilitylab.statistics.updates import COLUMN, FIELDS, Moments, Update, take_before
 
 WITHOUT_MOMENTS = ("rms", "weight_rms", "ratio")
@@ -98,7 +99,7 @@ class UpdateProbe:
             name is not None
             and p.layout is torch.strided
             and p.is_floating_point()
-            and p.numel() > 0
+            and measurable(p)
             and p.requires_grad
             and self._context.wanted(name)
         )
@@ -177,13 +178,15 @@ class UpdateProbe:
         parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
         return Readings(keys, np.concatenate(parts))
 
-    def companions(self, gathered: Gathered) -> dict[str, float]:
-        """RMS of the change of all weights, each parameter's sample standing for all of it; for the
-        detector."""
+    def companions(self, gathered: Gathered, rate: float) -> dict[str, float]:
+        """RMS of the change of all weights over the learning rate, each parameter's sample standing for all of
+        it; for the detector, which is not to take a rise of the rate for one of the gradient."""
         rows = gathered.rows()
         count, sampled, squares = (rows[:, COLUMN[name]] for name in ("count", "sampled", "update2"))
-        whole = count.sum()
-        return {"update/-/rms": float(np.sqrt(np.sum(squares * count / sampled) / whole))} if whole else {}
+        if not rate > 0 or not len(rows):
+            return {}
+        rms = np.sqrt(np.sum(squares * count / sampled) / count.sum())
+        return {"update/-/rms_over_rate": float(rms / rate)}
 
     def detach(self) -> None:
         """Remove the optimizer's hooks."""

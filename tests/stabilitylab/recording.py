@@ -33,3 +33,11 @@ class Recording:
     def vector(self, step: int, metric: str) -> list[float]:
         found = {i: value for (s, name, i), value in self.rows.items() if (s, name) == (step, metric)}
         return [found[i] for i in sorted(found)]
+
+    def site(self, step: int, site: str) -> dict[str, float]:
+        """Statistic -> value of one site, of whatever families."""
+        return {
+            name.rpartition("/")[2]: value
+            for (s, name, _), value in self.rows.items()
+            if s == step and name.split("/")[1] == site
+        }

@@ -162,3 +162,32 @@ def test_non_finite_gradients_are_recorded() -> None:
     assert math.isnan(sink.rows[0, "gradient/weight/absmax", -1])
     assert sink.rows[0, "gradient/weight/nonfinite_fraction", -1] == 3 / 20
     assert np.isfinite(sink.rows[0, "gradient/bias/l2", -1])
+
+
+class Listening(Alarm):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.heard: dict[int, dict[str, float]] = {}
+
+    def update(self, step: int, values: dict[str, float]) -> list[Event]:
+        self.heard[step] = dict(values)
+        return []
+
+
+def test_the_detector_is_given_the_models_extremes() -> None:
+    detector, sink, model = Listening(), Recording(), GPT()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with Monitor(model, optimizer, every=2, sinks=[sink], detector=detector) as monitor:
+        for step in range(3):
+            next_token_loss(model, batch(step)).backward()
+            squares = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(step, loss=1.0, learning_rate=0.5)
+    count = sum(p.numel() for p in model.parameters())
+    largest = max(v for (step, name, _), v in sink.rows.items() if step == 2 and name.endswith("/score_max"))
+    assert detector.heard[2]["attention/-/score_max"] == largest
+    # Plain SGD: the update over the rate is the gradient. Weights of 3,072 and 4,096 elements are sampled, 256 each.
+    assert detector.heard[2]["update/-/rms_over_rate"] == pytest.approx(math.sqrt(squares / count), rel=0.1)
+    assert set(detector.heard[1]) == {"train/-/loss", "train/-/learning_rate"}

@@ -13,7 +13,7 @@ from torch import nn
 
 import stabilitylab.probes
 from stabilitylab import Monitor
-from stabilitylab.monitor import all_probes
+from stabilitylab.probes.everything import all_probes
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording
 
