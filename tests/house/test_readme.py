@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,13 @@ def place(tmp_path_factory):
     (folder / "my-text").mkdir()
     for name, text in topics.items():
         (folder / "my-text" / f"{name.replace('/', '-')}.txt").write_text(text, encoding="utf-8")
+    (folder / "my-text" / "notes.txt").write_text("\n\n".join(topics.values())[:100_000], encoding="utf-8")
     return folder
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    return [line.partition("  #")[0].strip() for line in lines if line.strip()]
 
 
 def run(words: list[str], place: Path) -> str:
@@ -48,13 +55,11 @@ def run(words: list[str], place: Path) -> str:
 def test_the_three_lines_then_every_command_in_order(place):
     (python,) = blocks("python")
     run([sys.executable, "-c", python], place)
-    commands = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) >= 12
-    for command in commands:
-        if command and not command.startswith(LONG):
+    assert len(commands()) >= 12
+    for command in commands():
+        if not command.startswith(LONG):
             # `python` is the one of the environment in which the package is installed.
-            words = [sys.executable if word == "python" else word for word in command.split()]
-            run(words, place)
+            run([sys.executable if word == "python" else word for word in shlex.split(command)], place)
     assert (place / "runs" / "mine" / "report.html").stat().st_size > 10_000
     assert (place / "comparison.html").stat().st_size > 10_000
 
