@@ -4,8 +4,9 @@
 
 A GLM of glm-medium's shape (hidden 768) with random weights and 32,000 pieces: 110M parameters at 12 layers. Every variant
 continues the same 64 tokens greedily with its own cache; variants take turns of ``tokens`` steps, medians and the median of ratios
-within a turn. The output projection is the embedding and stays in floats, as in GLM-130B. Memory is that of processes of their own:
-peak resident size while an export is opened, less what they held before, beside the bytes of what was opened.
+within a turn; on one thread, of the time that it spent on its core. The output projection is the embedding and stays in floats, as
+in GLM-130B. Memory is that of processes of their own: peak resident size while an export is opened, less what they held before,
+beside the bytes of what was opened.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,8 +89,8 @@ def open_variant(folder: Path, how: str | None, precision: str) -> OpenedModel:
 
 
 @torch.inference_mode()
-def turn(opened: OpenedModel, tokens: int) -> Timing:
-    """Continue the prompt; the first two steps warm up."""
+def turn(opened: OpenedModel, tokens: int) -> float:
+    """Continue the prompt, and return tokens a second; the first two steps warm up."""
     special = opened.tokenizer.special
     prompt = Prompt(
         kind="gmask",
@@ -97,13 +99,13 @@ def turn(opened: OpenedModel, tokens: int) -> Timing:
         parts=(),
         sop=special.sop,
     )
-    timing = Timing()
-    decoder = Decoder(opened.model, prompt, [], rows=1, room=tokens + 3, two=False, timing=timing)
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    decoder = Decoder(opened.model, prompt, [], rows=1, room=tokens + 3, two=False, timing=Timing())
     for step in range(tokens + 2):
         if step == 2:
-            timing.decode_tokens, timing.decode_seconds = 0, 0.0
+            started = clock()
         decoder.append(decoder.logits_WV.argmax(-1))
-    return timing
+    return tokens / (clock() - started)
 
 
 def loading_memory(folder: Path) -> dict[str, dict[str, int]]:
@@ -134,8 +136,7 @@ def main(argv: Sequence[str]) -> int:
         speeds: dict[str, list[float]] = {name: [] for name in opened}
         for _ in range(options.rounds):
             for name, model in opened.items():
-                timing = turn(model, options.tokens)
-                speeds[name].append(timing.decode_tokens / timing.decode_seconds)
+                speeds[name].append(turn(model, options.tokens))
         del opened
         memory = loading_memory(folder)
     found = {

@@ -9,7 +9,8 @@
 
 Each layer gets the format in which it is quicker: int4 kernels take bf16, everything else fp32. Inputs have three channels 40 times
 as large as the rest; the error is ||y - y64|| / ||y64|| against float64 products, also on inputs without such channels. All take
-their calls in turn; medians, and the median of the ratios within a turn. Peers that are not installed are skipped with a line.
+their calls in turn; medians, and the median of the ratios within a turn. On one thread the time is that which the thread spent on
+its core, so that what others run beside it counts through caches alone. Peers that are not installed are skipped with a line.
 """
 
 from __future__ import annotations
@@ -123,12 +124,13 @@ def measure(
     x = inputs(batch, columns, OUTLIERS)
     given = {dtype: x.to(dtype) for dtype in set(formats.values())}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = clock()
             call(given[formats[name]])
             if turn:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(clock() - started)
     found = []
     for name, call in calls.items():
         peer = PAIRS.get(name)

@@ -58,6 +58,8 @@ def quantize(
 ) -> int:
     """Choose a quantization scheme for every linear layer of a model, by measuring, and apply it.
 
+    Give at most one budget; without one it is a loss increase of 0.02 nats per token, for encoders an output error of 0.05.
+
     Args:
         model: a HuggingFace folder, a GGUF file, or a run or checkpoint of an installed package.
         plan: file to write the plan to; without --text, an existing plan to apply.
