@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from glm.errors import InputError
 from glm.parallel.config import ParallelConfig
+from glm.parallel.meeting import meet
 from glm.parallel.team import Alone, EverywhereError, Processes, Team
 
 PORT = "29500"
@@ -118,12 +119,15 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[T
         device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     try:
+        timeout = timedelta(seconds=config.timeout)
+        store = _store(here, timeout)
+        name = meet(store, here.rank, here.world, timeout=config.timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method="env://" if "MASTER_PORT" in os.environ else f"tcp://{here.master}:{here.port}",
+            store=dist.PrefixStore(name, store),
             rank=here.rank,
             world_size=here.world,
-            timeout=timedelta(seconds=config.timeout),
+            timeout=timeout,
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -138,6 +142,18 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[T
         yield team
     finally:
         dist.destroy_process_group()
+
+
+def _store(here: Place, timeout: timedelta) -> dist.Store:
+    """The launcher's, where it says so, else one that rank 0 serves."""
+    launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        here.master,
+        int(here.port),
+        is_master=here.rank == 0 and not launchers,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
 
 
 def _version() -> str:

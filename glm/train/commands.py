@@ -80,7 +80,9 @@ def train_command(arguments: Sequence[str]) -> int:
     """Parse ``PRESET [flags]`` and train. Returns the exit code."""
     if speaks():
         return _train_command(arguments)
-    # Of several processes one speaks: the others would say the same.
+    # Of several processes one speaks: the others would say the same, and are told to stop when it has spoken. Nothing is there
+    # to save before training begins, which has a handler of its own.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             return _train_command(arguments)
@@ -88,7 +90,6 @@ def train_command(arguments: Sequence[str]) -> int:
         code = stop.code if isinstance(stop, SystemExit) else 2
         if code == 2:
             # The launcher ends all as soon as one has ended: that must be the one that speaks.
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
             time.sleep(SECONDS_TO_SPEAK)
         return int(code or 0)
 
