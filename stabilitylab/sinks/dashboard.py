@@ -206,6 +206,7 @@ class _Roles:
                 key.family == "activation"
                 and key.statistic == "absmax"
                 and block_number(key.site) is not None
+                and block_of(key.site) == key.site  # no numbered layer inside a block
             ):
                 self.role[number] = self.BRANCH
 

@@ -27,6 +27,7 @@ from stabilitylab.sinks.dashboard import (
     SHARE,
     SPIKES,
     STORY,
+    Overview,
     StepMap,
 )
 from stabilitylab.telemetry import Event, Key, Samples
@@ -325,3 +326,11 @@ def test_a_person_sees_the_dashboard(run: Path, tmp_path: Path) -> None:
     finally:
         server.terminate()
         server.wait(timeout=20)
+
+
+def test_the_main_branch_is_what_blocks_put_out() -> None:
+    """A block's own parts may be numbered too, in a Sequential."""
+    overview = Overview()
+    sites = ("layers.0", "layers.0.feed_forward.2", "layers.0.feed_forward.2:input", "layers.1")
+    overview.steps(Samples.of((0, Key("activation", site, "absmax"), 1.0) for site in sites))
+    assert list(overview.maps["branch"].frames()[0].index) == ["layers.0", "layers.1"]
