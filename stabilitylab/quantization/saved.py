@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, shared_parameters
+from stabilitylab.models.hugging_face import _location, _quiet, recognises
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.memory import give_back_memory
 from stabilitylab.quantization.plan import Plan
@@ -250,13 +251,11 @@ def _copy_companions(model: TextModel, out: Path) -> None:
             if file.is_file() and not file.name.endswith(_NEVER) and file.name != PLAN:
                 shutil.copyfile(file, out / file.name)
         return
-    save_companions(model, out)
-
-
-def save_companions(model: TextModel, out: Path) -> None:
-    """Configuration and tokenizer of a transformers model whose file carries both inside."""
-    from stabilitylab.models.hugging_face import _location, _quiet
-
+    if not recognises(model.path):
+        raise InputError(
+            f"{model.path} has no config.json to copy: give the run or export that it belongs to, or apply the plan when "
+            "the model is opened"
+        )
     folder, where = _location(model.path)
     with _quiet():
         import transformers

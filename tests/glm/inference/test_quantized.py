@@ -146,3 +146,19 @@ def test_wrong_input_is_one_line(run, export, planned, tmp_path, capsys):
     file.write_bytes(b"\0" * 8)
     with pytest.raises(InputError, match="cannot be read as safetensors"):
         open_quantized(tmp_path / "other", "int8")
+
+
+def test_a_checkpoint_has_no_configuration_to_take_along(run, planned, tmp_path, capsys):
+    checkpoint = max((run / "checkpoints").iterdir())
+    command = [
+        "quantize",
+        str(checkpoint),
+        "--plan",
+        str(planned / "plan.json"),
+        "--apply",
+        str(tmp_path / "out"),
+    ]
+    capsys.readouterr()
+    assert stabilitylab(command) == 2
+    assert "give the run or export that it belongs to" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
