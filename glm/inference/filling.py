@@ -84,7 +84,18 @@ def _room(prompt: Prompt, filled: list[tuple[int, ...]], length: int, later: int
 
 def _texts(prompt: Prompt, spans: list[Span], tokenizer: Tokenizer) -> tuple[str, ...]:
     if prompt.kind == "mask":
-        return tuple(tokenizer.decode(list(span.tokens)) for span in spans)
+        return tuple(
+            joined_text(part, span, tokenizer) for part, span in zip(prompt.parts, spans, strict=False)
+        )
     # A continuation is decoded together with its text, so that a space between the two is not lost.
     before = tokenizer.decode(list(prompt.context))
     return (tokenizer.decode([*prompt.context, *spans[0].tokens])[len(before) :],)
+
+
+def joined_text(before: str, span: Span, tokenizer: Tokenizer) -> str:
+    """The text of a span. Decoding drops the space that its first piece begins with: it is put back between two words."""
+    text = tokenizer.decode(list(span.tokens))
+    is_word = before[-1:].isascii() and before[-1:].isalnum()
+    if is_word and span.tokens and tokenizer.piece(span.tokens[0]).startswith("\u2581"):
+        return f" {text}"
+    return text

@@ -9,8 +9,8 @@ import pytest
 
 from glm.cli import main
 from glm.errors import InputError
-from glm.inference.decoding import DecodingConfig
-from glm.inference.filling import fill
+from glm.inference.decoding import DecodingConfig, Span
+from glm.inference.filling import fill, joined_text
 from glm.inference.opening import OpenedModel
 
 
@@ -58,6 +58,15 @@ def test_every_blank_has_room_however_long_the_others(opened):
     assert all(span.tokens or span.ended != "length" for span in filled.spans)
     with pytest.raises(InputError, match="the model has 96 positions: nothing can be generated"):
         fill(opened, "[MASK]".join(["a"] * 60))
+
+
+@pytest.mark.parametrize(
+    ("before", "joined"), [("the", " import"), ("the ", "import"), ("类型：", "import"), ("", "import")]
+)
+def test_a_space_between_two_words_is_not_lost(opened, before, joined):
+    tokens = tuple(opened.tokenizer.encode("import"))
+    span = Span(tokens=tokens, log_probability=0.0, ended="eop")
+    assert joined_text(before, span, opened.tokenizer) == joined
 
 
 def test_two_dimensional_positions_are_used_where_they_were_trained(opened):
