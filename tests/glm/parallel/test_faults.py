@@ -7,6 +7,7 @@ steps made since are made again, with the same numbers.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -25,6 +26,9 @@ pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.distributed
 
 STEPS = 12
+# Of the long test: what happens, and to how many processes.
+FAULTS = ["one", "all", "hang", "one", "launcher", "damage", "one", "missing", "all", "writing"]
+AXES = {"parallel_tensor": 2, "parallel_pipeline": 2}
 FLAGS = {
     "model.layers": 2,
     "model.hidden": 32,
@@ -162,16 +166,18 @@ def test_wrong_input_is_one_line_and_ends_all_ranks_with_2(data_folder, tmp_path
 @pytest.mark.slow
 def test_many_faults_in_one_run(data_folder, tmp_path):
     """Kills of one rank, of all ranks and of the launcher, a hung rank, a damaged and a missing checkpoint file: 2 x 2 x 1."""
-    axes = {"parallel_tensor": 2, "parallel_pipeline": 2, "parallel_timeout": 20, "steps": 60}
+    axes, ranks_started = (
+        {"parallel_timeout": 20, "steps": 4 + 5 * len(FAULTS), **AXES},
+        math.prod(AXES.values()),
+    )
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
-    undisturbed = launch(data_folder, whole, 4, **axes)
+    undisturbed = launch(data_folder, whole, ranks_started, **axes)
     said = finish(undisturbed, 600)
     assert undisturbed.returncode == 0, said
     chance = random.Random(0)
-    faults = ["one", "all", "hang", "one", "launcher", "damage", "one", "missing", "all", "writing"]
-    process = launch(data_folder, hurt, 4, restarts=len(faults), **axes)
+    process = launch(data_folder, hurt, ranks_started, restarts=len(FAULTS), **axes)
     told = ""
-    for number, fault in enumerate(faults):
+    for number, fault in enumerate(FAULTS):
         wait_for(hurt, 4 + 4 * number, process, 300)
         ranks = workers(process)
         if fault in ("one", "hang"):
@@ -191,19 +197,19 @@ def test_many_faults_in_one_run(data_folder, tmp_path):
                     os.kill(rank, signal.SIGKILL)
             told += process.communicate()[0]
             _, newest = checkpoints.list_checkpoints(hurt / "checkpoints")[-1]
-            file = next(newest.glob("model-00002*"))
+            file = next(newest.glob("model-00001*"))
             if fault == "damage":
                 content = bytearray(file.read_bytes())
                 content[-1] ^= 1
                 file.write_bytes(content)
             elif fault == "missing":
                 file.unlink()
-            process = launch(data_folder, hurt, 4, restarts=len(faults), **axes)
+            process = launch(data_folder, hurt, ranks_started, restarts=len(FAULTS), **axes)
     said = told + finish(process, 600)
     assert process.returncode == 0, said
     assert curve(hurt) == curve(whole)
     assert same_weights(hurt, whole)
     events = [json.loads(line) for line in (hurt / "events.jsonl").read_text().splitlines()]
     problems = [event["data"]["problem"] for event in events if event["kind"] == "recovered"]
-    assert any("does not match its checksum" in problem for problem in problems)
-    assert any("is missing" in problem for problem in problems)
+    for fault, said in (("damage", "does not match its checksum"), ("missing", "is missing")):
+        assert any(said in problem for problem in problems) == (fault in FAULTS)
