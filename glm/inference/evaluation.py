@@ -187,7 +187,7 @@ def task_table(title: str, found: Sequence[TaskResult]) -> Table:
         )
         for one in found
     ]
-    columns = ("examples", "accuracy", "95 % interval", "chance", "frequent", "above")
+    columns = ("n", "accuracy", "95 % interval", "chance", "frequent", "above")
     return _table(title, ("task", "in"), columns, rows)
 
 
