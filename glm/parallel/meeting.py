@@ -18,7 +18,7 @@ import hashlib
 import time
 import uuid
 
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 _PAUSE = 0.02
 

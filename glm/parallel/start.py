@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from glm.errors import InputError
 from glm.parallel.config import ParallelConfig
@@ -124,7 +125,7 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[T
         name = meet(store, here.rank, here.world, timeout=config.timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(name, store),
+            store=PrefixStore(name, store),
             rank=here.rank,
             world_size=here.world,
             timeout=timeout,
@@ -144,10 +145,10 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[T
         dist.destroy_process_group()
 
 
-def _store(here: Place, timeout: timedelta) -> dist.Store:
+def _store(here: Place, timeout: timedelta) -> Store:
     """The launcher's, where it says so, else one that rank 0 serves."""
     launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dist.TCPStore(
+    return TCPStore(
         here.master,
         int(here.port),
         is_master=here.rank == 0 and not launchers,
