@@ -17,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
+from typing import TYPE_CHECKING
 
-from torch._C._distributed_c10d import Store
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _PAUSE = 0.02
 

@@ -17,15 +17,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from glm.errors import InputError
 from glm.parallel.config import ParallelConfig
 from glm.parallel.meeting import meet
 from glm.parallel.team import Alone, EverywhereError, Processes, Team
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 PORT = "29500"
 
@@ -125,7 +128,7 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[T
         name = meet(store, here.rank, here.world, timeout=config.timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore(name, store),
+            store=dist.PrefixStore(name, store),  # type: ignore[attr-defined]
             rank=here.rank,
             world_size=here.world,
             timeout=timeout,
@@ -148,7 +151,7 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[T
 def _store(here: Place, timeout: timedelta) -> Store:
     """The launcher's, where it says so, else one that rank 0 serves."""
     launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return TCPStore(
+    return dist.TCPStore(  # type: ignore[attr-defined]
         here.master,
         int(here.port),
         is_master=here.rank == 0 and not launchers,
