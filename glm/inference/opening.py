@@ -148,7 +148,8 @@ def read_weights(file: Path) -> Mapping[str, Tensor]:
 
 def refuse_not_finite(name: str, tensor: Tensor, file: Path) -> None:
     """Raises InputError where a weight is NaN or infinite."""
-    if not tensor.isfinite().all():
+    # The extremes tell, without a copy of the tensor: NaN is both of them.
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
         bad = int((~tensor.isfinite()).sum())
         raise InputError(
             f"{file}: {bad:,} of {tensor.numel():,} weights of {name} are not finite: "
