@@ -192,16 +192,14 @@ def make_plan(
 
 def show(plan: Plan, console: Console) -> None:
     """The plan on a terminal."""
-    what = "loss increase" if plan.criterion == "loss" else "output error"
+    what = "loss" if plan.criterion == "loss" else "error"
     title = f"{plan.model}: {plan.budget.text}"
-    table = Table(
-        "",
-        "MB",
-        "of fp16",
-        *(f"ms at {b}" for b in plan.planned.seconds),
-        what,
-        title=Text(title),
-    )
+    meaning = "increase in nats per token" if plan.criterion == "loss" else "relative, of the output"
+    caption = f"share: of 16 bits a weight; ms: one call of every layer, by rows; {what}: verified {meaning}"
+    table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in ("MB", "share", *(f"ms at {batch}" for batch in plan.planned.seconds), what):
+        table.add_column(heading, justify="right")
     for row in outcome_rows(plan):
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
