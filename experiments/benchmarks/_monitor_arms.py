@@ -135,7 +135,7 @@ def work(connection: Connection, spec: Spec) -> None:
         while steps := connection.recv():
             began, busy = time.perf_counter(), time.process_time()
             for _ in range(steps):
-                _step(step, batches[step % 16], model, optimizer, peer)
+                train_step(step, batches[step % 16], model, optimizer, peer)
                 step += 1
             took = time.perf_counter() - began
             peer.settle()
@@ -151,7 +151,10 @@ def work(connection: Connection, spec: Spec) -> None:
         connection.send(found)
 
 
-def _step(step: int, tokens: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, peer: Peer) -> None:
+def train_step(
+    step: int, tokens: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, peer: Peer
+) -> None:
+    """One step of training, watched by ``peer``."""
     loss = cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     peer.after_backward(step, loss)

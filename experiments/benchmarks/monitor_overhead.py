@@ -9,11 +9,12 @@ training thread's. ``processor``: time of all threads of the process until the m
 work put off to a thread is counted; wandb writes in a process of its own, whose time is not. ``close``: once a
 run, processor time.
 
-    python -m experiments.benchmarks monitor_overhead [--model small|large] [--rounds 12] [--depth] [--json]
+    python -m experiments.benchmarks monitor_overhead [--model small|large] [--rounds 12] [--paired | --depth] [--json]
 
 Small: 4 layers, width 128, batch 8 x 128 tokens. Large: 8 layers, width 512, batch 4 x 128. The peers are
 optional: ``pip install trainscope==1.8.1 mindstudio-probe==26.2.0 nvdlfw-inspect==0.2.2 wandb``; those not
-installed are left out. ``--depth`` measures instead the cost a layer from 4 to 96 layers of width 64.
+installed are left out. ``--paired`` measures ours alone, on a machine that is not quiet: ``--rounds`` pairs of
+steps of one process, one of them measured; ``--depth`` the same from 4 to 96 layers of width 64.
 """
 
 from __future__ import annotations
@@ -23,16 +24,28 @@ import json
 import multiprocessing
 import random
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks._monitor_arms import OURS, Spec, installed, work
+from experiments.benchmarks._monitor_arms import (
+    GPT,
+    OURS,
+    TOKENS,
+    VOCABULARY,
+    Ours,
+    Spec,
+    installed,
+    train_step,
+    work,
+)
 from experiments.benchmarks._monitor_peers import PACKAGES
 
 GRADIENTS, SELDOM, EVERY = "gradients", "every-10", "every-step"
@@ -41,6 +54,7 @@ SUITES = {
     SELDOM: "everything, every 10 steps",
     EVERY: "everything, every step",
 }
+SIZES = {"small": ((4, 128, 4), 8), "large": ((8, 512, 8), 4)}
 CADENCE = {GRADIENTS: 1, SELDOM: 10, EVERY: 1}
 # Flushes and measured steps of a warmed-up run then fall inside turns and not on their ends.
 WARM_UP = 15
@@ -119,17 +133,47 @@ def arms(suite: str, with_peers: bool) -> list[str]:
     return ours + (installed() if with_peers else [])
 
 
-def depth(rounds: int) -> dict[str, dict[str, float]]:
-    """Cost of everything every step, microseconds a layer, by number of layers."""
+def paired(shape: tuple[int, int, int], rows: int, pairs: int, *, gradients_only: bool) -> dict[str, float]:
+    """One process, one model, every second step measured: processor time of the training thread in a measured step
+    over that in the step after it. What neighbours on the machine do falls on both."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = GPT(*shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batches = torch.randint(VOCABULARY, (16, rows, TOKENS + 1))
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Ours(model, optimizer, 2, Path(folder), gradients_only=gradients_only)
+        for step in range(2 * pairs + 4):
+            began = time.thread_time()
+            train_step(step, batches[step % 16], model, optimizer, ours)
+            taken.append(time.thread_time() - began)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        memory = 100 * ours.monitor.nbytes / (4 * size)
+        ours.close()
+    measured, bare = np.array(taken[4:]).reshape(-1, 2).T
+    low, middle, high = np.percentile(100 * (measured / bare - 1), (25, 50, 75))
+    found = {"processor %": middle, "low": low, "high": high, "memory %": memory}
+    found["us a layer"] = 1e6 * float(np.median(measured - bare)) / shape[0]
+    return {key: round(float(value), 2) for key, value in found.items()}
+
+
+def pairs(count: int) -> dict[str, dict[str, float]]:
+    """Gradients alone, and everything, of both models."""
     found = {}
-    for layers in (4, 16, 48, 96):
-        row = measure(["ours"], EVERY, (layers, 64, 2), 2, rounds, 4)
-        cost = row["ours"]["step ms"] - row["bare"]["step ms"]
-        found[f"{layers} layers"] = {
-            "us a layer": round(1e3 * cost / layers, 1),
-            **{key: row["ours"][key] for key in ("wall %", "low", "high", "processor %", "memory %")},
-        }
+    for name, (shape, rows) in SIZES.items():
+        for what, alone in (("gradients", True), ("everything", False)):
+            some = count if name == "small" else max(4, count // 4)
+            found[f"{what}, {name}"] = paired(shape, rows, some, gradients_only=alone)
     return found
+
+
+def depth(count: int) -> dict[str, dict[str, float]]:
+    """Everything, by number of layers, of width 64."""
+    return {
+        f"{layers} layers": paired((layers, 64, 2), 2, count, gradients_only=False)
+        for layers in (4, 16, 48, 96)
+    }
 
 
 def show(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
@@ -146,20 +190,25 @@ def show(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="experiments.benchmarks monitor_overhead", description=__doc__)
-    parser.add_argument("--model", choices=("small", "large"), default="small")
+    parser.add_argument("--model", choices=tuple(SIZES), default="small")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=10, help="steps a turn; a multiple of 10")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
-    parser.add_argument("--depth", action="store_true", help="cost a layer instead")
+    parser.add_argument("--paired", action="store_true", help="ours alone, within one process")
+    parser.add_argument("--depth", action="store_true", help="the same, by number of layers")
     parser.add_argument("--suite", choices=tuple(SUITES), help="one comparison alone")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(list(argv))
     found: dict[str, dict[str, dict[str, float]]] = {}
-    missing = [] if options.no_peers or options.depth else sorted(PACKAGES.keys() - installed())
+    missing = (
+        [] if options.no_peers or options.depth or options.paired else sorted(PACKAGES.keys() - installed())
+    )
     if options.depth:
-        found["depth"] = depth(options.rounds)
+        found["everything, a measured step over the one after it"] = depth(options.rounds)
+    elif options.paired:
+        found["a measured step over the one after it"] = pairs(options.rounds)
     else:
-        shape, rows = ((4, 128, 4), 8) if options.model == "small" else ((8, 512, 8), 4)
+        shape, rows = SIZES[options.model]
         for suite in SUITES:
             if options.suite in (None, suite):
                 names = arms(suite, not options.no_peers)
