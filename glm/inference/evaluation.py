@@ -12,6 +12,7 @@ been trained on there, and the report says so.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,10 @@ class Evaluation:
                 "held_out": self.held_out,
                 "normalise": self.normalise,
                 "perplexity": [
-                    asdict(one) | {"perplexity": round(one.perplexity, 4)} for one in self.perplexity
+                    asdict(one)
+                    # JSON has no infinity.
+                    | {"perplexity": one.perplexity if math.isfinite(one.perplexity) else None}
+                    for one in self.perplexity
                 ],
                 "last_words": [asdict(one) | {"accuracy": one.accuracy} for one in self.last_words],
                 "tasks": [

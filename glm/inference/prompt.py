@@ -7,8 +7,8 @@
 (``glm.data.blanks`` lays out the same rows for training; a test compares the two.) The context of the first two is seen by every
 token, what is generated only by what comes after it. 2-D positions add the place in the span, 1 at its sop, 0 in the context.
 
-Text is encoded as multi-task examples are: part by part between the blanks, as it stands. A blank at the end of a sentence is
-therefore best put directly behind the last word, without a space.
+Text is encoded as multi-task examples are: part by part between the blanks, as it stands. In running text a blank is best put
+directly behind a word ("the[MASK] that"), as training rows have it: a space before it would be a token of its own.
 
 Limits: a blank sees the blanks filled before it, in the order of the text; training shuffles that order, so any order is in place.
 """
