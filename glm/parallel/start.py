@@ -111,21 +111,23 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[T
     Raises:
         InputError: the port is taken, the others cannot be reached, or a rank has another configuration or version.
     """
-    check_started(config)
     here = place()
-    if config.ranks == 1 or here is None:
+    if here is None or here.world == 1:
+        check_started(config)
         yield Alone()
         return
-    # What DeepSpeed reads, the second when it is first imported.
-    os.environ.setdefault("LOCAL_RANK", str(here.local_rank))
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    if device.type == "cuda":
-        device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
     try:
         timeout = timedelta(seconds=config.timeout)
         store = _store(here, timeout)
         name = meet(store, here.rank, here.world, timeout=config.timeout)
+        # All are there: what is refused now ends all of them alike.
+        check_started(config)
+        # What DeepSpeed reads, the second when it is first imported.
+        os.environ.setdefault("LOCAL_RANK", str(here.local_rank))
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        if device.type == "cuda":
+            device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore(name, store),  # type: ignore[attr-defined]
@@ -133,6 +135,8 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[T
             world_size=here.world,
             timeout=timeout,
         )
+    except InputError:
+        raise
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
