@@ -16,7 +16,7 @@ from rich.console import Console
 
 from glm.errors import InputError
 from glm.inference.decoding import DecodingConfig, Timing
-from glm.inference.evaluation import PARTS, Part, evaluate_model
+from glm.inference.evaluation import Part, evaluate_model
 from glm.inference.exporting import export_model
 from glm.inference.filling import fill
 from glm.inference.multiple_choice import Normalise
@@ -98,7 +98,7 @@ def evaluate(
     model: ModelPath,
     *,
     data: Path,
-    parts: tuple[Part, ...] = PARTS,
+    parts: tuple[Part, ...] | None = None,
     rows: int = 64,
     examples: int | None = None,
     normalise: Normalise = "length",
@@ -113,7 +113,7 @@ def evaluate(
     Args:
         model: a run, a checkpoint in it, or an export.
         data: folder made by `glm shards` with the model's tokenizer; its held-out split is used.
-        parts: what to find out.
+        parts: what to find out; by default everything that the data has something for.
         rows: rows for each perplexity.
         examples: at most so many of each task and language; by default all, and 1,000 sentences.
         normalise: compare answers by log-probability per token (length), as they are (none), or by what the prompt adds (prior).

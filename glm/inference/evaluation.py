@@ -95,7 +95,7 @@ def evaluate_model(
     model: Path,
     data: Path,
     *,
-    parts: Sequence[Part],
+    parts: Sequence[Part] | None = None,
     rows: int,
     examples: int | None,
     normalise: Normalise,
@@ -107,7 +107,7 @@ def evaluate_model(
         opened: the model.
         model: where it was opened.
         data: folder made by ``glm shards`` with the model's tokenizer.
-        parts: what to find out.
+        parts: what to find out; None: all that the data has something for.
         rows: of each objective and language for perplexity.
         examples: of each task and language; None: all (of sentences, 1,000).
         normalise: compare answers by log-probability, or by log-probability per token.
@@ -116,7 +116,7 @@ def evaluate_model(
     Raises:
         InputError: the data are of another tokenizer, or hold nothing out that a part needs.
     """
-    if not parts:
+    if parts is not None and not parts:
         raise InputError(f"there is nothing to evaluate: name parts among {', '.join(PARTS)}")
     if rows < 1 or (examples is not None and examples < 1):
         raise InputError("--rows and --examples must be at least 1")
@@ -125,6 +125,9 @@ def evaluate_model(
         raise InputError(
             f"{data} was made with another tokenizer than the model's: make shards of its text with the model's tokenizer.model"
         )
+    if parts is None:
+        has_tasks = bool(task_files) or "heldout" in tokens.tasks
+        parts = PARTS if has_tasks else tuple(part for part in PARTS if part != "tasks")
     origin = trained_on(model)
     return Evaluation(
         held_out=None if origin is None else origin == f"{tokens.fingerprint}/train",
