@@ -4,7 +4,8 @@ With e bytes a number in the compute format and N parameters on the GPU:
 
     weights      e N                    / d under ZeRO-3
     gradients    e N   (bf16: 4 N more, its fp32 accumulation)                                        / d under ZeRO-2 and 3
-    optimizer    12 N  fp32 master and two moments (8 N in fp32, whose weights are the masters)      / d under ZeRO-1, 2 and 3
+    optimizer    12 N  fp32 master and two moments (8 N in fp32, whose weights are the masters)      / d under ZeRO-1, 2 and 3,
+                       those of a tied matrix then also spread over the two end stages that hold it
     activations  what one micro-batch keeps for its backward pass x micro-batches in flight, min(p - k, m) on stage k
     working      the largest of: one layer recomputed, the output loss on the last stage, the update's fp32 gradient
     reserved     the driver's context, collectives' buffers, and 4 % lost to fragmentation
@@ -107,6 +108,8 @@ def training_memory(
     last = stage == layout.pipeline - 1
     parameters = shape.stage_parameters(layout.tensor, stages, stage)
     states = 12 if precision != "fp32" else 8
+    spread = layout.zero >= 1 and shape.tied and layout.pipeline > 1 and (stage == 0 or last)
+    owned = parameters - (shape.vocabulary * shape.hidden / layout.tensor / 2 if spread else 0)
     in_flight = min(layout.pipeline - stage, layout.micro_batches(rows))
     tokens = layout.micro * shape.length
     working = [4.0 * parameters / d]
@@ -119,7 +122,7 @@ def training_memory(
     return Memory(
         weights=e * parameters / (d if layout.zero >= 3 else 1),
         gradients=(e + wide_gradients) * parameters / (d if layout.zero >= 2 else 1),
-        optimizer=states * parameters / (d if layout.zero >= 1 else 1),
+        optimizer=states * owned / (d if layout.zero >= 1 else 1),
         activations=in_flight * micro_batch_activations(shape, layout, stage, precision),
         working=max(working),
         reserved=reserved(gpu, gpus=layout.gpus),
