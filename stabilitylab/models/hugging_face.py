@@ -16,7 +16,8 @@ import json
 import logging
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,71 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
     Raises:
         InputError: transformers is missing, or cannot read the files.
     """
-    folder, where = _location(path)
+    described = describe(path)
+    with quiet():
+        module, notes = described.read(
+            "weights",
+            described.loader,
+            config=described.config,
+            dtype=dtype,
+            weights_only=True,
+            output_loading_info=True,
+        )
+        tokenizer = described.tokenizer()
+    _check_complete(path, module, notes)
+    # Keys and values of past tokens are of no use to windows that are read at once.
+    module.config.use_cache = False
+    return TextModel.of(
+        module,
+        path=path,
+        predicts=described.predicts,
+        longest=longest(module, tokenizer),
+        cut=windows(tokenizer, described.predicts),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What files say of their model before a weight is read.
+
+    Attributes:
+        path: as it was given.
+        folder, where: what transformers is told of it.
+        config: of the model, as transformers has it.
+        predicts: it has a language-model head.
+        loader: the class that builds it.
+    """
+
+    path: Path
+    folder: str
+    where: Mapping[str, Any]
+    config: Any
+    predicts: bool
+    loader: Any
+
+    def read(self, what: str, loader: Any, **options: Any) -> Any:
+        """A part of it, by what reads it. Raises InputError with what is wrong with the files."""
+        return _read(self.path, what, loader, self.folder, **options, **self.where)
+
+    def tokenizer(self) -> Any:
+        import transformers
+
+        return self.read("tokenizer", transformers.AutoTokenizer)
+
+
+def describe(path: Path) -> Described:
+    """Read the configuration of what ``recognises`` found.
+
+    Raises:
+        InputError: transformers is missing or cannot read it, or it is an encoder-decoder model.
+    """
+    folder, where = location(path)
     try:
-        with _quiet():
+        with quiet():
             import transformers
     except ImportError:
         raise InputError(f"{path} needs transformers to be read: pip install 'stabilitylab[hf]'") from None
-    with _quiet():
+    with quiet():
         config = _read(path, "config", transformers.AutoConfig, folder, **where)
         if getattr(config, "is_encoder_decoder", False):
             raise InputError(
@@ -75,31 +134,10 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
             )
         predicts = _predicts(config, transformers)
         loader = transformers.AutoModelForCausalLM if predicts else transformers.AutoModel
-        module, notes = _read(
-            path,
-            "weights",
-            loader,
-            folder,
-            config=config,
-            dtype=dtype,
-            weights_only=True,
-            output_loading_info=True,
-            **where,
-        )
-        tokenizer = _read(path, "tokenizer", transformers.AutoTokenizer, folder, **where)
-    _check_complete(path, module, notes)
-    # Keys and values of past tokens are of no use to windows that are read at once.
-    module.config.use_cache = False
-    return TextModel.of(
-        module,
-        path=path,
-        predicts=predicts,
-        longest=_longest(module, tokenizer),
-        cut=_windows(tokenizer, predicts),
-    )
+    return Described(path=path, folder=folder, where=where, config=config, predicts=predicts, loader=loader)
 
 
-def _location(path: Path) -> tuple[str, dict[str, Any]]:
+def location(path: Path) -> tuple[str, dict[str, Any]]:
     """The folder, and the name of the GGUF file in it where it is one."""
     if path.is_file():
         return str(path.resolve().parent), {"gguf_file": path.name}
@@ -153,7 +191,7 @@ def _check_complete(path: Path, module: Any, notes: dict[str, Any]) -> None:
         )
 
 
-def _longest(module: Any, tokenizer: Any) -> int | None:
+def longest(module: Any, tokenizer: Any) -> int | None:
     """The most tokens that the position embedding and the tokenizer allow."""
     limits = [limit for limit in (tokenizer.model_max_length,) if limit < _NO_LIMIT]
     positions = getattr(module.config, "max_position_embeddings", None)
@@ -167,7 +205,7 @@ def _longest(module: Any, tokenizer: Any) -> int | None:
     return min(limits, default=None)
 
 
-def _windows(tokenizer: Any, predicts: bool) -> TokenWindows:
+def windows(tokenizer: Any, predicts: bool) -> TokenWindows:
     """How this tokenizer cuts text, and what it puts around it."""
 
     def encode(text: str) -> list[int]:
@@ -184,7 +222,7 @@ def _windows(tokenizer: Any, predicts: bool) -> TokenWindows:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the libraries' progress bars, notes and warnings: what is wrong becomes an InputError."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)

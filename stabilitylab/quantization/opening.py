@@ -29,19 +29,11 @@ def open_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
     if not hugging_face.recognises(path):
         raise InputError(f"{path} is no transformers model: open it with the program that it came from")
     # What reads a folder of transformers' knows how; only the weights come from elsewhere.
-    read, quiet = hugging_face._read, hugging_face._quiet
-    try:
-        with quiet():
-            import transformers
-    except ImportError:
-        raise InputError(f"{path} needs transformers to be read: pip install 'stabilitylab[hf]'") from None
-    with quiet():
-        config = read(path, "config", transformers.AutoConfig, str(path))
-        predicts = hugging_face._predicts(config, transformers)
-        loader = transformers.AutoModelForCausalLM if predicts else transformers.AutoModel
+    described = hugging_face.describe(path)
+    with hugging_face.quiet():
         with without_parameters():
-            module = loader.from_config(config, dtype=dtype)
-        tokenizer = read(path, "tokenizer", transformers.AutoTokenizer, str(path))
+            module = described.loader.from_config(described.config, dtype=dtype)
+        tokenizer = described.tokenizer()
     if getattr(module, "pooler", None) is not None and not holds(path / WEIGHTS, "pooler."):
         module.pooler = None  # the original was opened without: its files lack it and no output needs it
     load_quantized(module, path / WEIGHTS, dtype=dtype)
@@ -51,8 +43,8 @@ def open_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
         name=header["name"],
         path=path,
         fingerprint=header["fingerprint"],
-        predicts=predicts,
-        longest=hugging_face._longest(module, tokenizer),
+        predicts=described.predicts,
+        longest=hugging_face.longest(module, tokenizer),
         shared=shared_parameters(module),
-        cut=hugging_face._windows(tokenizer, predicts),
+        cut=hugging_face.windows(tokenizer, described.predicts),
     )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, shared_parameters
-from stabilitylab.models.hugging_face import _location, _quiet, recognises
+from stabilitylab.models.hugging_face import location, quiet, recognises
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.memory import give_back_memory
 from stabilitylab.quantization.plan import Plan
@@ -256,8 +256,8 @@ def _copy_companions(model: TextModel, out: Path) -> None:
             f"{model.path} has no config.json to copy: give the run or export that it belongs to, or apply the plan when "
             "the model is opened"
         )
-    folder, where = _location(model.path)
-    with _quiet():
+    folder, where = location(model.path)
+    with quiet():
         import transformers
 
         model.module.config.save_pretrained(out)  # type: ignore[operator, union-attr]
