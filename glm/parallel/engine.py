@@ -42,7 +42,7 @@ from glm.parallel.topology import checked
 from glm.precision import LossScaler, Policy
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
-from glm.train.optimizer import GradientSummary
+from glm.train.engine import Updates
 
 try:
     import deepspeed
@@ -120,7 +120,7 @@ class _Schedule(TrainSchedule):  # type: ignore[misc]
             yield [c for c in commands if not isinstance(c, (OptimizerStep, ReduceGrads, ReduceTiedGrads))]
 
 
-class ParallelEngine:
+class ParallelEngine(Updates):
     """A model over the processes of the default group.
 
     Args:
@@ -190,10 +190,6 @@ class ParallelEngine:
     def shard(self) -> int:
         return self.tensor_rank
 
-    @property
-    def loss_scale(self) -> float:
-        return self.scaler.scale if self.scaler is not None else 1.0
-
     def forward_backward(self, batch: Rows, step: int) -> float:
         targets = int((batch.targets_BT != -100).sum())
         if targets == 0:
@@ -232,19 +228,6 @@ class ParallelEngine:
         tensors = (batch.tokens_BT, batch.targets_BT, batch.positions, batch.segments_BT, batch.context_BT)
         return [tuple(tensor[part].to(self.device) for tensor in tensors) for part in parts], first
 
-    def gradients(self) -> GradientSummary:
-        return self.optimizer.gradients(self.loss_scale)
-
-    def update(self, learning_rate: float, *, clip: float) -> bool:
-        applied = self.optimizer.step_with(learning_rate, clip=clip)
-        if self.scaler is not None:
-            self.scaler.update(overflow=not applied)
-        self.optimizer.zero_grad()
-        return applied
-
-    def discard(self) -> None:
-        self.optimizer.zero_grad()
-
     def set_embedding_gradient_shrink(self, alpha: float) -> None:
         if hasattr(self.model, "embedding"):
             self.model.embedding.gradient_shrink = alpha
@@ -264,14 +247,3 @@ class ParallelEngine:
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
         return sharded.load_newest(folder, self.shares, self.team)
-
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"optimizer": self.optimizer.counters()}
-        if self.scaler is not None:
-            state["scaler"] = self.scaler.state_dict()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_counters(state["optimizer"])
-        if self.scaler is not None and "scaler" in state:
-            self.scaler.load_state_dict(state["scaler"])

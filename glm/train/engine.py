@@ -100,7 +100,43 @@ class Engine(Protocol):
         """Take back what ``state_dict`` gave."""
 
 
-class LocalEngine:
+class Updates:
+    """What every engine does with its optimizer and loss scaler: update, and keep their state."""
+
+    optimizer: MixedPrecisionAdamW
+    scaler: LossScaler | None
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scaler.scale if self.scaler is not None else 1.0
+
+    def gradients(self) -> GradientSummary:
+        return self.optimizer.gradients(self.loss_scale)
+
+    def update(self, learning_rate: float, *, clip: float) -> bool:
+        applied = self.optimizer.step_with(learning_rate, clip=clip)
+        if self.scaler is not None:
+            self.scaler.update(overflow=not applied)
+        self.optimizer.zero_grad()
+        return applied
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"optimizer": self.optimizer.counters()}
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_counters(state["optimizer"])
+        # A state of another precision has no scaler: a replay in fp16 begins with a fresh one.
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+class LocalEngine(Updates):
     """Plain torch on one device.
 
     Args:
@@ -133,10 +169,6 @@ class LocalEngine:
         for layer in self.model.layers:
             layer.compile()
 
-    @property
-    def loss_scale(self) -> float:
-        return self.scaler.scale if self.scaler is not None else 1.0
-
     def forward_backward(self, batch: Batch, step: int) -> float:
         torch.manual_seed(self.seed * 1_000_003 + step)
         targets = int((batch.targets_BT != -100).sum())
@@ -152,19 +184,6 @@ class LocalEngine:
             self.optimizer.accumulate()
             total += float(loss_sum.detach())
         return total / targets
-
-    def gradients(self) -> GradientSummary:
-        return self.optimizer.gradients(self.loss_scale)
-
-    def update(self, learning_rate: float, *, clip: float) -> bool:
-        applied = self.optimizer.step_with(learning_rate, clip=clip)
-        if self.scaler is not None:
-            self.scaler.update(overflow=not applied)
-        self.optimizer.zero_grad()
-        return applied
-
-    def discard(self) -> None:
-        self.optimizer.zero_grad()
 
     def set_embedding_gradient_shrink(self, alpha: float) -> None:
         self.model.embedding.gradient_shrink = alpha
@@ -192,18 +211,6 @@ class LocalEngine:
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
         return checkpoints.load_newest(folder)
-
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"optimizer": self.optimizer.counters()}
-        if self.scaler is not None:
-            state["scaler"] = self.scaler.state_dict()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_counters(state["optimizer"])
-        # A state of another precision has no scaler: a replay in fp16 begins with a fresh one.
-        if self.scaler is not None and "scaler" in state:
-            self.scaler.load_state_dict(state["scaler"])
 
 
 def _model_inputs(batch: Batch, rows: slice) -> tuple[Tensor, ...]:
