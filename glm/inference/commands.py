@@ -10,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich.console import Console
 
-from glm.errors import InputError
+from glm.device import chosen_device
 from glm.inference.decoding import DecodingConfig, Timing
 from glm.inference.evaluation import Part, evaluate_model
 from glm.inference.exporting import export_model
@@ -142,17 +141,8 @@ def evaluate(
 
 def _open(model: Path, quantize: str | None, precision: Precision | None, device: str | None) -> OpenedModel:
     if quantize is not None or is_quantized(model):
-        return open_quantized(model, quantize, precision=precision, device=_device(device))
-    return open_model(model, precision=precision, device=_device(device))
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
+        return open_quantized(model, quantize, precision=precision, device=chosen_device(device))
+    return open_model(model, precision=precision, device=chosen_device(device))
 
 
 def _said(timing: Timing) -> str:

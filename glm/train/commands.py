@@ -26,6 +26,7 @@ from rich.console import Console
 
 from glm.data.loader import Loader
 from glm.data.shards import TokenData, open_data
+from glm.device import chosen_device
 from glm.errors import InputError
 from glm.parallel.start import joined, speaks
 from glm.parallel.team import EverywhereError, Team
@@ -123,7 +124,7 @@ def train(command: TrainCommand, *, console: Console) -> bool:
     Raises:
         InputError: the data, the folder, the configuration or the checkpoint does not fit.
     """
-    device = _device(command.device)
+    device = chosen_device(command.device)
     with joined(command.config.parallel, device, command.config.to_json()) as team:
         with team.together():
             data = open_data(command.data)
@@ -228,15 +229,6 @@ def _restore(trainer: Trainer, run: RunFolder) -> None:
     for problem in problems:
         trainer.tell(Event(step=trainer.step, kind="recovered", data={"problem": problem}))
     trainer.tell(Event(step=trainer.step, kind="rewind", data={"why": "resumed from a checkpoint"}))
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _write_atomically(file: Path, text: str) -> None:
