@@ -95,7 +95,7 @@ class Spec:
     """What to train and who watches.
 
     Args:
-        name: of the arm: ``bare``, one of ours, or a peer's.
+        name: of the arm: ``bare`` (twice), one of ours, or a peer's.
         every: measure each n-th step.
         modules: whether activations are measured too, or gradients alone.
         shape: layers, width, heads.
@@ -111,6 +111,7 @@ class Spec:
     folder: Path
 
 
+BARE, BARE_AGAIN = "bare", "bare again"
 OURS = {"ours": False, "ours, with TensorBoard": True}
 
 
@@ -170,6 +171,6 @@ def _peer(spec: Spec, model: nn.Module, optimizer: torch.optim.Optimizer) -> Pee
     if spec.name in OURS:
         tensorboard, alone = OURS[spec.name], not spec.modules
         return Ours(model, optimizer, spec.every, spec.folder, gradients_only=alone, tensorboard=tensorboard)
-    if spec.name != "bare":
+    if spec.name not in (BARE, BARE_AGAIN):
         make = peers(spec.modules)[spec.name]
     return make(model, optimizer, spec.every, spec.folder)
