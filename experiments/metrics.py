@@ -13,11 +13,14 @@
 | attention_score_max | largest attention score, over layers, heads and steps | - |
 | fp16_headroom | log2(65504 / largest value of main branch and attention scores) | bits |
 | skipped_steps | updates skipped since the gradient was not finite | steps |
+| norm_lead | steps by which the gradient norm broke out before the loss did; NaN where either did not | steps |
+| embedding_surge | embedding's share of the squared gradient norm where that breaks out, less its median over the 50 steps before | share |
 | outlier_fraction | mean share of activation values with abs >= 6, at the end | share |
 
 A run that lacks a metric's telemetry has NaN there, and the tables show it. Maxima are over the values that are numbers: an
-infinite one counts, a NaN does not (it shows as a skipped step or a non-finite episode).
-"""
+infinite one counts, a NaN does not (it shows as a skipped step or a non-finite episode). To *break out* is to pass four times
+the median of the 50 steps before, for a norm; for a loss it is the onset of the first spike, divergence or non-finite episode.
+"""  # noqa: E501 - the table's rows
 
 from __future__ import annotations
 
@@ -32,6 +35,8 @@ from stabilitylab.report import Run
 from stabilitylab.spikes import episodes_of, spike_score
 
 FP16_MAX = 65504.0
+MEMORY = 50
+BREAK = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,7 @@ class Metric:
         better: which end is the stable one, for emphasis; None where neither is.
         measure: computes it.
         digits: significant digits shown.
+        everywhere: whether a table shows it even where no run has a value; what only a broken run has is left out there.
     """
 
     title: str
@@ -50,6 +56,7 @@ class Metric:
     better: str | None = "less"
     unit: str = ""
     digits: int = 3
+    everywhere: bool = True
 
 
 def final_loss(run: Run) -> float:
@@ -119,9 +126,42 @@ def skipped_steps(run: Run) -> float:
     return float(run.series("train/-/skipped").sum())
 
 
+def norm_lead(run: Run) -> float:
+    loss, norm = _loss_breaks(run), _norm_breaks(run)
+    return math.nan if loss is None or norm is None else float(loss - norm)
+
+
+def embedding_surge(run: Run) -> float:
+    broke, share = _norm_breaks(run), run.series("gradient/embedding.weight/share")
+    if broke is None or not len(share):
+        return math.nan
+    before = share[(share.index >= broke - MEMORY) & (share.index < broke)]
+    return float(share[share.index >= broke].iloc[0] - before.median()) if len(before) else math.nan
+
+
 def outlier_fraction(run: Run) -> float:
     fractions = run.matrix("activation", "outlier_fraction")
     return float(np.nanmean(fractions.iloc[:, -1])) if fractions.size else math.nan
+
+
+def _loss_breaks(run: Run) -> int | None:
+    """Onset of the first episode of the loss that is no hard batch."""
+    onsets = [
+        episode.onset
+        for episode in episodes_of(run.events)
+        if episode.signal == "train/-/loss" and episode.kind in ("spike", "divergence", "non-finite")
+    ]
+    return min(onsets, default=None)
+
+
+def _norm_breaks(run: Run) -> int | None:
+    """First step after warm-up whose gradient norm is over four times the median of the 50 before it, or not a number."""
+    norm = run.series("train/-/gradient_norm").replace(math.inf, math.nan)
+    usual = norm.rolling(MEMORY, min_periods=MEMORY // 2).median().shift(1)
+    broken = norm.index[
+        ((norm > BREAK * usual) | (norm.isna() & usual.notna())) & (norm.index >= _warmup(run))
+    ]
+    return int(broken[0]) if len(broken) else None
 
 
 def _settled_gradient_norm(run: Run) -> pd.Series[float]:
@@ -151,6 +191,19 @@ METRICS: Mapping[str, Metric] = {
     "attention_score_max": Metric(title="Largest attention score", measure=attention_score_max),
     "fp16_headroom": Metric(title="fp16 headroom", unit="bits", measure=fp16_headroom, better="more"),
     "skipped_steps": Metric(title="Skipped steps", measure=skipped_steps),
+    "norm_lead": Metric(
+        title="Steps from the gradient norm's break to the loss's",
+        unit="steps",
+        measure=norm_lead,
+        better=None,
+        everywhere=False,
+    ),
+    "embedding_surge": Metric(
+        title="Embedding's share of the gradient, at the norm's break less before",
+        measure=embedding_surge,
+        better=None,
+        everywhere=False,
+    ),
     "outlier_fraction": Metric(title="Outlier values (abs >= 6) at the end", measure=outlier_fraction),
 }
 

@@ -106,6 +106,8 @@ def metric_section(suite: Suite, values: Values) -> Section:
     rows: list[list[Cell | str]] = []
     for name, metric in METRICS.items():
         means = {arm: _mean(values[name].get(arm, {})) for arm in arms}
+        if not metric.everywhere and all(math.isnan(mean) for mean in means.values()):
+            continue
         best = _best(means, metric)
         rows.append(
             [

@@ -1,6 +1,6 @@
 """Claims, and what the measured values say of them.
 
-A claim is "arm a has less (or more) of a metric than arm b". Its verdict is one of
+A claim is "arm a has less (or more) of a metric than arm b", or than nothing. Its verdict is one of
 
     supported     the paired 95 % interval lies on the claimed side of zero
     leaning for   every seed points the claimed way, but the interval includes zero
@@ -29,13 +29,14 @@ class Claim:
     Attributes:
         text: the claim in words, as its source makes it.
         metric: a name in ``experiments.metrics.METRICS``.
+        baseline: the other arm; None: zero.
         source: who says so.
     """
 
     text: str
     metric: str
     arm: str
-    baseline: str
+    baseline: str | None
     direction: Literal["less", "more"] = "less"
     source: str = "GLM-130B (2210.02414)"
 
@@ -53,7 +54,8 @@ class Verdict:
 
 def judge(claim: Claim, values: Mapping[str, Mapping[int, float]]) -> Verdict:
     """Judge a claim from ``values[arm][seed]`` of its metric."""
-    arm, baseline = values.get(claim.arm, {}), values.get(claim.baseline, {})
+    arm = values.get(claim.arm, {})
+    baseline = dict.fromkeys(arm, 0.0) if claim.baseline is None else values.get(claim.baseline, {})
     difference = paired_difference(arm, baseline)
     return Verdict(
         claim=claim,

@@ -4,11 +4,11 @@ cadence.
 Every arm trains its own copy of one GPT (pre-norm, tied embedding, AdamW, fp32) on the same random tokens, in
 a process of its own and on one thread. Arms take turns of ``--steps`` steps, in an order that is drawn anew
 every round; a turn's time is divided by the bare model's in the same round, and the median over rounds is
-reported: neighbours on a shared machine then disturb both sides of a ratio. ``low`` and ``high`` hold the median
-with 95 % (bootstrap over rounds), and ``bare again`` is a second bare process: what it shows is the error of the
-instrument itself. ``wall``: the training thread's. ``processor``: time of all threads of the process until the monitor has caught up, so that
-work put off to a thread is counted; wandb writes in a process of its own, whose time is not. ``close``: once a
-run, processor time.
+reported: neighbours on a shared machine then disturb both sides of a ratio. ``low`` and ``high`` hold the
+median with 95 % (bootstrap over rounds), and ``bare again`` is a second bare process: what it shows is the
+error of the instrument itself. ``wall``: the training thread's. ``processor``: time of all threads of the
+process until the monitor has caught up, so that work put off to a thread is counted; wandb writes in a process
+of its own, whose time is not. ``close``: once a run, processor time.
 
     python -m experiments.benchmarks monitor_overhead [--model small|large] [--rounds 12] [--paired | --depth] [--json]
 
@@ -203,6 +203,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=10, help="steps a turn; a multiple of 10")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    parser.add_argument("--without", nargs="*", choices=tuple(PACKAGES), default=(), help="peers left out")
     parser.add_argument("--paired", action="store_true", help="ours alone, within one process")
     parser.add_argument("--depth", action="store_true", help="the same, by number of layers")
     parser.add_argument("--suite", choices=tuple(SUITES), help="one comparison alone")
@@ -220,7 +221,7 @@ def main(argv: Sequence[str]) -> int:
         shape, rows = SIZES[options.model]
         for suite in SUITES:
             if options.suite in (None, suite):
-                names = arms(suite, not options.no_peers)
+                names = [arm for arm in arms(suite, not options.no_peers) if arm not in options.without]
                 found[suite] = measure(names, suite, shape, rows, options.rounds, options.steps)
     if options.json:
         print(json.dumps(found))

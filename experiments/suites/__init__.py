@@ -2,6 +2,7 @@
 
 SUITES = {
     "quick": "experiments.suites.quick",
+    "collapse": "experiments.suites.collapse",
     "depth": "experiments.suites.depth",
     "embedding": "experiments.suites.embedding",
     "formats": "experiments.suites.formats",

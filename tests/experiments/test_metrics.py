@@ -15,7 +15,7 @@ from experiments.suites import SUITES
 from glm.train.commands import parse_command
 from stabilitylab.report import Run, load_run
 from stabilitylab.sinks import ParquetSink
-from stabilitylab.telemetry import Key, RunFolder, Samples
+from stabilitylab.telemetry import Event, Key, RunFolder, Samples
 
 STEPS = 20
 LOSS = Key("train", "-", "loss")
@@ -28,7 +28,7 @@ def recorded(folder: Path, values: dict[Key, list[float]]) -> Run:
     run = RunFolder(folder)
     folder.mkdir()
     run.config.write_text(json.dumps({"schedule": {"warmup": 10}}))
-    rows = [(step, key, series[step]) for key, series in values.items() for step in range(STEPS)]
+    rows = [(step, key, series[step]) for key, series in values.items() for step in range(len(series))]
     sink = ParquetSink(run.telemetry)
     sink.write(Samples.of(rows), [])
     sink.close()
@@ -79,13 +79,42 @@ def test_a_run_that_left_the_numbers_is_worse_than_any(tmp_path: Path) -> None:
     assert METRICS["fp16_headroom"].measure(run) == -math.inf
 
 
+@pytest.mark.parametrize("broken", [9.0, math.inf, math.nan])
+def test_what_breaks_first(tmp_path: Path, broken: float) -> None:
+    """The norm passes four times its median at step 70 (a touch of it in warm-up does not count), the loss at step 75."""
+    share = Key("gradient", "embedding.weight", "share")
+    values = {
+        NORM: [50.0] + [2.0] * 69 + [broken] * 30,
+        share: [0.5] * 70 + [0.75] * 30,
+    }
+    folder = tmp_path / "run"
+    run = recorded(folder, values)
+    assert math.isnan(METRICS["norm_lead"].measure(run))
+    assert METRICS["embedding_surge"].measure(run) == 0.25
+    told = {"episode": 0, "phase": "onset", "onset": 75, "peak": 76, "end": None, "height": 3.0}
+    RunFolder(folder).append_events(
+        [
+            Event(
+                step=8, kind="hard-batch", data={**told, "signal": "train/-/loss", "episode": 1, "onset": 8}
+            ),
+            Event(
+                step=60,
+                kind="spike",
+                data={**told, "signal": "train/-/gradient_norm", "episode": 2, "onset": 60},
+            ),
+            Event(step=75, kind="divergence", data={**told, "signal": "train/-/loss"}),
+        ]
+    )
+    assert METRICS["norm_lead"].measure(load_run(folder)) == 5.0
+
+
 @pytest.mark.parametrize("name", SUITES)
 def test_every_arm_is_a_command_that_parses(name: str, tmp_path: Path) -> None:
     suite = load_suite(name)
     names = [arm.name for arm in suite.arms]
     assert len(set(names)) == len(names)
     for claim in suite.claims:
-        assert {claim.arm, claim.baseline} <= set(names)
+        assert {claim.arm, claim.baseline or claim.arm} <= set(names)
         assert claim.metric in METRICS
     for arm in suite.arms:
         command = suite.command(arm, 0, data=tmp_path, out=tmp_path / "run")

@@ -50,3 +50,10 @@ def test_more_is_the_mirror_of_less():
     more = Claim(text="more", metric="final_loss", arm="a", baseline="b", direction="more")
     values = {"a": {0: 1.0, 1: 1.0, 2: 1.01}, "b": {0: 2.0, 1: 2.0, 2: 2.0}}
     assert judge(more, values).judgement == "against"
+
+
+def test_a_claim_over_nothing() -> None:
+    claim = Claim(text="positive", metric="norm_lead", arm="a", baseline=None, direction="more")
+    assert judge(claim, {"a": {0: 2.0, 1: 2.5}}).judgement == "leaning for"
+    assert judge(claim, {"a": {0: 2.0, 1: 2.1}}).judgement == "supported"
+    assert judge(claim, {"a": {0: 2.0, 1: math.nan}}).judgement == "undecided"
