@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from stabilitylab.report.places import block_number, block_of, is_embedding
+from stabilitylab.sinks.pictures import Grid
 from stabilitylab.telemetry import Key, Samples
 
 if TYPE_CHECKING:
@@ -87,14 +87,9 @@ class StepMap:
         """Forget steps from ``step`` on (a stretch that begins before it stays)."""
         self._cells = {start: cell for start, cell in self._cells.items() if start < step}
 
-    def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Values, and where there are any: rows the layers as they came, columns the first step of each stretch."""
-        starts = sorted(self._cells)
-        frame = pd.DataFrame(
-            {start: pd.Series(self._cells[start], dtype=float) for start in starts}, index=list(self._rows)
-        )
-        known = [[row in self._cells[start] for start in starts] for row in self._rows]
-        return frame, pd.DataFrame(known, index=frame.index, columns=frame.columns, dtype=bool)
+    def grid(self) -> Grid:
+        """What is held, to be drawn. Adding to the map changes it."""
+        return Grid(rows=list(self._rows), cells=self._cells)
 
     def _widen(self) -> None:
         self._stretch *= 2

@@ -16,14 +16,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary as made
-
-from stabilitylab.report.style import INK
 
 
 class EventFile:
@@ -92,16 +88,8 @@ def hyperparameters(config: Mapping[str, Any], metrics: Iterable[str]) -> tuple[
     return [*experiment.value, *start.value], list(end.value)
 
 
-def picture(tag: str, figure: Figure, *, dpi: int = 90) -> Any:
-    """A figure on white, of the size of TensorBoard's small cards, where it is shown pixel by pixel."""
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(4.9, height * 4.9 / width + 0.5)
-    for words in figure.findobj(Text):
-        if isinstance(words, Text) and words.get_color() == INK:
-            words.set_color("#3c3c3c")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=dpi, facecolor="white")
-    png = content.getvalue()
+def picture(tag: str, png: bytes) -> Any:
+    """A picture."""
     # The size stands at a fixed place in a PNG's header.
     pixels = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
     image = Summary.Image(encoded_image_string=png, width=pixels[0], height=pixels[1], colorspace=4)

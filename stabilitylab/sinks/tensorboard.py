@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import math
 import os
 import time
@@ -32,6 +33,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.sinks import event_file as made
 from stabilitylab.sinks.dashboard import LAYOUT, LOSS, MAPS, NORM, SPIKES, STORY, Overview, flat
 from stabilitylab.sinks.event_file import EventFile
+from stabilitylab.sinks.pictures import EPISODE_COLUMNS, Artist, Sketch
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
 from stabilitylab.telemetry import Event, RunFolder, Samples
 
@@ -41,6 +43,7 @@ MARKERS = 100
 LISTED = 100
 LARGEST_NORM = "summary/largest gradient norm"
 EPISODES = "summary/episodes"
+_log = logging.getLogger("stabilitylab")
 
 
 class TensorBoardSink:
@@ -64,8 +67,9 @@ class TensorBoardSink:
         self._largest_norm = -math.inf
         self._marked: set[int] = set()
         self._session_end: list[Any] | None = None
+        self._artist = Artist()
         self._next_pictures = time.monotonic() + FIRST_PICTURES
-        self._step = 0
+        self._drawn_at = self._step = 0
 
     def write(self, samples: Samples, events: Sequence[Event]) -> None:
         """Write one flush. Its rewinds take effect before its samples."""
@@ -83,8 +87,7 @@ class TensorBoardSink:
             values = [made.scalar(tag, value) for tag, value in scalars.items()]
             file.add(step, [*values, *_histograms(vectors)])
         self._tell(file, [event for event in events if event.kind != "checkpoint"])
-        if time.monotonic() >= self._next_pictures:
-            self._draw(file)
+        self._show(file)
 
     def close(self) -> None:
         """Draw the last pictures, end the run's HParams session, close the file."""
@@ -124,6 +127,7 @@ class TensorBoardSink:
 
     def _rewind(self, file: EventFile, step: int, resumed: bool) -> None:
         file.restart(step)
+        self._artist.stop()
         if resumed:
             self._recall(step)
         self._overview.rewind(step)
@@ -172,39 +176,39 @@ class TensorBoardSink:
             others = [event for event in self._events if event.kind not in KINDS]
             file.add(events[-1].step, made.text("events", _event_table(others)))
 
-    def _draw(self, file: EventFile) -> None:
-        """The maps, the loss with its spikes, and the spikes as a list."""
-        from stabilitylab.report.figures import Mark, curves
-        from stabilitylab.report.maps import heat_map, table_figure
-
-        began = time.monotonic()
-        pictures = []
+    def _sketch(self) -> Sketch:
+        """What the maps, the loss with its spikes and the list of spikes show now."""
         episodes = episodes_of(self._events)
-        story, known = self._overview.story.frames()
-        if LOSS in story.index:
-            loss = story.T[LOSS][known.T[LOSS].to_numpy()]
+        losses = {step: cell[LOSS] for step, cell in sorted(self._overview.story.grid().cells.items())}
+        rows = [_episode_cells(episode) for episode in reversed(episodes[-15:])]
+        title = f"Spikes: {len(episodes)}" + (f", the last {len(rows)}" if len(rows) < len(episodes) else "")
+        return Sketch(
+            loss=(STORY, losses) if losses else None,
             # Loss and norm often tell the same story: one mark where they begin together.
-            marks = list({e.onset: Mark(e.onset, e.end, e.kind) for e in episodes[-40:]}.values())
-            figure = curves({"loss": [loss]}, title="Loss, spikes marked", log="auto", marks={"loss": marks})
-            pictures.append(made.picture(STORY, figure))
-            rows = [_episode_cells(episode) for episode in reversed(episodes[-15:])]
-            title = f"Spikes: {len(episodes)}" + (
-                f", the last {len(rows)}" if len(rows) < len(episodes) else ""
-            )
-            pictures.append(made.picture(SPIKES, table_figure(_COLUMNS, rows, title=title)))
-        for name, tag in MAPS.items():
-            values, known = self._overview.maps[name].frames()
-            if values.size:
-                title = tag.partition(" ")[2].capitalize()
-                pictures.append(
-                    made.picture(tag, heat_map(values, title=title, log=name != "score", recorded=known))
-                )
-        file.add(self._step, pictures)
-        now = time.monotonic()
-        self._next_pictures = now + (now - began) / SHARE_OF_TIME
+            marks=list({e.onset: (e.onset, e.end, e.kind) for e in episodes[-40:]}.values()),
+            listed=(SPIKES, title, rows),
+            maps={tag: (self._overview.maps[name].grid(), name != "score") for name, tag in MAPS.items()},
+        )
 
+    def _show(self, file: EventFile) -> None:
+        """Fetch pictures that are done, and have the next ones drawn when it is time."""
+        if self._artist.busy:
+            if (done := self._artist.finished()) is not None:
+                drawn, took = done
+                file.add(self._drawn_at, [made.picture(tag, png) for tag, png in drawn.items()])
+                self._next_pictures = time.monotonic() + took / SHARE_OF_TIME
+        elif time.monotonic() >= self._next_pictures:
+            self._drawn_at = self._step
+            try:
+                self._artist.begin(self._sketch())
+            except OSError as error:  # the numbers are written; the last pictures will show them
+                self._next_pictures = math.inf
+                _log.warning("no pictures until the end: %s", error)
 
-_COLUMNS = ("onset", "kind", "peak", "end", "height", "signal")
+    def _draw(self, file: EventFile) -> None:
+        """The last pictures: nothing trains any more."""
+        self._artist.stop()
+        file.add(self._step, [made.picture(tag, png) for tag, png in self._sketch().draw().items()])
 
 
 def _episode_cells(episode: Episode) -> list[str]:
@@ -215,7 +219,7 @@ def _episode_cells(episode: Episode) -> list[str]:
 
 def _episode_table(episodes: Sequence[Episode]) -> str:
     rows = [_episode_cells(episode) for episode in reversed(episodes[-LISTED:])]
-    return _markdown(_COLUMNS, rows)
+    return _markdown(EPISODE_COLUMNS, rows)
 
 
 def _event_table(events: Sequence[Event]) -> str:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from stabilitylab.sinks.dashboard import (
     Overview,
     StepMap,
 )
+from stabilitylab.sinks.pictures import Artist, Sketch
 from stabilitylab.telemetry import Event, Key, Samples
 from tests.stabilitylab import story
 from tests.stabilitylab.browser import CHROMEDRIVER, CHROMIUM, browser, free_port, wait_for_server
@@ -145,7 +147,7 @@ def test_a_resumed_run_shows_its_beginning(tmp_path: Path) -> None:
         [(100, Key("activation", "layers.0", "absmax"), 1.0), (100, Key("train", "-", "loss"), 3.0)]
     )
     sink.write(samples, [Event(step=100, kind="rewind")])
-    frame, known = sink._overview.maps["branch"].frames()
+    frame, known = sink._overview.maps["branch"].grid().frames()
     assert frame.columns.tolist() == [*range(0, 100, 10), 100]
     assert known.loc["layers.3"].tolist() == [True] * 10 + [False]
     sink._tell(sink._open(), [])
@@ -189,7 +191,7 @@ def test_thousands_of_sites_stay_a_dozen_curves(tmp_path: Path) -> None:
         sink.write(Samples(keys, np.full(len(keys), step), number, np.full(len(keys), 0.5)), [])
     sink.close()
     assert len(read(tmp_path).Tags()["scalars"]) < 5
-    frame, _ = sink._overview.maps["gradient"].frames()
+    frame, _ = sink._overview.maps["gradient"].grid().frames()
     assert frame.shape == (100, 5)
     assert frame.to_numpy() == pytest.approx(0.5 * math.sqrt(40))
 
@@ -230,19 +232,68 @@ def test_pictures_take_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pyte
     clock = [0.0]
     monkeypatch.setattr(sink_module.time, "monotonic", lambda: clock[0])
     sink = TensorBoardSink(tmp_path)
-    drawn: list[float] = []
+    begun: list[float] = []
 
-    def draw(file: object) -> None:
-        drawn.append(clock[0])
-        clock[0] += 0.5
-        sink._next_pictures = clock[0] + 0.5 / sink_module.SHARE_OF_TIME
+    class SlowArtist(Artist):
+        busy = False
 
-    monkeypatch.setattr(sink, "_draw", draw)
-    for step in range(200):
+        def begin(self, sketch: Sketch) -> None:
+            begun.append(clock[0])
+            self.busy = True
+
+        def finished(self) -> tuple[dict[str, bytes], float] | None:
+            took = clock[0] - begun[-1]
+            self.busy = took < 2.0
+            return None if self.busy else ({}, took)
+
+    monkeypatch.setattr(sink, "_artist", SlowArtist())
+    for step in range(1000):
         sink.write(loss_of(step, 1.0), [])
         clock[0] += 1.0
-    assert len(drawn) * 0.5 <= 0.01 * clock[0] + 0.5
+    assert len(begun) * 2.0 <= 0.01 * clock[0] + 2.0
     sink.close()
+
+
+def until_drawn(sink: TensorBoardSink, limit: float = 60.0) -> None:
+    """Write until the artist's process has nothing more to hand over."""
+    end = time.monotonic() + limit
+    while sink._artist.busy and time.monotonic() < end:
+        time.sleep(0.05)
+        sink.write(loss_of(8, 1.0), [])
+    assert not sink._artist.busy
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_process_draws_while_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """Pictures of step 7 are there before the run ends, unless the process that draws dies: the last ones are there then too."""
+    monkeypatch.setattr(sink_module, "FIRST_PICTURES", 0.0)
+    sink = TensorBoardSink(tmp_path)
+    sink.write(loss_of(7, 1.0), [])
+    assert sink._artist.busy
+    if killed:
+        process = sink._artist._process
+        assert process is not None
+        process.kill()
+    until_drawn(sink)
+    pictures = read(tmp_path).Images(STORY) if not killed else []
+    assert [picture.step for picture in pictures] == ([] if killed else [7])
+    assert all(picture.encoded_image_string.startswith(b"\x89PNG") for picture in pictures)
+    sink.close()
+    assert read(tmp_path).Images(STORY)[-1].step == 8
+
+
+def test_no_process_to_draw_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are written all the same, and the pictures at the end."""
+    monkeypatch.setattr(sink_module, "FIRST_PICTURES", 0.0)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "nowhere"))
+    sink = TensorBoardSink(tmp_path / "out")
+    for step in range(3):
+        sink.write(loss_of(step, 1.0), [])
+    sink.close()
+    assert list(scalars(tmp_path / "out", LOSS)) == [0, 1, 2]
+    assert len(read(tmp_path / "out").Images(STORY)) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -255,7 +306,7 @@ def test_a_step_map_is_the_largest_of_each_stretch(seed: int) -> None:
     map_ = StepMap(columns=16)
     for step, value in zip(steps.tolist(), values.tolist(), strict=True):
         map_.add(step, "layers.0", value)
-    frame, known = map_.frames()
+    frame, known = map_.grid().frames()
     assert frame.shape[1] <= 16
     assert known.all().all()
     starts = frame.columns.tolist()
@@ -333,4 +384,4 @@ def test_the_main_branch_is_what_blocks_put_out() -> None:
     overview = Overview()
     sites = ("layers.0", "layers.0.feed_forward.2", "layers.0.feed_forward.2:input", "layers.1")
     overview.steps(Samples.of((0, Key("activation", site, "absmax"), 1.0) for site in sites))
-    assert list(overview.maps["branch"].frames()[0].index) == ["layers.0", "layers.1"]
+    assert list(overview.maps["branch"].grid().frames()[0].index) == ["layers.0", "layers.1"]

@@ -1,0 +1,170 @@
+"""The dashboard's pictures: the loss with its spikes, the spikes as a list, and layer x step maps, as PNG files.
+
+Drawing takes a second of pure Python. In the training process that second is taken from the training thread, whichever thread
+draws, since one interpreter runs one thread at a time. So pictures of a run that goes on are drawn by a process of its own, of
+the lowest priority, which knows matplotlib and not torch: ``Artist.begin`` hands it the numbers, ``Artist.finished`` looks
+whether it is done. Numbers and pictures pass through unnamed temporary files; neither side waits for the other.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO
+
+import numpy as np
+import pandas as pd
+
+Cells = Mapping[int, Mapping[str, float]]
+EPISODE_COLUMNS = ("onset", "kind", "peak", "end", "height", "signal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Values by row (a layer) and step, those that were recorded.
+
+    Attributes:
+        rows: from the model's input to its output.
+        cells: first step of a stretch -> row -> value.
+    """
+
+    rows: Sequence[str]
+    cells: Cells
+
+    def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Values, and where there are any: rows as they stand, columns the first step of each stretch."""
+        starts = sorted(self.cells)
+        held = [[cell.get(row) for row in self.rows] for cell in (self.cells[start] for start in starts)]
+        known = np.array([[value is not None for value in cell] for cell in held], dtype=bool)
+        values = np.array(held, dtype=float)  # None becomes NaN
+        shape = (len(starts), len(self.rows))
+        rows = list(self.rows)
+        return (
+            pd.DataFrame(values.reshape(shape).T, index=rows, columns=starts),
+            pd.DataFrame(known.reshape(shape).T, index=rows, columns=starts),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sketch:
+    """What the pictures show.
+
+    Attributes:
+        loss: (tag, step -> loss), or None where no loss was recorded.
+        marks: onset, end (None: open) and kind of the episodes to mark.
+        listed: tag, title and rows of the list of episodes.
+        maps: tag -> (grid, logarithmic colours).
+    """
+
+    loss: tuple[str, Mapping[int, float]] | None = None
+    marks: Sequence[tuple[int, int | None, str]] = ()
+    listed: tuple[str, str, Sequence[Sequence[str]]] = ("", "", ())
+    maps: Mapping[str, tuple[Grid, bool]] = field(default_factory=dict)
+
+    def draw(self) -> dict[str, bytes]:
+        """Tag -> PNG, in the order of looking."""
+        from stabilitylab.report.figures import Mark, curves
+        from stabilitylab.report.maps import heat_map, table_figure
+
+        drawn = {}
+        if self.loss is not None:
+            tag, losses = self.loss
+            marks = {"loss": [Mark(*mark) for mark in self.marks]}
+            series = pd.Series(dict(losses), dtype=float)
+            figure = curves({"loss": [series]}, title="Loss, spikes marked", log="auto", marks=marks)
+            drawn[tag] = _png(figure)
+            tag, title, rows = self.listed
+            drawn[tag] = _png(table_figure(EPISODE_COLUMNS, rows, title=title))
+        for tag, (grid, log) in self.maps.items():
+            values, known = grid.frames()
+            if values.size:
+                title = tag.partition(" ")[2].capitalize()
+                drawn[tag] = _png(heat_map(values, title=title, log=log, recorded=known))
+        return drawn
+
+
+class Artist:
+    """Draws in a process of its own, one sketch at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._drawn: IO[bytes] | None = None
+        self._began = 0.0
+
+    def begin(self, sketch: Sketch) -> None:
+        """Start drawing. Raises OSError where no process can be started."""
+        self.stop()
+        self._began = time.monotonic()
+        self._drawn = tempfile.TemporaryFile()  # noqa: SIM115 - the child writes it, ``finished`` reads it
+        with tempfile.TemporaryFile() as numbers:
+            pickle.dump(sketch, numbers)
+            numbers.seek(0)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import main; main()"],
+                stdin=numbers,
+                stdout=self._drawn,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                # An interrupt at the keyboard is the training's; drawing just ends.
+                start_new_session=True,
+            )
+
+    @property
+    def busy(self) -> bool:
+        """Whether pictures are being drawn or wait to be fetched."""
+        return self._process is not None
+
+    def finished(self) -> tuple[dict[str, bytes], float] | None:
+        """Tag -> PNG and the seconds that drawing took; None while it goes on.
+
+        Pictures that could not be drawn are none: the next ones, or the last, which are drawn elsewhere, show the same.
+        """
+        if self._process is None or self._drawn is None or self._process.poll() is None:
+            return None
+        took = time.monotonic() - self._began
+        self._drawn.seek(0)
+        drawn: dict[str, bytes] = pickle.load(self._drawn) if self._process.returncode == 0 else {}
+        self.stop()
+        return drawn, took
+
+    def stop(self) -> None:
+        """Give up what is being drawn."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._drawn is not None:
+            self._drawn.close()
+        self._process = self._drawn = None
+
+
+def main() -> None:
+    """The artist's process: a sketch on standard input, its pictures on standard output."""
+    sketch = pickle.load(sys.stdin.buffer)
+    if hasattr(os, "nice"):
+        os.nice(19)
+    pickle.dump(sketch.draw(), sys.stdout.buffer)
+
+
+def _png(figure: object, *, dpi: int = 90) -> bytes:
+    """A figure on white, of the size of TensorBoard's small cards, where it is shown pixel by pixel."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    from stabilitylab.report.style import INK
+
+    assert isinstance(figure, Figure)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(4.9, height * 4.9 / width + 0.5)
+    for words in figure.findobj(Text):
+        if isinstance(words, Text) and words.get_color() == INK:
+            words.set_color("#3c3c3c")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi, facecolor="white")
+    return content.getvalue()
