@@ -6,11 +6,13 @@ same kernel runs, its result is untouched, and no second product Q K' is formed;
 what follows from it. Where PyTorch falls back to its unfused path, the scores pass through a softmax there
 and are taken from it exactly.
 
-Under ``torch.compile`` the same holds on CPUs where the flash kernel takes the call (no dropout, as many key
-heads as query heads); elsewhere compiled fused attention is not seen (``fused_calls``).
+Under ``torch.compile`` softmaxes of four dimensions are seen, and fused attention on CPUs where the flash kernel takes the call (no
+dropout, as many key heads as query heads); elsewhere compiled fused attention is not seen (``attention_calls``).
 
-*Materialised*: a module whose output is the score tensor [B, H, T, S] before the softmax, by default one
-named ``scores``; its parent is the site.
+*Materialised*: the argument [B, H, T, S] of a softmax over the last dimension that a module of the model calls, and [B * H, T, S]
+where the module is called attention (its ``num_heads`` says what H is; without one, 1). A model may say itself which scores
+count: a module whose output is the score tensor before the softmax, by default one named ``scores``; its parent is the site, and
+the softmaxes of that one are left alone.
 
 Family ``attention``, site = the attention module's path, index = head:
 
@@ -26,6 +28,7 @@ Family ``attention``, site = the attention module's path, index = head:
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -36,9 +39,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.probes.attention_calls import Calls, Kernel, Running, Shown, by_head
 from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.probes.compiled import observe, register, unregister
-from stabilitylab.probes.fused_calls import Calls, Kernel, Running
 from stabilitylab.probes.sites import blocks, counts, named_modules
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.formats import headroom_bits
@@ -85,6 +88,10 @@ class AttentionProbe:
         """Note the module paths: a call is named after the module it came from."""
         self._context = context
         self._path: dict[int, str] = {id(module): path for path, module in named_modules(context.model)}
+        # Their scores are shown by a module of their own.
+        self._told = {
+            path.rpartition(".")[0] for path in self._path.values() if fnmatchcase(path, self._scores)
+        }
 
     def arm(self, measured: bool) -> None:
         """Put the hooks in place, or take them away."""
@@ -114,21 +121,31 @@ class AttentionProbe:
 
     def _follow(self, model: nn.Module) -> None:
         """Know in compiled graphs which module calls: any but those without parts."""
-        self._running = Running(self._context.guarded(self.name, self._fused))
+        guarded = self._context.guarded
+        self._running = Running(guarded(self.name, self._fused), guarded(self.name, self._softmax))
         for path, module in named_modules(model):
             if module is model or any(True for _ in module.children()):
-                self._states.append(register(self._context.guarded(self.name, self._shown(path))))
-                before, after = self._running.hooks(self._states[-1])
+                self._states.append(register(guarded(self.name, self._shown(path))))
+                before, after = self._running.hooks(Shown(self._states[-1], path not in self._told))
                 self._handles.append(module.register_forward_pre_hook(before, prepend=True))
                 self._handles.append(module.register_forward_hook(after))
 
     def _shown(self, path: str) -> Callable[..., None]:
+        scores = self._watcher(path)
+
         def watch(
-            lse: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+            first: Tensor,
+            query: Tensor | None = None,
+            key: Tensor | None = None,
+            mask: Tensor | None = None,
+            causal: bool = False,
+            scale: float | None = None,
         ) -> None:
-            if self._armed and torch._C._current_graph_task_id() == -1 and query.numel() and key.numel():
+            if query is None or key is None:
+                scores(first)  # of a softmax
+            elif self._armed and torch._C._current_graph_task_id() == -1 and query.numel() and key.numel():
                 with torch.no_grad(), torch._C.DisableTorchFunction():
-                    lse_BHT = lse.reshape(*query.shape[:2], -1)
+                    lse_BHT = first.reshape(*query.shape[:2], -1)
                     self._record(path, fused(lse_BHT, query, key, mask=mask, causal=causal, scale=scale))
 
         return watch
@@ -136,7 +153,8 @@ class AttentionProbe:
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._depth += 1
         if self._mode is None and counts(module):
-            self._mode = Calls(self._context.guarded(self.name, self._fused))
+            guarded = self._context.guarded
+            self._mode = Calls(guarded(self.name, self._fused), guarded(self.name, self._softmax))
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -175,7 +193,7 @@ class AttentionProbe:
         enable_gqa: bool = False,
     ) -> None:
         """Take the ranges of one call; the arguments are those of scaled_dot_product_attention."""
-        path = self._caller()
+        path, _ = self._caller()
         if path is None or query.dim() != 4 or not query.numel() or not key.numel():
             return
         if kernel.lse is not None and kernel.lse.numel():
@@ -184,15 +202,26 @@ class AttentionProbe:
         elif kernel.scores is not None:
             self._record(path, materialised(kernel.scores))
 
-    def _caller(self) -> str | None:
-        """The path of the innermost module of the model whose method is running."""
-        frame: FrameType | None = sys._getframe(4)
+    def _softmax(self, scores: Tensor) -> None:
+        """Take the range of a softmax's argument, where it is that of attention."""
+        path, module = self._caller()
+        if path is None or path in self._told or not scores.numel():
+            return
+        heads = _heads(module) if scores.dim() == 3 else 0
+        by_head_BHTS = by_head(scores, heads)
+        if by_head_BHTS is not None:
+            self._record(path, materialised(by_head_BHTS))
+
+    def _caller(self) -> tuple[str | None, Any]:
+        """The innermost module of the model whose method is running, after its path."""
+        frame: FrameType | None = sys._getframe(3)
         while frame is not None:
-            path = self._path.get(id(frame.f_locals.get("self")))
+            module = frame.f_locals.get("self")
+            path = self._path.get(id(module))
             if path is not None:
-                return path
+                return path, module
             frame = frame.f_back
-        return None
+        return None, None
 
     def _record(self, path: str, scores: Scores) -> None:
         """Write one call's ranges; calls of one module in one step combine."""
@@ -268,6 +297,14 @@ class AttentionProbe:
             self._running.begin(False)
             self._running = None
         self._depth = 0
+
+
+def _heads(module: nn.Module) -> int:
+    """Heads of a module that is called attention; 1 where it does not say, 0 for any other module."""
+    if not re.search("att(n|ention)|head", type(module).__name__, re.IGNORECASE):
+        return 0
+    names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+    return next((n for name in names if isinstance(n := getattr(module, name, None), int) and n > 0), 1)
 
 
 def traceable(watcher: Callable[[Tensor], None], state: Tensor) -> Callable[..., None]:

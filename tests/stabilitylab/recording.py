@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import nn
+
+from stabilitylab import Monitor
+from stabilitylab.probes.base import Probe
 from stabilitylab.telemetry import Event, Samples
 
 
@@ -41,3 +46,12 @@ class Recording:
             for (s, name, _), value in self.rows.items()
             if s == step and name.split("/")[1] == site
         }
+
+
+def watch(
+    model: nn.Module, *probes: Probe, optimizer: torch.optim.Optimizer | None = None, **options: object
+) -> tuple[Monitor, Recording]:
+    """A monitor with these probes alone, measuring every step, and where its numbers go."""
+    sink = Recording()
+    monitor = Monitor(model, optimizer, every=1, probes=probes, sinks=[sink], detector=None, **options)  # type: ignore[arg-type]
+    return monitor, sink

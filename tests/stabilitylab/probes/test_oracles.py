@@ -14,30 +14,20 @@ import pytest
 import scipy.stats
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 
 from stabilitylab import Monitor
 from stabilitylab.probes.activation_gradients import ActivationGradientProbe
 from stabilitylab.probes.activations import ActivationProbe
-from stabilitylab.probes.attention import AttentionProbe
-from stabilitylab.probes.base import Probe
 from stabilitylab.probes.embedding_rows import TOP, EmbeddingRowProbe
 from stabilitylab.probes.gradients import GradientProbe
 from stabilitylab.probes.precision import PrecisionProbe
 from stabilitylab.probes.updates import UpdateProbe
 from stabilitylab.statistics.updates import ONE_IN, SAMPLE
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
-from tests.stabilitylab.recording import Recording
+from tests.stabilitylab.recording import Recording, watch
 
 Rows = dict[tuple[int, str, int], float]
-
-
-def watch(
-    model: nn.Module, *probes: Probe, optimizer: torch.optim.Optimizer | None = None, **options: object
-) -> tuple[Monitor, Recording]:
-    sink = Recording()
-    monitor = Monitor(model, optimizer, every=1, probes=probes, sinks=[sink], detector=None, **options)  # type: ignore[arg-type]
-    return monitor, sink
 
 
 def test_gradients_equal_float64() -> None:
@@ -190,79 +180,6 @@ def test_activation_gradients_equal_float64() -> None:
         assert found["rms"] == pytest.approx(math.sqrt(np.mean(g**2)), rel=1e-5)
         assert found["kurtosis"] == pytest.approx(scipy.stats.kurtosis(g.ravel(), fisher=False), rel=1e-4)
         assert found["fp16_headroom_bits"] == pytest.approx(math.log2(65504 / np.abs(g * 1024).max()))
-
-
-class Attending(nn.Module):
-    """Attention of x with itself through scaled_dot_product_attention."""
-
-    def __init__(self, heads: int, key_heads: int, **options: object) -> None:
-        super().__init__()
-        self.heads, self.key_heads, self.options = heads, key_heads, options
-        self.seen: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        q, k = (
-            x_BTD.view(*x_BTD.shape[:2], h, -1)[..., :8].transpose(1, 2) * 4
-            for h in (self.heads, self.key_heads)
-        )
-        self.seen = q, k
-        return scaled_dot_product_attention(q, k, k, enable_gqa=self.heads != self.key_heads, **self.options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])  # with dropout PyTorch takes its unfused path on CPUs
-@pytest.mark.parametrize("key_heads", [4, 2])
-def test_attention_scores_of_any_module_that_calls_sdpa(dropout: float, key_heads: int) -> None:
-    torch.manual_seed(0)
-    inner = Attending(4, key_heads, is_causal=True, dropout_p=dropout)
-    model = nn.Sequential(nn.Identity(), inner)
-    monitor, sink = watch(model, AttentionProbe())
-    x = torch.randn(2, 11, 32, requires_grad=True)
-    torch.manual_seed(1)
-    result = model(x)
-    result.sum().backward()
-    gradient, x.grad = x.grad, None
-    monitor.step(0)
-    monitor.close()
-    torch.manual_seed(1)
-    bare = model(x)
-    bare.sum().backward()
-    assert torch.equal(result, bare)
-    assert gradient is not None
-    assert x.grad is not None
-    assert torch.equal(gradient, x.grad)
-    assert inner.seen is not None
-    q, k = inner.seen
-    scores = (q.double() @ k.repeat_interleave(4 // key_heads, 1).double().transpose(-1, -2)) / math.sqrt(8)
-    scores = scores.masked_fill(~torch.ones(11, 11, dtype=torch.bool).tril(), -math.inf)
-    largest = scores.amax((0, 2, 3)).tolist()
-    upper, lower = (sink.vector(0, f"attention/1/{name}") for name in ("score_max", "score_max_sampled"))
-    for exact, low, high in zip(largest, lower, upper, strict=True):
-        assert low <= exact * (1 + 1e-5)
-        assert exact * (1 - 1e-5) <= high <= exact + math.log(11)
-        if dropout:
-            assert low == high == pytest.approx(exact, rel=1e-5)
-    headroom = sink.vector(0, "attention/1/fp16_headroom_bits")
-    lowest = sink.vector(0, "attention/1/score_min")
-    expected = [math.log2(65504 / max(abs(a), abs(b))) for a, b in zip(upper, lowest, strict=True)]
-    assert headroom == pytest.approx(expected)
-
-
-class Scores(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def test_materialised_scores_belong_to_the_parent_module() -> None:
-    attention = nn.Module()
-    attention.scores = Scores()
-    model = nn.ModuleDict({"attention": attention})
-    monitor, sink = watch(model, AttentionProbe())
-    scores = torch.randn(2, 3, 5, 5)
-    attention.scores(scores)
-    monitor.step(0)
-    monitor.close()
-    assert sink.vector(0, "attention/attention/score_max") == scores.amax((0, 2, 3)).tolist()
-    assert sink.vector(0, "attention/attention/score_min") == scores.amin((0, 2, 3)).tolist()
 
 
 def optimizers() -> dict[str, object]:
