@@ -100,10 +100,20 @@ def run_suite(suite: Suite, *, data: Path, out: Path, parallel: int, steps: int 
         for _, process in running.values():
             process.wait()
     if failed:
-        told = "; ".join(f"{job.name}: {_last_line(job.log)} (see {job.log})" for job in failed)
         raise InputError(
-            f"{len(failed)} of the suite's runs failed: {told}; mend the cause and give the command again"
+            f"{len(failed)} of the suite's runs failed: {_causes(failed)}; mend the cause and give the command again"
         )
+
+
+def _causes(failed: Sequence[Job]) -> str:
+    """Each cause once, with the runs that it ended and the log of the first."""
+    by_cause: dict[str, list[Job]] = {}
+    for job in sorted(failed, key=lambda job: job.name):
+        by_cause.setdefault(_last_line(job.log), []).append(job)
+    return "; ".join(
+        f"{', '.join(job.name for job in jobs)}: {cause} (see {jobs[0].log})"
+        for cause, jobs in by_cause.items()
+    )
 
 
 def _start(job: Job, command: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -4,9 +4,10 @@ cadence.
 Every arm trains its own copy of one GPT (pre-norm, tied embedding, AdamW, fp32) on the same random tokens, in
 a process of its own and on one thread. Arms take turns of ``--steps`` steps, in an order that is drawn anew
 every round; a turn's time is divided by the bare model's in the same round, and the median over rounds is
-reported: neighbours on a shared machine then disturb both sides of a ratio. ``low`` and ``high`` hold the
-median with 95 % (bootstrap over rounds), and ``bare again`` is a second bare process: what it shows is the
-error of the instrument itself. ``wall``: the training thread's. ``processor``: time of all threads of the
+reported: neighbours on a shared machine then disturb both sides of a ratio. A process is faster or slower than its
+twin by some percent as long as it lives, so all start anew ``--restarts`` times. ``low`` and ``high`` hold the median
+with 95 % (bootstrap over restarts and rounds), and ``bare again`` is a second bare process: what it shows is the error of
+the instrument itself. ``wall``: the training thread's. ``processor``: time of all threads of the
 process until the monitor has caught up, so that work put off to a thread is counted; wandb writes in a process
 of its own, whose time is not. ``close``: once a run, processor time.
 
@@ -37,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks._monitor_arms import (
+    BARE,
     BARE_AGAIN,
     GPT,
     OURS,
@@ -98,30 +100,41 @@ def take_turns(specs: Sequence[Spec], rounds: int, steps: int) -> tuple[Times, d
 
 
 def measure(
-    names: Sequence[str], suite: str, shape: tuple[int, int, int], rows: int, rounds: int, steps: int
+    names: Sequence[str],
+    suite: str,
+    shape: tuple[int, int, int],
+    rows: int,
+    rounds: int,
+    steps: int,
+    restarts: int,
 ) -> dict[str, dict[str, float]]:
     """Percent over the arm ``bare`` for each arm, and what else there is to tell of it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        specs = [
-            Spec(
-                name=name,
-                every=CADENCE[suite],
-                modules=suite != GRADIENTS,
-                shape=shape,
-                rows=rows,
-                folder=Path(scratch) / str(i),
-            )
-            for i, name in enumerate(("bare", *names))
-        ]
-        times, ends = take_turns(specs, rounds, steps)
-    bare = np.array(times["bare"])
+    times: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in (BARE, *names)}
+    ends: dict[str, dict[str, float]] = {}
+    for _ in range(restarts):
+        with tempfile.TemporaryDirectory() as scratch:
+            specs = [
+                Spec(
+                    name=name,
+                    every=CADENCE[suite],
+                    modules=suite != GRADIENTS,
+                    shape=shape,
+                    rows=rows,
+                    folder=Path(scratch) / str(i),
+                )
+                for i, name in enumerate((BARE, *names))
+            ]
+            some, ends = take_turns(specs, rounds, steps)
+        for name, taken in some.items():
+            times[name].append(taken)
+    bare = np.array(times[BARE])
     found = {}
-    for name, taken in times.items():
-        mine = np.array(taken)
-        wall, processor = 100 * (mine / bare - 1).T
+    for name, by_restart in times.items():
+        mine = np.array(by_restart)  # [restarts, rounds, 2]
+        wall, processor = np.moveaxis(100 * (mine / bare - 1), -1, 0)
         low, high = interval(wall)
         row = {"wall %": np.median(wall), "low": low, "high": high, "processor %": np.median(processor)}
-        row |= {"step ms": 1e3 * np.median(mine[:, 0]), "close s": ends[name]["close"]}
+        row |= {"step ms": 1e3 * np.median(mine[..., 0]), "close s": ends[name]["close"]}
         row["peak MiB"] = ends[name]["peak MiB"]
         if "memory %" in ends[name]:
             row["memory %"] = ends[name]["memory %"]
@@ -130,9 +143,12 @@ def measure(
 
 
 def interval(ratios: np.ndarray) -> tuple[float, float]:
-    """Holds the median of ``ratios`` [rounds] with 95 %: percentiles of the medians of 2,000 resamples."""
-    drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
-    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+    """Holds the median of ``ratios`` [restarts, rounds] with 95 %: percentiles of the medians of 2,000 resamples, of
+    restarts and of each one's rounds."""
+    dice, (restarts, rounds) = np.random.default_rng(0), ratios.shape
+    lives = dice.integers(restarts, size=(2000, restarts, 1))
+    drawn = ratios[lives, dice.integers(rounds, size=(2000, restarts, rounds))]
+    low, high = np.percentile(np.median(drawn, axis=(1, 2)), (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -201,6 +217,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="experiments.benchmarks monitor_overhead", description=__doc__)
     parser.add_argument("--model", choices=tuple(SIZES), default="small")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--restarts", type=int, default=1, help="times that every process is started anew")
     parser.add_argument("--steps", type=int, default=10, help="steps a turn; a multiple of 10")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--without", nargs="*", choices=tuple(PACKAGES), default=(), help="peers left out")
@@ -222,7 +239,9 @@ def main(argv: Sequence[str]) -> int:
         for suite in SUITES:
             if options.suite in (None, suite):
                 names = [arm for arm in arms(suite, not options.no_peers) if arm not in options.without]
-                found[suite] = measure(names, suite, shape, rows, options.rounds, options.steps)
+                found[suite] = measure(
+                    names, suite, shape, rows, options.rounds, options.steps, options.restarts
+                )
     if options.json:
         print(json.dumps(found))
     else:
