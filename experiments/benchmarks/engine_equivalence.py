@@ -26,7 +26,9 @@ from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import Engine, LocalEngine
 from stabilitylab.command_line import parse
 
-AXES = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2))
+# t, p, d, ZeRO's stage
+AXES = ((2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (2, 2, 1, 1), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 4, 1))
+ZERO = tuple((t, 1, d, zero) for zero in (0, 2, 3) for t, d in ((1, 2), (2, 2), (1, 4)))
 ROWS = 8
 RATE = 1e-3
 
@@ -38,12 +40,14 @@ class Settings:
     Attributes:
         steps: updates.
         precisions: compute formats.
+        zero: ZeRO's stages.
         seed: of the initial weights.
         json: print one JSON object.
     """
 
     steps: int = 50
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")
+    zero: tuple[int, ...] = (0, 1, 2, 3)
     seed: int = 0
     json: bool = False
 
@@ -76,18 +80,20 @@ def main(argv: Sequence[str]) -> int:
             one = dataclasses.replace(config, batch=BatchConfig(rows=ROWS, micro_rows=micro))
             runs[micro] = _run(LocalEngine(one), one, settings.steps)
         rows = {"local, other micro-batches": _worst([_distance(runs[m], runs[2]) for m in (1, 4, 8)])}
-        for axes in AXES:
-            t, p, d = axes
-            one = dataclasses.replace(config, parallel=ParallelConfig(tensor=t, pipeline=p, data=d))
+        for t, p, d, zero in (*AXES, *ZERO):
+            if zero not in settings.zero:
+                continue
+            parallel = ParallelConfig(tensor=t, pipeline=p, data=d, zero=zero)
+            one = dataclasses.replace(config, parallel=parallel)
             (run, *_) = in_world(one.parallel, lambda one=one: _parallel(one, settings.steps))
-            rows["x".join(map(str, axes))] = _distance(run, runs[2])
+            rows[f"{t}x{p}x{d}, {zero}"] = _distance(run, runs[2])
         found[precision] = rows
     if settings.json:
         print(json.dumps({"settings": dataclasses.asdict(settings), "distances": found}))
         return 0
     table = Table(
         "precision",
-        "t x p x d",
+        "t x p x d, ZeRO",
         "loss",
         "norm, relative",
         "weights, mean",

@@ -1,20 +1,19 @@
 """Checkpoints of several processes: whole tensors under the model's own names, written by all ranks at once.
 
-    save   each tensor is put together on one of its holders, which writes it; the lead writes state and manifest and renames
+    save   each tensor is put together on one of its holders, which writes it (glm.train.writing)
     load   each rank reads the tensors that it holds some of, and keeps its share
 
 The layout is ``glm.train.checkpoint``'s, so any topology, the local engine included, reads what any other wrote; weights and
-moments are the same bits. Writers are chosen so that each rank writes about as much as any other; a tensor is put together when
-its turn comes. A failure on one rank, such as a full disk, fails the save on all.
+moments are the same bits. Writers are chosen so that each rank writes about as much as any other. A failure on one rank, such as a
+full disk, fails the save on all. Training waits while the tensors are put together, over its own groups, and not for the writing.
 
-Limits: all ranks must see the same folder, such as a network file system. Training waits for the writing.
+Limits: all ranks must see the same folder, such as a network file system.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from glm.parallel.team import Team
 from glm.train import checkpoint as checkpoints
 from glm.train.checkpoint import Checkpoint
 from glm.train.optimizer import MOMENTS
+from glm.train.writing import Writing
 
 
 def writers(shares: Mapping[str, Share]) -> dict[str, int]:
@@ -39,43 +39,25 @@ def writers(shares: Mapping[str, Share]) -> dict[str, int]:
     return chosen
 
 
-def save(folder: Path, checkpoint: Checkpoint, shares: Mapping[str, Share], team: Team, *, keep: int) -> Path:
-    """Write a checkpoint of all ranks' shares, atomically; then remove all but the newest ``keep``.
+def begin_save(
+    folder: Path, checkpoint: Checkpoint, shares: Mapping[str, Share], team: Team, *, background: bool
+) -> Writing:
+    """Put together what this rank writes of a checkpoint, and begin to write it.
 
     Args:
         folder: of the run's checkpoints.
         checkpoint: this rank's shares; the lead's state is written.
         shares: of every parameter of the whole model.
         team: the ranks.
-        keep: how many stay.
+        background: write in another thread.
 
     Raises:
         OSError: a rank's disk is full: on every rank.
     """
     rank = dist.get_rank()
-    target = checkpoints.path_of(folder, checkpoint.step)
-    partial = target
-    with team.together():
-        if team.leads:
-            target, partial = checkpoints.begin(folder, checkpoint.step)
-    target, partial = team.from_first((target, partial))
     model, optimizer = _assembled(checkpoint, shares, rank)
-    files: dict[str, dict[str, Any]] = {}
-    with checkpoints.whole_or_absent(partial, target), team.together():
-        for kind, tensors in (("model", model), ("optimizer", optimizer)):
-            if tensors:
-                name = f"{kind}-{rank:05d}.safetensors"
-                files[name] = checkpoints.write_tensors(tensors, partial / name)
-    model.clear()
-    optimizer.clear()
-    written: list[dict[str, dict[str, Any]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(written, files)
-    with checkpoints.whole_or_absent(partial, target), team.together():
-        if team.leads:
-            everything = {name: entry for one in written for name, entry in one.items()}
-            checkpoints.finish(partial, target, checkpoint, everything)
-            checkpoints.drop_oldest(folder, keep=keep)
-    return target
+    files = {f"model-{rank:05d}.safetensors": model, f"optimizer-{rank:05d}.safetensors": optimizer}
+    return Writing(folder, checkpoint, files, team, background=background)
 
 
 def _assembled(
@@ -85,7 +67,7 @@ def _assembled(
     model, optimizer = {}, {}
     for name, writer in writers(shares).items():
         share = shares[name]
-        if share.place(rank) is None:
+        if rank not in share.ranks():
             continue
         kept = [checkpoint.model[name], *(checkpoint.optimizer[f"{moment}/{name}"] for moment in MOMENTS)]
         mine = torch.stack([tensor.detach().reshape(-1) for tensor in kept])

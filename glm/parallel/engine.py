@@ -4,7 +4,8 @@ An update is the local engine's (``glm.train.engine``), cut into the same four p
 
     forward_backward   DeepSpeed's PipelineEngine runs one-forward-one-backward over this replica's micro-batches; the loss of each
                        is multiplied by scale / targets of the whole batch, so gradients need only be summed
-    gradients          summed over replicas and reduced to this rank's shares (``glm.parallel.optimizer``)
+    gradients          summed over replicas and reduced to this rank's shares (``glm.parallel.optimizer``); in ZeRO's stages 2 and 3
+                       while backward goes (``glm.parallel.zero``)
     update             clip by the norm over all ranks, AdamW on the shares, weights gathered again
     save, load_newest  whole tensors, written by all ranks (``glm.parallel.checkpoint``)
 
@@ -14,7 +15,8 @@ wrapper, which refuses CPUs without half-precision units, has no part in it.
 
 Every rank builds the whole batch and takes its replica's rows. Replicas get micro-batches as evenly as they go.
 
-Limits: ZeRO-1 (ZeRO-2 and 3 are incompatible with pipeline stages). Dropout masks are not those of one process.
+Limits: ZeRO-2 and 3 are for one pipeline stage, and so that ranks begin alike each draws its whole part of the model once before it
+is spread. Dropout masks are not those of one process.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from glm.precision import LossScaler, Policy
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.engine import Updates
+from glm.train.writing import Writing
 
 try:
     import deepspeed
@@ -60,6 +63,7 @@ from deepspeed.runtime.pipe.schedule import (
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from glm.parallel.stages import MicroBatch, Stages
+from glm.parallel.zero import Spreading
 
 # Modules whose output, or with ":input" whose input, is one tensor rank's part.
 TENSOR_SHARDED = (
@@ -143,7 +147,8 @@ class ParallelEngine(Updates):
         self.scaler = LossScaler(config.loss_scale) if self.policy.scales_loss else None
         groups = Groups(self.topology, self.rank, timedelta(seconds=config.parallel.timeout))
 
-        self.shares = shares(shapes_of(config.model), config.model, self.topology)
+        self.zero = config.parallel.zero
+        self.shares = shares(shapes_of(config.model), config.model, self.topology, zero=self.zero)
         self.model = build(
             config.model,
             stage=self.stage,
@@ -158,6 +163,7 @@ class ParallelEngine(Updates):
             shares=self.shares,
             rank=self.rank,
             groups=groups.holders(self.shares.values()),
+            zero=self.zero,
         )
         axes = PipeModelDataParallelTopology(
             num_pp=self.topology.pipeline, num_mp=self.topology.tensor, num_dp=self.topology.data
@@ -177,14 +183,21 @@ class ParallelEngine(Updates):
         )
         instructions = type(self._pipeline)._INSTRUCTION_MAP
         self._pipeline._INSTRUCTION_MAP = {**instructions, BackwardPass: self._backward}
+        self._spreading = Spreading(self.optimizer, config.model) if self.zero >= 2 else None
+        if self._spreading is not None:
+            self._stages.feed.around = self._spreading.around
 
     @property
     def sharded(self) -> tuple[str, ...]:
-        return TENSOR_SHARDED if self.topology.tensor > 1 else ()
+        if self.topology.tensor == 1:
+            return ()
+        # With ZeRO every parameter is scattered, cut or not.
+        parts = [name for name, share in self.shares.items() if share.cut is not None and share.copied]
+        return (*TENSOR_SHARDED, *parts)
 
     @property
     def scattered(self) -> tuple[str, ...]:
-        return ("*",)
+        return ("*",) if self.zero else ()
 
     @property
     def shard(self) -> int:
@@ -196,7 +209,7 @@ class ParallelEngine(Updates):
             raise InputError(
                 f"the batch of step {step} has no targets: its rows are too short for the objective"
             )
-        micro_batches, first = self._own(batch)
+        micro_batches, first, rounds = self._own(batch)
         feed = self._stages.feed
         feed.begin(micro_batches, scale=self.loss_scale / targets, step=step, first=first)
         if micro_batches:
@@ -209,6 +222,9 @@ class ParallelEngine(Updates):
                     micro_batches=len(micro_batches), stages=self.topology.pipeline, stage_id=self.stage
                 )
             )
+        if self._spreading is not None:
+            for _ in range(rounds - len(micro_batches)):
+                self._spreading.idle()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         if feed.losses and self.tensor_rank == 0:
             total += torch.stack(feed.losses).double().sum()
@@ -219,14 +235,18 @@ class ParallelEngine(Updates):
         pipeline._exec_backward_pass(buffer_id)
         self.optimizer.accumulate()
 
-    def _own(self, batch: Rows) -> tuple[list[MicroBatch], int]:
-        """This replica's micro-batches, and the number of the first within the update."""
+    def _own(self, batch: Rows) -> tuple[list[MicroBatch], int, int]:
+        """This replica's micro-batches, the number of the first within the update, and the most that a replica has."""
         rows, d = batch.tokens_BT.shape[0], self.topology.data
         starts = range(0, rows, self.micro_rows)
         first = len(starts) * self.replica // d
         parts = [slice(a, a + self.micro_rows) for a in starts[first : len(starts) * (self.replica + 1) // d]]
         tensors = (batch.tokens_BT, batch.targets_BT, batch.positions, batch.segments_BT, batch.context_BT)
-        return [tuple(tensor[part].to(self.device) for tensor in tensors) for part in parts], first
+        return (
+            [tuple(tensor[part].to(self.device) for tensor in tensors) for part in parts],
+            first,
+            -(-len(starts) // d),
+        )
 
     def set_embedding_gradient_shrink(self, alpha: float) -> None:
         if hasattr(self.model, "embedding"):
@@ -242,8 +262,8 @@ class ParallelEngine(Updates):
         """Take back shares of this rank."""
         self.optimizer.load(masters=model, moments=optimizer)
 
-    def save(self, folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-        return sharded.save(folder, checkpoint, self.shares, self.team, keep=keep)
+    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> Writing:
+        return sharded.begin_save(folder, checkpoint, self.shares, self.team, background=background)
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
         return sharded.load_newest(folder, self.shares, self.team)

@@ -1,18 +1,28 @@
-"""ZeRO-1: AdamW of which every rank updates its share, with the local optimizer's arithmetic.
+"""ZeRO: AdamW of which every rank updates its share, with the local optimizer's arithmetic.
 
     g_share = sum over holders of g, in fp32                 reduce-scatter
     update  = MixedPrecisionAdamW on the share                clip by the norm over all ranks
     weights = round(master), all shares                       all-gather
 
-(Rajbhandari et al., 1910.02054, P_os.) The update is elementwise, so a share's is what one process would compute; only the order
-in which gradients are summed differs. Masters, moments and reduced gradients take 1/n of the memory, n holders
-(``glm.parallel.shares``). Gradients of weights that all tensor ranks hold alike are equal there; each holder contributes 1/t of it.
+(Rajbhandari et al., 1910.02054.) The update is elementwise, so a share's is what one process would compute; only the order
+in which gradients are summed differs. What a rank holds, of n holders (``glm.parallel.shares``):
 
-Tensors go in buckets, so that a collective carries many of them and the buffers stay small. Squares of norms are summed over ranks
-in fp64.
+| stage | masters, moments | gradients between micro-batches | weights |
+| --- | --- | --- | --- |
+| 0 | all | all of its own | all |
+| 1 | 1/n | all of its own, summed over the holders once an update | all |
+| 2 | 1/n | 1/n, summed after each micro-batch's backward pass of a layer | all |
+| 3 | 1/n | 1/n | none at rest: rounded from the masters and gathered when a layer needs them |
 
-Why not DeepSpeed's ZeRO: it refuses fp16 on CPUs without half-precision units, has another optimizer for bf16, and flattens away
-the tensors whose norms, per-tensor rates (StableAdamW) and telemetry are needed.
+``glm.parallel.zero`` says when, in stages 2 and 3. There the summed shares are accumulated in the format in which one process
+accumulates (``glm.precision.policy``), so fp16 overflows where it would there.
+
+Tensors go in buckets (``glm.parallel.buckets``), so that a collective carries many of them and the buffers stay small. Squares of
+norms are summed over ranks in fp64, each element once.
+
+Why not a library's: DeepSpeed refuses fp16 on CPUs without half-precision units, has another optimizer for bf16, and flattens away
+the tensors whose norms, per-tensor rates (StableAdamW) and telemetry are needed. torch's ``fully_shard`` spreads over replicas
+alone: t tensor ranks would each keep, and count, a share of what they hold alike; and it accumulates in one format.
 """
 
 from __future__ import annotations
@@ -24,68 +34,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from glm.parallel.shares import Share
+from glm.parallel.buckets import BUCKET, Bucket, Coming
+from glm.parallel.shares import Share, unit_of
 from glm.precision import Policy
 from glm.train.optimizer import MixedPrecisionAdamW, OptimizerConfig
-
-# Since torch 2.13 under new names; the old ones warn.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-BUCKET = 1 << 24  # elements of a share's buffer: 64 MB in fp32
-
-
-class _Bucket:
-    """Some parameters with the same holders, laid out as [holders, width]: a row is what one holder keeps."""
-
-    def __init__(self, group: dist.ProcessGroup, number: int, factor: float) -> None:
-        self.group, self.number, self.factor = group, number, factor
-        self.holders = dist.get_world_size(group)
-        self.members: list[tuple[str, int, int]] = []  # name, elements of the part, of a share
-        self.width = 0
-
-    def add(self, name: str, elements: int) -> None:
-        share = -(-elements // self.holders)
-        self.members.append((name, elements, share))
-        self.width += share
-
-    def reduce(self, gradients: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """This rank's shares of the sums over the holders, fp32. Absent gradients are 0."""
-        rows = torch.zeros(self.holders, self.width, device=device)
-        for name, elements, columns in self._columns():
-            if (gradient := gradients.get(name)) is not None:
-                flat = torch.zeros(self.holders * (columns.stop - columns.start), device=device)
-                flat[:elements] = gradient.reshape(-1)
-                rows[:, columns] = flat.view(self.holders, -1)
-        if self.factor != 1.0:
-            rows *= self.factor
-        mine = torch.empty(self.width, device=device)
-        _reduce_scatter(mine, rows.view(-1), group=self.group)
-        return {name: self._share(mine[columns], elements) for name, elements, columns in self._columns()}
-
-    def publish(self, masters: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
-        """Round every holder's masters into the weights of all."""
-        first = next(iter(live.values()))
-        mine = torch.zeros(self.width, dtype=first.dtype, device=first.device)
-        for name, _, columns in self._columns():
-            share = masters[name].reshape(-1)
-            mine[columns.start : columns.start + share.numel()] = share
-        rows = mine.new_empty(self.holders * self.width)
-        _all_gather(rows, mine, group=self.group)
-        for name, elements, columns in self._columns():
-            whole = rows.view(self.holders, -1)[:, columns].reshape(-1)[:elements]
-            live[name].copy_(whole.view(live[name].shape))
-
-    def _columns(self) -> list[tuple[str, int, slice]]:
-        found, at = [], 0
-        for name, elements, share in self.members:
-            found.append((name, elements, slice(at, at + share)))
-            at += share
-        return found
-
-    def _share(self, padded: Tensor, elements: int) -> Tensor:
-        first = self.number * padded.numel()
-        return padded[: max(0, min(elements - first, padded.numel()))]
 
 
 class ShardedAdamW(MixedPrecisionAdamW):
@@ -97,6 +49,7 @@ class ShardedAdamW(MixedPrecisionAdamW):
         shares: of every parameter of the whole model.
         rank: this rank.
         groups: process groups of the holders that this rank is among, by their ranks.
+        zero: the stage.
     """
 
     def __init__(
@@ -108,46 +61,82 @@ class ShardedAdamW(MixedPrecisionAdamW):
         shares: Mapping[str, Share],
         rank: int,
         groups: Mapping[tuple[int, ...], dist.ProcessGroup],
+        zero: int = 1,
     ) -> None:
-        self._shares, self._rank = shares, rank
+        self._shares, self._rank, self.zero = shares, rank, zero
+        self._counted = {name for name, share in shares.items() if rank in share.ranks()}
         self._numbers = {name: number for number, name in enumerate(shares)}
         self._sizes = torch.tensor([share.shape.numel() for share in shares.values()], dtype=torch.float64)
         super().__init__(model, config, policy)
         self._device = next(iter(self._live.values())).device
         self._buckets = self._fill(groups)
+        self._reduced: set[str] = set()
+        # Units whose weights are not there but while they are used.
+        self._absent: set[str] = set()
 
     def _make_masters(self, initial: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
         masters = {}
         for name, live in self._live.items():
-            share, place = self._shares[name], self._shares[name].place(self._rank)
-            assert place is not None
-            if len(share.holders[place[0]]) == 1:
-                masters[name] = nn.Parameter(initial[name]) if initial else live
+            whole = initial[name] if initial else live
+            share = self._shares[name].share(whole, self._rank)
+            if share is not whole:
+                masters[name] = nn.Parameter(share.detach().clone())
             else:
-                whole = initial[name] if initial else live.detach()
-                masters[name] = nn.Parameter(share.share(whole, self._rank).clone())
+                masters[name] = nn.Parameter(whole) if initial else live
         return masters
 
-    def _fill(self, groups: Mapping[tuple[int, ...], dist.ProcessGroup]) -> list[_Bucket]:
-        filling: dict[tuple[tuple[int, ...], float], _Bucket] = {}
-        done = []
+    def _fill(self, groups: Mapping[tuple[int, ...], dist.ProcessGroup]) -> dict[str, list[Bucket]]:
+        """Buckets by unit: what is reduced, and gathered, at one time."""
+        filling: dict[tuple[str, tuple[int, ...], float], Bucket] = {}
+        done: dict[str, list[Bucket]] = {}
         for name, live in self._live.items():
-            part, number = self._shares[name].place(self._rank) or (0, 0)
-            ranks = self._shares[name].holders[part]
+            share = self._shares[name]
+            part, number = share.place(self._rank) or (0, 0)
+            ranks = share.holders[part]
             if len(ranks) == 1:
                 continue
-            factor = self._shares[name].alike
-            bucket = filling.setdefault((ranks, factor), _Bucket(groups[ranks], number, 1 / factor))
-            bucket.add(name, live.numel())
-            if bucket.width >= BUCKET:
-                done.append(filling.pop((ranks, factor)))
-        return done + list(filling.values())
+            key = unit_of(name) if self.zero >= 2 else "", ranks, 1 / share.alike
+            if key not in filling or filling[key].width >= BUCKET:
+                filling[key] = Bucket(groups[ranks], number, 1 / share.alike, copied=share.copied)
+                done.setdefault(key[0], []).append(filling[key])
+            filling[key].add(name, live.numel())
+        return done
+
+    # ------------------------------------------------------------------------------------------------ gradients
+
+    def accumulate(self) -> None:
+        for unit in self._buckets if self.zero >= 2 else ():
+            self.reduce(unit)
+        self._reduced.clear()
+        super().accumulate()
+
+    @torch.no_grad()
+    def reduce(self, unit: str) -> None:
+        """In stages 2 and 3, once a micro-batch: sum a unit's gradients over the holders and keep this rank's share."""
+        if unit in self._reduced:
+            return
+        self._reduced.add(unit)
+        dtype = torch.float32 if self.policy.accumulates_in_fp32 else self.policy.compute_dtype
+        for bucket in self._buckets.get(unit, ()):
+            own = {name: g for name in bucket.names if (g := self._live[name].grad) is not None}
+            for name, share in bucket.reduce(own, self._device).items():
+                self._live[name].grad = None
+                if name in self._accumulated:
+                    self._accumulated[name] += share
+                else:
+                    self._accumulated[name] = share.to(dtype)
+
+    def accumulated(self) -> dict[str, Tensor]:
+        return {**super().accumulated(), **self._accumulated}
 
     def _found(self) -> dict[str, Tensor]:
+        if self.zero >= 2:
+            return super()._found()
         gradients = self.accumulated()
         reduced: dict[str, Tensor] = {}
-        for bucket in self._buckets:
-            reduced |= bucket.reduce(gradients, self._device)
+        for bucket in self._buckets.get("", ()):
+            for name, share in bucket.reduce(gradients, self._device).items():
+                reduced[name] = share.view(self._masters[name].shape)
         alone = {name: gradient.float() for name, gradient in gradients.items() if name not in reduced}
         both = reduced | alone
         return {name: both[name] for name in self._live if name in both}
@@ -163,8 +152,8 @@ class ShardedAdamW(MixedPrecisionAdamW):
     def _summed(self, values: Mapping[str, Tensor]) -> Tensor:
         """Scalars of shares summed over all ranks, as one fp64 vector over the whole model's parameters."""
         total = torch.zeros(len(self._numbers), dtype=torch.float64, device=self._device)
-        for name, value in values.items():
-            total[self._numbers[name]] = value
+        for name in self._counted & values.keys():
+            total[self._numbers[name]] = values[name]
         dist.all_reduce(total)
         return total
 
@@ -183,12 +172,35 @@ class ShardedAdamW(MixedPrecisionAdamW):
         means = (self._summed(ratios) / self._sizes.to(self._device)).tolist()
         return [rate / max(1.0, math.sqrt(means[self._numbers[name]])) for name in own]
 
+    # -------------------------------------------------------------------------------------------------- weights
+
+    def fetch(self, unit: str) -> list[Coming]:
+        """Have all holders' masters of a unit sent; ``place`` takes them."""
+        return [
+            bucket.depart(self._masters, self._live[bucket.names[0]])
+            for bucket in self._buckets.get(unit, ())
+        ]
+
+    def place(self, unit: str, coming: list[Coming]) -> None:
+        """Make a unit's weights of what ``fetch`` had sent."""
+        for bucket, one in zip(self._buckets.get(unit, ()), coming, strict=True):
+            bucket.arrive(one, self._live)
+
+    def free(self, unit: str) -> None:
+        """Give back the memory of a unit's weights until they are fetched again: masters are all that rests of them."""
+        self._absent.add(unit)
+        for bucket in self._buckets.get(unit, ()):
+            bucket.free(self._live)
+
     def _publish(self) -> None:
         gathered = set()
         with torch.no_grad():
-            for bucket in self._buckets:
-                bucket.publish(self._masters, self._live)
-                gathered |= {name for name, _, _ in bucket.members}
+            for unit, buckets in self._buckets.items():
+                spread = [bucket for bucket in buckets if not bucket.copied]
+                if unit not in self._absent:
+                    for bucket in spread:
+                        bucket.arrive(bucket.depart(self._masters, self._live[bucket.names[0]]), self._live)
+                gathered |= {name for bucket in spread for name in bucket.names}
             if self.policy.has_masters:
                 for name, live in self._live.items():
                     if name not in gathered:

@@ -1,6 +1,6 @@
 """Which rank holds which elements of a parameter.
 
-A parameter is cut twice. *Tensor parallelism* cuts the weight that a rank multiplies with; *ZeRO-1* (Rajbhandari et al.,
+A parameter is cut twice. *Tensor parallelism* cuts the weight that a rank multiplies with; *ZeRO* (Rajbhandari et al.,
 1910.02054) then cuts what the optimizer keeps of it, master and moments, over all ranks that multiply with the same part:
 
     whole  --cut over t tensor ranks-->  part  --cut over its n holders-->  share
@@ -16,7 +16,8 @@ So every element of every master, moment and reduced gradient is on exactly one 
 checkpoint is a matter of putting shares end to end.
 
 A share is a run of ceil(numel / n) elements of the flattened part; the last holders may have fewer, or none. With one holder it is
-the part itself, in its own shape.
+the part itself, in its own shape. ZeRO's stages 1 to 3 share the same way. In stage 0 there is no second cut: every holder keeps
+the part, and of each part the first holder's counts.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Cut:
         shape = list(whole.shape)
         shape[self.dim : self.dim + 1] = [self.blocks, parts, size]
         cut = whole.reshape(shape).select(self.dim + 1, index)
-        return cut.flatten(self.dim, self.dim + 1).contiguous()
+        # Not a view, which would keep the whole in memory.
+        return cut.flatten(self.dim, self.dim + 1).clone(memory_format=torch.contiguous_format)
 
     def whole(self, parts: Sequence[Tensor]) -> Tensor:
         """All ranks' parts put together."""
@@ -70,6 +72,7 @@ class Share:
         cut: over tensor ranks; None: each has the whole.
         holders: ranks that hold each part, by the part's number; one part if there is no cut.
         alike: tensor ranks that compute the same gradient of it.
+        copied: every holder keeps the whole part.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Share:
     cut: Cut | None
     holders: tuple[tuple[int, ...], ...]
     alike: int = 1
+    copied: bool = False
 
     def place(self, rank: int) -> tuple[int, int] | None:
         """(part, number among its holders) of a rank; None if it holds nothing."""
@@ -86,8 +90,8 @@ class Share:
         return None
 
     def ranks(self) -> list[int]:
-        """All that hold any of it."""
-        return sorted(rank for ranks in self.holders for rank in ranks)
+        """Those whose shares together are the whole, each element once: every holder, or of copies the first."""
+        return sorted(rank for part in range(len(self.holders)) for rank in self._keepers(part))
 
     def part(self, whole: Tensor, rank: int) -> Tensor:
         """What a rank multiplies with."""
@@ -95,22 +99,26 @@ class Share:
         return whole if self.cut is None else self.cut.part(whole, index, len(self.holders))
 
     def share(self, part: Tensor, rank: int) -> Tensor:
-        """What a rank's optimizer keeps of its part: a view."""
+        """What a rank's optimizer keeps of its part: a view, or the part itself where it is not cut."""
         index, number = self._at(rank)
         holders = len(self.holders[index])
-        if holders == 1:
+        if holders == 1 or self.copied:
             return part
         width = -(-part.numel() // holders)
         return part.reshape(-1)[number * width : (number + 1) * width]
 
     def whole(self, shares: Mapping[int, Tensor]) -> Tensor:
-        """The whole from every holder's share, by rank."""
-        rows = [torch.cat([shares[rank].reshape(-1) for rank in ranks]) for ranks in self.holders]
+        """The whole from the shares of ``ranks()``, by rank."""
+        parts = range(len(self.holders))
+        rows = [torch.cat([shares[rank].reshape(-1) for rank in self._keepers(part)]) for part in parts]
         if self.cut is None:
             return rows[0].view(self.shape)
         shape = list(self.shape)
         shape[self.cut.dim] //= len(self.holders)
         return self.cut.whole([row.view(shape) for row in rows])
+
+    def _keepers(self, part: int) -> tuple[int, ...]:
+        return self.holders[part][:1] if self.copied else self.holders[part]
 
     def _at(self, rank: int) -> tuple[int, int]:
         place = self.place(rank)
@@ -119,13 +127,16 @@ class Share:
         return place
 
 
-def shares(shapes: Mapping[str, torch.Size], config: ModelConfig, topology: Topology) -> dict[str, Share]:
+def shares(
+    shapes: Mapping[str, torch.Size], config: ModelConfig, topology: Topology, *, zero: int = 1
+) -> dict[str, Share]:
     """Every parameter's, in the order of ``shapes``.
 
     Args:
         shapes: of the whole model's parameters, by name.
         config: the model.
         topology: the axes.
+        zero: ZeRO's stage.
     """
     t, p, d = topology.tensor, topology.pipeline, topology.data
     found = {}
@@ -140,7 +151,14 @@ def shares(shapes: Mapping[str, torch.Size], config: ModelConfig, topology: Topo
             )
             for column in columns
         )
-        found[name] = Share(name=name, shape=shape, cut=cut, holders=holders, alike=t if cut is None else 1)
+        found[name] = Share(
+            name=name,
+            shape=shape,
+            cut=cut,
+            holders=holders,
+            alike=t if cut is None else 1,
+            copied=zero == 0,
+        )
     return found
 
 
@@ -155,6 +173,16 @@ def stage_of(name: str, config: ModelConfig, stages: int) -> int:
         if layer < 0:
             return stage
     raise KeyError(name)
+
+
+def unit_of(name: str) -> str:
+    """What a parameter is reduced and gathered together with in ZeRO's stages 2 and 3: its layer, its matrix, or the end norms."""
+    first, _, rest = name.partition(".")
+    if first == "layers":
+        return f"layers.{rest.partition('.')[0]}"
+    return {"embedding": "embedding", "positions": "embedding", "projection": "projection"}.get(
+        first, "norms"
+    )
 
 
 def _cut(name: str, config: ModelConfig) -> Cut | None:

@@ -31,10 +31,21 @@ from glm.parallel.vocabulary_loss import split_vocabulary_loss
 
 # tokens, targets, positions, segments, context
 MicroBatch = tuple[Tensor, ...]
+# Place in the row (0: look-up, k + 1: layer k, L + 1: loss), what is computed there, and of what.
+Around = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def _plainly(place: int, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    del place
+    return compute(x)
 
 
 class Feed:
-    """What a stage needs beside the hidden states, for the micro-batch whose turn it is."""
+    """What a stage needs beside the hidden states, for the micro-batch whose turn it is.
+
+    Attributes:
+        around: computes each part of the row; ``glm.parallel.zero`` does more around it.
+    """
 
     def __init__(self, model: Transformer, seed: int, tensor: dist.ProcessGroup | None) -> None:
         self.model, self.seed, self.tensor = model, seed, tensor
@@ -42,6 +53,7 @@ class Feed:
         self.scale = 1.0
         self.losses: list[Tensor] = []
         self._step = self._number = 0
+        self.around: Around = _plainly
 
     def begin(self, micro_batches: Sequence[MicroBatch], *, scale: float, step: int, first: int) -> None:
         """A new update.
@@ -127,7 +139,7 @@ def _start(feed: Feed) -> Callable[[Tensor], Tensor]:
         feed.sow(-1)
         return feed.model.embed(tokens_BT, feed.positions)
 
-    return look_up
+    return lambda tokens_BT: feed.around(0, look_up, tokens_BT)
 
 
 def _layer(feed: Feed, number: int) -> Callable[[Tensor], Tensor]:
@@ -141,7 +153,7 @@ def _layer(feed: Feed, number: int) -> Callable[[Tensor], Tensor]:
         out: Tensor = layer(*given)
         return out
 
-    return through
+    return lambda x_BTC: feed.around(number + 1, through, x_BTC)
 
 
 def _end(feed: Feed) -> Callable[[Tensor], Tensor]:
@@ -160,4 +172,4 @@ def _end(feed: Feed) -> Callable[[Tensor], Tensor]:
         feed.losses.append(total.detach())
         return total * feed.scale
 
-    return loss
+    return lambda x_BTC: feed.around(feed.model.config.layers + 1, loss, x_BTC)

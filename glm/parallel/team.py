@@ -6,6 +6,7 @@ detector's verdict, a full disk, a folder that is missing on one machine) goes t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -22,12 +23,20 @@ class EverywhereError(InputError):
     """Wrong on every process alike, or agreed to be: one of them says it."""
 
 
+class EverywhereOSError(OSError):
+    """The operating system refused something to one process, and all know: one of them says it."""
+
+
 class Team(Protocol):
     """The processes of a run."""
 
     @property
     def leads(self) -> bool:
         """Whether this process is the one that judges, writes and speaks."""
+
+    @property
+    def forsaken(self) -> bool:
+        """Whether the launcher that started this process is gone."""
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
@@ -38,6 +47,9 @@ class Team(Protocol):
     def from_first(self, value: T) -> T:
         """What the leading process has."""
 
+    def all_of_them(self, value: T) -> list[T]:
+        """What each process has, the leading one's first."""
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Around what may fail on one process: then it fails on all, with the first failure's words."""
@@ -47,6 +59,7 @@ class Alone:
     """One process."""
 
     leads = True
+    forsaken = False
 
     def any(self, flag: bool) -> bool:
         return flag
@@ -56,6 +69,9 @@ class Alone:
 
     def from_first(self, value: T) -> T:
         return value
+
+    def all_of_them(self, value: T) -> list[T]:
+        return [value]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -72,6 +88,12 @@ class Processes:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.leads = dist.get_rank() == 0
+        # torchrun's agent. What a shell started may outlive the shell.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @property
+    def forsaken(self) -> bool:
+        return self._launcher is not None and os.getppid() != self._launcher
 
     def any(self, flag: bool) -> bool:
         said = torch.tensor([int(flag)], device=self.device)
@@ -88,6 +110,11 @@ class Processes:
         dist.broadcast_object_list(box, device=self.device)
         return box[0]  # type: ignore[return-value]
 
+    def all_of_them(self, value: T) -> list[T]:
+        values: list[T] = [value] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
     @contextmanager
     def together(self) -> Iterator[None]:
         failure: InputError | OSError | None = None
@@ -97,7 +124,7 @@ class Processes:
             failure = error
         if not self.any(failure is not None):
             return
-        said: list[InputError | OSError | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, failure)
-        first = next(error for error in said if error is not None)
-        raise first if isinstance(first, OSError) else EverywhereError(str(first))
+        first = next(error for error in self.all_of_them(failure) if error is not None)
+        if isinstance(first, OSError):
+            raise EverywhereOSError(first.errno, first.strerror, first.filename)
+        raise EverywhereError(str(first))

@@ -2,12 +2,13 @@
 
 With e bytes a number in the compute format and N parameters on the GPU:
 
-    weights      e N                    / d under ZeRO-3
-    gradients    e N   (bf16: 4 N more, its fp32 accumulation)                                        / d under ZeRO-2 and 3
-    optimizer    12 N  fp32 master and two moments (8 N in fp32, whose weights are the masters)      / d under ZeRO-1, 2 and 3,
-                       those of a tied matrix then also spread over the two end stages that hold it
+    weights      e N                    under ZeRO-3 what is gathered: the largest unit twice and its share, while it arrives
+    gradients    e N   (bf16: 4 N more, its fp32 accumulation)             e N / d (bf16: 4 N / d) under ZeRO-2 and 3
+    optimizer    12 N  fp32 master and two moments                         / d under ZeRO-1, 2 and 3, those of a tied matrix
+                       then also over the two end stages that hold it; 8 N in fp32 where not spread: weights are the masters
     activations  what one micro-batch keeps for its backward pass x micro-batches in flight, min(p - k, m) on stage k
-    working      the largest of: one layer recomputed, the output loss on the last stage, the update's fp32 gradient
+    working      the largest of: one layer recomputed, the output loss on the last stage, the update's fp32 gradient; under
+                 ZeRO-2 and 3 the gradient of a unit and its fp32 copy that is summed
     reserved     the driver's context, collectives' buffers, and 4 % lost to fragmentation
 
 A layer keeps (Korthikanti et al., 2205.05198, section 4, recounted for our block and a tensor group of t; a test holds it to what
@@ -15,6 +16,8 @@ autograd saves): inputs of the norms and of both sublayers, e s b h each; q, k, 
 scores' softmax in fp32 and rounded, (4 + e) a s^2 b / t; the feed-forward's inner tensors, e s b i / t each (four if gated,
 else two).
 Recomputed, a layer keeps its input alone.
+
+A unit is what is reduced and gathered at one time: a layer, or an embedding (``glm.parallel.zero``).
 
 The fp32 gradient of the output matrix exists from forward to backward of a micro-batch's loss (``glm.model.vocabulary_loss``).
 
@@ -104,25 +107,30 @@ def training_memory(
 ) -> Memory:
     """What a GPU of ``stage`` holds at the peak of an update of ``rows`` rows."""
     e, d = BYTES[precision], layout.data
+    zero = layout.zero if d > 1 else 0
     stages = stage_layers(shape.layers, layout.pipeline)
     last = stage == layout.pipeline - 1
     parameters = shape.stage_parameters(layout.tensor, stages, stage)
-    states = 12 if precision != "fp32" else 8
+    matrix = shape.vocabulary * shape.hidden / layout.tensor
+    unit = max(matrix, shape.layer_parameters(layout.tensor))
+    states = 12 if precision != "fp32" or zero >= 1 else 8
     spread = layout.zero >= 1 and shape.tied and layout.pipeline > 1 and (stage == 0 or last)
-    owned = parameters - (shape.vocabulary * shape.hidden / layout.tensor / 2 if spread else 0)
+    optimizer = states * parameters + ((12 / 2 - states) * matrix if spread else 0)
     in_flight = min(layout.pipeline - stage, layout.micro_batches(rows))
     tokens = layout.micro * shape.length
-    working = [4.0 * parameters / d]
+    working = [4.0 * parameters / (d if zero >= 1 else 1)]
     if layout.recompute:
         working.append(layer_activations(shape, layout.micro, layout.tensor, precision))
     if last:
-        matrix = shape.vocabulary * shape.hidden / layout.tensor
         working.append((8 + e % 4) * matrix + (4 + e) * tokens * shape.hidden)
+    if zero >= 2:
+        working.append((e + 4 + 4 / d) * unit)
     wide_gradients = 4 if precision == "bf16" else 0
+    gradients = (wide_gradients or e) / d if zero >= 2 else e + wide_gradients
     return Memory(
-        weights=e * parameters / (d if layout.zero >= 3 else 1),
-        gradients=(e + wide_gradients) * parameters / (d if layout.zero >= 2 else 1),
-        optimizer=states * owned / (d if layout.zero >= 1 else 1),
+        weights=e * (unit * (2 + 1 / d) if zero >= 3 else parameters),
+        gradients=gradients * parameters,
+        optimizer=optimizer / (d if zero >= 1 else 1),
         activations=in_flight * micro_batch_activations(shape, layout, stage, precision),
         working=max(working),
         reserved=reserved(gpu, gpus=layout.gpus),

@@ -130,8 +130,9 @@ def test_a_parallel_run_is_the_local_one_within_rounding(results, one):
     assert all(found[what] <= allowed[what] for what in found), (found, allowed)
 
 
-def test_dropout_masks_do_not_depend_on_the_topology(results):
-    a, b = read(results, "dropout-112"), read(results, "dropout-221")
+@pytest.mark.parametrize("name", ["dropout-221", "dropout-212-zero3"])
+def test_dropout_masks_do_not_depend_on_the_topology(results, name):
+    a, b = read(results, "dropout-112"), read(results, name)
     found, allowed = distances(a, b), bounds(alone(LIKE_LOCAL[0].config), 5)
     # Dropped and scaled activations are 1 / 0.8 as large, and so are the errors.
     assert all(found[what] <= 2 * allowed[what] for what in found), (found, allowed)
@@ -139,9 +140,16 @@ def test_dropout_masks_do_not_depend_on_the_topology(results):
     assert distances(a, dry)["loss"] > 100 * found["loss"]
 
 
-def test_a_checkpoint_is_the_same_bits_under_every_topology(results):
-    written = read(results, "fp16-221")
-    for name in ("again-122", "again-211"):
+@pytest.mark.parametrize(
+    ("load", "again_under"),
+    [
+        ("fp16-221", ["again-122", "again-211"]),
+        ("fp16-212-zero3", ["again-112-zero1", "again-211-zero0", "again-112-zero3", "again-112-zero2"]),
+    ],
+)
+def test_a_checkpoint_is_the_same_bits_under_every_topology_and_stage_of_zero(results, load, again_under):
+    written = read(results, load)
+    for name in again_under:
         again = read(results, name)
         for one, other in ((written.model, again.model), (written.optimizer, again.optimizer)):
             assert one.keys() == other.keys()
@@ -149,10 +157,11 @@ def test_a_checkpoint_is_the_same_bits_under_every_topology(results):
         assert again.state["engine"] == written.state["engine"]
 
 
-def test_any_topologys_checkpoint_continues_in_one_process(results):
+@pytest.mark.parametrize("name", ["fp16-221", "fp16-212-zero3"])
+def test_any_topologys_checkpoint_continues_in_one_process(results, name):
     """And the local engine's masters and moments are what the file says."""
-    written = read(results, "fp16-221")
-    engine = LocalEngine(alone(worlds.world("", (2, 2, 1), precision="fp16").config))
+    written = read(results, name)
+    engine = LocalEngine(alone(worlds.world("", (1, 1, 1), precision="fp16").config))
     engine.load_tensors(written.model, written.optimizer)
     engine.load_state_dict(written.state["engine"])
     weights, moments = engine.tensors()
@@ -199,7 +208,7 @@ KEY = ["step", "family", "site", "statistic", "index"]
 
 @pytest.mark.parametrize("axes", worlds.WATCHED, ids=str)
 def test_telemetry_has_the_local_runs_names_and_values(results, data_folder, tmp_path, axes):
-    assert main(worlds.command(data_folder, tmp_path / "local", (1, 1, 1))) == 0
+    assert main(worlds.command(data_folder, tmp_path / "local", (1, 1, 1, 1))) == 0
     ours, theirs = measured(tmp_path / "local"), measured(results / ("watched-" + "".join(map(str, axes))))
     # How many elements were accumulated is counted on every rank.
     ours, theirs = (

@@ -214,14 +214,13 @@ def test_zero_divides_what_it_says():
     assert (full.weights, full.gradients, full.optimizer) == tuple(
         size * shape.parameters for size in (2, 2, 12)
     )
-    for zero, parts in ((1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))):
+    for zero, parts in ((1, (1, 8)), (2, (8, 8)), (3, (8, 8))):
         memory = by_stage[zero]
-        divided = (
-            full.weights / memory.weights,
-            full.gradients / memory.gradients,
-            full.optimizer / memory.optimizer,
-        )
+        divided = full.gradients / memory.gradients, full.optimizer / memory.optimizer
         assert divided == parts
+        assert (memory.weights == full.weights) == (zero < 3)
+    # Twice the embedding as it arrives, and the share of it that is sent.
+    assert by_stage[3].weights == 2 * (2 + 1 / 8) * 50_000 * shape.hidden
 
 
 def test_quantized_bytes_are_those_of_the_tensors():

@@ -54,11 +54,42 @@ def test_every_element_is_on_exactly_one_rank_and_comes_back(topology, model):
         assert torch.equal(share.whole(kept), whole), name
 
 
+@pytest.mark.parametrize("topology", AXES, ids=str)
+def test_copies_are_whole_and_the_first_counts(topology):
+    built = dict(Transformer(MODELS[0]).named_parameters())
+    shapes = {name: p.shape for name, p in built.items()}
+    for name, share in shares(shapes, MODELS[0], topology, zero=0).items():
+        spread = shares(shapes, MODELS[0], topology)[name]
+        kept = {
+            rank: share.share(share.part(built[name], rank), rank)
+            for ranks in share.holders
+            for rank in ranks
+        }
+        assert kept.keys() == set(spread.ranks())
+        assert all(torch.equal(part, spread.part(built[name], rank)) for rank, part in kept.items())
+        assert len(share.ranks()) == len(share.holders)
+        assert torch.equal(share.whole(kept), built[name])
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_stages_of_zero_that_a_pipeline_cannot_have(zero):
+    with pytest.raises(InputError, match=r"use parallel.zero 1, or parallel.pipeline 1") as refusal:
+        ParallelConfig(zero=zero, pipeline=2, data=2)
+    assert "\n" not in str(refusal.value)
+    assert ParallelConfig(zero=zero, data=1).zero == zero
+
+
 def test_a_cut_keeps_heads_and_gates_whole():
     """Of q, k, v with 4 heads of 2, the second of two ranks has heads 2 and 3 of each."""
     rows = torch.arange(24)[:, None]
     part = Cut(dim=0, blocks=3).part(rows, 1, 2)
     assert part[:, 0].tolist() == [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]
+
+
+@pytest.mark.parametrize("cut", [Cut(dim=0), Cut(dim=0, blocks=3), Cut(dim=1)], ids=str)
+def test_a_part_does_not_keep_the_whole_in_memory(cut):
+    part = cut.part(torch.zeros(24, 4), 1, 2)
+    assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
 
 
 def test_ranks_are_neighbours_in_tensor_then_data_then_pipeline():
@@ -114,7 +145,10 @@ def test_what_a_topology_does_not_divide_is_named(axes, change, named):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("wrong", [{"tensor": 0}, {"pipeline": -1}, {"data": 0}, {"timeout": 0.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"tensor": 0}, {"pipeline": -1}, {"data": 0}, {"timeout": 0.0}, {"zero": 4}, {"zero": -1}],
+)
 def test_sizes_and_times_are_positive(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         ParallelConfig(**wrong)

@@ -35,7 +35,8 @@ from stabilitylab.telemetry import Event
 
 TOPOLOGIES = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2))
 RESPONDING = (1, 2, 2)
-WATCHED = ((2, 2, 1), (2, 1, 2))
+# t, p, d, ZeRO's stage
+WATCHED = ((2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 2, 0), (1, 1, 2, 2), (2, 1, 2, 3))
 ROWS, LENGTH, VOCABULARY, RATE = 8, 16, 96, 1e-3
 
 GLM = ModelConfig(
@@ -78,6 +79,7 @@ def world(
     precision: str = "fp32",
     model: ModelConfig = GLM,
     micro: int = 2,
+    zero: int = 1,
     **more: object,
 ) -> World:
     t, p, d = axes
@@ -86,7 +88,7 @@ def world(
         model=model,
         batch=BatchConfig(rows=ROWS, micro_rows=micro),
         optimizer=more.pop("optimizer", OptimizerConfig()),
-        parallel=ParallelConfig(tensor=t, pipeline=p, data=d, timeout=60),
+        parallel=ParallelConfig(tensor=t, pipeline=p, data=d, zero=zero, timeout=60),
     )
     return World(name, config, **more)
 
@@ -106,10 +108,37 @@ def worlds() -> list[World]:
         world("again-122", (1, 2, 2), precision="fp16", steps=0, load="fp16-221"),
         world("again-211", (2, 1, 1), precision="fp16", steps=0, load="again-122"),
     ]
+    return found + zero_worlds()
+
+
+def zero_worlds() -> list[World]:
+    """ZeRO's other stages: with a replica that has no micro-batch, with everything that a layer can do, in each format."""
+    found = [
+        world("copied-212", (2, 1, 2), zero=0),
+        world("copied-fp16-122", (1, 2, 2), zero=0, precision="fp16"),
+        world("fp32-112-zero2", (1, 1, 2), zero=2),
+        world("fp32-112-zero3", (1, 1, 2), zero=3),
+        world("uneven-112-zero3", (1, 1, 2), zero=3, micro=8),
+        world("other-212-zero2", (2, 1, 2), zero=2, model=OTHER),
+        world("other-212-zero3", (2, 1, 2), zero=3, model=OTHER),
+        world("fp16-112-zero2", (1, 1, 2), zero=2, precision="fp16"),
+        world("fp16-212-zero3", (2, 1, 2), zero=3, precision="fp16"),
+        world("bf16-112-zero3", (1, 1, 2), zero=3, precision="bf16"),
+        world(
+            "stable-212-zero3", (2, 1, 2), zero=3, optimizer=OptimizerConfig(update_clipping=True, zclip=True)
+        ),
+        world("dropout-212-zero3", (2, 1, 2), zero=3, model=dataclasses.replace(GLM, dropout=0.2)),
+    ]
+    # A checkpoint goes through every stage.
+    load = "fp16-212-zero3"
+    for axes, zero in (((1, 1, 2), 1), ((2, 1, 1), 0), ((1, 1, 2), 3), ((1, 1, 2), 2)):
+        name = f"again-{_joined(axes)}-zero{zero}"
+        found.append(world(name, axes, zero=zero, precision="fp16", steps=0, load=load))
+        load = name
     return found
 
 
-def _joined(axes: tuple[int, int, int]) -> str:
+def _joined(axes: tuple[int, ...]) -> str:
     return "".join(map(str, axes))
 
 
@@ -210,7 +239,7 @@ def run_responding(folder: Path, data: Path) -> None:
         (folder / f"responding-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
-def command(data: Path, out: Path, axes: tuple[int, int, int]) -> list[str]:
+def command(data: Path, out: Path, axes: tuple[int, int, int, int]) -> list[str]:
     """A watched run of ``glm train``."""
     flags = {
         "data": data,
@@ -226,6 +255,7 @@ def command(data: Path, out: Path, axes: tuple[int, int, int]) -> list[str]:
         "parallel.tensor": axes[0],
         "parallel.pipeline": axes[1],
         "parallel.data": axes[2],
+        "parallel.zero": axes[3],
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return ["train", "glm-tiny", *words, "--monitor.no-tensorboard"]
@@ -243,7 +273,7 @@ def main(folder: Path, data: Path) -> int:
     runs = [(one.name, one.ranks, lambda one=one: run_rank(one, folder)) for one in worlds()]
     for axes in WATCHED:
         words = command(data, folder / f"watched-{_joined(axes)}", axes)
-        runs.append((words[5], 4, lambda words=words: glm.cli.main(words)))
+        runs.append((words[5], math.prod(axes[:3]), lambda words=words: glm.cli.main(words)))
     runs.append(("responding", math.prod(RESPONDING), lambda: run_responding(folder, data)))
     for name, ranks, work in runs:
         with socket.socket() as free:

@@ -1,0 +1,245 @@
+"""Memory of each rank beside the plan: what ZeRO's stages hold, and what activations take.
+
+*States*, by (t, p, d) and ZeRO's stage: bytes of the tensors' storages on each rank between two micro-batches (weights: the most
+there were at once), against ``glm plan``'s formula for its stage (``glm.parallel.plan.memory``).
+
+*Activations*, by (t, p, d), kept or recomputed, and the update's peak: the allocator's own record (torch's profiler) of an update
+that is not the first. With a(t) the bytes allocated since the update began:
+
+    kept    a when the rank has finished its layers' forward pass of as many micro-batches as are in flight, and begun no backward
+            pass: the plan's activations
+    peak    largest a, less what is held before and counted as states: the plan's activations, gradients and working memory
+
+In fp16 on a CPU without half-precision units, products are computed in fp32 by hand; the plan is about accelerators, so fp32 is
+the comparison that can be had here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from experiments.benchmarks._worlds import batch, import_all, in_world
+from glm.parallel.config import ParallelConfig
+from glm.parallel.plan.hardware import parse_cluster
+from glm.parallel.plan.layout import Layout
+from glm.parallel.plan.memory import training_memory
+from glm.parallel.plan.shape import shape_of
+from glm.train.commands import preset_config
+from glm.train.config import BatchConfig, TrainConfig
+from stabilitylab.command_line import parse
+
+STATES = (
+    *((t, p, d, 1) for t, p, d in ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2))),
+    *((t, 1, d, zero) for t, d in ((1, 2), (2, 2), (1, 4)) for zero in (0, 2, 3)),
+)
+PARTS = ("weights", "gradients", "optimizer")
+ACTIVATIONS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1))
+FORWARD_ENDS = "layers' forward pass ends"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Memory of each rank beside the plan.
+
+    Attributes:
+        preset: of `glm train`.
+        vocabulary: where the preset leaves it open.
+        rows, micro_rows: of an update.
+        states: precisions in which states are measured.
+        activations: precisions in which activations are.
+        json: print one JSON object.
+    """
+
+    preset: str = "glm-tiny"
+    vocabulary: int = 4096
+    rows: int = 8
+    micro_rows: int = 2
+    states: tuple[str, ...] = ("fp16", "bf16", "fp32")
+    activations: tuple[str, ...] = ("fp32",)
+    json: bool = False
+
+
+def main(argv: Sequence[str]) -> int:
+    settings: Settings = parse(Settings, argv, program="python -m experiments.benchmarks engine_memory")
+    torch.set_num_threads(1)
+    import_all()
+
+    states = {
+        f"{precision} {t}x{p}x{d}, {zero}": _states(settings, precision, t, p, d, zero)
+        for precision in settings.states
+        for t, p, d, zero in STATES
+    }
+    activations = {
+        f"{precision} {t}x{p}x{d}, {'recomputed' if recompute else 'kept'}": _activations(
+            settings, precision, t, p, d, recompute
+        )
+        for precision in settings.activations
+        for recompute in (False, True)
+        for t, p, d in ACTIVATIONS
+    }
+    if settings.json:
+        found = {"settings": dataclasses.asdict(settings), "states": states, "activations": activations}
+        print(json.dumps(found))
+        return 0
+    console = Console()
+    console.print(_table("t x p x d, ZeRO", states, PARTS, "States"))
+    console.print(_table("t x p x d", activations, ("activations", "peak"), "Activations"))
+    return 0
+
+
+Found = dict[str, list[dict[str, float]]]
+
+
+def _states(settings: Settings, precision: str, t: int, p: int, d: int, zero: int) -> Found:
+    """Of each rank, measured and planned bytes."""
+    config = _config(settings, precision, ParallelConfig(tensor=t, pipeline=p, data=d, zero=zero))
+
+    def measured() -> dict[str, float]:
+        from glm.parallel.engine import ParallelEngine
+
+        engine = ParallelEngine(config)
+        live = list(engine.model.parameters())
+        most = [0.0]
+        around = engine._stages.feed.around
+
+        def looking(place: int, compute: Any, x: Tensor) -> Tensor:
+            def compute_and_look(x: Tensor) -> Tensor:
+                coming = getattr(getattr(engine, "_spreading", None), "_coming", {})
+                travelling = [one.rows for ones in coming.values() for one in ones]
+                most[0] = max(most[0], _bytes([*live, *travelling]))
+                y: Tensor = compute(x)
+                return y
+
+            return around(place, compute_and_look, x)
+
+        engine._stages.feed.around = looking
+        engine.forward_backward(batch(config.model, config.batch.rows, 0), 0)
+        kept = [tensor for tensors in engine.tensors() for tensor in tensors.values()]
+        return {
+            "stage": engine.stage,
+            "weights": most[0],
+            "gradients": _bytes(engine.optimizer.accumulated().values()),
+            # In fp32 on one holder the weights are the masters.
+            "optimizer": _bytes([*kept, *live]) - _bytes(live),
+        }
+
+    found = in_world(config.parallel, measured)
+    planned = []
+    for one in found:
+        parts = _planned(settings, config, int(one["stage"]))
+        planned.append({part: parts[part] for part in PARTS})
+    return {"measured": found, "planned": planned}
+
+
+def _activations(settings: Settings, precision: str, t: int, p: int, d: int, recompute: bool) -> Found:
+    """Of each rank, measured and planned bytes."""
+    config = _config(settings, precision, ParallelConfig(tensor=t, pipeline=p, data=d))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, recompute=recompute))
+
+    def measured() -> dict[str, float]:
+        from glm.parallel.engine import ParallelEngine
+
+        engine = ParallelEngine(config)
+        _update(engine, config, 0)
+        in_flight = min(p - engine.stage, config.batch.rows // d // config.batch.micro)
+        last = next(
+            layer for layer in reversed(engine.model.layers) if not isinstance(layer, torch.nn.Identity)
+        )
+        forward: list[int] = []
+
+        def mark(*_: Any) -> None:
+            forward.append(1)
+            if len(forward) == in_flight:
+                with record_function(FORWARD_ENDS):
+                    pass
+
+        last.register_forward_hook(mark)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            engine.forward_backward(batch(config.model, config.batch.rows, 1), 1)
+        kept, peak = _record(recorded)
+        return {"stage": engine.stage, "activations": kept, "peak": peak}
+
+    found = in_world(config.parallel, measured)
+    planned = []
+    for one in found:
+        parts = _planned(settings, config, int(one["stage"]))
+        peak = parts["activations"] + parts["gradients"] + parts["working"]
+        planned.append({"activations": parts["activations"], "peak": peak})
+    return {"measured": found, "planned": planned}
+
+
+def _update(engine: Any, config: TrainConfig, step: int) -> None:
+    engine.forward_backward(batch(config.model, config.batch.rows, step), step)
+    engine.gradients()
+    engine.update(1e-4, clip=1.0)
+
+
+def _record(recorded: profile) -> tuple[float, float]:
+    """Bytes allocated at the mark, and at the most."""
+    assert recorded.profiler is not None
+    results = recorded.profiler.kineto_results
+    assert results is not None
+    now, most, marked = 0, 0, -1
+    for event in sorted(results.events(), key=lambda event: event.start_ns()):
+        if event.name() == FORWARD_ENDS:
+            marked = now
+        elif event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    assert marked >= 0
+    return float(marked), float(most)
+
+
+def _config(settings: Settings, precision: str, parallel: ParallelConfig) -> TrainConfig:
+    config = preset_config(settings.preset)
+    model = config.model
+    if model.vocabulary is None:
+        model = dataclasses.replace(model, vocabulary=settings.vocabulary)
+    rows = BatchConfig(rows=settings.rows, micro_rows=settings.micro_rows)
+    return dataclasses.replace(config, model=model, batch=rows, precision=precision, parallel=parallel)  # type: ignore[arg-type]
+
+
+def _planned(settings: Settings, config: TrainConfig, stage: int) -> dict[str, float]:
+    parallel = config.parallel
+    layout = Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        data=parallel.data,
+        micro=settings.micro_rows,
+        recompute=config.model.recompute,
+        zero=parallel.zero,
+    )
+    gpu = parse_cluster("1x8xA100-40G").gpu
+    shape = shape_of(config.model)
+    return training_memory(shape, layout, stage, settings.rows, gpu, config.precision).parts()
+
+
+def _bytes(tensors: Iterable[Tensor]) -> float:
+    """Of the tensors' storages, each once."""
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}
+    return float(sum(storages.values()))
+
+
+def _table(first: str, rows: dict[str, Found], parts: Sequence[str], title: str) -> Table:
+    table = Table(first, "rank", *(f"{part}, MB (plan)" for part in parts), "all / plan", title=title)
+    for name, one in rows.items():
+        for rank, (found, planned) in enumerate(zip(one["measured"], one["planned"], strict=True)):
+            cells = [f"{found[part] / 1e6:.2f} ({planned[part] / 1e6:.2f})" for part in parts]
+            ratio = sum(found[part] for part in parts) / sum(planned[part] for part in parts)
+            table.add_row(name, str(rank), *cells, f"{ratio:.3f}")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
