@@ -111,8 +111,8 @@ class Event:
 
     Kinds that the project writes: ``run-start``, ``run-end``, ``interrupted``, ``checkpoint``, ``rewind``, the detector's
     ``hard-batch``, ``spike``, ``divergence``, ``non-finite``, ``loss-scale-collapse``, their ``diagnosis``, the
-    responder's ``response``, and
-    ``telemetry-lost``.
+    responder's ``response``, ``recovered`` (a damaged checkpoint was passed over), and ``checkpoint-lost`` and
+    ``telemetry-lost`` (one could not be written; training went on).
     """
 
     step: int
@@ -267,5 +267,5 @@ class RunFolder:
 
 # What the run did about its history outlives the history itself: a response explains why steps were taken back.
 _SURVIVES_REWIND = frozenset(
-    {"run-start", "rewind", "response", "interrupted", "telemetry-lost", "recovered"}
+    {"run-start", "rewind", "response", "interrupted", "telemetry-lost", "checkpoint-lost", "recovered"}
 )

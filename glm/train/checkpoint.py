@@ -10,8 +10,8 @@ A checkpoint is a folder ``checkpoints/step-00000100`` (100 = updates made so fa
 Several processes write ``model-00003.safetensors`` and so on, each some of the tensors, every tensor whole and under the same name:
 so a checkpoint does not say how many there were, and any number reads it.
 
-It is written beside its place, flushed to disk and renamed into it, so a kill leaves either all of it or a ``.partial``
-folder that the next save removes. Reading verifies every byte. When the newest is damaged the one before it is taken,
+It is written beside its place, flushed to disk and renamed into it (``glm.train.writing``), so a kill leaves either all of it or a
+``.partial`` folder that the next save removes. Reading verifies every byte. When the newest is damaged the one before it is taken,
 and the caller is told; nothing in a checkpoint is ever executed.
 """
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from glm.errors import InputError
 
 FORMAT = 1
-_PARTIAL = ".partial"
+_PARTIAL, _DAMAGED = ".partial", ".damaged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,26 +71,6 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write a checkpoint atomically, then remove all but the newest ``keep``.
-
-    Raises:
-        OSError: the disk is full; older checkpoints are untouched and nothing half-written stays behind.
-    """
-    target, partial = begin(folder, checkpoint.step)
-    with whole_or_absent(partial, target):
-        files = {
-            name: write_tensors(tensors, partial / name)
-            for name, tensors in (
-                ("model.safetensors", checkpoint.model),
-                ("optimizer.safetensors", checkpoint.optimizer),
-            )
-        }
-        finish(partial, target, checkpoint, files)
-    drop_oldest(folder, keep=keep)
-    return target
-
-
 def begin(folder: Path, step: int) -> tuple[Path, Path]:
     """Where a checkpoint will lie, and a new folder to write it in. What a kill left half-written is removed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,20 +97,24 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     return _digest(path)
 
 
-def finish(
-    partial: Path, target: Path, checkpoint: Checkpoint, files: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Add the state and the manifest to the tensors, and put the folder in its place."""
+def state_text(checkpoint: Checkpoint) -> str:
+    """What ``state.json`` says."""
     # The state of a run holds only JSON. Non-finite numbers are written as Python's json does, and read back.
+    return json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1)
+
+
+def finish(partial: Path, target: Path, state_json: str, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add the state and the manifest to the tensors, and put the folder in its place."""
     state = partial / "state.json"
-    state.write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1))
+    state.write_text(state_json)
     manifest = partial / "manifest.json"
     entries = {**files, state.name: _digest(state)}
     manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
     for path in (state, manifest):
         _flush(path)
-    if target.exists():
-        shutil.rmtree(target)
+    for old in (target, target.with_name(target.name + _DAMAGED)):
+        if old.exists():
+            shutil.rmtree(old)
     partial.rename(target)
     _flush(target.parent)
 
@@ -157,6 +141,16 @@ def drop_after(folder: Path, step: int) -> None:
     for number, path in list_checkpoints(folder):
         if number > step:
             shutil.rmtree(path)
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename checkpoints after ``step``, which turned out damaged, so that the budget is not spent on them. Each stays until its
+    step has been made again and saved."""
+    for number, path in list_checkpoints(folder):
+        if number > step:
+            aside = path.with_name(path.name + _DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def load(path: Path) -> Checkpoint:

@@ -29,7 +29,7 @@ from glm.data.shards import TokenData, open_data
 from glm.device import chosen_device
 from glm.errors import InputError
 from glm.parallel.start import joined, speaks
-from glm.parallel.team import EverywhereError, Team
+from glm.parallel.team import EverywhereError, EverywhereOSError, Team
 from glm.parallel.topology import checked
 from glm.presets import PRESETS
 from glm.train import checkpoint as checkpoints
@@ -87,7 +87,7 @@ def train_command(arguments: Sequence[str]) -> int:
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             return _train_command(arguments)
-    except (EverywhereError, SystemExit) as stop:
+    except (EverywhereError, EverywhereOSError, SystemExit) as stop:
         code = stop.code if isinstance(stop, SystemExit) else 2
         if code == 2:
             # The launcher ends all as soon as one has ended: that must be the one that speaks.
@@ -226,6 +226,8 @@ def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool) -> bool:
 def _restore(trainer: Trainer, run: RunFolder) -> None:
     state, problems = trainer.engine.load_newest(run.checkpoints)
     trainer.restore(state)
+    if trainer.team.leads:
+        checkpoints.set_aside_after(run.checkpoints, trainer.step)
     for problem in problems:
         trainer.tell(Event(step=trainer.step, kind="recovered", data={"problem": problem}))
     trainer.tell(Event(step=trainer.step, kind="rewind", data={"why": "resumed from a checkpoint"}))

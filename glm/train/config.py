@@ -97,6 +97,7 @@ class CheckpointConfig:
     Attributes:
         every: updates between checkpoints; the last state is always saved. 0: only the last.
         keep: the newest so many stay.
+        asynchronous: training goes on while one is written, from a copy: up to 12 bytes a parameter more memory until it is.
         ring: copies of recent states held in memory, each 12 bytes a parameter. When something breaks, the one before it
             is written to ``flight/``, for ``glm replay``. 0: none.
         ring_every: steps between them.
@@ -105,6 +106,7 @@ class CheckpointConfig:
 
     every: int = 100
     keep: int = 2
+    asynchronous: bool = True
     ring: int = 4
     ring_every: int = 25
     ring_keep: int = 8

@@ -12,6 +12,7 @@ Dropout masks are a function of (seed, step): resuming or replaying a step draws
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from glm.train import checkpoint as checkpoints
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.optimizer import GradientSummary, MixedPrecisionAdamW
+from glm.train.writing import Writing
 
 
 class Engine(Protocol):
@@ -83,11 +85,14 @@ class Engine(Protocol):
     def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         """Take weights and moments as ``tensors`` gave them. Raises InputError if they belong to another model."""
 
-    def save(self, folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-        """Write a checkpoint whose tensors are as ``tensors`` gives them, then remove all but the newest ``keep``.
+    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> Writing:
+        """Begin to write a checkpoint whose tensors are as ``tensors`` gives them; in another thread, of a copy, or here and now.
 
         Raises OSError when the disk is full: on every process.
         """
+
+    def save(self, folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+        """Write a checkpoint here and now, then remove all but the newest ``keep``. Raises OSError as ``begin_save``."""
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
         """The newest checkpoint that is whole, its tensors as ``load_tensors`` takes them, and one line about each newer one
@@ -122,6 +127,13 @@ class Updates:
 
     def discard(self) -> None:
         self.optimizer.zero_grad()
+
+    @abstractmethod
+    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> Writing:
+        """See ``Engine``."""
+
+    def save(self, folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+        return self.begin_save(folder, checkpoint, background=False).publish(keep=keep)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"optimizer": self.optimizer.counters()}
@@ -206,8 +218,15 @@ class LocalEngine(Updates):
                     )
         self.optimizer.load(masters=model, moments=optimizer)
 
-    def save(self, folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-        return checkpoints.save(folder, checkpoint, keep=keep)
+    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> Writing:
+        files = {"model": checkpoint.model, "optimizer": checkpoint.optimizer}
+        on_host = {
+            f"{kind}.safetensors": {
+                name: tensor.detach().to("cpu", copy=background) for name, tensor in tensors.items()
+            }
+            for kind, tensors in files.items()
+        }
+        return Writing(folder, checkpoint, on_host, self.team, background=background)
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
         return checkpoints.load_newest(folder)

@@ -2,6 +2,10 @@
 
 Everything that a step depends on is either in the configuration, a function of (seed, step or sample index), or in the
 state saved here: so a run that was killed and resumed ends with the weights of one that was not, bit for bit.
+
+A checkpoint that cannot be written, on a full disk say, costs only itself: it is told of (``checkpoint-lost``), the older ones
+stay, training goes on, and the next one is tried when it is due. Only where the last state of a run, or of one that is asked to
+stop, cannot be kept does the run fail. Where the launcher is gone nobody would start the run again: all processes save and end.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from glm.train.engine import Engine
 from glm.train.events import Callback, StepInfo
 from glm.train.intervention import Intervention
 from glm.train.rewind import StateRing
+from glm.train.writing import Writing
 from stabilitylab.schedule import ALARMS
 from stabilitylab.spikes import Responder
 from stabilitylab.telemetry import Event, RunFolder
@@ -70,7 +75,9 @@ class Trainer:
         self.tokens = 0
         self.stop_requested = False
         self._ring = ring_for(config)
+        # The newest state that is saved, or being saved.
         self._saved_at: int | None = None
+        self._writing: Writing | None = None
 
     def train(self, *, until: int | None = None) -> bool:
         """Make the remaining updates, or those before ``until``. Returns whether the run is complete (False: it was asked
@@ -79,14 +86,15 @@ class Trainer:
         try:
             for callback in self.callbacks:
                 callback.train_start(self)
-            while self.step < end and not self.team.any(self.stop_requested):
+            while self.step < end and not self._stops():
                 self._one_step()
-            if self._saved_at != self.step:
-                self.save()
+            self._save_last()
             complete = self.step >= self.config.steps
             self.tell(Event(step=self.step, kind="run-end" if complete else "interrupted"))
             return complete
         finally:
+            if self._writing is not None:
+                self._writing.leave(keep=self.config.checkpoint.keep)
             for callback in self.callbacks:
                 callback.train_end()
 
@@ -95,7 +103,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.train_start(self)
         try:
-            while self.step < step and not self.team.any(self.stop_requested):
+            while self.step < step and not self._stops():
                 self._one_step()
             return self.state()
         finally:
@@ -106,6 +114,10 @@ class Trainer:
         """Hand an event to every observer."""
         for callback in self.callbacks:
             callback.event(event)
+
+    def _stops(self) -> bool:
+        """Whether any process was asked to stop, or none is left that would start the run again."""
+        return self.team.any(self.stop_requested or self.team.forsaken)
 
     def _one_step(self) -> None:
         started = time.perf_counter()
@@ -154,6 +166,7 @@ class Trainer:
             noticed = self.team.from_first(noticed)
         self._keep_for_replay(noticed)
         self._respond(noticed, step)
+        self._settle(wait=False)
         every = self.config.checkpoint.every
         if every and self.step % every == 0 and self._saved_at != self.step:
             self.save()
@@ -196,6 +209,7 @@ class Trainer:
 
     def _go_back(self, state: Checkpoint, *, asked: int) -> None:
         """Train on from a kept state."""
+        self._settle()
         # Decisions outlive the history that they take back, and so does the budget they were taken from.
         responder, intervention = self.responder.state_dict(), self.intervention
         self.restore(state)
@@ -209,16 +223,48 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- states
 
-    def save(self) -> None:
-        """Write a checkpoint of the present state."""
+    def save(self) -> OSError | None:
+        """Begin a checkpoint of the present state, and unless it is asynchronous finish it. Returns why it could not be written:
+        then the older ones stay, and training goes on."""
         if self.run is None:
-            return
+            return None
+        self._settle()
         # Telemetry first: a run resumed from the checkpoint will not see these steps again.
         for callback in self.callbacks:
             callback.saving(self.step)
-        path = self.engine.save(self.run.checkpoints, self.state(), keep=self.config.checkpoint.keep)
+        background = self.config.checkpoint.asynchronous
+        try:
+            self._writing = self.engine.begin_save(self.run.checkpoints, self.state(), background=background)
+        except OSError as error:
+            return self._lost(self.step, error)
         self._saved_at = self.step
-        self.tell(Event(step=self.step, kind="checkpoint", data={"path": path.name}))
+        return None if background else self._settle()
+
+    def _save_last(self) -> None:
+        """See that the present state is on disk. Raises OSError where it cannot be."""
+        lost = self._settle()
+        if self._saved_at != self.step:
+            lost = self.save() or self._settle()
+        if lost is not None and self._saved_at != self.step:
+            raise lost
+
+    def _settle(self, *, wait: bool = True) -> OSError | None:
+        """Publish the checkpoint being written; unless ``wait``, only if all have written it. Returns why it could not be."""
+        writing = self._writing
+        if writing is None or (not wait and self.team.any(not writing.done)):
+            return None
+        self._writing = None
+        try:
+            path = writing.publish(keep=self.config.checkpoint.keep)
+        except OSError as error:
+            return self._lost(writing.step, error)
+        self.tell(Event(step=writing.step, kind="checkpoint", data={"path": path.name}))
+        return None
+
+    def _lost(self, step: int, error: OSError) -> OSError:
+        self._saved_at = None
+        self.tell(Event(step=step, kind="checkpoint-lost", data={"reason": str(error)}))
+        return error
 
     def state(self) -> Checkpoint:
         """Everything the next step depends on. The tensors are live."""

@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
 from glm.errors import InputError
+from glm.parallel.team import Alone
 from glm.train import checkpoint as checkpoints
 from glm.train.checkpoint import Checkpoint
+from glm.train.writing import Writing
 
 
 def a_checkpoint(step: int, elements: int = 100) -> Checkpoint:
@@ -27,9 +30,18 @@ def a_checkpoint(step: int, elements: int = 100) -> Checkpoint:
     )
 
 
+def begin(folder: Path, checkpoint: Checkpoint, *, background: bool = True) -> Writing:
+    files = {"model.safetensors": checkpoint.model, "optimizer.safetensors": checkpoint.optimizer}
+    return Writing(folder, checkpoint, files, Alone(), background=background)
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int, background: bool = False) -> Path:
+    return begin(folder, checkpoint, background=background).publish(keep=keep)
+
+
 def test_round_trip_is_exact(tmp_path):
     written = a_checkpoint(3)
-    read = checkpoints.load(checkpoints.save(tmp_path, written, keep=2))
+    read = checkpoints.load(save(tmp_path, written, keep=2))
     assert (read.step, read.state) == (3, written.state)
     assert torch.equal(read.model["w"], written.model["w"])
     assert torch.equal(read.optimizer["exp_avg/w"], written.optimizer["exp_avg/w"])
@@ -37,7 +49,7 @@ def test_round_trip_is_exact(tmp_path):
 
 def test_budget_keeps_the_newest(tmp_path):
     for step in (5, 100, 20):
-        checkpoints.save(tmp_path, a_checkpoint(step), keep=2)
+        save(tmp_path, a_checkpoint(step), keep=2)
     assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [20, 100]
 
 
@@ -56,8 +68,8 @@ def flip(file):
     "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 )
 def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage, name):
-    checkpoints.save(tmp_path, a_checkpoint(1), keep=2)
-    newest = checkpoints.save(tmp_path, a_checkpoint(2), keep=2)
+    save(tmp_path, a_checkpoint(1), keep=2)
+    newest = save(tmp_path, a_checkpoint(2), keep=2)
     damage(newest / name)
     with pytest.raises(InputError, match="step-00000002"):
         checkpoints.load(newest)
@@ -68,7 +80,7 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage, name):
 
 
 def test_nothing_undamaged_is_an_error(tmp_path):
-    cut(checkpoints.save(tmp_path, a_checkpoint(1), keep=2) / "model.safetensors")
+    cut(save(tmp_path, a_checkpoint(1), keep=2) / "model.safetensors")
     with pytest.raises(InputError, match="no undamaged checkpoint"):
         checkpoints.load_newest(tmp_path)
 
@@ -79,7 +91,7 @@ def test_no_checkpoint_at_all_is_an_error(tmp_path):
 
 
 def test_another_format_is_refused(tmp_path):
-    path = checkpoints.save(tmp_path, a_checkpoint(1), keep=2)
+    path = save(tmp_path, a_checkpoint(1), keep=2)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(InputError, match="format 99"):
@@ -89,19 +101,18 @@ def test_another_format_is_refused(tmp_path):
 SAVE_UNDER_A_LIMIT = """
     import resource, signal, sys
     from pathlib import Path
-    from glm.train import checkpoint as checkpoints
-    from tests.glm.train.test_checkpoint import a_checkpoint
+    from tests.glm.train.test_checkpoint import a_checkpoint, save
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     try:
-        checkpoints.save(Path(sys.argv[1]), a_checkpoint(2, elements=100_000), keep=1)
+        save(Path(sys.argv[1]), a_checkpoint(2, elements=100_000), keep=1)
     except OSError as error:
         print("refused:", error.errno)
 """
 
 
 def test_a_write_that_fails_loses_nothing(tmp_path):
-    checkpoints.save(tmp_path, a_checkpoint(1), keep=1)
+    save(tmp_path, a_checkpoint(1), keep=1)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SAVE_UNDER_A_LIMIT), str(tmp_path)],
         capture_output=True,
@@ -116,16 +127,15 @@ def test_a_write_that_fails_loses_nothing(tmp_path):
 SAVE_FOR_EVER = """
     import itertools, sys
     from pathlib import Path
-    from glm.train import checkpoint as checkpoints
-    from tests.glm.train.test_checkpoint import a_checkpoint
+    from tests.glm.train.test_checkpoint import a_checkpoint, save
     for step in itertools.count(2):
-        checkpoints.save(Path(sys.argv[1]), a_checkpoint(step, elements=300_000), keep=2)
+        save(Path(sys.argv[1]), a_checkpoint(step, elements=300_000), keep=2)
         print(step, flush=True)
 """
 
 
 def test_a_kill_while_writing_leaves_whole_checkpoints(tmp_path):
-    checkpoints.save(tmp_path, a_checkpoint(1), keep=2)
+    save(tmp_path, a_checkpoint(1), keep=2)
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SAVE_FOR_EVER), str(tmp_path)], stdout=subprocess.PIPE
     ) as writer:
@@ -135,5 +145,5 @@ def test_a_kill_while_writing_leaves_whole_checkpoints(tmp_path):
         writer.send_signal(signal.SIGKILL)
     for _, path in checkpoints.list_checkpoints(tmp_path):
         checkpoints.verify(path)
-    checkpoints.save(tmp_path, a_checkpoint(10_000), keep=2)
+    save(tmp_path, a_checkpoint(10_000), keep=2)
     assert not list(tmp_path.glob("*.partial"))

@@ -103,8 +103,7 @@ def test_a_resumed_run_ends_with_the_same_weights(data, tmp_path):
     whole.train()
     run = RunFolder(tmp_path / "run")
     first = trainer(TINY, data, run=run)
-    while first.step < 4:
-        first._one_step()
+    first.train(until=4)
     second = trainer(TINY, data, run=run)
     from glm.train import checkpoint as checkpoints
 
