@@ -114,7 +114,7 @@ def ranges(runs: Runs, most: int = 12) -> Section:
 
 def updates(runs: Runs) -> Section:
     """How far an optimizer step moves each parameter, beside the parameter's own size."""
-    grids = {label: [_grid(run, "update", "ratio") for run in several] for label, several in runs.items()}
+    grids = {label: [_update_ratio(run) for run in several] for label, several in runs.items()}
     lines = {
         label: [grid[0].median(axis=0) for grid in several if grid[0].size]
         for label, several in grids.items()
@@ -181,6 +181,13 @@ def _embedding_share(run: Run) -> pd.Series[float]:
 
 def _grid(run: Run, family: str, statistic: str) -> Grid:
     return run.matrix(family, statistic, index="max"), run.recorded(family, statistic)
+
+
+def _update_ratio(run: Run) -> Grid:
+    """Update over weight. Over weights that are all zero (biases, at first) it is infinite, and says nothing: left out."""
+    values, known = _grid(run, "update", "ratio")
+    from_zero = run.matrix("update", "weight_rms").reindex_like(values) == 0
+    return values.mask(from_zero), known & ~from_zero
 
 
 def _peak(grid: Grid) -> pd.Series[float]:

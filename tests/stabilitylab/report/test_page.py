@@ -12,7 +12,18 @@ import pytest
 from matplotlib.figure import Figure
 
 from stabilitylab.errors import InputError
-from stabilitylab.report import Cell, Page, Picture, Section, Table, comparison, figures, load_run, run_report
+from stabilitylab.report import (
+    Cell,
+    Page,
+    Picture,
+    Section,
+    Table,
+    comparison,
+    figures,
+    layers,
+    load_run,
+    run_report,
+)
 from stabilitylab.report.figures import Mark
 from stabilitylab.report.maps import heat_map
 from stabilitylab.report.page import picture_html
@@ -218,6 +229,25 @@ def test_odd_runs_have_a_report(tmp_path: Path, rows: list[tuple[int, Key, float
     html = run_report(load_run(write(tmp_path / "run", (rows, [])))).html()
     assert "<h1>Run run</h1>" in html
     assert "<b>" not in html
+
+
+@pytest.mark.parametrize(("weight", "alarms"), [(0.0, False), (1.0, True)])
+def test_an_update_of_weights_that_are_all_zero_is_no_alarm(
+    tmp_path: Path, weight: float, alarms: bool
+) -> None:
+    """A bias's first step is infinitely large beside the bias: nothing is broken. With other weights something is."""
+    rows = [
+        (step, Key("update", f"layers.{i}.bias", name), value)
+        for i in range(2)
+        for step in range(3)
+        for name, value in (
+            ("ratio", 0.1 if step else math.inf),
+            ("weight_rms", 1.0 if step else weight),
+        )
+    ]
+    section = layers.updates({"": [load_run(write(tmp_path / "run", (rows, [])))]})
+    shown = "|".join(texts(part.figure) for part in section.parts if isinstance(part, Picture))
+    assert ("not finite" in shown) is alarms
 
 
 def test_pages_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
