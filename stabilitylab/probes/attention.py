@@ -18,7 +18,7 @@ Family ``attention``, site = the attention module's path, index = head:
 
 | statistic | meaning | unit | source |
 | --- | --- | --- | --- |
-| score_max | largest score; fused: never understated, by at most log S too large | score | scores.py |
+| score_max | largest score; fused: never understated, too large by log S at most, near 0 by less | score | scores.py |
 | score_max_sampled | exact maximum of the rows looked at: equal to score_max where that is exact | score | scores.py |
 | score_min | smallest unmasked score; fused: of the sampled rows | score | scores.py |
 | entropy | mean entropy of the attention weights of sampled rows | nat | Zhai et al., arXiv:2303.06296 |

@@ -514,6 +514,9 @@ void stabilitylab_after(Update *const *updates, int64_t n, int threads) {
     for (int64_t i = 0; i < n; i++) after(updates[i]);
 }
 
+/* Of a length in float32, and of a score. */
+#define ROUNDING 1e-5f
+
 /* One call of fused attention: what its log-sum-exp and a few rows say of its scores (scores.py has the reasoning).
  * Strides are in elements; the last dimension of queries and keys is contiguous. */
 typedef struct {
@@ -564,6 +567,28 @@ static void score_row(const Attention *a, int64_t b, int64_t h, int64_t t, float
     }
 }
 
+/* Length of the head's vector at element `at`; `scratch` holds one. */
+static float length_of(const void *data, int32_t dtype, int64_t at, int64_t width, float *scratch) {
+    const float *x = scratch;
+    if (dtype == FLOAT32) x = (const float *)data + at;
+    else load(data, dtype, at, width, scratch);
+    float square = 0;
+    for (int64_t j = 0; j < width; j++) square += x[j] * x[j];
+    return sqrtf(square);
+}
+
+/* No score of a row is larger than this times the length of its query; infinite where a bias is added to scores. */
+static float reach(const Attention *a, int64_t b, int64_t h, float *scratch) {
+    if (a->mask != NULL && !a->mask_is_bool) return INFINITY;
+    const int64_t first = b * a->key_stride[0] + h * a->key_heads / a->heads * a->key_stride[1];
+    float longest = 0;
+    for (int64_t s = 0; s < a->keys; s++) {
+        const float length = length_of(a->key, a->dtype, first + s * a->key_stride[2], a->width, scratch);
+        longest = length > longest ? length : longest;
+    }
+    return longest * fabsf(a->scale) * (1 + ROUNDING);
+}
+
 static double entropy(const float *x, int64_t n, float masked) {
     float high = -INFINITY;
     for (int64_t i = 0; i < n; i++) high = x[i] > high ? x[i] : high;
@@ -586,14 +611,22 @@ int stabilitylab_attention(const Attention *a) {
     for (int64_t h = 0; h < a->heads; h++) {
         float best = -INFINITY, second = -INFINITY;
         int64_t best_b = 0, best_t = 0, nan = 0;
-        for (int64_t b = 0; b < a->batch; b++)
+        for (int64_t b = 0; b < a->batch; b++) {
+            const float farthest = reach(a, b, h, k);
             for (int64_t t = 0; t < a->queries; t++) {
                 const float l = a->lse[b * a->lse_stride[0] + h * a->lse_stride[1] + t * a->lse_stride[2]];
                 if (l <= second || !sees_any(a, b, h, t)) continue;
-                if (isnan(l)) nan = 1;
-                else if (l > best) second = best, best = l, best_b = b, best_t = t;
-                else second = l;
+                if (isnan(l)) {
+                    nan = 1;
+                    continue;
+                }
+                const int64_t at = b * a->query_stride[0] + h * a->query_stride[1] + t * a->query_stride[2];
+                const float c = isinf(farthest) ? l : farthest * length_of(a->query, a->dtype, at, a->width, q);
+                const float bound = c < l ? c : l;
+                if (bound > best) second = best, best = bound, best_b = b, best_t = t;
+                else if (bound > second) second = bound;
             }
+        }
         float sampled = -INFINITY, smallest = INFINITY, exact = -INFINITY;
         double sum = 0;
         for (int64_t r = 0; r <= a->rows; r++) {

@@ -4,14 +4,15 @@ Shapes: B batch, H heads, T queries, S keys, D head dimension, K key heads (grou
 H), R sampled rows. A score is q.k * scale plus whatever the mask adds; masked entries are -inf or the lowest
 numbers of the format, and do not count.
 
-A fused kernel never forms the scores but returns L, the log-sum-exp of each row, and
+A fused kernel never forms the scores but returns L, the log-sum-exp of each row. With n keys in row i, and by Cauchy
+and Schwarz where nothing is added to q.k,
 
-    row maximum m_i <= L_i <= m_i + log(keys in row i).
+    row maximum m_i <= L_i <= m_i + log n          m_i <= C_i = |scale| |q_i| max_j |k_j|
 
-Let t be the row of the largest L, with exact maximum m_t, and L' the second largest L. Then the largest score
-M obeys
+so U_i = min(L_i, C_i) bounds it: L where scores are large, C where they are near 0 and L is log n. Let t be the row of
+the largest U, with exact maximum m_t, and U' the second largest U. Then the largest score M obeys
 
-    m_t <= M <= max(m_t, L')
+    m_t <= M <= max(m_t, U')
 
 The right side is ``score_max``: it never understates, is exact whenever the two sides agree (they do when
 scores are large and rows peaked, which is when one wants to know), and else exceeds M by at most log S.
@@ -29,6 +30,7 @@ from torch import Tensor
 from stabilitylab.statistics import native
 
 SAMPLED_ROWS = 4
+ROUNDING = 1e-5  # of a length in float32, and of a score
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,11 @@ def _fused_in_torch(
     B, H, T, _ = q_BHTD.shape
     S, device = k_BKSD.shape[2], q_BHTD.device
     lse_BHT = lse_BHT[:, :, :T].float()
+    if mask is None or mask.dtype == torch.bool:
+        longest_BK = torch.linalg.vector_norm(k_BKSD, dim=-1, dtype=torch.float32).amax(-1)
+        longest_BH = longest_BK.repeat_interleave(H // longest_BK.shape[1], dim=1)
+        length_BHT = torch.linalg.vector_norm(q_BHTD, dim=-1, dtype=torch.float32)
+        lse_BHT = lse_BHT.minimum(length_BHT * longest_BH[..., None] * (abs(scale) * (1 + ROUNDING)))
     if mask is not None:
         # What a kernel returns for a row without keys is its own affair.
         looks = mask if mask.dtype == torch.bool else mask > masked_below(mask.dtype)

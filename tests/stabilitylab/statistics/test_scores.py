@@ -81,6 +81,10 @@ def test_fused_brackets_the_exact_maximum(
     assert (found.sampled.double() <= largest + room).all()
     assert (found.largest.double() >= largest - room).all()
     assert (found.largest.double() <= largest + math.log(S) + room).all()
+    if mask is None or mask.dtype == torch.bool:
+        lengths = torch.linalg.vector_norm(q, dim=-1), torch.linalg.vector_norm(wide[0], dim=-1)
+        reach = (lengths[0].amax(-1) * lengths[1].amax(-1) / math.sqrt(D)).amax(0)
+        assert (found.largest.double() <= reach + room).all()  # near 0 much less than log S
     if size == 30.0:  # peaked rows: the bound is exact
         assert torch.allclose(found.largest.double(), largest, rtol=1e-4)
     rows = scores[0][:, sample_rows(T, q.device)]
