@@ -134,16 +134,18 @@ def read_weights(file: Path) -> Mapping[str, Tensor]:
     _refuse_pickled(file)
     tensors: dict[str, Tensor] = {}
     try:
-        # A checkpoint of several processes has several files, each with some of the tensors.
-        for part in (
-            [file] if file.is_file() else sorted(file.parent.glob(f"{file.stem}-*{file.suffix}")) or [file]
-        ):
+        for part in parts_of(file):
             tensors |= load_file(part)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} cannot be read as safetensors ({error}): export the model again") from None
     for name, tensor in tensors.items():
         refuse_not_finite(name, tensor, file)
     return tensors
+
+
+def parts_of(file: Path) -> list[Path]:
+    """The files of a model's weights. A checkpoint of several processes has several, each with some of the tensors."""
+    return [file] if file.is_file() else sorted(file.parent.glob(f"{file.stem}-*{file.suffix}")) or [file]
 
 
 def refuse_not_finite(name: str, tensor: Tensor, file: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from glm.errors import InputError
-from glm.inference.opening import OpenedModel, find_files, prepare, refuse_not_finite
+from glm.inference.opening import OpenedModel, find_files, parts_of, prepare, refuse_not_finite
 from glm.model.transformer import Transformer
 from glm.precision.policy import DTYPES, Precision
 from stabilitylab.models.layers import fingerprint_of
@@ -93,14 +93,15 @@ def is_quantized(path: Path) -> bool:
 
 
 def read_one_by_one(file: Path, names: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, one after another; what is let go leaves the memory.
+    """The tensors of a weights file or of its parts, one after another; what is let go leaves the memory.
 
     Raises:
         InputError: the file is damaged, or a shape is another.
     """
+    part = _parts(file)
     for name, shape in names.items():
         try:
-            tensor = read_tensor(file, name)
+            tensor = read_tensor(part.get(name, file), name)
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{file} cannot be read as safetensors ({error}): export the model again"
@@ -112,13 +113,22 @@ def read_one_by_one(file: Path, names: Mapping[str, torch.Size]) -> Iterator[tup
         yield name, tensor
 
 
+def _parts(file: Path) -> dict[str, Path]:
+    """In which file each tensor lies. Raises InputError where one is damaged."""
+    found: dict[str, Path] = {}
+    for part in parts_of(file):
+        try:
+            with safe_open(part, framework="pt") as opened:
+                found |= dict.fromkeys(opened.keys(), part)
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{part} cannot be read as safetensors ({error}): export the model again"
+            ) from None
+    return found
+
+
 def _check_names(file: Path, expected: Mapping[str, torch.Size]) -> None:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names: list[str] = opened.keys()
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} cannot be read as safetensors ({error}): export the model again") from None
-    found = set(names)
+    found = _parts(file).keys()
     if missing := sorted(expected.keys() - found):
         raise InputError(f"{file} lacks {len(missing)} of {len(expected)} tensors, {missing[0]} the first")
     if extra := sorted(found - expected.keys()):

@@ -16,6 +16,9 @@ from glm.inference.exporting import export_model
 from glm.inference.filling import fill
 from glm.inference.opening import OpenedModel, open_model
 from glm.inference.quantized import NAMED, open_quantized
+from glm.parallel.team import Alone
+from glm.train import checkpoint as checkpoints
+from glm.train.writing import Writing
 from stabilitylab.cli import main as stabilitylab
 from stabilitylab.quantization.plan import load_plan
 from stabilitylab.quantization.replacement import quantize_layers
@@ -55,9 +58,24 @@ def same(one: OpenedModel, other: OpenedModel) -> None:
         assert tensor.dtype == theirs[name].dtype, name
 
 
+@pytest.fixture(scope="module")
+def in_parts(run, tmp_path_factory):
+    """The run, its newest checkpoint as several processes write it."""
+    copy = shutil.copytree(run, tmp_path_factory.mktemp("parts") / "run")
+    (step, path), folder = checkpoints.list_checkpoints(copy / "checkpoints")[-1], copy / "checkpoints"
+    whole = checkpoints.load(path)
+    names = sorted(whole.model)
+    files = {f"model-{i:05d}.safetensors": {n: whole.model[n] for n in names[i::2]} for i in range(2)}
+    files["optimizer-00001.safetensors"] = whole.optimizer
+    assert step == whole.step
+    Writing(folder, whole, files, Alone(), background=False).publish(keep=1)
+    assert not (path / "model.safetensors").exists()
+    return copy
+
+
 @pytest.mark.parametrize("how", ["int8", "int4"])
-def test_layer_by_layer_is_as_in_memory(export, run, how):
-    for folder in (export, run):
+def test_layer_by_layer_is_as_in_memory(export, run, in_parts, how):
+    for folder in (export, run, in_parts):
         whole = open_model(folder)
         linear = [
             f"layers.{n}.{part}"
@@ -118,6 +136,27 @@ def test_generate_and_evaluate_take_it(run, planned, task_data, capsys):
     quantized = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"] != quantized["perplexity"]
+
+
+def test_a_checkpoint_of_several_processes_needs_no_export(
+    run, in_parts, planned, task_data, capsys, tmp_path
+):
+    def said(*words):
+        capsys.readouterr()
+        assert main([*map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    what = ["--prompt", "The [MASK] statement", "--tokens", "4", "--quantize"]
+    for how in ("int4", planned / "plan.json"):
+        ours, theirs = (said("generate", one, *what, how) for one in (in_parts, run))
+        assert ours["text"] == theirs["text"]
+    what = ["--data", task_data, "--parts", "perplexity", "--rows", "2", "--quantize", "int8"]
+    ours, theirs = (said("evaluate", one, *what) for one in (in_parts, run))
+    assert ours["perplexity"] == theirs["perplexity"]
+    for one in (run, in_parts):
+        export_model(one, tmp_path / one.parent.name / "export")
+    files = [tmp_path / one.parent.name / "export" / "model.safetensors" for one in (run, in_parts)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_wrong_input_is_one_line(run, export, planned, tmp_path, capsys):
