@@ -13,6 +13,7 @@
 | attention_score_max | largest attention score, over layers, heads and steps | - |
 | fp16_headroom | log2(65504 / largest value of main branch and attention scores) | bits |
 | skipped_steps | updates skipped since the gradient was not finite | steps |
+| survived | steps before the loss broke out; all of them where it never did | steps |
 | norm_lead | steps by which the gradient norm broke out before the loss did; NaN where either did not | steps |
 | embedding_surge | embedding's share of the squared gradient norm where that breaks out, less its median over the 50 steps before | share |
 | outlier_fraction | mean share of activation values with abs >= 6, at the end | share |
@@ -126,6 +127,12 @@ def skipped_steps(run: Run) -> float:
     return float(run.series("train/-/skipped").sum())
 
 
+def survived(run: Run) -> float:
+    loss = run.series("train/-/loss")
+    broke = _loss_breaks(run)
+    return math.nan if not len(loss) else float(loss.index[-1] + 1 if broke is None else broke)
+
+
 def norm_lead(run: Run) -> float:
     loss, norm = _loss_breaks(run), _norm_breaks(run)
     return math.nan if loss is None or norm is None else float(loss - norm)
@@ -155,12 +162,10 @@ def _loss_breaks(run: Run) -> int | None:
 
 
 def _norm_breaks(run: Run) -> int | None:
-    """First step after warm-up whose gradient norm is over four times the median of the 50 before it, or not a number."""
+    """First step whose gradient norm is over four times the median of the 50 before it (25 at least), or not a number."""
     norm = run.series("train/-/gradient_norm").replace(math.inf, math.nan)
     usual = norm.rolling(MEMORY, min_periods=MEMORY // 2).median().shift(1)
-    broken = norm.index[
-        ((norm > BREAK * usual) | (norm.isna() & usual.notna())) & (norm.index >= _warmup(run))
-    ]
+    broken = norm.index[(norm > BREAK * usual) | (norm.isna() & usual.notna())]
     return int(broken[0]) if len(broken) else None
 
 
@@ -191,6 +196,9 @@ METRICS: Mapping[str, Metric] = {
     "attention_score_max": Metric(title="Largest attention score", measure=attention_score_max),
     "fp16_headroom": Metric(title="fp16 headroom", unit="bits", measure=fp16_headroom, better="more"),
     "skipped_steps": Metric(title="Skipped steps", measure=skipped_steps),
+    "survived": Metric(
+        title="Steps before the loss broke out", unit="steps", measure=survived, better="more"
+    ),
     "norm_lead": Metric(
         title="Steps from the gradient norm's break to the loss's",
         unit="steps",

@@ -81,9 +81,10 @@ def test_a_run_that_left_the_numbers_is_worse_than_any(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", [9.0, math.inf, math.nan])
 def test_what_breaks_first(tmp_path: Path, broken: float) -> None:
-    """The norm passes four times its median at step 70 (a touch of it in warm-up does not count), the loss at step 75."""
+    """The norm passes four times its median at step 70 (before there is a median nothing counts), the loss at step 75."""
     share = Key("gradient", "embedding.weight", "share")
     values = {
+        LOSS: [2.0] * 100,
         NORM: [50.0] + [2.0] * 69 + [broken] * 30,
         share: [0.5] * 70 + [0.75] * 30,
     }
@@ -91,6 +92,7 @@ def test_what_breaks_first(tmp_path: Path, broken: float) -> None:
     run = recorded(folder, values)
     assert math.isnan(METRICS["norm_lead"].measure(run))
     assert METRICS["embedding_surge"].measure(run) == 0.25
+    assert METRICS["survived"].measure(run) == 100
     told = {"episode": 0, "phase": "onset", "onset": 75, "peak": 76, "end": None, "height": 3.0}
     RunFolder(folder).append_events(
         [
@@ -106,6 +108,7 @@ def test_what_breaks_first(tmp_path: Path, broken: float) -> None:
         ]
     )
     assert METRICS["norm_lead"].measure(load_run(folder)) == 5.0
+    assert METRICS["survived"].measure(load_run(folder)) == 75
 
 
 @pytest.mark.parametrize("name", SUITES)
