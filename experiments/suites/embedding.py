@@ -1,4 +1,4 @@
-"""The embedding's gradient: does shrinking it calm a run that its learning rate keeps on edge, and on which side?
+"""The embedding's gradient: does shrinking it calm a run, and on which side?
 
 With tied matrices the embedding gets two gradients, from the look-up and from the output projection. GLM-130B shrank the
 first (EGS, alpha 0.1). Adam divides by the gradient's own scale, so that a constant factor changes an update only through
@@ -27,7 +27,7 @@ SUITE = Suite(
         "model.hidden": "64",
         "model.length": "128",
         "batch.rows": "8",
-        "schedule.peak": "1e-2",
+        "schedule.peak": "3e-3",
         "schedule.warmup": "30",
         "monitor.every": "10",
     },
