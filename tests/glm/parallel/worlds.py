@@ -26,7 +26,7 @@ from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig
 from glm.parallel.config import ParallelConfig
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import BatchConfig, TrainConfig
-from glm.train.engine import Engine
+from glm.train.engine import Engine, LocalEngine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
 from glm.train.optimizer import OptimizerConfig
@@ -105,7 +105,8 @@ def worlds() -> list[World]:
     found += [world(f"dropout-{_joined(axes)}", axes, model=wet) for axes in ((1, 1, 2), (2, 2, 1))]
     # Loads what another topology wrote and writes it again.
     found += [
-        world("again-122", (1, 2, 2), precision="fp16", steps=0, load="fp16-221"),
+        world("again-111", (1, 1, 1), precision="fp16", steps=0, load="fp16-221"),
+        world("again-122", (1, 2, 2), precision="fp16", steps=0, load="again-111"),
         world("again-211", (2, 1, 1), precision="fp16", steps=0, load="again-122"),
     ]
     return found + zero_worlds()
@@ -173,7 +174,7 @@ def run_rank(one: World, folder: Path) -> None:
 
     config = one.config
     with joined(config.parallel, torch.device("cpu"), config.to_json()) as team:
-        engine = ParallelEngine(config)
+        engine: Engine = LocalEngine(config) if one.ranks == 1 else ParallelEngine(config)
         if one.load:
             state, problems = engine.load_newest(folder / one.load)
             assert not problems

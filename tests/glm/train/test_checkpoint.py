@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from glm.errors import InputError
+from glm.model.config import ModelConfig
 from glm.parallel.team import Alone
 from glm.train import checkpoint as checkpoints
 from glm.train.checkpoint import Checkpoint
+from glm.train.config import TrainConfig
+from glm.train.engine import LocalEngine
 from glm.train.writing import Writing
 
 
@@ -98,6 +101,44 @@ def test_another_format_is_refused(tmp_path):
         checkpoints.load(path)
 
 
+def test_the_budget_is_not_spent_on_what_is_damaged(tmp_path):
+    save(tmp_path, a_checkpoint(1), keep=1)
+    cut(save(tmp_path, a_checkpoint(3), keep=2) / "model.safetensors")
+    assert checkpoints.load_newest(tmp_path)[0].step == 1
+    checkpoints.set_aside_after(tmp_path, 1)
+    save(tmp_path, a_checkpoint(2), keep=1)
+    assert checkpoints.load_newest(tmp_path)[0].step == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003.damaged"]
+    save(tmp_path, a_checkpoint(3), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_what_is_written_meanwhile_is_the_state_at_its_beginning(tmp_path):
+    """The engine's tensors and the state change before a byte is read of them."""
+    engine = LocalEngine(
+        TrainConfig(model=ModelConfig(vocabulary=50, layers=1, hidden=32, heads=2, length=8))
+    )
+    weights, moments = engine.tensors()
+    state = {"samples": [1, 2]}
+    checkpoint = Checkpoint(step=1, model=weights, optimizer=moments, state=state)
+    now = engine.save(tmp_path / "now", checkpoint, keep=1)
+    writing = engine.begin_save(tmp_path / "meanwhile", checkpoint, background=True)
+    with torch.no_grad():
+        for tensor in (*weights.values(), *moments.values()):
+            tensor.add_(1)
+    state["samples"].append(3)
+    meanwhile = writing.publish(keep=1)
+    assert {file.name for file in meanwhile.iterdir()} == {file.name for file in now.iterdir()}
+    for file in meanwhile.iterdir():
+        assert file.read_bytes() == (now / file.name).read_bytes()
+
+
+def test_training_that_breaks_off_finishes_what_it_began_to_write(tmp_path):
+    begin(tmp_path, a_checkpoint(1), background=True).leave(keep=1)
+    assert checkpoints.load_newest(tmp_path)[0].step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 SAVE_UNDER_A_LIMIT = """
     import resource, signal, sys
     from pathlib import Path
@@ -105,16 +146,17 @@ SAVE_UNDER_A_LIMIT = """
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     try:
-        save(Path(sys.argv[1]), a_checkpoint(2, elements=100_000), keep=1)
+        save(Path(sys.argv[1]), a_checkpoint(2, elements=100_000), keep=1, background=sys.argv[2] == "True")
     except OSError as error:
         print("refused:", error.errno)
 """
 
 
-def test_a_write_that_fails_loses_nothing(tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_write_that_fails_loses_nothing(tmp_path, background):
     save(tmp_path, a_checkpoint(1), keep=1)
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SAVE_UNDER_A_LIMIT), str(tmp_path)],
+        [sys.executable, "-c", textwrap.dedent(SAVE_UNDER_A_LIMIT), str(tmp_path), str(background)],
         capture_output=True,
         text=True,
         check=True,
@@ -129,15 +171,17 @@ SAVE_FOR_EVER = """
     from pathlib import Path
     from tests.glm.train.test_checkpoint import a_checkpoint, save
     for step in itertools.count(2):
-        save(Path(sys.argv[1]), a_checkpoint(step, elements=300_000), keep=2)
+        save(Path(sys.argv[1]), a_checkpoint(step, elements=300_000), keep=2, background=sys.argv[2] == "True")
         print(step, flush=True)
 """
 
 
-def test_a_kill_while_writing_leaves_whole_checkpoints(tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_kill_while_writing_leaves_whole_checkpoints(tmp_path, background):
     save(tmp_path, a_checkpoint(1), keep=2)
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SAVE_FOR_EVER), str(tmp_path)], stdout=subprocess.PIPE
+        [sys.executable, "-c", textwrap.dedent(SAVE_FOR_EVER), str(tmp_path), str(background)],
+        stdout=subprocess.PIPE,
     ) as writer:
         assert writer.stdout is not None
         for _ in range(3):

@@ -214,3 +214,48 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(data_folder, tmp_path):
     assert "Traceback" not in done.stderr
     # Once there is room the run goes on, from its beginning since nothing was saved.
     assert main(arguments(data_folder, out, "--resume", steps=6)) == 0
+
+
+FULL_FOR_A_WHILE = """
+import resource, sys
+from glm.cli import main
+from glm.train import commands
+from glm.train.progress import ProgressCallback
+
+class Filling(ProgressCallback):
+    def step_end(self, info):
+        if info.step in (4, 10):
+            limit = 150_000 if info.step == 4 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return super().step_end(info)
+
+commands.ProgressCallback = Filling
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("how", ["asynchronous", "no-asynchronous"])
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
+    uninterrupted, data_folder, tmp_path, how
+):
+    """Those after 6 and 9 steps cannot be written; the one after 12 can."""
+    from stabilitylab.report import load_run
+
+    out = tmp_path / "run"
+    more = [f"--checkpoint.{how}", "--checkpoint.keep", "20"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_FOR_A_WHILE, *arguments(data_folder, out, *more)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "checkpoint-lost" in line]
+    assert [line.partition(":")[0] for line in told] == ["step 6", "step 9"]
+    assert all("File too large" in line for line in told)
+    kept = sorted(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir())
+    assert kept == [3, *range(12, 31, 3)]
+    assert final(out) == final(uninterrupted)
+    losses = [load_run(path).series("train/-/loss") for path in (out, uninterrupted)]
+    assert losses[0].equals(losses[1])
+    assert len(losses[0]) == 30
