@@ -40,18 +40,20 @@ class Settings:
 
     Attributes:
         layers, hidden: of the model.
-        rows: of an update, of 256 tokens.
+        rows: of an update on each process, of 256 tokens.
         steps: updates of a cycle; they should take longer than the writing.
         cycles: of each way.
+        processes: how many replicas train.
         folder: where checkpoints go; by default a temporary one.
         json: print one JSON object.
     """
 
     layers: int = 8
     hidden: int = 576
-    rows: int = 2
-    steps: int = 5
-    cycles: int = 7
+    rows: int = 1
+    steps: int = 4
+    cycles: int = 5
+    processes: tuple[int, ...] = (1, 2)
     folder: Path | None = None
     json: bool = False
 
@@ -60,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     settings: Settings = parse(Settings, argv, program="python -m experiments.benchmarks checkpoint_stall")
     import_all()
     found = {}
-    for ranks in (1, 2):
+    for ranks in settings.processes:
         # One process uses all cores; two share them.
         with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
             config = _config(settings, ranks)
@@ -82,7 +84,7 @@ def _config(settings: Settings, ranks: int) -> TrainConfig:
         heads=settings.hidden // 64,
         length=256,
     )
-    rows = BatchConfig(rows=settings.rows, micro_rows=1)
+    rows = BatchConfig(rows=settings.rows * ranks, micro_rows=1)
     return TrainConfig(model=model, batch=rows, parallel=ParallelConfig(data=ranks))
 
 
@@ -135,7 +137,7 @@ def _cycle(
             writing.publish(keep=1)
             writing = None
             still += time.perf_counter() - now
-        engine.forward_backward(batch(config.model, settings.rows, step + i), step + i)
+        engine.forward_backward(batch(config.model, config.batch.rows, step + i), step + i)
         engine.gradients()
         engine.update(1e-4, clip=1.0)
     if writing is not None:

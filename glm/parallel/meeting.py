@@ -5,7 +5,7 @@ processes in it. So each process signs in with a name never used before, and the
 
     each    writes its name under its rank
     first   writes down all the names it finds as the roster, again whenever one changes, until every rank has
-            confirmed the roster that stands; then declares it final
+            confirmed the roster that stands; then declares it final, and leaves when all have seen that
     others  confirm a roster that has their own name; leave when one with their own name is final
 
 The dead confirm nothing, and a roster has the first rank's new name in it: so a final one holds living processes only. Its digest
@@ -52,6 +52,9 @@ def _first(store: Store, world: int) -> str | None:
     if world > 1 and not store.check([f"confirmed/{digest}/{rank}" for rank in range(1, world)]):
         return None
     store.set("final", roster)
+    # The store may be this process's: were it to end now, the others would look for it in vain.
+    if world > 1 and not store.check([f"seen/{digest}/{rank}" for rank in range(1, world)]):
+        return None
     return digest
 
 
@@ -62,6 +65,7 @@ def _other(store: Store, rank: int, me: str) -> str | None:
         roster = store.get(key).decode()
         if me in roster.split(","):
             if key == "final":
+                store.set(f"seen/{_digest(roster)}/{rank}", "")
                 return _digest(roster)
             store.set(f"confirmed/{_digest(roster)}/{rank}", "")
     return None

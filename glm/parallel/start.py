@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -139,7 +141,8 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[T
         raise
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
+        # Whoever is missing, rank 0 does not meet them either, and says so.
+        raise EverywhereError(
             f"the {here.world} processes could not meet at {here.master}:{here.port} ({reason}): "
             "free the port or set MASTER_PORT to another, and start all of them"
         ) from None
@@ -155,13 +158,28 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[T
 def _store(here: Place, timeout: timedelta) -> Store:
     """The launcher's, where it says so, else one that rank 0 serves."""
     launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        here.master,
-        int(here.port),
-        is_master=here.rank == 0 and not launchers,
-        timeout=timeout,
-        wait_for_workers=False,
-    )
+    made: Future[Store] = Future()
+
+    def make() -> None:
+        try:
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                here.master,
+                int(here.port),
+                is_master=here.rank == 0 and not launchers,
+                timeout=timeout,
+                wait_for_workers=False,
+            )
+            made.set_result(store)
+        except Exception as error:
+            made.set_exception(error)
+
+    # In a thread that nobody waits for: where something else listens and does not answer, torch waits for ever.
+    threading.Thread(target=make, daemon=True).start()
+    seconds = timeout.total_seconds()
+    try:
+        return made.result(seconds + 1)
+    except TimeoutError:
+        raise RuntimeError(f"what listens there did not answer within {seconds:.0f} s") from None
 
 
 def _version() -> str:
