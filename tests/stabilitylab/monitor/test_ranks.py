@@ -156,6 +156,41 @@ def tensor_parallel(rank: int, out: Path, size: int = 2) -> None:
     _keep(sink, rank, out)
 
 
+COLLECTIVE = ("all_", "broadcast", "gather", "reduce", "scatter", "send", "recv", "isend", "irecv", "barrier")
+
+
+def counted(rank: int, out: Path) -> None:
+    """Collectives of each step, gradients every step and the rest every third; as rows of rank 0."""
+    calls: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in vars(dist):
+            function = getattr(dist, name)
+            if name.startswith(COLLECTIVE) and callable(function):
+                patch.setattr(dist, name, _counting(calls, name, function))
+        torch.manual_seed(0)
+        model = GPT()
+        optimizer, rows = torch.optim.Adam(model.parameters()), {}
+        schedule = Schedule(every=3, probes={"gradients": 1})
+        with Monitor(model, optimizer, schedule=schedule, sinks=[Recording()], detector=None) as monitor:
+            for step in range(10):
+                next_token_loss(model, batch(step)[:1]).backward()
+                optimizer.step()
+                calls.clear()
+                monitor.step(step)
+                rows |= {(step, name, -1): float(calls.count(name)) for name in set(calls)}
+                model.zero_grad()
+    kept = (rows, []) if rank == 0 else ({}, [])
+    (out / f"{rank}.pickle").write_bytes(pickle.dumps(kept))
+
+
+def _counting(calls: list[str], name: str, function: Callable[..., object]) -> Callable[..., object]:
+    def call(*args: object, **kwargs: object) -> object:
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    return call
+
+
 def _keep(sink: Recording, rank: int, out: Path) -> None:
     (out / f"{rank}.pickle").write_bytes(pickle.dumps((sink.rows, sink.events)))
 
@@ -215,6 +250,17 @@ def test_data_parallel_ranks_combine_exactly_and_share_alarms(tmp_path: Path) ->
     expected = alone(5)
     compare(found, expected, 0)
     compare(found, expected, 4)
+
+
+def test_a_flush_is_one_collective(tmp_path: Path) -> None:
+    found = run(counted, tmp_path)
+    # Both sets of probes are new once, and then their manifests and the size are told; known ones are not told again.
+    assert {(step, name) for step, name, _ in found if name != "all_gather"} == {
+        (0, "all_gather_object"),
+        (1, "all_gather_object"),
+    }
+    for step in range(10):
+        assert found[step, "all_gather", -1] == (2 if step < 2 else 1)
 
 
 def test_shards_of_parameters_add_up(tmp_path: Path) -> None:
