@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from experiments.benchmarks._worlds import batch, import_all, in_world
+from glm.parallel.buckets import Coming
 from glm.parallel.config import ParallelConfig
 from glm.parallel.plan.hardware import parse_cluster
 from glm.parallel.plan.layout import Layout
@@ -37,6 +38,7 @@ from glm.parallel.plan.memory import training_memory
 from glm.parallel.plan.shape import shape_of
 from glm.train.commands import preset_config
 from glm.train.config import BatchConfig, TrainConfig
+from glm.train.engine import LocalEngine
 from stabilitylab.command_line import parse
 
 STATES = (
@@ -55,6 +57,7 @@ class Settings:
     Attributes:
         preset: of `glm train`.
         vocabulary: where the preset leaves it open.
+        length: tokens a row, where activations are measured.
         rows, micro_rows: of an update.
         states: precisions in which states are measured.
         activations: precisions in which activations are.
@@ -63,6 +66,7 @@ class Settings:
 
     preset: str = "glm-tiny"
     vocabulary: int = 4096
+    length: int = 512
     rows: int = 8
     micro_rows: int = 2
     states: tuple[str, ...] = ("fp16", "bf16", "fp32")
@@ -110,25 +114,20 @@ def _states(settings: Settings, precision: str, t: int, p: int, d: int, zero: in
 
         engine = ParallelEngine(config)
         live = list(engine.model.parameters())
-        most = [0.0]
-        around = engine._stages.feed.around
+        most = _bytes(live)
+        place = engine.optimizer.place
 
-        def looking(place: int, compute: Any, x: Tensor) -> Tensor:
-            def compute_and_look(x: Tensor) -> Tensor:
-                coming = getattr(getattr(engine, "_spreading", None), "_coming", {})
-                travelling = [one.rows for ones in coming.values() for one in ones]
-                most[0] = max(most[0], _bytes([*live, *travelling]))
-                y: Tensor = compute(x)
-                return y
+        def place_and_look(unit: str, coming: list[Coming]) -> None:
+            nonlocal most
+            place(unit, coming)
+            most = max(most, _bytes([*live, *(tensor for one in coming for tensor in (one.sent, one.rows))]))
 
-            return around(place, compute_and_look, x)
-
-        engine._stages.feed.around = looking
+        engine.optimizer.place = place_and_look  # type: ignore[method-assign]
         engine.forward_backward(batch(config.model, config.batch.rows, 0), 0)
         kept = [tensor for tensors in engine.tensors() for tensor in tensors.values()]
         return {
             "stage": engine.stage,
-            "weights": most[0],
+            "weights": most,
             "gradients": _bytes(engine.optimizer.accumulated().values()),
             # In fp32 on one holder the weights are the masters.
             "optimizer": _bytes([*kept, *live]) - _bytes(live),
@@ -145,14 +144,16 @@ def _states(settings: Settings, precision: str, t: int, p: int, d: int, zero: in
 def _activations(settings: Settings, precision: str, t: int, p: int, d: int, recompute: bool) -> Found:
     """Of each rank, measured and planned bytes."""
     config = _config(settings, precision, ParallelConfig(tensor=t, pipeline=p, data=d))
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, recompute=recompute))
+    model = dataclasses.replace(config.model, recompute=recompute, length=settings.length)
+    config = dataclasses.replace(config, model=model)
 
     def measured() -> dict[str, float]:
         from glm.parallel.engine import ParallelEngine
 
-        engine = ParallelEngine(config)
+        engine: Any = LocalEngine(config) if config.parallel.ranks == 1 else ParallelEngine(config)
+        stage = getattr(engine, "stage", 0)
         _update(engine, config, 0)
-        in_flight = min(p - engine.stage, config.batch.rows // d // config.batch.micro)
+        in_flight = min(p - stage, config.batch.rows // d // config.batch.micro)
         last = next(
             layer for layer in reversed(engine.model.layers) if not isinstance(layer, torch.nn.Identity)
         )
@@ -166,9 +167,9 @@ def _activations(settings: Settings, precision: str, t: int, p: int, d: int, rec
 
         last.register_forward_hook(mark)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            engine.forward_backward(batch(config.model, config.batch.rows, 1), 1)
+            engine.forward_backward(_batch(config, 1), 1)
         kept, peak = _record(recorded)
-        return {"stage": engine.stage, "activations": kept, "peak": peak}
+        return {"stage": stage, "activations": kept, "peak": peak}
 
     found = in_world(config.parallel, measured)
     planned = []
@@ -180,9 +181,16 @@ def _activations(settings: Settings, precision: str, t: int, p: int, d: int, rec
 
 
 def _update(engine: Any, config: TrainConfig, step: int) -> None:
-    engine.forward_backward(batch(config.model, config.batch.rows, step), step)
+    engine.forward_backward(_batch(config, step), step)
     engine.gradients()
     engine.update(1e-4, clip=1.0)
+
+
+def _batch(config: TrainConfig, step: int) -> Any:
+    """Every token has a target, as the plan has it."""
+    rows = batch(config.model, config.batch.rows, step)
+    rows.targets_BT.clamp_(min=0)
+    return rows
 
 
 def _record(recorded: profile) -> tuple[float, float]:

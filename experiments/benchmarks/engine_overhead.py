@@ -1,10 +1,8 @@
-"""The parallel engine beside the local one: time of a step in one process, and memory of each rank beside the plan.
+"""The parallel engine beside the local one: time of a step in one process.
 
-*Time*: both engines in this process, on the same batches, a step of one after a step of the other; the ratio of each pair, and its
-median. One process has nobody to talk to, so what is left is DeepSpeed's schedule and our own bookkeeping.
-
-*Memory*: bytes of the tensors' storages on each rank after a backward pass, against ``glm plan``'s formula for its stage: weights,
-gradients, and optimizer (masters and moments). Activations are the model's own and not measured here.
+Both engines in this process, on the same batches, a step of one after a step of the other; the ratio of each pair, and its median.
+One process has nobody to talk to, so what is left is DeepSpeed's schedule and our own bookkeeping. Memory of several processes is
+in ``engine_memory``.
 """
 
 from __future__ import annotations
@@ -23,19 +21,11 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks._worlds import batch, import_all, in_world
-from glm.parallel.config import ParallelConfig
-from glm.parallel.plan.hardware import parse_cluster
-from glm.parallel.plan.layout import Layout
-from glm.parallel.plan.memory import training_memory
-from glm.parallel.plan.shape import shape_of
+from experiments.benchmarks._worlds import batch, import_all
 from glm.train.commands import preset_config
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import Engine, LocalEngine
 from stabilitylab.command_line import parse
-
-AXES = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2))
-PARTS = ("weights", "gradients", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +55,11 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     import_all()
 
-    memory = {"x".join(map(str, axes)): _memory(settings, axes) for axes in AXES}
     times = {precision: _times(settings, precision) for precision in settings.precisions}
     if settings.json:
-        print(json.dumps({"settings": dataclasses.asdict(settings), "seconds": times, "memory": memory}))
+        print(json.dumps({"settings": dataclasses.asdict(settings), "seconds": times}))
         return 0
-    console = Console()
-    console.print(_time_table(times))
-    console.print(_memory_table(memory))
+    Console().print(_time_table(times))
     return 0
 
 
@@ -117,40 +104,6 @@ def _step(engine: Engine, config: TrainConfig, step: int) -> float:
     return time.process_time() - began
 
 
-def _memory(settings: Settings, axes: tuple[int, int, int]) -> dict[str, list[dict[str, float]]]:
-    """Of each rank, measured and planned bytes."""
-    t, p, d = axes
-    config = dataclasses.replace(
-        _config(settings, "fp16"), parallel=ParallelConfig(tensor=t, pipeline=p, data=d)
-    )
-    shape = shape_of(config.model, vocabulary=config.model.vocabulary, length=None)
-    layout = Layout(tensor=t, pipeline=p, data=d, micro=settings.micro_rows, recompute=False)
-    gpu = parse_cluster("1x8xA100-40G").gpu
-
-    def measured() -> dict[str, float]:
-        from glm.parallel.engine import ParallelEngine
-
-        engine = ParallelEngine(config)
-        engine.forward_backward(batch(config.model, config.batch.rows, 0), 0)
-        parameters = list(engine.model.parameters())
-        kept = [tensor for tensors in engine.tensors() for tensor in tensors.values()]
-        return {
-            "stage": engine.stage,
-            "weights": sum(x.numel() * x.element_size() for x in parameters),
-            "gradients": sum(
-                x.grad.numel() * x.grad.element_size() for x in parameters if x.grad is not None
-            ),
-            "optimizer": sum(x.numel() * x.element_size() for x in kept),
-        }
-
-    found = in_world(config.parallel, measured)
-    planned = []
-    for one in found:
-        parts = training_memory(shape, layout, int(one["stage"]), settings.rows, gpu, "fp16").parts()
-        planned.append({part: parts[part] for part in PARTS})
-    return {"measured": found, "planned": planned}
-
-
 def _time_table(times: dict[str, dict[str, float]]) -> Table:
     table = Table(
         "precision", "local, ms", "parallel, ms", "ratio", title="A step in one process, processor time"
@@ -159,18 +112,6 @@ def _time_table(times: dict[str, dict[str, float]]) -> Table:
         table.add_row(
             precision, f"{1e3 * one['local']:.0f}", f"{1e3 * one['parallel']:.0f}", f"{one['ratio']:.3f}"
         )
-    return table
-
-
-def _memory_table(memory: dict[str, dict[str, list[dict[str, float]]]]) -> Table:
-    table = Table(
-        "t x p x d", "rank", *(f"{part}, MB (plan)" for part in PARTS), "all / plan", title="Memory, fp16"
-    )
-    for axes, one in memory.items():
-        for rank, (found, planned) in enumerate(zip(one["measured"], one["planned"], strict=True)):
-            cells = [f"{found[part] / 1e6:.2f} ({planned[part] / 1e6:.2f})" for part in PARTS]
-            ratio = sum(found[part] for part in PARTS) / sum(planned[part] for part in PARTS)
-            table.add_row(axes, str(rank), *cells, f"{ratio:.3f}")
     return table
 
 

@@ -7,27 +7,34 @@ With e bytes a number in the compute format and N parameters on the GPU:
     optimizer    12 N  fp32 master and two moments                         / d under ZeRO-1, 2 and 3, those of a tied matrix
                        then also over the two end stages that hold it; 8 N in fp32 where not spread: weights are the masters
     activations  what one micro-batch keeps for its backward pass x micro-batches in flight, min(p - k, m) on stage k
-    working      the largest of: one layer recomputed, the output loss on the last stage, the update's fp32 gradient; under
-                 ZeRO-2 and 3 the gradient of a unit and its fp32 copy that is summed
+    working      the largest of: a layer's backward pass, with the layer's own activations where they are recomputed; the output
+                 loss on the last stage; the update's fp32 gradient, less the activations whose room it has; under ZeRO-2 and 3
+                 the gradient of a unit and its fp32 copy that is summed
     reserved     the driver's context, collectives' buffers, and 4 % lost to fragmentation
 
 A layer keeps (Korthikanti et al., 2205.05198, section 4, recounted for our block and a tensor group of t; a test holds it to what
 autograd saves): inputs of the norms and of both sublayers, e s b h each; q, k, v and the attention output, 4 e s b h / t; the
 scores' softmax in fp32 and rounded, (4 + e) a s^2 b / t; the feed-forward's inner tensors, e s b i / t each (four if gated,
 else two).
-Recomputed, a layer keeps its input alone.
+Recomputed, a layer keeps its input alone. A micro-batch also keeps the stage's output, between stages its input in the pipeline's
+buffer, and what all layers are told of places: who sees whom, 4 s^2 b, and rotations, 2 e s b h / a.
+
+A layer's backward pass holds gradients of the feed-forward's inner tensors, later those of the scores before and after the softmax.
+The loss holds fp32 gradients of both operands and a chunk of fp32 logits twice, once and its half gradient where ranks share it.
 
 A unit is what is reduced and gathered at one time: a layer, or an embedding (``glm.parallel.zero``).
 
 The fp32 gradient of the output matrix exists from forward to backward of a micro-batch's loss (``glm.model.vocabulary_loss``).
 
-Limits: peak sizes of tensors, not an allocator's trace; the optimizer's own temporaries are those of one parameter group.
+Limits: peak sizes of tensors, not an allocator's trace (``python -m experiments.benchmarks engine_memory`` has one beside it); the
+optimizer's own temporaries are those of one parameter group; ALiBi's biases, one a head, and dropped causal masks are not counted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from glm.model.vocabulary_loss import CHUNK_ELEMENTS
 from glm.parallel.plan.hardware import GIB, Gpu
 from glm.parallel.plan.layout import Layout, stage_layers
 from glm.parallel.plan.shape import Shape
@@ -80,7 +87,7 @@ def layer_activations(shape: Shape, rows: int, tensor: int, precision: str) -> f
     # Per norm its input; per sublayer the input of its first matrix. Parallel blocks share both.
     whole = e * tokens * shape.hidden * (shape.norms + (1 if shape.norms == 1 else 2))
     if shape.dropout:
-        whole += 2 * tokens * shape.hidden
+        whole += 2 * e * tokens * shape.hidden
     # Norms of q and k keep the q, k, v product.
     split = e * tokens * shape.hidden * (4 + (3 if shape.qk_norm else 0))
     split += e * tokens * shape.inner * (4 if shape.gated else 2)
@@ -88,6 +95,18 @@ def layer_activations(shape: Shape, rows: int, tensor: int, precision: str) -> f
         wide = 4 + e if shape.softmax != "compute" and e < 4 else e
         split += wide * rows * shape.heads * shape.length**2
     return whole + split / tensor
+
+
+def layer_working(shape: Shape, rows: int, tensor: int, precision: str, *, recompute: bool) -> float:
+    """Bytes that a layer's backward pass holds at once, beside gradients of weights and what the forward pass kept."""
+    e, tokens = BYTES[precision], rows * shape.length
+    again = layer_activations(shape, rows, tensor, precision) if recompute else 0.0
+    gradients = e * tokens * (shape.up + shape.inner) / tensor
+    # The feed-forward comes first, and what was computed again for it is gone when attention's turn comes.
+    left = again - e * tokens * shape.inner * (4 if shape.gated else 2) / tensor
+    wide = 0 if shape.softmax == "fused" else e if shape.softmax == "compute" else 4
+    scores = 2 * wide * rows * shape.heads * shape.length**2 / tensor
+    return max(again + gradients, left + scores)
 
 
 def micro_batch_activations(shape: Shape, layout: Layout, stage: int, precision: str) -> float:
@@ -98,8 +117,11 @@ def micro_batch_activations(shape: Shape, layout: Layout, stage: int, precision:
         kept = stages[stage] * float(one_input)
     else:
         kept = stages[stage] * layer_activations(shape, layout.micro, layout.tensor, precision)
-    # The stage's input and output stay in the pipeline's buffers until the backward pass.
-    return kept + (2 * one_input if layout.pipeline > 1 else 0)
+    places = (
+        layout.micro * shape.length * (4 * shape.length + 2 * BYTES[precision] * shape.hidden / shape.heads)
+    )
+    # The stage's output, and between stages its input, stay in the pipeline's buffers until the backward pass.
+    return kept + places + (2 if layout.pipeline > 1 else 1) * one_input
 
 
 def training_memory(
@@ -118,11 +140,15 @@ def training_memory(
     optimizer = states * parameters + ((12 / 2 - states) * matrix if spread else 0)
     in_flight = min(layout.pipeline - stage, layout.micro_batches(rows))
     tokens = layout.micro * shape.length
-    working = [4.0 * parameters / (d if zero >= 1 else 1)]
-    if layout.recompute:
-        working.append(layer_activations(shape, layout.micro, layout.tensor, precision))
+    activations = in_flight * micro_batch_activations(shape, layout, stage, precision)
+    working = [
+        layer_working(shape, layout.micro, layout.tensor, precision, recompute=layout.recompute),
+        4.0 * parameters / (d if zero >= 1 else 1) - activations,
+    ]
     if last:
-        working.append((8 + e % 4) * matrix + (4 + e) * tokens * shape.hidden)
+        logits = min(CHUNK_ELEMENTS, tokens * shape.vocabulary / layout.tensor)
+        chunk = 8 if layout.tensor == 1 else 4 + e % 4
+        working.append((8 + e % 4) * matrix + (4 + e) * tokens * shape.hidden + chunk * logits)
     if zero >= 2:
         working.append((e + 4 + 4 / d) * unit)
     wide_gradients = 4 if precision == "bf16" else 0
@@ -131,7 +157,7 @@ def training_memory(
         weights=e * (unit * (2 + 1 / d) if zero >= 3 else parameters),
         gradients=gradients * parameters,
         optimizer=optimizer / (d if zero >= 1 else 1),
-        activations=in_flight * micro_batch_activations(shape, layout, stage, precision),
+        activations=activations,
         working=max(working),
         reserved=reserved(gpu, gpus=layout.gpus),
     )
