@@ -215,10 +215,11 @@ class Launched:
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        for text in process.stdout:
-            with self._said:
-                self.lines.append(Line(time.monotonic(), text.rstrip("\n")))
-                self._said.notify_all()
+        with process.stdout:
+            for text in process.stdout:
+                with self._said:
+                    self.lines.append(Line(time.monotonic(), text.rstrip("\n")))
+                    self._said.notify_all()
 
 
 def _runs(number: int) -> bool:

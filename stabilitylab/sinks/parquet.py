@@ -55,8 +55,8 @@ class ParquetSink:
 
     Raises:
         InputError: the folder cannot be written, or another sink is writing there.
-        OSError: from ``write`` or ``close``, when an earlier file could not be written. The rows it names are lost; the
-            sink goes on with the next ones.
+        OSError: from ``write`` or ``close``, when an earlier file could not be written. The rows it names are held, up to
+            8 million of them, and tried again with the next ones; what cannot be held, or written at ``close``, is lost.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class ParquetSink:
         self._rows: list[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64]]] = []
         self._row_count = 0
         self._oldest = 0.0
+        self._rows_wanted = rows_per_file
 
         self._queue: queue.SimpleQueue[_Batch | threading.Event | None] = queue.SimpleQueue()
         self._queued = 0  # rows; counted by the caller's thread alone, as _taken is by the other
@@ -144,7 +145,7 @@ class ParquetSink:
             batch = self._queue.get()
             try:
                 if batch is None:
-                    self._flush()
+                    self._flush(hold=False)
                     self._merge_all()
                     return
                 if isinstance(batch, threading.Event):
@@ -173,33 +174,40 @@ class ParquetSink:
             self._rows.append((samples.step, self._keys.numbers(samples), samples.value))
             self._row_count += len(samples)
         if (
-            self._row_count >= self._rows_per_file
+            self._row_count >= self._rows_wanted
             or (self._row_count and time.monotonic() - self._oldest >= self._seconds)
             or any(event.kind in _FLUSHING for event in events)
         ):
             self._flush()
 
     def _rewind(self, step: int) -> None:
-        self._flush()
+        self._flush(hold=False)
         if self._from_step is not None or self._segment == 0:
             self._segment += 1
         self._from_step = step
         # An empty file carries the news: were the run killed now, the old steps would otherwise come back to life.
         self._write(SCHEMA.empty_table())
 
-    def _flush(self) -> None:
+    def _flush(self, *, hold: bool = True) -> None:
+        """Write the rows. Where that fails: ``hold`` them for the next time, if they are not too many."""
         if not self._row_count:
             return
         step = np.concatenate([row[0] for row in self._rows])
         key = np.concatenate([row[1] for row in self._rows])
         value = np.concatenate([row[2] for row in self._rows])
-        self._rows, self._row_count = [], 0
+        held, self._rows, self._row_count = self._rows, [], 0
+        self._rows_wanted = self._rows_per_file
         try:
             self._write(self._keys.table(step, key, value))
         except OSError as error:
+            fate = "lost"
+            if hold and len(step) <= _BACKLOG_ROWS:
+                self._rows, self._row_count = held, len(step)
+                self._oldest, self._rows_wanted = time.monotonic(), len(step) + self._rows_per_file
+                fate = "are held until they can be written"
             raise OSError(
                 error.errno,
-                f"{len(step)} rows of telemetry (steps {step.min()} to {step.max()}) lost: {error.strerror or error}",
+                f"{len(step)} rows of telemetry (steps {step.min()} to {step.max()}) {fate}: {error.strerror or error}",
                 str(self.folder),
             ) from None
         level = 0
