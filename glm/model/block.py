@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from glm.model.attention import Attention
 from glm.model.cache import LayerCache
 from glm.model.config import ModelConfig
+from glm.model.dropout import attention_place, dropout, feed_forward_place
 from glm.model.feed_forward import FeedForward
-from glm.model.layers import Norm, dropout
+from glm.model.layers import Norm
 from glm.model.positions import Rotation
 
 
@@ -39,6 +40,7 @@ class Block(nn.Module):
         self.is_parallel = config.parallel_block
         self.alpha = residual_scale(config)
         self.p = config.dropout
+        self.attention_place, self.feed_forward_place = attention_place(layer), feed_forward_place(layer)
 
         def norm() -> Norm:
             return Norm(config.hidden, epsilon=config.norm_epsilon, bias=config.bias)
@@ -56,14 +58,20 @@ class Block(nn.Module):
         bias_BHTS: Tensor | None,
         turned: Rotation | None = None,
         cache: LayerCache | None = None,
+        keys_B: Tensor | None = None,
     ) -> Tensor:
-        """The main branch after this layer; the other arguments are ``Attention.forward``'s."""
+        """The main branch after this layer.
+
+        Args:
+            x_BTC, bias_BHTS, turned, cache: ``Attention.forward``'s.
+            keys_B: of the rows' dropout masks; None: nothing is dropped.
+        """
 
         def attend(y: Tensor) -> Tensor:
-            return dropout(self.attention(y, bias_BHTS, turned, cache), self.p, self.training)
+            return dropout(self.attention(y, bias_BHTS, turned, cache), self.p, keys_B, self.attention_place)
 
         def feed(y: Tensor) -> Tensor:
-            return dropout(self.feed_forward(y), self.p, self.training)
+            return dropout(self.feed_forward(y), self.p, keys_B, self.feed_forward_place)
 
         n1, n2, n3, n4 = (
             self.attention_norm,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from glm.precision import linear
 
@@ -45,7 +44,3 @@ def shrink_gradient(x: Tensor, alpha: float) -> Tensor:
         return x
     shrunk: Tensor = _ScaledGradient.apply(x, alpha)  # type: ignore[no-untyped-call]
     return shrunk
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    return F.dropout(x, p, training) if p > 0 and training else x

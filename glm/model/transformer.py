@@ -15,9 +15,10 @@ from glm.errors import InputError
 from glm.model.block import Block
 from glm.model.cache import Cache
 from glm.model.config import ModelConfig
+from glm.model.dropout import EMBEDDING, dropout, fresh_keys
 from glm.model.embedding import Embedding
 from glm.model.initialise import initialise_block, initialise_embedding
-from glm.model.layers import Linear, Norm, dropout
+from glm.model.layers import Linear, Norm
 from glm.model.positions import Rotation, alibi, is_causal, rotation, score_bias, visible
 from glm.model.vocabulary_loss import logits, vocabulary_loss
 from glm.precision import upcasts
@@ -84,22 +85,35 @@ class Transformer(nn.Module):
         positions: Tensor,
         segments_BT: Tensor,
         context_BT: Tensor,
+        keys_B: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Sum of the target losses (fp32 scalar, nats) and how many there are; targets below 0 do not count."""
-        hidden_BTC = self.hidden(tokens_BT, positions, segments_BT, context_BT)
+        """Sum of the target losses (fp32 scalar, nats) and how many there are; targets below 0 do not count.
+
+        ``keys_B``: of the rows' dropout masks (``dropout.row_keys``); None: drawn here.
+        """
+        hidden_BTC = self.hidden(tokens_BT, positions, segments_BT, context_BT, keys_B)
         chosen = targets_BT >= 0
         target_N = targets_BT[chosen]
         total = vocabulary_loss(hidden_BTC[chosen], self.output_weight(), target_N, self.config.z_loss)
         return total, target_N.numel()
 
-    def hidden(self, tokens_BT: Tensor, positions: Tensor, segments_BT: Tensor, context_BT: Tensor) -> Tensor:
-        """The final hidden states, [B, T, C]."""
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        positions: Tensor,
+        segments_BT: Tensor,
+        context_BT: Tensor,
+        keys_B: Tensor | None = None,
+    ) -> Tensor:
+        """The final hidden states, [B, T, C]; arguments as of ``loss``."""
         self._check_length(tokens_BT.shape[1])
+        if keys_B is None and self.config.dropout and self.training:
+            keys_B = fresh_keys(tokens_BT.shape[0])
         attention = self.config.attention
         can_skip = attention.softmax == "fused" and attention.positions != "alibi"
         if can_skip and is_causal(segments_BT, context_BT):
-            return self._through(tokens_BT, positions, None)
-        return self._through(tokens_BT, positions, visible(segments_BT, context_BT))
+            return self._through(tokens_BT, positions, None, keys_B=keys_B)
+        return self._through(tokens_BT, positions, visible(segments_BT, context_BT), keys_B=keys_B)
 
     def extend(self, tokens_BT: Tensor, positions: Tensor, visible_B1TS: Tensor, cache: Cache) -> Tensor:
         """The final hidden states of tokens that follow those in the cache, and are added to it.
@@ -114,31 +128,39 @@ class Transformer(nn.Module):
         return self._through(tokens_BT, positions, visible_B1TS, cache)
 
     def _through(
-        self, tokens_BT: Tensor, positions: Tensor, visible_B1TS: Tensor | None, cache: Cache | None = None
+        self,
+        tokens_BT: Tensor,
+        positions: Tensor,
+        visible_B1TS: Tensor | None,
+        cache: Cache | None = None,
+        keys_B: Tensor | None = None,
     ) -> Tensor:
         """``visible_B1TS`` None: causal, which fused attention can do without a mask, at half the work."""
-        x_BTC = self.embed(tokens_BT, positions)
+        if not self.training:
+            keys_B = None
+        x_BTC = self.embed(tokens_BT, positions, keys_B)
         if visible_B1TS is None:
             bias_BHTS, turned = None, self._rotation(positions, x_BTC.dtype)
         else:
             bias_BHTS, turned = self.surroundings(positions, visible_B1TS, x_BTC.dtype, cache)
         for number, layer in enumerate(self.layers):
             if self.config.recompute and self.training and torch.is_grad_enabled():
-                x_BTC = checkpoint(layer, x_BTC, bias_BHTS, turned, use_reentrant=False)
+                x_BTC = checkpoint(layer, x_BTC, bias_BHTS, turned, None, keys_B, use_reentrant=False)
             else:
-                x_BTC = layer(x_BTC, bias_BHTS, turned, None if cache is None else cache.layers[number])
+                past = None if cache is None else cache.layers[number]
+                x_BTC = layer(x_BTC, bias_BHTS, turned, past, keys_B)
         if self.final_norm is not None:
             x_BTC = self.final_norm(x_BTC)
         return x_BTC
 
-    def embed(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
-        """What the first layer gets, [B, T, C]."""
+    def embed(self, tokens_BT: Tensor, positions: Tensor, keys_B: Tensor | None = None) -> Tensor:
+        """What the first layer gets, [B, T, C]; nothing is dropped of rows without keys."""
         x_BTC: Tensor = self.embedding(tokens_BT)
         if self.positions is not None:
             x_BTC = x_BTC + self.positions[_place(positions)]
         if self.embedding_norm is not None:
             x_BTC = self.embedding_norm(x_BTC)
-        return dropout(x_BTC, self.config.dropout, self.training)
+        return dropout(x_BTC, self.config.dropout, keys_B, EMBEDDING)
 
     def surroundings(
         self, positions: Tensor, visible_B1TS: Tensor, dtype: torch.dtype, cache: Cache | None = None

@@ -13,16 +13,18 @@ DeepSpeed's schedule is cut off after the last backward pass: its reduction and 
 gradients are looked at between the two. Its copy of the model stays in the precision that the policy says, so that its own fp16
 wrapper, which refuses CPUs without half-precision units, has no part in it.
 
-Every rank builds the whole batch and takes its replica's rows. Replicas get micro-batches as evenly as they go.
+A rank builds its replica's rows only (``own_rows``); how many targets all have is the one thing it is told of the others'. Replicas
+get micro-batches as evenly as they go.
 
 Limits: ZeRO-2 and 3 are for one pipeline stage, and so that ranks begin alike each draws its whole part of the model once before it
-is spread. Dropout masks are not those of one process.
+is spread.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from datetime import timedelta
@@ -34,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from glm.errors import InputError
+from glm.model.dropout import row_keys
 from glm.parallel import checkpoint as sharded
 from glm.parallel.building import build, shapes_of
 from glm.parallel.groups import Groups
@@ -44,7 +47,7 @@ from glm.parallel.topology import checked
 from glm.precision import LossScaler, Policy
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
-from glm.train.engine import Updates
+from glm.train.engine import Updates, Whole, check_targets, count_targets
 from glm.train.writing import Writing
 
 try:
@@ -170,7 +173,7 @@ class ParallelEngine(Updates):
         )
         _join_deepspeed()
         with redirect_stdout(io.StringIO()):
-            self._stages = Stages(self.model, config.model, axes, seed=config.seed, tensor=groups.tensor)
+            self._stages = Stages(self.model, config.model, axes, tensor=groups.tensor)
         # Values that DeepSpeed needs and that decide nothing here: it neither steps nor scales.
         settings = {
             "train_micro_batch_size_per_gpu": 1,
@@ -203,15 +206,38 @@ class ParallelEngine(Updates):
     def shard(self) -> int:
         return self.tensor_rank
 
-    def forward_backward(self, batch: Rows, step: int) -> float:
-        targets = int((batch.targets_BT != -100).sum())
-        if targets == 0:
-            raise InputError(
-                f"the batch of step {step} has no targets: its rows are too short for the objective"
-            )
-        micro_batches, first, rounds = self._own(batch)
+    def repeats(self, parameter: str) -> bool:
+        # In ZeRO's later stages what is accumulated are the shares, of which there is one each.
+        return self.zero < 2 and self.tensor_rank > 0 and self.shares[parameter].alike > 1
+
+    def own_rows(self, rows: int) -> range:
+        count, d = math.ceil(rows / self.micro_rows), self.topology.data
+        begin, end = (
+            self.micro_rows * (count * replica // d) for replica in (self.replica, self.replica + 1)
+        )
+        return range(min(begin, rows), min(end, rows))
+
+    def whole(self, batch: Rows, rows: int) -> Whole:
+        counts = self.stage == 0 and self.tensor_rank == 0
+        targets = torch.tensor([count_targets(batch) if counts else 0], device=self.device)
+        dist.all_reduce(targets)
+        return Whole(rows, int(targets))
+
+    def forward_backward(self, batch: Rows, step: int, whole: Whole | None = None) -> float:
+        own = self.own_rows(whole.rows if whole is not None else batch.tokens_BT.shape[0])
+        tensors = [batch.tokens_BT, batch.targets_BT, batch.positions, batch.segments_BT, batch.context_BT]
+        if whole is None:
+            whole = Whole(batch.tokens_BT.shape[0], count_targets(batch))
+            tensors = [tensor[own.start : own.stop] for tensor in tensors]
+        check_targets(whole.targets, step)
+        tensors = [tensor.to(self.device) for tensor in tensors]
+        keys_B = row_keys(self.seed, step, own)
+        micro_batches: list[MicroBatch] = [
+            tuple(tensor[i : i + self.micro_rows] for tensor in (*tensors, keys_B))
+            for i in range(0, len(own), self.micro_rows)
+        ]
         feed = self._stages.feed
-        feed.begin(micro_batches, scale=self.loss_scale / targets, step=step, first=first)
+        feed.begin(micro_batches, scale=self.loss_scale / whole.targets)
         if micro_batches:
             pipeline = self._pipeline
             pipeline.set_dataiterator(iter([(one[0], one[1]) for one in micro_batches]))
@@ -223,30 +249,18 @@ class ParallelEngine(Updates):
                 )
             )
         if self._spreading is not None:
-            for _ in range(rounds - len(micro_batches)):
+            most = math.ceil(math.ceil(whole.rows / self.micro_rows) / self.topology.data)
+            for _ in range(most - len(micro_batches)):
                 self._spreading.idle()
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
         if feed.losses and self.tensor_rank == 0:
             total += torch.stack(feed.losses).double().sum()
         dist.all_reduce(total)
-        return float(total) / targets
+        return float(total) / whole.targets
 
     def _backward(self, pipeline: Any, buffer_id: int) -> None:
         pipeline._exec_backward_pass(buffer_id)
         self.optimizer.accumulate()
-
-    def _own(self, batch: Rows) -> tuple[list[MicroBatch], int, int]:
-        """This replica's micro-batches, the number of the first within the update, and the most that a replica has."""
-        rows, d = batch.tokens_BT.shape[0], self.topology.data
-        starts = range(0, rows, self.micro_rows)
-        first = len(starts) * self.replica // d
-        parts = [slice(a, a + self.micro_rows) for a in starts[first : len(starts) * (self.replica + 1) // d]]
-        tensors = (batch.tokens_BT, batch.targets_BT, batch.positions, batch.segments_BT, batch.context_BT)
-        return (
-            [tuple(tensor[part].to(self.device) for tensor in tensors) for part in parts],
-            first,
-            -(-len(starts) // d),
-        )
 
     def set_embedding_gradient_shrink(self, alpha: float) -> None:
         if hasattr(self.model, "embedding"):

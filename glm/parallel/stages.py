@@ -7,8 +7,8 @@ asks for them.
 
 A tied embedding is on the first and on the last stage. Both hold its weight; its gradient is summed over both by the optimizer.
 
-Dropout masks are a function of (seed, step, micro-batch, layer), so that tensor ranks agree, and a mask does not depend on how many
-stages or replicas there are. One process draws them one after the other (``glm.train.engine``): those masks differ.
+Dropout masks are a function of each row's key and the place (``glm.model.dropout``), so tensor ranks agree, and masks are those of
+one process however many stages and replicas there are.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from glm.model.config import ModelConfig
-from glm.model.positions import Rotation, visible
+from glm.model.positions import visible
 from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import vocabulary_loss
 from glm.parallel.plan.layout import stage_layers
 from glm.parallel.vocabulary_loss import split_vocabulary_loss
 
-# tokens, targets, positions, segments, context
+# tokens, targets, positions, segments, context, keys of the dropout masks
 MicroBatch = tuple[Tensor, ...]
 # Place in the row (0: look-up, k + 1: layer k, L + 1: loss), what is computed there, and of what.
 Around = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -47,30 +47,26 @@ class Feed:
         around: computes each part of the row; ``glm.parallel.zero`` does more around it.
     """
 
-    def __init__(self, model: Transformer, seed: int, tensor: dist.ProcessGroup | None) -> None:
-        self.model, self.seed, self.tensor = model, seed, tensor
+    def __init__(self, model: Transformer, tensor: dist.ProcessGroup | None) -> None:
+        self.model, self.tensor = model, tensor
         self.waiting: list[MicroBatch] = []
         self.scale = 1.0
         self.losses: list[Tensor] = []
-        self._step = self._number = 0
         self.around: Around = _plainly
 
-    def begin(self, micro_batches: Sequence[MicroBatch], *, scale: float, step: int, first: int) -> None:
+    def begin(self, micro_batches: Sequence[MicroBatch], *, scale: float) -> None:
         """A new update.
 
         Args:
             micro_batches: this replica's.
             scale: factor on each micro-batch's summed loss.
-            step: number of the update.
-            first: number of the replica's first micro-batch within it.
         """
         self.waiting, self.scale, self.losses = list(micro_batches), scale, []
-        self._step, self._number = step, first - 1
 
     def advance(self, dtype: torch.dtype) -> None:
         """The next micro-batch."""
-        self._number += 1
-        self.tokens_BT, self.targets_BT, self.positions, segments_BT, context_BT = self.waiting.pop(0)
+        self.tokens_BT, self.targets_BT, self.positions, segments_BT, context_BT, keys_B = self.waiting.pop(0)
+        self.keys_B = keys_B if self.model.config.dropout else None
         bias_BHTS, self.turned = self.model.surroundings(
             self.positions, visible(segments_BT, context_BT), dtype
         )
@@ -80,15 +76,6 @@ class Feed:
         self.bias_BHTS: Tensor = bias_BHTS
         self.dtype = dtype
 
-    def sow(self, layer: int) -> None:
-        """Seed the masks of one layer; -1 is the embedding."""
-        if self.model.config.dropout:
-            places = (self.seed, self._step, self._number, layer + 1)
-            mixed = 0
-            for place in places:
-                mixed = (mixed * 6_364_136_223_846_793_005 + place + 1) % 2**63
-            torch.manual_seed(mixed)
-
 
 class Stages(PipelineModule):  # type: ignore[misc]
     """This rank's stage.
@@ -97,7 +84,6 @@ class Stages(PipelineModule):  # type: ignore[misc]
         model: what ``glm.parallel.building`` made.
         config: the model's shape.
         axes: DeepSpeed's topology.
-        seed: of the run.
         tensor: the ranks that share each layer; None: no other.
     """
 
@@ -107,12 +93,11 @@ class Stages(PipelineModule):  # type: ignore[misc]
         config: ModelConfig,
         axes: Any,
         *,
-        seed: int,
         tensor: dist.ProcessGroup | None,
     ) -> None:
         self._counts = stage_layers(config.layers, axes.get_dim("pipe"))
         self.dtype = next(model.parameters()).dtype
-        feed = Feed(model, seed, tensor)
+        feed = Feed(model, tensor)
         row = [_start(feed), *(_layer(feed, number) for number in range(config.layers)), _end(feed)]
         super().__init__(row, topology=axes, partition_method="uniform")
         self.feed, self.model = feed, model
@@ -136,8 +121,7 @@ class Stages(PipelineModule):  # type: ignore[misc]
 
 def _start(feed: Feed) -> Callable[[Tensor], Tensor]:
     def look_up(tokens_BT: Tensor) -> Tensor:
-        feed.sow(-1)
-        return feed.model.embed(tokens_BT, feed.positions)
+        return feed.model.embed(tokens_BT, feed.positions, feed.keys_B)
 
     return lambda tokens_BT: feed.around(0, look_up, tokens_BT)
 
@@ -145,8 +129,7 @@ def _start(feed: Feed) -> Callable[[Tensor], Tensor]:
 def _layer(feed: Feed, number: int) -> Callable[[Tensor], Tensor]:
     def through(x_BTC: Tensor) -> Tensor:
         layer = feed.model.layers[number]
-        given: tuple[Tensor, Tensor, Rotation | None] = (x_BTC, feed.bias_BHTS, feed.turned)
-        feed.sow(number)
+        given = x_BTC, feed.bias_BHTS, feed.turned, None, feed.keys_B
         if feed.model.config.recompute:
             again: Tensor = checkpoint(layer, *given, use_reentrant=False)
             return again

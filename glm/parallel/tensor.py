@@ -8,7 +8,7 @@ Where all ranks hold the same X and each uses it for its own part, the gradient 
 parts are summed, it is handed to each as it is (``summed``): two all-reduces a sublayer forward, two backward.
 
 ``cut_block`` replaces the modules of a built block; the model itself knows nothing of it. Between the cuts every
-tensor rank holds the same activations, so dropout masks must agree: all ranks seed alike.
+tensor rank holds the same activations, and drops the same of them (``glm.model.dropout``).
 
 Shapes: B rows, T tokens, C hidden, V vocabulary.
 

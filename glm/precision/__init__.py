@@ -1,6 +1,6 @@
 """Number formats: which tensor has which, how half operands are multiplied, and how the loss is scaled."""
 
-from glm.precision.gradient_range import GradientRange, gradient_range
+from glm.precision.gradient_range import GradientRange, count_elements, gradient_range
 from glm.precision.loss_scale import LossScaleConfig, LossScaler
 from glm.precision.matmul import (
     at_least_fp32,
@@ -21,6 +21,7 @@ __all__ = [
     "Policy",
     "Precision",
     "at_least_fp32",
+    "count_elements",
     "fused_attention",
     "gradient_range",
     "linear",

@@ -7,13 +7,14 @@ The loop knows an ``Engine`` and nothing of how it computes: the local one is pl
     g       = sum_i d(s * loss_i)/dw / s                                               however the rows were split
     w      <- AdamW(clip(g))         unless g is not finite: then the update is skipped and the loss scale told
 
-Dropout masks are a function of (seed, step): resuming or replaying a step draws the same ones.
+Dropout masks are a function of (seed, step, row): resuming or replaying a step draws the same ones, and so does any engine.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from glm.data.batch import Batch
 from glm.errors import InputError
+from glm.model.dropout import row_keys
 from glm.model.transformer import Transformer
 from glm.parallel.team import Alone, Team
 from glm.precision import LossScaler, Policy
@@ -30,6 +32,14 @@ from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.optimizer import GradientSummary, MixedPrecisionAdamW
 from glm.train.writing import Writing
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The update that a process's rows are part of: all its rows, and the targets in them."""
+
+    rows: int
+    targets: int
 
 
 class Engine(Protocol):
@@ -59,12 +69,30 @@ class Engine(Protocol):
     def shard(self) -> int:
         """Which part of the modules that is."""
 
+    def repeats(self, parameter: str) -> bool:
+        """Whether another process accumulates the very same gradient of it, and counts for both."""
+
     @property
     def loss_scale(self) -> float:
         """The factor on the loss in the next backward pass."""
 
-    def forward_backward(self, batch: Batch, step: int) -> float:
-        """Accumulate the gradient of the batch's mean target loss; returns that loss in nats."""
+    def own_rows(self, rows: int) -> range:
+        """Which of an update's rows this process computes with: the others it need not build."""
+
+    def whole(self, batch: Batch, rows: int) -> Whole:
+        """What an update of ``rows`` rows is altogether, of which ``batch`` holds this process's own. All ask at once."""
+
+    def forward_backward(self, batch: Batch, step: int, whole: Whole | None = None) -> float:
+        """Accumulate the gradient of the update's mean target loss; returns that loss in nats.
+
+        Args:
+            batch: this process's own rows; all rows, if ``whole`` is None.
+            step: number of the update.
+            whole: what it is part of.
+
+        Raises:
+            InputError: no row has a target.
+        """
 
     def gradients(self) -> GradientSummary:
         """Norms of the accumulated gradient: reduced over ranks, unscaled, not clipped."""
@@ -164,6 +192,7 @@ class LocalEngine(Updates):
         self.device = torch.device(device)
         self.team: Team = Alone()
         self.seed = config.seed
+        self._drops = config.model.dropout > 0
         self.micro_rows = config.batch.micro
         self.policy = Policy(precision=config.precision)
         torch.manual_seed(config.seed)
@@ -181,17 +210,26 @@ class LocalEngine(Updates):
         for layer in self.model.layers:
             layer.compile()
 
-    def forward_backward(self, batch: Batch, step: int) -> float:
-        torch.manual_seed(self.seed * 1_000_003 + step)
-        targets = int((batch.targets_BT != -100).sum())
-        if targets == 0:
-            raise InputError(
-                f"the batch of step {step} has no targets: its rows are too short for the objective"
-            )
+    def repeats(self, parameter: str) -> bool:
+        return False
+
+    def own_rows(self, rows: int) -> range:
+        return range(rows)
+
+    def whole(self, batch: Batch, rows: int) -> Whole:
+        return Whole(rows, count_targets(batch))
+
+    def forward_backward(self, batch: Batch, step: int, whole: Whole | None = None) -> float:
+        targets = whole.targets if whole is not None else count_targets(batch)
+        check_targets(targets, step)
         total = 0.0
         for first in range(0, batch.tokens_BT.shape[0], self.micro_rows):
             rows = slice(first, first + self.micro_rows)
-            loss_sum, _ = self.model.loss(*(part.to(self.device) for part in _model_inputs(batch, rows)))
+            tokens, targets_BT, positions, segments, context = (
+                part.to(self.device) for part in _model_inputs(batch, rows)
+            )
+            keys_B = row_keys(self.seed, step, range(first, first + len(tokens))) if self._drops else None
+            loss_sum, _ = self.model.loss(tokens, targets_BT, positions, segments, context, keys_B)
             (loss_sum * (self.loss_scale / targets)).backward()  # type: ignore[no-untyped-call]
             self.optimizer.accumulate()
             total += float(loss_sum.detach())
@@ -230,6 +268,25 @@ class LocalEngine(Updates):
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
         return checkpoints.load_newest(folder)
+
+
+class Targets(Protocol):
+    """What of a batch says how many targets it has."""
+
+    @property
+    def targets_BT(self) -> Tensor:  # noqa: N802
+        """[B, T]; below 0: none."""
+
+
+def count_targets(batch: Targets) -> int:
+    """Positions with a target."""
+    return int((batch.targets_BT >= 0).sum())
+
+
+def check_targets(targets: int, step: int) -> None:
+    """Raises InputError where a batch has none: there is no mean over them."""
+    if targets == 0:
+        raise InputError(f"the batch of step {step} has no targets: its rows are too short for the objective")
 
 
 def _model_inputs(batch: Batch, rows: slice) -> tuple[Tensor, ...]:

@@ -133,11 +133,13 @@ class Trainer:
             schedule.embedding_gradient_shrink(step, self.config.model.embedding.gradient_shrink)
         )
         self.engine.set_embedding_gradient_shrink(alpha)
-        batch = self.loader.samples(range(self.samples, self.samples + rows))
+        own = self.engine.own_rows(rows)
+        batch = self.loader.samples(range(self.samples + own.start, self.samples + own.stop))
         data_seconds = time.perf_counter() - started
 
         scale = self.engine.loss_scale
-        loss = self.engine.forward_backward(batch, step)
+        whole = self.engine.whole(batch, rows)
+        loss = self.engine.forward_backward(batch, step, whole)
         gradients = self.engine.gradients()
         for callback in self.callbacks:
             callback.gradients_ready(step, gradients)
@@ -145,14 +147,15 @@ class Trainer:
 
         self.step += 1
         self.samples += rows
-        self.tokens += batch.tokens_BT.numel()
+        tokens = rows * batch.tokens_BT.shape[1]
+        self.tokens += tokens
         info = StepInfo(
             step=step,
             loss=loss,
             gradient_norm=gradients.global_norm,
             learning_rate=learning_rate,
-            tokens=batch.tokens_BT.numel(),
-            targets=int((batch.targets_BT != -100).sum()),
+            tokens=tokens,
+            targets=whole.targets,
             loss_scale=scale,
             skipped=not applied,
             seconds=time.perf_counter() - started,

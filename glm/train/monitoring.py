@@ -1,48 +1,28 @@
 """The instrument in the training loop: hands each step to ``stabilitylab.Monitor`` and brings back what it noticed.
 
-At ``monitor.every`` it adds what only the trainer knows: where the gradient lies in the format that it was accumulated in, before
-the loss scale is taken out (``glm.precision.gradient_range``). Family ``precision``, site ``-``:
+At ``monitor.every`` it adds what only the trainer knows: where the gradient lies in its format (``range_probe``).
 
 A mixture of data is recorded as ``train/<component>/mixture_share``: the shares that a step's first row was drawn with.
-
-| statistic | meaning | unit | source |
-| --- | --- | --- | --- |
-| gradient_elements | elements of all gradients | 1 | gradient_range.py |
-| overflowed_elements | infinite or NaN | 1 | gradient_range.py |
-| zero_elements | exactly 0: underflowed, or truly zero | 1 | gradient_range.py |
-| subnormal_elements | below the smallest normal number of the format | 1 | gradient_range.py |
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from glm.data.loader import Loader
-from glm.parallel.team import Alone, Team
-from glm.precision import gradient_range
 from glm.train.batches import BatchDescriber
 from glm.train.config import MonitorConfig
 from glm.train.events import Callback, StepInfo
 from glm.train.loop import Trainer
 from glm.train.optimizer import GradientSummary
+from glm.train.range_probe import GradientRangeProbe
 from stabilitylab import Monitor
+from stabilitylab.probes.everything import all_probes
 from stabilitylab.telemetry import Event, RunFolder
-
-
-def range_values(gradients: Iterable[Tensor]) -> dict[str, float]:
-    """The module's table, by metric."""
-    found = gradient_range(gradients)
-    return {
-        "precision/-/gradient_elements": found.elements,
-        "precision/-/overflowed_elements": found.nonfinite,
-        "precision/-/zero_elements": found.zero,
-        "precision/-/subnormal_elements": found.subnormal,
-    }
 
 
 class MonitorCallback(Callback):
@@ -59,9 +39,8 @@ class MonitorCallback(Callback):
         self._monitor: Monitor | None = None
         self._pending_state: Mapping[str, Any] = {}
         self._pending_events: list[Event] = []
-        self._range: Mapping[str, float] = {}
+        self._range = GradientRangeProbe()
         self._mixed: Loader | None = None
-        self._team: Team = Alone()
 
     @property
     def monitor(self) -> Monitor:
@@ -69,7 +48,7 @@ class MonitorCallback(Callback):
         return self._monitor
 
     def train_start(self, trainer: Trainer) -> None:
-        self._team = trainer.team
+        self._repeats = trainer.engine.repeats
         self._mixed = trainer.loader if trainer.config.sampling.mixture else None
         describe = None
         if self._run is not None:
@@ -81,6 +60,7 @@ class MonitorCallback(Callback):
             parameters=trainer.engine.tensors()[0],
             every=self._config.every,
             gradients_every=self._config.gradients_every,
+            probes=[*all_probes(), self._range],
             sites=self._config.sites,
             tensorboard=self._config.tensorboard,
             describe_batch=describe,
@@ -106,11 +86,7 @@ class MonitorCallback(Callback):
         self.monitor.start_step(step)
 
     def gradients_ready(self, step: int, gradients: GradientSummary) -> None:
-        every = self._config.every
-        self._range = {}
-        if every and step % every == 0:
-            own = range_values(gradients.accumulated.values())
-            self._range = dict(zip(own, self._team.total(list(own.values())), strict=True))
+        self._range.take(g for name, g in gradients.accumulated.items() if not self._repeats(name))
         self.monitor.gradients_ready(gradients=gradients.gradients, norms=gradients.norms)
 
     def step_end(self, info: StepInfo) -> Sequence[Event]:
@@ -128,7 +104,6 @@ class MonitorCallback(Callback):
             data_seconds=info.data_seconds,
             embedding_gradient_shrink=info.embedding_gradient_shrink,
             first_sample=info.first_sample,
-            **self._range,
             **{f"train/{component}/mixture_share": share for component, share in shares.items()},
         )
 

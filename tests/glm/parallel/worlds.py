@@ -32,6 +32,8 @@ from glm.train.loop import Trainer
 from glm.train.optimizer import OptimizerConfig
 from stabilitylab.spikes import ResponderConfig
 from stabilitylab.telemetry import Event
+from tests.glm.parallel.spiking import POLICIES, answer, spiking
+from tests.glm.parallel.split_loss import split_losses
 
 TOPOLOGIES = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2))
 RESPONDING = (1, 2, 2)
@@ -56,6 +58,7 @@ OTHER = dataclasses.replace(
     attention=AttentionConfig(positions="alibi", qk_norm=True),
     feed_forward=FeedForwardConfig(kind="gelu"),
 )
+STABLE = OptimizerConfig(update_clipping=True, zclip=True)
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,11 @@ def worlds() -> list[World]:
     found += [world("fp16-221", (2, 2, 1), precision="fp16"), world("bf16-122", (1, 2, 2), precision="bf16")]
     # Other levers, and a micro-batch that only one of two replicas gets.
     found += [world("other-221", (2, 2, 1), model=OTHER), world("uneven-112", (1, 1, 2), micro=8)]
-    stable = OptimizerConfig(update_clipping=True, zclip=True)
-    found += [world("stable-212", (2, 1, 2), optimizer=stable)]
+    found += [world("stable-212", (2, 1, 2), optimizer=STABLE)]
     wet = dataclasses.replace(GLM, dropout=0.2)
-    found += [world(f"dropout-{_joined(axes)}", axes, model=wet) for axes in ((1, 1, 2), (2, 2, 1))]
+    found += [world(f"dropout-{_joined(axes)}", axes, model=wet) for axes in TOPOLOGIES[:3]]
+    replayed = dataclasses.replace(wet, recompute=True)
+    found.append(world("dropout-recomputed-221", (2, 2, 1), model=replayed, micro=1))
     # Loads what another topology wrote and writes it again.
     found += [
         world("again-111", (1, 1, 1), precision="fp16", steps=0, load="fp16-221"),
@@ -116,19 +120,17 @@ def zero_worlds() -> list[World]:
     """ZeRO's other stages: with a replica that has no micro-batch, with everything that a layer can do, in each format."""
     found = [
         world("copied-212", (2, 1, 2), zero=0),
-        world("copied-fp16-122", (1, 2, 2), zero=0, precision="fp16"),
+        world("copied-fp16-121", (1, 2, 1), zero=0, precision="fp16"),
         world("fp32-112-zero2", (1, 1, 2), zero=2),
         world("fp32-112-zero3", (1, 1, 2), zero=3),
         world("uneven-112-zero3", (1, 1, 2), zero=3, micro=8),
-        world("other-212-zero2", (2, 1, 2), zero=2, model=OTHER),
+        world("other-112-zero2", (1, 1, 2), zero=2, model=OTHER),
         world("other-212-zero3", (2, 1, 2), zero=3, model=OTHER),
         world("fp16-112-zero2", (1, 1, 2), zero=2, precision="fp16"),
         world("fp16-212-zero3", (2, 1, 2), zero=3, precision="fp16"),
         world("bf16-112-zero3", (1, 1, 2), zero=3, precision="bf16"),
-        world(
-            "stable-212-zero3", (2, 1, 2), zero=3, optimizer=OptimizerConfig(update_clipping=True, zclip=True)
-        ),
-        world("dropout-212-zero3", (2, 1, 2), zero=3, model=dataclasses.replace(GLM, dropout=0.2)),
+        world("stable-112-zero3", (1, 1, 2), zero=3, optimizer=STABLE),
+        world("dropout-112-zero3", (1, 1, 2), zero=3, model=dataclasses.replace(GLM, dropout=0.2)),
     ]
     # A checkpoint goes through every stage.
     load = "fp16-212-zero3"
@@ -240,6 +242,22 @@ def run_responding(folder: Path, data: Path) -> None:
         (folder / f"responding-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
+def run_two(folder: Path, data: Path) -> None:
+    """What needs two replicas only: runs with a planted spike; and two tensor ranks: a loss."""
+    from glm.parallel.engine import ParallelEngine
+    from glm.parallel.start import joined
+
+    shards = open_data(data)
+    config = spiking("none", (1, 1, 2))
+    with joined(config.parallel, torch.device("cpu"), config.to_json()):
+        split_losses(folder)
+        found = {}
+        for policy in POLICIES:
+            config = spiking(policy, (1, 1, 2))
+            found[policy] = answer(config, ParallelEngine(config), shards)
+        (folder / f"spiking-{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
 def command(data: Path, out: Path, axes: tuple[int, int, int, int]) -> list[str]:
     """A watched run of ``glm train``."""
     flags = {
@@ -276,6 +294,7 @@ def main(folder: Path, data: Path) -> int:
         words = command(data, folder / f"watched-{_joined(axes)}", axes)
         runs.append((words[5], math.prod(axes[:3]), lambda words=words: glm.cli.main(words)))
     runs.append(("responding", math.prod(RESPONDING), lambda: run_responding(folder, data)))
+    runs.append(("two", 2, lambda: run_two(folder, data)))
     for name, ranks, work in runs:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -1,0 +1,86 @@
+"""Where the gradient lies in the format that it was accumulated in, before the loss scale is taken out.
+
+Only the trainer has these gradients, so it hands them over (``take``). Counts are ``glm.precision.gradient_range``'s,
+merging is the monitor's: they travel in its one collective.
+
+Family ``precision``, site ``-``:
+
+| statistic | meaning | unit | source |
+| --- | --- | --- | --- |
+| gradient_elements | elements of all gradients | 1 | gradient_range.py |
+| overflowed_elements | infinite or NaN | 1 | gradient_range.py |
+| zero_elements | exactly 0: underflowed, or truly zero | 1 | gradient_range.py |
+| subnormal_elements | below the smallest normal number of the format | 1 | gradient_range.py |
+
+Of several processes these are sums over every place where a gradient is accumulated. What tensor ranks hold alike counts once. Each
+replica accumulates one of its own, and so does each end of a pipeline for an embedding that both have (ZeRO-0 and -1): numbers of
+elements are then those of all of them, and shares are of all of them. Under ZeRO-2 and -3 what is accumulated is the sum over the
+replicas, each element once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from glm.precision import count_elements
+from stabilitylab.probes.base import Context, Found, Readings
+from stabilitylab.statistics.buffer import Slots
+from stabilitylab.statistics.gathering import Gathered
+from stabilitylab.telemetry import RUN_SITE, Key
+
+STATISTICS = ("gradient_elements", "overflowed_elements", "zero_elements", "subnormal_elements")
+
+
+class GradientRangeProbe:
+    """Counts the elements of the gradients that it is given; see the module's docstring."""
+
+    name = "gradient_range"
+
+    def __init__(self) -> None:
+        self._keys = tuple(Key("precision", RUN_SITE, statistic) for statistic in STATISTICS)
+        self._slots: Slots | None = None
+        self._armed = False
+
+    def attach(self, context: Context) -> None:
+        """Nothing is hooked."""
+        self._buffer = context.buffer
+
+    def arm(self, measured: bool) -> None:
+        """Whether ``take`` counts."""
+        self._armed = measured
+
+    def take(self, accumulated: Iterable[Tensor]) -> None:
+        """Count the elements of gradients as they were accumulated."""
+        if not self._armed:
+            return
+        elements, counts = 0, []
+        for gradient in accumulated:
+            elements += gradient.numel()
+            counts.append(count_elements(gradient))
+        if not counts:
+            return
+        found = torch.stack(counts).sum(0).double()
+        if self._slots is None:
+            self._slots = self._buffer.reserve("sums", len(STATISTICS), found.device)
+        self._buffer.put(self._slots, torch.cat([found.new_tensor([float(elements)]), found]))
+
+    def gradients(
+        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
+    ) -> None:
+        """Those are in fp32 and without their scale: not this probe's business."""
+
+    def collect(self) -> Found | None:
+        """What was taken in this step."""
+        if self._slots is None or self._slots.stamp != self._buffer.stamp:
+            return None
+        return Found(sites=(RUN_SITE,), slots=[(self._slots,)])
+
+    def finish(self, gathered: Gathered) -> Readings:
+        """The table's statistics."""
+        return Readings(self._keys, gathered.rows()[0])
+
+    def detach(self) -> None:
+        """Nothing was attached."""
