@@ -120,8 +120,8 @@ def micro_batch_activations(shape: Shape, layout: Layout, stage: int, precision:
     places = (
         layout.micro * shape.length * (4 * shape.length + 2 * BYTES[precision] * shape.hidden / shape.heads)
     )
-    # The stage's output, and between stages its input, stay in the pipeline's buffers until the backward pass.
-    return kept + places + (2 if layout.pipeline > 1 else 1) * one_input
+    # A stage's output stays until the backward pass; so does, in the pipeline's buffer, what a stage received.
+    return kept + places + (2 if stage > 0 else 1) * one_input
 
 
 def training_memory(
