@@ -52,7 +52,7 @@ class Spreading:
         self._coming: dict[str, list[Coming]] = {}
         self._ends = {0, len(layers) + 1}
         if self._gathers:
-            for unit in {*self._row}:
+            for unit in self._row:
                 optimizer.free(unit)
 
     def around(self, place: int, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -65,26 +65,20 @@ class Spreading:
         """
         if x.is_floating_point():
             x = _told(x, lambda: self._backward_ends(place))
-        self._forward_begins(place)
+        self._gather(place)
         y = compute(x)
-        self._forward_ends(place)
+        self._free(place)
         return _told(y, lambda: self._backward_begins(place))
 
     def idle(self) -> None:
         """Take part in the collectives of a micro-batch that this replica does not have."""
         for place in range(len(self._row)):
-            self._forward_begins(place)
-            self._forward_ends(place)
+            self._gather(place)
+            self._free(place)
         for place in reversed(range(1, len(self._row))):
             self._backward_begins(place)
             self._backward_ends(place)
         self._optimizer.accumulate()
-
-    def _forward_begins(self, place: int) -> None:
-        self._gather(place)
-
-    def _forward_ends(self, place: int) -> None:
-        self._free(place)
 
     def _backward_begins(self, place: int) -> None:
         if place not in self._ends:
