@@ -9,13 +9,14 @@
 ``engine.step`` of the engine given is replaced by one that reads the gradients before an update and tells the
 monitor of it afterwards, ``engine.backward`` by one that keeps the loss: the mean over the micro-batches of a step,
 of this rank. The step's number is the engine's ``global_steps`` before it counts up. Gradients are reduced, not
-clipped, with the loss scale divided out. Under ZeRO-1 and -2 each rank reads the fragment that its optimizer
-holds and the sums are added in the monitor's one collective; no gradient is put together for it. All ranks must
-call ``watch``; rank 0 writes.
+clipped, with the loss scale divided out. Under ZeRO each rank reads the part of a gradient, of the fp32 weights and of
+the moments that its optimizer steps on (``deepspeed_fragments``), and the sums are added in the monitor's one
+collective; nothing is put together for it. All ranks must call ``watch``; rank 0 writes.
 
-Limits. ZeRO-0, -1 and -2 without pipeline or tensor parallelism; ZeRO-3 is refused. The statistics of updates
-are those of an optimizer that steps on the model's own parameters: ZeRO and half precision step on flat copies and
-have none.
+Limits. ZeRO-0 to -3 without pipeline or tensor parallelism, and without an optimizer that is swapped out to a disk.
+The sample of a large parameter's update is taken of each rank's part, so it is another one than without ZeRO.
+Embedding rows are not seen where a rank holds parts of them. An optimizer that keeps neither the model's parameters nor
+ZeRO's flat ones, as half precision's without ZeRO, has no statistics of updates.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.errors import InputError
+from stabilitylab.integrations.deepspeed_fragments import FragmentedOptimizer, optimizer_parts, own_length
 from stabilitylab.monitor import Monitor
 
 
@@ -39,14 +41,12 @@ def watch(engine: Any, **options: Any) -> Monitor:
         options: those of ``Monitor``, without model, optimizer, parameters and sharded.
 
     Raises:
-        InputError: the engine partitions the parameters (ZeRO-3), or is none.
+        InputError: it is none.
     """
     if not all(hasattr(engine, name) for name in ("module", "backward", "global_steps")):
         raise InputError(
             f"engine is a {type(engine).__name__}: give the first of what deepspeed.initialize returns"
         )
-    if engine.zero_optimization_stage() > 2:
-        raise InputError("the engine runs ZeRO stage 3: the monitor reads stages 0 to 2")
     return _EngineMonitor(engine, options)
 
 
@@ -57,8 +57,13 @@ class _EngineMonitor(Monitor):
         self._engine = engine
         self._named = dict(engine.module.named_parameters())
         # Names are taken as they are, not as patterns.
-        partitioned = [glob.escape(name) for name, p in self._named.items() if hasattr(p, "_hp_mapping")]
-        super().__init__(engine.module, _own_optimizer(engine), sharded=partitioned, **options)
+        scattered = [glob.escape(name) for name, p in self._named.items() if _is_partitioned(p)]
+        optimizer, self._fragments = _own_optimizer(engine), None
+        parts = optimizer_parts(self._named) if scattered else {}
+        if parts and isinstance(inner := getattr(engine, "basic_optimizer", None), torch.optim.Optimizer):
+            optimizer = self._fragments = FragmentedOptimizer(inner, parts)
+            options = {"parameters": self._fragments.parts, **options}
+        super().__init__(engine.module, optimizer, scattered=scattered, **options)
         self._losses: list[Tensor] = []
         self._step: Callable[..., Any] = engine.step
         self._backward: Callable[..., Any] = engine.backward
@@ -82,6 +87,8 @@ class _EngineMonitor(Monitor):
         if engine.is_gradient_accumulation_boundary():
             self.gradients_ready(gradients=self._gradients(), scale=scale)
         result = self._step(*args, **kwargs)
+        if self._fragments is not None:
+            self._fragments.forget_gradients()
         if engine.global_steps == step:
             return result
         values: dict[str, Any] = {"learning_rate": engine.get_lr()[0]}
@@ -99,7 +106,7 @@ class _EngineMonitor(Monitor):
     def _gradients(self) -> dict[str, Tensor]:
         found = {}
         for name, parameter in self._named.items():
-            gradient = _fragment(parameter) if hasattr(parameter, "_hp_mapping") else parameter.grad
+            gradient = _fragment(parameter) if _is_partitioned(parameter) else parameter.grad
             if gradient is not None:
                 found[name] = gradient
         return found
@@ -107,6 +114,11 @@ class _EngineMonitor(Monitor):
 
 def _fragment(parameter: Any) -> Tensor | None:
     """The part of a parameter's gradient that this rank's optimizer steps on; None if it has none."""
+    if hasattr(parameter, "ds_id"):
+        if not parameter.requires_grad:
+            return None
+        part: Tensor = parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
+        return part.detach().narrow(0, 0, own_length(parameter))
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
@@ -122,7 +134,12 @@ def _fragment(parameter: Any) -> Tensor | None:
     return gradient
 
 
-def _own_optimizer(engine: Any) -> torch.optim.Optimizer | None:
+def _is_partitioned(parameter: Any) -> bool:
+    """Whether each rank's optimizer steps on a part of it: ZeRO-1 and -2, or ZeRO-3."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+
+
+def _own_optimizer(engine: Any) -> Any:
     """The optimizer, if it steps on the parameters themselves."""
     optimizer = getattr(engine, "basic_optimizer", None)
     if not isinstance(optimizer, torch.optim.Optimizer):

@@ -1,0 +1,125 @@
+"""DeepSpeed's flat optimizer, seen parameter by parameter.
+
+ZeRO and half precision step on flat fp32 tensors, each of which holds, one after the other, this rank's parts of many parameters:
+
+    flat = [ part of w_0 | part of w_1 | ... | padding ]         moments and gradient alike
+
+A part is a view of it: what is sampled before a step and compared after it is the optimizer's own memory, and nothing is copied or
+gathered. No two ranks hold the same element, padding belongs to nobody, so sums over the ranks are those of the whole parameter.
+
+Limits: the optimizer's state lies in memory as torch's does (``state[flat]["exp_avg"]``); what is swapped to a disk is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+
+class FragmentedOptimizer:
+    """What a probe reads of an optimizer: groups, state and hooks, with parts of parameters in place of flat tensors.
+
+    Args:
+        optimizer: the one that steps.
+        parts: by parameter name, views of its flat tensors, of one dimension.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parts: Mapping[str, Tensor]) -> None:
+        self._optimizer = optimizer
+        # A leaf each, so that it can have a gradient of its own.
+        self.parts = {name: part.detach().requires_grad_() for name, part in parts.items()}
+        self._lying: dict[int, list[Tensor]] = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups that step now: ZeRO steps on one after the other."""
+        return [
+            {**group, "params": [part for flat in group["params"] for part in self._within(flat)]}
+            for group in self._optimizer.param_groups
+        ]
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        """Each part's, of those that step now."""
+        found: dict[Tensor, dict[str, Any]] = {}
+        for flat in self._flats():
+            whole = self._optimizer.state.get(flat, {})
+            for part in self._within(flat):
+                found[part] = {
+                    name: _cut(value, flat, part)
+                    if isinstance(value, Tensor) and value.shape == flat.shape
+                    else value
+                    for name, value in whole.items()
+                }
+        return found
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Called before each step of the flat optimizer, the parts' gradients in place."""
+
+        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            for flat in self._flats():
+                for part in self._within(flat):
+                    gradient = flat.grad
+                    part.grad = (
+                        None if gradient is None else _cut(gradient.detach(), flat, part).to(part.dtype)
+                    )
+            hook(self, args, kwargs)
+
+        return self._optimizer.register_step_pre_hook(before)
+
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Called after each step of the flat optimizer."""
+        return self._optimizer.register_step_post_hook(lambda _, args, kwargs: hook(self, args, kwargs))
+
+    def forget_gradients(self) -> None:
+        """Let go of the flat gradients."""
+        for part in self.parts.values():
+            part.grad = None
+
+    def _flats(self) -> list[Tensor]:
+        return [flat for group in self._optimizer.param_groups for flat in group["params"]]
+
+    def _within(self, flat: Tensor) -> list[Tensor]:
+        """The parts that lie in a flat tensor, in their order."""
+        if id(flat) not in self._lying:
+            begin, end = flat.storage_offset(), flat.storage_offset() + flat.numel()
+            self._lying[id(flat)] = sorted(
+                (
+                    part
+                    for part in self.parts.values()
+                    if part.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+                    and begin <= part.storage_offset() < end
+                ),
+                key=lambda part: part.storage_offset(),
+            )
+        return self._lying[id(flat)]
+
+
+def _cut(whole: Tensor, flat: Tensor, part: Tensor) -> Tensor:
+    """What lies in a tensor as flat as the flat one at a part's place."""
+    return whole.reshape(-1).narrow(0, part.storage_offset() - flat.storage_offset(), part.numel())
+
+
+def optimizer_parts(named: Mapping[str, Any]) -> dict[str, Tensor]:
+    """By parameter name, the view of the flat fp32 tensor that holds this rank's part of it, if it holds any."""
+    parts = {}
+    for name, parameter in named.items():
+        if not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_id"):
+            part = parameter._z3_optimizer.get_local_fp32_param(parameter)
+            parts[name] = part.narrow(0, 0, own_length(parameter))
+        elif getattr(parameter, "_hp_mapping", None) is not None:
+            parts[name] = parameter._hp_mapping.hp_fragment
+    return {name: part for name, part in parts.items() if part.numel()}
+
+
+def own_length(parameter: Any) -> int:
+    """How many elements of a ZeRO-3 parameter this rank holds: the last parts are padded to the length of the others."""
+    length = int(parameter.ds_tensor.ds_numel)
+    rank = int(parameter._z3_optimizer._get_param_partition_rank(parameter))
+    return max(0, min(length, int(parameter.ds_numel) - rank * length))
