@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.probes.compiled import WatchGradient, register, unregister
+from stabilitylab.probes.hooks import Hook
 from stabilitylab.probes.sites import tensor_in, watched
 from stabilitylab.statistics import formats, moments
 from stabilitylab.statistics.buffer import Slots
@@ -76,6 +77,7 @@ class ActivationGradientProbe:
         """Put the hooks in place, or take them away."""
         self.order = []
         self._armed = measured
+        self._context.follow_compiler()
         wanted = measured or self._context.compiled
         if wanted == bool(self._handles):
             return
@@ -86,8 +88,8 @@ class ActivationGradientProbe:
             watcher = self._context.guarded(self.name, self._watcher(path, summary))
             self._states.append(register(watcher))
             eager = self._context.guarded(self.name, self._hook(watcher))
-            hook = traceable(eager, self._states[-1])
-            self._handles.append(module.register_forward_hook(hook))
+            hook = traceable(self._context, eager, self._states[-1])
+            self._handles.append(module.register_forward_hook(Hook(hook)))
 
     def _watcher(self, path: str, summary: Summary) -> Callable[[Tensor], None]:
         def watch(gradient: Tensor) -> None:
@@ -103,7 +105,8 @@ class ActivationGradientProbe:
             if self._armed:
                 with torch._C.DisableTorchFunction():
                     x = tensor_in(output)
-                    if x is not None and x.requires_grad:
+                    # A leaf, such as a parameter handed on, would keep the hook.
+                    if x is not None and x.requires_grad and not x.is_leaf:
                         x.register_hook(watcher)  # type: ignore[no-untyped-call]
 
         return hook
@@ -153,7 +156,7 @@ class ActivationGradientProbe:
         self._armed = False
 
 
-def traceable(eager: Callable[..., None], state: Tensor) -> Callable[..., Any]:
+def traceable(context: Context, eager: Callable[..., None], state: Tensor) -> Callable[..., Any]:
     """A forward hook that runs ``eager``, or where it is traced puts a ``WatchGradient`` behind the module's
     output.
 
@@ -163,7 +166,9 @@ def traceable(eager: Callable[..., None], state: Tensor) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
             return eager(module, args, output)
-        if isinstance(output, Tensor) and measurable(output) and torch.is_grad_enabled():
+        if not context.compiled:
+            context.traced = True
+        elif isinstance(output, Tensor) and measurable(output) and torch.is_grad_enabled():
             return WatchGradient.apply(output, state)  # type: ignore[no-untyped-call]
         return None
 

@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.probes.compiled import observe, register, unregister
+from stabilitylab.probes.hooks import Hook
 from stabilitylab.probes.sites import counts, tensor_in, watched
 from stabilitylab.statistics import formats, moments
 from stabilitylab.statistics.buffer import Slots
@@ -132,6 +133,7 @@ class ActivationProbe:
         self._known.clear()
         self.order = []
         self._armed = measured
+        self._context.follow_compiler()
         wanted = measured or self._context.compiled
         if wanted == bool(self._handles):
             return
@@ -140,8 +142,8 @@ class ActivationProbe:
             return
         for module, inside, out in self._hooked:
             eager = self._context.guarded(self.name, self._hook(inside, out))
-            hook = traceable(eager, self._state(inside), self._state(out))
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            hook = traceable(self._context, eager, self._state(inside), self._state(out))
+            self._handles.append(module.register_forward_hook(Hook(hook), with_kwargs=True))
 
     def _state(self, site: Site | None) -> Tensor | None:
         """What operators in compiled graphs know the site by."""
@@ -220,12 +222,16 @@ class ActivationProbe:
                 site.state = None
 
 
-def traceable(eager: Callable[..., None], inside: Tensor | None, out: Tensor | None) -> Callable[..., None]:
+def traceable(
+    context: Context, eager: Callable[..., None], inside: Tensor | None, out: Tensor | None
+) -> Callable[..., None]:
     """A forward hook that runs ``eager``, or where it is traced leaves operators for the sites behind."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             eager(module, args, kwargs, output)
+        elif not context.compiled:
+            context.traced = True
         elif module.training or torch.is_grad_enabled():
             if inside is not None:
                 x = tensor_in(args) if args else tensor_in(kwargs)

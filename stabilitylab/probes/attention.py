@@ -10,7 +10,8 @@ Under ``torch.compile`` softmaxes of four dimensions are seen, and fused attenti
 dropout, as many key heads as query heads); elsewhere compiled fused attention is not seen (``attention_calls``).
 
 *Materialised*: the argument [B, H, T, S] of a softmax over the last dimension that a module of the model calls, and [B * H, T, S]
-where the module is called attention (its ``num_heads`` says what H is; without one, 1). A model may say itself which scores
+where the module says by ``num_heads`` or the like what H is, or is called attention (1). A module that attends with other numbers
+of heads too has them as ``path:H``. A model may say itself which scores
 count: a module whose output is the score tensor before the softmax, by default one named ``scores``; its parent is the site, and
 the softmaxes of that one are left alone.
 
@@ -42,14 +43,19 @@ from torch import Tensor, nn
 from stabilitylab.probes.attention_calls import Calls, Kernel, Running, Shown, by_head
 from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.probes.compiled import observe, register, unregister
+from stabilitylab.probes.hooks import Hook
 from stabilitylab.probes.sites import blocks, counts, named_modules
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.formats import headroom_bits
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.scores import Scores, fused, materialised
+from stabilitylab.statistics.summary import measurable
 from stabilitylab.telemetry import Key
 
 STATISTICS = ("score_max", "score_max_sampled", "score_min", "entropy", "fp16_headroom_bits")
+
+
+SIZES = 4  # different numbers of heads that one module may have
 
 
 class _HeadSlots:
@@ -77,6 +83,7 @@ class AttentionProbe:
         self._scores = scores
         self._handles: list[Any] = []
         self._slots: dict[str, _HeadSlots] = {}
+        self._sizes: dict[str, list[int]] = {}
         self._keys: dict[tuple[tuple[str, int], ...], tuple[Key, ...]] = {}
         self._states: list[Tensor] = []
         self._armed = False
@@ -95,6 +102,9 @@ class AttentionProbe:
 
     def arm(self, measured: bool) -> None:
         """Put the hooks in place, or take them away."""
+        self._context.follow_compiler()
+        if self._context.compiled and self._running is None and self._handles:
+            self.detach()  # these hooks are not for a compiled model
         self._armed = measured
         if self._running is not None:
             self._running.begin(measured)
@@ -109,15 +119,16 @@ class AttentionProbe:
             if fnmatchcase(path, self._scores):
                 watcher = self._context.guarded(self.name, self._watcher(path.rpartition(".")[0]))
                 self._states.append(register(watcher))
-                self._handles.append(module.register_forward_hook(traceable(watcher, self._states[-1])))
+                hook = Hook(traceable(self._context, watcher, self._states[-1]))
+                self._handles.append(module.register_forward_hook(hook))
         if self._context.compiled:
             self._follow(model)
             return
         # The model's forward pass may be entered by another method than forward: then its blocks are the way
         # in.
         for module in (model, *blocks(model).values()):
-            self._handles.append(module.register_forward_pre_hook(self._enter))
-            self._handles.append(module.register_forward_hook(self._exit, always_call=True))
+            self._handles.append(module.register_forward_pre_hook(Hook(self._enter)))
+            self._handles.append(module.register_forward_hook(Hook(self._exit), always_call=True))
 
     def _follow(self, model: nn.Module) -> None:
         """Know in compiled graphs which module calls: any but those without parts."""
@@ -127,8 +138,8 @@ class AttentionProbe:
             if module is model or any(True for _ in module.children()):
                 self._states.append(register(guarded(self.name, self._shown(path))))
                 before, after = self._running.hooks(Shown(self._states[-1], path not in self._told))
-                self._handles.append(module.register_forward_pre_hook(before, prepend=True))
-                self._handles.append(module.register_forward_hook(after))
+                self._handles.append(module.register_forward_pre_hook(Hook(before), prepend=True))
+                self._handles.append(module.register_forward_hook(Hook(after)))
 
     def _shown(self, path: str) -> Callable[..., None]:
         scores = self._watcher(path)
@@ -151,6 +162,9 @@ class AttentionProbe:
         return watch
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._context.traced = True
+            return
         self._depth += 1
         if self._mode is None and counts(module):
             guarded = self._context.guarded
@@ -158,6 +172,8 @@ class AttentionProbe:
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         self._depth -= 1
         if self._depth == 0:
             self._leave()
@@ -173,7 +189,7 @@ class AttentionProbe:
                 self._armed
                 and torch._C._current_graph_task_id() == -1
                 and scores.dim() == 4
-                and scores.numel()
+                and measurable(scores)
             ):
                 with torch.no_grad(), torch._C.DisableTorchFunction():
                     self._record(path, materialised(scores))
@@ -194,7 +210,7 @@ class AttentionProbe:
     ) -> None:
         """Take the ranges of one call; the arguments are those of scaled_dot_product_attention."""
         path, _ = self._caller()
-        if path is None or query.dim() != 4 or not query.numel() or not key.numel():
+        if path is None or query.dim() != 4 or not measurable(query) or not measurable(key):
             return
         if kernel.lse is not None and kernel.lse.numel():
             lse_BHT = kernel.lse.reshape(*query.shape[:2], -1)
@@ -205,7 +221,7 @@ class AttentionProbe:
     def _softmax(self, scores: Tensor) -> None:
         """Take the range of a softmax's argument, where it is that of attention."""
         path, module = self._caller()
-        if path is None or path in self._told or not scores.numel():
+        if path is None or path in self._told or not measurable(scores):
             return
         heads = _heads(module) if scores.dim() == 3 else 0
         by_head_BHTS = by_head(scores, heads)
@@ -218,7 +234,7 @@ class AttentionProbe:
         while frame is not None:
             module = frame.f_locals.get("self")
             path = self._path.get(id(module))
-            if path is not None:
+            if path is not None and not isinstance(module, nn.Softmax):
                 return path, module
             frame = frame.f_back
         return None, None
@@ -228,9 +244,15 @@ class AttentionProbe:
         if not self._context.wanted(path):
             return
         buffer, H, device = self._context.buffer, len(scores.largest), scores.largest.device
-        slots = self._slots.get(path)
-        if slots is None or slots.maxima.device != device or slots.maxima.length != 3 * H:
-            slots = self._slots[path] = _HeadSlots(
+        known = self._sizes.setdefault(path, [])
+        if H not in known:
+            if len(known) == SIZES:
+                return  # a dimension that changes with the data is no number of heads
+            known.append(H)
+        site = path if known[0] == H else f"{path}:{H}"
+        slots = self._slots.get(site)
+        if slots is None or slots.maxima.device != device:
+            slots = self._slots[site] = _HeadSlots(
                 buffer.reserve("maxima", 3 * H, device), buffer.reserve("head_sums", 2 * H, device)
             )
         buffer.put(slots.maxima, torch.cat([scores.largest, scores.sampled, -scores.smallest]).double())
@@ -300,20 +322,24 @@ class AttentionProbe:
 
 
 def _heads(module: nn.Module) -> int:
-    """Heads of a module that is called attention; 1 where it does not say, 0 for any other module."""
-    if not re.search("att(n|ention)|head", type(module).__name__, re.IGNORECASE):
-        return 0
+    """Heads of a module that says how many it has, or is called attention (1); 0 for any other module."""
     names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-    return next((n for name in names if isinstance(n := getattr(module, name, None), int) and n > 0), 1)
+    called_so = re.search("att(n|ention)", type(module).__name__, re.IGNORECASE) is not None
+    return next(
+        (n for name in names if isinstance(n := getattr(module, name, None), int) and n > 0), int(called_so)
+    )
 
 
-def traceable(watcher: Callable[[Tensor], None], state: Tensor) -> Callable[..., None]:
+def traceable(context: Context, watcher: Callable[[Tensor], None], state: Tensor) -> Callable[..., None]:
     """A forward hook that shows the output to ``watcher``, directly or from inside a compiled graph."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and (module.training or torch.is_grad_enabled()):
             if torch.compiler.is_compiling():
-                observe(output, state)
+                if context.compiled:
+                    observe(output, state)
+                else:
+                    context.traced = True
             else:
                 watcher(output)
 

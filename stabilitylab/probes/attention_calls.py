@@ -121,15 +121,18 @@ class Calls(TorchFunctionMode):
                 return func(*args, **kwargs)
             if fused and self.flash:
                 return _traced(shown.state, *args, **kwargs)
-            if softmax and shown.softmax and _over_last(args, kwargs) and args[0].dim() == 4:
-                observe(args[0], shown.state)
+            if softmax and shown.softmax:
+                scores = _scores(args, kwargs)
+                if scores is not None and scores.dim() == 4:
+                    observe(scores, shown.state)
             return func(*args, **kwargs)
         if not self.armed:
             return func(*args, **kwargs)
         if softmax:
-            if _over_last(args, kwargs):
+            scores = _scores(args, kwargs)
+            if scores is not None:
                 with torch.no_grad():
-                    self._saw_scores(args[0])
+                    self._saw_scores(scores)
             return func(*args, **kwargs)
         with Kernel(heads=args[4] if multi_head and len(args) > 4 else 0) as kernel:
             result = func(*args, **kwargs)
@@ -144,12 +147,13 @@ class Calls(TorchFunctionMode):
         return result
 
 
-def _over_last(args: Any, kwargs: Any) -> bool:
-    """Whether a softmax of a floating tensor goes over its last dimension."""
-    if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
-        return False
+def _scores(args: Any, kwargs: Any) -> Tensor | None:
+    """The argument of a softmax that goes over the last dimension of a floating tensor."""
+    scores = args[0] if args else kwargs.get("input")
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        return None
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    return dim is not None and dim in (-1, args[0].dim() - 1)
+    return scores if dim is not None and dim in (-1, scores.dim() - 1) else None
 
 
 def _traced(

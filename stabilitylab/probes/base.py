@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stabilitylab.probes.compiled import forget_graphs, frames, is_compiled
 from stabilitylab.statistics.buffer import Buffer, Slots
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.transfer import Seen
@@ -127,6 +128,7 @@ class Context:
         loss_scale: the factor on the loss in the step that ends, as a number or where the buffer has it.
         failed: told of a probe, by name, whose hook raised.
         compiled: the model runs under ``torch.compile``: hooks are traced once and must stay.
+        traced: a hook was traced by the compiler all the same.
     """
 
     model: nn.Module
@@ -139,6 +141,17 @@ class Context:
     loss_scale: float | Slots = 1.0
     failed: Callable[[str, Exception], None] | None = None
     compiled: bool = False
+    traced: bool = False
+    _frames: int = 0
+
+    def follow_compiler(self) -> None:
+        """Between steps: learn that the model has been compiled after the monitor was attached, or under another name."""
+        if self.compiled:
+            return
+        before, self._frames = self._frames, frames()
+        if self.traced or (self._frames != before and is_compiled(self.model)):
+            self.compiled = True
+            forget_graphs(self.model)
 
     def guarded(self, probe: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The hook, with the training protected from its failure: that is reported instead of raised."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 
 from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.probes.sites import named_modules
@@ -76,15 +77,20 @@ class EmbeddingRowProbe:
             if isinstance(norm, DTensor):
                 norm = norm.full_tensor()  # one number a row, gathered over the ranks that hold the rows
             top = norm.topk(min(TOP, len(norm)))
-            count = len(top.values)
             slots = self._slots.get(name)
-            if slots is None or slots.device != norm.device or slots.length != 2 * count + 2:
-                slots = self._slots[name] = buffer.reserve("lists", 2 * count + 2, norm.device)
+            if slots is None or slots.device != norm.device:
+                slots = self._slots[name] = buffer.reserve("lists", 2 * TOP + 2, norm.device)
             slots.stamp = -1
             number = top.indices if rows is None else rows[top.indices]
+            # Where there are fewer rows, the rest has norm -1.
+            missing = TOP - len(number)
+            number, height = (
+                pad(number.double(), (0, missing)),
+                pad(top.values.double(), (0, missing), value=-1.0),
+            )
             whole = norm.double().square().sum()[None]
-            height = torch.full_like(whole, gradients[name].shape[0])
-            buffer.put(slots, torch.cat([height, whole, number.double(), top.values.double()]))
+            all_rows = torch.full_like(whole, gradients[name].shape[0])
+            buffer.put(slots, torch.cat([all_rows, whole, number, height]))
 
     def collect(self) -> Found | None:
         """Every embedding that had a gradient."""
@@ -106,11 +112,13 @@ class EmbeddingRowProbe:
             count = shards.shape[1] // 2 - 1
             before = np.cumsum(shards[:, :1], axis=0) - shards[:, :1]
             rows, norms = (before + shards[:, 2 : 2 + count]).ravel(), shards[:, 2 + count :].ravel()
-            top = np.argsort(-norms, kind="stable")[:count]
+            # Largest first, before them what is no number; after them the places of rows that are not there.
+            order = np.where(norms < 0, np.inf, np.where(np.isnan(norms), -np.inf, -norms))
+            top = np.argsort(order, kind="stable")[: min(count, int(np.sum(~(norms < 0))))]
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = np.sum(norms[top] ** 2) / np.sum(shards[:, 1])
             values += [rows[top], norms[top] / gathered.scale, np.array([share])]
-            counts.append(count)
+            counts.append(len(top))
         shape = tuple(zip(gathered.sites, counts, strict=True))
         if shape not in self._keys:
             keys: list[Key] = []

@@ -117,4 +117,5 @@ def counts(module: nn.Module) -> bool:
     Recomputation happens inside the backward pass, where the autograd engine has a graph task; an evaluation
     runs without gradients in evaluation mode.
     """
-    return torch._C._current_graph_task_id() == -1 and (module.training or torch.is_grad_enabled())
+    training = module.training or torch.is_grad_enabled()
+    return training and torch._C._current_graph_task_id() == -1 and not torch.is_inference_mode_enabled()

@@ -112,6 +112,12 @@ class UpdateProbe:
             entry = self._updates.get(id(p))
             if entry is None or entry.parameter is not p:
                 entry = self._updates[id(p)] = self._entry(p)
+            elif not entry.update.is_of(here := local_part(p.detach())[0]):
+                # The parameter has been given other memory (p.data = ...), or moved to another device or format.
+                same = here.device == entry.slots.device
+                entry.update = Update(here)
+                entry = entry if same else self._entry(p)
+                self._updates[id(p)] = entry
             if entry.update.sampled:
                 chosen.append(entry.update)
         with torch.no_grad():
@@ -140,6 +146,8 @@ class UpdateProbe:
             if entry is None or p.grad is None or not entry.update.sampled:
                 continue
             update, slots = entry.update, entry.slots
+            if not update.follow(local_part(p.detach())[0]):
+                continue
             gradient, moments = local_part(p.grad)[0], _moments(optimizer.state.get(p, {}), group)
             if slots.device.type == "cpu" and update.prepare(gradient, moments, buffer.address(slots)):
                 jobs.append(update.address)

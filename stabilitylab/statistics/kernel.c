@@ -425,21 +425,41 @@ static void score_range(const float *restrict x, int64_t n, int32_t cutoff, int3
     *any_nan |= nan > (int32_t)INFINITE;
 }
 
-/* Largest and smallest attention score of each head, of [batch, heads, n] contiguous; what is <= masked (or NaN in the
- * mask's place) does not count. Merges into the larger of what is there. A NaN score makes the head's maximum NaN. */
-void stabilitylab_scores(const void *data, int32_t dtype, int64_t batch, int64_t heads, int64_t n, float masked,
-                         double *largest, double *negated_smallest) {
+/* Scores so far below their row's largest have no weight in any format: masks, by all appearances. */
+#define DEPTH 1000.0f
+
+/* Range of one row of scores as ordered integers: of what is > cutoff and, for the smallest, no deeper than DEPTH. */
+static void row_range(const void *data, int32_t dtype, int64_t at, int64_t keys, int32_t cutoff, int32_t *highest,
+                      int32_t *lowest, int32_t *any_nan) {
+    float converted[BLOCK];
+    int32_t high = INT32_MIN, low = INT32_MAX;
+    for (int pass = 0; pass < 2; pass++) {
+        low = INT32_MAX;
+        for (int64_t i = 0; i < keys; i += BLOCK) {
+            const int64_t m = keys - i < BLOCK ? keys - i : BLOCK;
+            const float *x = converted;
+            if (dtype == FLOAT32) x = (const float *)data + at + i;
+            else load(data, dtype, at + i, m, converted);
+            score_range(x, m, cutoff, &high, &low, any_nan);
+        }
+        if (high <= cutoff || low == INT32_MAX || *any_nan) break;
+        const float deepest = unordered(high) - DEPTH;
+        if (!(unordered(low) < deepest)) break;
+        cutoff = ordered(deepest);
+    }
+    *highest = high > *highest ? high : *highest;
+    *lowest = low < *lowest ? low : *lowest;
+}
+
+/* Largest and smallest attention score of each head, of [batch, heads, rows, keys] contiguous; what is <= masked (or NaN in
+ * the mask's place) does not count. Merges into the larger of what is there. A NaN score makes the head's maximum NaN. */
+void stabilitylab_scores(const void *data, int32_t dtype, int64_t batch, int64_t heads, int64_t rows, int64_t keys,
+                         float masked, double *largest, double *negated_smallest) {
     const int32_t cutoff = ordered(masked);
     for (int64_t bh = 0; bh < batch * heads; bh++) {
-        float converted[BLOCK];
         int32_t high = INT32_MIN, low = INT32_MAX, nan = 0;
-        for (int64_t i = 0; i < n; i += BLOCK) {
-            const int64_t m = n - i < BLOCK ? n - i : BLOCK;
-            const float *x = converted;
-            if (dtype == FLOAT32) x = (const float *)data + bh * n + i;
-            else load(data, dtype, bh * n + i, m, converted);
-            score_range(x, m, cutoff, &high, &low, &nan);
-        }
+        for (int64_t t = 0; t < rows; t++)
+            row_range(data, dtype, (bh * rows + t) * keys, keys, cutoff, &high, &low, &nan);
         const int64_t h = bh % heads;
         double top = nan ? NAN : high > cutoff ? (double)unordered(high) : -INFINITY;
         double bottom = low == INT32_MAX ? INFINITY : (double)unordered(low);
@@ -632,10 +652,12 @@ int stabilitylab_attention(const Attention *a) {
         for (int64_t r = 0; r <= a->rows; r++) {
             const int64_t b = r < a->rows ? 0 : best_b, t = r < a->rows ? (r + 1) * a->queries / a->rows - 1 : best_t;
             score_row(a, b, h, t, q, k, scores);
+            float top = -INFINITY;
+            for (int64_t s = 0; s < a->keys; s++) top = scores[s] > top ? scores[s] : top;
             for (int64_t s = 0; s < a->keys; s++)
                 if (scores[s] > a->masked) {
                     sampled = scores[s] > sampled ? scores[s] : sampled;
-                    smallest = scores[s] < smallest ? scores[s] : smallest;
+                    smallest = scores[s] < smallest && scores[s] > top - DEPTH ? scores[s] : smallest;
                     if (r == a->rows) exact = scores[s] > exact ? scores[s] : exact;
                 } else if (isnan(scores[s])) {
                     nan = 1;

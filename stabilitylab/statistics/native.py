@@ -106,7 +106,7 @@ def kernel() -> ctypes.CDLL | None:
         for name, arguments in {
             "stabilitylab_summarise": (pointer, integer, ctypes.c_int),
             "stabilitylab_scores": (
-                *(pointer, ctypes.c_int32, integer, integer, integer),
+                *(pointer, ctypes.c_int32, integer, integer, integer, integer),
                 *(ctypes.c_float, pointer, pointer),
             ),
             "stabilitylab_before": (pointer, integer),

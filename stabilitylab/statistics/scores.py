@@ -30,6 +30,7 @@ from torch import Tensor
 from stabilitylab.statistics import native
 
 SAMPLED_ROWS = 4
+DEPTH = 1000.0  # what lies further below its row's largest score is masked
 ROUNDING = 1e-5  # of a length in float32, and of a score
 
 
@@ -49,8 +50,8 @@ class Scores:
 
 
 def masked_below(dtype: torch.dtype) -> float:
-    """Scores at or below this are masked: half the lowest number of the format."""
-    return torch.finfo(dtype).min / 2
+    """Scores at or below this are masked: half the lowest number of the format, or what masks are made of by hand."""
+    return max(torch.finfo(dtype).min / 2, -1e8)
 
 
 def entropy(scores: Tensor) -> Tensor:
@@ -85,13 +86,19 @@ def _range(scores_BHTS: Tensor) -> tuple[Tensor, Tensor]:
         largest_H = torch.full((H,), -math.inf, dtype=torch.float64)
         negated_H = torch.full((H,), -math.inf, dtype=torch.float64)
         addresses = largest_H.data_ptr(), negated_H.data_ptr()
-        library.stabilitylab_scores(scores_BHTS.data_ptr(), dtype, B, H, T * S, cutoff, *addresses)
+        library.stabilitylab_scores(scores_BHTS.data_ptr(), dtype, B, H, T, S, cutoff, *addresses)
         smallest_H: Tensor = -negated_H
         return largest_H, smallest_H
     seen = scores_BHTS > cutoff
     largest_H = torch.where(seen | scores_BHTS.isnan(), scores_BHTS, -math.inf).amax((0, 2, 3)).float()
-    smallest_H = torch.where(seen, scores_BHTS, math.inf).amin((0, 2, 3)).float()
+    smallest_H = _smallest(scores_BHTS, seen).amin((0, 2, 3)).float()
     return largest_H, smallest_H
+
+
+def _smallest(scores: Tensor, seen: Tensor) -> Tensor:
+    """The scores that count for the smallest, infinity in place of the others."""
+    deepest = torch.where(seen, scores, -math.inf).amax(-1, keepdim=True) - DEPTH
+    return torch.where(seen & (scores > deepest), scores, math.inf)
 
 
 def fused(
@@ -177,10 +184,12 @@ def _fused_in_torch(
     S, device = k_BKSD.shape[2], q_BHTD.device
     lse_BHT = lse_BHT[:, :, :T].float()
     if mask is None or mask.dtype == torch.bool:
-        longest_BK = torch.linalg.vector_norm(k_BKSD, dim=-1, dtype=torch.float32).amax(-1)
+        wide = torch.promote_types(q_BHTD.dtype, torch.float32)
+        longest_BK = torch.linalg.vector_norm(k_BKSD, dim=-1, dtype=wide).amax(-1)
         longest_BH = longest_BK.repeat_interleave(H // longest_BK.shape[1], dim=1)
-        length_BHT = torch.linalg.vector_norm(q_BHTD, dim=-1, dtype=torch.float32)
-        lse_BHT = lse_BHT.minimum(length_BHT * longest_BH[..., None] * (abs(scale) * (1 + ROUNDING)))
+        length_BHT = torch.linalg.vector_norm(q_BHTD, dim=-1, dtype=wide)
+        reach_BHT = length_BHT * longest_BH[..., None] * (abs(scale) * (1 + ROUNDING))
+        lse_BHT = lse_BHT.minimum(reach_BHT.float())
     if mask is not None:
         # What a kernel returns for a row without keys is its own affair.
         looks = mask if mask.dtype == torch.bool else mask > masked_below(mask.dtype)
@@ -206,7 +215,7 @@ def _fused_in_torch(
     sampled_H = torch.maximum(exact_H, rows_HRS.amax((-1, -2)))
     bound_H = torch.maximum(exact_H, top.values[:, -1]) if B * T > 1 else exact_H
     seen_HRS = torch.cat([rows_HRS, top_row_HS[:, None]], dim=1)
-    smallest_H = torch.where(seen_HRS > cutoff, seen_HRS, math.inf).amin((-1, -2))
+    smallest_H = _smallest(seen_HRS, seen_HRS > cutoff).amin((-1, -2))
     return Scores(torch.maximum(bound_H, sampled_H), sampled_H, smallest_H, entropy(rows_HRS).mean(-1))
 
 

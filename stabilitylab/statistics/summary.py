@@ -61,9 +61,11 @@ TAIL_FIRST = (127 - 24) << 3
 
 
 def measurable(x: object) -> bool:
-    """Whether ``x`` is a tensor that holds real or complex floating-point numbers in memory, at least one."""
+    """Whether ``x`` is a tensor that holds real or complex floating-point numbers in memory, at least one: no stand-in of
+    ``torch.func``'s transforms."""
     return (
         isinstance(x, Tensor)
+        and (torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x))
         and (x.is_floating_point() or x.is_complex())
         and x.device.type != "meta"
         and x.numel() > 0

@@ -3,9 +3,12 @@
 The change of the weights is measured, not computed from a formula, so it holds for every optimizer, with
 weight decay, clipping and skipped steps: weights at equal distances are copied before the step and compared
 afterwards. A parameter of no more than ``SAMPLE`` elements is sampled whole, a larger one at ``SAMPLE`` or
-one element in ``ONE_IN``, whichever is more. The standard error of an RMS of n Gaussian numbers is
-1/sqrt(2n): 4 % at 256, 1.6 % at 2,048 (of a million weights). The copies take a five-hundredth of a large
-model and live during the optimizer's step only, when the activations are gone: they add nothing to the peak.
+one element in ``ONE_IN``, whichever is more; the distance shares no factor with the number of elements, so that the
+sample goes through all columns of a matrix instead of a few. The standard error of an RMS of n Gaussian numbers is
+1/sqrt(2n): 4 % at 256, 1.6 % at 2,048 (of a million weights); where one column holds most of the sum, as a massive
+channel's does, n counts its own elements in the sample alone, a ``ONE_IN``-th of its rows. The copies take a
+five-hundredth of a large model and live during the optimizer's step only, when the activations are gone: they add
+nothing to the peak.
 
     count, sampled, sum of (w' - w)^2, sum of w^2     of the sample
     sum of g^2 / max(v, eps^2)                        of all elements, v free of its initial bias
@@ -19,6 +22,7 @@ algorithm 2.
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +58,8 @@ class Update:
         self._lent: tuple[Tensor, int] | None = None
         n = weight.numel()
         self.stride = max(1, n // max(SAMPLE, n // ONE_IN))
+        while math.gcd(self.stride, n) > 1:
+            self.stride -= 1
         self.sampled = (n + self.stride - 1) // self.stride
         self.job = native.Update(
             n=n,
@@ -62,6 +68,29 @@ class Update:
             weight=weight.data_ptr(),
         )
         self.address = ctypes.addressof(self.job)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is the very memory that is sampled."""
+        mine = self.weight
+        return (weight.data_ptr(), weight.dtype, weight.shape, weight.device, weight.stride()) == (
+            mine.data_ptr(),
+            mine.dtype,
+            mine.shape,
+            mine.device,
+            mine.stride(),
+        )
+
+    def follow(self, weight: Tensor) -> bool:
+        """Compare with ``weight`` from now on: the optimizer may have put its result into other memory. False if that
+        cannot be compared with what was sampled."""
+        if (weight.dtype, weight.shape, weight.device) != (
+            self.weight.dtype,
+            self.weight.shape,
+            self.weight.device,
+        ):
+            return False
+        self.weight = weight
+        return True
 
     @property
     def native(self) -> bool:
@@ -124,6 +153,8 @@ class Update:
             if gradient is None:
                 values.append(unknown)
             else:
+                if gradient.layout is not torch.strided:
+                    gradient = gradient.to_dense()
                 values.append((gradient.detach().double().square() / unbiased.clamp_min(limit)).sum())
             values += [
                 moments.first.double().square().sum(),

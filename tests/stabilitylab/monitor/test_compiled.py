@@ -104,6 +104,45 @@ def test_full_graph_is_possible() -> None:
     assert sink.steps("activation_gradient/layers.0/rms") == [0, 1, 2, 3]
 
 
+class TwoNames(nn.Module):
+    """A model of PyTorch's own container, which the compiler enters by another way."""
+
+    def __new__(cls) -> nn.Module:  # type: ignore[misc]
+        return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize(
+    "order", ["compile, attach", "attach, compile", "compile, run, attach", "attach, run, compile"]
+)
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_compiled_model_may_have_another_name(order: str, every: int) -> None:
+    """``fast = torch.compile(model)``, and the monitor was given ``model``: nothing breaks and, from the second measured step
+    at the latest, everything is seen."""
+    torch.manual_seed(0)
+    model = TwoNames()
+    optimizer, sink, x = torch.optim.SGD(model.parameters(), lr=0.1), Recording(), torch.randn(4, 8)
+    fast: nn.Module = model
+    monitor: Monitor | None = None
+    for verb in order.split(", "):
+        if verb == "compile":
+            fast = torch.compile(model, backend="aot_eager", fullgraph=True)  # type: ignore[assignment]
+        elif verb == "run":
+            fast(x).sum().backward()
+            optimizer.zero_grad()
+        else:
+            monitor = Monitor(model, optimizer, every=every, sinks=[sink], detector=None)
+    assert monitor is not None
+    for step in range(8):
+        fast(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        monitor.step(step)
+    monitor.close()
+    assert not counters["graph_break"]
+    for metric in ("activation/1/rms", "activation_gradient/0/rms", "gradient/2.weight/l2"):
+        assert sink.steps(metric)[-3:] == list(range(0, 8, every))[-3:], metric
+
+
 @pytest.mark.slow
 def test_weights_are_bit_identical_under_inductor() -> None:
     weights = []

@@ -230,3 +230,76 @@ def test_softmaxes_in_a_compiled_graph() -> None:
     torch._dynamo.reset()
     assert found[0].keys() == found[1].keys() != set()
     assert all(found[1][key] == pytest.approx(value, rel=1e-5) for key, value in found[0].items())
+
+
+class Softmaxing(nn.Module):
+    """Attention over scores that it is given, by any of the ways to call a softmax."""
+
+    def __init__(self, way: str, heads: int = 2) -> None:
+        super().__init__()
+        self.way, self.num_heads, self.softmax = way, heads, nn.Softmax(dim=-1)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        calls = {
+            "function": lambda: softmax(scores, -1),
+            "named": lambda: torch.softmax(input=scores, dim=-1),
+            "method": lambda: scores.softmax(dim=scores.dim() - 1),
+            "module": lambda: self.softmax(scores),
+        }
+        return calls[self.way]()
+
+
+def seen_by(model: nn.Module, *inputs: Tensor) -> Recording:
+    monitor, sink = watch(nn.Sequential(nn.Identity(), model), AttentionProbe())
+    for step, x in enumerate(inputs):
+        monitor._context.model(x)
+        monitor.step(step)
+    monitor.close()
+    return sink
+
+
+@pytest.mark.parametrize("way", ["function", "named", "method", "module"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_ways_to_call_a_softmax(way: str, flat: bool) -> None:
+    scores = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    sink = seen_by(Softmaxing(way), scores.flatten(0, 1) if flat else scores)
+    assert sink.vector(0, "attention/1/score_max") == scores.amax((0, 2, 3)).tolist()
+    assert {name.split("/")[1] for _, name, _ in sink.rows} == {"1"}
+
+
+@pytest.mark.parametrize("hidden", [-1e4, -1e9, -math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("added", [False, True])
+def test_masks_are_no_scores(hidden: float, added: bool) -> None:
+    """Whatever number hides a key, set or added."""
+    scores = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    masked = scores + hidden * mask if added and hidden != -math.inf else scores.masked_fill(mask, hidden)
+    sink = seen_by(Softmaxing("function"), masked)
+    smallest = scores[..., ~mask].amin((0, 2)).tolist()
+    assert sink.vector(0, "attention/1/score_min") == smallest
+    assert min(sink.vector(0, "attention/1/fp16_headroom_bits")) > 10
+
+
+class ClassificationHead(nn.Module):
+    def forward(self, logits_BTC: Tensor) -> Tensor:
+        return logits_BTC.softmax(-1)
+
+
+def test_a_classifier_is_no_attention() -> None:
+    assert not seen_by(ClassificationHead(), torch.randn(2, 5, 9)).rows
+
+
+def test_numbers_of_heads_that_change() -> None:
+    """Both directions of an axial attention are kept; lengths that pass for heads do not fill the memory."""
+    shapes = [(1, 3, 4, 4), (1, 5, 4, 4)]
+    sink = seen_by(Softmaxing("function"), *(torch.randn(shape) for shape in shapes for _ in range(2)))
+    assert len(sink.vector(0, "attention/1/score_max")) == 3
+    assert len(sink.vector(2, "attention/1:5/score_max")) == 5
+    monitor, _ = watch(Softmaxing("function"), AttentionProbe())
+    for step in range(40):
+        monitor._context.model(torch.randn(1, 3 + step, 4, 4))
+        monitor.step(step)
+        if step == 5:
+            size = monitor.nbytes
+    assert monitor.nbytes == size
+    monitor.close()

@@ -23,7 +23,7 @@ from stabilitylab.probes.embedding_rows import TOP, EmbeddingRowProbe
 from stabilitylab.probes.gradients import GradientProbe
 from stabilitylab.probes.precision import PrecisionProbe
 from stabilitylab.probes.updates import UpdateProbe
-from stabilitylab.statistics.updates import ONE_IN, SAMPLE
+from stabilitylab.statistics.updates import SAMPLE, Update
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording, watch
 
@@ -207,7 +207,7 @@ def test_updates_equal_float64(name: str) -> None:
                 for (s, key, _), value in sink_after_flush(monitor, sink).items()
                 if s == step and key.startswith(f"update/{n}/")
             }
-            stride = max(1, p.numel() // max(SAMPLE, p.numel() // ONE_IN))
+            stride = Update(p).stride
             w, w2 = (x.reshape(-1)[::stride] for x in (before[n], p.detach().double()))
             assert len(w) >= min(SAMPLE, p.numel())
             rms = float((w2 - w).square().mean().sqrt())
