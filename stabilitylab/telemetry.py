@@ -26,6 +26,7 @@ import json
 import math
 import os
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,10 +63,13 @@ class Key:
 
     @classmethod
     def parse(cls, metric: str, index: int = SCALAR) -> Key:
-        """Split ``family/site/statistic``. Sites may hold slashes; family and statistic may not."""
+        """Split ``family/site/statistic``. Sites may hold slashes; family and statistic may not.
+
+        The site is empty where the model itself is a site: a module's path in itself.
+        """
         family, _, rest = metric.partition("/")
-        site, _, statistic = rest.rpartition("/")
-        if not (family and site and statistic):
+        site, slash, statistic = rest.rpartition("/")
+        if not (family and slash and statistic):
             raise InputError(f"metric {metric!r} is not of the form family/site/statistic")
         return cls(family, site, statistic, index)
 
@@ -179,7 +183,8 @@ class RunFolder:
     def claim(self) -> None:
         """Make the folder and take the right to write into it, until this process ends or ``release`` is called.
 
-        Raises InputError when another process is writing there: two runs in one folder would mix their histories.
+        Raises InputError when another process is writing there: two runs in one folder would mix their histories. Also
+        where the folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -187,11 +192,14 @@ class RunFolder:
         except (FileExistsError, NotADirectoryError):
             raise InputError(f"{self.path} cannot be a run folder: a file stands in the way") from None
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
+            reason = os.strerror(error.errno).lower()
             raise InputError(
-                f"{self.path} cannot be written: {os.strerror(error.errno).lower()}; choose another folder"
+                f"{_brief(self.path)} cannot be written: {reason}; choose another folder"
             ) from None
+        except ValueError as error:  # a null byte
+            raise InputError(f"{_brief(self.path)} is no path ({error}): choose another folder") from None
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,10 +209,18 @@ class RunFolder:
                     f"{self.path} is being written by another run: wait for it, or choose another folder"
                 ) from None
         self._lock = lock
+        _CLAIMED.add(self)
         self._mend_events()
 
     def release(self) -> None:
         """Give the right to write back."""
+        if self._lock is not None:
+            if fcntl is not None:
+                # Closing is not enough while a process started meanwhile still holds the same open file.
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._forget()
+
+    def _forget(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -263,6 +279,26 @@ class RunFolder:
                 standing = [e for e in standing if e.step < event.step or e.kind in _SURVIVES_REWIND]
             standing.append(event)
         return standing
+
+
+_CLAIMED: weakref.WeakSet[RunFolder] = weakref.WeakSet()
+
+
+def _leave_claims() -> None:
+    """A forked process (a data loader's worker) has inherited the open lock, not the right to write: were it to keep the
+    file open, a run that is killed would stay locked for as long as its workers live."""
+    for run in list(_CLAIMED):
+        run._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_claims)
+
+
+def _brief(path: Path) -> str:
+    """A path that fits into a line, without what would not print."""
+    shown = str(path).replace("\0", "\\0")
+    return shown if len(shown) < 200 else f"{shown[:80]}...{shown[-40:]}"
 
 
 # What the run did about its history outlives the history itself: a response explains why steps were taken back.

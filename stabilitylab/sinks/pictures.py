@@ -3,12 +3,14 @@
 Drawing takes a second of pure Python. In the training process that second is taken from the training thread, whichever thread
 draws, since one interpreter runs one thread at a time. So pictures of a run that goes on are drawn by a process of its own, of
 the lowest priority, which knows matplotlib and not torch: ``Artist.begin`` hands it the numbers, ``Artist.finished`` looks
-whether it is done. Numbers and pictures pass through unnamed temporary files; neither side waits for the other.
+whether it is done. Numbers and pictures pass through unnamed temporary files; neither side waits for the other. What else that
+process prints (a ``sitecustomize`` on the path, a library's greeting) goes the same way: the pictures begin behind a marker.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import subprocess
@@ -23,6 +25,8 @@ import numpy as np
 import pandas as pd
 
 Cells = Mapping[int, Mapping[str, float]]
+_MARKER = b"\0stabilitylab pictures\0"
+_log = logging.getLogger("stabilitylab")
 EPISODE_COLUMNS = ("onset", "kind", "peak", "end", "height", "signal")
 
 
@@ -129,9 +133,16 @@ class Artist:
         if self._process is None or self._drawn is None or self._process.poll() is None:
             return None
         took = time.monotonic() - self._began
-        self._drawn.seek(0)
-        drawn: dict[str, bytes] = pickle.load(self._drawn) if self._process.returncode == 0 else {}
-        self.stop()
+        drawn: dict[str, bytes] = {}
+        try:
+            self._drawn.seek(0)
+            _, marker, content = self._drawn.read().partition(_MARKER)
+            if marker and self._process.returncode == 0:
+                drawn = pickle.loads(content)
+        except Exception as error:
+            _log.warning("pictures of this moment are left out (%s: %s)", type(error).__name__, error)
+        finally:
+            self.stop()
         return drawn, took
 
     def stop(self) -> None:
@@ -145,11 +156,14 @@ class Artist:
 
 
 def main() -> None:
-    """The artist's process: a sketch on standard input, its pictures on standard output."""
-    sketch = pickle.load(sys.stdin.buffer)
-    if hasattr(os, "nice"):
-        os.nice(19)
-    pickle.dump(sketch.draw(), sys.stdout.buffer)
+    """The artist's process: a sketch on standard input, its pictures on what was standard output."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "wb") as pictures:
+        os.dup2(2, 1)  # what is printed from here on is no picture
+        sketch = pickle.load(sys.stdin.buffer)
+        if hasattr(os, "nice"):
+            os.nice(19)
+        pictures.write(_MARKER + pickle.dumps(sketch.draw()))
 
 
 def _png(figure: object, *, dpi: int = 90) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.telemetry import Event, Key, RunFolder, Samples
 
 WORD = st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), min_size=1)
-SITE = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+SITE = st.text(st.characters(exclude_categories=["Cs"]))  # empty where the model itself is meant
 
 
 @given(WORD, SITE, WORD)
@@ -26,7 +27,7 @@ def test_a_metric_is_read_back_as_its_key(family: str, site: str, statistic: str
     assert Key.parse(key.metric, 3) == key
 
 
-@pytest.mark.parametrize("metric", ["", "loss", "train/loss", "/-/loss", "train//", "train/-/"])
+@pytest.mark.parametrize("metric", ["", "loss", "train/loss", "/-/loss", "//", "train//", "train/-/"])
 def test_what_is_no_metric(metric: str) -> None:
     with pytest.raises(InputError, match="family/site/statistic"):
         Key.parse(metric)
@@ -164,6 +165,39 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     first.release()
     first.claim()
     first.release()
+
+
+def test_the_right_ends_with_its_owner_and_not_with_the_owners_children(tmp_path: Path) -> None:
+    """A child forked meanwhile (a data loader's worker) lives on, and neither holds the right nor can give it back."""
+    run = RunFolder(tmp_path / "run")
+    run.claim()
+    go_on, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        run.release()
+        os.close(tell)
+        os.read(go_on, 1)
+        os._exit(0)
+    try:
+        with pytest.raises(InputError, match="being written by another run"):
+            RunFolder(tmp_path / "run").claim()
+        run.release()
+        second = RunFolder(tmp_path / "run")
+        second.claim()
+        second.release()
+    finally:
+        os.close(go_on)
+        os.close(tell)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "/proc/none/run"])
+def test_a_path_that_cannot_be_made(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="choose another folder") as error:
+        RunFolder(tmp_path / name).claim()
+    assert "\n" not in str(error.value)
+    assert "\0" not in str(error.value)
+    assert len(str(error.value)) < 300
 
 
 def as_nobody(action: str, before: str = "") -> str:

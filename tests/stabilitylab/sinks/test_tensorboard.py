@@ -284,6 +284,39 @@ def test_a_process_draws_while_the_run_goes_on(
     assert read(tmp_path).Images(STORY)[-1].step == 8
 
 
+@pytest.mark.parametrize(
+    "spoken", ["print('hello from the cluster')", "import os; os.write(1, b'hello')", "0 / 0"]
+)
+def test_what_the_artist_says_besides_is_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoken: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(spoken)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    artist = Artist()
+    artist.begin(Sketch(loss=("loss", {0: 1.0, 1: 2.0})))
+    while (done := artist.finished()) is None:
+        time.sleep(0.05)
+    assert done[0]["loss"].startswith(b"\x89PNG")
+    assert not artist.busy
+
+
+@pytest.mark.parametrize("written", ["", "nothing of ours", "_MARKER", "_MARKER + b'no pickle'"])
+def test_an_artist_that_fails_is_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n_MARKER = b'\\0stabilitylab pictures\\0'\n"
+        f"os.write(1, {written if written.startswith('_') else repr(written.encode())})\nos._exit(0)"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    artist = Artist()
+    artist.begin(Sketch())
+    while (done := artist.finished()) is None:
+        time.sleep(0.01)
+    assert done[0] == {}
+    assert not artist.busy
+
+
 def test_no_process_to_draw_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers are written all the same, and the pictures at the end."""
     monkeypatch.setattr(sink_module, "FIRST_PICTURES", 0.0)
