@@ -55,6 +55,13 @@ class Detector(Protocol):
         """Take back what ``state_dict`` gave."""
 
 
+def default_detector() -> Detector:
+    """The project's own."""
+    from stabilitylab.spikes import SpikeDetector
+
+    return SpikeDetector()
+
+
 @dataclass(slots=True, kw_only=True)
 class Ended:
     """A step that is over and whose numbers are perhaps still on their way.
@@ -158,7 +165,7 @@ class Arrivals:
     def _take(self, ended: Ended) -> list[Event]:
         arrived = ended.transfer.others() if ended.transfer is not None else []
         distant = dict(zip(ended.distant, arrived, strict=True))
-        numbers = {name: _number(distant.get(name, value)) for name, value in ended.numbers.items()}
+        numbers = {name: float(distant.get(name, value)) for name, value in ended.numbers.items()}
         by_probe: dict[str, list[tuple[Seen, NDArray[np.uint8]]]] = {}
         for manifest, packet in ended.found():
             for name, seen in manifest:
@@ -194,10 +201,6 @@ class Arrivals:
         if any(event.kind in self._alarms for event in events):
             self.alarm = step
         return events
-
-
-def _number(value: float | Tensor) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def _key(name: str) -> Key:

@@ -103,7 +103,8 @@ class Delivery:
         self._reports: list[Event] = []
         self._numbering = _Numbering()
         self._queue: queue.SimpleQueue[tuple[Flush, int] | threading.Event | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        # Reentrant: a monitor that is dropped unclosed posts what it has from wherever the garbage is collected.
+        self._lock = threading.RLock()
         self._waiting = 0
         self._dropped = 0
         self._step = 0

@@ -4,11 +4,18 @@ GradScaler multiplies the loss, and with it every gradient of the backward pass,
 the end of a step only. So the scale of a backward pass is the one at the end of the step before, and whether
 it is still in the gradients is known from the scaler's own bookkeeping: it is divided out by ``unscale_`` or
 inside ``scaler.step``.
+
+Where ``scaler.step`` finds the gradients non-finite it leaves the optimizer's step out, and with it the optimizer's
+hooks. So ``watch`` has ``scaler.step`` of this one scaler tell when it is done; ``release`` gives it back its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from stabilitylab.statistics.buffer import Buffer, Slots
@@ -19,15 +26,18 @@ class LossScale:
 
     Args:
         scaler: None where the loss is not scaled by one.
-        optimizer: whose gradients they are.
+        optimizers: whose gradients they are.
         buffer: where a scale that lives on an accelerator is kept.
     """
 
     def __init__(
-        self, scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer | None, buffer: Buffer
+        self, scaler: torch.amp.GradScaler | None, optimizers: Sequence[torch.optim.Optimizer], buffer: Buffer
     ) -> None:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._optimizer, self._buffer = optimizer, buffer
+        self._optimizers, self._buffer = optimizers, buffer
+        self._told: Callable[[], None] | None = None
+        self._put: Any = None
+        self._before: Any = None
         self._slots: Slots | None = None
 
     def coming(self) -> float | Slots:
@@ -44,8 +54,54 @@ class LossScale:
         self._buffer.put(self._slots, scale.double())
         return self._slots
 
-    def in_gradients(self) -> bool:
-        """Whether the scale has not been divided out of the gradients yet; asked within a step."""
-        if self._scaler is None or self._optimizer is None:
-            return False
-        return bool(self._scaler._per_optimizer_states[id(self._optimizer)]["stage"] is OptState.READY)
+    def evened(
+        self, gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], bool]:
+        """Gradients that all hold the scale, or none of them, and whether they do; asked within a step. Where one
+        optimizer's are unscaled and another's are not yet, the latter are replaced by unscaled copies."""
+        holders = self._holders()
+        if self._scaler is None or not holders or len(holders) == len(self._optimizers):
+            return gradients, bool(holders)
+        held = {id(p) for optimizer in holders for group in optimizer.param_groups for p in group["params"]}
+        scale = self._scaler._scale
+        if scale is None:
+            return gradients, True
+        even = {
+            name: g.detach() / scale.to(g.device) if id(parameters.get(name)) in held else g
+            for name, g in gradients.items()
+        }
+        return even, False
+
+    def _holders(self) -> list[torch.optim.Optimizer]:
+        if self._scaler is None:
+            return []
+        states = self._scaler._per_optimizer_states
+        return [o for o in self._optimizers if states[id(o)]["stage"] is OptState.READY]
+
+    def watch(self, told: Callable[[], None]) -> None:
+        """Call ``told`` whenever the scaler has made, or left out, an optimizer's step."""
+        if self._scaler is None:
+            return
+        own, self._told = self._scaler.step, told
+        self._before = self._scaler.__dict__.get("step")
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result = own(*args, **kwargs)
+            if self._told is not None:
+                self._told()
+            return result
+
+        self._put = step
+        self._scaler.step = step  # type: ignore[method-assign]
+
+    def release(self) -> None:
+        """Leave the scaler as it was. Where somebody else has put a function over ours, ours only passes on."""
+        self._told = None
+        if (
+            self._scaler is not None
+            and self._put is not None
+            and self._scaler.__dict__.get("step") is self._put
+        ):
+            del self._scaler.__dict__["step"]
+            if self._before is not None:
+                self._scaler.__dict__["step"] = self._before

@@ -12,33 +12,42 @@
 It observes and never changes training: weights, random numbers and kernels are those of the run without it.
 Steps count optimizer updates from 0. Whether a step is measured is decided when the step before it ends, so
 that the hooks of an unmeasured step need not exist.
+
+A loop that dies without ``close`` loses nothing: what is left is written when the process ends, or the monitor is
+collected as garbage. After ``close`` every call does nothing.
 """
 
 from __future__ import annotations
 
+import atexit
+import dataclasses
+import functools
 import logging
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from stabilitylab.arrivals import Arrivals, Detector, Ended
+from stabilitylab.arrivals import Arrivals, Detector, Ended, default_detector
 from stabilitylab.delivery import Delivery
-from stabilitylab.loss_scale import LossScale
+from stabilitylab.given import Values, step_number
+from stabilitylab.instruments import Instruments
+from stabilitylab.optimizers import Optimizers
 from stabilitylab.output import Output
-from stabilitylab.probes.base import Context, Placing, Probe
-from stabilitylab.probes.compiled import forget_graphs, is_compiled
+from stabilitylab.patterns import patterns, warn_of_unmatched
+from stabilitylab.probes.base import Context, Probe
+from stabilitylab.probes.compiled import is_compiled
 from stabilitylab.probes.everything import all_probes
 from stabilitylab.probes.sites import bare, named_parameters
 from stabilitylab.ranks import Ranks
 from stabilitylab.schedule import Schedule
 from stabilitylab.sinks.base import Sink
-from stabilitylab.statistics.buffer import Buffer, Slots
+from stabilitylab.statistics.buffer import Buffer
 from stabilitylab.statistics.transfer import Transfer
 from stabilitylab.telemetry import Event, RunFolder
 
@@ -51,7 +60,8 @@ class Monitor:
     Args:
         model: any ``nn.Module``; a wrapper (DDP, ``torch.compile``) is looked through.
         optimizer: read for gradients (when ``gradients_ready`` is not called) and optimizer statistics; may
-            be None.
+            be None. One, or a sequence: all are read, the gradients when the first of them steps. A wrapper
+            that forwards to its ``optimizer`` (accelerate's) is looked through.
         out: run folder to make and write (Parquet, TensorBoard, events.jsonl): a path, or a ``RunFolder``
             that the caller has claimed. None: only ``sinks``.
         every: measure each n-th step; 0: only the step's own values. ``schedule`` says more.
@@ -65,7 +75,8 @@ class Monitor:
             half-precision model): their ``.grad`` is read.
         tensorboard: with ``out``: whether to write TensorBoard files beside the Parquet ones.
         flush_every: hand over to the sinks after so many steps; events are handed over at once.
-        scaler: torch's loss scaler, if one is used: numbers are recorded without its factor.
+        scaler: torch's loss scaler, if one is used: numbers are recorded without its factor, and the
+            gradients also of a step that it leaves out.
         describe_batch: step -> the documents of its batch, for the diagnoses written at the end.
         group: processes whose telemetry becomes one, written by its first rank; by default all, where
             ``torch.distributed`` is running. None: this process alone. All must call ``step`` for the same
@@ -80,12 +91,18 @@ class Monitor:
             rank.
         recorder: with ``out``: measure every step, hold the last so many in memory, and write them in full
             when an alarm begins; else only what ``every`` asks for is written. 0: off.
+
+    Raises:
+        InputError: an argument is none of these. Nothing is left behind: no hook, no thread, no claim.
     """
+
+    # Until it stands there is nothing to close.
+    _closed = True
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         *,
         out: str | os.PathLike[str] | RunFolder | None = None,
         every: int = 10,
@@ -107,72 +124,77 @@ class Monitor:
         shard: int | None = None,
     ) -> None:
         given, model = model, bare(model)
-        own = {} if gradients_every is None else {"gradients": gradients_every}
-        self._schedule = schedule or Schedule(every=every, probes=own)
+        cadence = {} if gradients_every is None else {"gradients": gradients_every}
+        self._schedule = schedule or Schedule(every=every, probes=cadence)
         self._ranks = _ranks(group)
         self._writes = self._ranks is None or self._ranks.rank == 0
         if shard is None:
             shard = self._ranks.rank if self._ranks is not None else 0
-        self._output: Output | None = None
-        if out is not None and self._writes:
-            self._output = Output(out, tensorboard=tensorboard, recorder=recorder, schedule=self._schedule)
-        if recorder and out is not None:
-            self._schedule = Schedule(every=1, dense_after=self._schedule.dense_after)
         self._describe_batch = describe_batch
         self._buffer = Buffer()
+        self._optimizers, self._values = Optimizers(optimizer), Values()
         self._context = Context(
             model=model,
             parameters=dict(parameters) if parameters is not None else named_parameters(model),
-            optimizer=optimizer,
+            # Probes read and hook it, and that is what it offers of an optimizer.
+            optimizer=cast(torch.optim.Optimizer, self._optimizers) if self._optimizers else None,
             buffer=self._buffer,
-            patterns=_patterns(sites),
-            sharded=_patterns(sharded),
-            scattered=_patterns(scattered),
+            patterns=patterns(sites),
+            sharded=patterns(sharded),
+            scattered=patterns(scattered),
             compiled=is_compiled(given),
-            failed=self._probe_failed,
         )
-        if self._context.compiled:
-            forget_graphs(model)
-        self._probes = tuple(all_probes() if probes is None else probes)
-        self._placing = {probe.name: Placing(self._context.is_sharded, shard) for probe in self._probes}
-        self._failed: set[str] = set()
-        self._detector = (
-            (_default_detector() if detector == "default" else detector) if self._writes else None
+        if self._ranks is None:  # one of several may hold but a part of the model
+            warn_of_unmatched(patterns(sites), model, self._context.parameters)
+        self._instruments = Instruments(
+            self._context,
+            all_probes() if probes is None else probes,
+            self._optimizers,
+            scaler=scaler,
+            shard=shard,
+            tell=self._tell,
         )
-        self._delivery = Delivery(
-            [*(self._output.sinks if self._output is not None else ()), *sinks] if self._writes else ()
-        )
-        self._arrivals = Arrivals(
-            self._probes,
-            self._detector,
-            self._delivery,
-            alarms=self._schedule.dense_after,
-            flush_every=flush_every,
-        )
-        for probe in self._probes:
-            probe.attach(self._context)
-        self._scale = LossScale(scaler, optimizer, self._buffer)
-        self._handles: list[RemovableHandle] = []
-        if optimizer is not None:
-            self._handles += [
-                optimizer.register_step_pre_hook(self._optimizer_begins),
-                optimizer.register_step_post_hook(self._optimizer_ends),
-            ]
+        self._said: set[str] = set()
+        self._detector = (default_detector() if detector == "default" else detector) if self._writes else None
         # The step of the last alarm that all ranks know of.
         self._alarm: int | None = None
         self._last: int | None = None
         self._next: int | None = None
         self._due = False
-        self._armed: list[Probe] = []
-        self._taken = False
-        self._closed = False
-        self._arm(0, first=True)
+        self._output: Output | None = None
+        self._instruments.attach()
+        try:
+            written = self._schedule
+            if recorder and out is not None:
+                self._schedule = Schedule(every=1, dense_after=written.dense_after)
+            self._arm(0, first=True)
+            if out is not None and self._writes:
+                self._output = Output(out, tensorboard=tensorboard, recorder=recorder, schedule=written)
+            own = self._output.sinks if self._output is not None else []
+            self._delivery = Delivery([*own, *sinks] if self._writes else ())
+        except BaseException:
+            self._instruments.detach()
+            if self._output is not None:
+                self._output.release()
+            raise
+        self._arrivals = Arrivals(
+            self._instruments.probes,
+            self._detector,
+            self._delivery,
+            alarms=self._schedule.dense_after,
+            flush_every=flush_every,
+        )
+        self._closed, self._process = False, os.getpid()
+        # Runs before the delivery's own, which was registered earlier.
+        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     # What the training loop calls.
 
     def start_step(self, step: int) -> None:
         """Optional: name the step that begins, where it is not the last one plus one (after a resume)."""
-        if step != self._next:
+        step = step_number(step)
+        if self._open() and step != self._next:
             self._arm(step)
 
     def gradients_ready(
@@ -191,40 +213,43 @@ class Monitor:
             scale: the factor by which ``gradients`` are larger than the true ones: a loss scale not yet
                 divided out. A ``scaler`` given to the monitor is asked itself.
         """
-        self._taken = True
-        if not self._armed:
-            return
-        if scale != 1.0:
-            self._context.loss_scale = scale
-        scaled = scale != 1.0 or self._scale.in_gradients()
-        self._read(gradients, norms or {}, self._context.loss_scale if scaled else 1.0)
+        if self._open():
+            self._instruments.gradients_ready(gradients, norms, scale)
 
     def step(self, step: int, **values: float | Tensor | None) -> list[Event]:
         """The step is over: collect what was seen, judge it, hand it on.
 
         Args:
             step: number of the optimizer update, from 0. A number not above the last one means that training
-                went
-                back: it is recorded as a ``rewind`` to it.
-            values: the step's own numbers, as floats or tensors of one element: ``loss``, ``gradient_norm``,
-                ``learning_rate``, ``tokens``, ``seconds``, ``skipped``, ``loss_scale``, and any others. None
-                is left out.
+                went back: it is recorded as a ``rewind`` to it.
+            values: the step's own numbers, as floats, arrays or tensors of one element: ``loss``,
+                ``gradient_norm``, ``learning_rate``, ``tokens``, ``seconds``, ``skipped``, ``loss_scale``, and
+                any others. None is left out; of what is no number NaN is recorded.
 
         Returns:
             What the detector has to say about this step; on an accelerator, about the steps whose numbers
             have arrived.
+
+        Raises:
+            InputError: ``step`` is no whole number.
         """
+        step = step_number(step)
+        if not self._open():
+            return []
         if self._last is not None and step <= self._last:
-            self.event(
-                Event(step=step, kind="rewind", data={"reason": f"step {step} came after {self._last}"})
+            reason = f"step {step} came after {self._last}"
+            self._say_once(
+                "rewind",
+                "%s: what was recorded from step %d on is superseded, as after a return to a checkpoint; where "
+                "training did not go back, count on (over epochs, once an update), or say so by monitor.rewind",
+                reason,
+                step,
             )
-        if not self._taken and self._armed:
-            # Nobody announced the gradients and the optimizer made no step: GradScaler found them non-finite
-            # after it had unscaled them. Or there is no optimizer.
-            self._read(None, {}, 1.0)
-        numbers = {name: value for name, value in values.items() if value is not None}
-        if isinstance(scale := numbers.get("loss_scale"), (int, float)):
-            self._context.loss_scale = float(scale)
+            self.event(Event(step=step, kind="rewind", data={"reason": reason}))
+        self._instruments.end()
+        numbers = self._values.numbers(values)
+        if isinstance(scale := numbers.get("loss_scale"), float):
+            self._context.loss_scale = scale
         self._last = step
         found = self._arrivals.add(self._ended(step, numbers))
         if self._ranks is None:
@@ -234,6 +259,10 @@ class Monitor:
 
     def event(self, event: Event) -> None:
         """Record something that happened: a checkpoint, a response, a rewind."""
+        if not self._open():
+            return
+        if type(event.step) is not int:
+            event = dataclasses.replace(event, step=step_number(event.step))
         if event.kind == "rewind":
             # What was measured before belongs to the old history: it must reach the sinks first.
             self._arrivals.settle(wait=True)
@@ -243,8 +272,10 @@ class Monitor:
 
     def rewind(self, step: int, **data: Any) -> None:
         """Training goes back to ``step`` and on from there: what was recorded from it on is superseded."""
-        self.event(Event(step=step, kind="rewind", data=data))
-        self._arm(step)
+        step = step_number(step)
+        if self._open():
+            self.event(Event(step=step, kind="rewind", data=data))
+            self._arm(step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on judging as if it had not stopped; plain JSON."""
@@ -262,6 +293,8 @@ class Monitor:
 
     def flush(self) -> None:
         """Write everything recorded so far; returns when the sinks have it."""
+        if not self._open():
+            return
         self._arrivals.settle(wait=True)
         self._arrivals.post()
         self._delivery.wait()
@@ -271,10 +304,8 @@ class Monitor:
         if self._closed:
             return
         self._closed = True
-        for probe in self._probes:
-            probe.detach()
-        for handle in self._handles:
-            handle.remove()
+        atexit.unregister(self._at_exit)
+        self._instruments.detach()
         self._arrivals.finish()
         self._delivery.close()
         if self._output is not None:
@@ -286,7 +317,7 @@ class Monitor:
     def nbytes(self) -> int:
         """Memory that the monitor holds on the model's devices; on a CPU, steps that are not yet delivered come
         on top, each with a copy."""
-        return self._buffer.nbytes + sum(getattr(probe, "nbytes", 0) for probe in self._probes)
+        return self._instruments.nbytes
 
     @property
     def backlog(self) -> int:
@@ -301,38 +332,43 @@ class Monitor:
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if not self._closed and self._process == os.getpid():
+            # Dropped, its model and optimizer with it. The sinks are closed when the process ends.
+            atexit.unregister(self._at_exit)
+            self._arrivals.settle(wait=True)
+            self._arrivals.post()
+            _log.warning("a monitor was dropped without close(): what it had seen is written")
+
     # Inside.
+
+    def _open(self) -> bool:
+        if self._closed:
+            self._say_once("closed", "the monitor is closed: nothing is measured or recorded any more")
+        return not self._closed
+
+    def _say_once(self, subject: str, message: str, *words: object) -> None:
+        if subject not in self._said:
+            self._said.add(subject)
+            _log.warning(message, *words)
+
+    def _tell(self, step: int, kind: str, data: Mapping[str, Any]) -> None:
+        self._arrivals.event(Event(step=step, kind=kind, data=data))
 
     def _arm(self, step: int, first: bool = False) -> None:
         # The very first step is measured whatever its number: nobody has said yet which one it is.
-        due = [p for p in self._probes if self._schedule.due(p.name, 0 if first else step, self._alarm)]
+        due = [
+            probe
+            for probe in self._instruments.probes
+            if self._schedule.due(probe.name, 0 if first else step, self._alarm)
+        ]
         self._due = bool(due)
-        self._armed = [probe for probe in due if probe.name not in self._failed]
-        for probe in self._probes:
-            probe.arm(probe in self._armed)
-        self._buffer.advance()
-        self._taken = False
         self._next = step
-        self._context.loss_scale = self._scale.coming() if self._armed else 1.0
-
-    def _read(
-        self,
-        gradients: Mapping[str, Tensor] | None,
-        norms: Mapping[str, Tensor | float],
-        scale: float | Slots,
-    ) -> None:
-        if gradients is None:
-            gradients = {n: g for n, p in self._context.parameters.items() if (g := p.grad) is not None}
-        for probe in self._armed:
-            self._context.guarded(probe.name, probe.gradients)(gradients, norms, scale)
+        self._instruments.arm(step, due)
 
     def _ended(self, step: int, numbers: dict[str, float | Tensor]) -> Ended:
         """Collect what the probes found and set it on its way to the host."""
-        found = [(p, self._context.guarded(p.name, p.collect)()) for p in self._armed]
-        self._buffer.compact()
-        manifest = tuple(
-            (p.name, self._placing[p.name].seen(f, self._buffer)) for p, f in found if f is not None
-        )
+        manifest = self._instruments.manifest()
         distant = {n: v for n, v in numbers.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
         ended = Ended(step=step, numbers=numbers, distant=tuple(distant), manifest=manifest)
         parts = self._buffer.parts() if manifest else []
@@ -346,28 +382,6 @@ class Monitor:
             ended.transfer = Transfer(parts, list(distant.values()))
         return ended
 
-    def _optimizer_begins(self, optimizer: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        # With a closure the backward pass is still to come, inside the step.
-        if not self._taken and not any(callable(argument) for argument in (*args, *kwargs.values())):
-            self.gradients_ready()
-
-    def _optimizer_ends(self, optimizer: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        if not self._taken:
-            self.gradients_ready()
-
-    def _probe_failed(self, name: str, error: Exception) -> None:
-        """A probe could not do its work: it is left out from the next step on, and training goes on."""
-        if os.environ.get("STABILITYLAB_STRICT") == "1":
-            raise error
-        if name not in self._failed:
-            self._failed.add(name)
-            reason = f"{type(error).__name__}: {error}"
-            _log.warning(
-                "telemetry lost: the probe %s failed (%s); training goes on without it", name, reason
-            )
-            lost = {"probe": name, "reason": reason}
-            self._arrivals.event(Event(step=self._next or 0, kind="telemetry-lost", data=lost))
-
 
 def _ranks(group: dist.ProcessGroup | Literal["default"] | None) -> Ranks | None:
     if group is None or not dist.is_available() or not dist.is_initialized():
@@ -376,11 +390,8 @@ def _ranks(group: dist.ProcessGroup | Literal["default"] | None) -> Ranks | None
     return ranks if ranks.size > 1 else None
 
 
-def _patterns(globs: str | Sequence[str]) -> tuple[str, ...]:
-    return (globs,) if isinstance(globs, str) else tuple(globs)
-
-
-def _default_detector() -> Detector:
-    from stabilitylab.spikes import SpikeDetector
-
-    return SpikeDetector()
+def _close_at_exit(monitor: weakref.ref[Monitor]) -> None:
+    """The process ends. A child that was forked from it has nothing to write."""
+    alive = monitor()
+    if alive is not None and alive._process == os.getpid():
+        alive.close()

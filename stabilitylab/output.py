@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stabilitylab.delivery import EventLog
+from stabilitylab.errors import InputError
 from stabilitylab.schedule import Schedule
 from stabilitylab.sinks.base import Sink
 from stabilitylab.telemetry import RunFolder
@@ -35,9 +36,13 @@ class Output:
         if isinstance(out, RunFolder):
             self.run = out
         else:
-            self.run = self._claimed = RunFolder(Path(out))
+            self.run = self._claimed = RunFolder(_path(out))
             self.run.claim()
-        parquet: Sink = ParquetSink(self.run.telemetry)
+        try:
+            parquet: Sink = ParquetSink(self.run.telemetry)
+        except BaseException:
+            self.release()
+            raise
         if recorder:
             parquet = _recording(parquet, recorder, schedule)
         self.sinks: list[Sink] = [EventLog(self.run), parquet]
@@ -57,6 +62,14 @@ class Output:
         """Give the folder back, if it was claimed here."""
         if self._claimed is not None:
             self._claimed.release()
+
+
+def _path(out: str | os.PathLike[str]) -> Path:
+    if not isinstance(out, (str, os.PathLike)):
+        raise InputError(f"out is a {type(out).__name__}: give a path, the folder to write the run into")
+    if not os.fspath(out):
+        raise InputError("out is an empty path: give the folder to write the run into, or None for no folder")
+    return Path(out)
 
 
 def _recording(sink: Sink, keep: int, schedule: Schedule) -> Sink:

@@ -1,0 +1,83 @@
+"""What the training loop hands over at a step's end: its number, and values of its own under names of their own.
+
+A step number that is none is a mistake in the loop's code, seen at the first step, and an ``InputError``. A value that
+is none may turn up in the middle of a long run, and training does not die of its instruments: NaN is recorded, and
+said once by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from stabilitylab.errors import InputError
+from stabilitylab.telemetry import Key
+
+_log = logging.getLogger("stabilitylab")
+
+
+def step_number(step: Any) -> int:
+    """A step as an int: also from NumPy's integers and integer tensors of one element.
+
+    Raises:
+        InputError: it is no whole number.
+    """
+    try:
+        return operator.index(step)
+    except (TypeError, RuntimeError):
+        raise InputError(
+            f"step is {' '.join(repr(step).split())[:60]}, a {type(step).__name__}: give a whole number, "
+            "which counts optimizer updates from 0"
+        ) from None
+
+
+class Values:
+    """Turns what is given into numbers; remembers what it has complained about."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def numbers(self, given: Mapping[str, Any]) -> dict[str, float | Tensor]:
+        """By name, floats, and tensors of one element that are on an accelerator: those are read when they have
+        arrived. None is left out."""
+        return {self._name(name): self._number(name, v) for name, v in given.items() if v is not None}
+
+    def _name(self, name: str) -> str:
+        if name and "/" not in name:
+            return name
+        try:
+            Key.parse(name)
+            return name
+        except InputError:
+            pass
+        plain = name.replace("/", ".").strip(".") or "unnamed"
+        self._say(name, f"the name is no family/site/statistic: recorded as {plain!r}")
+        return plain
+
+    def _number(self, name: str, value: Any) -> float | Tensor:
+        try:
+            if isinstance(value, Tensor):
+                if value.numel() == 1 and not value.is_complex():
+                    value = value.detach()
+                    return float(value) if value.device.type == "cpu" else value.reshape(())
+                raise ValueError(f"a tensor of shape {tuple(value.shape)}, {value.dtype}")
+            if isinstance(value, np.ndarray) and value.size != 1:
+                raise ValueError(f"an array of shape {value.shape}")
+            if isinstance(value, (int, float, np.generic)):
+                return float(value)
+            if isinstance(value, np.ndarray):
+                return float(value.reshape(()))
+            raise ValueError(f"a {type(value).__name__}")
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            self._say(name, f"it is no number ({error}): NaN is recorded")
+            return float("nan")
+
+    def _say(self, name: str, what: str) -> None:
+        if name not in self._said:
+            self._said.add(name)
+            _log.warning("the value %r given to monitor.step: %s", name, what)
