@@ -13,10 +13,18 @@ The Trainer has no event between the backward pass and clipping. So while traini
 ``torch.nn.utils.clip_grad_norm_``, which it clips with, is wrapped by a function that reads the gradients and
 then calls it. Where it clips by other means (FSDP, DeepSpeed), gradients are read clipped, in the optimizer's
 step.
+
+The Trainer does not say that training was interrupted (Ctrl-C in a notebook, out of memory): what was seen is written
+when ``train`` is called again, or the process ends. A second ``train`` that resumes from a checkpoint goes on in the same
+folder, and what the first recorded after the checkpoint is superseded (``rewind``). One that begins at step 0 is another
+run: where the folder holds one already, it is written beside it, into ``mine-2``, and that is said.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +32,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from stabilitylab.monitor import Monitor
+from stabilitylab.telemetry import RunFolder
+
+_log = logging.getLogger("stabilitylab")
 
 
 class MonitorCallback(TrainerCallback):  # type: ignore[misc]
@@ -42,13 +53,26 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         self._handle: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach."""
+        """Attach; after what an interrupted training has left open is closed."""
+        self._close()
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        scaler = getattr(optimizer, "scaler", None)
-        self.monitor = Monitor(
-            model, getattr(optimizer, "optimizer", optimizer), scaler=scaler, **self._options
-        )
-        self.monitor.start_step(state.global_step)
+        options, step = dict(self._options), state.global_step
+        goes_on = False
+        if out := options.get("out"):
+            goes_on = _holds_a_run(out)
+            if goes_on and not step and not isinstance(out, RunFolder):
+                options["out"], goes_on = _beside(out), False
+                if state.is_world_process_zero:
+                    _log.warning(
+                        "%s holds a run already: training that begins at step 0 is written into %s",
+                        os.fspath(out),
+                        options["out"],
+                    )
+        self.monitor = Monitor(model, optimizer, scaler=getattr(optimizer, "scaler", None), **options)
+        if goes_on:
+            self.monitor.rewind(step, reason="training was resumed")
+        else:
+            self.monitor.start_step(step)
         self._handle = model.register_forward_hook(self._take_loss, with_kwargs=True)
         self._clip = torch.nn.utils.clip_grad_norm_
         torch.nn.utils.clip_grad_norm_ = self._before_clipping
@@ -68,11 +92,18 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach and write what is left."""
-        if self.monitor is not None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.monitor is None:
+            return
+        if torch.nn.utils.clip_grad_norm_ == self._before_clipping:
             torch.nn.utils.clip_grad_norm_ = self._clip
-            self._handle.remove()
-            self.monitor.close()
-            self.monitor = None
+        self._handle.remove()
+        self._losses.clear()
+        self._norm = None
+        monitor, self.monitor = self.monitor, None
+        monitor.close()
 
     def _take_loss(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
@@ -84,3 +115,16 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             self.monitor.gradients_ready()
         self._norm = self._clip(*args, **kwargs)
         return self._norm
+
+
+def _holds_a_run(out: str | os.PathLike[str] | RunFolder) -> bool:
+    run = out if isinstance(out, RunFolder) else RunFolder(out)
+    return run.events.is_file() or any(run.telemetry.glob("*.parquet"))
+
+
+def _beside(out: str | os.PathLike[str]) -> Path:
+    """The first of out-2, out-3, ... that holds no run."""
+    path, number = Path(out), 2
+    while _holds_a_run(beside := path.with_name(f"{path.name}-{number}")):
+        number += 1
+    return beside

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from stabilitylab.integrations.transformers import MonitorCallback  # noqa: E402
+from stabilitylab.report import load_run  # noqa: E402
 from tests.stabilitylab.recording import Recording  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
@@ -71,3 +72,59 @@ def test_steps_losses_and_gradients_are_the_trainers(tmp_path: Path, accumulatio
     assert sink.rows[0, "activation/model.layers.0.input_layernorm/rms", -1] > 0
     assert torch.nn.utils.clip_grad_norm_ is clip
     assert sink.closed
+
+
+class Interruption(transformers.TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C before a step."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.layer(x).squeeze(-1) - labels).square().mean()}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_training_that_was_interrupted_and_begun_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, resumed: bool
+) -> None:
+    clip, run, interruption = torch.nn.utils.clip_grad_norm_, tmp_path / "run", Interruption(5)
+    trainer = transformers.Trainer(
+        Tiny(),
+        transformers.TrainingArguments(
+            str(tmp_path / "out"),
+            max_steps=8,
+            per_device_train_batch_size=2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_steps=3,
+        ),
+        train_dataset=[{"x": torch.ones(4), "labels": torch.tensor(0.0)}] * 32,
+        callbacks=[MonitorCallback(out=run, every=2, tensorboard=False), interruption],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    interruption.step = None
+    trainer.train(resume_from_checkpoint=resumed)
+    assert torch.nn.utils.clip_grad_norm_ is clip
+    assert not trainer.model._forward_hooks
+    first = load_run(run)
+    if resumed:
+        assert list(first.series("train/-/loss").index) == list(range(8))
+        assert [(e.kind, e.step) for e in first.events if e.kind == "rewind"] == [("rewind", 3)]
+        assert not (tmp_path / "run-2").exists()
+    else:
+        assert list(first.series("train/-/loss").index) == list(range(5))
+        assert list(load_run(tmp_path / "run-2").series("train/-/loss").index) == list(range(8))
+        assert "holds a run already" in caplog.text
