@@ -20,7 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from stabilitylab.errors import InputError
-from stabilitylab.report.style import ALARM, COLOURS, INK, STYLE
+from stabilitylab.report.style import ALARM, COLOURS, INK, STYLE, save
 
 SVG_BYTES = 200_000
 # Colours of figures that a page's style sheet may set: they need another shade on dark ground.
@@ -130,7 +130,7 @@ def picture_html(figure: Figure) -> Markup:
     title = "; ".join(axes.get_title("left") or axes.get_title() for axes in figure.axes).strip("; ")
     vector = io.StringIO()
     with mpl.rc_context(STYLE):  # the same figure gives the same file
-        figure.savefig(vector, format="svg", metadata={"Date": None})
+        save(figure, vector, format="svg", metadata={"Date": None})
     text = vector.getvalue()
     if len(text) <= SVG_BYTES:
         text = text[text.index("<svg") :]
@@ -140,7 +140,7 @@ def picture_html(figure: Figure) -> Markup:
         label = Markup('<svg role="img" aria-label="{}"').format(title)
         return label + Markup(text.removeprefix("<svg"))
     raster = io.BytesIO()
-    figure.savefig(raster, format="png", dpi=160)
+    save(figure, raster, format="png", dpi=160)
     encoded = base64.b64encode(raster.getvalue()).decode()
     return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(title, encoded)
 

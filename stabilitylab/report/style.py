@@ -8,12 +8,15 @@ sized for a figure shown at about 1.6 times its size on a desk and at its own on
 from __future__ import annotations
 
 import math
+import threading
+import warnings
 from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -64,6 +67,18 @@ def panel(height: float = 2.7) -> tuple[Figure, Axes]:
     """An empty figure of the page's width; call inside ``rc_context(STYLE)``."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def save(figure: Figure, file: Any, **options: Any) -> None:
+    """``figure.savefig``, which leaves neither warnings nor open files behind."""
+    with warnings.catch_warnings():
+        # A character that the font lacks (a module named in Chinese) is drawn as a box: that says it.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(file, **options)
+    fonts = getattr(font_manager, "_get_font", None)
+    if fonts is not None and threading.current_thread() is not threading.main_thread():
+        # Font files are kept open for each thread by itself, also when the thread has ended.
+        fonts.cache_clear()
 
 
 def say_not_recorded(axes: Axes) -> None:

@@ -171,7 +171,7 @@ def _png(figure: object, *, dpi: int = 90) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    from stabilitylab.report.style import INK
+    from stabilitylab.report.style import INK, save
 
     assert isinstance(figure, Figure)
     width, height = figure.get_size_inches()
@@ -180,5 +180,5 @@ def _png(figure: object, *, dpi: int = 90) -> bytes:
         if isinstance(words, Text) and words.get_color() == INK:
             words.set_color("#3c3c3c")
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=dpi, facecolor="white")
+    save(figure, content, format="png", dpi=dpi, facecolor="white")
     return content.getvalue()

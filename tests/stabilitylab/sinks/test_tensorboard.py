@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -315,6 +316,43 @@ def test_an_artist_that_fails_is_free_again(
         time.sleep(0.01)
     assert done[0] == {}
     assert not artist.busy
+
+
+def test_the_last_pictures_leave_no_file_open_and_take_names_in_any_script(tmp_path: Path) -> None:
+    """Drawn in the thread that ends with the run, as by a monitor. Warnings are errors here."""
+    failures: list[BaseException] = []
+
+    def one_run(folder: Path) -> None:
+        try:
+            sink = TensorBoardSink(folder)
+            site = "blocks.0.层"
+            sink.write(Samples.of([(i, Key("activation", site, "absmax"), 1.0 + i) for i in range(4)]), [])
+            sink.write(Samples.of([(i, Key("train", "-", "loss"), 1.0) for i in range(4)]), [spike(site)])
+            sink.close()
+        except BaseException as error:
+            failures.append(error)
+
+    open_files = []
+    for i in range(3):
+        thread = threading.Thread(target=one_run, args=(tmp_path / str(i),))
+        thread.start()
+        thread.join()
+        open_files.append(len(list(Path("/proc/self/fd").iterdir())))
+    assert not failures
+    assert open_files[0] == open_files[2]
+
+
+def spike(signal: str) -> Event:
+    data = {
+        "episode": 1,
+        "phase": "onset",
+        "signal": signal,
+        "onset": 2,
+        "peak": 2,
+        "end": None,
+        "height": 1.0,
+    }
+    return Event(step=2, kind="spike", data=data)
 
 
 def test_no_process_to_draw_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
