@@ -12,6 +12,7 @@ hooks. So ``watch`` has ``scaler.step`` of this one scaler tell when it is done;
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class LossScale:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._optimizers, self._buffer = optimizers, buffer
         self._told: Callable[[], None] | None = None
-        self._put: Any = None
+        self._put: _Step | None = None
         self._before: Any = None
         self._slots: Slots | None = None
 
@@ -82,17 +83,14 @@ class LossScale:
         """Call ``told`` whenever the scaler has made, or left out, an optimizer's step."""
         if self._scaler is None:
             return
-        own, self._told = self._scaler.step, told
+        self._told = told
         self._before = self._scaler.__dict__.get("step")
+        self._put = _Step(self._scaler, self._scaler.step, self._decided)
+        self._scaler.step = self._put  # type: ignore[method-assign]
 
-        def step(*args: Any, **kwargs: Any) -> Any:
-            result = own(*args, **kwargs)
-            if self._told is not None:
-                self._told()
-            return result
-
-        self._put = step
-        self._scaler.step = step  # type: ignore[method-assign]
+    def _decided(self) -> None:
+        if self._told is not None:
+            self._told()
 
     def release(self) -> None:
         """Leave the scaler as it was. Where somebody else has put a function over ours, ours only passes on."""
@@ -105,3 +103,24 @@ class LossScale:
             del self._scaler.__dict__["step"]
             if self._before is not None:
                 self._scaler.__dict__["step"] = self._before
+
+
+class _Step:
+    """A scaler's ``step``, after which ``told`` is called. A copy of the scaler, or one unpickled, has its own instead."""
+
+    def __init__(
+        self, scaler: torch.amp.GradScaler, own: Callable[..., Any], told: Callable[[], None]
+    ) -> None:
+        self._scaler, self._own, self._told = scaler, own, told
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._own(*args, **kwargs)
+        self._told()
+        return result
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _own_step, (self._scaler,)
+
+
+def _own_step(scaler: torch.amp.GradScaler) -> Callable[..., Any]:
+    return MethodType(type(scaler).step, scaler)

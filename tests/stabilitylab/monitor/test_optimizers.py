@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -127,3 +130,19 @@ def test_two_monitors_of_one_scaler_leave_it_as_it_was() -> None:
         Monitor(model, optimizer, detector=None, scaler=scaler).close()
         assert "step" in vars(scaler)
     assert "step" not in vars(scaler)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda scaler: pickle.loads(pickle.dumps(scaler))])
+def test_a_copy_of_the_scaler_is_on_its_own(copied: Callable[[Any], Any]) -> None:
+    model, sink = small(), Recording()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    with Monitor(model, optimizer, every=1, sinks=[sink], detector=None, scaler=scaler):
+        other = copied(scaler)
+        twin = small()
+        its = torch.optim.SGD(twin.parameters(), lr=0.1)
+        other.scale(twin(torch.ones(2, 8)).sum()).backward()
+        other.step(its)
+        other.update()
+        assert not torch.equal(twin[0].weight, model[0].weight)
+        assert not scaler._per_optimizer_states
