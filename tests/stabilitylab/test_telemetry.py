@@ -167,14 +167,18 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     first.release()
 
 
-def test_the_right_ends_with_its_owner_and_not_with_the_owners_children(tmp_path: Path) -> None:
+@pytest.mark.parametrize("child_gives_back", [False, True])
+def test_the_right_ends_with_its_owner_and_not_with_the_owners_children(
+    tmp_path: Path, child_gives_back: bool
+) -> None:
     """A child forked meanwhile (a data loader's worker) lives on, and neither holds the right nor can give it back."""
     run = RunFolder(tmp_path / "run")
     run.claim()
     go_on, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        run.release()
+        if child_gives_back:
+            run.release()
         os.close(tell)
         os.read(go_on, 1)
         os._exit(0)
