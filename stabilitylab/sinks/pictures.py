@@ -111,7 +111,8 @@ class Artist:
             pickle.dump(sketch, numbers)
             numbers.seek(0)
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import main; main()"],
+                # Out of training's way before the imports, which take longer than the drawing.
+                [sys.executable, "-c", f"import os; getattr(os, 'nice', int)(19); from {__name__} import main; main()"],
                 stdin=numbers,
                 stdout=self._drawn,
                 stderr=subprocess.DEVNULL,
@@ -161,8 +162,6 @@ def main() -> None:
     with os.fdopen(os.dup(1), "wb") as pictures:
         os.dup2(2, 1)  # what is printed from here on is no picture
         sketch = pickle.load(sys.stdin.buffer)
-        if hasattr(os, "nice"):
-            os.nice(19)
         pictures.write(_MARKER + pickle.dumps(sketch.draw()))
 
 
