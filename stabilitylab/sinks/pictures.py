@@ -112,7 +112,11 @@ class Artist:
             numbers.seek(0)
             self._process = subprocess.Popen(
                 # Out of training's way before the imports, which take longer than the drawing.
-                [sys.executable, "-c", f"import os; getattr(os, 'nice', int)(19); from {__name__} import main; main()"],
+                [
+                    sys.executable,
+                    "-c",
+                    f"import os; getattr(os, 'nice', int)(19); from {__name__} import main; main()",
+                ],
                 stdin=numbers,
                 stdout=self._drawn,
                 stderr=subprocess.DEVNULL,
