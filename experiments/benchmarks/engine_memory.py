@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from experiments.benchmarks._presets import preset
 from experiments.benchmarks._worlds import batch, import_all, in_world
 from glm.parallel.buckets import Coming
 from glm.parallel.config import ParallelConfig
@@ -36,7 +37,6 @@ from glm.parallel.plan.hardware import parse_cluster
 from glm.parallel.plan.layout import Layout
 from glm.parallel.plan.memory import training_memory
 from glm.parallel.plan.shape import shape_of
-from glm.train.commands import preset_config
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import LocalEngine
 from stabilitylab.command_line import parse
@@ -210,12 +210,8 @@ def _record(recorded: profile) -> tuple[float, float]:
 
 
 def _config(settings: Settings, precision: str, parallel: ParallelConfig) -> TrainConfig:
-    config = preset_config(settings.preset)
-    model = config.model
-    if model.vocabulary is None:
-        model = dataclasses.replace(model, vocabulary=settings.vocabulary)
     rows = BatchConfig(rows=settings.rows, micro_rows=settings.micro_rows)
-    return dataclasses.replace(config, model=model, batch=rows, precision=precision, parallel=parallel)  # type: ignore[arg-type]
+    return preset(settings.preset, settings.vocabulary, batch=rows, precision=precision, parallel=parallel)
 
 
 def _planned(settings: Settings, config: TrainConfig, stage: int) -> dict[str, float]:

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmarks._presets import preset
 from experiments.benchmarks._worlds import batch, import_all
-from glm.train.commands import preset_config
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import Engine, LocalEngine
 from stabilitylab.command_line import parse
@@ -64,12 +64,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _config(settings: Settings, precision: str) -> TrainConfig:
-    config = preset_config(settings.preset)
-    model = config.model
-    if model.vocabulary is None:
-        model = dataclasses.replace(model, vocabulary=settings.vocabulary)
     rows = BatchConfig(rows=settings.rows, micro_rows=settings.micro_rows)
-    return dataclasses.replace(config, model=model, batch=rows, precision=precision)
+    return preset(settings.preset, settings.vocabulary, batch=rows, precision=precision)
 
 
 def _times(settings: Settings, precision: str) -> dict[str, float]:

@@ -31,13 +31,13 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from experiments.benchmarks._presets import preset
 from glm.data.batch import Batch
 from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import CHUNK_ELEMENTS, vocabulary_loss
 from glm.parallel.plan.memory import BYTES, layer_activations
 from glm.parallel.plan.shape import shape_of
 from glm.precision import upcasts
-from glm.train.commands import preset_config
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import LocalEngine
 from stabilitylab.command_line import parse
@@ -103,12 +103,8 @@ def states_compared(result: dict[str, Any]) -> dict[str, float]:
 
 def measure(settings: Settings, precision: str) -> dict[str, dict[str, float]]:
     """Bytes by component."""
-    config = preset_config(settings.preset)
-    model = config.model
-    if model.vocabulary is None:
-        model = dataclasses.replace(model, vocabulary=settings.vocabulary)
     batch_config = BatchConfig(rows=2 * settings.rows, micro_rows=settings.rows)
-    config = dataclasses.replace(config, precision=precision, model=model, batch=batch_config)  # type: ignore[arg-type]
+    config = preset(settings.preset, settings.vocabulary, precision=precision, batch=batch_config)
     return {"formula": formula(config), "measured": measured(config)}
 
 

@@ -51,6 +51,7 @@ from experiments.benchmarks._monitor_arms import (
     work,
 )
 from experiments.benchmarks._monitor_peers import PACKAGES
+from experiments.statistics import median_interval
 
 GRADIENTS, SELDOM, EVERY = "gradients", "every-10", "every-step"
 SUITES = {
@@ -132,7 +133,7 @@ def measure(
     for name, by_restart in times.items():
         mine = np.array(by_restart)  # [restarts, rounds, 2]
         wall, processor = np.moveaxis(100 * (mine / bare - 1), -1, 0)
-        low, high = interval(wall)
+        low, high = median_interval(wall)
         row = {"wall %": np.median(wall), "low": low, "high": high, "processor %": np.median(processor)}
         row |= {"step ms": 1e3 * np.median(mine[..., 0]), "close s": ends[name]["close"]}
         row["peak MiB"] = ends[name]["peak MiB"]
@@ -140,16 +141,6 @@ def measure(
             row["memory %"] = ends[name]["memory %"]
         found[name] = {key: round(float(value), 2) for key, value in row.items()}
     return found
-
-
-def interval(ratios: np.ndarray) -> tuple[float, float]:
-    """Holds the median of ``ratios`` [restarts, rounds] with 95 %: percentiles of the medians of 2,000 resamples, of
-    restarts and of each one's rounds."""
-    dice, (restarts, rounds) = np.random.default_rng(0), ratios.shape
-    lives = dice.integers(restarts, size=(2000, restarts, 1))
-    drawn = ratios[lives, dice.integers(rounds, size=(2000, restarts, rounds))]
-    low, high = np.percentile(np.median(drawn, axis=(1, 2)), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def arms(suite: str, with_peers: bool) -> list[str]:

@@ -26,14 +26,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from experiments.benchmarks._presets import preset
 from experiments.benchmarks._worlds import batch
-from experiments.benchmarks.monitor_overhead import interval
 from experiments.benchmarks.sample_building import sample_data, seconds
+from experiments.statistics import median_interval
 from glm.data.config import ObjectiveConfig
 from glm.data.loader import Loader
 from glm.model import block, dropout, transformer
 from glm.model.transformer import Transformer
-from glm.train.commands import preset_config
 from stabilitylab.command_line import parse
 
 
@@ -94,8 +94,7 @@ def _nothing(x: Tensor, p: float, keys_B: Tensor | None, place: int) -> Tensor:
 
 def _dropout(settings: Settings) -> dict[str, tuple[float, float, float]]:
     """Of each kind, the ratio of its pass to one with ``F.dropout``: median, low, high."""
-    config = preset_config(settings.preset).model
-    config = dataclasses.replace(config, vocabulary=config.vocabulary or settings.vocabulary, dropout=0.1)
+    config = dataclasses.replace(preset(settings.preset, settings.vocabulary).model, dropout=0.1)
     model = Transformer(config).train()
     rows = batch(config, settings.rows, 0)
     inputs = (rows.tokens_BT, rows.targets_BT, rows.positions, rows.segments_BT, rows.context_BT)
@@ -120,7 +119,7 @@ def _dropout(settings: Settings) -> dict[str, tuple[float, float, float]]:
     found = {}
     for name in list(kinds)[1:]:
         ratios = times[name] / times["F.dropout"]
-        low, high = interval(ratios[None])
+        low, high = median_interval(ratios[None])
         found[name] = (float(np.median(ratios)), float(low), float(high))
     return found
 

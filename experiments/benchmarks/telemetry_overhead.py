@@ -33,10 +33,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmarks._presets import preset
 from experiments.benchmarks._worlds import batch, import_all, in_world
-from experiments.benchmarks.monitor_overhead import interval
+from experiments.statistics import median_interval
 from glm.parallel.config import ParallelConfig
-from glm.train.commands import preset_config
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import Engine, LocalEngine
 from stabilitylab import Monitor, Schedule
@@ -92,13 +92,9 @@ def main(argv: Sequence[str]) -> int:
 def _world(settings: Settings, axes: tuple[int, int, int]) -> list[dict[str, object]]:
     """Of each rank, what ``_turns`` returns."""
     t, p, d = axes
-    config = preset_config(settings.preset)
-    model = config.model
-    if model.vocabulary is None:
-        model = dataclasses.replace(model, vocabulary=settings.vocabulary)
     rows = BatchConfig(rows=settings.rows, micro_rows=settings.micro_rows)
     parallel = ParallelConfig(tensor=t, pipeline=p, data=d)
-    config = dataclasses.replace(config, model=model, batch=rows, parallel=parallel)
+    config = preset(settings.preset, settings.vocabulary, batch=rows, parallel=parallel)
     return in_world(parallel, lambda: _turns(settings, config))
 
 
@@ -210,7 +206,7 @@ def summary(ranks: list[dict[str, object]]) -> dict[str, object]:
 def _overhead(ratios: np.ndarray) -> list[float]:
     """Median and the ends of its interval, percent."""
     percent = 100 * (ratios[None] - 1)
-    return [round(float(x), 2) for x in (np.median(percent), *interval(percent))]
+    return [round(float(x), 2) for x in (np.median(percent), *median_interval(percent))]
 
 
 def _table(found: dict[str, dict[str, object]]) -> Table:

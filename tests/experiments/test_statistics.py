@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.statistics import paired_difference
+from experiments.statistics import median_interval, paired_difference
 from experiments.verdicts import Claim, judge
 
 
@@ -57,3 +57,20 @@ def test_a_claim_over_nothing() -> None:
     assert judge(claim, {"a": {0: 2.0, 1: 2.5}}).judgement == "leaning for"
     assert judge(claim, {"a": {0: 2.0, 1: 2.1}}).judgement == "supported"
     assert judge(claim, {"a": {0: 2.0, 1: math.nan}}).judgement == "undecided"
+
+
+def test_the_medians_interval_covers_it_as_often_as_it_says():
+    """Of 200 sets of 25 Gaussian ratios; the bootstrap's 95 % of a median are 90 to 99 at this size (binomial error 1.5)."""
+    rng = np.random.default_rng(0)
+    covered = [
+        low <= 1.0 <= high for low, high in (median_interval(rng.normal(1, 1, (1, 25))) for _ in range(200))
+    ]
+    assert 0.88 <= np.mean(covered) <= 0.99
+
+
+def test_what_restarts_do_widens_the_medians_interval():
+    rounds = np.random.default_rng(0).normal(0, 0.1, (4, 12))
+    one_life = median_interval(rounds.reshape(1, -1))
+    low, high = median_interval(rounds + np.array([[-1.0], [-0.5], [0.5], [1.0]]))
+    assert high - low > 5 * (one_life[1] - one_life[0])
+    assert median_interval(np.full((2, 3), 7.0)) == (7.0, 7.0)
