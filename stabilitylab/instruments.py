@@ -24,8 +24,6 @@ from stabilitylab.loss_scale import LossScale
 from stabilitylab.optimizers import Handles, Optimizers
 from stabilitylab.probes.base import Context, Placing, Probe
 from stabilitylab.probes.compiled import forget_graphs
-from stabilitylab.probes.embedding_rows import EmbeddingRowProbe
-from stabilitylab.probes.updates import UpdateProbe
 from stabilitylab.ranks import Manifest
 from stabilitylab.statistics.buffer import Slots
 
@@ -136,8 +134,8 @@ class Instruments:
         if joined := self._optimizers.joined(self._context.model, parameters):
             self._context.parameters = parameters = {**parameters, **joined}
             for probe in self.probes:
-                if isinstance(probe, (UpdateProbe, EmbeddingRowProbe)):
-                    probe.attach(self._context)  # all that these do then is to name the parameters
+                if (name_parameters := getattr(probe, "name_parameters", None)) is not None:
+                    name_parameters()
             self._tell(self._step, "parameters-joined", {"parameters": list(joined)})
         return {name: g for name, p in parameters.items() if (g := p.grad) is not None}
 

@@ -156,8 +156,7 @@ class AttentionProbe:
                 scores(first)  # of a softmax
             elif self._armed and torch._C._current_graph_task_id() == -1 and query.numel() and key.numel():
                 with torch.no_grad(), torch._C.DisableTorchFunction():
-                    lse_BHT = first.reshape(*query.shape[:2], -1)
-                    self._record(path, fused(lse_BHT, query, key, mask=mask, causal=causal, scale=scale))
+                    self._record_fused(path, first, query, key, mask, causal, scale)
 
         return watch
 
@@ -213,8 +212,7 @@ class AttentionProbe:
         if path is None or query.dim() != 4 or not measurable(query) or not measurable(key):
             return
         if kernel.lse is not None and kernel.lse.numel():
-            lse_BHT = kernel.lse.reshape(*query.shape[:2], -1)
-            self._record(path, fused(lse_BHT, query, key, mask=attn_mask, causal=is_causal, scale=scale))
+            self._record_fused(path, kernel.lse, query, key, attn_mask, is_causal, scale)
         elif kernel.scores is not None:
             self._record(path, materialised(kernel.scores))
 
@@ -238,6 +236,20 @@ class AttentionProbe:
                 return path, module
             frame = frame.f_back
         return None, None
+
+    def _record_fused(
+        self,
+        path: str,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float | None,
+    ) -> None:
+        """Write what a fused kernel's log-sum-exp says, in whatever shape it returns it."""
+        lse_BHT = lse.reshape(*query.shape[:2], -1)
+        self._record(path, fused(lse_BHT, query, key, mask=mask, causal=causal, scale=scale))
 
     def _record(self, path: str, scores: Scores) -> None:
         """Write one call's ranges; calls of one module in one step combine."""

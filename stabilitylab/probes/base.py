@@ -11,6 +11,8 @@ The life of a probe under the monitor:
         finish(gathered) -> readings     later, when the numbers are on the host, in another thread
     detach()                             every handle is removed
 
+A probe that goes by parameters may have ``name_parameters()``: called when some have joined ``context.parameters``.
+
 Nothing a probe does may change what the model computes: no random numbers, no in-place change, no other
 kernel.
 """

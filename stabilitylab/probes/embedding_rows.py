@@ -47,12 +47,16 @@ class EmbeddingRowProbe:
         """Find the embeddings among the parameters, by name: a half-precision model's masters are other
         tensors."""
         self._context = context
-        self._weights = {
+        self.name_parameters()
+
+    def name_parameters(self) -> None:
+        """Find them again: parameters have joined, perhaps with modules."""
+        names = (
             f"{path}.weight" if path else "weight"
-            for path, module in named_modules(context.model)
+            for path, module in named_modules(self._context.model)
             if isinstance(module, nn.Embedding)
-        }
-        self._weights = {name for name in self._weights if context.wanted(name)}
+        )
+        self._weights = {name for name in names if self._context.wanted(name)}
 
     def arm(self, measured: bool) -> None:
         """Nothing to prepare."""

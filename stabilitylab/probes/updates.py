@@ -73,7 +73,11 @@ class UpdateProbe:
     def attach(self, context: Context) -> None:
         """Name the optimizer's tensors."""
         self._context = context
-        self._names = {id(p): name for name, p in context.parameters.items()}
+        self.name_parameters()
+
+    def name_parameters(self) -> None:
+        """Take the context's parameters, some of which may be new."""
+        self._names = {id(p): name for name, p in self._context.parameters.items()}
 
     def arm(self, measured: bool) -> None:
         """Put the optimizer's hooks in place, or take them away."""
@@ -109,15 +113,12 @@ class UpdateProbe:
             return
         chosen = []
         for p, _ in self._listed(optimizer):
-            entry = self._updates.get(id(p))
-            if entry is None or entry.parameter is not p:
+            entry, here = self._updates.get(id(p)), local_part(p.detach())[0]
+            if entry is None or entry.parameter is not p or entry.slots.device != here.device:
                 entry = self._updates[id(p)] = self._entry(p)
-            elif not entry.update.is_of(here := local_part(p.detach())[0]):
-                # The parameter has been given other memory (p.data = ...), or moved to another device or format.
-                same = here.device == entry.slots.device
+            elif not entry.update.is_of(here):
+                # The parameter has been given other memory (p.data = ...), or another format.
                 entry.update = Update(here)
-                entry = entry if same else self._entry(p)
-                self._updates[id(p)] = entry
             if entry.update.sampled:
                 chosen.append(entry.update)
         with torch.no_grad():
