@@ -8,10 +8,10 @@
 | gradient_norm_max | largest global gradient norm after warm-up, non-finite steps aside | - |
 | gradient_norm_spread | standard deviation of ln(global gradient norm) after warm-up, non-finite steps aside | - |
 | embedding_share | the embedding's mean share of the squared gradient norm | share |
-| main_branch_max | largest absolute value on the main branch, over layers and steps | - |
-| main_branch_growth | largest absolute value after the last layer, over that after the first | - |
+| residual_stream_max | largest absolute value on the residual stream, over layers and steps | - |
+| residual_stream_growth | largest absolute value after the last layer, over that after the first | - |
 | attention_score_max | largest attention score, over layers, heads and steps | - |
-| fp16_headroom | log2(65504 / largest value of main branch and attention scores) | bits |
+| fp16_headroom | log2(65504 / largest value of residual stream and attention scores) | bits |
 | skipped_steps | updates skipped since the gradient was not finite | steps |
 | survived | steps before the loss broke out; all of them where it never did | steps |
 | norm_lead | steps by which the gradient norm broke out before the loss did; NaN where either did not | steps |
@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from stabilitylab.report import Run
+from stabilitylab.runs import Run
 from stabilitylab.spikes import episodes_of, spike_score
 
 FP16_MAX = 65504.0
@@ -92,20 +92,20 @@ def embedding_share(run: Run) -> float:
     return float(share[np.isfinite(share)].mean()) if len(share) else math.nan
 
 
-def main_branch_by_layer(run: Run) -> pd.Series[float]:
+def residual_stream_by_layer(run: Run) -> pd.Series[float]:
     """Largest |value| after each block, over all measured steps: index "layers.0", ..."""
     absmax = run.matrix("activation", "absmax")
     blocks = [site for site in absmax.index if site.removeprefix("layers.").isdigit()]
     return absmax.loc[sorted(blocks, key=lambda site: int(site.removeprefix("layers.")))].max(axis=1)
 
 
-def main_branch_max(run: Run) -> float:
-    by_layer = main_branch_by_layer(run)
+def residual_stream_max(run: Run) -> float:
+    by_layer = residual_stream_by_layer(run)
     return float(by_layer.max()) if len(by_layer) else math.nan
 
 
-def main_branch_growth(run: Run) -> float:
-    by_layer = main_branch_by_layer(run)
+def residual_stream_growth(run: Run) -> float:
+    by_layer = residual_stream_by_layer(run)
     if len(by_layer) < 2 or not np.isfinite(by_layer.iloc[0]) or by_layer.iloc[0] <= 0:
         return math.nan
     return float(by_layer.iloc[-1] / by_layer.iloc[0])
@@ -117,7 +117,7 @@ def attention_score_max(run: Run) -> float:
 
 
 def fp16_headroom(run: Run) -> float:
-    largest = np.nanmax([main_branch_max(run), attention_score_max(run)])
+    largest = np.nanmax([residual_stream_max(run), attention_score_max(run)])
     if math.isinf(largest):
         return -math.inf
     return float(np.log2(FP16_MAX / largest)) if largest > 0 else math.nan
@@ -191,8 +191,10 @@ METRICS: Mapping[str, Metric] = {
     "embedding_share": Metric(
         title="Embedding's share of the squared gradient norm", measure=embedding_share
     ),
-    "main_branch_max": Metric(title="Largest main-branch value", measure=main_branch_max),
-    "main_branch_growth": Metric(title="Main branch, last layer over first", measure=main_branch_growth),
+    "residual_stream_max": Metric(title="Largest residual-stream value", measure=residual_stream_max),
+    "residual_stream_growth": Metric(
+        title="Residual stream, last layer over first", measure=residual_stream_growth
+    ),
     "attention_score_max": Metric(title="Largest attention score", measure=attention_score_max),
     "fp16_headroom": Metric(title="fp16 headroom", unit="bits", measure=fp16_headroom, better="more"),
     "skipped_steps": Metric(title="Skipped steps", measure=skipped_steps),

@@ -14,8 +14,9 @@ from experiments.metrics import METRICS, Metric, measure
 from experiments.runner import jobs_of
 from experiments.verdicts import Verdict, judge
 from stabilitylab.errors import InputError
-from stabilitylab.report import Cell, Page, Run, Section, Table, load_run
+from stabilitylab.report import Cell, Page, Section, Table
 from stabilitylab.report import sections as shown
+from stabilitylab.runs import Run, load_run
 
 Values = Mapping[str, Mapping[str, Mapping[int, float]]]
 
@@ -32,7 +33,7 @@ def write_report(suite: Suite, out: Path) -> Path:
         shown.overview(by_label),
         shown.episode_section(by_label),
         shown.gradients(by_label),
-        shown.main_branch(by_label),
+        shown.residual_stream(by_label),
         shown.attention(by_label),
         shown.outliers(by_label),
         commands_section(suite),

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.arm import Arm, Suite
 from stabilitylab.errors import InputError
-from stabilitylab.telemetry import RunFolder
+from stabilitylab.runs.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)

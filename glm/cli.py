@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from stabilitylab.command_line import run_program
 
 COMMANDS = {
-    "corpus": ("glm.data.commands", "build a text corpus: the default bilingual one, or your own files"),
-    "tokenizer": ("glm.data.commands", "train a SentencePiece tokenizer on a corpus"),
-    "shards": ("glm.data.commands", "turn a corpus into memory-mapped tokens with a held-out split"),
-    "train": ("glm.train.commands", "train a preset, any field overridden"),
+    "corpus": ("glm.commands.data", "build a text corpus: the default bilingual one, or your own files"),
+    "tokenizer": ("glm.commands.data", "train a SentencePiece tokenizer on a corpus"),
+    "shards": ("glm.commands.data", "turn a corpus into memory-mapped tokens with a held-out split"),
+    "train": ("glm.commands.train", "train a preset, any field overridden"),
     "replay": ("glm.train.replay", "an event of a run again, from before it, with one thing changed"),
-    "generate": ("glm.inference.commands", "fill the blanks of a text, or continue it"),
-    "evaluate": ("glm.inference.commands", "held-out perplexity and zero-shot tasks of a trained model"),
-    "export": ("glm.inference.commands", "a trained model as safetensors, with its tokenizer"),
-    "plan": ("glm.parallel.commands", "memory, time and failures of a model on a cluster, on paper"),
+    "generate": ("glm.commands.inference", "fill the blanks of a text, or continue it"),
+    "evaluate": ("glm.commands.inference", "held-out perplexity and zero-shot tasks of a trained model"),
+    "export": ("glm.commands.inference", "a trained model as safetensors, with its tokenizer"),
+    "plan": ("glm.commands.plan", "memory, time and failures of a model on a cluster, on paper"),
 }
 
 

@@ -46,7 +46,8 @@ def report(run: RunPath, *, out: Path | None = None) -> int:
         run: run folder.
         out: file to write; by default report.html in the run folder.
     """
-    from stabilitylab.report import load_run, run_report
+    from stabilitylab.report import run_report
+    from stabilitylab.runs import load_run
 
     loaded = load_run(run)
     print(run_report(loaded).write(_writable(out or loaded.folder.report)))
@@ -60,7 +61,8 @@ def compare(runs: RunPaths, *, out: Path) -> int:
         runs: run folders, two or more.
         out: file to write.
     """
-    from stabilitylab.report import comparison, load_run
+    from stabilitylab.report import comparison
+    from stabilitylab.runs import load_run
 
     if len(runs) < 2:
         raise InputError(f"compare takes two run folders or more, got {len(runs)}")
@@ -78,8 +80,8 @@ def show(run: RunPath) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from stabilitylab.report import load_run
-    from stabilitylab.report.style import plain
+    from stabilitylab.figures.style import plain
+    from stabilitylab.runs import load_run
 
     loaded, console = load_run(run), Console()
     metrics = loaded.metrics

@@ -1,4 +1,4 @@
-"""What a measurement is: its name, the samples of a flush, events, and the run folder that holds them.
+"""What a measurement is: its name, the samples of a flush, and events.
 
 A metric is ``family/site/statistic``. The *family* says what was measured (gradient, attention, activation, update,
 precision, train), the *site* where, as the module or parameter path that the model itself uses, or ``-`` for the run as
@@ -11,40 +11,33 @@ a whole, the *statistic* how it was summarised:
     train/-/loss
 
 A ``Key`` is a metric and an index (-1 for a scalar). Samples are tidy columns (step, key, value); an ``Event`` is one
-line of ``events.jsonl``. Whoever reads a run reads the run folder and nothing else:
-
-    config.json   telemetry/*.parquet   events.jsonl   tensorboard/   checkpoints/   report.html
-
-History can be rewritten: a resumed or rolled-back run goes back to step s and trains on from there. That is the event
-``rewind`` with ``step = s``: everything recorded earlier for steps >= s is superseded, and every reader drops it.
+line of ``events.jsonl``. The folder that holds them is ``stabilitylab.runs.folder``.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import time
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 
-try:
-    import fcntl
-except ImportError:
-    # Windows has no advisory locks of this kind; runs there are not guarded against each other.
-    fcntl = None  # type: ignore[assignment]
-
 RUN_SITE = "-"
 SCALAR = -1
+
+# A run's own signals, which the detector judges and readers of logs look for.
+LOSS = "train/-/loss"
+GRADIENT_NORM = "train/-/gradient_norm"
+LEARNING_RATE = "train/-/learning_rate"
+SKIPPED = "train/-/skipped"
+LOSS_SCALES = ("precision/-/loss_scale", "train/-/loss_scale")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -150,158 +143,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
-
-
-class RunFolder:
-    """A run's folder on disk: where each thing lies, who may write, and its events.
-
-    Args:
-        path: the folder; need not exist for reading its paths.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._lock: IO[str] | None = None
-
-    config = property(lambda self: self.path / "config.json")
-    telemetry = property(lambda self: self.path / "telemetry")
-    events = property(lambda self: self.path / "events.jsonl")
-    tensorboard = property(lambda self: self.path / "tensorboard")
-    checkpoints = property(lambda self: self.path / "checkpoints")
-    report = property(lambda self: self.path / "report.html")
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """A run that exists, for reading. Raises InputError where there is none."""
-        run = cls(path)
-        if not run.path.is_dir():
-            raise InputError(f"{run.path} is not a run folder: there is no such directory")
-        if not (run.telemetry.is_dir() or run.events.is_file()):
-            raise InputError(f"{run.path} is not a run folder: it holds neither telemetry/ nor events.jsonl")
-        return run
-
-    def claim(self) -> None:
-        """Make the folder and take the right to write into it, until this process ends or ``release`` is called.
-
-        Raises InputError when another process is writing there: two runs in one folder would mix their histories. Also
-        where the folder cannot be made.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a+", encoding="utf-8")
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(f"{self.path} cannot be a run folder: a file stands in the way") from None
-        except OSError as error:
-            if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            reason = os.strerror(error.errno).lower()
-            raise InputError(
-                f"{_brief(self.path)} cannot be written: {reason}; choose another folder"
-            ) from None
-        except ValueError as error:  # a null byte
-            raise InputError(f"{_brief(self.path)} is no path ({error}): choose another folder") from None
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
-                raise InputError(
-                    f"{self.path} is being written by another run: wait for it, or choose another folder"
-                ) from None
-        self._lock = lock
-        _CLAIMED.add(self)
-        self._mend_events()
-
-    def release(self) -> None:
-        """Give the right to write back."""
-        if self._lock is not None:
-            if fcntl is not None:
-                # Closing is not enough while a process started meanwhile still holds the same open file.
-                fcntl.flock(self._lock, fcntl.LOCK_UN)
-            self._forget()
-
-    def _forget(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-    def append_events(self, events: Sequence[Event]) -> None:
-        """Add lines to ``events.jsonl`` and hand them to the operating system: all of them, or none where that fails."""
-        if not events:
-            return
-        lines = "".join(event.to_json() + "\n" for event in events).encode()
-        with self.events.open("ab", buffering=0) as file:
-            end = file.tell()
-            written = 0
-            try:
-                while written < len(lines):
-                    written += file.write(lines[written:])
-            except OSError as error:
-                file.truncate(end)
-                error.filename = str(self.events)
-                raise
-
-    def _mend_events(self) -> None:
-        """Give a last line that a kill cut short its end, or take it away: the next event starts a line of its own."""
-        if not self.events.is_file():
-            return
-        with self.events.open("r+b") as file:
-            *_, last = file.read().split(b"\n")
-            if not last:
-                return
-            try:
-                Event.from_json(last.decode())
-                file.write(b"\n")
-            except (ValueError, KeyError, TypeError):
-                file.truncate(file.tell() - len(last))
-
-    def read_events(self) -> list[Event]:
-        """All events whose history still stands: those at or after a later ``rewind``'s step are dropped.
-
-        A last line cut short by a kill is ignored; any other malformed line is an InputError.
-        """
-        if not self.events.is_file():
-            return []
-        lines = self.events.read_text(encoding="utf-8", errors="replace").split("\n")
-        standing: list[Event] = []
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                event = Event.from_json(line)
-            except (ValueError, KeyError, TypeError):
-                if number >= len(lines) - 1:
-                    continue
-                raise InputError(
-                    f"{self.events}, line {number} is not an event: repair or remove the line"
-                ) from None
-            if event.kind == "rewind":
-                standing = [e for e in standing if e.step < event.step or e.kind in _SURVIVES_REWIND]
-            standing.append(event)
-        return standing
-
-
-_CLAIMED: weakref.WeakSet[RunFolder] = weakref.WeakSet()
-
-
-def _leave_claims() -> None:
-    """A forked process (a data loader's worker) has inherited the open lock, not the right to write: were it to keep the
-    file open, a run that is killed would stay locked for as long as its workers live."""
-    for run in list(_CLAIMED):
-        run._forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_claims)
-
-
-def _brief(path: Path) -> str:
-    """A path that fits into a line, without what would not print."""
-    shown = str(path).replace("\0", "\\0")
-    return shown if len(shown) < 200 else f"{shown[:80]}...{shown[-40:]}"
-
-
-# What the run did about its history outlives the history itself: a response explains why steps were taken back.
-_SURVIVES_REWIND = frozenset(
-    {"run-start", "rewind", "response", "interrupted", "telemetry-lost", "checkpoint-lost", "recovered"}
-)

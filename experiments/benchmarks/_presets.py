@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from glm.train.commands import preset_config
+from glm.commands.train import preset_config
 from glm.train.config import TrainConfig
 
 

@@ -17,8 +17,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.spikes.detector import LOSS
-from stabilitylab.spikes.logs import Block, open_log
+from stabilitylab.logs.log import Block, open_log
+from stabilitylab.telemetry import LOSS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ from typing import TypeVar
 
 import torch
 
+from glm.distributed.config import ParallelConfig
+from glm.distributed.launch import joined
 from glm.model.config import ModelConfig
-from glm.parallel.config import ParallelConfig
-from glm.parallel.start import joined
 
 T = TypeVar("T")
 

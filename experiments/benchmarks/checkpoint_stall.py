@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks._worlds import batch, import_all, in_world
+from glm.distributed.config import ParallelConfig
 from glm.model.config import ModelConfig
-from glm.parallel.config import ParallelConfig
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import Engine, LocalEngine
@@ -109,7 +109,7 @@ def _cycles(settings: Settings, config: TrainConfig, folder: Path) -> dict[str, 
     }
     held = sum(tensor.numel() for tensor in engine.tensors()[0].values())
     return {
-        "parameters": engine.team.total([held])[0],
+        "parameters": engine.processes.total([held])[0],
         "step": statistics.median(took["none"]) / settings.steps,
         "cost synchronous": extra["synchronous"],
         "cost asynchronous": extra["asynchronous"],
@@ -123,7 +123,7 @@ def _cycle(
 ) -> tuple[float, float]:
     """Seconds of all of it, and of it those in which no update is made."""
     os.sync()  # what the last one left to the disk
-    engine.team.any(False)
+    engine.processes.any(False)
     began = time.perf_counter()
     writing, still = None, 0.0
     if how != "none":
@@ -132,7 +132,7 @@ def _cycle(
         writing = engine.begin_save(folder, checkpoint, background=how == "asynchronous")
         still = time.perf_counter() - began
     for i in range(settings.steps):
-        if writing is not None and not engine.team.any(not writing.done):
+        if writing is not None and not engine.processes.any(not writing.done):
             now = time.perf_counter()
             writing.publish(keep=1)
             writing = None
@@ -144,7 +144,7 @@ def _cycle(
         now = time.perf_counter()
         writing.publish(keep=1)
         still += time.perf_counter() - now
-    engine.team.any(False)
+    engine.processes.any(False)
     return time.perf_counter() - began, still
 
 

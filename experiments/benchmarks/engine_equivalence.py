@@ -20,8 +20,8 @@ from rich.table import Table
 from torch import Tensor
 
 from experiments.benchmarks._worlds import batch, import_all, in_world
+from glm.distributed.config import ParallelConfig
 from glm.model.config import EmbeddingConfig, ModelConfig
-from glm.parallel.config import ParallelConfig
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import Engine, LocalEngine
 from stabilitylab.command_line import parse

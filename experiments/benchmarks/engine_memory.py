@@ -1,7 +1,7 @@
 """Memory of each rank beside the plan: what ZeRO's stages hold, and what activations take.
 
 *States*, by (t, p, d) and ZeRO's stage: bytes of the tensors' storages on each rank between two micro-batches (weights: the most
-there were at once), against ``glm plan``'s formula for its stage (``glm.parallel.plan.memory``).
+there were at once), against ``glm plan``'s formula for its stage (``glm.planning.memory``).
 
 *Activations*, by (t, p, d), kept or recomputed, and the update's peak: the allocator's own record (torch's profiler) of an update
 that is not the first. With a(t) the bytes allocated since the update began:
@@ -31,12 +31,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from experiments.benchmarks._presets import preset
 from experiments.benchmarks._worlds import batch, import_all, in_world
+from glm.distributed.config import ParallelConfig
 from glm.parallel.buckets import Coming
-from glm.parallel.config import ParallelConfig
-from glm.parallel.plan.hardware import parse_cluster
-from glm.parallel.plan.layout import Layout
-from glm.parallel.plan.memory import training_memory
-from glm.parallel.plan.shape import shape_of
+from glm.planning.hardware import parse_cluster
+from glm.planning.layout import Layout
+from glm.planning.memory import training_memory
+from glm.planning.shape import shape_of
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import LocalEngine
 from stabilitylab.command_line import parse

@@ -41,7 +41,7 @@ from experiments.benchmarks._launched import Launched, Shape
 from experiments.data import bilingual
 from glm.train import checkpoint as checkpoints
 from stabilitylab.command_line import parse
-from stabilitylab.report import load_run
+from stabilitylab.runs import load_run
 
 # In the order in which they are taken; a run of few faults has the first ones.
 MIX = (

@@ -8,7 +8,7 @@ With N parameters, e bytes a number in the compute format, V x h the output matr
     gradients    held from one micro-batch to the next: 4 N, in fp16 2 N
     ... at the end of a later micro-batch's backward pass: bf16 has its half gradient as well: 6 N
     ... in the update: an fp32 gradient: fp16 has 6 N
-    activations  what a micro-batch keeps for its backward pass: ``glm.parallel.plan.memory.layer_activations`` a layer, and the
+    activations  what a micro-batch keeps for its backward pass: ``glm.planning.memory.layer_activations`` a layer, and the
                  final norm's input. Half products computed in fp32 by hand keep the rounded softmax only, and q, k, v together
     loss         peak of the vocabulary loss beyond its operands: gradients 4 V h + 4 n h, a chunk of logits twice, and fp32 copies
                  of both operands where half products are computed in fp32. ``plain``: whole logits and their softmax, 8 n V
@@ -35,8 +35,8 @@ from experiments.benchmarks._presets import preset
 from glm.data.batch import Batch
 from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import CHUNK_ELEMENTS, vocabulary_loss
-from glm.parallel.plan.memory import BYTES, layer_activations
-from glm.parallel.plan.shape import shape_of
+from glm.planning.memory import BYTES, layer_activations
+from glm.planning.shape import shape_of
 from glm.precision import upcasts
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import LocalEngine

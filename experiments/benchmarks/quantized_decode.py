@@ -28,12 +28,12 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from experiments.benchmarks.sample_building import sample_data
+from glm.commands.train import preset_config, with_vocabulary
 from glm.inference.decoding import Decoder, Timing
-from glm.inference.opening import OpenedModel, open_model
+from glm.inference.loading import OpenedModel, open_model
 from glm.inference.prompt import Prompt
 from glm.inference.quantized import open_quantized
 from glm.model.transformer import Transformer
-from glm.train.commands import preset_config, with_vocabulary
 
 VARIANTS = {
     "fp32": (None, "fp32"),
@@ -48,7 +48,7 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from glm.inference.opening import open_model
+from glm.inference.loading import open_model
 from glm.inference.quantized import open_quantized
 def kept(name):  # of this process alone: what getrusage calls the peak begins with that of its parent
     line = next(line for line in open("/proc/self/status") if line.startswith(name))

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from glm.commands.train import preset_config, with_vocabulary
 from glm.data.batch import NO_TARGET
 from glm.data.config import ObjectiveConfig
 from glm.data.corpus import build_corpus
@@ -34,7 +35,6 @@ from glm.data.loader import Loader
 from glm.data.sharding import build_shards
 from glm.data.shards import TokenData, open_data
 from glm.data.tokenizer import train_tokenizer
-from glm.train.commands import preset_config, with_vocabulary
 from glm.train.engine import LocalEngine
 
 KINDS = {

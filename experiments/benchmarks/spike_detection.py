@@ -28,7 +28,7 @@ from rich.table import Table
 from experiments.benchmarks._spike_curves import Curve, real_curves, synthetic_curves
 from experiments.benchmarks._spike_peers import RULES
 from stabilitylab.spikes import SpikeDetector, baseline, find_episodes
-from stabilitylab.spikes.detector import LOSS
+from stabilitylab.telemetry import LOSS
 
 OURS = "stabilitylab"
 TOLERANCE = 5

@@ -36,12 +36,12 @@ from rich.table import Table
 from experiments.benchmarks._presets import preset
 from experiments.benchmarks._worlds import batch, import_all, in_world
 from experiments.statistics import median_interval
-from glm.parallel.config import ParallelConfig
+from glm.distributed.config import ParallelConfig
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import Engine, LocalEngine
 from stabilitylab import Monitor, Schedule
 from stabilitylab.command_line import parse
-from stabilitylab.ranks import Ranks
+from stabilitylab.monitoring.rank_gather import RankGather
 
 WORLDS = {"local": (1, 1, 1), "2x2": (2, 2, 1)}
 
@@ -174,9 +174,9 @@ def _count_collectives() -> Counter[str]:
             return plain(*args, **kwargs)  # type: ignore[operator]
 
         setattr(dist, name, counting)
-    exchange = Ranks.exchange
+    exchange = RankGather.exchange
 
-    def exchanging(self: Ranks, *args: object) -> object:
+    def exchanging(self: RankGather, *args: object) -> object:
         inside[0] = True
         calls["flushes"] += 1
         began = time.perf_counter()
@@ -186,7 +186,7 @@ def _count_collectives() -> Counter[str]:
             calls["microseconds"] += int(1e6 * (time.perf_counter() - began))
             inside[0] = False
 
-    Ranks.exchange = exchanging  # type: ignore[method-assign, assignment]
+    RankGather.exchange = exchanging  # type: ignore[method-assign, assignment]
     return calls
 
 

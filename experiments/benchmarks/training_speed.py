@@ -36,9 +36,9 @@ from experiments.benchmarks._training_peer import (
     variants,
 )
 from experiments.data import bilingual
+from glm.commands.train import preset_config, with_vocabulary
 from glm.data.loader import Loader
 from glm.data.shards import open_data
-from glm.train.commands import preset_config, with_vocabulary
 from glm.train.config import TrainConfig
 from glm.train.engine import LocalEngine
 from stabilitylab import Monitor

@@ -31,8 +31,8 @@ from glm.data.shards import TokenData, open_data
 from glm.data.tasks import TaskExample, open_tasks
 from glm.data.templates import Template
 from glm.inference.evaluation import task_table
+from glm.inference.loading import open_model
 from glm.inference.multiple_choice import TaskResult, answer_tasks
-from glm.inference.opening import open_model
 from stabilitylab.errors import InputError
 
 TRAIN = (

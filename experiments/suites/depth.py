@@ -1,6 +1,6 @@
-"""Where the norms stand, in a deep and narrow model: how large does the main branch become towards the last layer?
+"""Where the norms stand, in a deep and narrow model: how large does the residual stream become towards the last layer?
 
-GLM-130B chose DeepNorm since pre-LN's main branch grows extreme in deep layers and Sandwich-LN collapsed. Here: 24 layers
+GLM-130B chose DeepNorm since pre-LN's residual stream grows extreme in deep layers and Sandwich-LN collapsed. Here: 24 layers
 at a rate five times that of the quick suite, all on the same batches.
 """
 
@@ -20,7 +20,7 @@ NORMS = {
 
 SUITE = Suite(
     name="depth",
-    question="Whose main branch grows with depth, 24 layers deep, and which norm trains best there?",
+    question="Whose residual stream grows with depth, 24 layers deep, and which norm trains best there?",
     preset="glm-tiny",
     steps=150,
     seeds=(0, 1),
@@ -38,14 +38,14 @@ SUITE = Suite(
     ),
     claims=(
         Claim(
-            text="DeepNorm keeps the main branch bounded where pre-LN lets it grow",
-            metric="main_branch_max",
+            text="DeepNorm keeps the residual stream bounded where pre-LN lets it grow",
+            metric="residual_stream_max",
             arm="deepnorm",
             baseline="pre",
         ),
         Claim(
-            text="From first layer to last, DeepNorm's main branch grows less than pre-LN's",
-            metric="main_branch_growth",
+            text="From first layer to last, DeepNorm's residual stream grows less than pre-LN's",
+            metric="residual_stream_growth",
             arm="deepnorm",
             baseline="pre",
         ),

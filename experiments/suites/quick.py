@@ -1,8 +1,8 @@
 """Four ways to keep a small GLM stable in fp16, on real bilingual text: what does each change, in ten minutes?
 
-The seed of the project says: pre-LN lets the main branch grow without bound in deep layers; DeepNorm (post-LN) bounds it;
+The seed of the project says: pre-LN lets the residual stream grow without bound in deep layers; DeepNorm (post-LN) bounds it;
 spikes come with abnormal gradients of the embedding, and shrinking that gradient (EGS) removes them; BLOOM's embedding
-norm stabilises too. At this size nothing need collapse; what can be seen is how large the main branch, the attention
+norm stabilises too. At this size nothing need collapse; what can be seen is how large the residual stream, the attention
 scores and the embedding's gradient become, and what the loss pays.
 """
 
@@ -15,7 +15,7 @@ from experiments.verdicts import Claim
 SUITE = Suite(
     name="quick",
     question=(
-        "Does DeepNorm bound the main branch where pre-LN lets it grow, does shrinking the embedding's gradient (EGS, "
+        "Does DeepNorm bound the residual stream where pre-LN lets it grow, does shrinking the embedding's gradient (EGS, "
         "alpha 0.1) calm the gradient norm, does an embedding norm help pre-LN, and what does each cost in loss? "
         "All arms train in fp16 with fp32 masters on the same batches in the same order."
     ),
@@ -50,8 +50,8 @@ SUITE = Suite(
     ),
     claims=(
         Claim(
-            text="DeepNorm keeps the main branch bounded where pre-LN lets it grow",
-            metric="main_branch_max",
+            text="DeepNorm keeps the residual stream bounded where pre-LN lets it grow",
+            metric="residual_stream_max",
             arm="deepnorm",
             baseline="pre-ln",
         ),

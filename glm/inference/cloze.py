@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from glm.data.shards import Shard, TokenData
+from glm.inference.loading import OpenedModel
 from glm.inference.log_probabilities import log_probabilities
 from glm.inference.multiple_choice import wilson
-from glm.inference.opening import OpenedModel
 from glm.inference.prompt import continuation
 
 # Everything up to the last word, the word, and the marks behind it.

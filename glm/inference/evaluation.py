@@ -27,8 +27,8 @@ from glm.data.shards import TokenData, open_data
 from glm.data.tasks import TaskExample, open_tasks
 from glm.errors import InputError
 from glm.inference.cloze import ClozeResult, last_words
+from glm.inference.loading import OpenedModel, trained_on
 from glm.inference.multiple_choice import Normalise, TaskResult, answer_tasks
-from glm.inference.opening import OpenedModel, trained_on
 from glm.inference.perplexity import Perplexity, perplexities
 
 Part = Literal["perplexity", "last-words", "tasks"]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from glm.errors import InputError
-from glm.inference.opening import CONFIG, TOKENIZER, WEIGHTS, find_files, open_model, trained_on
+from glm.inference.loading import CONFIG, TOKENIZER, WEIGHTS, find_files, open_model, trained_on
 from glm.precision.policy import DTYPES, Precision
 
 

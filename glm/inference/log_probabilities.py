@@ -19,7 +19,7 @@ from torch import Tensor
 from glm.data.batch import PADDING_SEGMENT
 from glm.data.tokenizer import Tokenizer
 from glm.errors import InputError
-from glm.inference.opening import OpenedModel
+from glm.inference.loading import OpenedModel
 from glm.inference.prompt import Layout, Prompt, read_prompt
 from glm.model.vocabulary_loss import logits as project
 from glm.precision import at_least_fp32

@@ -26,8 +26,8 @@ from typing import Literal
 
 from glm.data.tasks import TaskExample
 from glm.errors import InputError
+from glm.inference.loading import OpenedModel
 from glm.inference.log_probabilities import log_probabilities
-from glm.inference.opening import OpenedModel
 from glm.inference.prompt import Prompt, bare_prompt, task_prompt
 
 Z_95 = 1.959963984540054

@@ -21,7 +21,7 @@ from glm.data.config import DataConfig, ObjectiveConfig
 from glm.data.loader import Loader
 from glm.data.shards import TokenData
 from glm.errors import InputError
-from glm.inference.opening import OpenedModel
+from glm.inference.loading import OpenedModel
 from glm.model.vocabulary_loss import vocabulary_loss
 
 SEED = 0

@@ -19,16 +19,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from glm.errors import InputError
-from glm.inference.opening import OpenedModel, find_files, parts_of, prepare, refuse_not_finite
+from glm.inference.loading import OpenedModel, find_files, parts_of, prepare, refuse_not_finite
 from glm.model.transformer import Transformer
 from glm.precision.policy import DTYPES, Precision
 from stabilitylab.models.layers import fingerprint_of
+from stabilitylab.quantization.freed_memory import give_back_memory
 from stabilitylab.quantization.linear import QuantizedLinear
-from stabilitylab.quantization.memory import give_back_memory
-from stabilitylab.quantization.plan import Plan, load_plan
+from stabilitylab.quantization.plan import QuantizationPlan, load_plan
 from stabilitylab.quantization.replacement import put
-from stabilitylab.quantization.saved import header_of, load_quantized, read_tensor
 from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.serialization import header_of, load_quantized, read_tensor
 
 NAMED = {"int8": Scheme.parse("int8-row"), "int4": Scheme.parse("int4-g64-asym")}
 
@@ -160,7 +160,7 @@ def _schemes(
     return plan.schemes, largest
 
 
-def _require(plan: Plan, model: Transformer, weights: Path, path: Path) -> None:
+def _require(plan: QuantizationPlan, model: Transformer, weights: Path, path: Path) -> None:
     """Refuse a plan for another model."""
     shapes = {name: parameter.shape for name, parameter in sorted(model.named_parameters())}
     own = fingerprint_of((name, tensor.float()) for name, tensor in read_one_by_one(weights, shapes))

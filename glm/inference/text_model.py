@@ -22,7 +22,7 @@ from glm.data.batch import NO_TARGET
 from glm.data.config import ObjectiveConfig
 from glm.data.tokenizer import Tokenizer
 from glm.errors import InputError
-from glm.inference.opening import open_model
+from glm.inference.loading import open_model
 from glm.inference.prompt import Kind, Prompt
 from stabilitylab.models import TextModel, Window
 

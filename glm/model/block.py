@@ -1,4 +1,6 @@
-"""One transformer layer, and where its norms stand. x is the main branch, A attention, F feed-forward, N norms.
+"""One transformer layer, and where its norms stand.
+
+x is the residual stream (GLM-130B calls it the main branch), A attention, F feed-forward, N norms:
 
     pre        x = x + A(N1 x);          x = x + F(N2 x)
     post       x = N1(x + A(x));         x = N2(x + F(x))
@@ -26,13 +28,13 @@ from glm.model.positions import Rotation
 
 
 def residual_scale(config: ModelConfig) -> float:
-    """alpha, the weight of the main branch."""
+    """alpha, the weight of the residual stream."""
     exponent = {"deepnorm": 0.5, "deepnet": 0.25}.get(config.norm, 0.0)
     return float((2 * config.layers) ** exponent)
 
 
 class Block(nn.Module):
-    """One layer; its output is the main branch."""
+    """One layer; its output is the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         keys_B: Tensor | None = None,
     ) -> Tensor:
-        """The main branch after this layer.
+        """The residual stream after this layer.
 
         Args:
             x_BTC, bias_BHTS, turned, cache: ``Attention.forward``'s.

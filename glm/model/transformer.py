@@ -2,7 +2,7 @@
 
 Shapes: B rows, T tokens, C hidden, V vocabulary, N target positions. Module paths are what telemetry calls its sites:
 ``embedding``, ``layers.3.attention.query_key_value``, ``layers.3.feed_forward.down``, ``final_norm``; the output of
-``layers.3`` is the main branch after it.
+``layers.3`` is the residual stream after it.
 """
 
 from __future__ import annotations

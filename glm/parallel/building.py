@@ -20,7 +20,7 @@ from glm.model.config import ModelConfig
 from glm.model.initialise import initialise_block, initialise_embedding
 from glm.model.layers import Linear
 from glm.model.transformer import Transformer
-from glm.parallel.shares import Cut, stage_of
+from glm.parallel.partition import Cut, stage_of
 from glm.parallel.tensor import VocabularyEmbedding, cut_block
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -1,6 +1,6 @@
 """Checkpoints of several processes: whole tensors under the model's own names, written by all ranks at once.
 
-    save   each tensor is put together on one of its holders, which writes it (glm.train.writing)
+    save   each tensor is put together on one of its holders, which writes it (glm.train.async_checkpoint)
     load   each rank reads the tensors that it holds some of, and keeps its share
 
 The layout is ``glm.train.checkpoint``'s, so any topology, the local engine included, reads what any other wrote; weights and
@@ -20,13 +20,13 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
+from glm.distributed.process_group import ProcessGroup
 from glm.errors import InputError
-from glm.parallel.shares import Share
-from glm.parallel.team import Team
+from glm.parallel.partition import Share
 from glm.train import checkpoint as checkpoints
+from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.optimizer import MOMENTS
-from glm.train.writing import Writing
 
 
 def writers(shares: Mapping[str, Share]) -> dict[str, int]:
@@ -40,15 +40,20 @@ def writers(shares: Mapping[str, Share]) -> dict[str, int]:
 
 
 def begin_save(
-    folder: Path, checkpoint: Checkpoint, shares: Mapping[str, Share], team: Team, *, background: bool
-) -> Writing:
+    folder: Path,
+    checkpoint: Checkpoint,
+    shares: Mapping[str, Share],
+    processes: ProcessGroup,
+    *,
+    background: bool,
+) -> CheckpointWriter:
     """Put together what this rank writes of a checkpoint, and begin to write it.
 
     Args:
         folder: of the run's checkpoints.
         checkpoint: this rank's shares; the lead's state is written.
         shares: of every parameter of the whole model.
-        team: the ranks.
+        processes: the ranks.
         background: write in another thread.
 
     Raises:
@@ -57,7 +62,7 @@ def begin_save(
     rank = dist.get_rank()
     model, optimizer = _assembled(checkpoint, shares, rank)
     files = {f"model-{rank:05d}.safetensors": model, f"optimizer-{rank:05d}.safetensors": optimizer}
-    return Writing(folder, checkpoint, files, team, background=background)
+    return CheckpointWriter(folder, checkpoint, files, processes, background=background)
 
 
 def _assembled(
@@ -93,7 +98,9 @@ def _received(share: Share, holder: int, like: Tensor) -> Tensor:
     return rows
 
 
-def load_newest(folder: Path, shares: Mapping[str, Share], team: Team) -> tuple[Checkpoint, list[str]]:
+def load_newest(
+    folder: Path, shares: Mapping[str, Share], processes: ProcessGroup
+) -> tuple[Checkpoint, list[str]]:
     """This rank's shares of the newest checkpoint that is whole, and one line about each newer one that is not.
 
     The lead verifies every byte; the others read what they need.
@@ -102,13 +109,13 @@ def load_newest(folder: Path, shares: Mapping[str, Share], team: Team) -> tuple[
         InputError: there is none, or it is of another model: on every rank.
     """
     newest: tuple[Path, list[str]] | None = None
-    with team.together():
-        if team.leads:
+    with processes.together():
+        if processes.leads:
             newest = checkpoints.find_newest(folder)
-    found = team.from_first(newest)
+    found = processes.from_first(newest)
     assert found is not None
     path, problems = found
-    with team.together():
+    with processes.together():
         state, names = checkpoints.read_state(path)
         tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         rank = dist.get_rank()

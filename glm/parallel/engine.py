@@ -35,20 +35,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from glm.distributed.process_group import LaunchedProcesses
 from glm.errors import InputError
 from glm.model.dropout import row_keys
 from glm.parallel import checkpoint as sharded
 from glm.parallel.building import build, shapes_of
 from glm.parallel.groups import Groups
 from glm.parallel.optimizer import ShardedAdamW
-from glm.parallel.shares import shares
-from glm.parallel.team import Processes
+from glm.parallel.partition import shares
 from glm.parallel.topology import checked
 from glm.precision import LossScaler, Policy
+from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.engine import Updates, Whole, check_targets, count_targets
-from glm.train.writing import Writing
 
 try:
     import deepspeed
@@ -141,7 +141,7 @@ class ParallelEngine(Updates):
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         self.topology = checked(config.parallel, config.model)
         self.device = torch.device(device)
-        self.team = Processes(self.device)
+        self.processes = LaunchedProcesses(self.device)
         self.rank = dist.get_rank()
         self.seed = config.seed
         self.micro_rows = config.batch.micro_rows or _even_part(config.batch.rows, self.topology.data)
@@ -276,8 +276,8 @@ class ParallelEngine(Updates):
         """Take back shares of this rank."""
         self.optimizer.load(masters=model, moments=optimizer)
 
-    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> Writing:
-        return sharded.begin_save(folder, checkpoint, self.shares, self.team, background=background)
+    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> CheckpointWriter:
+        return sharded.begin_save(folder, checkpoint, self.shares, self.processes, background=background)
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
-        return sharded.load_newest(folder, self.shares, self.team)
+        return sharded.load_newest(folder, self.shares, self.processes)

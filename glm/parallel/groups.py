@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from glm.parallel.shares import Share
+from glm.parallel.partition import Share
 from glm.parallel.topology import Topology
 
 

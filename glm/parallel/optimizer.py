@@ -5,7 +5,7 @@
     weights = round(master), all shares                       all-gather
 
 (Rajbhandari et al., 1910.02054.) The update is elementwise, so a share's is what one process would compute; only the order
-in which gradients are summed differs. What a rank holds, of n holders (``glm.parallel.shares``):
+in which gradients are summed differs. What a rank holds, of n holders (``glm.parallel.partition``):
 
 | stage | masters, moments | gradients between micro-batches | weights |
 | --- | --- | --- | --- |
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from glm.parallel.buckets import BUCKET, Bucket, Coming
-from glm.parallel.shares import Share, unit_of
+from glm.parallel.partition import Share, unit_of
 from glm.precision import Policy
 from glm.train.optimizer import MixedPrecisionAdamW, OptimizerConfig
 

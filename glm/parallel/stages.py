@@ -26,8 +26,8 @@ from glm.model.config import ModelConfig
 from glm.model.positions import visible
 from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import vocabulary_loss
-from glm.parallel.plan.layout import stage_layers
 from glm.parallel.vocabulary_loss import split_vocabulary_loss
+from glm.planning.layout import stage_layers
 
 # tokens, targets, positions, segments, context, keys of the dropout masks
 MicroBatch = tuple[Tensor, ...]

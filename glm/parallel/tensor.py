@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from glm.model.block import Block
 from glm.model.embedding import Embedding
 from glm.model.layers import Norm
-from glm.parallel.shares import Cut
+from glm.parallel.partition import Cut
 from glm.precision import linear
 
 

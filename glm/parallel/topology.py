@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from glm.distributed.config import ParallelConfig
 from glm.errors import InputError
 from glm.model.config import ModelConfig
-from glm.parallel.config import ParallelConfig
-from glm.parallel.plan.layout import stage_layers
+from glm.planning.layout import stage_layers
 
 
 @dataclass(frozen=True, kw_only=True)

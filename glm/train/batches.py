@@ -7,8 +7,8 @@ from functools import cached_property
 import pandas as pd
 
 from glm.data.loader import Loader
-from stabilitylab.report import load_run
-from stabilitylab.telemetry import RunFolder
+from stabilitylab.runs import load_run
+from stabilitylab.runs.folder import RunFolder
 
 SHOWN = 12  # tokens of a row that are quoted
 

@@ -10,9 +10,9 @@ A checkpoint is a folder ``checkpoints/step-00000100`` (100 = updates made so fa
 Several processes write ``model-00003.safetensors`` and so on, each some of the tensors, every tensor whole and under the same name:
 so a checkpoint does not say how many there were, and any number reads it.
 
-It is written beside its place, flushed to disk and renamed into it (``glm.train.writing``), so a kill leaves either all of it or a
-``.partial`` folder that the next save removes. Reading verifies every byte. When the newest is damaged the one before it is taken,
-and the caller is told; nothing in a checkpoint is ever executed.
+It is written beside its place, flushed to disk and renamed into it (``glm.train.async_checkpoint``), so a kill leaves either all of
+it or a ``.partial`` folder that the next save removes. Reading verifies every byte. When the newest is damaged the one before it is
+taken, and the caller is told; nothing in a checkpoint is ever executed.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ import cattrs
 from cattrs.preconf.json import make_converter
 
 from glm.data.config import DataConfig, ObjectiveConfig
+from glm.distributed.config import ParallelConfig
 from glm.errors import InputError
 from glm.model.config import ModelConfig
-from glm.parallel.config import ParallelConfig
 from glm.precision.loss_scale import LossScaleConfig
 from glm.train.optimizer import OptimizerConfig
 from glm.train.schedule import ScheduleConfig

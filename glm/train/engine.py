@@ -22,16 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from glm.data.batch import Batch
+from glm.distributed.process_group import ProcessGroup, SingleProcess
 from glm.errors import InputError
 from glm.model.dropout import row_keys
 from glm.model.transformer import Transformer
-from glm.parallel.team import Alone, Team
 from glm.precision import LossScaler, Policy
 from glm.train import checkpoint as checkpoints
+from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.optimizer import GradientSummary, MixedPrecisionAdamW
-from glm.train.writing import Writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Engine(Protocol):
         """What updates it."""
 
     @property
-    def team(self) -> Team:
+    def processes(self) -> ProcessGroup:
         """The processes that this engine spans. All call the same methods in the same order."""
 
     @property
@@ -113,7 +113,7 @@ class Engine(Protocol):
     def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         """Take weights and moments as ``tensors`` gave them. Raises InputError if they belong to another model."""
 
-    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> Writing:
+    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> CheckpointWriter:
         """Begin to write a checkpoint whose tensors are as ``tensors`` gives them; in another thread, of a copy, or here and now.
 
         Raises OSError when the disk is full: on every process.
@@ -157,7 +157,7 @@ class Updates:
         self.optimizer.zero_grad()
 
     @abstractmethod
-    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> Writing:
+    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> CheckpointWriter:
         """See ``Engine``."""
 
     def save(self, folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -190,7 +190,7 @@ class LocalEngine(Updates):
 
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.team: Team = Alone()
+        self.processes: ProcessGroup = SingleProcess()
         self.seed = config.seed
         self._drops = config.model.dropout > 0
         self.micro_rows = config.batch.micro
@@ -256,7 +256,7 @@ class LocalEngine(Updates):
                     )
         self.optimizer.load(masters=model, moments=optimizer)
 
-    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> Writing:
+    def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> CheckpointWriter:
         files = {"model": checkpoint.model, "optimizer": checkpoint.optimizer}
         on_host = {
             f"{kind}.safetensors": {
@@ -264,7 +264,7 @@ class LocalEngine(Updates):
             }
             for kind, tensors in files.items()
         }
-        return Writing(folder, checkpoint, on_host, self.team, background=background)
+        return CheckpointWriter(folder, checkpoint, on_host, self.processes, background=background)
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
         return checkpoints.load_newest(folder)

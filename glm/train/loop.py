@@ -17,16 +17,17 @@ from dataclasses import replace
 from glm.data.loader import Loader
 from glm.errors import InputError
 from glm.train import checkpoint as checkpoints
+from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.engine import Engine
 from glm.train.events import Callback, StepInfo
 from glm.train.intervention import Intervention
-from glm.train.rewind import StateRing
-from glm.train.writing import Writing
-from stabilitylab.schedule import ALARMS
+from glm.train.state_ring import StateRing
+from stabilitylab.monitoring.schedule import ALARMS
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Responder
-from stabilitylab.telemetry import Event, RunFolder
+from stabilitylab.telemetry import Event
 
 # Where states from before events lie in a run folder, and how long before.
 FLIGHT = "flight"
@@ -64,7 +65,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.engine = engine
-        self.team = engine.team
+        self.processes = engine.processes
         self.loader = loader
         self.run = run
         self.callbacks = tuple(callbacks)
@@ -77,7 +78,7 @@ class Trainer:
         self._ring = ring_for(config)
         # The newest state that is saved, or being saved.
         self._saved_at: int | None = None
-        self._writing: Writing | None = None
+        self._writing: CheckpointWriter | None = None
 
     def train(self, *, until: int | None = None) -> bool:
         """Make the remaining updates, or those before ``until``. Returns whether the run is complete (False: it was asked
@@ -117,7 +118,7 @@ class Trainer:
 
     def _stops(self) -> bool:
         """Whether any process was asked to stop, or none is left that would start the run again."""
-        return self.team.any(self.stop_requested or self.team.forsaken)
+        return self.processes.any(self.stop_requested or self.processes.forsaken)
 
     def _one_step(self) -> None:
         started = time.perf_counter()
@@ -165,8 +166,8 @@ class Trainer:
         )
         noticed = [event for callback in self.callbacks for event in callback.step_end(info)]
         # One process judges; what it notices is answered by all.
-        if self.team.any(bool(noticed)):
-            noticed = self.team.from_first(noticed)
+        if self.processes.any(bool(noticed)):
+            noticed = self.processes.from_first(noticed)
         self._keep_for_replay(noticed)
         self._respond(noticed, step)
         self._settle(wait=False)
@@ -186,7 +187,7 @@ class Trainer:
         state = self._ring.newest_at(min(onsets) - REPLAY_MARGIN)
         if state is None:
             return
-        if self.team.from_first(checkpoints.path_of(self.run.path / FLIGHT, state.step).exists()):
+        if self.processes.from_first(checkpoints.path_of(self.run.path / FLIGHT, state.step).exists()):
             return
         try:
             self.engine.save(self.run.path / FLIGHT, state, keep=self.config.checkpoint.ring_keep)
@@ -218,7 +219,7 @@ class Trainer:
         self.restore(state)
         self.responder.load_state_dict(responder)
         self.intervention = intervention
-        if self.run is not None and self.team.leads:
+        if self.run is not None and self.processes.leads:
             checkpoints.drop_after(self.run.checkpoints, self.step)
             checkpoints.drop_after(self.run.path / FLIGHT, self.step)
         self._saved_at = None
@@ -254,7 +255,7 @@ class Trainer:
     def _settle(self, *, wait: bool = True) -> OSError | None:
         """Publish the checkpoint being written; unless ``wait``, only if all have written it. Returns why it could not be."""
         writing = self._writing
-        if writing is None or (not wait and self.team.any(not writing.done)):
+        if writing is None or (not wait and self.processes.any(not writing.done)):
             return None
         self._writing = None
         try:

@@ -22,7 +22,8 @@ from glm.train.optimizer import GradientSummary
 from glm.train.range_probe import GradientRangeProbe
 from stabilitylab import Monitor
 from stabilitylab.probes.everything import all_probes
-from stabilitylab.telemetry import Event, RunFolder
+from stabilitylab.runs.folder import RunFolder
+from stabilitylab.telemetry import Event
 
 
 class MonitorCallback(Callback):

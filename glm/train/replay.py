@@ -36,9 +36,10 @@ from glm.train.loop import FLIGHT, Trainer
 from glm.train.monitoring import MonitorCallback
 from glm.train.replay_report import show, write_report
 from stabilitylab.command_line import parse
-from stabilitylab.report import Run, load_run
+from stabilitylab.runs import Run, load_run
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Episode, episodes_of
-from stabilitylab.telemetry import Event, RunFolder
+from stabilitylab.telemetry import Event
 
 UNCHANGED = "unchanged"
 _COMPARED = ("train/-/loss", "train/-/gradient_norm", "precision/-/loss_scale")

@@ -10,8 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from stabilitylab.report import Run, comparison
+from stabilitylab.report import comparison
 from stabilitylab.report.page import Section, Table
+from stabilitylab.runs import Run
 from stabilitylab.spikes import Episode, episodes_of
 
 COLUMNS = ("change", "highest loss", "last loss", "largest gradient norm", "episodes", "verdict")

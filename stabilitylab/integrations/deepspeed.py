@@ -30,7 +30,7 @@ from torch import Tensor
 
 from stabilitylab.errors import InputError
 from stabilitylab.integrations.deepspeed_fragments import FragmentedOptimizer, optimizer_parts, own_length
-from stabilitylab.monitor import Monitor
+from stabilitylab.monitoring.monitor import Monitor
 
 
 def watch(engine: Any, **options: Any) -> Monitor:

@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from stabilitylab.monitor import Monitor
+from stabilitylab.monitoring.monitor import Monitor
 
 
 class MonitorCallback(Callback):  # type: ignore[misc]

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from stabilitylab.monitor import Monitor
-from stabilitylab.telemetry import RunFolder
+from stabilitylab.monitoring.monitor import Monitor
+from stabilitylab.runs.folder import RunFolder
 
 _log = logging.getLogger("stabilitylab")
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stabilitylab.errors import InputError
 from stabilitylab.outliers.scan import OutlierScan
-from stabilitylab.telemetry import RunFolder
+from stabilitylab.runs.folder import RunFolder
 
 DEFAULT_TOKENS = 20_000
 
@@ -83,7 +83,7 @@ def _scan(
 
 def _run(path: Path, *, json: bool, html: Path | None) -> None:
     from stabilitylab.outliers.training import run_outliers, run_page, run_record, show_run
-    from stabilitylab.report import load_run
+    from stabilitylab.runs import load_run
 
     if not path.exists():
         raise InputError(f"{path} does not exist: give a model's folder, a GGUF file, or a run folder")

@@ -74,7 +74,7 @@ class Criterion:
 
 
 def three_part(seen: Seen) -> Found:
-    """LLM.int8()'s rule. Dimensions of one width recur from layer to layer: the main branch's, and those of the inputs made
+    """LLM.int8()'s rule. Dimensions of one width recur from layer to layer: the residual stream's, and those of the inputs made
     from it by a norm. In every layer a dimension takes the site where it is largest.
 
     The share of positions is taken over all layers and positions together. Sites of another width than the most frequent
@@ -93,7 +93,7 @@ def _recurring(seen: Seen) -> tuple[int, Marks]:
     inside = [(site.layer, one) for site, one in seen if site.layer is not None and one.positions]
     if not inside:
         return 0, np.zeros(0, dtype=bool)
-    # The hidden width is that of most sites: attention inputs, output projection, expansion, main branch.
+    # The hidden width is that of most sites: attention inputs, output projection, expansion, residual stream.
     widths, counts = np.unique([one.channels for _, one in inside], return_counts=True)
     width = int(widths[np.argmax(counts)])
     share_C: dict[int, NDArray[np.float64]] = {}

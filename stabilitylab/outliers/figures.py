@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from stabilitylab.figures.curves import by_depth
+from stabilitylab.figures.maps import heat_map
 from stabilitylab.outliers.channels import ChannelStatistics
 from stabilitylab.outliers.scan import OutlierScan
-from stabilitylab.report.figures import by_depth
-from stabilitylab.report.maps import heat_map
 
 MOST_CHANNELS = 96
 

@@ -48,7 +48,7 @@ def _facts(scan: OutlierScan) -> dict[str, str]:
         "model": f"{scan.model}, fingerprint {scan.fingerprint}",
         "text": scan.text,
         "tokens": f"{scan.tokens:,} in {scan.windows:,} windows of up to {scan.length}",
-        "sites": f"{len(scan.inputs)} linear inputs, {len(scan.main_branch)} blocks",
+        "sites": f"{len(scan.inputs)} linear inputs, {len(scan.residual_stream)} blocks",
     }
 
 
@@ -56,7 +56,7 @@ def criteria_section(scan: OutlierScan) -> Section:
     """Every criterion side by side, and which of them give the published shares."""
     rows: list[Sequence[Cell | str]] = []
     for criterion in CRITERIA:
-        found, branch = criterion.measure(scan.inputs), criterion.measure(scan.main_branch)
+        found, branch = criterion.measure(scan.inputs), criterion.measure(scan.residual_stream)
         rows.append(
             [
                 Cell(text=criterion.name, detail=f"{criterion.rule}; {criterion.source}"),
@@ -73,17 +73,17 @@ def criteria_section(scan: OutlierScan) -> Section:
         *words.answer(scan),
     )
     note = (
-        "Linear inputs: what enters the linear layers. Main branch: the blocks' outputs. The last column reads the linear inputs: "
-        "within a factor of 3 of what is published, between, above or below. An absolute "
+        "Linear inputs: what enters the linear layers. Residual stream: the blocks' outputs. The last column reads the "
+        "linear inputs: within a factor of 3 of what is published, between, above or below. An absolute "
         "threshold depends on the scale of the model's activations; multiples of "
         "the median channel and of the standard deviation do not."
     )
-    columns = ["criterion", "marks", "linear inputs", "main branch", "reads like"]
+    columns = ["criterion", "marks", "linear inputs", "residual stream", "reads like"]
     return Section(title="How many outliers", text=text, parts=[Table(columns=columns, rows=rows, note=note)])
 
 
 def worst_section(scan: OutlierScan, count: int = 20) -> Section:
-    """The most prominent channels, and those of the main branch that LLM.int8()'s rule marks."""
+    """The most prominent channels, and those of the residual stream that LLM.int8()'s rule marks."""
     rows = [
         [
             words.place(one.site),
@@ -104,7 +104,7 @@ def worst_section(scan: OutlierScan, count: int = 20) -> Section:
         words.first_positions(scan),
         *words.notes(scan),
     ]
-    for name, seen in (("linear inputs", scan.inputs), ("main branch", scan.main_branch)):
+    for name, seen in (("linear inputs", scan.inputs), ("residual stream", scan.residual_stream)):
         marked = np.flatnonzero(three_part_mask(seen))
         if len(marked) > MOST_LISTED:
             text.append(

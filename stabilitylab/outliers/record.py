@@ -30,7 +30,7 @@ def scan_record(scan: OutlierScan) -> dict[str, Any]:
                 "rule": criterion.rule,
                 "source": criterion.source,
                 "linear_inputs": _found(found := criterion.measure(scan.inputs)),
-                "main_branch": _found(criterion.measure(scan.main_branch)),
+                "residual_stream": _found(criterion.measure(scan.residual_stream)),
                 "reads_like": reading(found),
             }
             for criterion in CRITERIA

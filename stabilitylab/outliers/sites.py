@@ -1,6 +1,6 @@
-"""Where activations are looked at: the input of every linear layer, and the main branch after every block.
+"""Where activations are looked at: the input of every linear layer, and the residual stream after every block.
 
-A linear layer's input is what a scheme of quantization has to represent; the main branch (residual stream) is where LLM.int8()
+A linear layer's input is what a scheme of quantization has to represent; the residual stream (residual stream) is where LLM.int8()
 and the study of massive activations found their outliers. Sites are called as in telemetry: ``<module path>:input``, and the
 block's own path. Blocks are the members of the longest ``ModuleList`` that lies in no other.
 """
@@ -13,7 +13,7 @@ from torch import nn
 
 from stabilitylab.models.layers import linear_layers
 
-MAIN_BRANCH = "main branch"
+RESIDUAL_STREAM = "residual stream"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Site:
     Attributes:
         path: its name; ``:input`` at the end for a module's input.
         layer: the block's number; None outside blocks.
-        role: its path inside the block (``mlp.down_proj``), ``main branch``, or its whole path outside blocks.
+        role: its path inside the block (``mlp.down_proj``), ``residual stream``, or its whole path outside blocks.
     """
 
     path: str
@@ -64,5 +64,5 @@ def sites_of(module: nn.Module) -> list[tuple[Site, nn.Module]]:
             role = path if block is None else path.removeprefix(block + ".")
             found.append((Site(path=f"{path}:input", layer=layer, role=role), child))
         if path in number:
-            found.append((Site(path=path, layer=number[path], role=MAIN_BRANCH), child))
+            found.append((Site(path=path, layer=number[path], role=RESIDUAL_STREAM), child))
     return found

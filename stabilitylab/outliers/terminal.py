@@ -29,12 +29,12 @@ def show_scan(scan: OutlierScan, console: Console, *, worst: int = 8) -> None:
         ("criterion", "left"),
         ("of", "left"),
         ("linear inputs", "right"),
-        ("main branch", "right"),
+        ("residual stream", "right"),
         ("reads like", "left"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for criterion in CRITERIA:
-        found, branch = criterion.measure(scan.inputs), criterion.measure(scan.main_branch)
+        found, branch = criterion.measure(scan.inputs), criterion.measure(scan.residual_stream)
         table.add_row(
             criterion.name, criterion.marks, words.share(found), words.share(branch), reading(found)
         )

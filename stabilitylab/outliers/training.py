@@ -30,13 +30,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from stabilitylab.errors import InputError
+from stabilitylab.figures.curves import by_depth, curves
+from stabilitylab.figures.maps import heat_map
 from stabilitylab.outliers import words
 from stabilitylab.outliers.record import number
-from stabilitylab.report.figures import by_depth, curves
-from stabilitylab.report.maps import heat_map
 from stabilitylab.report.page import Cell, Page, Picture, Section, Table
-from stabilitylab.report.places import block_number
-from stabilitylab.report.run import Run
+from stabilitylab.runs.places import block_number
+from stabilitylab.runs.run import Run
 
 SHARES = {
     "outlier_fraction": "share of values with |x| ≥ 6",
@@ -104,7 +104,7 @@ def run_outliers(run: Run) -> RunOutliers:
 
 
 def _wanted(site: str) -> bool:
-    """Inputs of linear layers, and blocks. Telemetry has inputs of norms too, which are the main branch again."""
+    """Inputs of linear layers, and blocks. Telemetry has inputs of norms too, which are the residual stream again."""
     module, _, end = site.rpartition(":")
     if end != "input" or not module:
         return block_number(site) is not None
@@ -230,6 +230,6 @@ def _depth(found: RunOutliers) -> list[Picture]:
         steps = sorted({matrix.columns[0], matrix.columns[len(matrix.columns) // 2], matrix.columns[-1]})
         lines = {f"step {step}": [matrix.loc[blocks, step]] for step in steps}
         if blocks:
-            title = f"{PEAKS[name].capitalize()} of the main branch"
+            title = f"{PEAKS[name].capitalize()} of the residual stream"
             pictures.append(Picture(figure=by_depth(lines, title=title)))
     return pictures

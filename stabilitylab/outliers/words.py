@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from stabilitylab.figures.style import plain
 from stabilitylab.outliers.criteria import CRITERIA, GLM_SHARE, OPT_SHARE, Found
 from stabilitylab.outliers.scan import OutlierScan
-from stabilitylab.outliers.sites import MAIN_BRANCH, Site
-from stabilitylab.report.style import plain
+from stabilitylab.outliers.sites import RESIDUAL_STREAM, Site
 
 
 def share(found: Found) -> str:
@@ -32,8 +32,8 @@ def short(value: float) -> str:
 
 def place(site: Site) -> str:
     """``layer 14, mlp.down_proj input``."""
-    if site.role == MAIN_BRANCH:
-        return f"main branch after layer {site.layer}"
+    if site.role == RESIDUAL_STREAM:
+        return f"residual stream after layer {site.layer}"
     where = site.role if site.is_input else site.path
     return f"{where} input" if site.layer is None else f"layer {site.layer}, {where} input"
 
@@ -43,7 +43,7 @@ def answer(scan: OutlierScan) -> list[str]:
     sentences = []
     for published, whose in ((GLM_SHARE, "GLM-130B's ~30 %"), (OPT_SHARE, "OPT's and BLOOM's ~0.1 %")):
         near = []
-        for where, seen in (("linear inputs", scan.inputs), ("main branch", scan.main_branch)):
+        for where, seen in (("linear inputs", scan.inputs), ("residual stream", scan.residual_stream)):
             for criterion in CRITERIA:
                 found = criterion.measure(seen)
                 if found.share is not None and published / 3 <= found.share <= 3 * published:
@@ -59,14 +59,14 @@ def answer(scan: OutlierScan) -> list[str]:
 
 
 def depth(scan: OutlierScan) -> str:
-    """How the main branch grows, in one sentence; empty for a model without blocks."""
-    branch = scan.main_branch
+    """How the residual stream grows, in one sentence; empty for a model without blocks."""
+    branch = scan.residual_stream
     if not branch:
         return ""
     peak = max(branch, key=lambda pair: pair[1].absmax)
     first = branch[0][1].absmax
     return (
-        f"The main branch's largest value is {short(first)} after layer {branch[0][0].layer}, "
+        f"The residual stream's largest value is {short(first)} after layer {branch[0][0].layer}, "
         f"{short(peak[1].absmax)} at its highest (layer {peak[0].layer}) and {short(branch[-1][1].absmax)} after the last."
     )
 

@@ -1,4 +1,4 @@
-"""Activations: inputs and outputs of linear and norm layers, and the main branch after every block.
+"""Activations: inputs and outputs of linear and norm layers, and the residual stream after every block.
 
 Seen through forward hooks that exist only while a step is measured. A site is a module's output under the
 module's path, or the input of a linear or norm layer under ``<path>:input``. Where a module returns several

@@ -308,7 +308,7 @@ class AttentionProbe:
             self._keys = {shape: tuple(keys)}
         return Readings(self._keys[shape], np.concatenate(values))
 
-    def companions(self, gathered: Gathered) -> dict[str, float]:
+    def companions(self, gathered: Gathered, numbers: Mapping[str, float]) -> dict[str, float]:
         """The largest score of all heads and layers, for the detector; NaN, where one is."""
         largest = max(
             (float(numbers[0].max()) for numbers in gathered.numbers if numbers[0] is not None),

@@ -11,7 +11,9 @@ The life of a probe under the monitor:
         finish(gathered) -> readings     later, when the numbers are on the host, in another thread
     detach()                             every handle is removed
 
-A probe that goes by parameters may have ``name_parameters()``: called when some have joined ``context.parameters``.
+Two methods are optional. ``name_parameters()``, of a probe that goes by parameters: called when some have joined
+``context.parameters``. ``companions(gathered, numbers)``: of a measured step, numbers of the whole model that the detector judges
+beside the step's own ``numbers``, by metric name (``attention/-/score_max``).
 
 Nothing a probe does may change what the model computes: no random numbers, no in-place change, no other
 kernel.

@@ -36,6 +36,7 @@ from stabilitylab.statistics.batch import Batch
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, measurable
+from stabilitylab.telemetry import GRADIENT_NORM
 
 STATISTICS = (
     "l2",
@@ -128,6 +129,10 @@ class GradientProbe:
             keys += self._short.keys(tuple(list(norms)[i] for i in keep_given))
         return Readings(keys, np.concatenate([full[keep].ravel(), short[keep_given].ravel()]))
 
+    def companions(self, gathered: Gathered, numbers: Mapping[str, float]) -> dict[str, float]:
+        """The norm over all parameters."""
+        return {GRADIENT_NORM: _global_norm(gathered)}
+
     def detach(self) -> None:
         """Nothing was attached."""
 
@@ -148,12 +153,6 @@ def local_part(gradient: Tensor) -> tuple[Tensor, bool]:
         if placement.is_replicate()
     ]
     return (local.new_empty(0) if any(copies) else local), True
-
-
-def global_norm(gathered: Gathered) -> float:
-    """The norm over all parameters."""
-    squares = float(gathered.rows()[:, COLUMN["s2"]].sum()) if gathered.sites else 0.0
-    return math.sqrt(squares / gathered.scale**2 + sum(norm**2 for norm in gathered.extra.values()))
 
 
 def statistics(gathered: Gathered) -> tuple[moments.Array, moments.Array]:
@@ -178,3 +177,9 @@ def statistics(gathered: Gathered) -> tuple[moments.Array, moments.Array]:
         ]
         short = [norms, norms**2 / square if square != 0 else np.zeros_like(norms)]
     return np.stack(full, axis=1), np.stack(short, axis=1)
+
+
+def _global_norm(gathered: Gathered) -> float:
+    """The norm over all parameters."""
+    squares = float(gathered.rows()[:, COLUMN["s2"]].sum()) if gathered.sites else 0.0
+    return math.sqrt(squares / gathered.scale**2 + sum(norm**2 for norm in gathered.extra.values()))

@@ -1,8 +1,8 @@
-"""Where in a model to look: linear and norm layers, the blocks of the main branch, materialised attention
+"""Where in a model to look: linear and norm layers, the blocks of the residual stream, materialised attention
 scores.
 
 Decided from what every model has: module types and names, and the longest ``ModuleList`` as the stack of
-blocks whose outputs are the main branch (residual stream).
+blocks whose outputs are the residual stream (residual stream).
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ def tensor_in(value: Any) -> Tensor | None:
 def watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """Path, module, and whether it is a linear or norm layer (else a block), of all whose activations are
     watched."""
-    main_branch = {id(block) for block in blocks(model).values()}
+    residual_stream = {id(block) for block in blocks(model).values()}
     for path, module in named_modules(model):
         layer = is_linear(module) or is_norm(module)
-        if layer or id(module) in main_branch:
+        if layer or id(module) in residual_stream:
             yield path, module, layer
 
 

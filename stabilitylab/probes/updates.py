@@ -187,10 +187,10 @@ class UpdateProbe:
         parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
         return Readings(keys, np.concatenate(parts))
 
-    def companions(self, gathered: Gathered, rate: float) -> dict[str, float]:
+    def companions(self, gathered: Gathered, numbers: Mapping[str, float]) -> dict[str, float]:
         """RMS of the change of all weights over the learning rate, each parameter's sample standing for all of
         it; for the detector, which is not to take a rise of the rate for one of the gradient."""
-        rows = gathered.rows()
+        rate, rows = numbers.get("learning_rate", 0.0), gathered.rows()
         count, sampled, squares = (rows[:, COLUMN[name]] for name in ("count", "sampled", "update2"))
         if not rate > 0 or not len(rows):
             return {}

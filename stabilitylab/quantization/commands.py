@@ -18,12 +18,12 @@ from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, linear_layers, open_text_model
 from stabilitylab.quantization.advice import Advice, Advisor, reason
 from stabilitylab.quantization.latency import BATCHES, KEPT, machine, measure_latencies
-from stabilitylab.quantization.plan import Budget, Plan, PlannedLayer, load_plan
+from stabilitylab.quantization.plan import Budget, PlannedLayer, QuantizationPlan, load_plan
 from stabilitylab.quantization.ranges import Inputs, layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers
-from stabilitylab.quantization.saved import save_quantized
 from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.sensitivity import LayerSensitivity, measure_sensitivity, reached_layers
+from stabilitylab.quantization.serialization import save_quantized
 from stabilitylab.quantization.tables import outcome_rows
 from stabilitylab.quantization.verification import Verification
 
@@ -128,7 +128,7 @@ def make_plan(
     verify_tokens: int = 4096,
     length: int | None = None,
     console: Console | None = None,
-) -> Plan:
+) -> QuantizationPlan:
     """Measure, choose, verify.
 
     Args:
@@ -190,7 +190,7 @@ def make_plan(
     )
 
 
-def show(plan: Plan, console: Console) -> None:
+def show(plan: QuantizationPlan, console: Console) -> None:
     """The plan on a terminal."""
     what = "loss" if plan.criterion == "loss" else "error"
     title = f"{plan.model}: {plan.budget.text}"
@@ -228,7 +228,7 @@ def _budget(loss: float | None, memory: float | None, latency: float | None, bat
     return None
 
 
-def _existing(plan: Path, text: Path | None, budget: Budget | None) -> Plan | None:
+def _existing(plan: Path, text: Path | None, budget: Budget | None) -> QuantizationPlan | None:
     """The plan to apply, where none is to be made."""
     if text is not None:
         if plan.exists():
@@ -267,7 +267,7 @@ def _plan(
     loss: float | None,
     tokens: tuple[int, int],
     notes: Sequence[str],
-) -> Plan:
+) -> QuantizationPlan:
     criterion: Literal["loss", "output error"] = "loss" if model.predicts else "output error"
     layers, kept = {}, {}
     for layer in sensitivity:
@@ -289,7 +289,7 @@ def _plan(
                     else "the text never reaches it"
                 )
             kept[path] = f"left as it is: {why}"
-    return Plan(
+    return QuantizationPlan(
         model=model.name,
         fingerprint=model.fingerprint,
         criterion=criterion,

@@ -9,14 +9,14 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from stabilitylab.figures.style import COLOURS, INK, STYLE, WIDTH, colours, log_axis, panel
 from stabilitylab.quantization.latency import KEPT
-from stabilitylab.quantization.plan import Plan
+from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.tables import outcome_rows
 from stabilitylab.report.page import Cell, Page, Picture, Section, Table
-from stabilitylab.report.style import COLOURS, INK, STYLE, WIDTH, colours, log_axis, panel
 
 
-def plan_page(plan: Plan) -> Page:
+def plan_page(plan: QuantizationPlan) -> Page:
     """The page."""
     what = "loss increase, nats per token" if plan.criterion == "loss" else "relative error of the output"
     planned, whole = plan.planned, plan.singles[KEPT].bytes
@@ -40,7 +40,7 @@ def plan_page(plan: Plan) -> Page:
     )
 
 
-def _before_after(plan: Plan, what: str) -> Section:
+def _before_after(plan: QuantizationPlan, what: str) -> Section:
     batches = [f"ms at batch {batch}" for batch in plan.planned.seconds]
     rows: list[Sequence[Cell | str]] = [
         [Cell(text=cell, best=row[0] == "the plan") if at else cell for at, cell in enumerate(row)]
@@ -67,7 +67,7 @@ def _before_after(plan: Plan, what: str) -> Section:
 _TRADE = "Down and to the left is better. A plan mixes schemes layer by layer, so it may lie where no single scheme can."
 
 
-def _trade(plan: Plan, what: str) -> Figure:
+def _trade(plan: QuantizationPlan, what: str) -> Figure:
     """Loss over bytes."""
     with mpl.rc_context(STYLE):
         figure, axes = panel()
@@ -88,7 +88,7 @@ def _trade(plan: Plan, what: str) -> Figure:
     return figure
 
 
-def _maps(plan: Plan) -> Section:
+def _maps(plan: QuantizationPlan) -> Section:
     text = [
         "How far each layer's output is off when that layer alone is quantized: the norm of the error over the norm of the "
         "output, on real inputs. A dark cell is a layer that the scheme breaks.",
@@ -104,7 +104,7 @@ def _maps(plan: Plan) -> Section:
     )
 
 
-def _error_map(plan: Plan) -> Figure:
+def _error_map(plan: QuantizationPlan) -> Figure:
     names = [name for name in plan.singles if name != KEPT]
     errors = np.array(
         [[layer["effects"][name]["error"] for layer in plan.sensitivity.values()] for name in names]
@@ -129,7 +129,7 @@ def _error_map(plan: Plan) -> Figure:
     return figure
 
 
-def _outlier_curve(plan: Plan) -> Figure:
+def _outlier_curve(plan: QuantizationPlan) -> Figure:
     ratios = [layer["range"]["ratio"] for layer in plan.sensitivity.values()]
     with mpl.rc_context(STYLE):
         figure, axes = panel(2.2)
@@ -141,7 +141,7 @@ def _outlier_curve(plan: Plan) -> Figure:
     return figure
 
 
-def _decisions(plan: Plan) -> Section:
+def _decisions(plan: QuantizationPlan) -> Section:
     rows: list[Sequence[Cell | str]] = []
     for path, layer in plan.layers.items():
         measured = plan.sensitivity[path]

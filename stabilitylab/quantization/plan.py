@@ -95,7 +95,7 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class QuantizationPlan:
     """See the head of the module.
 
     Attributes:
@@ -177,7 +177,7 @@ class Plan:
             partial.unlink(missing_ok=True)
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path) -> QuantizationPlan:
     """Read a plan.
 
     Raises:
@@ -193,7 +193,7 @@ def load_plan(path: Path) -> Plan:
         raise InputError(f"{path} is not a plan: make one with stabilitylab quantize")
     if data.get("version") != _VERSION:
         raise InputError(f"{path} is a plan of version {data.get('version')}, this release reads {_VERSION}")
-    fields = {field.name for field in dataclasses.fields(Plan)}
+    fields = {field.name for field in dataclasses.fields(QuantizationPlan)}
     try:
         values = {name: value for name, value in data.items() if name in fields}
         values["budget"] = Budget(**values["budget"])
@@ -201,7 +201,7 @@ def load_plan(path: Path) -> Plan:
         values["layers"] = {name: PlannedLayer(**layer) for name, layer in values["layers"].items()}
         values["planned"] = _outcome(values["planned"])
         values["singles"] = {name: _outcome(outcome) for name, outcome in values["singles"].items()}
-        plan = Plan(**values)
+        plan = QuantizationPlan(**values)
         for layer in plan.layers.values():
             if layer.scheme is not None:
                 Scheme.parse(layer.scheme)

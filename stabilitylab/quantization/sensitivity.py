@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, linear_weight
-from stabilitylab.quantization.harm import Harm, Yardstick
+from stabilitylab.quantization.divergence import Divergence, Yardstick
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
 from stabilitylab.quantization.restart import Restart
@@ -69,7 +69,7 @@ class _Sums:
 
     off: float = 0.0
     square: float = 0.0
-    harm: Harm = field(default_factory=Harm)
+    harm: Divergence = field(default_factory=Divergence)
     bytes: int = 0
 
 

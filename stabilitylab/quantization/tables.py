@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from stabilitylab.quantization.latency import KEPT
-from stabilitylab.quantization.plan import Outcome, Plan
+from stabilitylab.quantization.plan import Outcome, QuantizationPlan
 
 
-def outcome_rows(plan: Plan) -> list[list[str]]:
+def outcome_rows(plan: QuantizationPlan) -> list[list[str]]:
     """Name, megabytes, share of 16-bit bytes, milliseconds a batch, verified loss: the model as it is, each scheme, the plan."""
     whole = plan.singles[KEPT].bytes
     rows = [
@@ -16,7 +16,7 @@ def outcome_rows(plan: Plan) -> list[list[str]]:
     return [*rows, _row("the plan", plan.planned, whole, plan)]
 
 
-def _row(name: str, outcome: Outcome, whole: int, plan: Plan) -> list[str]:
+def _row(name: str, outcome: Outcome, whole: int, plan: QuantizationPlan) -> list[str]:
     return [
         name,
         f"{outcome.bytes / 1e6:,.2f}",

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from stabilitylab.errors import InputError
-from stabilitylab.report.style import ALARM, COLOURS, INK, STYLE, save
+from stabilitylab.figures.style import ALARM, COLOURS, INK, STYLE, save
 
 SVG_BYTES = 200_000
 # Colours of figures that a page's style sheet may set: they need another shade on dark ground.

@@ -1,15 +1,15 @@
 """What every report shows of runs. Runs come as label -> its runs, one a seed; every function returns one section."""
 
-from stabilitylab.report.layers import (
+from stabilitylab.report.episodes_section import Runs, diagnosis_section, episode_section, overview
+from stabilitylab.report.layers_section import (
     attention,
     embedding_site,
     gradients,
-    main_branch,
     outliers,
     ranges,
+    residual_stream,
     updates,
 )
-from stabilitylab.report.story import Runs, diagnosis_section, episode_section, overview
 
 __all__ = [
     "Runs",
@@ -18,9 +18,9 @@ __all__ = [
     "embedding_site",
     "episode_section",
     "gradients",
-    "main_branch",
     "outliers",
     "overview",
     "ranges",
+    "residual_stream",
     "updates",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from stabilitylab.report import sections
 from stabilitylab.report.page import Page
-from stabilitylab.report.run import Run
+from stabilitylab.runs.run import Run
 
 
 def run_report(run: Run) -> Page:
@@ -29,7 +29,7 @@ def _report(runs: sections.Runs, *, title: str, lead: str, facts: dict[str, str]
         sections.episode_section(runs),
         sections.diagnosis_section(runs),
         sections.gradients(runs),
-        sections.main_branch(runs),
+        sections.residual_stream(runs),
         sections.attention(runs),
         sections.ranges(runs),
         sections.updates(runs),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stabilitylab.sinks.base import Sink
-from stabilitylab.sinks.memory import MemorySink
+from stabilitylab.sinks.in_memory import MemorySink
 from stabilitylab.sinks.parquet import ParquetSink
 
 if TYPE_CHECKING:

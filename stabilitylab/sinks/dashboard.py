@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.report.places import block_number, block_of, is_embedding
+from stabilitylab.runs.places import block_number, block_of, is_embedding
 from stabilitylab.sinks.pictures import Grid
 from stabilitylab.telemetry import Key, Samples
 
 if TYPE_CHECKING:
-    from stabilitylab.report.run import Run
+    from stabilitylab.runs.run import Run
 
 LOSS = "Overview/1 loss"
 NORM = "Overview/2 gradient norm"
 SCALE = "Overview/3 loss scale"
 RATE = "Overview/4 learning rate"
 SCORE = "Overview/5 attention maximum"
-BRANCH = "Overview/6 main branch maximum"
+BRANCH = "Overview/6 residual stream maximum"
 SHARE = "Overview/7 embedding's share of the gradient"
 STORY = "Overview/8 loss with spikes"
 SPIKES = "Overview/9 spikes"
 MAPS = {
     "gradient": "Overview/10 gradient norm, layer x step",
-    "branch": "Overview/11 main branch maximum, layer x step",
+    "branch": "Overview/11 residual stream maximum, layer x step",
     "score": "Overview/12 attention maximum, layer x step",
 }
 
@@ -41,7 +41,7 @@ CHARTS = {
     "Loss scale": [f"{SCALE}$"],
     "Learning rate": [f"{RATE}$"],
     "Attention maximum": [f"{SCORE}$"],
-    "Main branch maximum": [f"{BRANCH}$"],
+    "Residual stream maximum": [f"{BRANCH}$"],
     "Embedding's share of the gradient": [f"{SHARE}$"],
 }
 LAYOUT = {"Stability": {title: ["Multiline", tags] for title, tags in CHARTS.items()}}

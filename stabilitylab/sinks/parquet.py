@@ -34,8 +34,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.sinks.parts import SCHEMA, Part, list_parts, read_rows, write_part
-from stabilitylab.telemetry import Event, Key, RunFolder, Samples
+from stabilitylab.runs.folder import RunFolder
+from stabilitylab.runs.parts import SCHEMA, Part, list_parts, read_rows, write_part
+from stabilitylab.telemetry import Event, Key, Samples
 
 _MERGE_AT = 64
 _MERGED_ROWS = 4_000_000

@@ -74,8 +74,8 @@ class Sketch:
 
     def draw(self) -> dict[str, bytes]:
         """Tag -> PNG, in the order of looking."""
-        from stabilitylab.report.figures import Mark, curves
-        from stabilitylab.report.maps import heat_map, table_figure
+        from stabilitylab.figures.curves import Mark, curves
+        from stabilitylab.figures.maps import heat_map, table_figure
 
         drawn = {}
         if self.loss is not None:
@@ -174,7 +174,7 @@ def _png(figure: object, *, dpi: int = 90) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    from stabilitylab.report.style import INK, save
+    from stabilitylab.figures.style import INK, save
 
     assert isinstance(figure, Figure)
     width, height = figure.get_size_inches()

@@ -30,12 +30,13 @@ from typing import Any
 import numpy as np
 
 from stabilitylab.errors import InputError
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks import event_file as made
 from stabilitylab.sinks.dashboard import LAYOUT, LOSS, MAPS, NORM, SPIKES, STORY, Overview, flat
 from stabilitylab.sinks.event_file import EventFile
 from stabilitylab.sinks.pictures import EPISODE_COLUMNS, Artist, Sketch
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
-from stabilitylab.telemetry import Event, RunFolder, Samples
+from stabilitylab.telemetry import Event, Samples
 
 FIRST_PICTURES = 15.0  # seconds
 SHARE_OF_TIME = 0.01
@@ -137,7 +138,7 @@ class TensorBoardSink:
 
     def _recall(self, before: int) -> None:
         """A resumed run's maps and list begin where the run began: read what an earlier process wrote of it."""
-        from stabilitylab.report.run import Run
+        from stabilitylab.runs.run import Run
 
         run = Run(RunFolder(self._folder.parent))
         try:

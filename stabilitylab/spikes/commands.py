@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.log import STEP, Log, open_log
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes.episodes import KINDS, Episode
-from stabilitylab.spikes.logs import STEP, Log, open_log
 from stabilitylab.spikes.scan import Scan, scan_log
-from stabilitylab.telemetry import RunFolder
 
 
 def spikes(

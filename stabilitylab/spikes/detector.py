@@ -36,14 +36,9 @@ from typing import Any
 
 from stabilitylab.spikes.baseline import Baseline
 from stabilitylab.spikes.excursion import Change, Excursions
-from stabilitylab.spikes.loss_scale import ScaleWatch
-from stabilitylab.telemetry import Event
+from stabilitylab.spikes.loss_scale_collapse import ScaleWatch
+from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS, LOSS_SCALES, SKIPPED, Event
 
-LOSS = "train/-/loss"
-GRADIENT_NORM = "train/-/gradient_norm"
-LEARNING_RATE = "train/-/learning_rate"
-SKIPPED = "train/-/skipped"
-LOSS_SCALES = ("precision/-/loss_scale", "train/-/loss_scale")
 # Numbers of a step that say nothing of its health.
 IGNORED = frozenset(f"train/-/{name}" for name in ("tokens", "targets", "seconds", "data_seconds"))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stabilitylab.report import load_run
+from stabilitylab.runs import load_run
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes.episodes import episodes_of
 from stabilitylab.spikes.forensics import diagnose
-from stabilitylab.telemetry import Event, RunFolder
+from stabilitylab.telemetry import Event
 
 # A run that breaks a hundred times is not understood by reading a hundred diagnoses: the gravest are explained.
 MOST = 20

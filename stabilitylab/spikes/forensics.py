@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from stabilitylab.report import Run
-from stabilitylab.spikes.departures import AFTER, ORDER, Departure, find_departures
-from stabilitylab.spikes.detector import LEARNING_RATE, LOSS_SCALES, RATE_FACTOR
+from stabilitylab.runs import Run
+from stabilitylab.spikes.change_onsets import AFTER, ORDER, ChangeOnset, find_departures
+from stabilitylab.spikes.detector import RATE_FACTOR
 from stabilitylab.spikes.episodes import Episode, episodes_of
-from stabilitylab.telemetry import Event
+from stabilitylab.telemetry import LEARNING_RATE, LOSS_SCALES, Event
 
 LEAD_STEPS = 64
 MOST = 10
@@ -67,7 +67,7 @@ class Diagnosis:
     first_step: int | None = None
     lead: int | None = None
     resolution: int | None = None
-    departures: Sequence[Departure] = ()
+    departures: Sequence[ChangeOnset] = ()
     leads: dict[str, int] = field(default_factory=dict)
     embedding_share: tuple[float, float] | None = None
     embedding_rows: Sequence[int] = ()
@@ -138,11 +138,11 @@ def diagnose(
 
 
 def _cause(
-    departures: Sequence[Departure],
+    departures: Sequence[ChangeOnset],
     episode: Episode,
     change: tuple[int, float] | None,
     overflow: tuple[int, str] | None,
-) -> tuple[str, Departure | None]:
+) -> tuple[str, ChangeOnset | None]:
     first = next((one for one in departures if one.family != "update"), departures[0] if departures else None)
     # Updates follow the rate in its own step: they are its shadow.
     ahead_of_change = change is not None and any(
@@ -176,7 +176,7 @@ def _cause(
     return "optimizer", first
 
 
-def _lasts(one: Departure, episode: Episode) -> bool:
+def _lasts(one: ChangeOnset, episode: Episode) -> bool:
     """Whether it was still out after the first step out: the state, and not what one batch did to it."""
     return one.until > max(one.step, episode.onset) or not math.isfinite(one.ratio)
 
@@ -307,7 +307,7 @@ def _sentences(one: Diagnosis) -> Sequence[str]:
     return said
 
 
-def _what(one: Departure) -> str:
+def _what(one: ChangeOnset) -> str:
     noun = {
         "attention": "The attention score maximum of",
         "activation": "The activation maximum of",

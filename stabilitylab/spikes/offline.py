@@ -24,10 +24,10 @@ from stabilitylab.spikes.baseline import (
     SIGMA_GAIN,
     UPWARD,
 )
-from stabilitylab.spikes.detector import LOSS, SpikeDetector
+from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.excursion import BLOCK_VALUES
-from stabilitylab.telemetry import Event
+from stabilitylab.telemetry import LOSS, Event
 
 # From so many values on no gain is larger than its steady value.
 _FALL = 0.99 * FALL_SIGMAS / BAND_SIGMAS  # a little early, for the rounding

@@ -28,13 +28,14 @@ import numpy as np
 import pandas as pd
 
 from stabilitylab.errors import InputError
-from stabilitylab.report import Run, load_run
+from stabilitylab.runs import Run, load_run
 from stabilitylab.spikes.baseline import Baseline
-from stabilitylab.spikes.detector import FACTOR_OF_TWO, LOSS, LOSS_SCALES, NORM_PRIOR, SpikeDetector
+from stabilitylab.spikes.detector import FACTOR_OF_TWO, NORM_PRIOR, SpikeDetector
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.excursion import Excursions
-from stabilitylab.spikes.loss_scale import ScaleWatch
+from stabilitylab.spikes.loss_scale_collapse import ScaleWatch
 from stabilitylab.spikes.offline import feed_losses
+from stabilitylab.telemetry import LOSS, LOSS_SCALES
 
 HORIZON = 64
 EPISODES = ("spike", "divergence", "non-finite")

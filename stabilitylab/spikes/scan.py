@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.spikes.detector import GRADIENT_NORM, LOSS, SpikeDetector
+from stabilitylab.logs.log import Block, Log
+from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import Episode, episodes_of
-from stabilitylab.spikes.logs import Block, Log
 from stabilitylab.spikes.offline import feed_losses
 from stabilitylab.spikes.score import SpikeScore
-from stabilitylab.telemetry import Event
+from stabilitylab.telemetry import GRADIENT_NORM, LOSS, Event
 
 SORTABLE = 5_000_000
 UNSORTED_SHARE = 0.25

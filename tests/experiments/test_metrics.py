@@ -12,10 +12,11 @@ import pytest
 from experiments.cli import load_suite
 from experiments.metrics import METRICS
 from experiments.suites import SUITES
-from glm.train.commands import parse_command
-from stabilitylab.report import Run, load_run
+from glm.commands.train import parse_command
+from stabilitylab.runs import Run, load_run
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks import ParquetSink
-from stabilitylab.telemetry import Event, Key, RunFolder, Samples
+from stabilitylab.telemetry import Event, Key, Samples
 
 STEPS = 20
 LOSS = Key("train", "-", "loss")
@@ -58,8 +59,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ("final_loss", 5.375),  # steps 18 and 19
         ("gradient_norm_max", 2.0),
         ("skipped_steps", 1.0),
-        ("main_branch_max", 19.0),
-        ("main_branch_growth", 9.5),
+        ("residual_stream_max", 19.0),
+        ("residual_stream_growth", 9.5),
         ("gradient_norm_spread", float(np.std([0.0, math.log(2)] * 4 + [math.log(2)], ddof=1))),
         ("fp16_headroom", math.log2(65504 / 19)),
     ],

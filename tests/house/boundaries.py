@@ -11,21 +11,49 @@ from pathlib import Path
 FORBIDDEN = {
     "stabilitylab": ("glm", "experiments"),
     "glm": ("experiments",),
-    "glm/model": ("stabilitylab", "glm.data", "glm.train", "glm.inference", "glm.parallel"),
-    "glm/data": ("stabilitylab", "glm.train", "glm.inference", "glm.model", "glm.parallel", "glm.precision"),
-    "glm/precision": ("stabilitylab", "glm.data", "glm.train", "glm.inference", "glm.parallel"),
-    "glm/parallel": ("stabilitylab", "glm.data", "glm.inference"),
+    "glm/distributed": ("stabilitylab",),
+    "glm/model": ("stabilitylab",),
+    "glm/data": ("stabilitylab", "glm.distributed", "glm.precision", "glm.model"),
+    "glm/precision": ("stabilitylab", "glm.distributed"),
+    "glm/planning": ("stabilitylab", "glm.data", "glm.distributed"),
+    "glm/parallel": ("stabilitylab", "glm.data"),
 }
+
+# The rooms of a floor, lowest first. A room imports rooms below it, never one above: so there is no circle.
+ROOMS = {
+    "stabilitylab": (
+        "errors", "command_line", "telemetry", "statistics", "model_structure", "runs", "figures", "probes", "logs",
+        "models", "spikes", "attribution", "sinks", "monitoring", "report", "outliers", "quantization", "integrations",
+        "cli",
+    ),
+    "glm": (
+        "errors", "device", "distributed", "precision", "model", "data", "planning", "presets", "train", "parallel",
+        "inference", "commands", "cli",
+    ),
+}  # fmt: skip
 
 
 def violations(root: Path) -> list[str]:
-    """Every import under ``root`` that runs the wrong way, as ``file: imports name``."""
+    """Every import under ``root`` that runs the wrong way, as ``file: imports name``; every room without a place."""
     found = []
     for package, forbidden in FORBIDDEN.items():
         for file in sorted((root / package).rglob("*.py")):
             for name in imported(file):
                 if any(name == bad or name.startswith(bad + ".") for bad in forbidden):
                     found.append(f"{file.relative_to(root)}: imports {name}")
+    for floor, rooms in ROOMS.items():
+        height = {room: i for i, room in enumerate(rooms)}
+        for file in sorted((root / floor).rglob("*.py")):
+            room = file.relative_to(root / floor).parts[0].removesuffix(".py")
+            if room.startswith("__"):  # the front door, and python -m
+                continue
+            if room not in height:
+                found.append(f"{file.relative_to(root)}: give the room {room} its place in ROOMS")
+                continue
+            for name in imported(file):
+                other = name.split(".")[1] if name.startswith(floor + ".") else room
+                if height.get(other, -1) > height[room]:
+                    found.append(f"{file.relative_to(root)}: imports {name}, a room above")
     return found
 
 

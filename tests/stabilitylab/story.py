@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks import ParquetSink, TensorBoardSink
 from stabilitylab.spikes import SpikeDetector
-from stabilitylab.telemetry import Event, Key, RunFolder, Samples
+from stabilitylab.telemetry import Event, Key, Samples
 
 LAYERS, HEADS = 4, 3
 SPIKE, BROKEN = 60, 90  # where the loss jumps, and where the gradient of layer 2 is NaN

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stabilitylab.errors import InputError
-from stabilitylab.telemetry import Event, Key, RunFolder, Samples
+from stabilitylab.runs.folder import RunFolder
+from stabilitylab.telemetry import Event, Key, Samples
 
 WORD = st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), min_size=1)
 SITE = st.text(st.characters(exclude_categories=["Cs"]))  # empty where the model itself is meant
@@ -133,7 +134,8 @@ def test_a_full_disk_leaves_no_half_event(tmp_path: Path) -> None:
     """A file size limit stands in for the full disk."""
     script = f"""
 import resource
-from stabilitylab.telemetry import Event, RunFolder
+from stabilitylab.runs.folder import RunFolder
+from stabilitylab.telemetry import Event
 run = RunFolder({str(tmp_path)!r})
 run.append_events([Event(step=1, kind="first")])
 size = run.events.stat().st_size
@@ -212,7 +214,7 @@ def as_nobody(action: str, before: str = "") -> str:
     script = f"""
 import os, warnings
 from stabilitylab.errors import InputError
-from stabilitylab.telemetry import RunFolder
+from stabilitylab.runs.folder import RunFolder
 {before}
 if os.getuid() == 0:
     os.setgroups([])

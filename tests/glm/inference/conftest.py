@@ -12,7 +12,7 @@ from glm.data.corpus import build_corpus
 from glm.data.sharding import build_shards
 from glm.data.special import SpecialTokens
 from glm.data.tokenizer import train_tokenizer
-from glm.inference.opening import open_model
+from glm.inference.loading import open_model
 
 SMALL = (
     "--model.layers 2 --model.hidden 32 --model.heads 2 --model.length 96 --objective.pieces 2 --batch.rows 2"

@@ -10,8 +10,8 @@ import pytest
 from glm.cli import main
 from glm.errors import InputError
 from glm.inference.decoding import DecodingConfig, Span
-from glm.inference.filling import fill, joined_text
-from glm.inference.opening import OpenedModel
+from glm.inference.generation import fill, joined_text
+from glm.inference.loading import OpenedModel
 
 
 def said(capsys, *words):

@@ -15,10 +15,10 @@ from glm.data.tasks import open_tasks
 from glm.errors import InputError
 from glm.inference.cloze import held_out_sentences, last_words
 from glm.inference.decoding import DecodingConfig
-from glm.inference.filling import fill
+from glm.inference.generation import fill
+from glm.inference.loading import OpenedModel, open_model
 from glm.inference.log_probabilities import log_probabilities
 from glm.inference.multiple_choice import answer_tasks, wilson
-from glm.inference.opening import OpenedModel, open_model
 from glm.inference.perplexity import perplexities
 from glm.inference.prompt import read_prompt, task_prompt
 

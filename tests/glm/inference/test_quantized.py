@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glm.cli import main
+from glm.distributed.process_group import SingleProcess
 from glm.errors import InputError
 from glm.inference.decoding import DecodingConfig
 from glm.inference.exporting import export_model
-from glm.inference.filling import fill
-from glm.inference.opening import OpenedModel, open_model
+from glm.inference.generation import fill
+from glm.inference.loading import OpenedModel, open_model
 from glm.inference.quantized import NAMED, open_quantized
-from glm.parallel.team import Alone
 from glm.train import checkpoint as checkpoints
-from glm.train.writing import Writing
+from glm.train.async_checkpoint import CheckpointWriter
 from stabilitylab.cli import main as stabilitylab
 from stabilitylab.quantization.plan import load_plan
 from stabilitylab.quantization.replacement import quantize_layers
@@ -68,7 +68,7 @@ def in_parts(run, tmp_path_factory):
     files = {f"model-{i:05d}.safetensors": {n: whole.model[n] for n in names[i::2]} for i in range(2)}
     files["optimizer-00001.safetensors"] = whole.optimizer
     assert step == whole.step
-    Writing(folder, whole, files, Alone(), background=False).publish(keep=1)
+    CheckpointWriter(folder, whole, files, SingleProcess(), background=False).publish(keep=1)
     assert not (path / "model.safetensors").exists()
     return copy
 

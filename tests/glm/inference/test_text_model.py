@@ -79,13 +79,13 @@ def test_a_checkpoint_opens_and_is_scanned(run):
     model = open_glm(sorted((run / "checkpoints").iterdir())[-1], torch.float32)
     assert model is not None
     scan = scan_outliers(model, TEXT, length=30, tokens=90)
-    assert len(scan.main_branch) == 2
+    assert len(scan.residual_stream) == 2
     assert sorted(scan.roles()) == [
         "attention.output",
         "attention.query_key_value",
         "feed_forward.down",
         "feed_forward.up",
-        "main branch",
+        "residual stream",
     ]
 
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 import glm.cli
-from glm.parallel import start
-from glm.parallel.team import Alone
+from glm.commands import train as commands
+from glm.distributed import launch as start
+from glm.distributed.process_group import SingleProcess
 from glm.train import checkpoint as checkpoints
-from glm.train import commands
-from glm.train.writing import Writing
+from glm.train.async_checkpoint import CheckpointWriter
 
 RANKS = 2
 
@@ -127,7 +127,7 @@ def _of_another_model(run: Path, out: Path) -> None:
 
 def save(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
     files = {"model.safetensors": checkpoint.model, "optimizer.safetensors": checkpoint.optimizer}
-    Writing(folder, checkpoint, files, Alone(), background=False).publish(keep=1)
+    CheckpointWriter(folder, checkpoint, files, SingleProcess(), background=False).publish(keep=1)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from typing import Any
 from glm.data.batch import Batch
 from glm.data.loader import Loader
 from glm.data.shards import TokenData
+from glm.distributed.config import ParallelConfig
 from glm.model.config import ModelConfig
-from glm.parallel.config import ParallelConfig
 from glm.train.config import BatchConfig, MonitorConfig, TrainConfig
 from glm.train.engine import Engine
 from glm.train.events import Callback

@@ -27,7 +27,7 @@ from glm.train import checkpoint as checkpoints
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import LocalEngine
-from stabilitylab.report import load_run
+from stabilitylab.runs import load_run
 from tests.glm.model.test_vocabulary_loss import inputs
 from tests.glm.parallel import worlds
 from tests.glm.parallel.spiking import BAD_STEPS, POLICIES, ROWS, answer, spiking

@@ -12,7 +12,7 @@ import pytest
 
 from experiments.benchmarks._launched import Launched, Shape
 from experiments.benchmarks.faults import MIX, STEPS_EACH, compare
-from stabilitylab.report import load_run
+from stabilitylab.runs import load_run
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.distributed

@@ -22,8 +22,8 @@ import torch
 
 from glm.data.loader import Loader
 from glm.data.shards import open_data
+from glm.distributed.config import ParallelConfig
 from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig
-from glm.parallel.config import ParallelConfig
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import Engine, LocalEngine
@@ -171,11 +171,11 @@ def train(engine, steps: int) -> list[tuple[float, float, bool]]:
 
 
 def run_rank(one: World, folder: Path) -> None:
+    from glm.distributed.launch import joined
     from glm.parallel.engine import ParallelEngine
-    from glm.parallel.start import joined
 
     config = one.config
-    with joined(config.parallel, torch.device("cpu"), config.to_json()) as team:
+    with joined(config.parallel, torch.device("cpu"), config.to_json()) as processes:
         engine: Engine = LocalEngine(config) if one.ranks == 1 else ParallelEngine(config)
         if one.load:
             state, problems = engine.load_newest(folder / one.load)
@@ -188,7 +188,7 @@ def run_rank(one: World, folder: Path) -> None:
         state = {"engine": engine.state_dict(), "curve": curve}
         checkpoint = Checkpoint(step=one.steps, model=weights, optimizer=moments, state=state)
         engine.save(folder / one.name, checkpoint, keep=1)
-        (folder / one.name / f"held-{team.from_first(os.getpid())}-{os.getpid()}").write_text(str(held))
+        (folder / one.name / f"held-{processes.from_first(os.getpid())}-{os.getpid()}").write_text(str(held))
 
 
 class Alarm(Callback):
@@ -233,19 +233,19 @@ def respond(config: TrainConfig, engine: Engine, data: Path, leads: bool) -> lis
 
 
 def run_responding(folder: Path, data: Path) -> None:
+    from glm.distributed.launch import joined
     from glm.parallel.engine import ParallelEngine
-    from glm.parallel.start import joined
 
     config = responding(RESPONDING)
-    with joined(config.parallel, torch.device("cpu"), config.to_json()) as team:
-        seen = respond(config, ParallelEngine(config), data, team.leads)
+    with joined(config.parallel, torch.device("cpu"), config.to_json()) as processes:
+        seen = respond(config, ParallelEngine(config), data, processes.leads)
         (folder / f"responding-{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
 def run_two(folder: Path, data: Path) -> None:
     """What needs two replicas only: runs with a planted spike; and two tensor ranks: a loss."""
+    from glm.distributed.launch import joined
     from glm.parallel.engine import ParallelEngine
-    from glm.parallel.start import joined
 
     shards = open_data(data)
     config = spiking("none", (1, 1, 2))
@@ -283,8 +283,8 @@ def command(data: Path, out: Path, axes: tuple[int, int, int, int]) -> list[str]
 def main(folder: Path, data: Path) -> int:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import glm.cli
+    import glm.commands.train
     import glm.parallel.engine
-    import glm.train.commands
 
     # What torch's optimizers import when the first is made: two seconds that every rank would spend.
     torch.optim.SGD([torch.zeros(1)], 0.1)

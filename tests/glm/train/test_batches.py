@@ -2,14 +2,14 @@
 
 from rich.console import Console
 
+from glm.commands.train import TrainCommand, train
 from glm.data.config import ObjectiveConfig
 from glm.data.loader import Loader
 from glm.data.shards import open_data
 from glm.model.config import ModelConfig
 from glm.train.batches import BatchDescriber
-from glm.train.commands import TrainCommand, train
 from glm.train.config import BatchConfig, MonitorConfig, TrainConfig
-from stabilitylab.telemetry import RunFolder
+from stabilitylab.runs.folder import RunFolder
 
 
 def test_documents_tokens_and_words_of_a_step(data_folder, tmp_path):

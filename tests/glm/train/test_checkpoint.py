@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from glm.distributed.process_group import SingleProcess
 from glm.errors import InputError
 from glm.model.config import ModelConfig
-from glm.parallel.team import Alone
 from glm.train import checkpoint as checkpoints
+from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.engine import LocalEngine
-from glm.train.writing import Writing
 
 
 def a_checkpoint(step: int, elements: int = 100) -> Checkpoint:
@@ -33,9 +33,9 @@ def a_checkpoint(step: int, elements: int = 100) -> Checkpoint:
     )
 
 
-def begin(folder: Path, checkpoint: Checkpoint, *, background: bool = True) -> Writing:
+def begin(folder: Path, checkpoint: Checkpoint, *, background: bool = True) -> CheckpointWriter:
     files = {"model.safetensors": checkpoint.model, "optimizer.safetensors": checkpoint.optimizer}
-    return Writing(folder, checkpoint, files, Alone(), background=background)
+    return CheckpointWriter(folder, checkpoint, files, SingleProcess(), background=background)
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int, background: bool = False) -> Path:

@@ -14,8 +14,8 @@ from glm.train.engine import LocalEngine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
 from glm.train.monitoring import MonitorCallback
-from stabilitylab.report import load_run
-from stabilitylab.telemetry import RunFolder
+from stabilitylab.runs import load_run
+from stabilitylab.runs.folder import RunFolder
 
 CONFIG = TrainConfig(
     steps=3,

@@ -10,12 +10,12 @@ import typing
 import pytest
 import torch
 
+from glm.commands.train import preset_config
 from glm.data.loader import Loader
 from glm.model.block import Block
 from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig
 from glm.model.positions import rotation, score_bias, visible
 from glm.presets import PRESETS
-from glm.train.commands import preset_config
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig
 from glm.train.engine import LocalEngine
 from glm.train.events import Callback

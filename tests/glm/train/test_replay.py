@@ -7,13 +7,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from glm.commands.train import TrainCommand, train
 from glm.data.config import DataConfig, ObjectiveConfig
 from glm.data.loader import Loader
 from glm.data.shards import open_data
 from glm.errors import InputError
 from glm.model.config import ModelConfig
 from glm.train import checkpoint as checkpoints
-from glm.train.commands import TrainCommand, train
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig
 from glm.train.engine import LocalEngine
 from glm.train.events import Callback
@@ -21,9 +21,10 @@ from glm.train.loop import FLIGHT, Trainer
 from glm.train.monitoring import MonitorCallback
 from glm.train.replay import replay_command
 from glm.train.replay_report import verdict
-from stabilitylab.report import load_run
+from stabilitylab.runs import load_run
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Episode, ResponderConfig
-from stabilitylab.telemetry import Event, RunFolder
+from stabilitylab.telemetry import Event
 
 ONSET = 22
 SMALL = TrainConfig(

@@ -17,8 +17,9 @@ from glm.train.engine import LocalEngine
 from glm.train.loop import Trainer
 from glm.train.monitoring import MonitorCallback
 from glm.train.schedule import ScheduleConfig
-from stabilitylab.report import load_run
-from stabilitylab.telemetry import Event, RunFolder
+from stabilitylab.runs import load_run
+from stabilitylab.runs.folder import RunFolder
+from stabilitylab.telemetry import Event
 
 
 def test_warm_up_and_cosine_are_glm_130bs():

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from stabilitylab.integrations.transformers import MonitorCallback  # noqa: E402
-from stabilitylab.report import load_run  # noqa: E402
+from stabilitylab.runs import load_run  # noqa: E402
 from tests.stabilitylab.recording import Recording  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 
 from stabilitylab.cli import main
-from stabilitylab.report import load_run
+from stabilitylab.runs import load_run
 from tests.stabilitylab.models import tiny
 from tests.stabilitylab.story import make_run
 

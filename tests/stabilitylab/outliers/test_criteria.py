@@ -11,7 +11,7 @@ import torch
 from stabilitylab.outliers import criteria
 from stabilitylab.outliers.channels import ChannelStatistics
 from stabilitylab.outliers.criteria import CRITERIA, Found, reading, three_part_mask
-from stabilitylab.outliers.sites import MAIN_BRANCH, Site
+from stabilitylab.outliers.sites import RESIDUAL_STREAM, Site
 
 MEASURE = {criterion.name: criterion.measure for criterion in CRITERIA}
 
@@ -41,7 +41,7 @@ def test_the_three_part_rule_needs_all_three_parts():
             x[:100, 3] = 50.0  # 12.5 % of the layers
         layers.append(site(layer, x))
         layers.append(site(layer, 9 * calm(channels=64), role="down"))  # of another width: left out
-        layers.append(site(layer, calm(), role=MAIN_BRANCH))
+        layers.append(site(layer, calm(), role=RESIDUAL_STREAM))
     assert np.flatnonzero(three_part_mask(layers)).tolist() == [0]
     assert MEASURE["llm.int8"](layers) == Found(marked=1, total=50)
 

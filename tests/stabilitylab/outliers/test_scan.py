@@ -81,7 +81,7 @@ def test_layers_that_read_one_tensor_are_measured_once(planted):
         "model.layers.0.self_attn.v_proj",
     )
     assert scan.shared["model.layers.1.mlp.gate_proj:input"] == ("model.layers.1.mlp.up_proj",)
-    # Four sites and the main branch in each of 4 layers, and the projection to the vocabulary.
+    # Four sites and the residual stream in each of 4 layers, and the projection to the vocabulary.
     assert len(scan.sites) == 4 * 5 + 1
     assert scan.skipped == ()
 
@@ -90,17 +90,17 @@ def test_layers_that_read_one_tensor_are_measured_once(planted):
 def test_other_architectures(kind, tmp_path):
     model = open_text_model(tiny.save(getattr(tiny, kind)(), tmp_path / kind, framed=kind == "bert"))
     scan = scan_outliers(model, TEXT, length=20, tokens=100)
-    assert len(scan.main_branch) == 2
+    assert len(scan.residual_stream) == 2
     expected = {
         "bert": [
             "attention.output.dense",
             "attention.self.query",
             "intermediate.dense",
-            "main branch",
+            "residual stream",
             "output.dense",
             "pooler.dense",
         ],
-        "gpt2": ["attn.c_attn", "attn.c_proj", "lm_head", "main branch", "mlp.c_fc", "mlp.c_proj"],
+        "gpt2": ["attn.c_attn", "attn.c_proj", "lm_head", "residual stream", "mlp.c_fc", "mlp.c_proj"],
     }
     assert sorted(scan.roles()) == expected[kind]
     assert {one.positions for site, one in scan.sites if site.layer is not None} == {scan.tokens}

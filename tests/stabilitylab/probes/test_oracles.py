@@ -108,7 +108,7 @@ def test_activation_sites_and_statistics_equal_float64() -> None:
                 {name: out.detach(), f"{name}:input": args[0].detach()}
             )
         )
-    with torch.no_grad():  # outliers in one channel of the main branch
+    with torch.no_grad():  # outliers in one channel of the residual stream
         model.layers[0].feed_forward[2].bias[5] = 40.0
     next_token_loss(model, batch(0))
     monitor.step(0)

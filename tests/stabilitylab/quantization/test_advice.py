@@ -10,7 +10,7 @@ import torch
 from stabilitylab.errors import InputError
 from stabilitylab.quantization.advice import Advisor, reason
 from stabilitylab.quantization.latency import KEPT
-from stabilitylab.quantization.plan import Budget, Outcome, Plan, PlannedLayer, load_plan
+from stabilitylab.quantization.plan import Budget, Outcome, PlannedLayer, QuantizationPlan, load_plan
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.sensitivity import Effect, LayerSensitivity, measure_sensitivity
 from stabilitylab.quantization.verification import Verification
@@ -140,7 +140,7 @@ def plan(**changes):
         "sensitivity": {},
         "latency": {},
     }
-    return Plan(**{**fields, **changes})
+    return QuantizationPlan(**{**fields, **changes})
 
 
 def test_a_plan_is_its_file(tmp_path):

@@ -12,27 +12,19 @@ import pytest
 from matplotlib.figure import Figure
 
 from stabilitylab.errors import InputError
-from stabilitylab.report import (
-    Cell,
-    Page,
-    Picture,
-    Section,
-    Table,
-    comparison,
-    figures,
-    layers,
-    load_run,
-    run_report,
-)
-from stabilitylab.report.figures import Mark
-from stabilitylab.report.maps import heat_map
+from stabilitylab.figures import curves as figures
+from stabilitylab.figures.curves import Mark
+from stabilitylab.figures.maps import heat_map
+from stabilitylab.figures.style import plain, thinned
+from stabilitylab.report import Cell, Page, Picture, Section, Table, comparison, run_report
+from stabilitylab.report import layers_section as layers
 from stabilitylab.report.page import picture_html
-from stabilitylab.report.places import block_number, block_of, is_embedding
-from stabilitylab.report.style import plain, thinned
+from stabilitylab.runs import load_run
+from stabilitylab.runs.places import block_number, block_of, is_embedding
 from stabilitylab.telemetry import Key
 from tests.stabilitylab import story
 from tests.stabilitylab.browser import CHROMEDRIVER, CHROMIUM, browser
-from tests.stabilitylab.report.test_run import write
+from tests.stabilitylab.runs.test_run import write
 
 EVIL = "<script>document.title='broken'</script>\"'&"
 
@@ -193,7 +185,7 @@ def test_a_report_tells_the_story(report: tuple[Page, str]) -> None:
     assert titles[:3] == ["Loss and gradient norm", "Episodes", "Causes"]
     assert {
         "Gradients",
-        "Main branch",
+        "Residual stream",
         "Attention scores",
         "Ranges",
         "Updates",
@@ -201,9 +193,9 @@ def test_a_report_tells_the_story(report: tuple[Page, str]) -> None:
     } <= set(titles)
     assert "120 steps recorded, 0 to 119" in html
     assert f"<td>{story.SPIKE}</td>" in html
-    assert "A value on the main branch that is not finite" not in html
+    assert "A value on the residual stream that is not finite" not in html
     # Layer 3 at the last measured step: 4 x (2 + 110 / 20), 11.1 bits below 65,504.
-    assert "The largest value on the main branch was 30, 11.1 bits below" in html
+    assert "The largest value on the residual stream was 30, 11.1 bits below" in html
     assert all(section.text for section in page.sections)
 
 

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from stabilitylab.errors import InputError
-from stabilitylab.report import load_run
+from stabilitylab.runs import load_run
+from stabilitylab.runs.parts import list_parts, read_rows
 from stabilitylab.sinks import MemorySink, ParquetSink, Sink
 from stabilitylab.sinks import parquet as parquet_module
-from stabilitylab.sinks.parts import list_parts, read_rows
 from stabilitylab.telemetry import Event, Key, Samples
 
 KEYS = (
@@ -324,7 +324,7 @@ def writer_script(run: Path, body: str, options: str = "") -> str:
     sys.path[:0] = {[str(Path(__file__).parents[3])]!r}
     from pathlib import Path
     from stabilitylab.sinks import ParquetSink
-    from stabilitylab.sinks.parts import list_parts
+    from stabilitylab.runs.parts import list_parts
     from stabilitylab.telemetry import Event, Samples
     from tests.stabilitylab.sinks.test_parquet import flush_of
     folder = Path({str(run / "telemetry")!r})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stabilitylab.spikes import SpikeDetector, episodes_of, find_episodes
-from stabilitylab.spikes.detector import GRADIENT_NORM, LEARNING_RATE, LOSS, SKIPPED
+from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS, SKIPPED
 from tests.stabilitylab.spikes.curves import bump, falling
 
 

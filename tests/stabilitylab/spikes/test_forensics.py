@@ -10,12 +10,14 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from torch.nn.utils import clip_grad_norm_
 
 from stabilitylab import Monitor
-from stabilitylab.report import load_run, run_report
+from stabilitylab.report import run_report
+from stabilitylab.runs import load_run
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes.commands import spikes
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.explain import explain
 from stabilitylab.spikes.forensics import diagnose, diagnose_run
-from stabilitylab.telemetry import Event, RunFolder
+from stabilitylab.telemetry import Event
 from tests.stabilitylab.gpt import GPT, next_token_loss
 
 STEPS, PLANTED = 90, 80

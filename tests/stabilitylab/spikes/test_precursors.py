@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from stabilitylab.errors import InputError
-from stabilitylab.report import load_run
+from stabilitylab.runs import load_run
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks import ParquetSink
 from stabilitylab.spikes.commands import precursors
 from stabilitylab.spikes.precursors import judge
-from stabilitylab.telemetry import Event, Key, RunFolder, Samples
+from stabilitylab.telemetry import Event, Key, Samples
 
 STEPS = 400
 

@@ -1,0 +1,1 @@
+"""The commands of ``glm``, above everything that they command."""

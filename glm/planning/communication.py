@@ -1,0 +1,98 @@
+"""Bytes that one GPU sends in an update, and how long that takes.
+
+A ring all-reduce of n bytes over k ranks sends 2 (k - 1)/k n from each; a reduce-scatter or all-gather half of it. With e bytes a
+number, micro-batches of b rows of s tokens, m of them, L/p layers and N parameters on the GPU:
+
+    tensor     per layer and micro-batch 2 all-reduces of e s b h forward, 2 backward, 2 more if recomputed (1909.08053)
+               and one each at the embedding and at the output
+    pipeline   e s b h forward and again backward per micro-batch and boundary
+    data       all-reduce of e N: a reduce-scatter and an all-gather under ZeRO-1                  (ZeRO, 1910.02054, section 7)
+               ZeRO-2 reduces after every micro-batch, ZeRO-3 gathers the weights twice a micro-batch as well
+
+A group lies inside a node or spans nodes. A ring over nodes in which it has k members each leaves a node through the network
+cards of those k GPUs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from glm.planning.hardware import HOP, LATENCY, TRANSFER, Cluster
+from glm.planning.layout import Layout, stage_layers
+from glm.planning.memory import BYTES
+from glm.planning.shape import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Bytes one GPU sends in an update, and seconds if nothing else ran."""
+
+    sent: float
+    seconds: float
+
+
+def ring_share(ranks: int) -> float:
+    """Bytes sent by a rank in an all-reduce, per byte of the tensor."""
+    return 2 * (ranks - 1) / ranks
+
+
+def group_rate(cluster: Cluster, ranks: int, stride: int) -> float:
+    """Bytes/s of a ring of ``ranks`` GPUs whose numbers lie ``stride`` apart."""
+    gpu, span = cluster.gpu, (ranks - 1) * stride + 1
+    if span <= cluster.per_node:
+        return gpu.link * TRANSFER
+    members = max(1, cluster.per_node // stride)
+    return min(gpu.link, gpu.network * min(members, ranks)) * TRANSFER
+
+
+def collective_seconds(sent: float, ranks: int, rate: float, count: int = 1) -> float:
+    """Time of ``count`` equal collectives that send ``sent`` bytes together."""
+    if ranks == 1:
+        return 0.0
+    return sent / rate + count * (LATENCY + HOP * math.log2(ranks))
+
+
+def tensor_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str) -> Transfer:
+    """All-reduces inside the tensor group, of the stage with the most layers."""
+    t = layout.tensor
+    layers = max(stage_layers(shape.layers, layout.pipeline))
+    ends = 2 if layout.pipeline == 1 else 1
+    count = layout.micro_batches(rows) * (layers * (6 if layout.recompute else 4) + ends)
+    message = BYTES[precision] * layout.micro * shape.length * shape.hidden
+    sent = count * ring_share(t) * message
+    return Transfer(
+        sent=sent, seconds=collective_seconds(sent, t, group_rate(cluster, t, 1), count) if t > 1 else 0.0
+    )
+
+
+def pipeline_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str) -> Transfer:
+    """Activations and their gradients between stages, of a stage in the middle."""
+    if layout.pipeline == 1:
+        return Transfer(sent=0.0, seconds=0.0)
+    count = 2 * layout.micro_batches(rows)
+    sent = float(count * BYTES[precision] * layout.micro * shape.length * shape.hidden)
+    apart = layout.tensor * layout.data
+    rate = (
+        cluster.gpu.link
+        if layout.gpus <= cluster.per_node and apart < cluster.per_node
+        else cluster.gpu.network
+    )
+    return Transfer(sent=sent, seconds=sent / (rate * TRANSFER) + count * (LATENCY + HOP))
+
+
+def data_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str) -> Transfer:
+    """Gradients (and under ZeRO the weights back) between replicas, of the stage with the most parameters."""
+    d = layout.data
+    if d == 1:
+        return Transfer(sent=0.0, seconds=0.0)
+    stages = stage_layers(shape.layers, layout.pipeline)
+    parameters = max(shape.stage_parameters(layout.tensor, stages, stage) for stage in (0, len(stages) - 1))
+    half = ring_share(d) / 2 * BYTES[precision] * parameters
+    m = layout.micro_batches(rows)
+    # Reduce-scatters of gradients and all-gathers of weights in an update.
+    times = {0: 2, 1: 2, 2: m + 1, 3: 3 * m}[layout.zero]
+    sent = times * half
+    return Transfer(
+        sent=sent, seconds=collective_seconds(sent, d, group_rate(cluster, d, layout.tensor), times)
+    )

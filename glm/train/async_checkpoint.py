@@ -1,0 +1,116 @@
+"""Checkpoints on their way to the disk, while training goes on.
+
+    begin     put the state together as it is now: all that training waits for
+    write     a thread writes the tensors, flushes them to disk and adds up their checksums; steps are made meanwhile
+    publish   when all processes have written, the leading one adds state and manifest and renames the folder into its place
+
+These are snapshot and persist of CheckFreq (Mohan et al., FAST 2021). The thread touches files only. What processes must agree on
+(all have written; one could not) they agree on in the training threads, which meet in every step: no group of their own is needed,
+and none is held up by another's disk. A checkpoint appears at the end of the step in which its last process has written: a kill
+before that leaves the one before, whole, and a ``.partial`` folder that the next one removes.
+
+Who writes while training goes on writes a copy: 12 bytes a parameter over all processes, until it is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from glm.distributed.process_group import ProcessGroup, SingleProcess
+from glm.train import checkpoint as checkpoints
+from glm.train.checkpoint import Checkpoint
+
+Entries = dict[str, dict[str, Any]]
+
+
+class CheckpointWriter:
+    """One checkpoint that is being written.
+
+    Args:
+        folder: of the run's checkpoints.
+        checkpoint: whose state is written; its tensors are not.
+        files: this process's tensors by file and name. They must not change until it is published.
+        processes: all processes that write; each makes one of these, at the same moment.
+        background: write in another thread.
+
+    Raises:
+        OSError: the folder cannot be made, on any of them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        files: Mapping[str, Mapping[str, Tensor]],
+        processes: ProcessGroup,
+        *,
+        background: bool,
+    ) -> None:
+        self.step = checkpoint.step
+        self._folder, self._processes = folder, processes
+        # As it is now: what observers and schedules keep in it changes with every step.
+        self._state = checkpoints.state_text(checkpoint)
+        target = partial = checkpoints.path_of(folder, checkpoint.step)
+        with processes.together():
+            if processes.leads:
+                target, partial = checkpoints.begin(folder, checkpoint.step)
+        self._target, self._partial = processes.from_first((target, partial))
+
+        def write() -> Entries:
+            return {
+                name: checkpoints.write_tensors(tensors, self._partial / name)
+                for name, tensors in files.items()
+                if tensors
+            }
+
+        self._written = _called(write, background=background)
+
+    @property
+    def done(self) -> bool:
+        """Whether this process has written its part."""
+        return self._written.done()
+
+    def publish(self, *, keep: int) -> Path:
+        """Wait for all, put the checkpoint in its place, and remove all but the newest ``keep``.
+
+        Raises:
+            OSError: one of them could not write: on all, and nothing half-written stays behind.
+        """
+        with checkpoints.whole_or_absent(self._partial, self._target), self._processes.together():
+            entries = self._written.result()
+        everyones = self._processes.all_of_them(entries)
+        with checkpoints.whole_or_absent(self._partial, self._target), self._processes.together():
+            if self._processes.leads:
+                files = {name: entry for one in everyones for name, entry in one.items()}
+                checkpoints.finish(self._partial, self._target, self._state, files)
+                checkpoints.drop_oldest(self._folder, keep=keep)
+        return self._target
+
+    def leave(self, *, keep: int) -> None:
+        """Training broke off. One process still finishes what it began; several may not be there to agree any more."""
+        wait([self._written])
+        if isinstance(self._processes, SingleProcess) and self._written.exception() is None:
+            self.publish(keep=keep)
+        elif self._processes.leads:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _called(work: Callable[[], Entries], *, background: bool) -> Future[Entries]:
+    """A call's result or error, once it is there."""
+    if background:
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        later = thread.submit(work)
+        thread.shutdown(wait=False)
+        return later
+    now: Future[Entries] = Future()
+    try:
+        now.set_result(work())
+    except OSError as error:
+        now.set_exception(error)
+    return now

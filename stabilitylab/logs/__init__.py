@@ -1,0 +1,1 @@
+"""Logs of other trainers, read as streams of numbers."""

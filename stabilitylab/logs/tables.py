@@ -1,0 +1,156 @@
+"""CSV and Parquet logs, a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from stabilitylab.errors import InputError
+from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, choose_columns, whole_steps
+
+_BLOCK_BYTES = 4 << 20
+# Trainers write these, too, for a value that was not logged.
+_NULLS = ["", "null", "None", "N/A", "NA", "-"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TableLog(Log):
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[Block]:
+        row = 0
+        for batch in self._batches():
+            yield from self._block(batch, row)
+            row += batch.num_rows
+
+    def _block(self, batch: pa.RecordBatch, row: int) -> Iterator[Block]:
+        count = batch.num_rows
+        numbers = {
+            signal: _numbers(batch.column(name), f"{self.path}, column {name!r}", row)
+            for signal, name in self.columns.items()
+        }
+        if STEP in numbers:
+            steps_N, keep_N = numbers.pop(STEP)
+            steps_N = np.where(keep_N, steps_N, 0.0)
+        else:
+            steps_N, keep_N = np.arange(row, row + count, dtype=np.float64), np.ones(count, dtype=np.bool_)
+        keep_N = keep_N & np.logical_or.reduce([logged for _, logged in numbers.values()])
+        if keep_N.any():
+            yield Block(
+                whole_steps(steps_N[keep_N], f"{self.path}, column {self.columns.get(STEP)!r}"),
+                {signal: values[keep_N] for signal, (values, _) in numbers.items()},
+                {signal: logged[keep_N] for signal, (_, logged) in numbers.items()},
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CsvLog(_TableLog):
+    """Comma-, semicolon- or tab-separated text with a header, also compressed (.gz, .bz2, .zst)."""
+
+    delimiter: str
+
+    @classmethod
+    def open(cls, path: Path, *, loss: str | None = None, step: str | None = None) -> Self:
+        with pa.input_stream(str(path), compression="detect") as file:
+            head = file.read(1 << 16)
+        if not head.strip():
+            raise InputError(f"{path} is empty: a log needs a header and at least one row")
+        header = head.lstrip(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0].decode("utf-8", errors="replace")
+        delimiter = max(",;\t", key=header.count)
+        names = [name.strip().strip('"') for name in header.split(delimiter)]
+        columns = choose_columns(names, source=path, loss=loss, step=step)
+        return cls(path=path, columns=columns, delimiter=delimiter)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        wanted = list(self.columns.values())
+        options: dict[str, Any] = {
+            "read_options": pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
+            # A line that a kill cut short has too few cells, one written by two processes at once too many.
+            "parse_options": pa.csv.ParseOptions(
+                delimiter=self.delimiter, invalid_row_handler=lambda row: "skip"
+            ),
+            "convert_options": pa.csv.ConvertOptions(
+                include_columns=wanted,
+                column_types=dict.fromkeys(wanted, pa.string()),
+                null_values=_NULLS,
+                strings_can_be_null=True,
+            ),
+        }
+        try:
+            with (
+                pa.input_stream(str(self.path), compression="detect") as file,
+                pa.csv.open_csv(file, **options) as reader,
+            ):
+                yield from reader
+        except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+            raise InputError(f"{self.path} cannot be read as CSV: {str(error).splitlines()[0]}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParquetLog(_TableLog):
+    """A Parquet file with one row a step."""
+
+    @classmethod
+    def open(cls, path: Path, *, loss: str | None = None, step: str | None = None) -> Self:
+        names = list(_parquet(path).schema_arrow.names)
+        if {"family", "site", "statistic", "value"} <= set(names):
+            raise InputError(f"{path} is one of the files of a run folder: give the folder above telemetry/")
+        return cls(path=path, columns=choose_columns(names, source=path, loss=loss, step=step))
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from _parquet(self.path).iter_batches(BLOCK_ROWS, columns=list(self.columns.values()))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{self.path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def _parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _numbers(column: pa.Array, source: str, first_row: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """A column as floats, and where it holds any."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = pc.utf8_trim_whitespace(column)
+        column = pc.if_else(pc.is_in(column, pa.array(_NULLS)), None, column)
+    elif not (
+        pa.types.is_floating(column.type)
+        or pa.types.is_integer(column.type)
+        or pa.types.is_boolean(column.type)
+        or pa.types.is_null(column.type)
+        or pa.types.is_decimal(column.type)
+    ):
+        raise InputError(f"{source} holds {column.type}, not numbers")
+    try:
+        numbers = column.cast(pa.float64(), safe=False)
+    except pa.ArrowInvalid:
+        numbers = pa.array(
+            [_number(cell, source, first_row + i) for i, cell in enumerate(column.to_pylist())], pa.float64()
+        )
+    logged_N = np.asarray(numbers.is_valid())
+    return np.asarray(numbers.fill_null(0.0), dtype=np.float64), logged_N
+
+
+def _number(cell: Any, source: str, row: int) -> float | None:
+    if cell is None:
+        return None
+    text = str(cell)
+    if text.lower() in ("true", "false"):
+        return float(text.lower() == "true")
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{source}, row {row + 1}: {text[:40]!r} is not a number") from None

@@ -1,0 +1,400 @@
+"""The monitor: attach to a model, measure some steps, write what was seen. The one coordinator.
+
+    with Monitor(model, optimizer, out="runs/mine", every=10) as monitor:
+        for step, batch in enumerate(batches):
+            loss = model(batch)
+            loss.backward()
+            monitor.gradients_ready()      # optional: before clipping
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(step, loss=loss)
+
+It observes and never changes training: weights, random numbers and kernels are those of the run without it.
+Steps count optimizer updates from 0. Whether a step is measured is decided when the step before it ends, so
+that the hooks of an unmeasured step need not exist.
+
+A loop that dies without ``close`` loses nothing: what is left is written when the process ends, or the monitor is
+collected as garbage. After ``close`` every call does nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import logging
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stabilitylab.monitoring.optimizers import Optimizers
+from stabilitylab.monitoring.probe_set import ProbeSet
+from stabilitylab.monitoring.rank_gather import RankGather
+from stabilitylab.monitoring.run_output import RunOutput
+from stabilitylab.monitoring.schedule import Schedule
+from stabilitylab.monitoring.sink_thread import SinkThread
+from stabilitylab.monitoring.site_globs import patterns, warn_of_unmatched
+from stabilitylab.monitoring.step_queue import Detector, Ended, StepQueue, default_detector
+from stabilitylab.monitoring.step_values import Values, step_number
+from stabilitylab.probes.base import Context, Probe
+from stabilitylab.probes.compiled import is_compiled
+from stabilitylab.probes.everything import all_probes
+from stabilitylab.probes.sites import bare, named_parameters
+from stabilitylab.runs.folder import RunFolder
+from stabilitylab.sinks.base import Sink
+from stabilitylab.statistics.buffer import Buffer
+from stabilitylab.statistics.transfer import Transfer
+from stabilitylab.telemetry import Event
+
+_log = logging.getLogger("stabilitylab")
+
+
+class Monitor:
+    """Watches a model during training.
+
+    Args:
+        model: any ``nn.Module``; a wrapper (DDP, ``torch.compile``) is looked through.
+        optimizer: read for gradients (when ``gradients_ready`` is not called) and optimizer statistics; may
+            be None. One, or a sequence: all are read, the gradients when the first of them steps. A wrapper
+            that forwards to its ``optimizer`` (accelerate's) is looked through.
+        out: run folder to make and write (Parquet, TensorBoard, events.jsonl): a path, or a ``RunFolder``
+            that the caller has claimed. None: only ``sinks``.
+        every: measure each n-th step; 0: only the step's own values. ``schedule`` says more.
+        gradients_every: another cadence for the gradients.
+        probes: what to measure; by default ``all_probes()``.
+        schedule: a ``Schedule`` instead of ``every``.
+        sinks: further sinks, or the only ones without ``out``.
+        sites: one glob or several over module and parameter paths.
+        detector: judges loss, gradient norm, rate and loss scale of every step; None for no judgement.
+        parameters: the trained tensors by name, where they are not the model's own (fp32 masters of a
+            half-precision model): their ``.grad`` is read.
+        tensorboard: with ``out``: whether to write TensorBoard files beside the Parquet ones.
+        flush_every: hand over to the sinks after so many steps; events are handed over at once.
+        scaler: torch's loss scaler, if one is used: numbers are recorded without its factor, and the
+            gradients also of a step that it leaves out.
+        describe_batch: step -> the documents of its batch, for the diagnoses written at the end.
+        group: processes whose telemetry becomes one, written by its first rank; by default all, where
+            ``torch.distributed`` is running. None: this process alone. All must call ``step`` for the same
+            steps.
+        sharded: globs of parameters of which each tensor-parallel rank holds a shard (their sums are added),
+            and of attention modules, outputs (``path``) and inputs (``path:input``) of which each has some of
+            the heads or channels (they are laid side by side). DTensor parameters (FSDP2) are known to be;
+            all others count as alike on every rank.
+        scattered: globs of parameters of which every element is on one rank only, whatever else the rank is
+            (ZeRO): sums are added over all ranks.
+        shard: which part of what is ``sharded`` this process holds: its tensor-parallel rank; by default its
+            rank.
+        recorder: with ``out``: measure every step, hold the last so many in memory, and write them in full
+            when an alarm begins; else only what ``every`` asks for is written. 0: off.
+
+    Raises:
+        InputError: an argument is none of these. Nothing is left behind: no hook, no thread, no claim.
+    """
+
+    # Until it stands there is nothing to close.
+    _closed = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        *,
+        out: str | os.PathLike[str] | RunFolder | None = None,
+        every: int = 10,
+        gradients_every: int | None = None,
+        probes: Sequence[Probe] | None = None,
+        schedule: Schedule | None = None,
+        sinks: Sequence[Sink] = (),
+        sites: str | Sequence[str] = "*",
+        detector: Detector | Literal["default"] | None = "default",
+        parameters: Mapping[str, Tensor] | None = None,
+        tensorboard: bool = True,
+        flush_every: int = 10,
+        scaler: torch.amp.GradScaler | None = None,
+        describe_batch: Callable[[int], list[str]] | None = None,
+        recorder: int = 0,
+        group: dist.ProcessGroup | Literal["default"] | None = "default",
+        sharded: str | Sequence[str] = (),
+        scattered: str | Sequence[str] = (),
+        shard: int | None = None,
+    ) -> None:
+        given, model = model, bare(model)
+        cadence = {} if gradients_every is None else {"gradients": gradients_every}
+        self._schedule = schedule or Schedule(every=every, probes=cadence)
+        self._ranks = _ranks(group)
+        self._writes = self._ranks is None or self._ranks.rank == 0
+        if shard is None:
+            shard = self._ranks.rank if self._ranks is not None else 0
+        self._describe_batch = describe_batch
+        self._buffer = Buffer()
+        self._optimizers, self._values = Optimizers(optimizer), Values()
+        self._context = Context(
+            model=model,
+            parameters=dict(parameters) if parameters is not None else named_parameters(model),
+            # Probes read and hook it, and that is what it offers of an optimizer.
+            optimizer=cast(torch.optim.Optimizer, self._optimizers) if self._optimizers else None,
+            buffer=self._buffer,
+            patterns=patterns(sites),
+            sharded=patterns(sharded),
+            scattered=patterns(scattered),
+            compiled=is_compiled(given),
+        )
+        if self._ranks is None:  # one of several may hold but a part of the model
+            warn_of_unmatched(patterns(sites), model, self._context.parameters)
+        self._probe_set = ProbeSet(
+            self._context,
+            all_probes() if probes is None else probes,
+            self._optimizers,
+            scaler=scaler,
+            shard=shard,
+            tell=self._tell,
+        )
+        self._said: set[str] = set()
+        self._detector = (default_detector() if detector == "default" else detector) if self._writes else None
+        # The step of the last alarm that all ranks know of.
+        self._alarm: int | None = None
+        self._last: int | None = None
+        self._next: int | None = None
+        self._due = False
+        self._run_output: RunOutput | None = None
+        self._probe_set.attach()
+        try:
+            written = self._schedule
+            if recorder and out is not None:
+                self._schedule = Schedule(every=1, dense_after=written.dense_after)
+            self._arm(0, first=True)
+            if out is not None and self._writes:
+                self._run_output = RunOutput(
+                    out, tensorboard=tensorboard, recorder=recorder, schedule=written
+                )
+            own = self._run_output.sinks if self._run_output is not None else []
+            self._sink_thread = SinkThread([*own, *sinks] if self._writes else ())
+        except BaseException:
+            self._probe_set.detach()
+            if self._run_output is not None:
+                self._run_output.release()
+            raise
+        self._queue = StepQueue(
+            self._probe_set.probes,
+            self._detector,
+            self._sink_thread,
+            alarms=self._schedule.dense_after,
+            flush_every=flush_every,
+        )
+        self._closed, self._process = False, os.getpid()
+        # Runs before the delivery's own, which was registered earlier.
+        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    # What the training loop calls.
+
+    def start_step(self, step: int) -> None:
+        """Optional: name the step that begins, where it is not the last one plus one (after a resume)."""
+        step = step_number(step)
+        if self._open() and step != self._next:
+            self._arm(step)
+
+    def gradients_ready(
+        self,
+        *,
+        gradients: Mapping[str, Tensor] | None = None,
+        norms: Mapping[str, Tensor | float] | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Gradients are reduced, not yet clipped: read them now.
+
+        Args:
+            gradients: by parameter name; by default every parameter's ``.grad``.
+            norms: L2 norms by parameter name, true ones (not scaled), where the trainer has them but not the
+                gradients themselves any more: then L2 and share are all that is recorded of those parameters.
+            scale: the factor by which ``gradients`` are larger than the true ones: a loss scale not yet
+                divided out. A ``scaler`` given to the monitor is asked itself.
+        """
+        if self._open():
+            self._probe_set.gradients_ready(gradients, norms, scale)
+
+    def step(self, step: int, **values: float | Tensor | None) -> list[Event]:
+        """The step is over: collect what was seen, judge it, hand it on.
+
+        Args:
+            step: number of the optimizer update, from 0. A number not above the last one means that training
+                went back: it is recorded as a ``rewind`` to it.
+            values: the step's own numbers, as floats, arrays or tensors of one element: ``loss``,
+                ``gradient_norm``, ``learning_rate``, ``tokens``, ``seconds``, ``skipped``, ``loss_scale``, and
+                any others. None is left out; of what is no number NaN is recorded.
+
+        Returns:
+            What the detector has to say about this step; on an accelerator, about the steps whose numbers
+            have arrived.
+
+        Raises:
+            InputError: ``step`` is no whole number.
+        """
+        step = step_number(step)
+        if not self._open():
+            return []
+        if self._last is not None and step <= self._last:
+            reason = f"step {step} came after {self._last}"
+            self._say_once(
+                "rewind",
+                "%s: what was recorded from step %d on is superseded, as after a return to a checkpoint; where "
+                "training did not go back, count on (over epochs, once an update), or say so by monitor.rewind",
+                reason,
+                step,
+            )
+            self.event(Event(step=step, kind="rewind", data={"reason": reason}))
+        self._probe_set.end()
+        numbers = self._values.numbers(values)
+        if isinstance(scale := numbers.get("loss_scale"), float):
+            self._context.loss_scale = scale
+        self._last = step
+        found = self._queue.add(self._ended(step, numbers))
+        if self._ranks is None:
+            self._alarm = self._queue.alarm
+        self._arm(step + 1)
+        return found
+
+    def event(self, event: Event) -> None:
+        """Record something that happened: a checkpoint, a response, a rewind."""
+        if not self._open():
+            return
+        if type(event.step) is not int:
+            event = dataclasses.replace(event, step=step_number(event.step))
+        if event.kind == "rewind":
+            # What was measured before belongs to the old history: it must reach the sinks first.
+            self._queue.settle(wait=True)
+            self._queue.post()
+            self._last = event.step - 1
+        self._queue.event(event)
+
+    def rewind(self, step: int, **data: Any) -> None:
+        """Training goes back to ``step`` and on from there: what was recorded from it on is superseded."""
+        step = step_number(step)
+        if self._open():
+            self.event(Event(step=step, kind="rewind", data=data))
+            self._arm(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on judging as if it had not stopped; plain JSON."""
+        state: dict[str, Any] = {"last": self._last, "alarm": self._queue.alarm}
+        if self._detector is not None:
+            state["detector"] = self._detector.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self._last, self._alarm = state["last"], state["alarm"]
+        self._queue.alarm = self._alarm
+        if self._detector is not None and "detector" in state:
+            self._detector.load_state_dict(state["detector"])
+
+    def flush(self) -> None:
+        """Write everything recorded so far; returns when the sinks have it."""
+        if not self._open():
+            return
+        self._queue.settle(wait=True)
+        self._queue.post()
+        self._sink_thread.wait()
+
+    def close(self) -> None:
+        """Remove every hook, close what is open, write what is left. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        self._probe_set.detach()
+        self._queue.finish()
+        self._sink_thread.close()
+        if self._run_output is not None:
+            if self._detector is not None:
+                self._run_output.explain(self._describe_batch)
+            self._run_output.release()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the monitor holds on the model's devices; on a CPU, steps that are not yet delivered come
+        on top, each with a copy."""
+        return self._probe_set.nbytes
+
+    @property
+    def backlog(self) -> int:
+        """Steps that are handed over and not yet with the sinks."""
+        return self._sink_thread.waiting
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._closed and self._process == os.getpid():
+            # Dropped, its model and optimizer with it. The sinks are closed when the process ends.
+            atexit.unregister(self._at_exit)
+            self._queue.settle(wait=True)
+            self._queue.post()
+            _log.warning("a monitor was dropped without close(): what it had seen is written")
+
+    # Inside.
+
+    def _open(self) -> bool:
+        if self._closed:
+            self._say_once("closed", "the monitor is closed: nothing is measured or recorded any more")
+        return not self._closed
+
+    def _say_once(self, subject: str, message: str, *words: object) -> None:
+        if subject not in self._said:
+            self._said.add(subject)
+            _log.warning(message, *words)
+
+    def _tell(self, step: int, kind: str, data: Mapping[str, Any]) -> None:
+        self._queue.event(Event(step=step, kind=kind, data=data))
+
+    def _arm(self, step: int, first: bool = False) -> None:
+        # The very first step is measured whatever its number: nobody has said yet which one it is.
+        due = [
+            probe
+            for probe in self._probe_set.probes
+            if self._schedule.due(probe.name, 0 if first else step, self._alarm)
+        ]
+        self._due = bool(due)
+        self._next = step
+        self._probe_set.arm(step, due)
+
+    def _ended(self, step: int, numbers: dict[str, float | Tensor]) -> Ended:
+        """Collect what the probes found and set it on its way to the host."""
+        manifest = self._probe_set.manifest()
+        distant = {n: v for n, v in numbers.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
+        ended = Ended(step=step, numbers=numbers, distant=tuple(distant), manifest=manifest)
+        parts = self._buffer.parts() if manifest else []
+        if self._ranks is not None and self._due:
+            ended.received = self._ranks.exchange(manifest, parts, self._queue.alarm)
+            self._alarm = ended.received.alarm
+            parts = []
+            if not self._writes:
+                ended.received, ended.manifest = None, ()
+        if parts or distant:
+            ended.transfer = Transfer(parts, list(distant.values()))
+        return ended
+
+
+def _ranks(group: dist.ProcessGroup | Literal["default"] | None) -> RankGather | None:
+    if group is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    ranks = RankGather(None if group == "default" else group)
+    return ranks if ranks.size > 1 else None
+
+
+def _close_at_exit(monitor: weakref.ref[Monitor]) -> None:
+    """The process ends. A child that was forked from it has nothing to write."""
+    alive = monitor()
+    if alive is not None and alive._process == os.getpid():
+        alive.close()

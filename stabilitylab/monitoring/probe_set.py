@@ -1,0 +1,179 @@
+"""The probes on a model: put there, armed for a step, given its gradients, asked what they found, taken away.
+
+Gradients are read once a step, at the first of these moments:
+
+    gradients_ready            the loop says so: reduced and unscaled, not yet clipped
+    before an optimizer steps  its hook; after the step where that runs the backward pass itself (a closure)
+    the scaler has decided     it found them non-finite and left the optimizer's step, and so the hook, out
+    the end of the step        there is no optimizer
+
+A probe that raises is left out from the next step on, and training goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabilitylab.monitoring.grad_scaler import ScalerState
+from stabilitylab.monitoring.optimizers import Handles, Optimizers
+from stabilitylab.monitoring.rank_gather import Manifest
+from stabilitylab.probes.base import Context, Placing, Probe
+from stabilitylab.probes.compiled import forget_graphs
+from stabilitylab.statistics.buffer import Slots
+
+_log = logging.getLogger("stabilitylab")
+
+
+class ProbeSet:
+    """All probes of a monitor.
+
+    Args:
+        context: what they are lent.
+        probes: in the order in which they work.
+        optimizers: whose steps are hooked.
+        scaler: torch's loss scaler, or None.
+        shard: which part of what is sharded this process holds.
+        tell: is given what deserves an event: its step, kind and data.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        probes: Sequence[Probe],
+        optimizers: Optimizers,
+        *,
+        scaler: torch.amp.GradScaler | None,
+        shard: int,
+        tell: Callable[[int, str, Mapping[str, Any]], None],
+    ) -> None:
+        self._context, self._optimizers, self._tell = context, optimizers, tell
+        context.failed = self._probe_failed
+        self.probes = tuple(probes)
+        self._placing = {probe.name: Placing(context.is_sharded, shard) for probe in self.probes}
+        self._scale = ScalerState(scaler, optimizers.each, context.buffer)
+        self._failed: set[str] = set()
+        self._handles: list[Handles] = []
+        self._armed: list[Probe] = []
+        self._taken = self._warned = False
+        self._step = 0
+
+    def attach(self) -> None:
+        """Find the sites, hook the optimizers. Where that fails, nothing stays."""
+        try:
+            if self._context.compiled:
+                forget_graphs(self._context.model)
+            for probe in self.probes:
+                probe.attach(self._context)
+            self._handles.append(self._optimizers.register_step_pre_hook(self._optimizer_begins))
+            self._handles.append(self._optimizers.register_step_post_hook(self._optimizer_ends))
+            self._scale.watch(self._take)
+        except BaseException:
+            self.detach()
+            raise
+
+    def arm(self, step: int, due: Sequence[Probe]) -> None:
+        """A step begins, and these probes measure it."""
+        self._armed = [probe for probe in due if probe.name not in self._failed]
+        for probe in self.probes:
+            probe.arm(probe in self._armed)
+        self._context.buffer.advance()
+        self._taken = False
+        self._step = step
+        self._context.loss_scale = self._scale.coming() if self._armed else 1.0
+
+    def gradients_ready(
+        self,
+        gradients: Mapping[str, Tensor] | None = None,
+        norms: Mapping[str, Tensor | float] | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """See ``Monitor.gradients_ready``."""
+        self._taken = True
+        if not self._armed:
+            return
+        if scale != 1.0:
+            self._context.loss_scale = scale
+        found = self._gradients() if gradients is None else gradients
+        found, scaled = self._scale.evened(found, self._context.parameters)
+        self._read(found, norms or {}, self._context.loss_scale if scaled or scale != 1.0 else 1.0)
+
+    def end(self) -> None:
+        """The step is over: gradients that nobody announced are read now."""
+        if self._armed and not self._taken:
+            self._read(self._gradients(), {}, 1.0)
+
+    def manifest(self) -> Manifest:
+        """What the probes found in the step, and where in the buffer it lies."""
+        found = [(p, self._context.guarded(p.name, p.collect)()) for p in self._armed]
+        buffer = self._context.buffer
+        buffer.compact()
+        return tuple((p.name, self._placing[p.name].seen(f, buffer)) for p, f in found if f is not None)
+
+    def detach(self) -> None:
+        """Take every hook away."""
+        for probe in self.probes:
+            probe.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._scale.release()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held on the model's devices."""
+        return self._context.buffer.nbytes + sum(getattr(probe, "nbytes", 0) for probe in self.probes)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Every parameter's gradient, also of those that joined an optimizer since the last measured step."""
+        parameters = self._context.parameters
+        if joined := self._optimizers.joined(self._context.model, parameters):
+            self._context.parameters = parameters = {**parameters, **joined}
+            for probe in self.probes:
+                if (name_parameters := getattr(probe, "name_parameters", None)) is not None:
+                    name_parameters()
+            self._tell(self._step, "parameters-joined", {"parameters": list(joined)})
+        return {name: g for name, p in parameters.items() if (g := p.grad) is not None}
+
+    def _read(
+        self,
+        gradients: Mapping[str, Tensor],
+        norms: Mapping[str, Tensor | float],
+        scale: float | Slots,
+    ) -> None:
+        if not (gradients or norms or self._warned) and self._context.parameters:
+            self._warned = True
+            _log.warning(
+                "no parameter had a gradient at step %d: call monitor.step or monitor.gradients_ready before "
+                "zero_grad; a GradScaler, which leaves steps out, is given to the monitor as scaler=",
+                self._step,
+            )
+        for probe in self._armed:
+            self._context.guarded(probe.name, probe.gradients)(gradients, norms, scale)
+
+    def _optimizer_begins(self, optimizer: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        # With a closure the backward pass is still to come, inside the step.
+        if not any(callable(argument) for argument in (*args, *kwargs.values())):
+            self._take()
+
+    def _optimizer_ends(self, optimizer: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._take()
+
+    def _take(self) -> None:
+        if not self._taken:
+            self.gradients_ready()
+
+    def _probe_failed(self, name: str, error: Exception) -> None:
+        if os.environ.get("STABILITYLAB_STRICT") == "1":
+            raise error
+        if name not in self._failed:
+            self._failed.add(name)
+            reason = f"{type(error).__name__}: {error}"
+            _log.warning(
+                "telemetry lost: the probe %s failed (%s); training goes on without it", name, reason
+            )
+            self._tell(self._step, "telemetry-lost", {"probe": name, "reason": reason})

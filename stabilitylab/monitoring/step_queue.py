@@ -1,0 +1,205 @@
+"""Ended steps, in order: their numbers arrive, are judged by the detector, and go to the sinks.
+
+The detector is given the step's own numbers and, of measured steps, the largest attention score of the whole model
+(``attention/-/score_max``) and the RMS of its update over the learning rate (``update/-/rms_over_rate``).
+
+On a CPU a step's numbers are there when it ends. On an accelerator they are still on their way, and the step
+waits in line until they have come; the training thread asks at the end of each step and never waits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stabilitylab.monitoring.rank_gather import Manifest, Received
+from stabilitylab.monitoring.sink_thread import Flush, SinkThread
+from stabilitylab.probes.base import Probe, Readings
+from stabilitylab.statistics.gathering import Gathered
+from stabilitylab.statistics.transfer import Seen, Transfer
+from stabilitylab.telemetry import GRADIENT_NORM, RUN_SITE, Event, Key
+
+# What `step` may be given under a name of its own; everything else becomes train/-/<name>.
+_FAMILY = {"loss_scale": "precision"}
+_WATCHED = (
+    "train/-/loss",
+    "train/-/gradient_norm",
+    "train/-/learning_rate",
+    "train/-/skipped",
+    "precision/-/loss_scale",
+)
+
+
+class Detector(Protocol):
+    """What judges a step's values as they come; ``stabilitylab.spikes.SpikeDetector`` is one."""
+
+    def update(self, step: int, values: Mapping[str, float]) -> Sequence[Event]:
+        """Events that this step's values give rise to."""
+
+    def finish(self) -> Sequence[Event]:
+        """Events for what was still open."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The detector's memory, as plain JSON."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+
+
+def default_detector() -> Detector:
+    """The project's own."""
+    from stabilitylab.spikes import SpikeDetector
+
+    return SpikeDetector()
+
+
+@dataclass(slots=True, kw_only=True)
+class Ended:
+    """A step that is over and whose numbers are perhaps still on their way.
+
+    Args:
+        step: its number.
+        numbers: the step's own.
+        distant: names of the numbers that are on an accelerator, in the order of the transfer's ``others``.
+        transfer: what brings them, and this rank's packet; None if there is nothing to bring.
+        manifest: what of the packet belongs to which probe and site.
+        received: the packets of all ranks, in place of this one's.
+    """
+
+    step: int
+    numbers: dict[str, float | Tensor]
+    distant: tuple[str, ...] = ()
+    transfer: Transfer | None = None
+    manifest: Manifest = ()
+    received: Received | None = None
+
+    def found(self) -> list[tuple[Manifest, NDArray[np.uint8]]]:
+        """What each rank found, with its packet; once the transfer is ready."""
+        if self.received is not None:
+            return self.received.found
+        if self.transfer is None or not self.manifest:
+            return []
+        return [(self.manifest, self.transfer.packet())]
+
+
+class StepQueue:
+    """Takes ended steps through judgement to delivery.
+
+    Args:
+        probes: by name, to finish what they found.
+        detector: judges; None for no judgement.
+        delivery: takes the readings and events.
+        alarms: kinds of event after which training is watched more closely.
+        flush_every: hand over to the delivery after so many steps; events are handed over at once.
+    """
+
+    def __init__(
+        self,
+        probes: Sequence[Probe],
+        detector: Detector | None,
+        delivery: SinkThread,
+        *,
+        alarms: frozenset[str],
+        flush_every: int,
+    ) -> None:
+        self._probes = {probe.name: probe for probe in probes}
+        self._detector = detector
+        self._sink_thread = delivery
+        self._alarms = alarms
+        self._flush_every = flush_every
+        self._flush = Flush()
+        self._steps = 0
+        self._pending: deque[Ended] = deque()
+        self._keys: dict[tuple[str, ...], tuple[Key, ...]] = {}
+        self.alarm: int | None = None
+
+    def add(self, ended: Ended) -> list[Event]:
+        """Put a step in line; returns what the detector says of the steps that have arrived."""
+        self._pending.append(ended)
+        return self.settle()
+
+    def settle(self, *, wait: bool = False) -> list[Event]:
+        """Take the steps whose numbers have arrived, or wait for all."""
+        found: list[Event] = []
+        while self._pending:
+            transfer = self._pending[0].transfer
+            if transfer is not None:
+                if wait:
+                    transfer.wait()
+                elif not transfer.ready():
+                    break
+            found += self._take(self._pending.popleft())
+        if found or self._steps >= self._flush_every:
+            self.post()
+        return found
+
+    def event(self, event: Event) -> None:
+        """Record an event, at once."""
+        self._flush.events.append(event)
+        if event.kind in self._alarms:
+            self.alarm = event.step
+        self.post()
+
+    def post(self) -> None:
+        """Hand over what there is."""
+        if self._flush.readings or self._flush.events or self._flush.unfinished:
+            self._sink_thread.post(self._flush)
+        self._flush, self._steps = Flush(), 0
+
+    def finish(self) -> None:
+        """The end: everything arrives, the detector has its last word."""
+        self.settle(wait=True)
+        if self._detector is not None:
+            self._flush.events += self._detector.finish()
+        self.post()
+
+    def _take(self, ended: Ended) -> list[Event]:
+        arrived = ended.transfer.others() if ended.transfer is not None else []
+        distant = dict(zip(ended.distant, arrived, strict=True))
+        numbers = {name: float(distant.get(name, value)) for name, value in ended.numbers.items()}
+        by_probe: dict[str, list[tuple[Seen, NDArray[np.uint8]]]] = {}
+        for manifest, packet in ended.found():
+            for name, seen in manifest:
+                by_probe.setdefault(name, []).append((seen, packet))
+        gathered = [(self._probes[name], Gathered(seen)) for name, seen in by_probe.items()]
+        if gathered:
+            self._flush.unfinished.append((ended.step, gathered))
+        companions: dict[str, float] = {}
+        for probe, of_probe in gathered:
+            if (companions_of := getattr(probe, "companions", None)) is not None:
+                companions |= companions_of(of_probe, numbers)
+        # What the loop says of its norm counts; else the probe's is recorded as the step's own.
+        if (norm := companions.pop(GRADIENT_NORM, None)) is not None:
+            numbers.setdefault("gradient_norm", norm)
+        if "skipped" in numbers:
+            numbers[f"precision/{RUN_SITE}/skipped"] = numbers["skipped"]
+        names = tuple(numbers)
+        keys = self._keys.get(names)
+        if keys is None:
+            keys = self._keys[names] = tuple(_key(name) for name in names)
+        values = np.array(list(numbers.values()), dtype=np.float64)
+        self._flush.readings.append((ended.step, Readings(keys, values)))
+        self._steps += 1
+        own = {k.metric: v for k, v in zip(keys, values.tolist(), strict=True)}
+        return self._judge(ended.step, {m: own[m] for m in _WATCHED if m in own} | companions)
+
+    def _judge(self, step: int, numbers: Mapping[str, float]) -> list[Event]:
+        if self._detector is None:
+            return []
+        events = list(self._detector.update(step, numbers))
+        self._flush.events += events
+        if any(event.kind in self._alarms for event in events):
+            self.alarm = step
+        return events
+
+
+def _key(name: str) -> Key:
+    if "/" in name:
+        return Key.parse(name)
+    return Key(_FAMILY.get(name, "train"), RUN_SITE, name)

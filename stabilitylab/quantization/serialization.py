@@ -1,0 +1,266 @@
+"""A quantized model on disk: the original's folder with one safetensors file in the canonical form, and the plan.
+
+    model.safetensors    for a quantized layer PATH its buffers PATH.values, PATH.scales, ... (stored.py); everything else under
+                         its own name. Shared tensors once. In the header: layout of each layer, shared names, fingerprint.
+    plan.json            the plan
+    config.json, ...     the original's, except its weights
+
+Weights that stay floats are stored in bf16 or fp16 where that changes no bit, else as they are. Loading builds the model without
+memory for its parameters and takes tensor after tensor from the file, so at its peak it holds about what the model holds then.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stabilitylab.errors import InputError
+from stabilitylab.models import TextModel, shared_parameters
+from stabilitylab.models.hugging_face import location, quiet, recognises
+from stabilitylab.quantization.freed_memory import give_back_memory
+from stabilitylab.quantization.linear import QuantizedLinear
+from stabilitylab.quantization.plan import QuantizationPlan
+from stabilitylab.quantization.replacement import put, quantizable_layers, quantized
+from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.stored import StoredWeight
+
+WEIGHTS, PLAN = "model.safetensors", "plan.json"
+_FORMAT = "stabilitylab-quantized"
+_VERSION = 1
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
+_NEVER = (*_WEIGHT_FILES, ".index.json", ".py", ".jsonl", ".html", ".lock")
+
+
+def save_quantized(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
+    """Write a model quantized by a plan; returns the bytes of its weights file.
+
+    Args:
+        model: the original; unchanged.
+        plan: made for it.
+        out: folder to make.
+
+    Raises:
+        InputError: ``out`` stands already, or the plan is for another model.
+    """
+    plan.require(model.fingerprint, model.name)
+    if out.exists():
+        raise InputError(f"{out} exists already: give another place, or remove it")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _copy_companions(model, partial)
+        tensors, header = _tensors(model, plan)
+        save_file(tensors, partial / WEIGHTS, metadata=header)
+        size = (partial / WEIGHTS).stat().st_size
+        plan.write(partial / PLAN)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return size
+
+
+def header_of(path: Path) -> dict[str, Any] | None:
+    """The header of a quantized model's weights file; None for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return header if isinstance(header, dict) else None
+
+
+def holds(path: Path, prefix: str) -> bool:
+    """Whether a safetensors file has a tensor whose name begins so."""
+    return any(name.startswith(prefix) for name in _names(path))
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor, in the file's own pages. The file is mapped anew for each, so that none stays in memory for another's sake."""
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Fill a model, built with its parameters on the meta device (``without_parameters``), from a quantized weights file.
+
+    Args:
+        module: filled in place.
+        path: the weights file.
+        dtype: format of what is not quantized.
+
+    Raises:
+        InputError: the file is not a quantized model's, or does not fit the module.
+    """
+    header = header_of(path)
+    if header is None:
+        raise InputError(f"{path} is not a quantized model: stabilitylab quantize --apply writes them")
+    if header.get("version") != _VERSION:
+        raise InputError(f"{path} has version {header.get('version')}, this release reads {_VERSION}")
+    layers: dict[str, dict[str, Any]] = header["layers"]
+    names = _names(path)
+    for layer_path, layout in layers.items():
+        _check_place(module, layer_path, path)
+        put(module, layer_path, _layer(path, names, layer_path, layout, dtype))
+        give_back_memory()
+    owned = tuple(f"{layer_path}." for layer_path in layers)
+    for name in sorted(names):
+        if not name.startswith(owned):
+            _set(module, name, read_tensor(path, name), dtype, path)
+    for first, *others in header["shared"]:
+        for name in others:
+            parent, _, leaf = name.rpartition(".")
+            module.get_submodule(parent)._parameters[leaf] = module.get_parameter(first)
+    missing = [name for name, tensor in module.named_parameters() if tensor.is_meta]
+    if missing:
+        raise InputError(
+            f"{path} lacks {len(missing)} weights, among them {missing[0]}: apply the plan again"
+        )
+    module.eval()
+
+
+@contextmanager
+def without_parameters() -> Iterator[None]:
+    """Modules made inside have parameters on the meta device and buffers in memory: of the first there will be others."""
+    register: Any = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _names(path: Path) -> set[str]:
+    with safe_open(path, framework="pt") as file:
+        names: list[str] = file.keys()
+    return set(names)
+
+
+def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor], dict[str, str]]:
+    module = model.module
+    layers = quantizable_layers(module)
+    tensors: dict[str, Tensor] = {}
+    layout: dict[str, Any] = {}
+    for path, scheme in plan.schemes.items():
+        smooth = plan.layers[path].smooth
+        largest = None if smooth is None else torch.tensor(smooth)
+        twin = quantized(path, layers[path], scheme, largest)
+        for name, tensor in twin.state_dict().items():
+            tensors[f"{path}.{name}"] = tensor.contiguous()
+        layout[path] = {
+            "scheme": scheme.name,
+            "shape": [twin.out_features, twin.in_features],
+            "group": twin.group,
+            "fingerprint": twin.fingerprint,
+        }
+    shared = shared_parameters(module)
+    again = {name for group in shared for name in group[1:]}
+    owned = tuple(f"{path}." for path in layout)
+    for name, tensor in module.state_dict().items():
+        if name not in again and not name.startswith(owned):
+            tensors[name] = _narrowest(tensor).contiguous()
+    # Names under which a quantized layer stands a second time need no tensor: the layer is put in both places.
+    groups = [group for group in shared if not any(name.startswith(owned) for name in group)]
+    header = {
+        "version": _VERSION,
+        "layers": layout,
+        "shared": groups,
+        "fingerprint": model.fingerprint,
+        "name": model.name,
+    }
+    # One entry, since several would come in another order every time.
+    return tensors, {_FORMAT: json.dumps(header)}
+
+
+def _narrowest(tensor: Tensor) -> Tensor:
+    """The same numbers in 16 bits, where no bit is lost."""
+    if tensor.dtype == torch.float32:
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = tensor.to(dtype)
+            if torch.equal(narrow.float(), tensor):
+                return narrow
+    return tensor
+
+
+def _layer(
+    file: Path, names: set[str], path: str, layout: Mapping[str, Any], dtype: torch.dtype
+) -> QuantizedLinear:
+    def get(name: str) -> Tensor | None:
+        return read_tensor(file, f"{path}.{name}") if f"{path}.{name}" in names else None
+
+    values, scales, bias = get("values"), get("scales"), get("bias")
+    if values is None or scales is None:
+        raise InputError(f"the quantized weights of {path} are incomplete: apply the plan again")
+    scheme = Scheme.parse(layout["scheme"])
+    stored = StoredWeight(
+        values=values,
+        scales=scales,
+        zeros=get("zeros"),
+        bits=scheme.bits,
+        shape=(layout["shape"][0], layout["shape"][1]),
+        group=layout["group"],
+        fingerprint=layout["fingerprint"],
+    )
+    return QuantizedLinear(
+        stored, scheme, bias=None if bias is None else bias.to(dtype), smooth=get("smooth")
+    )
+
+
+def _check_place(module: nn.Module, name: str, path: Path) -> None:
+    try:
+        module.get_submodule(name)
+    except AttributeError:
+        raise InputError(f"{path} holds {name}, which the model of its config.json has not") from None
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> None:
+    parent, _, leaf = name.rpartition(".")
+    _check_place(module, parent, path)
+    owner = module.get_submodule(parent)
+    if tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    place: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    before = place.get(leaf)
+    if before is None or before.shape != tensor.shape:
+        raise InputError(
+            f"{path}: {name} of shape {list(tensor.shape)} does not fit the model of its config.json"
+        )
+    place[leaf] = nn.Parameter(tensor, requires_grad=False) if place is owner._parameters else tensor
+
+
+def _copy_companions(model: TextModel, out: Path) -> None:
+    """Configuration and tokenizer. A GGUF file has both inside; they are written out in their usual form."""
+    if model.path.is_dir() and (model.path / "config.json").is_file():
+        for file in sorted(model.path.iterdir()):
+            if file.is_file() and not file.name.endswith(_NEVER) and file.name != PLAN:
+                shutil.copyfile(file, out / file.name)
+        return
+    if not recognises(model.path):
+        raise InputError(
+            f"{model.path} has no config.json to copy: give the run or export that it belongs to, or apply the plan when "
+            "the model is opened"
+        )
+    folder, where = location(model.path)
+    with quiet():
+        import transformers
+
+        model.module.config.save_pretrained(out)  # type: ignore[operator, union-attr]
+        transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **where
+        ).save_pretrained(out)

@@ -1,0 +1,262 @@
+"""Sections that look into the model: gradients, residual stream, attention, ranges, updates and outliers by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from stabilitylab.figures import curves as figures
+from stabilitylab.figures.maps import heat_map
+from stabilitylab.figures.style import FP16_MAX, plain, positive
+from stabilitylab.report.page import Picture, Section, Table
+from stabilitylab.runs.places import block_number, block_of, is_embedding
+from stabilitylab.runs.run import Run
+
+Runs = Mapping[str, Sequence[Run]]
+Part = Table | Picture
+Grid = tuple[pd.DataFrame, pd.DataFrame]  # values, and where they were recorded
+
+FP16_LIMIT = (FP16_MAX, "largest fp16 number, 65,504")
+
+
+def gradients(runs: Runs) -> Section:
+    """The embedding's share of the gradient, and where in the model the gradient is."""
+    share = {label: [_embedding_share(run) for run in several] for label, several in runs.items()}
+    parts: list[Part] = []
+    if any(len(series) for several in share.values() for series in several):
+        figure = figures.curves(
+            share, title="The embedding's share of the squared gradient norm", unit="share"
+        )
+        parts.append(Picture(figure=figure))
+    grids = {
+        label: _per_layer(_grid(several[0], "gradient", "l2")) for label, several in runs.items() if several
+    }
+    parts += _maps(grids, "Gradient norm, layer by step")
+    text = "Each row of a map is one block, its parameters' norms joined; what lies in no block has a row of its own."
+    return _section("Gradients", parts, text)
+
+
+def residual_stream(runs: Runs) -> Section:
+    """The residual stream by depth, and its maps over the steps."""
+    grids = {label: [block_grid(run) for run in several] for label, several in runs.items()}
+    peaks = {label: [_peak(grid) for grid in several if grid[0].size] for label, several in grids.items()}
+    if not any(peaks.values()):
+        return _section("Residual stream", [], "")
+    figure = figures.by_depth(
+        peaks, title="Largest |value| on the residual stream, over all measured steps", limit=FP16_LIMIT
+    )
+    parts: list[Part] = [Picture(figure=figure, caption="Each point is the output of one block.")]
+    parts += _maps(
+        {label: several[0] for label, several in grids.items() if several}, "Largest |value|, layer by step"
+    )
+    return _section("Residual stream", parts, _headroom("value on the residual stream", peaks))
+
+
+def attention(runs: Runs) -> Section:
+    """Largest attention scores: over the steps, and of every head."""
+    grids = {
+        label: [_grid(run, "attention", "score_max") for run in several] for label, several in runs.items()
+    }
+    lines = {
+        label: [_over_sites(grid) for grid in several if grid[0].size] for label, several in grids.items()
+    }
+    if not any(lines.values()):
+        return _section("Attention scores", [], "")
+    together = np.concatenate([s.to_numpy() for several in lines.values() for s in several])
+    title = "Largest attention score, over layers and heads"
+    figure = figures.curves(lines, title=title, log=positive(together), limit=FP16_LIMIT)
+    parts: list[Part] = [Picture(figure=figure)]
+    if len(runs) == 1:
+        (several,) = runs.values()
+        heads = {"head": [head for run in several for head in _heads(run)]}
+        title = "Largest score of every head, over all measured steps"
+        figure = figures.by_depth(heads, title=title, joined=False, limit=FP16_LIMIT)
+        parts.append(Picture(figure=figure, caption="One dot a head."))
+    maps = {label: several[0] for label, several in grids.items() if several}
+    parts += _maps(maps, "Largest score, layer by step", log=False)
+    text = "Scores are what enters the softmax; from about 1,000 on, training is in danger. "
+    return _section("Attention scores", parts, text + _headroom("score", lines))
+
+
+def ranges(runs: Runs, most: int = 12) -> Section:
+    """The places of one run that come nearest to fp16's limit."""
+    rows = []
+    for several in runs.values():
+        for run in several:
+            for family, statistic in (
+                ("activation", "absmax"),
+                ("attention", "score_max"),
+                ("activation_gradient", "absmax"),
+            ):
+                values, known = _grid(run, family, statistic)
+                for site, peak, row, seen in zip(
+                    values.index, _peak((values, known)), values.to_numpy(), known.to_numpy(), strict=True
+                ):
+                    bad = seen & ~np.isfinite(row)
+                    step = values.columns[int(bad.argmax() if bad.any() else np.nanargmax(row))]
+                    rows.append((run.name, f"{family}/{site}/{statistic}", peak, step))
+    # What is not finite has gone beyond the limit: it comes first.
+    rows.sort(key=lambda row: -row[2] if np.isfinite(row[2]) else -np.inf)
+    if not rows:
+        return _section("Ranges", [], "")
+    shown = [[name, metric, _short(peak), str(step), _bits(peak)] for name, metric, peak, step in rows[:most]]
+    table = Table(
+        columns=["run", "metric", "largest |value|", "at step", "bits left in fp16"],
+        rows=shown,
+        note="Bits left: log2(65,504 / largest value). A loss scale takes its own bits from gradients.",
+    )
+    return _section(
+        "Ranges", [table], "The places that come nearest to the largest number that fp16 can hold."
+    )
+
+
+def updates(runs: Runs) -> Section:
+    """How far an optimizer step moves each parameter, beside the parameter's own size."""
+    grids = {label: [_update_ratio(run) for run in several] for label, several in runs.items()}
+    lines = {
+        label: [grid[0].median(axis=0) for grid in several if grid[0].size]
+        for label, several in grids.items()
+    }
+    if not any(lines.values()):
+        return _section("Updates", [], "")
+    figure = figures.curves(
+        lines, title="Update size over weight size (RMS), median over parameters", log=True
+    )
+    parts: list[Part] = [Picture(figure=figure)]
+    largest = {
+        label: _per_layer(several[0], join="max")
+        for label, several in grids.items()
+        if several and several[0][0].size
+    }
+    parts += _maps(largest, "Largest update-to-weight ratio, layer by step")
+    return _section(
+        "Updates",
+        parts,
+        "A ratio near 0.001 is usual; a block that moves far faster than its neighbours is not.",
+    )
+
+
+def outliers(runs: Runs) -> Section:
+    """The share of activation values that are outliers."""
+    lines = {}
+    for label, several in runs.items():
+        matrices = [run.matrix("activation", "outlier_fraction") for run in several]
+        lines[label] = [matrix.mean(axis=0) for matrix in matrices if matrix.size]
+    if not any(lines.values()):
+        return _section("Activation outliers", [], "")
+    figure = figures.curves(
+        lines, title="Share of activation values with |x| ≥ 6, mean over sites", unit="share"
+    )
+    text = "The criterion is LLM.int8()'s magnitude threshold alone; other criteria give other shares."
+    return _section("Activation outliers", [Picture(figure=figure)], text)
+
+
+def block_grid(run: Run, statistic: str = "absmax") -> Grid:
+    """A statistic of every block's output: rows the blocks by depth, columns the steps."""
+    values, known = _grid(run, "activation", statistic)
+    numbers = {site: number for site in values.index if (number := block_number(str(site))) is not None}
+    order = sorted(numbers, key=lambda site: numbers[site])
+    return values.loc[order], known.loc[order]
+
+
+def embedding_site(run: Run) -> str | None:
+    """The parameter that is the token embedding, by its name; None where no name says so."""
+    metrics = run.metrics
+    sites = metrics.loc[(metrics["family"] == "gradient") & (metrics["statistic"] == "share"), "site"]
+    return next((site for site in sites if is_embedding(site)), None)
+
+
+def _section(title: str, parts: Sequence[Part], text: str) -> Section:
+    if not parts:
+        return Section(title=title, text=("This was not recorded.",))
+    return Section(title=title, text=(text,) if text else (), parts=parts)
+
+
+def _embedding_share(run: Run) -> pd.Series[float]:
+    site = embedding_site(run)
+    return run.series(f"gradient/{site}/share") if site else pd.Series(dtype=float)
+
+
+def _grid(run: Run, family: str, statistic: str) -> Grid:
+    return run.matrix(family, statistic, index="max"), run.recorded(family, statistic)
+
+
+def _update_ratio(run: Run) -> Grid:
+    """Update over weight. Over weights that are all zero (biases, at first) it is infinite, and says nothing: left out."""
+    values, known = _grid(run, "update", "ratio")
+    from_zero = run.matrix("update", "weight_rms").reindex_like(values) == 0
+    return values.mask(from_zero), known & ~from_zero
+
+
+def _peak(grid: Grid) -> pd.Series[float]:
+    """Each site's largest value over the steps; NaN where one that was recorded is NaN."""
+    values, known = grid
+    return values.max(axis=1).mask((values.isna() & known).any(axis=1))
+
+
+def _over_sites(grid: Grid) -> pd.Series[float]:
+    """The largest value over sites at each step; NaN where one that was recorded is NaN."""
+    return _peak((grid[0].T, grid[1].T))
+
+
+def _heads(run: Run) -> Iterable[pd.Series[float]]:
+    """For every head number, its largest score in each layer."""
+    rows = run.rows("attention", "score_max")
+    order = rows["site"].astype(str).unique()
+    layer = rows["site"].astype(str).rename("layer")
+    broken = rows["value"].isna().groupby([rows["index"], layer]).any()
+    largest = rows["value"].groupby([rows["index"], layer]).max().mask(broken)
+    return [largest.loc[head].reindex(order) for head in largest.index.get_level_values(0).unique()]
+
+
+def _per_layer(grid: Grid, join: str = "norm") -> Grid:
+    """One row a block: norms joined as the root of their squares' sum, or the largest of them."""
+    values, known = grid
+    groups = np.array([block_of(str(site)) for site in values.index], dtype=object)
+    order = list(dict.fromkeys(groups))
+    if join == "norm":
+        joined = (values**2).groupby(groups).sum(min_count=1).pow(0.5)
+    else:
+        joined = values.groupby(groups).max()
+    broken = (values.isna() & known).groupby(groups).any()
+    return joined.mask(broken).reindex(order), known.groupby(groups).any().reindex(order)
+
+
+def _maps(grids: Mapping[str, Grid], title: str, *, log: bool = True) -> list[Picture]:
+    """One map a label, on one colour scale."""
+    values = [grid[0].to_numpy(dtype=float).ravel() for grid in grids.values()]
+    every = np.concatenate([np.empty(0), *values])
+    every = every[np.isfinite(every) & ((every > 0) | (not log))]
+    limits = (float(every.min()), float(every.max())) if every.size else None
+    pictures = []
+    for label, (matrix, known) in grids.items():
+        if matrix.size:
+            name = title if len(grids) == 1 else f"{title}: {label}"
+            pictures.append(
+                Picture(figure=heat_map(matrix, title=name, log=log, limits=limits, recorded=known))
+            )
+    return pictures
+
+
+def _headroom(what: str, found: Mapping[str, Sequence[pd.Series[float]]]) -> str:
+    """ "The largest score was 17.3, 11.9 bits below ..." for one run; nothing for several."""
+    series = [s for several in found.values() for s in several if len(s)]
+    if len(series) != 1:
+        return ""
+    largest = float(series[0].max(skipna=False))
+    if not np.isfinite(largest):
+        return f"A {what} that is not finite was seen."
+    below = f", {_bits(largest)} bits below the largest fp16 number" if 0 < largest <= FP16_MAX else ""
+    return f"The largest {what} was {_short(largest)}{below}."
+
+
+def _bits(value: float) -> str:
+    if not np.isfinite(value):
+        return "none"
+    return f"{np.log2(FP16_MAX / value):.1f}" if value > 0 else "all"
+
+
+def _short(value: float) -> str:
+    return plain(float(f"{value:.4g}"))

@@ -1,0 +1,189 @@
+"""A run read back: its configuration, its events and its telemetry, as pandas objects.
+
+Nothing is read before it is asked for, and then only what is needed: a metric's rows lie together in the files, and row
+groups of other families and statistics are skipped. What was read is kept, so the next metric of the same family and
+statistic costs nothing. Superseded history (see telemetry.py, ``rewind``) never shows.
+
+Non-finite values are values. Where numbers are reduced (the largest over heads), a NaN makes the result NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from stabilitylab.errors import InputError
+from stabilitylab.runs.folder import RunFolder
+from stabilitylab.runs.parts import SCHEMA, list_parts, read_rows, step_limits
+from stabilitylab.telemetry import SCALAR, Event, Key
+
+Index = int | Literal["max"] | None
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Open a run folder for reading.
+
+    Raises:
+        InputError: there is no run, or one of its files is damaged. Files that a killed run left half written are
+            skipped with a warning.
+    """
+    return Run(RunFolder.open(path))
+
+
+class Run:
+    """What a run folder holds. Made by ``load_run``; attributes are read when first used."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._frames: dict[tuple[str, str], pd.DataFrame] = {}
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.resolve().name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json``; empty where there is none."""
+        file: Path = self.folder.config
+        if not file.is_file():
+            return {}
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file} is not JSON ({error}): repair it or move it away") from None
+        if not isinstance(config, dict):
+            raise InputError(f"{file} holds no JSON object: repair it or move it away")
+        return config
+
+    @cached_property
+    def events(self) -> list[Event]:
+        """The events whose history stands, in the order they happened."""
+        return self.folder.read_events()
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """Every metric recorded, one a row: family, site, statistic, and ``size``: 0 for a scalar, else the vector's.
+
+        In the order of first appearance within a family and statistic, which is the model's own order of modules.
+        """
+        table = self._table(["family", "site", "statistic", "index"])
+        frame: pd.DataFrame = table.to_pandas()
+        found: pd.DataFrame = (
+            frame.groupby(["family", "site", "statistic"], observed=True, sort=False)["index"]
+            .max()
+            .add(1)
+            .rename("size")
+            .reset_index()
+            .astype({"family": str, "site": str, "statistic": str})
+        )
+        return found
+
+    @cached_property
+    def telemetry(self) -> pd.DataFrame:
+        """All standing rows: step, family, site, statistic, index, value; the words are categories."""
+        frame: pd.DataFrame = self._table(SCHEMA.names).to_pandas()
+        return frame
+
+    def rows(self, family: str, statistic: str) -> pd.DataFrame:
+        """Standing rows of one family and statistic: step, site (a category), index, value. Empty where none are.
+
+        Where one number was recorded twice for a step, the later one counts.
+        """
+        if (family, statistic) not in self._frames:
+            table = self._table(["step", "site", "index", "value"], family=family, statistic=statistic)
+            frame = table.to_pandas()
+            self._frames[family, statistic] = frame[~frame.duplicated(["step", "site", "index"], keep="last")]
+        return self._frames[family, statistic]
+
+    def series(self, metric: str, index: Index = None) -> pd.Series[float]:
+        """One metric over the steps: a series of values, its index the step. Empty where it was not recorded.
+
+        Args:
+            metric: ``family/site/statistic``.
+            index: for a metric with several values a step (one a head), which of them, or "max".
+        """
+        key = Key.parse(metric)
+        rows = self.rows(key.family, key.statistic)
+        rows = rows[rows["site"] == key.site]
+        values = _choose(rows, index, metric)
+        series = values.set_index("step")["value"].sort_index()
+        return series.rename(metric)
+
+    def vectors(self, metric: str) -> pd.DataFrame:
+        """A metric with several values a step: rows the steps, columns the indices. NaN also where none was recorded."""
+        key = Key.parse(metric)
+        rows = self.rows(key.family, key.statistic)
+        return (
+            rows[rows["site"] == key.site].pivot(index="step", columns="index", values="value").sort_index()
+        )
+
+    def matrix(self, family: str, statistic: str, index: Index = None) -> pd.DataFrame:
+        """A statistic at every site: rows the sites in the model's order, columns the steps.
+
+        NaN also where nothing was recorded; ``recorded`` tells the two apart.
+
+        Args:
+            family: for example "activation".
+            statistic: for example "absmax".
+            index: for statistics with several values a step, which of them, or "max".
+        """
+        rows = _choose(self.rows(family, statistic), index, f"{family}/*/{statistic}")
+        order = rows["site"].astype(str).unique()
+        frame = rows.assign(site=rows["site"].astype(str)).pivot(index="site", columns="step", values="value")
+        return frame.reindex(order).sort_index(axis=1)
+
+    def recorded(self, family: str, statistic: str) -> pd.DataFrame:
+        """Where ``matrix`` has a value that was recorded, be it NaN: booleans, rows and columns as in ``matrix``."""
+        rows = self.rows(family, statistic)
+        site = rows["site"].astype(str)
+        frame = pd.crosstab(site, rows["step"]).astype(bool)
+        return frame.reindex(site.unique()).rename_axis(index="site", columns="step")
+
+    def _table(self, columns: list[str], family: str | None = None, statistic: str | None = None) -> pa.Table:
+        """Standing rows of all files, oldest first, sites in the order of first appearance."""
+        for attempt in range(5):
+            try:
+                parts = list_parts(self.folder.telemetry)
+                limits = step_limits(parts)
+                tables = [
+                    read_rows(part, columns, family=family, statistic=statistic, below=limits[part.segment])
+                    for part in parts
+                    if part.rows
+                ]
+                break
+            except FileNotFoundError:  # the run goes on, and merged a file since the folder was listed
+                if attempt == 4:
+                    raise
+        schema = pa.schema([SCHEMA.field(name) for name in columns])
+        return pa.concat_tables([schema.empty_table(), *tables]).unify_dictionaries()
+
+
+def _choose(rows: pd.DataFrame, index: Index, name: str) -> pd.DataFrame:
+    """Reduce rows to one value a site and step."""
+    if index == "max":
+        # np.maximum keeps a NaN, where pandas' own maximum would drop it.
+        rows = rows.sort_values(["site", "step"], kind="stable")
+        site, step = rows["site"].cat.codes.to_numpy(), rows["step"].to_numpy()
+        if not len(rows):
+            return rows
+        starts = np.flatnonzero(np.r_[True, (site[1:] != site[:-1]) | (step[1:] != step[:-1])])
+        largest = np.maximum.reduceat(rows["value"].to_numpy(), starts)
+        return rows.iloc[starts].assign(value=largest, index=SCALAR)
+    if index is not None:
+        return rows[rows["index"] == index]
+    scalars = rows[rows["index"] == SCALAR]
+    if len(rows) and not len(scalars):
+        raise InputError(f'{name} has several values a step: give index="max", a number, or use vectors()')
+    return scalars
