@@ -109,7 +109,8 @@ class Event:
     Kinds that the project writes: ``run-start``, ``run-end``, ``interrupted``, ``checkpoint``, ``rewind``, the detector's
     ``hard-batch``, ``spike``, ``divergence``, ``non-finite``, ``loss-scale-collapse``, their ``diagnosis``, the
     responder's ``response``, ``recovered`` (a damaged checkpoint was passed over), ``parameters-joined`` (an optimizer was
-    given more of them), and ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training went on).
+    given more of them), ``gradients-changed`` (a loop clips by hand, so gradients are recorded after it), and
+    ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training went on).
     """
 
     step: int

@@ -49,7 +49,7 @@ class MonitorCallback(Callback):
         return self._monitor
 
     def train_start(self, trainer: Trainer) -> None:
-        self._repeats = trainer.engine.repeats
+        self._engine = trainer.engine
         self._mixed = trainer.loader if trainer.config.sampling.mixture else None
         describe = None
         if self._run is not None:
@@ -87,8 +87,10 @@ class MonitorCallback(Callback):
         self.monitor.start_step(step)
 
     def gradients_ready(self, step: int, gradients: GradientSummary) -> None:
-        self._range.take(g for name, g in gradients.accumulated.items() if not self._repeats(name))
-        self.monitor.gradients_ready(gradients=gradients.gradients, norms=gradients.norms)
+        self._range.take(g for name, g in gradients.accumulated.items() if not self._engine.repeats(name))
+        self.monitor.gradients_ready(
+            gradients=gradients.gradients, norms=gradients.norms, loss_scale=self._engine.loss_scale
+        )
 
     def step_end(self, info: StepInfo) -> Sequence[Event]:
         shares = self._mixed.mixture_at(info.first_sample) if self._mixed is not None else {}

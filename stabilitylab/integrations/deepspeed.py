@@ -83,7 +83,8 @@ class _EngineMonitor(Monitor):
 
     def _step_and_tell(self, *args: Any, **kwargs: Any) -> Any:
         engine, step = self._engine, self._engine.global_steps
-        scale = _loss_scale(engine)
+        # Read before the step: afterwards the scheduler has set the next one.
+        scale, rate = _loss_scale(engine), engine.get_lr()[0]
         if engine.is_gradient_accumulation_boundary():
             self.gradients_ready(gradients=self._gradients(), scale=scale)
         result = self._step(*args, **kwargs)
@@ -91,7 +92,7 @@ class _EngineMonitor(Monitor):
             self._fragments.forget_gradients()
         if engine.global_steps == step:
             return result
-        values: dict[str, Any] = {"learning_rate": engine.get_lr()[0]}
+        values: dict[str, Any] = {"learning_rate": rate}
         if self._losses:
             values["loss"] = torch.stack(self._losses).mean()
         norm = engine.get_global_grad_norm()

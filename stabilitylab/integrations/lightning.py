@@ -7,10 +7,10 @@
 
 The step's number is the Trainer's ``global_step`` before it counts up. Gradients are read in
 ``on_before_optimizer_step``, which Lightning calls when they are unscaled and before it clips them. The loss
-is what ``training_step`` returned, averaged over the micro-batches of a step.
+is what ``training_step`` returned, averaged over the micro-batches of a step, the learning rate the one that the step has
+used.
 
-Limits: modules with one optimizer; with several, the first one's steps are counted and the others' parameters
-    read with it.
+Limits: with several optimizers Lightning counts each one's steps, and the numbers of the monitor's steps are its.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from stabilitylab.monitoring.monitor import Monitor
+from stabilitylab.probes.sites import bare, named_parameters
 
 
 class MonitorCallback(Callback):  # type: ignore[misc]
@@ -40,7 +41,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.monitor = Monitor(pl_module, trainer.optimizers[0], scaler=scaler, **self._options)
+        self.monitor = Monitor(pl_module, trainer.optimizers, scaler=scaler, **self._options)
+        self._names = {id(p): name for name, p in named_parameters(bare(pl_module)).items()}
         self._next = trainer.global_step
         self.monitor.start_step(self._next)
 
@@ -49,7 +51,9 @@ class MonitorCallback(Callback):  # type: ignore[misc]
     ) -> None:
         """Gradients are unscaled, not yet clipped."""
         if self.monitor is not None:
-            self.monitor.gradients_ready()
+            its = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            named = {self._names[id(p)]: p.grad for p in its if id(p) in self._names}
+            self.monitor.gradients_ready(gradients=named)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -65,8 +69,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]
             losses = torch.stack(self._losses)
             # Under automatic optimization each is already divided by the number of micro-batches.
             mean = losses.sum() if pl_module.automatic_optimization else losses.mean()
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self.monitor.step(self._next, loss=mean, learning_rate=rate)
+        self.monitor.step(self._next, loss=mean)
         self._losses.clear()
         self._next = trainer.global_step
 

@@ -9,10 +9,9 @@ The step's number is the Trainer's ``global_step`` before it counts up, so steps
 goes on where it stopped. The loss of every step is taken from the model's own output, micro-batches put
 together as the Trainer does: added where it divides by the number of items in the whole batch, else averaged.
 
-The Trainer has no event between the backward pass and clipping. So while training runs,
-``torch.nn.utils.clip_grad_norm_``, which it clips with, is wrapped by a function that reads the gradients and
-then calls it. Where it clips by other means (FSDP, DeepSpeed), gradients are read clipped, in the optimizer's
-step.
+The Trainer has no event between the backward pass and clipping; the monitor notices torch's clipping itself. Where the
+Trainer clips by other means (FSDP, DeepSpeed), gradients are read clipped, in the optimizer's step. The learning rate is the
+one that the step has used.
 
 The Trainer does not say that training was interrupted (Ctrl-C in a notebook, out of memory): what was seen is written
 when ``train`` is called again, or the process ends. A second ``train`` that resumes from a checkpoint goes on in the same
@@ -48,8 +47,6 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         self._options = options
         self.monitor: Monitor | None = None
         self._losses: list[tuple[Tensor, bool]] = []
-        self._norm: Tensor | None = None
-        self._clip = torch.nn.utils.clip_grad_norm_
         self._handle: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -74,8 +71,6 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         else:
             self.monitor.start_step(step)
         self._handle = model.register_forward_hook(self._take_loss, with_kwargs=True)
-        self._clip = torch.nn.utils.clip_grad_norm_
-        torch.nn.utils.clip_grad_norm_ = self._before_clipping
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An update has been made."""
@@ -85,10 +80,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         if self._losses:
             losses = torch.stack([loss for loss, _ in self._losses])
             loss = losses.sum() if self._losses[0][1] else losses.mean()
-        rate = kwargs["optimizer"].param_groups[0]["lr"]
-        self.monitor.step(state.global_step - 1, loss=loss, gradient_norm=self._norm, learning_rate=rate)
+        self.monitor.step(state.global_step - 1, loss=loss)
         self._losses.clear()
-        self._norm = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach and write what is left."""
@@ -97,11 +90,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
     def _close(self) -> None:
         if self.monitor is None:
             return
-        if torch.nn.utils.clip_grad_norm_ == self._before_clipping:
-            torch.nn.utils.clip_grad_norm_ = self._clip
         self._handle.remove()
         self._losses.clear()
-        self._norm = None
         monitor, self.monitor = self.monitor, None
         monitor.close()
 
@@ -109,12 +99,6 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if isinstance(loss, Tensor) and module.training:
             self._losses.append((loss.detach(), kwargs.get("num_items_in_batch") is not None))
-
-    def _before_clipping(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.monitor is not None:
-            self.monitor.gradients_ready()
-        self._norm = self._clip(*args, **kwargs)
-        return self._norm
 
 
 def _holds_a_run(out: str | os.PathLike[str] | RunFolder) -> bool:

@@ -6,11 +6,13 @@ it is still in the gradients is known from the scaler's own bookkeeping: it is d
 inside ``scaler.step``.
 
 Where ``scaler.step`` finds the gradients non-finite it leaves the optimizer's step out, and with it the optimizer's
-hooks. So ``watch`` has ``scaler.step`` of this one scaler tell when it is done; ``release`` gives it back its own.
+hooks. So ``watch`` has ``scaler.step`` of this one scaler tell when it is done, and ``scaler.unscale_`` when it has changed
+the gradients; ``release`` gives it back its own.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
@@ -36,9 +38,9 @@ class ScalerState:
     ) -> None:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._optimizers, self._buffer = optimizers, buffer
-        self._told: Callable[[], None] | None = None
-        self._put: _Step | None = None
-        self._before: Any = None
+        self._told: dict[str, Callable[[], None]] = {}
+        self._put: dict[str, _Method] = {}
+        self._before: dict[str, Any] = {}
         self._slots: Slots | None = None
 
     def coming(self) -> float | Slots:
@@ -55,13 +57,51 @@ class ScalerState:
         self._buffer.put(self._slots, scale.double())
         return self._slots
 
+    def now(self) -> float | Tensor | None:
+        """The same, to be recorded: on an accelerator a copy, since the scaler changes its own in place."""
+        if self._scaler is None:
+            return None
+        scale = self._scaler._scale
+        if scale is None:
+            return float(self._scaler._init_scale)
+        return float(scale) if scale.device.type == "cpu" else scale.detach().clone().reshape(())
+
+    def skipped(self) -> float | Tensor | None:
+        """1 where a step was left out, of the latest decisions; None where nothing was decided."""
+        if self._scaler is None:
+            return None
+        states = self._scaler._per_optimizer_states
+        found = [
+            inf
+            for o in self._optimizers
+            if id(o) in states
+            for inf in states[id(o)].get("found_inf_per_device", {}).values()
+        ]
+        if not found:
+            return None
+        if all(inf.device.type == "cpu" for inf in found):
+            return float(max(float(inf) for inf in found) > 0)
+        return torch.stack([inf.reshape(()).to(found[0].device) for inf in found]).amax()
+
+    def decided(self) -> list[Any]:
+        """The optimizers about whose step the scaler has decided."""
+        if self._scaler is None:
+            return []
+        states = self._scaler._per_optimizer_states
+        return [o for o in self._optimizers if id(o) in states and states[id(o)]["stage"] is OptState.STEPPED]
+
+    def is_in_gradients(self) -> bool:
+        """Whether some optimizer's gradients still hold the scale."""
+        return bool(self._holders())
+
     def evened(
         self, gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], bool]:
-        """Gradients that all hold the scale, or none of them, and whether they do; asked within a step. Where one
-        optimizer's are unscaled and another's are not yet, the latter are replaced by unscaled copies."""
+        """Gradients that all hold the scale, or none of them, and whether they do; asked within a step. Of several
+        optimizers those that are not yet unscaled are replaced by unscaled copies."""
         holders = self._holders()
-        if self._scaler is None or not holders or len(holders) == len(self._optimizers):
+        # Of several optimizers each is read when it steps, and they are to agree.
+        if self._scaler is None or not holders or len(self._optimizers) == 1:
             return gradients, bool(holders)
         held = {id(p) for optimizer in holders for group in optimizer.param_groups for p in group["params"]}
         scale = self._scaler._scale
@@ -79,39 +119,40 @@ class ScalerState:
         states = self._scaler._per_optimizer_states
         return [o for o in self._optimizers if states[id(o)]["stage"] is OptState.READY]
 
-    def watch(self, told: Callable[[], None]) -> None:
-        """Call ``told`` whenever the scaler has made, or left out, an optimizer's step."""
+    def watch(self, *, decided: Callable[[], None], unscaled: Callable[[], None]) -> None:
+        """Call ``decided`` whenever the scaler has made, or left out, an optimizer's step, and ``unscaled`` when it has
+        divided the scale out of gradients."""
         if self._scaler is None:
             return
-        self._told = told
-        self._before = self._scaler.__dict__.get("step")
-        self._put = _Step(self._scaler, self._scaler.step, self._decided)
-        self._scaler.step = self._put  # type: ignore[method-assign]
+        self._told = {"step": decided, "unscale_": unscaled}
+        for name in self._told:
+            self._before[name] = self._scaler.__dict__.get(name)
+            own = getattr(self._scaler, name)
+            self._put[name] = _Method(self._scaler, name, own, functools.partial(self._tell, name))
+            setattr(self._scaler, name, self._put[name])
 
-    def _decided(self) -> None:
-        if self._told is not None:
-            self._told()
+    def _tell(self, name: str) -> None:
+        if name in self._told:
+            self._told[name]()
 
     def release(self) -> None:
         """Leave the scaler as it was. Where somebody else has put a function over ours, ours only passes on."""
-        self._told = None
-        if (
-            self._scaler is not None
-            and self._put is not None
-            and self._scaler.__dict__.get("step") is self._put
-        ):
-            del self._scaler.__dict__["step"]
-            if self._before is not None:
-                self._scaler.__dict__["step"] = self._before
+        self._told = {}
+        for name, put in self._put.items():
+            if self._scaler is not None and self._scaler.__dict__.get(name) is put:
+                del self._scaler.__dict__[name]
+                if self._before[name] is not None:
+                    self._scaler.__dict__[name] = self._before[name]
+        self._put = {}
 
 
-class _Step:
-    """A scaler's ``step``, after which ``told`` is called. A copy of the scaler, or one unpickled, has its own instead."""
+class _Method:
+    """A scaler's method, after which ``told`` is called. A copy of the scaler, or one unpickled, has its own instead."""
 
     def __init__(
-        self, scaler: torch.amp.GradScaler, own: Callable[..., Any], told: Callable[[], None]
+        self, scaler: torch.amp.GradScaler, name: str, own: Callable[..., Any], told: Callable[[], None]
     ) -> None:
-        self._scaler, self._own, self._told = scaler, own, told
+        self._scaler, self._name, self._own, self._told = scaler, name, own, told
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self._own(*args, **kwargs)
@@ -119,8 +160,8 @@ class _Step:
         return result
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _own_step, (self._scaler,)
+        return _own_method, (self._scaler, self._name)
 
 
-def _own_step(scaler: torch.amp.GradScaler) -> Callable[..., Any]:
-    return MethodType(type(scaler).step, scaler)
+def _own_method(scaler: torch.amp.GradScaler, name: str) -> Callable[..., Any]:
+    return MethodType(getattr(type(scaler), name), scaler)

@@ -4,10 +4,13 @@
         for step, batch in enumerate(batches):
             loss = model(batch)
             loss.backward()
-            monitor.gradients_ready()      # optional: before clipping
+            clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             monitor.step(step, loss=loss)
+
+What the loop's optimizer, scaler and clipping show it need not say: the rate that was used, the loss scale, the gradient
+norm before clipping (``loop_values``).
 
 It observes and never changes training: weights, random numbers and kernels are those of the run without it.
 Steps count optimizer updates from 0. Whether a step is measured is decided when the step before it ends, so
@@ -33,6 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stabilitylab.monitoring.loop_values import Numbers
 from stabilitylab.monitoring.optimizers import Optimizers
 from stabilitylab.monitoring.probe_set import ProbeSet
 from stabilitylab.monitoring.rank_gather import RankGather
@@ -60,9 +64,9 @@ class Monitor:
 
     Args:
         model: any ``nn.Module``; a wrapper (DDP, ``torch.compile``) is looked through.
-        optimizer: read for gradients (when ``gradients_ready`` is not called) and optimizer statistics; may
-            be None. One, or a sequence: all are read, the gradients when the first of them steps. A wrapper
-            that forwards to its ``optimizer`` (accelerate's) is looked through.
+        optimizer: read for gradients (when ``gradients_ready`` is not called), rates and optimizer statistics; may
+            be None. One, or a sequence: each one's gradients are read before it steps, or before torch clips them. A
+            wrapper that forwards to its ``optimizer`` (accelerate's) is looked through.
         out: run folder to make and write (Parquet, TensorBoard, events.jsonl): a path, or a ``RunFolder``
             that the caller has claimed. None: only ``sinks``.
         every: measure each n-th step; 0: only the step's own values. ``schedule`` says more.
@@ -154,6 +158,7 @@ class Monitor:
             scaler=scaler,
             shard=shard,
             tell=self._tell,
+            alone=self._ranks is None,
         )
         self._said: set[str] = set()
         self._detector = (default_detector() if detector == "default" else detector) if self._writes else None
@@ -206,18 +211,21 @@ class Monitor:
         gradients: Mapping[str, Tensor] | None = None,
         norms: Mapping[str, Tensor | float] | None = None,
         scale: float = 1.0,
+        loss_scale: float | None = None,
     ) -> None:
-        """Gradients are reduced, not yet clipped: read them now.
+        """Gradients are reduced, not yet clipped: read them now. Needed where a loop clips by other means than torch's.
 
         Args:
-            gradients: by parameter name; by default every parameter's ``.grad``.
+            gradients: by parameter name; by default every parameter's ``.grad``. Of one in several calls the last counts.
             norms: L2 norms by parameter name, true ones (not scaled), where the trainer has them but not the
                 gradients themselves any more: then L2 and share are all that is recorded of those parameters.
             scale: the factor by which ``gradients`` are larger than the true ones: a loss scale not yet
                 divided out. A ``scaler`` given to the monitor is asked itself.
+            loss_scale: the factor on the loss in the step's backward passes, which gradients with respect to activations
+                hold in any case; by default ``scale``.
         """
         if self._open():
-            self._probe_set.gradients_ready(gradients, norms, scale)
+            self._probe_set.gradients_ready(gradients, norms, scale, loss_scale)
 
     def step(self, step: int, **values: float | Tensor | None) -> list[Event]:
         """The step is over: collect what was seen, judge it, hand it on.
@@ -227,7 +235,9 @@ class Monitor:
                 went back: it is recorded as a ``rewind`` to it.
             values: the step's own numbers, as floats, arrays or tensors of one element: ``loss``,
                 ``gradient_norm``, ``learning_rate``, ``tokens``, ``seconds``, ``skipped``, ``loss_scale``, and
-                any others. None is left out; of what is no number NaN is recorded.
+                any others. None is left out; of what is no number NaN is recorded. The rate that an optimizer's step has
+                used counts before one that is given here, which a scheduler may have moved on; of the others what is given
+                counts before what the monitor has seen. They are recorded and change no measurement.
 
         Returns:
             What the detector has to say about this step; on an accelerator, about the steps whose numbers
@@ -250,9 +260,11 @@ class Monitor:
             )
             self.event(Event(step=step, kind="rewind", data={"reason": reason}))
         self._probe_set.end()
-        numbers = self._values.numbers(values)
-        if isinstance(scale := numbers.get("loss_scale"), float):
-            self._context.loss_scale = scale
+        numbers: Numbers = dict(self._values.numbers(values).items())
+        seen = self._probe_set.loop_values.numbers()
+        if "learning_rate" in seen:
+            numbers.pop("learning_rate", None)
+        numbers = {**seen, **numbers}
         self._last = step
         found = self._queue.add(self._ended(step, numbers))
         if self._ranks is None:
@@ -369,7 +381,7 @@ class Monitor:
         self._next = step
         self._probe_set.arm(step, due)
 
-    def _ended(self, step: int, numbers: dict[str, float | Tensor]) -> Ended:
+    def _ended(self, step: int, numbers: Numbers) -> Ended:
         """Collect what the probes found and set it on its way to the host."""
         manifest = self._probe_set.manifest()
         distant = {n: v for n, v in numbers.items() if isinstance(v, Tensor) and v.device.type != "cpu"}

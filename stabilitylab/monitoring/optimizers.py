@@ -28,6 +28,10 @@ class Optimizers:
     Args:
         given: an optimizer, a sequence of them, or None.
 
+    Attributes:
+        each: those whose steps are hooked.
+        known: the ids of their parameters.
+
     Raises:
         InputError: something in it is no optimizer of torch's kind.
     """
@@ -36,7 +40,7 @@ class Optimizers:
         several = given if isinstance(given, Sequence) else () if given is None else (given,)
         self.each: tuple[Any, ...] = tuple(_inner(optimizer) for optimizer in several)
         # Optimizers may hold tensors that are not the model's (another model's, flat masters): those stay out.
-        self._known = {id(p) for p in self._parameters()}
+        self.known = {id(p) for p in self._parameters()}
 
     def __bool__(self) -> bool:
         return bool(self.each)
@@ -62,17 +66,17 @@ class Optimizers:
     def joined(self, model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters that joined an optimizer since the last call and are not among the ``named`` ones: by the model's
         name, or where the model does not know them, by their place in the optimizer."""
-        if all(id(p) in self._known for p in self._parameters()):
+        if all(id(p) in self.known for p in self._parameters()):
             return {}
         seen = {id(p) for p in named.values()}
         names = {id(p): name for name, p in named_parameters(model).items()}
         found: dict[str, Tensor] = {}
         for g, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
-                if id(p) not in self._known and id(p) not in seen:
+                if id(p) not in self.known and id(p) not in seen:
                     name = names.get(id(p), "")
                     found[name if name and name not in named else f"optimizer.{g}.{i}"] = p
-        self._known |= {id(p) for p in self._parameters()}
+        self.known |= {id(p) for p in self._parameters()}
         return found
 
     def _parameters(self) -> list[Tensor]:

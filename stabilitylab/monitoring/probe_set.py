@@ -1,11 +1,15 @@
 """The probes on a model: put there, armed for a step, given its gradients, asked what they found, taken away.
 
-Gradients are read once a step, at the first of these moments:
+Each parameter's gradient is read once a step, at the first of these moments:
 
-    gradients_ready            the loop says so: reduced and unscaled, not yet clipped
-    before an optimizer steps  its hook; after the step where that runs the backward pass itself (a closure)
+    gradients_ready            the loop says so, of all: reduced and unscaled, not yet clipped
+    before torch clips them    of those that are clipped (clipping.py)
+    before an optimizer steps  its hook, of its own: another optimizer's may be the last step's still (a GAN's). After the
+                               step where that runs the backward pass itself (a closure)
     the scaler has decided     it found them non-finite and left the optimizer's step, and so the hook, out
     the end of the step        there is no optimizer
+
+Where a loop clips by hand, what the optimizer is given is all that is seen, and an event ``gradients-changed`` says so.
 
 A probe that raises is left out from the next step on, and training goes on.
 """
@@ -20,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabilitylab.monitoring.clipping import ClipWatch, Untouched
 from stabilitylab.monitoring.grad_scaler import ScalerState
+from stabilitylab.monitoring.loop_values import LoopValues
 from stabilitylab.monitoring.optimizers import Handles, Optimizers
 from stabilitylab.monitoring.rank_gather import Manifest
 from stabilitylab.probes.base import Context, Placing, Probe
@@ -40,6 +46,7 @@ class ProbeSet:
         scaler: torch's loss scaler, or None.
         shard: which part of what is sharded this process holds.
         tell: is given what deserves an event: its step, kind and data.
+        alone: this process has the whole gradient as soon as its backward pass is over.
     """
 
     def __init__(
@@ -51,16 +58,22 @@ class ProbeSet:
         scaler: torch.amp.GradScaler | None,
         shard: int,
         tell: Callable[[int, str, Mapping[str, Any]], None],
+        alone: bool,
     ) -> None:
         self._context, self._optimizers, self._tell = context, optimizers, tell
         context.failed = self._probe_failed
         self.probes = tuple(probes)
         self._placing = {probe.name: Placing(context.is_sharded, shard) for probe in self.probes}
         self._scale = ScalerState(scaler, optimizers.each, context.buffer)
+        self.loop_values = LoopValues(context, optimizers, self._scale)
         self._failed: set[str] = set()
-        self._handles: list[Handles] = []
+        self._handles: list[Handles | ClipWatch | Untouched] = []
+        self._alone = alone
+        self._untouched: Untouched | None = None
         self._armed: list[Probe] = []
-        self._taken = self._warned = False
+        # Names of the parameters that were read in this step; all of them once the loop has said so.
+        self._read_already: set[str] = set()
+        self._taken = self._warned = self._changed = False
         self._step = 0
 
     def attach(self) -> None:
@@ -72,7 +85,11 @@ class ProbeSet:
                 probe.attach(self._context)
             self._handles.append(self._optimizers.register_step_pre_hook(self._optimizer_begins))
             self._handles.append(self._optimizers.register_step_post_hook(self._optimizer_ends))
-            self._scale.watch(self._take)
+            self._scale.watch(decided=self._scaler_decided, unscaled=self._unscaled)
+            self._handles.append(ClipWatch(self._clipping))
+            if self._alone and self._optimizers:
+                self._untouched = Untouched(self._context.parameters.values())
+                self._handles.append(self._untouched)
         except BaseException:
             self.detach()
             raise
@@ -84,6 +101,8 @@ class ProbeSet:
             probe.arm(probe in self._armed)
         self._context.buffer.advance()
         self._taken = False
+        self._read_already.clear()
+        self.loop_values.begin()
         self._step = step
         self._context.loss_scale = self._scale.coming() if self._armed else 1.0
 
@@ -92,21 +111,31 @@ class ProbeSet:
         gradients: Mapping[str, Tensor] | None = None,
         norms: Mapping[str, Tensor | float] | None = None,
         scale: float = 1.0,
+        loss_scale: float | None = None,
     ) -> None:
         """See ``Monitor.gradients_ready``."""
         self._taken = True
         if not self._armed:
             return
-        if scale != 1.0:
-            self._context.loss_scale = scale
+        if scale != 1.0 or loss_scale is not None:
+            self._context.loss_scale = scale if loss_scale is None else loss_scale
         found = self._gradients() if gradients is None else gradients
         found, scaled = self._scale.evened(found, self._context.parameters)
-        self._read(found, norms or {}, self._context.loss_scale if scaled or scale != 1.0 else 1.0)
+        self._read(found, norms or {}, scale if scale != 1.0 else self._context.loss_scale if scaled else 1.0)
 
     def end(self) -> None:
         """The step is over: gradients that nobody announced are read now."""
-        if self._armed and not self._taken:
+        if not self._armed:
+            return
+        if not (self._taken or self._read_already or self._optimizers):
             self._read(self._gradients(), {}, 1.0)
+        if not (self._read_already or self._warned) and self._context.parameters:
+            self._warned = True
+            _log.warning(
+                "no parameter had a gradient at step %d: call monitor.step or monitor.gradients_ready before "
+                "zero_grad; a GradScaler, which leaves steps out, is given to the monitor as scaler=",
+                self._step,
+            )
 
     def manifest(self) -> Manifest:
         """What the probes found in the step, and where in the buffer it lies."""
@@ -145,27 +174,66 @@ class ProbeSet:
         norms: Mapping[str, Tensor | float],
         scale: float | Slots,
     ) -> None:
-        if not (gradients or norms or self._warned) and self._context.parameters:
-            self._warned = True
-            _log.warning(
-                "no parameter had a gradient at step %d: call monitor.step or monitor.gradients_ready before "
-                "zero_grad; a GradScaler, which leaves steps out, is given to the monitor as scaler=",
-                self._step,
-            )
+        self._read_already |= gradients.keys() | norms.keys()
         for probe in self._armed:
             self._context.guarded(probe.name, probe.gradients)(gradients, norms, scale)
 
-    def _optimizer_begins(self, optimizer: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _optimizer_begins(self, optimizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.loop_values.stepping(optimizer)
         # With a closure the backward pass is still to come, inside the step.
         if not any(callable(argument) for argument in (*args, *kwargs.values())):
-            self._take()
+            self._optimizer_ends(optimizer, args, kwargs)
 
-    def _optimizer_ends(self, optimizer: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._take()
+    def _optimizer_ends(self, optimizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if self._armed and not self._taken:
+            self._take([p for group in optimizer.param_groups for p in group["params"]], at_the_step=True)
 
-    def _take(self) -> None:
-        if not self._taken:
-            self.gradients_ready()
+    def _scaler_decided(self) -> None:
+        self.loop_values.decided()
+        if self._armed and not self._taken:
+            for optimizer in self._scale.decided():
+                self._optimizer_ends(optimizer, (), {})
+
+    def _unscaled(self) -> None:
+        if self._untouched is not None:
+            self._untouched.note()
+
+    def _clipping(self, parameters: Sequence[Tensor], norm: Tensor | None) -> None:
+        self.loop_values.clipping(parameters, norm)
+        if self._armed and not self._taken:
+            self._take(parameters)
+
+    def _take(self, parameters: Sequence[Tensor], *, at_the_step: bool = False) -> None:
+        """Read these parameters' gradients, and at an optimizer's step of those that no optimizer has, unless they were
+        read before."""
+        found, named = self._gradients(), self._context.parameters
+        mine = {id(p) for p in parameters}
+        if at_the_step:
+            mine |= {id(p) for p in named.values()} - self._optimizers.known
+        new = {n: g for n, g in found.items() if n not in self._read_already and id(named[n]) in mine}
+        if not new:
+            return
+        # A scaler looks for infinities by an operation in place that multiplies by one.
+        if (
+            at_the_step
+            and self._untouched is not None
+            and not (self._changed or self._scale.is_in_gradients())
+        ):
+            self._changed = self._untouched.changed([named[name] for name in new])
+            if self._changed:
+                self._say_changed()
+        new, scaled = self._scale.evened(new, named)  # type: ignore[assignment]
+        self._read(new, {}, self._context.loss_scale if scaled else 1.0)
+
+    def _say_changed(self) -> None:
+        reason = "gradients were changed in place between the backward pass and the optimizer's step"
+        self._tell(self._step, "gradients-changed", {"reason": reason})
+        _log.warning(
+            "%s (step %d), as by a clipping of one's own: what is recorded of them is after it; for before it, call "
+            "monitor.gradients_ready() there",
+            reason,
+            self._step,
+        )
 
     def _probe_failed(self, name: str, error: Exception) -> None:
         if os.environ.get("STABILITYLAB_STRICT") == "1":

@@ -16,14 +16,14 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from stabilitylab.monitoring.loop_values import Numbers
 from stabilitylab.monitoring.rank_gather import Manifest, Received
 from stabilitylab.monitoring.sink_thread import Flush, SinkThread
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.transfer import Seen, Transfer
-from stabilitylab.telemetry import GRADIENT_NORM, RUN_SITE, Event, Key
+from stabilitylab.telemetry import GRADIENT_NORM, RUN_SITE, SCALAR, Event, Key
 
 # What `step` may be given under a name of its own; everything else becomes train/-/<name>.
 _FAMILY = {"loss_scale": "precision"}
@@ -73,8 +73,8 @@ class Ended:
     """
 
     step: int
-    numbers: dict[str, float | Tensor]
-    distant: tuple[str, ...] = ()
+    numbers: Numbers
+    distant: tuple[str | Key, ...] = ()
     transfer: Transfer | None = None
     manifest: Manifest = ()
     received: Received | None = None
@@ -116,7 +116,7 @@ class StepQueue:
         self._flush = Flush()
         self._steps = 0
         self._pending: deque[Ended] = deque()
-        self._keys: dict[tuple[str, ...], tuple[Key, ...]] = {}
+        self._keys: dict[tuple[str | Key, ...], tuple[Key, ...]] = {}
         self.alarm: int | None = None
 
     def add(self, ended: Ended) -> list[Event]:
@@ -162,7 +162,9 @@ class StepQueue:
     def _take(self, ended: Ended) -> list[Event]:
         arrived = ended.transfer.others() if ended.transfer is not None else []
         distant = dict(zip(ended.distant, arrived, strict=True))
-        numbers = {name: float(distant.get(name, value)) for name, value in ended.numbers.items()}
+        numbers: dict[str | Key, float] = {
+            name: float(distant.get(name, value)) for name, value in ended.numbers.items()
+        }
         by_probe: dict[str, list[tuple[Seen, NDArray[np.uint8]]]] = {}
         for manifest, packet in ended.found():
             for name, seen in manifest:
@@ -174,7 +176,7 @@ class StepQueue:
         for probe, of_probe in gathered:
             if (companions_of := getattr(probe, "companions", None)) is not None:
                 companions |= companions_of(of_probe, numbers)
-        # What the loop says of its norm counts; else the probe's is recorded as the step's own.
+        # What the loop says of its norm counts, or its clipping; else the probe's is recorded as the step's own.
         if (norm := companions.pop(GRADIENT_NORM, None)) is not None:
             numbers.setdefault("gradient_norm", norm)
         if "skipped" in numbers:
@@ -186,7 +188,7 @@ class StepQueue:
         values = np.array(list(numbers.values()), dtype=np.float64)
         self._flush.readings.append((ended.step, Readings(keys, values)))
         self._steps += 1
-        own = {k.metric: v for k, v in zip(keys, values.tolist(), strict=True)}
+        own = {k.metric: v for k, v in zip(keys, values.tolist(), strict=True) if k.index == SCALAR}
         return self._judge(ended.step, {m: own[m] for m in _WATCHED if m in own} | companions)
 
     def _judge(self, step: int, numbers: Mapping[str, float]) -> list[Event]:
@@ -199,7 +201,9 @@ class StepQueue:
         return events
 
 
-def _key(name: str) -> Key:
+def _key(name: str | Key) -> Key:
+    if isinstance(name, Key):
+        return name
     if "/" in name:
         return Key.parse(name)
     return Key(_FAMILY.get(name, "train"), RUN_SITE, name)

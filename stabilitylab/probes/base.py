@@ -6,7 +6,7 @@ The life of a probe under the monitor:
     for each step:
         arm(measured)                    before the forward pass: whether this step is measured
         ... hooks write to the buffer ...
-        gradients(...)                   once: gradients are reduced and unscaled, not yet clipped
+        gradients(...)                   reduced and unscaled, not yet clipped: of all, or of each optimizer in its turn
         collect() -> found               after the optimizer's step: what was found, still on the device
         finish(gathered) -> readings     later, when the numbers are on the host, in another thread
     detach()                             every handle is removed
@@ -197,7 +197,8 @@ class Probe(Protocol):
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
-        """Take the gradients by parameter name, each ``scale`` times the true one; called on measured steps.
+        """Take the gradients by parameter name, each ``scale`` times the true one; called on measured steps, of several
+        optimizers once each.
 
         ``norms`` are true L2 norms of parameters whose gradients themselves are gone.
         """

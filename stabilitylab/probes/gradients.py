@@ -48,6 +48,7 @@ STATISTICS = (
     "nonfinite_fraction",
     "share",
 )
+BATCHES = 8
 
 
 class GradientProbe:
@@ -57,7 +58,8 @@ class GradientProbe:
 
     def __init__(self) -> None:
         self._summaries: dict[str, Summary] = {}
-        self._batch: tuple[tuple[str, ...], Batch] | None = None
+        # By the names taken together: of several optimizers each one's.
+        self._batches: dict[tuple[str, ...], Batch] = {}
         self._full = KeyTable("gradient", STATISTICS)
         self._short = KeyTable("gradient", ("l2", "share"))
         self._norms: dict[str, float] = {}
@@ -77,7 +79,8 @@ class GradientProbe:
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
-        """Summarise all gradients, each in its own slots, in one call."""
+        """Summarise these gradients, each in its own slots, in one call; with several calls in a step they add up, and of
+        the same gradient the last counts."""
         self._scale = scale
         names, tensors = [], []
         for name, gradient in gradients.items():
@@ -89,13 +92,16 @@ class GradientProbe:
                     self._summaries[name] = self._summary(name, is_shard)
                 names.append(name)
                 tensors.append(gradient)
-        self._seen = tuple(names)
-        if self._batch is None or self._batch[0] != self._seen:
+        together = tuple(names)
+        self._seen = tuple(dict.fromkeys((*self._seen, *together))) if self._seen else together
+        if together not in self._batches:
+            if len(self._batches) >= BATCHES:
+                self._batches.clear()
             summaries = [self._summaries[name] for name in names]
-            self._batch = self._seen, Batch(self._context.buffer, summaries)
-        if not self._batch[1].take(tensors):
+            self._batches[together] = Batch(self._context.buffer, summaries)
+        if not self._batches[together].take(tensors):
             self._found = None
-        self._norms = {name: float(norm) for name, norm in norms.items() if name not in gradients}
+        self._norms |= {name: float(norm) for name, norm in norms.items() if name not in gradients}
 
     def _summary(self, name: str, is_shard: bool) -> Summary:
         is_shard = is_shard or self._context.is_scattered(name)

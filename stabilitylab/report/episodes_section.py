@@ -21,7 +21,7 @@ def overview(runs: Runs) -> Section:
     """Loss and gradient norm with their episodes marked, loss scale and learning rate."""
     parts = [
         _curve(runs, "train/-/loss", "Loss", unit="nats", log="auto", marked=True),
-        _curve(runs, "train/-/gradient_norm", "Gradient norm, before clipping", log=True, marked=True),
+        _curve(runs, "train/-/gradient_norm", _norm_title(runs), log=True, marked=True),
         _curve(runs, "precision/-/loss_scale", "Loss scale", log=True, base=2, stairs=True),
         _curve(runs, "train/-/learning_rate", "Learning rate"),
     ]
@@ -32,6 +32,13 @@ def overview(runs: Runs) -> Section:
     return Section(
         title="Loss and gradient norm", text=(text,), parts=[part for part in parts if part is not None]
     )
+
+
+def _norm_title(runs: Runs) -> str:
+    by_hand = any(
+        event.kind == "gradients-changed" for several in runs.values() for r in several for event in r.events
+    )
+    return "Gradient norm, after clipping by hand" if by_hand else "Gradient norm, before clipping"
 
 
 def episode_section(runs: Runs) -> Section:

@@ -63,7 +63,8 @@ def _train(rank: int, stage: int, precision: str) -> Rows:
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    halved = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=halved, config=config)
     sink = Recording()
     monitor = watch(engine, every=1, sinks=[sink], detector=None)
     for step in range(STEPS):
@@ -100,7 +101,8 @@ def _plain(precision: str) -> Rows:
             optimizer.step()
             for name, parameter in model.named_parameters():
                 parameter.data.copy_(masters[name].detach())
-            monitor.step(step, loss=torch.stack(losses[::2]).mean(), gradient_norm=norm, learning_rate=RATE)
+            monitor.step(step, loss=torch.stack(losses[::2]).mean(), gradient_norm=norm)
+            optimizer.param_groups[0]["lr"] /= 2
             model.zero_grad()
     return sink.rows
 
@@ -132,6 +134,7 @@ def test_an_engine_is_watched(
         and key[1].endswith(("/l2", "/share", "loss", "norm", "rate"))
     ]
     assert len(checked) == STEPS * (3 + 2 * len(list(GPT().parameters())))
+    assert [expected[step, "train/-/learning_rate", -1] / RATE for step in range(STEPS)] == [1.0, 0.5, 0.25]
     for key in checked:
         assert found[key] == pytest.approx(expected[key], rel=room, abs=room / 10), key
     for key in expected:

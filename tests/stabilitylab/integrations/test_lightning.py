@@ -34,8 +34,10 @@ class Module(lightning.LightningModule):  # type: ignore[misc]
         norms = torch._foreach_norm([p.grad for p in self.parameters() if p.grad is not None])
         self.norms.append(torch.stack(norms).norm().item())
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 def fit(folder: Path, sink: Recording | None, accumulation: int) -> Any:
@@ -70,6 +72,7 @@ def test_steps_losses_and_gradients_are_the_trainers(tmp_path: Path, accumulatio
         assert sink.rows[step, "train/-/gradient_norm", -1] == pytest.approx(norm, rel=1e-5)
         losses = module.losses[step * accumulation : (step + 1) * accumulation]
         assert sink.rows[step, "train/-/loss", -1] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert [sink.rows[step, "train/-/learning_rate", -1] for step in range(3)] == [1e-2, 5e-3, 2.5e-3]
     assert sink.rows[2, "activation/model.layers.1/rms", -1] > 0
     assert sink.vector(2, "attention/model.layers.1.attention/score_max")
     assert sink.closed

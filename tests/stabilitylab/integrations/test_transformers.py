@@ -30,6 +30,7 @@ def train(folder: Path, *, sink: Recording | None, steps: int = 3, **arguments: 
     )
     model = transformers.LlamaForCausalLM(config)
     tokens = torch.randint(64, (32, 16), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     trainer = transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(
@@ -44,6 +45,7 @@ def train(folder: Path, *, sink: Recording | None, steps: int = 3, **arguments: 
             max_grad_norm=0.01,
             **arguments,
         ),
+        optimizers=(optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)),
         train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
         callbacks=[MonitorCallback(every=1, sinks=[sink], detector=None)] if sink is not None else [],
     )
@@ -68,6 +70,7 @@ def test_steps_losses_and_gradients_are_the_trainers(tmp_path: Path, accumulatio
         )
         squares = [v**2 for (s, name, _), v in sink.rows.items() if s == step and name.endswith("/l2")]
         assert sum(squares) ** 0.5 == pytest.approx(float(entry["grad_norm"]), rel=1e-3)
+    assert [sink.rows[step, "train/-/learning_rate", -1] for step in range(3)] == [1.0, 0.5, 0.25]
     assert sink.vector(2, "attention/model.layers.1.self_attn/score_max")
     assert sink.rows[0, "activation/model.layers.0.input_layernorm/rms", -1] > 0
     assert torch.nn.utils.clip_grad_norm_ is clip

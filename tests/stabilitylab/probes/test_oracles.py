@@ -166,7 +166,8 @@ def test_activation_gradients_equal_float64() -> None:
         if isinstance(module, (nn.Linear, nn.LayerNorm)) or name in ("layers.0", "layers.1"):
             module.register_forward_hook(keep(name))
     (next_token_loss(model, batch(0)) * 1024).backward()
-    monitor.step(0, loss_scale=1024.0)
+    monitor.gradients_ready(scale=1024.0)
+    monitor.step(0)
     monitor.close()
     assert {n.split("/")[1] for _, n, _ in sink.rows if n.startswith("activation_gradient/")} == set(seen)
     for name, gradient in seen.items():
