@@ -21,8 +21,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from stabilitylab.model_structure import bare, named_parameters
 from stabilitylab.monitoring.monitor import Monitor
-from stabilitylab.probes.sites import bare, named_parameters
 
 
 class MonitorCallback(Callback):  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """Text models from outside, opened without executing anything that lies in their files."""
 
-from stabilitylab.models.layers import Conv1D, linear_layers, linear_weight, shared_parameters
+from stabilitylab.model_structure import Conv1D, linear_layers, linear_weight, shared_parameters
 from stabilitylab.models.loading import GROUP, open_text_model
 from stabilitylab.models.text import Window
 from stabilitylab.models.text_model import TextModel

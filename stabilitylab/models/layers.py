@@ -1,56 +1,14 @@
-"""The linear layers of a model, its shared weights, and a fingerprint that tells one model from another.
-
-A linear layer is ``nn.Linear``, its subclasses, and the layer with which GPT-2 and its like compute the same thing from a
-transposed weight: transformers' ``Conv1D``, y = x W + b with W [in, out], known here by its shape of interface so that
-transformers need not be installed. ``nn.MultiheadAttention``'s output projection is left out: torch reads its weight and
-never calls it, so neither a hook nor a replacement would take effect.
-"""
+"""A model's weights as a whole: whether they are finite, and a fingerprint that tells one model from another."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 _SAMPLE = 64
-
-
-@runtime_checkable
-class Conv1D(Protocol):
-    """What transformers' ``Conv1D`` has: weight [in, out], bias [out], and ``nf``, the number of outputs."""
-
-    weight: nn.Parameter
-    bias: nn.Parameter
-    nf: int
-
-
-def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer by its path, in the model's own order; one used under several paths comes once."""
-    return {path: layer for path, layer in module.named_modules() if _is_linear(layer)}
-
-
-def linear_weight(layer: nn.Module) -> Tensor:
-    """A linear layer's weight as [out, in]; for ``Conv1D`` a transposed view."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight if isinstance(layer, nn.Linear) else weight.T
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Linear):
-        return type(layer).__name__ != "NonDynamicallyQuantizableLinear"
-    return type(layer).__name__ == "Conv1D" and isinstance(layer, Conv1D) and layer.weight.dim() == 2
-
-
-def shared_parameters(module: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups of parameter names that are one tensor: ``(("embed_tokens.weight", "lm_head.weight"),)``."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return tuple(tuple(several) for several in names.values() if len(several) > 1)
 
 
 def first_nonfinite(module: nn.Module) -> str | None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stabilitylab.errors import InputError
-from stabilitylab.models.layers import fingerprint, first_nonfinite, linear_layers, shared_parameters
+from stabilitylab.model_structure import linear_layers, shared_parameters
+from stabilitylab.models.layers import fingerprint, first_nonfinite
 from stabilitylab.models.text import NO_TARGET, Window, read_text
 
 DEFAULT_LENGTH = 512

@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stabilitylab.model_structure import bare, named_parameters
 from stabilitylab.monitoring.loop_values import Numbers
 from stabilitylab.monitoring.optimizers import Optimizers
 from stabilitylab.monitoring.probe_set import ProbeSet
@@ -49,7 +50,6 @@ from stabilitylab.monitoring.step_values import Values, step_number
 from stabilitylab.probes.base import Context, Probe
 from stabilitylab.probes.compiled import is_compiled
 from stabilitylab.probes.everything import all_probes
-from stabilitylab.probes.sites import bare, named_parameters
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks.base import Sink
 from stabilitylab.statistics.buffer import Buffer
@@ -176,7 +176,7 @@ class Monitor:
             self._arm(0, first=True)
             if out is not None and self._writes:
                 self._run_output = RunOutput(
-                    out, tensorboard=tensorboard, recorder=recorder, schedule=written
+                    out, tensorboard=tensorboard, recorder=recorder, schedule=written, model=model
                 )
             own = self._run_output.sinks if self._run_output is not None else []
             self._sink_thread = SinkThread([*own, *sinks] if self._writes else ())
@@ -266,6 +266,8 @@ class Monitor:
             numbers.pop("learning_rate", None)
         numbers = {**seen, **numbers}
         self._last = step
+        if self._run_output is not None:
+            self._run_output.tell_order(self._context)
         found = self._queue.add(self._ended(step, numbers))
         if self._ranks is None:
             self._alarm = self._queue.alarm

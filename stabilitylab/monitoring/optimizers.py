@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
-from stabilitylab.probes.sites import named_parameters
+from stabilitylab.model_structure import named_parameters
 
 _READ = ("param_groups", "state", "register_step_pre_hook", "register_step_post_hook")
 

@@ -3,15 +3,22 @@ episodes."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from stabilitylab.errors import InputError
+from stabilitylab.model_structure import describe
 from stabilitylab.monitoring.schedule import Schedule
 from stabilitylab.monitoring.sink_thread import EventLog
+from stabilitylab.probes.base import Context
 from stabilitylab.runs.folder import RunFolder
+from stabilitylab.runs.places import Places
 from stabilitylab.sinks.base import Sink
 
 _log = logging.getLogger("stabilitylab")
@@ -25,10 +32,17 @@ class RunOutput:
         tensorboard: whether to write TensorBoard files beside the Parquet ones.
         recorder: hold the last so many steps in full resolution for an alarm; 0: off.
         schedule: what is written without an alarm.
+        model: whose structure the run tells.
     """
 
     def __init__(
-        self, out: str | os.PathLike[str] | RunFolder, *, tensorboard: bool, recorder: int, schedule: Schedule
+        self,
+        out: str | os.PathLike[str] | RunFolder,
+        *,
+        tensorboard: bool,
+        recorder: int,
+        schedule: Schedule,
+        model: nn.Module,
     ) -> None:
         from stabilitylab.sinks import ParquetSink, TensorBoardSink
 
@@ -39,6 +53,8 @@ class RunOutput:
             self.run = self._claimed = RunFolder(_path(out))
             self.run.claim()
         try:
+            self._structure = _described(model)
+            self._write_structure()
             parquet: Sink = ParquetSink(self.run.telemetry)
         except BaseException:
             self.release()
@@ -47,7 +63,24 @@ class RunOutput:
             parquet = _recording(parquet, recorder, schedule)
         self.sinks: list[Sink] = [EventLog(self.run), parquet]
         if tensorboard:
-            self.sinks.append(TensorBoardSink(self.run.tensorboard))
+            self.sinks.append(TensorBoardSink(self.run.tensorboard, places=Places(self._structure)))
+
+    def tell_order(self, context: Context) -> None:
+        """The first measured step is over: in which order its forward pass came to the sites."""
+        if context.is_ordering and context.order:
+            context.is_ordering = False
+            self._structure["order"] = list(context.order)
+            self._write_structure()
+
+    def _write_structure(self) -> None:
+        """Whole or not at all; a full disk costs the run its order, and not the run."""
+        file = self.run.structure
+        try:
+            fresh = file.with_suffix(".tmp")
+            fresh.write_text(json.dumps(self._structure), encoding="utf-8")
+            fresh.replace(file)
+        except OSError as error:
+            _log.warning("%s could not be written (%s): sites are read off their paths", file, error)
 
     def explain(self, describe_batch: Callable[[int], list[str]] | None) -> None:
         """Say of each episode why it happened, now that everything about it is on disk."""
@@ -62,6 +95,16 @@ class RunOutput:
         """Give the folder back, if it was claimed here."""
         if self._claimed is not None:
             self._claimed.release()
+
+
+def _described(model: nn.Module) -> dict[str, Any]:
+    try:
+        return describe(model)
+    except Exception:  # nothing in a model's ways may keep it from being watched
+        _log.exception(
+            "the structure of %s could not be told: sites are read off their paths", type(model).__name__
+        )
+        return {}
 
 
 def _path(out: str | os.PathLike[str]) -> Path:

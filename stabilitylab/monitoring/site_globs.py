@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from stabilitylab.probes.sites import named_modules
+from stabilitylab.model_structure import named_modules
 
 _log = logging.getLogger("stabilitylab")
 

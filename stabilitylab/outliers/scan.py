@@ -24,7 +24,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel
 from stabilitylab.outliers.channels import ChannelStatistics
 from stabilitylab.outliers.criteria import GLM_SHARE, OPT_SHARE
-from stabilitylab.outliers.sites import RESIDUAL_STREAM, Site, sites_of
+from stabilitylab.outliers.sites import Site, sites_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class OutlierScan:
     @property
     def residual_stream(self) -> list[tuple[Site, ChannelStatistics]]:
         """Outputs of the blocks."""
-        return [(site, one) for site, one in self.sites if site.role == RESIDUAL_STREAM]
+        return [(site, one) for site, one in self.sites if site.is_residual_stream]
 
     def roles(self) -> dict[str, list[tuple[Site, ChannelStatistics]]]:
         """Sites of one place in the block, by layer; sites outside blocks each for itself."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from stabilitylab.figures.maps import heat_map
 from stabilitylab.outliers import words
 from stabilitylab.outliers.record import number
 from stabilitylab.report.page import Cell, Page, Picture, Section, Table
-from stabilitylab.runs.places import block_number
+from stabilitylab.runs.places import Places
 from stabilitylab.runs.run import Run
 
 SHARES = {
@@ -59,11 +59,13 @@ class RunOutliers:
         name: of the run.
         path: its folder.
         matrices: statistic -> rows the sites in the model's order, columns the steps.
+        places: where the sites lie in the model.
     """
 
     name: str
     path: str
     matrices: dict[str, pd.DataFrame]
+    places: Places = field(default_factory=Places)
 
     @property
     def steps(self) -> list[int]:
@@ -93,21 +95,21 @@ def run_outliers(run: Run) -> RunOutliers:
     matrices = {}
     for statistic in (*SHARES, *PEAKS):
         matrix = run.matrix("activation", statistic)
-        matrix = matrix[[_wanted(str(site)) for site in matrix.index]]
+        matrix = matrix[[_wanted(str(site), run.places) for site in matrix.index]]
         if matrix.size:
             matrices[statistic] = matrix
     if not matrices:
         raise InputError(
             f"{run.path} recorded no activations: train with activations monitored, or give a model and --text"
         )
-    return RunOutliers(name=run.name, path=str(run.path), matrices=matrices)
+    return RunOutliers(name=run.name, path=str(run.path), matrices=matrices, places=run.places)
 
 
-def _wanted(site: str) -> bool:
+def _wanted(site: str, places: Places) -> bool:
     """Inputs of linear layers, and blocks. Telemetry has inputs of norms too, which are the residual stream again."""
     module, _, end = site.rpartition(":")
     if end != "input" or not module:
-        return block_number(site) is not None
+        return places.block_number(site) is not None
     name = module.rsplit(".", 1)[-1].lower()
     return not ("norm" in name or re.match(r"ln(_|\d|$)", name))
 
@@ -226,7 +228,7 @@ def _depth(found: RunOutliers) -> list[Picture]:
         if name not in found.matrices:
             continue
         matrix = found.matrices[name]
-        blocks = [site for site in matrix.index if block_number(str(site)) is not None]
+        blocks = [site for site in matrix.index if found.places.block_number(str(site)) is not None]
         steps = sorted({matrix.columns[0], matrix.columns[len(matrix.columns) // 2], matrix.columns[-1]})
         lines = {f"step {step}": [matrix.loc[blocks, step]] for step in steps}
         if blocks:

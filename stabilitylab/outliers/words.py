@@ -5,7 +5,7 @@ from __future__ import annotations
 from stabilitylab.figures.style import plain
 from stabilitylab.outliers.criteria import CRITERIA, GLM_SHARE, OPT_SHARE, Found
 from stabilitylab.outliers.scan import OutlierScan
-from stabilitylab.outliers.sites import RESIDUAL_STREAM, Site
+from stabilitylab.outliers.sites import Site
 
 
 def share(found: Found) -> str:
@@ -32,8 +32,8 @@ def short(value: float) -> str:
 
 def place(site: Site) -> str:
     """``layer 14, mlp.down_proj input``."""
-    if site.role == RESIDUAL_STREAM:
-        return f"residual stream after layer {site.layer}"
+    if site.is_residual_stream:
+        return f"{site.role} after layer {site.layer}"
     where = site.role if site.is_input else site.path
     return f"{where} input" if site.layer is None else f"layer {site.layer}, {where} input"
 

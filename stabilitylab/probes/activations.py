@@ -175,6 +175,7 @@ class ActivationProbe:
 
     def _observe(self, site: Site, x: Tensor) -> None:
         stamp = self._context.buffer.stamp
+        self._context.passed(site.path)
         known = self._known.get(id(x))
         same = known[2] if known is not None and known[0]() is x and known[1] == x._version else None
         if site.stamp != stamp:

@@ -40,11 +40,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.model_structure import blocks, named_modules
 from stabilitylab.probes.attention_calls import Calls, Kernel, Running, Shown, by_head
 from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.probes.compiled import observe, register, unregister
 from stabilitylab.probes.hooks import Hook
-from stabilitylab.probes.sites import blocks, counts, named_modules
+from stabilitylab.probes.sites import counts
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.formats import headroom_bits
 from stabilitylab.statistics.gathering import Gathered
@@ -255,6 +256,7 @@ class AttentionProbe:
         """Write one call's ranges; calls of one module in one step combine."""
         if not self._context.wanted(path):
             return
+        self._context.passed(f"attention/{path}")
         buffer, H, device = self._context.buffer, len(scores.largest), scores.largest.device
         known = self._sizes.setdefault(path, [])
         if H not in known:

@@ -22,7 +22,7 @@ kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -133,6 +133,9 @@ class Context:
         failed: told of a probe, by name, whose hook raised.
         compiled: the model runs under ``torch.compile``: hooks are traced once and must stay.
         traced: a hook was traced by the compiler all the same.
+        order: sites in the order in which the first measured forward pass came to them; attention's scores as
+            ``attention/<path>``.
+        is_ordering: whether ``passed`` still takes them down.
     """
 
     model: nn.Module
@@ -146,7 +149,14 @@ class Context:
     failed: Callable[[str, Exception], None] | None = None
     compiled: bool = False
     traced: bool = False
+    order: dict[str, None] = field(default_factory=dict)
+    is_ordering: bool = True
     _frames: int = 0
+
+    def passed(self, site: str) -> None:
+        """The forward pass has come to a site: noted while the order of execution is being learned."""
+        if self.is_ordering:
+            self.order.setdefault(site)
 
     def follow_compiler(self) -> None:
         """Between steps: learn that the model has been compiled after the monitor was attached, or under another name."""

@@ -19,12 +19,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
+from stabilitylab.model_structure import is_embedding, named_modules
 from stabilitylab.probes.base import Context, Found, Readings
-from stabilitylab.probes.sites import named_modules
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.telemetry import Key
@@ -54,7 +54,7 @@ class EmbeddingRowProbe:
         names = (
             f"{path}.weight" if path else "weight"
             for path, module in named_modules(self._context.model)
-            if isinstance(module, nn.Embedding)
+            if is_embedding(module)
         )
         self._weights = {name for name in names if self._context.wanted(name)}
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.models import TextModel, Window, linear_layers
+from stabilitylab.model_structure import Stack, linear_layers, stacks
+from stabilitylab.models import TextModel, Window
 
 
 class Restart:
@@ -99,11 +100,12 @@ class Restart:
 
 
 def _blocks(module: nn.Module) -> tuple[str, list[nn.Module]]:
-    """Name and modules of the list that holds most linear layers; no modules where there is none of at least two."""
-    best: tuple[int, str, list[nn.Module]] = (0, "", [])
-    for name, found in module.named_modules():
-        if isinstance(found, nn.ModuleList) and len(found) > 1:
-            count = len(linear_layers(found))
-            if count > best[0]:
-                best = (count, name, list(found))
-    return best[1], best[2]
+    """Name and blocks of the stack that holds most linear layers; no blocks where there is none of at least two."""
+    largest = max(stacks(module), key=lambda stack: _linear_in(stack), default=None)
+    if largest is None or len(largest.blocks) < 2:
+        return "", []
+    return largest.path, list(largest.blocks.values())
+
+
+def _linear_in(stack: Stack) -> int:
+    return sum(len(linear_layers(block)) for block in stack.blocks.values())

@@ -11,7 +11,7 @@ from stabilitylab.figures import curves as figures
 from stabilitylab.figures.maps import heat_map
 from stabilitylab.figures.style import FP16_MAX, plain, positive
 from stabilitylab.report.page import Picture, Section, Table
-from stabilitylab.runs.places import block_number, block_of, is_embedding
+from stabilitylab.runs.places import Places
 from stabilitylab.runs.run import Run
 
 Runs = Mapping[str, Sequence[Run]]
@@ -31,7 +31,9 @@ def gradients(runs: Runs) -> Section:
         )
         parts.append(Picture(figure=figure))
     grids = {
-        label: _per_layer(_grid(several[0], "gradient", "l2")) for label, several in runs.items() if several
+        label: _per_layer(_grid(several[0], "gradient", "l2"), several[0].places)
+        for label, several in runs.items()
+        if several
     }
     parts += _maps(grids, "Gradient norm, layer by step")
     text = "Each row of a map is one block, its parameters' norms joined; what lies in no block has a row of its own."
@@ -126,7 +128,7 @@ def updates(runs: Runs) -> Section:
     )
     parts: list[Part] = [Picture(figure=figure)]
     largest = {
-        label: _per_layer(several[0], join="max")
+        label: _per_layer(several[0], runs[label][0].places, join="max")
         for label, several in grids.items()
         if several and several[0][0].size
     }
@@ -156,16 +158,21 @@ def outliers(runs: Runs) -> Section:
 def block_grid(run: Run, statistic: str = "absmax") -> Grid:
     """A statistic of every block's output: rows the blocks by depth, columns the steps."""
     values, known = _grid(run, "activation", statistic)
-    numbers = {site: number for site in values.index if (number := block_number(str(site))) is not None}
+    places = run.places
+    numbers = {
+        site: (places.stack_of(str(site)), number)
+        for site in values.index
+        if (number := places.block_number(str(site))) is not None
+    }
     order = sorted(numbers, key=lambda site: numbers[site])
     return values.loc[order], known.loc[order]
 
 
 def embedding_site(run: Run) -> str | None:
-    """The parameter that is the token embedding, by its name; None where no name says so."""
+    """The parameter that is the token embedding; None where the run does not say, and no name does."""
     metrics = run.metrics
     sites = metrics.loc[(metrics["family"] == "gradient") & (metrics["statistic"] == "share"), "site"]
-    return next((site for site in sites if is_embedding(site)), None)
+    return next((site for site in sites if run.places.is_embedding(site)), None)
 
 
 def _section(title: str, parts: Sequence[Part], text: str) -> Section:
@@ -211,10 +218,10 @@ def _heads(run: Run) -> Iterable[pd.Series[float]]:
     return [largest.loc[head].reindex(order) for head in largest.index.get_level_values(0).unique()]
 
 
-def _per_layer(grid: Grid, join: str = "norm") -> Grid:
+def _per_layer(grid: Grid, places: Places, join: str = "norm") -> Grid:
     """One row a block: norms joined as the root of their squares' sum, or the largest of them."""
     values, known = grid
-    groups = np.array([block_of(str(site)) for site in values.index], dtype=object)
+    groups = np.array([places.block_of(str(site)) for site in values.index], dtype=object)
     order = list(dict.fromkeys(groups))
     if join == "norm":
         joined = (values**2).groupby(groups).sum(min_count=1).pow(0.5)

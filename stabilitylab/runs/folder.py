@@ -2,7 +2,8 @@
 
 Whoever reads a run reads its folder and nothing else:
 
-    config.json   telemetry/*.parquet   events.jsonl   tensorboard/   checkpoints/   report.html
+    config.json   model_structure.json   telemetry/*.parquet   events.jsonl   tensorboard/   checkpoints/
+    report.html
 
 History can be rewritten: a resumed or rolled-back run goes back to step s and trains on from there. That is the event
 ``rewind`` with ``step = s``: everything recorded earlier for steps >= s is superseded, and every reader drops it.
@@ -44,6 +45,7 @@ class RunFolder:
     tensorboard = property(lambda self: self.path / "tensorboard")
     checkpoints = property(lambda self: self.path / "checkpoints")
     report = property(lambda self: self.path / "report.html")
+    structure = property(lambda self: self.path / "model_structure.json")
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:

@@ -22,6 +22,7 @@ import pyarrow as pa
 from stabilitylab.errors import InputError
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.runs.parts import SCHEMA, list_parts, read_rows, step_limits
+from stabilitylab.runs.places import Places
 from stabilitylab.telemetry import SCALAR, Event, Key
 
 Index = int | Literal["max"] | None
@@ -56,16 +57,24 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json``; empty where there is none."""
-        file: Path = self.folder.config
+        return self._object(self.folder.config)
+
+    @cached_property
+    def places(self) -> Places:
+        """Where its sites lie in the model: from ``model_structure.json``, else read off their paths."""
+        return Places(self._object(self.folder.structure))
+
+    def _object(self, file: Path) -> dict[str, Any]:
+        """A JSON file's object; empty where there is no file."""
         if not file.is_file():
             return {}
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{file} is not JSON ({error}): repair it or move it away") from None
-        if not isinstance(config, dict):
+        if not isinstance(found, dict):
             raise InputError(f"{file} holds no JSON object: repair it or move it away")
-        return config
+        return found
 
     @cached_property
     def events(self) -> list[Event]:

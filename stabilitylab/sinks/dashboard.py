@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.runs.places import block_number, block_of, is_embedding
+from stabilitylab.runs.places import Places
 from stabilitylab.sinks.pictures import Grid
 from stabilitylab.telemetry import Key, Samples
 
@@ -104,7 +104,8 @@ class StepMap:
 class Overview:
     """Turns samples into the overview's curves, and keeps its maps and the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: Places | None = None) -> None:
+        self._places = places or Places()
         self.maps = {name: StepMap() for name in MAPS}
         # Loss and norm for the picture with the spikes: one row a curve.
         self.story = StepMap(columns=4 * COLUMNS)
@@ -128,7 +129,7 @@ class Overview:
     def steps(self, samples: Samples) -> list[tuple[int, dict[str, float], dict[str, NDArray[np.float64]]]]:
         """For every step: its scalars by tag, and its vectors by name (gradient norms, attention maxima)."""
         if self._roles is None or self._roles.keys is not samples.keys:
-            self._roles = _Roles(samples.keys)
+            self._roles = _Roles(samples.keys, self._places)
         found = []
         for step in np.unique(samples.step).tolist():
             at = samples.step == step
@@ -172,10 +173,10 @@ class _Roles:
 
     NONE, SCALAR, BRANCH, SCORE, NORM = range(5)
 
-    def __init__(self, keys: tuple[Key, ...]) -> None:
+    def __init__(self, keys: tuple[Key, ...], places: Places) -> None:
         self.keys = keys
         self.tags: dict[int, list[str]] = {}
-        self.rows = [block_of(key.site) if key.family == "gradient" else key.site for key in keys]
+        self.rows = [places.block_of(key.site) if key.family == "gradient" else key.site for key in keys]
         self.role = np.zeros(len(keys), dtype=np.int8)
         shared = False
         for number, key in enumerate(keys):
@@ -187,7 +188,7 @@ class _Roles:
             elif (
                 key.family == "gradient"
                 and key.statistic == "share"
-                and is_embedding(key.site)
+                and places.is_embedding(key.site)
                 and not shared
             ):
                 shared = True
@@ -200,8 +201,7 @@ class _Roles:
             elif (
                 key.family == "activation"
                 and key.statistic == "absmax"
-                and block_number(key.site) is not None
-                and block_of(key.site) == key.site  # no numbered layer inside a block
+                and places.block_number(key.site) is not None
             ):
                 self.role[number] = self.BRANCH
 

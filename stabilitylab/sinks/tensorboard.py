@@ -31,6 +31,7 @@ import numpy as np
 
 from stabilitylab.errors import InputError
 from stabilitylab.runs.folder import RunFolder
+from stabilitylab.runs.places import Places
 from stabilitylab.sinks import event_file as made
 from stabilitylab.sinks.dashboard import LAYOUT, LOSS, MAPS, NORM, SPIKES, STORY, Overview, flat
 from stabilitylab.sinks.event_file import EventFile
@@ -53,16 +54,23 @@ class TensorBoardSink:
     Args:
         folder: made if it does not exist; TensorBoard's ``--logdir`` is this folder or any above it.
         config: what the HParams page shows of the run; by default the ``config.json`` beside the folder.
+        places: where sites lie in the model; by default read off their paths.
 
     Raises:
         OSError: from ``write`` and ``close``, when the disk does not take a record. Later records are written again.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        config: Mapping[str, Any] | None = None,
+        places: Places | None = None,
+    ) -> None:
         self._folder = Path(folder)
         self._config = config
         self._file: EventFile | None = None
-        self._overview = Overview()
+        self._overview = Overview(places)
         self._events: list[Event] = []
         self._losses: dict[int, float] = {}
         self._largest_norm = -math.inf

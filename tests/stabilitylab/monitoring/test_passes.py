@@ -100,16 +100,19 @@ def test_shared_tied_and_frozen_parameters() -> None:
     model, sink = Tied(), Recording()
     optimizer = torch.optim.AdamW(model.parameters())
     with Monitor(model, optimizer, every=1, sinks=[sink], detector=None) as monitor:
-        model(torch.arange(10)).square().sum().backward()
-        optimizer.step()
-        monitor.step(0)
+        for step in range(2):
+            model(torch.arange(10)).square().sum().backward()
+            optimizer.step()
+            monitor.step(step)
     gradients = {name.split("/")[1] for _, name, _ in sink.rows if name.startswith("gradient/")}
     assert gradients == {"embedding.weight"}
     assert sink.site(0, "embedding.weight")["share"] == 1
-    activations = {name.split("/")[1] for _, name, _ in sink.rows if name.startswith("activation/")}
-    assert activations == {"output", "output:input", "frozen", "frozen:input"}
+    activations = {
+        name.split("/")[1] for step, name, _ in sink.rows if step and name.startswith("activation/")
+    }
+    assert activations == {"embedding", "output", "output:input", "frozen", "frozen:input"}
     # The shared layer ran twice: both outputs are in its statistics, but its first input is the embedding's
-    # output.
+    # output, so that its inputs have numbers of their own from the second step on.
     assert sink.site(0, "frozen")["absmax"] > 0
 
 

@@ -114,7 +114,7 @@ def test_activation_sites_and_statistics_equal_float64() -> None:
     monitor.step(0)
     monitor.close()
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.LayerNorm))]
-    sites = {*layers, *(f"{n}:input" for n in layers), "layers.0", "layers.1"}
+    sites = {*layers, *(f"{n}:input" for n in layers), "embedding", "layers.0", "layers.1"}
     assert {name.split("/")[1] for _, name, _ in sink.rows if name.startswith("activation/")} == sites
     for site in sites:
         x = seen[site].double().numpy()
@@ -163,7 +163,7 @@ def test_activation_gradients_equal_float64() -> None:
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.LayerNorm)) or name in ("layers.0", "layers.1"):
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) or name in ("embedding", "layers.0", "layers.1"):
             module.register_forward_hook(keep(name))
     (next_token_loss(model, batch(0)) * 1024).backward()
     monitor.gradients_ready(scale=1024.0)

@@ -20,7 +20,7 @@ from stabilitylab.report import Cell, Page, Picture, Section, Table, comparison,
 from stabilitylab.report import layers_section as layers
 from stabilitylab.report.page import picture_html
 from stabilitylab.runs import load_run
-from stabilitylab.runs.places import block_number, block_of, is_embedding
+from stabilitylab.runs.places import Places
 from stabilitylab.telemetry import Key
 from tests.stabilitylab import story
 from tests.stabilitylab.browser import CHROMEDRIVER, CHROMIUM, browser
@@ -72,19 +72,25 @@ def test_thinning_loses_no_extreme_and_no_nan(seed: int) -> None:
 
 
 def test_sites_tell_where_they_are() -> None:
-    assert block_number("layers.12") == 12
-    assert block_number("transformer.h.3") == 3
-    assert block_number("layers.3.attention") is None
-    assert block_of("layers.3.attention.output.weight") == "layers.3"
-    assert block_of("embedding.weight") == "embedding.weight"
-    names = ["embedding.weight", "model.embed_tokens.weight", "transformer.wte.weight"]
-    assert all(map(is_embedding, names))
-    assert not any(
-        map(
-            is_embedding,
-            ["transformer.wpe.weight", "embedding_norm.weight", "position_embedding", "layers.0"],
-        )
-    )
+    places = Places()
+    assert places.block_number("layers.12") == 12
+    assert places.block_number("transformer.h.3") == 3
+    assert places.block_number("layers.3.attention") is None
+    assert places.block_number("layers.3.experts.7") is None
+    assert places.block_of("layers.3.attention.output.weight") == "layers.3"
+    assert places.block_of("layers.3.experts.7.up.weight") == "layers.3"
+    assert places.block_of("embedding.weight") == "embedding.weight"
+    names = ["embedding.weight", "model.embed_tokens.weight", "transformer.wte.weight", "shared.weight"]
+    assert all(map(places.is_embedding, names))
+    others = ["transformer.wpe.weight", "embedding_norm.weight", "position_embedding", "layers.0"]
+    assert not any(map(places.is_embedding, others))
+    told = Places({"stacks": {"encoder.block": ["encoder.block.0"], "decoder.block": ["decoder.block.0"]}})
+    assert told.block_of("decoder.block.0.layer.1.EncDecAttention.q:input") == "decoder.block.0"
+    assert told.stack_of("encoder.block.0.layer.0.SelfAttention.q") == "encoder.block"
+    assert (
+        told.block_number("decoder.block.7") == 7
+    )  # of a stack of which this rank holds the first block only
+    assert told.block_number("encoder.block.0.layer.1") is None
 
 
 def test_curves_show_what_is_not_finite() -> None:
