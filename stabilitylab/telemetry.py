@@ -39,6 +39,9 @@ LEARNING_RATE = "train/-/learning_rate"
 SKIPPED = "train/-/skipped"
 LOSS_SCALES = ("precision/-/loss_scale", "train/-/loss_scale")
 
+# Kinds of event around which a run is watched closely, and of which a person is told at once.
+ALARMS = frozenset({"spike", "divergence", "non-finite", "loss-scale-collapse"})
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Key:
@@ -117,6 +120,11 @@ class Event:
     kind: str
     data: Mapping[str, Any] = field(default_factory=dict)
     time: float = field(default_factory=time.time)
+
+    @property
+    def is_alarm(self) -> bool:
+        """Whether it tells of the beginning of an alarm, or of one that turns into another kind."""
+        return self.kind in ALARMS and self.data.get("phase") != "end"
 
     def to_json(self) -> str:
         """One line of strict JSON. Non-finite numbers become the strings "nan", "inf", "-inf"."""

@@ -24,7 +24,6 @@ from glm.train.engine import Engine
 from glm.train.events import Callback, StepInfo
 from glm.train.intervention import Intervention
 from glm.train.state_ring import StateRing
-from stabilitylab.monitoring.schedule import ALARMS
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Responder
 from stabilitylab.telemetry import Event
@@ -177,11 +176,7 @@ class Trainer:
 
     def _keep_for_replay(self, noticed: Sequence[Event]) -> None:
         """When something breaks, put a state from before it on disk."""
-        onsets = [
-            int(event.data["onset"])
-            for event in noticed
-            if event.kind in ALARMS and event.data.get("phase") != "end"
-        ]
+        onsets = [int(event.data["onset"]) for event in noticed if event.is_alarm]
         if not onsets or self._ring is None or self.run is None:
             return
         state = self._ring.newest_at(min(onsets) - REPLAY_MARGIN)

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.monitoring.schedule import ALARMS
 from stabilitylab.sinks.base import Sink
 from stabilitylab.telemetry import Event, Key, Samples
 
@@ -64,7 +63,7 @@ class FlightRecorder:
             if event.kind == "rewind":
                 self._held = deque(_rows(held, held.step < event.step) for held in self._held)
                 self._full_until = -1
-        alarms = [event.step for event in events if event.kind in ALARMS and event.data.get("phase") != "end"]
+        alarms = [event.step for event in events if event.is_alarm]
         if alarms:
             while self._held:
                 self._sink.write(self._held.popleft(), ())

@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stabilitylab.model_structure import bare, named_parameters
+from stabilitylab.monitoring.alarms import Alarms
 from stabilitylab.monitoring.loop_values import Numbers
 from stabilitylab.monitoring.optimizers import Optimizers
 from stabilitylab.monitoring.probe_set import ProbeSet
@@ -54,7 +55,7 @@ from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks.base import Sink
 from stabilitylab.statistics.buffer import Buffer
 from stabilitylab.statistics.transfer import Transfer
-from stabilitylab.telemetry import Event
+from stabilitylab.telemetry import LOSS, Event
 
 _log = logging.getLogger("stabilitylab")
 
@@ -75,7 +76,12 @@ class Monitor:
         schedule: a ``Schedule`` instead of ``every``.
         sinks: further sinks, or the only ones without ``out``.
         sites: one glob or several over module and parameter paths.
-        detector: judges loss, gradient norm, rate and loss scale of every step; None for no judgement.
+        detector: judges loss, gradient norm, rate and loss scale of every step (of the metrics that its ``loss`` and
+            ``gradient_norm`` name, if it has these attributes); None for no judgement. One that raises is left out from
+            then on.
+        on_event: called with each spike, divergence, non-finite value, collapse of the loss scale or departure of a site
+            the moment that it is found, with the event that goes to ``events.jsonl``. The log has a warning line of it in
+            any case (``alarms.py``).
         parameters: the trained tensors by name, where they are not the model's own (fp32 masters of a
             half-precision model): their ``.grad`` is read.
         tensorboard: with ``out``: whether to write TensorBoard files beside the Parquet ones.
@@ -117,6 +123,7 @@ class Monitor:
         sinks: Sequence[Sink] = (),
         sites: str | Sequence[str] = "*",
         detector: Detector | Literal["default"] | None = "default",
+        on_event: Callable[[Event], object] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
         tensorboard: bool = True,
         flush_every: int = 10,
@@ -191,6 +198,7 @@ class Monitor:
             self._sink_thread,
             alarms=self._schedule.dense_after,
             flush_every=flush_every,
+            told=Alarms(on_event, loss=getattr(self._detector, "loss", LOSS)) if self._writes else None,
         )
         self._closed, self._process = False, os.getpid()
         # Runs before the delivery's own, which was registered earlier.

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from stabilitylab.errors import InputError
-
-ALARMS = frozenset({"spike", "divergence", "non-finite", "loss-scale-collapse"})
+from stabilitylab.telemetry import ALARMS
 
 
 @dataclass(frozen=True, kw_only=True)

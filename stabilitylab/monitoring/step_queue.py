@@ -9,35 +9,48 @@ waits in line until they have come; the training thread asks at the end of each 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stabilitylab.monitoring.alarms import Alarms
 from stabilitylab.monitoring.loop_values import Numbers
 from stabilitylab.monitoring.rank_gather import Manifest, Received
 from stabilitylab.monitoring.sink_thread import Flush, SinkThread
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.transfer import Seen, Transfer
-from stabilitylab.telemetry import GRADIENT_NORM, RUN_SITE, SCALAR, Event, Key
+from stabilitylab.telemetry import (
+    GRADIENT_NORM,
+    LEARNING_RATE,
+    LOSS,
+    LOSS_SCALES,
+    RUN_SITE,
+    SCALAR,
+    SKIPPED,
+    Event,
+    Key,
+)
 
 # What `step` may be given under a name of its own; everything else becomes train/-/<name>.
 _FAMILY = {"loss_scale": "precision"}
-_WATCHED = (
-    "train/-/loss",
-    "train/-/gradient_norm",
-    "train/-/learning_rate",
-    "train/-/skipped",
-    "precision/-/loss_scale",
-)
+_NEAR = 16
+_WATCHED = (LEARNING_RATE, SKIPPED, LOSS_SCALES[0])
+
+
+_log = logging.getLogger("stabilitylab")
 
 
 class Detector(Protocol):
-    """What judges a step's values as they come; ``stabilitylab.spikes.SpikeDetector`` is one."""
+    """What judges a step's values as they come; ``stabilitylab.spikes.SpikeDetector`` is one.
+
+    Where it has attributes ``loss`` and ``gradient_norm``, they name the metrics that it is given as such.
+    """
 
     def update(self, step: int, values: Mapping[str, float]) -> Sequence[Event]:
         """Events that this step's values give rise to."""
@@ -97,6 +110,7 @@ class StepQueue:
         delivery: takes the readings and events.
         alarms: kinds of event after which training is watched more closely.
         flush_every: hand over to the delivery after so many steps; events are handed over at once.
+        told: tells people of alarms; None for nobody.
     """
 
     def __init__(
@@ -107,9 +121,12 @@ class StepQueue:
         *,
         alarms: frozenset[str],
         flush_every: int,
+        told: Alarms | None = None,
     ) -> None:
         self._probes = {probe.name: probe for probe in probes}
-        self._detector = detector
+        self._detector, self._told = detector, told
+        loss, norm = getattr(detector, "loss", LOSS), getattr(detector, "gradient_norm", GRADIENT_NORM)
+        self._watched = (loss, norm, *_WATCHED)
         self._sink_thread = delivery
         self._alarms = alarms
         self._flush_every = flush_every
@@ -127,6 +144,7 @@ class StepQueue:
     def settle(self, *, wait: bool = False) -> list[Event]:
         """Take the steps whose numbers have arrived, or wait for all."""
         found: list[Event] = []
+        near = False
         while self._pending:
             transfer = self._pending[0].transfer
             if transfer is not None:
@@ -134,14 +152,19 @@ class StepQueue:
                     transfer.wait()
                 elif not transfer.ready():
                     break
-            found += self._take(self._pending.popleft())
-        if found or self._steps >= self._flush_every:
+            ended = self._pending.popleft()
+            near |= self.alarm is not None and ended.step <= self.alarm + _NEAR
+            found += self._take(ended)
+        # Whoever hears of an alarm may well end the run: what follows it is not held back.
+        if found or near or self._steps >= self._flush_every:
             self.post()
         return found
 
     def event(self, event: Event) -> None:
         """Record an event, at once."""
         self._flush.events.append(event)
+        if self._told is not None:
+            self._told.hear((event,))
         if event.kind in self._alarms:
             self.alarm = event.step
         self.post()
@@ -156,7 +179,7 @@ class StepQueue:
         """The end: everything arrives, the detector has its last word."""
         self.settle(wait=True)
         if self._detector is not None:
-            self._flush.events += self._detector.finish()
+            self._flush.events += self._guarded(self._detector.finish, 0)
         self.post()
 
     def _take(self, ended: Ended) -> list[Event]:
@@ -189,16 +212,45 @@ class StepQueue:
         self._flush.readings.append((ended.step, Readings(keys, values)))
         self._steps += 1
         own = {k.metric: v for k, v in zip(keys, values.tolist(), strict=True) if k.index == SCALAR}
-        return self._judge(ended.step, {m: own[m] for m in _WATCHED if m in own} | companions)
+        watched = {m: own[m] for m in self._watched if m in own} | companions
+        return self._judge(ended.step, watched, gathered)
 
-    def _judge(self, step: int, numbers: Mapping[str, float]) -> list[Event]:
+    def _judge(
+        self, step: int, numbers: Mapping[str, float], gathered: Sequence[tuple[Probe, Gathered]]
+    ) -> list[Event]:
         if self._detector is None:
             return []
-        events = list(self._detector.update(step, numbers))
+        detector = self._detector
+        events = self._guarded(lambda: detector.update(step, numbers), step)
+        events = [_with_site(e, gathered) if e.kind == "non-finite" else e for e in events]
         self._flush.events += events
+        if self._told is not None:
+            self._told.hear(events)
         if any(event.kind in self._alarms for event in events):
             self.alarm = step
         return events
+
+    def _guarded(self, judge: Callable[[], Sequence[Event]], step: int) -> list[Event]:
+        """What the detector says. One that raises is left out from then on; training goes on."""
+        try:
+            return list(judge())
+        except Exception as error:
+            name, reason = type(self._detector).__name__, f"{type(error).__name__}: {error}"
+            self._detector = None
+            _log.exception("the detector %s failed at step %d; training goes on without it", name, step)
+            return [Event(step=step, kind="telemetry-lost", data={"detector": name, "reason": reason})]
+
+
+def _with_site(event: Event, gathered: Sequence[tuple[Probe, Gathered]]) -> Event:
+    """A non-finite value of a step that was measured, with the place where the first tensor left its format."""
+    if not event.is_alarm:
+        return event
+    for probe, of_probe in gathered:
+        if probe.name == "precision":
+            for kind, data in probe.finish(of_probe).events:
+                if kind == "overflow":
+                    return replace(event, data={**event.data, **data})
+    return event
 
 
 def _key(name: str | Key) -> Key:

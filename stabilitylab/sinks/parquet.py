@@ -5,7 +5,8 @@ parts.py). ``write`` only puts arrays on a queue; one thread sorts, encodes, com
 never waits for the disk, and an error of the thread surfaces at the next ``write`` or at ``close``.
 
 A file is written when ``rows_per_file`` have gathered, when the oldest row is ``seconds`` old at a flush, after a
-``checkpoint`` event (a run resumed from it then misses nothing), and at ``close``. 64 files of one level are merged into
+``checkpoint`` event (a run resumed from it then misses nothing), when an alarm begins and for some steps after it every
+second (whoever looks at a spike may well end the run), and at ``close``. 64 files of one level are merged into
 one of the next, so a run of any length keeps few files; ``close`` merges what remains.
 
 A ``rewind`` takes effect before the samples of the same ``write``: whoever holds samples of the abandoned history
@@ -42,6 +43,7 @@ _MERGE_AT = 64
 _MERGED_ROWS = 4_000_000
 _BACKLOG_ROWS = 8_000_000
 _FLUSHING = frozenset({"checkpoint", "run-end", "interrupted"})
+_URGENT_STEPS, _URGENT_SECONDS = 32, 1.0
 
 _Batch = tuple[Samples, tuple[Event, ...]]
 
@@ -85,6 +87,7 @@ class ParquetSink:
         self._rows: list[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64]]] = []
         self._row_count = 0
         self._oldest = 0.0
+        self._urgent_until = -1
         self._rows_wanted = rows_per_file
 
         self._queue: queue.SimpleQueue[_Batch | threading.Event | None] = queue.SimpleQueue()
@@ -104,7 +107,7 @@ class ParquetSink:
             raise OSError(
                 f"{self.folder} takes rows more slowly than they come: {len(samples)} rows of telemetry dropped"
             )
-        if len(samples) or any(e.kind == "rewind" or e.kind in _FLUSHING for e in events):
+        if len(samples) or any(e.kind == "rewind" or _flushes(e) for e in events):
             self._queued += len(samples)
             copy = Samples(samples.keys, samples.step.copy(), samples.key.copy(), samples.value.copy())
             self._queue.put((copy, tuple(events)))
@@ -167,6 +170,8 @@ class ParquetSink:
         for event in events:
             if event.kind == "rewind":
                 self._rewind(event.step)
+            elif event.is_alarm:
+                self._urgent_until = event.step + _URGENT_STEPS
         if len(samples):
             if self._from_step is None and self._segment > 0:
                 self._from_step = int(samples.step.min())
@@ -174,14 +179,17 @@ class ParquetSink:
                 self._oldest = time.monotonic()
             self._rows.append((samples.step, self._keys.numbers(samples), samples.value))
             self._row_count += len(samples)
+        urgent = len(samples) and samples.step[-1] <= self._urgent_until
+        seconds = min(self._seconds, _URGENT_SECONDS) if urgent else self._seconds
         if (
             self._row_count >= self._rows_wanted
-            or (self._row_count and time.monotonic() - self._oldest >= self._seconds)
-            or any(event.kind in _FLUSHING for event in events)
+            or (self._row_count and time.monotonic() - self._oldest >= seconds)
+            or any(_flushes(event) for event in events)
         ):
             self._flush()
 
     def _rewind(self, step: int) -> None:
+        self._urgent_until = -1
         self._flush(hold=False)
         if self._from_step is not None or self._segment == 0:
             self._segment += 1
@@ -257,6 +265,10 @@ class ParquetSink:
         for part in self._parts:
             for name in part.replaces:
                 (self.folder / name).unlink(missing_ok=True)
+
+
+def _flushes(event: Event) -> bool:
+    return event.kind in _FLUSHING or event.is_alarm
 
 
 class _KeyTable:
