@@ -12,6 +12,7 @@ Limits: the optimizer's state lies in memory as torch's does (``state[flat]["exp
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ class FragmentedOptimizer:
         self._optimizer = optimizer
         # A leaf each, so that it can have a gradient of its own.
         self.parts = {name: part.detach().requires_grad_() for name, part in parts.items()}
+        self._by_memory: dict[int, list[Tensor]] = {}  # parts of one storage, in their order
         self._lying: dict[int, list[Tensor]] = {}
 
     @property
@@ -86,16 +88,13 @@ class FragmentedOptimizer:
     def _within(self, flat: Tensor) -> list[Tensor]:
         """The parts that lie in a flat tensor, in their order."""
         if id(flat) not in self._lying:
+            if not self._by_memory:
+                for part in sorted(self.parts.values(), key=Tensor.storage_offset):
+                    self._by_memory.setdefault(part.untyped_storage().data_ptr(), []).append(part)
             begin, end = flat.storage_offset(), flat.storage_offset() + flat.numel()
-            self._lying[id(flat)] = sorted(
-                (
-                    part
-                    for part in self.parts.values()
-                    if part.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
-                    and begin <= part.storage_offset() < end
-                ),
-                key=lambda part: part.storage_offset(),
-            )
+            same = self._by_memory.get(flat.untyped_storage().data_ptr(), [])
+            first, last = (bisect_left(same, at, key=Tensor.storage_offset) for at in (begin, end))
+            self._lying[id(flat)] = same[first:last]
         return self._lying[id(flat)]
 
 

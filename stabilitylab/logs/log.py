@@ -39,7 +39,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     LEARNING_RATE: ("lr", "learning_rate"),
     SKIPPED: ("skipped", "overflow"),
 }
-_EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|test|dev)(_|$)")
+EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|test|dev)(_|$)")
 BLOCK_ROWS = 65_536
 
 
@@ -118,10 +118,12 @@ def open_log(path: Path, *, loss: str | None = None, step: str | None = None) ->
         from stabilitylab.logs.tables import CsvLog, ParquetLog
 
         return (CsvLog if kind == "csv" else ParquetLog).open(path, loss=loss, step=step)
-    from stabilitylab.logs.records import JsonLinesLog, TensorBoardLog
-
     if kind == "tensorboard":
+        from stabilitylab.logs.tensorboard import TensorBoardLog
+
         return TensorBoardLog.open_files(path, [path], loss=loss, step=step)
+    from stabilitylab.logs.records import JsonLinesLog
+
     return JsonLinesLog.open(path, loss=loss, step=step)
 
 
@@ -135,7 +137,7 @@ def _open_folder(path: Path, *, loss: str | None, step: str | None) -> Log:
         raise InputError(
             f"{path} is neither a run folder nor one of TensorBoard event files: give a log file"
         )
-    from stabilitylab.logs.records import TensorBoardLog
+    from stabilitylab.logs.tensorboard import TensorBoardLog
 
     return TensorBoardLog.open_files(path, files, loss=loss, step=step)
 
@@ -181,7 +183,7 @@ def choose_columns(
     if LOSS not in chosen:
         others = set(chosen.values())
         found = [
-            n for n in names if "loss" in plain[n] and n not in others and not _EVALUATION.search(plain[n])
+            n for n in names if "loss" in plain[n] and n not in others and not EVALUATION.search(plain[n])
         ]
         if len(found) != 1:
             problem = "has several loss columns" if found else "has no loss column"

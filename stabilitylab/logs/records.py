@@ -1,5 +1,4 @@
-"""Logs that come as records, one small set of numbers at a time: JSON lines, TensorBoard event files, run
-folders.
+"""Logs that come as records, one small set of numbers at a time: JSON lines, run folders.
 
 Which column is the loss is settled by the first records; what appears later under another name is not looked
 at.
@@ -7,12 +6,9 @@ at.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,12 +19,12 @@ from stabilitylab.errors import InputError
 from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, choose_columns, whole_steps
 from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS, LOSS_SCALES, SKIPPED
 
-_PEEK = 10_000
+PEEK = 10_000
 
 Record = tuple[float, dict[str, float]]
 
 
-def _gather(records: Iterator[Record], columns: Mapping[str, str], source: Path) -> Iterator[Block]:
+def gather(records: Iterator[Record], columns: Mapping[str, str], source: Path) -> Iterator[Block]:
     """Records into blocks; neighbours of one step are one row."""
     signals = [signal for signal in columns if signal != STEP]
     wanted = {columns[signal]: signal for signal in signals}
@@ -62,14 +58,14 @@ class JsonLinesLog(Log):
     @classmethod
     def open(cls, path: Path, *, loss: str | None = None, step: str | None = None) -> Self:
         names: dict[str, None] = {}
-        for _, record in itertools.islice(_json_lines(path), _PEEK):
+        for _, record in itertools.islice(_json_lines(path), PEEK):
             names.update(dict.fromkeys(record))
         if not names:
             raise InputError(f"{path} holds no JSON objects: a log needs one a line")
         return cls(path=path, columns=choose_columns(names, source=path, loss=loss, step=step))
 
     def blocks(self) -> Iterator[Block]:
-        return _gather(self._records(), self.columns, self.path)
+        return gather(self._records(), self.columns, self.path)
 
     def _records(self) -> Iterator[Record]:
         names = set(self.columns.values())
@@ -106,50 +102,6 @@ def _float(value: Any, source: str) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{source}: {str(value)[:40]!r} is not a number") from None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorBoardLog(Log):
-    """The scalars of one or several event files, read one after the other in the order of their names."""
-
-    files: tuple[Path, ...]
-
-    @classmethod
-    def open_files(
-        cls, path: Path, files: Sequence[Path], *, loss: str | None = None, step: str | None = None
-    ) -> Self:
-        if step is not None:
-            raise InputError(f"{path}: TensorBoard files have steps of their own; leave out --step")
-        names: dict[str, None] = {}
-        for _, values in itertools.islice(_scalars(files), _PEEK):
-            names.update(dict.fromkeys(values))
-        if not names:
-            raise InputError(f"{path} holds no scalars: is it a TensorBoard event file?")
-        columns = choose_columns(names, source=path, loss=loss)
-        columns.pop(STEP, None)
-        return cls(path=path, columns=columns, files=tuple(files))
-
-    def blocks(self) -> Iterator[Block]:
-        return _gather(_scalars(self.files), self.columns, self.path)
-
-
-def _scalars(files: Sequence[Path]) -> Iterator[Record]:
-    with contextlib.redirect_stdout(io.StringIO()):  # its import and loader print notices
-        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-        from tensorboard.util.tensor_util import make_ndarray
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of a last record cut short
-    for file in files:
-        try:
-            for event in EventFileLoader(str(file)).Load():
-                for value in event.summary.value:
-                    if value.HasField("tensor"):
-                        tensor = make_ndarray(value.tensor)
-                        if tensor.size == 1 and np.issubdtype(tensor.dtype, np.number):
-                            yield float(event.step), {value.tag: float(tensor.reshape(()))}
-                    elif value.HasField("simple_value"):
-                        yield float(event.step), {value.tag: float(value.simple_value)}
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"{file} is not a TensorBoard event file: {error}") from None
 
 
 _RUN_SIGNALS = (LOSS, GRADIENT_NORM, LOSS_SCALES[0], LOSS_SCALES[1], LEARNING_RATE, SKIPPED)

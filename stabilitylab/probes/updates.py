@@ -142,6 +142,8 @@ class UpdateProbe:
         if not self._ready:
             return
         buffer, jobs = self._context.buffer, []
+        # Once: several optimizers', or ZeRO's, is put together when it is asked for.
+        states = optimizer.state
         for p, group in self._listed(optimizer):
             entry = self._updates.get(id(p))
             if entry is None or p.grad is None or not entry.update.sampled:
@@ -149,7 +151,7 @@ class UpdateProbe:
             update, slots = entry.update, entry.slots
             if not update.follow(local_part(p.detach())[0]):
                 continue
-            gradient, moments = local_part(p.grad)[0], _moments(optimizer.state.get(p, {}), group)
+            gradient, moments = local_part(p.grad)[0], _moments(states.get(p, {}), group)
             if slots.device.type == "cpu" and update.prepare(gradient, moments, buffer.address(slots)):
                 jobs.append(update.address)
             else:

@@ -104,7 +104,7 @@ def _show(scan: Scan, log: Log) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    notes = []
+    notes = list(getattr(log, "notes", ()))
     if STEP not in log.columns and log.path.is_file() and "tfevents" not in log.path.name:
         notes.append("no step column: steps are row numbers, from 0")
     if scan.sorted:
