@@ -54,6 +54,7 @@ class ChannelStatistics:
         self._centre: float | None = None
         self._s1_C: Array = np.zeros(channels)
         self._s2_C: Array = np.zeros(channels)
+        self._squares_C: Array = np.zeros(channels)
         self._s3 = self._s4 = 0.0
 
     @property
@@ -115,6 +116,8 @@ class ChannelStatistics:
         s1_C, s2_C = _numpy(y_RC.sum(0)), _numpy(y2_RC.sum(0))
         self._s1_C += s1_C
         self._s2_C += s2_C
+        # Of x itself: a channel far smaller than c, which outliers make large, would be lost in (x - c) + c.
+        self._squares_C += _numpy(torch.linalg.vector_norm(x_RC, dim=0, dtype=y_RC.dtype).double().square_())
         self._s3 += float(y_RC.mul_(y2_RC).sum())
         self._s4 += float(y2_RC.square_().sum())
         count = x_RC.numel()
@@ -152,9 +155,7 @@ class ChannelStatistics:
     @property
     def channel_rms(self) -> Array:
         """Each channel's root mean square."""
-        c = self._centre or 0.0
-        mean_square_C = (self._s2_C + 2 * c * self._s1_C) / self.positions + c * c
-        return np.asarray(np.sqrt(np.maximum(mean_square_C, 0.0)))
+        return np.asarray(np.sqrt(self._squares_C / self.positions))
 
     @property
     def kurtosis(self) -> float:

@@ -293,7 +293,9 @@ def test_a_spike_that_one_process_detects_is_answered_by_all(results, data, poli
     def apart(a, b):
         return max(abs(x[2] - y[2]) for x, y in zip(a["steps"], b["steps"], strict=True))
 
-    assert apart(zero, ours) <= MARGIN["fp32"] * max(apart(ours, other), 8 * 2.0**-23)
+    # Sums in another order may move a loss by a few units in its last place, also where these two happen to agree.
+    last_place = 2.0**-23 * max(loss for _, _, loss in ours["steps"])
+    assert apart(zero, ours) <= MARGIN["fp32"] * max(apart(ours, other), 8 * last_place)
 
 
 @pytest.fixture

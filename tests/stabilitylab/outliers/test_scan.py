@@ -96,11 +96,11 @@ def test_other_architectures(kind, tmp_path):
             "attention.output.dense",
             "attention.self.query",
             "intermediate.dense",
-            "residual stream",
             "output.dense",
             "pooler.dense",
+            "residual stream",
         ],
-        "gpt2": ["attn.c_attn", "attn.c_proj", "lm_head", "residual stream", "mlp.c_fc", "mlp.c_proj"],
+        "gpt2": ["attn.c_attn", "attn.c_proj", "lm_head", "mlp.c_fc", "mlp.c_proj", "residual stream"],
     }
     assert sorted(scan.roles()) == expected[kind]
     assert {one.positions for site, one in scan.sites if site.layer is not None} == {scan.tokens}

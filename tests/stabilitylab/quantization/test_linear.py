@@ -45,7 +45,7 @@ def tolerance(quantized: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     """What rounding inside a kernel may cost, element by element.
 
     Sums of K products in float32 err by at most K 2^-24 of the sum of magnitudes, scaling by a few 2^-24 more. Kernels that take
-    bf16 round x and the result (2^-9 each); int4 also rounds a term 8 scale x.
+    bf16, of 8 significant bits, round x and the result (2^-8 each); int4 also rounds a term 8 scale x.
     """
     rows = x.double().abs().reshape(-1, quantized.in_features)
     if quantized.smooth is not None:
@@ -61,7 +61,7 @@ def tolerance(quantized: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     few = x.reshape(-1, quantized.in_features).shape[0] <= packed.few_rows(quantized.scheme.bits)
     if few:
         span = stored.scales.double().amax() * 8 * rows.sum(1, keepdim=True) if stored.bits == 4 else 0
-        return 2.0**-8 * (terms + span)
+        return 2.0**-7 * (terms + span)
     return unit * (terms + rows.sum(1, keepdim=True) * stored.scales.double().amax() * 8)
 
 
