@@ -69,7 +69,8 @@ class Monitor:
             be None. One, or a sequence: each one's gradients are read before it steps, or before torch clips them. A
             wrapper that forwards to its ``optimizer`` (accelerate's) is looked through.
         out: run folder to make and write (Parquet, TensorBoard, events.jsonl): a path, or a ``RunFolder``
-            that the caller has claimed. None: only ``sinks``.
+            that the caller has claimed. None: only ``sinks``. Where it holds a run, this one supersedes that from its own
+            first step on.
         every: measure each n-th step; 0: only the step's own values. ``schedule`` says more.
         gradients_every: another cadence for the gradients.
         probes: what to measure; by default ``all_probes()``.
@@ -174,6 +175,7 @@ class Monitor:
         self._last: int | None = None
         self._next: int | None = None
         self._due = False
+        self._begun = False
         self._run_output: RunOutput | None = None
         self._probe_set.attach()
         try:
@@ -257,6 +259,8 @@ class Monitor:
         step = step_number(step)
         if not self._open():
             return []
+        if not self._begun:
+            self._begin(step)
         if self._last is not None and step <= self._last:
             reason = f"step {step} came after {self._last}"
             self._say_once(
@@ -289,6 +293,7 @@ class Monitor:
         if type(event.step) is not int:
             event = dataclasses.replace(event, step=step_number(event.step))
         if event.kind == "rewind":
+            self._begun = True
             # What was measured before belongs to the old history: it must reach the sinks first.
             self._queue.settle(wait=True)
             self._queue.post()
@@ -371,6 +376,22 @@ class Monitor:
         if self._closed:
             self._say_once("closed", "the monitor is closed: nothing is measured or recorded any more")
         return not self._closed
+
+    def _begin(self, step: int) -> None:
+        """The first step. Where the folder holds a run that went on beyond it, this one takes its place from here on: its
+        events, like its telemetry, are superseded."""
+        self._begun = True
+        output = self._run_output
+        if output is not None and output.last_held is not None and output.last_held >= step:
+            _log.warning(
+                "%s holds a run already, up to step %d: from step %d on this one takes its place",
+                output.run.path,
+                output.last_held,
+                step,
+            )
+            self.event(
+                Event(step=step, kind="rewind", data={"reason": "a run was begun again in its folder"})
+            )
 
     def _say_once(self, subject: str, message: str, *words: object) -> None:
         if subject not in self._said:

@@ -18,6 +18,7 @@ from stabilitylab.monitoring.schedule import Schedule
 from stabilitylab.monitoring.sink_thread import EventLog
 from stabilitylab.probes.base import Context
 from stabilitylab.runs.folder import RunFolder
+from stabilitylab.runs.parts import last_step
 from stabilitylab.runs.places import Places
 from stabilitylab.sinks.base import Sink
 
@@ -55,6 +56,8 @@ class RunOutput:
         try:
             self._structure = _described(model)
             self._write_structure()
+            # Of a run that was written here before: a script was run again, or goes on.
+            self.last_held = self._last_held()
             parquet: Sink = ParquetSink(self.run.telemetry)
         except BaseException:
             self.release()
@@ -81,6 +84,16 @@ class RunOutput:
             fresh.replace(file)
         except OSError as error:
             _log.warning("%s could not be written (%s): sites are read off their paths", file, error)
+
+    def _last_held(self) -> int | None:
+        """The last step that the folder holds something of; None where it holds nothing."""
+        try:
+            # A run's end stands at the number of its steps.
+            steps = [event.step for event in self.run.read_events() if event.kind != "run-end"]
+            recorded = last_step(self.run.telemetry)
+        except InputError:  # damaged, which is for its readers to report
+            return None
+        return max([*steps, *([recorded] if recorded is not None else [])], default=None)
 
     def explain(self, describe_batch: Callable[[int], list[str]] | None) -> None:
         """Say of each episode why it happened, now that everything about it is on disk."""

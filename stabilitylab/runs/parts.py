@@ -95,6 +95,28 @@ def step_limits(parts: Sequence[Part]) -> dict[int, int | None]:
     return limits
 
 
+def last_step(folder: Path) -> int | None:
+    """The last standing step of a telemetry folder, from the files' footers; None where nothing stands."""
+    parts = list_parts(folder)
+    limits = step_limits(parts)
+    found: list[int] = []
+    for part in parts:
+        metadata = pq.read_metadata(part.path)
+        column = SCHEMA.get_field_index("step")
+        groups = (
+            metadata.row_group(number).column(column).statistics for number in range(metadata.num_row_groups)
+        )
+        limit = limits[part.segment]
+        for statistics in groups:
+            if (
+                statistics is not None
+                and statistics.has_min_max
+                and (limit is None or statistics.min < limit)
+            ):
+                found.append(int(statistics.max if limit is None else min(statistics.max, limit - 1)))
+    return max(found, default=None)
+
+
 def write_part(table: pa.Table, part: Part) -> Part:
     """Write a table under a temporary name, push it to the disk, and give it its own name.
 

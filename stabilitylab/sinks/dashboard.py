@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from stabilitylab.runs.places import Places
 from stabilitylab.sinks.pictures import Grid
-from stabilitylab.telemetry import Key, Samples
+from stabilitylab.telemetry import SCALAR, Key, Samples
 
 if TYPE_CHECKING:
     from stabilitylab.runs.run import Run
@@ -181,7 +181,8 @@ class _Roles:
         shared = False
         for number, key in enumerate(keys):
             if key.family in ("train", "precision") and key.site == "-":
-                self.tags[number] = [f"{key.family}/{key.statistic}"]
+                place = f"/{key.index}" if key.index != SCALAR else ""
+                self.tags[number] = [f"{key.family}/{key.statistic}{place}"]
                 if key.metric in _DIRECT:
                     self.tags[number] = [_DIRECT[key.metric]]
                 self.role[number] = self.SCALAR

@@ -188,7 +188,9 @@ class TensorBoardSink:
     def _sketch(self) -> Sketch:
         """What the maps, the loss with its spikes and the list of spikes show now."""
         episodes = episodes_of(self._events)
-        losses = {step: cell[LOSS] for step, cell in sorted(self._overview.story.grid().cells.items())}
+        # A step may have a gradient norm and no loss.
+        story = sorted(self._overview.story.grid().cells.items())
+        losses = {step: cell[LOSS] for step, cell in story if LOSS in cell}
         rows = [_episode_cells(episode) for episode in reversed(episodes[-15:])]
         title = f"Spikes: {len(episodes)}" + (f", the last {len(rows)}" if len(rows) < len(episodes) else "")
         return Sketch(
@@ -245,7 +247,9 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(value: str) -> str:
-    return html.escape(" ".join(value.split())).replace("|", "&#124;")
+    plain = html.escape(" ".join(value.split()))
+    # What Markdown takes for a sign: __class__ would be bold, and without its lines.
+    return "".join(f"&#{ord(c)};" if c in "|_*`[]~\\" else c for c in plain)
 
 
 def _histograms(vectors: Mapping[str, np.ndarray]) -> list[Any]:

@@ -20,7 +20,9 @@ from stabilitylab import Monitor
 from stabilitylab.errors import InputError
 from stabilitylab.probes.everything import all_probes
 from stabilitylab.runs import load_run
+from stabilitylab.spikes import episodes_of
 from tests.stabilitylab.recording import Recording
+from tests.stabilitylab.sinks.event_files import scalars
 
 
 def small() -> nn.Sequential:
@@ -239,3 +241,24 @@ def test_parameters_that_join_the_optimizer_are_measured() -> None:
     (joined,) = sink.events
     assert (joined.kind, joined.step) == ("parameters-joined", 2)
     assert joined.data == {"parameters": ["0.1.weight", "0.1.bias"]}
+
+
+@pytest.mark.parametrize("first", [0, 60])
+def test_a_script_run_again_in_the_same_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: int
+) -> None:
+    """A run of 300 steps with a NaN at 200, then a healthy one of 100 steps, from the beginning or from step 60 on."""
+    for life, steps in enumerate((range(300), range(first, 100))):
+        with Monitor(nn.Linear(2, 2), out=tmp_path, every=10) as monitor:
+            for step in steps:
+                monitor.step(
+                    step, loss=math.nan if (life, step) == (0, 200) else 1.0 + life + 0.01 * (step % 3)
+                )
+    run = load_run(tmp_path)
+    assert episodes_of(run.events) == []
+    series = run.series("train/-/loss")
+    assert list(series.index) == list(range(100))
+    assert [int(series[step]) for step in (0, 59, 60, 99)] == [1 + (first == 0), 1 + (first == 0), 2, 2]
+    assert caplog.text.count("holds a run already, up to step 299") == 1
+    curve = scalars(tmp_path / "tensorboard", "Overview/1 loss")
+    assert sorted(curve) == list(range(100))

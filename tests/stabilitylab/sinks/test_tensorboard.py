@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -296,3 +297,26 @@ def test_the_main_branch_is_what_blocks_put_out() -> None:
     sites = ("layers.0", "layers.0.feed_forward.2", "layers.0.feed_forward.2:input", "layers.1")
     overview.steps(Samples.of((0, Key("activation", site, "absmax"), 1.0) for site in sites))
     assert list(overview.maps["branch"].grid().frames()[0].index) == ["layers.0", "layers.1"]
+
+
+@pytest.mark.parametrize("norm_at", [[0, 1, 2, 3], [1]])
+def test_a_gradient_norm_without_a_loss(tmp_path: Path, norm_at: list[int]) -> None:
+    """None at all, or at other steps."""
+    norm, other = Key("train", "-", "gradient_norm"), Key("train", "-", "accuracy")
+    sink = TensorBoardSink(tmp_path)
+    rows = [(step, norm if step in norm_at else other, 1.0 + step) for step in range(4)]
+    if len(norm_at) == 1:
+        rows += [(step, Key("train", "-", "loss"), 2.0) for step in (0, 3)]
+    sink.write(Samples.of(sorted(rows, key=lambda row: row[0])), [])
+    sink.close()
+    assert list(scalars(tmp_path, "Overview/2 gradient norm")) == norm_at
+
+
+def test_signs_of_markdown_are_shown_as_they_are(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    event = Event(step=3, kind="run-start", data={"model": "__class__ *a* `b` [c](d)"})
+    sink.write(Samples.of([(3, Key("train", "-", "loss"), 1.0)]), [event])
+    sink.close()
+    text = newest_text(tmp_path, "events")
+    assert html.unescape(text).count("__class__ *a* `b` [c](d)") == 1
+    assert not set("_*`[]") & set(text.splitlines()[-1])
