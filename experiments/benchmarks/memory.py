@@ -10,8 +10,9 @@ With N parameters, e bytes a number in the compute format, V x h the output matr
     ... in the update: an fp32 gradient: fp16 has 6 N
     activations  what a micro-batch keeps for its backward pass: ``glm.planning.memory.layer_activations`` a layer, and the
                  final norm's input. Half products computed in fp32 by hand keep the rounded softmax only, and q, k, v together
-    loss         peak of the vocabulary loss beyond its operands: gradients 4 V h + 4 n h, a chunk of logits twice, and fp32 copies
-                 of both operands where half products are computed in fp32. ``plain``: whole logits and their softmax, 8 n V
+    loss         peak of the vocabulary loss beyond its operands: gradients 4 V h + 4 n h, a chunk of logits twice, and in half
+                 precision fp32 copies of both operands, or of one and a product; where half products are native, of a chunk of
+                 the logits' gradient a half and an fp32 copy as well. ``plain``: whole logits and their softmax, 8 n V
 
 Measured: bytes of the tensors' storages, walked in a running engine; of activations what autograd is given to keep; of the loss the
 allocator's own record. Only ``loss`` is an allocator's trace, the rest leaves out what an allocator rounds up.
@@ -120,7 +121,10 @@ def formula(config: TrainConfig) -> dict[str, float]:
     matrix, targets = shape.vocabulary * shape.hidden, tokens
     chunk = min(targets, max(1, CHUNK_ELEMENTS // shape.vocabulary)) * shape.vocabulary
     loss = 4 * matrix + 4 * targets * shape.hidden + 8 * chunk
-    loss += 4 * (matrix + targets * shape.hidden) if by_hand else 0
+    if e == 2:
+        loss += 4 * (matrix + targets * shape.hidden)
+    if e == 2 and not by_hand:
+        loss += 6 * chunk
     wide = 4 if config.precision == "bf16" else 0
     return {
         "weights": e * n,
