@@ -36,11 +36,13 @@ SCALAR = -1
 LOSS = "train/-/loss"
 GRADIENT_NORM = "train/-/gradient_norm"
 LEARNING_RATE = "train/-/learning_rate"
+BATCH_SIZE = "train/-/batch_size"
+DATA_PHASE = "train/-/data_phase"
 SKIPPED = "train/-/skipped"
 LOSS_SCALES = ("precision/-/loss_scale", "train/-/loss_scale")
 
 # Kinds of event around which a run is watched closely, and of which a person is told at once.
-ALARMS = frozenset({"spike", "divergence", "non-finite", "loss-scale-collapse"})
+ALARMS = frozenset({"spike", "divergence", "non-finite", "loss-scale-collapse", "dead", "frozen"})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -110,10 +112,10 @@ class Event:
     """Something that happened at a step: a spike, a response, a checkpoint, a rewind.
 
     Kinds that the project writes: ``run-start``, ``run-end``, ``interrupted``, ``checkpoint``, ``rewind``, the detector's
-    ``hard-batch``, ``spike``, ``divergence``, ``non-finite``, ``loss-scale-collapse``, their ``diagnosis``, the
-    responder's ``response``, ``recovered`` (a damaged checkpoint was passed over), ``parameters-joined`` (an optimizer was
-    given more of them), ``gradients-changed`` (a loop clips by hand, so gradients are recorded after it), and
-    ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training went on).
+    ``hard-batch``, ``spike``, ``divergence``, ``non-finite``, ``loss-scale-collapse``, ``dead``, ``frozen``, their
+    ``diagnosis``, the responder's ``response``, ``recovered`` (a damaged checkpoint was passed over), ``parameters-joined``
+    (an optimizer was given more of them), ``gradients-changed`` (a loop clips by hand, so gradients are recorded after it),
+    and ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training went on).
     """
 
     step: int

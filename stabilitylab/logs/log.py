@@ -11,6 +11,8 @@ names are compared in lower case with ``/``, ``-`` and blanks as ``_`` and witho
 | loss scale | loss_scale, scale, grad_scale |
 | learning rate | lr, learning_rate |
 | skipped | skipped, overflow |
+| batch size | batch_size, global_batch_size |
+| phase of the data | data_phase, curriculum_step, curriculum_seqlen, sequence_length, seq_length |
 
 Columns of evaluation (valid, val, eval, test) are never the training loss. An empty cell or ``null`` is a
 value that was not logged; ``nan`` and ``inf`` are values that were. Without a step column the row number is
@@ -28,7 +30,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS, LOSS_SCALES, SKIPPED
+from stabilitylab.telemetry import (
+    BATCH_SIZE,
+    DATA_PHASE,
+    GRADIENT_NORM,
+    LEARNING_RATE,
+    LOSS,
+    LOSS_SCALES,
+    SKIPPED,
+)
 
 STEP = "step"
 _NAMES: Mapping[str, tuple[str, ...]] = {
@@ -38,6 +48,8 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     LOSS_SCALES[0]: ("loss_scale", "scale", "grad_scale"),
     LEARNING_RATE: ("lr", "learning_rate"),
     SKIPPED: ("skipped", "overflow"),
+    BATCH_SIZE: ("batch_size", "global_batch_size"),
+    DATA_PHASE: ("data_phase", "curriculum_step", "curriculum_seqlen", "sequence_length", "seq_length"),
 }
 EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|test|dev)(_|$)")
 BLOCK_ROWS = 65_536

@@ -1,76 +1,74 @@
-"""What a signal is expected to be next, and how far off is too far: a robust, trend-aware baseline.
+"""What a signal is expected to be next, and how far off is too far: a baseline that learns before it judges.
 
-Three numbers are kept of the values x_1, x_2, ... that were accepted as ordinary; each costs O(1) memory:
+Ordinary values are taken in by blocks of 16, x_1 ... x_16. A block moves
 
-    level     f <- f + (x - f)/8                                exponential mean over about the last 15 values
-    sigma     the larger of two estimates of the noise,
-              d <- d + (c |x_t - 2 x_{t-1} + x_{t-2}| - d)/64    c = sqrt(pi/2)/sqrt(6): second differences
-              u <- u + (sqrt(2 pi) max(x - f, 0) - u)/64         upward residuals
-    creep     g <- g + (f - g)/2 once every 16 values, and the   for excursions too slow to be seen
-              lowest g so far                                    from one value to the next
+    level     m <- median of the block                                   seven wild values in sixteen do not move it
+    scales    of the residual of single values, r = x - m, and of means of 4 and of 16 of them, each
 
-Why second differences: a straight trend cancels in them, so a falling loss does not inflate sigma as it
-inflates a rolling standard deviation (and with it hides the spikes on the fall). For white noise of deviation
-s they have mean absolute value s sqrt(6) sqrt(2/pi), hence c. Why upward residuals too: in a log of averaged
-values neighbours are correlated and second differences underestimate; residuals do not, and counting only the
-upward ones keeps a fall out of them, where x < f.
+                  s <- s exp(g (A - 1)),   A = mean of min(z, 2)^2 over z = max(r, 0) / s, times 2 / .92
 
-A value is judged by its residual r = x - f:
+              an M-estimate (Huber 1964) by stochastic approximation: A = 1 where s is a Gaussian's deviation
+    ripple    the same of second differences c |x_t - 2 x_{t-1} + x_{t-2}|, c = 1/sqrt(6)
+    creep     a slow mean of levels, and the lowest that it has been
 
-    r <= band  = max(3 k sigma, 2/3 of floor)    ordinary: enters the baseline
-    r >  limit = max(7 k sigma, floor)           out: an excursion begins; enters nothing
-    between the two                              doubtful: enters nothing; four in a row are an excursion too
+The level that a residual is taken from is the one of the block *before*, as it is when a value is judged. So a scale
+is that of the very statistic it is used for: where neighbours are correlated (an AR(1) of .9, an averaged log) the
+mean of four scatters as much as one value, and its scale says so. Counting the upper half only, and from the line of
+the fall where the block lies lower, keeps a falling trend out. The first two blocks are learned from as a whole (the
+second one's deviation about a straight line), and a value before is judged only if it is half as high again as any of
+the last three and 10 deviations off. The first blocks' scales shrink fast: they were learned on the steepest fall.
 
-On a fall f lags behind; there a value that stands over the limit above both of the last two is out as well.
+A single value is
 
-The spread k is 1 while single values over the band are rare, as in Gaussian noise (1 in 740). Where they
-come more often than once in 32 values they are the noise's own tail: each multiplies k by 1.1, and 32 values
-without one divide it by 1.1, so k settles where the band holds 97 % of the values (stochastic approximation
-of a quantile, Robbins and Monro 1951). Values of a spike do not count: a run full of spikes keeps its k.
+    r <= band  = max(3 k s1, 2/3 floor)      ordinary
+    r >  limit = max(7 k^2 s1, floor)        out: an excursion begins
 
-``floor`` is the smallest rise that is worth a word whatever the noise: 3 % of the level of a loss, a factor
-of 2 of a norm. 7 sigma is the rarity that OLMo 2's spike score uses (2501.00656, section 3.1). A Gaussian
-value is doubtful once in 740, four in a row once in 3e11. The estimates of sigma clip what they take at 3 and
-6 sigma (2.4 sigma of a second difference or of an upward residual), so that one tail value moves them by at
-most 8 %.
+and an excursion begins too where the mean of four residuals, each clipped at the limit of ordinary, exceeds 7 s4, or
+that of a block 7 s16. Seven deviations are the rarity that OLMo 2's spike score uses (2501.00656, section 3.1). The
+tail factor k is 1 in Gaussian noise; where more than one value in a hundred lies over the band, each multiplies k by
+1.1 (a quantile by stochastic approximation, Robbins and Monro 1951), and a tail that is heavy at 3 s goes on being
+heavy beyond, hence k^2: a single value tells little there, means of four still do.
 
-Limits: on a steep fall f lags the curve by 7 slopes, which makes the run's first tens of values less sensitive
-to what is smaller than a jump. Sigma has a relative error of about 8 % (64 correlated values); the gap between 3 and 7
-is there to absorb it.
+``floor`` is the smallest rise worth a word whatever the noise: 3 % of the level of a loss for a single value, .6 of it
+for means; a factor of 2 of a norm. It vanishes with the level, so a loss around zero is judged by its noise alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
-LEVEL_GAIN = 1 / 8
-SIGMA_GAIN = 1 / 64
-CREEP_GAIN = 1 / 2
+BLOCK = 16
+GROUP = 4
+LEARNED_FROM = 2 * BLOCK
 BAND_SIGMAS = 3.0
 LIMIT_SIGMAS = 7.0
 BAND_SHARE = 2 / 3
+MEAN_SHARE = 0.6
+# Scales are known to some 20 % after two blocks, to 8 % later: the limit is wider at first.
+UNSURE = 0.5
+FEW_VALUES = 3
+FEW_SHARE = 0.5
+FEW_SIGMAS = 10.0
+LEAST = 1e-150  # its square is a number
+CLIP = 2.0
+CLIPPED_SQUARE = 0.9205  # E min(z, 2)^2 of a Gaussian: P(|z| < 2) - 4 phi(2) + 4 P(|z| > 2)
+# How fast a block moves the scales: s1 has 16 residuals in it, s4 four means, s16 one.
+GAINS = (1 / 16, 1 / 20, 1 / 24)
+EARLY_BLOCKS = 7
+TAIL_STEP = 1.1
+TAIL_DECAY = TAIL_STEP ** (-BLOCK / 100)
+MOST_TAIL = 4.0
 FALL_SIGMAS = 2.0
-SPREAD_STEP = 1.1
-SPREAD_DECAY = SPREAD_STEP**-0.5  # a block of 16 values
-# A rise of the slow mean over its own minimum. Its noise is 0.15 sigma, so over 1e6 values (6e4 of g) its
-# extremes lie +-0.65 sigma from its centre: 2.5 sigma is out of reach of noise. Twice the floor, since a slow
-# wander is no excursion yet.
-CREEP_SIGMAS = 2.5
-CREEP_FLOORS = 2.0
-# Before anything is known the noise is taken as 2.5 % of the first value: fresh runs log their loss to within
-# a few per cent.
-PRIOR = 0.025
-# The noise of the first values weighs like so many; a fresh curve's early noise is forgotten as the run goes on (2/n).
-PRIOR_WEIGHT = 8
-# Half of the upward residuals are zero, so that estimate starts at nothing and learns more slowly.
-UPWARD_WEIGHT = 16
-
-SECOND_DIFFERENCE = math.sqrt(math.pi / 2) / math.sqrt(6)
-UPWARD = math.sqrt(2 * math.pi)
+CREEP_GAIN = 1 / 2
+CREEP_SIGMAS = 8.0
+CREEP_SHARE = 0.15
+RIPPLE = 1 / math.sqrt(6)
+MAD = 1.4826
 
 
 @dataclass(slots=True)
@@ -80,111 +78,145 @@ class Baseline:
     Args:
         relative_floor: floor as a share of |level|.
         absolute_floor: floor in the signal's own unit; the larger of the two counts.
-        prior: deviation assumed at first; a share of the first value where the floor is relative, else
-            absolute.
     """
 
     relative_floor: float
     absolute_floor: float
-    prior: float = PRIOR
-    count: int = 0  # values of this stretch
-    learned: int = 0  # values that sigma was learned from, over all stretches
+    blocks: int = 0  # blocks learned from, over all stretches
     level: float = 0.0
-    difference_sigma: float = 0.0
-    upward_sigma: float = 0.0
-    previous: float | None = None
-    before_previous: float | None = None
+    scale1: float = 0.0
+    scale4: float = 0.0
+    scale16: float = 0.0
+    ripple: float = 0.0
+    tail: float = 1.0
     slow: float = 0.0
     lowest: float = 0.0
-    lowest_sigma: float = 0.0  # sigma when it was that low
-    spread: float = 1.0
+    quantum: float = 0.0  # values are printed in steps of this, as far as can be seen
+
+    @property
+    def known(self) -> bool:
+        """Whether the noise has been learned."""
+        return self.blocks > 0
 
     @property
     def sigma(self) -> float:
-        return max(self.difference_sigma, self.upward_sigma)
+        """Deviation of a single value about the level."""
+        return max(self.scale1, self.ripple, self.quantum)
 
     @property
     def floor(self) -> float:
         return max(self.relative_floor * abs(self.level), self.absolute_floor)
 
+    def unsure(self) -> float:
+        return 1.0 + UNSURE / self.blocks if self.blocks else math.inf
+
     def band(self) -> float:
         """Residuals up to here are ordinary."""
-        return max(BAND_SIGMAS * self.sigma * self.spread, BAND_SHARE * self.floor)
+        return max(BAND_SIGMAS * self.sigma * self.tail, BAND_SHARE * self.floor)
 
     def limit(self) -> float:
-        """Residuals above this begin an excursion at once."""
-        return max(LIMIT_SIGMAS * self.sigma * self.spread, self.floor)
+        """Single residuals above this begin an excursion."""
+        return max(LIMIT_SIGMAS * self.sigma * self.tail**2 * self.unsure(), self.floor)
 
-    def jumped(self, value: float) -> bool:
-        """On a fall the level lags: whether ``value`` stands over the limit above the last two values instead.
+    def limit_of_four(self) -> float:
+        scale = max(self.scale4, self.sigma / 2)
+        return max(LIMIT_SIGMAS * scale * self.tail * self.unsure(), MEAN_SHARE * self.floor)
 
-        They count when both lie 2 sigma under the level, as two neighbours do once in 2,000 in noise without a trend.
-        """
-        previous, before, sigma = self.previous, self.before_previous, self.sigma
-        if previous is None or before is None or self.level - max(previous, before) <= FALL_SIGMAS * sigma:
-            return False
-        bend = SECOND_DIFFERENCE * abs(value - 2 * previous + before)
-        return value - max(previous, before) > self.limit() and bend > BAND_SIGMAS * sigma
-
-    def drop_to_recent(self) -> None:
-        """Set the level to where the last two values were."""
-        self.level = max(x for x in (self.previous, self.before_previous) if x is not None)
+    def limit_of_block(self) -> float:
+        scale = max(self.scale16, 0.7 * self.scale4, self.sigma / 4)
+        return max(LIMIT_SIGMAS * scale * self.unsure(), MEAN_SHARE * self.floor)
 
     def creep(self) -> float:
         """How far the slow mean stands above its lowest value, as a share of what would be an excursion."""
-        return 0.0 if self.slow <= self.lowest else (self.slow - self.lowest) / self.creep_limit()
+        return (self.slow - self.lowest) / self.creep_limit() if self.slow > self.lowest else 0.0
 
     def creep_limit(self) -> float:
-        # A run that slowly diverges grows noisier, too: its noise then must not hide the climb.
-        sigma = min(self.sigma, 2 * self.lowest_sigma)
-        return max(CREEP_SIGMAS * sigma, CREEP_FLOORS * self.floor, 1e-300)
+        share = CREEP_SHARE * abs(self.lowest) if self.relative_floor else 0.0
+        return max(CREEP_SIGMAS * self.sigma, share, self.absolute_floor, 1e-300)
 
-    def start(self, value: float) -> None:
-        """Begin, or begin again, at ``value``. What is known of the noise is kept."""
-        if self.difference_sigma == 0.0:
-            self.difference_sigma = self.prior * (abs(value) if self.relative_floor else 1.0)
-        self.count = 1
-        self.level = self.slow = self.lowest = value
-        self.lowest_sigma = self.sigma
-        self.previous, self.before_previous = value, None
+    # ---------------------------------------------------------------------------------------------- learning
 
-    def accept(self, value: float) -> None:
-        """Take an ordinary value in."""
-        residual = value - self.level
-        count = self.count = self.count + 1
-        clip = BAND_SIGMAS * self.sigma
-        self.level += max(LEVEL_GAIN, 1 / count) * residual
-        self.learned += 1
-        up = UPWARD * residual if residual > 0 else 0.0
-        gain = max(SIGMA_GAIN, 1 / (self.learned + UPWARD_WEIGHT))
-        self.upward_sigma += gain * (min(up, 2 * clip) - self.upward_sigma)
-        if self.previous is not None and self.before_previous is not None:
-            gain = max(SIGMA_GAIN, 2 / (self.learned + PRIOR_WEIGHT))
-            bend = SECOND_DIFFERENCE * abs(value - 2 * self.previous + self.before_previous)
-            self.difference_sigma += gain * (min(bend, clip) - self.difference_sigma)
-        self.before_previous, self.previous = self.previous, value
+    def suppose(self, values: Sequence[float]) -> float:
+        """Take the few values that there are for the level and the noise; returns the rise that would be out at any noise."""
+        last = values[-BLOCK // 2 :]
+        self.level = median(last)
+        least = FEW_SHARE * abs(self.level) / FEW_SIGMAS if self.relative_floor else self.absolute_floor
+        self.scale1 = max(_deviation_about_line(last), ripple_of(values), 0.25 * least)
+        return max(FEW_SIGMAS * self.scale1, FEW_SIGMAS * least)
 
-    def settle(self) -> None:
-        """Once every 16 accepted values: take the level into the slow mean, and let the spread shrink."""
-        self.spread = max(1.0, self.spread * SPREAD_DECAY)
+    def learn_first(self, values: Sequence[float]) -> None:
+        """Learn everything from the first values of a stretch."""
+        self.level = self.slow = self.lowest = median(values[-BLOCK:])
+        # The first half of a run's first values is its steepest fall, and no noise.
+        sigma, ripple = _deviation_about_line(values[-BLOCK:]), ripple_of(values)
+        self._see_quantum(values)
+        if self.blocks and self.scale1 > 0:  # a new stretch of a run whose noise is known
+            sigma = max(sigma, 0.5 * self.scale1)
+        self.scale1, self.ripple = sigma, ripple
+        # Means are taken as half as noisy for each fourfold, once correlated neighbours have been allowed for.
+        self.scale4 = max(0.5 * max(sigma, ripple), _deviation_of_means(values[-BLOCK:]))
+        self.scale16 = 0.7 * self.scale4
+        self.blocks = max(1, self.blocks)
+
+    def learn(self, block: Sequence[float]) -> None:
+        """Take a block of ordinary values in; ``known`` must hold."""
+        level, n = self.level, len(block)
+        # On a fall the whole block lies below: what it scatters by is seen from the line that it falls along.
+        middle = median(block)
+        if middle < level:
+            slope = (middle - level) / n
+            start = middle - slope * (n - 1) / 2
+            residuals = [x - start - slope * i for i, x in enumerate(block)]
+        else:
+            residuals = [x - level for x in block]
+        floor = max(self.quantum, 1e-9 * abs(level), LEAST)
+        early = 1 / (self.blocks + EARLY_BLOCKS)
+        gain1, gain4, gain16 = (max(gain, early) for gain in GAINS)
+        if self.blocks < EARLY_BLOCKS:  # what was learned on the steepest part of the fall is forgotten fast
+            own, ripple = MAD * median([abs(r) for r in residuals]), ripple_of(block)
+            self.scale1 = min(self.scale1, math.sqrt(self.scale1 * max(own, floor)))
+            self.ripple = min(self.ripple, math.sqrt(self.ripple * max(ripple, floor)))
+        self.scale1 = _moved(max(self.scale1, floor), residuals, gain1)
+        clip = BAND_SIGMAS * self.scale1 * self.tail
+        clipped = [r if r < clip else clip for r in residuals]
+        fours = [sum(clipped[i : i + GROUP]) / GROUP for i in range(0, n - GROUP + 1, GROUP)]
+        if self.blocks < EARLY_BLOCKS:
+            own = MAD * median([abs(r) for r in fours])
+            self.scale4 = min(self.scale4, math.sqrt(self.scale4 * max(own, 0.5 * self.scale1)))
+        self.scale4 = min(_moved(max(self.scale4, 0.25 * floor), fours, gain4), self.scale1)
+        self.scale16 = min(_moved(max(self.scale16, 0.1 * floor), [sum(clipped) / n], gain16), self.scale4)
+        bends = [RIPPLE * abs(a - 2 * b + c) for a, b, c in zip(block, block[1:], block[2:], strict=False)]
+        self.ripple = _moved(max(self.ripple, floor), bends, gain1, two_sided=True)
+        self.level = middle
+        self.tail = max(1.0, self.tail * TAIL_DECAY)
+        self.blocks += 1
+        if self.quantum:
+            self._see_quantum(block)
         self.slow += CREEP_GAIN * (self.level - self.slow)
-        if self.slow <= self.lowest:
-            self.lowest, self.lowest_sigma = self.slow, self.sigma
+        if self.slow < self.lowest:
+            self.lowest = self.slow
 
     def exceeded(self, values: int) -> None:
         """So many values over the band turned out to be no excursion of the run's state."""
-        self.spread *= SPREAD_STEP**values
+        if values:
+            self.tail = min(MOST_TAIL, self.tail * TAIL_STEP**values)
 
     def shift(self, by: float) -> None:
         """The signal's unit has changed: the whole baseline moves."""
         self.level += by
         self.slow += by
         self.lowest += by
-        self.forget_neighbours()
 
-    def forget_neighbours(self) -> None:
-        """The next value is not the successor of the last one: no differences across the gap."""
-        self.previous = self.before_previous = None
+    def _see_quantum(self, values: Sequence[float]) -> None:
+        """Where most neighbours are equal or one smallest step apart, the values were rounded to such steps."""
+        steps = sorted(abs(a - b) for a, b in pairwise(values) if a != b)
+        if not steps:
+            return
+        least = steps[0]
+        rounded = sum(abs(s / least - round(s / least)) < 1e-3 for s in steps) == len(steps)
+        self.quantum = least if rounded and steps[len(steps) // 2] <= 8 * least else 0.0
+
+    # ------------------------------------------------------------------------------------------------- state
 
     def state(self) -> tuple[Any, ...]:
         """Everything that changes, in a fixed order."""
@@ -196,5 +228,49 @@ class Baseline:
             setattr(self, name, value)
 
 
-_CHANGING = tuple(field.name for field in fields(Baseline))[3:]
+def _moved(scale: float, values: Sequence[float], gain: float, *, two_sided: bool = False) -> float:
+    """One step of the M-estimate's stochastic approximation."""
+    bound = CLIP * scale
+    total = 0.0
+    for x in values:
+        if x > 0.0:
+            total += bound * bound if x > bound else x * x
+    if not two_sided:
+        total *= 2.0
+    return scale * math.exp(gain * (total / (len(values) * scale * scale * CLIPPED_SQUARE) - 1.0))
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle of at least one value."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else 0.5 * (ordered[half - 1] + ordered[half])
+
+
+def _deviation_about_line(values: Sequence[float]) -> float:
+    """A robust deviation about the line through the medians of both halves: 1.48 times the median residual."""
+    n, half = len(values), len(values) // 2
+    if n < 4:
+        return 0.0
+    first, second = median(values[:half]), median(values[half:])
+    slope = (second - first) / (n - half)
+    middle = 0.5 * (first + second)
+    residuals = [x - (middle + slope * (i - (n - 1) / 2)) for i, x in enumerate(values)]
+    absolute = sorted(abs(r) for r in residuals)
+    return max(MAD * median(absolute), absolute[int(0.8 * n)] / 1.2816)
+
+
+def _deviation_of_means(values: Sequence[float]) -> float:
+    means = [sum(values[i : i + GROUP]) / GROUP for i in range(0, len(values) - GROUP + 1, GROUP)]
+    return _deviation_about_line(means)
+
+
+def ripple_of(values: Iterable[float]) -> float:
+    """A robust deviation from second differences."""
+    x = list(values)
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(x, x[1:], x[2:], strict=False)]
+    return MAD * RIPPLE * median(bends) if bends else 0.0
+
+
+_CHANGING = tuple(field.name for field in fields(Baseline))[2:]
 _STATE = attrgetter(*_CHANGING)

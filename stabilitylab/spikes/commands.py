@@ -26,7 +26,9 @@ def spikes(
     loss: str | None = None,
     step: str | None = None,
 ) -> None:
-    """Find spikes, hard batches, divergences and loss-scale collapses in a training log.
+    """Find spikes, hard batches, divergences, non-finite, dead and frozen losses, and loss-scale collapses in a log.
+
+    "level" is the baseline before an episode, and after it; "told" the step at which a watch of the run would have said so.
 
     Args:
         log: a CSV, JSONL, Parquet or TensorBoard event file, a folder of event files, or a run folder.
@@ -95,6 +97,8 @@ def _show(scan: Scan, log: Log) -> None:
     console = Console()
     if scan.episodes:
         console.print(_table(scan.episodes, log.path.name))
+        for numbers, said in _what_else(scan.episodes):
+            console.print(f"{numbers}: {said}", highlight=False, soft_wrap=True)
     count = Counter(episode.kind for episode in scan.episodes)
     found = ", ".join(f"{count[kind]} {kind}" for kind in KINDS if count[kind]) or "no episodes"
     console.print(f"{log.path.name}: {found} in {scan.values:,} loss values", highlight=False, soft_wrap=True)
@@ -111,6 +115,15 @@ def _show(scan: Scan, log: Log) -> None:
         notes.append("the log was not in the order of its steps and has been sorted")
     if scan.not_logged:
         notes.append(f"{scan.not_logged:,} rows hold no loss")
+    if scan.zeros:
+        notes.append(
+            f"{scan.zeros:,} losses are exactly 0, the first at step {scan.first_zero}: "
+            "a filter for NaN writes that"
+        )
+    if scan.period is not None:
+        notes.append(f"the loss goes in waves of {scan.period:,} steps, as a small shuffle buffer makes it")
+    if scan.recorded:
+        notes.append("the episodes are those that the run recorded")
     if scan.values < 3:
         notes.append("too few values to tell an excursion from the rest")
     for sentence in _explanations(log):
@@ -129,8 +142,8 @@ def _explanations(log: Log) -> list[str]:
 def _table(episodes: list[Episode], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("#", justify="right")
-    table.add_column("kind")
-    for name in ("onset", "peak", "end", "height"):
+    table.add_column("kind", no_wrap=True)
+    for name in ("onset", "peak", "end", "height", "level", "told"):
         table.add_column(name, justify="right")
     table.add_column("signal")
     for number, one in enumerate(episodes, start=1):
@@ -139,8 +152,27 @@ def _table(episodes: list[Episode], title: str) -> Table:
             one.kind,
             str(one.onset),
             str(one.peak),
-            "open" if one.end is None else str(one.end),
+            "open" if one.end is None or one.to_the_end else str(one.end),
             "" if one.height is None else f"{one.height:.3g}",
+            _levels(one),
+            "afterwards" if one.told is None else str(one.told),
             one.signal,
         )
     return table
+
+
+def _levels(one: Episode) -> str:
+    if one.level is None:
+        return ""
+    return f"{one.level:.4g}" + ("" if one.end_level is None else f" -> {one.end_level:.4g}")
+
+
+def _what_else(episodes: list[Episode]) -> list[tuple[str, str]]:
+    """Reasons and precursors, each with the numbers of the episodes it holds for."""
+    numbers: dict[str, list[int]] = {}
+    for number, one in enumerate(episodes, start=1):
+        leads = sorted(one.precursors.items(), key=lambda item: -item[1])
+        said = [f"{name} left {f'{lead} steps before' if lead else 'with it'}" for name, lead in leads[:3]]
+        if text := "; ".join([*([one.reason] if one.reason else []), *said]):
+            numbers.setdefault(text, []).append(number)
+    return [(", ".join(map(str, several)), text) for text, several in numbers.items()]

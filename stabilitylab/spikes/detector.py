@@ -6,7 +6,7 @@
             ...
     detector.finish()
 
-It works from the loss alone. Each value costs a few comparisons, and memory does not grow with the run. What
+It works from the loss alone. Each value costs microseconds, and memory does not grow with the run. What
 may come with the loss makes its verdicts better:
 
 - *companions* (gradient norm, update RMS, attention maxima, any other positive number) are judged by their
@@ -14,51 +14,44 @@ may come with the loss makes its verdicts better:
   its length alone would say hard batch: a bad batch moves loss and gradient in the same step, a bad state
   shows in the gradient first (BLOOM's gradient norm had risen fourfold four steps before its loss). Their
   leads stand in ``data["precursors"]``. The gradient norm alone makes an episode once it is four times its
-  level and out for three values.
+  level and out for three values, unless the loss is in one already.
 - the *loss scale* gives ``loss-scale-collapse``; and a norm that jumps by the very factor of the scale is the
   norm of the scaled gradient, and is taken as such.
-- a change of the *learning rate* by half or more within the last 64 steps is noted in
-  ``data["learning_rate_change"]``.
+- the *causes* that a log names itself, within 64 steps before an onset, stand in ``data["reason"]`` as a sentence: a
+  learning rate changed by half or more, a batch size by a twentieth or more, another phase of the data. A changed rate
+  stands in ``data["learning_rate_change"]`` as a factor, too.
 - ``skipped``: an overflow that a loss scaler (scale above 1) catches is routine: its non-finite norm is not
   an event.
 
 NaN is a value and makes the event ``non-finite``; a value that was not logged is left out of ``values``.
-Neither enters a baseline nor interrupts the watch. Values of one step may come in several calls; the second
-value of a signal at a step is ignored; a step that goes back is a restart (see ``excursion.py``).
+Neither enters a baseline nor interrupts the watch. A loss that is exactly 0 while the norm is not finite is what a NaN
+filter wrote, and part of the same burst. Values of one step may come in several calls; the second value of a signal at
+a step is ignored; a step that goes back is a restart: what it supersedes is forgotten (see ``excursion.py``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 from stabilitylab.spikes.baseline import Baseline
 from stabilitylab.spikes.excursion import Change, Excursions
 from stabilitylab.spikes.loss_scale_collapse import ScaleWatch
-from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS, LOSS_SCALES, SKIPPED, Event
+from stabilitylab.spikes.reasons import REASONS, Reasons
+from stabilitylab.spikes.stillness import HOLE, Burst, Stillness, is_finite
+from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES, SKIPPED, Event
 
 # Numbers of a step that say nothing of its health.
 IGNORED = frozenset(f"train/-/{name}" for name in ("tokens", "targets", "seconds", "data_seconds"))
+_NO_COMPANIONS = IGNORED | set(LOSS_SCALES) | REASONS | {SKIPPED}
 
 LOSS_FLOOR = 0.03
 FACTOR_OF_TWO = math.log(2)
-NORM_PRIOR = 0.3  # natural log: norms of fresh runs scatter by a third
 NORM_FACTOR = math.log(4)
 NORM_VALUES = 3
 LEAD_STEPS = 64
-RATE_FACTOR = 1.5
-
-
-@dataclass(slots=True)
-class _Burst:
-    """Non-finite values in a row."""
-
-    episode: int
-    onset: int
-    end: int
-    seen: str
 
 
 class SpikeDetector:
@@ -73,16 +66,18 @@ class SpikeDetector:
         self.loss = loss
         self.gradient_norm = gradient_norm
         self._loss = Excursions(Baseline(LOSS_FLOOR, 0.0), creep=True)
+        self._stillness = Stillness()
+        self._still: Burst | None = None  # the loss is dead or frozen; ``seen`` says which
         self._companions: dict[str, Excursions] = {}
         self._left: dict[str, list[int]] = {}  # companion -> onset and last step of its latest excursion
-        self._bursts: dict[str, _Burst] = {}
+        self._bursts: dict[str, Burst] = {}
         self._scale = ScaleWatch()
         self._scale_signal = LOSS_SCALES[0]
-        self._rate: float | None = None
-        self._rate_change: tuple[int, float] | None = None
+        self._reasons = Reasons()
         self._episode = 0
         self._open: dict[str, int] = {}  # signal -> number of its open episode
         self._precursors: dict[str, int] = {}
+        self._onset_reason: dict[str, Any] = {}
 
     # -------------------------------------------------------------------------------------------------
     # updates
@@ -97,20 +92,17 @@ class SpikeDetector:
         events: list[Event] = []
         skipped = bool(values.get(SKIPPED, 0.0))
         scale_ratio = 1.0
+        if self._loss.last_step is not None and step < self._loss.last_step and self.loss in values:
+            self._go_back(step)
         for name in LOSS_SCALES:
             if name in values:
                 scale_ratio = self._take_scale(step, name, float(values[name]), events)
-        if LEARNING_RATE in values:
-            self._take_rate(step, float(values[LEARNING_RATE]))
+        for name in REASONS & values.keys():
+            self._reasons.update(step, name, float(values[name]))
         for name, value in values.items():
-            if (
-                name == self.loss
-                or name in IGNORED
-                or name in LOSS_SCALES
-                or name in (LEARNING_RATE, SKIPPED)
-            ):
+            if name == self.loss or name in _NO_COMPANIONS:
                 continue
-            if not math.isfinite(value):
+            if not is_finite(value):
                 if not skipped and self._scale.scale <= 1.0:
                     events += self._take_non_finite(step, name, value)
                 continue
@@ -118,24 +110,24 @@ class SpikeDetector:
             if value > 0:
                 self._take_companion(step, name, math.log(value), scale_ratio, events)
         if self.loss in values:
-            value = float(values[self.loss])
-            if not math.isfinite(value):
-                self._loss.pass_over(step)
-                events += self._take_non_finite(step, self.loss, value)
-            else:
-                events += self._end_burst(step, self.loss)
-                events += self.tell(step, self._loss.update(step, value))
+            self._take_loss(step, float(values[self.loss]), events)
         return events
 
     def finish(self) -> list[Event]:
         """The run ends: close what is open."""
         events: list[Event] = []
         for name, burst in list(self._bursts.items()):
-            events += self._end_burst(burst.end, name)
+            events += self._end_burst(burst.end, name, now=True)
+        if self._still is not None:
+            events.append(
+                self._still_event(self._still.end, self._still, "end", over=burst_is_over(self._still))
+            )
+            self._still = None
         for name, companion in self._companions.items():
             for change in companion.finish():
                 self._companion_change(companion.last_step or 0, name, change, events)
-        events += self.tell(self._loss.last_step or 0, self._loss.finish())
+        last = self._loss.last_step or 0
+        events += self.tell(last, self._loss.finish(), over=False)
         if self._scale.collapsed:
             events.append(self._scale_event(self._scale.last_step or 0, "end"))
             self._scale.collapsed = False
@@ -146,32 +138,80 @@ class SpikeDetector:
         """The loss's own state machine."""
         return self._loss
 
+    def companion(self, name: str) -> Excursions:
+        """A companion's state machine; it is there from its first value on."""
+        companion = self._companions.get(name)
+        if companion is None:
+            companion = self._companions[name] = Excursions(Baseline(0.0, FACTOR_OF_TWO), creep=False)
+        return companion
+
     @property
-    def has_burst(self) -> bool:
-        """Whether the latest value of some signal was not finite."""
-        return bool(self._bursts)
+    def stillness(self) -> Stillness:
+        """The loss's counter of equal values."""
+        return self._stillness
+
+    def ignores(self, name: str) -> bool:
+        """Whether only a change of this signal says anything."""
+        return name != self.loss and name in _NO_COMPANIONS
+
+    def is_quiet(self, name: str) -> bool:
+        """Whether nothing goes on that the next ordinary value of this signal would have to be told of."""
+        return name not in self._bursts and (name != self.loss or self._still is None)
 
     # -------------------------------------------------------------------------------------------------
     # signals
 
-    def tell(self, step: int, changes: Sequence[Change]) -> list[Event]:
-        """The events of what happened to the loss at ``step``."""
-        return [self._loss_event(step, change) for change in changes]
+    def tell(self, step: int, changes: Sequence[Change], *, over: bool = True) -> list[Event]:
+        """The events of what happened to the loss at ``step``; ``over``: an end is one that was seen."""
+        return [self._loss_event(step, change, over) for change in changes]
 
-    def _loss_event(self, step: int, change: Change) -> Event:
+    def _take_loss(self, step: int, value: float, events: list[Event]) -> None:
+        norm_burst = self._bursts.get(self.gradient_norm)
+        filtered = value == 0.0 and norm_burst is not None and norm_burst.finite == 0
+        if not is_finite(value) or filtered:
+            self._loss.pass_over(step)
+            if not filtered:
+                events += self._take_non_finite(step, self.loss, value)
+            return
+        events += self._end_burst(step, self.loss)
+        base = self._loss.baseline
+        known = base.known
+        still = self._stillness.update(
+            step, value, base.level if known else math.nan, base.band() if known else math.nan
+        )
+        if still is not None:
+            self._loss.pass_over(step)
+            if self._still is None:
+                events += self.tell(step, self._loss.finish())
+                self._episode += 1
+                since = self._stillness.since
+                self._still = Burst(self._episode, since, step, still, step)
+                events.append(self._still_event(step, self._still, "onset"))
+            self._still.end = step
+            self._still.finite = 0
+            return
+        if self._still is not None:
+            self._still.finite += 1
+            if not burst_is_over(self._still):
+                self._loss.pass_over(step)
+                return
+            events.append(self._still_event(step, self._still, "end"))
+            self._still = None
+        events += self.tell(step, self._loss.update(step, value))
+
+    def _loss_event(self, step: int, change: Change, over: bool) -> Event:
         now = change.excursion
         if change.phase == "onset":
             self._precursors = self._leads(now.onset)
+            self._onset_reason = self._reasons.before(now.onset, LEAD_STEPS)
         led = any(self._left[name][1] >= now.onset - 2 for name, lead in self._precursors.items() if lead > 0)
         if change.phase == "onset" and now.kind == "hard-batch" and led:
             now.kind = "spike"
             now.long_run = True
-        extra: dict[str, Any] = {"baseline": now.level}
+        extra: dict[str, Any] = {**self._onset_reason}
         if self._precursors:
             extra["precursors"] = dict(self._precursors)
-        if self._rate_change is not None and 0 <= now.onset - self._rate_change[0] <= LEAD_STEPS:
-            extra["learning_rate_change"] = self._rate_change[1]
-        return self._event(step, self.loss, change, now.height, extra)
+        return self._event(step, self.loss, change, extra, over=over)
 
     def _leads(self, onset: int) -> dict[str, int]:
         """Companions out of line at or up to 64 steps before ``onset``, with their lead in steps."""
@@ -184,48 +224,52 @@ class SpikeDetector:
     def _take_companion(
         self, step: int, name: str, value: float, scale_ratio: float, events: list[Event]
     ) -> None:
-        companion = self._companions.get(name)
-        if companion is None:
-            companion = self._companions[name] = Excursions(
-                Baseline(0.0, FACTOR_OF_TWO, NORM_PRIOR), creep=False
-            )
+        companion = self.companion(name)
         base = companion.baseline
-        if scale_ratio != 1.0 and base.count:
+        if scale_ratio != 1.0 and base.known:
             shift = math.log(scale_ratio)
             if abs(value - base.level - shift) < abs(value - base.level):
                 base.shift(shift)
+                companion.block = [x + shift for x in companion.block]
         for change in companion.update(step, value):
             self._companion_change(step, name, change, events)
         if companion.open is not None:
-            self._left[name] = [companion.open.onset, companion.open.end]
             now = companion.open
+            self._left[name] = [now.onset, now.end]
             strong = now.height >= NORM_FACTOR and now.out >= NORM_VALUES
-            if name == self.gradient_norm and strong and name not in self._open:
-                now.kind = "spike"
-                events.append(
-                    self._event(step, name, Change("onset", now), now.height, {"baseline": now.level})
-                )
+            told = name in self._open or self.loss in self._open
+            if name == self.gradient_norm and strong and not told:
+                now.kind, now.told = "spike", step
+                events.append(self._event(step, name, Change("onset", now), {}))
 
     def _companion_change(self, step: int, name: str, change: Change, events: list[Event]) -> None:
         """Only an excursion that was told goes on being told."""
         if name in self._open and change.phase != "onset":
-            now = change.excursion
-            events.append(self._event(step, name, change, now.height, {"baseline": now.level}))
+            if change.excursion.kind == "hard-batch":
+                change.excursion.kind = "spike"
+            events.append(self._event(step, name, change, {}))
 
     def _take_non_finite(self, step: int, name: str, value: float) -> list[Event]:
         burst = self._bursts.get(name)
         if burst is not None:
-            burst.end = max(burst.end, step)
+            burst.end, burst.finite = max(burst.end, step), 0
             return []
         self._episode += 1
-        burst = self._bursts[name] = _Burst(self._episode, step, step, str(value))
+        burst = self._bursts[name] = Burst(self._episode, step, step, str(value), step)
         return [self._burst_event(step, name, burst, "onset")]
 
-    def _end_burst(self, step: int, name: str) -> list[Event]:
-        burst = self._bursts.pop(name, None)
-        return [] if burst is None else [self._burst_event(step, name, burst, "end")]
+    def _end_burst(self, step: int, name: str, *, now: bool = False) -> list[Event]:
+        burst = self._bursts.get(name)
+        if burst is None:
+            return []
+        over = burst.finite > 0
+        burst.finite += 1
+        if not now and burst.finite < HOLE:
+            return []
+        del self._bursts[name]
+        return [self._burst_event(step, name, burst, "end", over=over)]
 
-    def _burst_event(self, step: int, name: str, burst: _Burst, phase: str) -> Event:
+    def _burst_event(self, step: int, name: str, burst: Burst, phase: str, *, over: bool = True) -> Event:
         data = {
             "episode": burst.episode,
             "phase": phase,
@@ -235,8 +279,15 @@ class SpikeDetector:
             "end": burst.end if phase == "end" else None,
             "height": None,
             "value": burst.seen,
+            "told": burst.told,
+            "to_the_end": phase == "end" and not over,
         }
         return Event(step=step, kind="non-finite", data=data)
+
+    def _still_event(self, step: int, still: Burst, phase: str, *, over: bool = True) -> Event:
+        event = self._burst_event(step, self.loss, still, phase, over=over)
+        data = {**event.data, "value": self._stillness.previous, "baseline": self._loss.baseline.level}
+        return Event(step=step, kind=still.seen, data=data)
 
     def _take_scale(self, step: int, name: str, scale: float, events: list[Event]) -> float:
         """Returns the factor by which the scale has changed."""
@@ -268,14 +319,9 @@ class SpikeDetector:
             del self._open[self._scale_signal]
         return Event(step=step, kind="loss-scale-collapse", data=data)
 
-    def _take_rate(self, step: int, rate: float) -> None:
-        if not (math.isfinite(rate) and rate > 0):
-            return
-        if self._rate is not None and not 1 / RATE_FACTOR < rate / self._rate < RATE_FACTOR:
-            self._rate_change = (step, rate / self._rate)
-        self._rate = rate
-
-    def _event(self, step: int, name: str, change: Change, height: float, extra: Mapping[str, Any]) -> Event:
+    def _event(
+        self, step: int, name: str, change: Change, extra: Mapping[str, Any], *, over: bool = True
+    ) -> Event:
         now = change.excursion
         if change.phase == "onset":
             self._episode += 1
@@ -287,12 +333,27 @@ class SpikeDetector:
             "onset": now.onset,
             "peak": now.peak,
             "end": now.end if change.phase == "end" else None,
-            "height": height,
+            "height": now.height,
+            "baseline": now.level,
+            "told": now.told,
+            "to_the_end": change.phase == "end" and not over and now.calm == 0,
             **extra,
         }
         if change.phase == "end":
             del self._open[name]
         return Event(step=step, kind=now.kind, data=data)
+
+    def _go_back(self, step: int) -> None:
+        """The run goes on from ``step``: what happened from there on has not happened."""
+        self._left = {name: steps for name, steps in self._left.items() if steps[0] < step}
+        self._bursts = {name: burst for name, burst in self._bursts.items() if burst.onset < step}
+        if self._still is not None and self._still.onset >= step:
+            self._still = None
+        self._stillness = Stillness()
+        self._reasons.go_back(step)
+        kept = {self._scale_signal} if self._scale.collapsed else set()
+        self._open = {name: number for name, number in self._open.items() if name in kept}
+        self._precursors, self._onset_reason = {}, {}
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -300,32 +361,42 @@ class SpikeDetector:
         """Everything that later verdicts depend on, as JSON can hold it."""
         return {
             "loss": self._loss.state_dict(),
+            "stillness": self._stillness.state_dict(),
+            "still": None if self._still is None else asdict(self._still),
             "companions": {name: companion.state_dict() for name, companion in self._companions.items()},
             "left": {name: list(steps) for name, steps in self._left.items()},
-            "bursts": {name: [b.episode, b.onset, b.end, b.seen] for name, b in self._bursts.items()},
+            "bursts": {name: asdict(burst) for name, burst in self._bursts.items()},
             "scale": self._scale.state_dict(),
             "scale_signal": self._scale_signal,
-            "rate": self._rate,
-            "rate_change": None if self._rate_change is None else list(self._rate_change),
+            "reasons": self._reasons.state_dict(),
             "episode": self._episode,
             "open": dict(self._open),
             "precursors": dict(self._precursors),
+            "onset_reason": dict(self._onset_reason),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where ``state_dict`` was taken."""
+        """Continue exactly where ``state_dict`` was taken. The state of an older detector is left: it learns anew."""
+        if "stillness" not in state:
+            self._episode = state["episode"]
+            return
         self._loss.load_state_dict(state["loss"])
+        self._stillness = Stillness.of(state["stillness"])
+        self._still = None if state["still"] is None else Burst(**state["still"])
         self._companions = {}
         for name, saved in state["companions"].items():
-            self._companions[name] = Excursions(Baseline(0.0, FACTOR_OF_TWO, NORM_PRIOR), creep=False)
-            self._companions[name].load_state_dict(saved)
+            self.companion(name).load_state_dict(saved)
         self._left = {name: list(steps) for name, steps in state["left"].items()}
-        self._bursts = {name: _Burst(*saved) for name, saved in state["bursts"].items()}
+        self._bursts = {name: Burst(**saved) for name, saved in state["bursts"].items()}
         self._scale = ScaleWatch(**state["scale"])
         self._scale_signal = state["scale_signal"]
-        self._rate = state["rate"]
-        change = state["rate_change"]
-        self._rate_change = None if change is None else (change[0], change[1])
+        self._reasons = Reasons.of(state["reasons"])
         self._episode = state["episode"]
         self._open = dict(state["open"])
         self._precursors = dict(state["precursors"])
+        self._onset_reason = dict(state["onset_reason"])
+
+
+def burst_is_over(still: Burst) -> bool:
+    """Two other values: it lives again."""
+    return still.finite >= 2

@@ -5,7 +5,9 @@
 | hard-batch | one or two steps out of line that recover by themselves: the data, not the state |
 | spike | an excursion of the run's state that recovers |
 | divergence | one of which less than half has been recovered when the log ends or after 128 values |
-| non-finite | NaN or infinity |
+| non-finite | NaN, infinity, or a number at the end of its type's range |
+| dead | a loss that is exactly 0 again and again, far below its level |
+| frozen | a value that repeats itself more often than chance explains |
 | loss-scale-collapse | the loss scale fell to a sixteenth of one that had been established, without growing
 once |
 
@@ -16,13 +18,13 @@ An episode is told in events of its kind, which share ``data["episode"]``: ``pha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stabilitylab.telemetry import Event
 
-KINDS = ("hard-batch", "spike", "divergence", "non-finite", "loss-scale-collapse")
+KINDS = ("hard-batch", "spike", "divergence", "non-finite", "loss-scale-collapse", "dead", "frozen")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,12 @@ class Episode:
         height: peak above the baseline at onset, in the signal's unit (nats for a loss, log2 for a loss
             scale, natural log for other signals); None for non-finite values.
         signal: the metric, or the log's column, that shows it.
+        told: the step at which a detector that sees value by value says so; None: only the whole log shows it.
+        to_the_end: it was going on when the log ended.
+        level: the baseline before it, in the signal's unit.
+        end_level: the signal's median over the 64 values after the end; None where there are none.
+        precursors: signal -> steps by which it left its baseline before this one did.
+        reason: what the log itself says of it: a changed learning rate, batch size or phase of the data, a period.
     """
 
     kind: str
@@ -45,6 +53,12 @@ class Episode:
     end: int | None
     height: float | None
     signal: str
+    told: int | None = None
+    to_the_end: bool = False
+    level: float | None = None
+    end_level: float | None = None
+    precursors: Mapping[str, int] = field(default_factory=dict)
+    reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,9 +78,18 @@ def episodes_of(events: Iterable[Event]) -> list[Episode]:
             onset=event.data["onset"],
             peak=event.data["peak"],
             end=event.data["end"],
-            height=event.data["height"] if isinstance(event.data["height"], (int, float)) else None,
+            height=_number(event.data["height"]),
             signal=event.data["signal"],
+            told=event.data.get("told"),
+            to_the_end=bool(event.data.get("to_the_end", False)),
+            level=_number(event.data.get("baseline")),
+            precursors=dict(event.data.get("precursors", {})),
+            reason=event.data.get("reason"),
         )
         for event in latest.values()
     ]
     return sorted(episodes, key=lambda episode: episode.onset)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None

@@ -12,7 +12,7 @@ from stabilitylab.telemetry import Event
 
 # A run that breaks a hundred times is not understood by reading a hundred diagnoses: the gravest are explained.
 MOST = 20
-_GRAVITY = ("divergence", "spike", "non-finite", "loss-scale-collapse", "hard-batch")
+_GRAVITY = ("divergence", "spike", "non-finite", "dead", "frozen", "loss-scale-collapse", "hard-batch")
 
 
 def explain(run: RunFolder, *, describe_batch: Callable[[int], list[str]] | None = None) -> list[Event]:

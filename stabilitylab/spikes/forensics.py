@@ -31,8 +31,8 @@ import numpy as np
 
 from stabilitylab.runs import Run
 from stabilitylab.spikes.change_onsets import AFTER, ORDER, ChangeOnset, find_departures
-from stabilitylab.spikes.detector import RATE_FACTOR
 from stabilitylab.spikes.episodes import Episode, episodes_of
+from stabilitylab.spikes.reasons import RATE_FACTOR
 from stabilitylab.telemetry import LEARNING_RATE, LOSS_SCALES, Event
 
 LEAD_STEPS = 64

@@ -1,38 +1,32 @@
-"""Episodes of a whole curve at once: the online detector, with its commonest path written out.
+"""Episodes of a whole log at once: the online detector at speed, then a second look to both sides.
 
-Nearly every value of a training log is ordinary. For those, ``find_episodes`` runs the recursions of
-``baseline.py`` on local variables; everything else goes through the detector itself. Both paths do the same
-operations in the same order, so the episodes are those of the online detector, to the last bit; a test holds
-them to it. A million values take about half a second.
+*First pass.* Nearly every value of a training log is ordinary, and an ordinary block of sixteen is taken in as a whole:
+its largest value, its largest rise and its largest mean of four are compared with the limits, and where none comes near
+one, the block goes to ``Baseline.learn`` as it would have value by value. Everything else goes through the detector
+itself. So the events are those of the online detector, to the last bit; a test holds them to it. Each signal has a
+pointer of its own, and the one that is furthest back and needs attention is served first.
+
+*Second pass* (``two_sided.py``): what only the values on both sides show.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.spikes.baseline import (
-    BAND_SHARE,
-    BAND_SIGMAS,
-    FALL_SIGMAS,
-    LEVEL_GAIN,
-    PRIOR_WEIGHT,
-    SECOND_DIFFERENCE,
-    SIGMA_GAIN,
-    UPWARD,
-)
+from stabilitylab.spikes.baseline import BLOCK, GROUP
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import Episode, episodes_of
-from stabilitylab.spikes.excursion import BLOCK_VALUES
-from stabilitylab.telemetry import LOSS, Event
+from stabilitylab.spikes.excursion import Excursions
+from stabilitylab.spikes.stillness import LARGEST
+from stabilitylab.telemetry import LOSS, LOSS_SCALES, SKIPPED, Event
 
-# From so many values on no gain is larger than its steady value.
-_FALL = 0.99 * FALL_SIGMAS / BAND_SIGMAS  # a little early, for the rounding
-_STEADY_LEVEL = int(1 / LEVEL_GAIN)
-_STEADY_SIGMA = int(2 / SIGMA_GAIN) - PRIOR_WEIGHT
+# Fewer values are not worth the preparation of the fast path.
+_SLOW_BELOW = 256
 
 
 def find_episodes(
@@ -44,115 +38,215 @@ def find_episodes(
         steps: whole numbers, one a value; None: 0, 1, 2, ...
         values: the losses; NaN and infinity are values that were seen.
         signal: the name the episodes carry.
-        finish: the log ends here, so what is open is closed and judged.
+        finish: the log ends here, so what is open is closed and judged, and the whole is looked at a second time, to
+            both sides; False: what a detector has said by now.
 
     Raises:
         InputError: steps and values differ in length, or are not one-dimensional.
     """
+    from stabilitylab.spikes.two_sided import second_look
+
     values_N = np.asarray(values, dtype=np.float64)
     steps_N = np.arange(len(values_N)) if steps is None else np.asarray(steps)
     if values_N.ndim != 1 or steps_N.shape != values_N.shape:
         raise InputError(
             f"steps and values must be lists of one length, got shapes {steps_N.shape}, {values_N.shape}"
         )
+    steps_N = steps_N.astype(np.int64)
     detector = SpikeDetector(loss=signal)
-    events = feed_losses(detector, steps_N.astype(np.int64), values_N)
-    if finish:
-        events += detector.finish()
-    return episodes_of(events)
+    events = feed(detector, steps_N, {signal: values_N})
+    if not finish:
+        return episodes_of(events)
+    return second_look(episodes_of([*events, *detector.finish()]), steps_N, values_N, signal=signal)
 
 
 def feed_losses(
     detector: SpikeDetector, steps_N: NDArray[np.int64], values_N: NDArray[np.float64]
 ) -> list[Event]:
-    """``detector.update`` for each loss in turn; the detector must not have been given other signals."""
-    if not len(values_N):
-        return []
-    curve = _Curve(steps_N, values_N)
+    """``detector.update`` for each loss in turn."""
+    return feed(detector, steps_N, {detector.loss: values_N})
+
+
+def feed(
+    detector: SpikeDetector,
+    steps_N: NDArray[np.int64],
+    values: Mapping[str, NDArray[np.float64]],
+    logged: Mapping[str, NDArray[np.bool_]] | None = None,
+) -> list[Event]:
+    """``detector.update`` for each row in turn, and where the steps go back the end of what was judged before.
+
+    Args:
+        detector: is left as after the last row.
+        steps_N: whole numbers.
+        values: signal -> one number a row.
+        logged: signal -> whether the row holds it; None: all do.
+    """
     events: list[Event] = []
-    at = 0
-    while at < len(curve.values):
-        at = _ordinary(detector, curve, at, events)
-        if at < len(curve.values):
-            events += detector.update(int(curve.steps[at]), {detector.loss: curve.values[at]})
-            at += 1
+    last = detector.loss_excursions.last_step
+    back_N = np.flatnonzero(np.diff(steps_N, prepend=steps_N[:1] if last is None else last) < 0)
+    for begin, end in zip([0, *back_N.tolist()], [*back_N.tolist(), len(steps_N)], strict=True):
+        if begin in back_N:
+            events += detector.finish()  # a log keeps its superseded values: what they held has been seen
+        rows = slice(begin, end)
+        if begin < end:
+            there = {name: column[rows] for name, column in (logged or {}).items()}
+            events += _feed(detector, steps_N[rows], {n: v[rows] for n, v in values.items()}, there)
     return events
 
 
-class _Curve:
-    """A curve as lists, for speed in a Python loop, with what can be computed ahead."""
+def _feed(
+    detector: SpikeDetector,
+    steps_N: NDArray[np.int64],
+    values: Mapping[str, NDArray[np.float64]],
+    logged: Mapping[str, NDArray[np.bool_]],
+) -> list[Event]:
+    count = len(steps_N)
+    columns = [
+        _Column(detector, name, steps_N, column, logged.get(name), fast=count >= _SLOW_BELOW)
+        for name, column in values.items()
+    ]
+    events: list[Event] = []
+    # The loss is judged last, as in ``update``: its companions of the same step are known by then.
+    columns.sort(key=lambda column: column.name == detector.loss)
+    steps = steps_N.tolist()
+    while True:
+        for column in columns:
+            column.go_on(bound=min((c.row for c in columns if c is not column), default=count))
+        row = min(column.row for column in columns)
+        if row >= count:
+            return events
+        at = [column for column in columns if column.row == row]
+        events += detector.update(steps[row], {column.name: column.values[column.at] for column in at})
+        for column in at:
+            column.at += 1
 
-    def __init__(self, steps_N: NDArray[np.int64], values_N: NDArray[np.float64]) -> None:
-        self.steps = steps_N
+
+class _Column:
+    """One signal's logged values, as lists for speed in a Python loop, with what can be computed ahead."""
+
+    def __init__(
+        self,
+        detector: SpikeDetector,
+        name: str,
+        steps_N: NDArray[np.int64],
+        values_N: NDArray[np.float64],
+        logged_N: NDArray[np.bool_] | None,
+        *,
+        fast: bool,
+    ) -> None:
+        self.detector, self.name = detector, name
+        rows_N = np.arange(len(steps_N)) if logged_N is None else np.flatnonzero(logged_N)
+        values_N = values_N[rows_N]
+        self.rows: list[int] = [*rows_N.tolist(), len(steps_N)]
         self.values: list[float] = values_N.tolist()
-        bends_N = np.zeros_like(values_N)
-        with np.errstate(invalid="ignore", over="ignore"):
-            bends_N[2:] = SECOND_DIFFERENCE * np.abs(values_N[2:] - 2 * values_N[1:-1] + values_N[:-2])
-        self.bends: list[float] = bends_N.tolist()
-        # Where the gap between steps changes, or a value is not finite, the detector itself has to look.
-        gaps_N = np.diff(steps_N, prepend=steps_N[0] - 1)
-        self.gaps = gaps_N
-        odd_N = ~np.isfinite(values_N)
-        odd_N[1:] |= gaps_N[1:] != gaps_N[:-1]
-        self.odd: list[int] = [*np.flatnonzero(odd_N).tolist(), len(values_N)]
-
-
-def _ordinary(detector: SpikeDetector, curve: _Curve, at: int, events: list[Event]) -> int:
-    """Take ordinary values in from ``at`` on; returns the index of the first that needs the detector's own
-    attention."""
-    loss = detector.loss_excursions
-    base = loss.baseline
-    values, bends = curve.values, curve.bends
-    if (
-        at < 2
-        or base.count < _STEADY_LEVEL
-        or base.learned < _STEADY_SIGMA
-        or base.absolute_floor > 0.0
-        or loss.open is not None
-        or loss.fresh
-        or loss.doubtful
-        or detector.has_burst
-        or curve.gaps[at] != loss.interval
-        or base.previous != values[at - 1]
-        or base.before_previous != values[at - 2]
-    ):
-        return at
-    end = curve.odd[bisect_left(curve.odd, at)]
-    level, difference, upward = base.level, base.difference_sigma, base.upward_sigma
-    share = BAND_SHARE * base.relative_floor
-    while at < end:
-        first, spread = at, base.spread
-        stop = min(end, at + BLOCK_VALUES - loss.since_block)
-        for value, bend in zip(values[at:stop], bends[at:stop], strict=True):
-            residual = value - level
-            clip = BAND_SIGMAS * (difference if difference > upward else upward)
-            if residual > clip and residual > clip * spread and residual > share * abs(level):
-                break
-            if bend > clip:
-                if level - values[at - 1] > _FALL * clip:  # perhaps a jump on a fall: for the detector to say
-                    break
-                bend = clip
-            level += LEVEL_GAIN * residual
-            if residual > 0.0:
-                up = UPWARD * residual
-                if up > 2 * clip:
-                    up = 2 * clip
-                upward += SIGMA_GAIN * (up - upward)
+        self.at = 0
+        self.end = len(values_N)
+        self.is_loss = name == detector.loss
+        self.quiet_rows = False
+        if name in (SKIPPED, *LOSS_SCALES) or detector.ignores(name):
+            # Only where they change is there anything to say; a scale's constant stretches are counted, too.
+            same_N = values_N == np.roll(values_N, 1)
+            if len(same_N):
+                same_N[0] = False
+            if name in LOSS_SCALES:
+                self.odd = list(range(self.end))
             else:
-                upward -= SIGMA_GAIN * upward
-            difference += SIGMA_GAIN * (bend - difference)
-            at += 1
-        if at == first:
-            break
-        base.level, base.difference_sigma, base.upward_sigma = level, difference, upward
-        base.before_previous, base.previous = values[at - 2], values[at - 1]
-        base.count += at - first
-        base.learned += at - first
-        step = loss.last_step = loss.inside = int(curve.steps[at - 1])
-        loss.since_block += at - first
-        if loss.since_block == BLOCK_VALUES and (changes := loss.end_block(step)):
-            events += detector.tell(step, changes)
-            break
-        if at < stop:
-            break
-    return at
+                self.odd = np.flatnonzero(~same_N | (values_N != 0) if name == SKIPPED else ~same_N).tolist()
+            self.quiet_rows = True
+            return
+        if not fast:
+            self.odd = list(range(self.end))
+            return
+        steps_N = steps_N[rows_N]
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            odd_N = ~(np.abs(values_N) < LARGEST)
+            if not self.is_loss:
+                odd_N |= values_N <= 0
+                values_N = np.log(np.where(odd_N, 1.0, values_N))
+            gaps_N = np.diff(steps_N, prepend=steps_N[:1] - 1)
+            odd_N[1:] |= gaps_N[1:] != gaps_N[:-1]
+            if self.is_loss:
+                equal_N = np.diff(values_N, prepend=np.nan) == 0
+                run_N = equal_N.copy()
+                run_N[1:] &= equal_N[:-1]
+                odd_N |= run_N
+            padded_N = np.concatenate([np.full(GROUP, np.inf), values_N])
+            before = np.lib.stride_tricks.sliding_window_view(padded_N, GROUP)[:-1]
+            self.rises: list[float] = (values_N - before.max(axis=1)).tolist()
+            sums_N = np.cumsum(np.where(odd_N, 0.0, np.clip(values_N, -1e30, 1e30)))
+            four_N = sums_N.copy()
+            four_N[GROUP:] = sums_N[GROUP:] - sums_N[:-GROUP]
+            four_N /= GROUP
+            self.fours: list[float] = four_N.tolist()
+            climb_N = np.full(len(four_N), np.inf)
+            climb_N[2 * GROUP :] = four_N[2 * GROUP :] - np.maximum(
+                four_N[GROUP:-GROUP], four_N[: -2 * GROUP]
+            )
+            self.climbs: list[float] = climb_N.tolist()
+        self.numbers: list[float] = self.values if self.is_loss else values_N.tolist()
+        self.steps: list[int] = steps_N.tolist()
+        self.gaps: list[int] = gaps_N.tolist()
+        self.odd = np.flatnonzero(odd_N).tolist()
+
+    @property
+    def row(self) -> int:
+        return self.rows[self.at]
+
+    def go_on(self, bound: int) -> None:
+        """Take ordinary values in, up to one that needs the detector's own attention."""
+        if self.at >= self.end:
+            return
+        i = bisect_left(self.odd, self.at)
+        end = self.odd[i] if i < len(self.odd) else self.end
+        if self.quiet_rows:
+            self.at = end
+            return
+        if end == self.at or not self.detector.is_quiet(self.name):
+            return
+        state = self.detector.loss_excursions if self.is_loss else self.detector.companion(self.name)
+        if self.is_loss:
+            # The loss may not run ahead of what its companions will have done by then.
+            end = min(end, bisect_left(self.rows, bound))
+        self._take_blocks(state, end)
+
+    def _take_blocks(self, state: Excursions, end: int) -> None:
+        base, at = state.baseline, self.at
+        if (
+            at < GROUP
+            or state.open is not None
+            or state.learning
+            or self.gaps[at] != state.interval
+            or len(state.recent) < GROUP
+        ):
+            return
+        numbers = self.numbers
+        while at < end:
+            stop = at + BLOCK - len(state.block)
+            if stop > end:
+                break
+            chunk = numbers[at:stop]
+            level = base.level
+            limit = base.limit()
+            near = 0.99
+            if (
+                max(chunk) - level > near * base.band()
+                or max(self.rises[at:stop]) > near * limit
+                or max(self.fours[at:stop]) - level > near * base.limit_of_four()
+                or max(self.climbs[at:stop]) > near * base.limit_of_four()
+            ):
+                break
+            block = state.block + chunk
+            if sum(block) / BLOCK - level > near * base.limit_of_block():
+                break
+            if state.creep and base.creep() > 0.4:
+                break
+            state.block = block
+            state.block_steps += self.steps[at:stop]
+            state.recent.extend(chunk)
+            state.recent_steps.extend(self.steps[stop - GROUP : stop])
+            step = state.last_step = state.inside = self.steps[stop - 1]
+            if self.is_loss:
+                self.detector.stillness.skip(self.steps[at:stop], chunk)
+            at = stop
+            state.learn_block(step)
+        self.at = at

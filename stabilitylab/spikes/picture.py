@@ -19,6 +19,8 @@ COLOURS: Mapping[str, str] = {
     "divergence": "#D55E00",
     "non-finite": "#CC79A7",
     "loss-scale-collapse": "#0072B2",
+    "dead": "#000000",
+    "frozen": "#009E73",
 }
 
 

@@ -30,7 +30,7 @@ import pandas as pd
 from stabilitylab.errors import InputError
 from stabilitylab.runs import Run, load_run
 from stabilitylab.spikes.baseline import Baseline
-from stabilitylab.spikes.detector import FACTOR_OF_TWO, NORM_PRIOR, SpikeDetector
+from stabilitylab.spikes.detector import FACTOR_OF_TWO, SpikeDetector
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.excursion import Excursions
 from stabilitylab.spikes.loss_scale_collapse import ScaleWatch
@@ -171,7 +171,7 @@ def _alarms(name: str, series: pd.Series[float]) -> list[int]:
     if name == "loss scale":
         watch = ScaleWatch(collapse=EARLY_COLLAPSE)
         return [watch.onset for step, scale in _numbers(series) if watch.update(step, scale) == "onset"]
-    excursions = Excursions(Baseline(0.0, FACTOR_OF_TWO, NORM_PRIOR), creep=False)
+    excursions = Excursions(Baseline(0.0, FACTOR_OF_TWO), creep=False)
     alarms: list[int] = []
     for step, value in _numbers(series):
         if not math.isfinite(value) or value <= 0:

@@ -2,12 +2,14 @@
 
 Logs are taken as they come, and a step that goes back is a restart. When more than a quarter of the steps go
 back, the log is not in order rather than restarted: it is then sorted by step, if it has at most ``SORTABLE``
-rows.
+rows. Up to as many losses are kept for the second look to both sides (``two_sided.py``).
+
+A run folder's recorded episodes are the truth for it: what was acted on, and told elsewhere, is what is told here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,10 +17,12 @@ from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.log import Block, Log
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes.detector import SpikeDetector
-from stabilitylab.spikes.episodes import Episode, episodes_of
-from stabilitylab.spikes.offline import feed_losses
+from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
+from stabilitylab.spikes.offline import feed
 from stabilitylab.spikes.score import SpikeScore
+from stabilitylab.spikes.two_sided import as_one, second_look, wave_period
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, Event
 
 SORTABLE = 5_000_000
@@ -38,6 +42,10 @@ class Scan:
         spike_score: OLMo 2's, over the whole log.
         detrended_spike_score: the same over the residuals of a running median.
         outlines: signal -> its curve, thinned.
+        zeros: losses of exactly 0 that no episode holds.
+        first_zero: the first one's step.
+        period: of a wave that the loss goes through, in steps; None where there is none.
+        recorded: the episodes are those that the run recorded.
     """
 
     episodes: list[Episode]
@@ -47,6 +55,10 @@ class Scan:
     spike_score: float
     detrended_spike_score: float
     outlines: dict[str, Outline]
+    zeros: int = 0
+    first_zero: int | None = None
+    period: int | None = None
+    recorded: bool = False
 
 
 class Outline:
@@ -140,6 +152,9 @@ class _Scanner:
         self.plain = SpikeScore()
         self.detrended = SpikeScore(detrend=True)
         self.outlines: dict[str, Outline] = {}
+        self.steps: list[NDArray[np.int64]] = []
+        self.losses: list[NDArray[np.float64]] = []
+        self.recorded = _recorded(log)
 
     def add(self, block: Block) -> None:
         if self.last_step is not None:
@@ -157,20 +172,11 @@ class _Scanner:
                 logged_N = block.logged[signal]
                 outline = self.outlines.setdefault(signal, Outline())
                 outline.add(block.steps[logged_N], block.values[signal][logged_N])
-        if block.values.keys() == {LOSS}:
-            self.events += feed_losses(self.detector, block.steps, losses_N)
-        else:
-            self._feed_rows(block)
-
-    def _feed_rows(self, block: Block) -> None:
-        signals = list(block.values)
-        columns = [
-            [value if logged else None for value, logged in zip(values, there, strict=True)]
-            for values, there in ((block.values[s].tolist(), block.logged[s].tolist()) for s in signals)
-        ]
-        for step, *row in zip(block.steps.tolist(), *columns, strict=True):
-            values = {s: value for s, value in zip(signals, row, strict=True) if value is not None}
-            self.events += self.detector.update(step, values)
+        if self.recorded is None:
+            self.events += feed(self.detector, block.steps, block.values, block.logged)
+        if self.values <= SORTABLE:
+            self.steps.append(block.steps[block.logged[LOSS]])
+            self.losses.append(losses_N[block.logged[LOSS]])
 
     def out_of_order(self, at_least: int) -> bool:
         return not self.in_order and self.rows >= at_least and self.backward > UNSORTED_SHARE * self.rows
@@ -181,10 +187,27 @@ class _Scanner:
                 f"{self.log.path}: the column {self.log.columns[LOSS]!r} holds no values; "
                 "name another with --loss"
             )
-        episodes = episodes_of([*self.events, *self.detector.finish()])
+        whole = self.values <= SORTABLE
+        steps_N, losses_N = np.concatenate(self.steps), np.concatenate(self.losses)
+        if self.recorded is not None:
+            episodes = self.recorded
+        else:
+            episodes = episodes_of([*self.events, *self.detector.finish()])
+            if whole:
+                episodes = second_look(episodes, steps_N, losses_N, signal=LOSS)
+            episodes = as_one(episodes, loss=LOSS, norm=GRADIENT_NORM)
+        zero_N = losses_N == 0
+        for one in episodes:
+            last = steps_N[-1] if one.end is None or one.to_the_end else one.end
+            zero_N &= (steps_N < one.onset) | (steps_N > last)
+        zero_N &= _is_far_from_zero(losses_N)
         names = self.log.columns
         return Scan(
-            episodes=[replace(one, signal=names.get(one.signal, one.signal)) for one in episodes],
+            episodes=[_named(one, names) for one in episodes],
+            zeros=int(zero_N.sum()),
+            first_zero=int(steps_N[zero_N][0]) if zero_N.any() else None,
+            period=wave_period(steps_N, losses_N) if whole else None,
+            recorded=self.recorded is not None,
             values=self.values,
             not_logged=self.not_logged,
             sorted=self.in_order,
@@ -192,3 +215,23 @@ class _Scanner:
             detrended_spike_score=self.detrended.value,
             outlines={names[signal]: outline for signal, outline in self.outlines.items()},
         )
+
+
+def _recorded(log: Log) -> list[Episode] | None:
+    """The episodes that a run folder holds; None where nothing was recorded."""
+    if not log.path.is_dir() or log.columns[LOSS] != LOSS:
+        return None
+    events = RunFolder(log.path).read_events()
+    return episodes_of(events) if any(event.kind in KINDS for event in events) else None
+
+
+def _is_far_from_zero(losses_N: NDArray[np.float64]) -> bool:
+    """Whether a loss of exactly 0 is out of the question: all others are positive and nowhere near."""
+    others_N = losses_N[np.isfinite(losses_N) & (losses_N != 0)]
+    return bool(len(others_N)) and float(others_N.min()) > 0.1 * float(np.median(others_N))
+
+
+def _named(one: Episode, names: Mapping[str, str]) -> Episode:
+    """Signals under the log's own names."""
+    precursors = {names.get(name, name): lead for name, lead in one.precursors.items()}
+    return replace(one, signal=names.get(one.signal, one.signal), precursors=precursors)

@@ -1,0 +1,62 @@
+"""What a log itself says of why its loss stepped: a changed learning rate, batch size, or phase of the data.
+
+A rate that changes by half or more from one value to the next, a batch size (sequences or tokens a step) by a
+twentieth or more, a number of the data's phase that is another one: each is noted with its step, and an episode that
+begins within 64 steps after it carries it as its reason. Not proof of a cause; but who reads of a spike should read
+that in the same line.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from stabilitylab.telemetry import BATCH_SIZE, DATA_PHASE, LEARNING_RATE
+
+REASONS = frozenset({LEARNING_RATE, BATCH_SIZE, DATA_PHASE})
+RATE_FACTOR = 1.5
+SIZE_FACTOR = 1.05
+_WORDS = {LEARNING_RATE: "learning rate", BATCH_SIZE: "batch size", DATA_PHASE: "data phase"}
+
+
+@dataclass(slots=True)
+class Reasons:
+    """The latest value of each, and its latest change as (step, before, after)."""
+
+    latest: dict[str, float] = field(default_factory=dict)
+    changes: dict[str, list[float]] = field(default_factory=dict)
+
+    def update(self, step: int, name: str, value: float) -> None:
+        """Take a value; those that are not finite say nothing."""
+        if not math.isfinite(value) or (name != DATA_PHASE and value <= 0):
+            return
+        before = self.latest.get(name)
+        self.latest[name] = value
+        if before is None or before == value:
+            return
+        factor = RATE_FACTOR if name == LEARNING_RATE else SIZE_FACTOR
+        if name == DATA_PHASE or not 1 / factor < value / before < factor:
+            self.changes[name] = [step, before, value]
+
+    def before(self, onset: int, within: int) -> dict[str, Any]:
+        """What changed within so many steps before ``onset``: ``reason`` as a sentence, and the rate's factor."""
+        found = {n: c for n, c in self.changes.items() if 0 <= onset - c[0] <= within}
+        if not found:
+            return {}
+        name, (step, old, new) = max(found.items(), key=lambda item: item[1][0])
+        told: dict[str, Any] = {"reason": f"{_WORDS[name]} {old:g} -> {new:g} at step {int(step)}"}
+        if LEARNING_RATE in found:
+            told["learning_rate_change"] = found[LEARNING_RATE][2] / found[LEARNING_RATE][1]
+        return told
+
+    def go_back(self, step: int) -> None:
+        """Changes at or after ``step`` have not happened."""
+        self.changes = {name: change for name, change in self.changes.items() if change[0] < step}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest": dict(self.latest), "changes": {n: list(c) for n, c in self.changes.items()}}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Reasons:
+        return cls(dict(state["latest"]), {n: list(c) for n, c in state["changes"].items()})
