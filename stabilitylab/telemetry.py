@@ -43,6 +43,8 @@ LOSS_SCALES = ("precision/-/loss_scale", "train/-/loss_scale")
 
 # Kinds of event around which a run is watched closely, and of which a person is told at once.
 ALARMS = frozenset({"spike", "divergence", "non-finite", "loss-scale-collapse", "dead", "frozen"})
+# What is told of one site or of the optimizer, whatever the loss does: recorded closely and told, never acted on.
+DEPARTURES = frozenset({"site-departure", "parameter-changed", "moments-changed", "optimizer-changed"})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -114,8 +116,9 @@ class Event:
     Kinds that the project writes: ``run-start``, ``run-end``, ``interrupted``, ``checkpoint``, ``rewind``, the detector's
     ``hard-batch``, ``spike``, ``divergence``, ``non-finite``, ``loss-scale-collapse``, ``dead``, ``frozen``, their
     ``diagnosis``, the responder's ``response``, ``recovered`` (a damaged checkpoint was passed over), ``parameters-joined``
-    (an optimizer was given more of them), ``gradients-changed`` (a loop clips by hand, so gradients are recorded after it),
-    and ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training went on).
+    (an optimizer was given more of them), ``DEPARTURES`` (a site far out of its baseline; weights, moments or settings that
+    no update moved), ``gradients-changed`` (a loop clips by hand, so gradients are recorded after it), and
+    ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training went on).
     """
 
     step: int

@@ -2,7 +2,8 @@
 
     step 812: spike: loss has risen by 0.87 over its level of 2.314, since step 808; before it update/-/rms_over_rate (12 steps)
     step 30: non-finite: loss is nan; first in layers.3.feed_forward.down (activation)
-    step 410: site-departure: attention/layers.2.attention/score_max is 31 times its level
+    step 410: site-departure: attention/layers.2.attention/score_max is 31 times its level; first in layers.2.attention
+    step 500: parameter-changed: weights moved without an update; first in layers.1.feed_forward.0.weight
 
 The logger is ``stabilitylab``, at WARNING, so that without any setting the line is on standard error;
 ``logging.getLogger("stabilitylab").setLevel(logging.ERROR)`` is silence. An episode is told when it begins and when it turns
@@ -19,9 +20,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from stabilitylab.telemetry import ALARMS, LOSS, Event
+from stabilitylab.telemetry import ALARMS, DEPARTURES, LOSS, Event
 
-TOLD = ALARMS | {"site-departure"}
+# What no update did (probes/outside_changes.py), in words.
+_OUTSIDE = {
+    "parameter-changed": "weights moved without an update",
+    "moments-changed": "Adam's second moments fell by more than a step can do",
+    "optimizer-changed": "a setting jumped",
+}
+TOLD = ALARMS | DEPARTURES
 _log = logging.getLogger("stabilitylab")
 
 
@@ -96,6 +103,11 @@ def alarm_line(event: Event, *, loss: str = LOSS) -> str:
 
 def _what(kind: str, signal: str, data: Mapping[str, Any], *, is_loss: bool) -> str:
     name, height = _name(signal), data.get("height")
+    if kind == "optimizer-changed":
+        return f"{data.get('setting')} went from {data.get('before')} to {data.get('after')}"
+    if kind in _OUTSIDE:
+        several = f" in {count} of {data.get('of')} parameters" if (count := data.get("count", 1)) > 1 else ""
+        return f"{_OUTSIDE[kind]}{several}"
     if kind == "non-finite":
         return f"{name} is {data.get('value', 'not finite')}"
     if kind == "loss-scale-collapse":

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.sinks.base import Sink
-from stabilitylab.telemetry import Event, Key, Samples
+from stabilitylab.telemetry import DEPARTURES, Event, Key, Samples
 
 # The step's own numbers are few, and every reader expects them at every step.
 EVERY_STEP: Mapping[str, int] = {"train": 1, "precision": 1}
@@ -63,7 +63,7 @@ class FlightRecorder:
             if event.kind == "rewind":
                 self._held = deque(_rows(held, held.step < event.step) for held in self._held)
                 self._full_until = -1
-        alarms = [event.step for event in events if event.is_alarm]
+        alarms = [event.step for event in events if event.is_alarm or event.kind in DEPARTURES]
         if alarms:
             while self._held:
                 self._sink.write(self._held.popleft(), ())

@@ -46,6 +46,7 @@ from stabilitylab.monitoring.run_output import RunOutput
 from stabilitylab.monitoring.schedule import Schedule
 from stabilitylab.monitoring.sink_thread import SinkThread
 from stabilitylab.monitoring.site_globs import patterns, warn_of_unmatched
+from stabilitylab.monitoring.site_watch import SiteWatch
 from stabilitylab.monitoring.step_queue import Detector, Ended, StepQueue, default_detector
 from stabilitylab.monitoring.step_values import Values, step_number
 from stabilitylab.probes.base import Context, Probe
@@ -188,7 +189,9 @@ class Monitor:
                     out, tensorboard=tensorboard, recorder=recorder, schedule=written, model=model
                 )
             own = self._run_output.sinks if self._run_output is not None else []
-            self._sink_thread = SinkThread([*own, *sinks] if self._writes else ())
+            told = Alarms(on_event, loss=getattr(self._detector, "loss", LOSS)) if self._writes else None
+            watch = SiteWatch(self._context.order) if self._detector is not None else None
+            self._sink_thread = SinkThread([*own, *sinks] if self._writes else (), watch=watch, told=told)
         except BaseException:
             self._probe_set.detach()
             if self._run_output is not None:
@@ -200,7 +203,7 @@ class Monitor:
             self._sink_thread,
             alarms=self._schedule.dense_after,
             flush_every=flush_every,
-            told=Alarms(on_event, loss=getattr(self._detector, "loss", LOSS)) if self._writes else None,
+            told=told,
         )
         self._closed, self._process = False, os.getpid()
         # Runs before the delivery's own, which was registered earlier.

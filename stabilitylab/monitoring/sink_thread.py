@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from stabilitylab.monitoring.alarms import Alarms
+from stabilitylab.monitoring.site_watch import SiteWatch
 from stabilitylab.probes.base import Probe, Readings
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks.base import Sink
@@ -37,14 +39,19 @@ class Flush:
     unfinished: list[tuple[int, Sequence[tuple[Probe, Gathered]]]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
-    def finish(self) -> None:
-        """Make readings of everything."""
+    def finish(self, watch: SiteWatch | None = None) -> list[Event]:
+        """Make readings of everything; returns the events that this brought to light."""
+        found_here: list[Event] = []
         for step, found in self.unfinished:
-            for probe, gathered in found:
-                readings = probe.finish(gathered)
+            of_step = [probe.finish(gathered) for probe, gathered in found]
+            for readings in of_step:
                 self.readings.append((step, readings))
-                self.events += [Event(step=step, kind=kind, data=data) for kind, data in readings.events]
+                found_here += [Event(step=step, kind=kind, data=data) for kind, data in readings.events]
+            if watch is not None:
+                found_here += watch.events(step, of_step)
         self.unfinished = []
+        self.events += found_here
+        return found_here
 
 
 class EventLog:
@@ -96,10 +103,14 @@ class SinkThread:
 
     Args:
         sinks: in the order in which they are written to. The event log, if any, comes first.
+        watch: looks at every site of every measured step; None for nobody.
+        told: tells people of what the readings bring to light; None for nobody.
     """
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = list(sinks)
+    def __init__(
+        self, sinks: Sequence[Sink], *, watch: SiteWatch | None = None, told: Alarms | None = None
+    ) -> None:
+        self._sinks, self._watch, self._told = list(sinks), watch, told
         self._lost: dict[int, int] = {}
         self._reports: list[Event] = []
         self._numbering = _Numbering()
@@ -160,7 +171,9 @@ class SinkThread:
                 continue
             flush, steps = item
             try:
-                flush.finish()
+                found = flush.finish(self._watch)
+                if self._told is not None:
+                    self._told.hear(found)
                 self._deliver(flush)
             except Exception:
                 # A defect of ours: the run must not lose its thread over it, nor hide it.

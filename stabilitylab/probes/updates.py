@@ -16,13 +16,16 @@ Family ``update``, site = parameter path:
 | second_moment_l2 | Euclidean norm of exp_avg_sq | gradient^2 | Adam, arXiv:1412.6980 |
 | below_epsilon_fraction | share of elements with v < eps^2: eps, not v, sets their step | 1 | arXiv:2304.13013 |
 
+Changes that no update made (``outside_changes.py``) are events ``parameter-changed``, ``moments-changed`` and
+``optimizer-changed``.
+
 v is free of its initial bias, v / (1 - beta2^t), and g the gradient that the optimizer saw (clipped).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +35,8 @@ from torch import Tensor
 
 from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.probes.gradients import local_part
+from stabilitylab.probes.outside_changes import FIELDS as OUTSIDE
+from stabilitylab.probes.outside_changes import BetweenSteps, OutsideChanges, jumps, settings_of
 from stabilitylab.statistics import native
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
@@ -69,6 +74,10 @@ class UpdateProbe:
         self._full = KeyTable("update", STATISTICS)
         self._short = KeyTable("update", WITHOUT_MOMENTS)
         self._ready = False
+        self._between, self._changes = BetweenSteps(), OutsideChanges()
+        self._settings: dict[str, float] = {}
+        self._jumps: tuple[tuple[str, float, float], ...] = ()
+        self._compared = False
 
     def attach(self, context: Context) -> None:
         """Name the optimizer's tensors."""
@@ -82,6 +91,8 @@ class UpdateProbe:
     def arm(self, measured: bool) -> None:
         """Put the optimizer's hooks in place, or take them away."""
         self._release()
+        self._between.arm(measured)
+        self._compared, self._jumps = False, ()
         optimizer = self._context.optimizer
         if optimizer is None or measured == bool(self._handles):
             return
@@ -111,7 +122,7 @@ class UpdateProbe:
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._ready:
             return
-        chosen = []
+        chosen: list[_Entry] = []
         for p, _ in self._listed(optimizer):
             entry, here = self._updates.get(id(p)), local_part(p.detach())[0]
             if entry is None or entry.parameter is not p or entry.slots.device != here.device:
@@ -120,17 +131,31 @@ class UpdateProbe:
                 # The parameter has been given other memory (p.data = ...), or another format.
                 entry.update = Update(here)
             if entry.update.sampled:
-                chosen.append(entry.update)
+                chosen.append(entry)
         with torch.no_grad():
-            take_before(chosen)
+            take_before([entry.update for entry in chosen])
+        self._look_between(chosen, settings_of(optimizer.param_groups))
         self._ready = True
+
+    def _look_between(self, chosen: Sequence[_Entry], settings: dict[str, float]) -> None:
+        """Compare weights and settings with what the last step left."""
+        self._jumps, self._settings = jumps(self._settings, settings), settings
+        compared = self._between.compare([entry.update for entry in chosen])
+        self._compared = compared is not None
+        if compared is None:
+            return
+        places, rows = compared
+        row_of = dict(zip(places, rows, strict=True))
+        for i, entry in enumerate(chosen):
+            own = self._context.buffer.view(entry.slots)[len(FIELDS) :]
+            own.copy_(row_of[i]) if i in row_of else own.zero_()
 
     def _entry(self, p: Tensor) -> _Entry:
         name, (here, is_shard) = self._names[id(p)], local_part(p.detach())
         is_shard = is_shard or self._context.is_scattered(name)
         # All fields are sums, and what is the same on every rank counts once.
         region = "sums" if is_shard else "shard_sums" if self._context.is_sharded(name) else "replicated"
-        slots = self._context.buffer.reserve(region, len(FIELDS), here.device)
+        slots = self._context.buffer.reserve(region, len(FIELDS) + len(OUTSIDE), here.device)
         return _Entry(name, p, Update(here), slots)
 
     def _release(self) -> None:
@@ -144,6 +169,7 @@ class UpdateProbe:
         buffer, jobs = self._context.buffer, []
         # Once: several optimizers', or ZeRO's, is put together when it is asked for.
         states = optimizer.state
+        seen: list[Update] = []
         for p, group in self._listed(optimizer):
             entry = self._updates.get(id(p))
             if entry is None or p.grad is None or not entry.update.sampled:
@@ -156,12 +182,14 @@ class UpdateProbe:
                 jobs.append(update.address)
             else:
                 with torch.no_grad():
-                    buffer.view(slots).copy_(update.after(gradient, moments))
+                    buffer.view(slots)[: len(FIELDS)].copy_(update.after(gradient, moments))
             slots.stamp = buffer.stamp
+            seen.append(update)
         library = native.kernel()
         if jobs and library is not None:
             addresses = (ctypes.c_void_p * len(jobs))(*jobs)
             library.stabilitylab_after(ctypes.addressof(addresses), len(jobs), torch.get_num_threads())
+        self._between.keep(seen)
         self._release()
 
     def gradients(
@@ -175,7 +203,11 @@ class UpdateProbe:
         seen = [e for e in self._updates.values() if e.slots.stamp == stamp]
         if not seen:
             return None
-        return Found(sites=tuple(e.name for e in seen), slots=[(e.slots,) for e in seen])
+        return Found(
+            sites=tuple(e.name for e in seen),
+            slots=[(e.slots,) for e in seen],
+            extra=(self._compared, self._jumps),
+        )
 
     def finish(self, gathered: Gathered) -> Readings:
         """The table's statistics."""
@@ -187,7 +219,11 @@ class UpdateProbe:
         )
         keys = self._full.keys(full) + self._short.keys(short) if short else self._full.keys(full)
         parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
-        return Readings(keys, np.concatenate(parts))
+        compared, settings = gathered.extra
+        events = self._changes.events(
+            gathered.sites, rows[:, len(FIELDS) :] if compared else None, rows[:, COLUMN["second2"]], settings
+        )
+        return Readings(keys, np.concatenate(parts), tuple(events))
 
     def companions(self, gathered: Gathered, numbers: Mapping[str, float]) -> dict[str, float]:
         """RMS of the change of all weights over the learning rate, each parameter's sample standing for all of
