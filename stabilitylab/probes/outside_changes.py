@@ -90,9 +90,11 @@ def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:
 
 def _norms(updates: Sequence[Update]) -> list[Tensor]:
     weights = [update.weight.detach() for update in updates]
-    if len({(weight.device, weight.dtype) for weight in weights}) == 1:
+    kinds = {(weight.device, weight.dtype) for weight in weights}
+    if len(kinds) == 1 and weights[0].dtype in (torch.float32, torch.float64):
         return list(torch._foreach_norm(weights))
-    return [torch.linalg.vector_norm(weight, dtype=torch.float32) for weight in weights]
+    wide = (weight if weight.dtype == torch.float64 else weight.float() for weight in weights)
+    return [torch.linalg.vector_norm(weight) for weight in wide]
 
 
 class OutsideChanges:

@@ -169,15 +169,17 @@ def read_rows(
     family: str | None = None,
     statistic: str | None = None,
     below: int | None = None,
+    steps: tuple[int, int] | None = None,
 ) -> pa.Table:
-    """The rows of a part, of one family or statistic where given, with step < ``below`` where given.
+    """The rows of a part, of one family or statistic where given, with step < ``below`` and within ``steps`` (both ends
+    included) where given.
 
     Raises FileNotFoundError when the file has been merged into another meanwhile, InputError when it is damaged.
     """
     wanted = {
         name: value for name, value in (("family", family), ("statistic", statistic)) if value is not None
     }
-    needed = dict.fromkeys([*columns, *wanted, *(["step"] if below is not None else [])])
+    needed = dict.fromkeys([*columns, *wanted, *(["step"] if below is not None or steps is not None else [])])
     try:
         with pq.ParquetFile(part.path, page_checksum_verification=True) as file:
             groups = [
@@ -186,6 +188,7 @@ def read_rows(
                 if all(
                     _may_hold(file.metadata.row_group(number), name, value) for name, value in wanted.items()
                 )
+                and (steps is None or _may_hold_steps(file.metadata.row_group(number), *steps))
             ]
             table = file.read_row_groups(groups, columns=list(needed))
     except FileNotFoundError:
@@ -194,6 +197,9 @@ def read_rows(
         raise _damaged(part.path, error) from None
     for name, value in wanted.items():
         table = table.filter(pc.equal(table[name], value))
+    if steps is not None:
+        step = table["step"]
+        table = table.filter(pc.and_(pc.greater_equal(step, steps[0]), pc.less_equal(step, steps[1])))
     if below is not None:
         table = table.filter(pc.less(table["step"], below))
     return table.select(list(columns))
@@ -203,6 +209,16 @@ def _may_hold(group: Any, name: str, value: str) -> bool:
     """Whether the recorded range of a row group's column leaves room for the value."""
     statistics = group.column(SCHEMA.get_field_index(name)).statistics
     return statistics is None or not statistics.has_min_max or statistics.min <= value <= statistics.max
+
+
+def _may_hold_steps(group: Any, first: int, last: int) -> bool:
+    """The same for a range of steps."""
+    statistics = group.column(SCHEMA.get_field_index("step")).statistics
+    return (
+        statistics is None
+        or not statistics.has_min_max
+        or (statistics.min <= last and first <= statistics.max)
+    )
 
 
 def _read_footer(path: Path) -> Part:

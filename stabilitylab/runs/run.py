@@ -116,6 +116,16 @@ class Run:
             self._frames[family, statistic] = frame[~frame.duplicated(["step", "site", "index"], keep="last")]
         return self._frames[family, statistic]
 
+    def near(self, family: str, statistic: str, first: int, last: int) -> pd.DataFrame:
+        """``rows`` of steps from ``first`` to ``last``, of which no others are read: for looking at one place of a long run."""
+        if (family, statistic) in self._frames:
+            rows = self._frames[family, statistic]
+            return rows[(rows["step"] >= first) & (rows["step"] <= last)]
+        columns = ["step", "site", "index", "value"]
+        table = self._table(columns, family=family, statistic=statistic, steps=(first, last))
+        frame: pd.DataFrame = table.to_pandas()
+        return frame[~frame.duplicated(["step", "site", "index"], keep="last")]
+
     def series(self, metric: str, index: Index = None) -> pd.Series[float]:
         """One metric over the steps: a series of values, its index the step. Empty where it was not recorded.
 
@@ -160,14 +170,27 @@ class Run:
         frame = pd.crosstab(site, rows["step"]).astype(bool)
         return frame.reindex(site.unique()).rename_axis(index="site", columns="step")
 
-    def _table(self, columns: list[str], family: str | None = None, statistic: str | None = None) -> pa.Table:
+    def _table(
+        self,
+        columns: list[str],
+        family: str | None = None,
+        statistic: str | None = None,
+        steps: tuple[int, int] | None = None,
+    ) -> pa.Table:
         """Standing rows of all files, oldest first, sites in the order of first appearance."""
         for attempt in range(5):
             try:
                 parts = list_parts(self.folder.telemetry)
                 limits = step_limits(parts)
                 tables = [
-                    read_rows(part, columns, family=family, statistic=statistic, below=limits[part.segment])
+                    read_rows(
+                        part,
+                        columns,
+                        family=family,
+                        statistic=statistic,
+                        below=limits[part.segment],
+                        steps=steps,
+                    )
                     for part in parts
                     if part.rows
                 ]

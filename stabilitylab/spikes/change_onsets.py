@@ -13,11 +13,17 @@ is measured against what it was before it did. A *departure* is the run of value
 the onset (StableAdamW, 2304.13013, section 3.4: loss spikes follow within 1 to 8 steps) to 3 after it, followed back to
 its beginning; a single value inside does not interrupt it. Non-finite values are out.
 
-Sites are seen at the steps they were measured at; between two measurements a departure cannot be placed.
+With fewer than ``USUAL_VALUES`` measurements in the window its noise is known badly: then max(8 noise, ln 3), and with fewer than
+``LEAST_VALUES`` nothing is said.
+
+Sites are seen at the steps they were measured at; between two measurements a departure cannot be placed. Within one step the
+order is that of execution, which the run recorded (``Places.order``): forward passes in that order, backward ones in the reverse,
+then the update.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +35,10 @@ from stabilitylab.telemetry import SCALAR
 WINDOW = 128
 BEFORE = 8
 AFTER = 3
-LEAST_VALUES = 12
-SIGMAS = 5.0
-LEAST_RISE = float(np.log(2))
+USUAL_VALUES = 12
+LEAST_VALUES = 5
+SIGMAS, SIGMAS_OF_FEW = 5.0, 8.0
+LEAST_RISE, LEAST_RISE_OF_FEW = float(np.log(2)), float(np.log(3))
 
 # What is followed, in the order in which a step computes it: forward, backward, update.
 FOLLOWED = (
@@ -41,7 +48,47 @@ FOLLOWED = (
     ("gradient", "l2"),
     ("update", "rms"),
 )
-ORDER = {family: place for place, (family, _) in enumerate(FOLLOWED)}
+_PASS = {"attention": 0, "activation": 0, "activation_gradient": 1, "gradient": 1, "update": 2}
+_FAMILY = {family: place for place, (family, _) in enumerate(FOLLOWED)}
+
+
+class Execution:
+    """When a step comes to a site.
+
+    Args:
+        order: sites as the forward pass comes to them (``Places.order``); empty where that was not recorded: then the order
+            of the families is all that is known.
+    """
+
+    def __init__(self, order: Sequence[str]) -> None:
+        self._at = {site: i for i, site in enumerate(order)}
+        # A parameter's own module may have no site (a fused projection): then the first site in it, or in what holds it.
+        self._first: dict[str, int] = {}
+        for i, site in enumerate(order):
+            parts = site.removeprefix("attention/").removesuffix(":input").split(".")
+            for end in range(1, len(parts) + 1):
+                self._first.setdefault(".".join(parts[:end]), i)
+
+    def place(self, family: str, site: str) -> tuple[int, int, int]:
+        """What to sort by within one step."""
+        forward = self.forward(family, site)
+        passes = _PASS.get(family, 3)
+        if not self._at:
+            return passes, _FAMILY.get(family, 9), 0
+        return passes, -forward if passes == 1 else forward, _FAMILY.get(family, 9)
+
+    def forward(self, family: str, site: str) -> int:
+        """Number of the site, or of a parameter's module, in the forward pass; after all others where it is not known."""
+        if family == "attention":
+            return self._at.get(f"attention/{site}", self._first.get(site, len(self._at)))
+        if site in self._at:
+            return self._at[site]
+        module = site.rpartition(".")[0] if family in ("gradient", "update") else site
+        while module:
+            if (first := self._first.get(module)) is not None:
+                return first
+            module = module.rpartition(".")[0]
+        return len(self._at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +100,7 @@ class ChangeOnset:
         step: the first measured step out.
         since: the last measured step before that: it left somewhere between the two.
         until: the last measured step out, of those looked at.
+        order: what sorts the departures of one step as it came to them: pass, then place in it.
         ratio: largest value over its baseline, as a factor; inf for non-finite values.
         sigmas: the same in deviations of the baseline's noise.
         common: by which factor the family's median site rose in that step: near 1 where few sites moved.
@@ -68,6 +116,7 @@ class ChangeOnset:
     ratio: float
     sigmas: float
     common: float
+    order: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def is_local(self) -> bool:
@@ -81,17 +130,27 @@ class ChangeOnset:
 
 
 def find_departures(run: Run, onset: int) -> list[ChangeOnset]:
-    """All sites out of their baseline around ``onset``: the earliest first, then by the order of computation, then by how
-    far out they went.
+    """All sites out of their baseline around ``onset``: the earliest first, then as a step comes to them.
 
     Args:
         run: with telemetry of the families in ``FOLLOWED``; those that are missing are left out.
         onset: step at which the episode began.
     """
     found: list[ChangeOnset] = []
+    execution = Execution(run.places.order)
     for family, statistic in FOLLOWED:
-        found += _departures(_table(run.rows(family, statistic), onset), family, statistic, onset)
-    return sorted(found, key=lambda one: (one.step, ORDER[one.family], -one.sigmas))
+        table = _table(run.near(family, statistic, onset - WINDOW, onset + AFTER), onset)
+        found += _departures(table, family, statistic, onset, execution)
+    return sorted(found, key=lambda one: (one.step, one.order, -one.sigmas))
+
+
+def measurements_before(run: Run, onset: int) -> int:
+    """How often the family that was measured most was, in the window before the onset."""
+    counts = (
+        run.near(family, statistic, onset - WINDOW, onset - 1)["step"].nunique()
+        for family, statistic in FOLLOWED
+    )
+    return max(counts, default=0)
 
 
 def _table(rows: pd.DataFrame, onset: int) -> pd.DataFrame:
@@ -111,7 +170,9 @@ def _table(rows: pd.DataFrame, onset: int) -> pd.DataFrame:
     return table.reindex(pd.MultiIndex.from_frame(order))
 
 
-def _departures(table: pd.DataFrame, family: str, statistic: str, onset: int) -> list[ChangeOnset]:
+def _departures(
+    table: pd.DataFrame, family: str, statistic: str, onset: int, execution: Execution
+) -> list[ChangeOnset]:
     steps = table.columns.to_numpy(dtype=np.int64)
     before = steps < onset
     if before.sum() < LEAST_VALUES or not (steps >= onset - BEFORE).any():
@@ -120,7 +181,9 @@ def _departures(table: pd.DataFrame, family: str, statistic: str, onset: int) ->
     level, noise = _baseline(logs, steps, before)
     rise = logs - level
     with np.errstate(invalid="ignore"):
-        out = rise > np.maximum(SIGMAS * noise[:, None], LEAST_RISE)
+        few = before.sum() < USUAL_VALUES
+        sigmas, least = (SIGMAS_OF_FEW, LEAST_RISE_OF_FEW) if few else (SIGMAS, LEAST_RISE)
+        out = rise > np.maximum(sigmas * noise[:, None], least)
     starts = np.array([_start(row, steps, onset) for row in out])
     found = []
     for row in np.flatnonzero(starts >= 0):
@@ -140,6 +203,7 @@ def _departures(table: pd.DataFrame, family: str, statistic: str, onset: int) ->
                 ratio=float(np.exp(min(height, 700.0))) if np.isfinite(height) else float("inf"),
                 sigmas=height / max(float(noise[row]), 1e-6),
                 common=float(np.exp(np.clip(np.nanmedian(rise[:, first]), -700.0, 700.0))),
+                order=execution.place(family, str(site)),
             )
         )
     return found

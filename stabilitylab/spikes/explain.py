@@ -6,13 +6,22 @@ from collections.abc import Callable
 
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
-from stabilitylab.spikes.episodes import episodes_of
-from stabilitylab.spikes.forensics import diagnose
-from stabilitylab.telemetry import Event
+from stabilitylab.spikes.episodes import Episode
+from stabilitylab.spikes.forensics import diagnose, explicable
+from stabilitylab.telemetry import DEPARTURES, Event
 
 # A run that breaks a hundred times is not understood by reading a hundred diagnoses: the gravest are explained.
 MOST = 20
-_GRAVITY = ("divergence", "spike", "non-finite", "dead", "frozen", "loss-scale-collapse", "hard-batch")
+_GRAVITY = (
+    "divergence",
+    "spike",
+    "non-finite",
+    "dead",
+    "frozen",
+    "loss-scale-collapse",
+    *sorted(DEPARTURES),
+    "hard-batch",
+)
 
 
 def explain(run: RunFolder, *, describe_batch: Callable[[int], list[str]] | None = None) -> list[Event]:
@@ -24,8 +33,8 @@ def explain(run: RunFolder, *, describe_batch: Callable[[int], list[str]] | None
     """
     loaded = load_run(run.path)
     known = {_name(event.data["episode"]) for event in loaded.events if event.kind == "diagnosis"}
-    open_questions = [one for one in episodes_of(loaded.events) if (one.onset, one.signal) not in known]
-    gravest = sorted(open_questions, key=lambda one: (_GRAVITY.index(one.kind), -(one.height or 0.0)))[:MOST]
+    open_questions = [one for one in explicable(loaded.events) if (one.onset, one.signal) not in known]
+    gravest = sorted(open_questions, key=_gravity)[:MOST]
     gravest.sort(key=lambda one: one.onset)
     return [diagnose(loaded, one, describe_batch=describe_batch).event for one in gravest]
 
@@ -46,6 +55,11 @@ def write_diagnoses(
                 text = "\n".join(f"- {sentence}" for sentence in event.data["sentences"])
                 writer.add_text("diagnoses", text, event.step)
     return events
+
+
+def _gravity(one: Episode) -> tuple[int, float]:
+    place = _GRAVITY.index(one.kind) if one.kind in _GRAVITY else len(_GRAVITY)
+    return place, -(one.height or 0.0)
 
 
 def _name(episode: dict[str, object]) -> tuple[object, object]:

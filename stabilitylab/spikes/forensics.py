@@ -1,43 +1,31 @@
 """Why an episode happened, as far as the telemetry around it tells.
 
-Sites are ranked by when they left their own baseline (``departures.py``). The cause is read off the earliest ones:
-
-| cause | pattern |
-| --- | --- |
-| learning-rate | the rate jumped by half or more within 64 steps before the onset, and no site had left before it did |
-| overflow | numbers went out of the format by 3 steps after the onset, or the loss scale had collapsed |
-| batch | most gradients left in the very step of the loss, and whatever left in the forward pass came back after the batch |
-| attention | attention scores of few heads left first |
-| activation | activations of few sites left first |
-| gradient | gradients of few parameters left first, without anything in the forward pass |
-| optimizer | many gradients left before the loss did, or only updates did: the state as a whole |
-| unknown | nothing that was measured left its baseline |
-
-Updates are listed, but are no cause beside anything else: they follow from rate and gradients, and under Adam rise by
-themselves where gradients agree from step to step.
+Sites are ranked by when they left their own baseline (``change_onsets.py``), within a step by the order of execution; the cause is
+read off the earliest ones, and off what changed from outside, by the rules and under the names of ``suspects.py``. What to try
+about it is in ``advice.py``.
 
 What is close in time is not thereby the cause: the sentences say what was seen, in which order, and how finely it was
 measured. The same batch from another state may do no harm (PaLM, 2204.02311, section 5.1).
+
+A departure that the loss does not show (``site-departure`` and the changes from outside) is explained like an episode, under its
+own kind.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
 from stabilitylab.runs import Run
-from stabilitylab.spikes.change_onsets import AFTER, ORDER, ChangeOnset, find_departures
+from stabilitylab.spikes.advice import advice
+from stabilitylab.spikes.change_onsets import ChangeOnset, find_departures, measurements_before
 from stabilitylab.spikes.episodes import Episode, episodes_of
-from stabilitylab.spikes.reasons import RATE_FACTOR
-from stabilitylab.telemetry import LEARNING_RATE, LOSS_SCALES, Event
+from stabilitylab.spikes.suspects import LEAD_STEPS, Suspect, first_suspect, gather
+from stabilitylab.telemetry import DEPARTURES, LOSS_SCALES, Event
 
-LEAD_STEPS = 64
 MOST = 10
-FORWARD = ("attention", "activation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +34,7 @@ class Diagnosis:
 
     Attributes:
         episode: what is explained.
-        cause: a word of the table in ``stabilitylab/spikes/forensics.py``.
+        cause: a word of the table in ``stabilitylab/spikes/suspects.py``.
         site: where, if the cause has a place: a module or parameter path, with the head if it is one.
         first_step: when the first site left its baseline; None if none did.
         lead: steps from there to the onset.
@@ -59,6 +47,10 @@ class Diagnosis:
         overflow: step at which numbers first went non-finite, and the tensor and site where.
         loss_scale: at the onset and the lowest within the episode.
         learning_rate_change: step and factor.
+        outside: what changed from outside, as it was told: kind, step and data; None if nothing did, or it is not the suspect.
+        stack: in which stack of blocks the site lies, in a model that has several.
+        measurements: of layers in the 128 steps before the onset.
+        advice: one line of what to try.
     """
 
     episode: Episode
@@ -75,6 +67,10 @@ class Diagnosis:
     overflow: tuple[int, str] | None = None
     loss_scale: tuple[float, float] | None = None
     learning_rate_change: tuple[int, float] | None = None
+    outside: Mapping[str, Any] | None = None
+    stack: str = ""
+    measurements: int = 0
+    advice: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``events.jsonl``."""
@@ -88,12 +84,41 @@ class Diagnosis:
     @property
     def sentences(self) -> list[str]:
         """What was seen, for a reader."""
-        return list(_sentences(self))
+        from stabilitylab.spikes.words import sentences  # it reads a diagnosis, so it knows this module
+
+        return sentences(self)
 
 
 def diagnose_run(run: Run, *, describe_batch: Callable[[int], list[str]] | None = None) -> list[Diagnosis]:
-    """Explain every episode that the run's events tell of, in order."""
-    return [diagnose(run, episode, describe_batch=describe_batch) for episode in episodes_of(run.events)]
+    """Explain every episode that the run's events tell of, and every departure that no episode covers, in order."""
+    return [diagnose(run, episode, describe_batch=describe_batch) for episode in explicable(run.events)]
+
+
+def explicable(events: Iterable[Event]) -> list[Episode]:
+    """The episodes, and as such the departures of sites that the loss does not show: none within 64 steps before an
+    episode or in it."""
+    events = list(events)
+    told = episodes_of(events)
+    quiet: list[Episode] = []
+    for event in sorted(
+        (e for e in events if e.kind in DEPARTURES), key=lambda e: (e.step, e.kind == "site-departure")
+    ):
+        covered = any(
+            one.onset - LEAD_STEPS <= event.step <= (math.inf if one.end is None else max(one.end, one.onset))
+            for one in told
+        ) or any(event.step - one.onset < LEAD_STEPS for one in quiet)
+        if not covered:
+            quiet.append(_as_episode(event))
+    return sorted([*told, *quiet], key=lambda one: one.onset)
+
+
+def _as_episode(event: Event) -> Episode:
+    factor = event.data.get("factor")
+    height = math.log(factor) if isinstance(factor, (int, float)) and 0 < factor < math.inf else None
+    signal = str(event.data.get("signal") or event.data.get("site") or event.data.get("setting"))
+    return Episode(
+        kind=event.kind, onset=event.step, peak=event.step, end=event.step, height=height, signal=signal
+    )
 
 
 def diagnose(
@@ -108,109 +133,61 @@ def diagnose(
     """
     onset = episode.onset
     departures = find_departures(run, onset)
-    change = _rate_change(run, onset)
-    overflow = _overflow(run, episode)
-    cause, culprit = _cause(departures, episode, change, overflow)
-    first = min((one.step for one in departures), default=None)
-    if cause == "learning-rate" and change is not None:
-        first = change[0]
-    elif culprit is not None:
-        first = culprit.step
+    seen = gather(run, episode, departures)
+    suspect = first_suspect(episode, seen)
+    first = min((one.step for one in departures), default=None) if suspect.step is None else suspect.step
     leads: dict[str, int] = {}
     for one in departures:
         leads.setdefault(one.family, onset - one.step)
+    culprit = suspect.departure
+    numbers = {(one.onset, one.signal): i for i, one in enumerate(episodes_of(run.events), start=1)}
     return Diagnosis(
         episode=episode,
-        cause=cause,
-        site=None if culprit is None else culprit.name,
+        cause=suspect.cause,
+        site=suspect.site,
         first_step=first,
         lead=None if first is None else onset - first,
         resolution=None if culprit is None else max(1, culprit.step - culprit.since),
-        departures=tuple(departures[:MOST]),
+        departures=_listed(departures, suspect),
         leads=leads,
         embedding_share=_embedding_share(run, onset),
         embedding_rows=_embedding_rows(run, onset),
         batches=_batches(first, onset, describe_batch),
-        overflow=overflow,
+        overflow=None if seen.overflow is None else _where(seen.overflow),
         loss_scale=_loss_scale(run, episode),
-        learning_rate_change=change,
+        learning_rate_change=seen.rate_change,
+        outside=_outside(suspect),
+        stack=run.places.stack_of(suspect.site.partition(",")[0]) if suspect.site else "",
+        measurements=measurements_before(run, onset),
+        advice=advice(run, suspect, numbers.get((onset, episode.signal))),
     )
 
 
-def _cause(
-    departures: Sequence[ChangeOnset],
-    episode: Episode,
-    change: tuple[int, float] | None,
-    overflow: tuple[int, str] | None,
-) -> tuple[str, ChangeOnset | None]:
-    first = next((one for one in departures if one.family != "update"), departures[0] if departures else None)
-    # Updates follow the rate in its own step: they are its shadow.
-    ahead_of_change = change is not None and any(
-        one.step < change[0] for one in departures if one.family != "update"
-    )
-    if change is not None and not ahead_of_change:
-        return "learning-rate", None
-    if episode.kind == "loss-scale-collapse" or (
-        overflow is not None and overflow[0] <= episode.onset + AFTER
-    ):
-        return "overflow", first
-    if first is None:
-        return "unknown", None
-    # Families tie on the step, and a site that is measured seldom may have left at any step since it was last seen in order.
-    # Among these, what few sites show is more telling than what all do.
-    earliest = [one for one in departures if one.since < first.step and one.family != "update"]
-    local = [one for one in earliest if one.is_local]
-    lasting = [one for one in local if one.family in FORWARD and _lasts(one, episode)]
-    if lasting:
-        culprit = min(lasting, key=lambda one: (ORDER[one.family], -one.sigmas))
-        return culprit.family, culprit
-    alone = [one for one in local if one.family == "gradient"]
-    if alone:
-        return "gradient", alone[0]
-    gradients = [one for one in earliest if one.family == "gradient"]
-    if gradients and first.step == episode.onset:
-        return "batch", gradients[0]
-    forward = [one for one in earliest if one.family in FORWARD]
-    if forward:
-        return ("batch" if first.step == episode.onset else forward[0].family), forward[0]
-    return "optimizer", first
+def _listed(departures: Sequence[ChangeOnset], suspect: Suspect) -> tuple[ChangeOnset, ...]:
+    """The earliest, the suspect's own among them."""
+    own = suspect.departure
+    listed = list(departures[:MOST])
+    if own is not None and own not in listed:
+        listed = [own, *listed[: MOST - 1]]
+    return tuple(listed)
 
 
-def _lasts(one: ChangeOnset, episode: Episode) -> bool:
-    """Whether it was still out after the first step out: the state, and not what one batch did to it."""
-    return one.until > max(one.step, episode.onset) or not math.isfinite(one.ratio)
+def _outside(suspect: Suspect) -> Mapping[str, Any] | None:
+    event = suspect.event
+    if event is None or event.kind == "overflow":
+        return None
+    return {"kind": event.kind, "step": event.step, **event.data}
 
 
-def _rate_change(run: Run, onset: int) -> tuple[int, float] | None:
-    """The latest jump of the learning rate within 64 steps before the onset, as (step, factor).
-
-    A warm-up from zero multiplies its first rates by 2, 3/2, ...: a jump counts only if it is more than half as large
-    again as the step before it was.
-    """
-    rate = run.series(LEARNING_RATE)
-    rate = rate[(rate.index <= onset) & (rate.index >= onset - LEAD_STEPS - 2) & (rate > 0)]
-    factors = (rate / rate.shift(1)).to_numpy(np.float64)
-    for i in range(len(factors) - 1, 1, -1):
-        usual = max(1.0, factors[i - 1])
-        if factors[i] >= RATE_FACTOR * usual:
-            return int(rate.index[i]), float(factors[i])
-    return None
-
-
-def _overflow(run: Run, episode: Episode) -> tuple[int, str] | None:
-    """Step, and tensor and site of the first overflow from 64 steps before the onset to the episode's end."""
-    end = episode.onset + LEAD_STEPS if episode.end is None else episode.end
-    for event in run.events:
-        if event.kind == "overflow" and episode.onset - LEAD_STEPS <= event.step <= end:
-            tensor = str(event.data.get("tensor", "tensor")).replace("_", " ")
-            return event.step, f"{tensor} of {event.data.get('site', '?')}"
-    return None
+def _where(event: Event) -> tuple[int, str]:
+    tensor = str(event.data.get("tensor", "tensor")).replace("_", " ")
+    return event.step, f"{tensor} of {event.data.get('site', '?')}"
 
 
 def _embedding_share(run: Run, onset: int) -> tuple[float, float] | None:
-    shares = run.rows("gradient", "share")
-    sites = shares["site"].astype(str)
-    embedding = shares[sites.str.contains("embed|wte", case=False, regex=True)]
+    shares = run.near("gradient", "share", onset - LEAD_STEPS, onset + LEAD_STEPS)
+    own = [site for site in shares["site"].cat.categories if run.places.is_embedding(str(site))]
+    embedding = shares[shares["site"].isin(own)]
     if embedding.empty:
         return None
     by_step = embedding.groupby("step")["value"].sum(min_count=1)
@@ -222,8 +199,9 @@ def _embedding_share(run: Run, onset: int) -> tuple[float, float] | None:
 
 
 def _embedding_rows(run: Run, onset: int) -> list[int]:
-    rows = run.rows("gradient", "top_row")
-    at = rows[rows["step"] == onset].sort_values("index")
+    at = run.near("gradient", "top_row", onset, onset)
+    at = at[at["site"].isin([site for site in at["site"].unique() if run.places.is_embedding(str(site))])]
+    at = at.sort_values("index")
     return [int(value) for value in at["value"] if math.isfinite(value)]
 
 
@@ -248,83 +226,3 @@ def _loss_scale(run: Run, episode: Episode) -> tuple[float, float] | None:
             if len(at) and len(within):
                 return float(at.iloc[-1]), float(within.min())
     return None
-
-
-_WORDS = {
-    "learning-rate": "the learning rate",
-    "overflow": "an overflow of the number format",
-    "batch": "the batch",
-    "attention": "attention scores",
-    "activation": "activations",
-    "gradient": "a gradient",
-    "optimizer": "the optimizer's state",
-    "unknown": "not visible in what was measured",
-}
-
-
-def _sentences(one: Diagnosis) -> Sequence[str]:
-    episode = one.episode
-    height = "" if episode.height is None else f", {episode.height:.3g} high"
-    said = [f"{episode.kind} at step {episode.onset}{height}. First suspect: {_WORDS[one.cause]}."]
-    if one.learning_rate_change is not None:
-        step, factor = one.learning_rate_change
-        said.append(
-            f"The learning rate was multiplied by {factor:.3g} at step {step}, {_ago(step, episode)}."
-        )
-    if one.departures:
-        first = one.departures[0]
-        if one.site is not None:
-            first = next((d for d in one.departures if d.name == one.site), first)
-        said.append(
-            f"{_what(first)} left its baseline first, at step {first.step}, {_ago(first.step, episode)} "
-            f"({_times(first.ratio)}, {first.sigmas:.0f} deviations; measured every {one.resolution or 1} steps)."
-        )
-        others = [d for d in one.departures if d is not first][:3]
-        if others:
-            said.append(
-                "Then: " + "; ".join(f"{_what(d)} at step {d.step} ({_times(d.ratio)})" for d in others) + "."
-            )
-    else:
-        said.append("No site that was measured left its baseline around the onset.")
-    if one.embedding_share is not None:
-        now, usual = one.embedding_share
-        said.append(
-            f"The embedding's share of the squared gradient norm was {now:.2f} (usually {usual:.2f})."
-        )
-    if one.overflow is not None:
-        step, where = one.overflow
-        said.append(f"Numbers first left the format at step {step}, in the {where}.")
-    if one.loss_scale is not None:
-        before, lowest = one.loss_scale
-        said.append(
-            f"The loss scale was {before:g} at the onset and fell to {lowest:g}."
-            if lowest < before
-            else f"The loss scale stayed at {before:g}."
-        )
-    for step, documents in one.batches.items():
-        shown = "; ".join(documents[:4]) + ("; ..." if len(documents) > 4 else "")
-        said.append(f"Batch of step {step}: {shown}.")
-    return said
-
-
-def _what(one: ChangeOnset) -> str:
-    noun = {
-        "attention": "The attention score maximum of",
-        "activation": "The activation maximum of",
-        "activation_gradient": "The activation gradient of",
-        "gradient": "The gradient of",
-        "update": "The update of",
-    }[one.family]
-    return f"{noun} {one.name}"
-
-
-def _ago(step: int, episode: Episode) -> str:
-    lead = episode.onset - step
-    if lead == 0:
-        return "in the step of the onset"
-    steps = f"{abs(lead)} step{'s' if abs(lead) != 1 else ''}"
-    return f"{steps} before the onset" if lead > 0 else f"{steps} after the onset"
-
-
-def _times(ratio: float) -> str:
-    return "not finite" if not math.isfinite(ratio) else f"x {ratio:.3g}"

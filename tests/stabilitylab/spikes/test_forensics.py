@@ -1,5 +1,6 @@
 """A planted cause must be named: a small real transformer is trained under the monitor, and one thing is done to it."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -13,10 +14,12 @@ from stabilitylab import Monitor
 from stabilitylab.report import run_report
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
+from stabilitylab.spikes.change_onsets import find_departures
 from stabilitylab.spikes.commands import spikes
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.explain import explain
 from stabilitylab.spikes.forensics import diagnose, diagnose_run
+from stabilitylab.spikes.suspects import first_suspect, gather
 from stabilitylab.telemetry import Event
 from tests.stabilitylab.gpt import GPT, next_token_loss
 
@@ -129,7 +132,14 @@ def test_a_head_with_scaled_queries_is_named(planted):
         kind="spike", onset=PLANTED, peak=PLANTED, end=PLANTED, height=0.0, signal="train/-/loss"
     )
     one = diagnose(run, episode)
-    assert (one.cause, one.site, one.first_step) == ("attention", "layers.0.attention, head 2", PLANTED)
+    weight = "layers.0.attention.query_key_value.weight"
+    assert (one.cause, one.site, one.first_step) == ("parameter", weight, PLANTED)
+    assert f"before step {PLANTED}, the weights of {weight}" in one.sentences[1]
+    # What is read off the departures alone.
+    seen = dataclasses.replace(gather(run, episode, find_departures(run, PLANTED)), outside=[])
+    suspect = first_suspect(episode, seen)
+    assert (suspect.cause, suspect.site) == ("attention", "layers.0.attention, head 2")
+    assert "parameter-changed" in {event.kind for event in run.events}
 
 
 def test_sites_that_are_measured_seldom_tie_with_what_they_may_have_preceded(tmp_path):

@@ -1,0 +1,245 @@
+"""From what was seen around an episode to its first suspect: the rules, in the order in which they are tried.
+
+| cause | pattern | site |
+| --- | --- | --- |
+| parameter | weights moved between two steps without an update, before any site left or with it | the parameter |
+| optimizer | a setting jumped, moments fell by more than a step can do, or updates left before all else | |
+| learning-rate | the rate jumped by half or more within 64 steps before the onset, and no site had left before it did | |
+| overflow | an activation left the format before any other site left, or the loss scale collapsed | the tensor's module |
+| batch | sites left in the very step of the loss, many gradients among them, and came back after it | |
+| attention | attention scores of few heads are the first in the order of execution | module, and head |
+| activation | activations of few sites are | module |
+| gradient | a gradient is, with nothing in the forward pass before it | parameter or module |
+| unknown | nothing that was measured left its baseline | |
+
+What is told of the optimizer or the weights from outside is certain, so it comes first; what is read off departures follows the
+order in which a step computes. Of those that share the earliest step (or may, being measured seldom), the suspect is the first in
+the forward pass that stands out from its family; a site whose input left comes after the one that fed it, so it is none. Without
+one in the forward pass it is the first in the backward pass. Weak departures beside far larger ones are their echo: what rose by
+less than a fifth of the largest rise, on the log scale, is passed over.
+
+Updates follow rate and gradients, and under Adam rise by themselves where gradients agree from step to step: they mean the
+optimizer only where they left alone, or a third of them before all else. An optimizer that bounds its update by its own second
+moment (StableAdamW) moves most in the step after; that is later than the gradient, and so no matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stabilitylab.runs import Run
+from stabilitylab.spikes.change_onsets import AFTER, ChangeOnset
+from stabilitylab.spikes.episodes import Episode
+from stabilitylab.spikes.reasons import RATE_FACTOR
+from stabilitylab.telemetry import LEARNING_RATE, Event
+
+CAUSES = (
+    "parameter",
+    "optimizer",
+    "learning-rate",
+    "overflow",
+    "batch",
+    "attention",
+    "activation",
+    "gradient",
+    "unknown",
+)
+LEAD_STEPS = 64
+FORWARD = ("attention", "activation")
+_ECHO = 0.2
+_MANY = 1 / 3
+# What a batch may do to activations and scores: more is a fault of the state.
+_OF_A_BATCH = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What was seen around an episode.
+
+    Attributes:
+        departures: in order (``find_departures``).
+        rate_change: step and factor.
+        outside: events ``parameter-changed``, ``moments-changed``, ``optimizer-changed`` near the onset, in order.
+        overflow: the first event ``overflow`` near the onset.
+        gradients: number of parameters whose gradients are followed.
+    """
+
+    departures: Sequence[ChangeOnset]
+    rate_change: tuple[int, float] | None
+    outside: Sequence[Event]
+    overflow: Event | None
+    gradients: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspect:
+    """A cause and where; ``departure`` or ``event`` is what it was read off."""
+
+    cause: str
+    site: str | None = None
+    step: int | None = None
+    departure: ChangeOnset | None = None
+    event: Event | None = None
+
+
+def gather(run: Run, episode: Episode, departures: Sequence[ChangeOnset]) -> Evidence:
+    """Look for everything that the rules ask about."""
+    onset = episode.onset
+    near = [event for event in run.events if onset - LEAD_STEPS <= event.step <= onset + AFTER]
+    shares = run.near("gradient", "l2", onset - LEAD_STEPS, onset + AFTER)
+    return Evidence(
+        departures=departures,
+        rate_change=_rate_change(run, onset),
+        outside=[e for e in near if e.kind in ("parameter-changed", "moments-changed", "optimizer-changed")],
+        overflow=next(
+            (event for event in near if event.kind == "overflow" and _counts(event, episode)), None
+        ),
+        gradients=int(shares["site"].nunique()) if len(shares) else 0,
+    )
+
+
+def first_suspect(episode: Episode, seen: Evidence) -> Suspect:
+    """The first rule that applies."""
+    moved = [one for one in seen.departures if one.family != "update"]
+    begin = min((one.step for one in moved), default=episode.onset)
+    return (
+        _from_outside(seen, min(begin, episode.onset))
+        or _rate(seen, moved)
+        or _overflowed(episode, seen, moved)
+        or _departed(episode, seen, moved)
+    )
+
+
+def _from_outside(seen: Evidence, begin: int) -> Suspect | None:
+    """The latest of what was changed from outside by the time the first site left."""
+    earlier = [event for event in seen.outside if event.step <= begin]
+    if not earlier:
+        return None
+    step = max(event.step for event in earlier)
+    at = [event for event in earlier if event.step == step]
+    event = next((event for event in at if event.kind != "parameter-changed"), at[0])
+    if event.kind != "parameter-changed":
+        return Suspect(cause="optimizer", step=step, event=event)
+    # Half of the model at once is a state that was loaded, decayed or averaged: no site of its own.
+    several = 2 * int(event.data.get("count", 1)) > int(event.data.get("of", 0))
+    return Suspect(
+        cause="parameter", site=None if several else str(event.data["site"]), step=step, event=event
+    )
+
+
+def _rate(seen: Evidence, moved: Sequence[ChangeOnset]) -> Suspect | None:
+    """Updates follow the rate in its own step: they are its shadow."""
+    if seen.rate_change is None or any(one.step < seen.rate_change[0] for one in moved):
+        return None
+    return Suspect(cause="learning-rate", step=seen.rate_change[0])
+
+
+def _overflowed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) -> Suspect | None:
+    if episode.kind == "loss-scale-collapse" and seen.overflow is None:
+        first = moved[0] if moved else None
+        return Suspect(cause="overflow", site=None if first is None else first.name, departure=first)
+    if seen.overflow is None:
+        return None
+    event = seen.overflow
+    grew = [one for one in moved if one.step < event.step and math.isfinite(one.ratio) and one.is_local]
+    if grew:  # it was on its way out before
+        return None
+    return Suspect(
+        cause="overflow", site=str(event.data.get("site", "")) or None, step=event.step, event=event
+    )
+
+
+def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) -> Suspect:
+    first = moved[0] if moved else None
+    if (early := _updates_alone(seen, moved)) is not None:
+        return Suspect(cause="optimizer", step=early.step, departure=early)
+    if first is None:
+        return Suspect(cause="unknown")
+    tied = _as_executed([one for one in moved if one.since < first.step])
+    strong = _strong(tied)
+    forward = [one for one in strong if one.family in FORWARD and one.is_local]
+    faults = [one for one in forward if _lasts(one, episode) or one.ratio >= _OF_A_BATCH]
+    backward = [one for one in tied if one.family not in FORWARD]
+    many = sum(one.family == "gradient" for one in backward) >= max(2.0, _MANY * seen.gradients)
+    if faults:
+        return _at(_scores_behind(faults[0], faults))
+    alone = [one for one in _strong(backward) if one.is_local]
+    if alone and not (many and first.step >= episode.onset and alone[0].ratio < _OF_A_BATCH**2):
+        return _at(alone[0])
+    if first.step >= episode.onset:
+        return Suspect(cause="batch", step=first.step, departure=tied[0])
+    if forward:
+        return _at(forward[0])
+    if backward and many and not any(one.family in FORWARD for one in tied):
+        return Suspect(cause="optimizer", step=first.step, departure=backward[0])
+    return _at(tied[0])
+
+
+def _scores_behind(first: ChangeOnset, faults: Sequence[ChangeOnset]) -> ChangeOnset:
+    """A query or key that grew is seen in its projection's output, and far better, head by head, in the scores."""
+    scores = [
+        one
+        for one in faults
+        if one.family == "attention" and first.site.startswith(f"{one.site}.") and one.ratio > first.ratio
+    ]
+    return max(scores, key=lambda one: one.ratio, default=first)
+
+
+def _updates_alone(seen: Evidence, moved: Sequence[ChangeOnset]) -> ChangeOnset | None:
+    """The first update, where many left while everything else still stood, or nothing else left at all."""
+    updates = [one for one in seen.departures if one.family == "update"]
+    if not updates or not moved:
+        return updates[0] if updates else None
+    # What is measured seldom may have left as early as the step after its last measurement.
+    earliest = min(one.since for one in moved)
+    early = [one for one in updates if one.step <= earliest]
+    return early[0] if len(early) >= max(2.0, _MANY * seen.gradients) else None
+
+
+def _as_executed(several: Sequence[ChangeOnset]) -> list[ChangeOnset]:
+    return sorted(several, key=lambda one: (one.order, -one.sigmas))
+
+
+def _strong(several: Sequence[ChangeOnset]) -> list[ChangeOnset]:
+    """Without the echoes of the largest."""
+    most = max((min(one.ratio, 1e4) for one in several), default=1.0)
+    least = min(most**_ECHO, 4.0)
+    return [one for one in several if one.ratio >= least]
+
+
+def _at(one: ChangeOnset) -> Suspect:
+    cause = one.family if one.family in FORWARD else "gradient"
+    return Suspect(cause=cause, site=one.name, step=one.step, departure=one)
+
+
+def _lasts(one: ChangeOnset, episode: Episode) -> bool:
+    """Whether it was still out after the first step out: the state, and not what one batch did to it."""
+    return one.until > max(one.step, episode.onset) or not math.isfinite(one.ratio)
+
+
+def _counts(event: Event, episode: Episode) -> bool:
+    """Growing the loss scale overflows gradients as a matter of routine; an activation that does, or an episode that is
+    about numbers, is another thing."""
+    if episode.kind in ("loss-scale-collapse", "non-finite"):
+        return True
+    return event.data.get("tensor") == "activation"
+
+
+def _rate_change(run: Run, onset: int) -> tuple[int, float] | None:
+    """The latest jump of the learning rate within 64 steps before the onset, as (step, factor).
+
+    A warm-up from zero multiplies its first rates by 2, 3/2, ...: a jump counts only if it is more than half as large
+    again as the step before it was.
+    """
+    rate = run.series(LEARNING_RATE)
+    rate = rate[(rate.index <= onset) & (rate.index >= onset - LEAD_STEPS - 2) & (rate > 0)]
+    factors = (rate / rate.shift(1)).to_numpy(np.float64)
+    for i in range(len(factors) - 1, 1, -1):
+        usual = max(1.0, factors[i - 1])
+        if factors[i] >= RATE_FACTOR * usual:
+            return int(rate.index[i]), float(factors[i])
+    return None
