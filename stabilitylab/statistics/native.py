@@ -2,7 +2,7 @@
 
 Built at first use into the user's cache folder, under a name made of the source, the compiler and the
 processor, and loaded from there ever after. Without a compiler, or with ``STABILITYLAB_NATIVE=0``, the torch
-twin in ``summary.py`` runs instead: same results up to rounding, slower.
+twin in ``summary.py`` runs instead: same results up to rounding, several times slower, which is said once.
 
 The kernel's threads are torch's own OpenMP pool: its runtime is already loaded with global visibility, and
 the kernel is linked without one so that it finds that and starts no second pool.
@@ -35,6 +35,8 @@ _UNROLL = [
     *("-funroll-loops", "-fvariable-expansion-in-unroller"),
     *("--param", "max-variable-expansions-in-unroller=4"),
 ]
+
+_SLOWER = "torch operations measure on this processor, and measured steps take longer, up to twice as long"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -99,6 +101,7 @@ class Attention(ctypes.Structure):
 def kernel() -> ctypes.CDLL | None:
     """The loaded kernel; None where it cannot be had."""
     if os.environ.get("STABILITYLAB_NATIVE", "1") == "0":
+        _log.warning("STABILITYLAB_NATIVE=0: %s", _SLOWER)
         return None
     try:
         library = ctypes.CDLL(str(_built()))
@@ -117,7 +120,12 @@ def kernel() -> ctypes.CDLL | None:
             function.argtypes = arguments
             function.restype = ctypes.c_int if name == "stabilitylab_attention" else None
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        _log.debug("no compiled statistics kernel (%s): torch operations do its work", error)
+        _log.warning(
+            "no compiled statistics kernel (%s): %s; a C compiler (cc, gcc or clang) on the path, or named by CC, "
+            "is all that it takes",
+            " ".join(str(error).split()),
+            _SLOWER,
+        )
         return None
     return library
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from stabilitylab.probes.base import Found, Placing
+from stabilitylab.statistics import native
 from stabilitylab.statistics.batch import Batch
 from stabilitylab.statistics.buffer import Buffer
 from stabilitylab.statistics.gathering import Gathered
@@ -68,4 +69,5 @@ def test_a_batch_is_what_its_tensors_are_one_by_one() -> None:
             assert one.row is not None
             torch.testing.assert_close(buffer.view(summary.row), alone.view(one.row), rtol=1e-6, atol=1e-9)
     # What is not contiguous and what is float64 is not for the kernel; all others are known the second time.
-    assert remembered == [True, True, True, False, True, True, False, True, True]
+    if native.kernel() is not None:
+        assert remembered == [True, True, True, False, True, True, False, True, True]

@@ -1,4 +1,4 @@
-"""The one-pass summary against float64, in both implementations: the compiled kernel and its torch twin.
+"""The one-pass summary against float64, in its implementations: the compiled kernel and its torch twins.
 
 Tolerances. Counts and largest magnitudes are exact. The kernel rounds x - c, its powers and partial sums of
 4,096 elements to float32: a relative error of a few 2^-24 per operation on sums of like sign, 1e-5 with room.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.statistics import moments, native
+from stabilitylab.statistics import summary as summary_module
 from stabilitylab.statistics.buffer import Buffer
 from stabilitylab.statistics.summary import COLUMN, FIELDS, TAIL_BINS, Summary, add_all, measurable
 from stabilitylab.statistics.tails import (
@@ -28,10 +29,12 @@ from stabilitylab.statistics.tails import (
 )
 
 
-@pytest.fixture(params=["kernel", "torch"])
+@pytest.fixture(params=["kernel", "torch", "accelerator"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
+    if request.param != "kernel":
         monkeypatch.setattr(native, "kernel", lambda: None)
+        if request.param == "accelerator":  # where nothing is looked at on the way
+            monkeypatch.setattr(summary_module, "_summarise_at_hand", lambda *_, **__: None)
     elif native.kernel() is None:
         pytest.skip("no C compiler")
     return request.param
@@ -269,3 +272,19 @@ def test_edges_cover_fp16_in_eighths_of_an_octave() -> None:
     assert EDGES[-1] == 2.0**16
     assert len(EDGES) == TAIL_BINS + 1
     assert np.all(EDGES[1:] / EDGES[:-1] <= 1.125)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("STABILITYLAB_NATIVE", "0"), ("CC", "/nowhere/cc")])
+def test_that_there_is_no_kernel_is_said_once(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(variable, value)
+    native.kernel.cache_clear()
+    try:
+        for _ in range(3):
+            assert summary_of(torch.ones(4))[0]["count"] == 4
+    finally:
+        native.kernel.cache_clear()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "measured steps take longer" in record.getMessage()
