@@ -9,8 +9,10 @@ Non-finite values are values. Where numbers are reduced (the largest over heads)
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.runs.folder import RunFolder
@@ -87,7 +90,8 @@ class Run:
 
         In the order of first appearance within a family and statistic, which is the model's own order of modules.
         """
-        table = self._table(["family", "site", "statistic", "index"])
+        # A file's rows come sorted, so that a metric's lie together: what remains of a file is a row a metric and index.
+        table = self._table(["family", "site", "statistic", "index"], reduce=_without_repeats)
         frame: pd.DataFrame = table.to_pandas()
         found: pd.DataFrame = (
             frame.groupby(["family", "site", "statistic"], observed=True, sort=False)["index"]
@@ -111,9 +115,13 @@ class Run:
         Where one number was recorded twice for a step, the later one counts.
         """
         if (family, statistic) not in self._frames:
-            table = self._table(["step", "site", "index", "value"], family=family, statistic=statistic)
-            frame = table.to_pandas()
-            self._frames[family, statistic] = frame[~frame.duplicated(["step", "site", "index"], keep="last")]
+            repeats = _Repeats()
+            columns = ["step", "site", "index", "value"]
+            table = self._table(columns, family=family, statistic=statistic, reduce=repeats.look)
+            frame = table.to_pandas(split_blocks=True, self_destruct=True)
+            if repeats.possible:
+                frame = frame[~frame.duplicated(["step", "site", "index"], keep="last")]
+            self._frames[family, statistic] = frame
         return self._frames[family, statistic]
 
     def near(self, family: str, statistic: str, first: int, last: int) -> pd.DataFrame:
@@ -159,16 +167,12 @@ class Run:
             index: for statistics with several values a step, which of them, or "max".
         """
         rows = _choose(self.rows(family, statistic), index, f"{family}/*/{statistic}")
-        order = rows["site"].astype(str).unique()
-        frame = rows.assign(site=rows["site"].astype(str)).pivot(index="site", columns="step", values="value")
-        return frame.reindex(order).sort_index(axis=1)
+        return _spread(rows, rows["value"].to_numpy(dtype=np.float64), np.nan)
 
     def recorded(self, family: str, statistic: str) -> pd.DataFrame:
         """Where ``matrix`` has a value that was recorded, be it NaN: booleans, rows and columns as in ``matrix``."""
         rows = self.rows(family, statistic)
-        site = rows["site"].astype(str)
-        frame = pd.crosstab(site, rows["step"]).astype(bool)
-        return frame.reindex(site.unique()).rename_axis(index="site", columns="step")
+        return _spread(rows, np.ones(len(rows), dtype=bool), False)
 
     def _table(
         self,
@@ -176,20 +180,24 @@ class Run:
         family: str | None = None,
         statistic: str | None = None,
         steps: tuple[int, int] | None = None,
+        reduce: Callable[[pa.Table], pa.Table] = lambda table: table,
     ) -> pa.Table:
-        """Standing rows of all files, oldest first, sites in the order of first appearance."""
+        """Standing rows of all files, oldest first, sites in the order of first appearance; of each file what ``reduce``
+        leaves of them."""
         for attempt in range(5):
             try:
                 parts = list_parts(self.folder.telemetry)
                 limits = step_limits(parts)
                 tables = [
-                    read_rows(
-                        part,
-                        columns,
-                        family=family,
-                        statistic=statistic,
-                        below=limits[part.segment],
-                        steps=steps,
+                    reduce(
+                        read_rows(
+                            part,
+                            columns,
+                            family=family,
+                            statistic=statistic,
+                            below=limits[part.segment],
+                            steps=steps,
+                        )
                     )
                     for part in parts
                     if part.rows
@@ -202,8 +210,65 @@ class Run:
         return pa.concat_tables([schema.empty_table(), *tables]).unify_dictionaries()
 
 
+class _Repeats:
+    """Whether some number may have been recorded twice for a step: to look for them costs more than to read the rest."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[int, int]] = []
+        self._inside = False
+
+    def look(self, table: pa.Table) -> pa.Table:
+        """Take note of a file's rows of one statistic, which come sorted by site, index and step."""
+        if len(table):
+            steps = table["step"].to_numpy()
+            self._spans.append((int(steps.min()), int(steps.max())))
+            same = np.flatnonzero(steps[1:] == steps[:-1])
+            if len(same):  # neighbours of one step are other sites or indices
+                near = table.take(pa.array(np.unique(np.concatenate([same, same + 1]))))
+                self._inside |= bool(near.to_pandas().duplicated(["step", "site", "index"]).any())
+        return table
+
+    @property
+    def possible(self) -> bool:
+        """Whether a file holds one twice, or two files hold the same steps."""
+        spans = sorted(self._spans)
+        return self._inside or any(b[0] <= a[1] for a, b in itertools.pairwise(spans))
+
+
+def _without_repeats(table: pa.Table) -> pa.Table:
+    """Of rows that repeat the one before them, the first."""
+    if not len(table):
+        return table
+    table = table.unify_dictionaries().combine_chunks()
+    changes = np.zeros(len(table), dtype=bool)
+    changes[0] = True
+    for column in table.columns:
+        chunk = column.chunk(0)
+        codes = (chunk.indices if pa.types.is_dictionary(chunk.type) else chunk).to_numpy()
+        changes[1:] |= codes[1:] != codes[:-1]
+    return table.take(pa.array(np.flatnonzero(changes)))
+
+
+def _spread(rows: pd.DataFrame, values: NDArray[Any], empty: float | bool) -> pd.DataFrame:
+    """Values by site, in the order of first appearance, and step; ``empty`` where there is no row."""
+    codes = rows["site"].cat.codes.to_numpy()
+    present, first, place = np.unique(codes, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    rank = np.empty(len(order), dtype=np.intp)
+    rank[order] = np.arange(len(order))
+    steps, at = np.unique(rows["step"].to_numpy(), return_inverse=True)
+    spread = np.full((len(present), len(steps)), empty, dtype=values.dtype)
+    spread[rank[place], at] = values
+    sites = rows["site"].cat.categories.to_numpy()[present[order]].astype(object)
+    return pd.DataFrame(
+        spread, index=pd.Index(sites, name="site", dtype=object), columns=pd.Index(steps, name="step")
+    )
+
+
 def _choose(rows: pd.DataFrame, index: Index, name: str) -> pd.DataFrame:
     """Reduce rows to one value a site and step."""
+    if len(rows) and index in ("max", None) and (rows["index"] == SCALAR).all():
+        return rows
     if index == "max":
         # np.maximum keeps a NaN, where pandas' own maximum would drop it.
         rows = rows.sort_values(["site", "step"], kind="stable")

@@ -154,3 +154,48 @@ def test_a_million_values_are_read_by_metric(tmp_path: Path) -> None:
     expected = np.arange(steps)[None, :] * 1000.0 + np.array([i * 5 + 1 for i in range(100)])[:, None]
     assert (matrix.to_numpy() == expected).all()
     assert isinstance(run.series("gradient/p7/std"), pd.Series)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_matrices_are_what_pandas_makes_of_the_rows(tmp_path: Path, twice: bool) -> None:
+    """Sites in the order of first appearance, gaps, NaN, several files, and numbers that were recorded twice."""
+    dice = np.random.default_rng(0)
+    keys = [Key("f", site, "s", index) for site in ("z", "a", "m") for index in (-1, *range(2))][1:]
+    rows = [
+        (step, key, float(dice.normal())) for step in range(0, 40, 3) for key in keys if dice.random() < 0.7
+    ]
+    rows = [(step, key, value if dice.random() < 0.9 else float("nan")) for step, key, value in rows]
+    if twice:
+        rows += [(step, key, value + 1) for step, key, value in rows[10:20]]
+    sink = ParquetSink(tmp_path / "telemetry", rows_per_file=25)
+    for first in range(0, len(rows), 11):
+        sink.write(Samples.of(rows[first : first + 11]), [])
+        sink.flush()
+    sink.close()
+    frame = pd.DataFrame(
+        [(s, k.site, k.index, v) for s, k, v in rows], columns=["step", "site", "index", "value"]
+    )
+    frame = frame.drop_duplicates(["step", "site", "index"], keep="last")
+    scalar, order = frame[frame["index"] == -1], frame["site"].unique()
+    run = load_run(tmp_path)
+    expected = scalar.pivot(index="site", columns="step", values="value")
+    pd.testing.assert_frame_equal(
+        run.matrix("f", "s").sort_index(),
+        expected.sort_index(),
+        check_index_type=False,
+        check_column_type=False,
+    )
+    largest = (
+        frame.groupby(["site", "step"])["value"]
+        .agg(lambda values: np.maximum.reduce(values.to_numpy()))
+        .unstack()
+    )
+    found = run.matrix("f", "s", index="max")
+    assert set(found.index) == set(order)
+    np.testing.assert_array_equal(found.sort_index().to_numpy(), largest.sort_index().to_numpy())
+    recorded = pd.crosstab(frame["site"], frame["step"]).astype(bool)
+    np.testing.assert_array_equal(
+        run.recorded("f", "s").sort_index().to_numpy(), recorded.sort_index().to_numpy()
+    )
+    sizes = dict(zip(run.metrics["site"], run.metrics["size"], strict=True))
+    assert sizes == (frame.groupby("site")["index"].max() + 1).to_dict()
