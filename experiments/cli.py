@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json as json_text
 import os
 import sys
 from collections.abc import Sequence
@@ -11,13 +12,17 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from experiments.arm import Suite
+from experiments.judging import judge
 from experiments.suites import SUITES
+from experiments.verdicts import record, words
 from stabilitylab.command_line import parse
 from stabilitylab.errors import InputError, run_command
 
-USAGE = "usage: python -m experiments {run SUITE | report SUITE | list}; each takes --help"
+USAGE = "usage: python -m experiments {run SUITE | report SUITE | verdicts | judge TABLE.csv | list}; each takes --help"
 
 SuiteName = Annotated[str, tyro.conf.Positional]
 
@@ -88,6 +93,45 @@ def report(suite: SuiteName, *, out: Path | None = None) -> int:
     return 0
 
 
+def verdicts(*, runs: Path = Path("runs"), json: bool = False) -> int:
+    """Print the verdict on every claim of every suite that has runs.
+
+    Args:
+        runs: folder that holds the suites' folders.
+        json: print one JSON object a claim.
+    """
+    from experiments.metrics import measure
+    from experiments.report import judge_suite, load_runs
+
+    found = []
+    for name in SUITES:
+        if (runs / name).is_dir():
+            suite = load_suite(name)
+            found += [(name, one) for one in judge_suite(suite, measure(load_runs(suite, runs / name)))]
+    if not found:
+        raise InputError(
+            f"{runs} holds no runs of a suite: first python -m experiments run {next(iter(SUITES))}"
+        )
+    if json:
+        for name, verdict in found:
+            print(json_text.dumps({"suite": name, **record(verdict)}, allow_nan=False))
+        return 0
+    table = Table("suite", "claim", "verdict", "n", "effect", "95 % interval", "e")
+    for name, verdict in found:
+        one = verdict.decision
+        table.add_row(
+            name,
+            Text(verdict.claim.text),
+            words(one) + ("" if verdict.holds else " (not in the family)"),
+            str(one.n),
+            f"{one.effect:+.3g}",
+            f"[{one.low:+.3g}, {one.high:+.3g}]",
+            f"{one.e_value:.2g}",
+        )
+    Console().print(table)
+    return 0
+
+
 def list_suites() -> int:
     """Name every suite and its question."""
     for name in SUITES:
@@ -98,7 +142,7 @@ def list_suites() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"run": run, "report": report, "list": list_suites}
+    commands = {"run": run, "report": report, "list": list_suites, "verdicts": verdicts, "judge": judge}
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0

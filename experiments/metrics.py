@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from experiments.statistics.decision import Scale
 from stabilitylab.runs import Run
 from stabilitylab.spikes import episodes_of, spike_score
 
@@ -50,6 +51,8 @@ class Metric:
         measure: computes it.
         digits: significant digits shown.
         everywhere: whether a table shows it even where no run has a value; what only a broken run has is left out there.
+        scale: on which arms are compared; ratios by their logarithms, counts by their order.
+        margin: the smallest effect of interest, in the unit of that scale; None: none is too small to matter.
     """
 
     title: str
@@ -58,6 +61,13 @@ class Metric:
     unit: str = ""
     digits: int = 3
     everywhere: bool = True
+    scale: Scale = "linear"
+    margin: float | None = None
+
+    @property
+    def worst(self) -> float | None:
+        """What a run counts as that has no value; None: such a run says nothing."""
+        return {"less": math.inf, "more": -math.inf, None: None}[self.better]
 
 
 def final_loss(run: Run) -> float:
@@ -180,26 +190,40 @@ def _warmup(run: Run) -> int:
     return int(run.config.get("schedule", {}).get("warmup", 0))
 
 
+# Ratios within a tenth of each other are alike, on a logarithmic scale.
+TENTH = math.log(1.1)
+
 METRICS: Mapping[str, Metric] = {
-    "final_loss": Metric(title="Final loss", unit="nats", measure=final_loss, digits=4),
-    "spike_score": Metric(title="Spike score (OLMo 2)", measure=run_spike_score),
-    "spikes": Metric(title="Spikes and divergences found", measure=spike_count),
-    "gradient_norm_max": Metric(title="Largest gradient norm after warm-up", measure=gradient_norm_max),
+    "final_loss": Metric(title="Final loss", unit="nats", measure=final_loss, digits=4, margin=0.01),
+    "spike_score": Metric(title="Spike score (OLMo 2)", measure=run_spike_score, scale="rank"),
+    "spikes": Metric(title="Spikes and divergences found", measure=spike_count, scale="rank"),
+    "gradient_norm_max": Metric(
+        title="Largest gradient norm after warm-up", measure=gradient_norm_max, scale="log", margin=TENTH
+    ),
     "gradient_norm_spread": Metric(
         title="Spread of the gradient norm's logarithm after warm-up", measure=gradient_norm_spread
     ),
     "embedding_share": Metric(
         title="Embedding's share of the squared gradient norm", measure=embedding_share
     ),
-    "residual_stream_max": Metric(title="Largest residual-stream value", measure=residual_stream_max),
-    "residual_stream_growth": Metric(
-        title="Residual stream, last layer over first", measure=residual_stream_growth
+    "residual_stream_max": Metric(
+        title="Largest residual-stream value", measure=residual_stream_max, scale="log", margin=TENTH
     ),
-    "attention_score_max": Metric(title="Largest attention score", measure=attention_score_max),
-    "fp16_headroom": Metric(title="fp16 headroom", unit="bits", measure=fp16_headroom, better="more"),
-    "skipped_steps": Metric(title="Skipped steps", measure=skipped_steps),
+    "residual_stream_growth": Metric(
+        title="Residual stream, last layer over first",
+        measure=residual_stream_growth,
+        scale="log",
+        margin=TENTH,
+    ),
+    "attention_score_max": Metric(
+        title="Largest attention score", measure=attention_score_max, scale="log", margin=TENTH
+    ),
+    "fp16_headroom": Metric(
+        title="fp16 headroom", unit="bits", measure=fp16_headroom, better="more", margin=0.25
+    ),
+    "skipped_steps": Metric(title="Skipped steps", measure=skipped_steps, scale="rank"),
     "survived": Metric(
-        title="Steps before the loss broke out", unit="steps", measure=survived, better="more"
+        title="Steps before the loss broke out", unit="steps", measure=survived, better="more", scale="rank"
     ),
     "norm_lead": Metric(
         title="Steps from the gradient norm's break to the loss's",

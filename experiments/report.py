@@ -12,7 +12,7 @@ import torch
 from experiments.arm import Suite
 from experiments.metrics import METRICS, Metric, measure
 from experiments.runner import jobs_of
-from experiments.verdicts import Verdict, judge
+from experiments.verdicts import Verdict, family, judge, words
 from stabilitylab.errors import InputError
 from stabilitylab.report import Cell, Page, Section, Table
 from stabilitylab.report import sections as shown
@@ -81,11 +81,14 @@ def arms_section(suite: Suite) -> Section:
 
 
 def verdict_section(suite: Suite, values: Values) -> Section:
-    verdicts = [judge(claim, values[claim.metric]) for claim in suite.claims]
+    verdicts = judge_suite(suite, values)
     rows: list[list[Cell | str]] = [
         [
             verdict.claim.text,
-            Cell(text=verdict.judgement, detail=f"after {verdict.claim.source}"),
+            Cell(
+                text=words(verdict.decision) + ("" if verdict.holds else "; not among all claims together"),
+                detail=f"after {verdict.claim.source}",
+            ),
             _pair(verdict),
             _difference(verdict),
         ]
@@ -94,10 +97,23 @@ def verdict_section(suite: Suite, values: Values) -> Section:
     return Section(
         title="Verdicts",
         text=(
-            "A claim is supported, or refuted, when the 95 % interval of the paired difference excludes zero. With two seeds "
-            'that interval is wide; "leaning" means that every seed points the same way.',
+            "A claim is supported, or against, when the seeds rule out no difference at 5 %, however often one has looked; "
+            "equivalent when all that is left of a difference is smaller than what matters; undecided otherwise. Evidence is an "
+            f"e-value: 20 decides. Of {len(suite.claims)} claims without any effect {0.05 * len(suite.claims):.1f} false verdicts "
+            "would be expected at most; those that do not hold among all together (Holm) are marked.",
         ),
-        parts=[Table(columns=["claim", "verdict", "arm / baseline", "difference, 95 % interval"], rows=rows)],
+        parts=[Table(columns=["claim", "verdict", "arm / baseline", "effect, 95 % interval"], rows=rows)],
+    )
+
+
+def judge_suite(suite: Suite, values: Values) -> list[Verdict]:
+    """Every claim of a suite, and whether it holds among all of them."""
+    metrics = {claim: METRICS[claim.metric] for claim in suite.claims}
+    return family(
+        [
+            judge(claim, values[claim.metric], scale=metric.scale, margin=metric.margin, worst=metric.worst)
+            for claim, metric in metrics.items()
+        ]
     )
 
 
@@ -166,7 +182,7 @@ def _pair(verdict: Verdict) -> Cell:
 
 
 def _difference(verdict: Verdict) -> str:
-    difference = verdict.difference
-    if not difference.seeds:
+    decision = verdict.decision
+    if not decision.n:
         return "no shared seeds"
-    return f"{difference.mean:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
+    return f"{decision.effect:+.3g} [{decision.low:+.3g}, {decision.high:+.3g}], e = {decision.e_value:.2g}"

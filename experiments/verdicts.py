@@ -1,25 +1,22 @@
 """Claims, and what the measured values say of them.
 
-A claim is "arm a has less (or more) of a metric than arm b", or than nothing. Its verdict is one of
+A claim is "arm a has less (or more) of a metric than arm b", or than nothing; it and the margin of its metric are written down
+before its runs. Its verdict is supported, against, equivalent or undecided (``experiments.statistics.decision``), by values
+taken seed by seed, at every look. A result against a claim is printed as large as one for it.
 
-    supported     the paired 95 % interval lies on the claimed side of zero
-    leaning for   every seed points the claimed way, but the interval includes zero
-    undecided     the seeds disagree, or a value is missing
-    leaning against, against   the same on the other side
-
-A result against a claim is printed as large as one for it.
+A suite makes many claims. Each one's own verdict has the level 5 %; ``family`` says which hold together (Holm), and by chance
+alone a suite of m claims without any effect is expected to have m times 5 % false ones at most.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from experiments.statistics import PairedDifference, paired_difference
-
-Judgement = Literal["supported", "leaning for", "undecided", "leaning against", "against"]
+from experiments.statistics.decision import ALPHA, Decision, Scale, Word, decide
+from experiments.statistics.multiple import holm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +25,10 @@ class Claim:
 
     Attributes:
         text: the claim in words, as its source makes it.
-        metric: a name in ``experiments.metrics.METRICS``.
+        metric: a name in ``experiments.metrics.METRICS``, or of a study's outcomes.
         baseline: the other arm; None: zero.
         source: who says so.
+        prediction: what was expected here, written down before the first run; empty: that it holds.
     """
 
     text: str
@@ -39,41 +37,116 @@ class Claim:
     baseline: str | None
     direction: Literal["less", "more"] = "less"
     source: str = "GLM-130B (2210.02414)"
+    prediction: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the seeds say of a claim."""
+    """What the seeds say of a claim.
+
+    Attributes:
+        decision: the statistics.
+        holds: whether the verdict also holds in the family of its suite's claims (Holm); undecided and equivalent ones do.
+    """
 
     claim: Claim
-    judgement: Judgement
-    difference: PairedDifference
+    decision: Decision
     arm_values: Mapping[int, float]
     baseline_values: Mapping[int, float]
+    holds: bool = True
+
+    @property
+    def judgement(self) -> Word:
+        """The verdict's word."""
+        return self.decision.verdict
 
 
-def judge(claim: Claim, values: Mapping[str, Mapping[int, float]]) -> Verdict:
-    """Judge a claim from ``values[arm][seed]`` of its metric."""
-    arm = values.get(claim.arm, {})
-    baseline = dict.fromkeys(arm, 0.0) if claim.baseline is None else values.get(claim.baseline, {})
-    difference = paired_difference(arm, baseline)
-    return Verdict(
-        claim=claim,
-        judgement=_judgement(difference, sign=-1.0 if claim.direction == "less" else 1.0),
-        difference=difference,
-        arm_values=arm,
-        baseline_values=baseline,
+def judge(
+    claim: Claim,
+    values: Mapping[str, Mapping[int, float]],
+    *,
+    scale: Scale = "linear",
+    margin: float | None = None,
+    worst: float | None = math.inf,
+    sequential: bool = True,
+) -> Verdict:
+    """Judge a claim from ``values[arm][seed]`` of its metric.
+
+    Args:
+        scale, margin: of the metric, see ``decide``.
+        worst: what a missing number (NaN, of a run that died before it had one) counts as; None: its seed is left out.
+        sequential: whether seeds were added while looking.
+    """
+    arm = dict(values.get(claim.arm, {}))
+    baseline = {} if claim.baseline is None else dict(values.get(claim.baseline, {}))
+    if worst is None:
+        arm, baseline = (
+            {seed: x for seed, x in side.items() if not math.isnan(x)} for side in (arm, baseline)
+        )
+    else:
+        arm, baseline = (
+            {seed: worst if math.isnan(x) else x for seed, x in side.items()} for side in (arm, baseline)
+        )
+    seeds = sorted(arm if claim.baseline is None else arm.keys() & baseline.keys())
+    first = [arm[seed] for seed in seeds]
+    other = None if claim.baseline is None else [baseline[seed] for seed in seeds]
+    if scale == "log" and any(x <= 0 for x in (*first, *(other or ()))):
+        # A ratio that came out as 0 has no logarithm, but an order.
+        scale = "rank"
+    decision = decide(
+        first, other, direction=claim.direction, scale=scale, margin=margin, sequential=sequential
     )
+    return Verdict(claim=claim, decision=decision, arm_values=arm, baseline_values=baseline)
 
 
-def _judgement(difference: PairedDifference, *, sign: float) -> Judgement:
-    if not difference.seeds or any(math.isnan(d) for d in difference.differences):
-        return "undecided"
-    low, high = sorted((sign * difference.low, sign * difference.high))
-    if low > 0:
-        return "supported"
-    if high < 0:
-        return "against"
-    if difference.signs_agree:
-        return "leaning for" if sign * difference.differences[0] > 0 else "leaning against"
-    return "undecided"
+def family(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The same verdicts, each with whether it holds among all of them at 5 %."""
+    adjusted = holm([verdict.decision.p_value for verdict in verdicts])
+    return [
+        Verdict(
+            claim=verdict.claim,
+            decision=verdict.decision,
+            arm_values=verdict.arm_values,
+            baseline_values=verdict.baseline_values,
+            holds=verdict.judgement not in ("supported", "against") or p <= ALPHA,
+        )
+        for verdict, p in zip(verdicts, adjusted, strict=True)
+    ]
+
+
+def undecided_together(verdicts: Sequence[Verdict]) -> bool:
+    """Whether any claim still waits for seeds, each judged at its own level and all within the family."""
+    return any(verdict.judgement == "undecided" or not verdict.holds for verdict in family(verdicts))
+
+
+def record(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as strict JSON can hold it: numbers without end are null."""
+    return {"claim": verdict.claim.text, "metric": verdict.claim.metric, **plain(verdict.decision)}
+
+
+def plain(decision: Decision) -> dict[str, Any]:
+    """A decision as strict JSON can hold it: numbers without end are null."""
+    return {
+        "verdict": decision.verdict,
+        "n": decision.n,
+        "effect": _finite(decision.effect),
+        "interval": [_finite(decision.low), _finite(decision.high)],
+        "e_value": decision.e_value,
+        "p_value": decision.p_value,
+        "detectable_effect": _finite(decision.detectable),
+        "law": decision.law,
+        "censored": decision.censored,
+    }
+
+
+def words(decision: Decision) -> str:
+    """The verdict as a sentence's end: ``undecided (n = 6, would have seen 0.12)``."""
+    if decision.verdict != "undecided":
+        return f"{decision.verdict} (n = {decision.n})"
+    if math.isinf(decision.detectable):
+        return f"undecided (n = {decision.n})"
+    return f"undecided (n = {decision.n}, would have seen {decision.detectable:.2g})"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

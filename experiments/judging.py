@@ -1,0 +1,204 @@
+"""``python -m experiments judge TABLE.csv``: anybody's runs, one a row, judged as this project's own are.
+
+    group,seed,val_loss          python -m experiments judge runs.csv --arm muon --baseline adamw
+    adamw,0,3.2812
+    adamw,1,3.2790               supported: muon is better (lower val_loss) than adamw
+    muon,0,3.2776                ...
+
+An empty cell, ``nan``, ``inf`` or ``-inf`` is a run that died: worse than any number. Groups are compared as groups, or seed by
+seed with ``--paired``. ``--sequential`` says that one looked after every run and would have stopped; the guarantee then holds
+for that.
+"""
+
+from __future__ import annotations
+
+import csv
+import json as json_text
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from experiments.statistics.decision import Decision, decide
+from experiments.verdicts import plain, words
+from stabilitylab.errors import InputError
+
+Table = Annotated[Path, tyro.conf.Positional]
+DIED = frozenset({"", "nan", "inf", "-inf", "+inf", "infinity", "-infinity"})
+
+
+def judge(
+    table: Table,
+    *,
+    arm: str,
+    baseline: str,
+    group: str = "group",
+    value: str | None = None,
+    seed: str = "seed",
+    paired: bool = False,
+    better: Literal["lower", "higher"] = "lower",
+    scale: Literal["linear", "log", "rank"] = "linear",
+    margin: float | None = None,
+    sequential: bool = False,
+    json: bool = False,
+) -> int:
+    """Judge whether one group's runs are better than another's.
+
+    Args:
+        table: CSV with a header, one row a run.
+        arm: the group that is claimed to be better.
+        baseline: the group that it is compared with.
+        group: column that names a run's group.
+        value: column that is judged; by default val_loss, or the only other column of numbers.
+        seed: column that pairs runs.
+        paired: compare seed by seed.
+        better: which end of the value is the better one.
+        scale: log: compare ratios; rank: compare the order only.
+        margin: smallest effect of interest: groups shown to lie within it are equivalent. On the log scale a relative one.
+        sequential: runs were added while looking at the verdict.
+        json: print one JSON object.
+    """
+    rows = _rows(table)
+    columns = list(rows[0])
+    column = value or _value_column(rows, columns, {group, seed})
+    for name, flag in ((group, "group"), (column, "value"), *(((seed, "seed"),) if paired else ())):
+        if name not in columns:
+            raise InputError(
+                f"{table} has no column {name!r}: name one of {', '.join(columns)} with --{flag}"
+            )
+    worst = math.inf if better == "lower" else -math.inf
+    sides = [_group(table, rows, group, name, column, worst) for name in (arm, baseline)]
+    left_out = 0
+    if paired:
+        keyed = [_by_seed(table, side, seed) for side in sides]
+        shared = [one for one in keyed[0] if one in keyed[1]]
+        if not shared:
+            raise InputError(f"{arm} and {baseline} share no {seed}: judge them as groups, without --paired")
+        left_out = sum(len(one) - len(shared) for one in keyed)
+        values = [[one[s] for s in shared] for one in keyed]
+    else:
+        values = [[number for number, _ in side] for side in sides]
+    decision = decide(
+        *values,
+        paired=paired,
+        direction="less" if better == "lower" else "more",
+        scale=scale,
+        margin=margin,
+        sequential=sequential,
+    )
+    died = [sum(math.isinf(x) for x in side) for side in values]
+    if json:
+        body = plain(decision) | {
+            "arm": {"name": arm, "runs": len(values[0]), "died": died[0]},
+            "baseline": {"name": baseline, "runs": len(values[1]), "died": died[1]},
+            "unpaired_left_out": left_out,
+        }
+        print(_dumps(body))
+        return 0
+    print(_sentence(decision, arm, baseline, column, better))
+    unit = "ln ratio" if scale == "log" else column
+    print(
+        f"effect: {decision.effect:+.4g} [{decision.low:+.4g}, {decision.high:+.4g}] ({unit}, 95 % interval)"
+    )
+    print(f"evidence: e = {decision.e_value:.3g} (20 decides while looking), by {decision.law}")
+    print(f"runs: {arm} {len(values[0])} ({died[0]} died), {baseline} {len(values[1])} ({died[1]} died)")
+    if left_out:
+        print(f"{left_out} runs without a partner of the same {seed} are left out")
+    return 0
+
+
+def _dumps(body: Mapping[str, object]) -> str:
+    return json_text.dumps(body, allow_nan=False)
+
+
+def _sentence(decision: Decision, arm: str, baseline: str, column: str, better: str) -> str:
+    said = words(decision)
+    if decision.verdict == "supported":
+        return f"{said}: {arm} is better ({better} {column}) than {baseline}"
+    if decision.verdict == "against":
+        return f"{said}: {arm} is worse than {baseline}; better would be {better} {column}"
+    if decision.verdict == "equivalent":
+        return f"{said}: {arm} and {baseline} differ by less than what matters"
+    return f"{said}: {arm} and {baseline} are not told apart"
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = [name.strip() for name in next(reader, [])]
+            rows = []
+            for cells in reader:
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if len(cells) != len(header):
+                    raise InputError(
+                        f"{table}, line {reader.line_num} has {len(cells)} cells where the header has {len(header)}: "
+                        "mend the line"
+                    )
+                rows.append(dict(zip(header, (cell.strip() for cell in cells), strict=True)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no CSV text"
+        raise InputError(f"{table} cannot be read ({reason}): give a CSV file, one row a run") from None
+    if len(set(header)) != len(header):
+        raise InputError(f"{table} has a column twice: {', '.join(header)}")
+    if not rows:
+        raise InputError(f"{table} has no runs: give a CSV file with a header and one row a run")
+    return rows
+
+
+def _number(text: str, worst: float) -> float | None:
+    if text.lower() in DIED:
+        return worst
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _value_column(rows: list[dict[str, str]], columns: list[str], taken: set[str]) -> str:
+    if "val_loss" in columns:
+        return "val_loss"
+    numbers = [
+        name
+        for name in columns
+        if name not in taken and all(_number(row[name], 0.0) is not None for row in rows)
+    ]
+    if len(numbers) != 1:
+        raise InputError(
+            f"which column is judged? Name it with --value: {', '.join(numbers or columns)}"
+            if numbers
+            else f"no column holds numbers only, beside {', '.join(sorted(taken))}: name one with --value"
+        )
+    return numbers[0]
+
+
+def _group(
+    table: Path, rows: list[dict[str, str]], group: str, name: str, column: str, worst: float
+) -> list[tuple[float, dict[str, str]]]:
+    found = []
+    for line, row in enumerate(rows, start=2):
+        if row[group] != name:
+            continue
+        number = _number(row[column], worst)
+        if number is None:
+            raise InputError(f"{table}, run {line - 1}: {column} is {row[column]!r}, which is no number")
+        found.append((number, row))
+    if not found:
+        names = list(dict.fromkeys(row[group] for row in rows))
+        listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+        raise InputError(f"{table} has no run of {group} {name!r}: choose among {listed}")
+    return found
+
+
+def _by_seed(table: Path, side: list[tuple[float, dict[str, str]]], seed: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for number, row in side:
+        if row[seed] in found:
+            raise InputError(
+                f"{table}: {seed} {row[seed]} occurs twice in a group, so its runs cannot be paired"
+            )
+        found[row[seed]] = number
+    return found

@@ -1,0 +1,41 @@
+"""What every law of comparison answers: the effect, its interval, the evidence against "no difference", and its power."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+POWER = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """One look at the data. Effects are arm minus baseline, in the unit of the values that the law was given.
+
+    Attributes:
+        effect: the point estimate; NaN where the data have none.
+        low, high: the interval; infinite where the data do not bound it.
+        sign: +1 or -1 where "no difference" is rejected in that direction, 0 where it is not.
+        log_e: natural logarithm of the e-value against "no difference".
+    """
+
+    effect: float
+    low: float
+    high: float
+    sign: int
+    log_e: float
+
+
+class Law(Protocol):
+    """One way to compare two arms."""
+
+    @property
+    def name(self) -> str:
+        """For the reader of a verdict."""
+
+    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+        """The evidence at level ``alpha``; ``sequential``: valid at every look, else at this one alone."""
+
+    def detectable(self, alpha: float, *, sequential: bool) -> float:
+        """The true effect that these many runs would have decided with a power of 80 %, given the spread that they
+        have; infinite where none would."""
