@@ -51,6 +51,13 @@ def glm(
 _TINY = ModelConfig(layers=8, hidden=128, heads=4, length=256)
 
 PRESETS: Mapping[str, ModelPreset] = {
+    "glm-proxy": ModelPreset(
+        summary="GLM, 4 layers of 64: seconds a run, for hundreds of runs", model=glm(4, 64, 4, 128)
+    ),
+    "glm-proxy-2": ModelPreset(
+        summary="GLM, 6 layers of 96: the proxy one size up", model=glm(6, 96, 6, 128)
+    ),
+    "glm-proxy-3": ModelPreset(summary="GLM, 8 layers of 128: two sizes up", model=glm(8, 128, 8, 128)),
     "glm-tiny": ModelPreset(summary="GLM, 8 layers of 128: minutes on a laptop", model=glm(8, 128, 4, 256)),
     "glm-small": ModelPreset(
         summary="GLM, 12 layers of 384: an evening on a CPU", model=glm(12, 384, 6, 512)

@@ -1,15 +1,19 @@
 """The tokenizer: SentencePiece with byte fallback and GLM's special tokens at fixed numbers.
 
 Unigram pieces (Kudo 2018) trained on a sample of the corpus; whatever the pieces cannot spell is spelt in bytes, so no text
-is lost. The special tokens are control symbols: they never come out of encoding text, even where the text spells them.
+is lost. In a vocabulary too small for the text's alphabet only the commonest characters are pieces. The special tokens are
+control symbols: they never come out of encoding text, even where the text spells them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ from glm.data.special import EOP, EOS, GMASK, MASK, PAD, SOP, UNKNOWN, SpecialTo
 from glm.errors import InputError
 
 SMALLEST = 300  # bytes, special tokens and the alphabet must fit
+BYTES_AND_SPECIAL = 263
+ROOMY = 4096  # pieces from which on an alphabet of Chinese leaves enough for words
 SENTENCE = 1024
 
 
@@ -104,7 +110,7 @@ def train_tokenizer(corpus_path: Path, out: Path, *, vocabulary: int, sample_cha
             progress.update(bar, said=f"training {vocabulary:,} pieces on {len(sample):,} sentences")
             try:
                 spm.SentencePieceTrainer.train(
-                    sentence_iterator=iter(sample),
+                    sentence_iterator=iter(_within_alphabet(sample, vocabulary)),
                     model_writer=model,
                     vocab_size=vocabulary,
                     model_type="unigram",
@@ -135,6 +141,17 @@ def train_tokenizer(corpus_path: Path, out: Path, *, vocabulary: int, sample_cha
     build_once(out, what="tokenizer", made_by="glm tokenizer", fingerprint=identity, work=work)
     read_meta(out, what="tokenizer", made_by="glm tokenizer")
     return Tokenizer(out)
+
+
+def _within_alphabet(sample: list[str], vocabulary: int) -> list[str]:
+    """The sample cut at the characters that a small vocabulary has no room for: the commonest may take half of its pieces."""
+    counts = Counter(chain.from_iterable(sample))
+    room = max(1, (vocabulary - BYTES_AND_SPECIAL) // 2)
+    if len(counts) <= room or vocabulary >= ROOMY:
+        return sample
+    kept = {character for character, _ in counts.most_common(room)}
+    rare = re.compile(f"[{re.escape(''.join(sorted(counts.keys() - kept)))}]+")
+    return [run for line in sample for run in rare.split(line) if run.strip()]
 
 
 def _sample(corpus: Corpus, characters: int, tell: Any) -> Iterator[str]:

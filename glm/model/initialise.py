@@ -6,12 +6,17 @@
     gpt2     std 0.02; the two output projections of a layer 0.02 / sqrt(2L)                  (GPT-2)
     small    std sqrt(2 / (5h)); output projections / sqrt(2L); also the embedding   (Nguyen and Salazar, 1910.05895)
 
-All draws are in fp32 in a fixed order, from torch's generator: the same seed gives the same weights in every precision, and
-under any sharding, since fans are those of the whole matrix.
+Each tensor is drawn in fp32 from a generator of its own, a function of (seed, the tensor's name in the model): models that have
+a tensor of the same name and shape share it, whatever else differs (tied or not, the feed-forward's kind, how positions enter, how
+many layers there are, where the norms stand; a gain scales the same draw), and a rank draws only what it holds. It is the same in
+every precision and under any sharding, since fans are those of the whole matrix.
+
+Limits: CPU generators take 32 bits of a seed; of a thousand tensors two are alike once in ten thousand models.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import torch
@@ -30,39 +35,43 @@ def deep_gain(config: ModelConfig) -> float:
     return float((8 * config.layers) ** -0.25) if config.norm == "deepnet" else 1.0
 
 
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """What draws the tensor of this name."""
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
 @torch.no_grad()
-def initialise_block(block: Block, config: ModelConfig) -> None:
-    """Draw the linear layers of a block."""
+def initialise_block(block: Block, config: ModelConfig, seed: int, name: str) -> None:
+    """Draw the linear layers of a block, which the model knows by ``name``."""
     attention, feed = block.attention, block.feed_forward
-    q, k, v = attention.query_key_value.weight.chunk(3)
-    ups = feed.up.weight.chunk(2) if feed.is_gated else (feed.up.weight,)
-    for linear in (attention.query_key_value, attention.output, feed.up, feed.down):
+    beta = deep_gain(config)
+    # The gains of the matrices that a layer's weight is made of.
+    for path, linear, gains in (
+        ("attention.query_key_value", attention.query_key_value, (1.0, 1.0, beta)),
+        ("attention.output", attention.output, (beta,)),
+        ("feed_forward.up", feed.up, (beta, beta) if feed.is_gated else (beta,)),
+        ("feed_forward.down", feed.down, (beta,)),
+    ):
+        generator = generator_of(seed, f"{name}.{path}.weight")
+        leads_out = linear in (attention.output, feed.down)
+        for weight, gain in zip(linear.weight.chunk(len(gains)), gains, strict=True):
+            if config.init == "xavier":
+                std = gain * math.sqrt(2 / sum(weight.shape))
+            else:
+                std = hidden_std(config) / (math.sqrt(2 * config.layers) if leads_out else 1.0)
+            nn.init.normal_(weight, std=std, generator=generator)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
-    if config.init == "xavier":
-        beta = deep_gain(config)
-        for weight, gain in ((q, 1.0), (k, 1.0), (v, beta), (attention.output.weight, beta)):
-            _xavier(weight, gain)
-        for weight in (*ups, feed.down.weight):
-            _xavier(weight, beta)
-        return
-    std = hidden_std(config)
-    for weight in (q, k, v, *ups):
-        nn.init.normal_(weight, std=std)
-    for weight in (attention.output.weight, feed.down.weight):
-        nn.init.normal_(weight, std=std / math.sqrt(2 * config.layers))
 
 
 @torch.no_grad()
-def initialise_embedding(weight: Tensor, config: ModelConfig) -> None:
-    """Draw an embedding, output projection or table of positions."""
-    nn.init.normal_(weight, std=hidden_std(config) if config.init == "small" else EMBEDDING)
+def initialise_embedding(weight: Tensor, config: ModelConfig, seed: int, name: str) -> None:
+    """Draw an embedding, output projection or table of positions, which the model knows by ``name``."""
+    std = hidden_std(config) if config.init == "small" else EMBEDDING
+    nn.init.normal_(weight, std=std, generator=generator_of(seed, name))
 
 
 def hidden_std(config: ModelConfig) -> float:
     """Standard deviation of the plain schemes."""
     return math.sqrt(2 / (5 * config.hidden)) if config.init == "small" else 0.02
-
-
-def _xavier(weight: Tensor, gain: float) -> None:
-    nn.init.normal_(weight, std=gain * math.sqrt(2 / sum(weight.shape)))

@@ -27,12 +27,19 @@ from glm.precision import upcasts
 class Transformer(nn.Module):
     """A GLM, or one of the systems it is compared with, as the configuration says.
 
+    Args:
+        config: shape and levers.
+        seed: of the weights (``glm.model.initialise``); None: one is drawn from torch's generator.
+
     Raises:
         InputError: the vocabulary is not set.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = None) -> None:
         super().__init__()
+        if seed is None:
+            # Before the layers draw what they are made with: that many numbers is a matter of the configuration.
+            seed = int(torch.randint(2**62, (), device="cpu"))
         if config.vocabulary is None:
             raise InputError(
                 "model.vocabulary is not set: give --model.vocabulary, or data whose tokenizer has one"
@@ -52,18 +59,18 @@ class Transformer(nn.Module):
         self.final_norm = self._norm() if config.norm != "post" else None
         self.projection = None if shrink.tied else Linear(config.hidden, config.vocabulary, bias=False)
         if not self.embedding.weight.is_meta:
-            self.initialise()
+            self.initialise(seed)
 
-    def initialise(self) -> None:
+    def initialise(self, seed: int) -> None:
         """Draw the weights, as ``config.init`` says."""
-        initialise_embedding(self.embedding.weight, self.config)
+        initialise_embedding(self.embedding.weight, self.config, seed, "embedding.weight")
         if self.positions is not None:
-            initialise_embedding(self.positions, self.config)
-        for layer in self.layers:
+            initialise_embedding(self.positions, self.config, seed, "positions")
+        for number, layer in enumerate(self.layers):
             assert isinstance(layer, Block)
-            initialise_block(layer, self.config)
+            initialise_block(layer, self.config, seed, f"layers.{number}")
         if self.projection is not None:
-            initialise_embedding(self.projection.weight, self.config)
+            initialise_embedding(self.projection.weight, self.config, seed, "projection.weight")
 
     def forward(
         self, tokens_BT: Tensor, positions: Tensor, segments_BT: Tensor, context_BT: Tensor

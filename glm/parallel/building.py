@@ -1,10 +1,8 @@
 """One rank's part of a model, drawn without ever holding the whole.
 
-Every rank draws all weights in the order in which one process does, from the same generator, and keeps what it holds; so initial
-weights are the same bits under any topology. One whole layer, or the whole embedding, is in memory at a time.
-
-One process also spends random numbers on the values that ``nn.Linear`` draws when it is made, before the model draws its own; they
-are spent here too.
+A weight is a function of (seed, its name) (``glm.model.initialise``), so a rank draws what lies in its stage, each tensor
+whole, and keeps its part: initial weights are the same bits under any topology. One whole layer, or the whole embedding, is in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from torch import nn
 from glm.model.block import Block
 from glm.model.config import ModelConfig
 from glm.model.initialise import initialise_block, initialise_embedding
-from glm.model.layers import Linear
 from glm.model.transformer import Transformer
 from glm.parallel.partition import Cut, stage_of
 from glm.parallel.tensor import VocabularyEmbedding, cut_block
@@ -43,45 +40,44 @@ def build(
         tensor: the ranks that share each layer; None: no other.
         seed: of the initial weights.
     """
-    torch.manual_seed(seed)
-    for number in range(config.layers):
-        Block(config, number)
-    if not config.embedding.tied:
-        Linear(config.hidden, config.vocabulary or 0, bias=False)
     with torch.device("meta"):
         model = Transformer(config)
     is_first, is_last = stage == 0, stage == stages - 1
 
-    embedding = _real(model.embedding)
-    initialise_embedding(embedding.weight, config)
     if is_first or (is_last and config.embedding.tied):
+        embedding = _real(model.embedding)
+        initialise_embedding(embedding.weight, config, seed, "embedding.weight")
         model.embedding = embedding if tensor is None else VocabularyEmbedding(embedding, Cut(dim=0), tensor)
     else:
         del model.embedding
     if model.positions is not None:
-        positions = nn.Parameter(torch.empty(model.positions.shape))
-        initialise_embedding(positions, config)
-        model.positions = positions if is_first else None
+        positions = nn.Parameter(torch.empty(model.positions.shape)) if is_first else None
+        if positions is not None:
+            initialise_embedding(positions, config, seed, "positions")
+        model.positions = positions
     if model.embedding_norm is not None:
         model.embedding_norm = _real(model.embedding_norm) if is_first else None
     for number in range(config.layers):
         block = model.layers[number]
         assert isinstance(block, Block)
-        initialise_block(_real(block), config)
-        if stage_of(f"layers.{number}", config, stages) != stage:
+        if stage_of(name := f"layers.{number}", config, stages) != stage:
             # Something keeps the place, so that every layer keeps its number, by which telemetry knows it.
             model.layers[number] = nn.Identity()
-        elif tensor is not None:
+            continue
+        initialise_block(_real(block), config, seed, name)
+        if tensor is not None:
             cut_block(block, tensor)
     if model.final_norm is not None:
         model.final_norm = _real(model.final_norm) if is_last else None
-    if model.projection is not None:
+    if model.projection is not None and is_last:
         projection = _real(model.projection)
-        initialise_embedding(projection.weight, config)
-        if is_last and tensor is not None:
+        initialise_embedding(projection.weight, config, seed, "projection.weight")
+        if tensor is not None:
             rank, size = dist.get_rank(tensor), dist.get_world_size(tensor)
             projection.weight = nn.Parameter(Cut(dim=0).part(projection.weight.detach(), rank, size))
-        model.projection = projection if is_last else None
+        model.projection = projection
+    else:
+        model.projection = None
     return model
 
 

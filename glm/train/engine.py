@@ -195,9 +195,8 @@ class LocalEngine(Updates):
         self._drops = config.model.dropout > 0
         self.micro_rows = config.batch.micro
         self.policy = Policy(precision=config.precision)
-        torch.manual_seed(config.seed)
         # The masters take the initial weights in fp32, so that every precision begins from the same point.
-        self.model = Transformer(config.model).to(self.device)
+        self.model = Transformer(config.model, config.seed).to(self.device)
         self.optimizer = MixedPrecisionAdamW(self.model, config.optimizer, self.policy)
         self.scaler = LossScaler(config.loss_scale) if self.policy.scales_loss else None
         if config.compile:

@@ -327,7 +327,7 @@ def test_initial_weights_have_the_schemes_deviations(init, form):
     block = Block(config, 0)
     from glm.model.initialise import initialise_block
 
-    initialise_block(block, config)
+    initialise_block(block, config, 1, "layers.0")
     q, k, v = block.attention.query_key_value.weight.chunk(3)
     beta = {"deepnorm": (2 * 4) ** -0.5, "deepnet": (8 * 4) ** -0.25}.get(form, 1.0)
     assert deep_gain(config) == pytest.approx(beta)

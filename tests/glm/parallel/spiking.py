@@ -56,6 +56,7 @@ def spiking(policy: str, axes: tuple[int, int, int] = (1, 1, 1), micro: int = 1)
     t, p, d = axes
     return TrainConfig(
         steps=52,
+        seed=1,
         model=ModelConfig(vocabulary=1000, layers=1, hidden=32, heads=2, length=64),
         batch=BatchConfig(rows=ROWS, micro_rows=micro),
         schedule=ScheduleConfig(peak=1e-2, warmup=5, shape="constant"),

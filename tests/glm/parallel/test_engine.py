@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -221,7 +222,12 @@ def test_telemetry_has_the_local_runs_names_and_values(results, data_folder, tmp
     # fp32 sums over 256 tokens and up to 96 channels, four layers deep, each off by 2^-24 sqrt(terms) of their size: 1e-5; means
     # are of both signs, hence small beside what they are means of.
     size = together.ours.abs().clip(lower=1e-3)
-    apart = ((together.ours - together.theirs).abs() / size).dropna()
+    # An element that stands on a threshold counts on either side of it: of the 256 x 32 elements of the smallest site, one.
+    share = together.index.get_level_values("statistic").astype(str).str.endswith("_fraction")
+    apart = ((together.ours - together.theirs).abs() - np.where(share, 1 / (256 * 32), 0.0)).clip(
+        lower=0
+    ) / size
+    apart = apart.dropna()
     assert (together.ours.isna() == together.theirs.isna()).all()
     assert apart.max() < 1e-3, apart.sort_values().tail(5)
     assert apart.median() < 1e-6
@@ -279,7 +285,7 @@ def test_a_spike_that_one_process_detects_is_answered_by_all(results, data, poli
     zero, one = (json.loads((results / f"spiking-{rank}.json").read_text())[policy] for rank in (0, 1))
     assert zero == one
     ours, other = (
-        answer(spiking(policy, micro=micro), LocalEngine(spiking(policy)), data) for micro in (1, 4)
+        answer(config, LocalEngine(config), data) for config in (spiking(policy, micro=m) for m in (1, 4))
     )
     assert [tuple(d) for d in zero["decisions"]] == ours["decisions"]
     kinds = {kind for _, kind in ours["decisions"]}

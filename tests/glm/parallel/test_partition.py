@@ -195,8 +195,7 @@ def test_the_number_of_processes_is_compared(monkeypatch):
 @pytest.mark.parametrize("model", MODELS, ids=["glm", "other"])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_stages_draw_the_weights_of_one_process(model, stages):
-    torch.manual_seed(5)
-    whole = dict(Transformer(model).named_parameters())
+    whole = dict(Transformer(model, 5).named_parameters())
     built = [build(model, stage=stage, stages=stages, tensor=None, seed=5) for stage in range(stages)]
     parts = [dict(part.named_parameters()) for part in built]
     assert set().union(*parts) == set(whole)
