@@ -21,6 +21,7 @@ from stabilitylab.figures.style import (
     ALARM,
     STYLE,
     colours,
+    legend,
     log_axis,
     panel,
     plain,
@@ -101,7 +102,7 @@ def curves(
         if crosses:
             axes.plot([], [], "x", color=STYLE["text.color"], markersize=4, label="not finite")
         if len(drawn) > 1 or crosses:
-            axes.legend(ncols=min(4, len(drawn) + crosses), loc="best")
+            legend(figure, axes, columns=len(drawn) + crosses)
         return figure
 
 
@@ -147,7 +148,7 @@ def by_depth(
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(values) > 1:
-            axes.legend(ncols=2)
+            legend(figure, axes, columns=len(values))
         return figure
 
 
@@ -179,7 +180,7 @@ def dots(
         axes.set_xticks(range(len(values)), list(values))
         axes.set_xlim(-0.6, len(values) - 0.4)
         axes.set_ylabel(unit)
-        axes.legend(ncols=min(4, len(arms)))
+        legend(figure, axes, columns=len(arms))
         return figure
 
 

@@ -1,12 +1,15 @@
 """Maps: sites down, steps across, the value as colour.
 
 Layer 0 lies at the bottom. A cell that is not finite is red with a cross, one that was not recorded stays empty. Where there
-are more steps than can be told apart, neighbours are joined by their largest value, and one that is not finite wins.
+are more steps than can be told apart, neighbours are joined by their largest value, and one that is not finite wins. Steps lie
+across at their own places, however unevenly they were measured; a measurement holds until the next one, or for twice the usual
+distance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,6 +17,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
 
 from stabilitylab.figures.style import ALARM, STYLE, WIDTH, log_axis, panel, say_not_recorded
 
@@ -43,6 +48,9 @@ def heat_map(
     """
     everywhere = np.ones(matrix.shape, dtype=bool)
     known = everywhere if recorded is None else recorded.reindex_like(matrix).to_numpy(dtype=bool)
+    stretch: tuple[float, float] | None = None
+    if across == "step" and _are_steps(matrix.columns):
+        matrix, known, stretch = _at_their_steps(matrix, known)
     values, known, steps, sites = _joined(matrix, known)
     finite = values[np.isfinite(values) & ((values > 0) | (not log))]
     with mpl.rc_context({**STYLE, "axes.grid": False}):
@@ -63,14 +71,19 @@ def heat_map(
             norm=scale,
             interpolation="nearest",
             origin="lower",
+            extent=(*(stretch or (-0.5, len(steps) - 0.5)), -0.5, len(sites) - 0.5),
         )
         bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=max(8, 3 * len(sites) ** 0.5))
         if log:
             log_axis(bar.ax.yaxis)
-        _break(axes, broken)
+        _break(axes, broken, image.get_extent())
         _label_sites(axes, sites)
-        ticks = np.unique(np.linspace(0, len(steps) - 1, min(8, len(steps))).round().astype(int))
-        axes.set_xticks(ticks, [str(steps[i]) for i in ticks])
+        if stretch is not None:
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+        else:
+            ticks = np.unique(np.linspace(0, len(steps) - 1, min(8, len(steps))).round().astype(int))
+            axes.set_xticks(ticks, [str(steps[i]) for i in ticks])
         axes.set_xlabel(f"{across}; red: not finite" if broken.any() else across)
         return figure
 
@@ -100,6 +113,40 @@ def table_figure(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title
         return figure
 
 
+def _are_steps(columns: pd.Index[Any]) -> bool:
+    return (
+        len(columns) > 1 and pd.api.types.is_integer_dtype(columns) and bool(columns.is_monotonic_increasing)
+    )
+
+
+def _at_their_steps(
+    matrix: pd.DataFrame, known: NDArray[np.bool_]
+) -> tuple[pd.DataFrame, NDArray[np.bool_], tuple[float, float]]:
+    """The matrix on evenly spaced columns, at most COLUMNS, where those of it are known, and from where to where they reach."""
+    steps = matrix.columns.to_numpy(dtype=np.int64)
+    apart = np.diff(steps)
+    first, span = int(steps[0]), int(steps[-1] - steps[0]) + 1
+    width = max(int(apart.min()), -(-span // COLUMNS), 1)
+    stretch = (steps - first) // width
+    starts = np.flatnonzero(np.r_[True, np.diff(stretch) > 0])
+    values = matrix.to_numpy(dtype=float)
+    broken = np.maximum.reduceat(known & ~np.isfinite(values), starts, axis=1)
+    largest = np.maximum.reduceat(np.where(np.isfinite(values), values, -np.inf), starts, axis=1)
+    seen = np.maximum.reduceat(known, starts, axis=1)
+    measured = stretch[starts]
+    count = int(measured[-1]) + 1
+    holds = -(-2 * int(np.quantile(apart, 0.9)) // width)
+    latest = np.searchsorted(measured, np.arange(count), side="right") - 1
+    fresh = np.arange(count) - measured[latest] < max(holds, 1)
+    even = np.where(fresh, np.where(broken | ~seen, np.nan, largest)[:, latest], np.nan)
+    places = first + width * np.arange(count)
+    return (
+        pd.DataFrame(even, index=matrix.index, columns=places),
+        seen[:, latest] & fresh,
+        (first - 0.5, float(first + width * count) - 0.5),
+    )
+
+
 def _joined(
     matrix: pd.DataFrame, known: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, list[object], list[str]]:
@@ -125,7 +172,7 @@ def _starts(length: int, most: int) -> np.ndarray:
     return np.arange(length) if length <= most else np.unique(np.arange(most) * length // most)
 
 
-def _break(axes: Axes, broken: np.ndarray) -> None:
+def _break(axes: Axes, broken: np.ndarray, extent: tuple[float, float, float, float]) -> None:
     if not broken.any():
         return
     red = np.ma.masked_where(~broken, np.ones(broken.shape))
@@ -135,10 +182,13 @@ def _break(axes: Axes, broken: np.ndarray) -> None:
         cmap=mpl.colors.ListedColormap([_BROKEN]).with_extremes(bad=(0, 0, 0, 0)),
         interpolation="nearest",
         origin="lower",
+        extent=extent,
     )
     rows, columns = np.nonzero(broken)
     if len(rows) <= 200:
-        axes.plot(columns, rows, "x", color="white", markersize=3, markeredgewidth=0.8)
+        left, right = extent[:2]
+        places = left + (columns + 0.5) * (right - left) / broken.shape[1]
+        axes.plot(places, rows, "x", color="white", markersize=3, markeredgewidth=0.8)
 
 
 def _label_sites(axes: Axes, sites: Sequence[str]) -> None:

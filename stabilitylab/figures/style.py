@@ -69,6 +69,11 @@ def panel(height: float = 2.7) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def legend(figure: Figure, axes: Axes, *, columns: int) -> None:
+    """Names of the curves below the axes: within them no place is free of curves in every run."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=min(4, columns))
+
+
 def save(figure: Figure, file: Any, **options: Any) -> None:
     """``figure.savefig``, which leaves neither warnings nor open files behind."""
     with warnings.catch_warnings():

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from stabilitylab.report import sections
-from stabilitylab.report.page import Page
+from stabilitylab.report.close_ups import close_ups, extremes
+from stabilitylab.report.page import Page, Section, Table
+from stabilitylab.runs.config import flat
 from stabilitylab.runs.run import Run
+
+_NONE = object()
 
 
 def run_report(run: Run) -> Page:
     """Everything a person looks at first about one run."""
-    return _report({run.name: [run]}, title=f"Run {run.name}", lead=_lead(run), facts=_facts(run))
+    page = _report({run.name: [run]}, title=f"Run {run.name}", lead=_lead(run), facts=_facts(run))
+    if (near := close_ups(run)) is not None:
+        page.sections.insert(2, near)  # after the table of episodes
+    return page
 
 
 def comparison(runs: Sequence[Run]) -> Page:
     """Several runs over each other, each under its folder's name."""
     labels = {run.name if len({r.name for r in runs}) == len(runs) else str(run.path): [run] for run in runs}
-    return _report(labels, title="Comparison of " + ", ".join(labels), lead="", facts={})
+    page = _report(labels, title="Comparison of " + ", ".join(labels), lead="", facts={})
+    page.sections.insert(0, _settings({label: run for label, (run,) in labels.items()}))
+    return page
+
+
+def _settings(runs: Mapping[str, Run]) -> Section:
+    """Which settings differ, so that what the curves differ in has a name."""
+    settings = {label: flat(run.config) for label, run in runs.items()}
+    if not any(settings.values()):
+        return Section(title="Settings that differ", text=("None of the runs holds a config.json.",))
+    names = list(dict.fromkeys(name for one in settings.values() for name in one))
+    rows = [
+        [name, *(str(one[name]) if name in one else "–" for one in settings.values())]
+        for name in names
+        if len({repr(one.get(name, _NONE)) for one in settings.values()}) > 1
+    ]
+    if not rows:
+        return Section(title="Settings that differ", text=("All settings are equal.",))
+    return Section(title="Settings that differ", parts=[Table(columns=["setting", *settings], rows=rows)])
 
 
 def _report(runs: sections.Runs, *, title: str, lead: str, facts: dict[str, str]) -> Page:
@@ -43,7 +68,7 @@ def _lead(run: Run) -> str:
     if loss.empty:
         return "This run recorded no loss."
     steps = f"{len(loss):,} steps recorded, {loss.index[0]} to {loss.index[-1]}"
-    return f"{steps}; the loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g} nats."
+    return f"{steps}; the loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g} nats{extremes(loss)}."
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -7,8 +7,7 @@ looking. One page of that group holds twelve cards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -205,14 +204,3 @@ class _Roles:
                 and places.block_number(key.site) is not None
             ):
                 self.role[number] = self.BRANCH
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as ``model.norm`` -> value, without what a table cannot show."""
-    pairs: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            pairs |= flat(value, f"{prefix}{name}.")
-        elif isinstance(value, (bool, int, float, str)):
-            pairs[f"{prefix}{name}"] = value
-    return pairs

@@ -30,10 +30,11 @@ from typing import Any
 import numpy as np
 
 from stabilitylab.errors import InputError
+from stabilitylab.runs.config import flat
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.runs.places import Places
 from stabilitylab.sinks import event_file as made
-from stabilitylab.sinks.dashboard import LAYOUT, LOSS, MAPS, NORM, SPIKES, STORY, Overview, flat
+from stabilitylab.sinks.dashboard import LAYOUT, LOSS, MAPS, NORM, SPIKES, STORY, Overview
 from stabilitylab.sinks.event_file import EventFile
 from stabilitylab.sinks.pictures import EPISODE_COLUMNS, Artist, Sketch
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of

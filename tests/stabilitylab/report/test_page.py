@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -20,8 +21,10 @@ from stabilitylab.report import Cell, Page, Picture, Section, Table, comparison,
 from stabilitylab.report import layers_section as layers
 from stabilitylab.report.page import picture_html
 from stabilitylab.runs import load_run
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.runs.places import Places
-from stabilitylab.telemetry import Key
+from stabilitylab.sinks import ParquetSink
+from stabilitylab.telemetry import Event, Key, Samples
 from tests.stabilitylab import story
 from tests.stabilitylab.browser import CHROMEDRIVER, CHROMIUM, browser
 from tests.stabilitylab.runs.test_run import write
@@ -292,3 +295,86 @@ def test_a_person_reads_the_report(report: tuple[Page, str], tmp_path: Path) -> 
         assert window.run("return document.title") == "Run läuft"
         assert window.run("return document.querySelectorAll('nav a').length") == len(page.sections)
         assert window.messages() == []
+
+
+def test_steps_lie_across_at_their_own_places() -> None:
+    """Every 10th step, and each one around 50: a step's cell is where the axis says."""
+    steps = sorted({*range(0, 101, 10), *range(45, 56)})
+    matrix = pd.DataFrame([[float(step) + 1 for step in steps]], index=["a"], columns=steps)
+    axes = heat_map(matrix, title="m", log=False).axes[0]
+    image = axes.images[0]
+    left, right, *_ = image.get_extent()
+    row = np.ma.getdata(image.get_array())[0]
+    for step in (0, 10, 48, 50, 53, 90, 100):
+        assert row[int((step - left) / (right - left) * len(row))] == step + 1
+    # A measurement holds until the next one.
+    assert row[int((27 - left) / (right - left) * len(row))] == 21
+
+
+def test_a_long_break_stays_empty() -> None:
+    matrix = pd.DataFrame(np.ones((1, 20)), index=["a"], columns=[*range(10), *range(100, 110)])
+    shown = heat_map(matrix, title="m").axes[0].images[0].get_array()
+    assert np.ma.getmaskarray(shown)[0, 15:95].all()
+
+
+def test_names_of_curves_lie_beside_them() -> None:
+    lines = {name: [pd.Series(np.ones(5) * i)] for i, name in enumerate("ab")}
+    figure = figures.curves(lines, title="t")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().y1 <= figure.axes[0].get_window_extent().y0
+
+
+def long_run(folder: Path) -> Path:
+    """10,000 steps that fall from 4 to 3, a peak of 21.8 at step 5,003, a NaN at 8,000."""
+    sink, loss = ParquetSink(folder / "telemetry"), Key("train", "-", "loss")
+    values = np.linspace(4, 3, 10_000)
+    values[5003], values[8000] = 21.8, math.nan
+    sink.write(Samples.of((step, loss, value) for step, value in enumerate(values.tolist())), [])
+    sink.close()
+    kinds = (("spike", 5000, 5010), ("spike", 5050, 5060), ("non-finite", 8000, 8000))
+    RunFolder(folder).append_events(
+        [
+            Event(
+                step=end,
+                kind=kind,
+                data={
+                    "episode": number,
+                    "phase": "end",
+                    "signal": "train/-/loss",
+                    "onset": onset,
+                    "peak": onset,
+                    "end": end,
+                    "height": None if kind == "non-finite" else 3.0,
+                },
+            )
+            for number, (kind, onset, end) in enumerate(kinds)
+        ]
+    )
+    return folder
+
+
+def test_episodes_are_shown_from_near(tmp_path: Path) -> None:
+    page = run_report(load_run(long_run(tmp_path)))
+    near = page.sections[2]
+    assert near.title == "Episodes from near"
+    titles = [part.figure.axes[0].get_title(loc="left") for part in near.parts if isinstance(part, Picture)]
+    assert titles == ["Loss, steps 4,900 to 5,110", "Loss, steps 7,900 to 8,100"]
+    assert page.lead == (
+        "10,000 steps recorded, 0 to 9999; the loss went from 4 to 3 nats, its highest 21.8 at step 5,003; 1 value is not finite."
+    )
+
+
+def test_a_comparison_says_which_settings_differ(tmp_path: Path) -> None:
+    for name, rate in (("a", 0.1), ("b", 0.2)):
+        folder = long_run(tmp_path / name)
+        config = {
+            "seed": 0,
+            "optimizer": {"rate": rate, "beta": 0.9},
+            **({"extra": True} if name == "b" else {}),
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+    (table,) = comparison([load_run(tmp_path / name) for name in "ab"]).sections[0].parts
+    assert isinstance(table, Table)
+    assert list(table.columns) == ["setting", "a", "b"]
+    assert [list(row) for row in table.rows] == [["optimizer.rate", "0.1", "0.2"], ["extra", "–", "True"]]
