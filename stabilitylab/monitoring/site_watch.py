@@ -2,13 +2,10 @@
 
 A head's scores that grow thirtyfold, or one parameter's gradient, may leave the loss where it is: softmax bounds the one, Adam and
 clipping the other. Of every site the logarithm y of a positive statistic (``FOLLOWED``, the update left out: it follows the rate)
-has a running level and a running mean deviation d,
-
-    level += g (y - level)        d += g (|y - level| - d)        g = 1/8, deviations clipped at 4 d
-
-and a site has left where, after ``LEAST`` measurements, y - level > max(SIGMAS d, ln FACTOR), and where that much remains when the
-rise of the family's median site is taken off (a hard batch moves them all). Told is the first site in the order of execution, with
-how many left with it, and for ``QUIET`` steps no further one. The event never acts; a reader, and forensics, may.
+has a running level and a running mean deviation d (``spikes/site_levels.py``), and a site has left where y - level >
+max(SIGMAS d, ln FACTOR), and where that much remains when the rise that three sites in four of its family share is taken off (a
+hard batch moves them all). Told is the first site in the order of execution, with how many left with it, and for ``QUIET`` steps
+no further one. The event itself never acts.
 """
 
 from __future__ import annotations
@@ -16,52 +13,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stabilitylab.probes.base import Readings
-from stabilitylab.spikes.change_onsets import FOLLOWED
+from stabilitylab.spikes.change_onsets import FOLLOWED, Execution
+from stabilitylab.spikes.site_levels import SiteLevels
 from stabilitylab.telemetry import Event, Key
 
-GAIN = 1 / 8
-LEAST = 16
 SIGMAS = 10.0
 FACTOR = 6.0
 QUIET = 32
-_CLIP = 4.0
 _STATISTIC = {family: statistic for family, statistic in FOLLOWED if family != "update"}
-_FAMILIES = tuple(_STATISTIC)
-
-Array = NDArray[np.float64]
 
 
-class _Levels:
-    """Running levels of one tuple of keys: those of them that are followed."""
+class _Followed:
+    """Levels of those of some keys that are followed."""
 
     def __init__(self, keys: tuple[Key, ...]) -> None:
         self.keys = keys
-        self.at = np.array(
-            [i for i, k in enumerate(keys) if _STATISTIC.get(k.family) == k.statistic], dtype=np.int64
-        )
-        self.level, self.deviation = np.zeros(len(self.at)), np.zeros(len(self.at))
-        self.count = np.zeros(len(self.at), dtype=np.int64)
-
-    def rise(self, values: Array) -> tuple[Array, Array]:
-        """y - level, and what it must pass; then both are taken in. NaN and no threshold passed where nothing was learned."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            y = np.log(np.abs(values[self.at]))
-        seen = np.isfinite(y)
-        rise = np.where(seen & (self.count >= LEAST), y - self.level, -np.inf)
-        limit = np.maximum(SIGMAS * self.deviation, np.log(FACTOR))
-        # The first values make the level, later ones move it.
-        gain = np.maximum(GAIN, 1.0 / (self.count + 1.0))
-        apart = np.where(seen, y - self.level, 0.0)
-        known = self.count >= LEAST
-        bound = np.where(known, _CLIP * np.maximum(self.deviation, 0.02), np.inf)
-        apart = np.clip(apart, -bound, bound)
-        self.level += gain * apart
-        self.deviation += np.where(seen & (self.count > 0), gain * (np.abs(apart) - self.deviation), 0.0)
-        self.count += seen
-        return rise, limit
+        own = [i for i, key in enumerate(keys) if _STATISTIC.get(key.family) == key.statistic]
+        self.at = np.array(own, dtype=np.int64)
+        self.levels = SiteLevels(len(own))
 
 
 class SiteWatch:
@@ -72,8 +43,8 @@ class SiteWatch:
     """
 
     def __init__(self, order: Mapping[str, object]) -> None:
-        self._order = order
-        self._levels: dict[int, _Levels] = {}
+        self._order, self._execution = order, Execution([])
+        self._followed: dict[int, _Followed] = {}
         self._told: int | None = None
 
     def events(self, step: int, readings: Sequence[Readings]) -> list[Event]:
@@ -88,7 +59,7 @@ class SiteWatch:
         if not found or (self._told is not None and step - self._told < QUIET):
             return []
         self._told = step
-        key, rise, limit = min(found, key=lambda left: self._place(left[0]))
+        key, rise, deviation = min(found, key=lambda left: self._place(left[0]))
         data = {
             "signal": key.metric,
             "family": key.family,
@@ -96,44 +67,41 @@ class SiteWatch:
             "statistic": key.statistic,
             "index": key.index,
             "factor": float(np.exp(min(rise, 700.0))),
-            "times_its_noise": float(rise / limit * SIGMAS),
+            "deviations": float(rise / max(deviation, 1e-6)),
             "count": len(found),
         }
         return [Event(step=step, kind="site-departure", data=data)]
 
     def _left(self, one: Readings) -> list[tuple[Key, float, float]]:
-        levels = self._levels.get(id(one.keys))
-        if levels is None or levels.keys is not one.keys:
-            levels = self._levels[id(one.keys)] = self._inherited(_Levels(one.keys))
-        if not len(levels.at):
+        """Those that left, with their rise and their own deviation."""
+        followed = self._followed.get(id(one.keys))
+        if followed is None or followed.keys is not one.keys:
+            followed = self._followed[id(one.keys)] = self._inherited(_Followed(one.keys))
+        if not len(followed.at):
             return []
-        rise, limit = levels.rise(one.values)
+        deviation = followed.levels.deviation.copy()
+        rise = followed.levels.rise(one.values[followed.at])
         heard = rise[rise > -np.inf]
-        common = max(float(np.median(heard)), 0.0) if len(heard) else 0.0
-        return [
-            (one.keys[levels.at[i]], float(rise[i]), float(limit[i]))
-            for i in np.flatnonzero(rise - common > limit)
-        ]
+        common = max(float(np.quantile(heard, 0.25, method="lower")), 0.0) if len(heard) else 0.0
+        left = rise - common > np.maximum(SIGMAS * deviation, np.log(FACTOR))
+        return [(one.keys[followed.at[i]], float(rise[i]), float(deviation[i])) for i in np.flatnonzero(left)]
 
-    def _inherited(self, fresh: _Levels) -> _Levels:
+    def _inherited(self, fresh: _Followed) -> _Followed:
         """Another set of sites (an expert that was not reached, a micro-batch more) goes on with what is known of each."""
         families = {fresh.keys[i].family for i in fresh.at}
-        for number, old in list(self._levels.items()):
+        for number, old in list(self._followed.items()):
             if {old.keys[i].family for i in old.at} & families:
                 known = {old.keys[i]: j for j, i in enumerate(old.at)}
                 pairs = [(j, known[k]) for j, i in enumerate(fresh.at) if (k := fresh.keys[i]) in known]
                 if pairs:
                     new, of = (np.array(side) for side in zip(*pairs, strict=True))
-                    for name in ("level", "deviation", "count"):
-                        getattr(fresh, name)[new] = getattr(old, name)[of]
-                del self._levels[number]
+                    for name in ("level", "deviation", "seen"):
+                        getattr(fresh.levels, name)[new] = getattr(old.levels, name)[of]
+                del self._followed[number]
         return fresh
 
-    def _place(self, key: Key) -> tuple[int, int]:
+    def _place(self, key: Key) -> tuple[int, int, int]:
         """Forward sites in order, then the backward ones in the reverse."""
-        order = {site: i for i, site in enumerate(self._order)}
-        if key.family in ("attention", "activation"):
-            name = f"attention/{key.site}" if key.family == "attention" else key.site
-            return 0, order.get(name, len(order))
-        module = key.site.rpartition(".")[0] if key.family == "gradient" else key.site
-        return 1, -order.get(module, order.get(f"{module}:input", -1))
+        if len(self._execution.order) != len(self._order):  # it is being learned
+            self._execution = Execution(list(self._order))
+        return self._execution.place(key.family, key.site)

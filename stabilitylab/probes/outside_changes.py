@@ -6,10 +6,10 @@ measured steps that follow each other
     ||w before step t|| against ||w after step t - 1||      all elements: a row, a single weight, a NaN
     sample before t against sample after t - 1              one element in 512: what a norm does not see, a change of sign
 
-must agree. Adam's second moment v = beta2 v + (1 - beta2) g^2 falls by beta2 at most, so one that halves in a step was changed,
-and the settings of a parameter group (beta1, beta2, weight decay, epsilon, ...; the rate is recorded anyway) stay or move by
-little. A parameter's change is told after ``CALM`` steps without one: what a loop does regularly (weights normalised after
-every step) is its habit.
+must agree. Adam's second moment v = beta2 v + (1 - beta2) g^2 falls by beta2 at most, so one that falls by more was changed, and
+the settings of a parameter group (beta1, beta2, weight decay, epsilon, ...; the rate is recorded anyway) stay or move by little. A
+parameter's change is told after ``CALM`` steps without one: what a loop does regularly (weights normalised after every step) is
+its habit.
 
 Told as events ``parameter-changed`` (site, factor of its norm), ``moments-changed`` (site, factor) and ``optimizer-changed``
 (setting, before, after): one of each kind a step, with the number of parameters that changed and the first of them.
@@ -34,6 +34,7 @@ SETTING_FACTOR = 1.5
 _RATES = ("lr", "rate", "initial", "step", "maximize", "capturable")
 HALVED = 0.5**2  # of the squared norm of second moments
 MOST = 16
+SLACK = 0.8
 
 Event = tuple[str, Mapping[str, Any]]
 
@@ -110,6 +111,7 @@ class OutsideChanges:
         compared: NDArray[Any] | None,
         second: NDArray[Any],
         settings: Sequence[tuple[str, float, float]],
+        beta2: float,
     ) -> list[Event]:
         """What changed between the last step and this one.
 
@@ -119,6 +121,7 @@ class OutsideChanges:
                 not measured.
             second: squared norm of Adam's second moment, below zero where there is none.
             settings: of the optimizer, that jumped: name, before, after.
+            beta2: the least of all groups', 0.5 where none is known.
         """
         found: list[Event] = [
             ("optimizer-changed", {"setting": setting, "before": before, "after": after})
@@ -132,7 +135,7 @@ class OutsideChanges:
                     moved.append((name, math.sqrt(now2 / then2) if then2 > 0 else math.inf))
             for name, now in zip(names, second.tolist(), strict=True):
                 then = self._second.get(name, -1.0)
-                if self._is_news("moments", name, then > 0 and 0 <= now < HALVED * then):
+                if self._is_news("moments", name, then > 0 and 0 <= now < (SLACK * beta2) ** 2 * then):
                     fell.append((name, math.sqrt(now / then)))
             found += _told("parameter-changed", moved, len(names)) + _told(
                 "moments-changed", fell, len(names)
@@ -178,6 +181,11 @@ def settings_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
                 numbers = [(j, v) for j, v in enumerate(value, 1) if isinstance(v, (int, float))]
                 found |= {f"{i}.{stem}{j}": float(v) for j, v in numbers}
     return found
+
+
+def least_beta2(settings: Mapping[str, float]) -> float:
+    """The least share of its second moment that an optimizer keeps; 0.5 where it does not say."""
+    return min((value for name, value in settings.items() if name.endswith(".beta2")), default=0.5)
 
 
 def jumps(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[tuple[str, float, float], ...]:

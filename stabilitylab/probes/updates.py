@@ -36,7 +36,7 @@ from torch import Tensor
 from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.probes.gradients import local_part
 from stabilitylab.probes.outside_changes import FIELDS as OUTSIDE
-from stabilitylab.probes.outside_changes import BetweenSteps, OutsideChanges, jumps, settings_of
+from stabilitylab.probes.outside_changes import BetweenSteps, OutsideChanges, jumps, least_beta2, settings_of
 from stabilitylab.statistics import native
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
@@ -206,7 +206,7 @@ class UpdateProbe:
         return Found(
             sites=tuple(e.name for e in seen),
             slots=[(e.slots,) for e in seen],
-            extra=(self._compared, self._jumps),
+            extra=(self._compared, self._jumps, least_beta2(self._settings)),
         )
 
     def finish(self, gathered: Gathered) -> Readings:
@@ -219,9 +219,13 @@ class UpdateProbe:
         )
         keys = self._full.keys(full) + self._short.keys(short) if short else self._full.keys(full)
         parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
-        compared, settings = gathered.extra
+        compared, settings, beta2 = gathered.extra
         events = self._changes.events(
-            gathered.sites, rows[:, len(FIELDS) :] if compared else None, rows[:, COLUMN["second2"]], settings
+            gathered.sites,
+            rows[:, len(FIELDS) :] if compared else None,
+            rows[:, COLUMN["second2"]],
+            settings,
+            beta2,
         )
         return Readings(keys, np.concatenate(parts), tuple(events))
 

@@ -61,6 +61,7 @@ class Execution:
     """
 
     def __init__(self, order: Sequence[str]) -> None:
+        self.order = tuple(order)
         self._at = {site: i for i, site in enumerate(order)}
         # A parameter's own module may have no site (a fused projection): then the first site in it, or in what holds it.
         self._first: dict[str, int] = {}
@@ -71,16 +72,18 @@ class Execution:
 
     def place(self, family: str, site: str) -> tuple[int, int, int]:
         """What to sort by within one step."""
-        forward = self.forward(family, site)
         passes = _PASS.get(family, 3)
         if not self._at:
             return passes, _FAMILY.get(family, 9), 0
+        forward = self._forward(family, site)
+        if forward is None:  # after all that is known, in either pass
+            return passes, len(self._at), _FAMILY.get(family, 9)
         return passes, -forward if passes == 1 else forward, _FAMILY.get(family, 9)
 
-    def forward(self, family: str, site: str) -> int:
-        """Number of the site, or of a parameter's module, in the forward pass; after all others where it is not known."""
+    def _forward(self, family: str, site: str) -> int | None:
+        """Number of the site, or of a parameter's module, in the forward pass."""
         if family == "attention":
-            return self._at.get(f"attention/{site}", self._first.get(site, len(self._at)))
+            return self._at.get(f"attention/{site}", self._first.get(site))
         if site in self._at:
             return self._at[site]
         module = site.rpartition(".")[0] if family in ("gradient", "update") else site
@@ -88,7 +91,7 @@ class Execution:
             if (first := self._first.get(module)) is not None:
                 return first
             module = module.rpartition(".")[0]
-        return len(self._at)
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ own kind.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,7 @@ from stabilitylab.spikes.suspects import LEAD_STEPS, Suspect, first_suspect, gat
 from stabilitylab.telemetry import DEPARTURES, LOSS_SCALES, Event
 
 MOST = 10
+_log = logging.getLogger("stabilitylab")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +215,11 @@ def _batches(
         return {}
     begins = {onset} if first is None else {first, onset}
     steps = sorted({step for begin in begins for step in (begin - 1, begin) if step >= 0})
-    return {step: describe_batch(step) for step in steps}
+    try:
+        return {step: describe_batch(step) for step in steps}
+    except Exception:  # what is known of the cause is not lost with what is not known of its batch
+        _log.exception("the batches of steps %s could not be described", steps)
+        return {}
 
 
 def _loss_scale(run: Run, episode: Episode) -> tuple[float, float] | None:

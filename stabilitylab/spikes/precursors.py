@@ -1,7 +1,11 @@
 """Which signal warns before the loss breaks? Each precursor's record over all episodes of a folder of runs.
 
-An *alarm* of a precursor is an excursion of its logarithm over its own baseline (``baseline.py``, with a floor of a factor
-of 2), of the loss scale two halvings without a doubling between. An *episode* is a spike, a divergence or non-finite values
+An *alarm* of a precursor is an excursion of its logarithm over its own baseline (``baseline.py``, with a floor of a factor of 2),
+of the loss scale two halvings without a doubling between. Where a precursor has many sites each is measured against its own level
+(``site_levels.py``: ``SITE_SIGMAS`` deviations and a factor of ``SITE_FACTOR``), since the largest of them all would hide the one
+that moves; the first that leaves is the alarm, and none follows within ``QUIET`` steps.
+
+An *episode* is a spike, a divergence or non-finite values
 of the loss. An alarm is
 
     right      when an episode begins 1 to ``horizon`` steps after the alarm did
@@ -35,11 +39,20 @@ from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.excursion import Excursions
 from stabilitylab.spikes.loss_scale_collapse import ScaleWatch
 from stabilitylab.spikes.offline import feed_losses
+from stabilitylab.spikes.site_levels import SiteLevels
 from stabilitylab.telemetry import LOSS, LOSS_SCALES
 
 HORIZON = 64
 EPISODES = ("spike", "divergence", "non-finite")
 EARLY_COLLAPSE = 4.0
+SITE_SIGMAS, SITE_FACTOR, QUIET = 10.0, 3.0, 16
+BY_SITE = {
+    "update RMS / Adam's scale": ("update", "rms_t"),
+    "update RMS": ("update", "rms"),
+    "attention maximum": ("attention", "score_max"),
+    "gradient of one site": ("gradient", "l2"),
+    "activation of one site": ("activation", "absmax"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +84,7 @@ class Record:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """``folder`` itself if it is a run, else every run below it.
+    """``folder`` itself if it is a run, else every run below it that does not lie in another.
 
     Raises:
         InputError: there is none.
@@ -80,7 +93,9 @@ def find_runs(folder: Path) -> list[Run]:
         raise InputError(f"{folder} is not a folder of runs: there is no such directory")
     if (folder / "telemetry").is_dir():
         return [load_run(folder)]
-    found = sorted({path.parent for path in folder.glob("**/telemetry") if path.is_dir()})
+    every = {path.parent for path in folder.glob("**/telemetry") if path.is_dir()}
+    # Forks of an event (``glm replay``) lie in the run that they repeat, and are no runs of their own.
+    found = sorted(path for path in every if not any(above in every for above in path.parents))
     if not found:
         raise InputError(f"{folder} holds no runs: give a folder with run folders in it")
     return [load_run(path) for path in found]
@@ -93,8 +108,12 @@ def judge(runs: Sequence[Run], *, horizon: int = HORIZON) -> list[Record]:
     tallies: dict[str, _Tally] = {}
     for run in runs:
         episodes = _episodes(run)
-        for name, series in precursor_series(run).items():
-            tallies.setdefault(name, _Tally(name)).add(_alarms(name, series), episodes, horizon)
+        alarms = {name: _alarms(name, series) for name, series in precursor_series(run).items()}
+        alarms |= {
+            name: found for name, of in BY_SITE.items() if (found := site_alarms(run, *of)) is not None
+        }
+        for name, found in alarms.items():
+            tallies.setdefault(name, _Tally(name)).add(found, episodes, horizon)
     records = [tally.record() for tally in tallies.values()]
     return sorted(records, key=lambda one: (-(one.recall or 0.0), -(one.precision or 0.0)))
 
@@ -104,15 +123,37 @@ def precursor_series(run: Run) -> Mapping[str, pd.Series[float]]:
     candidates = {
         "gradient norm": run.series("train/-/gradient_norm"),
         "embedding gradient": _embedding_gradient(run),
-        "update RMS / Adam's scale": _largest(run, "update", "rms_t"),
-        "update RMS": _largest(run, "update", "rms"),
-        "attention maximum": _largest(run, "attention", "score_max"),
     }
     for name in LOSS_SCALES:
         scale = run.series(name)
         if len(scale) and scale.max() > 1:
             candidates["loss scale"] = scale
     return {name: series for name, series in candidates.items() if len(series)}
+
+
+def site_alarms(run: Run, family: str, statistic: str) -> list[int] | None:
+    """Steps at which a site left its own level; None where nothing was recorded. One pass over the steps."""
+    rows = run.rows(family, statistic).sort_values("step", kind="stable")
+    if not len(rows):
+        return None
+    # One number a site and index.
+    site = rows["site"].cat.codes.to_numpy().astype(np.int64)
+    index = rows["index"].to_numpy().astype(np.int64)
+    _, number = np.unique(site * (index.max() + 2) + index + 1, return_inverse=True)
+    value, step = rows["value"].to_numpy(np.float64), rows["step"].to_numpy(np.int64)
+    steps, starts = np.unique(step, return_index=True)
+    levels = SiteLevels(int(number.max()) + 1)
+    now = np.full(len(levels.level), np.nan)
+    alarms: list[int] = []
+    for at, first, end in zip(
+        steps.tolist(), starts.tolist(), [*starts[1:].tolist(), len(step)], strict=True
+    ):
+        now[:] = np.nan
+        now[number[first:end]] = value[first:end]
+        limit = np.maximum(SITE_SIGMAS * levels.deviation, math.log(SITE_FACTOR))
+        if bool((levels.rise(now) > limit).any()) and (not alarms or at - alarms[-1] > QUIET):
+            alarms.append(at)
+    return alarms
 
 
 class _Tally:
@@ -189,14 +230,11 @@ def _numbers(series: pd.Series[float]) -> list[tuple[int, float]]:
 
 def _embedding_gradient(run: Run) -> pd.Series[float]:
     rows = run.rows("gradient", "l2")
-    own = rows[rows["site"].astype(str).str.contains("embed|wte", case=False, regex=True)]
+    own = rows[
+        rows["site"].isin(
+            [site for site in rows["site"].cat.categories if run.places.is_embedding(str(site))]
+        )
+    ]
     squares = own.assign(value=own["value"] ** 2).groupby("step")["value"].sum(min_count=1)
     norms: pd.Series[float] = squares**0.5
     return norms
-
-
-def _largest(run: Run, family: str, statistic: str) -> pd.Series[float]:
-    """The largest value over sites and indices, by step."""
-    rows = run.rows(family, statistic)
-    largest: pd.Series[float] = rows.groupby("step")["value"].max()
-    return largest

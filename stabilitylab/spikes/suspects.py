@@ -6,7 +6,7 @@
 | optimizer | a setting jumped, moments fell by more than a step can do, or updates left before all else | |
 | learning-rate | the rate jumped by half or more within 64 steps before the onset, and no site had left before it did | |
 | overflow | an activation left the format before any other site left, or the loss scale collapsed | the tensor's module |
-| batch | sites left in the very step of the loss, many gradients among them, and came back after it | |
+| batch | sites left in the step of the loss, many gradients among them, and came back; or a hard batch left none | |
 | attention | attention scores of few heads are the first in the order of execution | module, and head |
 | activation | activations of few sites are | module |
 | gradient | a gradient is, with nothing in the forward pass before it | parameter or module |
@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stabilitylab.runs import Run
-from stabilitylab.spikes.change_onsets import AFTER, ChangeOnset
+from stabilitylab.spikes.change_onsets import AFTER, ChangeOnset, Execution
 from stabilitylab.spikes.episodes import Episode
 from stabilitylab.spikes.reasons import RATE_FACTOR
 from stabilitylab.telemetry import LEARNING_RATE, Event
@@ -66,6 +66,7 @@ class Evidence:
         outside: events ``parameter-changed``, ``moments-changed``, ``optimizer-changed`` near the onset, in order.
         overflow: the first event ``overflow`` near the onset.
         gradients: number of parameters whose gradients are followed.
+        execution: when a step comes to a site.
     """
 
     departures: Sequence[ChangeOnset]
@@ -73,6 +74,7 @@ class Evidence:
     outside: Sequence[Event]
     overflow: Event | None
     gradients: int
+    execution: Execution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,7 @@ def gather(run: Run, episode: Episode, departures: Sequence[ChangeOnset]) -> Evi
             (event for event in near if event.kind == "overflow" and _counts(event, episode)), None
         ),
         gradients=int(shares["site"].nunique()) if len(shares) else 0,
+        execution=Execution(run.places.order),
     )
 
 
@@ -125,10 +128,11 @@ def _from_outside(seen: Evidence, begin: int) -> Suspect | None:
     if event.kind != "parameter-changed":
         return Suspect(cause="optimizer", step=step, event=event)
     # Half of the model at once is a state that was loaded, decayed or averaged: no site of its own.
-    several = 2 * int(event.data.get("count", 1)) > int(event.data.get("of", 0))
-    return Suspect(
-        cause="parameter", site=None if several else str(event.data["site"]), step=step, event=event
-    )
+    if 2 * int(event.data.get("count", 1)) > int(event.data.get("of", 0)):
+        return Suspect(cause="parameter", step=step, event=event)
+    several = [str(name) for name in event.data.get("sites", [event.data["site"]])]
+    site = min(several, key=lambda name: seen.execution.place("update", name))
+    return Suspect(cause="parameter", site=site, step=step, event=event)
 
 
 def _rate(seen: Evidence, moved: Sequence[ChangeOnset]) -> Suspect | None:
@@ -155,6 +159,8 @@ def _overflowed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) 
 
 def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) -> Suspect:
     first = moved[0] if moved else None
+    if not moved and episode.kind == "hard-batch":
+        return Suspect(cause="batch", step=episode.onset)
     if (early := _updates_alone(seen, moved)) is not None:
         return Suspect(cause="optimizer", step=early.step, departure=early)
     if first is None:

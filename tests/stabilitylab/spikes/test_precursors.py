@@ -10,7 +10,7 @@ from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks import ParquetSink
 from stabilitylab.spikes.commands import precursors
-from stabilitylab.spikes.precursors import judge
+from stabilitylab.spikes.precursors import find_runs, judge
 from stabilitylab.telemetry import Event, Key, Samples
 
 STEPS = 400
@@ -70,6 +70,28 @@ def test_counts_by_hand(tmp_path):
     assert (heads.right, heads.wrong, heads.recall, heads.median_lead) == (1, 0, pytest.approx(1 / 3), 10.0)
     silent = record_of([run], "embedding gradient")
     assert (silent.right, silent.wrong, silent.precision, silent.recall) == (0, 0, None, 0.0)
+
+
+def test_a_site_is_measured_against_itself_and_forks_are_no_runs(tmp_path):
+    """A quiet head rises thirtyfold and stays far below another that is always large."""
+    run = make_run(tmp_path / "runs" / "a", episodes=(200,))
+    rng = np.random.default_rng(1)
+    quiet, large = np.exp(0.05 * rng.standard_normal((2, STEPS)))
+    quiet[185:] *= 30
+    sink = ParquetSink(run.path / "telemetry")
+    columns = {("a", 0): quiet, ("b", 0): 1000 * large}
+    rows = [
+        (s, Key("update", site, "rms_t"), float(v[s]))
+        for (site, _), v in columns.items()
+        for s in range(STEPS)
+    ]
+    sink.write(Samples.of(rows), [])
+    sink.close()
+    make_run(run.path / "replays" / "event-1" / "unchanged", episodes=(200,))
+    found = find_runs(tmp_path / "runs")
+    assert [one.path for one in found] == [run.path]
+    record = record_of(found, "update RMS / Adam's scale", horizon=20)
+    assert (record.warned, record.wrong, record.median_lead) == (1, 0, 15.0)
 
 
 def test_runs_are_added_up_and_episodes_found_where_none_were_recorded(tmp_path):

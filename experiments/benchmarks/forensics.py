@@ -1,0 +1,182 @@
+"""Is the cause that forensics names the one that was planted, and the site the one where it was?
+
+    python -m experiments.benchmarks forensics [--seeds 10] [--clean 50] [--only NAME] [--arch plain|glm] [--json]
+
+Every plant of ``_planted.py`` is done to a run at step 90 of 112, on two architectures, watched with every=1, and with every=10 and
+a recorder of 64 steps. Of what was told (the diagnoses the run wrote when it ended), the first whose onset lies within 16 steps
+from the plant on counts, that is:
+
+    cause        the word that the table in ``stabilitylab/spikes/suspects.py`` has for what was planted
+    site         the module in which it was planted; for causes that have a place
+    neighbour    its parent, its sibling, or what comes directly before or after it in the order of execution, counted apart
+
+Nothing told counts as wrong. Of runs without a plant every diagnosis and every departure is false.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import binomtest
+
+from experiments.benchmarks._planted import ARCHITECTURES, OF_GLM, PLAIN, PLANTED, PLANTS, Plant
+from stabilitylab.runs import Run
+from stabilitylab.telemetry import DEPARTURES
+
+WITHIN = 16
+WATCHING = {"every=1": {"every": 1, "recorder": 0}, "every=10, recorder": {"every": 10, "recorder": 64}}
+PARTS = {"plain": PLAIN, "glm": OF_GLM}
+
+
+def told(run: Run) -> dict[str, Any] | None:
+    """The first diagnosis from the planted step on, as its event holds it."""
+    found = [e for e in run.events if e.kind == "diagnosis" and PLANTED <= e.step <= PLANTED + WITHIN]
+    return None if not found else dict(min(found, key=lambda event: event.step).data)
+
+
+def module_of(site: str) -> str:
+    """The module of a told site: without the head, ``:input``, and the parameter's own name."""
+    path = site.partition(",")[0].removesuffix(":input")
+    stem, _, last = path.rpartition(".")
+    return stem if last in ("weight", "bias") else path
+
+
+def near(run: Run, told_module: str, planted: str) -> bool:
+    """Whether two modules are parent and child, siblings, or neighbours in the order of execution."""
+    parent = planted.rpartition(".")[0]
+    if told_module in (parent, planted) or (parent and told_module.rpartition(".")[0] == parent):
+        return True
+    order = [module_of(site.removeprefix("attention/")) for site in run.places.order]
+    order = list(dict.fromkeys(order))
+    return (
+        told_module in order
+        and planted in order
+        and abs(order.index(told_module) - order.index(planted)) == 1
+    )
+
+
+def trial(name: str, arch: str, watching: str, seed: int) -> dict[str, Any]:
+    """One run with a plant, and what was told of it."""
+    plant = PLANTS[name]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = ARCHITECTURES[arch](Path(folder) / "run", plant, seed, **WATCHING[watching])
+        one = told(run)
+        row: dict[str, Any] = {"plant": name, "arch": arch, "watching": watching, "seed": seed}
+        if one is None:
+            return {
+                **row,
+                "cause": None,
+                "site": None,
+                "cause_right": False,
+                "site_right": False,
+                "near": False,
+            }
+        row |= {"cause": one["cause"], "site": one["site"], "sentences": one["sentences"]}
+        row["cause_right"] = one["cause"] in (plant.cause, *plant.causes)
+        return row | _placed(run, plant, PARTS[arch], one["site"])
+
+
+def _placed(run: Run, plant: Plant, parts: dict[str, str], site: str | None) -> dict[str, bool | None]:
+    if not plant.site:
+        return {"site_right": None, "near": None}
+    planted, found = parts[plant.site], module_of(site or "")
+    # A tied table is the head too; attention's scores are those of the queries inside it.
+    right = found == planted
+    return {"site_right": right, "near": right or (bool(found) and near(run, found, planted))}
+
+
+def clean(arch: str, watching: str, seed: int) -> int:
+    """What is told of a run without a plant."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = ARCHITECTURES[arch](Path(folder) / "run", None, 500 + seed, **WATCHING[watching])
+        false = [e for e in run.events if e.kind == "diagnosis" or e.kind in DEPARTURES]
+        for event in false:
+            print(
+                "told of a clean run:",
+                arch,
+                watching,
+                seed,
+                event.step,
+                event.kind,
+                dict(event.data),
+                flush=True,
+            )
+        return bool(false)
+
+
+def main(arguments: list[str]) -> int:
+    """Run and print the table; ``--json`` prints every run's line as it ends."""
+    parser = argparse.ArgumentParser(
+        prog="forensics", description="planted causes against what is told of them"
+    )
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument(
+        "--clean", type=int, default=50, help="runs without a plant, over architectures and ways of watching"
+    )
+    parser.add_argument("--only", action="append", help="plants by name, or part of it")
+    parser.add_argument("--arch", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    names = [name for name in PLANTS if not asked.only or any(part in name for part in asked.only)]
+    archs = [asked.arch] if asked.arch else list(ARCHITECTURES)
+    rows = []
+    for seed in range(asked.seeds):
+        for arch in archs:
+            for watching in WATCHING:
+                for name in names:
+                    rows.append(trial(name, arch, watching, seed))
+                    if asked.json:
+                        print(json.dumps(rows[-1]), flush=True)
+    settings = [(arch, watching) for arch in archs for watching in WATCHING]
+    false = sum(clean(*settings[i % len(settings)], i) for i in range(asked.clean))
+    _show(rows, names, false, asked.clean)
+    return 0
+
+
+def _show(rows: list[dict[str, Any]], names: list[str], false: int, clean_runs: int) -> None:
+    table = Table(title="Planted causes: top-1 cause, site, site or neighbour", title_justify="left")
+    for column in ("plant", "cause", "site", "or neighbour", "told instead"):
+        table.add_column(column)
+    for name in [*names, "all"]:
+        of = [row for row in rows if name in (row["plant"], "all")]
+        placed = [row for row in of if row["site_right"] is not None]
+        wrong = Counter(str(row["cause"]) for row in of if not row["cause_right"])
+        table.add_row(
+            name,
+            _share(sum(row["cause_right"] for row in of), len(of)),
+            _share(sum(row["site_right"] for row in placed), len(placed)),
+            _share(sum(bool(row["near"]) for row in placed), len(placed)),
+            ", ".join(f"{cause} {count}" for cause, count in wrong.most_common()),
+        )
+    console = Console(width=140)
+    console.print(table)
+    for setting in sorted({(row["arch"], row["watching"]) for row in rows}):
+        of = [row for row in rows if (row["arch"], row["watching"]) == setting]
+        placed = [row for row in of if row["site_right"] is not None]
+        console.print(
+            f"{', '.join(setting)}: cause {_share(sum(r['cause_right'] for r in of), len(of))}, "
+            f"site {_share(sum(r['site_right'] for r in placed), len(placed))}",
+            highlight=False,
+        )
+    console.print(
+        f"runs without a plant of which something was told: {false} of {clean_runs}", highlight=False
+    )
+
+
+def _share(count: int, of: int) -> str:
+    if not of:
+        return ""
+    low, high = binomtest(count, of).proportion_ci()  # Clopper and Pearson's
+    return f"{count / of:.2f} ({count}/{of}; {low:.2f} to {high:.2f})"
