@@ -53,6 +53,10 @@ class BetweenSteps:
             self._kept = {}
         self._fresh = False
 
+    def held(self) -> list[Update]:
+        """Whose result is remembered."""
+        return [update for update, *_ in self._kept.values()]
+
     def compare(self, updates: Sequence[Update]) -> tuple[list[int], Tensor] | None:
         """Places in ``updates`` of those that were kept, and for each [FIELDS] from then to now, on the device; None if
         there is nothing to compare with."""

@@ -202,16 +202,40 @@ class UpdateProbe:
         stamp = self._context.buffer.stamp
         seen = [e for e in self._updates.values() if e.slots.stamp == stamp]
         if not seen:
-            return None
+            return self._left_out()
         return Found(
             sites=tuple(e.name for e in seen),
             slots=[(e.slots,) for e in seen],
-            extra=(self._compared, self._jumps, least_beta2(self._settings)),
+            extra=(self._compared, self._jumps, least_beta2(self._settings), True),
+        )
+
+    def _left_out(self) -> Found | None:
+        """The optimizer's step was left out, as where a gradient is not finite: perhaps since a weight is not."""
+        entries = {id(entry.update): entry for entry in self._updates.values()}
+        chosen = [entries[id(update)] for update in self._between.held() if id(update) in entries]
+        if not chosen:
+            return None
+        updates = [entry.update for entry in chosen]
+        with torch.no_grad():
+            take_before(updates)
+        self._look_between(chosen, self._settings)
+        self._between.keep(updates)
+        self._release()
+        return Found(
+            sites=tuple(entry.name for entry in chosen),
+            slots=[(entry.slots,) for entry in chosen],
+            extra=(self._compared, (), least_beta2(self._settings), False),
         )
 
     def finish(self, gathered: Gathered) -> Readings:
         """The table's statistics."""
         rows = gathered.rows()
+        compared, settings, beta2, has_stepped = gathered.extra
+        second = rows[:, COLUMN["second2"]] if has_stepped else np.full(len(rows), -1.0)
+        outside = rows[:, len(FIELDS) :] if compared else None
+        events = tuple(self._changes.events(gathered.sites, outside, second, settings, beta2))
+        if not has_stepped:
+            return Readings((), np.empty(0), events)
         values, with_moments = statistics(rows), rows[:, COLUMN["first2"]] >= 0
         full, short = (
             tuple(name for name, has in zip(gathered.sites, with_moments, strict=True) if has == wanted)
@@ -219,22 +243,14 @@ class UpdateProbe:
         )
         keys = self._full.keys(full) + self._short.keys(short) if short else self._full.keys(full)
         parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
-        compared, settings, beta2 = gathered.extra
-        events = self._changes.events(
-            gathered.sites,
-            rows[:, len(FIELDS) :] if compared else None,
-            rows[:, COLUMN["second2"]],
-            settings,
-            beta2,
-        )
-        return Readings(keys, np.concatenate(parts), tuple(events))
+        return Readings(keys, np.concatenate(parts), events)
 
     def companions(self, gathered: Gathered, numbers: Mapping[str, float]) -> dict[str, float]:
         """RMS of the change of all weights over the learning rate, each parameter's sample standing for all of
         it; for the detector, which is not to take a rise of the rate for one of the gradient."""
         rate, rows = numbers.get("learning_rate", 0.0), gathered.rows()
         count, sampled, squares = (rows[:, COLUMN[name]] for name in ("count", "sampled", "update2"))
-        if not rate > 0 or not len(rows):
+        if not rate > 0 or not len(rows) or not gathered.extra[-1]:
             return {}
         rms = np.sqrt(np.sum(squares * count / sampled) / count.sum())
         return {"update/-/rms_over_rate": float(rms / rate)}

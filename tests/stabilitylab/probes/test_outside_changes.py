@@ -71,6 +71,25 @@ def test_a_change_from_outside_is_told_of_its_parameter(name: str, optimizer: st
     assert (event.step, event.kind, event.data["site"]) == (AT, "parameter-changed", site)
 
 
+def test_a_step_that_is_left_out_hides_nothing() -> None:
+    """Trainers pass over an update whose gradient is not finite, which a NaN among the weights makes it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    stepper, sink = torch.optim.AdamW(model.parameters()), Events()
+    with Monitor(model, stepper, every=1, sinks=[sink], probes=[UpdateProbe()], detector=None) as monitor:
+        for step in range(STEPS):
+            if step == AT:
+                weight(model, "1.weight")[2, 2] = float("nan")
+            stepper.zero_grad()
+            loss = model(torch.randn(4, 8)).square().mean()
+            loss.backward()
+            if loss.isfinite() and step != AT - 2:
+                stepper.step()
+            monitor.step(step)
+    (event,) = sink.all
+    assert (event.step, event.kind, event.data["site"]) == (AT, "parameter-changed", "1.weight")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_formats(dtype: torch.dtype) -> None:
     assert changes(None, dtype=dtype) == []
