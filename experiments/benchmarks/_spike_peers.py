@@ -14,7 +14,9 @@ times |
 | megatron | Megatron-LM's rerun machine: 10 x the largest of the first 100 |
 | zclip | ZClip (2504.02507, algorithm 1): z > 2.5 of exponential means (0.97), 25 values of warm-up |
 
-All flag upward only: a loss that falls is no fault. NaN goes through each rule as its arithmetic has it; that
+| cusum | two-sided CUSUM (Page 1954) of deviations from the mean of the last 100, slack .5, alarm at 5, then from 0 |
+
+All but the last flag upward only: a loss that falls is no fault. NaN goes through each rule as its arithmetic has it; that
 is part of what is compared.
 """
 
@@ -87,10 +89,28 @@ def zclip(values_N: NDArray[np.float64]) -> NDArray[np.bool_]:
     return flags_N
 
 
+def cusum(values_N: NDArray[np.float64]) -> NDArray[np.bool_]:
+    flags_N = np.zeros(len(values_N), dtype=np.bool_)
+    window: deque[float] = deque(maxlen=100)
+    high = low = 0.0
+    for i, value in enumerate(values_N.tolist()):
+        if len(window) >= 20:
+            mean = math.fsum(window) / len(window)
+            deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in window) / len(window)) + 1e-12
+            z = (value - mean) / deviation
+            high, low = max(0.0, high + z - 0.5), max(0.0, low - z - 0.5)
+            if high > 5 or low > 5:
+                flags_N[i], high, low = True, 0.0, 0.0
+        if math.isfinite(value):
+            window.append(value)
+    return flags_N
+
+
 RULES: Mapping[str, Rule] = {
     "OLMo-core (128, 6 sigma)": olmo_core,
     "OLMo 2 score (1000, 7 sigma)": olmo2_score,
     "KillLossSpike": kill_loss_spike,
     "Megatron": megatron,
     "ZClip (z 2.5)": zclip,
+    "CUSUM (.5, 5)": cusum,
 }

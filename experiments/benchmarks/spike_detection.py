@@ -8,7 +8,9 @@ An event is *found* when an alarm falls between 5 values before its first and 5 
 counted from its first value. An alarm on a healthy curve is *false*. A hard batch is *called a spike* when an
 alarm falls on it or within 2 values.
 
-Curves are synthetic (every family of ``_spike_curves.py``) and, given a FOLDER with ``events.csv``, real.
+Curves are synthetic (every family of ``_spike_curves.py``) and, given a FOLDER with ``events.csv``, real. With ``--kinds``
+each kind that a detector was once seen to fail at is scored for itself (``_spike_kinds.py``), for the finished log, for the
+online detector, and for the other rules; ``--first-seed`` and ``--salt`` draw curves that were not looked at before.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks._spike_curves import Curve, real_curves, synthetic_curves
+from experiments.benchmarks._spike_kind_scores import KindScore, kind_scores, totals
+from experiments.benchmarks._spike_kinds import curves_by_kind
 from experiments.benchmarks._spike_peers import RULES
 from stabilitylab.spikes import SpikeDetector, baseline, find_episodes
 from stabilitylab.telemetry import LOSS
@@ -196,6 +201,47 @@ def _show_families(console: Console, scores: dict[str, dict[str, Score]]) -> Non
     console.print(table)
 
 
+def _show_kinds(console: Console, scores: dict[str, dict[str, KindScore]], confusion: Any) -> None:
+    for what in ("recall", "false_per_10k", "hard_batches_called_spikes", "median_delay"):
+        table = Table(title=what.replace("_", " "), title_justify="left")
+        table.add_column("family")
+        for name in scores:
+            table.add_column(name, justify="right")
+        for family in [*confusion, "all"]:
+            cells = [
+                (totals(some) if family == "all" else some[family]).to_json()[what]
+                for some in scores.values()
+            ]
+            if any(cell is not None for cell in cells):
+                table.add_row(family, *map(_text, cells))
+        console.print(table)
+    table = Table(title="the finished log: event -> what it was called", title_justify="left")
+    table.add_column("family")
+    table.add_column("counts")
+    for family, counts in confusion.items():
+        if counts:
+            said = ", ".join(f"{true} -> {told}: {n}" for (true, told), n in sorted(counts.items()))
+            table.add_row(family, said)
+    console.print(table)
+
+
+def _kinds(options: argparse.Namespace) -> int:
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    scores, confusion = kind_scores(curves_by_kind(seeds, salt=options.salt), DETECTORS)
+    if options.json:
+        result = {
+            "scores": {n: {f: s.to_json() for f, s in some.items()} for n, some in scores.items()},
+            "confusion": {
+                family: {f"{true} -> {told}": n for (true, told), n in counts.items()}
+                for family, counts in confusion.items()
+            },
+        }
+        print(json.dumps(result))
+    else:
+        _show_kinds(Console(width=160), scores, confusion)
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="spike_detection", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
@@ -204,7 +250,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=20, help="synthetic curves of each family")
     parser.add_argument("--sensitivity", action="store_true", help="also move our constants")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--kinds", action="store_true", help="score each kind of trouble for itself instead")
+    parser.add_argument("--first-seed", type=int, default=0, help="with --kinds: the first seed")
+    parser.add_argument("--salt", type=int, default=0, help="with --kinds: another draw of everything")
     options = parser.parse_args(argv)
+    if options.kinds:
+        return _kinds(options)
     curves = {"synthetic": list(synthetic_curves(options.seeds))}
     if options.folder is not None:
         curves["real"] = real_curves(options.folder)

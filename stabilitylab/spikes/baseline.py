@@ -15,8 +15,9 @@ The level that a residual is taken from is the one of the block *before*, as it 
 is that of the very statistic it is used for: where neighbours are correlated (an AR(1) of .9, an averaged log) the
 mean of four scatters as much as one value, and its scale says so. Counting the upper half only, and from the line of
 the fall where the block lies lower, keeps a falling trend out. The first two blocks are learned from as a whole (the
-second one's deviation about a straight line), and a value before is judged only if it is half as high again as any of
-the last three and 10 deviations off. The first blocks' scales shrink fast: they were learned on the steepest fall.
+second one's deviation about a straight line), and a value before is judged only if it is half as high again (twice as
+high, before the eighth) as any of the last three and 10 deviations off. The first blocks' scales shrink fast: they were
+learned on the steepest fall.
 
 A single value is
 
@@ -51,6 +52,9 @@ BAND_SHARE = 2 / 3
 MEAN_SHARE = 0.6
 # Scales are known to some 20 % after two blocks, to 8 % later: the limit is wider at first.
 UNSURE = 0.5
+# Second differences under .6 of the deviation: neighbours are correlated by more than .6.
+UNSURE_CORRELATED = 1.5
+CORRELATED = 0.6
 FEW_VALUES = 3
 FEW_SHARE = 0.5
 FEW_SIGMAS = 10.0
@@ -60,6 +64,7 @@ CLIPPED_SQUARE = 0.9205  # E min(z, 2)^2 of a Gaussian: P(|z| < 2) - 4 phi(2) + 
 # How fast a block moves the scales: s1 has 16 residuals in it, s4 four means, s16 one.
 GAINS = (1 / 16, 1 / 20, 1 / 24)
 EARLY_BLOCKS = 7
+FORGET_WHITE, FORGET_CORRELATED = 0.8, 0.45
 TAIL_STEP = 1.1
 TAIL_DECAY = TAIL_STEP ** (-BLOCK / 100)
 MOST_TAIL = 4.0
@@ -108,7 +113,11 @@ class Baseline:
         return max(self.relative_floor * abs(self.level), self.absolute_floor)
 
     def unsure(self) -> float:
-        return 1.0 + UNSURE / self.blocks if self.blocks else math.inf
+        """How much wider the limits are while the scales are young; the more so where few values are independent."""
+        if not self.blocks:
+            return math.inf
+        correlated = self.ripple < CORRELATED * self.scale1
+        return 1.0 + (UNSURE_CORRELATED if correlated else UNSURE) / self.blocks
 
     def band(self) -> float:
         """Residuals up to here are ordinary."""
@@ -140,7 +149,8 @@ class Baseline:
         """Take the few values that there are for the level and the noise; returns the rise that would be out at any noise."""
         last = values[-BLOCK // 2 :]
         self.level = median(last)
-        least = FEW_SHARE * abs(self.level) / FEW_SIGMAS if self.relative_floor else self.absolute_floor
+        share = FEW_SHARE if len(values) >= BLOCK // 2 else 2 * FEW_SHARE
+        least = share * abs(self.level) / FEW_SIGMAS if self.relative_floor else self.absolute_floor
         self.scale1 = max(_deviation_about_line(last), ripple_of(values), 0.25 * least)
         return max(FEW_SIGMAS * self.scale1, FEW_SIGMAS * least)
 
@@ -174,15 +184,16 @@ class Baseline:
         gain1, gain4, gain16 = (max(gain, early) for gain in GAINS)
         if self.blocks < EARLY_BLOCKS:  # what was learned on the steepest part of the fall is forgotten fast
             own, ripple = MAD * median([abs(r) for r in residuals]), ripple_of(block)
-            self.scale1 = min(self.scale1, math.sqrt(self.scale1 * max(own, floor)))
-            self.ripple = min(self.ripple, math.sqrt(self.ripple * max(ripple, floor)))
+            share = FORGET_WHITE if ripple > CORRELATED * own else FORGET_CORRELATED
+            self.scale1 = _forget(self.scale1, max(own, floor), share)
+            self.ripple = _forget(self.ripple, max(ripple, floor), share)
         self.scale1 = _moved(max(self.scale1, floor), residuals, gain1)
         clip = BAND_SIGMAS * self.scale1 * self.tail
         clipped = [r if r < clip else clip for r in residuals]
         fours = [sum(clipped[i : i + GROUP]) / GROUP for i in range(0, n - GROUP + 1, GROUP)]
         if self.blocks < EARLY_BLOCKS:
             own = MAD * median([abs(r) for r in fours])
-            self.scale4 = min(self.scale4, math.sqrt(self.scale4 * max(own, 0.5 * self.scale1)))
+            self.scale4 = _forget(self.scale4, max(own, 0.5 * self.scale1), share)
         self.scale4 = min(_moved(max(self.scale4, 0.25 * floor), fours, gain4), self.scale1)
         self.scale16 = min(_moved(max(self.scale16, 0.1 * floor), [sum(clipped) / n], gain16), self.scale4)
         bends = [RIPPLE * abs(a - 2 * b + c) for a, b, c in zip(block, block[1:], block[2:], strict=False)]
@@ -226,6 +237,11 @@ class Baseline:
     def restore(self, state: Sequence[Any]) -> None:
         for name, value in zip(_CHANGING, state, strict=True):
             setattr(self, name, value)
+
+
+def _forget(scale: float, own: float, share: float) -> float:
+    """Half way to a block's own scale where that is under a share which chance, or correlation, does not explain."""
+    return math.sqrt(scale * own) if own < share * scale else scale
 
 
 def _moved(scale: float, values: Sequence[float], gain: float, *, two_sided: bool = False) -> float:

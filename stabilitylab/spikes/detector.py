@@ -150,6 +150,11 @@ class SpikeDetector:
         """The loss's counter of equal values."""
         return self._stillness
 
+    @property
+    def reasons(self) -> Reasons:
+        """What the log itself says of changes."""
+        return self._reasons
+
     def ignores(self, name: str) -> bool:
         """Whether only a change of this signal says anything."""
         return name != self.loss and name in _NO_COMPANIONS
@@ -176,9 +181,9 @@ class SpikeDetector:
         events += self._end_burst(step, self.loss)
         base = self._loss.baseline
         known = base.known
-        still = self._stillness.update(
-            step, value, base.level if known else math.nan, base.band() if known else math.nan
-        )
+        level, band = (base.level, base.band()) if known else (math.nan, math.nan)
+        fine = base.quantum == 0.0 or max(base.scale1, base.ripple) > 1.5 * base.quantum
+        still = self._stillness.update(step, value, level, band, fine=fine)
         if still is not None:
             self._loss.pass_over(step)
             if self._still is None:

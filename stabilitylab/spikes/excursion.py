@@ -397,7 +397,7 @@ class Excursions:
 
     def _is_noise(self, now: Open) -> bool:
         """Whether values went as far and as often to the other side: the noise has grown, the state has not left."""
-        bound = 8 * self.baseline.limit()
+        bound = 3 * self.baseline.limit()
         return now.low >= max(1, 0.3 * now.out) and now.height < bound
 
     def _check(self, now: Open) -> list[Change]:

@@ -6,13 +6,15 @@ one, the block goes to ``Baseline.learn`` as it would have value by value. Every
 itself. So the events are those of the online detector, to the last bit; a test holds them to it. Each signal has a
 pointer of its own, and the one that is furthest back and needs attention is served first.
 
-*Second pass* (``two_sided.py``): what only the values on both sides show.
+*Second pass* (``two_sided.py``): what only the values on both sides show; and a log that was smoothed before it was
+written is taken apart again (``smoothing.py``).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,11 +24,15 @@ from stabilitylab.spikes.baseline import BLOCK, GROUP
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.excursion import Excursions
+from stabilitylab.spikes.reasons import changes
+from stabilitylab.spikes.smoothing import smoothing_factor, undone
 from stabilitylab.spikes.stillness import LARGEST
+from stabilitylab.spikes.two_sided import second_look
 from stabilitylab.telemetry import LOSS, LOSS_SCALES, SKIPPED, Event
 
 # Fewer values are not worth the preparation of the fast path.
 _SLOW_BELOW = 256
+_SHARP = ("hard-batch", "spike", "divergence")
 
 
 def find_episodes(
@@ -44,8 +50,6 @@ def find_episodes(
     Raises:
         InputError: steps and values differ in length, or are not one-dimensional.
     """
-    from stabilitylab.spikes.two_sided import second_look
-
     values_N = np.asarray(values, dtype=np.float64)
     steps_N = np.arange(len(values_N)) if steps is None else np.asarray(steps)
     if values_N.ndim != 1 or steps_N.shape != values_N.shape:
@@ -57,7 +61,30 @@ def find_episodes(
     events = feed(detector, steps_N, {signal: values_N})
     if not finish:
         return episodes_of(events)
-    return second_look(episodes_of([*events, *detector.finish()]), steps_N, values_N, signal=signal)
+    return finished(episodes_of([*events, *detector.finish()]), steps_N, values_N, signal=signal)
+
+
+def finished(
+    episodes: list[Episode], steps_N: NDArray[np.int64], values_N: NDArray[np.float64], *, signal: str
+) -> list[Episode]:
+    """What the first pass found in a log that is over, after a second look, and with any smoothing undone."""
+    found = second_look(episodes, steps_N, values_N, signal=signal)
+    usable_N = np.abs(values_N) < LARGEST
+    if not bool((np.diff(steps_N) > 0).all()):
+        return found
+    own = [one for one in found if one.signal == signal]
+    factor = smoothing_factor(steps_N[usable_N], values_N[usable_N], own)
+    if factor is None:
+        return found
+    raw_N = values_N.copy()
+    raw_N[usable_N] = undone(values_N[usable_N], factor)
+    detector = SpikeDetector(loss=signal)
+    events = feed(detector, steps_N, {signal: raw_N})
+    reason = f"seen after undoing an exponential mean of {factor:.3g}"
+    sharp = second_look(episodes_of([*events, *detector.finish()]), steps_N, raw_N, signal=signal)
+    sharp = [replace(one, reason=one.reason or reason) for one in sharp if one.kind in _SHARP]
+    rest = [one for one in found if one.signal != signal or one.kind not in _SHARP]
+    return sorted([*rest, *sharp], key=lambda one: one.onset)
 
 
 def feed_losses(
@@ -143,16 +170,14 @@ class _Column:
         self.end = len(values_N)
         self.is_loss = name == detector.loss
         self.quiet_rows = False
-        if name in (SKIPPED, *LOSS_SCALES) or detector.ignores(name):
-            # Only where they change is there anything to say; a scale's constant stretches are counted, too.
-            same_N = values_N == np.roll(values_N, 1)
-            if len(same_N):
-                same_N[0] = False
-            if name in LOSS_SCALES:
-                self.odd = list(range(self.end))
-            else:
-                self.odd = np.flatnonzero(~same_N | (values_N != 0) if name == SKIPPED else ~same_N).tolist()
+        if detector.ignores(name):
             self.quiet_rows = True
+            if name in LOSS_SCALES:  # its constant stretches are counted, too
+                self.odd = list(range(self.end))
+            elif name == SKIPPED:
+                self.odd = np.flatnonzero(values_N != 0).tolist()
+            else:
+                self.odd = np.flatnonzero(changes(name, values_N)).tolist()
             return
         if not fast:
             self.odd = list(range(self.end))
@@ -167,6 +192,7 @@ class _Column:
             odd_N[1:] |= gaps_N[1:] != gaps_N[:-1]
             if self.is_loss:
                 equal_N = np.diff(values_N, prepend=np.nan) == 0
+                self.repeats: list[int] = np.cumsum(equal_N).tolist()
                 run_N = equal_N.copy()
                 run_N[1:] &= equal_N[:-1]
                 odd_N |= run_N
@@ -199,6 +225,8 @@ class _Column:
         i = bisect_left(self.odd, self.at)
         end = self.odd[i] if i < len(self.odd) else self.end
         if self.quiet_rows:
+            if end > self.at:
+                self.detector.reasons.pass_over(self.name, self.values[end - 1])
             self.at = end
             return
         if end == self.at or not self.detector.is_quiet(self.name):
@@ -246,7 +274,8 @@ class _Column:
             state.recent_steps.extend(self.steps[stop - GROUP : stop])
             step = state.last_step = state.inside = self.steps[stop - 1]
             if self.is_loss:
-                self.detector.stillness.skip(self.steps[at:stop], chunk)
+                distinct = self.repeats[stop - 1] == self.repeats[at - 1]
+                self.detector.stillness.skip(self.steps[at:stop], chunk, distinct=distinct)
             at = stop
             state.learn_block(step)
         self.at = at

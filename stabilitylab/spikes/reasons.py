@@ -12,12 +12,29 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stabilitylab.telemetry import BATCH_SIZE, DATA_PHASE, LEARNING_RATE
 
 REASONS = frozenset({LEARNING_RATE, BATCH_SIZE, DATA_PHASE})
 RATE_FACTOR = 1.5
 SIZE_FACTOR = 1.05
 _WORDS = {LEARNING_RATE: "learning rate", BATCH_SIZE: "batch size", DATA_PHASE: "data phase"}
+
+
+def changes(name: str, values_N: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Where ``Reasons.update`` has something to note, or to leave out; the first value always."""
+    if name not in REASONS:
+        return np.zeros(len(values_N), dtype=np.bool_)
+    before_N = np.concatenate([values_N[:1], values_N[:-1]])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio_N = values_N / before_N
+    factor = RATE_FACTOR if name == LEARNING_RATE else SIZE_FACTOR
+    odd_N = values_N != before_N if name == DATA_PHASE else ~((ratio_N > 1 / factor) & (ratio_N < factor))
+    odd_N |= ~np.isfinite(values_N) | (values_N <= 0)
+    odd_N[:1] = True
+    return np.asarray(odd_N | np.roll(odd_N, 1), dtype=np.bool_)
 
 
 @dataclass(slots=True)
@@ -38,6 +55,11 @@ class Reasons:
         factor = RATE_FACTOR if name == LEARNING_RATE else SIZE_FACTOR
         if name == DATA_PHASE or not 1 / factor < value / before < factor:
             self.changes[name] = [step, before, value]
+
+    def pass_over(self, name: str, value: float) -> None:
+        """``value`` is the last of several among which nothing changed by enough."""
+        if name in REASONS:
+            self.latest[name] = value
 
     def before(self, onset: int, within: int) -> dict[str, Any]:
         """What changed within so many steps before ``onset``: ``reason`` as a sentence, and the rate's factor."""

@@ -20,9 +20,9 @@ from stabilitylab.logs.log import Block, Log
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
-from stabilitylab.spikes.offline import feed
+from stabilitylab.spikes.offline import feed, finished
 from stabilitylab.spikes.score import SpikeScore
-from stabilitylab.spikes.two_sided import as_one, second_look, wave_period
+from stabilitylab.spikes.two_sided import as_one, wave_period
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, Event
 
 SORTABLE = 5_000_000
@@ -194,7 +194,7 @@ class _Scanner:
         else:
             episodes = episodes_of([*self.events, *self.detector.finish()])
             if whole:
-                episodes = second_look(episodes, steps_N, losses_N, signal=LOSS)
+                episodes = finished(episodes, steps_N, losses_N, signal=LOSS)
             episodes = as_one(episodes, loss=LOSS, norm=GRADIENT_NORM)
         zero_N = losses_N == 0
         for one in episodes:

@@ -52,7 +52,7 @@ class Stillness:
     longest: int = 1  # run of equal values before this one
     values: int = 0
 
-    def update(self, step: int, value: float, level: float, band: float) -> str | None:
+    def update(self, step: int, value: float, level: float, band: float, *, fine: bool = True) -> str | None:
         """Returns "dead" or "frozen" while the signal is; the loss's level and band say what zero means.
 
         Args:
@@ -60,6 +60,7 @@ class Stillness:
             value: finite.
             level: of the baseline; NaN before it is known.
             band: residual up to which a value is ordinary; NaN before it is known.
+            fine: values are printed finely enough to show their noise; else a repeat says nothing.
         """
         self.values += 1
         if value != self.previous:
@@ -69,7 +70,7 @@ class Stillness:
         self.equal += 1
         if value == 0.0 and self.equal >= DEAD_VALUES and level > band:
             return "dead"
-        if self.equal < FROZEN_VALUES or not band > 0.0 or self.equal == self.values:
+        if not fine or self.equal < FROZEN_VALUES or not band > 0.0 or self.equal == self.values:
             return None
         rarity = -math.log10(min(max(self.repeats, 1e-3), 0.999))
         return "frozen" if self.equal > 4 * self.longest and self.equal * rarity > RARITY else None
@@ -83,8 +84,15 @@ class Stillness:
             self.longest = max(self.longest, n)
         self.equal = 1
 
-    def skip(self, steps: Sequence[int], values: Sequence[float]) -> None:
-        """Take values in of which no three in a row are equal: ``update`` would have said nothing."""
+    def skip(self, steps: Sequence[int], values: Sequence[float], *, distinct: bool) -> None:
+        """Take values in of which no three in a row are equal: ``update`` would have said nothing.
+
+        ``distinct``: no two neighbours are, the last value before them included.
+        """
+        if distinct and self.repeats == 0.0 and self.equal == 1 and self.values:
+            self.values += len(values)
+            self.previous, self.since = values[-1], steps[-1]
+            return
         for step, value in zip(steps, values, strict=True):
             self.values += 1
             if value != self.previous:

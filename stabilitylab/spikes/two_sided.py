@@ -163,7 +163,8 @@ def _look(found: list[Episode], steps_N: NDArray[np.int64], values_N: Vector, si
         if kind == "divergence":
             seen = next((one for one in own if one.kind == "divergence" and _end(one) >= onset), None)
             if seen is not None:  # seen later than it began
-                if seen in found and seen.onset > onset:
+                at = int(np.searchsorted(steps_N, seen.onset))
+                if seen in found and seen.onset > onset and not _jumps(values_N, at):
                     found[found.index(seen)] = replace(seen, onset=onset)
                 continue
             # What began with it is the same, what came later is not.
@@ -258,7 +259,8 @@ def _excursions(steps_N: NDArray[np.int64], values_N: Vector) -> list[Span]:
     # In a short log the excursion itself is many of the values: there the tail of the lower side speaks for both, if loudly.
     tail = -q02 / GAUSS_98 - 2 / math.sqrt(n) if n < SHORT else min(q98 / GAUSS_98, (q90 / GAUSS_90) ** 3)
     tail = max(1.0, float(tail))
-    unsure = 1 + 8 / n
+    # A neighbourhood of correlated values says less of their scale.
+    unsure = 1 + 8 / n + 0.5 * _correlation(residual_N, float(np.median(scale_N))) ** 2
     limit_N = np.maximum(LIMIT_SIGMAS * tail**2 * unsure * scale_N, floor_N)
     clipped_N = np.minimum(residual_N, 0.8 * limit_N)
     four_N = np.asarray(pd.Series(clipped_N).rolling(4).mean().fillna(0.0))
@@ -340,6 +342,10 @@ def _step_up(values_N: Vector) -> Span | None:
     first = at + w
     if rise <= max(LIMIT_SIGMAS * (1 + 16 / n) * scale, STEP_FLOOR * abs(level)):
         return None
+    # What rises out of a dip only comes back: the level before the dip counts.
+    dip = rise_N[max(0, at - 2 * w) : at].min(initial=0.0)
+    if dip < -0.5 * rise and float(np.median(values_N[max(0, first - 4 * w) : first])) > level + 0.5 * rise:
+        return None
     rest = values_N[first:]
     later = np.asarray(pd.Series(rest).rolling(w).median())[w - 1 :]
     if later.min(initial=math.inf) < level + 0.5 * rise:
@@ -352,11 +358,25 @@ def _step_up(values_N: Vector) -> Span | None:
 
 def _inflation(residual_N: Vector, scale: float) -> float:
     """How much more a mean of many values scatters, as neighbours are correlated: sqrt((1 + rho) / (1 - rho))."""
+    rho = _correlation(residual_N, scale)
+    return math.sqrt((1 + rho) / (1 - rho))
+
+
+def _correlation(residual_N: Vector, scale: float) -> float:
+    """Of neighbours, what stands out clipped; between 0 and .95."""
     clipped_N = np.clip(residual_N, -3 * scale, 3 * scale)
     power = float(clipped_N @ clipped_N)
     rho = float(clipped_N[1:] @ clipped_N[:-1]) / power if power else 0.0
-    rho = min(max(rho, 0.0), 0.95)
-    return math.sqrt((1 + rho) / (1 - rho))
+    return min(max(rho, 0.0), 0.95)
+
+
+def _jumps(values_N: Vector, at: int) -> bool:
+    """Whether a value stands out of the eight before it: what begins so does not begin slowly."""
+    before_N = values_N[max(0, at - 8) : at]
+    if len(before_N) < 4 or at >= len(values_N):
+        return False
+    middle = float(np.median(before_N))
+    return float(values_N[at]) - middle > 5 * MAD * float(np.median(np.abs(before_N - middle)))
 
 
 def _slow_rise(values_N: Vector) -> Span | None:

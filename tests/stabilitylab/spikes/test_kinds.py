@@ -1,0 +1,225 @@
+"""Kinds of curves that a detector was once seen to fail at, each with what is right for it."""
+
+import math
+
+import numpy as np
+import pytest
+
+from stabilitylab.spikes import SpikeDetector, episodes_of, find_episodes
+from stabilitylab.spikes.reasons import BATCH_SIZE
+from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS
+
+
+def fall(n, low=2.0):
+    return low + 3 * np.exp(-8 * np.arange(n) / n)
+
+
+def gauss(n, seed=0):
+    return np.random.default_rng(seed).standard_normal(n)
+
+
+def coloured(n, seed, rho=0.0, df=None):
+    """Noise of deviation 1: an AR(1), or Student's t."""
+    rng = np.random.default_rng(seed)
+    if df is not None:
+        return rng.standard_t(df, n) / math.sqrt(df / (df - 2))
+    y = rng.standard_normal(n)
+    for i in range(1, n):
+        y[i] = rho * y[i - 1] + math.sqrt(1 - rho * rho) * y[i]
+    return y
+
+
+def kinds(episodes):
+    return [one.kind for one in episodes]
+
+
+# ---------------------------------------------------------------------------------------------------- no event
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1, 0.3])
+@pytest.mark.parametrize(("rho", "df"), [(0.0, None), (0.5, None), (0.9, None), (0.0, 3)])
+def test_noise_of_any_size_and_colour_is_no_event_of_the_state(noise, rho, df):
+    noises = [coloured(3000, seed, rho, df) for seed in range(3)]
+    found = [one for z in noises for one in find_episodes(None, fall(3000) * (1 + noise * z))]
+    assert set(kinds(found)) <= (set() if df is None else {"hard-batch"})
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_one_low_value_is_none(value):
+    curve = fall(2000) * (1 + 0.01 * gauss(2000))
+    curve[1000] *= value
+    assert find_episodes(None, curve) == []
+
+
+def test_low_last_batches_of_epochs_are_none():
+    curve = fall(3000) * (1 + 0.02 * gauss(3000))
+    curve[199::200] *= 0.4
+    assert find_episodes(None, curve) == []
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_losses_around_zero_are_judged_by_their_noise(seed):
+    assert find_episodes(None, np.random.default_rng(seed).normal(0, 0.01, 2000)) == []
+    burst = np.random.default_rng(seed).normal(0, 0.004, 1000)
+    burst[700:712] *= 50
+    (one,) = find_episodes(None, burst)
+    assert one.kind == "spike"
+    assert one.onset in range(700, 704)
+
+
+def test_rounded_losses_near_zero_make_no_spikes():
+    values = np.round(np.abs(np.random.default_rng(0).standard_t(2, 2000)) * 2e-4, 4)
+    assert set(kinds(find_episodes(None, values))) <= {"hard-batch"}
+
+
+# ---------------------------------------------------------------------------------------------------- divergences
+
+
+def test_what_explodes_and_stays_wild_is_one_divergence():
+    curve = np.concatenate([fall(600) * (1 + 0.01 * gauss(600)), 55 * (1 + 0.2 * gauss(900, 1))])
+    curve[600:602] = [9.3, 144]
+    (one,) = find_episodes(None, curve)
+    assert (one.kind, one.onset) == ("divergence", 600)
+
+
+def test_out_for_most_of_the_log_is_one_divergence():
+    wild = np.exp(np.random.default_rng(0).normal(math.log(50), 0.8, 900))
+    (one,) = find_episodes(None, np.concatenate([fall(600) * (1 + 0.01 * gauss(600)), wild]))
+    assert (one.kind, one.onset) == ("divergence", 600)
+
+
+def test_out_for_thousands_of_values_stays_a_divergence_when_it_comes_back():
+    curve = fall(5000) * (1 + 0.01 * gauss(5000))
+    curve[200:4000] += 3 + 0.8 * gauss(3800, 1)
+    (one,) = find_episodes(None, curve)
+    assert one.kind == "divergence"
+    assert one.onset in range(198, 203)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_slow_rise_after_a_fast_fall_is_a_divergence(seed):
+    trend = np.r_[np.linspace(5.2, 4.1, 10), np.linspace(4.1, 4.9, 80)]
+    (one,) = find_episodes(None, trend * (1 + 0.02 * gauss(90, seed)))
+    assert one.kind == "divergence"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stuck_higher_for_good_is_a_divergence(seed):
+    curve = np.where(np.arange(61) < 40, 5.72, 5.81) + 0.004 * gauss(61, seed)
+    (one,) = find_episodes(None, curve)
+    assert one.kind == "divergence"
+    assert one.onset in range(38, 42)
+
+
+# ---------------------------------------------------------------------------------------------------- spikes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_short_log_shows_its_spike(seed):
+    curve = fall(51) * (1 + 0.01 * gauss(51, seed))
+    curve[35:39] *= 1.09
+    (one,) = find_episodes(None, curve)
+    assert one.kind == "spike"
+    assert one.onset in range(34, 37)
+
+
+def test_a_spike_before_a_gap_is_judged_by_the_value_after_it():
+    curve = fall(400) * (1 + 0.01 * gauss(400))
+    curve[205:210] *= 1.5
+    steps = np.arange(400)
+    steps[210:] += 100
+    (one,) = find_episodes(steps, curve)
+    assert (one.kind, one.onset, one.end) == ("spike", 205, 209)
+
+
+def test_a_small_rise_that_half_stays_tells_the_level_after_it():
+    t = np.arange(6000)
+    level = np.where(t < 3000, 1.96, 1.975 + 0.045 * np.exp(-(t - 3000) / 60))
+    (one,) = find_episodes(None, level + 0.008 * gauss(6000))
+    assert one.kind == "spike"
+    assert one.end_level - one.level == pytest.approx(0.02, abs=0.012)
+
+
+def test_smoothing_is_noticed_and_undone():
+    raw = fall(3000) * (1 + 0.02 * gauss(3000))
+    raw[150::75] *= 2
+    smooth = [raw[0]]
+    for x in raw[1:]:
+        smooth.append(0.9 * smooth[-1] + 0.1 * x)
+    found = find_episodes(None, smooth)
+    assert kinds(found) == ["hard-batch"] * 38
+    assert "exponential mean of 0.9" in found[3].reason or "every 75 steps" in found[3].reason
+
+
+# ------------------------------------------------------------------------------------- values that say nothing
+
+
+def test_a_dead_loss_is_an_episode_of_its_own_kind():
+    curve = fall(400) * (1 + 0.02 * gauss(400))
+    curve[150:] = 0.0
+    (one,) = find_episodes(None, curve)
+    assert (one.kind, one.onset, one.to_the_end) == ("dead", 150, True)
+
+
+def test_a_frozen_loss_is_one_and_rounded_repeats_are_not():
+    curve = fall(400) * (1 + 0.02 * gauss(400))
+    curve[150:] = curve[150]
+    (one,) = find_episodes(None, curve)
+    assert (one.kind, one.onset) == ("frozen", 150)
+    assert find_episodes(None, np.round(fall(3000) * (1 + 0.004 * gauss(3000)), 1)) == []
+
+
+def test_every_second_value_not_a_number_is_one_burst():
+    curve = fall(600) * (1 + 0.02 * gauss(600))
+    curve[200:400:2] = math.nan
+    (one,) = find_episodes(None, curve)
+    assert (one.kind, one.onset, one.end) == ("non-finite", 200, 398)
+
+
+@pytest.mark.parametrize("end", [1.7976931348623157e308, 3.4028234663852886e38, -3.4028234663852886e38])
+def test_the_end_of_a_number_type_is_not_finite(end):
+    curve = fall(400) * (1 + 0.02 * gauss(400))
+    curve[200] = end
+    (one,) = find_episodes(None, curve)
+    assert (one.kind, one.height) == ("non-finite", None)
+
+
+def test_zeros_beside_a_norm_that_is_not_finite_are_its_burst():
+    detector, events = SpikeDetector(), []
+    curve = fall(400) * (1 + 0.02 * gauss(400))
+    for i in range(400):
+        filtered = i >= 200
+        values = {LOSS: 0.0 if filtered else curve[i], GRADIENT_NORM: math.nan if filtered else 1.0}
+        events += detector.update(i, values)
+    (one,) = episodes_of(events + detector.finish())
+    assert (one.kind, one.signal, one.onset, one.to_the_end) == ("non-finite", GRADIENT_NORM, 200, True)
+
+
+# ------------------------------------------------------------------------------------------- reasons, rewinds
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "words"),
+    [(LEARNING_RATE, 1e-4, 1e-3, "learning rate"), (BATCH_SIZE, 256.0, 512.0, "batch size")],
+)
+def test_a_step_that_the_log_explains_carries_its_reason(name, before, after, words):
+    curve = fall(1500) * (1 + 0.01 * gauss(1500))
+    curve[1000:] *= 1.2
+    detector, events = SpikeDetector(), []
+    for i, x in enumerate(curve.tolist()):
+        events += detector.update(i, {LOSS: x, name: before if i < 998 else after})
+    (one,) = episodes_of(events + detector.finish())
+    assert one.reason is not None
+    assert one.reason.startswith(words)
+    assert "step 998" in one.reason
+
+
+def test_what_a_rewind_supersedes_is_gone():
+    curve = fall(600) * (1 + 0.01 * gauss(600))
+    detector, events = SpikeDetector(), []
+    for i in range(220):
+        values = {LOSS: curve[i] + (5 if i >= 200 else 0), GRADIENT_NORM: 100.0 if i >= 198 else 1.0}
+        events += detector.update(i, values)
+    assert "spike" in [one.kind for one in events]
+    later = [e for i in range(150, 600) for e in detector.update(i, {LOSS: curve[i], GRADIENT_NORM: 1.0})]
+    assert later + detector.finish() == []
