@@ -1,0 +1,305 @@
+"""A trial: one short run in this process, kept in memory. What suites of hundreds of runs are made of.
+
+It is the run that ``glm train`` makes of the same flags, step by step and bit for bit, without a folder: the loop, the engine and
+the data are the same objects. What a head-to-head needs of it is small, so it is kept as a few numbers a step:
+
+    loss            nats a target                                  norm      global gradient norm before clipping
+    groups          L2 norm of the gradient by parameter group     scale     loss scale;  skipped: nothing was applied
+
+Groups are GLM-130B's suspects: the embedding (with the output projection, if that is a matrix of its own, apart), attention,
+feed-forward, and norms.
+
+A run whose loss is lost for good ends early and counts as collapsed (``Collapse``), so that searches for the rate that a model bears
+do not pay for what happens beyond it. A trial can begin from a state, so K forks of one state share all that went before.
+
+    out of course   the loss's running median of 9 exceeds its lowest value so far by ``margin`` nats, or is not finite
+    collapse        the last such stretch, where it lasts to the end and 10 steps at least: its first step is the onset (an excursion
+                    that recovers is none)
+    dead            out of course by ``lost`` nats over the loss of the first step for ``patience`` steps, not finite for as many,
+                    or a loss scale at its minimum that still overflows
+
+Skipped updates of a loss scale that finds its level are none of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from glm.data.batch import Batch
+from glm.data.loader import Loader
+from glm.data.shards import TokenData, open_data
+from glm.train.checkpoint import Checkpoint
+from glm.train.commands import parse_command, with_vocabulary
+from glm.train.config import TrainConfig
+from glm.train.engine import LocalEngine, count_targets
+from glm.train.events import Callback, StepInfo
+from glm.train.loop import Trainer
+from glm.train.optimizer import GradientSummary
+from glm.train.rewind import StateRing
+from stabilitylab.telemetry import Event
+
+Floats = NDArray[np.float64]
+
+GROUPS = ("embedding", "attention", "feed_forward", "norm", "projection")
+MARGIN, LOST, PATIENCE, SMOOTH = 0.5, 1.0, 10, 9
+HELDOUT_ROWS = 64
+
+
+def group_of(parameter: str) -> str:
+    """The group of a parameter's name. Learned positions belong to the embedding, biases to their layer's matrix."""
+    if parameter.startswith(("embedding.", "positions")):
+        return "embedding"
+    if parameter.startswith("projection"):
+        return "projection"
+    for kind in ("attention", "feed_forward"):
+        if f".{kind}." in parameter and "norm" not in parameter.rpartition(f".{kind}.")[2].split(".")[0]:
+            return kind
+    return "norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a run left behind. Arrays have one value a step, from ``first`` on.
+
+    Attributes:
+        config: what was run.
+        first: number of the first step.
+        loss, norm, scale: see the module's head.
+        groups: gradient norm of each group.
+        skipped: whether the step's update was not applied.
+        died: the run was ended early, since its loss was lost.
+        heldout: mean loss a target on the fixed held-out rows at the end; infinite if it died or is not finite. NaN: not asked for.
+        trainer: the run where it ended, to measure its weights.
+        ring: states on the way, if they were asked for.
+    """
+
+    config: TrainConfig
+    first: int
+    loss: Floats
+    norm: Floats
+    scale: Floats
+    groups: Mapping[str, Floats]
+    skipped: NDArray[np.bool_]
+    died: bool
+    heldout: float
+    trainer: Trainer = field(repr=False)
+    ring: StateRing | None = field(repr=False, default=None)
+
+    @property
+    def onset(self) -> int | None:
+        """The step at which the collapse begins; None where the run did not end in one."""
+        place = collapse_onset(self.loss, ended=self.died)
+        return None if place is None else self.first + place
+
+    @property
+    def survived(self) -> bool:
+        return not self.died and self.onset is None
+
+
+def running_median(values: Floats, width: int = SMOOTH) -> Floats:
+    """Median of each value and the ``width - 1`` before it; infinite where most of them are not finite."""
+    clean = np.where(np.isfinite(values), values, np.inf)
+    padded = np.concatenate([np.full(width - 1, clean[0]), clean])
+    # The lower median of an odd window: infinite only where the majority is.
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1)
+
+
+def collapse_onset(loss: Floats, *, ended: bool = False, margin: float = MARGIN) -> int | None:
+    """Place of the terminal excursion's first value in ``loss``; None where the end is not out of course.
+
+    ``ended``: the run was ended early as dead, which is a collapse whatever the median says.
+    """
+    if not len(loss):
+        return None
+    smooth = running_median(loss)
+    with np.errstate(invalid="ignore"):
+        out = ~(smooth - np.minimum.accumulate(smooth) <= margin)
+    inside = np.flatnonzero(~out)
+    begin = int(inside[-1]) + 1 if len(inside) else 0
+    if len(loss) - begin < PATIENCE:
+        if not ended:
+            return None
+        begin = max(0, len(loss) - PATIENCE)
+    # The median follows its window: the excursion's own first value lies up to half of it earlier.
+    level = smooth[: begin + 1].min() + margin
+    while begin > 0 and not loss[begin - 1] <= level:
+        begin -= 1
+    return begin
+
+
+class _Record(Callback):
+    """Keeps a step's numbers, and asks the trainer to stop when the run is dead."""
+
+    def __init__(self, *, ends_early: bool, every: Callable[[Trainer, int], None] | None = None) -> None:
+        self.loss: list[float] = []
+        self.norm: list[float] = []
+        self.scale: list[float] = []
+        self.skipped: list[bool] = []
+        self.groups: list[dict[str, float]] = []
+        self.first: int | None = None
+        self.died = False
+        self._ends_early, self._every = ends_early, every
+        self._lost = 0
+        self._members: dict[str, str] = {}
+        self._trainer: Trainer | None = None
+
+    def train_start(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def gradients_ready(self, step: int, gradients: GradientSummary) -> None:
+        del step
+        names = list(gradients.norms)
+        values = torch.stack(list(gradients.norms.values())).double().square().tolist() if names else []
+        found = dict.fromkeys(GROUPS, 0.0)
+        for name, value in zip(names, values, strict=True):
+            found[self._members.setdefault(name, group_of(name))] += value
+        self.groups.append({group: math.sqrt(value) for group, value in found.items()})
+
+    def step_end(self, info: StepInfo) -> Sequence[Event]:
+        if self.first is None:
+            self.first = info.step
+        self.loss.append(info.loss)
+        self.norm.append(info.gradient_norm)
+        self.scale.append(info.loss_scale)
+        self.skipped.append(info.skipped)
+        assert self._trainer is not None
+        if self._every is not None:
+            self._every(self._trainer, info.step)
+        scaler = getattr(self._trainer.engine, "scaler", None)
+        stuck = scaler is not None and scaler.collapsed
+        beyond = not info.loss <= self.loss[0] + LOST
+        self._lost = self._lost + 1 if beyond or stuck else 0
+        if self._ends_early and self._lost >= PATIENCE:
+            self.died = True
+            self._trainer.stop_requested = True
+        return ()
+
+
+@lru_cache(maxsize=8)
+def _data(path: Path) -> TokenData:
+    return open_data(path)
+
+
+@lru_cache(maxsize=256)
+def _parsed(words: tuple[str, ...], data: Path) -> TrainConfig:
+    command = parse_command([*words, "--data", str(data), "--out", "unused"])
+    return with_vocabulary(command.config, _data(data))
+
+
+def configured(preset: str, settings: Mapping[str, str], *, data: Path) -> TrainConfig:
+    """The configuration of ``glm train PRESET`` with these flags (an empty value is a flag that takes none)."""
+    words = (preset, *(word for flag, value in settings.items() for word in (f"--{flag}", value) if word))
+    return _parsed(words, data)
+
+
+@lru_cache(maxsize=16)
+def heldout_rows(data: Path, config: TrainConfig) -> Batch:
+    """The fixed rows on which every run of an objective is judged: the same for all seeds and arms."""
+    return Loader(_data(data), config.objective, length=config.model.length, seed=0, split="heldout").batch(
+        0, HELDOUT_ROWS
+    )
+
+
+@torch.no_grad()
+def heldout_loss(trainer: Trainer, data: Path) -> float:
+    """Mean loss a target on the held-out rows; infinite where it is not finite."""
+    engine = trainer.engine
+    plain = dataclasses.replace(trainer.config, seed=0)
+    batch = heldout_rows(data, _judging(plain))
+    model = engine.model
+    model.eval()
+    try:
+        total, targets = 0.0, count_targets(batch)
+        for first in range(0, HELDOUT_ROWS, 16):
+            rows = slice(first, first + 16)
+            loss, _ = model.loss(  # type: ignore[operator]
+                batch.tokens_BT[rows],
+                batch.targets_BT[rows],
+                batch.positions[rows],
+                batch.segments_BT[rows],
+                batch.context_BT[rows],
+            )
+            total += float(loss)
+    finally:
+        model.train()
+    return total / targets if math.isfinite(total) else math.inf
+
+
+def _judging(config: TrainConfig) -> TrainConfig:
+    """What of a configuration the held-out rows depend on: so that arms with other models share them."""
+    plain = TrainConfig()
+    objective = dataclasses.replace(config.objective, multitask_share=0.0)
+    return dataclasses.replace(
+        plain, objective=objective, model=dataclasses.replace(plain.model, length=config.model.length)
+    )
+
+
+def trial(
+    config: TrainConfig,
+    *,
+    data: Path,
+    seed: int | None = None,
+    rate: float | None = None,
+    start: Checkpoint | None = None,
+    until: int | None = None,
+    ends_early: bool = True,
+    heldout: bool = True,
+    ring: StateRing | None = None,
+    engine: Callable[[TrainConfig], LocalEngine] = LocalEngine,
+    prepare: Callable[[Trainer], None] | None = None,
+    every: Callable[[Trainer, int], None] | None = None,
+) -> Trial:
+    """Make a run.
+
+    Args:
+        config: as ``configured`` gives it; ``seed`` and ``rate`` replace its own.
+        data: folder made by ``glm shards``.
+        start: a state to begin from; None: the beginning.
+        until: stop before this step; None: all of the configuration's.
+        ends_early: a dead run is ended.
+        heldout: measure the held-out loss at the end.
+        ring: keeps states on the way.
+        engine: what computes.
+        prepare: changes the trainer before its first step (an intervention).
+        every: called after each step with the trainer and the step's number.
+    """
+    if seed is not None:
+        config = dataclasses.replace(config, seed=seed)
+    if rate is not None:
+        config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, peak=rate))
+    config = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, every=0, ring=0, asynchronous=False)
+    )
+    opened = _data(data)
+    loader = Loader(opened, config.objective, config.sampling, length=config.model.length, seed=config.seed)
+    record = _Record(ends_early=ends_early, every=every)
+    trainer = Trainer(config, engine(config), loader, callbacks=(record,))
+    trainer._ring = ring
+    if start is not None:
+        trainer.restore(start)
+    if prepare is not None:
+        prepare(trainer)
+    trainer.train(until=until)
+    judged = heldout_loss(trainer, data) if heldout and not record.died else math.inf
+    return Trial(
+        config=config,
+        first=record.first if record.first is not None else trainer.step,
+        loss=np.array(record.loss),
+        norm=np.array(record.norm),
+        scale=np.array(record.scale),
+        groups={group: np.array([one[group] for one in record.groups]) for group in GROUPS},
+        skipped=np.array(record.skipped, dtype=bool),
+        died=record.died,
+        heldout=judged if heldout else math.nan,
+        trainer=trainer,
+        ring=ring,
+    )
