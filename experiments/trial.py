@@ -44,7 +44,7 @@ from glm.train.engine import LocalEngine, count_targets
 from glm.train.events import Callback, StepInfo
 from glm.train.loop import Trainer
 from glm.train.optimizer import GradientSummary
-from glm.train.rewind import StateRing
+from glm.train.state_ring import StateRing
 from stabilitylab.telemetry import Event
 
 Floats = NDArray[np.float64]
