@@ -20,21 +20,27 @@ SAMPLE = 4_000_000
 
 def bilingual(folder: Path) -> Path:
     """Corpus, tokenizer and shards under ``folder``; returns the folder of the shards."""
-    corpus, tokenizer, shards = folder / "corpus", folder / "tokenizer", folder / "shards"
-    _glm("corpus", "--out", str(corpus), "--max-characters", str(MAX_CHARACTERS))
-    _glm(
-        "tokenizer",
-        "--corpus",
-        str(corpus),
-        "--out",
-        str(tokenizer),
-        "--vocabulary",
-        str(VOCABULARY),
-        "--sample-characters",
-        str(SAMPLE),
-    )
-    _glm("shards", "--corpus", str(corpus), "--tokenizer", str(tokenizer), "--out", str(shards))
-    return shards
+    return build(folder, characters=MAX_CHARACTERS, vocabulary=VOCABULARY, sample=SAMPLE)
+
+
+def build(
+    folder: Path, *, characters: int, vocabulary: int, sample: int, heldout: float | None = None
+) -> Path:
+    """Corpus, tokenizer and shards of a size.
+
+    Args:
+        folder: where they go, side by side.
+        characters: of the corpus; ``sample`` of them are what the tokenizer is trained on.
+        vocabulary: pieces.
+        heldout: share of the groups kept out of training; None: the default's.
+    """
+    corpus, tokenizer, shards = (str(folder / name) for name in ("corpus", "tokenizer", "shards"))
+    _glm("corpus", "--out", corpus, "--max-characters", str(characters))
+    pieces = ("--vocabulary", str(vocabulary), "--sample-characters", str(sample))
+    _glm("tokenizer", "--corpus", corpus, "--out", tokenizer, *pieces)
+    share = () if heldout is None else ("--heldout", str(heldout))
+    _glm("shards", "--corpus", corpus, "--tokenizer", tokenizer, "--out", shards, *share)
+    return folder / "shards"
 
 
 def _glm(*arguments: str) -> None:

@@ -34,11 +34,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from glm.commands.train import parse_command, with_vocabulary
 from glm.data.batch import Batch
 from glm.data.loader import Loader
 from glm.data.shards import TokenData, open_data
 from glm.train.checkpoint import Checkpoint
-from glm.train.commands import parse_command, with_vocabulary
 from glm.train.config import TrainConfig
 from glm.train.engine import LocalEngine, count_targets
 from glm.train.events import Callback, StepInfo
@@ -303,3 +303,25 @@ def trial(
         trainer=trainer,
         ring=ring,
     )
+
+
+# ------------------------------------------------------------------------------------------------------- the rate it bears
+
+# Half octaves, log2 of the peak learning rate.
+GRID = tuple(np.arange(-4.5, 0.51, 0.5).tolist())
+
+
+def frontier(run: Callable[[float], Trial], grid: Sequence[float] = GRID) -> float:
+    """log2 of the largest rate of the grid that survives, by bisection: ``run(rate)`` makes the trial.
+
+    Below the grid's first rate where none survives (one step lower), its last where all do. What lies between is found as if
+    survival ended once, which a noisy frontier does not promise: the answer is one crossing of it.
+    """
+    low, high = -1, len(grid)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if run(2.0 ** grid[middle]).survived:
+            low = middle
+        else:
+            high = middle
+    return grid[low] if low >= 0 else grid[0] - (grid[1] - grid[0])

@@ -1,0 +1,148 @@
+"""A study: a question whose runs are small enough to be made by the hundred, in one process.
+
+A suite's arm is one ``glm train`` command a seed, with a folder. A study's cell (an arm, a seed) is a measurement: it may search for
+the rate that the arm bears, fork a state, or read initial weights, and leaves a few named numbers, one line of ``values.jsonl``:
+
+    {"arm": "egs", "seed": 3, "seconds": 2.1, "values": {"frontier": -2.5, "heldout": 4.61}}
+
+So a study that was cut off goes on where it was, and its numbers can be judged by anything that reads JSON. Seeds are the outer
+loop: whenever it stops, arms have the same seeds. They begin at 1: seed 0 is for trying a study out. Predictions stand in the study's file, which is committed before it is run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from experiments.arm import Arm
+from experiments.trial import configured
+from experiments.verdicts import Claim
+from glm.train.config import TrainConfig
+
+VALUES = "values.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a cell's number is, and which difference of it would matter.
+
+    Attributes:
+        title: for tables.
+        unit: of a difference, after ``scale``.
+        scale: "log": arms are compared by the logarithm of their ratio; "rank": values are counts, infinite or on a grid.
+        margin: the smallest effect of interest, in the unit (natural logarithm for "log"): two arms within it are equivalent.
+    """
+
+    title: str
+    margin: float
+    unit: str = ""
+    scale: Literal["linear", "log", "rank"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What a measurement is given.
+
+    Attributes:
+        arm, seed: which.
+        config: the arm's configuration with the seed in it.
+        data: folder made by ``glm shards``.
+    """
+
+    arm: Arm
+    seed: int
+    config: TrainConfig
+    data: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One question.
+
+    Attributes:
+        name: on the command line.
+        question: what is asked.
+        claims: what is judged, each of a metric in ``outcomes``.
+        predictions: what was expected, written down before the first run.
+        outcomes: the numbers by name.
+        measure: makes them for a cell.
+        preset, settings: as of ``experiments.arm.Suite``.
+        seeds: how many are planned.
+        data: makes the data folder if need be and returns it.
+    """
+
+    name: str
+    question: str
+    arms: tuple[Arm, ...]
+    claims: tuple[Claim, ...]
+    predictions: tuple[str, ...]
+    outcomes: Mapping[str, Outcome]
+    measure: Callable[[Cell], Mapping[str, float]]
+    seeds: int
+    data: Callable[[Path], Path]
+    preset: str = "glm-tiny"
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def cell(self, arm: Arm, seed: int, data: Path) -> Cell:
+        """The measurement's input."""
+        settings = {**self.settings, **arm.settings, "seed": str(seed)}
+        return Cell(arm=arm, seed=seed, config=configured(self.preset, settings, data=data), data=data)
+
+
+def run_study(
+    study: Study, *, data: Path, out: Path, seeds: int | None = None, budget: float | None = None
+) -> None:
+    """Measure what is not measured yet.
+
+    Args:
+        seeds: how many; None: as planned.
+        budget: seconds after which no new seed is begun.
+    """
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    file, console = out / VALUES, Console(stderr=True)
+    done = {(one["arm"], one["seed"]) for one in _lines(file)}
+    started = time.monotonic()
+    for seed in range(1, 1 + (study.seeds if seeds is None else seeds)):
+        if budget is not None and time.monotonic() - started > budget:
+            console.print(f"{study.name}: the budget is spent before seed {seed}")
+            break
+        for arm in study.arms:
+            if (arm.name, seed) in done:
+                continue
+            began = time.process_time()
+            values = dict(study.measure(study.cell(arm, seed, data)))
+            spent = time.process_time() - began
+            with file.open("a", encoding="utf-8") as stream:
+                line = {"arm": arm.name, "seed": seed, "seconds": round(spent, 2), "values": values}
+                stream.write(json.dumps(line) + "\n")
+        console.print(f"{study.name}: seed {seed} done, {time.monotonic() - started:.0f} s", highlight=False)
+
+
+def values_of(out: Path) -> dict[str, dict[str, dict[int, float]]]:
+    """``values[metric][arm][seed]`` of what was measured."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for line in _lines(out / VALUES):
+        for metric, value in line["values"].items():
+            found.setdefault(metric, {}).setdefault(line["arm"], {})[line["seed"]] = float(value)
+    return found
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    # A line that a kill cut short is measured again.
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
