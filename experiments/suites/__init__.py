@@ -17,4 +17,9 @@ SUITES = {
     "scores": "experiments.suites.scores",
     "survival": "experiments.suites.survival",
     "embedding-norm": "experiments.suites.embedding_norm",
+    "recipes": "experiments.suites.recipes",
+    "mip": "experiments.suites.mip",
+    "zero-shot-norm": "experiments.suites.zero_shot_norm",
+    "ladder": "experiments.suites.ladder",
+    "restart-ladder": "experiments.suites.restart_ladder",
 }
