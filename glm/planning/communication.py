@@ -5,12 +5,12 @@ number, micro-batches of b rows of s tokens, m of them, L/p layers and N paramet
 
     tensor     per layer and micro-batch 2 all-reduces of e s b h forward, 2 backward, 2 more if recomputed (1909.08053)
                and one each at the embedding and at the output
-    pipeline   e s b h forward and again backward per micro-batch and boundary
+    pipeline   e s b h forward and again backward per micro-batch and boundary; with v chunks v times as often, in t parts
     data       all-reduce of e N: a reduce-scatter and an all-gather under ZeRO-1                  (ZeRO, 1910.02054, section 7)
                ZeRO-2 reduces after every micro-batch, ZeRO-3 gathers the weights twice a micro-batch as well
 
 A group lies inside a node or spans nodes. A ring over nodes in which it has k members each leaves a node through the network
-cards of those k GPUs.
+cards of those k GPUs. ZeRO-3's gathers do not: of a node's cards they reach what one gives (``GATHERING``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from glm.planning.hardware import HOP, LATENCY, TRANSFER, Cluster
+from glm.planning.hardware import GATHERING, HOP, LATENCY, TRANSFER, Cluster
 from glm.planning.layout import Layout, stage_layers
 from glm.planning.memory import BYTES
 from glm.planning.shape import Shape
@@ -70,8 +70,9 @@ def pipeline_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int,
     """Activations and their gradients between stages, of a stage in the middle."""
     if layout.pipeline == 1:
         return Transfer(sent=0.0, seconds=0.0)
-    count = 2 * layout.micro_batches(rows)
-    sent = float(count * BYTES[precision] * layout.micro * shape.length * shape.hidden)
+    count = 2 * layout.micro_batches(rows) * layout.chunks
+    parts = layout.tensor if layout.chunks > 1 else 1
+    sent = float(count * BYTES[precision] * layout.micro * shape.length * shape.hidden) / parts
     apart = layout.tensor * layout.data
     rate = (
         cluster.gpu.link
@@ -93,6 +94,7 @@ def data_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, pre
     # Reduce-scatters of gradients and all-gathers of weights in an update.
     times = {0: 2, 1: 2, 2: m + 1, 3: 3 * m}[layout.zero]
     sent = times * half
-    return Transfer(
-        sent=sent, seconds=collective_seconds(sent, d, group_rate(cluster, d, layout.tensor), times)
-    )
+    rate = group_rate(cluster, d, layout.tensor)
+    if layout.zero == 3 and (d - 1) * layout.tensor >= cluster.per_node:
+        rate = min(rate, cluster.gpu.network * GATHERING)
+    return Transfer(sent=sent, seconds=collective_seconds(sent, d, rate, times))

@@ -18,6 +18,9 @@ class Layout:
         micro: rows of a micro-batch on one replica.
         recompute: layers' activations are computed again in the backward pass.
         zero: ZeRO stage: 1 shards the optimizer over replicas, 2 gradients too, 3 weights too.
+        chunks: v, pieces of a stage's layers that Megatron-LM's interleaved schedule goes through in turn; it also sends what
+            passes between stages in t parts, one by each tensor rank. 1: one forward, one backward, as DeepSpeed's pipeline and
+            ours.
     """
 
     tensor: int
@@ -26,6 +29,7 @@ class Layout:
     micro: int = 1
     recompute: bool = True
     zero: int = 1
+    chunks: int = 1
 
     @property
     def gpus(self) -> int:
@@ -54,10 +58,12 @@ def stage_layers(layers: int, stages: int) -> list[int]:
     return counts
 
 
-def bubble(stages: int, micro_batches: int) -> float:
+def bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
     """Share of time in which a stage waits for the pipeline to fill and drain: (p - 1) / (m + p - 1).
+
+    With v chunks a stage the wait is that of a chunk: (p - 1) / (v m + p - 1) (Narayanan et al., 2104.04473, section 2.2).
 
     Source: GPipe (1811.06965, section 2.3); one-forward-one-backward (PipeDream-Flush, 2006.09503) has the same bubble and holds
     fewer activations. GLM-130B: p = 8, m = 176: 3.8 %.
     """
-    return (stages - 1) / (micro_batches + stages - 1)
+    return (stages - 1) / (chunks * micro_batches + stages - 1)

@@ -12,7 +12,7 @@ GLM = ["plan", "glm-130b", "--gpus", "96x8xA100-40G", "--batch", "4224"]
 
 
 def test_tables(capsys):
-    assert main([*GLM, "--shown", "8", "--what-if"]) == 0
+    assert main([*GLM, "--shown", "10", "--what-if"]) == 0
     said = capsys.readouterr().out
     assert "4x8x24" in said
     assert "3.8%" in said

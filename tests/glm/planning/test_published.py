@@ -1,17 +1,19 @@
-"""The planner against what was published: GLM-130B's run and serving, Megatron-LM's ten runs, Llama 3's failures."""
+"""The planner against what was published: GLM-130B's run and serving, 25 runs' throughput, Llama 3's failures."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from experiments.benchmarks.published_runs import MEGATRON, gpt, published
 from glm.errors import InputError
 from glm.planning.hardware import GIB, parse_cluster
 from glm.planning.inference import serving, serving_plans, weight_bytes
 from glm.planning.layout import Layout, bubble
-from glm.planning.memory import peak_memory
 from glm.planning.reliability import GPU_HOURS_PER_FAILURE, reliability
 from glm.planning.search import require_plans, search
-from glm.planning.shape import Shape, shape_of
+from glm.planning.shape import shape_of
 from glm.planning.step_time import step_time
 from glm.presets import PRESETS
 
@@ -19,20 +21,6 @@ GLM = shape_of(PRESETS["glm-130b"].model)
 MACHINE = parse_cluster("96x8xA100-40G")
 ROWS = 4224
 AS_TRAINED = Layout(tensor=4, pipeline=8, data=24)
-
-# Narayanan et al., 2104.04473, table 1: billions of parameters, heads, hidden, layers, t, p, GPUs, rows, TFLOP/s a GPU.
-MEGATRON = (
-    (1.7, 24, 2304, 24, 1, 1, 32, 512, 137),
-    (3.6, 32, 3072, 30, 2, 1, 64, 512, 138),
-    (7.5, 32, 4096, 36, 4, 1, 128, 512, 142),
-    (18.4, 48, 6144, 40, 8, 1, 256, 1024, 135),
-    (39.1, 64, 8192, 48, 8, 2, 512, 1536, 138),
-    (76.1, 80, 10240, 60, 8, 4, 1024, 1792, 140),
-    (145.6, 96, 12288, 80, 8, 8, 1536, 2304, 148),
-    (310.1, 128, 16384, 96, 8, 16, 1920, 2160, 155),
-    (529.6, 128, 20480, 105, 8, 35, 2520, 2520, 163),
-    (1008.0, 160, 25600, 128, 8, 64, 3072, 3072, 163),
-)
 
 
 def test_glm_130b_as_trained_is_feasible_and_near_the_top():
@@ -64,27 +52,43 @@ def test_glm_130bs_utilization():
     assert GLM.hardware_flops(ROWS * s, recompute=True) == pytest.approx(formula, rel=1e-12)
 
 
+# Off by more than a tenth: MT-NLG's update has 13 s that do not shrink with more replicas, of which the plan knows 7; ZeRO-3 at
+# 530B.
+FURTHER = {"MT-NLG": 0.19, "ZeRO-3 530B": 0.14}
+
+
+@pytest.mark.parametrize("run", published(), ids=lambda run: run.name)
+def test_published_throughput(run):
+    assert run.planned() == pytest.approx(run.rate, rel=FURTHER.get(run.group, 0.07))
+
+
 @pytest.mark.parametrize("row", MEGATRON, ids=lambda row: f"{row[0]}B")
-def test_megatron_lms_throughput(row):
-    billions, heads, h, L, t, p, gpus, rows, published = row
-    shape = Shape(
-        layers=L, hidden=h, heads=heads, vocabulary=51_200, length=2048, inner=4 * h, gated=False,
-        learned_positions=True, softmax="kernel", dropout=True,
-    )  # fmt: skip
-    assert shape.parameters == pytest.approx(billions * 1e9, rel=0.03)
-    cluster = parse_cluster(f"{gpus // 8}x8xA100-80G")
-    data = gpus // (t * p)
-    flops = 96 * rows * 2048 * L * h**2 * (1 + 2048 / (6 * h) + 51_200 / (16 * L * h))
-    rates = []
-    for micro in (1, 2, 4, 8):
-        layout = Layout(tensor=t, pipeline=p, data=data, micro=micro)
-        if (
-            rows % (data * micro) == 0
-            and peak_memory(shape, layout, rows, cluster.gpu).total < cluster.gpu.memory
-        ):
-            rates.append(flops / gpus / step_time(shape, layout, cluster, rows).seconds / 1e12)
-    # The table does not give the micro-batch, only that the best was taken.
-    assert max(rates) == pytest.approx(published, rel=0.07)
+def test_megatron_lms_sizes(row):
+    billions, heads, hidden, layers, *_ = row
+    assert gpt(layers, hidden, heads).parameters == pytest.approx(billions * 1e9, rel=0.03)
+
+
+def test_the_last_stage_has_the_output_projection():
+    # 150k pieces on 8 stages of one narrow layer: the last stage sets the pace, and more stages do not shorten it.
+    shape = replace(gpt(8, 2048, 16), vocabulary=150_528)
+    cluster = parse_cluster("1x8xA100-80G")
+    one, eight = (
+        step_time(shape, Layout(tensor=1, pipeline=p, data=1), replace(cluster, per_node=p), 8)
+        for p in (1, 8)
+    )
+    output = 3 * shape.output_flops(8 * shape.length) / (cluster.gpu.flops * cluster.gpu.products)
+    assert one.products > output
+    assert eight.products > output
+
+
+def test_chunks_shorten_the_wait_and_send_more():
+    shape, cluster = gpt(32, 4096, 32), parse_cluster("8x8xA100-80G")
+    plain, chunked = (
+        step_time(shape, Layout(tensor=8, pipeline=8, data=1, chunks=v), cluster, 16) for v in (1, 4)
+    )
+    assert plain.bubble == pytest.approx(7 / 23)
+    assert chunked.bubble == pytest.approx(7 / 71)
+    assert chunked.pipeline.sent == pytest.approx(plain.pipeline.sent * 4 / 8)
 
 
 def test_glm_130bs_weights():
