@@ -1,12 +1,14 @@
 """A study: a question whose runs are small enough to be made by the hundred, in one process.
 
-A suite's arm is one ``glm train`` command a seed, with a folder. A study's cell (an arm, a seed) is a measurement: it may search for
-the rate that the arm bears, fork a state, or read initial weights, and leaves a few named numbers, one line of ``values.jsonl``:
+A suite's arm is one ``glm train`` command a seed, with a folder. A study's cell (an arm, a seed) is a measurement: it may search
+for the rate that the arm bears, fork a state, or read initial weights, and leaves a few named numbers, one line of
+``values.jsonl``:
 
     {"arm": "egs", "seed": 3, "seconds": 2.1, "values": {"frontier": -2.5, "heldout": 4.61}}
 
 So a study that was cut off goes on where it was, and its numbers can be judged by anything that reads JSON. Seeds are the outer
-loop: whenever it stops, arms have the same seeds. They begin at 1: seed 0 is for trying a study out. Predictions stand in the study's file, which is committed before it is run.
+loop: whenever it stops, arms have the same seeds. They begin at 1: seed 0 is for trying a study out. Predictions stand in the
+study's file, which is committed before it is run.
 """
 
 from __future__ import annotations

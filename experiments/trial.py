@@ -9,11 +9,12 @@ the data are the same objects. What a head-to-head needs of it is small, so it i
 Groups are GLM-130B's suspects: the embedding (with the output projection, if that is a matrix of its own, apart), attention,
 feed-forward, and norms.
 
-A run whose loss is lost for good ends early and counts as collapsed (``Collapse``), so that searches for the rate that a model bears
-do not pay for what happens beyond it. A trial can begin from a state, so K forks of one state share all that went before.
+A run whose loss is lost for good ends early and counts as collapsed (``Collapse``), so that searches for the rate that a model
+bears do not pay for what happens beyond it. A trial can begin from a state, so K forks of one state share all that went before.
 
     out of course   the loss's running median of 9 exceeds its lowest value so far by ``margin`` nats, or is not finite
-    collapse        the last such stretch, where it lasts to the end and 10 steps at least: its first step is the onset (an excursion
+    collapse        the last such stretch, where it lasts to the end and 10 steps at least: its first step is the onset (an
+    excursion
                     that recovers is none)
     dead            out of course by ``lost`` nats over the loss of the first step for ``patience`` steps, not finite for as many,
                     or a loss scale at its minimum that still overflows

@@ -1,7 +1,7 @@
 """Runs that collapse by themselves, and forks of the states before: what several suites ask of the same runs.
 
-The rate climbs by 2^-7.3 an update for 240 updates, past what the model bears, in fp16 with GLM-130B's clip of 1; so collapses fall at
-many rates and steps, and a run has a past to compare with. A collapse is the terminal one (``experiments.trial``).
+The rate climbs by 2^-7.3 an update for 240 updates, past what the model bears, in fp16 with GLM-130B's clip of 1; so collapses fall
+at many rates and steps, and a run has a past to compare with. A collapse is the terminal one (``experiments.trial``).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """C2. Does the spike come from the embedding? Replayed with one group's updates withheld.
 
 From a state 24 to 25 steps before each collapse the run is trained on unchanged but for one group of parameters, which stands still
-until two steps after the original's collapse. *Necessary*: without its updates the collapse does not come. *Sufficient*: with only its
-updates it does. The share of a gradient norm says neither.
+until two steps after the original's collapse. *Necessary*: without its updates the collapse does not come. *Sufficient*: with only
+its updates it does. The share of a gradient norm says neither.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ STUDY = Study(
         ),
     ),
     predictions=(
-        "2026-11-29, before the runs: against. The feed-forward and attention are needed more than the embedding, whose share of the "
+        "2026-11-29, before the runs: against. The feed-forward and attention are needed more than the embedding, whose share "
+        "of the "
         "norm fell before the collapses of the earlier suite.",
     ),
 )

@@ -7,8 +7,8 @@ With x_l the main branch after layer l of L and branches of unit variance (Xavie
     deepnet         the same, alpha = (2L)^.25                 l^0, L^.25                                     (2203.00555)
     post            x = N(x + A)                               l^0, L^0
 
-So "bounded" means: by alpha, whatever the layer; it does not mean independent of depth. Exponents are least-squares slopes of logarithms:
-over the last layers of the five depths, and over layers l >= 8 of the deepest model.
+So "bounded" means: by alpha, whatever the layer; it does not mean independent of depth. Exponents are least-squares slopes of
+logarithms: over the last layers of the five depths, and over layers l >= 8 of the deepest model.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ STUDY = Study(
         ),
     ),
     predictions=(
-        "2026-11-29, before the runs: exponents over layers .5, .5, 0, 0, 0 and over depth .5, .5, .5, .25, 0 (pre, sandwich, DeepNorm, "
+        "2026-11-29, before the runs: exponents over layers .5, .5, 0, 0, 0 and over depth .5, .5, .5, .25, 0 (pre, sandwich, "
+        "DeepNorm, "
         "DeepNet, post): DeepNorm is bounded within a model, and no better than pre-LN over depth.",
     ),
 )

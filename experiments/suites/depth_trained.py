@@ -76,11 +76,13 @@ STUDY = Study(
         "heldout_24": Outcome(title="Held-out loss, 24 layers", margin=0.02, unit="nats"),
     },
     claims=(
-        Claim(text="C4 Trained, DeepNorm's main branch grows less from layer 1 to 24 than pre-LN's", metric="growth_24", arm="deepnorm", baseline="pre"),
-        Claim(text="C4 Trained, DeepNorm's largest value is below pre-LN's, 24 layers", metric="max_24", arm="deepnorm", baseline="pre"),
-        Claim(text="C4 DeepNorm trains to a lower loss than pre-LN, 24 layers", metric="heldout_24", arm="deepnorm", baseline="pre"),
+        Claim(text="C4 Trained, DeepNorm's main branch grows less from layer 1 to 24 than pre-LN's", metric="growth_24",
+        arm="deepnorm", baseline="pre"), Claim(text="C4 Trained, DeepNorm's largest value is below pre-LN's, 24 layers",
+        metric="max_24", arm="deepnorm", baseline="pre"), Claim(text="C4 DeepNorm trains to a lower loss than pre-LN, 24 layers",
+        metric="heldout_24", arm="deepnorm", baseline="pre"),
     ),
     predictions=(
-        "2026-11-29, before the runs: growth supported, largest value undecided or against (alpha is 6.9 at 24 layers), loss against.",
+        "2026-11-29, before the runs: growth supported, largest value undecided or against (alpha is 6.9 at 24 layers), loss "
+        "against.",
     ),
 )  # fmt: skip

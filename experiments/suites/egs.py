@@ -75,7 +75,8 @@ STUDY = Study(
         if metric == "heldout" or name != "clip1"
     ),
     predictions=(
-        "2026-11-29, before the runs (seed 0 was seen): no effect without clip: alpha .5 and .1 are equivalent to 1 in frontier and loss, tied and untied. "
+        "2026-11-29, before the runs (seed 0 was seen): no effect without clip: alpha .5 and .1 are equivalent to 1 in frontier "
+        "and loss, tied and untied. "
         "A clip of 1 never acts here. With clip .1 an effect is possible. Alpha 0 costs loss everywhere.",
     ),
 )

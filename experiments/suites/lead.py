@@ -1,8 +1,8 @@
 """C1. Does a collapse lag a spike of the gradient norm by a few steps?
 
-GLM-130B: "training collapse usually lags behind a spike in gradient norm by a few training steps". An *alarm* is a finite gradient norm
-of more than ``RISE`` times the median of the 20 steps before. For each collapse, was there an alarm within the 16 steps before its
-onset? The null is the same run with the window laid at every earlier place: an alarm that comes all the time warns of nothing.
+GLM-130B: "training collapse usually lags behind a spike in gradient norm by a few training steps". An *alarm* is a finite gradient
+norm of more than ``RISE`` times the median of the 20 steps before. For each collapse, was there an alarm within the 16 steps before
+its onset? The null is the same run with the window laid at every earlier place: an alarm that comes all the time warns of nothing.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ STUDY = Study(
         for arm in ARMS
     ),
     predictions=(
-        "2026-11-29, before the runs: supported for 2x, by less than half of the collapses for 4x: in fp16 the forward pass overflows "
+        "2026-11-29, before the runs: supported for 2x, by less than half of the collapses for 4x: in fp16 the forward pass "
+        "overflows "
         "first, and the norm has risen only with the rate.",
     ),
 )

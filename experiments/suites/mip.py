@@ -62,6 +62,7 @@ STUDY = Study(
         ),
     ),
     predictions=(
-        "2026-11-29, before the runs: answers likelier, with 20 % more so; accuracy undecided at this size; no cost in text above .02.",
+        "2026-11-29, before the runs: answers likelier, with 20 % more so; accuracy undecided at this size; no cost in text "
+        "above .02.",
     ),
 )

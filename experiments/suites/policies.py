@@ -64,6 +64,7 @@ STUDY = Study(
         Claim(text="C8 OPT's way averts more than PaLM's", metric="came", arm="opt", baseline="palm"),
     ),
     predictions=(
-        "2026-11-29, before the runs: OPT's way and the halved rate avert it, PaLM's way, clip and shrink do not: the cause is the rate.",
+        "2026-11-29, before the runs: OPT's way and the halved rate avert it, PaLM's way, clip and shrink do not: the cause is "
+        "the rate.",
     ),
 )

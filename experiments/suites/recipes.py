@@ -1,8 +1,8 @@
 """C9 and C10. GLM's recipe against GPT's: outliers by named criterion, and what 4-bit weights cost.
 
-GLM-130B found outliers in about 30 % of the dimensions where OPT and BLOOM have .1 %, without a threshold, and took 4-bit weights (one
-scale a row, activations whole) without loss where BLOOM-176B's answers became NaN. Both recipes are trained for 150 steps on the same
-text, then read the same 16 held-out rows of their own objective. Criteria are those of ``stabilitylab.outliers.criteria``.
+GLM-130B found outliers in about 30 % of the dimensions where OPT and BLOOM have .1 %, without a threshold, and took 4-bit weights
+(one scale a row, activations whole) without loss where BLOOM-176B's answers became NaN. Both recipes are trained for 150 steps on
+the same text, then read the same 16 held-out rows of their own objective. Criteria are those of ``stabilitylab.outliers.criteria``.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ STUDY = Study(
         ),
     ),
     predictions=(
-        "2026-11-29, before the runs: more by over-6 (an absolute threshold, and DeepNorm's inputs are wider), open by the others; int4 "
+        "2026-11-29, before the runs: more by over-6 (an absolute threshold, and DeepNorm's inputs are wider), open by the "
+        "others; int4 "
         "costs GLM's recipe more, not less: beta makes some of its weights small beside others of a row.",
     ),
 )

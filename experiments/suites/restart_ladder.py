@@ -1,10 +1,11 @@
 """GLM-130B's restart history at toy size: a new mixture of data at step 60, and what it takes to get through.
 
-GLM-130B at 22.8k: an abrupt multi-lingual mixture gave NaN after 100 steps; warm-up alone and a ramp of the mixture alone diverged; a
-ramp of both held, with alpha .2 -> 1. Here Chinese comes to a model of English text at step 60 of 140, at a rate near the frontier, in fp16.
+GLM-130B at 22.8k: an abrupt multi-lingual mixture gave NaN after 100 steps; warm-up alone and a ramp of the mixture alone diverged;
+a ramp of both held, with alpha .2 -> 1. Here Chinese comes to a model of English text at step 60 of 140, at a rate near the
+frontier, in fp16.
 
-All arms are one run up to the shift. Afterwards: abrupt; with the rate cut to .6 and raised again over 40 steps; the mixture ramped over 40 steps;
-both; both with alpha .2 -> 1.
+All arms are one run up to the shift. Afterwards: abrupt; with the rate cut to .6 and raised again over 40 steps; the mixture ramped
+over 40 steps; both; both with alpha .2 -> 1.
 """
 
 from __future__ import annotations

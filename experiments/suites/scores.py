@@ -1,7 +1,7 @@
 """C5. Scores beyond fp16: does PB-Relax cure the overflow, and does it cure the divergence?
 
-Two questions apart. *Overflow*: queries and keys of a fresh model are made so large (x ``GAIN`` each) that scores pass 65,504; is the
-first loss a number? *Divergence*: the largest rate that survives, in fp16, from ordinary initial weights.
+Two questions apart. *Overflow*: queries and keys of a fresh model are made so large (x ``GAIN`` each) that scores pass 65,504; is
+the first loss a number? *Divergence*: the largest rate that survives, in fp16, from ordinary initial weights.
 """
 
 from __future__ import annotations
