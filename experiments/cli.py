@@ -17,8 +17,9 @@ from rich.text import Text
 
 from experiments.arm import Suite
 from experiments.judging import judge
+from experiments.study import Study, judged, run_study
 from experiments.suites import SUITES
-from experiments.verdicts import record, words
+from experiments.verdicts import Verdict, record, words
 from stabilitylab.command_line import parse
 from stabilitylab.errors import InputError, run_command
 
@@ -29,10 +30,21 @@ SuiteName = Annotated[str, tyro.conf.Positional]
 
 def load_suite(name: str) -> Suite:
     """The suite of that name. Raises InputError with the names there are."""
+    suite = load(name)
+    if not isinstance(suite, Suite):
+        raise InputError(
+            f"{name} is a study: its numbers are in values.jsonl; python -m experiments verdicts judges them"
+        )
+    return suite
+
+
+def load(name: str) -> Suite | Study:
+    """The suite or study of that name. Raises InputError with the names there are."""
     if name not in SUITES:
         raise InputError(f"there is no suite {name!r}: choose one of {', '.join(SUITES)}")
-    suite: Suite = importlib.import_module(SUITES[name]).SUITE
-    return suite
+    module = importlib.import_module(SUITES[name])
+    found: Suite | Study = module.STUDY if hasattr(module, "STUDY") else module.SUITE
+    return found
 
 
 def run(
@@ -42,6 +54,9 @@ def run(
     out: Path | None = None,
     steps: int | None = None,
     parallel: int | None = None,
+    seeds: int | None = None,
+    budget: float | None = None,
+    until_decided: bool = False,
 ) -> int:
     """Train every arm with every seed; what is complete already is left alone.
 
@@ -51,10 +66,23 @@ def run(
         out: where the runs go; by default runs/SUITE.
         steps: updates per run instead of the suite's own.
         parallel: runs at a time; by default one a core.
+        seeds: of a study: how many instead of its own.
+        budget: of a study: seconds after which no new seed is begun.
+        until_decided: of a study: no new seed once every claim is decided.
     """
     from experiments.runner import run_suite
 
-    chosen = load_suite(suite)
+    chosen = load(suite)
+    if isinstance(chosen, Study):
+        if steps is not None or parallel is not None:
+            raise InputError(
+                f"{suite} is a study, in one process and of its own length: leave --steps and --parallel out"
+            )
+        return _run_study(chosen, data, out, seeds=seeds, budget=budget, until_decided=until_decided)
+    if seeds is not None or budget is not None or until_decided:
+        raise InputError(
+            f"--seeds, --budget and --until-decided are for studies, and {suite} is none: leave them out"
+        )
     if steps is not None and steps < 1:
         raise InputError(f"--steps must be at least 1, got {steps}")
     if parallel is not None and parallel < 1:
@@ -73,6 +101,30 @@ def run(
         f"next: python -m experiments report {suite}"
         + ("" if out == Path("runs") / suite else f" --out {out}")
     )
+    return 0
+
+
+def _run_study(
+    study: Study,
+    data: Path | None,
+    out: Path | None,
+    *,
+    seeds: int | None,
+    budget: float | None,
+    until_decided: bool,
+) -> int:
+    if seeds is not None and seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {seeds}")
+    out = out or Path("runs") / study.name
+    run_study(
+        study,
+        data=data or study.data(Path("data") / study.data.__name__),
+        out=out,
+        seeds=seeds,
+        budget=budget,
+        until_decided=until_decided,
+    )
+    Console().print(_table([(study.name, verdict) for verdict in judged(study, out)]))
     return 0
 
 
@@ -106,8 +158,11 @@ def verdicts(*, runs: Path = Path("runs"), json: bool = False) -> int:
     found = []
     for name in SUITES:
         if (runs / name).is_dir():
-            suite = load_suite(name)
-            found += [(name, one) for one in judge_suite(suite, measure(load_runs(suite, runs / name)))]
+            suite = load(name)
+            if isinstance(suite, Study):
+                found += [(name, one) for one in judged(suite, runs / name)]
+            else:
+                found += [(name, one) for one in judge_suite(suite, measure(load_runs(suite, runs / name)))]
     if not found:
         raise InputError(
             f"{runs} holds no runs of a suite: first python -m experiments run {next(iter(SUITES))}"
@@ -116,6 +171,11 @@ def verdicts(*, runs: Path = Path("runs"), json: bool = False) -> int:
         for name, verdict in found:
             print(json_text.dumps({"suite": name, **record(verdict)}, allow_nan=False))
         return 0
+    Console().print(_table(found))
+    return 0
+
+
+def _table(found: Sequence[tuple[str, Verdict]]) -> Table:
     table = Table("suite", "claim", "verdict", "n", "effect", "95 % interval", "e")
     for name, verdict in found:
         one = verdict.decision
@@ -128,14 +188,13 @@ def verdicts(*, runs: Path = Path("runs"), json: bool = False) -> int:
             f"[{one.low:+.3g}, {one.high:+.3g}]",
             f"{one.e_value:.2g}",
         )
-    Console().print(table)
-    return 0
+    return table
 
 
 def list_suites() -> int:
     """Name every suite and its question."""
     for name in SUITES:
-        print(f"{name}: {load_suite(name).question}")
+        print(f"{name}: {load(name).question}")
     return 0
 
 

@@ -18,14 +18,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from experiments.arm import Arm
+from experiments.statistics import LEAST_SEEDS, Scale
 from experiments.trial import configured
-from experiments.verdicts import Claim
+from experiments.verdicts import Claim, Verdict, family, judge, undecided_together
 from glm.train.config import TrainConfig
 
 VALUES = "values.jsonl"
@@ -45,7 +46,7 @@ class Outcome:
     title: str
     margin: float
     unit: str = ""
-    scale: Literal["linear", "log", "rank"] = "linear"
+    scale: Scale = "linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +100,20 @@ class Study:
 
 
 def run_study(
-    study: Study, *, data: Path, out: Path, seeds: int | None = None, budget: float | None = None
+    study: Study,
+    *,
+    data: Path,
+    out: Path,
+    seeds: int | None = None,
+    budget: float | None = None,
+    until_decided: bool = False,
 ) -> None:
     """Measure what is not measured yet.
 
     Args:
         seeds: how many; None: as planned.
         budget: seconds after which no new seed is begun.
+        until_decided: no new seed is begun once every claim is decided, alone and within the study's family.
     """
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
@@ -126,6 +134,27 @@ def run_study(
                 line = {"arm": arm.name, "seed": seed, "seconds": round(spent, 2), "values": values}
                 stream.write(json.dumps(line) + "\n")
         console.print(f"{study.name}: seed {seed} done, {time.monotonic() - started:.0f} s", highlight=False)
+        if until_decided and seed >= LEAST_SEEDS and not undecided_together(judged(study, out)):
+            console.print(f"{study.name}: every claim is decided")
+            break
+
+
+def judged(study: Study, out: Path) -> list[Verdict]:
+    """The verdict on every claim that has values, at every look, and whether it holds in the study's family."""
+    values = values_of(out)
+    found = []
+    for claim in study.claims:
+        outcome = study.outcomes[claim.metric]
+        found.append(
+            judge(
+                claim,
+                values.get(claim.metric, {}),
+                scale=outcome.scale,
+                margin=outcome.margin,
+                worst=None,
+            )
+        )
+    return family(found)
 
 
 def values_of(out: Path) -> dict[str, dict[str, dict[int, float]]]:

@@ -12,6 +12,7 @@ SUITES = {
     "cause": "experiments.suites.cause",
     "policies": "experiments.suites.policies",
     "egs": "experiments.suites.egs",
+    "egs-frontier": "experiments.suites.egs_frontier",
     "depth-init": "experiments.suites.depth_init",
     "depth-trained": "experiments.suites.depth_trained",
     "scores": "experiments.suites.scores",

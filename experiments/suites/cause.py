@@ -60,7 +60,7 @@ STUDY = Study(
     settings={**CLIMB, "model.norm": "deepnorm"},
     data=proxy_text,
     measure=measure,
-    outcomes={"came": Outcome(title="The collapse comes", margin=0.2, unit="share", scale="rank")},
+    outcomes={"came": Outcome(title="The collapse comes", margin=0.2, unit="share")},
     claims=(
         Claim(
             text="C2 Without the embedding's updates the collapse does not come (necessity)",

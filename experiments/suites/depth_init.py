@@ -23,7 +23,7 @@ from experiments.arm import Arm
 from experiments.study import Cell, Outcome, Study
 from experiments.suites._proxy import PROXY, proxy_text
 from experiments.verdicts import Claim
-from glm.model.transformer import Transformer
+from glm.train.engine import LocalEngine
 
 DEPTHS = (6, 12, 24, 48, 96)
 TOKENS = 32
@@ -34,8 +34,7 @@ FIRST_LAYER = 8
 def branch(cell: Cell, layers: int) -> np.ndarray:
     """Largest |x| after each layer of a fresh model, over random tokens that the seed determines."""
     config = replace(cell.config.model, layers=layers)
-    torch.manual_seed(cell.seed)
-    model = Transformer(config, cell.seed).eval()
+    model = LocalEngine(replace(cell.config, model=config)).model.eval()
     generator = torch.Generator().manual_seed(cell.seed)
     tokens_BT = torch.randint(config.vocabulary or 2, (1, TOKENS), generator=generator)
     positions_BT = torch.arange(TOKENS).expand(1, -1)

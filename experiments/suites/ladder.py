@@ -1,7 +1,7 @@
 """C13. The paper's ladder of positions and feed-forward, each rung at its own best rate.
 
-One rate for all is a confounder: an arm may only want another. ``rate`` finds each arm's best of four by two runs of seeds that are
-not judged (101, 102); the arm is then judged at it, on the fixed held-out rows.
+One rate for all is a confounder: an arm may only want another. ``rate`` finds each arm's best of three by a run of a seed that is not
+judged (101); the arm is then judged at it, on the fixed held-out rows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from experiments.trial import trial
 from experiments.verdicts import Claim
 from glm.train.config import TrainConfig
 
-RATES = tuple(2.0**power for power in (-8, -7, -6, -5))
-TUNING = (101, 102)
+RATES = tuple(2.0**power for power in (-7, -6, -5))
+TUNING = (101,)
 
 
 @lru_cache(maxsize=16)

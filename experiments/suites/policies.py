@@ -49,7 +49,7 @@ STUDY = Study(
     settings={**CLIMB, "model.norm": "deepnorm"},
     data=proxy_text,
     measure=measure,
-    outcomes={"came": Outcome(title="The collapse comes", margin=0.2, unit="share", scale="rank")},
+    outcomes={"came": Outcome(title="The collapse comes", margin=0.2, unit="share")},
     claims=(
         *(
             Claim(text=f"C8 {words} averts the collapse", metric="came", arm=name, baseline="nothing")

@@ -89,7 +89,7 @@ STUDY = Study(
     measure=measure,
     outcomes={
         "norm_peak": Outcome(title="Largest gradient norm after the shift", margin=0.1, scale="log"),
-        "collapsed": Outcome(title="Collapsed after the shift", margin=0.2, scale="rank"),
+        "collapsed": Outcome(title="Collapsed after the shift", margin=0.2),
     },
     claims=tuple(
         Claim(

@@ -73,7 +73,7 @@ STUDY = Study(
     data=proxy_text,
     measure=measure,
     outcomes={
-        "overflowed": Outcome(title="The first loss overflows, scores beyond fp16", margin=0.2, scale="rank"),
+        "overflowed": Outcome(title="The first loss overflows, scores beyond fp16", margin=0.2),
         "frontier": Outcome(title="Largest rate survived, log2", margin=0.5, unit="octaves", scale="rank"),
     },
     claims=(
