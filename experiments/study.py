@@ -119,6 +119,9 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     file, console = out / VALUES, Console(stderr=True)
     done = {(one["arm"], one["seed"]) for one in _lines(file)}
+    if file.is_file() and not file.read_bytes().endswith(b"\n"):
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write("\n")  # after a line that a kill cut short
     started = time.monotonic()
     for seed in range(1, 1 + (study.seeds if seeds is None else seeds)):
         if budget is not None and time.monotonic() - started > budget:

@@ -2,7 +2,8 @@
 
 Adam cancels a constant factor on a gradient, but for epsilon and fp16's range: so EGS can act only through the global clip, where a
 smaller share of the embedding leaves more of the budget to the other layers. Earlier suites judged it with clipping off.
-The held-out loss at rate 2^-8; ``egs-frontier`` has the rate that is survived. The gradient is shrunk on both sides of a tied matrix.
+The held-out loss at rate 2^-8; ``egs-frontier`` has the rate that is survived. The gradient is shrunk on both sides of a tied
+matrix.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ CLIPS = {"clip1": "1", "clip01": "0.1", "unclipped": "0"}
 
 def measure(cell: Cell) -> Mapping[str, float]:
     run = trial(cell.config, data=cell.data, rate=RATE)
-    values = {
+    return {
         "heldout": run.heldout,
         "norm": math.exp(sum(map(math.log, run.norm[20:])) / len(run.norm[20:])),
     }
-    return values
 
 
 STUDY = Study(
