@@ -17,13 +17,14 @@ taken, and the caller is told; nothing in a checkpoint is ever executed.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ class Checkpoint:
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
+
+    def copied(self) -> Checkpoint:
+        """The same in tensors of its own, which no later update changes."""
+        return replace(
+            self,
+            model={name: tensor.detach().clone() for name, tensor in self.model.items()},
+            optimizer={name: tensor.detach().clone() for name, tensor in self.optimizer.items()},
+            state=copy.deepcopy(dict(self.state)),
+        )
 
 
 def path_of(folder: Path, step: int) -> Path:

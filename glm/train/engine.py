@@ -13,7 +13,7 @@ Dropout masks are a function of (seed, step, row): resuming or replaying a step 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,6 +106,12 @@ class Engine(Protocol):
     def set_embedding_gradient_shrink(self, alpha: float) -> None:
         """EGS's alpha from the next forward pass on; 1 is off."""
 
+    def withhold(self, parameters: Set[str]) -> None:
+        """Leave these parameters, and their moments, as they are in every update from the next one on. Empty: update all."""
+
+    def renew_second_moments(self, parameters: Set[str]) -> None:
+        """Let the next update forget the past of these parameters' second moments."""
+
     def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """The fp32 weights and the moments, by name: of several processes, what this one keeps of them. They are live: copy
         what must outlast the next update."""
@@ -155,6 +161,12 @@ class Updates:
 
     def discard(self) -> None:
         self.optimizer.zero_grad()
+
+    def withhold(self, parameters: Set[str]) -> None:
+        self.optimizer.withheld = frozenset(parameters)
+
+    def renew_second_moments(self, parameters: Set[str]) -> None:
+        self.optimizer.renewed = frozenset(parameters)
 
     @abstractmethod
     def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> CheckpointWriter:

@@ -66,6 +66,11 @@ class StepInfo:
 class Callback:
     """An observer of the loop. Override what you need; nothing here needs calling."""
 
+    @property
+    def state_name(self) -> str:
+        """Under which a checkpoint keeps ``state_dict``."""
+        return type(self).__name__
+
     def train_start(self, trainer: Trainer) -> None:
         """Before the first step, on a fresh or a restored state."""
 

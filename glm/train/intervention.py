@@ -1,4 +1,4 @@
-"""What the responder has changed about training so far: the state between a decision and its expiry.
+"""What the responder, or a replay, has changed about training so far: the state between a decision and its expiry.
 
 A decision (``stabilitylab.spikes.Decision``) is carried out by the loop; what lasts longer than a step is kept here, saved
 in checkpoints, and applied on top of the schedules:
@@ -7,6 +7,7 @@ in checkpoints, and applied on top of the schedules:
     EGS alpha       min(schedule, alpha)
     clipping bound  min(configured, clip)
     data position   jumps ahead by so many batches when a given step is reached
+    updates         not made to some parameters, up to a given step
 
 Sources: OPT-175B lowered its rate and clip bound by hand (2205.01068, section 2.5); GLM-130B lowered alpha; PaLM went back
 about 100 steps and skipped 200-500 batches (2204.02311, section 5.1).
@@ -30,12 +31,16 @@ class Intervention:
         alpha: upper bound of EGS's alpha; None: the schedule's own.
         clip: upper bound of the clipping norm; None: the configured one.
         skips: (step, batches): how many batches are left out before that step.
+        held: names of parameters that are not updated.
+        held_until: the first step that updates them again; None: never.
     """
 
     rate_factor: float = 1.0
     alpha: float | None = None
     clip: float | None = None
     skips: tuple[tuple[int, int], ...] = ()
+    held: tuple[str, ...] = ()
+    held_until: int | None = None
 
     def after(self, decision: Decision) -> Intervention:
         """What holds once a decision is carried out."""
@@ -45,7 +50,8 @@ class Intervention:
             kept = tuple(skip for skip in skips if skip[0] <= decision.back_to)
             skips = (*kept, (decision.back_to, decision.skip_batches))
         bounds = [bound for bound in (self.clip, decision.clip) if bound is not None]
-        return Intervention(
+        return replace(
+            self,
             rate_factor=self.rate_factor * (decision.rate_factor or 1.0),
             alpha=self.alpha if decision.alpha is None else decision.alpha,
             clip=min(bounds, default=None),
@@ -61,6 +67,11 @@ class Intervention:
     def skipped_before(self, step: int) -> int:
         """Batches to leave out before ``step``."""
         return sum(batches for at, batches in self.skips if at == step)
+
+    def held_at(self, step: int) -> frozenset[str]:
+        """Parameters that the update of ``step`` leaves alone."""
+        over = self.held_until is not None and step >= self.held_until
+        return frozenset() if over else frozenset(self.held)
 
     def clipping(self, configured: float) -> float:
         """The bound in force. A configured 0 means no clipping, which a bound of ours replaces."""
@@ -78,4 +89,12 @@ class Intervention:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Intervention:
         skips = tuple((int(step), int(batches)) for step, batches in state["skips"])
-        return cls(rate_factor=state["rate_factor"], alpha=state["alpha"], clip=state["clip"], skips=skips)
+        return cls(
+            rate_factor=state["rate_factor"],
+            alpha=state["alpha"],
+            clip=state["clip"],
+            skips=skips,
+            # States saved before updates could be withheld do not say.
+            held=tuple(state.get("held", ())),
+            held_until=state.get("held_until"),
+        )

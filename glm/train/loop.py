@@ -133,6 +133,7 @@ class Trainer:
             schedule.embedding_gradient_shrink(step, self.config.model.embedding.gradient_shrink)
         )
         self.engine.set_embedding_gradient_shrink(alpha)
+        self.engine.withhold(intervention.held_at(step))
         own = self.engine.own_rows(rows)
         batch = self.loader.samples(range(self.samples + own.start, self.samples + own.stop))
         data_seconds = time.perf_counter() - started
@@ -279,7 +280,7 @@ class Trainer:
                 "engine": self.engine.state_dict(),
                 "responder": self.responder.state_dict(),
                 "intervention": self.intervention.state_dict(),
-                "callbacks": {type(callback).__name__: callback.state_dict() for callback in self.callbacks},
+                "callbacks": {callback.state_name: callback.state_dict() for callback in self.callbacks},
             },
         )
 
@@ -297,6 +298,6 @@ class Trainer:
         self.responder.load_state_dict(saved["responder"])
         self.intervention = Intervention.from_state(saved["intervention"])
         for callback in self.callbacks:
-            if (own := saved["callbacks"].get(type(callback).__name__)) is not None:
+            if (own := saved["callbacks"].get(callback.state_name)) is not None:
                 callback.load_state_dict(own)
         self._saved_at = self.step

@@ -10,6 +10,9 @@ c is 1, or with ``update_clipping`` max(1, RMS_t), RMS_t = sqrt(mean(g^2 / max(v
 section 3.4). ``zclip`` bounds the norm by an exponential mean and deviation of its past instead of a constant (2504.02507): a norm
 z > 2.5 deviations above the mean is clipped to mean + 2.5^2 / z deviations. A non-finite norm is not taken into that past.
 
+Parameters that are ``withheld`` keep master, weight and both moments to the last bit; the others are updated as they would be,
+by the same clipping factor. Renewed second moments forget their past: v is set so that this update's v / (1 - b2^t) is g^2.
+
 Norms are computed once a step, per tensor; the global one follows from them, and telemetry gets them for nothing. A gradient that
 is not finite is not applied. The update is torch's fused kernel: one pass over weight, gradient and moments, clipping included.
 Groups carry ``betas``, ``eps`` and ``step`` as torch's own optimizers do, so that instruments can correct the moments' bias.
@@ -20,7 +23,7 @@ Limits: one device; decay applies to matrices, not to biases, norms and other ve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +128,9 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         self._accumulated: dict[str, Tensor] = {}
         self._summary: GradientSummary | None = None
         self._clip = config.clip
+        # Names of the parameters that updates leave alone, and of those whose second moments the next one begins anew.
+        self.withheld: frozenset[str] = frozenset()
+        self.renewed: frozenset[str] = frozenset()
         self.updates = 0
         self._norm_mean = self._norm_variance = 0.0
         self._norms_seen = 0
@@ -207,12 +213,27 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         assert self._summary is not None
         factor = self._clip_factor(self._summary.global_norm)
         self.updates += 1
+        held = {self._masters[name] for name in self.withheld if name in self._masters}
+        self._renew(held, factor)
         for group in self.param_groups:
             group["step"] = self.updates
-            masters = [p for p in group["params"] if p.grad is not None]
+            masters = [p for p in group["params"] if p.grad is not None and p not in held]
             if masters:
                 self._apply(masters, group, factor)
         self._publish()
+
+    def _renew(self, held: Set[nn.Parameter], factor: float) -> None:
+        """Let the second moments in ``renewed`` be what this gradient alone would make them."""
+        beta2 = self.config.beta2
+        correction2 = 1 - beta2**self.updates
+        for name in self.renewed:
+            master = self._masters.get(name)
+            if master is None or master in held or master.grad is None or beta2 == 0:
+                continue
+            # b2 v + (1 - b2) g^2 = (1 - b2^t) g^2; at t = 1 v is 0 as ever.
+            share = (correction2 - (1 - beta2)) / beta2
+            self.state[master][MOMENTS[1]].copy_((master.grad * factor).square() * share)
+        self.renewed = frozenset()
 
     def _apply(self, masters: list[Tensor], group: Mapping[str, Any], factor: float) -> None:
         """Move some weights by their gradients, which are clipped in place."""

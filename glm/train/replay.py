@@ -2,10 +2,18 @@
 
     glm replay RUN --event 3 --before 20 --steps 60 --model.embedding.gradient-shrink 0.1
 
-An event's number is its place among the run's episodes, as ``stabilitylab spikes RUN`` lists them. The run is taken up from
-the newest kept state at or before ``before`` steps ahead of the onset (``flight/``, ``checkpoints/``, else the beginning),
-trained unchanged up to there, and from there on with the change. Data, order and dropout are functions of seed and step, so
-without a change the fork repeats the original bit for bit, and the command says whether it did.
+    glm replay RUN --event 3 --hold 'layers.*.attention' --hold-steps 5
+    glm replay RUN --event 3 --only embedding
+    glm replay RUN --event 3 --skip-batches 412 413
+    glm replay RUN --event 3 --rate-factor 0.3
+    glm replay RUN --event 3 --optimizer.clip 0.3
+    glm replay RUN --event 3 --renew-second-moments '*'
+
+(``glm.train.forks`` says what each does, and trains many forks in one process.) An event's number is its place among the run's
+episodes, as ``stabilitylab spikes RUN`` lists them. The run is taken up from the newest kept state at or before ``before``
+steps ahead of the onset (``flight/``, ``checkpoints/``, else the beginning), trained unchanged up to there, and from there on
+with the change. Data, order and dropout are functions of seed and step, so without a change the fork repeats the original bit
+for bit, and the command says whether it did.
 
 A fork is a run folder under ``RUN/replays/event-N/``, named by what was changed, with everything measured at every step.
 All forks of an event are compared in ``RUN/replays/event-N/report.html``.
@@ -17,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -25,23 +34,28 @@ from pathlib import Path
 
 from rich.console import Console
 
-from glm.data.loader import Loader
 from glm.data.shards import TokenData, open_data
 from glm.errors import InputError
-from glm.train import checkpoint as checkpoints
 from glm.train.checkpoint import Checkpoint
-from glm.train.config import TrainConfig, differences, from_json
-from glm.train.engine import LocalEngine
-from glm.train.loop import FLIGHT, Trainer
+from glm.train.config import TrainConfig, differences
+from glm.train.forks import (
+    Change,
+    config_of,
+    data_of,
+    episode_of,
+    lead_in,
+    state_before,
+    trainer_of,
+)
 from glm.train.monitoring import MonitorCallback
 from glm.train.replay_report import show, write_report
 from stabilitylab.command_line import parse
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
-from stabilitylab.spikes import Episode, episodes_of
 from stabilitylab.telemetry import Event
 
 UNCHANGED = "unchanged"
+_LONGEST = 110
 _COMPARED = ("train/-/loss", "train/-/gradient_norm", "precision/-/loss_scale")
 
 
@@ -56,8 +70,7 @@ class Replay:
         steps: steps trained from there.
         data: folder made by ``glm shards``; None: where the run found it.
         out: the fork's folder; None: under the run's own.
-        skip: steps whose batches are left out.
-        config: the fork's configuration.
+        change: what the fork does otherwise.
     """
 
     run: Path
@@ -66,8 +79,7 @@ class Replay:
     steps: int
     data: Path | None
     out: Path | None
-    skip: tuple[int, ...]
-    config: TrainConfig
+    change: Change
 
 
 def replay_command(arguments: Sequence[str]) -> int:
@@ -79,7 +91,7 @@ def replay_command(arguments: Sequence[str]) -> int:
         siblings = sorted(path for path in fork.path.parent.iterdir() if (path / "config.json").is_file())
         runs = [load_run(path) for path in siblings]
     original = load_run(asked.run)
-    episode = _episode(original, asked.event)
+    episode = episode_of(original, asked.event)
     show(Console(), original, episode, runs)
     folder = fork.path if asked.out is not None else fork.path.parent
     print(f"report: {write_report(folder, original, episode, runs)}")
@@ -93,11 +105,11 @@ def replay(asked: Replay, *, console: Console) -> Run:
         InputError: there is no such event, its data or states are missing, or the changed model cannot take the state.
     """
     run = load_run(asked.run)
-    original = _config(run)
-    episode = _episode(run, asked.event)
-    data = open_data(asked.data or _data_of(run))
+    original = config_of(run)
+    episode = episode_of(run, asked.event)
+    data = open_data(asked.data or data_of(run))
     begin = max(0, episode.onset - asked.before)
-    change = describe_change(original, asked.config, asked.skip)
+    change = describe_change(original, asked.change)
     out = RunFolder(asked.out or asked.run / "replays" / f"event-{asked.event}" / _folder_name(change))
     if (out.path / "config.json").exists():
         raise InputError(
@@ -105,13 +117,13 @@ def replay(asked: Replay, *, console: Console) -> Run:
         )
     out.claim()
     try:
-        start = _state_before(run, begin)
+        start = state_before(run, begin)
         console.print(
             f"event {asked.event}: {episode.kind} at step {episode.onset}; "
             f"from {'the beginning' if start is None else f'the state of step {start.step}'}, change at step {begin}"
         )
-        state = _lead_in(original, data, start, begin)
-        _train_fork(asked, data, state, out, begin, change)
+        state = lead_in(original, data, start, begin)
+        _train_fork(asked, data, state, out, change)
     finally:
         out.release()
     fork = load_run(out.path)
@@ -120,12 +132,10 @@ def replay(asked: Replay, *, console: Console) -> Run:
     return fork
 
 
-def describe_change(original: TrainConfig, changed: TrainConfig, skip: Sequence[int]) -> str:
+def describe_change(original: TrainConfig, change: Change) -> str:
     """What differs, as ``field=value`` joined by commas; "unchanged" if nothing does."""
-    lines = differences(json.loads(original.to_json()), json.loads(changed.to_json()))
-    words = [f"{line.partition(': ')[0]}={line.rpartition(' -> ')[2]}" for line in lines]
-    if skip:
-        words.append("skip=" + "+".join(str(step) for step in skip))
+    lines = differences(json.loads(original.to_json()), json.loads((change.config or original).to_json()))
+    words = [f"{line.partition(': ')[0]}={line.rpartition(' -> ')[2]}" for line in lines] + change.words
     return ",".join(words) or UNCHANGED
 
 
@@ -170,6 +180,18 @@ def _parse(arguments: Sequence[str]) -> Replay:
         metavar="STEP",
         help="leave the batches of these steps out",
     )
+    for flag, meaning in (
+        ("--hold", "withhold the update of the parameters or modules that match; may be repeated"),
+        ("--only", "update only those; may be repeated"),
+        ("--renew-second-moments", "let their second moments be what the next gradient alone makes them"),
+    ):
+        own.add_argument(flag, action="append", default=[], metavar="GLOB", help=meaning)
+    own.add_argument(
+        "--hold-steps", type=int, metavar="K", help="updates for which --hold and --only last (all)"
+    )
+    own.add_argument(
+        "--rate-factor", type=float, default=1.0, metavar="F", help="multiply the scheduled rate"
+    )
     own.exit_on_error = False
     try:
         words, rest = own.parse_known_args(list(arguments))
@@ -177,7 +199,15 @@ def _parse(arguments: Sequence[str]) -> Replay:
         raise InputError(f"glm replay: {error}") from None
     if words.before < 0 or words.steps < 1:
         raise InputError("glm replay: --before is 0 or more steps, --steps at least 1")
-    config = _config(load_run(words.run))
+    change = Change(
+        skip=tuple(sorted(words.skip_batches)),
+        hold=tuple(words.hold),
+        only=tuple(words.only),
+        hold_steps=words.hold_steps,
+        rate_factor=words.rate_factor,
+        renew_second_moments=tuple(words.renew_second_moments),
+    )
+    config = config_of(load_run(words.run))
     changed: TrainConfig = parse(TrainConfig, rest, program="glm replay RUN --event N", default=config)
     return Replay(
         run=words.run,
@@ -186,81 +216,29 @@ def _parse(arguments: Sequence[str]) -> Replay:
         steps=words.steps,
         data=words.data,
         out=words.out,
-        skip=tuple(sorted(words.skip_batches)),
-        config=changed,
+        change=dataclasses.replace(change, config=changed),
     )
 
 
-def _config(run: Run) -> TrainConfig:
-    file: Path = run.folder.config
-    if not file.is_file():
-        raise InputError(f"{run.path} has no config.json: only runs of `glm train` can be replayed")
-    return from_json(file.read_text(encoding="utf-8"), source=file)
-
-
-def _episode(run: Run, number: int) -> Episode:
-    episodes = episodes_of(run.events)
-    if not episodes:
-        raise InputError(f"{run.path} has no events to replay")
-    if not 1 <= number <= len(episodes):
-        listed = ", ".join(f"{i} ({one.kind} at {one.onset})" for i, one in enumerate(episodes[:10], start=1))
-        more = ", ..." if len(episodes) > 10 else ""
-        raise InputError(f"{run.path} has no event {number}: choose one of {listed}{more}")
-    return episodes[number - 1]
-
-
-def _data_of(run: Run) -> Path:
-    for event in reversed(run.events):
-        if event.kind == "run-start" and "data" in event.data:
-            return Path(event.data["data"])
-    raise InputError(f"{run.path} does not say where its data lies: give --data")
-
-
-def _state_before(run: Run, step: int) -> Checkpoint | None:
-    """The newest whole state at or before ``step``; None where the beginning is the only one."""
-    folders = (run.path / FLIGHT, run.folder.checkpoints)
-    found = [one for folder in folders for one in checkpoints.list_checkpoints(folder) if one[0] <= step]
-    for _, path in sorted(found, reverse=True):
-        try:
-            return checkpoints.load(path)
-        except InputError:
-            continue  # damaged: an older one gives the same steps, only later
-    return None
-
-
-def _trainer(config: TrainConfig, data: TokenData, callbacks: Sequence[MonitorCallback]) -> Trainer:
-    loader = Loader(data, config.objective, config.sampling, length=config.model.length, seed=config.seed)
-    return Trainer(config, LocalEngine(config), loader, callbacks=callbacks)
-
-
-def _lead_in(config: TrainConfig, data: TokenData, start: Checkpoint | None, begin: int) -> Checkpoint:
-    """The state of step ``begin``, trained from ``start`` as the original was."""
-    # The detector goes along, so that the fork judges its steps by the same history; nothing is written.
-    watch = MonitorCallback(None, dataclasses.replace(config.monitor, every=0, gradients_every=0, recorder=0))
-    trainer = _trainer(config, data, (watch,))
-    if start is not None:
-        trainer.restore(start)
-    return trainer.advance(begin)
-
-
-def _train_fork(
-    asked: Replay, data: TokenData, state: Checkpoint, out: RunFolder, begin: int, change: str
-) -> None:
+def _train_fork(asked: Replay, data: TokenData, state: Checkpoint, out: RunFolder, told: str) -> None:
+    assert asked.change.config is not None
     monitor = dataclasses.replace(
-        asked.config.monitor, every=1, gradients_every=1, recorder=0, tensorboard=False
+        asked.change.config.monitor, every=1, gradients_every=1, recorder=0, tensorboard=False
     )
-    config = dataclasses.replace(asked.config, monitor=monitor)
-    watch = MonitorCallback(out, monitor)
-    trainer = _trainer(config, data, (watch,))
+    config = dataclasses.replace(asked.change.config, monitor=monitor)
+    trainer = trainer_of(config, data, (MonitorCallback(out, monitor),))
     trainer.restore(state)
-    trainer.intervention = trainer.intervention.leaving_out(asked.skip)
+    asked.change.apply(trainer)
     out.config.write_text(config.to_json(), encoding="utf-8")
     trainer.tell(
-        Event(step=begin, kind="rewind", data={"why": "fork", "of": str(asked.run), "change": change})
+        Event(step=state.step, kind="rewind", data={"why": "fork", "of": str(asked.run), "change": told})
     )
-    trainer.train(until=begin + asked.steps)
+    trainer.train(until=state.step + asked.steps)
 
 
 def _folder_name(change: str) -> str:
-    """A name that every file system takes."""
-    return "".join(c if c.isalnum() or c in "._=+,-" else "-" for c in change)[:120]
+    """A name that every file system takes, and no other change has."""
+    name = "".join(c if c.isalnum() or c in "._=+,-" else "-" for c in change)
+    if name == change and len(name) <= _LONGEST:
+        return name
+    return f"{name[:_LONGEST]}-{hashlib.sha256(change.encode()).hexdigest()[:6]}"

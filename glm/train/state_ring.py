@@ -7,9 +7,7 @@ moments: 12 bytes a parameter.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
-from dataclasses import replace
 
 from glm.train.checkpoint import Checkpoint
 
@@ -38,14 +36,7 @@ class StateRing:
 
     def keep(self, state: Checkpoint) -> None:
         """Copy a live state into the ring."""
-        self._states.append(
-            replace(
-                state,
-                model={name: tensor.detach().clone() for name, tensor in state.model.items()},
-                optimizer={name: tensor.detach().clone() for name, tensor in state.optimizer.items()},
-                state=copy.deepcopy(dict(state.state)),
-            )
-        )
+        self._states.append(state.copied())
 
     def newest_at(self, step: int) -> Checkpoint | None:
         """The newest state at or before ``step``, or the oldest there is. None: there is none."""

@@ -107,9 +107,35 @@ def test_batches_can_be_left_out_and_the_precision_changed(run):
     assert fork.series("train/-/first_sample").tolist() == samples.loc[[20, 21, 24, 25, 26, 27]].tolist()
 
 
+def test_updates_can_be_withheld(run):
+    replayed(
+        run,
+        "--before",
+        "0",
+        "--steps",
+        "3",
+        "--hold",
+        "embedding",
+        "--hold",
+        "layers.0*",
+        "--hold-steps",
+        "2",
+    )
+    (fork,) = (load_run(path) for path in (run / "replays" / "event-1").glob("hold=*"))
+    updates = fork.rows("update", "rms").groupby("site")["value"].apply(list)
+    assert updates["embedding.weight"][:2] == [0.0, 0.0]
+    assert updates["embedding.weight"][2] > 0
+    assert min(updates["layers.1.attention.output.weight"]) > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            ["--event", "1", "--hold", "embeding"],
+            r"--hold 'embeding' matches no parameter .*: it has embedding, ",
+        ),
+        (["--event", "1", "--only", "x", "--out", "{}"], "--only 'x' matches no"),
         (["--event", "9"], r"no event 9: choose one of 1 \(spike at 22\)"),
         (["--event", "1", "--steps", "0"], "--steps at least 1"),
         (["--event", "x"], "invalid int value"),
