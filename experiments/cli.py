@@ -28,6 +28,12 @@ USAGE = "usage: python -m experiments {run SUITE | report SUITE | verdicts | jud
 SuiteName = Annotated[str, tyro.conf.Positional]
 
 
+def _processors() -> int:
+    """Those that this process may use, where the system says so: Linux does, macOS and Windows do not."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
 def load_suite(name: str) -> Suite:
     """The suite of that name. Raises InputError with the names there are."""
     suite = load(name)
@@ -92,7 +98,7 @@ def run(
         chosen,
         data=data or chosen.data(Path("data") / chosen.data.__name__),
         out=out,
-        parallel=parallel or len(os.sched_getaffinity(0)),
+        parallel=parallel or _processors(),
         steps=steps,
     )
     console = Console()

@@ -76,31 +76,10 @@ def show(run: RunPath) -> int:
     Args:
         run: run folder.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from stabilitylab.figures.style import plain
+    from stabilitylab.report.terminal import show_run
     from stabilitylab.runs import load_run
 
-    loaded, console = load_run(run), Console()
-    metrics = loaded.metrics
-    table = Table("metric", "steps", "first", "last", "largest", "not finite", title=Text(str(loaded.path)))
-    scalars = metrics[metrics["family"].isin(["train", "precision"]) & (metrics["size"] == 0)]
-    for family, site, statistic in scalars[["family", "site", "statistic"]].itertuples(index=False):
-        series = loaded.series(f"{family}/{site}/{statistic}")
-        finite = series[abs(series) < float("inf")]
-        numbers = [series.iloc[0], series.iloc[-1], finite.max()]
-        shown = [plain(float(f"{number:.5g}")) for number in numbers]
-        bad = len(series) - len(finite)
-        table.add_row(Text(f"{family}/{site}/{statistic}"), str(len(series)), *shown, str(bad) if bad else "")
-    console.print(table)
-    events = Table("step", "event", "what")
-    for event in loaded.events:
-        what = ", ".join(f"{name} {value}" for name, value in event.data.items())
-        # Names come from the run: none of them is markup.
-        events.add_row(str(event.step), Text(event.kind), Text(what))
-    console.print(events)
+    show_run(load_run(run))
     return 0
 
 

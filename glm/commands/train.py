@@ -31,6 +31,7 @@ from glm.distributed.launch import joined, speaks
 from glm.distributed.process_group import EverywhereError, EverywhereOSError, ProcessGroup
 from glm.errors import InputError
 from glm.parallel.topology import checked
+from glm.planning.fits import check_fits
 from glm.presets import PRESETS
 from glm.train import checkpoint as checkpoints
 from glm.train.config import MAY_CHANGE, TrainConfig, differences, from_json
@@ -132,6 +133,8 @@ def train(command: TrainCommand, *, console: Console) -> bool:
             config = with_vocabulary(command.config, data)
             if config.parallel.ranks > 1:
                 checked(config.parallel, config.model)
+            else:
+                check_fits(config.model, config.precision, device)
         run = RunFolder(command.out)
         resumes = False
         try:

@@ -14,6 +14,7 @@ Who writes while training goes on writes a copy: 12 bytes a parameter over all p
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -26,6 +27,7 @@ from glm.distributed.process_group import ProcessGroup, SingleProcess
 from glm.train import checkpoint as checkpoints
 from glm.train.checkpoint import Checkpoint
 
+_log = logging.getLogger("glm")
 Entries = dict[str, dict[str, Any]]
 
 
@@ -96,7 +98,11 @@ class CheckpointWriter:
         """Training broke off. One process still finishes what it began; several may not be there to agree any more."""
         wait([self._written])
         if isinstance(self._processes, SingleProcess) and self._written.exception() is None:
-            self.publish(keep=keep)
+            try:
+                self.publish(keep=keep)
+            except OSError as error:
+                # What broke training off is what is to be heard of, and observers are yet to be closed.
+                _log.warning("the checkpoint of step %d could not be written: %s", self.step, error)
         elif self._processes.leads:
             shutil.rmtree(self._partial, ignore_errors=True)
 

@@ -133,9 +133,15 @@ def _show(scan: Scan, log: Log) -> None:
 
 
 def _explanations(log: Log) -> list[str]:
-    """A run folder says why: the first sentences of each diagnosis it holds."""
-    events = RunFolder(log.path).read_events() if log.path.is_dir() else []
+    """A run folder says why: the first sentences of each diagnosis it holds, or where it was not closed, of those made now."""
+    if not log.path.is_dir() or not RunFolder(log.path).events.is_file():
+        return []
+    events = RunFolder(log.path).read_events()
     diagnoses = [event for event in events if event.kind == "diagnosis"]
+    if not diagnoses:
+        from stabilitylab.spikes.explain import explain  # reads telemetry: only where it is wanted
+
+        diagnoses = explain(RunFolder(log.path))
     return [" ".join(event.data["sentences"][:3]) for event in diagnoses]
 
 

@@ -139,6 +139,19 @@ def test_training_that_breaks_off_finishes_what_it_began_to_write(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_a_last_checkpoint_that_cannot_be_put_in_place_ends_nothing(tmp_path, monkeypatch, caplog):
+    """It is called while training ends of something else: observers are closed after it."""
+    writer = begin(tmp_path, a_checkpoint(1), background=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "finish", full)
+    writer.leave(keep=1)
+    assert "step 1 could not be written" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
 SAVE_UNDER_A_LIMIT = """
     import resource, signal, sys
     from pathlib import Path

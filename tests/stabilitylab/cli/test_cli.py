@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 
 from stabilitylab.cli import COMMANDS, main
 from stabilitylab.report import Page
+from stabilitylab.runs.folder import RunFolder
+from stabilitylab.sinks import ParquetSink
+from stabilitylab.telemetry import Event, Key, Samples
 from tests.stabilitylab import story
 from tests.stabilitylab.test_telemetry import as_nobody
 
@@ -79,7 +83,25 @@ def test_show(run_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert "train/-/loss" in said
     (norm,) = [line for line in said.splitlines() if "gradient_norm" in line and "120" in line]
     assert norm.split("│")[-2].strip() == "1"  # the one infinite norm is counted, not dropped
-    assert f"onset {story.SPIKE}" in said
+    assert f"that began at step {story.SPIKE} is over" in said
+    assert "{" not in said
+    assert "'" not in said
+
+
+def test_show_in_a_pipe_cuts_no_name(tmp_path: Path) -> None:
+    key = Key("train", "-", "a_value_with_a_name_that_is_longer_than_a_terminal_is_wide_" * 2)
+    sink = ParquetSink(tmp_path / "telemetry")
+    sink.write(Samples.of([(0, key, 1.0)]), [])
+    sink.close()
+    data = {"torch": "2.13", "parallel": {"data": 2, "tensor": 1}, "changed": ["a", "b"], "nothing": None}
+    RunFolder(tmp_path).append_events([Event(step=3, kind="run-start", data=data)])
+    command = [sys.executable, "-m", "stabilitylab", "show", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    said = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=60, env=environment
+    ).stdout
+    assert key.metric in said
+    assert "step 3: run start: torch 2.13, parallel data 2, parallel tensor 1, changed a and b\n" in said
 
 
 def test_wrong_paths(tmp_path: Path, run_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
