@@ -311,7 +311,7 @@ def train_glm(folder: Path, plant: Plant | None, seed: int, *, every: int, recor
         objective=ObjectiveConfig(kind="causal"),
         batch=BatchConfig(rows=ROWS),
         optimizer=OptimizerConfig(),
-        schedule=ScheduleConfig(peak=3e-3, warmup=10),
+        schedule=ScheduleConfig(peak=3e-3, warmup=10, shape="constant"),
         monitor=MonitorConfig(every=every, gradients_every=every, recorder=recorder, tensorboard=False),
         checkpoint=CheckpointConfig(every=0, ring=0),
     )  # fmt: skip
