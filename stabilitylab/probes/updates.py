@@ -71,6 +71,7 @@ class UpdateProbe:
     def __init__(self) -> None:
         self._handles: list[Any] = []
         self._updates: dict[int, _Entry] = {}
+        self._held: dict[int, Tensor] = {}  # gradients, during a step
         self._full = KeyTable("update", STATISTICS)
         self._short = KeyTable("update", WITHOUT_MOMENTS)
         self._ready = False
@@ -132,6 +133,9 @@ class UpdateProbe:
                 entry.update = Update(here)
             if entry.update.sampled:
                 chosen.append(entry)
+            # Some optimizers (heavyball's) let go of each gradient once they have used it.
+            if p.grad is not None:
+                self._held[id(p)] = p.grad
         with torch.no_grad():
             take_before([entry.update for entry in chosen])
         self._look_between(chosen, settings_of(optimizer.param_groups))
@@ -160,6 +164,7 @@ class UpdateProbe:
 
     def _release(self) -> None:
         self._ready = False
+        self._held.clear()
         for entry in self._updates.values():
             entry.update.lend(None)
 
@@ -172,12 +177,13 @@ class UpdateProbe:
         seen: list[Update] = []
         for p, group in self._listed(optimizer):
             entry = self._updates.get(id(p))
-            if entry is None or p.grad is None or not entry.update.sampled:
+            given = p.grad if p.grad is not None else self._held.get(id(p))
+            if entry is None or given is None or not entry.update.sampled:
                 continue
             update, slots = entry.update, entry.slots
             if not update.follow(local_part(p.detach())[0]):
                 continue
-            gradient, moments = local_part(p.grad)[0], _moments(states.get(p, {}), group)
+            gradient, moments = local_part(given)[0], _moments(states.get(p, {}), group)
             if slots.device.type == "cpu" and update.prepare(gradient, moments, buffer.address(slots)):
                 jobs.append(update.address)
             else:
@@ -283,6 +289,9 @@ def statistics(rows: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, n
 
 def _moments(state: Mapping[str, Any], group: Mapping[str, Any]) -> Moments | None:
     """Adam's moments from a parameter's optimizer state; None if there are none."""
+    if "exp_avg" not in state:  # heavyball keeps it one level further down
+        nested = (inner for inner in state.values() if isinstance(inner, Mapping) and "exp_avg" in inner)
+        state = {**state, **next(nested, {})}
     first, second, betas = state.get("exp_avg"), state.get("exp_avg_sq"), group.get("betas")
     if not (isinstance(first, Tensor) and isinstance(second, Tensor) and betas):
         return None

@@ -146,3 +146,34 @@ def test_a_copy_of_the_scaler_is_on_its_own(copied: Callable[[Any], Any]) -> Non
         other.update()
         assert not torch.equal(twin[0].weight, model[0].weight)
         assert not scaler._per_optimizer_states
+
+
+class Forgetful(torch.optim.AdamW):
+    """As heavyball's: gradients are gone after the step, and the state lies one level further down."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p, state in self.state.items():
+            self.state[p] = state.get(0, state)
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+                self.state[p] = {0: self.state[p]}
+
+
+def test_an_optimizer_that_lets_go_of_gradients_and_nests_its_state() -> None:
+    found = []
+    for kind in (torch.optim.AdamW, Forgetful):
+        model, sink = small(), Recording()
+        optimizer = kind(model.parameters(), lr=0.01)
+        with Monitor(model, optimizer, every=1, sinks=[sink], detector=None) as monitor:
+            for step in range(3):
+                model(torch.ones(4, 8) + step).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                monitor.step(step)
+        found.append({key: v for key, v in sink.rows.items() if key[1].startswith("update/")})
+    assert found[1].keys() == found[0].keys()
+    assert len({name for _, name, _ in found[0] if name.endswith("/rms_t")}) == 6
+    for key, value in found[0].items():
+        assert found[1][key] == pytest.approx(value, rel=1e-6, nan_ok=True), key
