@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": ("stabilitylab.cli", "several runs over each other, as HTML"),
     "show": ("stabilitylab.cli", "a run's last values and its events, on the terminal"),
     "spikes": ("stabilitylab.spikes.commands", "find spikes in a training log or run folder"),
+    "inspect": ("stabilitylab.logs.commands", "what a training log holds, without judging it"),
     "precursors": (
         "stabilitylab.spikes.commands",
         "how well each signal warned of a folder of runs' episodes",

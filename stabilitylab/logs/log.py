@@ -1,29 +1,21 @@
-"""Training logs from anywhere, as a stream of numbers: CSV, JSONL, Parquet, TensorBoard files, run folders.
+"""What a log is to those who judge it: steps and signals in blocks; and which column is which signal.
 
-A log is read in blocks, so its size does not matter. What a column is called differs from trainer to trainer;
-names are compared in lower case with ``/``, ``-`` and blanks as ``_`` and without a leading ``train_``:
+Names are compared in lower case with ``/``, ``-`` and blanks as ``_`` and without a leading ``train_``; where none fits
+as a whole, by their last part (``learning/loss``). The names of each signal, best first, are ``_NAMES`` below, and in
+docs/logs.md. Losses are chosen as a person would: training before everything else (columns of validation are never the
+training loss), the total before its parts, ``_step`` before ``_epoch``, a curve before the average at the end.
 
-| signal | names |
-| --- | --- |
-| step | step, steps, global_step, iteration, iterations, iter, it, update, num_steps |
-| loss | loss, lm_loss, training_loss, total_loss, nll_loss, else the only column with "loss" in its name |
-| gradient norm | grad_norm, gradient_norm, global_grad_norm, grad_norm_total, gnorm |
-| loss scale | loss_scale, scale, grad_scale |
-| learning rate | lr, learning_rate |
-| skipped | skipped, overflow |
-| batch size | batch_size, global_batch_size |
-| phase of the data | data_phase, curriculum_step, curriculum_seqlen, sequence_length, seq_length |
-
-Columns of evaluation (valid, val, eval, test) are never the training loss. An empty cell or ``null`` is a
-value that was not logged; ``nan`` and ``inf`` are values that were. Without a step column the row number is
-the step.
+An empty cell or ``null`` is a value that was not logged; ``nan`` and ``inf`` are values that were. Without a step column
+the row number is the step.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import shlex
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,16 +34,75 @@ from stabilitylab.telemetry import (
 
 STEP = "step"
 _NAMES: Mapping[str, tuple[str, ...]] = {
-    STEP: ("step", "steps", "global_step", "iteration", "iterations", "iter", "it", "update", "num_steps"),
-    LOSS: ("loss", "lm_loss", "training_loss", "total_loss", "nll_loss"),
-    GRADIENT_NORM: ("grad_norm", "gradient_norm", "global_grad_norm", "grad_norm_total", "gnorm"),
-    LOSS_SCALES[0]: ("loss_scale", "scale", "grad_scale"),
-    LEARNING_RATE: ("lr", "learning_rate"),
-    SKIPPED: ("skipped", "overflow"),
+    STEP: (
+        *("num_updates", "global_step", "trainer_global_step", "optimizer_step", "current_steps"),
+        *(
+            "global_step_max_steps",
+            "step",
+            "steps",
+            "iteration",
+            "iterations",
+            "iter",
+            "it",
+            "update",
+            "updates",
+        ),
+        *("num_steps", "batch_idx"),
+    ),
+    LOSS: (
+        *(
+            "loss",
+            "lm_loss",
+            "training_loss",
+            "total_loss",
+            "loss_total",
+            "loss_train_total",
+            "global_avg_loss",
+        ),
+        *(
+            "avg_loss",
+            "loss_avg",
+            "mean_loss",
+            "loss_mean",
+            "ce_loss",
+            "cross_entropy_loss",
+            "crossentropyloss",
+        ),
+        *("reduced_train_loss", "batch_loss", "smooth_loss", "nll_loss"),
+    ),
+    GRADIENT_NORM: (
+        *(
+            "grad_norm",
+            "gradient_norm",
+            "global_grad_norm",
+            "grad_norm_total",
+            "total_grad_norm",
+            "gnorm",
+            "norm",
+        ),
+        *("gradnorm", "raw_grad_norm", "l2_norm_grad_global"),
+    ),
+    LOSS_SCALES[0]: ("loss_scale", "scale", "grad_scale", "scaler_scale"),
+    LEARNING_RATE: (
+        "lr",
+        "learning_rate",
+        "lr_group_0",
+        "lr_group0",
+        "lr_pg0",
+        "lr_adamw",
+        "lr_adam",
+        "lr_sgd",
+    ),
+    SKIPPED: (
+        *("skipped", "overflow", "step_skipped", "skipped_iterations", "number_of_skipped_iterations"),
+        *("skipped_iter", "skipped_steps"),
+    ),
     BATCH_SIZE: ("batch_size", "global_batch_size"),
     DATA_PHASE: ("data_phase", "curriculum_step", "curriculum_seqlen", "sequence_length", "seq_length"),
 }
-EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|test|dev)(_|$)")
+EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
+_BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel's curve
+_SCALE = re.compile(r"loss_scal|scale$")
 BLOCK_ROWS = 65_536
 
 
@@ -97,10 +148,16 @@ class Log:
     Attributes:
         path: where it lies.
         columns: signal -> its name in the log; ``step`` is missing where rows are counted.
+        name: which run, rank or phase of the file; "" where there is one.
+        format: whose format it is.
+        left_out: reason -> how many records were not read; complete once ``blocks`` has run to its end.
     """
 
     path: Path
     columns: Mapping[str, str]
+    name: str = ""
+    format: str = ""
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def blocks(self) -> Iterator[Block]:
         """The rows that hold a step and at least one signal, in the order of the log."""
@@ -119,62 +176,33 @@ def open_log(path: Path, *, loss: str | None = None, step: str | None = None) ->
         InputError: there is no such file, it is empty, cannot be understood, or has no loss column.
     """
     # The readers know this module's names; they are imported when needed, tensorboard and pyarrow with them.
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file or folder")
-    if path.is_dir():
-        return _open_folder(path, loss=loss, step=step)
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty: a log needs a header and at least one row")
-    kind = _kind_of(path)
-    if kind in ("csv", "parquet"):
-        from stabilitylab.logs.tables import CsvLog, ParquetLog
+    from stabilitylab.logs.recognise import open_logs
 
-        return (CsvLog if kind == "csv" else ParquetLog).open(path, loss=loss, step=step)
-    if kind == "tensorboard":
-        from stabilitylab.logs.tensorboard import TensorBoardLog
-
-        return TensorBoardLog.open_files(path, [path], loss=loss, step=step)
-    from stabilitylab.logs.records import JsonLinesLog
-
-    return JsonLinesLog.open(path, loss=loss, step=step)
-
-
-def _open_folder(path: Path, *, loss: str | None, step: str | None) -> Log:
-    if (path / "telemetry").is_dir() or (path / "events.jsonl").is_file():
-        from stabilitylab.logs.records import RunLog
-
-        return RunLog.open(path, loss=loss)
-    files = sorted(file for file in path.rglob("*tfevents*") if file.is_file())
-    if not files:
-        raise InputError(
-            f"{path} is neither a run folder nor one of TensorBoard event files: give a log file"
-        )
-    from stabilitylab.logs.tensorboard import TensorBoardLog
-
-    return TensorBoardLog.open_files(path, files, loss=loss, step=step)
-
-
-def _kind_of(path: Path) -> str:
-    if "tfevents" in path.name:
-        return "tensorboard"
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return "parquet"
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        return "jsonl"
-    if suffix in (".csv", ".tsv"):
-        return "csv"
-    with path.open("rb") as file:
-        head = file.read(4096)
-    if head.startswith(b"PAR1"):
-        return "parquet"
-    return "jsonl" if head.lstrip().startswith(b"{") else "csv"
+    logs = open_logs([path], loss=loss, step=step)
+    if len(logs) > 1:
+        names = ", ".join(repr(log.name) for log in logs)
+        raise InputError(f"{path} holds {len(logs)} runs: {names}; read them with open_logs")
+    return logs[0]
 
 
 def choose_columns(
-    names: Iterable[str], *, source: Path, loss: str | None = None, step: str | None = None
+    names: Iterable[str],
+    *,
+    source: Path,
+    loss: str | None = None,
+    step: str | None = None,
+    counts: Mapping[str, int] | None = None,
+    fractions: Collection[str] = (),
 ) -> dict[str, str]:
     """Which column is which signal.
+
+    Args:
+        names: the log's own names.
+        source: what messages call the log.
+        loss, step: names that were given.
+        counts: how many values each column holds, where that is known: an average at the end is then no loss
+            curve, and a column that most rows lack does not count steps.
+        fractions: columns that hold numbers which are not whole: they do not count steps, either.
 
     Raises:
         InputError: no loss column, or several that could be; the columns there are are named.
@@ -187,27 +215,83 @@ def choose_columns(
             if given not in plain:
                 raise InputError(f"{source} has no column {given!r}: its columns are {_list(names)}")
             chosen[wanted] = given
-    for signal, usual in _NAMES.items():
-        if signal not in chosen:
-            found = [name for word in usual for name in names if plain[name] == word]
-            if found:
-                chosen[signal] = found[0]
     if LOSS not in chosen:
-        others = set(chosen.values())
+        chosen[LOSS] = _loss(names, plain, source, counts)
+    rows = (counts or {}).get(chosen[LOSS], 0)
+    for signal, usual in _NAMES.items():
+        if signal in chosen or signal == LOSS:
+            continue
         found = [
-            n for n in names if "loss" in plain[n] and n not in others and not EVALUATION.search(plain[n])
+            name
+            for word in usual
+            for name in names
+            if (plain[name] == word or (signal != STEP and _tail(name) == word))
+            and not is_evaluation(name)
+            and not _BOUND.search(name)
+            and name not in chosen.values()
         ]
-        if len(found) != 1:
-            problem = "has several loss columns" if found else "has no loss column"
-            which = _list(found) if found else f"its columns are {_list(names)}"
-            raise InputError(f"{source} {problem}: {which}; name one with --loss")
-        chosen[LOSS] = found[0]
+        if signal == STEP:
+            found = [n for n in found if n not in fractions or plain[n] == "step"]
+            found = [n for n in found if not counts or counts[n] * 2 > rows]
+        elif counts:
+            found = [n for n in found if counts[n]]
+        if found:
+            chosen[signal] = found[0]
     return chosen
+
+
+def _loss(
+    names: Sequence[str], plain: Mapping[str, str], source: Path, counts: Mapping[str, int] | None
+) -> str:
+    """The loss as a person would choose it: of training, in total, of each step."""
+    named = [n for n in names if "loss" in plain[n] and not _BOUND.search(n) and not _SCALE.search(plain[n])]
+    found = [n for n in named if not is_evaluation(n)]
+    if counts and any(counts[n] for n in found):
+        most = max(counts[n] for n in found)
+        found = [n for n in found if counts[n] * 20 > most]  # an average at the end is no curve
+    if not found:
+        if named:
+            raise InputError(
+                f"{source} has no loss column of training: it holds validation losses only ({_list(named)}); "
+                f"to judge one: {_paste(named)}"
+            )
+        raise InputError(f"{source} has no loss column: its columns are {_list(names)}; name one with --loss")
+    for spell in (lambda n: plain[n], _tail):
+        for word in _NAMES[LOSS]:
+            for ending in ("", "_step", "_epoch"):
+                fit = [n for n in found if spell(n) == word + ending]
+                if fit:
+                    return max(fit, key=lambda n: counts[n]) if counts else fit[0]
+    stems = {
+        re.sub("_(step|epoch)$", "", plain[n]): n for n in reversed(found) if not plain[n].endswith("_epoch")
+    }
+    if len(found) == 1 or len(stems) == 1:
+        return found[0] if len(found) == 1 else next(iter(stems.values()))
+    raise InputError(
+        f"{source} has several loss columns: {_list(found)}; name one with --loss: {_paste(found)}"
+    )
+
+
+def _paste(names: Sequence[str], most: int = 6) -> str:
+    return " or ".join(f"--loss {shlex.quote(name)}" for name in names[:most])
+
+
+def is_evaluation(name: str) -> bool:
+    """Whether a column is about validation or test rather than training."""
+    return EVALUATION.search(re.sub(r"[^0-9a-z]+", "_", name.lower())) is not None
 
 
 def _plain(name: str) -> str:
     plain = re.sub(r"[^0-9a-z]+", "_", name.strip().lower()).strip("_")
-    return plain.removeprefix("train_").removeprefix("precision_")
+    for prefix in ("train_", "training_", "precision_"):
+        if plain != "training_loss":
+            plain = plain.removeprefix(prefix)
+    return plain
+
+
+def _tail(name: str) -> str:
+    """The last part of a path (``learning/loss``) or of a tracker's title (``RUN - train/loss``)."""
+    return _plain(re.split(r"/| - |\.", name.strip())[-1])
 
 
 def _list(names: Sequence[str], most: int = 20) -> str:

@@ -1,4 +1,4 @@
-"""Logs that come as records, one small set of numbers at a time: JSON lines, run folders.
+"""Logs that come as records, one small set of numbers at a time; run folders.
 
 Which column is the loss is settled by the first records; what appears later under another name is not looked
 at.
@@ -6,12 +6,10 @@ at.
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -51,59 +49,6 @@ def gather(records: Iterator[Record], columns: Mapping[str, str], source: Path) 
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JsonLinesLog(Log):
-    """One JSON object a line."""
-
-    @classmethod
-    def open(cls, path: Path, *, loss: str | None = None, step: str | None = None) -> Self:
-        names: dict[str, None] = {}
-        for _, record in itertools.islice(_json_lines(path), PEEK):
-            names.update(dict.fromkeys(record))
-        if not names:
-            raise InputError(f"{path} holds no JSON objects: a log needs one a line")
-        return cls(path=path, columns=choose_columns(names, source=path, loss=loss, step=step))
-
-    def blocks(self) -> Iterator[Block]:
-        return gather(self._records(), self.columns, self.path)
-
-    def _records(self) -> Iterator[Record]:
-        names = set(self.columns.values())
-        step_name = self.columns.get(STEP)
-        for row, (line, record) in enumerate(_json_lines(self.path)):
-            values: dict[str, float] = {}
-            for name in names & record.keys():
-                if record[name] is not None:
-                    values[name] = _float(record[name], f"{self.path}, line {line}, {name!r}")
-            step = float(row) if step_name is None else values.pop(step_name, None)
-            if step is not None and values:
-                yield step, values
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line; a last line cut short by a kill is left out."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                if not line.endswith(b"\n"):
-                    return
-                raise InputError(f"{path}, line {number} is not JSON: repair or remove the line") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{path}, line {number} is no JSON object: a log needs one a line")
-            yield number, record
-
-
-def _float(value: Any, source: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{source}: {str(value)[:40]!r} is not a number") from None
-
-
 _RUN_SIGNALS = (LOSS, GRADIENT_NORM, LOSS_SCALES[0], LOSS_SCALES[1], LEARNING_RATE, SKIPPED)
 
 
@@ -123,7 +68,7 @@ class RunLog(Log):
             columns[LOSS] = choose_columns(names, source=path, loss=loss)[LOSS]
         if LOSS not in columns:
             raise InputError(f"{path} has recorded no {LOSS}: name another metric with --loss")
-        return cls(path=path, columns=columns)
+        return cls(path=path, columns=columns, format="stabilitylab run folder")
 
     def blocks(self) -> Iterator[Block]:
         from stabilitylab.runs import load_run

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,8 +18,12 @@ from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, choose_columns, whole_steps
+from stabilitylab.logs.source import Source
+from stabilitylab.telemetry import LOSS
 
 _BLOCK_BYTES = 4 << 20
+_KEPT_ROWS = 1_000_000
+_NUMBER = re.compile(r"[-+]?[\d.]+(?:[eE][-+]?\d+)?")
 # Trainers write these, too, for a value that was not logged.
 _NULLS = ["", "null", "None", "N/A", "NA", "-"]
 
@@ -55,42 +61,92 @@ class _TableLog(Log):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CsvLog(_TableLog):
-    """Comma-, semicolon- or tab-separated text with a header, also compressed (.gz, .bz2, .zst)."""
+    """Comma-, semicolon- or tab-separated text with one clean header, also compressed."""
 
     delimiter: str
+    source: Source
+    kept: tuple[Block, ...] | None = None
 
     @classmethod
-    def open(cls, path: Path, *, loss: str | None = None, step: str | None = None) -> Self:
-        with pa.input_stream(str(path), compression="detect") as file:
-            head = file.read(1 << 16)
-        if not head.strip():
-            raise InputError(f"{path} is empty: a log needs a header and at least one row")
-        header = head.lstrip(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0].decode("utf-8", errors="replace")
+    def open_clean(cls, source: Source, *, loss: str | None = None, step: str | None = None) -> Self | None:
+        """The file, where it is one table without oddities; None: ``csv_rows`` has to read it.
+
+        Raises:
+            InputError: it has no loss column, or several that could be.
+        """
+        header = source.head().lstrip(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0].decode(errors="replace")
         delimiter = max(",;\t", key=header.count)
-        names = [name.strip().strip('"') for name in header.split(delimiter)]
-        columns = choose_columns(names, source=path, loss=loss, step=step)
-        return cls(path=path, columns=columns, delimiter=delimiter)
+        names = [name.strip().strip('"') for name in header.rstrip().split(delimiter)]
+        odd = header.startswith("#") or len(set(names)) < len(names)
+        if odd or any(name.endswith("__MIN") or _NUMBER.fullmatch(name) for name in names):
+            return None
+        try:
+            columns = choose_columns(names, source=source.path, loss=loss, step=step)
+        except InputError:
+            return None  # with the values counted, the choice may be clear; if not, it is refused there
+        if STEP not in columns and "epoch" in names:
+            return None
+        log = cls(
+            path=source.path,
+            columns=columns,
+            format="CSV",
+            delimiter=delimiter,
+            source=source,
+            left_out=Counter(),
+        )
+        return log._surveyed()
+
+    def _surveyed(self) -> Self | None:
+        """Read to the end once: itself with its blocks kept, where they are few; None where anything is odd."""
+        kept: list[Block] | None = []
+        rows = with_loss = 0
+        last: int | None = None
+        try:
+            for block in _TableLog.blocks(self):
+                rows += len(block)
+                with_loss += int(block.logged[LOSS].sum())
+                steps_N = block.steps
+                back_N = np.flatnonzero(np.diff(steps_N, prepend=steps_N[0] if last is None else last) < 0)
+                if (steps_N[back_N] <= 1).any():
+                    return None  # counting begins again: several runs
+                last = int(steps_N[-1])
+                if kept is not None:
+                    kept.append(block)
+                    kept = kept if rows <= _KEPT_ROWS else None
+        except InputError:
+            return None
+        if not with_loss or self.left_out:
+            return None
+        return replace(self, kept=None if kept is None else tuple(kept))
+
+    def blocks(self) -> Iterator[Block]:
+        if self.kept is not None:
+            return iter(self.kept)
+        return _TableLog.blocks(self)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
+        # Numbers are parsed as such; a cell that is none makes the whole file one for another reader.
         wanted = list(self.columns.values())
+        skipped = self.left_out
+
+        def count(row: Any) -> str:
+            skipped["rows of too few or too many cells"] += 1
+            return "skip"
+
         options: dict[str, Any] = {
             "read_options": pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
             # A line that a kill cut short has too few cells, one written by two processes at once too many.
-            "parse_options": pa.csv.ParseOptions(
-                delimiter=self.delimiter, invalid_row_handler=lambda row: "skip"
-            ),
+            "parse_options": pa.csv.ParseOptions(delimiter=self.delimiter, invalid_row_handler=count),
             "convert_options": pa.csv.ConvertOptions(
                 include_columns=wanted,
-                column_types=dict.fromkeys(wanted, pa.string()),
+                column_types=dict.fromkeys(wanted, pa.float64()),
                 null_values=_NULLS,
                 strings_can_be_null=True,
             ),
         }
+        skipped.clear()
         try:
-            with (
-                pa.input_stream(str(self.path), compression="detect") as file,
-                pa.csv.open_csv(file, **options) as reader,
-            ):
+            with self.source.open() as raw, pa.csv.open_csv(pa.PythonFile(raw), **options) as reader:
                 yield from reader
         except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
             raise InputError(f"{self.path} cannot be read as CSV: {str(error).splitlines()[0]}") from None
@@ -105,7 +161,9 @@ class ParquetLog(_TableLog):
         names = list(_parquet(path).schema_arrow.names)
         if {"family", "site", "statistic", "value"} <= set(names):
             raise InputError(f"{path} is one of the files of a run folder: give the folder above telemetry/")
-        return cls(path=path, columns=choose_columns(names, source=path, loss=loss, step=step))
+        return cls(
+            path=path, format="Parquet", columns=choose_columns(names, source=path, loss=loss, step=step)
+        )
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         try:

@@ -45,11 +45,11 @@ class TensorBoardLog(Log):
 
     Attributes:
         files: of each writer its files, in the order in which they were written.
-        left_out: the folder's other runs, by name.
+        evaluation_runs: the folder's runs of evaluation, by name: not read.
     """
 
     files: tuple[tuple[Path, ...], ...]
-    left_out: tuple[str, ...] = ()
+    evaluation_runs: tuple[str, ...] = ()
 
     @classmethod
     def open_files(
@@ -85,12 +85,18 @@ class TensorBoardLog(Log):
         (run,) = training
         columns[run].pop(STEP, None)
         others = tuple(other for other in columns if other != run)
-        return cls(path=path, columns=columns[run], files=runs[run], left_out=others)
+        return cls(
+            path=path, format="TensorBoard", columns=columns[run], files=runs[run], evaluation_runs=others
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader should know of how it was read."""
-        return (f"left out, as of evaluation: {', '.join(self.left_out)}",) if self.left_out else ()
+        return (
+            (f"left out, as of evaluation: {', '.join(self.evaluation_runs)}",)
+            if self.evaluation_runs
+            else ()
+        )
 
     def blocks(self) -> Iterator[Block]:
         wanted = tuple(self.columns.values())

@@ -12,41 +12,68 @@ from rich.console import Console
 from rich.table import Table
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import STEP, Log, open_log
+from stabilitylab.logs.commands import left_out_of
+from stabilitylab.logs.log import STEP, Log
+from stabilitylab.logs.recognise import open_logs
+from stabilitylab.logs.source import remove_temporary
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes.episodes import KINDS, Episode
 from stabilitylab.spikes.scan import Scan, scan_log
 
 
 def spikes(
-    log: Annotated[Path, tyro.conf.Positional],
+    logs: Annotated[tuple[Path, ...], tyro.conf.Positional],
     *,
     json: bool = False,
     plot: Path | None = None,
     loss: str | None = None,
     step: str | None = None,
+    run: str | None = None,
+    pattern: str | None = None,
 ) -> None:
     """Find spikes, hard batches, divergences, non-finite, dead and frozen losses, and loss-scale collapses in a log.
 
     "level" is the baseline before an episode, and after it; "told" the step at which a watch of the run would have said so.
 
     Args:
-        log: a CSV, JSONL, Parquet or TensorBoard event file, a folder of event files, or a run folder.
+        logs: a log of any format in docs/logs.md, a run folder, or - for standard input; several files are one log, in order.
         json: print one JSON list of episodes instead of a table.
         plot: write a picture (.png, .svg, .pdf) with the episodes marked.
         loss: name of the loss column, where it is not one of the usual names.
         step: name of the step column, likewise.
+        run: name of one run, rank or phase in the log; without it all are judged, each by itself.
+        pattern: a pattern for the lines of a text log, or a TOML file of patterns (docs/logs.md).
     """
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {plot}: the name must end in .png, .svg or .pdf")
-    opened = open_log(log, loss=loss, step=step)
-    scan = scan_log(opened)
+    try:
+        opened = open_logs(logs, loss=loss, step=step, run=run, pattern=pattern)
+        scans = [scan_log(one) for one in opened]
+    finally:
+        remove_temporary()
     if plot is not None:
-        _write_picture(scan, opened, plot)
+        if len(opened) > 1:
+            names = ", ".join(repr(one.name) for one in opened)
+            raise InputError(
+                f"--plot {plot} draws one run, and {logs[0]} holds {names}: choose one with --run"
+            )
+        _write_picture(scans[0], opened[0], plot)
     if json:
-        print(dumps([episode.to_json() for episode in scan.episodes]))
-    else:
-        _show(scan, opened)
+        several = len(opened) > 1
+        print(
+            dumps(
+                [
+                    episode.to_json() | ({"segment": one.name} if several else {})
+                    for one, scan in zip(opened, scans, strict=True)
+                    for episode in scan.episodes
+                ]
+            )
+        )
+        return
+    for one, scan in zip(opened, scans, strict=True):
+        _show(scan, one)
+    for reason, count in sorted(left_out_of(opened).items()):
+        print(f"left out: {count:,} {reason}")
 
 
 def precursors(runs: Annotated[Path, tyro.conf.Positional], *, json: bool = False, horizon: int = 64) -> None:
@@ -95,13 +122,14 @@ def _write_picture(scan: Scan, log: Log, plot: Path) -> None:
 
 def _show(scan: Scan, log: Log) -> None:
     console = Console()
+    title = f"{log.path.name}, {log.name}" if log.name else log.path.name
     if scan.episodes:
-        console.print(_table(scan.episodes, log.path.name))
+        console.print(_table(scan.episodes, title))
         for numbers, said in _what_else(scan.episodes):
             console.print(f"{numbers}: {said}", highlight=False, soft_wrap=True)
     count = Counter(episode.kind for episode in scan.episodes)
     found = ", ".join(f"{count[kind]} {kind}" for kind in KINDS if count[kind]) or "no episodes"
-    console.print(f"{log.path.name}: {found} in {scan.values:,} loss values", highlight=False, soft_wrap=True)
+    console.print(f"{title}: {found} in {scan.values:,} loss values", highlight=False, soft_wrap=True)
     console.print(
         f"spike score (7 sigma, 1,000 values): {scan.spike_score:.3g}; "
         f"detrended: {scan.detrended_spike_score:.3g}",

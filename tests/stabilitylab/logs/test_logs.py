@@ -33,7 +33,7 @@ def curve():
 
 
 def found(path, capsys, **options):
-    spikes(path, json=True, **options)
+    spikes((path,), json=True, **options)
     return json.loads(capsys.readouterr().out)
 
 
@@ -134,15 +134,15 @@ def test_companions_are_used(tmp_path, capsys):
 def test_table_and_picture(tmp_path, capsys, curve):
     path, picture = tmp_path / "log.csv", tmp_path / "log.png"
     path.write_text("step,loss\n" + rows(curve[0]))
-    spikes(path, plot=picture)
+    spikes((path,), plot=picture)
     out = capsys.readouterr().out
     assert "1 spike, 1 non-finite in 1,200 loss values" in out
     assert "700" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="must end in"):
-        spikes(path, plot=tmp_path / "log.bmp")
+        spikes((path,), plot=tmp_path / "log.bmp")
     with pytest.raises(InputError, match="cannot be written"):
-        spikes(path, plot=tmp_path / "nowhere" / "log.png")
+        spikes((path,), plot=tmp_path / "nowhere" / "log.png")
 
 
 def test_an_outline_keeps_every_extreme():
@@ -178,7 +178,7 @@ def test_bad_csv(tmp_path, content, message):
     path = tmp_path / "log.csv"
     path.write_text(content)
     with pytest.raises(InputError) as refusal:
-        spikes(path)
+        spikes((path,))
     assert message in str(refusal.value)
     assert str(path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -191,32 +191,32 @@ def test_bad_csv(tmp_path, content, message):
         ('{"step": 1}\nnonsense\n{"loss": 2}\n', "line 2 is not JSON"),
         ('{"step": 1, "loss": "high"}\n', "'high' is not a number"),
         ('{"step": 1, "loss": null}\n', "holds no values"),
-        ("\n", "no JSON objects"),
+        ("\n", "is empty"),
     ],
 )
 def test_bad_jsonl(tmp_path, content, message):
     path = tmp_path / "log.jsonl"
     path.write_text(content)
     with pytest.raises(InputError, match=message):
-        spikes(path)
+        spikes((path,))
 
 
 def test_bad_parquet_tensorboard_and_folders(tmp_path):
     bad = tmp_path / "log.parquet"
     bad.write_bytes(b"PAR1 and nothing more")
     with pytest.raises(InputError, match="not a whole Parquet file"):
-        spikes(bad)
+        spikes((bad,))
     pq.write_table(pa.table({"loss": [["a"], ["b"]]}), bad)
     with pytest.raises(InputError, match="not numbers"):
-        spikes(bad)
+        spikes((bad,))
     events = tmp_path / "events.out.tfevents.1"
     events.write_bytes(b"not a record")
     with pytest.raises(InputError, match=r"no scalars|not a TensorBoard"):
-        spikes(events)
+        spikes((events,))
     with pytest.raises(InputError, match="neither a run folder"):
-        spikes(make(tmp_path / "empty"))
+        spikes((make(tmp_path / "empty"),))
     with pytest.raises(InputError, match="no such file"):
-        spikes(tmp_path / "missing.csv")
+        spikes((tmp_path / "missing.csv",))
 
 
 def make(folder):
@@ -241,7 +241,7 @@ def test_a_log_out_of_order_is_sorted(tmp_path, capsys, curve, order):
     path = tmp_path / "log.csv"
     path.write_text("step,loss\n" + "".join(lines))
     assert found(path, capsys) == expected(curve[1])
-    spikes(path)
+    spikes((path,))
     assert "has been sorted" in capsys.readouterr().out
 
 
@@ -267,7 +267,7 @@ def test_a_log_without_steps_and_with_gaps(tmp_path, capsys, curve):
     path = tmp_path / "log.csv"
     path.write_text("loss,other\n" + "".join(f"{x},1\n" for x in curve[0].tolist()))
     assert found(path, capsys) == expected(curve[1])
-    spikes(path)
+    spikes((path,))
     assert "steps are row numbers" in capsys.readouterr().out
     path.write_text(
         "step,loss,eval_loss\n" + "".join(f"{i},{x},\n{i},,3\n" for i, x in enumerate(curve[0].tolist()))
@@ -288,7 +288,7 @@ def test_the_wanted_columns_can_be_named(tmp_path, capsys, curve):
     )
     assert found(path, capsys, loss="loss_b", step="when") == expected(curve[1], "loss_b")
     with pytest.raises(InputError, match="no column 'loss_c'"):
-        spikes(path, loss="loss_c")
+        spikes((path,), loss="loss_c")
 
 
 def test_long_logs_are_read_in_small_blocks(tmp_path):

@@ -226,7 +226,7 @@ def test_the_monitor_writes_diagnoses_when_it_closes(planted, tmp_path):
 def test_the_report_and_the_command_show_the_cause(planted, capsys):
     run = planted("batch")
     assert "First suspect: the batch" in run_report(run).html()
-    spikes(run.path)
+    spikes((run.path,))
     assert "First suspect: the batch" in capsys.readouterr().out
 
 

@@ -1,0 +1,188 @@
+"""What the text logs of known trainers look like: one entry a trainer, with the place where the line is printed.
+
+Read in their sources on 2026-11-29 (the branch's head, unless a version is given). Order matters where one format's line
+fits another's pattern: the more particular first.
+"""
+
+from __future__ import annotations
+
+import math
+
+from stabilitylab.logs.pattern import TextFormat, Values, text_format
+
+
+def _megatron(values: Values, before: Values) -> Values:
+    """``lm loss`` is printed when it is greater than 0: a NaN is left out, and so is a window of skipped steps."""
+    skipped = values.get("number of skipped iterations") or 0.0
+    iteration = values.get("iteration")
+    window = (iteration or 1.0) - (before.get("iteration") or 0.0)
+    names = [name for name in before if "loss" in name and "scale" not in name] or ["lm loss"]
+    missing = not any("loss" in n and "scale" not in n for n in values)
+    if missing and (skipped == 0 or (window > 0 and skipped < window)):
+        values[names[0]] = math.nan
+    return values
+
+
+def _without_placeholder(values: Values, before: Values) -> Values:
+    """Pipeline ranks without a loss print -1."""
+    if values.get("loss") == -1.0:
+        values["loss"] = None
+    return values
+
+
+def _epochs(values: Values, before: Values) -> Values:
+    """Epoch and place in it as one count."""
+    epoch, place, length = values.get("epoch"), values.get("place"), values.get("length")
+    if epoch is not None and place is not None and length is not None:
+        values["step"] = (epoch - 1) * length + place
+    return values
+
+
+FORMATS: tuple[TextFormat, ...] = (
+    text_format(
+        "Megatron-LM",  # also Megatron-DeepSpeed, GPT-NeoX
+        "iteration {iteration}/ {total} |{pairs}",
+        source="NVIDIA/Megatron-LM megatron/training/training.py training_log",
+        trigger="iteration",
+        losses=("lm loss", "lm_loss", "reduced_train_loss"),
+        finish=_megatron,
+    ),
+    text_format(
+        "nanotron",
+        "iteration: {iteration} / {total} |{pairs}",
+        source="huggingface/nanotron src/nanotron/logging",
+        version="0.4",
+        trigger="iteration: ",
+        losses=("lm_loss",),
+    ),
+    text_format(
+        "torchtitan",
+        "step: {step} {*}loss: {loss}{pairs}",
+        source="pytorch/torchtitan torchtitan/components/metrics.py",
+        version="0.3.0",
+        trigger="step: ",
+        losses=("loss",),
+        finish=_without_placeholder,
+    ),
+    text_format(
+        "OLMo",
+        "[step={step}/{*}]",
+        source="allenai/OLMo-core src/olmo_core/train/callbacks/console_logger.py; allenai/OLMo olmo/train.py",
+        version="3.0.0",
+        trigger=r"\[step=",
+        follow=True,
+        losses=("train/CE loss", "train/CrossEntropyLoss"),
+    ),
+    text_format(
+        "Composer",
+        "[batch={batch}/{*}]:",
+        source="mosaicml/composer composer/loggers/console_logger.py",
+        version="0.32",
+        trigger=r"\[batch=",
+        follow=True,
+        losses=("Train loss/train/total",),
+    ),
+    text_format(
+        "nanoGPT",
+        "iter {iter}: loss {loss}{?, time {time}ms?}",
+        source="karpathy/nanoGPT train.py",
+        trigger="iter ",
+    ),
+    text_format(
+        "llm.c",
+        "s:{step} trl:{trl}{? lr:{lr}?}{? norm:{norm}?}",
+        source="karpathy/llm.c llmc/logger.h",
+        trigger="s:",
+        losses=("trl",),
+    ),
+    text_format(
+        "llm.c",
+        "step {step}/{total} | {?train ?}loss {loss} {*}| norm {norm} {*}| lr {lr}",
+        source="karpathy/llm.c train_gpt2.cu, train_gpt2.py",
+        trigger="step ",
+    ),
+    text_format(
+        "nanochat",
+        "step {step}{?/{total}?} {?({*}%)?} | {?training ?}loss: {loss}{pairs}",
+        source="karpathy/nanochat scripts/base_train.py, chat_sft.py",
+        trigger="[Ss]tep ",
+    ),
+    text_format(
+        "build-nanogpt",
+        "{step} train {loss}",
+        source="karpathy/build-nanogpt train_gpt2.py",
+        trigger=r"(?m:^\d+ train )",
+    ),
+    text_format(
+        "modded-nanogpt",
+        "step:{step}/{total} train_loss:{train_loss}{pairs}",
+        source="KellerJordan/modded-nanogpt train_gpt2.py",
+        trigger="step:",
+    ),
+    text_format(
+        "modded-nanogpt",
+        "step:{step}/{total} val_loss:{val_loss}",
+        source="KellerJordan/modded-nanogpt train_gpt.py",
+        trigger="step:",
+    ),
+    text_format(
+        "minimind",
+        "Epoch:[{epoch}/{epochs}]( {place}/ {length}){?,?} loss:{loss}{pairs}",
+        "Epoch:[{epoch}/{epochs}]( {place}/ {length}){pairs}",
+        source="jingyaogong/minimind trainer/train_pretrain.py",
+        trigger=r"Epoch:\[",
+        losses=("loss", "Loss"),
+        finish=_epochs,
+    ),
+    text_format(
+        "fairseq",
+        "train_inner | epoch {epoch}:{*}loss={loss},{pairs}",
+        source="facebookresearch/fairseq fairseq/logging/progress_bar.py SimpleProgressBar",
+        version="0.12.2",
+        trigger="train_inner",
+    ),
+    text_format(
+        "MMEngine",
+        "Epoch(train) [{epoch}][ {place}/{length}]{pairs}",
+        "Iter(train) [ {iter}/{total}]{pairs}",
+        source="open-mmlab/mmengine mmengine/runner/log_processor.py",
+        version="0.10.7",
+        trigger=r"(?:Epoch|Iter)\(train\)",
+        losses=("loss",),
+        finish=_epochs,
+    ),
+    text_format(
+        "MMCV",
+        "Epoch [{epoch}][ {place}/{length}]{pairs}",
+        "Iter [ {iter}/{total}]{pairs}",
+        source="open-mmlab/mmcv mmcv/runner/hooks/logger/text.py",
+        version="1",
+        trigger=r"(?:Epoch|Iter) \[",
+        losses=("loss",),
+        finish=_epochs,
+    ),
+    text_format(
+        "DeepSpeed",
+        "steps: {steps} loss: {loss} {pairs}",
+        source="deepspeedai/DeepSpeed deepspeed/runtime/pipe/engine.py",
+        version="0.19",
+        trigger="steps: ",
+    ),
+)
+
+# Any other trainer: a step and a loss in one line, by whatever signs.
+FALLBACK = TextFormat(
+    name="text",
+    trigger=text_format("", "loss {x}", trigger="(?i:loss)").trigger,
+    lines=(
+        *text_format(
+            "",
+            "{?epoch{*}?}global_step{?:?}{?=?} {step}{*}loss{?:?}{?=?} {loss}{pairs}",
+        ).lines,
+        *text_format("", "step{?s?}{?:?}{?=?}{?#?}{?[?} {step}{*}loss{?:?}{?=?} {loss}{pairs}").lines,
+        *text_format("", "iter{?ation?}{?s?}{?:?}{?=?}{?[?} {step}{*}loss{?:?}{?=?} {loss}{pairs}").lines,
+        *text_format("", "batch{?:?}{?=?}{?[?} {step}{*}loss{?:?}{?=?} {loss}{pairs}").lines,
+        *text_format("", "epoch{?:?}{?=?}{?[?} {epoch}{*}loss{?:?}{?=?} {loss}{pairs}").lines,
+    ),
+    finish=None,
+)

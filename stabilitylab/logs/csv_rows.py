@@ -1,0 +1,138 @@
+"""CSV that is not one clean table: what resumed, appended, exported and hand-edited files look like.
+
+A header again in the middle (Keras' ``CSVLogger(append=True)``), one that grew a column, comments, padded cells (YOLOv5),
+a decimal comma with semicolons, UTF-16, W&B's panel export with several runs side by side. A row whose number of cells is
+not the header's is left out and counted. Clean files are read by ``tables``, many times faster.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+
+from stabilitylab.errors import InputError
+from stabilitylab.logs.pattern import Values, number
+from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.source import Source
+
+NULLS = frozenset(("", "null", "none", "n/a", "na", "-", "<na>"))
+_DECIMAL_COMMA = re.compile(r"^-?\d+,\d+(?:[eE][-+]?\d+)?$")
+_WANDB = re.compile(r"^(?P<run>.+) - (?P<metric>[^ ].*?)(?:__MIN|__MAX)?$")
+
+
+def delimiter_of(header: str) -> str:
+    """The sign that parts a header's cells."""
+    return max(",;\t", key=header.count)
+
+
+def read_csv_rows(source: Source) -> Reading:
+    """Every row under the header that stands above it.
+
+    Raises:
+        InputError: there is no header.
+    """
+    first = _first_line(source)
+    delimiter = delimiter_of(first)
+    cells = next(csv.reader([first], delimiter=delimiter))
+    if all(_value(cell, delimiter) is not None or _null(cell) for cell in cells):
+        raise InputError(
+            f"{source.name} has no header: its first row is numbers; "
+            f"put the columns' names above it, such as {delimiter.join(('step', 'loss'))}"
+        )
+    names = [cell.strip() for cell in cells]
+    runs = {m["run"] for name in names if (m := _WANDB.match(name))}
+    form = "W&B panel export" if runs and any(n.endswith("__MIN") for n in names) else "CSV"
+    parts = [n for n in names if re.fullmatch(r"train/(box|obj|cls|dfl|seg|pose|kobj|angle)(_loss|_om)?", n)]
+    if len(parts) > 1:
+        form = "YOLO results"
+    several = form.startswith("W&B") and len(runs) > 1
+    reading = Reading(format=form, rows=lambda: _rows(source, reading, delimiter, several, parts))
+    if len(parts) > 1:
+        reading.losses = ("train/loss",)
+        reading.notes.append(f"the loss is the sum of {', '.join(parts)}")
+    return reading
+
+
+def _rows(
+    source: Source, reading: Reading, delimiter: str, several: bool, parts: Sequence[str]
+) -> Iterator[Row]:
+    reading.left_out.clear()
+    names: list[str] = []
+    count = 0
+    for line in csv.reader(_text(source), delimiter=delimiter):
+        if not line or (len(line) == 1 and not line[0].strip()):
+            continue
+        if line[0].lstrip().startswith("#"):
+            reading.left_out["comments"] += 1
+            continue
+        cells = [cell.strip() for cell in line]
+        if not names or _is_header(cells, names, delimiter):
+            if names:
+                reading.left_out["headers repeated"] += 1
+            names = cells
+            continue
+        count += 1
+        if len(cells) != len(names):
+            reading.left_out["rows of too few or too many cells"] += 1
+            continue
+        values: Values = {}
+        for name, cell in zip(names, cells, strict=True):
+            value = _value(cell, delimiter)
+            if value is not None or _null(cell):
+                values[name] = value
+            elif "loss" in name.lower() or name.lower() in ("step", "iteration", "global_step"):
+                reading.damage(
+                    "cells that are no numbers",
+                    f"column {name!r}, row {count}: {cell[:40]!r} is not a number",
+                )
+        if len(parts) > 1:
+            held = [values.get(part) for part in parts]
+            values["train/loss"] = None if None in held else sum(x for x in held if x is not None)
+        if several:
+            yield from _side_by_side(values)
+        else:
+            yield "", values
+
+
+def _side_by_side(values: Values) -> Iterator[Row]:
+    shared = {name: value for name, value in values.items() if not _WANDB.match(name)}
+    runs: dict[str, Values] = {}
+    for name, value in values.items():
+        if (found := _WANDB.match(name)) and not name.endswith(("__MIN", "__MAX")):
+            runs.setdefault(found["run"], {})[found["metric"]] = value
+    for run, own in runs.items():
+        if any(value is not None for value in own.values()):
+            yield run, shared | own
+
+
+def _is_header(cells: list[str], names: list[str], delimiter: str) -> bool:
+    return bool(set(cells) & set(names) - {""}) and all(
+        _value(cell, delimiter) is None or cell in names for cell in cells
+    )
+
+
+def _value(cell: str, delimiter: str) -> float | None:
+    if delimiter != "," and _DECIMAL_COMMA.match(cell):
+        cell = cell.replace(",", ".")
+    lower = cell.strip().lower()
+    if lower in ("true", "false"):
+        return float(lower == "true")
+    return number(cell)
+
+
+def _null(cell: str) -> bool:
+    return cell.strip().lower() in NULLS
+
+
+def _first_line(source: Source) -> str:
+    for line in _text(source):
+        if line.strip() and not line.lstrip().startswith("#"):
+            return line.rstrip("\r\n")
+    raise InputError(f"{source.name} is empty: a log needs a header and at least one row")
+
+
+def _text(source: Source) -> Iterator[str]:
+    for number_, line in enumerate(source.lines()):
+        text = line.decode("utf-8", errors="replace").replace("\0", "")
+        yield text.lstrip("\ufeff") if not number_ else text

@@ -1,0 +1,72 @@
+"""What the HuggingFace Trainer prints: a Python dict a record, between progress bars.
+
+    {'loss': 2.31, 'grad_norm': 1.2, 'learning_rate': 2e-05, 'epoch': 0.5}          transformers 4
+    {'loss': '2.31', 'grad_norm': '1.2', 'learning_rate': '2e-05', 'epoch': '0.5'}  transformers 5
+
+Source: transformers/trainer_callback.py, PrinterCallback and ProgressCallback; TRL, ms-swift and LLaMA-Factory print the
+same. The dict holds no step; the bar before it does (``120/300 [``), and is believed where it rises from record to
+record. DeepSpeed's lines about its loss scale (deepspeed/runtime/fp16/loss_scaler.py, 0.19) belong to the record before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+
+from stabilitylab.logs.pattern import NUMBER, Values, number
+from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.source import Source
+
+_RECORD = re.compile(
+    rb"\{(?=')[^{}\r\n]*'(?:loss|grad_norm|train_loss|eval_loss|learning_rate)':[^{}\r\n]*\}"
+    rb"|OVERFLOW! Rank \d+ Skipping step\. Attempted loss scale: (?P<scale>[\d.e+]+)(?:[^\r\n]*reducing to (?P<next>[\d.e+]+))?"
+)
+_PAIR = re.compile(rf"'([^']+)':\s*'?(?:(\d+)/\d+|({NUMBER}))'?\s*[,}}]", re.IGNORECASE)
+_BAR = re.compile(rb"\s(\d+)/(\d+) \[")
+_BEFORE = 4096
+
+
+def read_huggingface_console(source: Source) -> Reading | None:
+    """The printed records; None: there are none."""
+    first = list(itertools.islice(_records(source), 2000))
+    if not any("loss" in values or "train_loss" in values for values, _ in first):
+        return None
+    bars = [bar for values, bar in first if "loss" in values]
+    believed = None not in bars and all(a < b for a, b in itertools.pairwise(bars))  # type: ignore[operator]
+    reading = Reading(format="HuggingFace Trainer console", rows=lambda: _rows(source, reading, believed))
+    reading.step, reading.losses = "step", ("loss",)
+    return reading
+
+
+def _rows(source: Source, reading: Reading, believed: bool) -> Iterator[Row]:
+    reading.left_out.clear()
+    count = -1
+    step = 0.0
+    for values, bar in _records(source):
+        if "loss" in values:
+            count += 1
+            step = float(bar) if believed and bar is not None else float(count)
+        elif "loss_scale" not in values:
+            summary = "train_runtime" in values or "train_loss" in values
+            reading.left_out["the closing summary" if summary else "rows of evaluation"] += 1
+            continue
+        yield "", {"step": step, **values}
+
+
+def _records(source: Source) -> Iterator[tuple[Values, int | None]]:
+    """The numbers of each record and the last progress bar before it."""
+    bar: int | None = None
+    for chunk in source.chunks():
+        at = 0
+        for found in _RECORD.finditer(chunk):
+            if found["scale"] is not None:
+                reached = number((found["next"] or found["scale"]).decode())
+                yield {"loss_scale": reached, "skipped": 1.0}, bar
+                continue
+            # Only the last few bars before a record matter; there may be thousands.
+            bars = _BAR.findall(chunk, max(at, found.start() - _BEFORE), found.start())
+            bar = int(bars[-1][0]) if bars else bar
+            at = found.end()
+            text = found[0].decode("utf-8", errors="replace")
+            yield {name: number(ratio or value) for name, ratio, value in _PAIR.findall(text)}, bar

@@ -1,0 +1,129 @@
+"""One JSON document that holds a log.
+
+    {"log_history": [{...}, ...]}                     HuggingFace trainer_state.json (transformers/trainer_callback.py, 5.23)
+    {"lm loss": {"start_step", "step_interval", "values"}}    Megatron-LM golden values (tests/functional_tests)
+    {"loss": [...], "val_loss": [...]}                columns: a Keras History, own scripts
+    [{...}, ...], or such a list within an object     records
+
+A document that was cut short is read as far as it goes where its records are a list of objects.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stabilitylab.logs.json_lines import numbers, part_of
+from stabilitylab.logs.pattern import Values
+from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.source import Source
+
+_LARGEST = 1 << 30
+Records = list[Mapping[str, Any]]
+
+
+def read_json_document(source: Source) -> Reading | None:
+    """The document's records; None: it is no single document, or holds none."""
+    text = b"".join(source.chunks())[:_LARGEST].decode("utf-8-sig", errors="replace")
+    cut = False
+    try:
+        document: Any = json.loads(text)
+    except ValueError as error:
+        if "Extra data" in str(error):
+            return None
+        records, cut = _salvaged(text), True
+        if not records:
+            return None
+        history = '"log_history"' in text
+        document = {"log_history": records} if history else records
+    if isinstance(document, dict) and isinstance(document.get("log_history"), list):
+        reading = _reading("HuggingFace Trainer state", document["log_history"])
+        reading.step = "step"
+    elif isinstance(document, dict) and (golden := _golden(document)):
+        reading = _reading("Megatron golden values", golden)
+        reading.step = "step"
+    else:
+        found = _longest(document)
+        if found is None:
+            return None
+        reading = _reading("JSON document", found)
+    if cut:
+        reading.notes.append("the file is cut short: what is there has been read")
+    return reading
+
+
+def _reading(name: str, records: Records) -> Reading:
+    def rows() -> Iterator[Row]:
+        reading.left_out.clear()
+        for record in records:
+            part = part_of(record) if isinstance(record, dict) else None
+            if part is None:
+                reading.left_out["rows of validation"] += 1
+                continue
+            values = numbers(record)
+            if name.startswith("HuggingFace") and "loss" not in values:
+                summary = "train_runtime" in values or "train_loss" in values
+                reading.left_out["the closing summary" if summary else "rows of evaluation"] += 1
+                if any("loss" in n for n in values) and not summary:
+                    continue
+                if summary:
+                    continue
+            yield part, values
+
+    reading = Reading(format=name, rows=rows)
+    return reading
+
+
+def _salvaged(text: str) -> Records:
+    """The whole objects of the first list of objects."""
+    at = text.find("[", max(0, text.find('"log_history"')))
+    decoder, records = json.JSONDecoder(), []
+    while at >= 0:
+        at = text.find("{", at)
+        if at < 0:
+            break
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except ValueError:
+            break
+        records.append(record)
+    return records
+
+
+def _golden(document: Mapping[str, Any]) -> Records:
+    rows: dict[float, Values] = {}
+    for name, entry in document.items():
+        if not (isinstance(entry, dict) and "values" in entry):
+            return []
+        values, start = entry["values"], entry.get("start_step", 0)
+        if isinstance(values, dict):
+            pairs = [(float(step), value) for step, value in values.items()]
+        elif isinstance(values, list):
+            pairs = [(start + i * entry.get("step_interval", 1), value) for i, value in enumerate(values)]
+        else:
+            return []
+        for step, value in pairs:
+            rows.setdefault(step, {"step": step})[name] = value
+    return [rows[step] for step in sorted(rows)]
+
+
+def _longest(document: Any, depth: int = 0) -> Records | None:
+    """The longest list of records, or table of columns, anywhere in the document."""
+    if isinstance(document, list):
+        objects: Records = [record for record in document if isinstance(record, dict)]
+        return objects if objects and any("loss" in json.dumps(list(o)).lower() for o in objects) else None
+    if not isinstance(document, dict) or depth > 4:
+        return None
+    columns = {
+        name: column
+        for name, column in document.items()
+        if isinstance(column, list) and column and not isinstance(column[0], dict | list)
+    }
+    found: list[Records] = []
+    if any("loss" in name.lower() for name in columns):
+        length = max(len(column) for name, column in columns.items() if "loss" in name.lower())
+        same = {name: column for name, column in columns.items() if len(column) == length}
+        found.append([dict(zip(same, row, strict=True)) for row in zip(*same.values(), strict=True)])
+    found += [one for value in document.values() if (one := _longest(value, depth + 1))]
+    return max(found, key=len, default=None)

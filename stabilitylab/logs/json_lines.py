@@ -1,0 +1,95 @@
+"""JSON, one object a line: W&B histories, LLaMA-Factory, ms-swift, MaxText, mmdetection 2, MMEngine's scalars.
+
+A prefix of a logger before the object is cut off (fairseq's and metaseq's console). Numbers may be strings (``"2.31"``,
+``"NaN"``, ``"10/438"``), objects within objects are names with a slash. What belongs to validation is left out: rows whose
+``mode``, ``split`` or ``phase`` says so. ``rank``, ``run``, ``run_name`` and ``run_id`` tell segments.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stabilitylab.logs.log import is_evaluation
+from stabilitylab.logs.pattern import Values, number, plain_text
+from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.source import Source
+
+_MODES = ("mode", "split", "phase", "stage")
+_PARTS = ("rank", "run", "run_name", "run_id", "local_rank", "process_index")
+_RATIO = re.compile(r"^(\d+)/\d+$")
+
+
+def read_json_lines(source: Source) -> Reading:
+    """Every line that holds an object."""
+    reading = Reading(format="JSON lines", rows=lambda: _rows(source, reading))
+    return reading
+
+
+def _rows(source: Source, reading: Reading) -> Iterator[Row]:
+    reading.left_out.clear()
+    for number_, line in enumerate(source.lines(), start=1):
+        text = plain_text(line).strip()
+        if not text:
+            continue
+        start = text.find("{")
+        try:
+            record = json.loads(text[start:]) if start >= 0 else json.loads(text)
+        except ValueError:
+            if not line.endswith((b"\n", b"\r")):
+                reading.left_out["a last line cut short"] += 1
+            elif start > 0 or (start < 0 and reading.format == "fairseq"):
+                reading.left_out["lines that are no records"] += 1
+            else:
+                reading.damage("lines that are not JSON", f"line {number_} is not JSON")
+            continue
+        if not isinstance(record, dict):
+            reading.damage("lines that are no JSON object", f"line {number_} is no JSON object")
+            continue
+        part = part_of(record)
+        if part is None:
+            reading.left_out["rows of validation"] += 1
+            continue
+        values = numbers(record)
+        bad = next(
+            (k for k, v in record.items() if "loss" in k and isinstance(v, str) and k not in values), None
+        )
+        if bad is not None:
+            said = str(record[bad])[:40]
+            reading.damage("values that are no numbers", f"line {number_}, {bad!r}: {said!r} is not a number")
+        yield part, values
+
+
+def part_of(record: Mapping[str, Any]) -> str | None:
+    """The segment that a record belongs to; None: it is one of validation."""
+    for name in _MODES:
+        if isinstance(said := record.get(name), str) and is_evaluation(said):
+            return None
+    for name in _PARTS:
+        said = record.get(name)
+        if isinstance(said, str) or (isinstance(said, int) and not isinstance(said, bool)):
+            return f"rank {said}" if "rank" in name or name == "process_index" else str(said)
+    return ""
+
+
+def numbers(record: Mapping[str, Any], before: str = "") -> Values:
+    """The numbers of a record, by name; ``None`` where a name stands without one."""
+    values: Values = {}
+    for name, value in record.items():
+        if value is None:
+            values[before + name] = None
+        elif isinstance(value, int | float):
+            try:
+                values[before + name] = number(repr(float(value)))
+            except OverflowError:
+                continue
+        elif isinstance(value, str):
+            ratio = _RATIO.match(value)
+            found = number(ratio[1] if ratio else value)
+            if found is not None:
+                values[before + name] = found
+        elif isinstance(value, dict):
+            values |= numbers(value, f"{before}{name}/")
+    return values

@@ -1,0 +1,217 @@
+r"""A pattern for one line of a text log, in the words of the log itself.
+
+    step {step}/{*} | loss {loss} | norm {grad_norm}
+
+    {name}       a number: 12, 1,234, 3.2e-05, nan, inf, also in quotes; kept under that name
+    {*}          anything, as little as possible
+    {pairs}      everything that follows as ``name: number`` or ``name=number``
+    {? ... ?}    a part that may be missing
+    a blank      any number of blanks, or none
+    the rest     stands for itself; upper and lower case are one
+
+A line matches wherever the pattern occurs in it; colours (ANSI codes) are taken out before. A file of several formats is
+TOML:
+
+    [mytrainer]
+    line = ["it {step} l={loss}", "it {step} |{pairs}"]    # the first that matches counts; one text will do
+    follow = true                                          # indented ``name=number`` lines below belong to it
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stabilitylab.errors import InputError
+
+NUMBER = (
+    r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf(?:inity)?)\b"
+)
+_QUOTED = r"['\"]?({})['\"]?"
+_PART = re.compile(r"\{\?|\?\}|\{(\*|[A-Za-z_][\w/ .-]*)\}|\s+|[^{}\s?]+|.", re.DOTALL)
+# A name is letters, then words; what stands between it and the number is one of : = and blanks.
+_PAIR = re.compile(
+    rf"([A-Za-z_][\w/.()*-]*(?: [A-Za-z(][\w/.()*-]*){{0,6}})['\"]?\s*[:=]\s*['\"]?\[?({NUMBER})(?=['\"\s,;|%\]}})a-zA-Z]|$)",
+    re.IGNORECASE,
+)
+_ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
+
+Values = dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFormat:
+    """Lines of a text log that hold numbers.
+
+    Attributes:
+        name: whose format it is.
+        source: repository and file where the line is printed.
+        version: of that source.
+        trigger: a regular expression in which every such line matches; a literal start makes it fast.
+        lines: patterns, the first that matches counts.
+        follow: indented ``name=number`` lines below belong to the record.
+        losses: names of the loss, best first.
+        finish: puts a record right that the trainer writes oddly, given the one before; None: no record.
+    """
+
+    name: str
+    source: str = ""
+    version: str = ""
+    trigger: re.Pattern[bytes]
+    lines: tuple[re.Pattern[str], ...]
+    follow: bool = False
+    losses: tuple[str, ...] = ()
+    finish: Callable[[Values, Values], Values | None] | None = None
+
+    def read(self, line: str) -> Values | None:
+        """The numbers of one line; None: it is no record."""
+        for pattern in self.lines:
+            found = pattern.search(line)
+            if found:
+                values: Values = {}
+                for group, text in found.groupdict().items():
+                    if text is not None:
+                        if group == "pairs_":
+                            values |= pairs(text)
+                        else:
+                            values[_unmangled(group)] = number(text)
+                return values
+        return None
+
+
+def text_format(
+    name: str,
+    *lines: str,
+    source: str = "",
+    version: str = "",
+    trigger: str | None = None,
+    follow: bool = False,
+    losses: tuple[str, ...] = (),
+    finish: Callable[[Values, Values], Values | None] | None = None,
+) -> TextFormat:
+    """A format of patterns; without a trigger, the longest words of each pattern are looked for."""
+    seek = trigger if trigger is not None else "|".join(_longest(line) for line in lines)
+    return TextFormat(
+        name=name,
+        source=source,
+        version=version,
+        trigger=re.compile(seek.encode()),
+        lines=tuple(compiled(line) for line in lines),
+        follow=follow,
+        losses=losses,
+        finish=finish,
+    )
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a pattern.
+
+    Raises:
+        InputError: a brace is not closed, a name occurs twice, or the pattern holds no number.
+    """
+    out: list[str] = []
+    depth = 0
+    for part in _PART.finditer(pattern):
+        text, name = part[0], part[1]
+        if text == "{?":
+            out.append("(?:")
+            depth += 1
+        elif text == "?}":
+            out.append(")?")
+            depth -= 1
+        elif name == "*":
+            out.append(".*?")
+        elif name == "pairs":
+            out.append("(?P<pairs_>.*)")
+        elif name is not None:
+            out.append(rf"['\"]?(?P<{_mangled(name)}>{NUMBER})['\"]?")
+        elif text.isspace():
+            out.append(r"\s*")
+        elif text in "{}":
+            raise InputError(f"pattern {pattern!r}: a brace is not closed, or holds no name")
+        else:
+            out.append(re.escape(text))
+    if depth:
+        raise InputError(f"pattern {pattern!r}: {{? and ?}} do not pair")
+    if "(?P<" not in "".join(out):
+        raise InputError(f"pattern {pattern!r} holds no {{name}}: nothing would be read")
+    try:
+        return re.compile("".join(out), re.IGNORECASE)
+    except re.error as error:
+        raise InputError(f"pattern {pattern!r}: {error}") from None
+
+
+def own_formats(given: str) -> list[TextFormat]:
+    """What ``--pattern`` was given: one pattern, or the name of a TOML file of formats.
+
+    Raises:
+        InputError: the file cannot be read, or a pattern is wrong.
+    """
+    if not given.endswith(".toml"):
+        return [text_format("--pattern", given, trigger=_seek(given))]
+    try:
+        tables = tomllib.loads(Path(given).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"--pattern {given}: {error}") from None
+    found = []
+    for name, entry in tables.items():
+        lines = entry.get("line") if isinstance(entry, Mapping) else None
+        lines = [lines] if isinstance(lines, str) else lines
+        if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
+            raise InputError(
+                f'--pattern {given}: [{name}] needs a line = "..." with {{name}} for each number'
+            )
+        trigger = "|".join(_seek(line) for line in lines)
+        found.append(text_format(name, *lines, trigger=trigger, follow=bool(entry.get("follow"))))
+    if not found:
+        raise InputError(f"--pattern {given} holds no formats: [name] and line = ... make one")
+    return found
+
+
+def pairs(text: str) -> Values:
+    """``name: number`` and ``name=number`` wherever they stand; of one name the first."""
+    values: Values = {}
+    for name, value in _PAIR.findall(text):
+        values.setdefault(name.strip(), number(value))
+    return values
+
+
+def number(text: str) -> float | None:
+    """A number as trainers print it; None where it is none."""
+    try:
+        value = float(text.replace(",", ""))
+    except ValueError:
+        return None
+    # Stores without infinities write the largest number of their type in their place.
+    return math.copysign(math.inf, value) if abs(value) >= 3.4028234e38 and abs(value) != math.inf else value
+
+
+def plain_text(line: bytes) -> str:
+    """A line as text, without colours."""
+    if b"\x1b" in line:
+        line = _ANSI.sub(b"", line)
+    return line.decode("utf-8", errors="replace")
+
+
+def _longest(pattern: str) -> str:
+    words = [
+        p[0] for p in _PART.finditer(re.sub(r"\{\?.*?\?\}", " ", pattern)) if p[1] is None and p[0].strip()
+    ]
+    return re.escape(max(words, key=len, default=""))
+
+
+def _seek(pattern: str) -> str:
+    """The longest literal, in any case of letters."""
+    return f"(?i:{_longest(pattern)})"
+
+
+def _mangled(name: str) -> str:
+    return "n_" + "".join(c if c.isalnum() else f"_{ord(c):x}_" for c in name)
+
+
+def _unmangled(group: str) -> str:
+    return re.sub(r"_([0-9a-f]+)_", lambda m: chr(int(m[1], 16)), group[2:])

@@ -1,0 +1,316 @@
+"""What a path is, told by its content: the one way from paths to logs.
+
+Files: Parquet, TensorBoard, SQLite and W&B by their first bytes; then one JSON document, JSON a line, text of a known
+trainer, CSV. Folders: a run folder, a Trainer's output or checkpoint, a tracker's store, Lightning's versions, TensorBoard,
+or a folder that holds one log.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from stabilitylab.errors import InputError
+from stabilitylab.logs.console import read_console
+from stabilitylab.logs.csv_rows import delimiter_of, read_csv_rows
+from stabilitylab.logs.huggingface import read_huggingface_console
+from stabilitylab.logs.json_document import read_json_document
+from stabilitylab.logs.json_lines import read_json_lines
+from stabilitylab.logs.log import Log
+from stabilitylab.logs.rows import Reading, Row, logs_of
+from stabilitylab.logs.source import Source, standard_input
+from stabilitylab.logs.trackers import (
+    SQLITE,
+    WANDB,
+    mlflow_runs,
+    read_mlflow_files,
+    read_mlflow_metric,
+    read_sqlite,
+    read_wandb,
+)
+
+# What a folder's one log is called, by the trainer that writes it.
+_NAMED = (
+    *(
+        "metrics.csv",
+        "results.csv",
+        "logging.jsonl",
+        "trainer_log.jsonl",
+        "vis_data/scalars.json",
+        "scalars.json",
+    ),
+    *(
+        "mlflow.db",
+        "main.log",
+        "log.txt",
+        "train.log",
+        "train_inner.log",
+        "metrics.jsonl",
+        "log_history.json",
+    ),
+)
+_DOCUMENT_BYTES = 256 << 20
+
+
+def open_logs(
+    paths: Sequence[Path],
+    *,
+    loss: str | None = None,
+    step: str | None = None,
+    run: str | None = None,
+    pattern: str | None = None,
+) -> list[Log]:
+    """Every segment (run, rank, phase) of what the paths hold.
+
+    Args:
+        paths: files or folders; ``-`` is standard input. Several text files are one log, in order.
+        loss, step: names of columns.
+        run: the one segment wanted, by its name or a part of it.
+        pattern: a pattern or a TOML file of patterns (``pattern``).
+
+    Raises:
+        InputError: nothing is there, it cannot be understood, or it holds no training loss.
+    """
+    files: list[Path] = []
+    for path in paths:
+        path = standard_input() if str(path) == "-" else path
+        if not path.exists():
+            raise InputError(f"{path}: there is no such file or folder")
+        if path.is_file() and path.stat().st_size == 0:
+            raise InputError(f"{path} is empty: a log needs a header and at least one row")
+        files.append(path)
+    logs: list[Log] = []
+    if len(files) == 1:
+        logs = _one(files[0], loss=loss, step=step, pattern=pattern)
+    elif all(path.is_file() and not _binary(path) for path in files):
+        logs = list(logs_of(_chained(files, pattern), files[0], loss=loss, step=step))
+    else:
+        for path in files:
+            logs += _one(path, loss=loss, step=step, pattern=pattern)
+    if run is not None:
+        wanted = [log for log in logs if log.name == run] or [log for log in logs if run in log.name]
+        if not wanted:
+            names = ", ".join(repr(log.name) for log in logs)
+            raise InputError(f"{paths[0]} holds no run {run!r}: its runs are {names}")
+        logs = wanted
+    return logs
+
+
+def _one(path: Path, *, loss: str | None, step: str | None, pattern: str | None) -> list[Log]:
+    if path.is_dir():
+        return _folder(path, loss=loss, step=step, pattern=pattern)
+    source = Source(path)
+    head = source.head()
+    if not head.strip():
+        raise InputError(f"{path} is empty: a log needs a header and at least one row")
+    if head.startswith(b"PAR1"):
+        from stabilitylab.logs.tables import ParquetLog
+
+        return [ParquetLog.open(source.on_disk(), loss=loss, step=step)]
+    if _is_tensorboard(path, head):
+        from stabilitylab.logs.tensorboard import TensorBoardLog
+
+        return [TensorBoardLog.open_files(path, [source.on_disk()], loss=loss, step=step)]
+    if pattern is None and _is_table(path, head):
+        from stabilitylab.logs.tables import CsvLog
+
+        clean = CsvLog.open_clean(source, loss=loss, step=step)
+        if clean is not None:
+            return [clean]
+    return list(logs_of(_text(source, head, pattern), path, loss=loss, step=step))
+
+
+def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
+    """The reader of one file of records."""
+    if head.startswith(SQLITE):
+        return read_sqlite(source)
+    if head.startswith(WANDB):
+        return read_wandb([source])
+    if pattern is not None:
+        found = read_console(source, pattern=pattern)
+        assert found is not None
+        return found
+    if b"\0" in head[:4096]:
+        raise InputError(
+            f"{source.name} is {_binary_kind(source.path, head)}: export the run as CSV or JSON lines"
+        )
+    start = head.lstrip(b"\xef\xbb\xbf \r\n\t")
+    first = start.split(b"\n", 1)[0].strip()
+    if start[:1] in (b"{", b"[") and not first.startswith((b"{'", b"[rank", b"[default", b"[2")):
+        if source.path.stat().st_size < _DOCUMENT_BYTES and (
+            first in (b"{", b"[") or not _object(first) or b"\n" not in start.strip()
+        ):
+            document = read_json_document(source)
+            if document is not None:
+                return document
+        if start[:1] == b"{" or first.endswith(b"]") or source.path.suffix == ".jsonl":
+            return _known_lines(source, head)
+    if source.path.suffix.lower() in (".jsonl", ".ndjson"):
+        return _known_lines(source, head)
+    if re.search(rb'[\]\-:|] \{"[^\r\n]*"loss"', b"".join([head])) or _fairseq(source):
+        return _known_lines(source, head)
+    if source.path.parent.name == "metrics" and re.fullmatch(rb"\d{12,} \S+ \d+", first):
+        return read_mlflow_metric(source.path)
+    if _is_table(source.path, head):
+        return read_csv_rows(source)
+    found = read_huggingface_console(source) or read_console(source)
+    if found is None and delimiter_of(first.decode("utf-8", errors="replace")).encode() in first:
+        return read_csv_rows(source)
+    if found is None:
+        raise InputError(
+            f"{source.name} is no log of a trainer known here (docs/logs.md): describe its lines "
+            "with --pattern 'step {step} loss {loss}'"
+        )
+    return found
+
+
+def _known_lines(source: Source, head: bytes) -> Reading:
+    reading = read_json_lines(source)
+    if b'"num_updates"' in head or _fairseq(source):
+        reading.format, reading.step = "fairseq", "num_updates"
+    elif b'"_step"' in head and b'"_runtime"' in head:
+        reading.format = "W&B history"
+    elif b'"global_step/max_steps"' in head:
+        reading.format = "ms-swift"
+    elif b'"current_steps"' in head and b'"total_steps"' in head:
+        reading.format = "LLaMA-Factory"
+    elif b'"mode": "train"' in head:
+        reading.format = "MMCV JSON"
+    elif b'"learning/loss"' in head:
+        reading.format = "MaxText"
+    return reading
+
+
+def _fairseq(source: Source) -> bool:
+    """fairseq's and metaseq's console with JSON in it; the first record may come after pages of configuration."""
+    for count, chunk in enumerate(source.chunks()):
+        if re.search(rb"train_inner[^\r\n]*\{\"", chunk):
+            return True
+        if count == 1:
+            break
+    return False
+
+
+def _object(line: bytes) -> bool:
+    import json
+
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _chained(files: Sequence[Path], pattern: str | None) -> Reading:
+    """Several files as one log, in the order given."""
+    readings = []
+    for path in files:
+        source = Source(path)
+        readings.append(_text(source, source.head(), pattern))
+    first = readings[0]
+
+    def rows() -> Iterator[Row]:
+        whole.left_out.clear()
+        for reading in readings:
+            yield from reading.rows()
+            whole.left_out.update(reading.left_out)
+
+    whole = Reading(
+        format=first.format,
+        rows=rows,
+        step=first.step,
+        losses=first.losses,
+        notes=[note for reading in readings for note in reading.notes],
+    )
+    return whole
+
+
+def _folder(path: Path, *, loss: str | None, step: str | None, pattern: str | None) -> list[Log]:
+    if (path / "telemetry").is_dir() or (path / "events.jsonl").is_file():
+        from stabilitylab.logs.records import RunLog
+
+        return [RunLog.open(path, loss=loss)]
+    state = path / "trainer_state.json"
+    if not state.is_file():
+        # The latest checkpoint holds the history of all before it.
+        found = sorted(path.glob("checkpoint-*/trainer_state.json"), key=_checkpoint)
+        state = found[-1] if found else state
+    if state.is_file():
+        return _one(state, loss=loss, step=step, pattern=pattern)
+    if mlflow_runs(path):
+        return list(logs_of(read_mlflow_files(path), path, loss=loss, step=step))
+    offline = sorted(
+        {*path.glob("*.wandb"), *path.glob("*run-*/*.wandb"), *path.glob("wandb/*run-*/*.wandb")}
+    )
+    offline = [file for file in offline if file.stat().st_size and not file.parent.is_symlink()]
+    if offline:
+        return list(logs_of(read_wandb([Source(file) for file in offline]), path, loss=loss, step=step))
+    versions = sorted(path.rglob("version_*/metrics.csv"), key=_checkpoint)
+    if versions:
+        logs: list[Log] = []
+        for file in versions:
+            logs += _renamed(
+                _one(file, loss=loss, step=step, pattern=pattern), file.parent.name, len(versions)
+            )
+        return logs
+    for name in _NAMED:
+        found = [path / name] if (path / name).is_file() else sorted(path.glob(f"*/{name}"))
+        if found:
+            return _one(found[-1], loss=loss, step=step, pattern=pattern)
+    events = sorted(file for file in path.rglob("*tfevents*") if file.is_file())
+    if events:
+        from stabilitylab.logs.tensorboard import TensorBoardLog
+
+        return [TensorBoardLog.open_files(path, events, loss=loss, step=step)]
+    alone = [
+        f for f in path.iterdir() if f.suffix in (".csv", ".tsv", ".jsonl", ".log", ".txt", ".db", ".parquet")
+    ]
+    if len(alone) == 1:
+        return _one(alone[0], loss=loss, step=step, pattern=pattern)
+    raise InputError(
+        f"{path} is neither a run folder nor one of a trainer or tracker known here (docs/logs.md): give a log file"
+    )
+
+
+def _renamed(logs: list[Log], name: str, count: int) -> list[Log]:
+    from dataclasses import replace
+
+    return [replace(log, name=f"{name} {log.name}".strip()) for log in logs] if count > 1 else logs
+
+
+def _checkpoint(file: Path) -> tuple[int, str]:
+    found = re.search(r"(\d+)$", file.parent.name)
+    return (int(found[1]) if found else -1), str(file)
+
+
+def _is_tensorboard(path: Path, head: bytes) -> bool:
+    return "tfevents" in path.name or (len(head) > 24 and b"brain.Event:" in head[:64])
+
+
+def _binary(path: Path) -> bool:
+    head = Source(path).head()
+    return head.startswith((b"PAR1", SQLITE, WANDB)) or _is_tensorboard(path, head)
+
+
+def _binary_kind(path: Path, head: bytes) -> str:
+    if head.startswith((b"ARROW1", b"FEA1")):
+        return "an Arrow file"
+    if path.suffix == ".swanlab" or "swanlab" in str(path):
+        return "a swanlab store"
+    return "a binary file of a kind that is not read here"
+
+
+def _is_table(path: Path, head: bytes) -> bool:
+    """Whether the first lines are cells: a header of names, and rows with about as many cells."""
+    text = head.decode("utf-8", errors="replace").lstrip("\ufeff")
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")][:20]
+    if not lines:
+        return True
+    delimiter = delimiter_of(lines[0])
+    cells = lines[0].count(delimiter)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return True
+    if not cells:  # one column: a bare header above bare numbers
+        return len(lines) > 1 and all(re.fullmatch(r"\s*[-+\d.eEnaif]+\s*", line) for line in lines[1:])
+    same = sum(line.count(delimiter) == cells for line in lines)
+    return same * 4 >= len(lines) * 3 and not re.search(r"[\[\]{}|=]", lines[0])

@@ -1,0 +1,317 @@
+"""Rows of named numbers, as every reader of records gives them, and how they become logs.
+
+A reader gives ``Row``s: the part of the log they belong to (a run, a rank; "" where it does not say) and the numbers
+under the log's own names, ``None`` where a name stood without a value. Here they are parted into segments:
+
+    parts that the reader names                              one segment each
+    a step that falls back to the start of counting          a new run or phase
+    a step that falls back further on                        a restart of the same run: no new segment
+    a counter that begins again with every epoch             counted on
+
+Columns are chosen by what all rows of a segment hold. A log of up to ``KEPT`` rows is read once and kept; a longer
+one is read once to learn its columns and once more for every segment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from stabilitylab.errors import InputError
+from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, choose_columns, is_evaluation, whole_steps
+from stabilitylab.telemetry import GRADIENT_NORM, LOSS
+
+KEPT = 200_000
+MOST_BAD = 0.1  # A larger share of lines that cannot be read is not damage but another format.
+_UNORDERED_SHARE = 0.25
+
+Row = tuple[str, Mapping[str, float | None]]
+
+
+@dataclass(slots=True)
+class Reading:
+    """A reader set on a source.
+
+    Attributes:
+        format: what was recognised.
+        rows: gives all rows, again at each call, and counts in ``left_out`` what it skips.
+        step: the name of the column that counts, where the format says so.
+        losses: names under which the format has its loss, best first.
+        left_out: reason -> how often.
+        notes: sentences about the whole log.
+        example: the first damage found, as the end of a sentence that begins with the log's name.
+    """
+
+    format: str
+    rows: Callable[[], Iterator[Row]]
+    step: str | None = None
+    losses: tuple[str, ...] = ()
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    example: str = ""
+
+    def damage(self, reason: str, example: str) -> None:
+        """Count a record that cannot be read."""
+        self.left_out[f"damaged: {reason}"] += 1
+        self.example = self.example or example
+
+
+@dataclass(slots=True)
+class _Part:
+    """What the first reading learned of one segment."""
+
+    rows: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    nulls: Counter[str] = field(default_factory=Counter)
+    fractions: set[str] = field(default_factory=set)
+    last: dict[str, float] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    backward: Counter[str] = field(default_factory=Counter)
+    last_row: dict[str, int] = field(default_factory=dict)
+    filtered: int = 0  # rows with a finite loss beside a norm that is not
+
+    def add(self, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                self.nulls[name] += 1
+                continue
+            self.counts[name] += 1
+            if value != value or (value not in (math.inf, -math.inf) and value != int(value)):
+                self.fractions.add(name)
+            before = self.last.get(name)
+            if before is None:
+                self.first[name] = value
+            elif value < before:
+                self.backward[name] += 1
+            self.last[name] = value
+            self.last_row[name] = self.rows
+        loss, norm = values.get("loss"), values.get("grad_norm")
+        self.filtered += (
+            loss is not None and norm is not None and math.isfinite(loss) and not math.isfinite(norm)
+        )
+        self.rows += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLog(Log):
+    """One segment of a reading."""
+
+    reading: Reading
+    part: str
+    kept: tuple[Row, ...] | None
+    order: bool
+    epoch: str | None
+    notes: tuple[str, ...] = ()
+    piece: int | None = None
+
+    def blocks(self) -> Iterator[Block]:
+        for piece, block in self.pieces():
+            if self.piece is None or piece == self.piece:
+                yield block
+
+    def pieces(self) -> Iterator[tuple[int, Block]]:
+        """Blocks with the number of the run within the part that they belong to."""
+        signals = [signal for signal in self.columns if signal != STEP]
+        wanted = {self.columns[signal]: signal for signal in signals}
+        counter = self.columns.get(STEP)
+        steps: list[float] = []
+        rows: list[dict[str, float]] = []
+        piece, count, offset = 0, 0, 0.0
+        first = before = gap = None
+        epoch_before: float | None = None
+        held = self.kept if self.kept is not None else self.reading.rows()
+        for part, values in held:
+            if part != self.part:
+                continue
+            row = {wanted[n]: v for n, v in values.items() if n in wanted and v is not None}
+            if not row:
+                continue
+            if counter is None:
+                step: float | None = float(count)
+                count += 1
+            else:
+                step = values.get(counter)
+            if step is None:
+                continue
+            if self.epoch is not None:
+                epoch = values.get(self.epoch)
+                if before is not None and step + offset <= before and epoch != epoch_before:
+                    offset = before + (gap or 1.0) - step
+                epoch_before = epoch
+                step += offset
+            if before is not None and step != before:
+                if step > before:
+                    gap = step - before if gap is None else min(gap, step - before)
+                elif self.order and first is not None and step <= max(first, 1.0) and step <= (gap or 1.0):
+                    if rows:
+                        yield piece, self._block(steps, rows, signals)
+                        steps, rows = [], []
+                    piece, first, gap = piece + 1, None, None
+            if first is None:
+                first = step
+            before = step
+            if steps and steps[-1] == step and not rows[-1].keys() & row.keys():
+                rows[-1] |= row
+            else:
+                if len(rows) >= BLOCK_ROWS:
+                    yield piece, self._block(steps, rows, signals)
+                    steps, rows = [], []
+                steps.append(step)
+                rows.append(row)
+        if rows:
+            yield piece, self._block(steps, rows, signals)
+
+    def _block(self, steps: list[float], rows: list[dict[str, float]], signals: list[str]) -> Block:
+        return Block(
+            whole_steps(np.array(steps), f"{self.path}, {self.columns.get(STEP, STEP)!r}"),
+            {s: np.array([row.get(s, 0.0) for row in rows], dtype=np.float64) for s in signals},
+            {s: np.array([s in row for row in rows], dtype=np.bool_) for s in signals},
+        )
+
+
+def logs_of(reading: Reading, path: Path, *, loss: str | None, step: str | None) -> list[RowLog]:
+    """The segments of a reading that hold a training loss; the others are counted as left out.
+
+    Raises:
+        InputError: there is no such segment; what there is is named.
+    """
+    parts: dict[str, _Part] = {}
+    kept: list[Row] | None = []
+    for row in reading.rows():
+        parts.setdefault(row[0], _Part()).add(row[1])
+        if kept is not None:
+            kept.append(row)
+            if len(kept) > KEPT:
+                kept = None
+    rows = sum(part.rows for part in parts.values())
+    bad = sum(count for reason, count in reading.left_out.items() if reason.startswith("damaged"))
+    if bad > MOST_BAD * (rows + bad):
+        more = f", and {bad - 1:,} more of {rows + bad:,}" if bad > 1 else ""
+        raise InputError(f"{path}, {reading.example}{more}: repair or remove it")
+    if not rows:
+        raise InputError(f"{path} holds no values ({reading.format}): is it the training log?")
+    held = None if kept is None else tuple(kept)
+    counted = Counter(reading.left_out)
+    logs: list[RowLog] = []
+    problem: InputError | None = None
+    for name, part in parts.items():
+        try:
+            columns = _columns(reading, part, path, loss=loss, step=step)
+        except InputError as error:
+            problem = problem or error
+            counted["rows of a part without a training loss"] += part.rows
+            continue
+        logs += _pieces(reading, path, name, part, columns, held)
+    reading.left_out.clear()
+    reading.left_out.update(counted)
+    if not logs:
+        assert problem is not None
+        raise problem
+    return logs
+
+
+def _columns(
+    reading: Reading, part: _Part, path: Path, *, loss: str | None, step: str | None
+) -> dict[str, str]:
+    names = list(dict.fromkeys([*part.counts, *part.nulls]))
+    if loss is None:
+        loss = next((name for name in reading.losses if part.counts[name]), None)
+    own_step = reading.step if step is None and reading.step in part.counts else step
+    columns = choose_columns(
+        names,
+        source=path,
+        loss=loss,
+        step=own_step,
+        counts=part.counts if any(part.counts.values()) else None,
+        fractions=part.fractions,
+    )
+    if STEP not in columns and "epoch" in part.counts and "epoch" not in part.fractions:
+        distinct = part.last["epoch"] - part.first["epoch"] + 1
+        if part.counts["epoch"] == part.rows and (
+            part.backward["epoch"] or distinct >= part.counts[columns[LOSS]] > 1
+        ):
+            columns[STEP] = "epoch"
+    if not part.counts[columns[LOSS]]:
+        raise InputError(
+            f"{path}: the column {columns[LOSS]!r} holds no values{_others(part, columns[LOSS])}"
+        )
+    return columns
+
+
+def _others(part: _Part, loss: str) -> str:
+    others = [n for n in part.counts if "loss" in n.lower() and n != loss and not is_evaluation(n)]
+    return "; try " + " or ".join(f"--loss {n!r}" for n in others[:6]) if others else ""
+
+
+def _pieces(
+    reading: Reading,
+    path: Path,
+    name: str,
+    part: _Part,
+    columns: dict[str, str],
+    held: tuple[Row, ...] | None,
+) -> list[RowLog]:
+    counter = columns.get(STEP, "")
+    order = part.backward[counter] <= _UNORDERED_SHARE * part.rows
+    epoch = (
+        "epoch"
+        if counter != "epoch"
+        and part.backward[counter]
+        and "epoch" not in part.fractions
+        and part.counts["epoch"] >= part.counts[columns[LOSS]]
+        and part.last.get("epoch", 0) > part.first.get("epoch", 0)
+        else None
+    )
+    if reading.format.startswith("HuggingFace") and part.filtered:
+        reading.notes.append(
+            f"the gradient norm is not finite in {part.filtered:,} rows whose loss is: "
+            "the Trainer's filter (logging_nan_inf_filter) puts an average in a NaN loss's place"
+        )
+    log = RowLog(
+        path=path,
+        columns=columns,
+        reading=reading,
+        part=name,
+        kept=held,
+        order=order,
+        epoch=epoch,
+        name=name,
+        format=reading.format,
+        left_out=reading.left_out,
+        notes=(*reading.notes, *_notes(part, columns)),
+    )
+    count = 1 + max((piece for piece, _ in log.pieces()), default=0) if part.backward[counter] else 1
+    if count == 1:
+        return [log]
+    label = f"{name} " if name else ""
+    return [_renamed(log, f"{label}run {i + 1}", i) for i in range(count)]
+
+
+def _renamed(log: RowLog, name: str, piece: int) -> RowLog:
+    from dataclasses import replace
+
+    return replace(log, name=name, piece=piece)
+
+
+def _notes(part: _Part, columns: Mapping[str, str]) -> list[str]:
+    loss, norm = columns[LOSS], columns.get(GRADIENT_NORM)
+    notes = []
+    if part.nulls[loss] and any(part.counts[n] > part.counts[loss] for n in columns.values() if n != loss):
+        notes.append(
+            f"{loss!r} is null in {part.nulls[loss]:,} rows in which other columns go on: "
+            "a store without NaN writes it so"
+        )
+    counter = columns.get(STEP)
+    companions = [n for s, n in columns.items() if s not in (LOSS, STEP) and n in part.last_row]
+    if counter and companions:
+        silent = min(part.last_row[n] for n in companions) - part.last_row[loss]
+        if silent > max(10, 0.02 * part.rows) and not part.nulls[loss]:
+            notes.append(f"{loss!r} ceases to be logged while {companions[0]!r} goes on for {silent:,} rows")
+    if norm is not None and norm in part.last and not math.isfinite(part.last[norm]) and part.last[loss] == 0:
+        notes.append(f"at the end {loss!r} is 0 beside a {norm!r} that is not finite: no recovery")
+    return notes

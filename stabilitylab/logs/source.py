@@ -1,0 +1,159 @@
+"""Where a log's bytes come from: a plain or compressed file, standard input.
+
+Compression is told by the first bytes, not by the name: gzip, bzip2, xz and zstd. Text is UTF-8 unless it opens with
+the mark of UTF-16 (what a redirect in Windows PowerShell 5 writes). Standard input is copied to a temporary file
+first, because a log is read more than once.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from stabilitylab.errors import InputError
+
+CHUNK_BYTES = 4 << 20
+LONGEST_LINE = 16 << 20
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Source:
+    """One file, again and again from its start.
+
+    Attributes:
+        path: where it lies.
+        name: what messages call it.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path = path
+        self.name = name or str(path)
+        with path.open("rb") as file:
+            start = file.read(8)
+        self.compression = next((kind for mark, kind in _COMPRESSED.items() if start.startswith(mark)), None)
+
+    def open(self) -> BinaryIO:
+        """The bytes, decompressed and, where they were UTF-16, as UTF-8."""
+        raw = self._decompressed()
+        marks = raw.read(2)
+        raw.close()
+        raw = self._decompressed()
+        if marks in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return cast(BinaryIO, io.BufferedReader(_Utf8(raw)))
+        return raw
+
+    def head(self, size: int = 1 << 16) -> bytes:
+        """The first bytes; what is damaged ends there."""
+        with self.open() as file:
+            return b"".join(self._guarded(file, size, once=True))
+
+    def chunks(self) -> Iterator[bytes]:
+        """All bytes, in pieces that end with a line."""
+        rest = b""
+        with self.open() as file:
+            for piece in self._guarded(file, CHUNK_BYTES):
+                # A progress bar goes back with \r and may never write \n.
+                end = max(piece.rfind(b"\n"), piece.rfind(b"\r")) + 1
+                if not end and len(rest) < LONGEST_LINE:
+                    rest += piece
+                    continue
+                yield rest + piece[:end]
+                rest = piece[end:]
+        if rest:
+            yield rest
+
+    def lines(self) -> Iterator[bytes]:
+        """All lines, with their ends."""
+        for chunk in self.chunks():
+            yield from chunk.splitlines(keepends=True)
+
+    def on_disk(self) -> Path:
+        """A file that holds the bytes as they are, for readers that seek."""
+        if self.compression is None:
+            return self.path
+        with self._decompressed() as file, tempfile.NamedTemporaryFile(delete=False) as copy:
+            shutil.copyfileobj(file, copy)
+        _temporary.append(Path(copy.name))
+        return Path(copy.name)
+
+    def _guarded(self, file: BinaryIO, size: int, *, once: bool = False) -> Iterator[bytes]:
+        try:
+            while piece := file.read(size):
+                yield piece
+                if once:
+                    return
+        except EOFError:  # a compressed file still being written, or cut short: what is there is read
+            return
+        except Exception as error:
+            if isinstance(error, OSError | lzma.LZMAError) or type(error).__module__.startswith("zstandard"):
+                raise InputError(f"{self.name} cannot be decompressed: {error}") from None
+            raise
+
+    def _decompressed(self) -> BinaryIO:
+        if self.compression == "gzip":
+            return cast(BinaryIO, gzip.open(self.path))
+        if self.compression == "bzip2":
+            return cast(BinaryIO, bz2.open(self.path))
+        if self.compression == "xz":
+            return cast(BinaryIO, lzma.open(self.path))
+        if self.compression == "zstd":
+            import zstandard
+
+            reader = zstandard.ZstdDecompressor().stream_reader(
+                self.path.open("rb"), read_across_frames=True, closefd=True
+            )
+            return cast(BinaryIO, io.BufferedReader(reader))
+        return self.path.open("rb")
+
+
+class _Utf8(io.RawIOBase):
+    """UTF-16 bytes given out as UTF-8."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._decoder = codecs.getincrementaldecoder("utf-16")("replace")
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        while not self._ready:
+            piece = self._raw.read(CHUNK_BYTES)
+            self._ready = self._decoder.decode(piece, final=not piece).encode()
+            if not piece:
+                break
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+_temporary: list[Path] = []
+
+
+def standard_input() -> Path:
+    """Standard input as a file that goes away with the process."""
+    with tempfile.NamedTemporaryFile(delete=False, prefix="stdin-") as copy:
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+    _temporary.append(Path(copy.name))
+    return Path(copy.name)
+
+
+def remove_temporary() -> None:
+    """Delete what was copied out of standard input or a compressed file."""
+    while _temporary:
+        _temporary.pop().unlink(missing_ok=True)

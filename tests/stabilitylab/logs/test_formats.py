@@ -1,0 +1,310 @@
+"""Each trainer's log, a few lines of it, and what is read: format, values, first and last step, signals."""
+
+import gzip
+import json
+import lzma
+import math
+import sqlite3
+
+import pytest
+import zstandard
+
+from stabilitylab.errors import InputError
+from stabilitylab.logs.commands import inspect
+from stabilitylab.logs.log import Block
+from stabilitylab.logs.pattern import compiled, pairs
+from stabilitylab.logs.recognise import open_logs
+from stabilitylab.telemetry import LOSS, LOSS_SCALES
+
+
+def many(line, count=5, **given):
+    """``line`` for k = 1, 2, ...; losses fall from 9."""
+    return "".join(line.format(k=k, x=9 - k / 10, **given) + "\n" for k in range(1, count + 1))
+
+
+CONSOLES = [
+    (
+        "Megatron-LM",
+        " iteration {k:8d}/     400 | consumed samples: 64 | learning rate: 6.680E-06 | lm loss: {x:.6E} |"
+        " loss scale: 1.0 | grad norm: 0.750 | number of skipped iterations:   0 |",
+        {"loss", "gradient_norm", "learning_rate", "loss_scale", "skipped"},
+    ),
+    (
+        "Megatron-LM",
+        "[default7]: iteration {k}/ 400 | lm loss: {x:.6E} | grad norm: 0.750 |",
+        {"loss", "gradient_norm"},
+    ),
+    ("nanoGPT", "iter {k}: loss {x:.4f}, time 210.11ms, mfu 30.20%", {"loss"}),
+    (
+        "nanochat",
+        "\x1b[32mstep 0000{k}/21400 (0.02%) | loss: {x:.6f} | grad norm: 0.3100 | lrm: 1.00 | dt: 10.00ms |",
+        {"loss", "gradient_norm"},
+    ),
+    ("llm.c", "s:{k} trl:{x:.4f} lr:0.000100 norm:1.50", {"loss", "gradient_norm", "learning_rate"}),
+    (
+        "llm.c",
+        "step    {k}/20000 | loss {x:.6f} (+nanz)| norm 15.3000 (+nanz)| lr 8.57e-07 | 210.00 ms",
+        {"loss", "gradient_norm", "learning_rate"},
+    ),
+    ("build-nanogpt", "{k} train {x:.6f}", {"loss"}),
+    ("modded-nanogpt", "step:{k}/5100 train_loss:{x:.4f} train_time:100ms step_avg:nanms", {"loss"}),
+    (
+        "minimind",
+        "Epoch:[1/1]({k}/395), loss: {x:.4f}, aux_loss: 0.0100, lr: 0.00050000, epoch_time: 9.9min",
+        {"loss", "learning_rate"},
+    ),
+    (
+        "torchtitan",
+        "[rank0]:[titan] 2026-01-11 20:00:00,524 - root - INFO - \x1b[31mstep: {k:2d}  \x1b[32mloss: {x:7.4f}  "
+        "\x1b[38;2;180;60;0mgrad_norm:  1.5000  \x1b[34mmemory: 10.1GiB(20.0%)  tps: 51,301\x1b[39m",
+        {"loss", "gradient_norm"},
+    ),
+    (
+        "OLMo",
+        "2026-08-08 12:00:00 INFO [olmo_core:68] [step={k}/3,000,epoch=1,eta=5h11m]\n"
+        "    optim/total grad norm=1.0\n    train/CE loss={x:.4f}\n    train/Z loss=0.0001",
+        {"loss", "gradient_norm"},
+    ),
+    (
+        "fairseq",
+        "2020-01-01 | INFO | train_inner | epoch 001:    {k} / 4000 loss={x:.3f}, ppl=9.1, num_updates={k}, lr=1e-05,"
+        " gnorm=2.4, loss_scale=128, train_wall=30",
+        {"loss", "gradient_norm", "learning_rate", "loss_scale"},
+    ),
+    (
+        "fairseq",
+        '[2022-01-01 10:00:00,000][train_inner][INFO] - {{"epoch": 1, "update": 0.001, "loss": "{x:.3f}",'
+        ' "num_updates": "{k}", "lr": "1e-05", "gnorm": "2.4"}}',
+        {"loss", "gradient_norm", "learning_rate"},
+    ),
+    (
+        "MMEngine",
+        "2023/01/01 10:00:00 - mmengine - INFO - Epoch(train)   [1][  {k}/1250]  lr: 2.0000e-02  eta: 1:00:00"
+        "  time: 0.2  memory: 4000  loss: {x:.4f}  loss_cls: 0.3  grad_norm: 2.1",
+        {"loss", "gradient_norm", "learning_rate"},
+    ),
+    (
+        "MMCV",
+        "2021-01-01 10:00:00,000 - mmdet - INFO - Epoch [1][{k}/7330]\tlr: 1.000e-03, eta: 1 day, 1:00:00,"
+        " loss_cls: 0.3, loss: {x:.4f}, grad_norm: 2.1",
+        {"loss", "gradient_norm", "learning_rate"},
+    ),
+    ("text", "Epoch 1, Step {k}, Loss: {x:.4f}", {"loss"}),
+]
+
+
+def said(capsys, *paths, **options):
+    inspect(tuple(paths), json=True, **options)
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("name", "line", "signals"), CONSOLES)
+def test_console(tmp_path, capsys, name, line, signals):
+    path = tmp_path / "train.log"
+    path.write_text("loading data, loss will follow\n" + many(line) + "saving checkpoint\n")
+    found = said(capsys, path)
+    (one,) = found["segments"]
+    assert (found["format"], one["values"], one["first_step"], one["last_step"]) == (name, 5, 1, 5)
+    assert set(one["signals"]) == signals
+
+
+def losses(path, **options):
+    (log,) = open_logs([path], **options)
+    block = Block.concatenate(list(log.blocks()))
+    return log, block.steps.tolist(), block.values[LOSS][block.logged[LOSS]].tolist()
+
+
+def test_megatron_leaves_nan_out_but_a_window_of_skips_is_none(tmp_path):
+    line = " iteration {}/ 9 |{} grad norm: 1.0 | number of skipped iterations: {} |\n"
+    path = tmp_path / "log"
+    path.write_text(line.format(1, "", 1) + line.format(2, " lm loss: 8.0 |", 0) + line.format(3, "", 0))
+    _, steps, values = losses(path)
+    assert steps == [1, 2, 3]
+    assert values[0] == 8.0
+    assert math.isnan(values[1])
+    assert len(values) == 2
+
+
+def test_trainer_state_whole_cut_and_in_checkpoints(tmp_path, capsys):
+    rows = [
+        {"step": k, "loss": 3.0, "grad_norm": math.nan if k == 9 else 1.0, "epoch": k / 9}
+        for k in range(1, 10)
+    ]
+    state = {"log_history": [*rows, {"step": 9, "eval_loss": 2.0}, {"step": 9, "train_loss": 2.9}]}
+    for number in (5, 10):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps(state, indent=2))
+    log, steps, values = losses(tmp_path)
+    assert (steps, values) == (list(range(1, 10)), [3.0] * 9)
+    assert any("filter" in note for note in log.notes)
+    assert sum(log.left_out.values()) == 2
+    text = json.dumps(state, indent=2)
+    (tmp_path / "cut.json").write_text(text[: text.index('"step": 6')])
+    log, steps, _ = losses(tmp_path / "cut.json")
+    assert steps == [1, 2, 3, 4, 5]
+    assert any("cut short" in note for note in log.notes)
+
+
+@pytest.mark.parametrize("quote", ["", "'"])
+def test_the_trainers_console_takes_steps_from_the_bar(tmp_path, quote):
+    path = tmp_path / "log"
+    record = (
+        "\r 3%|#  | {k}0/300 [00:01<10:00]\n{{'loss': {q}{x}{q}, 'grad_norm': {q}nan{q}, 'epoch': {q}0.1{q}}}"
+    )
+    path.write_text(many(record, q=quote) + "{'train_runtime': 9.0, 'train_loss': 5.0}\n")
+    log, steps, _ = losses(path)
+    assert steps == [10, 20, 30, 40, 50]
+    assert log.left_out == {"the closing summary": 1}
+
+
+def test_deepspeeds_scale_belongs_to_the_record_before(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(
+        "{'loss': 4.0, 'epoch': 0.1}\n[deepspeed] OVERFLOW! Rank 0 Skipping step. Attempted loss scale: 65536, "
+        "reducing to 32768\n{'loss': 3.9, 'epoch': 0.2}\n"
+    )
+    (log,) = open_logs([path])
+    (block,) = log.blocks()
+    assert block.values[LOSS_SCALES[0]][0] == 32768
+    assert len(block) == 2
+
+
+CSVS = [
+    ("epoch,loss\n0,3\n1,2\nepoch,loss\n2,1\n", [0, 1, 2], 1),  # appended
+    ("step,loss\n0,3\nstep,val_loss,loss\n1,,2\n2,,1\n", [0, 1, 2], 1),  # a column more
+    ("# started\nstep,loss\n0,3\n1,2\n2,1\n", [0, 1, 2], 1),
+    ("step;loss\n0;3,5\n1;2,5\n2;1,5\n", [0, 1, 2], 0),
+    ("  step , train/loss \n 0, 3\n 1, 2\n 2, 1\n", [0, 1, 2], 0),
+    ("step,loss\n0,3\n1,2,9\n1,2\n2,1\n", [0, 1, 2], 1),
+]
+
+
+@pytest.mark.parametrize(("text", "steps", "left_out"), CSVS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_odd_csv(tmp_path, text, steps, left_out, encoding):
+    path = tmp_path / "log.csv"
+    path.write_bytes(text.encode(encoding))
+    log, found, _ = losses(path)
+    assert found == steps
+    assert sum(log.left_out.values()) == left_out
+
+
+def test_csv_without_a_header_says_so(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("0,3\n1,2\n")
+    with pytest.raises(InputError, match="has no header"):
+        open_logs([path])
+
+
+def test_wandb_panels_lightning_and_yolo(tmp_path):
+    path = tmp_path / "panel.csv"
+    path.write_text('"Step","a - train/loss","a - train/loss__MIN","b - train/loss"\n0,3,2,4\n1,2,1,3\n')
+    assert [log.name for log in open_logs([path])] == ["a", "b"]
+    assert [log.name for log in open_logs([path], run="b")] == ["b"]
+    path.write_text("epoch,step,train_loss_epoch,train_loss_step\n0,0,,3\n0,1,,2\n0,1,2.5,\n")
+    assert losses(path)[0].columns[LOSS] == "train_loss_step"
+    path.write_text(" epoch, train/box_loss, train/cls_loss, val/box_loss\n 0, 1, 2, 9\n 1, 1, 1, 9\n")
+    assert losses(path)[1:] == ([0, 1], [3.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "segments"),
+    [
+        ([{"step": k, "rank": r, "loss": 3.0} for k in range(9) for r in (1, 0)], {"rank 1": 9, "rank 0": 9}),
+        ([{"step": k % 5, "loss": 3.0} for k in range(10)], {"run 1": 5, "run 2": 5}),
+        ([{"step": k, "loss": 3.0} for k in (0, 1, 2, 3, 4, 3, 4, 5)], {"": 8}),  # a restart
+        ([{"epoch": k // 5, "iter": k % 5, "loss": 3.0} for k in range(10)], {"": 10}),
+        (
+            [{"mode": m, "epoch": 1, "iter": k, "loss": 3.0} for k in range(1, 9) for m in ("train", "val")],
+            {"": 8},
+        ),
+        ([{"global_step/max_steps": f"{k}/9", "loss": "NaN"} for k in range(9)], {"": 9}),
+    ],
+)
+def test_segments_of_json_lines(tmp_path, capsys, rows, segments):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {one["name"]: one["values"] for one in said(capsys, path)["segments"]} == segments
+
+
+def test_golden_values_and_columns(tmp_path):
+    path = tmp_path / "golden.json"
+    path.write_text(json.dumps({"lm loss": {"start_step": 0, "step_interval": 5, "values": [3, 2, 1]}}))
+    assert losses(path)[1:] == ([0, 5, 10], [3, 2, 1])
+    path.write_text(json.dumps({"lm loss": {"start_step": 1, "values": {"1": 3.0, "6": "nan"}}}))
+    assert losses(path)[1] == [1, 6]
+    path.write_text(json.dumps({"config": {"lr": 1}, "history": {"loss": [3, 2], "val_loss": [4, 4]}}))
+    assert losses(path)[2] == [3, 2]
+
+
+def test_mlflow_and_trackio_stores(tmp_path):
+    metrics = tmp_path / "mlruns" / "0" / "abc" / "metrics"
+    metrics.mkdir(parents=True)
+    (metrics / "loss").write_text("1 3.0 0\n2 1.7976931348623157e+308 10\n")
+    assert losses(tmp_path / "mlruns")[1:] == ([0, 10], [3.0, math.inf])
+    with sqlite3.connect(tmp_path / "mlflow.db") as base:
+        base.execute("CREATE TABLE metrics (key, value, timestamp, run_uuid, step, is_nan)")
+        rows = [
+            ("loss", 3.0, 1, "r", 0, 0),
+            ("loss", 0.0, 2, "r", 1, 1),
+            ("loss", 1.7976931348623157e308, 3, "r", 2, 0),
+        ]
+        base.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", rows)
+    _, steps, values = losses(tmp_path / "mlflow.db")
+    assert (steps, values[0], values[2]) == ([0, 1, 2], 3.0, math.inf)
+    assert math.isnan(values[1])
+    with sqlite3.connect(tmp_path / "trackio.db") as base:
+        base.execute("CREATE TABLE metrics (id INTEGER, run_name, step, metrics BLOB)")
+        base.execute("INSERT INTO metrics VALUES (1, 'a', 0, ?)", (json.dumps({"train/loss": 3.0}).encode(),))
+    assert losses(tmp_path / "trackio.db")[2] == [3.0]
+    with sqlite3.connect(tmp_path / "other.db") as base:
+        base.execute("CREATE TABLE things (a)")
+    with pytest.raises(InputError, match="not MLflow's or trackio's"):
+        open_logs([tmp_path / "other.db"])
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, zstandard.compress])
+def test_compressed_and_several_files(tmp_path, pack):
+    (tmp_path / "log.1").write_bytes(pack(many("iter {k}: loss {x}").encode()))
+    (tmp_path / "log.2").write_text("iter 6: loss 2.0\niter 7: loss 2.0\niter 8: loss 1.9\n")
+    (log,) = open_logs([tmp_path / "log.1", tmp_path / "log.2"])
+    assert Block.concatenate(list(log.blocks())).steps.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_own_patterns(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("t=1,000 obj 3.5 |g| 2e-1\nnoise\nt=2,000 obj nan\n")
+    given = "t={step} obj {loss}{? |g| {grad_norm}?}"
+    log, steps, values = losses(path, pattern=given)
+    assert steps == [1000, 2000]
+    assert values[0] == 3.5
+    own = tmp_path / "own.toml"
+    own.write_text(f"[mine]\nline = ['{given}']\n")
+    log, steps, _ = losses(path, pattern=str(own))
+    assert (log.format, steps) == ("mine", [1000, 2000])
+    for wrong in ("no numbers", "{step", "{? {step}", "{a} {a}"):
+        with pytest.raises(InputError, match="pattern"):
+            compiled(wrong)
+    with pytest.raises(InputError, match="no line"):
+        open_logs([path], pattern="epoch {step} cost {loss}")
+
+
+def test_pairs_are_read_by_any_sign():
+    assert pairs("lm loss: 2.0E+00 | lr=1e-3, 'norm': '1,234.5'") == {
+        "lm loss": 2.0,
+        "lr": 1e-3,
+        "norm": 1234.5,
+    }
+
+
+def test_what_the_refusal_suggests_works(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,val loss,val_loss_b\n0,3,3\n1,2,2\n")
+    with pytest.raises(InputError, match="validation losses only") as refusal:
+        open_logs([path])
+    assert "--loss 'val loss'" in str(refusal.value)
+    assert losses(path, loss="val loss")[2] == [3, 2]
+    (tmp_path / "x.bin").write_bytes(bytes(range(256)) * 40)
+    with pytest.raises(InputError, match="is a binary file"):
+        open_logs([tmp_path / "x.bin"])
