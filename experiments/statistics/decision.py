@@ -5,9 +5,10 @@
     equivalent   the whole interval lies within the smallest effect of interest: whatever difference there is does not matter
     undecided    none of these yet; the detectable effect says what these runs would have seen
 
-The law follows from the values alone, never from which arm they belong to (so choosing it costs no error): shares where all are
-0 or 1; ranks where one is infinite, where half of them or more repeat others (counts), or on request; Student's t else. Runs
-that died are infinite on the bad side: worse than any number, alike among themselves.
+The law follows from the values that were seen by then, so that a decision stands whatever comes later: shares where all are 0
+or 1; ranks where one is infinite, on request, or where the spread is within ``FINE`` steps of the grid on which the values lie
+(counts, rounded figures); Student's t else. On a grid the spread is often small by chance, and t large with it: there order
+decides. Runs that died are infinite on the bad side: worse than any number, alike among themselves.
 
 *Once* is for a number of runs fixed beforehand; equivalence then is two one-sided tests at alpha (Schuirmann 1987), the interval
 shown has level 1 - alpha. *Sequential* looks after every run from the fourth on and stops at the first look that decides; both
@@ -35,6 +36,8 @@ Word = Literal["supported", "against", "equivalent", "undecided"]
 
 LEAST_SEEDS = 4
 ALPHA = 0.05
+# Steps of the values' grid that the standard deviation must reach for Student's law.
+FINE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +116,10 @@ def decide(
     if not n:
         return NOTHING
     censored = int(np.isinf(a).sum() + (0 if b is None else np.isinf(b).sum()))
-    kind = _kind(a, b, scale, paired)
     last = Evidence(effect=math.nan, low=-math.inf, high=math.inf, sign=0, log_e=0.0)
     largest, word, seen = 0.0, "undecided", n
     law: Law | None = None
-    for seen, law in _looks(a, b, kind, paired, sequential):
+    for seen, law in _looks(a, b, scale, paired, sequential):
         last = law.look(alpha, sequential=sequential)
         if seen < LEAST_SEEDS:
             continue
@@ -170,11 +172,12 @@ def _word(
 
 
 def _looks(
-    a: np.ndarray, b: np.ndarray | None, kind: str, paired: bool, sequential: bool
+    a: np.ndarray, b: np.ndarray | None, scale: Scale, paired: bool, sequential: bool
 ) -> Iterator[tuple[int, Law]]:
     most = max(len(a), 0 if b is None else len(b))
     for k in range(min(LEAST_SEEDS, most), most + 1) if sequential else (most,):
         first, other = a[:k], None if b is None else b[:k]
+        kind = _kind(first, other, scale, paired)
         yield min(len(first), len(first) if other is None else len(other)), _law(first, other, kind, paired)
 
 
@@ -183,7 +186,8 @@ def _law(a: np.ndarray, b: np.ndarray | None, kind: str, paired: bool) -> Law:
         return PairedT(a) if kind == "t" else Signs(a)
     if not paired:
         return {"t": UnpairedT, "rank": RankSum, "share": UnpairedRates}[kind](a, b)
-    d = difference(a, b)
+    # Two that died alike are a tie, and do not bound how far the arms are apart.
+    d = difference(a, b, tie=math.nan)
     return {"t": PairedT, "rank": SignedRanks, "share": PairedRates}[kind](d)
 
 
@@ -193,10 +197,32 @@ def _kind(a: np.ndarray, b: np.ndarray | None, scale: Scale, paired: bool) -> st
         return "share"
     if scale == "rank" or not np.all(np.isfinite(values)):
         return "rank"
-    # Also where the differences repeat themselves: their spread may be 0 by chance, and t knows no doubt then.
-    steps = np.abs(a - b) if b is not None and paired else values
-    coarse = any(2 * len(np.unique(x)) <= len(x) for x in (values, steps))
-    return "rank" if coarse else "t"
+    samples = [a] if b is None else [a - b] if paired else [a, b]
+    freedom = sum(len(x) for x in samples) - len(samples)
+    if freedom < 1:
+        return "rank"
+    spread = math.sqrt(sum(float(np.var(x)) * len(x) for x in samples) / freedom)
+    return "t" if spread >= FINE * _grid_step(values, log=scale == "log") else "rank"
+
+
+def _grid_step(values: np.ndarray, *, log: bool) -> float:
+    """The largest step of which all differences between values are multiples, for decimals of up to nine places; at least what
+    float32 resolves, which is how fine a loss is. Of logarithms, the step at the median value."""
+    distinct = np.unique(np.exp(values) if log else values)
+    size = float(np.median(np.exp(values))) if log else 1.0
+    step = float(np.max(np.abs(distinct))) * 2.0**-23
+    if len(distinct) < 2 or not math.isfinite(step):
+        return math.inf
+    for places in range(10):
+        scaled = distinct * 10.0**places
+        whole = np.rint(scaled)
+        if np.max(np.abs(whole)) >= 2.0**52:
+            break
+        if np.all(np.abs(scaled - whole) <= 1e-9 * np.maximum(1.0, np.abs(whole))):
+            common = int(np.gcd.reduce(np.diff(whole).astype(np.int64)))
+            step = max(step, common / 10.0**places)
+            break
+    return step / size
 
 
 def _checked(values: Sequence[float], scale: Scale, whose: str) -> np.ndarray:

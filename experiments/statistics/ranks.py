@@ -33,28 +33,29 @@ MOST_PAIRS, MOST_RUNS = 80, 80
 
 @dataclass(frozen=True)
 class Signs:
-    """Differences of pairs, or values against a constant, by their signs."""
+    """Differences of pairs, or values against a constant, by their signs; NaN: both infinite alike."""
 
     differences: np.ndarray
     name: str = "signs"
 
     def look(self, alpha: float, *, sequential: bool) -> Evidence:
-        n, wins = int(np.count_nonzero(self.differences)), int(np.sum(self.differences > 0))
+        wins, losses = int(np.sum(self.differences > 0)), int(np.sum(self.differences < 0))
+        n = wins + losses
         rejected = rejects_half(wins, n, alpha, sequential=sequential)
-        ordered = np.sort(self.differences)
+        lows, ordered, highs = (np.sort(_filled(self.differences, tie)) for tie in (-math.inf, 0.0, math.inf))
         least = least_wins(len(ordered), alpha, sequential=sequential)
         bounded = least <= len(ordered)
         return Evidence(
             effect=median(ordered),
-            low=float(ordered[len(ordered) - least]) if bounded else -math.inf,
-            high=float(ordered[least - 1]) if bounded else math.inf,
+            low=float(lows[len(ordered) - least]) if bounded else -math.inf,
+            high=float(highs[least - 1]) if bounded else math.inf,
             sign=int(np.sign(2 * wins - n)) if rejected else 0,
             log_e=share_log_e(wins, n),
         )
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
         share = detectable_share(len(self.differences), alpha, sequential=sequential)
-        centred = _centred(self.differences)
+        centred = _centred(_filled(self.differences, math.inf))
         if math.isinf(share) or not len(centred):
             return math.inf
         # The shift that leaves this share above zero.
@@ -63,7 +64,7 @@ class Signs:
 
 @dataclass(frozen=True)
 class SignedRanks:
-    """Differences of pairs, for one look."""
+    """Differences of pairs, for one look; NaN: both infinite alike."""
 
     differences: np.ndarray
     name: str = "signed ranks"
@@ -71,7 +72,8 @@ class SignedRanks:
     def look(self, alpha: float, *, sequential: bool) -> Evidence:
         if sequential:
             return Signs(self.differences).look(alpha, sequential=True)
-        d = self.differences[self.differences != 0]
+        d = _filled(self.differences, 0.0)
+        d = d[d != 0]
         p, centre = signed_rank_p(d)
         averages = np.sort(_walsh(self.differences, tie=0.0))
         out = _most_outside(len(self.differences), alpha)
@@ -88,7 +90,7 @@ class SignedRanks:
     def detectable(self, alpha: float, *, sequential: bool) -> float:
         if sequential:
             return Signs(self.differences).detectable(alpha, sequential=True)
-        n, centred = len(self.differences), _centred(self.differences)
+        n, centred = len(self.differences), _centred(_filled(self.differences, math.inf))
         if _most_outside(n, alpha) < 0 or not len(centred):
             return math.inf
         walsh = np.abs(_walsh(centred, tie=0.0))
@@ -266,6 +268,11 @@ def _walsh(d: np.ndarray, *, tie: float) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         averages = (d[i] + d[j]) / 2
     return np.where(np.isnan(averages), tie, averages)
+
+
+def _filled(d: np.ndarray, tie: float) -> np.ndarray:
+    """The differences with ``tie`` for those of two values that are infinite alike."""
+    return np.where(np.isnan(d), tie, d)
 
 
 def _centred(d: np.ndarray) -> np.ndarray:

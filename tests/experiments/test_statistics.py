@@ -167,6 +167,32 @@ def test_verdicts(a, b, verdict):
     assert decide(a, b).verdict == verdict
 
 
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("later", [math.inf, 7.0])
+def test_a_decision_stands_whatever_comes_later(paired, later):
+    """The law is chosen by what was seen, not by the whole table."""
+    a, b = RNG.normal(0, 0.1, 6), RNG.normal(1, 0.1, 6)
+    early = decide(a, b, paired=paired)
+    assert early.verdict == "supported"
+    assert early.n < 6
+    assert decide([*a, later, 0.0], [*b, 0.0, later], paired=paired).n == early.n
+
+
+def test_counts_go_by_their_order_however_few_repeat():
+    """Differences 10, 10, 11, 12 of integers have t = 22; four signs alike happen once in eight."""
+    assert decide([20.0, 21.0, 22.0, 23.0], [10.0, 11.0, 11.0, 11.0], direction="more").law != "paired t"
+    # The same figures with a spread that the grid does not make are Student's.
+    rates = np.array([3.2762, 3.2748, 3.2725, 3.2728, 3.2743])
+    assert decide(rates, rates[::-1] + 0.01 * np.arange(5)).law == "paired t"
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_arms_that_both_die_are_not_known_to_be_alike(paired, sequential):
+    dead = decide([math.inf] * 9, [math.inf] * 9, paired=paired, sequential=sequential, margin=0.1)
+    assert (dead.verdict, dead.low, dead.high) == ("undecided", -math.inf, math.inf)
+
+
 def test_alike_within_a_margin_is_equivalent():
     rng = np.random.default_rng(3)
     a, b = rng.normal(0, 0.01, 12), rng.normal(0, 0.01, 12)
