@@ -26,7 +26,7 @@ from glm.model.cache import LayerCache
 from glm.model.config import ModelConfig
 from glm.model.layers import Linear, Norm
 from glm.model.positions import Rotation, rotate
-from glm.precision import fused_attention, matmul, softmax_matmul
+from glm.precision import attention_scores, fused_attention, matmul, softmax_matmul
 
 
 class Scores(nn.Module):
@@ -45,6 +45,8 @@ class Scores(nn.Module):
         self.query_scale = 1.0 / (math.sqrt(config.head) * self.divisor)
 
     def forward(self, q_BHTD: Tensor, k_BHSD: Tensor, bias_BHTS: Tensor) -> Tensor:
+        if not (self.soft_cap or self.in_compute_format):
+            return attention_scores(q_BHTD, k_BHSD, bias_BHTS, self.query_scale, self.divisor)
         divided_BHTS = matmul(
             q_BHTD * self.query_scale, k_BHSD.transpose(-1, -2), widen=not self.in_compute_format
         )

@@ -51,7 +51,7 @@ class _VocabularyLoss(torch.autograd.Function):
         for first in range(0, hidden_NC.shape[0], size):
             hidden = hidden_NC[first : first + size]
             target_n1 = target_N[first : first + size, None]
-            logits_nV = at_least_fp32(hidden @ weight.t())
+            logits_nV = at_least_fp32(linear(hidden, weight))
             largest_n1, at_n1 = logits_nV.max(1, keepdim=True)
             softmax_nV = torch.softmax(logits_nV, 1, out=room_nV[: len(hidden)])
             # log sum exp(logits - largest): the largest one's probability is at least 1/V, so its logarithm is safe.
@@ -64,13 +64,10 @@ class _VocabularyLoss(torch.autograd.Function):
                 # In place: the probabilities become the logits' gradient.
                 grad_logits = softmax_nV.mul_(1 + 2 * z_loss * z_n1) if z_loss else softmax_nV
                 grad_logits.scatter_add_(1, target_n1, torch.full_like(largest_n1, -1.0))
-                if hidden.dtype == wide:
-                    torch.mm(grad_logits, weight, out=grad_hidden[first : first + size])
-                    torch.addmm(grad_weight, grad_logits.t(), hidden, out=grad_weight)
-                else:
+                if hidden.dtype != wide:
                     grad_logits = grad_logits.mul_(ctx.lift).to(hidden.dtype)
-                    grad_hidden[first : first + size] = wide_product(grad_logits, weight)
-                    grad_weight += wide_product(grad_logits.t(), hidden)
+                grad_hidden[first : first + size] = wide_product(grad_logits, weight)
+                grad_weight += wide_product(grad_logits.t(), hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 

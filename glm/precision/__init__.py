@@ -4,6 +4,7 @@ from glm.precision.gradient_range import GradientRange, count_elements, gradient
 from glm.precision.loss_scale import LossScaleConfig, LossScaler
 from glm.precision.matmul import (
     at_least_fp32,
+    attention_scores,
     fused_attention,
     linear,
     matmul,
@@ -21,6 +22,7 @@ __all__ = [
     "Policy",
     "Precision",
     "at_least_fp32",
+    "attention_scores",
     "count_elements",
     "fused_attention",
     "gradient_range",

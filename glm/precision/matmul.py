@@ -9,13 +9,20 @@ the same path and a run can be repeated bit for bit.
 Rounding: with unit roundoff u of the half format and v = 2^-24 of fp32, a product over n terms satisfies
 |y - exact| <= u |y| + n v sum |a_i b_i| to first order, plus half the smallest subnormal where y is tiny.
 
-``softmax_matmul`` is the second half of attention under the same rule: the softmax is in fp32, and what it weighs the values
-with is an operand, hence half. Upcast, its backward pass keeps those half weights and nothing else of the scores' size:
+``attention_scores`` and ``softmax_matmul`` are the two halves of attention under the same rule: the softmax is in fp32, and what it
+weighs the values with is an operand, hence half. Upcast, its backward pass keeps those half weights and nothing else of the
+scores' size. On a CPU whatever has the size of the scores costs as much as the products, so it is passed over as seldom as can
+be: constants are multiplied into queries and keys, and what the softmax takes off its gradient is a product of outputs
+(FlashAttention, 2205.14135, appendix B.4):
 
-    Y = P V,  P = softmax(S)      dV = P' dY,   dP = dY V',   dS = P * (dP - sum_j P dP)
+    S = c q k' + bias,  Y = P V,  P = softmax(S)
+    dV = P' dY,   dP = dY V',   dS = P * (dP - sum_j P dP),   sum_j P dP = sum_d dY Y,   dq = c dS k,   dk = dS' (c q)
+
+fp32 products of matrices on a CPU are oneDNN's, whose kernels use the widest vectors of every maker's CPU. torch's default, MKL,
+does so on its own maker's only: for the matrices of a small model on an AMD CPU it takes one and a half to three times as long.
 
 Limits: on other devices and on capable CPUs the products are the plain torch calls, so the result is whatever that
-library rounds. Double backward is not supported on the upcast path.
+library rounds. Double backward is supported in fp64 on a CPU only, and on other devices.
 """
 
 from __future__ import annotations
@@ -25,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -50,6 +58,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 # Read once, at import: inside a compiled model it is a constant.
+ONEDNN = bool(torch._C._has_mkldnn)
 NATIVE_DTYPES = frozenset(dtype for dtype, names in NATIVE_FLAGS.items() if names & cpu_flags())
 
 
@@ -72,7 +81,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if upcasts(x) and weight.dtype == x.dtype:
         result: Tensor = _UpcastLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
+    if _is_onednns(x) and weight.dtype == x.dtype:
+        product: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return product
     return F.linear(x, weight, bias)
+
+
+def _is_onednns(x: Tensor) -> bool:
+    # A compiler fuses products by itself, and chooses their kernels.
+    return ONEDNN and _is_eager_fp32(x) and x.numel() > 0
+
+
+def _is_eager_fp32(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a @ b.T + bias`` of fp32 matrices."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return product
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -93,6 +120,19 @@ def matmul(a: Tensor, b: Tensor, *, widen: bool = False) -> Tensor:
     return at_least_fp32(product) if widen else product
 
 
+def attention_scores(q: Tensor, k: Tensor, bias: Tensor, scale: float, divisor: float) -> Tensor:
+    """``divisor * ((scale * q) k') + bias`` in fp32 (or wider); the product is rounded to the format of q and k before.
+
+    Args:
+        q: [..., queries, width], ``k``: [..., keys, width], equal leading shapes.
+        bias: broadcast over the scores.
+    """
+    if _is_eager_fp32(q):
+        result: Tensor = _Scores.apply(q, k, bias, scale, divisor)  # type: ignore[no-untyped-call]
+        return result
+    return torch.add(bias, matmul(q * scale, k.transpose(-1, -2), widen=True), alpha=divisor)
+
+
 def softmax_matmul(scores: Tensor, values: Tensor) -> Tensor:
     """``softmax(scores) @ values`` in the format of the values, the softmax in that of the scores.
 
@@ -102,6 +142,9 @@ def softmax_matmul(scores: Tensor, values: Tensor) -> Tensor:
     if upcasts(values) and scores.dtype == torch.float32:
         result: Tensor = _UpcastSoftmaxMatmul.apply(scores, values)  # type: ignore[no-untyped-call]
         return result
+    if scores.dtype == torch.float32 and _is_eager_fp32(values):
+        mixed: Tensor = _SoftmaxMatmul.apply(scores, values)  # type: ignore[no-untyped-call]
+        return mixed
     return matmul(scores.softmax(-1).to(values.dtype), values)
 
 
@@ -123,10 +166,32 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of matrices, handed on in fp32 (or wider) as it was accumulated: the result is not rounded to half."""
     if a.dtype not in HALF_DTYPES:
-        return a @ b
+        return _onednn(a, b.t()) if _is_onednns(a) and b.numel() else a @ b
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_NO = grad_y.reshape(-1, weight.shape[0])
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _onednn(grad_NO, weight.t()).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            # x' g rather than g' x: the kernels like the longer side in their vectors.
+            grad_weight = _onednn(x.reshape(-1, weight.shape[1]).t(), grad_NO.t()).t()
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_NO.sum(0)
+        return grad_x, grad_weight, grad_bias
 
 
 class _UpcastLinear(torch.autograd.Function):
@@ -169,6 +234,38 @@ class _UpcastMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_b = torch.matmul(a.float().transpose(-1, -2), wide).to(b.dtype)
         return grad_a, grad_b, None
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, bias: Tensor, scale: float, divisor: float) -> Tensor:
+        ctx.save_for_backward(q, k)
+        ctx.factor = scale * divisor
+        product = torch.matmul(q * scale, k.transpose(-1, -2))
+        return torch.add(bias, product, alpha=divisor, out=product)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        q, k = ctx.saved_tensors
+        grad_q = torch.matmul(grad, k).mul_(ctx.factor)
+        return grad_q, torch.matmul(grad.transpose(-1, -2), q * ctx.factor), None, None, None
+
+
+class _SoftmaxMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, values: Tensor) -> Tensor:
+        weights = scores.softmax(-1)
+        mixed = torch.matmul(weights, values)
+        ctx.save_for_backward(weights, values, mixed)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weights, values, mixed = ctx.saved_tensors
+        taken_off = (grad * mixed).sum(-1, keepdim=True)
+        grad_scores = torch.matmul(grad, values.transpose(-1, -2)).sub_(taken_off).mul_(weights)
+        return grad_scores, torch.matmul(weights.transpose(-1, -2), grad)
 
 
 class _UpcastSoftmaxMatmul(torch.autograd.Function):
