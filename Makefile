@@ -42,7 +42,7 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
-	$(PIP) install --constraint constraints.txt --editable ".[corpus,dev,distributed,hf]"
+	$(PIP) install --constraint constraints.txt --editable ".[corpus,dask,dev,distributed,hf]"
 	@touch $@ $(VENV)/.demo
 
 clean:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json as json_text
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +19,13 @@ from experiments.judging import judge
 from experiments.study import Study, judged, run_study
 from experiments.suites import SUITES
 from experiments.verdicts import Verdict, record, words
+from experiments.worker import keep_freed_memory
 from stabilitylab.command_line import parse
 from stabilitylab.errors import InputError, run_command
 
 USAGE = "usage: python -m experiments {run SUITE | report SUITE | verdicts | judge TABLE.csv | list}; each takes --help"
 
 SuiteName = Annotated[str, tyro.conf.Positional]
-
-
-def _processors() -> int:
-    """Those that this process may use, where the system says so: Linux does, macOS and Windows do not."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def load_suite(name: str) -> Suite:
@@ -63,6 +57,7 @@ def run(
     seeds: int | None = None,
     budget: float | None = None,
     until_decided: bool = False,
+    executor: str = "local",
 ) -> int:
     """Train every arm with every seed; what is complete already is left alone.
 
@@ -75,14 +70,16 @@ def run(
         seeds: of a study: how many instead of its own.
         budget: of a study: seconds after which no new seed is begun.
         until_decided: of a study: no new seed once every claim is decided.
+        executor: local: processes of this machine; dask:ADDRESS: the workers of a Dask cluster.
     """
     from experiments.runner import run_suite
 
     chosen = load(suite)
     if isinstance(chosen, Study):
-        if steps is not None or parallel is not None:
+        if steps is not None or parallel is not None or executor != "local":
             raise InputError(
-                f"{suite} is a study, in one process and of its own length: leave --steps and --parallel out"
+                f"{suite} is a study, in one process and of its own length: "
+                "leave --steps, --parallel and --executor out"
             )
         return _run_study(chosen, data, out, seeds=seeds, budget=budget, until_decided=until_decided)
     if seeds is not None or budget is not None or until_decided:
@@ -98,8 +95,9 @@ def run(
         chosen,
         data=data or chosen.data(Path("data") / chosen.data.__name__),
         out=out,
-        parallel=parallel or _processors(),
+        parallel=parallel,
         steps=steps,
+        executor=executor,
     )
     console = Console()
     console.print(f"runs: {out}")
@@ -122,6 +120,7 @@ def _run_study(
     if seeds is not None and seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {seeds}")
     out = out or Path("runs") / study.name
+    keep_freed_memory()
     run_study(
         study,
         data=data or study.data(Path("data") / study.data.__name__),

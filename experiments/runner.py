@@ -1,26 +1,31 @@
-"""Run a suite: every arm with every seed, over the cores, resumable run by run.
+"""Run a suite: every arm with every seed, through an executor, resumable run by run.
 
-Each run is one ``glm train`` process with one thread; as many go at once as there are cores (``jobs``). A run that is
-complete is left alone, one that was interrupted is resumed from its checkpoint, so the same command can be given again
-after anything. A run whose training fails does not stop the others: it is named at the end, with its last line.
+A run that is complete is left alone, one that was interrupted is resumed from its checkpoint, so the same command can be given
+again after anything. Where processes of the executor die (killed, out of memory) another one is opened and their runs go on;
+a run that was in one three times is given up. A run whose training fails does not stop the others: it is named at the end, with
+its last line. On a terminal bars show what goes on; elsewhere there is one line for each run that ends.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from experiments import worker
 from experiments.arm import Arm, Suite
+from experiments.executors import chosen
 from stabilitylab.errors import InputError
 from stabilitylab.runs.folder import RunFolder
+
+SECONDS_BETWEEN_LOOKS = 0.5
+DEATHS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,92 +57,166 @@ def jobs_of(suite: Suite, out: Path) -> list[Job]:
     ]
 
 
-def run_suite(suite: Suite, *, data: Path, out: Path, parallel: int, steps: int | None = None) -> None:
+def run_suite(
+    suite: Suite,
+    *,
+    data: Path,
+    out: Path,
+    parallel: int | None = None,
+    steps: int | None = None,
+    executor: str | Callable[[], Executor] = "local",
+) -> None:
     """Run what is not complete yet.
+
+    Args:
+        suite: what is asked.
+        data: folder made by ``glm shards``.
+        out: where the runs go.
+        parallel: runs at a time; None: one a core, or what the executor has.
+        steps: updates a run instead of the suite's own.
+        executor: a name of ``experiments.executors``, or what opens one.
 
     Raises:
         InputError: a run failed; the others were finished first.
     """
     out.mkdir(parents=True, exist_ok=True)
-    waiting = [job for job in jobs_of(suite, out) if not job.is_complete()]
+    data, out = data.resolve(), out.resolve()
+    jobs = jobs_of(suite, out)
+    waiting = [job for job in jobs if not job.is_complete()]
     commands = {
         job.name: suite.command(job.arm, job.seed, data=data, out=job.out, steps=steps) for job in waiting
     }
-    running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = {}
+    opened, most = chosen(executor, parallel) if isinstance(executor, str) else (executor, parallel or 1)
     failed: list[Job] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[said]}"),
-        TimeElapsedColumn(),
-    )
-    try:
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            total = len(jobs_of(suite, out))
-            overall = progress.add_task(
-                f"[bold]{suite.name}", total=total, completed=total - len(waiting), said=f"{total} runs"
-            )
-            bars = {}
-            while waiting or running:
-                while waiting and len(running) < parallel:
-                    job = waiting.pop(0)
-                    running[job.name] = (job, _start(job, commands[job.name]))
-                    bars[job.name] = progress.add_task(job.name, total=steps or suite.steps, said="starting")
-                time.sleep(0.5)
-                for name, (job, process) in list(running.items()):
-                    said = _last_line(job.log)
-                    progress.update(bars[name], said=said, completed=_step_in(said))
-                    if process.poll() is None:
-                        continue
-                    del running[name]
-                    progress.remove_task(bars[name])
-                    progress.advance(overall)
-                    if process.returncode:
-                        failed.append(job)
-    finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
+    deaths: Counter[str] = Counter()
+    with _Shown(suite, total=len(jobs), done=len(jobs) - len(waiting), steps=steps or suite.steps) as shown:
+        while waiting:
+            waiting, broken = _through(opened, most, waiting, commands, failed, shown)
+            for job in broken:
+                deaths[job.name] += 1
+            failed += [job for job in broken if deaths[job.name] >= DEATHS]
+            waiting = [job for job in (*broken, *waiting) if deaths[job.name] < DEATHS]
     if failed:
         raise InputError(
             f"{len(failed)} of the suite's runs failed: {_causes(failed)}; mend the cause and give the command again"
         )
 
 
+def _through(
+    opened: Callable[[], Executor],
+    most: int,
+    waiting: list[Job],
+    commands: Mapping[str, Sequence[str]],
+    failed: list[Job],
+    shown: _Shown,
+) -> tuple[list[Job], list[Job]]:
+    """Run through one executor until all is done or it breaks. Returns the runs not begun, and those that it broke under."""
+    waiting, running, broken = list(waiting), dict[Future[int], Job](), list[Job]()
+    executor = opened()
+    try:
+        while (waiting and not broken) or running:
+            while waiting and not broken and len(running) < most:
+                job = waiting.pop(0)
+                try:
+                    running[executor.submit(worker.train, _words(job, commands[job.name]), job.log)] = job
+                except BrokenExecutor:
+                    waiting.insert(0, job)
+                    broken += [job] if not running else []
+                    break
+                shown.begins(job)
+            done, _ = wait(running, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+            for future in done:
+                job = running.pop(future)
+                error = future.exception()
+                if isinstance(error, BrokenExecutor):
+                    broken.append(job)
+                    shown.ends(job, None)
+                    continue
+                if error is not None:
+                    with job.log.open("a", encoding="utf-8") as log:
+                        log.write(f"error: {type(error).__name__}: {error}\n")
+                if error is not None or future.result():
+                    failed.append(job)
+                shown.ends(job, job not in failed)
+            shown.look(running.values())
+    finally:
+        executor.shutdown(wait=not running, cancel_futures=True)
+    return [job for job in waiting if job not in broken], broken
+
+
+def _words(job: Job, command: Sequence[str]) -> list[str]:
+    return [*command, *(["--resume"] if RunFolder(job.out).config.exists() else [])]
+
+
+class _Shown:
+    """What a person sees: bars on a terminal, elsewhere one line for each run that ends."""
+
+    def __init__(self, suite: Suite, *, total: int, done: int, steps: int) -> None:
+        self._console = Console(stderr=True)
+        self._total, self._done, self._steps = total, done, steps
+        self._began, self._before = time.monotonic(), done
+        self._bars: dict[str, TaskID] = {}
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeElapsedColumn(),
+        )
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._overall = self._progress.add_task(
+            f"[bold]{suite.name}", total=total, completed=done, said=f"{total} runs"
+        )
+
+    def __enter__(self) -> _Shown:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def begins(self, job: Job) -> None:
+        if len(self._bars) < 32:  # a cluster takes hundreds at once
+            self._bars[job.name] = self._progress.add_task(job.name, total=self._steps, said="starting")
+
+    def look(self, running: Iterable[Job]) -> None:
+        if not self._console.is_terminal:
+            return
+        for job in running:
+            if job.name in self._bars:
+                said = worker.last_line(job.log)
+                self._progress.update(self._bars[job.name], said=said, completed=_step_in(said))
+
+    def ends(self, job: Job, well: bool | None) -> None:
+        """``well`` None: its process died, and it will be begun again."""
+        if job.name in self._bars:
+            self._progress.remove_task(self._bars.pop(job.name))
+        if well is not None:
+            self._done += 1
+            self._progress.advance(self._overall)
+        if not self._console.is_terminal:
+            left = (
+                (time.monotonic() - self._began)
+                / max(1, self._done - self._before)
+                * (self._total - self._done)
+            )
+            how = {True: "complete", False: "failed", None: "its process died, begun again"}[well]
+            self._console.print(
+                f"run {self._done}/{self._total}  {job.name}: {how}  {left:,.0f} s left",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+
 def _causes(failed: Sequence[Job]) -> str:
     """Each cause once, with the runs that it ended and the log of the first."""
     by_cause: dict[str, list[Job]] = {}
     for job in sorted(failed, key=lambda job: job.name):
-        by_cause.setdefault(_last_line(job.log), []).append(job)
+        by_cause.setdefault(worker.last_line(job.log), []).append(job)
     return "; ".join(
         f"{', '.join(job.name for job in jobs)}: {cause} (see {jobs[0].log})"
         for cause, jobs in by_cause.items()
     )
-
-
-def _start(job: Job, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    resume = ["--resume"] if RunFolder(job.out).config.exists() else []
-    # One thread a run: two small runs side by side use two cores better than one run with two threads.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with job.log.open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "glm", *command, *resume],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-
-
-def _last_line(log: Path) -> str:
-    """The last complete line of a log that grows; "" before there is one."""
-    if not log.is_file():
-        return ""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        lines = file.read().decode("utf-8", errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _step_in(line: str) -> int | None:

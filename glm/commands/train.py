@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -245,7 +246,13 @@ def _write_atomically(file: Path, text: str) -> None:
 
 @contextmanager
 def _stops_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
-    """The first SIGINT or SIGTERM lets the step end, saves and returns; a second SIGINT breaks off at once."""
+    """The first SIGINT or SIGTERM lets the step end, saves and returns; a second SIGINT breaks off at once.
+
+    In another thread than the first nothing is done: signals are the first thread's, and its owner's to answer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def stop(number: int, frame: FrameType | None) -> None:
         if trainer.stop_requested and number == signal.SIGINT:
