@@ -153,7 +153,8 @@ def embedding_surge(run: Run) -> float:
     if broke is None or not len(share):
         return math.nan
     before = share[(share.index >= broke - MEMORY) & (share.index < broke)]
-    return float(share[share.index >= broke].iloc[0] - before.median()) if len(before) else math.nan
+    after = share[share.index >= broke]  # empty where gradients were not measured again
+    return float(after.iloc[0] - before.median()) if len(before) and len(after) else math.nan
 
 
 def outlier_fraction(run: Run) -> float:
@@ -172,8 +173,10 @@ def _loss_breaks(run: Run) -> int | None:
 
 
 def _norm_breaks(run: Run) -> int | None:
-    """First step whose gradient norm is over four times the median of the 50 before it (25 at least), or not a number."""
-    norm = run.series("train/-/gradient_norm").replace(math.inf, math.nan)
+    """First step whose gradient norm is over four times the median of the 50 before it (25 at least), or not a number. A step
+    that the loss scaler left out is routine, and none."""
+    norm, skipped = run.series("train/-/gradient_norm"), run.series("train/-/skipped")
+    norm = norm[~norm.index.isin(skipped.index[skipped == 1])].replace(math.inf, math.nan)
     usual = norm.rolling(MEMORY, min_periods=MEMORY // 2).median().shift(1)
     broken = norm.index[(norm > BREAK * usual) | (norm.isna() & usual.notna())]
     return int(broken[0]) if len(broken) else None

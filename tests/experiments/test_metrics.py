@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import metrics
 from experiments.cli import load_suite
 from experiments.metrics import METRICS
 from experiments.suites import SUITES
@@ -124,3 +125,18 @@ def test_every_arm_is_a_command_that_parses(name: str, tmp_path: Path) -> None:
         command = suite.command(arm, 0, data=tmp_path, out=tmp_path / "run")
         assert command[0] == "train"
         parse_command(command[1:])
+
+
+def test_an_overflow_that_the_scaler_catches_breaks_nothing(tmp_path: Path) -> None:
+    norm = [2.0] * 40 + [math.inf] + [2.0] * 29 + [9.0] * 30
+    skipped = Key("train", "-", "skipped")
+    share = Key("gradient", "embedding.weight", "share")
+    values = {
+        LOSS: [2.0] * 100,
+        NORM: norm,
+        skipped: [float(step == 40) for step in range(100)],
+        share: [0.5] * 70,
+    }
+    run = recorded(tmp_path / "run", values)
+    assert metrics._norm_breaks(run) == 70
+    assert math.isnan(METRICS["embedding_surge"].measure(run))
