@@ -34,24 +34,36 @@ def read_huggingface_console(source: Source) -> Reading | None:
         return None
     bars = [bar for values, bar in first if "loss" in values]
     believed = None not in bars and all(a < b for a, b in itertools.pairwise(bars))  # type: ignore[operator]
-    reading = Reading(format="HuggingFace Trainer console", rows=lambda: _rows(source, reading, believed))
+    scale = next((values["attempted"] for values, _ in first if "attempted" in values), None)
+    reading = Reading(
+        format="HuggingFace Trainer console", rows=lambda: _rows(source, reading, believed, scale)
+    )
     reading.step, reading.losses = "step", ("loss",)
     return reading
 
 
-def _rows(source: Source, reading: Reading, believed: bool) -> Iterator[Row]:
+def _rows(source: Source, reading: Reading, believed: bool, scale: float | None) -> Iterator[Row]:
+    """Records in order. ``scale`` is the loss scale of the start: what the first overflow was attempted with."""
     reading.left_out.clear()
     count = -1
-    step = 0.0
+    held: Values | None = None
     for values, bar in _records(source):
         if "loss" in values:
+            if held is not None:
+                yield "", held
             count += 1
-            step = float(bar) if believed and bar is not None else float(count)
-        elif "loss_scale" not in values:
+            held = {"step": float(bar) if believed and bar is not None else float(count), **values}
+            if scale is not None:
+                held["loss_scale"] = scale
+        elif "loss_scale" in values:
+            scale = values["loss_scale"]
+            if held is not None:
+                held |= values
+        else:
             summary = "train_runtime" in values or "train_loss" in values
             reading.left_out["the closing summary" if summary else "rows of evaluation"] += 1
-            continue
-        yield "", {"step": step, **values}
+    if held is not None:
+        yield "", held
 
 
 def _records(source: Source) -> Iterator[tuple[Values, int | None]]:
@@ -62,7 +74,8 @@ def _records(source: Source) -> Iterator[tuple[Values, int | None]]:
         for found in _RECORD.finditer(chunk):
             if found["scale"] is not None:
                 reached = number((found["next"] or found["scale"]).decode())
-                yield {"loss_scale": reached, "skipped": 1.0}, bar
+                attempted = number(found["scale"].decode())
+                yield {"loss_scale": reached, "attempted": attempted, "skipped": 1.0}, bar
                 continue
             # Only the last few bars before a record matter; there may be thousands.
             bars = _BAR.findall(chunk, max(at, found.start() - _BEFORE), found.start())

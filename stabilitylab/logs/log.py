@@ -180,8 +180,8 @@ def open_log(path: Path, *, loss: str | None = None, step: str | None = None) ->
 
     logs = open_logs([path], loss=loss, step=step)
     if len(logs) > 1:
-        names = ", ".join(repr(log.name) for log in logs)
-        raise InputError(f"{path} holds {len(logs)} runs: {names}; read them with open_logs")
+        names = ", ".join(log.name for log in logs[:8]) + (" and more" if len(logs) > 8 else "")
+        raise InputError(f"{path} holds {len(logs)} runs: {names}; give one of them")
     return logs[0]
 
 

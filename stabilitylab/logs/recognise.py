@@ -18,6 +18,7 @@ from stabilitylab.logs.huggingface import read_huggingface_console
 from stabilitylab.logs.json_document import read_json_document
 from stabilitylab.logs.json_lines import read_json_lines
 from stabilitylab.logs.log import Log
+from stabilitylab.logs.pattern import number
 from stabilitylab.logs.rows import Reading, Row, logs_of
 from stabilitylab.logs.source import Source, standard_input
 from stabilitylab.logs.trackers import (
@@ -261,7 +262,7 @@ def _folder(path: Path, *, loss: str | None, step: str | None, pattern: str | No
     if events:
         from stabilitylab.logs.tensorboard import TensorBoardLog
 
-        return [TensorBoardLog.open_files(path, events, loss=loss, step=step)]
+        return list(TensorBoardLog.open_runs(path, events, loss=loss, step=step))
     alone = [
         f for f in path.iterdir() if f.suffix in (".csv", ".tsv", ".jsonl", ".log", ".txt", ".db", ".parquet")
     ]
@@ -313,4 +314,7 @@ def _is_table(path: Path, head: bytes) -> bool:
     if not cells:  # one column: a bare header above bare numbers
         return len(lines) > 1 and all(re.fullmatch(r"\s*[-+\d.eEnaif]+\s*", line) for line in lines[1:])
     same = sum(line.count(delimiter) == cells for line in lines)
-    return same * 4 >= len(lines) * 3 and not re.search(r"[\[\]{}|=]", lines[0])
+    held = [cell.strip().strip('"') for line in lines[1:] for cell in line.split(delimiter) if cell.strip()]
+    # Lines of prose with a comma each are no table: most cells below a header are numbers.
+    numeric = sum(number(cell) is not None for cell in held) * 2 >= len(held)
+    return numeric and same * 4 >= len(lines) * 3 and not re.search(r"[\[\]{}|=]", lines[0])

@@ -60,6 +60,22 @@ class TensorBoardLog(Log):
         Raises:
             InputError: there is none, or there are several: they are named.
         """
+        found = cls.open_runs(path, files, loss=loss, step=step)
+        if len(found) > 1:
+            shown = ", ".join(one.name for one in found[:_MOST_NAMED])
+            more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+            raise InputError(f"{path} holds {len(found)} runs: {shown}{more}; give one of them")
+        return found[0]
+
+    @classmethod
+    def open_runs(
+        cls, path: Path, files: Sequence[Path], *, loss: str | None = None, step: str | None = None
+    ) -> list[Self]:
+        """Every run of training among ``files``.
+
+        Raises:
+            InputError: there is none.
+        """
         if step is not None:
             raise InputError(f"{path}: TensorBoard files have steps of their own; leave out --step")
         runs = _runs(path, files)
@@ -78,16 +94,20 @@ class TensorBoardLog(Log):
             assert problem is not None
             raise problem
         training = [run for run in columns if not _is_of_evaluation(run)] or list(columns)
-        if len(training) > 1:
-            shown = ", ".join(training[:_MOST_NAMED])
-            more = f" and {len(training) - _MOST_NAMED} more" if len(training) > _MOST_NAMED else ""
-            raise InputError(f"{path} holds {len(training)} runs: {shown}{more}; give one of them")
-        (run,) = training
-        columns[run].pop(STEP, None)
-        others = tuple(other for other in columns if other != run)
-        return cls(
-            path=path, format="TensorBoard", columns=columns[run], files=runs[run], evaluation_runs=others
-        )
+        others = tuple(other for other in columns if other not in training)
+        for run in training:
+            columns[run].pop(STEP, None)
+        return [
+            cls(
+                path=path,
+                name=run if len(training) > 1 else "",
+                format="TensorBoard",
+                columns=columns[run],
+                files=runs[run],
+                evaluation_runs=others,
+            )
+            for run in training
+        ]
 
     @property
     def notes(self) -> tuple[str, ...]:

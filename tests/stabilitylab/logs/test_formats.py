@@ -108,6 +108,14 @@ def test_console(tmp_path, capsys, name, line, signals):
     assert set(one["signals"]) == signals
 
 
+def test_prose_with_commas_is_no_table(tmp_path, capsys):
+    path = tmp_path / "log"
+    path.write_text(
+        "10:00:00,000 fetched a batch in 0.1 s, queue 7\n" * 50 + many("iter {k}: loss {x:.4f}, time 1ms")
+    )
+    assert said(capsys, path)["format"] == "nanoGPT"
+
+
 def losses(path, **options):
     (log,) = open_logs([path], **options)
     block = Block.concatenate(list(log.blocks()))
