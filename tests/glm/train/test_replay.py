@@ -135,7 +135,7 @@ def test_updates_can_be_withheld(run):
             ["--event", "1", "--hold", "embeding"],
             r"--hold 'embeding' matches no parameter .*: it has embedding, ",
         ),
-        (["--event", "1", "--only", "x", "--out", "{}"], "--only 'x' matches no"),
+        (["--event", "1", "--only", "x"], "--only 'x' matches no"),
         (["--event", "9"], r"no event 9: choose one of 1 \(spike at 22\)"),
         (["--event", "1", "--steps", "0"], "--steps at least 1"),
         (["--event", "x"], "invalid int value"),
