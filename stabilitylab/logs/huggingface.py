@@ -39,6 +39,8 @@ def read_huggingface_console(source: Source) -> Reading | None:
         format="HuggingFace Trainer console", rows=lambda: _rows(source, reading, believed, scale)
     )
     reading.step, reading.losses = "step", ("loss",)
+    if not believed:
+        reading.notes.append("the records hold no step, and no bar tells it: they are counted from 0")
     return reading
 
 
