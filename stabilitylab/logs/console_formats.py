@@ -7,8 +7,9 @@ fits another's pattern: the more particular first.
 from __future__ import annotations
 
 import math
+import re
 
-from stabilitylab.logs.pattern import TextFormat, Values, text_format
+from stabilitylab.logs.pattern import NUMBER, TextFormat, Values, text_format
 
 
 def _megatron(values: Values, before: Values) -> Values:
@@ -183,6 +184,11 @@ FALLBACK = TextFormat(
         *text_format("", "iter{?ation?}{?s?}{?:?}{?=?}{?[?} {step}{*}loss{?:?}{?=?} {loss}{pairs}").lines,
         *text_format("", "batch{?:?}{?=?}{?[?} {step}{*}loss{?:?}{?=?} {loss}{pairs}").lines,
         *text_format("", "epoch{?:?}{?=?}{?[?} {epoch}{*}loss{?:?}{?=?} {loss}{pairs}").lines,
+        # No step at all: the loss as a word of its own, so that val_loss is none.
+        re.compile(
+            rf"(?<![\w/.-])(?:train(?:ing)?[ _/])?loss\s*[:=]\s*(?P<n_loss>{NUMBER})(?P<pairs_>.*)",
+            re.IGNORECASE,
+        ),
     ),
     finish=None,
 )

@@ -47,7 +47,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "update",
             "updates",
         ),
-        *("num_steps", "batch_idx"),
+        *("num_steps", "batch", "batch_idx"),
     ),
     LOSS: (
         *(

@@ -89,6 +89,7 @@ CONSOLES = [
         " loss_cls: 0.3, loss: {x:.4f}, grad_norm: 2.1",
         {"loss", "gradient_norm", "learning_rate"},
     ),
+    ("Composer", "[batch={k}/100]:\n\t Train loss/train/total: {x:.4f}", {"loss"}),
     ("text", "Epoch 1, Step {k}, Loss: {x:.4f}", {"loss"}),
 ]
 
@@ -106,6 +107,12 @@ def test_console(tmp_path, capsys, name, line, signals):
     (one,) = found["segments"]
     assert (found["format"], one["values"], one["first_step"], one["last_step"]) == (name, 5, 1, 5)
     assert set(one["signals"]) == signals
+
+
+def test_a_loss_without_a_step_is_counted(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(many("20/20 - 1s - accuracy: 0.9 - loss: {x:.4f} - val_loss: 3.0"))
+    assert losses(path)[1:] == ([0, 1, 2, 3, 4], [8.9, 8.8, 8.7, 8.6, 8.5])
 
 
 def test_prose_with_commas_is_no_table(tmp_path, capsys):
