@@ -2,7 +2,7 @@
 
 A spike of the embedding's gradient often sits in a few rows: rare tokens, or one that the batch repeats. Of
 each ``nn.Embedding`` the ``TOP`` rows with the largest norm are recorded, largest first, index = place in
-that order.
+that order. Where ZeRO spreads the gradient over ranks in flat pieces no rank has rows of it, and none is told.
 
 Family ``gradient``, site = path of the embedding's weight:
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import metrics
-from experiments.cli import load_suite
+from experiments.cli import load
 from experiments.metrics import METRICS
+from experiments.study import Study
 from experiments.suites import SUITES
 from glm.commands.train import parse_command
 from stabilitylab.runs import Run, load_run
@@ -115,12 +116,24 @@ def test_what_breaks_first(tmp_path: Path, broken: float) -> None:
 
 @pytest.mark.parametrize("name", SUITES)
 def test_every_arm_is_a_command_that_parses(name: str, tmp_path: Path) -> None:
-    suite = load_suite(name)
+    suite = load(name)
     names = [arm.name for arm in suite.arms]
     assert len(set(names)) == len(names)
+    metrics = suite.outcomes if isinstance(suite, Study) else METRICS
     for claim in suite.claims:
         assert {claim.arm, claim.baseline or claim.arm} <= set(names)
-        assert claim.metric in METRICS
+        assert claim.metric in metrics
+    if isinstance(suite, Study):
+        places = {"data": str(tmp_path), "out": str(tmp_path / "run")}
+        for arm in suite.arms:
+            flags = {**suite.settings, **arm.settings, **places}
+            parse_command(
+                [
+                    suite.preset,
+                    *(word for flag, value in flags.items() for word in (f"--{flag}", value) if word),
+                ]
+            )
+        return
     for arm in suite.arms:
         command = suite.command(arm, 0, data=tmp_path, out=tmp_path / "run")
         assert command[0] == "train"

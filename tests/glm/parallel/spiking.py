@@ -19,7 +19,8 @@ from glm.train.schedule import ScheduleConfig
 from stabilitylab.spikes import ResponderConfig
 
 POLICIES = ("lower-rate", "skip-batch", "roll-back", "escalate")
-ROWS = 4
+# So many that a batch's loss scatters by 2 % and the planted rise stands out: noise is learned before anything is judged.
+ROWS = 16
 # Steps whose rows, as an undisturbed run would see them, have an absurd target everywhere.
 BAD_STEPS = (30, 31, 32, 46, 47)
 RARE = 999
@@ -52,7 +53,7 @@ class Record(Callback):
             self.decisions.append((event.step, event.data.get("kind", event.kind)))
 
 
-def spiking(policy: str, axes: tuple[int, int, int] = (1, 1, 1), micro: int = 1) -> TrainConfig:
+def spiking(policy: str, axes: tuple[int, int, int] = (1, 1, 1), micro: int = 4) -> TrainConfig:
     t, p, d = axes
     return TrainConfig(
         steps=52,

@@ -214,6 +214,9 @@ KEY = ["step", "family", "site", "statistic", "index"]
 def test_telemetry_has_the_local_runs_names_and_values(results, data_folder, tmp_path, axes):
     assert main(worlds.command(data_folder, tmp_path / "local", (1, 1, 1, 1))) == 0
     ours, theirs = measured(tmp_path / "local"), measured(results / ("watched-" + "".join(map(str, axes))))
+    if axes[3]:
+        # ZeRO spreads a gradient in flat pieces: no rank has rows of it, and none is told.
+        ours = ours[~ours.index.get_level_values("statistic").astype(str).str.startswith("top_row")]
     assert set(ours.index) == set(theirs.index)
     counts = [key for key in ours.index if str(key[3]).endswith("_elements")]
     check_counts(ours[counts], theirs[counts], axes)
@@ -285,7 +288,7 @@ def test_a_spike_that_one_process_detects_is_answered_by_all(results, data, poli
     zero, one = (json.loads((results / f"spiking-{rank}.json").read_text())[policy] for rank in (0, 1))
     assert zero == one
     ours, other = (
-        answer(config, LocalEngine(config), data) for config in (spiking(policy, micro=m) for m in (1, 4))
+        answer(config, LocalEngine(config), data) for config in (spiking(policy, micro=m) for m in (4, 8))
     )
     assert [tuple(d) for d in zero["decisions"]] == ours["decisions"]
     kinds = {kind for _, kind in ours["decisions"]}
