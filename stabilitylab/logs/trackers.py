@@ -1,8 +1,8 @@
 """Stores of experiment trackers, read without the tracker.
 
     MLflow, files     mlruns/EXPERIMENT/RUN/metrics/NAME: ``timestamp value step`` a line
-                      (mlflow/store/tracking/file_store.py, 3.18)
-    MLflow, SQLite    table metrics (key, value, step, is_nan, run_uuid) (mlflow/store/tracking/dbmodels/models.py, 3.18)
+                      (mlflow/store/tracking/file_store.py, 3.17)
+    MLflow, SQLite    table metrics (key, value, step, is_nan, run_uuid) (mlflow/store/tracking/dbmodels/models.py, 3.17)
     trackio           SQLite, table metrics (run_name, step, metrics: JSON) (trackio/sqlite_storage.py, 0.43)
     W&B, offline      run-ID.wandb: LevelDB's log format around protobuf records
                       (wandb/sdk/internal/datastore.py, wandb/proto/wandb_internal.proto, 0.31)

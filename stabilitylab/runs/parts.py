@@ -65,12 +65,12 @@ class Part:
         return int(self.path.stem.partition("-")[2])
 
 
-def list_parts(folder: Path) -> list[Part]:
+def list_parts(folder: Path, *, warn: bool = True) -> list[Part]:
     """The files of a folder that count, oldest first.
 
     Warns of files that a killed run left half written. Raises InputError for a finished file that cannot be read.
     """
-    for temporary in sorted(folder.glob("*.tmp")):
+    for temporary in sorted(folder.glob("*.tmp")) if warn else ():
         warnings.warn(f"{temporary} was left half written by a killed run and is not read", stacklevel=2)
     for _ in range(5):
         try:
@@ -97,7 +97,8 @@ def step_limits(parts: Sequence[Part]) -> dict[int, int | None]:
 
 def last_step(folder: Path) -> int | None:
     """The last standing step of a telemetry folder, from the files' footers; None where nothing stands."""
-    parts = list_parts(folder)
+    # Whoever asks is about to write there, and clears away what a kill left half written.
+    parts = list_parts(folder, warn=False)
     limits = step_limits(parts)
     found: list[int] = []
     for part in parts:

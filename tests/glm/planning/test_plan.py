@@ -95,6 +95,10 @@ def test_a_layers_activations_are_what_autograd_saves(name, precision):
     bytes_kept = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     hidden = rows * config.length * config.hidden
     odd = 0
+    if precision == "fp32" and config.attention.softmax != "fused":
+        # On a CPU the softmax's gradient takes what it is less by from the result, which is kept beside the copy that the output
+        # projection reads; and v is a view of the q, k, v product, which stays whole.
+        odd += BYTES[precision] * hidden * (0 if config.attention.qk_norm else 3)
     if precision == "fp16":
         # v is saved as a view of the q, k, v product on this path: q and k stay with it, or v is there with them already.
         odd += BYTES[precision] * hidden * (-1 if config.attention.qk_norm else 2)
@@ -103,11 +107,18 @@ def test_a_layers_activations_are_what_autograd_saves(name, precision):
     assert bytes_kept - odd == layer_activations(shape_of(config), rows, 1, precision)
 
 
+def product_flops(x_shape, weight_shape, *rest, out_shape=None, **others) -> int:
+    """oneDNN's product, which torch's counter does not know: a multiplication and an addition for each pair."""
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
 @pytest.mark.parametrize("name", ["deepnorm geglu", "pre gelu"])
 def test_flops_are_those_counted(name):
     config = VARIANTS[name]
     model, (tokens_BT, *rest) = Transformer(config), batch(config, 3)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: product_flops}
+    )
     with counter:
         loss, _ = model.loss(tokens_BT, tokens_BT, *rest)
         loss.backward()
