@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stabilitylab.sinks.base import Sink as Sink
     from stabilitylab.spikes.detector import SpikeDetector as SpikeDetector
     from stabilitylab.spikes.offline import find_episodes as find_spikes
+    from stabilitylab.spikes.responses import Policy as Policy
     from stabilitylab.telemetry import Event as Event
     from stabilitylab.telemetry import Key as Key
 
@@ -29,6 +30,7 @@ _PUBLIC = {
     "InputError": ("stabilitylab.errors", "InputError"),
     "Key": ("stabilitylab.telemetry", "Key"),
     "Monitor": ("stabilitylab.monitoring.monitor", "Monitor"),
+    "Policy": ("stabilitylab.spikes.responses", "Policy"),
     "Probe": ("stabilitylab.probes.base", "Probe"),
     "Run": ("stabilitylab.runs.run", "Run"),
     "Schedule": ("stabilitylab.monitoring.schedule", "Schedule"),
@@ -45,6 +47,7 @@ __all__ = [
     "InputError",
     "Key",
     "Monitor",
+    "Policy",
     "Probe",
     "Run",
     "Schedule",

@@ -142,7 +142,7 @@ def train(command: TrainCommand, *, console: Console) -> bool:
             with processes.together():
                 if processes.leads:
                     run.claim()
-                    resumes = _prepare(run, config, resume=command.resume)
+                    resumes = _prepare(run, config, resume=command.resume, console=console)
             resumes = processes.from_first(resumes)
             return _train_claimed(config, data, run, device, processes, resumes=resumes, console=console)
         finally:
@@ -202,13 +202,13 @@ def with_vocabulary(config: TrainConfig, data: TokenData) -> TrainConfig:
     return config
 
 
-def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool) -> bool:
+def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool, console: Console) -> bool:
     """Write or check ``config.json``. Returns whether there is a state to resume."""
     file: Path = run.config
     if not file.is_file():
         _write_atomically(file, config.to_json())
         return False
-    has_state = bool(checkpoints.list_checkpoints(run.checkpoints))
+    states = checkpoints.list_checkpoints(run.checkpoints)
     if not resume:
         raise InputError(
             f"{run.path} already holds a run: add --resume to continue it, or choose another --out"
@@ -225,7 +225,20 @@ def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool) -> bool:
             f"{', ...' if len(changed) > 3 else ''}): resume with the same ones, or choose another --out"
         )
     _write_atomically(file, config.to_json())
-    return has_state
+    if states:
+        _tell_of_a_jump(old, config, step=max(step for step, _ in states), console=console)
+    return bool(states)
+
+
+def _tell_of_a_jump(old: TrainConfig, new: TrainConfig, *, step: int, console: Console) -> None:
+    """A schedule over other steps has another rate at the place where training goes on, and a sudden one makes spikes."""
+    before, now = (one.schedule.learning_rate(step, one.steps) for one in (old, new))
+    if before > 0 and not 2 / 3 < now / before < 1.5:
+        console.print(
+            f"the rate jumps at step {step}: the schedule over {new.steps} steps gives {now:.3g} where the one over "
+            f"{old.steps} gave {before:.3g}; --schedule.decay-steps {old.steps} keeps the old one",
+            highlight=False,
+        )
 
 
 def _restore(trainer: Trainer, run: RunFolder) -> None:

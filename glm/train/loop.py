@@ -25,7 +25,7 @@ from glm.train.events import Callback, StepInfo
 from glm.train.intervention import Intervention
 from glm.train.state_ring import StateRing
 from stabilitylab.runs.folder import RunFolder
-from stabilitylab.spikes import Responder
+from stabilitylab.spikes import Policy, Responder
 from stabilitylab.telemetry import Event
 
 # Where states from before events lie in a run folder, and how long before.
@@ -33,9 +33,9 @@ FLIGHT = "flight"
 REPLAY_MARGIN = 20
 
 
-def ring_for(config: TrainConfig) -> StateRing | None:
-    """The ring that the responder's rollbacks and the replay of events need."""
-    if config.responder.active:
+def ring_for(config: TrainConfig, *, answers: bool = False) -> StateRing | None:
+    """The ring that the responder's rollbacks and the replay of events need; ``answers``: a policy of one's own may go back."""
+    if config.responder.active or answers:
         return StateRing.covering(config.responder.rollback_steps)
     if config.checkpoint.ring:
         return StateRing(every=config.checkpoint.ring_every, size=config.checkpoint.ring)
@@ -51,6 +51,7 @@ class Trainer:
         loader: gives the rows by sample index.
         run: where checkpoints go; None keeps none.
         callbacks: observers, told of every event in this order.
+        responder: a policy of one's own; None: the configuration's.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Trainer:
         *,
         run: RunFolder | None = None,
         callbacks: Sequence[Callback] = (),
+        responder: Policy | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -68,13 +70,13 @@ class Trainer:
         self.loader = loader
         self.run = run
         self.callbacks = tuple(callbacks)
-        self.responder = Responder(config.responder)
+        self.responder: Policy = Responder(config.responder) if responder is None else responder
         self.intervention = Intervention()
         self.step = 0
         self.samples = 0
         self.tokens = 0
         self.stop_requested = False
-        self._ring = ring_for(config)
+        self._ring = ring_for(config, answers=responder is not None)
         # The newest state that is saved, or being saved.
         self._saved_at: int | None = None
         self._writing: CheckpointWriter | None = None
@@ -193,19 +195,27 @@ class Trainer:
 
     def _respond(self, noticed: Sequence[Event], step: int) -> None:
         """Let the responder decide, and carry it out."""
+        before = self.responder.state_dict()
         decision = self.responder.decide(noticed, step)
         if decision.kind == "continue":
             return
-        self.tell(decision.event)
         state = None
         if decision.back_to is not None and self._ring is not None:
             state = self._ring.take_back(decision.back_to)
         if state is not None:
             # The oldest state kept may be younger than what was asked for; batches are then left out from there.
             decision = replace(decision, back_to=max(state.step, decision.back_to or 0))
+        elif decision.back_to is not None:
+            if (decision.rate_factor, decision.alpha, decision.clip) == (None, None, None):
+                # Nothing can be done, so nothing was: it is neither told nor paid for.
+                self.responder.load_state_dict(before)
+                return
+            decision = replace(decision, back_to=None, skip_batches=0)
         self.intervention = self.intervention.after(decision)
         if state is not None:
             self._go_back(state, asked=decision.back_to or 0)
+        # Told when it is done, as it was done.
+        self.tell(decision.event)
 
     def _go_back(self, state: Checkpoint, *, asked: int) -> None:
         """Train on from a kept state."""

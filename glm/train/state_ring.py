@@ -31,8 +31,10 @@ class StateRing:
         return cls(every=every, size=steps // every + 2)
 
     def is_due(self, step: int) -> bool:
-        """Whether the state before ``step`` is one to keep."""
-        return step % self.every == 0 and not (self._states and self._states[-1].step == step)
+        """Whether the state before ``step`` is one to keep: a run that begins, or is resumed, has one to go back to at once."""
+        if not self._states:
+            return True
+        return step % self.every == 0 and self._states[-1].step != step
 
     def keep(self, state: Checkpoint) -> None:
         """Copy a live state into the ring."""

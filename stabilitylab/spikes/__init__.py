@@ -3,13 +3,14 @@
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
 from stabilitylab.spikes.offline import find_episodes
-from stabilitylab.spikes.responses import Decision, Responder, ResponderConfig
+from stabilitylab.spikes.responses import Decision, Policy, Responder, ResponderConfig
 from stabilitylab.spikes.score import spike_score
 
 __all__ = [
     "KINDS",
     "Decision",
     "Episode",
+    "Policy",
     "Responder",
     "ResponderConfig",
     "SpikeDetector",

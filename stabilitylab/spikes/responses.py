@@ -13,9 +13,16 @@ acts.
 
 A decision is taken at the onset of an episode, or when it turns out worse than thought, but not within
 ``cooldown`` steps of the run's beginning or of the last decision; only a loss that is not finite does not
-wait. What begins in a cooldown and still goes on when that is over is answered then. Under ``escalate`` an
+wait, nor what turns out graver than what was answered. What begins in a cooldown and still goes on when that
+is over is answered then. Under ``escalate`` an
 episode within ``memory`` steps of the last decision takes the next rung, later ones begin at the first. After
 ``budget`` decisions the responder says so once and stands aside: a run that needs more needs a person.
+
+An episode at a spot that was gone back from before shows that going back was not enough. The second decision
+there goes back ``rollback_steps`` further, leaves twice as many batches out and lowers the rate by ``rate_factor``
+as well, the third doubles that; after ``AT_ONE_SPOT`` decisions the spot is left to itself, and the budget kept.
+
+A policy of one's own is any object with the methods of ``Policy``: ``glm.train.loop.Trainer(..., responder=mine)``.
 
 A non-finite loss means that the state cannot be trusted: whatever the policy, the decision then also goes
 back to before the onset and leaves its batch out.
@@ -25,17 +32,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from stabilitylab.errors import InputError
 from stabilitylab.telemetry import Event
 
-Policy = Literal[
+PolicyName = Literal[
     "none", "skip-batch", "clip", "lower-rate", "shrink-embedding-gradient", "roll-back", "escalate"
 ]
-LADDER: tuple[Policy, ...] = ("skip-batch", "clip", "lower-rate", "roll-back")
+LADDER: tuple[PolicyName, ...] = ("skip-batch", "clip", "lower-rate", "roll-back")
 # Gravest first. A hard batch recovers by itself and asks for nothing, unless ``hard_batches`` says otherwise.
 _GRAVITY = ("non-finite", "divergence", "spike", "loss-scale-collapse", "hard-batch")
+# Decisions about one spot before it is left to itself.
+AT_ONE_SPOT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +64,7 @@ class ResponderConfig:
         budget: decisions in one run.
     """
 
-    policy: Policy = "none"
+    policy: PolicyName = "none"
     rate_factor: float = 0.5
     alpha: float = 0.1
     clip: float = 0.3
@@ -67,9 +76,9 @@ class ResponderConfig:
     budget: int = 10
 
     def __post_init__(self) -> None:
-        if self.policy not in get_args(Policy):
+        if self.policy not in get_args(PolicyName):
             raise InputError(
-                f"responder.policy is {self.policy!r}: choose one of {', '.join(get_args(Policy))}"
+                f"responder.policy is {self.policy!r}: choose one of {', '.join(get_args(PolicyName))}"
             )
         for name, low in (("rate_factor", 0), ("alpha", 0)):
             if not low < getattr(self, name) < 1:
@@ -127,6 +136,20 @@ class Decision:
         return Event(step=self.step, kind="response", data=data)
 
 
+class Policy(Protocol):
+    """What decides about episodes. Extend by writing one; nothing has to be registered."""
+
+    def decide(self, events: Sequence[Event], step: int) -> Decision:
+        """What to do after ``step``, at which the detector noticed ``events``; ``Decision(kind="continue", step=step)`` for
+        nothing. Called after every step, on every process with the same events."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON can hold it."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+
+
 class Responder:
     """Takes decisions; keeps what escalation, cooldown and budget need. It must outlive the rollbacks it
     orders.
@@ -143,6 +166,9 @@ class Responder:
         self.remember_until = 0
         self.gave_up = False
         self.waiting: dict[str, dict[str, Any]] = {}  # episodes that began in a cooldown and go on
+        self.answered = len(_GRAVITY)  # how grave the last event answered was, as a place in _GRAVITY
+        self.spot: tuple[int, int] | None = None  # steps that were gone back over
+        self.times = 0  # decisions about this spot
 
     def decide(self, events: Sequence[Event], step: int) -> Decision:
         """The decision that follows from what the detector noticed at ``step``."""
@@ -153,7 +179,8 @@ class Responder:
         minded = [event for event in events if self._minds(event)]
         event = _gravest(minded)
         lost = event is not None and event.kind == "non-finite" and _signal(event).endswith("/loss")
-        if step < self.quiet_until and not lost:
+        graver = self.used > 0 and event is not None and _GRAVITY.index(event.kind) < self.answered
+        if step < self.quiet_until and not (lost or graver):
             # What begins in the cooldown is answered when that is over, if it is still going on.
             for one in minded:
                 self.waiting[_name(one)] = _reason(one)
@@ -163,12 +190,19 @@ class Responder:
         self.waiting.clear()
         if event is None:
             return proceed
+        if not self._is_new(event, step) and self.times >= AT_ONE_SPOT:
+            return proceed
         if self.used >= self.config.budget:
             if self.gave_up:
                 return proceed
             self.gave_up = True
             return Decision(kind="give-up", step=step, used=self.used, reason=_reason(event))
         return self._respond(event, step, lost=lost)
+
+    def _is_new(self, event: Event, step: int) -> bool:
+        """Whether the event stands at a spot that was not gone back over."""
+        onset = int(event.data.get("onset", step))
+        return self.spot is None or not self.spot[0] <= onset <= self.spot[1]
 
     def _minds(self, event: Event) -> bool:
         """A beginning, or a turn to the worse, of something that asks for an answer."""
@@ -187,20 +221,31 @@ class Responder:
             self.rung = min(self.rung + 1, len(LADDER) - 1) if step < self.remember_until else 0
             action = LADDER[self.rung]
         self.used += 1
+        self.answered = _GRAVITY.index(event.kind)
+        self.times = 1 if self._is_new(event, step) else self.times + 1
+        again = self.times - 1
         onset = int(event.data.get("onset", step))
         back_to: int | None = None
         skip = 0
         if action == "roll-back":
-            back_to, skip = max(0, onset - config.rollback_steps), config.skip_batches
+            back_to, skip = max(0, onset - config.rollback_steps * 2**again), config.skip_batches * 2**again
         elif action == "skip-batch" or lost:
-            back_to, skip = onset, step - onset + 1
+            back_to = max(0, onset - config.rollback_steps * again)
+            skip = (step - back_to + 1) if again else step - onset + 1
+        if back_to is not None:
+            first = back_to if self.spot is None or self.times == 1 else min(back_to, self.spot[0])
+            self.spot = first, step + config.cooldown
+        else:
+            self.spot, self.times = None, 0
         continues_at = step + 1 if back_to is None else back_to
         self.quiet_until = continues_at + config.cooldown
         self.remember_until = max(step, continues_at) + config.memory
         return Decision(
             kind=action,
             step=step,
-            rate_factor=config.rate_factor if action == "lower-rate" else None,
+            rate_factor=config.rate_factor
+            if action == "lower-rate" or (again and back_to is not None)
+            else None,
             alpha=config.alpha if action == "shrink-embedding-gradient" else None,
             clip=config.clip if action == "clip" else None,
             back_to=back_to,
@@ -218,6 +263,9 @@ class Responder:
             "remember_until": self.remember_until,
             "gave_up": self.gave_up,
             "waiting": {name: dict(reason) for name, reason in self.waiting.items()},
+            "answered": self.answered,
+            "spot": self.spot,
+            "times": self.times,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -228,6 +276,11 @@ class Responder:
         self.remember_until = state["remember_until"]
         self.gave_up = state["gave_up"]
         self.waiting = {name: dict(reason) for name, reason in state["waiting"].items()}
+        # States saved before a spot was remembered do not say.
+        self.answered = state.get("answered", len(_GRAVITY))
+        spot = state.get("spot")
+        self.spot = None if spot is None else (int(spot[0]), int(spot[1]))
+        self.times = state.get("times", 0)
 
 
 def _gravest(events: Sequence[Event]) -> Event | None:

@@ -105,6 +105,15 @@ def test_resuming_what_is_complete_does_nothing(uninterrupted, data_folder):
     assert final(uninterrupted) == before
 
 
+def test_a_longer_schedule_that_makes_the_rate_jump_is_told(data_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(arguments(data_folder, out, "--schedule.warmup", "0", steps=3)) == 0
+    assert main(arguments(data_folder, out, "--schedule.warmup", "0", "--resume", steps=6)) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "the rate jumps at step 3: the schedule over 6 steps gives" in said
+    assert "--schedule.decay-steps 3 keeps the old one" in said
+
+
 def refused(command: list[str], capsys, *says: str) -> None:
     try:
         code = main(command)

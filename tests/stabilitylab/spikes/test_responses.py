@@ -142,3 +142,27 @@ def test_a_decision_is_an_event():
 def test_a_wrong_configuration_says_what_to_change(wrong):
     with pytest.raises(InputError, match=rf"responder\.{next(iter(wrong))}"):
         ResponderConfig(**wrong)
+
+
+@pytest.mark.parametrize("policy", ["skip-batch", "roll-back"])
+def test_a_second_event_at_the_same_spot_escalates_and_then_is_left_alone(policy):
+    config = ResponderConfig(policy=policy, rollback_steps=20, skip_batches=5, cooldown=2)
+    responder = Responder(config)
+    taken = []
+    for step in (100, 101, 103, 104, 106, 107, 109):
+        if (decision := responder.decide(noticed(step, onset=100), step)).kind != "continue":
+            taken.append((decision.back_to, decision.rate_factor))
+    first = 100 if policy == "skip-batch" else 80
+    further = [80, 60] if policy == "skip-batch" else [60, 20]
+    assert taken == [(first, None), *((back, 0.5) for back in further)]
+    assert responder.used == 3
+    # Elsewhere it begins anew.
+    fresh = responder.decide(noticed(400), 400)
+    assert (fresh.back_to, fresh.rate_factor) == (400 if policy == "skip-batch" else 380, None)
+
+
+def test_what_turns_out_graver_does_not_wait_for_the_cooldown():
+    responder = Responder(ResponderConfig(policy="clip", cooldown=80))
+    assert responder.decide(noticed(152), 152).kind == "clip"
+    assert responder.decide(noticed(155, onset=152, phase="change"), 155).kind == "continue"
+    assert responder.decide(noticed(156, "divergence", onset=152, phase="change"), 156).kind == "clip"
