@@ -119,14 +119,15 @@ def decide(
     last = Evidence(effect=math.nan, low=-math.inf, high=math.inf, sign=0, log_e=0.0)
     largest, word, seen = 0.0, "undecided", n
     law: Law | None = None
-    for seen, law in _looks(a, b, scale, paired, sequential):
-        last = law.look(alpha, sequential=sequential)
-        if seen < LEAST_SEEDS:
-            continue
-        largest = max(largest, last.log_e)
-        word = _word(law, last, direction, margin, alpha, sequential)
-        if word != "undecided" and sequential:
-            break
+    for runs, looked in _looks(a, b, scale, paired, sequential):
+        now = looked.look(alpha, sequential=sequential)
+        if word == "undecided":
+            last, seen, law = now, runs, looked
+        if runs >= LEAST_SEEDS:
+            # Runs beyond the look that decided still add evidence, which a family of claims needs more of than one claim does.
+            largest = max(largest, now.log_e)
+            if word == "undecided":
+                word = _word(looked, now, direction, margin, alpha, sequential)
     assert law is not None
     p = min(1.0, math.exp(-largest)) if sequential else p_value(law)
     return Decision(

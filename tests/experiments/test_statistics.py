@@ -226,6 +226,26 @@ def test_claims_take_shared_seeds_and_count_the_dead():
     assert judge(over_nothing, values).judgement == "supported"
 
 
+def test_runs_beyond_the_deciding_look_add_evidence_for_the_family():
+    rng = np.random.default_rng(5)
+    values = {"a": dict(enumerate(rng.normal(-3, 1, 16))), "b": dict(enumerate(rng.normal(0, 1, 16)))}
+    verdict = judge(CLAIM, values)
+    few = judge(
+        CLAIM,
+        {
+            arm: {s: x for s, x in by_seed.items() if s < verdict.decision.n}
+            for arm, by_seed in values.items()
+        },
+    )
+    assert (
+        (verdict.judgement, verdict.decision.n)
+        == (few.judgement, few.decision.n)
+        == ("supported", few.decision.n)
+    )
+    assert verdict.decision.p_value < few.decision.p_value / 10
+    assert all(one.holds for one in family([verdict] * 6))
+
+
 def test_a_family_marks_what_does_not_hold_among_all():
     rng = np.random.default_rng(0)
     weak = {"a": dict(enumerate(rng.normal(-1.2, 1, 8))), "b": dict(enumerate(rng.normal(0, 1, 8)))}
