@@ -1,6 +1,6 @@
 # make demo   train four arms of a small GLM on real text, every layer watched, and write the report; then find, seed by seed, the
 #             rate at which fp16 and bf16 break, and judge it (about 10 minutes)
-# make test   the whole test suite (about 12 minutes on two cores)
+# make test   the whole test suite (about 8 minutes on two idle cores)
 # make check  formatting, lint, types
 #
 # Each makes .venv and installs what it needs, once; a changed pyproject.toml or constraints.txt installs anew.

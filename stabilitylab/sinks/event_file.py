@@ -28,7 +28,9 @@ class EventFile:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         host = socket.gethostname() or "localhost"
-        name = f"events.out.tfevents.{int(time.time()):010d}.{host}.{os.getpid()}.{time.time_ns() % 10**9}"
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        # TensorBoard reads a folder's files in the order of their names: a second one made within a second must come last.
+        name = f"events.out.tfevents.{seconds:010d}.{host}.{os.getpid()}.{nanoseconds:09d}"
         self.path = folder / name
         self._file = self.path.open("xb", buffering=0)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))

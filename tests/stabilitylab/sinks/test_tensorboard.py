@@ -29,6 +29,7 @@ from stabilitylab.sinks.dashboard import (
     Overview,
     StepMap,
 )
+from stabilitylab.sinks.event_file import EventFile
 from stabilitylab.telemetry import Event, Key, Samples
 from tests.stabilitylab import story
 from tests.stabilitylab.browser import CHROMEDRIVER, CHROMIUM, browser, free_port, wait_for_server
@@ -320,3 +321,14 @@ def test_signs_of_markdown_are_shown_as_they_are(tmp_path: Path) -> None:
     text = newest_text(tmp_path, "events")
     assert html.unescape(text).count("__class__ *a* `b` [c](d)") == 1
     assert not set("_*`[]") & set(text.splitlines()[-1])
+
+
+def test_files_of_one_second_are_named_in_their_order(tmp_path, monkeypatch) -> None:
+    moments = iter([1_700_000_000_090_000_000, 1_700_000_000_800_000_000])
+    monkeypatch.setattr("stabilitylab.sinks.event_file.time.time_ns", lambda: next(moments))
+    made = []
+    for _ in range(2):
+        file = EventFile(tmp_path)
+        file.close()
+        made.append(file.path)
+    assert sorted(made) == made
