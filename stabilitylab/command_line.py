@@ -19,6 +19,7 @@ from typing import Any
 
 import tyro
 
+from stabilitylab import __version__
 from stabilitylab.errors import InputError, run_command
 
 _BOX = re.compile(r"[╭╮╰╯│─┌┐└┘]+")
@@ -39,6 +40,10 @@ def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Se
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: {program} COMMAND ...; each takes --help\n")
         print("\n".join(f"  {name:10} {summary}" for name, (_, summary) in commands.items()))
+        return 0
+    if words[0] == "--version":
+        # Both programs are parts of one distribution.
+        print(f"{program} {__version__}")
         return 0
     return run_command(lambda: _command(program, commands, words[0], words[1:]))
 

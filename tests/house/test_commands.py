@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,15 @@ def test_commands_exist_and_have_help(cli, name, capsys):
         code = stop.code
     assert code == 0
     assert "usage" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.parametrize("cli", [glm.cli, stabilitylab.cli])
+def test_the_version_is_the_distributions(cli, capsys):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.split()[1] == stabilitylab.__version__ == project["version"]
 
 
 @pytest.mark.parametrize("package", ["glm", "stabilitylab", "experiments"])
