@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 demo: $(VENV)/.demo
 	$(BIN)/python -m experiments run quick
 	$(BIN)/python -m experiments report quick
-	$(BIN)/python -m experiments run survival --seeds 6
+	$(BIN)/python -m experiments run survival --seeds 8
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests

@@ -18,7 +18,7 @@ from experiments.arm import Suite
 from experiments.judging import judge
 from experiments.study import Study, judged, run_study
 from experiments.suites import SUITES
-from experiments.verdicts import Verdict, record, words
+from experiments.verdicts import Verdict, record
 from experiments.worker import keep_freed_memory
 from stabilitylab.command_line import parse
 from stabilitylab.errors import InputError, run_command
@@ -182,12 +182,14 @@ def verdicts(*, runs: Path = Path("runs"), json: bool = False) -> int:
 
 def _table(found: Sequence[tuple[str, Verdict]]) -> Table:
     table = Table("suite", "claim", "verdict", "n", "effect", "95 % interval", "e")
+    if not all(verdict.holds for _, verdict in found):
+        table.caption = "alone: holds at 5 % by itself, not among all claims of its suite (Holm)"
     for name, verdict in found:
         one = verdict.decision
         table.add_row(
             name,
             Text(verdict.claim.text),
-            words(one) + ("" if verdict.holds else " (not in the family)"),
+            one.verdict + ("" if verdict.holds else ", alone"),
             str(one.n),
             f"{one.effect:+.3g}",
             f"[{one.low:+.3g}, {one.high:+.3g}]",
