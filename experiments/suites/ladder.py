@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from experiments.arm import Arm
 from experiments.study import Cell, Outcome, Study
 from experiments.suites._proxy import NEXT_TOKEN, PROXY, proxy_text
+from experiments.suites.positions import SUITE as POSITIONS
 from experiments.trial import trial
 from experiments.verdicts import Claim
 from glm.train.config import TrainConfig
@@ -36,21 +36,10 @@ def measure(cell: Cell) -> Mapping[str, float]:
     return {"heldout": trial(cell.config, data=cell.data, rate=rate).heldout, "rate": rate}
 
 
-GELU = {"model.feed-forward.kind": "gelu"}
-
 STUDY = Study(
     name="ladder",
     question="Does each rung of GLM-130B's ladder lower the loss, each at its own best rate?",
-    arms=(
-        Arm(
-            name="learned",
-            summary="learned positions, GELU",
-            settings={**GELU, "model.attention.positions": "learned"},
-        ),
-        Arm(name="alibi", summary="ALiBi, GELU", settings={**GELU, "model.attention.positions": "alibi"}),
-        Arm(name="rope", summary="RoPE, GELU", settings=GELU),
-        Arm(name="rope-geglu", summary="RoPE, GeGLU"),
-    ),
+    arms=POSITIONS.arms,
     seeds=10,
     settings={**PROXY, **NEXT_TOKEN, "model.norm": "pre", "model.init": "gpt2", "steps": "150"},
     data=proxy_text,
