@@ -7,7 +7,7 @@
 | Scalars, Images | the same by kind, and the step's other values |
 | Histograms | gradient norms over parameters (log10), attention maxima over heads |
 | Text | the spikes, and what else happened, each as one table that grows |
-| HParams | the run's configuration beside its last loss, largest gradient norm and number of episodes |
+| HParams | the run's configuration, what differs between runs first, beside its last loss, norm, and the Scalars' other last values |
 
 Per-parameter scalars are left to the Parquet files and the report: thousands of charts help nobody. A ``rewind`` drops what
 was written for later steps. Pictures are drawn at the end, and during the run as often as takes a hundredth of the time.
@@ -123,7 +123,7 @@ class TensorBoardSink:
 
     def _start_session(self, file: EventFile) -> None:
         if config := self._configuration():
-            start, self._session_end = made.hyperparameters(flat(config), (LOSS, LARGEST_NORM, EPISODES))
+            start, self._session_end = made.hyperparameters(flat(config))
             file.add(0, start)
 
     def _configuration(self) -> Mapping[str, Any]:
