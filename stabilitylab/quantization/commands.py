@@ -174,7 +174,7 @@ def make_plan(
         progress.add_task("verifying whole plans", total=None)
         verification = Verification(model, fresh or measured, inputs.largest)
         advice = Advisor(sensitivity, latencies, verification).advise(budget)
-    notes = list(advice.notes)
+    notes = [*model.notes, *advice.notes]
     if not fresh:
         notes.append("the text ends with the measured part: plans were verified on that same part")
     return _plan(
