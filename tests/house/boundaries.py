@@ -22,7 +22,7 @@ FORBIDDEN = {
 # The rooms of a floor, lowest first. A room imports rooms below it, never one above: so there is no circle.
 ROOMS = {
     "stabilitylab": (
-        "errors", "command_line", "telemetry", "statistics", "model_structure", "runs", "figures", "probes", "logs",
+        "errors", "command_line", "telemetry", "formats", "statistics", "model_structure", "runs", "figures", "probes", "logs",
         "models", "spikes", "attribution", "sinks", "monitoring", "report", "outliers", "quantization", "integrations",
         "cli",
     ),
