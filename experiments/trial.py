@@ -111,7 +111,8 @@ def running_median(values: Floats, width: int = SMOOTH) -> Floats:
     clean = np.where(np.isfinite(values), values, np.inf)
     padded = np.concatenate([np.full(width - 1, clean[0]), clean])
     # The lower median of an odd window: infinite only where the majority is.
-    return np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1)
+    medians: Floats = np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1)
+    return medians
 
 
 def collapse_onset(loss: Floats, *, ended: bool = False, margin: float = MARGIN) -> int | None:

@@ -147,7 +147,9 @@ def _overflow(s: Subject) -> None:
 
 def _gradient(factor: float) -> Callable[[Subject], object]:
     def install(s: Subject) -> None:
-        s.weights[f"{s.parts['up']}.weight"].register_hook(lambda g: g * factor if s.once else g)
+        s.weights[f"{s.parts['up']}.weight"].register_hook(  # type: ignore[no-untyped-call]
+            lambda g: g * factor if s.once else g
+        )
 
     return install
 
@@ -155,7 +157,7 @@ def _gradient(factor: float) -> Callable[[Subject], object]:
 def _backward(s: Subject) -> None:
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         if output.requires_grad and s.once:
-            output.register_hook(lambda g: g * 1000)
+            output.register_hook(lambda g: g * 1000)  # type: ignore[no-untyped-call]
 
     s.model.get_submodule(s.parts["down"]).register_forward_hook(hook)
 
@@ -288,7 +290,7 @@ def train_plain(folder: Path, plant: Plant | None, seed: int, *, every: int, rec
             batch = _batch(plant, seed, step)
             optimizer.zero_grad()
             loss = cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             monitor.step(step, loss=loss)

@@ -186,10 +186,20 @@ def _law(a: np.ndarray, b: np.ndarray | None, kind: str, paired: bool) -> Law:
     if b is None:
         return PairedT(a) if kind == "t" else Signs(a)
     if not paired:
-        return {"t": UnpairedT, "rank": RankSum, "share": UnpairedRates}[kind](a, b)
+        groups: dict[str, type[UnpairedT] | type[RankSum] | type[UnpairedRates]] = {
+            "t": UnpairedT,
+            "rank": RankSum,
+            "share": UnpairedRates,
+        }
+        return groups[kind](a, b)
     # Two that died alike are a tie, and do not bound how far the arms are apart.
     d = difference(a, b, tie=math.nan)
-    return {"t": PairedT, "rank": SignedRanks, "share": PairedRates}[kind](d)
+    pairs: dict[str, type[PairedT] | type[SignedRanks] | type[PairedRates]] = {
+        "t": PairedT,
+        "rank": SignedRanks,
+        "share": PairedRates,
+    }
+    return pairs[kind](d)
 
 
 def _kind(a: np.ndarray, b: np.ndarray | None, scale: Scale, paired: bool) -> str:

@@ -136,7 +136,7 @@ class UnpairedRates:
             low = effect - math.hypot(ka / na - al, bh - kb / nb)  # Newcombe 1998, method 10's way
             high = effect + math.hypot(ah - ka / na, kb / nb - bl)
             table = [[ka, na - ka], [kb, nb - kb]]
-            decided = float(stats.fisher_exact(table).pvalue) <= alpha
+            decided = float(stats.fisher_exact(np.array(table)).pvalue) <= alpha
         return Evidence(
             effect=effect, low=low, high=high, sign=int(np.sign(effect)) if decided else 0, log_e=log_e
         )
