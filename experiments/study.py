@@ -7,7 +7,8 @@ for the rate that the arm bears, fork a state, or read initial weights, and leav
     {"arm": "egs", "seed": 3, "seconds": 2.1, "values": {"frontier": -2.5, "heldout": 4.61}}
 
 So a study that was cut off goes on where it was, and its numbers can be judged by anything that reads JSON. Seeds are the outer
-loop: whenever it stops, arms have the same seeds. They begin at 1: seed 0 is for trying a study out. Predictions stand in the
+loop: whenever it stops, arms have the same seeds. They begin at 1, or beyond the seeds of a study whose results were seen before:
+seed 0 is for trying a study out. Predictions stand in the
 study's file, which is committed before it is run.
 """
 
@@ -77,7 +78,7 @@ class Study:
         outcomes: the numbers by name.
         measure: makes them for a cell.
         preset, settings: as of ``experiments.arm.Suite``.
-        seeds: how many are planned.
+        seeds: how many are planned, from ``first`` on.
         data: makes the data folder if need be and returns it.
     """
 
@@ -90,6 +91,7 @@ class Study:
     measure: Callable[[Cell], Mapping[str, float]]
     seeds: int
     data: Callable[[Path], Path]
+    first: int = 1
     preset: str = "glm-tiny"
     settings: Mapping[str, str] = field(default_factory=dict)
 
@@ -123,7 +125,8 @@ def run_study(
         with file.open("a", encoding="utf-8") as stream:
             stream.write("\n")  # after a line that a kill cut short
     started = time.monotonic()
-    for seed in range(1, 1 + (study.seeds if seeds is None else seeds)):
+    count = study.seeds if seeds is None else seeds
+    for looked, seed in enumerate(range(study.first, study.first + count), start=1):
         if budget is not None and time.monotonic() - started > budget:
             console.print(f"{study.name}: the budget is spent before seed {seed}")
             break
@@ -137,7 +140,7 @@ def run_study(
                 line = {"arm": arm.name, "seed": seed, "seconds": round(spent, 2), "values": values}
                 stream.write(json.dumps(line) + "\n")
         console.print(f"{study.name}: seed {seed} done, {time.monotonic() - started:.0f} s", highlight=False)
-        if until_decided and seed >= LEAST_SEEDS and not undecided_together(judged(study, out)):
+        if until_decided and looked >= LEAST_SEEDS and not undecided_together(judged(study, out)):
             console.print(f"{study.name}: every claim is decided")
             break
 

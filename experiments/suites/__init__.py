@@ -9,6 +9,7 @@ SUITES = {
     "positions": "experiments.suites.positions",
     "responder": "experiments.suites.responder",
     "lead": "experiments.suites.lead",
+    "lead-rank": "experiments.suites.lead_rank",
     "cause": "experiments.suites.cause",
     "policies": "experiments.suites.policies",
     "egs": "experiments.suites.egs",

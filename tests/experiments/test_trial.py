@@ -11,7 +11,8 @@ from experiments.arm import Arm
 from experiments.study import Outcome, Study, judged, run_study, values_of
 from experiments.suites import SUITES
 from experiments.suites._collapse import Withholding
-from experiments.suites.lead import alarms
+from experiments.suites.lead import PAST, WINDOW, alarms
+from experiments.suites.lead_rank import rank_before
 from experiments.trial import GRID, collapse_onset, configured, frontier, group_of, trial
 from experiments.verdicts import Claim
 from glm.cli import main as glm
@@ -167,3 +168,25 @@ def test_every_study_names_what_it_judges():
         for claim in study.claims:
             assert claim.metric in study.outcomes
             assert {claim.arm, claim.baseline} - {None} <= arms
+
+
+def test_the_rise_before_a_collapse_has_its_rank_among_the_runs_windows():
+    rng = np.random.default_rng(0)
+    norm = rng.lognormal(0, 0.1, 200)
+    norm[175] *= 3
+    assert rank_before(norm, 180) == (0.5, 5)
+    norm[60] *= 9  # a window among those before had more
+    rank, lead = rank_before(norm, 180)
+    ends = range(PAST + WINDOW, 180 - WINDOW + 1)
+    above = sum(60 in range(end - WINDOW, end) for end in ends)
+    assert lead == 5
+    assert rank == pytest.approx(0.5 - above / len(ends))
+    norm[164:180] = np.inf
+    assert rank_before(norm, 180) is None
+
+
+def test_the_rank_of_a_window_like_all_others_is_nothing_on_average():
+    rng = np.random.default_rng(1)
+    ranks = np.array([rank_before(rng.lognormal(0, 0.3, 120), 120)[0] for _ in range(400)])
+    assert abs(ranks.mean()) < 4 * ranks.std() / 20
+    assert np.abs(ranks).max() <= 0.5
