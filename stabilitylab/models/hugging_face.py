@@ -32,6 +32,7 @@ from torch import nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.model_structure import stacks
+from stabilitylab.models import gguf_file
 from stabilitylab.models.dequantized import COMPANION, OF_ACTIVATIONS, plain_folder
 from stabilitylab.models.experts import split_experts
 from stabilitylab.models.text import TokenWindows
@@ -72,7 +73,8 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
         InputError: transformers is missing, or cannot read the files.
     """
     folder = path if path.is_dir() and (path / "config.json").is_file() else None
-    with plain_folder(folder) if folder else contextlib.nullcontext((path, ())) as (plain, said):
+    plain_or_given = plain_folder(folder) if folder else contextlib.nullcontext((path, ()))
+    with plain_or_given as (plain, said), gguf_file.opened_once():
         described = describe(path, plain)
         with quiet():
             module, info = described.read(
@@ -172,14 +174,9 @@ def describe(path: Path, plain: Path | None = None) -> Described:
 def location(path: Path) -> tuple[str, dict[str, Any]]:
     """The folder, and the name of the GGUF file in it where it is one."""
     if path.is_file():
-        return str(path.resolve().parent), {"gguf_file": path.name}
-    files = sorted(path.glob("*.gguf"))
-    if not files or (path / "config.json").is_file():
-        return str(path), {}
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:4])
-        raise InputError(f"{path} holds {len(files)} GGUF files ({names}): give one of them")
-    return str(path), {"gguf_file": files[0].name}
+        return str(path.resolve().parent), {"gguf_file": gguf_file.whole_file(path).name}
+    file = None if (path / "config.json").is_file() else gguf_file.only_file(path)
+    return str(path), {} if file is None else {"gguf_file": file.name}
 
 
 def _read(path: Path, what: str, loader: Any, folder: str, **options: Any) -> Any:
