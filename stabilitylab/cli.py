@@ -17,6 +17,7 @@ COMMANDS = {
     "show": ("stabilitylab.cli", "a run's last values and its events, on the terminal"),
     "spikes": ("stabilitylab.spikes.commands", "find spikes in a training log or run folder"),
     "inspect": ("stabilitylab.logs.commands", "what a training log holds, without judging it"),
+    "watch": ("stabilitylab.watching.commands", "follow a growing log or run, and say what is found"),
     "precursors": (
         "stabilitylab.spikes.commands",
         "how well each signal warned of a folder of runs' episodes",

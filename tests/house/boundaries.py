@@ -23,7 +23,7 @@ FORBIDDEN = {
 ROOMS = {
     "stabilitylab": (
         "errors", "command_line", "telemetry", "formats", "statistics", "model_structure", "runs", "figures", "probes", "logs",
-        "models", "spikes", "attribution", "sinks", "monitoring", "report", "outliers", "quantization", "integrations",
+        "models", "spikes", "attribution", "sinks", "monitoring", "watching", "report", "outliers", "quantization", "integrations",
         "cli",
     ),
     "glm": (
