@@ -23,6 +23,7 @@ Limits: a number is taken in fp32, which holds all of these exactly; one from fl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -169,7 +170,18 @@ def encode(
 
 def decode(code: Tensor, format: NumberFormat) -> Tensor:
     """The numbers that codes stand for, in fp32."""
-    wide = code.int()
+    if format.bits > 8:
+        return _decoded(code.int(), format)
+    return _all_values(format).to(code.device)[code.int()]
+
+
+@functools.cache
+def _all_values(format: NumberFormat) -> Tensor:
+    """Of every code, in order; bits above the format's are not looked at, so all 256 bytes have one."""
+    return _decoded(torch.arange(256, dtype=torch.int32), format)
+
+
+def _decoded(wide: Tensor, format: NumberFormat) -> Tensor:
     magnitude = wide & ((1 << (format.bits - 1)) - 1)
     field = magnitude >> format.mantissa_bits
     fraction = magnitude & ((1 << format.mantissa_bits) - 1)
