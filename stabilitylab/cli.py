@@ -18,6 +18,7 @@ COMMANDS = {
     "spikes": ("stabilitylab.spikes.commands", "find spikes in a training log or run folder"),
     "inspect": ("stabilitylab.logs.commands", "what a training log holds, without judging it"),
     "watch": ("stabilitylab.watching.commands", "follow a growing log or run, and say what is found"),
+    "export": ("stabilitylab.sinks.export", "a run's numbers as CSV, Parquet or TensorBoard"),
     "precursors": (
         "stabilitylab.spikes.commands",
         "how well each signal warned of a folder of runs' episodes",
