@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from experiments.statistics.decision import ALPHA, Decision, Scale, Word, decide
+from experiments.statistics import Scale
+from experiments.statistics.decision import ALPHA, Decision, Word, decide
 from experiments.statistics.multiple import holm
 
 
@@ -90,11 +91,15 @@ def judge(
     seeds = sorted(arm if claim.baseline is None else arm.keys() & baseline.keys())
     first = [arm[seed] for seed in seeds]
     other = None if claim.baseline is None else [baseline[seed] for seed in seeds]
-    if scale == "log" and any(x <= 0 for x in (*first, *(other or ()))):
-        # A ratio that came out as 0 has no logarithm, but an order.
-        scale = "rank"
     decision = decide(
-        first, other, direction=claim.direction, scale=scale, margin=margin, sequential=sequential
+        first,
+        other,
+        direction=claim.direction,
+        scale=scale,
+        margin=margin,
+        sequential=sequential,
+        # A ratio that came out as 0 has no logarithm, but an order.
+        zeros=True,
     )
     return Verdict(claim=claim, decision=decision, arm_values=arm, baseline_values=baseline)
 
