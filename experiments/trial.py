@@ -43,8 +43,8 @@ from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.engine import LocalEngine, count_targets
 from glm.train.events import Callback, StepInfo
+from glm.train.gradient_summary import GradientSummary
 from glm.train.loop import Trainer
-from glm.train.optimizer import GradientSummary
 from glm.train.state_ring import StateRing
 from stabilitylab.telemetry import Event
 

@@ -31,8 +31,9 @@ from glm.train.engine import LocalEngine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
 from glm.train.monitoring import MonitorCallback
-from glm.train.optimizer import MixedPrecisionAdamW, OptimizerConfig
+from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.schedule import ScheduleConfig
+from glm.train.update_rules import OptimizerConfig
 from stabilitylab import Monitor
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder

@@ -31,7 +31,8 @@ from glm.train import checkpoint as checkpoints
 from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
-from glm.train.optimizer import GradientSummary, MixedPrecisionAdamW
+from glm.train.gradient_summary import GradientSummary
+from glm.train.optimizer import MixedPrecisionAdamW
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,10 @@ class Engine(Protocol):
         """Norms of the accumulated gradient: reduced over ranks, unscaled, not clipped."""
 
     def update(self, learning_rate: float, *, clip: float) -> bool:
-        """Clip and apply the gradient, then forget it. False: it was not finite and the update was skipped."""
+        """Clip and apply the gradient, then forget it. False: it was not finite, or a guard said so, and the update was skipped."""
+
+    def levers(self) -> Mapping[str, float]:
+        """What guards and the like did in the last update, by telemetry name."""
 
     def discard(self) -> None:
         """Forget the accumulated gradient without an update."""
@@ -155,9 +159,12 @@ class Updates:
     def update(self, learning_rate: float, *, clip: float) -> bool:
         applied = self.optimizer.step_with(learning_rate, clip=clip)
         if self.scaler is not None:
-            self.scaler.update(overflow=not applied)
+            self.scaler.update(overflow=self.optimizer.overflowed)
         self.optimizer.zero_grad()
         return applied
+
+    def levers(self) -> Mapping[str, float]:
+        return {name: float(value) for name, value in self.optimizer.guards.told.items()}
 
     def discard(self) -> None:
         self.optimizer.zero_grad()
@@ -209,7 +216,9 @@ class LocalEngine(Updates):
         self.policy = Policy(precision=config.precision)
         # The masters take the initial weights in fp32, so that every precision begins from the same point.
         self.model = Transformer(config.model, config.seed).to(self.device)
-        self.optimizer = MixedPrecisionAdamW(self.model, config.optimizer, self.policy)
+        self.optimizer = MixedPrecisionAdamW(
+            self.model, config.optimizer, self.policy, peak=config.schedule.peak
+        )
         self.scaler = LossScaler(config.loss_scale) if self.policy.scales_loss else None
         if config.compile:
             self._compile()
@@ -244,7 +253,8 @@ class LocalEngine(Updates):
             (loss_sum * (self.loss_scale / targets)).backward()  # type: ignore[no-untyped-call]
             self.optimizer.accumulate()
             total += float(loss_sum.detach())
-        return total / targets
+        self.optimizer.loss = total / targets
+        return self.optimizer.loss
 
     def set_embedding_gradient_shrink(self, alpha: float) -> None:
         self.model.embedding.gradient_shrink = alpha

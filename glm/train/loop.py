@@ -165,6 +165,7 @@ class Trainer:
             embedding_gradient_shrink=alpha,
             data_seconds=data_seconds,
             first_sample=self.samples - rows,
+            levers=self.engine.levers(),
         )
         noticed = [event for callback in self.callbacks for event in callback.step_end(info)]
         # One process judges; what it notices is answered by all.

@@ -17,8 +17,8 @@ from glm.data.loader import Loader
 from glm.train.batches import BatchDescriber
 from glm.train.config import MonitorConfig
 from glm.train.events import Callback, StepInfo
+from glm.train.gradient_summary import GradientSummary
 from glm.train.loop import Trainer
-from glm.train.optimizer import GradientSummary
 from glm.train.range_probe import GradientRangeProbe
 from stabilitylab import Monitor
 from stabilitylab.probes.everything import all_probes
@@ -107,6 +107,7 @@ class MonitorCallback(Callback):
             data_seconds=info.data_seconds,
             embedding_gradient_shrink=info.embedding_gradient_shrink,
             first_sample=info.first_sample,
+            **info.levers,
             **{f"train/{component}/mixture_share": share for component, share in shares.items()},
         )
 

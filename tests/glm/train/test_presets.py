@@ -20,8 +20,9 @@ from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig
 from glm.train.engine import LocalEngine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
-from glm.train.optimizer import OptimizerConfig
 from glm.train.schedule import ScheduleConfig
+from glm.train.update_rules import Kind, OptimizerConfig
+from glm.train.update_rules.config import GuardConfig
 
 STEPS = 10
 ROWS = 4
@@ -149,10 +150,15 @@ LEVERS = {
     "zclip": optimizer(zclip=True),
     "update clipping": optimizer(update_clipping=True),
     "no clipping": optimizer(clip=0.0),
+    **{f"optimizer {kind}": optimizer(kind=kind) for kind in typing.get_args(Kind) if kind != "adamw"},
+    "cautious, AdaGC": optimizer(
+        cautious=True, decay="independent", guard=GuardConfig(adagc=True, skip_step=6)
+    ),
     **{f"objective {kind}": objective(kind=kind) for kind in ("causal", "span-corruption")},
     **{f"precision {kind}": run(precision=kind) for kind in ("bf16", "fp16")},
     "micro-batches": run(precision="bf16", batch=BatchConfig(rows=ROWS, micro_rows=2)),
     "batch ramp": run(batch=BatchConfig(rows=ROWS, micro_rows=1, ramp_from=2, ramp_samples=20)),
+    "wsd schedule": run(schedule=ScheduleConfig(peak=1e-2, warmup=2, shape="wsd")),
     "linear schedule": run(schedule=ScheduleConfig(peak=1e-2, warmup=2, shape="linear")),
 }
 
