@@ -32,10 +32,12 @@ class MonitorCallback(Callback):
     Args:
         run: the folder, claimed by the caller; None: only the detector watches, and nothing is written.
         config: what to watch, how often.
+        trackers: experiment trackers, by name.
     """
 
-    def __init__(self, run: RunFolder | None, config: MonitorConfig) -> None:
+    def __init__(self, run: RunFolder | None, config: MonitorConfig, *, trackers: Sequence[str] = ()) -> None:
         self._run = run
+        self._trackers = trackers
         self._config = config
         self._monitor: Monitor | None = None
         self._pending_state: Mapping[str, Any] = {}
@@ -64,6 +66,7 @@ class MonitorCallback(Callback):
             probes=[*all_probes(), self._range],
             sites=self._config.sites,
             tensorboard=self._config.tensorboard,
+            trackers=self._trackers,
             describe_batch=describe,
             recorder=self._config.recorder,
             sharded=trainer.engine.sharded,
