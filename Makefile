@@ -40,11 +40,11 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
-	$(PIP) install --constraint constraints.txt --editable ".[corpus]"
+	$(PIP) install --constraint constraints.txt --editable ".[corpus,glm]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
-	$(PIP) install --constraint constraints.txt --editable ".[corpus,dask,dev,distributed,hf]"
+	$(PIP) install --constraint constraints.txt --editable ".[corpus,dask,glm,dev,distributed,hf]"
 	@touch $@ $(VENV)/.demo
 
 clean:

@@ -31,6 +31,7 @@ COMMANDS = {
         "stabilitylab.quantization.commands",
         "a quantization scheme for every layer of a model, measured, and applied",
     ),
+    "experiments": ("stabilitylab.laboratory", "head-to-head experiments on stability, and their verdicts"),
 }
 
 RunPath = Annotated[Path, tyro.conf.Positional]

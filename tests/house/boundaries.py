@@ -24,7 +24,7 @@ ROOMS = {
     "stabilitylab": (
         "errors", "command_line", "telemetry", "formats", "statistics", "model_structure", "runs", "figures", "probes", "logs",
         "models", "spikes", "attribution", "sinks", "monitoring", "watching", "report", "outliers", "quantization", "integrations",
-        "cli",
+        "laboratory", "cli",
     ),
     "glm": (
         "errors", "device", "distributed", "precision", "model", "data", "planning", "presets", "train", "parallel",
