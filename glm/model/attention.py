@@ -26,7 +26,8 @@ from glm.model.cache import LayerCache
 from glm.model.config import ModelConfig
 from glm.model.layers import Linear, Norm
 from glm.model.positions import Rotation, rotate
-from glm.precision import attention_scores, fused_attention, matmul, softmax_matmul
+from glm.precision import attention as kernel_attention
+from glm.precision import attention_scores, fused_attention, has_kernel, matmul, softmax_matmul
 
 
 class Scores(nn.Module):
@@ -43,6 +44,16 @@ class Scores(nn.Module):
         # What the product is divided by before it is rounded, and multiplied by after.
         self.divisor = {"fp32": layer + 1.0, "pb-relax": config.attention.relax}.get(kind, 1.0)
         self.query_scale = 1.0 / (math.sqrt(config.head) * self.divisor)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody hooked this module."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
+
+    def has_kernel(self, x: Tensor, bias_BHTS: Tensor | None) -> bool:
+        """Whether attention by these scores is one kernel for tensors like ``x``."""
+        plain = not (self.soft_cap or self.in_compute_format)
+        return plain and bias_BHTS is not None and not bias_BHTS.requires_grad and has_kernel(x)
 
     def forward(self, q_BHTD: Tensor, k_BHSD: Tensor, bias_BHTS: Tensor) -> Tensor:
         if not (self.soft_cap or self.in_compute_format):
@@ -85,6 +96,9 @@ class Attention(nn.Module):
         """
         B, T, _ = x_BTC.shape
         qkv = self.query_key_value(x_BTC).view(B, T, 3, self.heads, self.head)
+        if self.scores is not None and cache is None and self.scores.has_kernel(qkv, bias_BHTS):
+            assert bias_BHTS is not None
+            return self._through_kernel(qkv, bias_BHTS, turned)
         q_BHTD, k_BHSD, v_BHSD = (part.transpose(1, 2) for part in qkv.unbind(2))
         if self.query_norm is not None and self.key_norm is not None:
             q_BHTD, k_BHSD = self.query_norm(q_BHTD), self.key_norm(k_BHSD)
@@ -98,4 +112,22 @@ class Attention(nn.Module):
             assert bias_BHTS is not None
             mixed_BHTD = softmax_matmul(self.scores(q_BHTD, k_BHSD, bias_BHTS), v_BHSD)
         attended: Tensor = self.output(mixed_BHTD.transpose(1, 2).flatten(2))
+        return attended
+
+    def _through_kernel(self, qkv_BT3HD: Tensor, bias_BHTS: Tensor, turned: Rotation | None) -> Tensor:
+        """The same by the compiled kernel, which holds the scores of a few queries at a time."""
+        assert self.scores is not None
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k, v = qkv_BT3HD.unbind(2)
+            qkv_BT3HD = torch.stack((self.query_norm(q), self.key_norm(k), v), dim=2)
+        if self.scores.is_watched:
+            # Formed for who looks, beside what is computed: a run that is watched is the run that is not.
+            q_BHTD, k_BHSD = (part.detach().transpose(1, 2) for part in qkv_BT3HD.unbind(2)[:2])
+            if turned is not None:
+                q_BHTD, k_BHSD = rotate(q_BHTD, turned), rotate(k_BHSD, turned)
+            self.scores(q_BHTD, k_BHSD, bias_BHTS)
+        mixed_BTC = kernel_attention(
+            qkv_BT3HD, turned, bias_BHTS, self.scores.query_scale, self.scores.divisor
+        )
+        attended: Tensor = self.output(mixed_BTC)
         return attended

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from glm.model.config import ModelConfig
 from glm.model.layers import Linear
+from glm.precision import gated_gelu, has_kernel
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "geglu": F.gelu,
@@ -30,12 +31,15 @@ class FeedForward(nn.Module):
         kind, inner = config.feed_forward.kind, config.feed_forward.width(config.hidden)
         self.is_gated = config.feed_forward.is_gated
         self.activation = ACTIVATIONS[kind]
+        self.has_gelu = self.activation is F.gelu
         self.up = Linear(config.hidden, inner * (2 if self.is_gated else 1), bias=config.bias)
         self.down = Linear(inner, config.hidden, bias=config.bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         raised = self.up(x_BTC)
-        if self.is_gated:
+        if self.has_gelu and self.is_gated and has_kernel(raised):
+            inner = gated_gelu(raised)
+        elif self.is_gated:
             a, b = raised.chunk(2, dim=-1)
             inner = a * self.activation(b)
         else:

@@ -24,7 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm.precision import at_least_fp32, linear, upcasts, wide_product
+from glm.precision import (
+    at_least_fp32,
+    has_kernel,
+    linear,
+    losses,
+    upcasts,
+    wide_product,
+    wide_product_of_rows,
+)
 
 # Logits of a chunk: about 16 MB in fp32, which stays near the caches and is small beside the model.
 CHUNK_ELEMENTS = 1 << 22
@@ -52,6 +60,12 @@ class _VocabularyLoss(torch.autograd.Function):
             hidden = hidden_NC[first : first + size]
             target_n1 = target_N[first : first + size, None]
             logits_nV = at_least_fp32(linear(hidden, weight))
+            if hidden.dtype == wide and has_kernel(logits_nV):
+                loss += losses(logits_nV, target_n1, z_loss).sum()
+                if needs_gradient:
+                    grad_hidden[first : first + size] = wide_product(logits_nV, weight)
+                    grad_weight += wide_product_of_rows(logits_nV, hidden)
+                continue
             largest_n1, at_n1 = logits_nV.max(1, keepdim=True)
             softmax_nV = torch.softmax(logits_nV, 1, out=room_nV[: len(hidden)])
             # log sum exp(logits - largest): the largest one's probability is at least 1/V, so its logarithm is safe.
@@ -67,7 +81,7 @@ class _VocabularyLoss(torch.autograd.Function):
                 if hidden.dtype != wide:
                     grad_logits = grad_logits.mul_(ctx.lift).to(hidden.dtype)
                 grad_hidden[first : first + size] = wide_product(grad_logits, weight)
-                grad_weight += wide_product(grad_logits.t(), hidden)
+                grad_weight += wide_product_of_rows(grad_logits, hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 

@@ -40,7 +40,7 @@ from stabilitylab.sinks.pictures import EPISODE_COLUMNS, Artist
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
 from stabilitylab.telemetry import Event, Samples
 
-FIRST_PICTURES = 15.0  # seconds
+FIRST_PICTURES = 120.0  # seconds; drawing takes one or two, and a process its start
 SHARE_OF_TIME = 0.01
 MARKERS = 100
 LISTED = 100
