@@ -55,7 +55,8 @@ class MlflowSink(TrackerSink):
         from PIL import Image
 
         for key, png in pictures.items():
-            self._client.log_image(self._run_id, Image.open(io.BytesIO(png)), key=key, step=step)
+            # Each picture holds the run until now. MLflow's page opens at step 0 and there shows the last one logged.
+            self._client.log_image(self._run_id, Image.open(io.BytesIO(png)), key=key, step=0)
 
     def alert(self, step: int, title: str, text: str, *, critical: bool) -> None:
         self._client.set_tag(self._run_id, "stability.last_episode", f"{title}: {text}"[:5000])
