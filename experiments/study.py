@@ -27,7 +27,7 @@ from rich.console import Console
 from experiments.arm import Arm
 from experiments.statistics import LEAST_SEEDS, Scale
 from experiments.trial import configured
-from experiments.verdicts import Claim, Verdict, family, judge, undecided_together
+from experiments.verdicts import Claim, Verdict, judge_all, undecided_together
 from glm.train.config import TrainConfig
 
 VALUES = "values.jsonl"
@@ -48,6 +48,11 @@ class Outcome:
     margin: float
     unit: str = ""
     scale: Scale = "linear"
+
+    @property
+    def worst(self) -> None:
+        """A seed that has no number is left out: a cell names what it measured, and a run that died has an infinite one."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,20 +152,7 @@ def run_study(
 
 def judged(study: Study, out: Path) -> list[Verdict]:
     """The verdict on every claim that has values, at every look, and whether it holds in the study's family."""
-    values = values_of(out)
-    found = []
-    for claim in study.claims:
-        outcome = study.outcomes[claim.metric]
-        found.append(
-            judge(
-                claim,
-                values.get(claim.metric, {}),
-                scale=outcome.scale,
-                margin=outcome.margin,
-                worst=None,
-            )
-        )
-    return family(found)
+    return judge_all(study.claims, values_of(out), study.outcomes)
 
 
 def values_of(out: Path) -> dict[str, dict[str, dict[int, float]]]:
