@@ -10,12 +10,12 @@ import pytest
 from experiments.arm import Arm
 from experiments.study import Outcome, Study, judged, run_study, values_of
 from experiments.suites import SUITES
-from experiments.suites._collapse import Withholding
 from experiments.suites.lead import PAST, WINDOW, alarms
 from experiments.suites.lead_rank import rank_before
 from experiments.trial import GRID, collapse_onset, configured, frontier, group_of, trial
 from experiments.verdicts import Claim
 from glm.cli import main as glm
+from glm.train.forks import Change
 from glm.train.state_ring import StateRing
 from stabilitylab.runs import load_run
 from tests.glm.conftest import data_folder, text_files  # noqa: F401 - fixtures
@@ -111,19 +111,21 @@ def test_forks_repeat_and_withhold(data_folder: Path):  # noqa: F811
     run = trial(config, data=data_folder, heldout=False, ring=ring)
     state = ring.newest_at(4)
     assert state is not None
-    again = trial(config, data=data_folder, start=state, heldout=False, engine=Withholding)
+    again = trial(config, data=data_folder, start=state, heldout=False)
     assert again.first == 4
     assert again.loss.tolist() == run.loss[4:].tolist()
 
+    # The groups of a study are what the loop's own hold takes, moments and all.
     def hold(trainer):
-        trainer.engine.held = frozenset(
-            n for n in trainer.engine.optimizer.masters() if group_of(n) == "embedding"
-        )
+        names = tuple(n for n in trainer.engine.tensors()[0] if group_of(n) == "embedding")
+        Change(hold=names, hold_steps=3).apply(trainer)
 
-    held = trial(config, data=data_folder, start=state, heldout=False, engine=Withholding, prepare=hold)
+    held = trial(config, data=data_folder, start=state, until=7, heldout=False, prepare=hold)
     weights = held.trainer.engine.tensors()[0]
     assert weights["embedding.weight"].equal(state.model["embedding.weight"])
     assert not weights["final_norm.weight"].equal(state.model["final_norm.weight"])
+    moved = trial(config, data=data_folder, start=state, until=8, heldout=False, prepare=hold).trainer.engine
+    assert not moved.tensors()[0]["embedding.weight"].equal(state.model["embedding.weight"])
 
 
 def test_a_study_goes_on_where_it_was(data_folder: Path, tmp_path: Path):  # noqa: F811
