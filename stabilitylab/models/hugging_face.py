@@ -84,6 +84,7 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
                 dtype=dtype,
                 weights_only=True,
                 output_loading_info=True,
+                **_unpacked(described.where),
             )
             tokenizer = described.tokenizer()
         _check_complete(path, module, info)
@@ -98,6 +99,14 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
         cut=windows(tokenizer, described.predicts),
         notes=notes,
     )
+
+
+def _unpacked(where: Mapping[str, Any]) -> dict[str, Any]:
+    """Asks for plain weights of a GGUF file: from 5.23 on transformers leaves them in blocks where it has kernels for them."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if where and config is not None else {}
 
 
 def prepare(module: Any) -> None:
