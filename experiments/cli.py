@@ -19,7 +19,7 @@ from experiments.adding import run_adding, seconds, with_found
 from experiments.arm import Suite
 from experiments.asked import load
 from experiments.judging import judge
-from experiments.study import Study, judged, run_study
+from experiments.study import Study, judged, run_study, shares_of
 from experiments.suites import SUITES
 from experiments.verdicts import Verdict, record
 from experiments.worker import keep_freed_memory
@@ -91,7 +91,9 @@ def run(
             budget=limit,
             until_decided=until_decided,
         )
-        Console().print(_table([(chosen.name, verdict) for verdict in judged(chosen, out)]))
+        console = Console()
+        console.print(_table([(chosen.name, verdict) for verdict in judged(chosen, out)]))
+        _show_shares(console, chosen, out)
         return 0
     whole = chosen
     text = data or whole.data(Path("data") / whole.data.__name__)
@@ -176,8 +178,22 @@ def verdicts(suites: SuiteNames = (), /, *, runs: Path = Path("runs"), json: boo
         for name, verdict in found:
             print(json_text.dumps({"suite": name, **record(verdict)}, allow_nan=False))
         return 0
-    Console().print(_table(found))
+    console = Console()
+    console.print(_table(found))
+    for name in suites or SUITES:
+        if isinstance(study := load(name), Study):
+            _show_shares(console, study, runs / study.name)
     return 0
+
+
+def _show_shares(console: Console, study: Study, out: Path) -> None:
+    shares = shares_of(study, out)
+    if not shares:
+        return
+    table = Table("share", "arm", "runs", "", "95 % interval, exact", title=study.name, title_justify="left")
+    for title, arm, count, of, low, high in shares:
+        table.add_row(title, arm, f"{count} of {of}", f"{count / of:.2f}", f"[{low:.2f}, {high:.2f}]")
+    console.print(table)
 
 
 def _table(found: Sequence[tuple[str, Verdict]]) -> Table:

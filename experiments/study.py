@@ -15,6 +15,7 @@ study's file, which is committed before it is run.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from rich.console import Console
 
 from experiments.arm import Arm
 from experiments.statistics import LEAST_SEEDS, Scale
+from experiments.statistics.proportions import share_bounds
 from experiments.trial import configured
 from experiments.verdicts import Claim, Verdict, judge_all, undecided_together
 from glm.train.config import TrainConfig
@@ -153,6 +155,23 @@ def run_study(
 def judged(study: Study, out: Path) -> list[Verdict]:
     """The verdict on every claim that has values, at every look, and whether it holds in the study's family."""
     return judge_all(study.claims, values_of(out), study.outcomes)
+
+
+def shares_of(study: Study, out: Path) -> list[tuple[str, str, int, int, float, float]]:
+    """Of each outcome that is a share and each arm: title, arm, how many, of how many, Clopper and Pearson's interval (95 %)."""
+    values = values_of(out)
+    found = []
+    for name, outcome in study.outcomes.items():
+        if outcome.unit != "share":
+            continue
+        for arm in study.arms:
+            seen = [one for one in values.get(name, {}).get(arm.name, {}).values() if not math.isnan(one)]
+            if seen and set(seen) <= {0.0, 1.0}:
+                count, of = int(sum(seen)), len(seen)
+                found.append(
+                    (outcome.title, arm.name, count, of, *share_bounds(count, of, 0.05, sequential=False))
+                )
+    return found
 
 
 def values_of(out: Path) -> dict[str, dict[str, dict[int, float]]]:

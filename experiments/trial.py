@@ -259,6 +259,7 @@ def trial(
     engine: Callable[[TrainConfig], LocalEngine] = LocalEngine,
     prepare: Callable[[Trainer], None] | None = None,
     every: Callable[[Trainer, int], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Trial:
     """Make a run.
 
@@ -273,6 +274,7 @@ def trial(
         engine: what computes.
         prepare: changes the trainer before its first step (an intervention).
         every: called after each step with the trainer and the step's number.
+        callbacks: further observers; what they notice goes to the configuration's responder.
     """
     if seed is not None:
         config = dataclasses.replace(config, seed=seed)
@@ -284,8 +286,9 @@ def trial(
     opened = _data(data)
     loader = Loader(opened, config.objective, config.sampling, length=config.model.length, seed=config.seed)
     record = _Record(ends_early=ends_early, every=every)
-    trainer = Trainer(config, engine(config), loader, callbacks=(record,))
-    trainer._ring = ring
+    trainer = Trainer(config, engine(config), loader, callbacks=(record, *callbacks))
+    if ring is not None or not config.responder.active:
+        trainer._ring = ring
     if start is not None:
         trainer.restore(start)
     if prepare is not None:

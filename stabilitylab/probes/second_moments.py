@@ -130,8 +130,8 @@ def _step(state: Mapping[str, Any], group: Mapping[str, Any]) -> float | Tensor 
 def _found(p: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
     """First and second moment, the parts that are here."""
     count = local_part(p.detach())[0].numel()
-    for inner in _levels(state, 2):
-        names = [name for name in inner if isinstance(name, str) and SECOND in name]
+    for inner in (state,) if SECOND in state else _levels(state, 2):
+        names = [SECOND] if SECOND in inner else [n for n in inner if isinstance(n, str) and SECOND in n]
         for name in sorted(names, key=len):  # AMSGrad's maximum of v is called max_exp_avg_sq
             first, second = inner.get(name.replace(SECOND, FIRST)), inner[name]
             if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
