@@ -1,6 +1,6 @@
 """The page ``metrics.md``, made from the tables in the probes' docstrings when the site is built.
 
-A test holds those tables against what the probes record (tests/stabilitylab/probes/test_tables.py), so the page cannot be out of date.
+A test holds those tables against what the probes record (tests/stabilitylab/probes/test_tables.py), so the page is never out of date.
 """
 
 from __future__ import annotations
