@@ -203,7 +203,7 @@ class ShardedAdamW(MixedPrecisionAdamW):
         for bucket in self._buckets.get(unit, ()):
             bucket.free(self._live)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         gathered = set()
         with torch.no_grad():
             for unit, buckets in self._buckets.items():

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -129,6 +130,14 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         )
         return self._summary
 
+    @torch.no_grad()
+    def measure_again(self) -> None:
+        """Gradients were changed since ``gradients`` summed them up: take their norms anew."""
+        if self._summary is not None:
+            found = {name: master.grad for name, master in self._masters.items() if master.grad is not None}
+            norms, total = self._norms(found)
+            self._summary = replace(self._summary, global_norm=total, norms=norms, gradients=found)
+
     def _found(self) -> dict[str, Tensor]:
         """The accumulated gradient of each master, in fp32."""
         return {name: gradient.float() for name, gradient in self.accumulated().items()}
@@ -190,7 +199,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
                 self._apply(masters, group, factor)
         else:
             self._apply_rules(parts, factor)
-        self._publish()
+        self.publish()
 
     def _guarded(self, held: Set[nn.Parameter], factor: float) -> float:
         """Have the guards clip what is to be applied. Returns what of the global clip is left to do."""
@@ -329,7 +338,16 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
             self._zclip.remember(min(norm, bound))
         return bound / (norm + 1e-6) if norm > bound else 1.0
 
-    def _publish(self) -> None:
+    def coming_factor(self) -> float:
+        """What clipping will multiply the gradient by that ``gradients`` summed up."""
+        if self._summary is None:
+            raise RuntimeError("call gradients() before coming_factor()")
+        bound, norm = self._clip or math.inf, self._summary.global_norm
+        if self.config.zclip:
+            bound = min(bound, self._zclip.bound(norm))
+        return bound / (norm + 1e-6) if norm > bound else 1.0
+
+    def publish(self) -> None:
         """Round the masters into the half-precision weights."""
         if self.policy.has_masters:
             torch._foreach_copy_(list(self._live.values()), list(self._masters.values()))
@@ -363,7 +381,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         for own, given in ((self.masters(), masters), (self.moments(), moments)):
             for name, tensor in own.items():
                 tensor.copy_(given[name])
-        self._publish()
+        self.publish()
 
     def counters(self) -> dict[str, Any]:
         """The rest of the state, as JSON can hold it."""
