@@ -21,14 +21,15 @@ from experiments.asked import load
 from experiments.judging import judge
 from experiments.study import Study, judged, run_study, shares_of
 from experiments.suites import SUITES
+from experiments.surviving import show_survival
 from experiments.verdicts import Verdict, record
 from experiments.worker import keep_freed_memory
 from stabilitylab.command_line import parse
 from stabilitylab.errors import InputError, run_command
 
 USAGE = (
-    "usage: python -m experiments {run SUITE | report SUITE | verdicts [SUITE ...] | judge TABLE.csv | list}; SUITE: a name of "
-    "the list, or a Python file of your own; each takes --help"
+    "usage: python -m experiments {run SUITE | report SUITE | verdicts [SUITE ...] | survival STUDY | judge TABLE.csv | list}; "
+    "SUITE: a name of the list, or a Python file of your own; each takes --help"
 )
 
 SuiteName = Annotated[str, tyro.conf.Positional]
@@ -226,7 +227,14 @@ def list_suites() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"run": run, "report": report, "list": list_suites, "verdicts": verdicts, "judge": judge}
+    commands = {
+        "run": run,
+        "report": report,
+        "list": list_suites,
+        "verdicts": verdicts,
+        "survival": show_survival,
+        "judge": judge,
+    }
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0

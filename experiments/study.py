@@ -44,12 +44,14 @@ class Outcome:
         unit: of a difference, after ``scale``.
         scale: "log": arms are compared by the logarithm of their ratio; "rank": values are counts, infinite or on a grid.
         margin: the smallest effect of interest, in the unit (natural logarithm for "log"): two arms within it are equivalent.
+        watched: of a step at which something happens: the last one at which it was looked for. Infinite values have not by then.
     """
 
     title: str
     margin: float
     unit: str = ""
     scale: Scale = "linear"
+    watched: float | None = None
 
     @property
     def worst(self) -> None:

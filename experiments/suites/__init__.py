@@ -23,5 +23,7 @@ SUITES = {
     "mip": "experiments.suites.mip",
     "zero-shot-norm": "experiments.suites.zero_shot_norm",
     "ladder": "experiments.suites.ladder",
+    "rates": "experiments.suites.rates",
+    "spike-harm": "experiments.suites.spike_harm",
     "restart-ladder": "experiments.suites.restart_ladder",
 }
