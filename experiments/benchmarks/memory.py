@@ -122,7 +122,7 @@ def formula(config: TrainConfig) -> dict[str, float]:
     if by_hand:
         layer += 2 * e * tokens * shape.hidden
         layer -= 4 * config.batch.micro * shape.heads * shape.length**2
-    elif e == 4 and not compiled and shape.softmax != "fused" and not shape.qk_norm:
+    elif e == 4 and not compiled and shape.softmax != "fused" and not shape.head_norms:
         layer += 3 * e * tokens * shape.hidden
     matrix, targets = shape.vocabulary * shape.hidden, tokens
     chunk = min(targets, max(1, CHUNK_ELEMENTS // shape.vocabulary)) * shape.vocabulary

@@ -19,6 +19,8 @@ SUITES = {
     "scores": "experiments.suites.scores",
     "survival": "experiments.suites.survival",
     "embedding-norm": "experiments.suites.embedding_norm",
+    "remedies": "experiments.suites.remedies",
+    "remedies-fp16": "experiments.suites.remedies_fp16",
     "recipes": "experiments.suites.recipes",
     "mip": "experiments.suites.mip",
     "zero-shot-norm": "experiments.suites.zero_shot_norm",

@@ -48,7 +48,7 @@ from glm.precision import LossScaler, Policy
 from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
-from glm.train.engine import Updates, Whole, check_targets, count_targets
+from glm.train.engine import Updates, Whole, check_targets, count_targets, rate_factors_of
 from glm.train.update_rules import state_names
 
 try:
@@ -170,6 +170,7 @@ class ParallelEngine(Updates):
             groups=groups.holders(self.shares.values()),
             zero=self.zero,
             peak=config.schedule.peak,
+            factors=rate_factors_of(self.model),
         )
         axes = PipeModelDataParallelTopology(
             num_pp=self.topology.pipeline, num_mp=self.topology.tensor, num_dp=self.topology.data

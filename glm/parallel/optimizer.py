@@ -52,7 +52,7 @@ class ShardedAdamW(MixedPrecisionAdamW):
         rank: this rank.
         groups: process groups of the holders that this rank is among, by their ranks.
         zero: the stage.
-        peak: as for one process.
+        peak, factors: as for one process.
     """
 
     def __init__(
@@ -66,12 +66,13 @@ class ShardedAdamW(MixedPrecisionAdamW):
         groups: Mapping[tuple[int, ...], dist.ProcessGroup],
         zero: int = 1,
         peak: float = 1.0,
+        factors: Mapping[str, float] | None = None,
     ) -> None:
         self._shares, self._rank, self.zero = shares, rank, zero
         self._counted = {name for name, share in shares.items() if rank in share.ranks()}
         self._numbers = {name: number for number, name in enumerate(shares)}
         self._sizes = torch.tensor([share.shape.numel() for share in shares.values()], dtype=torch.float64)
-        super().__init__(model, config, policy, peak=peak)
+        super().__init__(model, config, policy, peak=peak, factors=factors)
         self._device = next(iter(self._live.values())).device
         self._buckets = self._fill(groups)
         self._reduced: set[str] = set()

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from glm.data.loader import Loader
 from glm.train.batches import BatchDescriber
 from glm.train.config import MonitorConfig
+from glm.train.engine import Engine
 from glm.train.events import Callback, StepInfo
 from glm.train.gradient_summary import GradientSummary
 from glm.train.loop import Trainer
@@ -60,7 +62,7 @@ class MonitorCallback(Callback):
             trainer.engine.model,
             trainer.engine.optimizer,
             out=self._run,
-            parameters=trainer.engine.tensors()[0],
+            parameters=_parameters(trainer.engine),
             every=self._config.every,
             gradients_every=self._config.gradients_every,
             probes=[*all_probes(), self._range],
@@ -135,3 +137,8 @@ class MonitorCallback(Callback):
             self._pending_state = state
         else:
             self._monitor.load_state_dict(state)
+
+
+def _parameters(engine: Engine) -> dict[str, Tensor]:
+    """What is trained, by name."""
+    return {name: one for name, one in engine.tensors()[0].items() if isinstance(one, nn.Parameter)}

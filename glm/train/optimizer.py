@@ -52,10 +52,17 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         config: constants.
         policy: number formats.
         peak: highest learning rate of the schedule, for kinds of decay that hang on it.
+        factors: on the rates of single parameters, by name, whose decay is divided by them (``glm.model.scaling``).
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimizerConfig, policy: Policy, *, peak: float = 1.0
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        policy: Policy,
+        *,
+        peak: float = 1.0,
+        factors: Mapping[str, float] | None = None,
     ) -> None:
         self.config, self.policy = config, policy
         named = dict(model.named_parameters())
@@ -70,7 +77,9 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         constants = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "step": 0}
         groups = [
             {"params": [self._masters[name] for name in names], **settings}
-            for settings, names in grouped(config, {name: live.dim() for name, live in self._live.items()})
+            for settings, names in grouped(
+                config, {name: live.dim() for name, live in self._live.items()}, factors or {}
+            )
         ]
         super().__init__(groups, constants)
         for group in groups:
@@ -90,6 +99,8 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         # Names of the parameters that updates leave alone, and of those whose second moments the next one begins anew.
         self.withheld: frozenset[str] = frozenset()
         self.renewed: frozenset[str] = frozenset()
+        # What else moves the masters at the end of an update; returns telemetry.
+        self.after_update: Callable[[], Mapping[str, Tensor]] | None = None
         self.updates = 0
         self._zclip = ZClip()
 
@@ -199,6 +210,8 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
                 self._apply(masters, group, factor)
         else:
             self._apply_rules(parts, factor)
+        if self.after_update is not None:
+            self.guards.told |= self.after_update()
         self.publish()
 
     def _guarded(self, held: Set[nn.Parameter], factor: float) -> float:

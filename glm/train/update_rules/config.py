@@ -85,6 +85,7 @@ class GuardConfig:
 
     Attributes:
         adagc: clip each tensor's norm by its own past (AdaGC), the global norm only while it begins.
+        warmup: updates that AdaGC takes to begin.
         spam: "spam": clip elements whose square is 5,000 times their second moment; "stable": clip elements by the past of their
             tensor's largest and norms by theirs. Both forget all moments every ``reset`` updates.
         reset: updates between two of those; 0: never.
@@ -93,12 +94,15 @@ class GuardConfig:
     """
 
     adagc: bool = False
+    warmup: int = 100
     spam: Literal["off", "spam", "stable"] = "off"
     reset: int = 500
     skip_step: float = 0.0
     update_norm: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.warmup < 1:
+            raise InputError(f"optimizer.guard.warmup must be at least 1, got {self.warmup}")
         if self.reset < 0 or self.skip_step < 0 or self.update_norm < 0:
             raise InputError(
                 "optimizer.guard.reset, optimizer.guard.skip_step and optimizer.guard.update_norm must be 0 (off) or "

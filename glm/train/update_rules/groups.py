@@ -38,12 +38,13 @@ def rate_factor(config: OptimizerConfig, role: Role) -> float:
 
 
 def grouped(
-    config: OptimizerConfig, dimensions: Mapping[str, int]
+    config: OptimizerConfig, dimensions: Mapping[str, int], factors: Mapping[str, float]
 ) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
     """Parameters that share rule, decay and rate: the settings of each group, and their names.
 
     Args:
         dimensions: how many each parameter has, by its name.
+        factors: on the rates of single parameters; their decay is divided by them.
     """
     untied = "projection.weight" in dimensions
     found: dict[tuple[Kind, float, float, bool], list[str]] = {}
@@ -51,7 +52,9 @@ def grouped(
         role = role_of(name, count)
         # AdamC leaves the output projection, which no norm follows, to AdamW's decay.
         leads_out = config.decay == "adamc" and role == ("output" if untied else "embedding")
-        key = kind_of(config, role), decay_of(config, role), rate_factor(config, role), leads_out
+        own = factors.get(name, 1.0)
+        decay, rate = decay_of(config, role) / own, rate_factor(config, role) * own
+        key = kind_of(config, role), decay, rate, leads_out
         found.setdefault(key, []).append(name)
     names = "rule", "weight_decay", "rate_factor", "leads_out"
     return [(dict(zip(names, key, strict=True)), tuple(own)) for key, own in found.items()]

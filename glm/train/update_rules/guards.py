@@ -25,16 +25,21 @@ from torch import Tensor
 
 from glm.train.update_rules.config import GuardConfig
 
-ADAGC_WARMUP, ADAGC_BETA, ADAGC_RATIO = 100, 0.98, 1.05
+ADAGC_BETA, ADAGC_RATIO = 0.98, 1.05
 SPAM_THRESHOLD, SPAM_FIRST, SPAM_WARMUP = 5000.0, 20, 150
 STABLE_MAXIMUM, STABLE_NORM, STABLE_SQUARE = 0.999, 0.7, 0.9
 SKIP_WINDOW, SKIP_LEAST = 128, 64
 
 
 class AdaGC:
-    """Per-tensor clipping by each tensor's own past."""
+    """Per-tensor clipping by each tensor's own past.
 
-    def __init__(self) -> None:
+    Args:
+        warmup: W.
+    """
+
+    def __init__(self, warmup: int = 100) -> None:
+        self._warmup = warmup
         # Smallest, then mean norm of each tensor that had a gradient.
         self._past: dict[str, Tensor] = {}
         self._updates = 0
@@ -50,7 +55,7 @@ class AdaGC:
         norms_N = torch.stack([norms[name] for name in gradients]).float()
         none = norms_N.new_tensor(math.inf)
         past_N = torch.stack([self._past.get(name, none).to(norms_N) for name in gradients])
-        begins = self._updates < ADAGC_WARMUP
+        begins = self._updates < self._warmup
         shares_N = torch.full_like(norms_N, factor)
         if not begins:
             shares_N = (ADAGC_RATIO * past_N / norms_N.clamp_min(1e-38)).clamp_max(1.0)
@@ -167,7 +172,7 @@ class Guards:
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
-        self._adagc = AdaGC() if config.adagc else None
+        self._adagc = AdaGC(config.warmup) if config.adagc else None
         self._stable = StableClip() if config.spam == "stable" else None
         self._skip = SkipStep(config.skip_step) if config.skip_step else None
         self._resets = config.reset if config.spam != "off" else 0

@@ -99,7 +99,7 @@ def matrix_rows(model: nn.Module, *, per_head: bool) -> dict[str, tuple[int, ...
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(module, Attention):
-            head, kinds = module.head, (module.heads, module.heads, module.heads)
+            head, kinds = module.head, (module.heads, module.key_heads, module.key_heads)
             rows = (head,) * sum(kinds) if per_head else tuple(count * head for count in kinds)
             found[f"{prefix}query_key_value.weight"] = rows
         elif isinstance(module, FeedForward) and module.is_gated:

@@ -59,6 +59,12 @@ OTHER = dataclasses.replace(
     attention=AttentionConfig(positions="alibi", qk_norm=True),
     feed_forward=FeedForwardConfig(kind="gelu"),
 )
+GATED = dataclasses.replace(
+    GLM,
+    norm="reordered",
+    logit_cap=2.0,
+    attention=AttentionConfig(qk_norm=True, v_norm=True, gate="head", sink="learned"),
+)
 STABLE = OptimizerConfig(update_clipping=True, zclip=True)
 RULES = OptimizerConfig(
     kind="ademamix",
@@ -114,6 +120,7 @@ def worlds() -> list[World]:
         world("stable-212", (2, 1, 2), optimizer=STABLE),
         world("rules-212", (2, 1, 2), optimizer=RULES),
     ]
+    found += [world("gated-221", (2, 2, 1), model=GATED)]
     found += [world("muon-112", (1, 1, 2), optimizer=MUON, zero=0)]
     wet = dataclasses.replace(GLM, dropout=0.2)
     found += [world(f"dropout-{_joined(axes)}", axes, model=wet) for axes in TOPOLOGIES[:3]]
