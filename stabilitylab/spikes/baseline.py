@@ -28,7 +28,9 @@ and an excursion begins too where the mean of four residuals, each clipped at th
 that of a block 7 s16. Seven deviations are the rarity that OLMo 2's spike score uses (2501.00656, section 3.1). The
 tail factor k is 1 in Gaussian noise; where more than one value in a hundred lies over the band, each multiplies k by
 1.1 (a quantile by stochastic approximation, Robbins and Monro 1951), and a tail that is heavy at 3 s goes on being
-heavy beyond, hence k^2: a single value tells little there, means of four still do.
+heavy beyond, hence k^2: a single value tells little there, means of four still do. It counts where it is the noise's own:
+where noise reaches as far down (the same quantile below the block's middle), or leans up, its shoulders (1.5 to 3 s) fuller
+above than below by half or more. Even noise with high values out is even noise with spikes.
 
 ``floor`` is the smallest rise worth a word whatever the noise: 3 % of the level of a loss for a single value, .6 of it
 for means; a factor of 2 of a norm. It vanishes with the level, so a loss around zero is judged by its noise alone.
@@ -53,8 +55,8 @@ MEAN_SHARE = 0.6
 # Scales are known to some 20 % after two blocks, to 8 % later: the limit is wider at first.
 UNSURE = 0.5
 # Second differences under .6 of the deviation: neighbours are correlated by more than .6.
-UNSURE_CORRELATED = 1.5
-CORRELATED = 0.6
+UNSURE_CORRELATED = 2.0
+CORRELATED = 0.7
 FEW_VALUES = 3
 FEW_SHARE = 0.5
 FEW_SIGMAS = 10.0
@@ -68,6 +70,12 @@ FORGET_WHITE, FORGET_CORRELATED = 0.8, 0.45
 TAIL_STEP = 1.1
 TAIL_DECAY = TAIL_STEP ** (-BLOCK / 100)
 MOST_TAIL = 4.0
+SHOULDER = 1.5
+SHAPE_GAIN = 1 / 64
+SHAPE_KNOWN = 16
+DEEPEST = 4.5
+FORGET_DEPTH = 0.995
+EVEN = 2.0
 FALL_SIGMAS = 2.0
 CREEP_GAIN = 1 / 2
 CREEP_SIGMAS = 8.0
@@ -94,6 +102,10 @@ class Baseline:
     scale16: float = 0.0
     ripple: float = 0.0
     tail: float = 1.0
+    lower_tail: float = 1.0
+    upper: float = 0.0  # shares of values 1.5 to 3 deviations above, and below, their block's own middle
+    lower: float = 0.0
+    deepest: float = 0.0  # the furthest below that lately, in deviations
     slow: float = 0.0
     lowest: float = 0.0
     quantum: float = 0.0  # values are printed in steps of this, as far as can be seen
@@ -119,17 +131,37 @@ class Baseline:
         correlated = self.ripple < CORRELATED * self.scale1
         return 1.0 + (UNSURE_CORRELATED if correlated else UNSURE) / self.blocks
 
+    @property
+    def even(self) -> bool:
+        """Whether the noise is known to reach down no further than a Gaussian's, and not to lean up."""
+        if self.blocks < SHAPE_KNOWN:
+            return False
+        return self.deepest < DEEPEST and self.upper < EVEN * max(self.lower, 1e-3)
+
+    @property
+    def factor(self) -> float:
+        """How much further than a Gaussian's the noise reaches up, by its tail and by whether it is noise's."""
+        if self.tail <= self.lower_tail:
+            return self.tail
+        skewed = (self.upper / max(self.lower, 1e-3) - 1.5) if self.blocks >= SHAPE_KNOWN else 1.0
+        return self.lower_tail + (self.tail - self.lower_tail) * min(1.0, max(0.0, skewed))
+
     def band(self) -> float:
         """Residuals up to here are ordinary."""
+        return max(BAND_SIGMAS * self.sigma * self.factor, BAND_SHARE * self.floor)
+
+    def odd(self) -> float:
+        """Residuals above this, one in a hundred, are what the tail factor is learned from."""
         return max(BAND_SIGMAS * self.sigma * self.tail, BAND_SHARE * self.floor)
 
     def limit(self) -> float:
         """Single residuals above this begin an excursion."""
-        return max(LIMIT_SIGMAS * self.sigma * self.tail**2 * self.unsure(), self.floor)
+        return max(LIMIT_SIGMAS * self.sigma * self.factor**2 * self.unsure(), self.floor)
 
     def limit_of_four(self) -> float:
-        scale = max(self.scale4, self.sigma / 2)
-        return max(LIMIT_SIGMAS * scale * self.tail * self.unsure(), MEAN_SHARE * self.floor)
+        # A block or two say little of how neighbours are correlated: their means may scatter as much as one value.
+        scale = max(self.scale4, self.sigma * (0.5 + 0.5 / max(1, self.blocks)))
+        return max(LIMIT_SIGMAS * scale * self.factor * self.unsure(), MEAN_SHARE * self.floor)
 
     def limit_of_block(self) -> float:
         scale = max(self.scale16, 0.7 * self.scale4, self.sigma / 4)
@@ -200,12 +232,33 @@ class Baseline:
         self.ripple = _moved(max(self.ripple, floor), bends, gain1, two_sided=True)
         self.level = middle
         self.tail = max(1.0, self.tail * TAIL_DECAY)
+        self._learn_shape(residuals if middle < level else [x - middle for x in block])
         self.blocks += 1
         if self.quantum:
             self._see_quantum(block)
         self.slow += CREEP_GAIN * (self.level - self.slow)
         if self.slow < self.lowest:
             self.lowest = self.slow
+
+    def _learn_shape(self, residuals: Sequence[float]) -> None:
+        """What the values about their own middle show of the noise's lower side, and of how even its shoulders are."""
+        sigma, reach = self.sigma, BAND_SIGMAS * self.sigma * self.lower_tail
+        wide, near = BAND_SIGMAS * sigma, SHOULDER * sigma
+        high = low = runs = 0
+        before = lowest = 0.0
+        for r in residuals:
+            if r < 0.0:
+                lowest = min(lowest, r)
+                low += -wide < r < -near
+                runs += r < -reach <= before
+            else:
+                high += near < r < wide
+            before = r
+        gain = max(SHAPE_GAIN, 1 / self.blocks)
+        self.upper += gain * (high / len(residuals) - self.upper)
+        self.lower += gain * (low / len(residuals) - self.lower)
+        self.deepest = max(FORGET_DEPTH * self.deepest, -lowest / sigma if sigma > 0.0 else 0.0)
+        self.lower_tail = min(MOST_TAIL, max(1.0, self.lower_tail * TAIL_DECAY * TAIL_STEP**runs))
 
     def exceeded(self, values: int) -> None:
         """So many values over the band turned out to be no excursion of the run's state."""

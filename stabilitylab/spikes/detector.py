@@ -37,10 +37,11 @@ from dataclasses import asdict
 from typing import Any
 
 from stabilitylab.spikes.baseline import Baseline
-from stabilitylab.spikes.excursion import Change, Excursions
+from stabilitylab.spikes.excursion import Excursions
 from stabilitylab.spikes.loss_scale_collapse import ScaleWatch
 from stabilitylab.spikes.reasons import REASONS, Reasons
-from stabilitylab.spikes.stillness import HOLE, Burst, Stillness, is_finite
+from stabilitylab.spikes.stillness import HOLE, Burst, Stillness, burst_event, is_finite
+from stabilitylab.spikes.verdict import Change
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES, SKIPPED, Event
 
 # Numbers of a step that say nothing of its health.
@@ -261,7 +262,7 @@ class SpikeDetector:
             return []
         self._episode += 1
         burst = self._bursts[name] = Burst(self._episode, step, step, str(value), step)
-        return [self._burst_event(step, name, burst, "onset")]
+        return [burst_event(step, name, burst, "onset")]
 
     def _end_burst(self, step: int, name: str, *, now: bool = False) -> list[Event]:
         burst = self._bursts.get(name)
@@ -272,25 +273,10 @@ class SpikeDetector:
         if not now and burst.finite < HOLE:
             return []
         del self._bursts[name]
-        return [self._burst_event(step, name, burst, "end", over=over)]
-
-    def _burst_event(self, step: int, name: str, burst: Burst, phase: str, *, over: bool = True) -> Event:
-        data = {
-            "episode": burst.episode,
-            "phase": phase,
-            "signal": name,
-            "onset": burst.onset,
-            "peak": burst.onset,
-            "end": burst.end if phase == "end" else None,
-            "height": None,
-            "value": burst.seen,
-            "told": burst.told,
-            "to_the_end": phase == "end" and not over,
-        }
-        return Event(step=step, kind="non-finite", data=data)
+        return [burst_event(step, name, burst, "end", over=over)]
 
     def _still_event(self, step: int, still: Burst, phase: str, *, over: bool = True) -> Event:
-        event = self._burst_event(step, self.loss, still, phase, over=over)
+        event = burst_event(step, self.loss, still, phase, over=over)
         data = {**event.data, "value": self._stillness.previous, "baseline": self._loss.baseline.level}
         return Event(step=step, kind=still.seen, data=data)
 
@@ -382,7 +368,7 @@ class SpikeDetector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where ``state_dict`` was taken. The state of an older detector is left: it learns anew."""
-        if "stillness" not in state:
+        if "stillness" not in state or len(state["loss"]["baseline"]) != len(self._loss.baseline.state()):
             self._episode = state["episode"]
             return
         self._loss.load_state_dict(state["loss"])

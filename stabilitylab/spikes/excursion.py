@@ -5,18 +5,9 @@
 
 While an excursion is open the baseline rests, so an excursion can hide nothing that follows; what turns out to have
 been no excursion of the state (a hard batch, or noise that has grown to either side) is learned from afterwards, so
-the baseline never rests on noise that it does not know. The verdict:
-
-- *hard-batch* while at most two values were out and each of them was followed, within the two steps that a hard
-  batch may last, by an ordinary one. In a log of every fifth step a single value out may have lasted nine steps: that
-  is a *spike*.
-- *divergence* once, 128 values in, the latest residuals (their median) are still at least half of what the first 64
-  were: how high the peak was does not matter. It stays open while it moves or is wilder than the run was before; one
-  that comes back within 512 values was a spike after all. When it has settled (its median within a tenth since half
-  its age, its noise as before) it is closed, and the baseline learns the new level.
-- cut short by the log's end or the run going back: a divergence if three or more values were out and the last quarter
-  stands at half of the median of all, else a spike; one or two values that are less than half the level high are taken
-  for a hard batch, as they nearly always are.
+the baseline never rests on noise that it does not know. What begins one: ``onsets.py``; what it is called, and when that
+changes: ``verdict.py``. A divergence that has settled (its median within a tenth since half its age, its noise as before)
+is closed, and the baseline learns the new level.
 
 Steps that go back are a restart: what began at or after the step where the run goes on is superseded and dropped
 without a word, and the baseline is restored as it was there, from snapshots that grow sparser with age. After a gap of
@@ -26,69 +17,33 @@ the loss has fallen; a value over the old limit is still out: there is no blind 
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
-from stabilitylab.spikes.baseline import (
-    BLOCK,
-    FALL_SIGMAS,
-    FEW_VALUES,
-    GROUP,
-    LEARNED_FROM,
-    LIMIT_SIGMAS,
-    Baseline,
-    median,
-    ripple_of,
+from stabilitylab.spikes.baseline import BLOCK, FEW_VALUES, GROUP, LEARNED_FROM, Baseline, median, ripple_of
+from stabilitylab.spikes.onsets import beginning_of, block_is_out, four_are_out, has_jumped, is_out
+from stabilitylab.spikes.snapshots import Snapshots
+from stabilitylab.spikes.verdict import (
+    END_SHARE,
+    FIRST_CHECK,
+    HARD_STEPS,
+    KEEPS_DIVERGENCE,
+    KEPT_VALUES,
+    Change,
+    Open,
+    is_noise,
+    lasted,
+    verdict_at_end,
 )
 
-HARD_STEPS = 2
 SETTLE_VALUES = 2
-FIRST_CHECK = (
-    64  # ages at which an open excursion is looked at: 64, 128, 256, ...; verdicts from the second on
-)
-KEEPS_DIVERGENCE = 512
-KEPT_VALUES = 64
 GAP_INTERVALS = 16
-SNAPSHOTS = 32
 RECENT = 32
-END_SHARE = 0.5
 
 
-@dataclass(slots=True)
-class Open:
-    """An excursion that is going on."""
-
-    kind: str
-    onset: int
-    inside: int  # the last ordinary step before the present run of values out
-    level: float
-    peak: int
-    height: float
-    end: int  # the last step out
-    told: int  # the step at which it was first told as what it is
-    out: int = 1  # values out so far
-    low: int = 0  # values as far below the level, soon after one above
-    since_high: int = 0  # values since the last one above
-    long_run: bool = False  # some run of values out lasted longer than a hard batch
-    calm: int = 0  # ordinary values in a row
-    age: int = 1  # values since onset
-    is_out: bool = True
-    residuals: list[float] = field(default_factory=list)  # the latest 64
-    first: float = 0.0  # median of the first 64
-    at_check: float = 0.0
-    stayed: int = 0  # the greatest age at which it had not come back by half
-    # A mean that crept up is followed by its mean, as its single values may well be ordinary: the height at which it is
-    # back. None for excursions that began with values out.
-    crept_until: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What an update did: ``phase`` "onset", "change" or "end" of an excursion, as it stands then."""
-
-    phase: str
-    excursion: Open
+_PLAIN = ("last_step", "interval", "odd_gap", "learning", "inside", "over", "creep_onset")
 
 
 class Excursions:
@@ -115,7 +70,7 @@ class Excursions:
         self.recent_steps: deque[int] = deque(maxlen=GROUP)
         self.creep_onset: int | None = None
         self.open: Open | None = None
-        self.snapshots: list[tuple[int, tuple[Any, ...]]] = []
+        self.snapshots = Snapshots()
 
     def update(self, step: int, value: float) -> list[Change]:
         """Take a finite value. A second one for the same step is ignored."""
@@ -142,18 +97,7 @@ class Excursions:
 
     def finish(self) -> list[Change]:
         """The log ends here: give the verdict on what is still open."""
-        now = self.open
-        if now is None:
-            return []
-        if now.crept_until is not None:
-            return [self._close("divergence")]
-        if now.out > HARD_STEPS:
-            kept = now.residuals
-            last = median(kept[-max(1, len(kept) // 4) :])
-            return [self._close("divergence" if last >= END_SHARE * median(kept) else "spike")]
-        if now.kind == "hard-batch" and now.height < END_SHARE * abs(now.level):
-            return [self._close("hard-batch")]
-        return [self._close("spike")]
+        return [] if self.open is None else [self._close(verdict_at_end(self.open))]
 
     def _learn_interval(self, gone: int) -> None:
         """The usual interval between values: a mean over about 16, or a new gap once it has been seen
@@ -170,19 +114,20 @@ class Excursions:
         base = self.baseline
         residual = value - base.level
         if base.known:
-            if residual > base.limit() and self._is_above_noise(residual, 1):
+            if is_out(base, self.recent, residual):
                 return [self._begin(step, value)]
             if gap and not self.learning and residual < -base.band():
                 self._forget_block(learning=True)
             if not self.learning:
-                if self._jumped(value):
+                if has_jumped(base, self.recent, value):
                     base.level = median(list(self.recent)[-GROUP:])
                     return [self._begin(step, value)]
-                if self._four_are_out(residual):
+                if four_are_out(base, self.recent, residual):
                     values = [*list(self.recent)[1 - GROUP :], value]
                     return [self._begin_at_mean(step, values, [*self.recent_steps, step][-GROUP:])]
                 # Neighbours that stand out together are correlated, or an excursion in the making: no tail.
-                if residual > base.band() and not (self.block and self.block[-1] - base.level > base.band()):
+                odd = base.odd()
+                if residual > odd and not (self.block and self.block[-1] - base.level > odd):
                     self.over += 1
         elif len(self.block) >= FEW_VALUES:
             rise = value - max(self.block[-FEW_VALUES:])
@@ -205,47 +150,9 @@ class Excursions:
         self.recent.append(value)
         self.recent_steps.append(step)
 
-    def _is_above_noise(self, height: float, values: int) -> bool:
-        """Whether a mean of ``values`` so high stands out of the noise of the last 32 values, which may have grown."""
-        ripple = ripple_of(self.recent)
-        k = self.baseline.tail ** (2 if values == 1 else 1)
-        return bool(height > LIMIT_SIGMAS * k * ripple / values**0.5)
-
-    def _jumped(self, value: float) -> bool:
-        """On a fall the level lags: whether ``value`` stands over the limit above the last four values instead.
-
-        They count when all lie 2 sigma under the level, as four neighbours do once in 4 million in noise without a trend.
-        """
-        base, recent = self.baseline, self.recent
-        if len(recent) < GROUP:
-            return False
-        top = max(recent[-1], recent[-2], recent[-3], recent[-4])
-        rise = value - top
-        if base.level - top <= FALL_SIGMAS * base.sigma or rise <= base.limit():
-            return False
-        return self._is_above_noise(rise, 1)
-
-    def _four_are_out(self, residual: float) -> bool:
-        """Whether the mean of the last four residuals is over its limit; on a fall, above the four and eight before."""
-        base, recent = self.baseline, self.recent
-        if residual <= -base.band() or len(recent) < 3 * GROUP:
-            return False
-        limit = base.limit_of_four()
-        clip = max(3 * base.sigma * base.tail, 1.25 * limit)
-        last = [recent[i] - base.level for i in range(1 - 3 * GROUP, 0)]
-        mean = (min(residual, clip) + sum(min(r, clip) for r in last[1 - GROUP :])) / GROUP
-        if mean <= limit:
-            earlier = [max(r, -clip) for r in last[: 2 * GROUP]]
-            reference = max(sum(earlier[:GROUP]), sum(earlier[GROUP:])) / GROUP
-            mean -= min(0.0, reference)
-        return mean > limit and self._is_above_noise(mean, GROUP)
-
     def end_block(self, step: int) -> list[Change]:
         """A block of ordinary values is full: is its mean out? If not, learn from it."""
-        base = self.baseline
-        clip = max(3 * base.sigma * base.tail, 1.5 * base.limit_of_block())
-        mean = sum(min(x - base.level, clip) for x in self.block) / len(self.block)
-        if mean > base.limit_of_block() and self._is_above_noise(mean, BLOCK):
+        if block_is_out(self.baseline, self.recent, self.block):
             return [self._begin_at_mean(step, list(self.block), list(self.block_steps))]
         self.learn_block(step)
         return self._watch_creep(step) if self.creep else []
@@ -259,43 +166,53 @@ class Excursions:
     def _end_block(self, step: int) -> None:
         """Forget the block, and keep the baseline for a run that comes back to this step."""
         self._forget_block()
-        self.snapshots.append((step, self.baseline.state()))
-        if len(self.snapshots) > SNAPSHOTS:
-            # Every other one of the older three quarters goes: what is kept reaches back twice as far each time.
-            old = len(self.snapshots) * 3 // 4
-            self.snapshots[:old] = self.snapshots[:old:2]
+        self.snapshots.add(step, self.baseline.state())
 
     def _forget_block(self, *, learning: bool = False) -> None:
         self.block, self.block_steps, self.over = [], [], 0
         self.learning = learning or (self.learning and not self.baseline.known)
 
     def _begin(self, step: int, value: float) -> Change:
+        base = self.baseline
+        # What stood half as high right before belongs to it.
+        residuals, steps = [value - base.level], [step]
+        half = max(base.band(), 0.5 * base.limit()) if base.known else math.inf
+        while len(steps) <= len(self.recent_steps) and self.recent[-len(steps)] - base.level > half:
+            residuals.insert(0, self.recent[-len(steps)] - base.level)
+            steps.insert(0, self.recent_steps[-len(steps)])
+        onset = steps[0]
         inside = self.inside if self.inside is not None else step
-        height = value - self.baseline.level
+        if len(steps) > 1:
+            self._keep_block_before(onset)
+            before = [s for s in self.recent_steps if s < onset]
+            inside = before[-1] if before else onset
+        height = max(residuals)
         self.open = Open(
-            kind="hard-batch" if step - inside <= HARD_STEPS else "spike",
-            onset=step,
+            kind="hard-batch" if lasted(step, inside, len(steps), even=base.even) <= HARD_STEPS else "spike",
+            onset=onset,
             inside=inside,
-            level=self.baseline.level,
-            peak=step,
+            level=base.level,
+            peak=steps[residuals.index(height)],
             height=height,
             end=step,
             told=step,
-            residuals=[height],
+            out=len(steps),
+            run=len(steps),
+            age=len(steps),
+            residuals=residuals,
         )
         return Change("onset", self.open)
+
+    def _keep_block_before(self, onset: int) -> None:
+        """What of the block came before ``onset`` stays to be learned from."""
+        kept = [(s, x) for s, x in zip(self.block_steps, self.block, strict=True) if s < onset]
+        self.block, self.block_steps = [x for _, x in kept], [s for s, _ in kept]
 
     def _begin_at_mean(self, step: int, values: list[float], steps: list[int]) -> Change:
         """An excursion of means: it began where the values behind the mean rose over a third of their largest."""
         base = self.baseline
         residuals = [x - base.level for x in values]
-        begin = 0
-        for i, r in enumerate(residuals):
-            if r <= 0.3 * max(residuals):
-                begin = i + 1
-            elif i >= len(residuals) - GROUP:
-                break
-        begin = min(begin, len(steps) - 1)
+        begin = beginning_of(residuals)
         top = max(range(begin, len(residuals)), key=residuals.__getitem__)
         inside = steps[begin - 1] if begin else steps[0]
         self.open = Open(
@@ -312,9 +229,7 @@ class Excursions:
             age=len(steps) - begin,
             residuals=residuals[begin:],
         )
-        # What of the block came before the onset stays to be learned from.
-        kept = [(s, x) for s, x in zip(self.block_steps, self.block, strict=True) if s < steps[begin]]
-        self.block, self.block_steps = [x for _, x in kept], [s for s, _ in kept]
+        self._keep_block_before(steps[begin])
         return Change("onset", self.open)
 
     def _watch_creep(self, step: int) -> list[Change]:
@@ -369,25 +284,14 @@ class Excursions:
             out = sum(now.residuals[-BLOCK:]) > now.crept_until * len(now.residuals[-BLOCK:])
         if gap and not out:
             return [self._close("spike" if now.kind != "hard-batch" else "hard-batch", back=True)]
-        if out:
-            if residual > now.height:
-                now.peak, now.height = step, residual
-            now.is_out, now.calm, now.end = True, 0, step
-            now.out += 1
-            if step - now.inside > HARD_STEPS:
-                now.long_run = True
-        else:
-            if now.is_out and step - now.inside > HARD_STEPS + 1:
-                now.long_run = True
-            now.is_out, now.inside = False, step
-            now.calm += 1
+        now.count(step, residual, out=out, even=base.even)
         lasting = now.long_run or now.out > HARD_STEPS
         if now.calm >= SETTLE_VALUES + min(now.out // BLOCK, BLOCK):
             if now.kind == "divergence" and now.stayed >= KEEPS_DIVERGENCE:
                 return [self._close("divergence", back=True)]
             return [self._close("spike" if lasting else "hard-batch", back=True)]
         if now.kind == "hard-batch" and lasting:
-            if self._is_noise(now):
+            if is_noise(now, self.baseline):
                 return [self._close("hard-batch", back=True)]
             now.kind, now.told = "spike", step
             return [Change("change", now)]
@@ -395,18 +299,13 @@ class Excursions:
             return self._check(now)
         return []
 
-    def _is_noise(self, now: Open) -> bool:
-        """Whether values went as far and as often to the other side: the noise has grown, the state has not left."""
-        bound = 3 * self.baseline.limit()
-        return now.low >= max(1, 0.3 * now.out) and now.height < bound
-
     def _check(self, now: Open) -> list[Change]:
         """At ages 64, 128, 256, ...: is it coming back?"""
         latest = median(now.residuals[-FIRST_CHECK // 2 :])
         before, now.at_check = now.at_check, latest
         if now.age == FIRST_CHECK:
             now.first = median(now.residuals)
-            if self._is_noise(now):
+            if is_noise(now, self.baseline):
                 return [self._close("hard-batch", back=True)]
             return []
         stays = latest >= END_SHARE * now.first
@@ -433,7 +332,7 @@ class Excursions:
         closed.kind = kind
         if kind == "hard-batch":
             # What is far over the limit is another population, no tail of the noise.
-            band, most = self.baseline.band(), 1.5 * self.baseline.limit()
+            band, most = self.baseline.odd(), 1.5 * self.baseline.limit()
             self.over += any(band < r <= most for r in closed.residuals)
             taken = closed.residuals
         else:
@@ -460,14 +359,13 @@ class Excursions:
 
     def _restart(self, step: int) -> None:
         """The run goes on from an earlier step: so does the baseline."""
-        while self.snapshots and self.snapshots[-1][0] >= step:
-            self.snapshots.pop()
+        state = self.snapshots.before(step)
         self.open = None
         self.creep_onset = None
         self.recent.clear()
         self.recent_steps.clear()
-        if self.snapshots:
-            self.baseline.restore(self.snapshots[-1][1])
+        if state is not None:
+            self.baseline.restore(state)
             self.inside = step - max(1, round(self.interval))  # a state that is taken up again was in order
             self._forget_block()
         else:
@@ -481,34 +379,22 @@ class Excursions:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            **{name: getattr(self, name) for name in _PLAIN},
             "baseline": list(self.baseline.state()),
-            "last_step": self.last_step,
-            "interval": self.interval,
-            "odd_gap": self.odd_gap,
-            "learning": self.learning,
-            "inside": self.inside,
             "block": list(self.block),
             "block_steps": list(self.block_steps),
-            "over": self.over,
             "recent": list(self.recent),
             "recent_steps": list(self.recent_steps),
-            "creep_onset": self.creep_onset,
             "open": None if self.open is None else asdict(self.open),
-            "snapshots": [[step, list(state)] for step, state in self.snapshots],
+            "snapshots": self.snapshots.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in _PLAIN:
+            setattr(self, name, state[name])
         self.baseline.restore(state["baseline"])
-        self.last_step = state["last_step"]
-        self.interval = state["interval"]
-        self.odd_gap = state["odd_gap"]
-        self.learning = state["learning"]
-        self.inside = state["inside"]
-        self.block = list(state["block"])
-        self.block_steps = list(state["block_steps"])
-        self.over = state["over"]
+        self.block, self.block_steps = list(state["block"]), list(state["block_steps"])
         self.recent = deque(state["recent"], maxlen=RECENT)
         self.recent_steps = deque(state["recent_steps"], maxlen=GROUP)
-        self.creep_onset = state["creep_onset"]
         self.open = None if state["open"] is None else Open(**state["open"])
-        self.snapshots = [(step, tuple(values)) for step, values in state["snapshots"]]
+        self.snapshots = Snapshots.of(state["snapshots"])

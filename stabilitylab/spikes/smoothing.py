@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from stabilitylab.spikes.bumps import MAD, running_median
 from stabilitylab.spikes.episodes import Episode
-from stabilitylab.spikes.two_sided import MAD, running_median
 
 LEAST_FACTOR, MOST_FACTOR = 0.5, 0.995
 LEAST_VALUES = 128
@@ -49,7 +49,7 @@ def smoothing_factor(
         for one in episodes
         if one.kind in ("spike", "divergence", "hard-batch") and one.height is not None
     ]
-    if len(values_N) < LEAST_VALUES or len(spikes) < LEAST_ALONE:
+    if len(values_N) < LEAST_VALUES or not spikes:
         return None
     about_N = values_N - running_median(values_N, min(HALF, len(values_N) // 4))
     before_N, after_N = about_N[:-1], about_N[1:]

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from stabilitylab.telemetry import Event
+
 HOLE = 32
 DEAD_VALUES = 3
 FROZEN_VALUES = 16
@@ -39,6 +41,23 @@ class Burst:
     seen: str
     told: int
     finite: int = 0  # finite values since the last
+
+
+def burst_event(step: int, name: str, burst: Burst, phase: str, *, over: bool = True) -> Event:
+    """What is told of a burst of the signal ``name`` at ``step``; ``over``: its end has been seen."""
+    data = {
+        "episode": burst.episode,
+        "phase": phase,
+        "signal": name,
+        "onset": burst.onset,
+        "peak": burst.onset,
+        "end": burst.end if phase == "end" else None,
+        "height": None,
+        "value": burst.seen,
+        "told": burst.told,
+        "to_the_end": phase == "end" and not over,
+    }
+    return Event(step=step, kind="non-finite", data=data)
 
 
 @dataclass(slots=True)

@@ -223,3 +223,90 @@ def test_what_a_rewind_supersedes_is_gone():
     assert "spike" in [one.kind for one in events]
     later = [e for i in range(150, 600) for e in detector.update(i, {LOSS: curve[i], GRADIENT_NORM: 1.0})]
     assert later + detector.finish() == []
+
+
+# ------------------------------------------------------------------------------------- seen from both sides
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rise_over_a_hundred_values_is_a_spike(seed):
+    n, length = 1200, 160
+    curve = fall(n) * (1 + 0.03 * gauss(n, seed))
+    curve[600 : 600 + length] += 0.6 * np.sin(np.pi * np.arange(length) / length)
+    (episode,) = find_episodes(None, curve)
+    assert episode.kind == "spike"
+    assert 600 <= episode.onset <= 650
+    assert 700 <= episode.end <= 600 + length
+
+
+def test_a_plateau_that_leans_up_before_it_falls_is_none():
+    """Epochs of a small data set: the loss creeps up within one and falls at its end."""
+    epoch, within = np.divmod(np.arange(4000), 1000)
+    for seed in range(4):
+        curve = 2.3 * 0.8**epoch * (1 + 0.03 * within / 1000) * (1 + 0.02 * gauss(4000, seed))
+        assert find_episodes(None, curve) == []
+
+
+def test_a_long_flat_top_that_falls_back_at_once_is_a_spike():
+    curve = fall(2500) * (1 + 0.01 * gauss(2500))
+    curve[1500:1650] += 0.8
+    (episode,) = find_episodes(None, curve)
+    assert (episode.kind, episode.onset, episode.end) == ("spike", 1500, 1649)
+
+
+def test_what_has_come_down_by_half_at_the_end_of_a_short_log_is_a_spike():
+    t = np.arange(100)
+    curve = (2 + 6 * (1 + t / 30) ** -0.35) * (1 + 0.01 * gauss(100))
+    curve[55:] += 4 * np.exp(-np.arange(45) / 30)
+    assert kinds(find_episodes(None, curve)) == ["spike"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_after_a_fast_fall_is_no_return_from_a_dip(seed):
+    n = 98
+    curve = 2.33 + 3 * np.exp(-12 * np.arange(n) / n) + 0.004 * gauss(n, seed)
+    curve[53:] += 0.055
+    (episode,) = find_episodes(None, curve)
+    assert (episode.kind, episode.onset) == ("divergence", 53)
+
+
+@pytest.mark.parametrize("noise", ["t", "lognormal"])
+def test_single_values_that_the_noise_throws_out_are_no_spikes_in_a_sparse_log(noise):
+    rng = np.random.default_rng(0)
+    x = rng.standard_t(3, 4000) if noise == "t" else np.exp(0.6 * rng.standard_normal(4000)) - 1.2
+    episodes = find_episodes(5 * np.arange(4000), fall(4000) * (1 + 0.03 * x))
+    assert set(kinds(episodes)) <= {"hard-batch"}
+
+
+def test_spikes_of_even_noise_do_not_widen_its_limits():
+    """In a sparse log of Gaussian noise every hundredth value is a spike: that is no tail."""
+    curve = fall(3000) * (1 + 0.01 * gauss(3000))
+    at = np.arange(550, 3000, 100)
+    curve[at] *= 1.13
+    events = []
+    detector = SpikeDetector()
+    for step, loss in zip((5 * np.arange(3000)).tolist(), curve.tolist(), strict=True):
+        events += detector.update(step, {LOSS: loss})
+    told = [one.onset // 5 for one in episodes_of(events) if one.kind == "spike"]
+    assert told == at.tolist()
+
+
+def test_the_value_before_the_first_over_the_limit_belongs_to_it():
+    curve = np.full(400, 2.0) + 0.02 * gauss(400)
+    curve[300:303] = 2.09, 2.6, 2.5
+    detector = SpikeDetector()
+    (episode,) = episodes_of(e for i, x in enumerate(curve.tolist()) for e in detector.update(i, {LOSS: x}))
+    assert (episode.kind, episode.onset, episode.end) == ("spike", 300, 302)
+
+
+def test_a_smoothed_log_in_which_most_hard_batches_drown_is_noticed():
+    raw = fall(3000) * (1 + 0.04 * gauss(3000))
+    at = np.arange(150, 2950, 75)
+    raw[at] += 1.4
+    raw[1050] += 3
+    losses, mean = np.empty(3000), raw[0]
+    for i, x in enumerate(raw):
+        mean = losses[i] = 0.95 * mean + 0.05 * x
+    episodes = find_episodes(None, losses)
+    assert [one.onset for one in episodes] == at.tolist()
+    assert set(kinds(episodes)) == {"hard-batch"}

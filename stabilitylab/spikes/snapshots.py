@@ -1,0 +1,40 @@
+"""A baseline as it was at earlier steps, sparser the longer ago: a run that goes back is judged by what was known there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+MOST = 32
+
+State = tuple[Any, ...]
+
+
+class Snapshots:
+    """At most 32 states with their steps; every other one of the older three quarters goes when they are full.
+
+    So what is kept reaches back twice as far each time.
+    """
+
+    def __init__(self, kept: Iterable[tuple[int, State]] = ()) -> None:
+        self._kept = list(kept)
+
+    def add(self, step: int, state: State) -> None:
+        self._kept.append((step, state))
+        if len(self._kept) > MOST:
+            old = len(self._kept) * 3 // 4
+            self._kept[:old] = self._kept[:old:2]
+
+    def before(self, step: int) -> State | None:
+        """The latest state of an earlier step, None where there is none; those at or after ``step`` are dropped."""
+        while self._kept and self._kept[-1][0] >= step:
+            self._kept.pop()
+        return self._kept[-1][1] if self._kept else None
+
+    def state(self) -> list[list[Any]]:
+        """As JSON can hold it."""
+        return [[step, list(state)] for step, state in self._kept]
+
+    @classmethod
+    def of(cls, saved: Iterable[Sequence[Any]]) -> Self:
+        return cls((step, tuple(values)) for step, values in saved)

@@ -1,0 +1,106 @@
+"""An excursion that is going on, and the verdict on it.
+
+- *hard-batch* while at most two values were out and each of them was followed, within the two steps that a hard
+  batch may last, by an ordinary one. In a log of every fifth step a single value out may have lasted nine steps: that
+  is a *spike*, where the noise is known to throw no single values out.
+- *divergence* once, 128 values in, the latest residuals (their median) are still at least half of what the first 64
+  were: how high the peak was does not matter. It stays open while it moves or is wilder than the run was before; one
+  that comes back within 512 values was a spike after all.
+- cut short by the log's end or the run going back: a divergence if three or more values were out and the last quarter
+  stands at half of the median of all, else a spike; one or two values that are less than half the level high are taken
+  for a hard batch, as they nearly always are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stabilitylab.spikes.baseline import Baseline, median
+
+HARD_STEPS = 2
+FIRST_CHECK = (
+    64  # ages at which an open excursion is looked at: 64, 128, 256, ...; verdicts from the second on
+)
+KEEPS_DIVERGENCE = 512
+KEPT_VALUES = 64
+END_SHARE = 0.5
+
+
+@dataclass(slots=True)
+class Open:
+    """An excursion that is going on."""
+
+    kind: str
+    onset: int
+    inside: int  # the last ordinary step before the present run of values out
+    level: float
+    peak: int
+    height: float
+    end: int  # the last step out
+    told: int  # the step at which it was first told as what it is
+    out: int = 1  # values out so far
+    low: int = 0  # values as far below the level, soon after one above
+    since_high: int = 0  # values since the last one above
+    long_run: bool = False  # some run of values out lasted longer than a hard batch
+    calm: int = 0  # ordinary values in a row
+    age: int = 1  # values since onset
+    is_out: bool = True
+    run: int = 1  # values out in the present run
+    residuals: list[float] = field(default_factory=list)  # the latest 64
+    first: float = 0.0  # median of the first 64
+    at_check: float = 0.0
+    stayed: int = 0  # the greatest age at which it had not come back by half
+    # A mean that crept up is followed by its mean, as its single values may well be ordinary: the height at which it is
+    # back. None for excursions that began with values out.
+    crept_until: float | None = None
+
+    def count(self, step: int, residual: float, *, out: bool, even: bool) -> None:
+        """One more value; ``even``: see ``lasted``."""
+        if out:
+            if residual > self.height:
+                self.peak, self.height = step, residual
+            self.is_out, self.calm, self.end = True, 0, step
+            self.out += 1
+            self.run += 1
+            if lasted(step, self.inside, self.run, even=even) > HARD_STEPS:
+                self.long_run = True
+            return
+        if self.is_out and lasted(step, self.inside, self.run, even=even) > HARD_STEPS + 1:
+            self.long_run = True
+        self.is_out, self.inside, self.run = False, step, 0
+        self.calm += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What an update did: ``phase`` "onset", "change" or "end" of an excursion, as it stands then."""
+
+    phase: str
+    excursion: Open
+
+
+def lasted(step: int, inside: int, values: int, *, even: bool) -> int:
+    """For how many steps the loss may have been out since ``inside``.
+
+    In a log of every fifth step, for all of them, if the noise is ``even``; else as many as there were values out, for noise
+    that throws single values out does so in a sparse log, too.
+    """
+    return step - inside if even else min(step - inside, values)
+
+
+def verdict_at_end(now: Open) -> str:
+    """The kind of an excursion that nothing follows."""
+    if now.crept_until is not None:
+        return "divergence"
+    if now.out > HARD_STEPS:
+        kept = now.residuals
+        last = median(kept[-max(1, len(kept) // 4) :])
+        return "divergence" if last >= END_SHARE * median(kept) else "spike"
+    if now.kind == "hard-batch" and now.height < END_SHARE * abs(now.level):
+        return "hard-batch"
+    return "spike"
+
+
+def is_noise(now: Open, baseline: Baseline) -> bool:
+    """Whether values went as far and as often to the other side: the noise has grown, the state has not left."""
+    return now.low >= max(1, 0.3 * now.out) and now.height < 3 * baseline.limit()
