@@ -2,6 +2,7 @@
 #             rate at which fp16 and bf16 break, and judge it (about 10 minutes)
 # make test   the whole test suite (about 8 minutes on two idle cores)
 # make check  formatting, lint, types
+# make docs   the documentation as a site in site/, warnings are errors
 #
 # Each makes .venv and installs what it needs, once; a changed pyproject.toml or constraints.txt installs anew.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # Reports, tests and training pin their own thread counts; pip's chatter helps nobody.
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow check format docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m experiments run quick
@@ -33,6 +34,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "written: site/index.html"
+
 $(VENV)/.made:
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; say which with: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -40,12 +45,16 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
-	$(PIP) install --constraint constraints.txt --editable ".[corpus]"
+	$(PIP) install --constraint constraints.txt --editable ".[corpus,glm]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
-	$(PIP) install --constraint constraints.txt --editable ".[corpus,dask,dev,distributed,hf]"
+	$(PIP) install --constraint constraints.txt --editable ".[corpus,dask,glm,dev,distributed,hf]"
 	@touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP) install --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json as json_text
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +15,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.adding import run_adding, seconds, with_found
 from experiments.arm import Suite
+from experiments.asked import load
 from experiments.judging import judge
-from experiments.study import Study, judged, run_study
+from experiments.study import Study, judged, run_study, shares_of
 from experiments.suites import SUITES
+from experiments.surviving import show_survival
 from experiments.verdicts import Verdict, record
 from experiments.worker import keep_freed_memory
 from stabilitylab.command_line import parse
 from stabilitylab.errors import InputError, run_command
 
-USAGE = "usage: python -m experiments {run SUITE | report SUITE | verdicts | judge TABLE.csv | list}; each takes --help"
+USAGE = (
+    "usage: python -m experiments {run SUITE | report SUITE | verdicts [SUITE ...] | survival STUDY | judge TABLE.csv | list}; "
+    "SUITE: a name of the list, or a Python file of your own; each takes --help"
+)
 
 SuiteName = Annotated[str, tyro.conf.Positional]
+SuiteNames = Annotated[tuple[str, ...], tyro.conf.Positional]
 
 
 def load_suite(name: str) -> Suite:
@@ -38,15 +46,6 @@ def load_suite(name: str) -> Suite:
     return suite
 
 
-def load(name: str) -> Suite | Study:
-    """The suite or study of that name. Raises InputError with the names there are."""
-    if name not in SUITES:
-        raise InputError(f"there is no suite {name!r}: choose one of {', '.join(SUITES)}")
-    module = importlib.import_module(SUITES[name])
-    found: Suite | Study = module.STUDY if hasattr(module, "STUDY") else module.SUITE
-    return found
-
-
 def run(
     suite: SuiteName,
     *,
@@ -55,119 +54,123 @@ def run(
     steps: int | None = None,
     parallel: int | None = None,
     seeds: int | None = None,
-    budget: float | None = None,
+    budget: str | None = None,
     until_decided: bool = False,
     executor: str = "local",
 ) -> int:
     """Train every arm with every seed; what is complete already is left alone.
 
     Args:
-        suite: name of the suite.
+        suite: name of a suite or study, or a Python file of your own that holds one (FILE.py).
         data: folder made by `glm shards`; by default the suite's own text, built under data/ once.
         out: where the runs go; by default runs/SUITE.
         steps: updates per run instead of the suite's own.
         parallel: runs at a time; by default one a core.
-        seeds: of a study: how many instead of its own.
-        budget: of a study: seconds after which no new seed is begun.
-        until_decided: of a study: no new seed once every claim is decided.
+        seeds: how many instead of the planned ones; until decided: at the most (by default the planned ones, of a suite 16).
+        budget: no new seed is begun after this time: 90 (seconds), 15m, 2h.
+        until_decided: no new seed is begun once every claim is decided.
         executor: local: processes of this machine; dask:ADDRESS: the workers of a Dask cluster.
     """
-    from experiments.runner import run_suite
-
     chosen = load(suite)
+    limit = None if budget is None else seconds(budget)
+    for flag, number in (("steps", steps), ("parallel", parallel), ("seeds", seeds)):
+        if number is not None and number < 1:
+            raise InputError(f"--{flag} must be at least 1, got {number}")
+    out = out or Path("runs") / chosen.name
     if isinstance(chosen, Study):
         if steps is not None or parallel is not None or executor != "local":
             raise InputError(
                 f"{suite} is a study, in one process and of its own length: "
                 "leave --steps, --parallel and --executor out"
             )
-        return _run_study(chosen, data, out, seeds=seeds, budget=budget, until_decided=until_decided)
-    if seeds is not None or budget is not None or until_decided:
-        raise InputError(
-            f"--seeds, --budget and --until-decided are for studies, and {suite} is none: leave them out"
+        keep_freed_memory()
+        run_study(
+            chosen,
+            data=data or chosen.data(Path("data") / chosen.data.__name__),
+            out=out,
+            seeds=seeds,
+            budget=limit,
+            until_decided=until_decided,
         )
-    if steps is not None and steps < 1:
-        raise InputError(f"--steps must be at least 1, got {steps}")
-    if parallel is not None and parallel < 1:
-        raise InputError(f"--parallel must be at least 1, got {parallel}")
-    out = out or Path("runs") / suite
-    run_suite(
-        chosen,
-        data=data or chosen.data(Path("data") / chosen.data.__name__),
-        out=out,
-        parallel=parallel,
-        steps=steps,
-        executor=executor,
+        console = Console()
+        console.print(_table([(chosen.name, verdict) for verdict in judged(chosen, out)]))
+        _show_shares(console, chosen, out)
+        return 0
+    whole = chosen
+    text = data or whole.data(Path("data") / whole.data.__name__)
+
+    def make(part: Suite) -> None:
+        from experiments.runner import run_suite
+
+        run_suite(part, data=text, out=out, parallel=parallel, steps=steps, executor=executor)
+
+    made = run_adding(
+        whole,
+        make,
+        lambda part: _verdicts_of(part, out),
+        seeds=seeds,
+        budget=limit,
+        until_decided=until_decided,
+        places=parallel or os.cpu_count() or 1,
     )
     console = Console()
-    console.print(f"runs: {out}")
+    console.print(_table([(made.name, verdict) for verdict in _verdicts_of(made, out)]))
+    console.print(f"runs: {out}", soft_wrap=True)
     console.print(
         f"next: python -m experiments report {suite}"
-        + ("" if out == Path("runs") / suite else f" --out {out}")
+        + ("" if out == Path("runs") / made.name else f" --out {out}"),
+        soft_wrap=True,
     )
     return 0
 
 
-def _run_study(
-    study: Study,
-    data: Path | None,
-    out: Path | None,
-    *,
-    seeds: int | None,
-    budget: float | None,
-    until_decided: bool,
-) -> int:
-    if seeds is not None and seeds < 1:
-        raise InputError(f"--seeds must be at least 1, got {seeds}")
-    out = out or Path("runs") / study.name
-    keep_freed_memory()
-    run_study(
-        study,
-        data=data or study.data(Path("data") / study.data.__name__),
-        out=out,
-        seeds=seeds,
-        budget=budget,
-        until_decided=until_decided,
-    )
-    Console().print(_table([(study.name, verdict) for verdict in judged(study, out)]))
-    return 0
+def _verdicts_of(asked: Suite | Study, out: Path) -> list[Verdict]:
+    """Every claim, from what is in the folder, with whether it holds among all of them."""
+    if isinstance(asked, Study):
+        return judged(asked, out)
+    from experiments.metrics import measure
+    from experiments.report import judge_suite, load_runs
+
+    return judge_suite(asked, measure(load_runs(asked, out)))
 
 
 def report(suite: SuiteName, *, out: Path | None = None) -> int:
     """Write report.html into the suite's folder and say where it and the TensorBoard files are.
 
     Args:
-        suite: name of the suite.
+        suite: name of the suite, or a Python file of your own.
         out: where its runs are; by default runs/SUITE.
     """
     from experiments.report import write_report
 
-    out = out or Path("runs") / suite
-    path = write_report(load_suite(suite), out)
+    asked = load_suite(suite)
+    out = out or Path("runs") / asked.name
+    path = write_report(with_found(asked, out), out)
     console = Console()
     console.print(f"report:      {path}", soft_wrap=True)
     console.print(f"tensorboard: tensorboard --logdir {out}", soft_wrap=True)
     return 0
 
 
-def verdicts(*, runs: Path = Path("runs"), json: bool = False) -> int:
+def verdicts(suites: SuiteNames = (), /, *, runs: Path = Path("runs"), json: bool = False) -> int:
     """Print the verdict on every claim of every suite that has runs.
 
     Args:
+        suites: names, or Python files of your own; by default all of the list.
         runs: folder that holds the suites' folders.
         json: print one JSON object a claim.
     """
-    from experiments.metrics import measure
-    from experiments.report import judge_suite, load_runs
-
-    found = []
-    for name in SUITES:
-        if (runs / name).is_dir():
-            suite = load(name)
-            if isinstance(suite, Study):
-                found += [(name, one) for one in judged(suite, runs / name)]
-            else:
-                found += [(name, one) for one in judge_suite(suite, measure(load_runs(suite, runs / name)))]
+    found: list[tuple[str, Verdict]] = []
+    for name in suites or SUITES:
+        asked = load(name)
+        folder = runs / asked.name
+        if suites or folder.is_dir():
+            try:
+                found += [(asked.name, one) for one in _verdicts_of(with_found(asked, folder), folder)]
+            except InputError as error:  # a suite without a complete run yet
+                if suites:
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
     if not found:
         raise InputError(
             f"{runs} holds no runs of a suite: first python -m experiments run {next(iter(SUITES))}"
@@ -176,23 +179,39 @@ def verdicts(*, runs: Path = Path("runs"), json: bool = False) -> int:
         for name, verdict in found:
             print(json_text.dumps({"suite": name, **record(verdict)}, allow_nan=False))
         return 0
-    Console().print(_table(found))
+    console = Console()
+    console.print(_table(found))
+    for name in suites or SUITES:
+        if isinstance(study := load(name), Study):
+            _show_shares(console, study, runs / study.name)
     return 0
 
 
+def _show_shares(console: Console, study: Study, out: Path) -> None:
+    shares = shares_of(study, out)
+    if not shares:
+        return
+    table = Table("share", "arm", "runs", "", "95 % interval, exact", title=study.name, title_justify="left")
+    for title, arm, count, of, low, high in shares:
+        table.add_row(title, arm, f"{count} of {of}", f"{count / of:.2f}", f"[{low:.2f}, {high:.2f}]")
+    console.print(table)
+
+
 def _table(found: Sequence[tuple[str, Verdict]]) -> Table:
-    table = Table("suite", "claim", "verdict", "n", "effect", "95 % interval", "e")
+    table = Table("suite", "claim", "verdict", "n", "effect", "95 % interval", "e-value")
     if not all(verdict.holds for _, verdict in found):
         table.caption = "alone: holds at 5 % by itself, not among all claims of its suite (Holm)"
     for name, verdict in found:
         one = verdict.decision
+        would = one.verdict == "undecided" and math.isfinite(one.detectable)
+        seen = f" (would have seen {one.detectable:.2g})" if would else ""
         table.add_row(
             name,
             Text(verdict.claim.text),
-            one.verdict + ("" if verdict.holds else ", alone"),
+            one.verdict + ("" if verdict.holds else ", alone") + seen,
             str(one.n),
-            f"{one.effect:+.3g}",
-            f"[{one.low:+.3g}, {one.high:+.3g}]",
+            f"{one.effect:+.3g}" if one.n else "",
+            f"[{one.low:+.3g}, {one.high:+.3g}]" if one.n else "",
             f"{one.e_value:.2g}",
         )
     return table
@@ -208,7 +227,14 @@ def list_suites() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"run": run, "report": report, "list": list_suites, "verdicts": verdicts, "judge": judge}
+    commands = {
+        "run": run,
+        "report": report,
+        "list": list_suites,
+        "verdicts": verdicts,
+        "survival": show_survival,
+        "judge": judge,
+    }
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from experiments.statistics.decision import Scale
+from experiments.statistics import Scale
 from stabilitylab.runs import Run
 from stabilitylab.spikes import episodes_of, spike_score
 

@@ -12,13 +12,11 @@ import torch
 from experiments.arm import Suite
 from experiments.metrics import METRICS, Metric, measure
 from experiments.runner import jobs_of
-from experiments.verdicts import Verdict, family, judge, words
+from experiments.verdicts import Values, Verdict, judge_all, words
 from stabilitylab.errors import InputError
 from stabilitylab.report import Cell, Page, Section, Table
 from stabilitylab.report import sections as shown
 from stabilitylab.runs import Run, load_run
-
-Values = Mapping[str, Mapping[str, Mapping[int, float]]]
 
 
 def write_report(suite: Suite, out: Path) -> Path:
@@ -108,13 +106,7 @@ def verdict_section(suite: Suite, values: Values) -> Section:
 
 def judge_suite(suite: Suite, values: Values) -> list[Verdict]:
     """Every claim of a suite, and whether it holds among all of them."""
-    metrics = {claim: METRICS[claim.metric] for claim in suite.claims}
-    return family(
-        [
-            judge(claim, values[claim.metric], scale=metric.scale, margin=metric.margin, worst=metric.worst)
-            for claim, metric in metrics.items()
-        ]
-    )
+    return judge_all(suite.claims, values, METRICS)
 
 
 def metric_section(suite: Suite, values: Values) -> Section:

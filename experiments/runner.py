@@ -22,6 +22,7 @@ from experiments import worker
 from experiments.arm import Arm, Suite
 from experiments.executors import chosen
 from stabilitylab.errors import InputError
+from stabilitylab.runs import Run
 from stabilitylab.runs.folder import RunFolder
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -46,6 +47,12 @@ class Job:
 
     def is_complete(self) -> bool:
         return any(event.kind == "run-end" for event in RunFolder(self.out).read_events())
+
+    def begun_with(self) -> int | None:
+        """The number of steps that a run begun earlier was to make; None: there is none."""
+        if not RunFolder(self.out).config.exists():
+            return None
+        return int(Run(RunFolder(self.out)).config.get("steps", 0)) or None
 
 
 def jobs_of(suite: Suite, out: Path) -> list[Job]:
@@ -77,11 +84,19 @@ def run_suite(
         executor: a name of ``experiments.executors``, or what opens one.
 
     Raises:
-        InputError: a run failed; the others were finished first.
+        InputError: the folder holds runs of another length: theirs would be compared as if they were of this one. Or a run
+            failed; the others were finished first.
     """
     out.mkdir(parents=True, exist_ok=True)
     data, out = data.resolve(), out.resolve()
     jobs = jobs_of(suite, out)
+    asked = suite.steps if steps is None else steps
+    others = [(job, held) for job in jobs if (held := job.begun_with()) not in (None, asked)]
+    if others:
+        raise InputError(
+            f"{out} holds runs of {others[0][1]} steps ({others[0][0].name}), asked for are {asked}: give another --out, or "
+            f"--steps {others[0][1]}"
+        )
     waiting = [job for job in jobs if not job.is_complete()]
     commands = {
         job.name: suite.command(job.arm, job.seed, data=data, out=job.out, steps=steps) for job in waiting
@@ -89,7 +104,7 @@ def run_suite(
     opened, most = chosen(executor, parallel) if isinstance(executor, str) else (executor, parallel or 1)
     failed: list[Job] = []
     deaths: Counter[str] = Counter()
-    with _Shown(suite, total=len(jobs), done=len(jobs) - len(waiting), steps=steps or suite.steps) as shown:
+    with _Shown(suite, total=len(jobs), done=len(jobs) - len(waiting), steps=asked) as shown:
         while waiting:
             waiting, broken = _through(opened, most, waiting, commands, failed, shown)
             for job in broken:

@@ -7,13 +7,15 @@ for the rate that the arm bears, fork a state, or read initial weights, and leav
     {"arm": "egs", "seed": 3, "seconds": 2.1, "values": {"frontier": -2.5, "heldout": 4.61}}
 
 So a study that was cut off goes on where it was, and its numbers can be judged by anything that reads JSON. Seeds are the outer
-loop: whenever it stops, arms have the same seeds. They begin at 1: seed 0 is for trying a study out. Predictions stand in the
+loop: whenever it stops, arms have the same seeds. They begin at 1, or beyond the seeds of a study whose results were seen before:
+seed 0 is for trying a study out. Predictions stand in the
 study's file, which is committed before it is run.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +27,9 @@ from rich.console import Console
 
 from experiments.arm import Arm
 from experiments.statistics import LEAST_SEEDS, Scale
+from experiments.statistics.proportions import share_bounds
 from experiments.trial import configured
-from experiments.verdicts import Claim, Verdict, family, judge, undecided_together
+from experiments.verdicts import Claim, Verdict, judge_all, undecided_together
 from glm.train.config import TrainConfig
 
 VALUES = "values.jsonl"
@@ -41,12 +44,19 @@ class Outcome:
         unit: of a difference, after ``scale``.
         scale: "log": arms are compared by the logarithm of their ratio; "rank": values are counts, infinite or on a grid.
         margin: the smallest effect of interest, in the unit (natural logarithm for "log"): two arms within it are equivalent.
+        watched: of a step at which something happens: the last one at which it was looked for. Infinite values have not by then.
     """
 
     title: str
     margin: float
     unit: str = ""
     scale: Scale = "linear"
+    watched: float | None = None
+
+    @property
+    def worst(self) -> None:
+        """A seed that has no number is left out: a cell names what it measured, and a run that died has an infinite one."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +87,7 @@ class Study:
         outcomes: the numbers by name.
         measure: makes them for a cell.
         preset, settings: as of ``experiments.arm.Suite``.
-        seeds: how many are planned.
+        seeds: how many are planned, from ``first`` on.
         data: makes the data folder if need be and returns it.
     """
 
@@ -90,6 +100,7 @@ class Study:
     measure: Callable[[Cell], Mapping[str, float]]
     seeds: int
     data: Callable[[Path], Path]
+    first: int = 1
     preset: str = "glm-tiny"
     settings: Mapping[str, str] = field(default_factory=dict)
 
@@ -123,7 +134,8 @@ def run_study(
         with file.open("a", encoding="utf-8") as stream:
             stream.write("\n")  # after a line that a kill cut short
     started = time.monotonic()
-    for seed in range(1, 1 + (study.seeds if seeds is None else seeds)):
+    count = study.seeds if seeds is None else seeds
+    for looked, seed in enumerate(range(study.first, study.first + count), start=1):
         if budget is not None and time.monotonic() - started > budget:
             console.print(f"{study.name}: the budget is spent before seed {seed}")
             break
@@ -137,27 +149,31 @@ def run_study(
                 line = {"arm": arm.name, "seed": seed, "seconds": round(spent, 2), "values": values}
                 stream.write(json.dumps(line) + "\n")
         console.print(f"{study.name}: seed {seed} done, {time.monotonic() - started:.0f} s", highlight=False)
-        if until_decided and seed >= LEAST_SEEDS and not undecided_together(judged(study, out)):
+        if until_decided and looked >= LEAST_SEEDS and not undecided_together(judged(study, out)):
             console.print(f"{study.name}: every claim is decided")
             break
 
 
 def judged(study: Study, out: Path) -> list[Verdict]:
     """The verdict on every claim that has values, at every look, and whether it holds in the study's family."""
+    return judge_all(study.claims, values_of(out), study.outcomes)
+
+
+def shares_of(study: Study, out: Path) -> list[tuple[str, str, int, int, float, float]]:
+    """Of each outcome that is a share and each arm: title, arm, how many, of how many, Clopper and Pearson's interval (95 %)."""
     values = values_of(out)
     found = []
-    for claim in study.claims:
-        outcome = study.outcomes[claim.metric]
-        found.append(
-            judge(
-                claim,
-                values.get(claim.metric, {}),
-                scale=outcome.scale,
-                margin=outcome.margin,
-                worst=None,
-            )
-        )
-    return family(found)
+    for name, outcome in study.outcomes.items():
+        if outcome.unit != "share":
+            continue
+        for arm in study.arms:
+            seen = [one for one in values.get(name, {}).get(arm.name, {}).values() if not math.isnan(one)]
+            if seen and set(seen) <= {0.0, 1.0}:
+                count, of = int(sum(seen)), len(seen)
+                found.append(
+                    (outcome.title, arm.name, count, of, *share_bounds(count, of, 0.05, sequential=False))
+                )
+    return found
 
 
 def values_of(out: Path) -> dict[str, dict[str, dict[int, float]]]:

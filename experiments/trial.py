@@ -43,8 +43,8 @@ from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.engine import LocalEngine, count_targets
 from glm.train.events import Callback, StepInfo
+from glm.train.gradient_summary import GradientSummary
 from glm.train.loop import Trainer
-from glm.train.optimizer import GradientSummary
 from glm.train.state_ring import StateRing
 from stabilitylab.telemetry import Event
 
@@ -111,7 +111,8 @@ def running_median(values: Floats, width: int = SMOOTH) -> Floats:
     clean = np.where(np.isfinite(values), values, np.inf)
     padded = np.concatenate([np.full(width - 1, clean[0]), clean])
     # The lower median of an odd window: infinite only where the majority is.
-    return np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1)
+    medians: Floats = np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1)
+    return medians
 
 
 def collapse_onset(loss: Floats, *, ended: bool = False, margin: float = MARGIN) -> int | None:
@@ -258,6 +259,7 @@ def trial(
     engine: Callable[[TrainConfig], LocalEngine] = LocalEngine,
     prepare: Callable[[Trainer], None] | None = None,
     every: Callable[[Trainer, int], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Trial:
     """Make a run.
 
@@ -272,6 +274,7 @@ def trial(
         engine: what computes.
         prepare: changes the trainer before its first step (an intervention).
         every: called after each step with the trainer and the step's number.
+        callbacks: further observers; what they notice goes to the configuration's responder.
     """
     if seed is not None:
         config = dataclasses.replace(config, seed=seed)
@@ -283,8 +286,9 @@ def trial(
     opened = _data(data)
     loader = Loader(opened, config.objective, config.sampling, length=config.model.length, seed=config.seed)
     record = _Record(ends_early=ends_early, every=every)
-    trainer = Trainer(config, engine(config), loader, callbacks=(record,))
-    trainer._ring = ring
+    trainer = Trainer(config, engine(config), loader, callbacks=(record, *callbacks))
+    if ring is not None or not config.responder.active:
+        trainer._ring = ring
     if start is not None:
         trainer.restore(start)
     if prepare is not None:

@@ -13,10 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from experiments.statistics.decision import ALPHA, Decision, Scale, Word, decide
+from experiments.statistics import Scale
+from experiments.statistics.decision import ALPHA, Decision, Word, decide
 from experiments.statistics.multiple import holm
+
+Values = Mapping[str, Mapping[str, Mapping[int, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +93,52 @@ def judge(
     seeds = sorted(arm if claim.baseline is None else arm.keys() & baseline.keys())
     first = [arm[seed] for seed in seeds]
     other = None if claim.baseline is None else [baseline[seed] for seed in seeds]
-    if scale == "log" and any(x <= 0 for x in (*first, *(other or ()))):
-        # A ratio that came out as 0 has no logarithm, but an order.
-        scale = "rank"
     decision = decide(
-        first, other, direction=claim.direction, scale=scale, margin=margin, sequential=sequential
+        first,
+        other,
+        direction=claim.direction,
+        scale=scale,
+        margin=margin,
+        sequential=sequential,
+        # A ratio that came out as 0 has no logarithm, but an order.
+        zeros=True,
     )
     return Verdict(claim=claim, decision=decision, arm_values=arm, baseline_values=baseline)
+
+
+class Judged(Protocol):
+    """What a metric or an outcome says of how it is judged."""
+
+    @property
+    def scale(self) -> Scale: ...
+    @property
+    def margin(self) -> float | None: ...
+    @property
+    def worst(self) -> float | None: ...
+
+
+def judge_all(
+    claims: Sequence[Claim], values: Values, how: Mapping[str, Judged], *, sequential: bool = True
+) -> list[Verdict]:
+    """The verdict on every claim, and whether it holds among all of them.
+
+    Args:
+        values: ``values[metric][arm][seed]``.
+        how: each metric is judged, by its name.
+    """
+    return family(
+        [
+            judge(
+                claim,
+                values.get(claim.metric, {}),
+                scale=how[claim.metric].scale,
+                margin=how[claim.metric].margin,
+                worst=how[claim.metric].worst,
+                sequential=sequential,
+            )
+            for claim in claims
+        ]
+    )
 
 
 def family(verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -10,6 +10,8 @@ kernel at every tensor, an eighth of the time of a small model. A worker whose p
 from __future__ import annotations
 
 import ctypes
+import functools
+import gc
 import io
 import multiprocessing
 import os
@@ -40,6 +42,7 @@ def train(words: Sequence[str], log: Path) -> int:
     from glm.cli import main
 
     torch.set_num_threads(1)
+    _set_imports_aside()
     with (
         log.open("a", encoding="utf-8", buffering=1) as file,
         redirect_stdout(file),
@@ -49,6 +52,13 @@ def train(words: Sequence[str], log: Path) -> int:
             return main(list(words))
         except SystemExit as end:  # what the parser says of words that it does not know
             return end.code if isinstance(end.code, int) else 2
+
+
+@functools.cache
+def _set_imports_aside() -> None:
+    """Libraries live as long as the process: the garbage collector need not look through their half million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 def last_line(log: Path) -> str:

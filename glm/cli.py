@@ -12,6 +12,10 @@ COMMANDS = {
     "shards": ("glm.commands.data", "turn a corpus into memory-mapped tokens with a held-out split"),
     "train": ("glm.commands.train", "train a preset, any field overridden"),
     "replay": ("glm.train.replay", "an event of a run again, from before it, with one thing changed"),
+    "attribute": (
+        "glm.train.attribute",
+        "what an event needs, proven by forks that each go without one thing",
+    ),
     "generate": ("glm.commands.inference", "fill the blanks of a text, or continue it"),
     "evaluate": ("glm.commands.inference", "held-out perplexity and zero-shot tasks of a trained model"),
     "export": ("glm.commands.inference", "a trained model as safetensors, with its tokenizer"),

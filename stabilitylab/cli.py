@@ -17,6 +17,8 @@ COMMANDS = {
     "show": ("stabilitylab.cli", "a run's last values and its events, on the terminal"),
     "spikes": ("stabilitylab.spikes.commands", "find spikes in a training log or run folder"),
     "inspect": ("stabilitylab.logs.commands", "what a training log holds, without judging it"),
+    "watch": ("stabilitylab.watching.commands", "follow a growing log or run, and say what is found"),
+    "export": ("stabilitylab.sinks.export", "a run's numbers as CSV, Parquet or TensorBoard"),
     "precursors": (
         "stabilitylab.spikes.commands",
         "how well each signal warned of a folder of runs' episodes",
@@ -29,6 +31,7 @@ COMMANDS = {
         "stabilitylab.quantization.commands",
         "a quantization scheme for every layer of a model, measured, and applied",
     ),
+    "experiments": ("stabilitylab.laboratory", "head-to-head experiments on stability, and their verdicts"),
 }
 
 RunPath = Annotated[Path, tyro.conf.Positional]

@@ -22,6 +22,8 @@ import tyro
 from stabilitylab import __version__
 from stabilitylab.errors import InputError, run_command
 
+# Packages that only some commands need -> the extra that installs them.
+_EXTRAS = {"cattrs": "glm", "scipy": "glm", "sentencepiece": "glm"}
 _BOX = re.compile(r"[╭╮╰╯│─┌┐└┘]+")
 
 
@@ -53,7 +55,10 @@ def _command(
 ) -> int | None:
     if name not in commands:
         raise InputError(f"{program} has no command {name!r}: choose one of {', '.join(commands)}")
-    module = importlib.import_module(commands[name][0])
+    try:
+        module = importlib.import_module(commands[name][0])
+    except ModuleNotFoundError as error:
+        raise needs_extra(f"{program} {name}", error) from None
     takes_words = getattr(module, f"{name}_command", None)
     code: int | None = (
         takes_words(words)
@@ -61,6 +66,16 @@ def _command(
         else parse(getattr(module, name), words, program=f"{program} {name}")
     )
     return code
+
+
+def needs_extra(what: str, error: ModuleNotFoundError) -> Exception:
+    """The error to raise where a package is missing: which extra installs it, or what was raised if that is not known."""
+    extra = _EXTRAS.get((error.name or "").partition(".")[0])
+    return (
+        error
+        if extra is None
+        else InputError(f"{what} needs {error.name}: pip install 'stabilitylab[{extra}]'")
+    )
 
 
 def parse(

@@ -133,6 +133,28 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {path: layer for path, layer in module.named_modules() if has_known_layout(layer)}
 
 
+def weights_outside_layers(module: nn.Module) -> tuple[float, list[str]]:
+    """Matrices that no linear layer of known layout, embedding or convolution holds: fused experts, routers, parameters of the
+    model's own.
+
+    Returns:
+        Their share of all parameters' numbers, and their names.
+    """
+    held = {
+        id(parameter)
+        for part in module.modules()
+        if has_known_layout(part) or is_embedding(part) or _is_conv(part)
+        for parameter in part.parameters(recurse=False)
+    }
+    loose = [
+        (clean(name), parameter.numel())
+        for name, parameter in module.named_parameters()
+        if parameter.dim() > 1 and id(parameter) not in held
+    ]
+    total = sum(parameter.numel() for parameter in module.parameters())
+    return sum(size for _, size in loose) / max(1, total), [name for name, _ in loose]
+
+
 def linear_weight(layer: nn.Module) -> Tensor:
     """A linear layer's weight as [out, in]; for ``Conv1D`` a transposed view."""
     weight = layer.weight

@@ -115,10 +115,11 @@ class Event:
 
     Kinds that the project writes: ``run-start``, ``run-end``, ``interrupted``, ``checkpoint``, ``rewind``, the detector's
     ``hard-batch``, ``spike``, ``divergence``, ``non-finite``, ``loss-scale-collapse``, ``dead``, ``frozen``, their
-    ``diagnosis``, the responder's ``response``, ``recovered`` (a damaged checkpoint was passed over), ``parameters-joined``
-    (an optimizer was given more of them), ``DEPARTURES`` (a site far out of its baseline; weights, moments or settings that
-    no update moved), ``gradients-changed`` (a loop clips by hand, so gradients are recorded after it), and
-    ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training went on).
+    ``diagnosis``, the responder's ``response`` and what came of it or of a replay (``outcome``), ``recovered`` (a damaged
+    checkpoint was passed over), ``parameters-joined`` (an optimizer was given more of them), ``DEPARTURES`` (a site far out
+    of its baseline; weights, moments or settings that no update moved), ``gradients-changed`` (a loop clips by hand, so
+    gradients are recorded after it), and ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training
+    went on).
     """
 
     step: int

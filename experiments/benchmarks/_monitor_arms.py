@@ -42,7 +42,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = scaled_dot_product_attention(q, k, v, is_causal=True)
         x_BTD = x_BTD + self.output(y.transpose(1, 2).reshape(B, T, D))
-        return x_BTD + self.down(self.activation(self.up(self.feed_forward_norm(x_BTD))))
+        fed_BTD: Tensor = self.down(self.activation(self.up(self.feed_forward_norm(x_BTD))))
+        return x_BTD + fed_BTD
 
 
 class GPT(nn.Module):
@@ -157,7 +158,7 @@ def train_step(
 ) -> None:
     """One step of training, watched by ``peer``."""
     loss = cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     peer.after_backward(step, loss)
     optimizer.step()
     optimizer.zero_grad()

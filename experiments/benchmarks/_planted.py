@@ -31,8 +31,9 @@ from glm.train.engine import LocalEngine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
 from glm.train.monitoring import MonitorCallback
-from glm.train.optimizer import MixedPrecisionAdamW, OptimizerConfig
+from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.schedule import ScheduleConfig
+from glm.train.update_rules import OptimizerConfig
 from stabilitylab import Monitor
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
@@ -147,7 +148,9 @@ def _overflow(s: Subject) -> None:
 
 def _gradient(factor: float) -> Callable[[Subject], object]:
     def install(s: Subject) -> None:
-        s.weights[f"{s.parts['up']}.weight"].register_hook(lambda g: g * factor if s.once else g)
+        s.weights[f"{s.parts['up']}.weight"].register_hook(  # type: ignore[no-untyped-call]
+            lambda g: g * factor if s.once else g
+        )
 
     return install
 
@@ -155,7 +158,7 @@ def _gradient(factor: float) -> Callable[[Subject], object]:
 def _backward(s: Subject) -> None:
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         if output.requires_grad and s.once:
-            output.register_hook(lambda g: g * 1000)
+            output.register_hook(lambda g: g * 1000)  # type: ignore[no-untyped-call]
 
     s.model.get_submodule(s.parts["down"]).register_forward_hook(hook)
 
@@ -288,7 +291,7 @@ def train_plain(folder: Path, plant: Plant | None, seed: int, *, every: int, rec
             batch = _batch(plant, seed, step)
             optimizer.zero_grad()
             loss = cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             monitor.step(step, loss=loss)

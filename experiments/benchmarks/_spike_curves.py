@@ -60,13 +60,14 @@ def real_curves(folder: Path) -> list[Curve]:
     for name, own in labels.groupby("file", sort=False):
         block = Block.concatenate(list(open_log(folder / str(name)).blocks()))
         events = []
-        for row in own[own["kind"] != "healthy"].itertuples():
-            inside = np.flatnonzero((block.steps >= row.first_step) & (block.steps <= row.last_step))
+        events_of = own[own["kind"] != "healthy"]
+        for kind, first, last in zip(
+            *(events_of[name] for name in ("kind", "first_step", "last_step")), strict=True
+        ):
+            inside = np.flatnonzero((block.steps >= first) & (block.steps <= last))
             if not len(inside):
-                raise InputError(
-                    f"{table}: {name} has no step between {row.first_step:g} and {row.last_step:g}"
-                )
-            events.append(Labelled(kind=str(row.kind), first=int(inside[0]), last=int(inside[-1])))
+                raise InputError(f"{table}: {name} has no step between {first:g} and {last:g}")
+            events.append(Labelled(kind=str(kind), first=int(inside[0]), last=int(inside[-1])))
         curves.append(
             Curve(
                 name=str(name),

@@ -10,11 +10,11 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TypeVar
 
 import torch
 
+from glm.data.batch import Batch
 from glm.distributed.config import ParallelConfig
 from glm.distributed.launch import joined
 from glm.model.config import ModelConfig
@@ -61,17 +61,18 @@ def _rank(parallel: ParallelConfig, work: Callable[[], T], out: Path) -> None:
         os._exit(1)
 
 
-def batch(model: ModelConfig, rows: int, step: int) -> SimpleNamespace:
-    """Random rows in the form of ``glm.data.batch.Batch``: every token one segment, a context first, targets on 60 % of tokens."""
+def batch(model: ModelConfig, rows: int, step: int) -> Batch:
+    """Random rows: every token one segment, a context first, targets on 60 % of tokens."""
     assert model.vocabulary is not None
     g = torch.Generator().manual_seed(step)
     targets_BT = torch.randint(0, model.vocabulary, (rows, model.length), generator=g)
     targets_BT[torch.rand(rows, model.length, generator=g) < 0.4] = -100
     positions_BT = torch.arange(model.length).expand(rows, -1).contiguous()
-    return SimpleNamespace(
+    return Batch(
         tokens_BT=torch.randint(0, model.vocabulary, (rows, model.length), generator=g),
         targets_BT=targets_BT,
         positions=positions_BT,
         segments_BT=torch.zeros(rows, model.length, dtype=torch.int32),
         context_BT=positions_BT < model.length // 4,
+        provenance=((),) * rows,
     )

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,9 +67,7 @@ def main(argv: Sequence[str]) -> int:
         # One process uses all cores; two share them.
         with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
             config = _config(settings, ranks)
-            found[ranks] = in_world(
-                config.parallel, lambda c=config, f=folder: _cycles(settings, c, Path(f))
-            )[0]
+            found[ranks] = in_world(config.parallel, partial(_cycles, settings, config, Path(folder)))[0]
     if settings.json:
         print(json.dumps({"settings": dataclasses.asdict(settings), "processes": found}, default=str))
         return 0

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from experiments.benchmarks._worlds import batch, import_all, in_world
 from glm.distributed.config import ParallelConfig
 from glm.model.config import EmbeddingConfig, ModelConfig
+from glm.precision import Precision
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import Engine, LocalEngine
 from stabilitylab.command_line import parse
@@ -46,7 +48,7 @@ class Settings:
     """
 
     steps: int = 50
-    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
     zero: tuple[int, ...] = (0, 1, 2, 3)
     seed: int = 0
     json: bool = False
@@ -85,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
                 continue
             parallel = ParallelConfig(tensor=t, pipeline=p, data=d, zero=zero)
             one = dataclasses.replace(config, parallel=parallel)
-            (run, *_) = in_world(one.parallel, lambda one=one: _parallel(one, settings.steps))
+            (run, *_) = in_world(one.parallel, partial(_parallel, one, settings.steps))
             rows[f"{t}x{p}x{d}, {zero}"] = _distance(run, runs[2])
         found[precision] = rows
     if settings.json:
@@ -100,10 +102,10 @@ def main(argv: Sequence[str]) -> int:
         "weights, largest",
         "skipped alike",
     )
-    for precision, rows in found.items():
-        for name, one in rows.items():
-            numbers = [f"{one[what]:.1e}" for what in ("loss", "norm", "mean", "largest")]
-            table.add_row(precision, name, *numbers, "yes" if one["alike"] else "no")
+    for format, rows in found.items():
+        for name, distance in rows.items():
+            numbers = [f"{distance[what]:.1e}" for what in ("loss", "norm", "mean", "largest")]
+            table.add_row(format, name, *numbers, "yes" if distance["alike"] else "no")
     Console().print(table)
     return 0
 

@@ -111,10 +111,12 @@ def _states(settings: Settings, precision: str, t: int, p: int, d: int, zero: in
 
     def measured() -> dict[str, float]:
         from glm.parallel.engine import ParallelEngine
+        from glm.parallel.optimizer import ShardedAdamW
 
         engine = ParallelEngine(config)
         live = list(engine.model.parameters())
         most = _bytes(live)
+        assert isinstance(engine.optimizer, ShardedAdamW)
         place = engine.optimizer.place
 
         def place_and_look(unit: str, coming: list[Coming]) -> None:
@@ -203,7 +205,7 @@ def _record(recorded: profile) -> tuple[float, float]:
         if event.name() == FORWARD_ENDS:
             marked = now
         elif event.name() == "[memory]":
-            now += event.nbytes()
+            now += event.nbytes()  # type: ignore[attr-defined]  # missing in torch's stub
             most = max(most, now)
     assert marked >= 0
     return float(marked), float(most)

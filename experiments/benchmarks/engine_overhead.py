@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from torch._C._distributed_c10d import HashStore
 
 from experiments.benchmarks._presets import preset
 from experiments.benchmarks._worlds import batch, import_all
@@ -73,7 +74,7 @@ def _times(settings: Settings, precision: str) -> dict[str, float]:
 
     config = _config(settings, precision)
     os.environ["LOCAL_RANK"] = "0"
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         local, parallel = LocalEngine(config), ParallelEngine(config)
         pairs = []

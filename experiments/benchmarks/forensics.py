@@ -1,9 +1,9 @@
 """Is the cause that forensics names the one that was planted, and the site the one where it was?
 
-    python -m experiments.benchmarks forensics [--seeds 10] [--clean 50] [--only NAME] [--arch plain|glm] [--json]
+    python -m experiments.benchmarks forensics [--seeds 10] [--clean 50] [--only NAME] [--arch plain|glm] [--runs FOLDER] [--json]
 
 Every plant of ``_planted.py`` is done to a run at step 90 of 112, on two architectures, watched with every=1, and with every=10 and
-a recorder of 64 steps. Of what was told (the diagnoses the run wrote when it ended), the first whose onset lies within 16 steps
+a recorder of 64 steps. Of what is told (the diagnoses that a run writes when it ends), the first whose onset lies within 16 steps
 from the plant on counts, that is:
 
     cause        the word that the table in ``stabilitylab/spikes/suspects.py`` has for what was planted
@@ -11,15 +11,21 @@ from the plant on counts, that is:
     neighbour    its parent, its sibling, or what comes directly before or after it in the order of execution, counted apart
 
 Nothing told counts as wrong. Of runs without a plant every diagnosis and every departure is false.
+
+With ``--runs`` the run folders stay, and one that is there is not trained again but explained anew: so a benchmark that was
+stopped goes on where it was, and a changed rule is judged on the same runs in minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +35,8 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from experiments.benchmarks._planted import ARCHITECTURES, OF_GLM, PLAIN, PLANTED, PLANTS, Plant
-from stabilitylab.runs import Run
+from stabilitylab.runs import Run, load_run
+from stabilitylab.spikes.forensics import Diagnosis, diagnose, explicable
 from stabilitylab.telemetry import DEPARTURES
 
 WITHIN = 16
@@ -37,10 +44,30 @@ WATCHING = {"every=1": {"every": 1, "recorder": 0}, "every=10, recorder": {"ever
 PARTS = {"plain": PLAIN, "glm": OF_GLM}
 
 
-def told(run: Run) -> dict[str, Any] | None:
-    """The first diagnosis from the planted step on, as its event holds it."""
-    found = [e for e in run.events if e.kind == "diagnosis" and PLANTED <= e.step <= PLANTED + WITHIN]
-    return None if not found else dict(min(found, key=lambda event: event.step).data)
+def told(run: Run) -> Diagnosis | None:
+    """The first diagnosis from the planted step on."""
+    found = [one for one in explicable(run.events) if PLANTED <= one.onset <= PLANTED + WITHIN]
+    return diagnose(run, min(found, key=lambda one: one.onset)) if found else None
+
+
+@contextmanager
+def trained(runs: Path | None, name: str, arch: str, watching: str, seed: int) -> Iterator[Run]:
+    """The run with that plant (or ``clean``): the kept one, or a new one, kept where ``runs`` says so."""
+    plant = PLANTS.get(name)
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        words = (arch, watching.replace("=", "-").replace(", ", "-"), name.replace(" ", "-"), str(seed))
+        kept = None if runs is None else runs.joinpath(*words)
+        if kept is not None and kept.is_dir():
+            yield load_run(kept)
+            return
+        folder = Path(scratch) / "run" if kept is None else kept.with_name(f"{seed}.partial")
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was stopped
+        run = ARCHITECTURES[arch](folder, plant, seed, **WATCHING[watching])
+        if kept is not None:
+            folder.rename(kept)
+            run = load_run(kept)
+        yield run
 
 
 def module_of(site: str) -> str:
@@ -64,26 +91,18 @@ def near(run: Run, told_module: str, planted: str) -> bool:
     )
 
 
-def trial(name: str, arch: str, watching: str, seed: int) -> dict[str, Any]:
+def trial(name: str, arch: str, watching: str, seed: int, runs: Path | None = None) -> dict[str, Any]:
     """One run with a plant, and what was told of it."""
     plant = PLANTS[name]
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run = ARCHITECTURES[arch](Path(folder) / "run", plant, seed, **WATCHING[watching])
+    row: dict[str, Any] = {"plant": name, "arch": arch, "watching": watching, "seed": seed}
+    with trained(runs, name, arch, watching, seed) as run:
         one = told(run)
-        row: dict[str, Any] = {"plant": name, "arch": arch, "watching": watching, "seed": seed}
         if one is None:
-            return {
-                **row,
-                "cause": None,
-                "site": None,
-                "cause_right": False,
-                "site_right": False,
-                "near": False,
-            }
-        row |= {"cause": one["cause"], "site": one["site"], "sentences": one["sentences"]}
-        row["cause_right"] = one["cause"] in (plant.cause, *plant.causes)
-        return row | _placed(run, plant, PARTS[arch], one["site"])
+            nothing = {"cause_right": False, "site_right": False if plant.site else None, "near": None}
+            return {**row, "cause": None, "site": None, **nothing}
+        row |= {"cause": one.cause, "site": one.site, "sentences": one.sentences}
+        row["cause_right"] = one.cause in (plant.cause, *plant.causes)
+        return row | _placed(run, plant, PARTS[arch], one.site)
 
 
 def _placed(run: Run, plant: Plant, parts: dict[str, str], site: str | None) -> dict[str, bool | None]:
@@ -95,23 +114,13 @@ def _placed(run: Run, plant: Plant, parts: dict[str, str], site: str | None) -> 
     return {"site_right": right, "near": right or (bool(found) and near(run, found, planted))}
 
 
-def clean(arch: str, watching: str, seed: int) -> int:
+def clean(arch: str, watching: str, seed: int, runs: Path | None = None) -> int:
     """What is told of a run without a plant."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run = ARCHITECTURES[arch](Path(folder) / "run", None, 500 + seed, **WATCHING[watching])
-        false = [e for e in run.events if e.kind == "diagnosis" or e.kind in DEPARTURES]
-        for event in false:
-            print(
-                "told of a clean run:",
-                arch,
-                watching,
-                seed,
-                event.step,
-                event.kind,
-                dict(event.data),
-                flush=True,
-            )
+    with trained(runs, "clean", arch, watching, 500 + seed) as run:
+        false = [one.kind for one in explicable(run.events)]
+        false += [event.kind for event in run.events if event.kind in DEPARTURES]
+        if false:
+            print("told of a clean run:", arch, watching, seed, *false, flush=True)
         return bool(false)
 
 
@@ -126,6 +135,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--only", action="append", help="plants by name, or part of it")
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--runs", type=Path, help="folder in which the runs are kept")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -136,11 +146,11 @@ def main(arguments: list[str]) -> int:
         for arch in archs:
             for watching in WATCHING:
                 for name in names:
-                    rows.append(trial(name, arch, watching, seed))
+                    rows.append(trial(name, arch, watching, seed, asked.runs))
                     if asked.json:
                         print(json.dumps(rows[-1]), flush=True)
     settings = [(arch, watching) for arch in archs for watching in WATCHING]
-    false = sum(clean(*settings[i % len(settings)], i) for i in range(asked.clean))
+    false = sum(clean(*settings[i % len(settings)], i, asked.runs) for i in range(asked.clean))
     _show(rows, names, false, asked.clean)
     return 0
 

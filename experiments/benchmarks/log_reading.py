@@ -1,6 +1,6 @@
 """Reading logs: rows a second, against pandas.read_csv.
 
-    python -m experiments.benchmarks.log_reading
+    python -m experiments.benchmarks log_reading
 
 One million rows of CSV and Parquet, and a console of a million lines of which one in a thousand is a record. Processor time
 (user and system) of ``open_logs`` and of all its blocks, medians of three, the peer's in the same run, alternated.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ def read(path: Path) -> int:
     return sum(len(block) for log in open_logs([path]) for block in log.blocks())
 
 
-def main() -> None:
+def main(words: Sequence[str] = ()) -> int:
     """Print a line for each kind."""
     rng = np.random.default_rng(0)
     table = pd.DataFrame(
@@ -63,6 +63,7 @@ def main() -> None:
                 taken[name].append(seconds(work))
     for name, times in taken.items():
         print(f"{name}: {ROWS / statistics.median(times) / 1e6:.2f} M a second")
+    return 0
 
 
 if __name__ == "__main__":

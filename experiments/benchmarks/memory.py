@@ -10,11 +10,11 @@ With N parameters, e bytes a number in the compute format, V x h the output matr
     ... in the update: an fp32 gradient: fp16 has 6 N
     activations  what a micro-batch keeps for its backward pass: ``glm.planning.memory.layer_activations`` a layer, and the
                  final norm's input. Half products computed in fp32 by hand keep the rounded softmax only, and q, k, v together;
-                 fp32 keeps those, and what the softmax has mixed, twice
-    loss         peak of the vocabulary loss beyond its operands: gradients 4 V h + 4 n h, a chunk of logits twice, and in half
-                 precision fp32 copies of both operands, or of one and a product; where half products are native, of a chunk of
-                 the logits' gradient a half and an fp32 copy as well, else an fp32 copy and a second gradient 4 V h.
-                 ``plain``: whole logits and their softmax, 8 n V
+                 fp32 without the compiled kernel keeps those, and what the softmax has mixed, twice
+    loss         peak of the vocabulary loss beyond its operands: gradients 4 V h + 4 n h, a chunk of logits twice (once in the
+                 compiled kernel), and in half precision fp32 copies of both operands, or of one and a product; where half
+                 products are native, of a chunk of the logits' gradient a half and an fp32 copy as well, else an fp32 copy and
+                 a second gradient 4 V h. ``plain``: whole logits and their softmax, 8 n V
 
 Measured: bytes of the tensors' storages, walked in a running engine; of activations what autograd is given to keep; of the loss the
 allocator's own record. Only ``loss`` is an allocator's trace, the rest leaves out what an allocator rounds up.
@@ -41,6 +41,7 @@ from glm.model.vocabulary_loss import CHUNK_ELEMENTS, vocabulary_loss
 from glm.planning.memory import BYTES, layer_activations
 from glm.planning.shape import shape_of
 from glm.precision import Policy, upcasts
+from glm.precision.kernel import kernel
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import LocalEngine
 from stabilitylab.command_line import parse
@@ -116,15 +117,16 @@ def formula(config: TrainConfig) -> dict[str, float]:
     e, n, model = BYTES[config.precision], config.model.parameters(), config.model
     shape, tokens = shape_of(model), config.batch.micro * model.length
     by_hand = upcasts(torch.empty(0, dtype=Policy(precision=config.precision).compute_dtype))
+    compiled = (by_hand or e == 4) and kernel() is not None
     layer = layer_activations(shape, config.batch.micro, 1, config.precision)
     if by_hand:
         layer += 2 * e * tokens * shape.hidden
         layer -= 4 * config.batch.micro * shape.heads * shape.length**2
-    elif e == 4 and shape.softmax != "fused" and not shape.qk_norm:
+    elif e == 4 and not compiled and shape.softmax != "fused" and not shape.head_norms:
         layer += 3 * e * tokens * shape.hidden
     matrix, targets = shape.vocabulary * shape.hidden, tokens
     chunk = min(targets, max(1, CHUNK_ELEMENTS // shape.vocabulary)) * shape.vocabulary
-    loss = 4 * matrix + 4 * targets * shape.hidden + 8 * chunk
+    loss = 4 * matrix + 4 * targets * shape.hidden + (4 if compiled else 8) * chunk
     if e == 2:
         loss += 4 * (matrix + targets * shape.hidden)
     # By hand and in fp32 oneDNN reads the logits' gradient in an order of its own, and the weights' has its own place.

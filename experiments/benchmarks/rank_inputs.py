@@ -66,17 +66,17 @@ class Settings:
 def main(argv: Sequence[str]) -> int:
     settings: Settings = parse(Settings, argv, program="python -m experiments.benchmarks rank_inputs")
     torch.set_num_threads(1)
-    found = {"dropout": _dropout(settings), "rows": _rows(settings)}
+    ratios, built = _dropout(settings), _rows(settings)
     if settings.json:
-        print(json.dumps({"settings": dataclasses.asdict(settings), **found}))
+        print(json.dumps({"settings": dataclasses.asdict(settings), "dropout": ratios, "rows": built}))
         return 0
     console = Console()
     table = Table("a pass beside F.dropout's", "ratio", "95 %", title="Dropout 0.1, processor time")
-    for name, (middle, low, high) in found["dropout"].items():
+    for name, (middle, low, high) in ratios.items():
         table.add_row(name, f"{middle:.3f}", f"{low:.3f} to {high:.3f}")
     console.print(table)
     table = Table("replicas", "ms", title=f"Building {settings.batch_rows} rows of {settings.length}")
-    for name, milliseconds in found["rows"].items():
+    for name, milliseconds in built.items():
         table.add_row(name, f"{milliseconds:.2f}")
     console.print(table)
     return 0
@@ -108,7 +108,7 @@ def _dropout(settings: Settings) -> dict[str, tuple[float, float, float]]:
     def passes(update: int) -> None:
         keys_B = dropout.row_keys(0, update, range(settings.rows))
         loss, _ = model.loss(*inputs, keys_B)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     taken: dict[str, list[float]] = {name: [] for name in kinds}
     for update in range(settings.rounds + 2):

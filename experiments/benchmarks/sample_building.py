@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -37,6 +38,7 @@ from glm.data.shards import TokenData, open_data
 from glm.data.tokenizer import train_tokenizer
 from glm.train.engine import LocalEngine
 
+T = TypeVar("T")
 KINDS = {
     "glm, 30 % [MASK] 70 % [gMASK]": ObjectiveConfig(multitask_share=0.0),
     "[MASK] rows only": ObjectiveConfig(gmask_share=0.0, multitask_share=0.0),
@@ -67,13 +69,16 @@ class Twin:
             return self._generation(text[: self._length - 1])
         room = self._length // self._objective.pieces
         parts = [self._blanks(text[n * room :], room, n) for n in range(self._objective.pieces)]
-        joined = [[value for part in parts for value in part[field]] for field in range(5)]
-        padding = self._length - len(joined[0])
-        fill = (self._special.pad, NO_TARGET, 0, -1, False)
-        tokens, targets, positions, segments, context = (
-            column + [value] * padding for column, value in zip(joined, fill, strict=True)
+        fill = (self._special.pad, NO_TARGET, 0, -1)
+        tokens, targets, positions, segments = (
+            self._filled([value for part in parts for value in part[field]], fill[field])
+            for field in range(4)
         )
+        context = self._filled([seen for part in parts for seen in part[4]], False)
         return tokens, targets, positions, segments, context
+
+    def _filled(self, column: list[T], value: T) -> list[T]:
+        return column + [value] * (self._length - len(column))
 
     def _generation(self, text: list[int]) -> tuple[list[int], list[int], list[int], list[int], list[bool]]:
         n = len(text)
@@ -140,7 +145,7 @@ def seconds(work: Callable[..., object], *arguments: int) -> float:
 
 def building(data: TokenData, length: int, rows: int, repeats: int) -> list[dict[str, float | str]]:
     """Tokens a second of ours and of the twin, by kind of row."""
-    found = []
+    found: list[dict[str, float | str]] = []
     for name, objective in KINDS.items():
         loader, twin = Loader(data, objective, length=length, seed=0), Twin(data, objective, length)
         loader.batch(0, rows)

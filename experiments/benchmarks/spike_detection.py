@@ -135,7 +135,7 @@ def seconds_for_a_million(repeats: int = 3) -> float:
     return statistics.median(times)
 
 
-def sensitivity(curves: Sequence[Curve]) -> Iterator[dict[str, float | int | None]]:
+def sensitivity(curves: Sequence[Curve]) -> Iterator[dict[str, Any]]:
     """Our score with the two constants that decide moved away from their values, each alone."""
     for name, values in (("LIMIT_SIGMAS", (5.0, 6.0, 7.0, 8.0, 9.0, 10.0)), ("BAND_SIGMAS", (2.5, 3.0, 3.5))):
         kept = getattr(baseline, name)

@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -209,13 +210,13 @@ def _overhead(ratios: np.ndarray) -> list[float]:
     return [round(float(x), 2) for x in (np.median(percent), *median_interval(percent))]
 
 
-def _table(found: dict[str, dict[str, object]]) -> Table:
+def _table(found: dict[str, dict[str, Any]]) -> Table:
     table = Table("world", "what", "bare turn, ms", "watched, %", "bare again, %")
     for name, one in found.items():
         for what in ("wall", "processor"):
             cells = []
             for arm in ("watched", "control"):
-                middle, low, high = one[f"{what} {arm}"]  # type: ignore[misc]
+                middle, low, high = one[f"{what} {arm}"]
                 cells.append(f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]")
             table.add_row(name, what, str(one[f"{what} ms"]), *cells)
         table.add_row(name, "collectives", str(one["calls"]), f"{one['bytes']} bytes", "")

@@ -1,6 +1,6 @@
 """What a handful of runs says about two arms, with a guarantee that holds while one looks.
 
-An arm's runs are compared with a baseline's, seed by seed or as two groups, by the one law that fits the numbers:
+An arm's runs are compared with a baseline's, seed by seed or as two groups, by the law that fits the numbers:
 
 | numbers | paired by seed | two groups | module |
 | --- | --- | --- | --- |
@@ -14,12 +14,14 @@ stays at or below 1 whenever one stops. By Ville's inequality it passes 1 / alph
 together, so runs may be added until it does (Ramdas, Grünwald, Vovk and Shafer, arXiv:2210.01948). The values that the
 e-process of a shifted null does not reject are a confidence sequence: an interval that may be looked at after every run.
 
-``decision`` picks the law, looks, and stops; ``multiple`` corrects for many claims; every law knows the effect that it would
-have detected with a power of 80 %. Everything here is pure functions of arrays.
+``choice`` picks the law, or divides a stake among those that may come to fit (``stake``); ``decision`` looks and stops;
+``multiple`` corrects for many claims; every law knows the effect that it would have detected with a power of 80 %. Everything here
+is pure functions of arrays.
 """
 
 from experiments.statistics.bootstrap import median_interval
-from experiments.statistics.decision import LEAST_SEEDS, Decision, Scale, decide
+from experiments.statistics.choice import LEAST_SEEDS, Scale
+from experiments.statistics.decision import Decision, decide
 from experiments.statistics.multiple import holm
 
 __all__ = ["LEAST_SEEDS", "Decision", "Scale", "decide", "holm", "median_interval"]

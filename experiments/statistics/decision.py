@@ -5,10 +5,8 @@
     equivalent   the whole interval lies within the smallest effect of interest: whatever difference there is does not matter
     undecided    none of these yet; the detectable effect says what these runs would have seen
 
-The law follows from the values that were seen by then, so that a decision stands whatever comes later: shares where all are 0
-or 1; ranks where one is infinite, on request, or where the spread is within ``FINE`` steps of the grid on which the values lie
-(counts, rounded figures); Student's t else. On a grid the spread is often small by chance, and t large with it: there order
-decides. Runs that died are infinite on the bad side: worse than any number, alike among themselves.
+The laws follow from the values (``choice``). Runs that died are infinite on the bad side: worse than any number, alike among
+themselves.
 
 *Once* is for a number of runs fixed beforehand; equivalence then is two one-sided tests at alpha (Schuirmann 1987), the interval
 shown has level 1 - alpha. *Sequential* looks after every run from the fourth on and stops at the first look that decides; both
@@ -18,26 +16,20 @@ guarantees hold for that stopping. No verdict rests on fewer than four runs an a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from experiments.statistics.law import Evidence, Law
-from experiments.statistics.proportions import PairedRates, UnpairedRates
-from experiments.statistics.ranks import RankSum, SignedRanks, Signs, difference
-from experiments.statistics.student import PairedT, UnpairedT
+from experiments.statistics.choice import LEAST_SEEDS, Scale, fitting, looks
+from experiments.statistics.law import Law
 from stabilitylab.errors import InputError
 
-Scale = Literal["linear", "log", "rank"]
 Direction = Literal["less", "more"]
 Word = Literal["supported", "against", "equivalent", "undecided"]
 
-LEAST_SEEDS = 4
 ALPHA = 0.05
-# Steps of the values' grid that the standard deviation must reach for Student's law.
-FINE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +82,7 @@ def decide(
     scale: Scale = "linear",
     margin: float | None = None,
     sequential: bool = True,
+    zeros: bool = False,
     alpha: float = ALPHA,
 ) -> Decision:
     """Judge an arm against a baseline.
@@ -98,16 +91,17 @@ def decide(
         arm, baseline: one value a run, in the order in which runs came in; infinite where a run has none. ``baseline`` None: zero.
         paired: whether the i-th runs of both share their seed.
         direction: of what is claimed of the arm.
-        scale: "log" compares logarithms; "rank" orders only.
+        scale: "log" compares logarithms; "rank" orders only. Yes or no (0 and 1) is seen.
         margin: smallest effect of interest, in the unit of the effect; None: nothing is called equivalent.
         sequential: look after every run; else once, at the end.
+        zeros: whether a value of 0 on the log scale is below all others rather than an error.
         alpha: chance of a false verdict.
 
     Raises:
         InputError: a value is NaN, or not positive on the log scale; pairs do not match; a margin is not positive.
     """
-    a = _checked(arm, scale if baseline is not None else "linear", "the arm")
-    b = None if baseline is None else _checked(baseline, scale, "the baseline")
+    a = _checked(arm, scale if baseline is not None else "linear", "the arm", zeros)
+    b = None if baseline is None else _checked(baseline, scale, "the baseline", zeros)
     if margin is not None and not margin > 0:
         raise InputError(f"a margin of {margin:g}: give the smallest effect of interest, above 0")
     if b is not None and paired and len(a) != len(b):
@@ -116,30 +110,49 @@ def decide(
     if not n:
         return NOTHING
     censored = int(np.isinf(a).sum() + (0 if b is None else np.isinf(b).sum()))
-    last = Evidence(effect=math.nan, low=-math.inf, high=math.inf, sign=0, log_e=0.0)
-    largest, word, seen = 0.0, "undecided", n
-    law: Law | None = None
-    for runs, looked in _looks(a, b, scale, paired, sequential):
-        now = looked.look(alpha, sequential=sequential)
+    if not sequential:
+        law = fitting(a, b, scale=scale, paired=paired)
+        found = law.look(alpha, sequential=False)
+        # Two one-sided tests at alpha are an interval of level 1 - 2 alpha within the margin.
+        narrow = law.look(min(2 * alpha, 1.0), sequential=False)
+        within = margin is not None and -margin < narrow.low and narrow.high < margin
+        return Decision(
+            verdict=_word(within, found.sign, direction) if n >= LEAST_SEEDS else "undecided",
+            n=n,
+            effect=found.effect,
+            low=found.low,
+            high=found.high,
+            e_value=math.exp(min(found.log_e, 700.0)),
+            p_value=p_value(law) if n >= LEAST_SEEDS else 1.0,
+            detectable=law.detectable(alpha, sequential=False) if n >= LEAST_SEEDS else math.inf,
+            law=law.name,
+            censored=censored,
+        )
+    word: Word = "undecided"
+    largest, seen, stake = 0.0, n, None
+    for runs, now in looks(a, b, scale=scale, paired=paired):
         if word == "undecided":
-            last, seen, law = now, runs, looked
-        if runs >= LEAST_SEEDS:
-            # Runs beyond the look that decided still add evidence, which a family of claims needs more of than one claim does.
-            largest = max(largest, now.log_e)
-            if word == "undecided":
-                word = _word(looked, now, direction, margin, alpha, sequential)
-    assert law is not None
-    p = min(1.0, math.exp(-largest)) if sequential else p_value(law)
+            seen, stake = runs, now
+        if runs < LEAST_SEEDS:
+            continue
+        log_e, side = now.bet()
+        # Runs beyond the look that decided still add evidence, which a family of claims needs more of than one claim does.
+        largest = max(largest, log_e)
+        if word == "undecided":
+            within = margin is not None and now.within(margin, alpha)
+            word = _word(within, side if log_e >= -math.log(alpha) else 0, direction)
+    assert stake is not None
+    last = stake.look(alpha)
     return Decision(
-        verdict=word,  # type: ignore[arg-type]
+        verdict=word,
         n=seen,
         effect=last.effect,
         low=last.low,
         high=last.high,
-        e_value=math.exp(min(largest if sequential else last.log_e, 700.0)),
-        p_value=p if n >= LEAST_SEEDS else 1.0,
-        detectable=law.detectable(alpha, sequential=sequential) if seen >= LEAST_SEEDS else math.inf,
-        law=law.name,
+        e_value=math.exp(min(largest, 700.0)),
+        p_value=min(1.0, math.exp(-largest)) if n >= LEAST_SEEDS else 1.0,
+        detectable=stake.detectable(alpha) if seen >= LEAST_SEEDS else math.inf,
+        law=stake.name,
         censored=censored,
     )
 
@@ -160,80 +173,23 @@ def p_value(law: Law) -> float:
     return math.exp(high)
 
 
-def _word(
-    law: Law, seen: Evidence, direction: Direction, margin: float | None, alpha: float, sequential: bool
-) -> Word:
-    if margin is not None:
-        narrow = seen if sequential else law.look(min(2 * alpha, 1.0), sequential=False)
-        if -margin < narrow.low and narrow.high < margin:
-            return "equivalent"
-    if not seen.sign:
+def _word(within: bool, sign: int, direction: Direction) -> Word:
+    if within:
+        return "equivalent"
+    if not sign:
         return "undecided"
-    return "supported" if seen.sign == (-1 if direction == "less" else 1) else "against"
+    return "supported" if sign == (-1 if direction == "less" else 1) else "against"
 
 
-def _looks(
-    a: np.ndarray, b: np.ndarray | None, scale: Scale, paired: bool, sequential: bool
-) -> Iterator[tuple[int, Law]]:
-    most = max(len(a), 0 if b is None else len(b))
-    for k in range(min(LEAST_SEEDS, most), most + 1) if sequential else (most,):
-        first, other = a[:k], None if b is None else b[:k]
-        kind = _kind(first, other, scale, paired)
-        yield min(len(first), len(first) if other is None else len(other)), _law(first, other, kind, paired)
-
-
-def _law(a: np.ndarray, b: np.ndarray | None, kind: str, paired: bool) -> Law:
-    if b is None:
-        return PairedT(a) if kind == "t" else Signs(a)
-    if not paired:
-        return {"t": UnpairedT, "rank": RankSum, "share": UnpairedRates}[kind](a, b)
-    # Two that died alike are a tie, and do not bound how far the arms are apart.
-    d = difference(a, b, tie=math.nan)
-    return {"t": PairedT, "rank": SignedRanks, "share": PairedRates}[kind](d)
-
-
-def _kind(a: np.ndarray, b: np.ndarray | None, scale: Scale, paired: bool) -> str:
-    values = a if b is None else np.concatenate([a, b])
-    if b is not None and scale == "linear" and np.all((values == 0) | (values == 1)):
-        return "share"
-    if scale == "rank" or not np.all(np.isfinite(values)):
-        return "rank"
-    samples = [a] if b is None else [a - b] if paired else [a, b]
-    freedom = sum(len(x) for x in samples) - len(samples)
-    if freedom < 1:
-        return "rank"
-    spread = math.sqrt(sum(float(np.var(x)) * len(x) for x in samples) / freedom)
-    return "t" if spread >= FINE * _grid_step(values, log=scale == "log") else "rank"
-
-
-def _grid_step(values: np.ndarray, *, log: bool) -> float:
-    """The largest step of which all differences between values are multiples, for decimals of up to nine places; at least what
-    float32 resolves, which is how fine a loss is. Of logarithms, the step at the median value."""
-    distinct = np.unique(np.exp(values) if log else values)
-    size = float(np.median(np.exp(values))) if log else 1.0
-    step = float(np.max(np.abs(distinct))) * 2.0**-23
-    if len(distinct) < 2 or not math.isfinite(step):
-        return math.inf
-    for places in range(10):
-        scaled = distinct * 10.0**places
-        whole = np.rint(scaled)
-        if np.max(np.abs(whole)) >= 2.0**52:
-            break
-        if np.all(np.abs(scaled - whole) <= 1e-9 * np.maximum(1.0, np.abs(whole))):
-            common = int(np.gcd.reduce(np.diff(whole).astype(np.int64)))
-            step = max(step, common / 10.0**places)
-            break
-    return step / size
-
-
-def _checked(values: Sequence[float], scale: Scale, whose: str) -> np.ndarray:
+def _checked(values: Sequence[float], scale: Scale, whose: str, zeros: bool) -> np.ndarray:
     x = np.asarray(values, dtype=float)
     if np.isnan(x).any():
         raise InputError(f"{whose} has a value that is NaN: give infinity for a run that died")
     if scale == "log":
-        if (x <= 0).any():
+        wrong = x < 0 if zeros else x <= 0
+        if wrong.any():
             raise InputError(
-                f"{whose} has the value {x[x <= 0][0]:g}, which has no logarithm: judge it on the linear scale"
+                f"{whose} has the value {x[wrong][0]:g}, which has no logarithm: judge it on the linear scale"
             )
         with np.errstate(divide="ignore"):
             x = np.log(x)

@@ -33,6 +33,9 @@ class Law(Protocol):
     def name(self) -> str:
         """For the reader of a verdict."""
 
+    def bet(self) -> tuple[float, int]:
+        """Natural logarithm of the e-value against "no difference", and the side on which the arm lies: +1, -1 or 0."""
+
     def look(self, alpha: float, *, sequential: bool) -> Evidence:
         """The evidence at level ``alpha``; ``sequential``: valid at every look, else at this one alone."""
 

@@ -35,7 +35,7 @@ def log_e_values(arm: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
     # A larger hazard means smaller values; on the reversed scale, larger ones.
     smaller = np.concatenate([up[:half], down[half:]])
     larger = np.concatenate([up[half:], down[:half]])
-    return float(special.logsumexp(larger)) - each, float(special.logsumexp(smaller)) - each
+    return float(np.logaddexp.reduce(larger)) - each, float(np.logaddexp.reduce(smaller)) - each
 
 
 def log_ratios(values: np.ndarray, is_arm: np.ndarray, rates: np.ndarray) -> np.ndarray:
@@ -68,18 +68,24 @@ def log_ratios(values: np.ndarray, is_arm: np.ndarray, rates: np.ndarray) -> np.
 
 def _tied(arms: int, others: int, tied_arms: int, tied_others: int, rates: np.ndarray) -> np.ndarray:
     """ln of the mean over all orders of a block of ties of P(order), with ``arms`` and ``others`` still in the race."""
-    table = np.zeros((tied_arms + 1, tied_others + 1, len(rates)))
-    for i in range(tied_arms + 1):
-        for j in range(tied_others + 1):
-            if i:
-                left = arms - i + 1
-                table[i, j] += table[i - 1, j] * rates * left / (left * rates + others - j)
-            if j:
-                left = others - j + 1
-                table[i, j] += table[i, j - 1] * left / ((arms - i) * rates + left)
-            if i == j == 0:
-                table[i, j] = 1.0
-    orders: np.ndarray = np.log(table[-1, -1]) - (
+    # ways[i] when k of the block have come, i of them the arm's: the k-th was the arm's, of arms - i + 1 that were left beside
+    # others - j, or the baseline's, of others - j + 1 beside arms - i.
+    size = tied_arms + tied_others
+    i, k = np.arange(tied_arms + 1)[None, :, None], np.arange(1, size + 1)[:, None, None]
+    j = k - i
+    inside = (j >= 0) & (j <= tied_others)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        own = (arms - i + 1) * rates
+        own = np.where(inside & (i > 0), own / (own + others - j), 0.0)
+        its = others - j + 1.0
+        its = np.where(inside & (j > 0), its / ((arms - i) * rates + its), 0.0)
+    ways = np.zeros((tied_arms + 1, len(rates)))
+    ways[0] = 1.0
+    for came, stayed in zip(own, its, strict=True):
+        stayed *= ways
+        stayed[1:] += ways[:-1] * came[1:]
+        ways = stayed
+    orders: np.ndarray = np.log(ways[-1]) - (
         special.gammaln(tied_arms + tied_others + 1)
         - special.gammaln(tied_arms + 1)
         - special.gammaln(tied_others + 1)

@@ -83,6 +83,10 @@ class PairedRates:
     differences: np.ndarray
     name: str = "McNemar"
 
+    def bet(self) -> tuple[float, int]:
+        _, discordant, wins = self._counts()
+        return share_log_e(wins, discordant), int(np.sign(2 * wins - discordant))
+
     def look(self, alpha: float, *, sequential: bool) -> Evidence:
         n, discordant, wins = self._counts()
         decided = discordant > 0 and rejects_half(wins, discordant, alpha, sequential=sequential)
@@ -95,8 +99,8 @@ class PairedRates:
             # Each end with the share of discordant pairs that makes the interval longest.
             low=low * (many if low < 0 else few),
             high=high * (many if high > 0 else few),
-            sign=int(np.sign(2 * wins - discordant)) if decided else 0,
-            log_e=share_log_e(wins, discordant),
+            sign=self.bet()[1] if decided else 0,
+            log_e=self.bet()[0],
         )
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
@@ -119,10 +123,14 @@ class UnpairedRates:
     baseline: np.ndarray
     name: str = "two rates"
 
+    def bet(self) -> tuple[float, int]:
+        effect = float(np.mean(self.arm) - np.mean(self.baseline))
+        return two_rates_log_e(self.arm, self.baseline), int(np.sign(effect))
+
     def look(self, alpha: float, *, sequential: bool) -> Evidence:
         ka, kb, na, nb = int(self.arm.sum()), int(self.baseline.sum()), len(self.arm), len(self.baseline)
         effect = ka / na - kb / nb
-        log_e = two_rates_log_e(self.arm, self.baseline)
+        log_e, side = self.bet()
         if sequential:
             # Both rates within their own sequences at once: each at half the level.
             (al, ah), (bl, bh) = (
@@ -136,10 +144,8 @@ class UnpairedRates:
             low = effect - math.hypot(ka / na - al, bh - kb / nb)  # Newcombe 1998, method 10's way
             high = effect + math.hypot(ah - ka / na, kb / nb - bl)
             table = [[ka, na - ka], [kb, nb - kb]]
-            decided = float(stats.fisher_exact(table).pvalue) <= alpha
-        return Evidence(
-            effect=effect, low=low, high=high, sign=int(np.sign(effect)) if decided else 0, log_e=log_e
-        )
+            decided = float(stats.fisher_exact(np.array(table)).pvalue) <= alpha
+        return Evidence(effect=effect, low=low, high=high, sign=side if decided else 0, log_e=log_e)
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
         """By the normal approximation at the baseline's rate, with the boundary of the average pair."""

@@ -38,9 +38,12 @@ class Signs:
     differences: np.ndarray
     name: str = "signs"
 
+    def bet(self) -> tuple[float, int]:
+        wins, n = self._counts()
+        return share_log_e(wins, n), int(np.sign(2 * wins - n))
+
     def look(self, alpha: float, *, sequential: bool) -> Evidence:
-        wins, losses = int(np.sum(self.differences > 0)), int(np.sum(self.differences < 0))
-        n = wins + losses
+        wins, n = self._counts()
         rejected = rejects_half(wins, n, alpha, sequential=sequential)
         lows, ordered, highs = (np.sort(_filled(self.differences, tie)) for tie in (-math.inf, 0.0, math.inf))
         least = least_wins(len(ordered), alpha, sequential=sequential)
@@ -49,8 +52,8 @@ class Signs:
             effect=median(ordered),
             low=float(lows[len(ordered) - least]) if bounded else -math.inf,
             high=float(highs[least - 1]) if bounded else math.inf,
-            sign=int(np.sign(2 * wins - n)) if rejected else 0,
-            log_e=share_log_e(wins, n),
+            sign=self.bet()[1] if rejected else 0,
+            log_e=self.bet()[0],
         )
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
@@ -61,6 +64,11 @@ class Signs:
         # The shift that leaves this share above zero.
         return float(np.quantile(np.abs(centred), 2 * share - 1, method="higher"))
 
+    def _counts(self) -> tuple[int, int]:
+        """Differences above zero, and those that are not zero."""
+        wins, losses = int(np.sum(self.differences > 0)), int(np.sum(self.differences < 0))
+        return wins, wins + losses
+
 
 @dataclass(frozen=True)
 class SignedRanks:
@@ -68,6 +76,9 @@ class SignedRanks:
 
     differences: np.ndarray
     name: str = "signed ranks"
+
+    def bet(self) -> tuple[float, int]:
+        return Signs(self.differences).bet()
 
     def look(self, alpha: float, *, sequential: bool) -> Evidence:
         if sequential:
@@ -84,7 +95,7 @@ class SignedRanks:
             low=float(lows[out]) if out >= 0 else -math.inf,
             high=float(highs[len(highs) - 1 - out]) if out >= 0 else math.inf,
             sign=int(np.sign(centre)) if p <= alpha else 0,
-            log_e=Signs(self.differences).look(alpha, sequential=True).log_e,
+            log_e=self.bet()[0],
         )
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
@@ -107,14 +118,17 @@ class RankSum:
     baseline: np.ndarray
     name: str = "rank sum"
 
-    def look(self, alpha: float, *, sequential: bool) -> Evidence:
-        effect = median(np.sort(self._shifts(tie=0.0)))
+    def bet(self) -> tuple[float, int]:
         above, below = orders.log_e_values(self.arm, self.baseline)
         # Each direction carries half of the bet.
-        log_e = max(above, below) - math.log(2)
+        return max(above, below) - math.log(2), int(np.sign(above - below))
+
+    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+        effect = median(np.sort(self._shifts(tie=0.0)))
+        log_e, side = self.bet()
         if sequential:
             low, high = self._sequence(alpha)
-            sign = (1 if above > below else -1) if log_e >= -math.log(alpha) else 0
+            sign = side if log_e >= -math.log(alpha) else 0
             return Evidence(effect=effect, low=low, high=high, sign=sign, log_e=log_e)
         p, centre = rank_sum_p(self.arm, self.baseline)
         out = _most_below(len(self.arm), len(self.baseline), alpha)
@@ -147,6 +161,23 @@ class RankSum:
     def _shifts(self, *, tie: float) -> np.ndarray:
         """All a_i - b_j; ``tie`` where both are infinite alike."""
         return difference(self.arm[:, None], self.baseline[None, :], tie=tie).ravel()
+
+    def inside(self, margin: float, alpha: float) -> tuple[bool, bool]:
+        """Whether the sequence's low end lies above ``-margin``, and its high end below ``margin``: two bets, where the ends
+        themselves take some twenty."""
+        steps = self._shifts(tie=math.nan)
+        steps = np.unique(steps[np.isfinite(steps)])
+        goal = math.log(2 / alpha)
+
+        def above(arm: np.ndarray, baseline: np.ndarray, points: np.ndarray) -> bool:
+            after = points[points > -margin]
+            if not len(after):
+                return False
+            # The low end is a point of the next ones if a shift between -margin and them is too low.
+            shift = (after[0] - margin) / 2
+            return bool(orders.log_e_values(arm - shift, baseline)[0] >= goal)
+
+        return above(self.arm, self.baseline, steps), above(-self.arm, -self.baseline, -steps[::-1])
 
     def _sequence(self, alpha: float) -> tuple[float, float]:
         """The shifts that neither direction's bet rejects at half the level. Either bet is monotone in the shift, and

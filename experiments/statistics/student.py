@@ -61,10 +61,14 @@ class PairedT:
     differences: np.ndarray
     name: str = "paired t"
 
-    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+    def bet(self) -> tuple[float, int]:
         mean, error, n = self._moments()
+        return log_e_value(_statistic(mean, error), n - 1, n), int(np.sign(mean))
+
+    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+        mean, error, _ = self._moments()
         half = _times(self._critical(alpha, sequential), error)
-        return _evidence(mean, half, log_e_value(_statistic(mean, error), n - 1, n))
+        return _evidence(mean, half, self.bet()[0])
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
         _, error, n = self._moments()
@@ -90,18 +94,23 @@ class UnpairedT:
     baseline: np.ndarray
     name: str = "Welch t"
 
+    def bet(self) -> tuple[float, int]:
+        effect, information = self._effect(), self._information()
+        log_e = min(log_e_value(_statistic(effect, error), nu, information) for error, nu in self._errors())
+        return log_e, int(np.sign(effect))
+
     def look(self, alpha: float, *, sequential: bool) -> Evidence:
-        effect = float(np.mean(self.arm) - np.mean(self.baseline))
-        ways = self._errors()
-        half = max(_times(self._critical(alpha, nu, sequential), error) for error, nu in ways)
-        log_e = min(log_e_value(_statistic(effect, error), nu, self._information()) for error, nu in ways)
-        return _evidence(effect, half, log_e)
+        half = max(_times(self._critical(alpha, nu, sequential), error) for error, nu in self._errors())
+        return _evidence(self._effect(), half, self.bet()[0])
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
         pooled = len(self.arm) + len(self.baseline) - 2
         return max(
             _detectable(self._critical(alpha, nu, sequential), pooled, error) for error, nu in self._errors()
         )
+
+    def _effect(self) -> float:
+        return float(np.mean(self.arm) - np.mean(self.baseline))
 
     def _information(self) -> float:
         return len(self.arm) * len(self.baseline) / (len(self.arm) + len(self.baseline))

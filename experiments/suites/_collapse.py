@@ -11,14 +11,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from experiments.suites._proxy import PROXY
 from experiments.trial import Trial, group_of, trial
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
-from glm.train.engine import LocalEngine
+from glm.train.forks import Change
 from glm.train.intervention import Intervention
 from glm.train.loop import Trainer
 from glm.train.state_ring import StateRing
@@ -45,22 +42,6 @@ def state_before(run: Trial, steps: int) -> Checkpoint:
     return state
 
 
-class Withholding(LocalEngine):
-    """Trains on while some parameters stand still: gradients and moments go on, the weights do not move."""
-
-    held: frozenset[str] = frozenset()
-
-    def update(self, learning_rate: float, *, clip: float) -> bool:
-        masters = self.optimizer.masters()
-        kept: dict[str, Tensor] = {name: masters[name].detach().clone() for name in self.held}
-        applied = super().update(learning_rate, clip=clip)
-        with torch.no_grad():
-            for name, value in kept.items():
-                masters[name].copy_(value)
-            self.optimizer._publish()
-        return applied
-
-
 def comes_again(
     run: Trial,
     data: Path,
@@ -74,7 +55,8 @@ def comes_again(
     """Whether a fork from ``before`` steps ahead collapses as well, by ``GRACE`` steps after the original did.
 
     Args:
-        withheld: which groups' updates are left out, up to ``until`` steps after the original's collapse.
+        withheld: which groups stand still, weights and moments (``glm.train.forks``), up to ``until`` steps after the original's
+            collapse.
         intervention: what is changed from the fork's first step, given its number.
         watched: steps after the original's collapse at which the fork ends; the grace grows with it.
     """
@@ -86,14 +68,9 @@ def comes_again(
         if intervention is not None:
             trainer.intervention = intervention(trainer.step)
         if withheld is not None:
-            assert isinstance(trainer.engine, Withholding)
-            trainer.engine.held = frozenset(
-                name for name in trainer.engine.optimizer.masters() if withheld(group_of(name))
-            )
-
-    def release(trainer: Trainer, step: int) -> None:
-        if step + 1 >= end and isinstance(trainer.engine, Withholding):
-            trainer.engine.held = frozenset()
+            held = tuple(name for name in trainer.engine.tensors()[0] if withheld(group_of(name)))
+            if held:
+                Change(hold=held, hold_steps=end - trainer.step).apply(trainer)
 
     fork = trial(
         dataclasses.replace(run.config),
@@ -101,8 +78,6 @@ def comes_again(
         start=state,
         until=run.onset + watched,
         heldout=False,
-        engine=Withholding,
         prepare=prepare,
-        every=release,
     )
     return fork.onset is not None and fork.onset <= run.onset + watched - WATCHED + GRACE

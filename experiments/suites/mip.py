@@ -45,8 +45,8 @@ STUDY = Study(
                 metric=metric,
                 arm="mip-5",
                 baseline="mip-0",
-                direction=direction,
-            )  # type: ignore[arg-type]
+                direction=direction,  # type: ignore[arg-type]
+            )
             for metric, words, direction in (
                 ("answer_loss", "makes right answers of held-out tasks likelier", "less"),
                 ("advantage", "tells right answers from wrong ones better", "more"),

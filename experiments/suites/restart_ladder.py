@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -28,6 +29,12 @@ from glm.train.state_ring import StateRing
 SHIFT, RAMP, END = 60, 40, 140
 RATE = 2.0**-3.5
 ROWS = 8
+
+
+CLAIMED: tuple[tuple[str, str, Literal["less", "more"]], ...] = (
+    ("norm_peak", "has a smaller gradient norm", "less"),
+    ("lived", "lives longer", "more"),
+)
 
 
 def measure(cell: Cell) -> Mapping[str, float]:
@@ -66,8 +73,10 @@ def measure(cell: Cell) -> Mapping[str, float]:
     )
     finite = run.norm[np.isfinite(run.norm)]
     peak = float(finite.max()) if len(finite) else math.inf
+    onset = run.onset
     return {
         "collapsed": float(not run.survived),
+        "lived": math.inf if onset is None else float(onset - SHIFT),
         "norm_peak": peak,
         "last": float(np.mean(run.loss[-20:])) if run.survived else math.inf,
     }
@@ -90,14 +99,23 @@ STUDY = Study(
     outcomes={
         "norm_peak": Outcome(title="Largest gradient norm after the shift", margin=0.1, scale="log"),
         "collapsed": Outcome(title="Collapsed after the shift", margin=0.2),
+        "lived": Outcome(
+            title="Steps from the shift to the collapse",
+            margin=10,
+            unit="steps",
+            scale="rank",
+            watched=END - SHIFT,
+        ),
     },
     claims=tuple(
         Claim(
-            text=f"A restart with {words} has a smaller gradient norm than the abrupt shift",
-            metric="norm_peak",
+            text=f"A restart with {words} {what} than the abrupt shift",
+            metric=metric,
             arm=arm,
             baseline="abrupt",
+            direction=direction,
         )
+        for metric, what, direction in CLAIMED
         for arm, words in (
             ("warm", "warm-up"),
             ("ramp", "a ramp"),
@@ -107,5 +125,6 @@ STUDY = Study(
     ),
     predictions=(
         "2026-11-29, before the runs: the ramp lowers the norm, the rate's warm-up less; few collapses at this size.",
+        "2026-11-29, before the runs, of the steps to the collapse: undecided, since most runs live on.",
     ),
 )

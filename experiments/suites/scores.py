@@ -30,7 +30,7 @@ def enlarge(trainer: Trainer) -> None:
     q, k, _ = weight.chunk(3)
     q *= GAIN
     k *= GAIN
-    trainer.engine.optimizer._publish()
+    trainer.engine.optimizer.publish()
 
 
 def measure(cell: Cell) -> Mapping[str, float]:

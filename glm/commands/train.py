@@ -43,6 +43,7 @@ from glm.train.monitoring import MonitorCallback
 from glm.train.progress import ProgressCallback
 from stabilitylab.command_line import parse
 from stabilitylab.runs.folder import RunFolder
+from stabilitylab.sinks.trackers import names_of
 from stabilitylab.telemetry import Event
 
 SECONDS_TO_SPEAK = 5.0
@@ -57,6 +58,7 @@ class TrainCommand:
         out: run folder; made if it does not exist.
         resume: continue the run in `out` from its newest checkpoint.
         device: "cpu", "cuda", ...; by default cuda where there is one.
+        trackers: experiment trackers to send to as well, parted by commas: wandb, mlflow, trackio.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -64,6 +66,7 @@ class TrainCommand:
     out: Path
     resume: bool = False
     device: str | None = None
+    trackers: str = ""
 
 
 def train_configs() -> dict[str, TrainConfig]:
@@ -127,7 +130,7 @@ def train(command: TrainCommand, *, console: Console) -> bool:
     Raises:
         InputError: the data, the folder, the configuration or the checkpoint does not fit.
     """
-    device = chosen_device(command.device)
+    device, trackers = chosen_device(command.device), names_of(command.trackers)
     with joined(command.config.parallel, device, command.config.to_json()) as processes:
         with processes.together():
             data = open_data(command.data)
@@ -144,7 +147,9 @@ def train(command: TrainCommand, *, console: Console) -> bool:
                     run.claim()
                     resumes = _prepare(run, config, resume=command.resume, console=console)
             resumes = processes.from_first(resumes)
-            return _train_claimed(config, data, run, device, processes, resumes=resumes, console=console)
+            return _train_claimed(
+                config, data, run, device, processes, resumes=resumes, console=console, trackers=trackers
+            )
         finally:
             run.release()
 
@@ -158,6 +163,7 @@ def _train_claimed(
     *,
     resumes: bool,
     console: Console,
+    trackers: Sequence[str],
 ) -> bool:
     loader = Loader(data, config.objective, config.sampling, length=config.model.length, seed=config.seed)
     leading = processes.from_first(loader.fingerprint)
@@ -167,7 +173,7 @@ def _train_claimed(
                 f"{data.path} holds other data on another machine ({loader.fingerprint}, on rank 0 {leading}): "
                 "give all ranks the same"
             )
-    callbacks: list[Callback] = [MonitorCallback(run, config.monitor)]
+    callbacks: list[Callback] = [MonitorCallback(run, config.monitor, trackers=trackers)]
     if processes.leads:
         callbacks.append(ProgressCallback(console))
     trainer = Trainer(config, _engine(config, device, processes), loader, run=run, callbacks=callbacks)

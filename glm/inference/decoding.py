@@ -31,7 +31,6 @@ from glm.errors import InputError
 from glm.inference.prompt import Prompt
 from glm.model.cache import Cache
 from glm.model.transformer import Transformer
-from glm.model.vocabulary_loss import logits as project
 from glm.precision import at_least_fp32
 
 
@@ -160,7 +159,7 @@ class Decoder:
 
     def _extend(self, tokens_WT: Tensor, positions: Tensor, visible_W1TS: Tensor) -> Tensor:
         hidden_WTC = self._model.extend(tokens_WT, positions, visible_W1TS, self._cache)
-        return at_least_fp32(project(hidden_WTC[:, -1], self._model.output_weight()))
+        return at_least_fp32(self._model.logits(hidden_WTC[:, -1]))
 
 
 @torch.inference_mode()

@@ -21,7 +21,6 @@ from glm.data.tokenizer import Tokenizer
 from glm.errors import InputError
 from glm.inference.loading import OpenedModel
 from glm.inference.prompt import Layout, Prompt, read_prompt
-from glm.model.vocabulary_loss import logits as project
 from glm.precision import at_least_fp32
 
 # Tokens of a batch, padding included: enough that the matrix products are large, little enough for any memory.
@@ -157,7 +156,7 @@ def _score(opened: OpenedModel, batch: Sequence[_Row], *, two: bool) -> list[Tar
     inputs = (part.to(device) for part in (tokens_BT, positions, segments_BT, context_BT))
     hidden_NC = model.hidden(*inputs)[scored_BT.to(device)]
     target_N = torch.tensor([token for row in batch for token in row.scored], device=device)
-    log_N, best_N = _of_targets(hidden_NC, model.output_weight(), target_N)
+    log_N, best_N = _of_targets(model.logits(hidden_NC), target_N)
     counts = [len(row.scored) for row in batch]
     return [
         TargetScore(tokens=row.scored, log_probabilities=tuple(log.tolist()), is_greedy=bool(best.all()))
@@ -165,8 +164,8 @@ def _score(opened: OpenedModel, batch: Sequence[_Row], *, two: bool) -> list[Tar
     ]
 
 
-def _of_targets(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+def _of_targets(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
     """Each target's log-probability, and whether it is the most probable token."""
-    logits_NV = at_least_fp32(project(hidden_NC, weight_VC))
+    logits_NV = at_least_fp32(logits_NV)
     log_N = logits_NV.log_softmax(-1).gather(1, target_N[:, None])[:, 0]
     return log_N, logits_NV.argmax(-1) == target_N

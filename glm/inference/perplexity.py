@@ -101,8 +101,7 @@ def _loss(opened: OpenedModel, loader: Loader, rows: int) -> tuple[float, int]:
         chosen_BT = batch.targets_BT >= 0
         target_N = batch.targets_BT[chosen_BT].to(device)
         # Without z-loss: that is a term of training, not of the likelihood.
-        total += float(
-            vocabulary_loss(hidden_BTC[chosen_BT.to(device)], model.output_weight(), target_N, 0.0)
-        )
+        hidden_NC, cap = hidden_BTC[chosen_BT.to(device)], model.config.logit_cap
+        total += float(vocabulary_loss(hidden_NC, model.output_weight(), target_N, 0.0, cap))
         targets += target_N.numel()
     return total, targets

@@ -24,10 +24,10 @@ from glm.model.transformer import Transformer
 from glm.precision.policy import DTYPES, Precision
 from stabilitylab.models.layers import fingerprint_of
 from stabilitylab.quantization.freed_memory import give_back_memory
-from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan, load_plan
 from stabilitylab.quantization.replacement import put
 from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.schemes import LinearScheme
 from stabilitylab.quantization.serialization import header_of, load_quantized, read_tensor
 
 NAMED = {"int8": Scheme.parse("int8-row"), "int4": Scheme.parse("int4-g64-asym")}
@@ -69,9 +69,7 @@ def open_quantized(
             put(
                 model,
                 layer,
-                QuantizedLinear.from_weight(
-                    tensor, schemes[layer], largest=largest.get(layer), name=f"{prepared.weights}: {name}"
-                ),
+                schemes[layer].layer(tensor, largest=largest.get(layer), name=f"{prepared.weights}: {name}"),
             )
             del tensor
             give_back_memory()
@@ -137,7 +135,7 @@ def _check_names(file: Path, expected: Mapping[str, torch.Size]) -> None:
 
 def _schemes(
     model: Transformer, weights: Path, path: Path, how: str
-) -> tuple[dict[str, Scheme], dict[str, Tensor]]:
+) -> tuple[dict[str, LinearScheme], dict[str, Tensor]]:
     """The scheme of each layer, and what SmoothQuant needs to know of its input."""
     layers = [
         name

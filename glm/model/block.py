@@ -8,6 +8,9 @@ x is the residual stream (GLM-130B calls it the main branch), A attention, F fee
     deepnorm   a = N1 x; x = alpha a + A(a);  b = N2 x; x = alpha b + F(b)              (GLM-130B, alpha = (2 L)^1/2)
     deepnet    the same with alpha = (2 L)^1/4                                           (DeepNet, 2203.00555)
     parallel   x = x + A(N1 x) + F(N1 x)                                                 (PaLM)
+    reordered  x = x + N1(A(x));         x = x + N2(F(x))                                (OLMo 2, 2501.00656)
+    pre-scaled       pre, with N1 x and N2 x divided by sqrt(layer), from 1              (LayerNorm scaling, 2502.05795)
+    sandwich-scaled  sandwich, with N3's and N4's gains 1 / sqrt(L) at first             (depth-scaled, 2504.07866, 2602.17004)
 
 DeepNorm is post-LN: N(alpha x + A(x)) with each norm written at the beginning of what follows it, so that layer 0's first norm
 acts on the embedding and a final norm closes the stack. Its branch is bounded: |x| <= alpha |N x| + |A|.
@@ -23,8 +26,9 @@ from glm.model.cache import LayerCache
 from glm.model.config import ModelConfig
 from glm.model.dropout import attention_place, dropout, feed_forward_place
 from glm.model.feed_forward import FeedForward
-from glm.model.layers import Norm
+from glm.model.norms import AnyNorm, make_norm
 from glm.model.positions import Rotation
+from glm.model.scaling import branch_scale
 
 
 def residual_scale(config: ModelConfig) -> float:
@@ -44,15 +48,19 @@ class Block(nn.Module):
         self.p = config.dropout
         self.attention_place, self.feed_forward_place = attention_place(layer), feed_forward_place(layer)
 
-        def norm() -> Norm:
-            return Norm(config.hidden, epsilon=config.norm_epsilon, bias=config.bias)
+        self.input_scale = (layer + 1) ** -0.5 if config.norm == "pre-scaled" else 1.0
+        self.branch_scale = branch_scale(config)
 
+        def norm() -> AnyNorm:
+            return make_norm(config, config.hidden)
+
+        has_output_norms = config.norm in ("sandwich", "sandwich-scaled")
         self.attention_norm = norm()
         self.attention = Attention(config, layer)
         self.feed_forward_norm = None if self.is_parallel else norm()
         self.feed_forward = FeedForward(config)
-        self.attention_output_norm = norm() if config.norm == "sandwich" else None
-        self.feed_forward_output_norm = norm() if config.norm == "sandwich" else None
+        self.attention_output_norm = norm() if has_output_norms else None
+        self.feed_forward_output_norm = norm() if has_output_norms else None
 
     def forward(
         self,
@@ -70,10 +78,14 @@ class Block(nn.Module):
         """
 
         def attend(y: Tensor) -> Tensor:
-            return dropout(self.attention(y, bias_BHTS, turned, cache), self.p, keys_B, self.attention_place)
+            y = y * self.input_scale if self.input_scale != 1.0 else y
+            out = dropout(self.attention(y, bias_BHTS, turned, cache), self.p, keys_B, self.attention_place)
+            return out * self.branch_scale if self.branch_scale != 1.0 else out
 
         def feed(y: Tensor) -> Tensor:
-            return dropout(self.feed_forward(y), self.p, keys_B, self.feed_forward_place)
+            y = y * self.input_scale if self.input_scale != 1.0 else y
+            out = dropout(self.feed_forward(y), self.p, keys_B, self.feed_forward_place)
+            return out * self.branch_scale if self.branch_scale != 1.0 else out
 
         n1, n2, n3, n4 = (
             self.attention_norm,
@@ -88,6 +100,9 @@ class Block(nn.Module):
         elif self.norm == "post":
             x = n1(x + attend(x))
             x = n2(x + feed(x))
+        elif self.norm == "reordered":
+            x = x + n1(attend(x))
+            x = x + n2(feed(x))
         elif self.norm == "deepnorm":
             a = n1(x)
             x = torch.add(attend(a), a, alpha=self.alpha)

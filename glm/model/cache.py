@@ -44,7 +44,7 @@ class Cache:
     """
 
     def __init__(self, config: ModelConfig, *, rows: int, length: int, like: Tensor) -> None:
-        shape = (rows, config.heads, length, config.head)
+        shape = (rows, config.key_heads, length, config.head)
         self.layers = tuple(
             LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.layers)
         )

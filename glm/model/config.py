@@ -7,7 +7,8 @@ from typing import Literal
 
 from glm.errors import InputError
 
-Norm = Literal["pre", "post", "sandwich", "deepnorm", "deepnet"]
+Norm = Literal["pre", "post", "sandwich", "deepnorm", "deepnet", "reordered", "pre-scaled", "sandwich-scaled"]
+NormKind = Literal["layer", "rms", "rms-plain", "rms-single", "rms-centred", "dyt"]
 
 
 def _positive(where: str, **values: float) -> None:
@@ -23,16 +24,22 @@ class EmbeddingConfig:
     Attributes:
         gradient_shrink: EGS's alpha: the gradient into the embedding is multiplied by it; 1 is off.
         shrink_side: where: on the look-up ("input"), on the tied output projection ("output"), or both.
-        norm: LayerNorm after the look-up (BLOOM).
+        norm: norm after the look-up (BLOOM).
         tied: input and output embedding are one matrix.
+        scale: what is looked up is multiplied by it: "none", or "sqrt", the root of the hidden width (Spike No More).
+        std: standard deviation of the initial embedding; None: that of `model.init`.
     """
 
     gradient_shrink: float = 1.0
     shrink_side: Literal["input", "output", "both"] = "input"
     norm: bool = False
     tied: bool = True
+    scale: Literal["none", "sqrt"] = "none"
+    std: float | None = None
 
     def __post_init__(self) -> None:
+        if self.std is not None:
+            _positive("model.embedding", std=self.std)
         if not 0 <= self.gradient_shrink <= 1:
             raise InputError(
                 f"model.embedding.gradient_shrink must lie in [0, 1], got {self.gradient_shrink}"
@@ -49,7 +56,14 @@ class AttentionConfig:
             compute format; "pb-relax": CogView's relaxation; "fused": scaled_dot_product_attention.
         relax: PB-Relax's divisor a.
         qk_norm: norm of each query and key head.
+        v_norm: norm of each value head as well (QKV-norm).
         soft_cap: scores become c tanh(score / c); 0 is off.
+        clip_qkv: queries, keys and values are cut off at plus and minus this; 0 is off.
+        qk_clip: after an update in which a head's largest score exceeded this, its query and key weights are scaled down to it; 0:
+            off.
+        gate: a sigmoid of the layer's input on each head's output, or on each of its elements.
+        sink: a logit that takes attention and gives nothing: 0 ("off-by-one"), or learned for each head.
+        key_heads: heads of the keys and values, each shared by as many query heads; None: every query head has its own.
         rope_base: base of the rotary frequencies.
     """
 
@@ -57,11 +71,30 @@ class AttentionConfig:
     softmax: Literal["fp32", "compute", "pb-relax", "fused"] = "fp32"
     relax: float = 32.0
     qk_norm: bool = False
+    v_norm: bool = False
     soft_cap: float = 0.0
+    clip_qkv: float = 0.0
+    qk_clip: float = 0.0
+    gate: Literal["none", "head", "element"] = "none"
+    sink: Literal["none", "off-by-one", "learned"] = "none"
+    key_heads: int | None = None
     rope_base: float = 10_000.0
 
     def __post_init__(self) -> None:
         _positive("model.attention", relax=self.relax, rope_base=self.rope_base)
+        if self.clip_qkv < 0 or self.qk_clip < 0:
+            raise InputError(
+                "model.attention.clip_qkv and model.attention.qk_clip must be 0 (off) or positive"
+            )
+        for lever, is_on in (("qk_clip", self.qk_clip > 0), ("sink", self.sink != "none")):
+            if is_on and self.softmax == "fused":
+                raise InputError(
+                    f"model.attention.{lever} needs the scores, which fused attention does not form: choose softmax fp32"
+                )
+        if self.qk_clip and (self.qk_norm or self.soft_cap):
+            raise InputError(
+                "model.attention.qk_clip scales weights whose size qk_norm and soft_cap take out of the scores: choose one"
+            )
         if self.soft_cap < 0:
             raise InputError(f"model.attention.soft_cap must be 0 (off) or positive, got {self.soft_cap}")
         if self.soft_cap and self.softmax == "fused":
@@ -77,12 +110,18 @@ class FeedForwardConfig:
     Attributes:
         kind: activation; the gated ones (geglu, swiglu) have two input projections in one matrix.
         inner: inner width; None: 8/3 of the hidden width for gated kinds, 4 times for the others, to a multiple of 32.
+        clamp: of a gated kind the gate is cut off above this, the other half above and below; 0 is off.
     """
 
-    kind: Literal["geglu", "swiglu", "gelu", "relu"] = "geglu"
+    kind: Literal["geglu", "swiglu", "gelu", "relu", "squared-relu"] = "geglu"
     inner: int | None = None
+    clamp: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.clamp < 0:
+            raise InputError(f"model.feed_forward.clamp must be 0 (off) or positive, got {self.clamp}")
+        if self.clamp and not self.is_gated:
+            raise InputError(f"model.feed_forward.clamp is for geglu and swiglu, not {self.kind}")
         if self.inner is not None and self.inner < 1:
             raise InputError(f"model.feed_forward.inner must be at least 1, got {self.inner}")
 
@@ -99,6 +138,23 @@ class FeedForwardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """How rate and initial weights follow the model's size (`glm.model.scaling`).
+
+    Attributes:
+        kind: "standard": not at all; "mup": by width; "complete-p": by width and depth.
+        base_hidden, base_layers: size at which nothing changes.
+    """
+
+    kind: Literal["standard", "mup", "complete-p"] = "standard"
+    base_hidden: int = 128
+    base_layers: int = 8
+
+    def __post_init__(self) -> None:
+        _positive("model.scaling", base_hidden=self.base_hidden, base_layers=self.base_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A transformer.
 
@@ -107,13 +163,17 @@ class ModelConfig:
         length: row length T, and the number of positions.
         layers, hidden, heads: its shape.
         norm: where the norms stand.
+        norm_kind: what they are: LayerNorm, RMSNorm (with gains, none, a single one, or 1 + g), or DyT.
         dropout: on the embedding output and both sublayers' outputs.
         z_loss: coefficient of log^2 Z added to the loss; 0 is off.
-        init: "xavier" (with DeepNorm's gains where they apply), "gpt2" (0.02, outputs / sqrt(2L)), "small" (sqrt(2 / 5h)).
+        logit_cap: logits become c tanh(logit / c); 0 is off.
+        init: "xavier" (with DeepNorm's gains where they apply), "gpt2" (0.02, outputs / sqrt(2L)), "small" (sqrt(2 / 5h)),
+            "fan-in" (1 / sqrt(inputs)).
+        spectral: linear layers of blocks have their spectral norm as a parameter (sigma-reparametrization).
         bias: linear layers and norms have biases.
         parallel_block: attention and feed-forward read the same input (PaLM).
         recompute: recompute each layer's activations in the backward pass.
-        norm_epsilon: of every LayerNorm.
+        norm_epsilon: of every norm.
     """
 
     vocabulary: int | None = None
@@ -122,9 +182,12 @@ class ModelConfig:
     hidden: int = 128
     heads: int = 4
     norm: Norm = "deepnorm"
+    norm_kind: NormKind = "layer"
     dropout: float = 0.0
     z_loss: float = 0.0
-    init: Literal["xavier", "gpt2", "small"] = "xavier"
+    logit_cap: float = 0.0
+    init: Literal["xavier", "gpt2", "small", "fan-in"] = "xavier"
+    spectral: bool = False
     bias: bool = True
     parallel_block: bool = False
     recompute: bool = False
@@ -132,6 +195,7 @@ class ModelConfig:
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     feed_forward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
 
     def __post_init__(self) -> None:
         _positive(
@@ -154,8 +218,24 @@ class ModelConfig:
             raise InputError(f"model.vocabulary must be at least 2, got {self.vocabulary}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.dropout must lie in [0, 1), got {self.dropout}")
-        if self.z_loss < 0:
-            raise InputError(f"model.z_loss must be 0 (off) or positive, got {self.z_loss}")
+        if self.z_loss < 0 or self.logit_cap < 0:
+            raise InputError("model.z_loss and model.logit_cap must be 0 (off) or positive")
+        groups = self.attention.key_heads
+        if groups is not None and (groups < 1 or self.heads % groups):
+            raise InputError(
+                f"model.attention.key_heads must divide model.heads ({self.heads}), got {groups}"
+            )
+        if self.norm == "sandwich-scaled" and self.norm_kind == "rms-plain":
+            raise InputError(
+                "model.norm sandwich-scaled sets gains, which norm_kind rms-plain lacks: choose rms"
+            )
+        if self.scaling.kind != "standard" and (
+            self.norm not in ("pre", "reordered") or self.init == "small"
+        ):
+            raise InputError(
+                f"model.scaling {self.scaling.kind} is for model.norm pre or reordered and init gpt2, fan-in or xavier, not "
+                f"{self.norm} and {self.init}"
+            )
         if self.parallel_block and self.norm != "pre":
             raise InputError(f"model.parallel_block goes with model.norm pre, not {self.norm}")
 
@@ -164,17 +244,37 @@ class ModelConfig:
         """Dimensions of a head."""
         return self.hidden // self.heads
 
+    @property
+    def key_heads(self) -> int:
+        """Heads of the keys, and of the values."""
+        return self.attention.key_heads or self.heads
+
+    @property
+    def norms_per_layer(self) -> int:
+        """Norms of a layer over the hidden width."""
+        if self.norm in ("sandwich", "sandwich-scaled"):
+            return 4
+        return 1 if self.parallel_block else 2
+
+    def norm_parameters(self, width: int) -> int:
+        """Parameters of a norm over ``width`` channels."""
+        affine = width * (1 + int(self.bias))
+        sizes = {"layer": affine, "dyt": 1 + affine, "rms-plain": 0, "rms-single": 1}
+        return sizes.get(self.norm_kind, width)
+
     def parameters(self) -> int:
         """Number of parameters, from the formula (a test compares it with the built model)."""
         if self.vocabulary is None:
             raise InputError("model.vocabulary is not set: the count depends on it")
         h, inner, b = self.hidden, self.feed_forward.width(self.hidden), int(self.bias)
-        up = inner * (2 if self.feed_forward.is_gated else 1)
-        norm = h * (1 + b)
-        layer = 4 * h * h + 4 * h * b + h * up + up * b + inner * h + h * b
-        norms = {"sandwich": 4}.get(self.norm, 1 if self.parallel_block else 2)
-        layer += norms * norm + (2 * self.head * (1 + b) if self.attention.qk_norm else 0)
+        own, up = self.attention, inner * (2 if self.feed_forward.is_gated else 1)
+        qkv = (self.heads + 2 * self.key_heads) * self.head
+        gate = {"none": 0, "head": self.heads, "element": h}[own.gate]
+        layer = h * (qkv + h + up + inner + gate) + b * (qkv + h + up + h + gate)
+        layer += self.norms_per_layer * self.norm_parameters(h)
+        layer += (2 * int(own.qk_norm) + int(own.v_norm)) * self.norm_parameters(self.head)
+        layer += (self.heads if own.sink == "learned" else 0) + (4 if self.spectral else 0)
         total = self.vocabulary * h * (1 if self.embedding.tied else 2) + self.layers * layer
-        total += 0 if self.norm == "post" else norm
-        total += norm if self.embedding.norm else 0
-        return total + (self.length * h if self.attention.positions == "learned" else 0)
+        total += 0 if self.norm == "post" else self.norm_parameters(h)
+        total += self.norm_parameters(h) if self.embedding.norm else 0
+        return total + (self.length * h if own.positions == "learned" else 0)

@@ -5,6 +5,10 @@
              on v, the attention output and both feed-forward matrices. Embedding 0.02.
     gpt2     std 0.02; the two output projections of a layer 0.02 / sqrt(2L)                  (GPT-2)
     small    std sqrt(2 / (5h)); output projections / sqrt(2L); also the embedding   (Nguyen and Salazar, 1910.05895)
+    fan-in   std 1 / sqrt(fan_in); embedding 0.02                                    (LeCun et al., 1998)
+
+The embedding's own deviation may be given; under muP gpt2's falls with the width (``glm.model.scaling``). A gate of attention is
+drawn as other matrices are, learned sinks are 0, the output norms of a depth-scaled sandwich have gains of 1 / sqrt(L).
 
 Each tensor is drawn in fp32 from a generator of its own, a function of (seed, the tensor's name in the model): models that have
 a tensor of the same name and shape share it, whatever else differs (tied or not, the feed-forward's kind, how positions enter, how
@@ -24,6 +28,8 @@ from torch import Tensor, nn
 
 from glm.model.block import Block
 from glm.model.config import ModelConfig
+from glm.model.scaling import width_ratio
+from glm.model.spectral import SpectralLinear
 
 EMBEDDING = 0.02
 
@@ -46,32 +52,54 @@ def initialise_block(block: Block, config: ModelConfig, seed: int, name: str) ->
     """Draw the linear layers of a block, which the model knows by ``name``."""
     attention, feed = block.attention, block.feed_forward
     beta = deep_gain(config)
-    # The gains of the matrices that a layer's weight is made of.
-    for path, linear, gains in (
-        ("attention.query_key_value", attention.query_key_value, (1.0, 1.0, beta)),
-        ("attention.output", attention.output, (beta,)),
-        ("feed_forward.up", feed.up, (beta, beta) if feed.is_gated else (beta,)),
-        ("feed_forward.down", feed.down, (beta,)),
-    ):
+    queries, keys = config.heads * config.head, config.key_heads * config.head
+    inner = feed.down.weight.shape[1]
+    # Rows and gains of the matrices that a layer's weight is made of.
+    parts = [
+        ("attention.query_key_value", attention.query_key_value, ((queries, 1.0), (keys, 1.0), (keys, beta))),
+        ("attention.output", attention.output, ((config.hidden, beta),)),
+        ("feed_forward.up", feed.up, ((inner, beta),) * (2 if feed.is_gated else 1)),
+        ("feed_forward.down", feed.down, ((config.hidden, beta),)),
+    ]
+    if attention.gate is not None:
+        parts.append(("attention.gate", attention.gate, ((attention.gate.weight.shape[0], 1.0),)))
+    for path, linear, matrices in parts:
         generator = generator_of(seed, f"{name}.{path}.weight")
         leads_out = linear in (attention.output, feed.down)
-        for weight, gain in zip(linear.weight.chunk(len(gains)), gains, strict=True):
-            if config.init == "xavier":
-                std = gain * math.sqrt(2 / sum(weight.shape))
-            else:
-                std = hidden_std(config) / (math.sqrt(2 * config.layers) if leads_out else 1.0)
-            nn.init.normal_(weight, std=std, generator=generator)
+        pieces = torch.split(linear.weight, [rows for rows, _ in matrices])
+        for weight, (_, gain) in zip(pieces, matrices, strict=True):
+            nn.init.normal_(weight, std=_std(weight, config, gain, leads_out), generator=generator)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
+        if isinstance(linear, SpectralLinear):
+            linear.begin()
+    if attention.sink_H is not None:
+        nn.init.zeros_(attention.sink_H)
+    if config.norm == "sandwich-scaled":
+        for norm in (block.attention_output_norm, block.feed_forward_output_norm):
+            assert norm is not None
+            norm.set_gain(config.layers**-0.5)
+
+
+def _std(weight: Tensor, config: ModelConfig, gain: float, leads_out: bool) -> float:
+    """Of one matrix of a layer."""
+    if config.init == "xavier":
+        return gain * math.sqrt(2 / sum(weight.shape))
+    plain = weight.shape[1] ** -0.5 if config.init == "fan-in" else hidden_std(config)
+    return plain / (math.sqrt(2 * config.layers) if leads_out else 1.0)
 
 
 @torch.no_grad()
 def initialise_embedding(weight: Tensor, config: ModelConfig, seed: int, name: str) -> None:
     """Draw an embedding, output projection or table of positions, which the model knows by ``name``."""
-    std = hidden_std(config) if config.init == "small" else EMBEDDING
+    std = config.embedding.std if name == "embedding.weight" else None
+    if std is None:
+        std = hidden_std(config) if config.init == "small" else EMBEDDING
     nn.init.normal_(weight, std=std, generator=generator_of(seed, name))
 
 
 def hidden_std(config: ModelConfig) -> float:
     """Standard deviation of the plain schemes."""
-    return math.sqrt(2 / (5 * config.hidden)) if config.init == "small" else 0.02
+    return (
+        math.sqrt(2 / (5 * config.hidden)) if config.init == "small" else 0.02 * width_ratio(config) ** -0.5
+    )

@@ -23,6 +23,11 @@ class Norm(nn.LayerNorm):
     def __init__(self, width: int, *, epsilon: float, bias: bool) -> None:
         super().__init__(width, eps=epsilon, bias=bias)
 
+    @torch.no_grad()
+    def set_gain(self, gain: float) -> None:
+        """The same gain for every channel."""
+        self.weight.fill_(gain)
+
 
 class _ScaledGradient(torch.autograd.Function):
     @staticmethod

@@ -18,8 +18,10 @@ from glm.model.config import ModelConfig
 from glm.model.dropout import EMBEDDING, dropout, fresh_keys
 from glm.model.embedding import Embedding
 from glm.model.initialise import initialise_block, initialise_embedding
-from glm.model.layers import Linear, Norm
+from glm.model.layers import Linear
+from glm.model.norms import AnyNorm, make_norm
 from glm.model.positions import Rotation, alibi, is_causal, rotation, score_bias, visible
+from glm.model.scaling import width_ratio
 from glm.model.vocabulary_loss import logits, vocabulary_loss
 from glm.precision import upcasts
 
@@ -83,7 +85,11 @@ class Transformer(nn.Module):
             segments_BT: the piece each token belongs to; -1 is padding.
             context_BT: whether the token is part of its piece's bidirectional context.
         """
-        return logits(self.hidden(tokens_BT, positions, segments_BT, context_BT), self.output_weight())
+        return self.logits(self.hidden(tokens_BT, positions, segments_BT, context_BT))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] of final hidden states [..., C], in the compute format."""
+        return logits(hidden, self.output_weight(), self.config.logit_cap)
 
     def loss(
         self,
@@ -101,7 +107,10 @@ class Transformer(nn.Module):
         hidden_BTC = self.hidden(tokens_BT, positions, segments_BT, context_BT, keys_B)
         chosen = targets_BT >= 0
         target_N = targets_BT[chosen]
-        total = vocabulary_loss(hidden_BTC[chosen], self.output_weight(), target_N, self.config.z_loss)
+        config = self.config
+        total = vocabulary_loss(
+            hidden_BTC[chosen], self.output_weight(), target_N, config.z_loss, config.logit_cap
+        )
         return total, target_N.numel()
 
     def hidden(
@@ -156,13 +165,20 @@ class Transformer(nn.Module):
             else:
                 past = None if cache is None else cache.layers[number]
                 x_BTC = layer(x_BTC, bias_BHTS, turned, past, keys_B)
+        return self.close(x_BTC)
+
+    def close(self, x_BTC: Tensor) -> Tensor:
+        """The final hidden states, from the residual stream after the last layer."""
         if self.final_norm is not None:
             x_BTC = self.final_norm(x_BTC)
-        return x_BTC
+        ratio = width_ratio(self.config)
+        return x_BTC / ratio if ratio != 1.0 else x_BTC
 
     def embed(self, tokens_BT: Tensor, positions: Tensor, keys_B: Tensor | None = None) -> Tensor:
         """What the first layer gets, [B, T, C]; nothing is dropped of rows without keys."""
         x_BTC: Tensor = self.embedding(tokens_BT)
+        if self.config.embedding.scale == "sqrt":
+            x_BTC = x_BTC * self.config.hidden**0.5
         if self.positions is not None:
             x_BTC = x_BTC + self.positions[_place(positions)]
         if self.embedding_norm is not None:
@@ -210,8 +226,8 @@ class Transformer(nn.Module):
                 "or train with a longer --model.length"
             )
 
-    def _norm(self) -> Norm:
-        return Norm(self.config.hidden, epsilon=self.config.norm_epsilon, bias=self.config.bias)
+    def _norm(self) -> AnyNorm:
+        return make_norm(self.config, self.config.hidden)
 
 
 def _place(positions: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ For N target positions with hidden states h_n, output matrix W and targets t_n (
     loss = sum_n  z_n - (W h_n)_t  +  c z_n^2                 c: z-loss (PaLM, 2204.02311, section 5)
     d/dlogits = softmax (1 + 2 c z_n) - onehot(t_n)
 
+With a cap c (Gemma 2) a logit is c tanh(z / c), and its gradient is multiplied by 1 - tanh^2.
+
 Only positions with a target are projected. They go through in chunks; each chunk's gradient with respect to h and W is formed
 at once, while its logits are at hand, so the backward pass has nothing to recompute and memory is one chunk of logits. (The idea
 of Liger's fused linear cross-entropy, 2410.10989, on any device.) Log-softmax is in fp32 whatever the compute format; the
@@ -24,7 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm.precision import at_least_fp32, linear, upcasts, wide_product
+from glm.precision import (
+    at_least_fp32,
+    has_kernel,
+    linear,
+    losses,
+    upcasts,
+    wide_product,
+    wide_product_of_rows,
+)
 
 # Logits of a chunk: about 16 MB in fp32, which stays near the caches and is small beside the model.
 CHUNK_ELEMENTS = 1 << 22
@@ -34,7 +44,9 @@ LIFT = 2.0**12
 
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, z_loss: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, z_loss: float, cap: float
+    ) -> Tensor:
         ctx.dtypes = hidden_NC.dtype, weight_VC.dtype
         needs_gradient = any(ctx.needs_input_grad[:2])
         # Where half products are computed in fp32 anyway, upcast once instead of once a chunk.
@@ -51,7 +63,13 @@ class _VocabularyLoss(torch.autograd.Function):
         for first in range(0, hidden_NC.shape[0], size):
             hidden = hidden_NC[first : first + size]
             target_n1 = target_N[first : first + size, None]
-            logits_nV = at_least_fp32(linear(hidden, weight))
+            logits_nV = capped(at_least_fp32(linear(hidden, weight)), cap)
+            if not cap and hidden.dtype == wide and has_kernel(logits_nV):
+                loss += losses(logits_nV, target_n1, z_loss).sum()
+                if needs_gradient:
+                    grad_hidden[first : first + size] = wide_product(logits_nV, weight)
+                    grad_weight += wide_product_of_rows(logits_nV, hidden)
+                continue
             largest_n1, at_n1 = logits_nV.max(1, keepdim=True)
             softmax_nV = torch.softmax(logits_nV, 1, out=room_nV[: len(hidden)])
             # log sum exp(logits - largest): the largest one's probability is at least 1/V, so its logarithm is safe.
@@ -64,22 +82,27 @@ class _VocabularyLoss(torch.autograd.Function):
                 # In place: the probabilities become the logits' gradient.
                 grad_logits = softmax_nV.mul_(1 + 2 * z_loss * z_n1) if z_loss else softmax_nV
                 grad_logits.scatter_add_(1, target_n1, torch.full_like(largest_n1, -1.0))
+                if cap:
+                    grad_logits = grad_logits.mul_(1 - (logits_nV / cap).square_())
                 if hidden.dtype != wide:
                     grad_logits = grad_logits.mul_(ctx.lift).to(hidden.dtype)
                 grad_hidden[first : first + size] = wide_product(grad_logits, weight)
-                grad_weight += wide_product(grad_logits.t(), hidden)
+                grad_weight += wide_product_of_rows(grad_logits, hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         grad = grad / ctx.lift
-        return (grad_hidden * grad).to(hidden_dtype), (grad_weight * grad).to(weight_dtype), None, None
+        hidden, weight = (grad_hidden * grad).to(hidden_dtype), (grad_weight * grad).to(weight_dtype)
+        return hidden, weight, None, None, None
 
 
-def vocabulary_loss(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, z_loss: float = 0.0) -> Tensor:
+def vocabulary_loss(
+    hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, z_loss: float = 0.0, cap: float = 0.0
+) -> Tensor:
     """Sum over positions of the cross-entropy (and z-loss), an fp32 scalar in nats.
 
     Args:
@@ -87,11 +110,17 @@ def vocabulary_loss(hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, z_lo
         weight_VC: output projection.
         target_N: token numbers.
         z_loss: coefficient c.
+        cap: of the logits; 0 is off.
     """
-    loss: Tensor = _VocabularyLoss.apply(hidden_NC, weight_VC, target_N, z_loss)  # type: ignore[no-untyped-call]
+    loss: Tensor = _VocabularyLoss.apply(hidden_NC, weight_VC, target_N, z_loss, cap)  # type: ignore[no-untyped-call]
     return loss
 
 
-def logits(hidden: Tensor, weight_VC: Tensor) -> Tensor:
+def logits(hidden: Tensor, weight_VC: Tensor, cap: float = 0.0) -> Tensor:
     """[..., V] in the compute format, for generation and evaluation."""
-    return linear(hidden, weight_VC)
+    return capped(linear(hidden, weight_VC), cap)
+
+
+def capped(logits_nV: Tensor, cap: float) -> Tensor:
+    """c tanh(z / c); c = 0 leaves them."""
+    return torch.tanh(logits_nV / cap) * cap if cap else logits_nV

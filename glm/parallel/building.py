@@ -16,6 +16,7 @@ from torch import nn
 from glm.model.block import Block
 from glm.model.config import ModelConfig
 from glm.model.initialise import initialise_block, initialise_embedding
+from glm.model.norms import NORMS
 from glm.model.transformer import Transformer
 from glm.parallel.partition import Cut, stage_of
 from glm.parallel.tensor import VocabularyEmbedding, cut_block
@@ -85,6 +86,6 @@ def _real(module: ModuleT) -> ModuleT:
     """A module on the host instead of the meta device; its matrices are still to be drawn."""
     module.to_empty(device="cpu")
     for one in module.modules():
-        if isinstance(one, nn.LayerNorm):
+        if isinstance(one, NORMS):
             one.reset_parameters()
     return module

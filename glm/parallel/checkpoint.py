@@ -12,7 +12,7 @@ Limits: all ranks must see the same folder, such as a network file system.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ from glm.parallel.partition import Share
 from glm.train import checkpoint as checkpoints
 from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
-from glm.train.optimizer import MOMENTS
 
 
 def writers(shares: Mapping[str, Share]) -> dict[str, int]:
@@ -70,11 +69,16 @@ def _assembled(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The whole tensors that this rank writes: weights, and moments."""
     model, optimizer = {}, {}
+    moments: dict[str, list[str]] = {}
+    for key in checkpoint.optimizer:
+        moment, _, name = key.partition("/")
+        moments.setdefault(name, []).append(moment)
     for name, writer in writers(shares).items():
         share = shares[name]
         if rank not in share.ranks():
             continue
-        kept = [checkpoint.model[name], *(checkpoint.optimizer[f"{moment}/{name}"] for moment in MOMENTS)]
+        own = moments.get(name, [])
+        kept = [checkpoint.model[name], *(checkpoint.optimizer[f"{moment}/{name}"] for moment in own)]
         mine = torch.stack([tensor.detach().reshape(-1) for tensor in kept])
         if rank != writer:
             if mine.numel():
@@ -85,7 +89,7 @@ def _assembled(
         }
         wholes = [share.whole({holder: row[i] for holder, row in rows.items()}) for i in range(len(kept))]
         model[name] = wholes[0].cpu()
-        for moment, whole in zip(MOMENTS, wholes[1:], strict=True):
+        for moment, whole in zip(own, wholes[1:], strict=True):
             optimizer[f"{moment}/{name}"] = whole.cpu()
     return model, optimizer
 
@@ -99,11 +103,14 @@ def _received(share: Share, holder: int, like: Tensor) -> Tensor:
 
 
 def load_newest(
-    folder: Path, shares: Mapping[str, Share], processes: ProcessGroup
+    folder: Path,
+    shares: Mapping[str, Share],
+    processes: ProcessGroup,
+    moments: Mapping[str, Sequence[str]],
 ) -> tuple[Checkpoint, list[str]]:
     """This rank's shares of the newest checkpoint that is whole, and one line about each newer one that is not.
 
-    The lead verifies every byte; the others read what they need.
+    The lead verifies every byte; the others read what they need. ``moments`` are the names of what is remembered of each parameter.
 
     Raises:
         InputError: there is none, or it is of another model: on every rank.
@@ -119,7 +126,7 @@ def load_newest(
         state, names = checkpoints.read_state(path)
         tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         rank = dist.get_rank()
-        for kind, name, share, whole in _read(path, names, shares, rank):
+        for kind, name, share, whole in _read(path, names, shares, rank, moments):
             if whole.shape != share.shape:
                 raise InputError(
                     f"the checkpoint is of another model: {name} is {list(whole.shape)}, "
@@ -130,13 +137,17 @@ def load_newest(
 
 
 def _read(
-    path: Path, names: list[str], shares: Mapping[str, Share], rank: int
+    path: Path,
+    names: list[str],
+    shares: Mapping[str, Share],
+    rank: int,
+    moments: Mapping[str, Sequence[str]],
 ) -> Iterator[tuple[str, str, Share, Tensor]]:
     """Kind, name, share and value of every tensor that a rank holds some of, one at a time.
 
     Raises InputError where the names are not the model's.
     """
-    wanted = {"model": set(shares), "optimizer": {f"{m}/{name}" for m in MOMENTS for name in shares}}
+    wanted = {"model": set(shares), "optimizer": {f"{m}/{name}" for name in shares for m in moments[name]}}
     for kind, expected in wanted.items():
         files = [safe_open(path / name, "pt") for name in names if name.startswith(kind)]
         held = {name: file for file in files for name in file.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118

@@ -48,7 +48,8 @@ from glm.precision import LossScaler, Policy
 from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
-from glm.train.engine import Updates, Whole, check_targets, count_targets
+from glm.train.engine import Updates, Whole, check_targets, count_targets, rate_factors_of
+from glm.train.update_rules import state_names
 
 try:
     import deepspeed
@@ -151,6 +152,7 @@ class ParallelEngine(Updates):
         groups = Groups(self.topology, self.rank, timedelta(seconds=config.parallel.timeout))
 
         self.zero = config.parallel.zero
+        self._rules = config.optimizer
         self.shares = shares(shapes_of(config.model), config.model, self.topology, zero=self.zero)
         self.model = build(
             config.model,
@@ -167,6 +169,8 @@ class ParallelEngine(Updates):
             rank=self.rank,
             groups=groups.holders(self.shares.values()),
             zero=self.zero,
+            peak=config.schedule.peak,
+            factors=rate_factors_of(self.model),
         )
         axes = PipeModelDataParallelTopology(
             num_pp=self.topology.pipeline, num_mp=self.topology.tensor, num_dp=self.topology.data
@@ -256,7 +260,8 @@ class ParallelEngine(Updates):
         if feed.losses and self.tensor_rank == 0:
             total += torch.stack(feed.losses).double().sum()
         dist.all_reduce(total)
-        return float(total) / whole.targets
+        self.optimizer.loss = float(total) / whole.targets
+        return self.optimizer.loss
 
     def _backward(self, pipeline: Any, buffer_id: int) -> None:
         pipeline._exec_backward_pass(buffer_id)
@@ -280,4 +285,6 @@ class ParallelEngine(Updates):
         return sharded.begin_save(folder, checkpoint, self.shares, self.processes, background=background)
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
-        return sharded.load_newest(folder, self.shares, self.processes)
+        dimensions = {name: len(share.shape) for name, share in self.shares.items()}
+        names = {name: state_names(self._rules, name, count) for name, count in dimensions.items()}
+        return sharded.load_newest(folder, self.shares, self.processes, names)

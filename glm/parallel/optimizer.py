@@ -1,11 +1,12 @@
-"""ZeRO: AdamW of which every rank updates its share, with the local optimizer's arithmetic.
+"""ZeRO: updates of which every rank makes its share, with the local optimizer's arithmetic.
 
     g_share = sum over holders of g, in fp32                 reduce-scatter
     update  = MixedPrecisionAdamW on the share                clip by the norm over all ranks
     weights = round(master), all shares                       all-gather
 
-(Rajbhandari et al., 1910.02054.) The update is elementwise, so a share's is what one process would compute; only the order
-in which gradients are summed differs. What a rank holds, of n holders (``glm.parallel.partition``):
+(Rajbhandari et al., 1910.02054.) Where the rule is elementwise a share's update is what one process would compute; only the
+order in which gradients are summed differs. Rules of whole matrices need those: ``TrainConfig`` refuses them elsewhere.
+What a rank holds, of n holders (``glm.parallel.partition``):
 
 | stage | masters, moments | gradients between micro-batches | weights |
 | --- | --- | --- | --- |
@@ -37,7 +38,8 @@ from torch import Tensor, nn
 from glm.parallel.buckets import BUCKET, Bucket, Coming
 from glm.parallel.partition import Share, unit_of
 from glm.precision import Policy
-from glm.train.optimizer import MixedPrecisionAdamW, OptimizerConfig
+from glm.train.optimizer import MixedPrecisionAdamW
+from glm.train.update_rules import OptimizerConfig
 
 
 class ShardedAdamW(MixedPrecisionAdamW):
@@ -50,6 +52,7 @@ class ShardedAdamW(MixedPrecisionAdamW):
         rank: this rank.
         groups: process groups of the holders that this rank is among, by their ranks.
         zero: the stage.
+        peak, factors: as for one process.
     """
 
     def __init__(
@@ -62,12 +65,14 @@ class ShardedAdamW(MixedPrecisionAdamW):
         rank: int,
         groups: Mapping[tuple[int, ...], dist.ProcessGroup],
         zero: int = 1,
+        peak: float = 1.0,
+        factors: Mapping[str, float] | None = None,
     ) -> None:
         self._shares, self._rank, self.zero = shares, rank, zero
         self._counted = {name for name, share in shares.items() if rank in share.ranks()}
         self._numbers = {name: number for number, name in enumerate(shares)}
         self._sizes = torch.tensor([share.shape.numel() for share in shares.values()], dtype=torch.float64)
-        super().__init__(model, config, policy)
+        super().__init__(model, config, policy, peak=peak, factors=factors)
         self._device = next(iter(self._live.values())).device
         self._buckets = self._fill(groups)
         self._reduced: set[str] = set()
@@ -157,6 +162,13 @@ class ShardedAdamW(MixedPrecisionAdamW):
         dist.all_reduce(total)
         return total
 
+    def _total(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        totals = self._summed(sums)
+        return {name: totals[number] for name, number in self._numbers.items()}
+
+    def _whole_sizes(self) -> Mapping[str, int]:
+        return {name: share.shape.numel() for name, share in self._shares.items()}
+
     def _rates(
         self, rate: float, gradients: list[Tensor], second: list[Tensor], correction2: float
     ) -> list[float]:
@@ -192,7 +204,7 @@ class ShardedAdamW(MixedPrecisionAdamW):
         for bucket in self._buckets.get(unit, ()):
             bucket.free(self._live)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         gathered = set()
         with torch.no_grad():
             for unit, buckets in self._buckets.items():

@@ -9,6 +9,7 @@ A parameter is cut twice. *Tensor parallelism* cuts the weight that a rank multi
 | --- | --- | --- |
 | query, key, value; up | rows, within each of q, k, v (a, b of a gated layer) | the d replicas of its stage |
 | attention output; down | columns | the d replicas |
+| gate and learned sinks of attention | rows, by head | the d replicas |
 | embedding, output projection | vocabulary | the d replicas; where tied, those of the first and of the last stage |
 | norms, biases of the outputs, learned positions | whole | all t d ranks of its stage |
 
@@ -192,6 +193,8 @@ def _cut(name: str, config: ModelConfig) -> Cut | None:
         return Cut(dim=0, blocks=3)
     if last == "up":
         return Cut(dim=0, blocks=2 if config.feed_forward.is_gated else 1)
+    if last == "gate" or kind == "sink_H":
+        return Cut(dim=0)
     if last in ("output", "down") and kind == "weight":
         return Cut(dim=1)
     return Cut(dim=0) if module in ("embedding", "projection") else None

@@ -142,15 +142,14 @@ def _layer(feed: Feed, number: int) -> Callable[[Tensor], Tensor]:
 def _end(feed: Feed) -> Callable[[Tensor], Tensor]:
     def loss(x_BTC: Tensor) -> Tensor:
         model = feed.model
-        if model.final_norm is not None:
-            x_BTC = model.final_norm(x_BTC)
+        x_BTC = model.close(x_BTC)
         chosen = feed.targets_BT >= 0
         hidden_NC, weight_VC, target_N = x_BTC[chosen], model.output_weight(), feed.targets_BT[chosen]
-        z_loss = model.config.z_loss
+        z_loss, cap = model.config.z_loss, model.config.logit_cap
         total = (
-            vocabulary_loss(hidden_NC, weight_VC, target_N, z_loss)
+            vocabulary_loss(hidden_NC, weight_VC, target_N, z_loss, cap)
             if feed.tensor is None
-            else split_vocabulary_loss(hidden_NC, weight_VC, target_N, z_loss, feed.tensor)
+            else split_vocabulary_loss(hidden_NC, weight_VC, target_N, z_loss, feed.tensor, cap)
         )
         feed.losses.append(total.detach())
         return total * feed.scale

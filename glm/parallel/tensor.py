@@ -140,10 +140,19 @@ def cut_block(block: Block, group: dist.ProcessGroup) -> None:
     """Leave of a layer what this rank computes: some heads, some of the inner width."""
     attention, feed = block.attention, block.feed_forward
     attention.heads //= dist.get_world_size(group)
+    attention.key_heads //= dist.get_world_size(group)
+    if attention.gate is not None:
+        attention.gate = ColumnLinear(attention.gate, Cut(dim=0), group)  # type: ignore[assignment]
+    if attention.sink_H is not None:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        attention.sink_H = nn.Parameter(Cut(dim=0).part(attention.sink_H.detach(), rank, size))
     attention.query_key_value = ColumnLinear(attention.query_key_value, Cut(dim=0, blocks=3), group)  # type: ignore[assignment]
     attention.output = RowLinear(attention.output, Cut(dim=1), group)  # type: ignore[assignment]
-    if attention.query_norm is not None and attention.key_norm is not None:
-        attention.query_norm = HeadNorm(attention.query_norm, group)
-        attention.key_norm = HeadNorm(attention.key_norm, group)
+    for name in ("query_norm", "key_norm", "value_norm"):
+        norm = getattr(attention, name)
+        if norm is not None:
+            # Other kinds of norms are refused (glm.parallel.topology).
+            assert isinstance(norm, Norm)
+            setattr(attention, name, HeadNorm(norm, group))
     feed.up = ColumnLinear(feed.up, Cut(dim=0, blocks=2 if feed.is_gated else 1), group)  # type: ignore[assignment]
     feed.down = RowLinear(feed.down, Cut(dim=1), group)  # type: ignore[assignment]

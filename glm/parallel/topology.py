@@ -67,6 +67,25 @@ class Topology:
         ]
 
 
+def _check_levers(tensor: int, model: ModelConfig) -> None:
+    """Raises InputError for what several processes cannot do."""
+    attention = model.attention
+    alone = {"model.spectral": model.spectral, "model.attention.qk_clip": attention.qk_clip > 0}
+    uncut = {
+        "model.attention.key_heads": model.key_heads != model.heads,
+        f"qk_norm or v_norm with norm_kind {model.norm_kind}": model.norm_kind != "layer"
+        and (attention.qk_norm or attention.v_norm),
+    }
+    for lever, is_on in alone.items():
+        if is_on:
+            raise InputError(f"{lever} works in one process: leave it out, or leave out parallel.*")
+    for lever, is_on in uncut.items():
+        if is_on and tensor > 1:
+            raise InputError(
+                f"{lever} is not cut over tensor ranks: choose parallel.tensor 1 (and parallel.data)"
+            )
+
+
 def checked(config: ParallelConfig, model: ModelConfig) -> Topology:
     """The topology of a configuration. Raises InputError naming what it does not divide."""
     t, p = config.tensor, config.pipeline
@@ -80,6 +99,7 @@ def checked(config: ParallelConfig, model: ModelConfig) -> Topology:
         if size % t:
             more = f"; {-(-size // t) * t} would do" if name != "model.heads" else ""
             raise InputError(f"parallel.tensor {t} does not divide {name} {size}: change one of them{more}")
+    _check_levers(t, model)
     if p > model.layers or min(stage_layers(model.layers, p)) < 1:
         raise InputError(
             f"parallel.pipeline {p} leaves a stage without a layer: model.layers is {model.layers}; use fewer stages"

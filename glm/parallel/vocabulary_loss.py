@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glm.model.vocabulary_loss import CHUNK_ELEMENTS, LIFT
+from glm.model.vocabulary_loss import CHUNK_ELEMENTS, LIFT, capped
 from glm.precision import at_least_fp32, upcasts, wide_product
 
 
@@ -33,6 +33,7 @@ class _SplitVocabularyLoss(torch.autograd.Function):
         first: int,
         z_loss: float,
         group: dist.ProcessGroup,
+        cap: float,
     ) -> Tensor:
         ctx.dtypes = hidden_NC.dtype, weight_VC.dtype
         in_fp32 = upcasts(hidden_NC)
@@ -49,7 +50,8 @@ class _SplitVocabularyLoss(torch.autograd.Function):
             local_n1 = target_N[begin : begin + size, None] - first
             elsewhere_n1 = (local_n1 < 0) | (local_n1 >= weight_VC.shape[0])
             local_n1 = local_n1.masked_fill(elsewhere_n1, 0)
-            logits_nV = at_least_fp32(hidden @ weight.t())
+            logits_nV = capped(at_least_fp32(hidden @ weight.t()), cap)
+            slope_nV = 1 - (logits_nV / cap).square_() if cap and needs_gradient else None
             largest_n1 = logits_nV.amax(1, keepdim=True)
             dist.all_reduce(largest_n1, op=dist.ReduceOp.MAX, group=group)
             logits_nV -= largest_n1
@@ -66,6 +68,8 @@ class _SplitVocabularyLoss(torch.autograd.Function):
             if needs_gradient:
                 grad_logits = softmax_nV.div_(total_n1).mul_(1 + 2 * z_loss * z_n1)
                 grad_logits.scatter_add_(1, local_n1, elsewhere_n1.to(wide) - 1.0)
+                if slope_nV is not None:
+                    grad_logits = grad_logits.mul_(slope_nV)
                 grad_logits = grad_logits.mul_(ctx.lift).to(hidden.dtype)
                 grad_hidden[begin : begin + size] = wide_product(grad_logits, weight)
                 grad_weight += wide_product(grad_logits.t(), hidden)
@@ -80,11 +84,16 @@ class _SplitVocabularyLoss(torch.autograd.Function):
         grad = grad / ctx.lift
         hidden_dtype, weight_dtype = ctx.dtypes
         hidden, weight = (grad_hidden * grad).to(hidden_dtype), (grad_weight * grad).to(weight_dtype)
-        return hidden, weight, None, None, None, None
+        return hidden, weight, None, None, None, None, None
 
 
 def split_vocabulary_loss(
-    hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, z_loss: float, group: dist.ProcessGroup
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    target_N: Tensor,
+    z_loss: float,
+    group: dist.ProcessGroup,
+    cap: float = 0.0,
 ) -> Tensor:
     """Sum over positions of the cross-entropy (and z-loss), an fp32 scalar in nats, the same on all tensor ranks.
 
@@ -94,7 +103,8 @@ def split_vocabulary_loss(
         target_N: token numbers of the whole vocabulary.
         z_loss: coefficient c.
         group: the tensor ranks.
+        cap: of the logits; 0 is off.
     """
     first = dist.get_rank(group) * weight_VC.shape[0]
-    loss: Tensor = _SplitVocabularyLoss.apply(hidden_NC, weight_VC, target_N, first, z_loss, group)  # type: ignore[no-untyped-call]
+    loss: Tensor = _SplitVocabularyLoss.apply(hidden_NC, weight_VC, target_N, first, z_loss, group, cap)  # type: ignore[no-untyped-call]
     return loss

@@ -89,7 +89,7 @@ def layer_activations(shape: Shape, rows: int, tensor: int, precision: str) -> f
     if shape.dropout:
         whole += 2 * e * tokens * shape.hidden
     # Norms of q and k keep the q, k, v product.
-    split = e * tokens * shape.hidden * (4 + (3 if shape.qk_norm else 0))
+    split = e * tokens * shape.hidden * (4 + (3 if shape.head_norms else 0))
     split += e * tokens * shape.inner * (4 if shape.gated else 2)
     if shape.softmax != "fused":
         wide = 4 + e if shape.softmax != "compute" and e < 4 else e

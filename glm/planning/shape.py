@@ -26,8 +26,11 @@ class Shape:
         layers, hidden, heads, vocabulary: L, h, a, V.
         length: s, tokens a row.
         inner: width of the feed-forward layer; ``gated``: it has two input projections.
-        norms: LayerNorms a layer; ``bias``: they and the linear layers have biases.
-        learned_positions, embedding_norm, tied, final_norm, qk_norm: what else there is.
+        norms: norms a layer, ``norm_size`` and ``head_norm_size`` parameters each over the hidden width and over a head's;
+            ``bias``: linear layers have biases.
+        key_heads: of attention, where fewer than ``heads``; None: as many.
+        gate: outputs of attention's gate; ``vectors``: what else a layer has, as learned sinks.
+        learned_positions, embedding_norm, tied, final_norm: what else there is; ``head_norms``: norms over a head's width.
         softmax: how attention's scores are formed (``AttentionConfig.softmax``).
         dropout: masks are kept for the backward pass.
     """
@@ -40,12 +43,17 @@ class Shape:
     inner: int
     gated: bool = True
     norms: int = 2
+    norm_size: int | None = None
+    head_norm_size: int | None = None
     bias: bool = True
+    key_heads: int | None = None
+    gate: int = 0
+    vectors: int = 0
     learned_positions: bool = False
     embedding_norm: bool = False
     tied: bool = True
     final_norm: bool = True
-    qk_norm: bool = False
+    head_norms: int = 0
     softmax: str = "fp32"
     dropout: bool = False
 
@@ -58,19 +66,30 @@ class Shape:
     def matrices(self) -> int:
         """Elements of a layer's matrices."""
         h = self.hidden
-        return 4 * h * h + h * self.up + self.inner * h
+        return h * (self.attention_inputs + h + self.up + self.inner)
+
+    @property
+    def attention_inputs(self) -> int:
+        """Outputs of what attention multiplies its input by: queries, keys, values, gate."""
+        head = self.hidden // self.heads
+        return (self.heads + 2 * (self.key_heads or self.heads)) * head + self.gate
 
     @property
     def split_vectors(self) -> int:
         """Biases of a layer that are split with their matrices."""
-        return (3 * self.hidden + self.up) * int(self.bias)
+        return (self.attention_inputs + self.up) * int(self.bias) + self.vectors
 
     @property
     def whole_vectors(self) -> int:
         """Norms and biases of a layer that every tensor rank holds."""
-        norm = 1 + int(self.bias)
-        qk = 2 * (self.hidden // self.heads) * norm if self.qk_norm else 0
-        return 2 * self.hidden * int(self.bias) + self.norms * self.hidden * norm + qk
+        head = self.head_norm_size
+        if head is None:
+            head = self.hidden // self.heads * (1 + int(self.bias))
+        return 2 * self.hidden * int(self.bias) + self.norms * self._norm + self.head_norms * head
+
+    @property
+    def _norm(self) -> int:
+        return self.hidden * (1 + int(self.bias)) if self.norm_size is None else self.norm_size
 
     def layer_parameters(self, tensor: int) -> int:
         """Parameters of a layer on one of ``tensor`` ranks."""
@@ -79,12 +98,12 @@ class Shape:
     def first_parameters(self, tensor: int) -> int:
         """What the first stage has before its layers."""
         extra = self.length * self.hidden if self.learned_positions else 0
-        norm = self.hidden * (1 + int(self.bias)) if self.embedding_norm else 0
+        norm = self._norm if self.embedding_norm else 0
         return self.vocabulary * self.hidden // tensor + extra + norm
 
     def last_parameters(self, tensor: int, *, alone: bool) -> int:
         """What the last stage has after its layers; ``alone``: it is the first too, and has a tied matrix already."""
-        norm = self.hidden * (1 + int(self.bias)) if self.final_norm else 0
+        norm = self._norm if self.final_norm else 0
         return norm + (0 if self.tied and alone else self.vocabulary * self.hidden // tensor)
 
     def stage_parameters(self, tensor: int, stages: list[int], stage: int) -> int:
@@ -132,13 +151,18 @@ def shape_of(config: ModelConfig, *, vocabulary: int | None = None, length: int 
         length=length or config.length,
         inner=config.feed_forward.width(config.hidden),
         gated=config.feed_forward.is_gated,
-        norms={"sandwich": 4}.get(config.norm, 1 if config.parallel_block else 2),
+        norms=config.norms_per_layer,
+        norm_size=config.norm_parameters(config.hidden),
+        head_norm_size=config.norm_parameters(config.head),
+        head_norms=2 * int(config.attention.qk_norm) + int(config.attention.v_norm),
+        key_heads=config.key_heads,
+        gate={"none": 0, "head": config.heads, "element": config.hidden}[config.attention.gate],
+        vectors=config.heads if config.attention.sink == "learned" else 0,
         bias=config.bias,
         learned_positions=config.attention.positions == "learned",
         embedding_norm=config.embedding.norm,
         tied=config.embedding.tied,
         final_norm=config.norm != "post",
-        qk_norm=config.attention.qk_norm,
         softmax=config.attention.softmax,
         dropout=config.dropout > 0,
     )

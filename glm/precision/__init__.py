@@ -1,6 +1,7 @@
 """Number formats: which tensor has which, how half operands are multiplied, and how the loss is scaled."""
 
 from glm.precision.gradient_range import GradientRange, count_elements, gradient_range
+from glm.precision.kernel import attention, gated_gelu, has_kernel, losses
 from glm.precision.loss_scale import LossScaleConfig, LossScaler
 from glm.precision.matmul import (
     at_least_fp32,
@@ -12,6 +13,7 @@ from glm.precision.matmul import (
     softmax_matmul,
     upcasts,
     wide_product,
+    wide_product_of_rows,
 )
 from glm.precision.policy import Policy, Precision
 
@@ -22,14 +24,19 @@ __all__ = [
     "Policy",
     "Precision",
     "at_least_fp32",
+    "attention",
     "attention_scores",
     "count_elements",
     "fused_attention",
+    "gated_gelu",
     "gradient_range",
+    "has_kernel",
     "linear",
+    "losses",
     "matmul",
     "multiplies_natively",
     "softmax_matmul",
     "upcasts",
     "wide_product",
+    "wide_product_of_rows",
 ]

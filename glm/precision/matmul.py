@@ -20,6 +20,7 @@ be: constants are multiplied into queries and keys, and what the softmax takes o
 
 fp32 products of matrices on a CPU are oneDNN's, whose kernels use the widest vectors of every maker's CPU. torch's default, MKL,
 does so on its own maker's only: for the matrices of a small model on an AMD CPU it takes one and a half to three times as long.
+Gradients of weights, sums over all tokens, are the compiled kernel's where there is one (``kernel``).
 
 Limits: on other devices and on capable CPUs the products are the plain torch calls, so the result is whatever that
 library rounds. Double backward is supported in fp64 on a CPU only, and on other devices.
@@ -34,6 +35,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from glm.precision.kernel import sums_weights, weight_gradient
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -163,6 +166,13 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None).to(dtype)
 
 
+def wide_product_of_rows(a: Tensor, b: Tensor) -> Tensor:
+    """``a' @ b`` of matrices, as ``wide_product``."""
+    if sums_weights(a, b):
+        return weight_gradient(a, b, bias=False)[0]
+    return wide_product(a.t(), b)
+
+
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of matrices, handed on in fp32 (or wider) as it was accumulated: the result is not rounded to half."""
     if a.dtype not in HALF_DTYPES:
@@ -187,8 +197,11 @@ class _OneDnnLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _onednn(grad_NO, weight.t()).view(x.shape)
         if ctx.needs_input_grad[1]:
+            x_NI = x.reshape(-1, weight.shape[1])
+            if sums_weights(grad_NO, x_NI):
+                return grad_x, *weight_gradient(grad_NO, x_NI, bias=ctx.needs_input_grad[2])
             # x' g rather than g' x: the kernels like the longer side in their vectors.
-            grad_weight = _onednn(x.reshape(-1, weight.shape[1]).t(), grad_NO.t()).t()
+            grad_weight = _onednn(x_NI.t(), grad_NO.t()).t()
         if ctx.needs_input_grad[2]:
             grad_bias = grad_NO.sum(0)
         return grad_x, grad_weight, grad_bias

@@ -21,8 +21,8 @@ from glm.distributed.config import ParallelConfig
 from glm.errors import InputError
 from glm.model.config import ModelConfig
 from glm.precision.loss_scale import LossScaleConfig
-from glm.train.optimizer import OptimizerConfig
 from glm.train.schedule import ScheduleConfig
+from glm.train.update_rules import OptimizerConfig
 from stabilitylab.spikes import ResponderConfig
 
 
@@ -158,9 +158,28 @@ class TrainConfig:
             raise InputError(f"seed must be in [0, 2^31), got {self.seed}")
         if self.compile and self.parallel.ranks > 1:
             raise InputError("compile works in one process only: leave it out, or leave out parallel.*")
+        check_rules(self.optimizer, self.parallel)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, default=str)
+
+
+def check_rules(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
+    """Raises InputError where the ranks' shares are not enough for the optimizer."""
+    if parallel.ranks == 1:
+        return
+    shared = parallel.tensor > 1 or parallel.zero > 0
+    if optimizer.kind == "soap" or (optimizer.needs_whole_matrices and shared):
+        raise InputError(
+            f"optimizer.kind {optimizer.kind} needs whole matrices: choose "
+            + ("muon with " if optimizer.kind == "soap" else "")
+            + "parallel.zero 0 and parallel.tensor 1, or optimizer.kind adamw"
+        )
+    if optimizer.guard.spam == "stable" or (optimizer.guard.adagc and parallel.pipeline > 1):
+        raise InputError(
+            "optimizer.guard.spam stable and, over pipeline stages, guard.adagc need a tensor's past in one process: choose "
+            "guard.spam spam, or leave out parallel.*"
+        )
 
 
 # What a resumed run may change: how long, how often it is looked at and saved, what is done about spikes, and how many

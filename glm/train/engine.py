@@ -25,13 +25,18 @@ from glm.data.batch import Batch
 from glm.distributed.process_group import ProcessGroup, SingleProcess
 from glm.errors import InputError
 from glm.model.dropout import row_keys
+from glm.model.scaling import rate_factors
+from glm.model.spectral import advance_all
 from glm.model.transformer import Transformer
 from glm.precision import LossScaler, Policy
 from glm.train import checkpoint as checkpoints
 from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
-from glm.train.optimizer import GradientSummary, MixedPrecisionAdamW
+from glm.train.gradient_summary import GradientSummary
+from glm.train.optimizer import MixedPrecisionAdamW
+from glm.train.qk_clip import clip_queries_and_keys
+from glm.train.update_rules.groups import role_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,10 @@ class Engine(Protocol):
         """Norms of the accumulated gradient: reduced over ranks, unscaled, not clipped."""
 
     def update(self, learning_rate: float, *, clip: float) -> bool:
-        """Clip and apply the gradient, then forget it. False: it was not finite and the update was skipped."""
+        """Clip and apply the gradient, then forget it. False: it was not finite, or a guard said so, and the update was skipped."""
+
+    def levers(self) -> Mapping[str, float]:
+        """What guards and the like did in the last update, by telemetry name."""
 
     def discard(self) -> None:
         """Forget the accumulated gradient without an update."""
@@ -155,9 +163,12 @@ class Updates:
     def update(self, learning_rate: float, *, clip: float) -> bool:
         applied = self.optimizer.step_with(learning_rate, clip=clip)
         if self.scaler is not None:
-            self.scaler.update(overflow=not applied)
+            self.scaler.update(overflow=self.optimizer.overflowed)
         self.optimizer.zero_grad()
         return applied
+
+    def levers(self) -> Mapping[str, float]:
+        return {name: float(value) for name, value in self.optimizer.guards.told.items()}
 
     def discard(self) -> None:
         self.optimizer.zero_grad()
@@ -209,7 +220,19 @@ class LocalEngine(Updates):
         self.policy = Policy(precision=config.precision)
         # The masters take the initial weights in fp32, so that every precision begins from the same point.
         self.model = Transformer(config.model, config.seed).to(self.device)
-        self.optimizer = MixedPrecisionAdamW(self.model, config.optimizer, self.policy)
+        self.optimizer = MixedPrecisionAdamW(
+            self.model,
+            config.optimizer,
+            self.policy,
+            peak=config.schedule.peak,
+            factors=rate_factors_of(self.model),
+        )
+        if config.model.attention.qk_clip:
+            threshold = config.model.attention.qk_clip
+            self.optimizer.after_update = lambda: clip_queries_and_keys(
+                self.model, self.optimizer.masters(), threshold
+            )
+        self._is_spectral = config.model.spectral
         self.scaler = LossScaler(config.loss_scale) if self.policy.scales_loss else None
         if config.compile:
             self._compile()
@@ -244,13 +267,21 @@ class LocalEngine(Updates):
             (loss_sum * (self.loss_scale / targets)).backward()  # type: ignore[no-untyped-call]
             self.optimizer.accumulate()
             total += float(loss_sum.detach())
-        return total / targets
+        self.optimizer.loss = total / targets
+        return self.optimizer.loss
+
+    def update(self, learning_rate: float, *, clip: float) -> bool:
+        applied = super().update(learning_rate, clip=clip)
+        if applied and self._is_spectral:
+            advance_all(self.model)
+        return applied
 
     def set_embedding_gradient_shrink(self, alpha: float) -> None:
         self.model.embedding.gradient_shrink = alpha
 
     def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        return self.optimizer.masters(), self.optimizer.moments()
+        # What the model remembers beside its weights is part of it.
+        return {**self.optimizer.masters(), **dict(self.model.named_buffers())}, self.optimizer.moments()
 
     def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         own_weights, own_moments = self.tensors()
@@ -266,6 +297,8 @@ class LocalEngine(Updates):
                         f"this model's is {list(tensor.shape)}"
                     )
         self.optimizer.load(masters=model, moments=optimizer)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(model[name])
 
     def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> CheckpointWriter:
         files = {"model": checkpoint.model, "optimizer": checkpoint.optimizer}
@@ -279,6 +312,12 @@ class LocalEngine(Updates):
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
         return checkpoints.load_newest(folder)
+
+
+def rate_factors_of(model: Transformer) -> dict[str, float]:
+    """Factors on single parameters' learning rates that the model's scaling asks for."""
+    matrices = [name for name, one in model.named_parameters() if role_of(name, one.dim()) == "hidden"]
+    return rate_factors(model.config, matrices)
 
 
 class Targets(Protocol):

@@ -20,14 +20,14 @@ event on disk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stabilitylab.telemetry import Event
 
 if TYPE_CHECKING:
+    from glm.train.gradient_summary import GradientSummary
     from glm.train.loop import Trainer
-    from glm.train.optimizer import GradientSummary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +42,12 @@ class StepInfo:
         tokens: input tokens of this step, padding included.
         targets: tokens that the loss counted.
         loss_scale: the factor on the loss in this step's backward pass; 1 without fp16.
-        skipped: the update was not applied, since its gradient was not finite.
+        skipped: the update was not applied, since its gradient was not finite or a guard left it out.
         seconds: wall time of the step.
         embedding_gradient_shrink: EGS's alpha in this step; 1 = off.
         data_seconds: the part of ``seconds`` spent waiting for the batch.
         first_sample: number of the step's first row: with it the batch can be built again.
+        levers: what guards and the like did in this update, by telemetry name.
     """
 
     step: int
@@ -61,6 +62,7 @@ class StepInfo:
     embedding_gradient_shrink: float = 1.0
     data_seconds: float = 0.0
     first_sample: int = 0
+    levers: Mapping[str, float] = field(default_factory=dict)
 
 
 class Callback:

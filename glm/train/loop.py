@@ -165,6 +165,7 @@ class Trainer:
             embedding_gradient_shrink=alpha,
             data_seconds=data_seconds,
             first_sample=self.samples - rows,
+            levers=self.engine.levers(),
         )
         noticed = [event for callback in self.callbacks for event in callback.step_end(info)]
         # One process judges; what it notices is answered by all.
@@ -195,7 +196,8 @@ class Trainer:
 
     def _respond(self, noticed: Sequence[Event], step: int) -> None:
         """Let the responder decide, and carry it out."""
-        before = self.responder.state_dict()
+        # A ring holds a state from its first step on: only without one may there be nothing to go back to.
+        before = self.responder.state_dict() if self._ring is None else None
         decision = self.responder.decide(noticed, step)
         if decision.kind == "continue":
             return
@@ -208,7 +210,8 @@ class Trainer:
         elif decision.back_to is not None:
             if (decision.rate_factor, decision.alpha, decision.clip) == (None, None, None):
                 # Nothing can be done, so nothing was: it is neither told nor paid for.
-                self.responder.load_state_dict(before)
+                if before is not None:
+                    self.responder.load_state_dict(before)
                 return
             decision = replace(decision, back_to=None, skip_batches=0)
         self.intervention = self.intervention.after(decision)

@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from glm.data.loader import Loader
 from glm.train.batches import BatchDescriber
 from glm.train.config import MonitorConfig
+from glm.train.engine import Engine
 from glm.train.events import Callback, StepInfo
+from glm.train.gradient_summary import GradientSummary
 from glm.train.loop import Trainer
-from glm.train.optimizer import GradientSummary
 from glm.train.range_probe import GradientRangeProbe
 from stabilitylab import Monitor
 from stabilitylab.probes.everything import all_probes
@@ -32,10 +34,12 @@ class MonitorCallback(Callback):
     Args:
         run: the folder, claimed by the caller; None: only the detector watches, and nothing is written.
         config: what to watch, how often.
+        trackers: experiment trackers, by name.
     """
 
-    def __init__(self, run: RunFolder | None, config: MonitorConfig) -> None:
+    def __init__(self, run: RunFolder | None, config: MonitorConfig, *, trackers: Sequence[str] = ()) -> None:
         self._run = run
+        self._trackers = trackers
         self._config = config
         self._monitor: Monitor | None = None
         self._pending_state: Mapping[str, Any] = {}
@@ -58,12 +62,13 @@ class MonitorCallback(Callback):
             trainer.engine.model,
             trainer.engine.optimizer,
             out=self._run,
-            parameters=trainer.engine.tensors()[0],
+            parameters=_parameters(trainer.engine),
             every=self._config.every,
             gradients_every=self._config.gradients_every,
             probes=[*all_probes(), self._range],
             sites=self._config.sites,
             tensorboard=self._config.tensorboard,
+            trackers=self._trackers,
             describe_batch=describe,
             recorder=self._config.recorder,
             sharded=trainer.engine.sharded,
@@ -107,6 +112,7 @@ class MonitorCallback(Callback):
             data_seconds=info.data_seconds,
             embedding_gradient_shrink=info.embedding_gradient_shrink,
             first_sample=info.first_sample,
+            **info.levers,
             **{f"train/{component}/mixture_share": share for component, share in shares.items()},
         )
 
@@ -131,3 +137,8 @@ class MonitorCallback(Callback):
             self._pending_state = state
         else:
             self._monitor.load_state_dict(state)
+
+
+def _parameters(engine: Engine) -> dict[str, Tensor]:
+    """What is trained, by name."""
+    return {name: one for name, one in engine.tensors()[0].items() if isinstance(one, nn.Parameter)}

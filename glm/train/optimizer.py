@@ -1,4 +1,4 @@
-"""AdamW on fp32 masters, with clipping whose norms are telemetry.
+"""Updates of fp32 masters by a rule, AdamW unless another is chosen, with clipping whose norms are telemetry.
 
 For gradient g (unscaled, clipped by min(1, clip / |g|) over all parameters together), step t from 1, betas b1, b2:
 
@@ -7,14 +7,14 @@ For gradient g (unscaled, clipped by min(1, clip / |g|) over all parameters toge
 
 (Loshchilov and Hutter, 1711.05101.) w are fp32 masters; a half-precision model's weights are those, rounded, after every update.
 c is 1, or with ``update_clipping`` max(1, RMS_t), RMS_t = sqrt(mean(g^2 / max(v, eps^2))) per tensor: StableAdamW (2304.13013,
-section 3.4). ``zclip`` bounds the norm by an exponential mean and deviation of its past instead of a constant (2504.02507): a norm
-z > 2.5 deviations above the mean is clipped to mean + 2.5^2 / z deviations. A non-finite norm is not taken into that past.
+section 3.4). Other rules, guards and kinds of decay are in ``glm.train.update_rules``, functions that know nothing of masters,
+groups, ranks and checkpoints.
 
-Parameters that are ``withheld`` keep master, weight and both moments to the last bit; the others are updated as they would be,
+Parameters that are ``withheld`` keep master, weight and all moments to the last bit; the others are updated as they would be,
 by the same clipping factor. Renewed second moments forget their past: v is set so that this update's v / (1 - b2^t) is g^2.
 
 Norms are computed once a step, per tensor; the global one follows from them, and telemetry gets them for nothing. A gradient that
-is not finite is not applied. The update is torch's fused kernel: one pass over weight, gradient and moments, clipping included.
+is not finite is not applied. AdamW's update is torch's fused kernel: one pass over weight, gradient and moments, clipping included.
 Groups carry ``betas``, ``eps`` and ``step`` as torch's own optimizers do, so that instruments can correct the moments' bias.
 
 Limits: one device; decay applies to matrices, not to biases, norms and other vectors.
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,67 +32,18 @@ from torch import Tensor, nn
 
 from glm.errors import InputError
 from glm.precision import Policy
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-ZCLIP_DECAY = 0.97
-ZCLIP_DEVIATIONS = 2.5
-ZCLIP_WARMUP = 25
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Constants of AdamW and of clipping.
-
-    Attributes:
-        beta1, beta2, epsilon: AdamW's.
-        weight_decay: decoupled, on matrices.
-        clip: bound of the global gradient norm; 0 is off.
-        zclip: bound it by its own past as well.
-        update_clipping: StableAdamW's per-tensor rate.
-    """
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    zclip: bool = False
-    update_clipping: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}")
-        if not self.epsilon > 0:
-            raise InputError(f"optimizer.epsilon must be positive, got {self.epsilon}")
-        if self.weight_decay < 0 or self.clip < 0:
-            raise InputError("optimizer.weight_decay and optimizer.clip must be 0 (off) or positive")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GradientSummary:
-    """Norms of a step's gradient, unscaled and not clipped.
-
-    Attributes:
-        global_norm: over all parameters; inf or nan if any element is.
-        norms: one fp32 scalar a parameter, by name.
-        gradients: the unscaled fp32 gradients by name; live until ``zero_grad``.
-        accumulated: this process's own as the backward passes left them: in the format they are accumulated in, loss scale
-            included; live until ``zero_grad``.
-    """
-
-    global_norm: float
-    norms: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor]
-    accumulated: Mapping[str, Tensor]
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.global_norm)
+from glm.train.gradient_summary import GradientSummary
+from glm.train.update_rules import RULES, OptimizerConfig, Tensors
+from glm.train.update_rules.adam import MOMENTS
+from glm.train.update_rules.application import PastValues, bound_update, decay_share, make_cautious, take_off
+from glm.train.update_rules.groups import grouped
+from glm.train.update_rules.guards import Guards
+from glm.train.update_rules.muon import matrix_rows
+from glm.train.update_rules.zclip import ZClip
 
 
 class MixedPrecisionAdamW(torch.optim.Optimizer):
-    """AdamW over a model's parameters.
+    """AdamW, or another rule, over a model's parameters.
 
     The model must be in fp32 when given; for a half-precision policy it is cast here, its fp32 weights becoming the masters.
 
@@ -100,9 +51,19 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         model: its parameters, by name.
         config: constants.
         policy: number formats.
+        peak: highest learning rate of the schedule, for kinds of decay that hang on it.
+        factors: on the rates of single parameters, by name, whose decay is divided by them (``glm.model.scaling``).
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, policy: Policy) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        policy: Policy,
+        *,
+        peak: float = 1.0,
+        factors: Mapping[str, float] | None = None,
+    ) -> None:
         self.config, self.policy = config, policy
         named = dict(model.named_parameters())
         initial = (
@@ -113,27 +74,35 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         policy.cast(model)
         self._live = dict(model.named_parameters())
         self._masters = self._make_masters(initial)
-        decayed = {name for name, live in self._live.items() if live.dim() >= 2}
-        groups = [
-            {
-                "params": [m for n, m in self._masters.items() if n in decayed],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [m for n, m in self._masters.items() if n not in decayed], "weight_decay": 0.0},
-        ]
         constants = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "step": 0}
-        super().__init__([group for group in groups if group["params"]], constants)
-        for master in self._masters.values():
-            self.state[master] = {moment: torch.zeros_like(master) for moment in MOMENTS}
+        groups = [
+            {"params": [self._masters[name] for name in names], **settings}
+            for settings, names in grouped(
+                config, {name: live.dim() for name, live in self._live.items()}, factors or {}
+            )
+        ]
+        super().__init__(groups, constants)
+        for group in groups:
+            for master in group["params"]:
+                self.state[master] = RULES[group["rule"]].state(master)
+        self._names = {master: name for name, master in self._masters.items()}
+        self._rows = matrix_rows(model, per_head=config.muon.per_head) if config.kind == "muon" else {}
+        self._peak = peak
+        self.guards = Guards(config.guard)
+        self._update_norms = PastValues()
+        # Of the step's gradient, for skip-step; whether the last one was not finite.
+        self.loss = 0.0
+        self.overflowed = False
         self._accumulated: dict[str, Tensor] = {}
         self._summary: GradientSummary | None = None
-        self._clip = config.clip
+        self._clip, self._rate = config.clip, 0.0
         # Names of the parameters that updates leave alone, and of those whose second moments the next one begins anew.
         self.withheld: frozenset[str] = frozenset()
         self.renewed: frozenset[str] = frozenset()
+        # What else moves the masters at the end of an update; returns telemetry.
+        self.after_update: Callable[[], Mapping[str, Tensor]] | None = None
         self.updates = 0
-        self._norm_mean = self._norm_variance = 0.0
-        self._norms_seen = 0
+        self._zclip = ZClip()
 
     def _make_masters(self, initial: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
         """What is updated, by parameter name: copies of ``initial`` in fp32, or the weights themselves if that is empty."""
@@ -172,6 +141,14 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         )
         return self._summary
 
+    @torch.no_grad()
+    def measure_again(self) -> None:
+        """Gradients were changed since ``gradients`` summed them up: take their norms anew."""
+        if self._summary is not None:
+            found = {name: master.grad for name, master in self._masters.items() if master.grad is not None}
+            norms, total = self._norms(found)
+            self._summary = replace(self._summary, global_norm=total, norms=norms, gradients=found)
+
     def _found(self) -> dict[str, Tensor]:
         """The accumulated gradient of each master, in fp32."""
         return {name: gradient.float() for name, gradient in self.accumulated().items()}
@@ -190,7 +167,8 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
     # --------------------------------------------------------------------------------------------------- update
 
     def step_with(self, rate: float, *, clip: float) -> bool:
-        """Clip and apply the gradient that ``gradients`` summed up. False: it was not finite, nothing was changed.
+        """Clip and apply the gradient that ``gradients`` summed up. False: it was not finite, or a guard left it out; nothing was
+        changed.
 
         Args:
             rate: learning rate of this update.
@@ -198,11 +176,13 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         """
         if self._summary is None:
             raise RuntimeError("call gradients() before step_with()")
-        if not self._summary.is_finite:
+        self.overflowed = not self._summary.is_finite
+        if self.overflowed or self.guards.leaves_out(self.loss, self._summary.global_norm):
             return False
+        rate *= self.guards.rate_factor(self.updates + 1)
         for group in self.param_groups:
-            group["lr"] = rate
-        self._clip = clip
+            group["lr"] = rate * group["rate_factor"]
+        self._rate, self._clip = rate, clip
         self.step()
         return True
 
@@ -214,30 +194,100 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         factor = self._clip_factor(self._summary.global_norm)
         self.updates += 1
         held = {self._masters[name] for name in self.withheld if name in self._masters}
+        if self.guards.resets(self.updates):
+            for master in self._names:
+                torch._foreach_zero_(list(self.state[master].values()))
+        factor = self._guarded(held, factor)
         self._renew(held, factor)
+        parts = []
         for group in self.param_groups:
-            group["step"] = self.updates
+            group["step"] = self.guards.age(self.updates)
             masters = [p for p in group["params"] if p.grad is not None and p not in held]
             if masters:
+                parts.append((masters, group))
+        if self.config.is_plain:
+            for masters, group in parts:
                 self._apply(masters, group, factor)
-        self._publish()
+        else:
+            self._apply_rules(parts, factor)
+        if self.after_update is not None:
+            self.guards.told |= self.after_update()
+        self.publish()
+
+    def _guarded(self, held: Set[nn.Parameter], factor: float) -> float:
+        """Have the guards clip what is to be applied. Returns what of the global clip is left to do."""
+        if not self.guards.clips:
+            return factor
+        assert self._summary is not None
+        applied = {n: p for p, n in self._names.items() if p.grad is not None and p not in held}
+        return self.guards.clip(
+            {name: p.grad for name, p in applied.items() if p.grad is not None},
+            self._summary.norms,
+            {name: self.state[p].get(MOMENTS[1], p) for name, p in applied.items()},
+            factor=factor,
+            updates=self.updates,
+            epsilon=self.config.epsilon,
+        )
+
+    def _apply_rules(self, parts: list[tuple[list[nn.Parameter], dict[str, Any]]], factor: float) -> None:
+        """Move weights by their rules' directions, gradients being clipped in place."""
+        config, t = self.config, self.guards.age(self.updates)
+        directions: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        for masters, group in parts:
+            names = [self._names[p] for p in masters]
+            own = [p.grad for p in masters if p.grad is not None]  # every one of them has one
+            if factor != 1.0:
+                torch._foreach_mul_(own, factor)
+            rows = [self._rows.get(name) for name in names]
+            tensors = Tensors(gradients=own, states=[self.state[p] for p in masters], rows=rows)
+            directions |= dict(zip(names, RULES[group["rule"]].directions(tensors, t, config), strict=True))
+            gradients |= dict(zip(names, own, strict=True))
+        if config.cautious:
+            make_cautious(directions, gradients, self._whole_sizes(), self._total)
+        if config.guard.update_norm:
+            deviations = config.guard.update_norm
+            share = bound_update(directions, self._update_norms, deviations, self._total)
+            self.guards.told["guard/-/update_norm_factor"] = share
+        for masters, group in parts:
+            decay = self._decay(group)
+            for p in masters:
+                direction = directions[self._names[p]]
+                take_off(p, direction, rate=group["lr"], decay=decay, cautious=config.cautious_decay)
+
+    def _decay(self, group: Mapping[str, Any]) -> float:
+        """What this update takes off a weight of the group, as a share of it."""
+        factor: float = group["rate_factor"]
+        return factor * decay_share(
+            self.config, self._rate, self._peak, group["weight_decay"], leads_out=group["leads_out"]
+        )
+
+    def _total(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Of sums over the tensors that are here, those over the whole tensors of the whole model."""
+        return sums
+
+    def _whole_sizes(self) -> Mapping[str, int]:
+        """Elements of the whole tensors."""
+        return {name: master.numel() for name, master in self._masters.items()}
 
     def _renew(self, held: Set[nn.Parameter], factor: float) -> None:
         """Let the second moments in ``renewed`` be what this gradient alone would make them."""
         beta2 = self.config.beta2
-        correction2 = 1 - beta2**self.updates
+        correction2 = 1 - beta2 ** self.guards.age(self.updates)
         for name in self.renewed:
             master = self._masters.get(name)
             if master is None or master in held or master.grad is None or beta2 == 0:
+                continue
+            if MOMENTS[1] not in self.state[master]:
                 continue
             # b2 v + (1 - b2) g^2 = (1 - b2^t) g^2; at t = 1 v is 0 as ever.
             share = (correction2 - (1 - beta2)) / beta2
             self.state[master][MOMENTS[1]].copy_((master.grad * factor).square() * share)
         self.renewed = frozenset()
 
-    def _apply(self, masters: list[Tensor], group: Mapping[str, Any], factor: float) -> None:
+    def _apply(self, masters: list[nn.Parameter], group: Mapping[str, Any], factor: float) -> None:
         """Move some weights by their gradients, which are clipped in place."""
-        config = self.config
+        config, age = self.config, self.guards.age(self.updates)
         gradients = [p.grad for p in masters if p.grad is not None]  # every one of them has one
         first, second = ([self.state[p][moment] for p in masters] for moment in MOMENTS)
         device = masters[0].device
@@ -248,16 +298,20 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
                 torch._foreach_mul_(gradients, factor)
             coming = list(torch._foreach_mul(second, config.beta2))
             torch._foreach_addcmul_(coming, gradients, gradients, 1 - config.beta2)
-            rates = self._rates(group["lr"], gradients, coming, 1 - config.beta2**self.updates)
+            rates = self._rates(group["lr"], gradients, coming, 1 - config.beta2**age)
             calls = [(slice(i, i + 1), rate) for i, rate in enumerate(rates)]
         else:
             if factor != 1.0:
                 scale = torch.tensor(1.0 / factor, device=device)  # the kernel divides by it
             calls = [(slice(None), group["lr"])]
-        step = torch.tensor(float(self.updates), device=device)
+        step = torch.tensor(float(age), device=device)
+        # The kernel multiplies it by the rate, which the other kinds of decay do not.
+        decay = group["weight_decay"]
+        if config.decay != "coupled":
+            decay = self._decay(group) / group["lr"]
         for part, rate in calls:
             torch._fused_adamw_(
-                masters[part],
+                [*masters[part]],
                 gradients[part],
                 first[part],
                 second[part],
@@ -266,7 +320,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
                 lr=rate,
                 beta1=config.beta1,
                 beta2=config.beta2,
-                weight_decay=group["weight_decay"],
+                weight_decay=decay,
                 eps=config.epsilon,
                 amsgrad=False,
                 maximize=False,
@@ -293,25 +347,20 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
     def _clip_factor(self, norm: float) -> float:
         bound = self._clip or math.inf
         if self.config.zclip:
-            bound = min(bound, self._zclip_bound(norm))
-            self._remember(min(norm, bound))
+            bound = min(bound, self._zclip.bound(norm))
+            self._zclip.remember(min(norm, bound))
         return bound / (norm + 1e-6) if norm > bound else 1.0
 
-    def _zclip_bound(self, norm: float) -> float:
-        deviation = math.sqrt(self._norm_variance)
-        if self._norms_seen < ZCLIP_WARMUP or deviation == 0.0:
-            return math.inf
-        z = (norm - self._norm_mean) / deviation
-        return math.inf if z <= ZCLIP_DEVIATIONS else self._norm_mean + ZCLIP_DEVIATIONS**2 / z * deviation
+    def coming_factor(self) -> float:
+        """What clipping will multiply the gradient by that ``gradients`` summed up."""
+        if self._summary is None:
+            raise RuntimeError("call gradients() before coming_factor()")
+        bound, norm = self._clip or math.inf, self._summary.global_norm
+        if self.config.zclip:
+            bound = min(bound, self._zclip.bound(norm))
+        return bound / (norm + 1e-6) if norm > bound else 1.0
 
-    def _remember(self, norm: float) -> None:
-        gain = max(1 - ZCLIP_DECAY, 1 / (self._norms_seen + 1))
-        difference = norm - self._norm_mean
-        self._norm_mean += gain * difference
-        self._norm_variance = (1 - gain) * (self._norm_variance + gain * difference**2)
-        self._norms_seen += 1
-
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Round the masters into the half-precision weights."""
         if self.policy.has_masters:
             torch._foreach_copy_(list(self._live.values()), list(self._masters.values()))
@@ -334,7 +383,9 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
     def moments(self) -> dict[str, Tensor]:
         """The moments as ``<moment>/<parameter>``, live."""
         return {
-            f"{m}/{name}": self.state[master][m] for name, master in self._masters.items() for m in MOMENTS
+            f"{moment}/{name}": tensor
+            for name, master in self._masters.items()
+            for moment, tensor in self.state[master].items()
         }
 
     @torch.no_grad()
@@ -343,21 +394,22 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         for own, given in ((self.masters(), masters), (self.moments(), moments)):
             for name, tensor in own.items():
                 tensor.copy_(given[name])
-        self._publish()
+        self.publish()
 
     def counters(self) -> dict[str, Any]:
         """The rest of the state, as JSON can hold it."""
         return {
             "updates": self.updates,
-            "norm_mean": self._norm_mean,
-            "norm_variance": self._norm_variance,
-            "norms_seen": self._norms_seen,
+            **self._zclip.state_dict(),
+            **({"guards": guards} if (guards := self.guards.state_dict()) else {}),
+            **({"update_norms": self._update_norms.state()} if len(self._update_norms) else {}),
         }
 
     def load_counters(self, state: Mapping[str, Any]) -> None:
         """Take back what ``counters`` gave."""
         self.updates = state["updates"]
         for group in self.param_groups:
-            group["step"] = self.updates
-        self._norm_mean, self._norm_variance = state["norm_mean"], state["norm_variance"]
-        self._norms_seen = state["norms_seen"]
+            group["step"] = self.guards.age(self.updates)
+        self._zclip.load_state_dict(state)
+        self.guards.load_state_dict(state.get("guards", {}))
+        self._update_norms.load(state.get("update_norms", []))

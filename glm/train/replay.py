@@ -48,10 +48,12 @@ from glm.train.forks import (
     trainer_of,
 )
 from glm.train.monitoring import MonitorCallback
-from glm.train.replay_report import show, write_report
+from glm.train.replay_report import LATER, LOSS, show, verdict_of, write_report
 from stabilitylab.command_line import parse
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
+from stabilitylab.spikes import Episode
+from stabilitylab.spikes.outcomes import OUTCOME, treatment_of
 from stabilitylab.telemetry import Event
 
 UNCHANGED = "unchanged"
@@ -124,6 +126,7 @@ def replay(asked: Replay, *, console: Console) -> Run:
         )
         state = lead_in(original, data, start, begin)
         _train_fork(asked, data, state, out, change)
+        _record_outcome(run, episode, out, change)
     finally:
         out.release()
     fork = load_run(out.path)
@@ -234,6 +237,20 @@ def _train_fork(asked: Replay, data: TokenData, state: Checkpoint, out: RunFolde
         Event(step=state.step, kind="rewind", data={"why": "fork", "of": str(asked.run), "change": told})
     )
     trainer.train(until=state.step + asked.steps)
+
+
+def _record_outcome(original: Run, episode: Episode, out: RunFolder, change: str) -> None:
+    """Say in the fork whether what it changed helped, for the advice on later events (``stabilitylab.spikes.outcomes``); not where
+    it ends within ten steps of the onset, which is too soon to say."""
+    fork = load_run(out.path)
+    loss = fork.series(LOSS)
+    if change == UNCHANGED or not len(loss) or int(loss.index.max()) < episode.onset + LATER:
+        return
+    verdict = verdict_of(original, episode, fork)
+    told = {"kind": episode.kind, "signal": episode.signal, "onset": episode.onset}
+    data = {"of": "replay", "treatment": treatment_of(change.split(",")), "event": told, "change": change}
+    judged = {"verdict": verdict, "helped": verdict == "prevented"}
+    out.append_events([Event(step=episode.onset, kind=OUTCOME, data={**data, **judged})])
 
 
 def _folder_name(change: str) -> str:

@@ -19,6 +19,7 @@ COLUMNS = ("change", "highest loss", "last loss", "largest gradient norm", "epis
 LOSS = "train/-/loss"
 LAST = 5
 BASE = 20
+LATER = 10
 
 
 def rows(original: Run, episode: Episode, forks: Sequence[Run]) -> list[tuple[str, ...]]:
@@ -30,9 +31,7 @@ def _row(original: Run, episode: Episode, fork: Run) -> tuple[str, ...]:
     loss, norm = fork.series(LOSS), fork.series("train/-/gradient_norm")
     after = loss[loss.index >= episode.onset]
     finite_norm = norm[np.isfinite(norm)]
-    found = [
-        one for one in episodes_of(fork.events) if one.kind != "hard-batch" or episode.kind == "hard-batch"
-    ]
+    found = _found(episode, fork)
     told = ", ".join(f"{one.kind} at {one.onset}" for one in found) or "none"
     return (
         fork.name,
@@ -40,8 +39,21 @@ def _row(original: Run, episode: Episode, fork: Run) -> tuple[str, ...]:
         _number(loss.iloc[-LAST:].mean(skipna=False) if len(loss) else math.nan),
         _number(finite_norm.max() if len(finite_norm) else math.nan),
         told,
-        verdict(episode, found, rise=_rise(fork, fork, episode) / _rise(original, fork, episode)),
+        verdict_of(original, episode, fork),
     )
+
+
+def verdict_of(original: Run, episode: Episode, fork: Run) -> str:
+    """The verdict on a fork."""
+    return verdict(
+        episode, _found(episode, fork), rise=_rise(fork, fork, episode) / _rise(original, fork, episode)
+    )
+
+
+def _found(episode: Episode, fork: Run) -> list[Episode]:
+    return [
+        one for one in episodes_of(fork.events) if one.kind != "hard-batch" or episode.kind == "hard-batch"
+    ]
 
 
 def _rise(run: Run, fork: Run, episode: Episode) -> float:
@@ -64,7 +76,7 @@ def verdict(episode: Episode, found: Sequence[Episode], *, rise: float) -> str:
     alike = [one for one in found if one.signal == episode.signal or one.kind == episode.kind]
     if not alike:
         return "prevented"
-    if min(one.onset for one in alike) >= episode.onset + 10:
+    if min(one.onset for one in alike) >= episode.onset + LATER:
         return "later"
     return "milder" if rise < 0.5 else "came"
 

@@ -10,13 +10,14 @@ Which rank printed a line is told by its prefix: ``[rank3]:``, ``[default7]:``, 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.console_formats import FALLBACK, FORMATS
 from stabilitylab.logs.pattern import TextFormat, Values, own_formats, pairs, plain_text
-from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.rows import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 _RANK = re.compile(r"^\[(?:rank|default)\s?(\d+)\]:|\brank[= ](\d+)[\]: ]", re.IGNORECASE)
@@ -24,6 +25,8 @@ _FOLLOWS = re.compile(r"^\s+[A-Za-z]")
 _LINE_END = re.compile(rb"[\r\n]")
 # A format is the file's when so many of its lines are records.
 _ENOUGH = 3
+# A trigger that hits so often without a record is another format's word.
+_HITS = 20_000
 
 
 def read_console(source: Source, *, pattern: str | None = None) -> Reading | None:
@@ -46,42 +49,83 @@ def _first(source: Source, formats: Sequence[TextFormat], *, enough: int) -> Tex
     total = [0] * len(formats)
     for chunk in source.chunks():
         for i, one in enumerate(formats):
-            for count, _ in enumerate(_records(one, chunk, {}), start=1):
-                total[i] += 1
-                if count == 200:
-                    break
+            total[i] += sum(1 for _ in islice(_records(one, chunk, {}, hits=_HITS), 200))
         if max(total) >= enough:
             break
     return formats[total.index(max(total))] if any(total) else None
 
 
 def _reading(source: Source, one: TextFormat) -> Reading:
-    left_out: Counter[str] = Counter()
-
-    def rows() -> Iterator[Row]:
-        left_out.clear()
-        before: dict[str, Values] = {}
-        held: tuple[str, Values] | None = None
-        for chunk in source.chunks():
-            for rank, values in _records(one, chunk, before):
-                if values is None:
-                    left_out["lines of validation, of the start, or without a loss"] += 1
-                    continue
-                if held is not None:
-                    yield held
-                held = rank, values
-        if held is not None:
-            yield held
-
-    return Reading(format=one.name, rows=rows, losses=one.losses, left_out=left_out)
+    reading = Reading(
+        format=one.name,
+        rows=lambda: text_rows(source, reading),
+        losses=one.losses,
+        pieces=lambda: ConsolePieces(one, reading),
+    )
+    return reading
 
 
-def _records(one: TextFormat, chunk: bytes, before: dict[str, Values]) -> Iterator[tuple[str, Values | None]]:
-    """Records of the lines of ``chunk``; None in place of one that the format leaves out."""
-    at = 0
+class ConsolePieces:
+    """Records of one format.
+
+    Args:
+        one: the format.
+        reading: where what is left out is counted.
+    """
+
+    def __init__(self, one: TextFormat, reading: Reading) -> None:
+        self._one, self._reading = one, reading
+        # rank -> its record before; and the start of a record whose further lines may come with the next piece
+        self.state: dict[str, Any] = {"before": {}, "rest": ""}
+
+    def take(self, piece: bytes) -> Iterator[Row]:
+        """The records that are complete."""
+        if self._one.follow:
+            piece = self.state["rest"].encode("utf-8", "surrogateescape") + piece
+            cut = _unfinished(self._one, piece)
+            self.state["rest"] = piece[cut:].decode("utf-8", "surrogateescape")
+            piece = piece[:cut]
+        return self._rows(piece)
+
+    def end(self) -> Iterator[Row]:
+        """The last record of several lines."""
+        rest, self.state["rest"] = self.state["rest"], ""
+        return self._rows(rest.encode("utf-8", "surrogateescape"))
+
+    def _rows(self, piece: bytes) -> Iterator[Row]:
+        for rank, values in _records(self._one, piece, self.state["before"]):
+            if values is None:
+                self._reading.left_out["lines of validation, of the start, or without a loss"] += 1
+            else:
+                yield rank, values
+
+
+def _unfinished(one: TextFormat, piece: bytes) -> int:
+    """Where the last record begins, if further lines of it may follow; else the piece's length."""
+    start = -1
+    for found in one.trigger.finditer(piece):
+        start = found.start()
+    if start < 0:
+        return len(piece)
+    begins = max(piece.rfind(end, 0, start) for end in (b"\n", b"\r")) + 1
+    at = piece.find(b"\n", start) + 1
+    while at and at < len(piece):
+        if not _FOLLOWS.match(plain_text(piece[at:])):
+            return len(piece)
+        at = piece.find(b"\n", at) + 1
+    return begins
+
+
+def _records(
+    one: TextFormat, chunk: bytes, before: dict[str, Values], *, hits: int | None = None
+) -> Iterator[tuple[str, Values | None]]:
+    """Records of the lines of ``chunk``; None in place of one that the format leaves out. After so many ``hits`` of the
+    trigger it is left."""
+    at = count = 0
     search = one.trigger.search
-    while found := search(chunk, at):
-        start = max(chunk.rfind(b"\n", 0, found.start()), chunk.rfind(b"\r", 0, found.start())) + 1
+    while (count := count + 1) != hits and (found := search(chunk, at)):
+        # Back to where the line begins, and no further than the last record: every byte is looked at once.
+        start = max(chunk.rfind(end, at, found.start()) + 1 for end in (b"\n", b"\r")) or at
         ending = _LINE_END.search(chunk, found.start())
         end = ending.start() if ending else len(chunk)
         at = end + 1

@@ -10,10 +10,11 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.pattern import Values, number
-from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.rows import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 NULLS = frozenset(("", "null", "none", "n/a", "na", "-", "<na>"))
@@ -47,52 +48,72 @@ def read_csv_rows(source: Source) -> Reading:
     if len(parts) > 1:
         form = "YOLO results"
     several = form.startswith("W&B") and len(runs) > 1
-    reading = Reading(format=form, rows=lambda: _rows(source, reading, delimiter, several, parts))
+    reading = Reading(
+        format=form,
+        rows=lambda: text_rows(source, reading),
+        pieces=lambda: CsvPieces(reading, delimiter, several, parts),
+    )
     if len(parts) > 1:
         reading.losses = ("train/loss",)
         reading.notes.append(f"the loss is the sum of {', '.join(parts)}")
     return reading
 
 
-def _rows(
-    source: Source, reading: Reading, delimiter: str, several: bool, parts: Sequence[str]
-) -> Iterator[Row]:
-    reading.left_out.clear()
-    names: list[str] = []
-    count = 0
-    for line in csv.reader(_text(source), delimiter=delimiter):
-        if not line or (len(line) == 1 and not line[0].strip()):
-            continue
-        if line[0].lstrip().startswith("#"):
-            reading.left_out["comments"] += 1
-            continue
-        cells = [cell.strip() for cell in line]
-        if not names or _is_header(cells, names, delimiter):
-            if names:
-                reading.left_out["headers repeated"] += 1
-            names = cells
-            continue
-        count += 1
-        if len(cells) != len(names):
-            reading.left_out["rows of too few or too many cells"] += 1
-            continue
-        values: Values = {}
-        for name, cell in zip(names, cells, strict=True):
-            value = _value(cell, delimiter)
-            if value is not None or _null(cell):
-                values[name] = value
-            elif "loss" in name.lower() or name.lower() in ("step", "iteration", "global_step"):
-                reading.damage(
-                    "cells that are no numbers",
-                    f"column {name!r}, row {count}: {cell[:40]!r} is not a number",
-                )
-        if len(parts) > 1:
-            held = [values.get(part) for part in parts]
-            values["train/loss"] = None if None in held else sum(x for x in held if x is not None)
-        if several:
-            yield from _side_by_side(values)
-        else:
-            yield "", values
+class CsvPieces:
+    """Rows under the header that stands above them.
+
+    Args:
+        reading: where what is left out is counted.
+        delimiter: the sign that parts cells.
+        several: runs stand side by side (W&B).
+        parts: columns whose sum is the loss (YOLO).
+    """
+
+    def __init__(self, reading: Reading, delimiter: str, several: bool, parts: Sequence[str]) -> None:
+        self._reading, self._delimiter, self._several, self._parts = reading, delimiter, several, parts
+        self.state: dict[str, Any] = {"names": [], "row": 0}
+
+    def end(self) -> Iterator[Row]:
+        """Nothing is held back."""
+        return iter(())
+
+    def take(self, piece: bytes) -> Iterator[Row]:
+        """The rows of these lines."""
+        reading, delimiter, state, parts = self._reading, self._delimiter, self.state, self._parts
+        for line in csv.reader(_decoded(piece, first=not state["names"]), delimiter=delimiter):
+            if not line or (len(line) == 1 and not line[0].strip()):
+                continue
+            if line[0].lstrip().startswith("#"):
+                reading.left_out["comments"] += 1
+                continue
+            cells = [cell.strip() for cell in line]
+            names = state["names"]
+            if not names or _is_header(cells, names, delimiter):
+                if names:
+                    reading.left_out["headers repeated"] += 1
+                state["names"] = cells
+                continue
+            state["row"] += 1
+            if len(cells) != len(names):
+                reading.left_out["rows of too few or too many cells"] += 1
+                continue
+            values: Values = {}
+            for name, cell in zip(names, cells, strict=True):
+                value = _value(cell, delimiter)
+                if value is not None or _null(cell):
+                    values[name] = value
+                elif "loss" in name.lower() or name.lower() in ("step", "iteration", "global_step"):
+                    reading.damage(
+                        "cells that are no numbers",
+                        f"column {name!r}, row {state['row']}: {cell[:40]!r} is not a number",
+                    )
+            if len(parts) > 1:
+                held = [values.get(part) for part in parts]
+                values["train/loss"] = None if None in held else sum(x for x in held if x is not None)
+            if self._several:
+                yield from _side_by_side(values)
+            else:
+                yield "", values
 
 
 def _side_by_side(values: Values) -> Iterator[Row]:
@@ -133,6 +154,12 @@ def _first_line(source: Source) -> str:
 
 
 def _text(source: Source) -> Iterator[str]:
-    for number_, line in enumerate(source.lines()):
-        text = line.decode("utf-8", errors="replace").replace("\0", "")
-        yield text.lstrip("\ufeff") if not number_ else text
+    for number_, chunk in enumerate(source.chunks()):
+        yield from _decoded(chunk, first=not number_)
+
+
+def _decoded(piece: bytes, *, first: bool) -> list[str]:
+    piece = piece.removeprefix(b"\xef\xbb\xbf") if first else piece
+    return [
+        line.decode("utf-8", errors="replace").replace("\0", "") for line in piece.splitlines(keepends=True)
+    ]

@@ -13,9 +13,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from stabilitylab.logs.pattern import NUMBER, Values, number
-from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.rows import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 _RECORD = re.compile(
@@ -36,52 +37,82 @@ def read_huggingface_console(source: Source) -> Reading | None:
     believed = None not in bars and all(a < b for a, b in itertools.pairwise(bars))  # type: ignore[operator]
     scale = next((values["attempted"] for values, _ in first if "attempted" in values), None)
     reading = Reading(
-        format="HuggingFace Trainer console", rows=lambda: _rows(source, reading, believed, scale)
+        format="HuggingFace Trainer console",
+        rows=lambda: text_rows(source, reading),
+        pieces=lambda: HuggingFacePieces(reading, believed, scale),
+        step="step",
+        losses=("loss",),
     )
-    reading.step, reading.losses = "step", ("loss",)
     if not believed:
         reading.notes.append("the records hold no step, and no bar tells it: they are counted from 0")
     return reading
 
 
-def _rows(source: Source, reading: Reading, believed: bool, scale: float | None) -> Iterator[Row]:
-    """Records in order. ``scale`` is the loss scale of the start: what the first overflow was attempted with."""
-    reading.left_out.clear()
-    count = -1
-    held: Values | None = None
-    for values, bar in _records(source):
-        if "loss" in values:
-            if held is not None:
-                yield "", held
-            count += 1
-            held = {"step": float(bar) if believed and bar is not None else float(count), **values}
-            if scale is not None:
-                held["loss_scale"] = scale
-        elif "loss_scale" in values:
-            scale = values["loss_scale"]
-            if held is not None:
-                held |= values
-        else:
-            summary = "train_runtime" in values or "train_loss" in values
-            reading.left_out["the closing summary" if summary else "rows of evaluation"] += 1
-    if held is not None:
-        yield "", held
+class HuggingFacePieces:
+    """Printed records.
+
+    Args:
+        reading: where what is left out is counted.
+        believed: whether the bars tell the steps.
+        scale: the loss scale of the start: what the first overflow was attempted with; None: there is none.
+    """
+
+    def __init__(self, reading: Reading, believed: bool, scale: float | None) -> None:
+        self._reading, self._believed = reading, believed
+        self.state: dict[str, Any] = {"count": -1, "scale": scale, "bar": None, "held": None}
+
+    def take(self, piece: bytes) -> Iterator[Row]:
+        """The records; where a loss scale is spoken of, the last is held back for the lines that belong to it."""
+        state = self.state
+        for values, bar in _records_in(piece, state):
+            if "loss" in values:
+                if state["held"] is not None:
+                    yield "", state["held"]
+                state["count"] += 1
+                known = self._believed and bar is not None
+                state["held"] = {
+                    "step": float(bar if known and bar is not None else state["count"]),
+                    **values,
+                }
+                if state["scale"] is not None:
+                    state["held"]["loss_scale"] = state["scale"]
+            elif "loss_scale" in values:
+                state["scale"] = values["loss_scale"]
+                if state["held"] is not None:
+                    state["held"] |= values
+            else:
+                summary = "train_runtime" in values or "train_loss" in values
+                self._reading.left_out["the closing summary" if summary else "rows of evaluation"] += 1
+        if state["scale"] is None:
+            yield from self.end()
+
+    def end(self) -> Iterator[Row]:
+        """The last record."""
+        held, self.state["held"] = self.state["held"], None
+        if held is not None:
+            yield "", held
 
 
 def _records(source: Source) -> Iterator[tuple[Values, int | None]]:
     """The numbers of each record and the last progress bar before it."""
-    bar: int | None = None
+    state: dict[str, Any] = {"bar": None}
     for chunk in source.chunks():
-        at = 0
-        for found in _RECORD.finditer(chunk):
-            if found["scale"] is not None:
-                reached = number((found["next"] or found["scale"]).decode())
-                attempted = number(found["scale"].decode())
-                yield {"loss_scale": reached, "attempted": attempted, "skipped": 1.0}, bar
-                continue
-            # Only the last few bars before a record matter; there may be thousands.
-            bars = _BAR.findall(chunk, max(at, found.start() - _BEFORE), found.start())
-            bar = int(bars[-1][0]) if bars else bar
-            at = found.end()
-            text = found[0].decode("utf-8", errors="replace")
-            yield {name: number(ratio or value) for name, ratio, value in _PAIR.findall(text)}, bar
+        yield from _records_in(chunk, state)
+
+
+def _records_in(chunk: bytes, state: dict[str, Any]) -> Iterator[tuple[Values, int | None]]:
+    at = 0
+    for found in _RECORD.finditer(chunk):
+        if found["scale"] is not None:
+            reached = number((found["next"] or found["scale"]).decode())
+            attempted = number(found["scale"].decode())
+            yield {"loss_scale": reached, "attempted": attempted, "skipped": 1.0}, state["bar"]
+            continue
+        # Only the last few bars before a record matter; there may be thousands.
+        bars = _BAR.findall(chunk, max(at, found.start() - _BEFORE), found.start())
+        state["bar"] = int(bars[-1][0]) if bars else state["bar"]
+        at = found.end()
+        text = found[0].decode("utf-8", errors="replace")
+        yield {name: number(ratio or value) for name, ratio, value in _PAIR.findall(text)}, state["bar"]
+    bars = _BAR.findall(chunk, max(at, len(chunk) - _BEFORE))
+    state["bar"] = int(bars[-1][0]) if bars else state["bar"]

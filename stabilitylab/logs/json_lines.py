@@ -14,7 +14,7 @@ from typing import Any
 
 from stabilitylab.logs.log import is_evaluation
 from stabilitylab.logs.pattern import Values, number, plain_text
-from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.rows import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 _MODES = ("mode", "split", "phase", "stage")
@@ -24,42 +24,62 @@ _RATIO = re.compile(r"^(\d+)/\d+$")
 
 def read_json_lines(source: Source) -> Reading:
     """Every line that holds an object."""
-    reading = Reading(format="JSON lines", rows=lambda: _rows(source, reading))
+    reading = Reading(
+        format="JSON lines", rows=lambda: text_rows(source, reading), pieces=lambda: JsonPieces(reading)
+    )
     return reading
 
 
-def _rows(source: Source, reading: Reading) -> Iterator[Row]:
-    reading.left_out.clear()
-    for number_, line in enumerate(source.lines(), start=1):
-        text = plain_text(line).strip()
-        if not text:
-            continue
-        start = text.find("{")
-        try:
-            record = json.loads(text[start:]) if start >= 0 else json.loads(text)
-        except ValueError:
-            if not line.endswith((b"\n", b"\r")):
-                reading.left_out["a last line cut short"] += 1
-            elif start > 0 or (start < 0 and reading.format == "fairseq"):
-                reading.left_out["lines that are no records"] += 1
-            else:
-                reading.damage("lines that are not JSON", f"line {number_} is not JSON")
-            continue
-        if not isinstance(record, dict):
-            reading.damage("lines that are no JSON object", f"line {number_} is no JSON object")
-            continue
-        part = part_of(record)
-        if part is None:
-            reading.left_out["rows of validation"] += 1
-            continue
-        values = numbers(record)
-        bad = next(
-            (k for k, v in record.items() if "loss" in k and isinstance(v, str) and k not in values), None
-        )
-        if bad is not None:
-            said = str(record[bad])[:40]
-            reading.damage("values that are no numbers", f"line {number_}, {bad!r}: {said!r} is not a number")
-        yield part, values
+class JsonPieces:
+    """Objects, one a line.
+
+    Args:
+        reading: where what is left out is counted.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self.state: dict[str, Any] = {"line": 0}
+
+    def end(self) -> Iterator[Row]:
+        """Nothing is held back."""
+        return iter(())
+
+    def take(self, piece: bytes) -> Iterator[Row]:
+        """The objects of these lines."""
+        reading = self._reading
+        for line in piece.splitlines(keepends=True):
+            self.state["line"] += 1
+            text = plain_text(line).strip()
+            if not text:
+                continue
+            start = text.find("{")
+            where = f"line {self.state['line']}"
+            try:
+                record = json.loads(text[start:]) if start >= 0 else json.loads(text)
+            except ValueError:
+                if not line.endswith((b"\n", b"\r")):
+                    reading.left_out["a last line cut short"] += 1
+                elif start > 0 or (start < 0 and reading.format == "fairseq"):
+                    reading.left_out["lines that are no records"] += 1
+                else:
+                    reading.damage("lines that are not JSON", f"{where} is not JSON")
+                continue
+            if not isinstance(record, dict):
+                reading.damage("lines that are no JSON object", f"{where} is no JSON object")
+                continue
+            part = part_of(record)
+            if part is None:
+                reading.left_out["rows of validation"] += 1
+                continue
+            values = numbers(record)
+            bad = next(
+                (k for k, v in record.items() if "loss" in k and isinstance(v, str) and k not in values), None
+            )
+            if bad is not None:
+                said = str(record[bad])[:40]
+                reading.damage("values that are no numbers", f"{where}, {bad!r}: {said!r} is not a number")
+            yield part, values
 
 
 def part_of(record: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from stabilitylab.errors import InputError
@@ -226,51 +227,110 @@ def _chained(files: Sequence[Path], pattern: str | None) -> Reading:
     return whole
 
 
-def _folder(path: Path, *, loss: str | None, step: str | None, pattern: str | None) -> list[Log]:
-    if (path / "telemetry").is_dir() or (path / "events.jsonl").is_file():
-        from stabilitylab.logs.records import RunLog
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies at a path.
 
-        return [RunLog.open(path, loss=loss)]
+    Attributes:
+        kind: "file", "run folder", "MLflow", "W&B", "versions" (Lightning's), "TensorBoard" or "SQLite".
+        files: the files of that kind; of "file" the one, of "run folder" and "MLflow" the folder.
+    """
+
+    kind: str
+    files: tuple[Path, ...]
+
+
+def locate(path: Path) -> Found:
+    """Which files are the log at ``path``.
+
+    Raises:
+        InputError: it is a folder without a log that is known here.
+    """
+    if path.is_dir():
+        return _in_folder(path)
+    head = Source(path).head()
+    if _is_tensorboard(path, head):
+        return Found("TensorBoard", (path,))
+    if head.startswith(SQLITE):
+        return Found("SQLite", (path,))
+    if head.startswith(WANDB):
+        return Found("W&B", (path,))
+    return Found("file", (path,))
+
+
+def _in_folder(path: Path) -> Found:
+    if (path / "telemetry").is_dir() or (path / "events.jsonl").is_file():
+        return Found("run folder", (path,))
     state = path / "trainer_state.json"
     if not state.is_file():
         # The latest checkpoint holds the history of all before it.
         found = sorted(path.glob("checkpoint-*/trainer_state.json"), key=_checkpoint)
         state = found[-1] if found else state
     if state.is_file():
-        return _one(state, loss=loss, step=step, pattern=pattern)
+        return Found("file", (state,))
     if mlflow_runs(path):
-        return list(logs_of(read_mlflow_files(path), path, loss=loss, step=step))
+        return Found("MLflow", (path,))
     offline = sorted(
         {*path.glob("*.wandb"), *path.glob("*run-*/*.wandb"), *path.glob("wandb/*run-*/*.wandb")}
     )
     offline = [file for file in offline if file.stat().st_size and not file.parent.is_symlink()]
     if offline:
-        return list(logs_of(read_wandb([Source(file) for file in offline]), path, loss=loss, step=step))
+        return Found("W&B", tuple(offline))
     versions = sorted(path.rglob("version_*/metrics.csv"), key=_checkpoint)
     if versions:
-        logs: list[Log] = []
-        for file in versions:
-            logs += _renamed(
-                _one(file, loss=loss, step=step, pattern=pattern), file.parent.name, len(versions)
-            )
-        return logs
+        return Found("versions", tuple(versions))
     for name in _NAMED:
         found = [path / name] if (path / name).is_file() else sorted(path.glob(f"*/{name}"))
         if found:
-            return _one(found[-1], loss=loss, step=step, pattern=pattern)
+            return Found("SQLite" if name.endswith(".db") else "file", (found[-1],))
     events = sorted(file for file in path.rglob("*tfevents*") if file.is_file())
     if events:
-        from stabilitylab.logs.tensorboard import TensorBoardLog
-
-        return list(TensorBoardLog.open_runs(path, events, loss=loss, step=step))
+        return Found("TensorBoard", tuple(events))
     alone = [
         f for f in path.iterdir() if f.suffix in (".csv", ".tsv", ".jsonl", ".log", ".txt", ".db", ".parquet")
     ]
     if len(alone) == 1:
-        return _one(alone[0], loss=loss, step=step, pattern=pattern)
+        return Found("SQLite" if alone[0].suffix == ".db" else "file", (alone[0],))
     raise InputError(
         f"{path} is neither a run folder nor one of a trainer or tracker known here (docs/logs.md): give a log file"
     )
+
+
+def _folder(path: Path, *, loss: str | None, step: str | None, pattern: str | None) -> list[Log]:
+    found = _in_folder(path)
+    if found.kind == "run folder":
+        from stabilitylab.logs.records import RunLog
+
+        return [RunLog.open(path, loss=loss)]
+    if found.kind == "MLflow":
+        return list(logs_of(read_mlflow_files(path), path, loss=loss, step=step))
+    if found.kind == "W&B":
+        sources = [Source(file) for file in found.files]
+        return list(logs_of(read_wandb(sources), path, loss=loss, step=step))
+    if found.kind == "TensorBoard":
+        from stabilitylab.logs.tensorboard import TensorBoardLog
+
+        return list(TensorBoardLog.open_runs(path, found.files, loss=loss, step=step))
+    logs: list[Log] = []
+    for file in found.files:
+        some = _one(file, loss=loss, step=step, pattern=pattern)
+        logs += _renamed(some, file.parent.name, len(found.files)) if found.kind == "versions" else some
+    return logs
+
+
+def reading_of(path: Path, pattern: str | None = None) -> Reading | None:
+    """The reader of one file of records, clean tables among them; None: it is empty, or Parquet.
+
+    Raises:
+        InputError: it cannot be understood.
+    """
+    source = Source(path)
+    head = source.head()
+    if not head.strip() or head.startswith(b"PAR1"):
+        return None
+    if pattern is None and _is_table(path, head):
+        return read_csv_rows(source)
+    return _text(source, head, pattern)
 
 
 def _renamed(logs: list[Log], name: str, count: int) -> list[Log]:

@@ -49,7 +49,7 @@ def gather(records: Iterator[Record], columns: Mapping[str, str], source: Path) 
         )
 
 
-_RUN_SIGNALS = (LOSS, GRADIENT_NORM, LOSS_SCALES[0], LOSS_SCALES[1], LEARNING_RATE, SKIPPED)
+RUN_SIGNALS = (LOSS, GRADIENT_NORM, LOSS_SCALES[0], LOSS_SCALES[1], LEARNING_RATE, SKIPPED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class RunLog(Log):
         metrics = load_run(path).metrics
         scalars = metrics[metrics["size"] == 0]
         names = (scalars["family"] + "/" + scalars["site"] + "/" + scalars["statistic"]).tolist()
-        columns = {signal: signal for signal in _RUN_SIGNALS if signal in names}
+        columns = {signal: signal for signal in RUN_SIGNALS if signal in names}
         if loss is not None:
             columns[LOSS] = choose_columns(names, source=path, loss=loss)[LOSS]
         if LOSS not in columns:

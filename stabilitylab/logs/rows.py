@@ -17,13 +17,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, choose_columns, is_evaluation, whole_steps
+from stabilitylab.logs.source import Source
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 
 KEPT = 200_000
@@ -31,6 +33,22 @@ MOST_BAD = 0.1  # A larger share of lines that cannot be read is not damage but 
 _UNORDERED_SHARE = 0.25
 
 Row = tuple[str, Mapping[str, float | None]]
+
+
+class Pieces(Protocol):
+    """A text log taken in pieces that end with a line, in order: all of it at once, or as it grows.
+
+    Attributes:
+        state: what later pieces need of those before, as JSON can hold it; may be set.
+    """
+
+    state: dict[str, Any]
+
+    def take(self, piece: bytes) -> Iterator[Row]:
+        """The rows of the next piece."""
+
+    def end(self) -> Iterator[Row]:
+        """What was held back for the sake of lines that have not come."""
 
 
 @dataclass(slots=True)
@@ -45,6 +63,7 @@ class Reading:
         left_out: reason -> how often.
         notes: sentences about the whole log.
         example: the first damage found, as the end of a sentence that begins with the log's name.
+        pieces: makes a reader of pieces, for a text that may grow; None: it can only be read as a whole.
     """
 
     format: str
@@ -54,6 +73,7 @@ class Reading:
     left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     example: str = ""
+    pieces: Callable[[], Pieces] | None = None
 
     def damage(self, reason: str, example: str) -> None:
         """Count a record that cannot be read."""
@@ -61,9 +81,19 @@ class Reading:
         self.example = self.example or example
 
 
+def text_rows(source: Source, reading: Reading) -> Iterator[Row]:
+    """All rows of a text that is read in pieces."""
+    assert reading.pieces is not None
+    reading.left_out.clear()
+    pieces = reading.pieces()
+    for chunk in source.chunks():
+        yield from pieces.take(chunk)
+    yield from pieces.end()
+
+
 @dataclass(slots=True)
-class _Part:
-    """What the first reading learned of one segment."""
+class Part:
+    """What the rows of one segment have shown: which columns hold what."""
 
     rows: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -97,6 +127,64 @@ class _Part:
         self.rows += 1
 
 
+@dataclass(slots=True)
+class Steps:
+    """Which step a row is, and which run within its part: see the table at the head of this file.
+
+    Attributes:
+        counter: the column that counts; None: rows are counted.
+        epoch: the column of epochs, in each of which the counter begins again; None: it does not.
+        order: whether a step that falls back means anything.
+        piece: the number of the run within the part that the last row belongs to.
+        before: the last row's step.
+    """
+
+    counter: str | None
+    epoch: str | None = None
+    order: bool = True
+    piece: int = 0
+    count: int = 0
+    offset: float = 0.0
+    first: float | None = None
+    before: float | None = None
+    gap: float | None = None
+    epoch_before: float | None = None
+
+    def take(self, values: Mapping[str, float | None]) -> float | None:
+        """The step of the next row; None: it holds none."""
+        if self.counter is None:
+            step: float | None = float(self.count)
+            self.count += 1
+        else:
+            step = values.get(self.counter)
+        if step is None:
+            return None
+        before = self.before
+        if self.epoch is not None:
+            epoch = values.get(self.epoch)
+            if before is not None and step + self.offset <= before and epoch != self.epoch_before:
+                self.offset = before + (self.gap or 1.0) - step
+            self.epoch_before = epoch
+            step += self.offset
+        if before is not None and step != before:
+            if step > before:
+                self.gap = step - before if self.gap is None else min(self.gap, step - before)
+            elif (
+                self.order
+                and self.first is not None
+                and step <= max(self.first, 1.0)
+                and step <= (self.gap or 1.0)
+            ):
+                self.piece, self.first, self.gap = self.piece + 1, None, None
+        if self.first is None:
+            self.first = step
+        self.before = step
+        return step
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowLog(Log):
     """One segment of a reading."""
@@ -118,12 +206,10 @@ class RowLog(Log):
         """Blocks with the number of the run within the part that they belong to."""
         signals = [signal for signal in self.columns if signal != STEP]
         wanted = {self.columns[signal]: signal for signal in signals}
-        counter = self.columns.get(STEP)
+        counting = Steps(self.columns.get(STEP), self.epoch, self.order)
+        piece = 0
         steps: list[float] = []
         rows: list[dict[str, float]] = []
-        piece, count, offset = 0, 0, 0.0
-        first = before = gap = None
-        epoch_before: float | None = None
         held = self.kept if self.kept is not None else self.reading.rows()
         for part, values in held:
             if part != self.part:
@@ -131,30 +217,14 @@ class RowLog(Log):
             row = {wanted[n]: v for n, v in values.items() if n in wanted and v is not None}
             if not row:
                 continue
-            if counter is None:
-                step: float | None = float(count)
-                count += 1
-            else:
-                step = values.get(counter)
+            step = counting.take(values)
             if step is None:
                 continue
-            if self.epoch is not None:
-                epoch = values.get(self.epoch)
-                if before is not None and step + offset <= before and epoch != epoch_before:
-                    offset = before + (gap or 1.0) - step
-                epoch_before = epoch
-                step += offset
-            if before is not None and step != before:
-                if step > before:
-                    gap = step - before if gap is None else min(gap, step - before)
-                elif self.order and first is not None and step <= max(first, 1.0) and step <= (gap or 1.0):
-                    if rows:
-                        yield piece, self._block(steps, rows, signals)
-                        steps, rows = [], []
-                    piece, first, gap = piece + 1, None, None
-            if first is None:
-                first = step
-            before = step
+            if counting.piece != piece:
+                if rows:
+                    yield piece, self._block(steps, rows, signals)
+                    steps, rows = [], []
+                piece = counting.piece
             if steps and steps[-1] == step and not rows[-1].keys() & row.keys():
                 rows[-1] |= row
             else:
@@ -180,10 +250,10 @@ def logs_of(reading: Reading, path: Path, *, loss: str | None, step: str | None)
     Raises:
         InputError: there is no such segment; what there is is named.
     """
-    parts: dict[str, _Part] = {}
+    parts: dict[str, Part] = {}
     kept: list[Row] | None = []
     for row in reading.rows():
-        parts.setdefault(row[0], _Part()).add(row[1])
+        parts.setdefault(row[0], Part()).add(row[1])
         if kept is not None:
             kept.append(row)
             if len(kept) > KEPT:
@@ -201,7 +271,7 @@ def logs_of(reading: Reading, path: Path, *, loss: str | None, step: str | None)
     problem: InputError | None = None
     for name, part in parts.items():
         try:
-            columns = _columns(reading, part, path, loss=loss, step=step)
+            columns = columns_of(reading, part, path, loss=loss, step=step)
         except InputError as error:
             problem = problem or error
             counted["rows of a part without a training loss"] += part.rows
@@ -215,8 +285,8 @@ def logs_of(reading: Reading, path: Path, *, loss: str | None, step: str | None)
     return logs
 
 
-def _columns(
-    reading: Reading, part: _Part, path: Path, *, loss: str | None, step: str | None
+def columns_of(
+    reading: Reading, part: Part, path: Path, *, loss: str | None, step: str | None
 ) -> dict[str, str]:
     names = list(dict.fromkeys([*part.counts, *part.nulls]))
     if loss is None:
@@ -243,7 +313,7 @@ def _columns(
     return columns
 
 
-def _others(part: _Part, loss: str) -> str:
+def _others(part: Part, loss: str) -> str:
     others = [n for n in part.counts if "loss" in n.lower() and n != loss and not is_evaluation(n)]
     return "; try " + " or ".join(f"--loss {n!r}" for n in others[:6]) if others else ""
 
@@ -252,7 +322,7 @@ def _pieces(
     reading: Reading,
     path: Path,
     name: str,
-    part: _Part,
+    part: Part,
     columns: dict[str, str],
     held: tuple[Row, ...] | None,
 ) -> list[RowLog]:
@@ -298,7 +368,7 @@ def _renamed(log: RowLog, name: str, piece: int) -> RowLog:
     return replace(log, name=name, piece=piece)
 
 
-def _notes(part: _Part, columns: Mapping[str, str]) -> list[str]:
+def _notes(part: Part, columns: Mapping[str, str]) -> list[str]:
     loss, norm = columns[LOSS], columns.get(GRADIENT_NORM)
     notes = []
     if part.nulls[loss] and any(part.counts[n] > part.counts[loss] for n in columns.values() if n != loss):

@@ -139,8 +139,7 @@ def _runs(path: Path, files: Sequence[Path]) -> dict[str, tuple[tuple[Path, ...]
     """By name, the writers of each run, each as its files in order."""
     groups: dict[tuple[Path, str], list[Path]] = {}
     for file in sorted(files):
-        found = _SUFFIX.search(file.name)
-        groups.setdefault((file.parent, (found and found[1]) or ""), []).append(file)
+        groups.setdefault((file.parent, suffix_of(file)), []).append(file)
     runs: dict[str, tuple[tuple[Path, ...], ...]] = {}
     for (folder, suffix), same in groups.items():
         inside = path.is_dir() and folder != path
@@ -159,6 +158,19 @@ def _runs(path: Path, files: Sequence[Path]) -> dict[str, tuple[tuple[Path, ...]
                 str(w[0].relative_to(path) if path.is_dir() else w[0].name): (tuple(w),) for w in writers
             }
     return runs
+
+
+def event_files(path: Path) -> list[Path]:
+    """The event files in and under a folder, or the one file, by name: of one writer in the order of time."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*tfevents*") if file.is_file())
+
+
+def suffix_of(file: Path) -> str:
+    """What a writer has added to the names of its files."""
+    found = _SUFFIX.search(file.name)
+    return (found and found[1]) or ""
 
 
 def _writers(files: Sequence[Path]) -> list[list[Path]]:
@@ -180,7 +192,7 @@ def _writers(files: Sequence[Path]) -> list[list[Path]]:
 def _extent(file: Path) -> _Extent:
     extent = _Extent(set())
     for event in _events(file):
-        if tags := [tag for tag, _ in _scalars(event)]:
+        if tags := [tag for tag, _ in scalars(event)]:
             extent.tags.update(tags)
             extent.first, extent.last = min(extent.first, event.wall_time), max(extent.last, event.wall_time)
     return extent
@@ -190,7 +202,7 @@ def _tags(writers: Sequence[Sequence[Path]]) -> list[str]:
     """The tags at the beginning of each file, in the order of first appearance."""
     found: dict[str, None] = {}
     for file in itertools.chain(*writers):
-        values = (tag for event in _events(file) for tag, _ in _scalars(event))
+        values = (tag for event in _events(file) for tag, _ in scalars(event))
         found |= dict.fromkeys(itertools.islice(values, PEEK))
     return [tag for tag in found if not tag.startswith(("hparam/", "_hparams_"))]
 
@@ -203,7 +215,7 @@ def _standing(files: Sequence[Path], wanted: Sequence[str]) -> Iterator[Record]:
         begins = place > 0
         for event in _events(file):
             starts = event.HasField("session_log") and event.session_log.status == _START
-            rows = [(number[tag], value) for tag, value in _scalars(event) if tag in number]
+            rows = [(number[tag], value) for tag, value in scalars(event) if tag in number]
             if starts or (begins and rows):
                 begins = False
                 steps, values, tags = _before(event.step, steps, values, tags)
@@ -235,7 +247,8 @@ def _events(file: Path) -> Iterator[Any]:
         raise InputError(f"{file} is not a TensorBoard event file: {error}") from None
 
 
-def _scalars(event: Any) -> Iterator[tuple[str, float]]:
+def scalars(event: Any) -> Iterator[tuple[str, float]]:
+    """An event's tags and numbers, in either of the forms in which they are written."""
     for value in event.summary.value:
         if value.HasField("tensor"):
             from tensorboard.util.tensor_util import make_ndarray

@@ -53,7 +53,7 @@ def read_mlflow_files(folder: Path) -> Reading:
         reading.left_out.clear()
         runs = mlflow_runs(folder)
         for run in runs:
-            name = _mlflow_name(run) if len(runs) > 1 else ""
+            name = mlflow_name(run) if len(runs) > 1 else ""
             yield from _by_step(name, _mlflow_values(run / "metrics", reading))
 
     reading = Reading(format="MLflow file store", rows=rows, step="step")
@@ -71,7 +71,8 @@ def read_mlflow_metric(file: Path) -> Reading:
     return reading
 
 
-def _mlflow_name(run: Path) -> str:
+def mlflow_name(run: Path) -> str:
+    """What people call a run, and the beginning of its id."""
     meta = run / "meta.yaml"
     if meta.is_file():
         for line in meta.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -119,7 +120,7 @@ def read_sqlite(source: Source) -> Reading:
     """
     path = source.on_disk()
     try:
-        with closing(_connect(path)) as database:
+        with closing(connected(path)) as database:
             tables = {
                 name: {row[1] for row in database.execute(f'PRAGMA table_info("{name}")')}
                 for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
@@ -140,12 +141,13 @@ def read_sqlite(source: Source) -> Reading:
     return reading
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connected(path: Path) -> sqlite3.Connection:
+    """A database, for reading."""
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
 
 
 def _mlflow_rows(path: Path) -> Iterator[Row]:
-    with closing(_connect(path)) as database:
+    with closing(connected(path)) as database:
         runs = database.execute("SELECT DISTINCT run_uuid FROM metrics ORDER BY run_uuid").fetchall()
         names: dict[str, str] = {}
         try:
@@ -158,20 +160,21 @@ def _mlflow_rows(path: Path) -> Iterator[Row]:
                 (run,),
             )
             values = (
-                (key, float(step), math.nan if bad else _infinite(float(value)))
+                (key, float(step), math.nan if bad else infinite(float(value)))
                 for key, step, value, bad in found
             )
             name = f"{names[run]} ({run[:8]})" if names.get(run) else run
             yield from _by_step(name if len(runs) > 1 else "", values)
 
 
-def _infinite(value: float) -> float:
+def infinite(value: float) -> float:
+    """Infinity in the place of the largest float."""
     return math.copysign(math.inf, value) if abs(value) >= _LARGEST else value
 
 
 def _trackio_rows(path: Path, reading: Reading) -> Iterator[Row]:
     reading.left_out.clear()
-    with closing(_connect(path)) as database:
+    with closing(connected(path)) as database:
         several = database.execute("SELECT COUNT(DISTINCT run_name) FROM metrics").fetchone()[0] > 1
         for run, step, blob in database.execute(
             "SELECT run_name, step, metrics FROM metrics ORDER BY run_name, id"
@@ -183,10 +186,10 @@ def _trackio_rows(path: Path, reading: Reading) -> Iterator[Row]:
                     "rows that are not JSON", f"run {run!r}, step {step}: the metrics are not JSON"
                 )
                 continue
-            yield (str(run) if several else ""), {**numbers(_unwrapped(record)), "step": float(step)}
+            yield (str(run) if several else ""), {**numbers(unwrapped(record)), "step": float(step)}
 
 
-def _unwrapped(record: Any) -> dict[str, Any]:
+def unwrapped(record: Any) -> dict[str, Any]:
     """trackio writes what JSON lacks as {"_type": "trackio.infinity"...} or a string; names are kept."""
     return record if isinstance(record, dict) else {}
 
@@ -202,7 +205,7 @@ def read_wandb(sources: list[Source]) -> Reading:
         for source in sources:
             part = source.path.stem if len(sources) > 1 else ""
             for record in _wandb_records(source, reading):
-                values = _history(record)
+                values = history(record)
                 if values:
                     yield part, values
 
@@ -233,7 +236,8 @@ def _wandb_records(source: Source, reading: Reading) -> Iterator[bytes]:
             yield pieces
 
 
-def _history(record: bytes) -> Values:
+def history(record: bytes) -> Values:
+    """What a W&B record holds of the history; empty where it is of another kind."""
     values: dict[str, Any] = {}
     for field, body in _fields(record):
         if field != 2 or not isinstance(body, bytes):

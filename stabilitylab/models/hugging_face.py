@@ -4,6 +4,10 @@ Nothing from the folder is executed: code that it brings along is not trusted, s
 weights only where torch's weights-only loading takes them. Nothing is fetched. Decoders are opened with their language-model
 head, everything else as the bare encoder, whose output is the last hidden states.
 
+Nothing is read wrongly in silence. Codes with scales beside them become numbers first (``dequantized.py``) or are refused; a
+weight that the loader did not understand inside a block is an error; what lies outside the opened model (heads, towers, layers
+that predict further tokens) is counted in a note. Fused experts are taken apart into linear layers (``experts.py``).
+
 Limits: encoder-decoder models need a second text and are refused. A GGUF file's weights are dequantized, so they lie on their
 file's grid: fair for studying activations, biased for judging another quantization of the weights.
 """
@@ -15,8 +19,9 @@ import io
 import json
 import logging
 import pickle
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +31,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from stabilitylab.errors import InputError
+from stabilitylab.model_structure import stacks
+from stabilitylab.models import gguf_file
+from stabilitylab.models.dequantized import COMPANION, OF_ACTIVATIONS, plain_folder
+from stabilitylab.models.experts import split_experts
 from stabilitylab.models.text import TokenWindows
 from stabilitylab.models.text_model import TextModel
+from stabilitylab.models.weight_files import StoredTensor, stored_tensors
 
 # What transformers raises over files that it cannot read; anything else is a defect.
 _UNREADABLE = (
@@ -62,27 +72,49 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
     Raises:
         InputError: transformers is missing, or cannot read the files.
     """
-    described = describe(path)
-    with quiet():
-        module, notes = described.read(
-            "weights",
-            described.loader,
-            config=described.config,
-            dtype=dtype,
-            weights_only=True,
-            output_loading_info=True,
-        )
-        tokenizer = described.tokenizer()
-    _check_complete(path, module, notes)
-    # Keys and values of past tokens are of no use to windows that are read at once.
-    module.config.use_cache = False
+    folder = path if path.is_dir() and (path / "config.json").is_file() else None
+    plain_or_given = plain_folder(folder) if folder else contextlib.nullcontext((path, ()))
+    with plain_or_given as (plain, said), gguf_file.opened_once():
+        described = describe(path, plain)
+        with quiet():
+            module, info = described.read(
+                "weights",
+                described.loader,
+                config=described.config,
+                dtype=dtype,
+                weights_only=True,
+                output_loading_info=True,
+                **_unpacked(described.where),
+            )
+            tokenizer = described.tokenizer()
+        _check_complete(path, module, info)
+        stored = stored_tensors(plain) if folder else {}
+        notes = (*said, *_left_aside(path, module, info["unexpected_keys"], stored))
+    prepare(module)
     return TextModel.of(
         module,
         path=path,
         predicts=described.predicts,
         longest=longest(module, tokenizer),
         cut=windows(tokenizer, described.predicts),
+        notes=notes,
     )
+
+
+def _unpacked(where: Mapping[str, Any]) -> dict[str, Any]:
+    """Asks for plain weights of a GGUF file: from 5.23 on transformers leaves them in blocks where it has kernels for them."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if where and config is not None else {}
+
+
+def prepare(module: Any) -> None:
+    """Make a model as transformers builds it ready for reading windows, in place."""
+    # Keys and values of past tokens are of no use to windows that are read at once.
+    for config in (module.config, module.config.get_text_config()):
+        config.use_cache = False
+    split_experts(module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +146,17 @@ class Described:
         return self.read("tokenizer", transformers.AutoTokenizer)
 
 
-def describe(path: Path) -> Described:
+def describe(path: Path, plain: Path | None = None) -> Described:
     """Read the configuration of what ``recognises`` found.
+
+    Args:
+        path: as it was given, for what is said.
+        plain: where its plain copy is, if that is elsewhere.
 
     Raises:
         InputError: transformers is missing or cannot read it, or it is an encoder-decoder model.
     """
-    folder, where = location(path)
+    folder, where = location(plain or path)
     try:
         with quiet():
             import transformers
@@ -133,21 +169,23 @@ def describe(path: Path) -> Described:
                 f"{path} is an encoder-decoder model, which needs two texts: give an encoder or a decoder"
             )
         predicts = _predicts(config, transformers)
-        loader = transformers.AutoModelForCausalLM if predicts else transformers.AutoModel
+        sees = predicts and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        loader = (
+            transformers.AutoModelForImageTextToText
+            if sees
+            else transformers.AutoModelForCausalLM
+            if predicts
+            else transformers.AutoModel
+        )
     return Described(path=path, folder=folder, where=where, config=config, predicts=predicts, loader=loader)
 
 
 def location(path: Path) -> tuple[str, dict[str, Any]]:
     """The folder, and the name of the GGUF file in it where it is one."""
     if path.is_file():
-        return str(path.resolve().parent), {"gguf_file": path.name}
-    files = sorted(path.glob("*.gguf"))
-    if not files or (path / "config.json").is_file():
-        return str(path), {}
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files[:4])
-        raise InputError(f"{path} holds {len(files)} GGUF files ({names}): give one of them")
-    return str(path), {"gguf_file": files[0].name}
+        return str(path.resolve().parent), {"gguf_file": gguf_file.whole_file(path).name}
+    file = None if (path / "config.json").is_file() else gguf_file.only_file(path)
+    return str(path), {} if file is None else {"gguf_file": file.name}
 
 
 def _read(path: Path, what: str, loader: Any, folder: str, **options: Any) -> Any:
@@ -170,9 +208,12 @@ def _first_line(error: BaseException) -> str:
 def _predicts(config: Any, transformers: Any) -> bool:
     """Whether to open a language-model head: the architectures say so, or there is no other way for this model type."""
     named = getattr(config, "architectures", None) or ()
+    kind = type(config)
+    if any(name.endswith("ForConditionalGeneration") for name in named):
+        # Of a model of vision and language, the language part reads text; its towers stay unreached.
+        return kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if named:
         return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named)
-    kind = type(config)
     return (
         kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         and kind not in transformers.MODEL_FOR_MASKED_LM_MAPPING
@@ -191,10 +232,49 @@ def _check_complete(path: Path, module: Any, notes: dict[str, Any]) -> None:
         )
 
 
+def _left_aside(
+    path: Path, module: Any, unexpected: Iterable[str], stored: Mapping[str, StoredTensor]
+) -> tuple[str, ...]:
+    """A note on what the files hold and the opened model does not.
+
+    Raises:
+        InputError: it belongs inside a block, or to a number format: then what was opened is not what the files mean.
+    """
+    unexpected = sorted(unexpected)
+    inside = tuple(f"{block}." for stack in stacks(module) for block in stack.blocks)
+    prefix = getattr(module, "base_model_prefix", "")
+    for name in unexpected:
+        # A bare encoder is opened without the prefix that a checkpoint with heads has.
+        bare = name if not prefix or hasattr(module, prefix) else name.removeprefix(f"{prefix}.")
+        quantized = COMPANION.search(name) and not OF_ACTIVATIONS.search(name)
+        if quantized or bare.startswith(inside):
+            raise InputError(
+                f"{path} holds {len(unexpected)} weights that transformers did not understand, among them {name}: "
+                + (
+                    "give the checkpoint in bf16, or dequantize it with the library that wrote it"
+                    if quantized
+                    else "its config and its weights do not belong together; give the whole, intact checkpoint"
+                )
+            )
+    # Some it leaves aside by rule and does not name: layers that predict further tokens, towers of other senses.
+    rules = [re.compile(rule) for rule in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    aside = {name for name in stored if any(rule.search(name) for rule in rules)} | (
+        set(unexpected) & stored.keys()
+    )
+    matrices = sorted(name for name in aside if len(stored[name].shape) > 1)
+    if not matrices:
+        return ()
+    share = sum(stored[name].size for name in matrices) / sum(one.size for one in stored.values())
+    return (
+        f"{len(matrices)} weights of the files ({share:.1%} of their numbers), among them {matrices[0]}, are no part of the "
+        "opened model",
+    )
+
+
 def longest(module: Any, tokenizer: Any) -> int | None:
     """The most tokens that the position embedding and the tokenizer allow."""
     limits = [limit for limit in (tokenizer.model_max_length,) if limit < _NO_LIMIT]
-    positions = getattr(module.config, "max_position_embeddings", None)
+    positions = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         offset = 0
         for name, layer in module.named_modules():

@@ -17,7 +17,8 @@ def first_nonfinite(module: nn.Module) -> str | None:
     Infinite buffers are usual (masks), so of those only NaN counts.
     """
     for name, parameter in module.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        # Both ends in one pass and no temporary: a NaN anywhere makes both NaN.
+        if parameter.numel() and not bool(torch.isfinite(torch.stack(parameter.detach().aminmax())).all()):
             return name
     for name, buffer in module.named_buffers():
         if buffer.is_floating_point() and bool(torch.isnan(buffer).any()):

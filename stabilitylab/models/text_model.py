@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stabilitylab.errors import InputError
-from stabilitylab.model_structure import linear_layers, shared_parameters
+from stabilitylab.model_structure import linear_layers, shared_parameters, weights_outside_layers
 from stabilitylab.models.layers import fingerprint, first_nonfinite
 from stabilitylab.models.text import NO_TARGET, Window, read_text
 
@@ -41,6 +41,7 @@ class TextModel:
         longest: the longest window it takes; None where there is no limit.
         shared: groups of parameter names that are one tensor, such as tied embeddings.
         cut: text in parts, window length, most tokens -> windows.
+        notes: what a reader must know of how it was opened, one sentence each.
     """
 
     module: nn.Module
@@ -51,10 +52,19 @@ class TextModel:
     longest: int | None
     shared: tuple[tuple[str, ...], ...]
     cut: Cut
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, module: nn.Module, *, path: Path, predicts: bool, longest: int | None, cut: Cut, name: str = ""
+        cls,
+        module: nn.Module,
+        *,
+        path: Path,
+        predicts: bool,
+        longest: int | None,
+        cut: Cut,
+        name: str = "",
+        notes: tuple[str, ...] = (),
     ) -> TextModel:
         """Check a module and make it ready.
 
@@ -77,6 +87,7 @@ class TextModel:
             longest=longest,
             shared=shared_parameters(module),
             cut=cut,
+            notes=(*notes, *_outside_layers(module)),
         )
 
     def windows(
@@ -126,6 +137,17 @@ class TextModel:
                 f"{self.name} predicts no tokens, so it has no loss: use the error of its output"
             )
         return loss_of(self.run(window), targets_BT)
+
+
+def _outside_layers(module: nn.Module) -> tuple[str, ...]:
+    """A note on weights that no linear layer and no embedding holds: nothing looks at them."""
+    share, names = weights_outside_layers(module)
+    if not names:
+        return ()
+    return (
+        f"{len(names)} weights ({share:.1%} of all), among them {names[0]}, lie in no linear layer or embedding: they are "
+        "neither measured nor quantized",
+    )
 
 
 def _name(path: Path) -> str:

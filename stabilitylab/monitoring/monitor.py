@@ -54,6 +54,7 @@ from stabilitylab.probes.compiled import is_compiled
 from stabilitylab.probes.everything import all_probes
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks.base import Sink
+from stabilitylab.sinks.trackers import names_of, open_trackers
 from stabilitylab.statistics.buffer import Buffer
 from stabilitylab.statistics.transfer import Transfer
 from stabilitylab.telemetry import LOSS, Event
@@ -77,6 +78,7 @@ class Monitor:
         probes: what to measure; by default ``all_probes()``.
         schedule: a ``Schedule`` instead of ``every``.
         sinks: further sinks, or the only ones without ``out``.
+        trackers: experiment trackers to send a few numbers to (``sinks.tracker``): "wandb", "mlflow", "trackio".
         sites: one glob or several over module and parameter paths.
         detector: judges loss, gradient norm, rate and loss scale of every step (of the metrics that its ``loss`` and
             ``gradient_norm`` name, if it has these attributes); None for no judgement. One that raises is left out from
@@ -123,6 +125,7 @@ class Monitor:
         probes: Sequence[Probe] | None = None,
         schedule: Schedule | None = None,
         sinks: Sequence[Sink] = (),
+        trackers: str | Sequence[str] = (),
         sites: str | Sequence[str] = "*",
         detector: Detector | Literal["default"] | None = "default",
         on_event: Callable[[Event], object] | None = None,
@@ -137,7 +140,7 @@ class Monitor:
         scattered: str | Sequence[str] = (),
         shard: int | None = None,
     ) -> None:
-        given, model = model, bare(model)
+        given, model, tracked = model, bare(model), names_of(trackers)
         cadence = {} if gradients_every is None else {"gradients": gradients_every}
         self._schedule = schedule or Schedule(every=every, probes=cadence)
         self._ranks = _ranks(group)
@@ -188,7 +191,9 @@ class Monitor:
                 self._run_output = RunOutput(
                     out, tensorboard=tensorboard, recorder=recorder, schedule=written, model=model
                 )
-            own = self._run_output.sinks if self._run_output is not None else []
+            own = list(self._run_output.sinks) if self._run_output is not None else []
+            if tracked and self._writes:
+                own += open_trackers(tracked, self._run_output.run.path if self._run_output else None)
             told = Alarms(on_event, loss=getattr(self._detector, "loss", LOSS)) if self._writes else None
             watch = SiteWatch(self._context.order) if self._detector is not None else None
             self._sink_thread = SinkThread([*own, *sinks] if self._writes else (), watch=watch, told=told)

@@ -1,7 +1,7 @@
 """Outliers in activations: criteria, each named by its source, and the scan of a model over text."""
 
 from stabilitylab.outliers.channels import ChannelStatistics
-from stabilitylab.outliers.criteria import CRITERIA, Criterion, Found, reading
+from stabilitylab.outliers.criteria import CRITERIA, Criterion, Found, reading, register_criterion
 from stabilitylab.outliers.page import outlier_page
 from stabilitylab.outliers.scan import OutlierScan, WorstChannel, scan_outliers
 from stabilitylab.outliers.sites import Site
@@ -18,6 +18,7 @@ __all__ = [
     "WorstChannel",
     "outlier_page",
     "reading",
+    "register_criterion",
     "run_outliers",
     "run_page",
     "scan_outliers",

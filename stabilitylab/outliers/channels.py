@@ -4,8 +4,7 @@ The activation is a matrix of positions R by channels C. Of it stay, added up wi
 
     low, high        each channel's least and largest value
     elsewhere        each channel's largest magnitude at all positions but the first of every window
-    s1, s2           each channel's sums of (x - c) and (x - c)^2; c is fixed at the first window's mean
-    s3, s4           sums of (x - c)^3 and (x - c)^4 over everything
+    s1, s2, s3, s4   sums of (x - c) to the first, second, third, fourth power over everything; c is the first window's mean
     over_6           each channel's positions with |x| >= 6
     over_6_sigma     each channel's positions at least 6 standard deviations from the mean of its window's tensor
     massive          each channel's positions with |x| > 100 and |x| >= 1,000 medians of |x| in its window's tensor
@@ -17,6 +16,8 @@ whose extremes can reach the threshold, which are few; the median, needed where 
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -52,10 +53,8 @@ class ChannelStatistics:
         self.over_6_sigma_C = np.zeros(channels, dtype=np.int64)
         self.massive_C = np.zeros(channels, dtype=np.int64)
         self._centre: float | None = None
-        self._s1_C: Array = np.zeros(channels)
-        self._s2_C: Array = np.zeros(channels)
         self._squares_C: Array = np.zeros(channels)
-        self._s3 = self._s4 = 0.0
+        self._s1 = self._s2 = self._s3 = self._s4 = 0.0
 
     @property
     def channels(self) -> int:
@@ -113,16 +112,17 @@ class ChannelStatistics:
         if largest > _LARGE or (0 < largest < _SMALL):
             y_RC = x_RC.double() - self._centre
         y2_RC = y_RC * y_RC
-        s1_C, s2_C = _numpy(y_RC.sum(0)), _numpy(y2_RC.sum(0))
-        self._s1_C += s1_C
-        self._s2_C += s2_C
+        # By channel, then all: what lies in one channel is not lost in a float32 sum over all of them.
+        s1, s2 = float(_numpy(y_RC.sum(0)).sum()), float(_numpy(y2_RC.sum(0)).sum())
+        self._s1 += s1
+        self._s2 += s2
         # Of x itself: a channel far smaller than c, which outliers make large, would be lost in (x - c) + c.
         self._squares_C += _numpy(torch.linalg.vector_norm(x_RC, dim=0, dtype=y_RC.dtype).double().square_())
         self._s3 += float(y_RC.mul_(y2_RC).sum())
         self._s4 += float(y2_RC.square_().sum())
         count = x_RC.numel()
-        shift = s1_C.sum() / count
-        return self._centre + shift, float(np.sqrt(max(0.0, s2_C.sum() / count - shift**2)))
+        shift = s1 / count
+        return self._centre + shift, math.sqrt(max(0.0, s2 / count - shift**2))
 
     @property
     def largest(self) -> Array:
@@ -150,7 +150,7 @@ class ChannelStatistics:
 
     @property
     def mean(self) -> float:
-        return (self._centre or 0.0) + float(self._s1_C.sum()) / self.values
+        return (self._centre or 0.0) + self._s1 / self.values
 
     @property
     def channel_rms(self) -> Array:
@@ -160,7 +160,7 @@ class ChannelStatistics:
     @property
     def kurtosis(self) -> float:
         """m4 / m2^2 of all values (Gaussian: 3); NaN where they are all equal."""
-        sums = (float(self._s1_C.sum()), float(self._s2_C.sum()), self._s3, self._s4)
+        sums = (self._s1, self._s2, self._s3, self._s4)
         return float(moments.kurtosis(np.asarray(float(self.values)), *map(np.asarray, sums)))
 
     @property

@@ -30,6 +30,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from stabilitylab.errors import InputError
 from stabilitylab.outliers.channels import ChannelStatistics
 from stabilitylab.outliers.sites import Site
 
@@ -150,7 +151,7 @@ def values(count: Callable[[ChannelStatistics], NDArray[np.int64]]) -> Callable[
     return measure
 
 
-CRITERIA: tuple[Criterion, ...] = (
+CRITERIA: list[Criterion] = [
     Criterion(
         name="llm.int8",
         marks="dimensions",
@@ -203,7 +204,18 @@ CRITERIA: tuple[Criterion, ...] = (
         source="Sun et al., arXiv:2402.17762",
         measure=values(lambda one: one.massive_C),
     ),
-)
+]
+
+
+def register_criterion(criterion: Criterion) -> None:
+    """Put a criterion of one's own beside these, in every table, page and JSON of a scan.
+
+    Raises:
+        InputError: there is one of that name.
+    """
+    if any(criterion.name == one.name for one in CRITERIA):
+        raise InputError(f"there is a criterion {criterion.name!r} already: choose another name")
+    CRITERIA.append(criterion)
 
 
 def reading(found: Found) -> str:

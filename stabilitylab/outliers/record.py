@@ -71,6 +71,7 @@ def scan_record(scan: OutlierScan) -> dict[str, Any]:
             for site, one in scan.sites
         ],
         "not_reached": list(scan.skipped),
+        "notes": list(scan.notes),
     }
 
 

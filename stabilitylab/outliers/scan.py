@@ -62,6 +62,7 @@ class OutlierScan:
         sites: what was reached, in the model's order, and its statistics.
         shared: site -> further linear layers that read the same tensor.
         skipped: linear layers that the text never reached.
+        notes: what is to be known of how the model was opened, such as weights that no layer holds.
     """
 
     model: str
@@ -73,6 +74,7 @@ class OutlierScan:
     sites: tuple[tuple[Site, ChannelStatistics], ...]
     shared: dict[str, tuple[str, ...]]
     skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> list[tuple[Site, ChannelStatistics]]:
@@ -177,6 +179,7 @@ def scan_outliers(
         sites=tuple(watch.seen()),
         shared={site: tuple(others) for site, others in watch.shared.items()},
         skipped=tuple(watch.skipped()),
+        notes=model.notes,
     )
 
 

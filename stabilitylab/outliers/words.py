@@ -83,7 +83,7 @@ def first_positions(scan: OutlierScan, worst: int = 20) -> str:
 
 def notes(scan: OutlierScan) -> list[str]:
     """What a reader should know about the scan."""
-    said = []
+    said = [f"{note[0].upper()}{note[1:]}." for note in scan.notes]
     together = {others for several in scan.shared.values() for others in several}
     if together:
         said.append(

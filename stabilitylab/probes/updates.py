@@ -1,8 +1,8 @@
 """What the optimizer does with the gradients: how far each parameter moves, and whether Adam's scale fits.
 
 Weights are sampled in the optimizer's step pre-hook and compared in its post-hook (``statistics.updates``).
-Adam's moments are read from the optimizer's state where it holds ``exp_avg`` and ``exp_avg_sq``; other
-optimizers have the first three statistics only.
+Adam's moments are read from the optimizer's state where it holds some (``second_moments.py``); other optimizers have
+the first three statistics only, and where v is no mean of g^2 those that compare it with g^2 or epsilon are left out.
 
 Family ``update``, site = parameter path:
 
@@ -19,7 +19,8 @@ Family ``update``, site = parameter path:
 Changes that no update made (``outside_changes.py``) are events ``parameter-changed``, ``moments-changed`` and
 ``optimizer-changed``.
 
-v is free of its initial bias, v / (1 - beta2^t), and g the gradient that the optimizer saw (clipped).
+v is free of its initial bias, v / (1 - beta2^t) where the optimizer keeps it with that, and g the gradient that the optimizer saw
+(clipped); where it clips inside its step without changing ``.grad``, the unclipped one.
 """
 
 from __future__ import annotations
@@ -37,20 +38,18 @@ from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.probes.gradients import local_part
 from stabilitylab.probes.outside_changes import FIELDS as OUTSIDE
 from stabilitylab.probes.outside_changes import BetweenSteps, OutsideChanges, jumps, least_beta2, settings_of
+from stabilitylab.probes.second_moments import SecondMoments
 from stabilitylab.statistics import native
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.summary import measurable
-from stabilitylab.statistics.updates import COLUMN, FIELDS, Moments, Update, take_before
+from stabilitylab.statistics.updates import COLUMN, FIELDS, Update, take_before
+from stabilitylab.telemetry import Key
 
 WITHOUT_MOMENTS = ("rms", "weight_rms", "ratio")
-STATISTICS = (
-    *WITHOUT_MOMENTS,
-    "rms_t",
-    "first_moment_l2",
-    "second_moment_l2",
-    "below_epsilon_fraction",
-)
+WITH_ANOTHER_V = (*WITHOUT_MOMENTS, "first_moment_l2", "second_moment_l2")
+STATISTICS = (*WITH_ANOTHER_V, "rms_t", "below_epsilon_fraction")
+_COUNTS = (len(STATISTICS), len(WITH_ANOTHER_V), len(WITHOUT_MOMENTS))
 
 
 @dataclass(slots=True)
@@ -72,10 +71,12 @@ class UpdateProbe:
         self._handles: list[Any] = []
         self._updates: dict[int, _Entry] = {}
         self._held: dict[int, Tensor] = {}  # gradients, during a step
-        self._full = KeyTable("update", STATISTICS)
-        self._short = KeyTable("update", WITHOUT_MOMENTS)
+        # The keys of what had moments, another v, no moments, and all of them together.
+        self._joined: tuple[list[tuple[Key, ...]], tuple[Key, ...]] | None = None
+        self._tables = [KeyTable("update", some) for some in (STATISTICS, WITH_ANOTHER_V, WITHOUT_MOMENTS)]
         self._ready = False
         self._between, self._changes = BetweenSteps(), OutsideChanges()
+        self._moments = SecondMoments()
         self._settings: dict[str, float] = {}
         self._jumps: tuple[tuple[str, float, float], ...] = ()
         self._compared = False
@@ -124,7 +125,8 @@ class UpdateProbe:
         if self._ready:
             return
         chosen: list[_Entry] = []
-        for p, _ in self._listed(optimizer):
+        states = optimizer.state if any(map(self._moments.is_learning, optimizer.param_groups)) else None
+        for p, group in self._listed(optimizer):
             entry, here = self._updates.get(id(p)), local_part(p.detach())[0]
             if entry is None or entry.parameter is not p or entry.slots.device != here.device:
                 entry = self._updates[id(p)] = self._entry(p)
@@ -136,6 +138,8 @@ class UpdateProbe:
             # Some optimizers (heavyball's) let go of each gradient once they have used it.
             if p.grad is not None:
                 self._held[id(p)] = p.grad
+                if states is not None:
+                    self._moments.before(p, states.get(p, {}), group)
         with torch.no_grad():
             take_before([entry.update for entry in chosen])
         self._look_between(chosen, settings_of(optimizer.param_groups))
@@ -183,7 +187,10 @@ class UpdateProbe:
             update, slots = entry.update, entry.slots
             if not update.follow(local_part(p.detach())[0]):
                 continue
-            gradient, moments = local_part(given)[0], _moments(states.get(p, {}), group)
+            gradient: Tensor | None = local_part(given)[0]
+            moments = self._moments.read(p, gradient, states.get(p, {}), group)
+            if moments is not None and moments.correction != moments.correction:  # v is no mean of g^2
+                gradient = None
             if slots.device.type == "cpu" and update.prepare(gradient, moments, buffer.address(slots)):
                 jobs.append(update.address)
             else:
@@ -196,6 +203,7 @@ class UpdateProbe:
             addresses = (ctypes.c_void_p * len(jobs))(*jobs)
             library.stabilitylab_after(ctypes.addressof(addresses), len(jobs), torch.get_num_threads())
         self._between.keep(seen)
+        self._moments.done()
         self._release()
 
     def gradients(
@@ -237,19 +245,25 @@ class UpdateProbe:
         """The table's statistics."""
         rows = gathered.rows()
         compared, settings, beta2, has_stepped = gathered.extra
-        second = rows[:, COLUMN["second2"]] if has_stepped else np.full(len(rows), -1.0)
+        # A v in a basis that turns, say, may fall as it likes.
+        is_another = np.isnan(rows[:, COLUMN["ratio2"]])
+        second = np.where(is_another | (not has_stepped), -1.0, rows[:, COLUMN["second2"]])
         outside = rows[:, len(FIELDS) :] if compared else None
         events = tuple(self._changes.events(gathered.sites, outside, second, settings, beta2))
         if not has_stepped:
             return Readings((), np.empty(0), events)
-        values, with_moments = statistics(rows), rows[:, COLUMN["first2"]] >= 0
-        full, short = (
-            tuple(name for name, has in zip(gathered.sites, with_moments, strict=True) if has == wanted)
-            for wanted in (True, False)
-        )
-        keys = self._full.keys(full) + self._short.keys(short) if short else self._full.keys(full)
-        parts = [values[with_moments].ravel(), values[~with_moments, : len(WITHOUT_MOMENTS)].ravel()]
-        return Readings(keys, np.concatenate(parts), events)
+        values = statistics(rows)
+        has_moments = rows[:, COLUMN["first2"]] >= 0
+        kinds = (has_moments & ~is_another, has_moments & is_another, ~has_moments)
+        keys, parts = [], []
+        for table, count, rows_of in zip(self._tables, _COUNTS, kinds, strict=True):
+            if rows_of.any():
+                names = tuple(name for name, has in zip(gathered.sites, rows_of, strict=True) if has)
+                keys.append(table.keys(names))
+                parts.append(values[rows_of, :count].ravel())
+        if self._joined is None or [*map(id, keys)] != [*map(id, self._joined[0])]:
+            self._joined = keys, keys[0] if len(keys) == 1 else tuple(key for some in keys for key in some)
+        return Readings(self._joined[1], np.concatenate(parts), events)
 
     def companions(self, gathered: Gathered, numbers: Mapping[str, float]) -> dict[str, float]:
         """RMS of the change of all weights over the learning rate, each parameter's sample standing for all of
@@ -279,28 +293,9 @@ def statistics(rows: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, n
             rms,
             weight_rms,
             rms / weight_rms,
-            np.sqrt(column["ratio2"] / column["count"]),
             np.sqrt(column["first2"]),
             np.sqrt(column["second2"]),
+            np.sqrt(column["ratio2"] / column["count"]),
             column["below"] / column["count"],
         ]
     return np.stack(values, axis=1)
-
-
-def _moments(state: Mapping[str, Any], group: Mapping[str, Any]) -> Moments | None:
-    """Adam's moments from a parameter's optimizer state; None if there are none."""
-    if "exp_avg" not in state:  # heavyball keeps it one level further down
-        nested = (inner for inner in state.values() if isinstance(inner, Mapping) and "exp_avg" in inner)
-        state = {**state, **next(nested, {})}
-    first, second, betas = state.get("exp_avg"), state.get("exp_avg_sq"), group.get("betas")
-    if not (isinstance(first, Tensor) and isinstance(second, Tensor) and betas):
-        return None
-    # torch keeps the step count with the parameter, fused optimizers with the group.
-    step, correction = state.get("step", group.get("step")), 1.0
-    if isinstance(step, Tensor):
-        # A step counter on an accelerator stays there: reading it would wait for the device.
-        correction = 1.0 - betas[1] ** (float(step) if step.device.type == "cpu" else step)
-    elif step is not None:
-        correction = 1.0 - betas[1] ** step
-    first, second = local_part(first)[0], local_part(second)[0]
-    return Moments(first=first, second=second, correction=correction, epsilon=float(group.get("eps", 1e-8)))

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stabilitylab.errors import InputError
 from stabilitylab.quantization.knapsack import choose
 from stabilitylab.quantization.latency import KEPT, Latencies
 from stabilitylab.quantization.plan import Budget, Outcome
-from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.sensitivity import LayerSensitivity
 from stabilitylab.quantization.verification import Verification
 
@@ -43,6 +43,22 @@ class Advice:
     planned: Outcome
     singles: Mapping[str, Outcome]
     notes: Sequence[str]
+
+    def told_on(self, verification: Verification) -> Advice:
+        """The same with losses measured on another text."""
+
+        def again(outcome: Outcome, schemes: Mapping[str, str]) -> Outcome:
+            chosen = {path: scheme_of(name) for path, name in schemes.items() if name != KEPT}
+            return replace(outcome, loss=verification.measure(chosen))
+
+        return replace(
+            self,
+            planned=again(self.planned, self.assignment),
+            singles={
+                name: again(outcome, dict.fromkeys(self.assignment, name))
+                for name, outcome in self.singles.items()
+            },
+        )
 
 
 class Advisor:
@@ -68,7 +84,7 @@ class Advisor:
 
     def outcome(self, assignment: Assignment) -> Outcome:
         """Figures of an assignment, its loss verified."""
-        schemes = {path: Scheme.parse(name) for path, name in assignment.items() if name != KEPT}
+        schemes = {path: scheme_of(name) for path, name in assignment.items() if name != KEPT}
         return Outcome(
             bytes=self._bytes(assignment),
             seconds={batch: self._seconds(assignment, batch) for batch in self._batches},

@@ -22,6 +22,7 @@ from stabilitylab.quantization.plan import Budget, PlannedLayer, QuantizationPla
 from stabilitylab.quantization.ranges import Inputs, layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers
 from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.schemes import LinearScheme, scheme_of
 from stabilitylab.quantization.sensitivity import LayerSensitivity, measure_sensitivity, reached_layers
 from stabilitylab.quantization.serialization import save_quantized
 from stabilitylab.quantization.tables import outcome_rows
@@ -70,14 +71,15 @@ def quantize(
         batch: rows at which --budget-latency counts: 1, 32 or 256.
         schemes: to choose from.
         tokens: of the text that every layer and scheme is measured on.
-        verify_tokens: of the text after it, on which whole plans are verified.
+        verify_tokens: of the text after it, on which whole plans are verified and one is chosen; as many after that are the
+            third text, on which the outcome is told.
         length: tokens of a window; by default 256, or fewer where the model takes fewer.
         apply: folder to write the quantized model to.
         html: file to write a report to.
         json_output: print the plan as one JSON object instead of tables.
     """
     budget = _budget(budget_loss, budget_memory, budget_latency, batch)
-    chosen = [Scheme.parse(name) for name in dict.fromkeys(schemes)]
+    chosen = [scheme_of(name) for name in dict.fromkeys(schemes)]
     if not chosen:
         raise InputError("--schemes is empty: name at least one")
     for file in (plan, html, apply):
@@ -122,7 +124,7 @@ def make_plan(
     model: TextModel,
     text: Path,
     budget: Budget,
-    schemes: Sequence[Scheme],
+    schemes: Sequence[LinearScheme],
     *,
     tokens: int = 512,
     verify_tokens: int = 4096,
@@ -137,7 +139,7 @@ def make_plan(
         budget: what may be spent.
         schemes: to choose from.
         tokens: of the text that every layer and scheme is measured on.
-        verify_tokens: of the text after it, on which whole plans are verified.
+        verify_tokens: of the text after it, on which whole plans are verified; as many after that tell the outcome.
         length: tokens of a window.
         console: where progress is shown.
 
@@ -147,7 +149,7 @@ def make_plan(
     console = console or Console(quiet=True)
     if tokens < 1 or verify_tokens < 1:
         raise InputError(f"tokens ({tokens}) and verify-tokens ({verify_tokens}) must be at least 1")
-    measured, fresh = _split(model, text, tokens, verify_tokens, length)
+    measured, fresh, third = _split(model, text, tokens, verify_tokens, length)
     layers = quantizable_layers(model.module)
     with torch.inference_mode(), Progress(console=console, transient=True) as progress:
         inputs = layer_inputs(model, measured, layers)
@@ -174,18 +176,32 @@ def make_plan(
         progress.add_task("verifying whole plans", total=None)
         verification = Verification(model, fresh or measured, inputs.largest)
         advice = Advisor(sensitivity, latencies, verification).advise(budget)
-    notes = list(advice.notes)
+        # What was chosen for its loss on a text looks better there than it is: the outcome is told on another.
+        told = Verification(model, third, inputs.largest) if third else verification
+        outcome = advice.told_on(told)
+    notes = [*model.notes, *advice.notes]
     if not fresh:
         notes.append("the text ends with the measured part: plans were verified on that same part")
+    elif not third:
+        notes.append(
+            "the text ends with the part on which plans were verified: the outcome is told on that same part"
+        )
+    else:
+        notes.append(
+            f"the plan was chosen at {advice.planned.loss:+.4f} on the second text; on the third it is {outcome.planned.loss:+.4f}"
+        )
+        if budget.kind == "loss" and outcome.planned.loss > budget.value:
+            notes.append(f"on the third text the plan is beyond the {budget.text}: give more --verify-tokens")
     return _plan(
         model,
         budget,
         sensitivity,
         latencies,
-        advice,
+        outcome,
         inputs,
-        loss=verification.loss,
+        loss=told.loss,
         tokens=(sum(window.tokens for window in measured), verification.tokens),
+        told_tokens=told.tokens,
         notes=notes,
     )
 
@@ -243,17 +259,23 @@ def _existing(plan: Path, text: Path | None, budget: Budget | None) -> Quantizat
 
 def _split(
     model: TextModel, text: Path, tokens: int, verify_tokens: int, length: int | None
-) -> tuple[list[Window], list[Window]]:
-    """Windows to measure on, and windows after them to verify on."""
+) -> tuple[list[Window], list[Window], list[Window]]:
+    """Windows to measure on, windows after them to choose by, and windows after those to tell the outcome on."""
     if length is None:
         length = 256 if model.longest is None else min(256, model.longest)
     measured: list[Window] = []
     fresh: list[Window] = []
+    third: list[Window] = []
     count = 0
-    for window in model.windows(text, length, tokens + verify_tokens):
-        (measured if not measured or count + window.tokens <= tokens else fresh).append(window)
+    for window in model.windows(text, length, tokens + 2 * verify_tokens):
         count += window.tokens
-    return measured, fresh
+        if not measured or count <= tokens:
+            measured.append(window)
+        elif not fresh or count <= tokens + verify_tokens:
+            fresh.append(window)
+        else:
+            third.append(window)
+    return measured, fresh, third
 
 
 def _plan(
@@ -266,13 +288,15 @@ def _plan(
     *,
     loss: float | None,
     tokens: tuple[int, int],
+    told_tokens: int,
     notes: Sequence[str],
 ) -> QuantizationPlan:
     criterion: Literal["loss", "output error"] = "loss" if model.predicts else "output error"
     layers, kept = {}, {}
     for layer in sensitivity:
         name = advice.assignment[layer.path]
-        smooth = name != KEPT and Scheme.parse(name).smooth is not None
+        scheme = None if name == KEPT else scheme_of(name)
+        smooth = isinstance(scheme, Scheme) and scheme.smooth is not None
         layers[layer.path] = PlannedLayer(
             scheme=None if name == KEPT else name,
             reason=reason(layer, name, criterion),
@@ -296,6 +320,7 @@ def _plan(
         loss=loss,
         budget=budget,
         tokens=tokens,
+        told_tokens=told_tokens,
         machine=machine(),
         layers=layers,
         kept=kept,

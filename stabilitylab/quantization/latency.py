@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.quantization.replacement import quantized
-from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.schemes import LinearScheme
 
 BATCHES = (1, 32, 256)
 KEPT = "16-bit"  # the name of leaving a layer as it is: its weights count two bytes
@@ -43,7 +43,7 @@ def measure_latencies(
     module: nn.Module,
     samples: Mapping[tuple[int, int], tuple[str, Tensor]],
     largest: Mapping[str, Tensor],
-    schemes: Sequence[Scheme],
+    schemes: Sequence[LinearScheme],
     *,
     batches: Sequence[int] = BATCHES,
     rounds: int = 5,

@@ -39,11 +39,11 @@ def open_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
     with hugging_face.quiet():
         with without_parameters():
             module = described.loader.from_config(described.config, dtype=dtype)
+            hugging_face.prepare(module)
         tokenizer = described.tokenizer()
     if getattr(module, "pooler", None) is not None and not holds(path / WEIGHTS, "pooler."):
         module.pooler = None  # the original was opened without: its files lack it and no output needs it
     load_quantized(module, path / WEIGHTS, dtype=dtype)
-    module.config.use_cache = False
     return TextModel(
         module=module.requires_grad_(False),
         name=header["name"],

@@ -27,7 +27,7 @@ def plan_page(plan: QuantizationPlan) -> Page:
     )
     facts = {
         "model": f"{plan.model} ({plan.fingerprint})",
-        "measured on": f"{plan.tokens[0]:,} tokens; verified on {plan.tokens[1]:,}",
+        "measured on": f"{plan.tokens[0]:,} tokens; chosen on {plan.tokens[1]:,}; told on {plan.told_tokens:,} others",
         "machine": plan.machine,
     }
     if plan.loss is not None:
@@ -165,6 +165,9 @@ def _schemes() -> Section:
         "smoothquant moves the range of activations into the weights first.",
         "int8 and int4: only the weights are integers, with a scale for each row or each group of 32, 64 or 128 columns; -asym "
         "with zero points, -mse with scales that minimise the squared error. Activations stay as they are.",
+        "fp8, mxfp8, mxfp4, nvfp4: weights in a small floating-point format, with scales as its specification has them; after a "
+        "slash the activations' format. These are emulated: their errors are true, their times are not those of a machine that "
+        "has the format. -had: weights and activations rotated by a Hadamard matrix first, which spreads outliers.",
         "Divergence is how many nats per token the quantized model's predictions are away from the model's own. It adds up over "
         "layers, which is how a plan is composed; that it did is what the verified figures above show.",
     ]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from stabilitylab.errors import InputError
 from stabilitylab.quantization.latency import KEPT
-from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.schemes import LinearScheme, scheme_of
 
 _FORMAT = "stabilitylab-quantization-plan"
 _VERSION = 1
@@ -104,7 +104,8 @@ class QuantizationPlan:
         criterion: "loss" or "output error".
         loss: the unchanged model's on the verification text; None for encoders.
         budget: asked for.
-        tokens: of the text that sensitivities were measured on, and of the one that verified.
+        tokens: of the text that sensitivities were measured on, and of the one that plans were chosen by.
+        told_tokens: of the third text, on which the outcomes and the loss are told; 0 in plans of before there was one.
         machine: where times were measured.
         layers: path -> decision.
         kept: path -> why a linear layer is no part of the plan.
@@ -129,14 +130,13 @@ class QuantizationPlan:
     notes: Sequence[str]
     sensitivity: Mapping[str, Any]
     latency: Mapping[str, Any]
+    told_tokens: int = 0
 
     @property
-    def schemes(self) -> dict[str, Scheme]:
+    def schemes(self) -> dict[str, LinearScheme]:
         """path -> scheme of the layers to be quantized."""
         return {
-            path: Scheme.parse(layer.scheme)
-            for path, layer in self.layers.items()
-            if layer.scheme is not None
+            path: scheme_of(layer.scheme) for path, layer in self.layers.items() if layer.scheme is not None
         }
 
     @property
@@ -204,7 +204,7 @@ def load_plan(path: Path) -> QuantizationPlan:
         plan = QuantizationPlan(**values)
         for layer in plan.layers.values():
             if layer.scheme is not None:
-                Scheme.parse(layer.scheme)
+                scheme_of(layer.scheme)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is a plan with a field missing or broken ({error}): make it again"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import linear_layers, linear_weight, shared_parameters
-from stabilitylab.quantization.linear import QuantizedLinear
-from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.schemes import LinearScheme
 
 
 def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -32,14 +32,14 @@ def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def quantized(path: str, layer: nn.Module, scheme: Scheme, largest: Tensor | None = None) -> QuantizedLinear:
+def quantized(path: str, layer: nn.Module, scheme: LinearScheme, largest: Tensor | None = None) -> Any:
     """The quantized twin of a linear layer.
 
     Raises:
         InputError: its weights are not finite, or SmoothQuant has no ``largest``.
     """
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
-    return QuantizedLinear.from_weight(linear_weight(layer), scheme, bias=bias, largest=largest, name=path)
+    return scheme.layer(linear_weight(layer), bias=bias, largest=largest, name=path)
 
 
 def put(module: nn.Module, path: str, layer: nn.Module) -> None:
@@ -65,7 +65,7 @@ def replaced(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 def quantize_layers(
-    module: nn.Module, schemes: Mapping[str, Scheme], largest: Mapping[str, Tensor] | None = None
+    module: nn.Module, schemes: Mapping[str, LinearScheme], largest: Mapping[str, Tensor] | None = None
 ) -> None:
     """Quantize layers of a model for good, one after another, each original let go at once.
 

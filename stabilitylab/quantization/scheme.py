@@ -25,9 +25,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from stabilitylab.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stabilitylab.quantization.linear import QuantizedLinear
 
 GROUPS = (32, 64, 128)
 INT8_RANGE = 127.5  # of W8A8: see above
@@ -89,6 +94,24 @@ class Scheme:
         settings += [] if self.smooth is None else [f"smooth{self.smooth:g}"]
         share = {"tensor": "tensor", "row": "channel"}[str(self.share)]
         return "-".join(["w8a8", share, f"by{self.activations}", *settings])
+
+    def layer(
+        self,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        largest: Tensor | None = None,
+        name: str = "the layer",
+    ) -> QuantizedLinear:
+        """A linear layer of W [N, K] in this scheme.
+
+        Raises:
+            InputError: weights are not finite, or SmoothQuant has no ``largest``.
+        """
+        # The layer is built on this module, so it is imported where it is made.
+        from stabilitylab.quantization.linear import QuantizedLinear
+
+        return QuantizedLinear.from_weight(weight, self, bias=bias, largest=largest, name=name)
 
     @classmethod
     def parse(cls, name: str) -> Scheme:

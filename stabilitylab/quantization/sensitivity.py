@@ -26,7 +26,7 @@ from stabilitylab.quantization.divergence import Divergence, Yardstick
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
 from stabilitylab.quantization.restart import Restart
-from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.schemes import LinearScheme
 
 Progress = Callable[[int, int], None]
 
@@ -90,7 +90,7 @@ def reached_layers(module: nn.Module, largest: Mapping[str, Tensor]) -> dict[str
 def measure_sensitivity(
     model: TextModel,
     windows: Iterable[Window],
-    schemes: Sequence[Scheme],
+    schemes: Sequence[LinearScheme],
     largest: Mapping[str, Tensor],
     *,
     progress: Progress | None = None,

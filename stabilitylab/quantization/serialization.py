@@ -24,13 +24,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
+from stabilitylab.formats import Quantized, scaled_format, unpack_4bit
 from stabilitylab.models import TextModel, shared_parameters
 from stabilitylab.models.hugging_face import location, quiet, recognises
+from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme
 from stabilitylab.quantization.freed_memory import give_back_memory
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import put, quantizable_layers, quantized
+from stabilitylab.quantization.rotated import RotatedLinear
 from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.schemes import LinearScheme, RotatedScheme, scheme_of
 from stabilitylab.quantization.stored import StoredWeight
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
@@ -160,14 +164,20 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
     for path, scheme in plan.schemes.items():
         smooth = plan.layers[path].smooth
         largest = None if smooth is None else torch.tensor(smooth)
+        stored = scheme.inner if isinstance(scheme, RotatedScheme) else scheme
+        if not isinstance(stored, (Scheme, FormatScheme)):
+            raise InputError(
+                f"{path}: the scheme {scheme.name} is none of this package's, so its weights have no form on disk: leave it out "
+                "of --schemes"
+            )
         twin = quantized(path, layers[path], scheme, largest)
         for name, tensor in twin.state_dict().items():
             tensors[f"{path}.{name}"] = tensor.contiguous()
         layout[path] = {
             "scheme": scheme.name,
             "shape": [twin.out_features, twin.in_features],
-            "group": twin.group,
-            "fingerprint": twin.fingerprint,
+            "group": getattr(twin, "layer", twin).group,
+            "fingerprint": getattr(twin, "layer", twin).fingerprint,
         }
     shared = shared_parameters(module)
     again = {name for group in shared for name in group[1:]}
@@ -200,26 +210,49 @@ def _narrowest(tensor: Tensor) -> Tensor:
 
 def _layer(
     file: Path, names: set[str], path: str, layout: Mapping[str, Any], dtype: torch.dtype
-) -> QuantizedLinear:
+) -> nn.Module:
+    scheme = scheme_of(layout["scheme"])
+    if isinstance(scheme, RotatedScheme):
+        return RotatedLinear(_unrotated(file, names, f"{path}.layer", scheme.inner, layout, dtype), scheme)
+    return _unrotated(file, names, path, scheme, layout, dtype)
+
+
+def _unrotated(
+    file: Path,
+    names: set[str],
+    path: str,
+    scheme: LinearScheme,
+    layout: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> nn.Module:
     def get(name: str) -> Tensor | None:
         return read_tensor(file, f"{path}.{name}") if f"{path}.{name}" in names else None
 
-    values, scales, bias = get("values"), get("scales"), get("bias")
-    if values is None or scales is None:
+    bias = get("bias")
+    bias = None if bias is None else bias.to(dtype)
+    rows, columns = layout["shape"]
+    if isinstance(scheme, FormatScheme) and (codes := get("codes")) is not None:
+        kind = scaled_format(scheme.weights)
+        stored = Quantized(
+            codes=unpack_4bit(codes) if codes.shape[1] != columns else codes,
+            scales=get("scales"),
+            tensor_scale=get("tensor_scale"),
+            format=kind,
+        )
+        return FormatLinear(stored, scheme, bias=bias, fingerprint=layout["fingerprint"])
+    values, scales = get("values"), get("scales")
+    if not isinstance(scheme, Scheme) or values is None or scales is None:
         raise InputError(f"the quantized weights of {path} are incomplete: apply the plan again")
-    scheme = Scheme.parse(layout["scheme"])
-    stored = StoredWeight(
+    weight = StoredWeight(
         values=values,
         scales=scales,
         zeros=get("zeros"),
         bits=scheme.bits,
-        shape=(layout["shape"][0], layout["shape"][1]),
+        shape=(rows, columns),
         group=layout["group"],
         fingerprint=layout["fingerprint"],
     )
-    return QuantizedLinear(
-        stored, scheme, bias=None if bias is None else bias.to(dtype), smooth=get("smooth")
-    )
+    return QuantizedLinear(weight, scheme, bias=bias, smooth=get("smooth"))
 
 
 def _check_place(module: nn.Module, name: str, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from stabilitylab.models import TextModel, Window
 from stabilitylab.models.text_model import loss_of
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
-from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.schemes import LinearScheme
 
 
 class Verification:
@@ -44,14 +44,14 @@ class Verification:
         """The unchanged model's loss per target in nats; None for encoders."""
         return self._loss if self._model.predicts else None
 
-    def measure(self, schemes: Mapping[str, Scheme]) -> float:
+    def measure(self, schemes: Mapping[str, LinearScheme]) -> float:
         """The loss increase, or the relative error of the output, of the model with these layers quantized (path -> scheme)."""
         key = tuple(sorted((path, scheme.name) for path, scheme in schemes.items()))
         if key not in self._known:
             self._known[key] = self._measure(schemes)
         return self._known[key]
 
-    def _measure(self, schemes: Mapping[str, Scheme]) -> float:
+    def _measure(self, schemes: Mapping[str, LinearScheme]) -> float:
         twins = {
             path: quantized(path, self._layers[path], scheme, self._largest.get(path))
             for path, scheme in schemes.items()

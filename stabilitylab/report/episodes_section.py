@@ -90,7 +90,9 @@ def _diagnoses(run: Run) -> list[tuple[int, str, Sequence[str]]]:
     """Step, cause and sentences: as the run recorded them, else made now (the run was killed, or is going on)."""
     recorded = [event for event in run.events if event.kind == "diagnosis"]
     if recorded:
-        return [(event.step, str(event.data["cause"]), event.data["sentences"]) for event in recorded]
+        from stabilitylab.spikes.advice import told_now
+
+        return [(event.step, str(event.data["cause"]), told_now(run, event.data)) for event in recorded]
     from stabilitylab.spikes.forensics import diagnose_run  # forensics reads runs, so it knows this package
 
     return [(one.episode.onset, one.cause, one.sentences) for one in diagnose_run(run)]

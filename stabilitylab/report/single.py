@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from stabilitylab.report import sections
+from stabilitylab.report.attribution_section import attribution_section
 from stabilitylab.report.close_ups import close_ups, extremes
 from stabilitylab.report.page import Page, Section, Table
 from stabilitylab.runs.config import flat
@@ -18,6 +19,8 @@ _NONE = object()
 def run_report(run: Run) -> Page:
     """Everything a person looks at first about one run."""
     page = _report({run.name: [run]}, title=f"Run {run.name}", lead=_lead(run), facts=_facts(run))
+    if (proven := attribution_section(run)) is not None:
+        page.sections.insert(3, proven)  # after the diagnoses
     if (near := close_ups(run)) is not None:
         page.sections.insert(2, near)  # after the table of episodes
     return page

@@ -1,7 +1,8 @@
-"""Where numbers go: Parquet for analysis, TensorBoard for looking, memory for notebooks and tests."""
+"""Where numbers go: Parquet for analysis, TensorBoard and trackers for looking, memory for notebooks and tests."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from stabilitylab.sinks.base import Sink
@@ -9,15 +10,23 @@ from stabilitylab.sinks.in_memory import MemorySink
 from stabilitylab.sinks.parquet import ParquetSink
 
 if TYPE_CHECKING:
+    from stabilitylab.sinks.mlflow_sink import MlflowSink as MlflowSink
     from stabilitylab.sinks.tensorboard import TensorBoardSink as TensorBoardSink
+    from stabilitylab.sinks.trackio_sink import TrackioSink as TrackioSink
+    from stabilitylab.sinks.wandb_sink import WandbSink as WandbSink
 
-__all__ = ["MemorySink", "ParquetSink", "Sink", "TensorBoardSink"]
+# TensorBoard takes a second to import: only who writes its files pays for it.
+_LATER = {
+    "MlflowSink": "stabilitylab.sinks.mlflow_sink",
+    "TensorBoardSink": "stabilitylab.sinks.tensorboard",
+    "TrackioSink": "stabilitylab.sinks.trackio_sink",
+    "WandbSink": "stabilitylab.sinks.wandb_sink",
+}
+
+__all__ = ["MemorySink", "MlflowSink", "ParquetSink", "Sink", "TensorBoardSink", "TrackioSink", "WandbSink"]
 
 
 def __getattr__(name: str) -> object:
-    # TensorBoard takes a second to import: only who writes its files pays for it.
-    if name == "TensorBoardSink":
-        from stabilitylab.sinks.tensorboard import TensorBoardSink
-
-        return TensorBoardSink
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

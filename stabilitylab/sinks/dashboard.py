@@ -7,14 +7,16 @@ looking. One page of that group holds twelve cards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.runs.places import Places
-from stabilitylab.sinks.pictures import Grid
-from stabilitylab.telemetry import SCALAR, Key, Samples
+from stabilitylab.sinks.pictures import Grid, Sketch
+from stabilitylab.spikes.episodes import Episode, episodes_of
+from stabilitylab.telemetry import SCALAR, Event, Key, Samples
 
 if TYPE_CHECKING:
     from stabilitylab.runs.run import Run
@@ -204,3 +206,27 @@ class _Roles:
                 and places.block_number(key.site) is not None
             ):
                 self.role[number] = self.BRANCH
+
+
+def sketch(overview: Overview, events: Sequence[Event]) -> Sketch:
+    """What the maps, the loss with its spikes and the list of spikes show now."""
+    episodes = episodes_of(events)
+    # A step may have a gradient norm and no loss.
+    story = sorted(overview.story.grid().cells.items())
+    losses = {step: cell[LOSS] for step, cell in story if LOSS in cell}
+    rows = [episode_cells(episode) for episode in reversed(episodes[-15:])]
+    title = f"Spikes: {len(episodes)}" + (f", the last {len(rows)}" if len(rows) < len(episodes) else "")
+    return Sketch(
+        loss=(STORY, losses) if losses else None,
+        # Loss and norm often tell the same story: one mark where they begin together.
+        marks=list({e.onset: (e.onset, e.end, e.kind) for e in episodes[-40:]}.values()),
+        listed=(SPIKES, title, rows),
+        maps={tag: (overview.maps[name].grid(), name != "score") for name, tag in MAPS.items()},
+    )
+
+
+def episode_cells(episode: Episode) -> list[str]:
+    """An episode as a row of ``EPISODE_COLUMNS``."""
+    height = "–" if episode.height is None else f"{episode.height:.3g}"
+    end = "open" if episode.end is None else str(episode.end)
+    return [str(episode.onset), episode.kind, str(episode.peak), end, height, episode.signal]

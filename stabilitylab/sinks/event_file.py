@@ -84,10 +84,14 @@ def layout(charts: Mapping[str, Any]) -> list[Any]:
     return list(made.custom_scalars(charts).value)  # type: ignore[no-untyped-call]
 
 
-def hyperparameters(config: Mapping[str, Any], metrics: Iterable[str]) -> tuple[list[Any], list[Any]]:
-    """What opens a run in the HParams page, and what ends it."""
-    experiment, start, end = made.hparams(dict(config), dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
-    return [*experiment.value, *start.value], list(end.value)
+def hyperparameters(config: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """What opens a run in the HParams page, and what ends it.
+
+    The third thing that torch would write, a list of the columns, is left out. One run's list would stand for all runs, in its own
+    order; without it TensorBoard compares the runs, and its columns begin with what differs.
+    """
+    _, start, end = made.hparams(dict(config), {})  # type: ignore[no-untyped-call]
+    return list(start.value), list(end.value)
 
 
 def picture(tag: str, png: bytes) -> Any:

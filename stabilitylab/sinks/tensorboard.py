@@ -7,7 +7,7 @@
 | Scalars, Images | the same by kind, and the step's other values |
 | Histograms | gradient norms over parameters (log10), attention maxima over heads |
 | Text | the spikes, and what else happened, each as one table that grows |
-| HParams | the run's configuration beside its last loss, largest gradient norm and number of episodes |
+| HParams | the run's configuration, what differs between runs first, beside its last loss, norm, and the Scalars' other last values |
 
 Per-parameter scalars are left to the Parquet files and the report: thousands of charts help nobody. A ``rewind`` drops what
 was written for later steps. Pictures are drawn at the end, and during the run as often as takes a hundredth of the time.
@@ -34,13 +34,13 @@ from stabilitylab.runs.config import flat
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.runs.places import Places
 from stabilitylab.sinks import event_file as made
-from stabilitylab.sinks.dashboard import LAYOUT, LOSS, MAPS, NORM, SPIKES, STORY, Overview
+from stabilitylab.sinks.dashboard import LAYOUT, LOSS, NORM, Overview, episode_cells, sketch
 from stabilitylab.sinks.event_file import EventFile
-from stabilitylab.sinks.pictures import EPISODE_COLUMNS, Artist, Sketch
+from stabilitylab.sinks.pictures import EPISODE_COLUMNS, Artist
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
 from stabilitylab.telemetry import Event, Samples
 
-FIRST_PICTURES = 15.0  # seconds
+FIRST_PICTURES = 120.0  # seconds; drawing takes one or two, and a process its start
 SHARE_OF_TIME = 0.01
 MARKERS = 100
 LISTED = 100
@@ -123,7 +123,7 @@ class TensorBoardSink:
 
     def _start_session(self, file: EventFile) -> None:
         if config := self._configuration():
-            start, self._session_end = made.hyperparameters(flat(config), (LOSS, LARGEST_NORM, EPISODES))
+            start, self._session_end = made.hyperparameters(flat(config))
             file.add(0, start)
 
     def _configuration(self) -> Mapping[str, Any]:
@@ -186,22 +186,6 @@ class TensorBoardSink:
             others = [event for event in self._events if event.kind not in KINDS]
             file.add(events[-1].step, made.text("events", _event_table(others)))
 
-    def _sketch(self) -> Sketch:
-        """What the maps, the loss with its spikes and the list of spikes show now."""
-        episodes = episodes_of(self._events)
-        # A step may have a gradient norm and no loss.
-        story = sorted(self._overview.story.grid().cells.items())
-        losses = {step: cell[LOSS] for step, cell in story if LOSS in cell}
-        rows = [_episode_cells(episode) for episode in reversed(episodes[-15:])]
-        title = f"Spikes: {len(episodes)}" + (f", the last {len(rows)}" if len(rows) < len(episodes) else "")
-        return Sketch(
-            loss=(STORY, losses) if losses else None,
-            # Loss and norm often tell the same story: one mark where they begin together.
-            marks=list({e.onset: (e.onset, e.end, e.kind) for e in episodes[-40:]}.values()),
-            listed=(SPIKES, title, rows),
-            maps={tag: (self._overview.maps[name].grid(), name != "score") for name, tag in MAPS.items()},
-        )
-
     def _show(self, file: EventFile) -> None:
         """Fetch pictures that are done, and have the next ones drawn when it is time."""
         if self._artist.busy:
@@ -212,7 +196,7 @@ class TensorBoardSink:
         elif time.monotonic() >= self._next_pictures:
             self._drawn_at = self._step
             try:
-                self._artist.begin(self._sketch())
+                self._artist.begin(sketch(self._overview, self._events))
             except OSError as error:  # the numbers are written; the last pictures will show them
                 self._next_pictures = math.inf
                 _log.warning("no pictures until the end: %s", error)
@@ -220,17 +204,14 @@ class TensorBoardSink:
     def _draw(self, file: EventFile) -> None:
         """The last pictures: nothing trains any more."""
         self._artist.stop()
-        file.add(self._step, [made.picture(tag, png) for tag, png in self._sketch().draw().items()])
-
-
-def _episode_cells(episode: Episode) -> list[str]:
-    height = "–" if episode.height is None else f"{episode.height:.3g}"
-    end = "open" if episode.end is None else str(episode.end)
-    return [str(episode.onset), episode.kind, str(episode.peak), end, height, episode.signal]
+        file.add(
+            self._step,
+            [made.picture(tag, png) for tag, png in sketch(self._overview, self._events).draw().items()],
+        )
 
 
 def _episode_table(episodes: Sequence[Episode]) -> str:
-    rows = [_episode_cells(episode) for episode in reversed(episodes[-LISTED:])]
+    rows = [episode_cells(episode) for episode in reversed(episodes[-LISTED:])]
     return _markdown(EPISODE_COLUMNS, rows)
 
 

@@ -3,12 +3,16 @@
 ``glm replay`` runs an event again from before it with one thing changed, so whether an advice helps is a matter of minutes. The
 advice is the field's: PaLM left batches out (2204.02311, section 5.1), OPT-175B lowered rate and clipping bound (2205.01068,
 section 2.5), ViT-22B normed queries and keys (2302.05442), Gemma 2 capped scores (2408.00118), StableAdamW bounds updates where v
-lags behind (2304.13013).
+lags behind (2304.13013). Where the same was tried in recorded runs, the line says how often it helped (``outcomes.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from stabilitylab.runs import Run
+from stabilitylab.spikes.outcomes import TRIED, record_of
 from stabilitylab.spikes.suspects import Suspect
 
 _TRY = {
@@ -38,6 +42,18 @@ _OUTSIDE = {
 }
 
 
+# What is tried, as an outcome calls it.
+_TREATMENT = {
+    "learning-rate": "lower-rate",
+    "batch": "skip-batch",
+    "attention": "soft-cap",
+    "activation": "lower-rate",
+    "gradient": "clip",
+    "overflow": "precision",
+    "optimizer": "update-clipping",
+}
+
+
 def advice(run: Run, suspect: Suspect, number: int | None) -> str:
     """One line of what to try.
 
@@ -47,12 +63,29 @@ def advice(run: Run, suspect: Suspect, number: int | None) -> str:
     if suspect.event is not None and suspect.event.kind in _OUTSIDE:
         return f"Try: {_OUTSIDE[suspect.event.kind]}."
     if suspect.cause == "optimizer":
-        return (
+        said = (
             "Try: bound each tensor's update by its own second moment (StableAdamW), or a smaller beta2."
             + _command(run, number, "--optimizer.update-clipping")
         )
-    what, flags = _TRY[suspect.cause]
-    return f"Try: {what}." + _command(run, number, flags)
+    else:
+        what, flags = _TRY[suspect.cause]
+        said = f"Try: {what}." + _command(run, number, flags)
+    return said + _record(run, suspect.cause)
+
+
+def told_now(run: Run, diagnosis: Mapping[str, Any]) -> list[str]:
+    """The sentences of a recorded diagnosis, its advice with the record as it stands now: replays may have been made since."""
+    sentences = [str(one) for one in diagnosis["sentences"]]
+    line = diagnosis.get("advice")
+    if not line or line not in sentences or diagnosis.get("outside") is not None:
+        return sentences
+    fresh = line.partition(f" {TRIED}")[0] + _record(run, str(diagnosis["cause"]))
+    return [fresh if one == line else one for one in sentences]
+
+
+def _record(run: Run, cause: str) -> str:
+    treatment = _TREATMENT.get(cause)
+    return record_of(run, treatment) if treatment is not None else ""
 
 
 def _command(run: Run, number: int | None, flags: str) -> str:

@@ -23,6 +23,7 @@ then the update.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -123,8 +124,9 @@ class ChangeOnset:
 
     @property
     def is_local(self) -> bool:
-        """Whether it stands out from its family: it rose by more than the square of what the median site did (or of 2)."""
-        return bool(self.ratio > max(self.common, 2.0) ** 2)
+        """Whether it stands out from its family: it rose by more than the square of what the median site did (or of 2). What is not
+        finite does: all that comes after it is not finite either, and which was first is a matter of order."""
+        return math.isinf(self.ratio) or math.sqrt(self.ratio) > max(self.common, 2.0)
 
     @property
     def name(self) -> str:

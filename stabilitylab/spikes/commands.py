@@ -16,7 +16,9 @@ from stabilitylab.logs.commands import left_out_of
 from stabilitylab.logs.log import STEP, Log
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.logs.source import remove_temporary
+from stabilitylab.runs import Run
 from stabilitylab.runs.folder import RunFolder
+from stabilitylab.spikes.advice import told_now
 from stabilitylab.spikes.episodes import KINDS, Episode
 from stabilitylab.spikes.scan import Scan, scan_log
 
@@ -161,7 +163,8 @@ def _show(scan: Scan, log: Log) -> None:
 
 
 def _explanations(log: Log) -> list[str]:
-    """A run folder says why: the first sentences of each diagnosis it holds, or where it was not closed, of those made now."""
+    """A run folder says why, and what to try: the first sentences of each diagnosis it holds and its advice, or where it was not
+    closed, of those made now."""
     if not log.path.is_dir() or not RunFolder(log.path).events.is_file():
         return []
     events = RunFolder(log.path).read_events()
@@ -170,7 +173,12 @@ def _explanations(log: Log) -> list[str]:
         from stabilitylab.spikes.explain import explain  # reads telemetry: only where it is wanted
 
         diagnoses = explain(RunFolder(log.path))
-    return [" ".join(event.data["sentences"][:3]) for event in diagnoses]
+    run, said = Run(RunFolder(log.path)), []
+    for event in diagnoses:
+        sentences = told_now(run, event.data)
+        tries = [one for one in sentences[3:] if one.startswith("Try: ")]
+        said.append(" ".join([*sentences[:3], *tries]))
+    return said
 
 
 def _table(episodes: list[Episode], title: str) -> Table:

@@ -1,4 +1,5 @@
-"""The diagnoses of a run that is over, as events: what ``events.jsonl``, TensorBoard and the report show."""
+"""The diagnoses of a run that is over, and what came of its responses, as events: what ``events.jsonl``, TensorBoard and the report
+show."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes.episodes import Episode
 from stabilitylab.spikes.forensics import diagnose, explicable
+from stabilitylab.spikes.outcomes import OUTCOME, outcomes
 from stabilitylab.telemetry import DEPARTURES, Event
 
 # A run that breaks a hundred times is not understood by reading a hundred diagnoses: the gravest are explained.
@@ -42,9 +44,13 @@ def explain(run: RunFolder, *, describe_batch: Callable[[int], list[str]] | None
 def write_diagnoses(
     run: RunFolder, *, describe_batch: Callable[[int], list[str]] | None = None
 ) -> list[Event]:
-    """Explain a run's episodes into its ``events.jsonl``, and as text into its TensorBoard folder if it has one."""
+    """Explain a run's episodes into its ``events.jsonl``, and as text into its TensorBoard folder if it has one. Before that it is
+    recorded what came of its responses."""
     if not run.events.is_file():
         return []
+    loaded = load_run(run.path)
+    known = {event.step for event in loaded.events if event.kind == OUTCOME}
+    run.append_events([event for event in outcomes(loaded) if event.step not in known])
     events = explain(run, describe_batch=describe_batch)
     run.append_events(events)
     if events and run.tensorboard.is_dir():

@@ -23,7 +23,7 @@ from stabilitylab.runs import Run
 from stabilitylab.spikes.advice import advice
 from stabilitylab.spikes.change_onsets import ChangeOnset, find_departures, measurements_before
 from stabilitylab.spikes.episodes import Episode, episodes_of
-from stabilitylab.spikes.suspects import LEAD_STEPS, Suspect, first_suspect, gather
+from stabilitylab.spikes.suspects import LEAD_STEPS, Suspect, disturbed, first_suspect, gather
 from stabilitylab.telemetry import DEPARTURES, LOSS_SCALES, Event
 
 MOST = 10
@@ -50,6 +50,7 @@ class Diagnosis:
         loss_scale: at the onset and the lowest within the episode.
         learning_rate_change: step and factor.
         outside: what changed from outside, as it was told: kind, step and data; None if nothing did, or it is not the suspect.
+        disturbs: what a cause from outside the forward pass does in it: the first site that left, and the one that left furthest.
         stack: in which stack of blocks the site lies, in a model that has several.
         measurements: of layers in the 128 steps before the onset.
         advice: one line of what to try.
@@ -70,6 +71,7 @@ class Diagnosis:
     loss_scale: tuple[float, float] | None = None
     learning_rate_change: tuple[int, float] | None = None
     outside: Mapping[str, Any] | None = None
+    disturbs: Sequence[ChangeOnset] = ()
     stack: str = ""
     measurements: int = 0
     advice: str = ""
@@ -159,6 +161,7 @@ def diagnose(
         loss_scale=_loss_scale(run, episode),
         learning_rate_change=seen.rate_change,
         outside=_outside(suspect),
+        disturbs=disturbed(suspect, seen),
         stack=run.places.stack_of(suspect.site.partition(",")[0]) if suspect.site else "",
         measurements=measurements_before(run, onset),
         advice=advice(run, suspect, numbers.get((onset, episode.signal))),

@@ -24,6 +24,10 @@ as well, the third doubles that; after ``AT_ONE_SPOT`` decisions the spot is lef
 
 A policy of one's own is any object with the methods of ``Policy``: ``glm.train.loop.Trainer(..., responder=mine)``.
 
+``dead`` and ``frozen`` losses are told and not answered. A loss of exactly 0, or one that repeats itself, comes from a mask that
+leaves no target, a log that repeats a value or updates that are left out: no batch, rate or older state makes that right, and going
+back would train the same steps again for nothing.
+
 A non-finite loss means that the state cannot be trusted: whatever the policy, the decision then also goes
 back to before the onset and leaves its batch out.
 """

@@ -117,6 +117,26 @@ def first_suspect(episode: Episode, seen: Evidence) -> Suspect:
     )
 
 
+def disturbed(suspect: Suspect, seen: Evidence) -> tuple[ChangeOnset, ...]:
+    """What a cause that lies outside of the forward pass does in it: the first site that left, and the one that left furthest.
+
+    A weight that was changed shows in its own module's output and in what that is fed to, which says nothing new: others come
+    before those.
+    """
+    if suspect.event is None or suspect.event.kind == "overflow":
+        return ()
+    begin = -math.inf if suspect.step is None else suspect.step
+    left = [one for one in seen.departures if one.family in FORWARD and one.step >= begin and one.is_local]
+    own = (suspect.site or "").rpartition(".")[0]
+    others = [one for one in left if one.site != own and not one.site.endswith(":input")] or left
+    if not others:
+        return ()
+    step = min(one.step for one in others)
+    first = _strong(_as_executed([one for one in others if one.since < step]))[0]
+    most = max(others, key=lambda one: (one.ratio, -one.step))
+    return (first,) if most.name == first.name or most.ratio < 2.0 * first.ratio else (first, most)
+
+
 def _from_outside(seen: Evidence, begin: int) -> Suspect | None:
     """The latest of what was changed from outside by the time the first site left."""
     earlier = [event for event in seen.outside if event.step <= begin]

@@ -54,6 +54,12 @@ def _suspect(one: Diagnosis) -> Iterator[str]:
     yield f"{episode.kind} at step {episode.onset}{height}. First suspect: {_CAUSES[one.cause]}{where}."
     if one.outside is not None:
         yield _outside(one)
+    if one.disturbs:
+        first, *furthest = one.disturbs
+        said = f"It disturbs {_lower(_what(first))} first ({_times(first.ratio)})"
+        yield (
+            said + "".join(f", {_lower(_what(most))} most ({_times(most.ratio)})" for most in furthest) + "."
+        )
     if one.learning_rate_change is not None:
         step, factor = one.learning_rate_change
         yield f"The learning rate was multiplied by {factor:.3g} at step {step}, {_ago(step, episode)}."
@@ -135,6 +141,10 @@ def _documents(one: Diagnosis) -> Iterator[str]:
 
 def _what(one: ChangeOnset) -> str:
     return f"{_NOUNS[one.family]} {one.name}"
+
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def _ago(step: int, episode: Episode) -> str:

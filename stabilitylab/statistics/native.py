@@ -1,34 +1,27 @@
 """The compiled one-pass kernel (kernel.c), built once per machine by the system's C compiler.
 
-Built at first use into the user's cache folder, under a name made of the source, the compiler and the
-processor, and loaded from there ever after. Without a compiler, or with ``STABILITYLAB_NATIVE=0``, the torch
-twin in ``summary.py`` runs instead: same results up to rounding, several times slower, which is said once.
-
-The kernel's threads are torch's own OpenMP pool: its runtime is already loaded with global visibility, and
-the kernel is linked without one so that it finds that and starts no second pool.
+Built and loaded by ``stabilitylab.c_compiler``. Without a compiler, or with ``STABILITYLAB_NATIVE=0``, the torch twin in
+``summary.py`` runs instead: same results up to rounding, several times slower, which is said once.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
+from stabilitylab.c_compiler import SWITCH, built, switched_off
+
 _log = logging.getLogger("stabilitylab")
 _SOURCE = Path(__file__).with_name("kernel.c")
 _FLAGS = [
-    *("-O3", "-march=native", "-std=c11", "-fPIC", "-fopenmp", "-fno-strict-aliasing"),
+    *("-std=c11", "-fno-strict-aliasing"),
     # Sums may be reordered (that is what vector registers do); NaN and infinity keep their meaning.
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+    *("-fno-signed-zeros", "-fassociative-math"),
 ]
 # Several partial sums side by side, so that one addition need not wait for the last. GCC's names.
 _UNROLL = [
@@ -100,11 +93,11 @@ class Attention(ctypes.Structure):
 @functools.cache
 def kernel() -> ctypes.CDLL | None:
     """The loaded kernel; None where it cannot be had."""
-    if os.environ.get("STABILITYLAB_NATIVE", "1") == "0":
-        _log.warning("STABILITYLAB_NATIVE=0: %s", _SLOWER)
+    if switched_off():
+        _log.warning("%s=0: %s", SWITCH, _SLOWER)
         return None
     try:
-        library = ctypes.CDLL(str(_built()))
+        library = ctypes.CDLL(str(built(_SOURCE, [*_FLAGS, *_UNROLL], _FLAGS)))
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         for name, arguments in {
             "stabilitylab_summarise": (pointer, integer, ctypes.c_int),
@@ -128,64 +121,3 @@ def kernel() -> ctypes.CDLL | None:
         )
         return None
     return library
-
-
-def _built() -> Path:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise OSError("no C compiler")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
-    key = hashlib.sha256(
-        b"\0".join([_SOURCE.read_bytes(), version, " ".join(_FLAGS + _UNROLL).encode(), _processor()])
-    ).hexdigest()
-    folder = _cache()
-    target = folder / f"kernel-{key[:24]}.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = Path(scratch) / "kernel.so"
-        for flags in ([*_FLAGS, *_UNROLL], _FLAGS):
-            # Compiled and linked apart: with -fopenmp the linker would bring in an OpenMP runtime of its own.
-            unlinked = Path(scratch) / "kernel.o"
-            compiled = subprocess.run(
-                [compiler, *flags, "-c", str(_SOURCE), "-o", str(unlinked)], capture_output=True, timeout=120
-            )
-            if compiled.returncode == 0:
-                subprocess.run(
-                    [compiler, "-shared", str(unlinked), "-lm", "-o", str(built)],
-                    capture_output=True,
-                    check=True,
-                    timeout=120,
-                )
-                break
-        else:
-            raise OSError(f"{compiler} does not compile {_SOURCE.name}")
-        built.replace(target)
-    return target
-
-
-def _cache() -> Path:
-    """A folder of this user's that nobody else can write to: what lies in it will be loaded."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "stabilitylab"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="stabilitylab-"))
-    status = folder.stat()
-    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        return Path(tempfile.mkdtemp(prefix="stabilitylab-"))
-    return folder
-
-
-def _processor() -> bytes:
-    """What ``-march=native`` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return "\n".join(
-        dict.fromkeys(line for line in lines if line.startswith(("flags", "Features", "model name")))
-    ).encode()

@@ -117,6 +117,16 @@ def test_a_dask_clusters_runs_are_those_of_the_command_alone(data_folder: Path, 
     assert weights(job.out) == weights(tmp_path / "alone")
 
 
+def test_another_number_of_steps_is_not_passed_over(tmp_path: Path) -> None:
+    (job, _) = jobs_of(TINY, tmp_path)
+    job.out.mkdir()
+    (job.out / "config.json").write_text('{"steps": 4}')
+    with pytest.raises(
+        InputError, match=r"holds runs of 4 steps \(plain, seed 0\), asked for are 9: give another --out"
+    ):
+        run_suite(TINY, data=tmp_path, out=tmp_path, steps=9)
+
+
 def test_each_cause_is_told_once(tmp_path: Path) -> None:
     suite = dataclasses.replace(TINY, seeds=(0, 1), arms=TINY.arms[:1])
     with pytest.raises(InputError) as caught:

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from scipy import integrate, special, stats
 
+from experiments.benchmarks import verdict_error
 from experiments.cli import main
 from experiments.statistics import decide, holm, median_interval
+from experiments.statistics.choice import _plan, looks
 from experiments.statistics.orders import HAZARD_RATIOS, log_ratios
 from experiments.statistics.proportions import MIXTURE, PairedRates, share_log_e
 from experiments.statistics.ranks import RankSum, SignedRanks
+from experiments.statistics.stake import FITTING
 from experiments.statistics.student import PRIOR_VARIANCE, PairedT, UnpairedT, log_e_value
 from experiments.verdicts import Claim, family, judge
 from stabilitylab.errors import InputError
@@ -88,6 +91,52 @@ def test_orders_have_expectation_one_with_and_without_ties():
     )
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "counts", "censored"])
+def test_the_rank_sums_two_bets_say_where_its_interval_ends(kind):
+    for trial in range(40):
+        rng = np.random.default_rng(trial)
+        law = RankSum(KINDS[kind](rng, 9), KINDS[kind](rng, 7) + rng.integers(-1, 2))
+        seen = law.look(0.2, sequential=True)
+        ends = {abs(x) for x in (seen.low, seen.high) if math.isfinite(x)} - {0.0}
+        for margin in (0.7, 1.0, 2.0, *ends, *(1.001 * x for x in ends)):
+            assert law.inside(margin, 0.2) == (seen.low > -margin, seen.high < margin)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("mix", [(), (2,), (6,)])
+def test_a_divided_stake_decides_where_its_interval_leaves_zero(paired, mix):
+    for trial in range(40):
+        rng = np.random.default_rng(trial)
+        a, b = rng.normal(size=9) - 1.5 * (trial % 3), rng.normal(size=9)
+        for place in mix:
+            b[place] = math.inf
+        for runs, stake in looks(a, b, scale="linear", paired=paired):
+            seen = stake.look(0.05)
+            assert (seen.sign != 0) == (not seen.low <= 0 <= seen.high)
+            assert sum(share for _, share in stake.parts) <= 1.0
+            for margin in (0.5, 3.0):
+                assert stake.within(margin, 0.05) == (seen.low > -margin and seen.high < margin)
+            if not np.isfinite(b[:runs]).all():
+                assert stake.name in ("signs", "rank sum")
+                assert stake.parts[0][1] == (1.0 if mix == (2,) else 1 - FITTING)
+
+
+def test_a_laws_part_in_the_stake_is_no_bet():
+    """Which laws take part is the same with an arm's and a baseline's runs exchanged, pair by pair or all over."""
+    for trial in range(60):
+        rng = np.random.default_rng(trial)
+        a, b = rng.integers(0, rng.integers(2, 40), (2, 4)).astype(float)
+        swapped = rng.random(4) < 0.5
+        paired = [
+            _plan(a, b, "linear", True),
+            _plan(np.where(swapped, b, a), np.where(swapped, a, b), "linear", True),
+        ]
+        values = rng.permutation(np.concatenate([a, b]))
+        groups = [_plan(a, b, "linear", False), _plan(values[:4], values[4:], "linear", False)]
+        assert paired[0] == paired[1]
+        assert groups[0] == groups[1]
+
+
 def test_holm_is_the_textbooks():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([math.nan, 0.01]) == pytest.approx([1.0, 0.02])
@@ -114,18 +163,6 @@ def test_arms_that_are_alike_are_seldom_told_apart(kind, paired):
         arm, baseline = KINDS[kind](rng, RUNS), KINDS[kind](rng, RUNS)
         false += decide(arm, baseline, paired=paired).verdict != "undecided"
     assert false <= stats.binom.ppf(0.999, TRIALS, 0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_family_of_claims_has_its_level_too(kind):
-    """Ten claims without an effect, seeds added until one holds by Holm: in at most 5 % of 400 families."""
-    false = 0
-    for trial in range(400):
-        rng = np.random.default_rng(trial)
-        p = [decide(KINDS[kind](rng, 30), KINDS[kind](rng, 30), paired=True).p_value for _ in range(10)]
-        false += min(holm(p)) <= 0.05
-    assert false <= stats.binom.ppf(0.999, 400, 0.05)
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -343,3 +380,13 @@ def test_gamma_functions_are_those_of_the_null():
     """C(5, 2) choices, each as likely under a hazard ratio of one."""
     assert log_ratios(np.arange(5.0), np.arange(5) < 2, np.ones(1)) == pytest.approx([0.0], abs=1e-12)
     assert math.exp(special.gammaln(6) - special.gammaln(3) - special.gammaln(4)) == pytest.approx(10)
+
+
+def test_how_often_verdicts_are_false_is_a_command(capsys):
+    words = ["--trials", "3", "--families", "1", "--runs", "7"]
+    assert verdict_error.main([*words, "--json"]) == 0
+    body = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert {len(body[what]) for what in ("false", "family", "equivalent", "power")} == {18, 9, 10, 8}
+    assert verdict_error.upper(0, 300) == pytest.approx(1 - 0.01 ** (1 / 300), rel=1e-9)
+    with pytest.raises(InputError, match="at least 4 runs"):
+        verdict_error.main(["--runs", "3"])

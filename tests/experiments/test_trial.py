@@ -10,11 +10,12 @@ import pytest
 from experiments.arm import Arm
 from experiments.study import Outcome, Study, judged, run_study, values_of
 from experiments.suites import SUITES
-from experiments.suites._collapse import Withholding
-from experiments.suites.lead import alarms
+from experiments.suites.lead import PAST, WINDOW, alarms
+from experiments.suites.lead_rank import rank_before
 from experiments.trial import GRID, collapse_onset, configured, frontier, group_of, trial
 from experiments.verdicts import Claim
 from glm.cli import main as glm
+from glm.train.forks import Change
 from glm.train.state_ring import StateRing
 from stabilitylab.runs import load_run
 from tests.glm.conftest import data_folder, text_files  # noqa: F401 - fixtures
@@ -110,19 +111,21 @@ def test_forks_repeat_and_withhold(data_folder: Path):  # noqa: F811
     run = trial(config, data=data_folder, heldout=False, ring=ring)
     state = ring.newest_at(4)
     assert state is not None
-    again = trial(config, data=data_folder, start=state, heldout=False, engine=Withholding)
+    again = trial(config, data=data_folder, start=state, heldout=False)
     assert again.first == 4
     assert again.loss.tolist() == run.loss[4:].tolist()
 
+    # The groups of a study are what the loop's own hold takes, moments and all.
     def hold(trainer):
-        trainer.engine.held = frozenset(
-            n for n in trainer.engine.optimizer.masters() if group_of(n) == "embedding"
-        )
+        names = tuple(n for n in trainer.engine.tensors()[0] if group_of(n) == "embedding")
+        Change(hold=names, hold_steps=3).apply(trainer)
 
-    held = trial(config, data=data_folder, start=state, heldout=False, engine=Withholding, prepare=hold)
+    held = trial(config, data=data_folder, start=state, until=7, heldout=False, prepare=hold)
     weights = held.trainer.engine.tensors()[0]
     assert weights["embedding.weight"].equal(state.model["embedding.weight"])
     assert not weights["final_norm.weight"].equal(state.model["final_norm.weight"])
+    moved = trial(config, data=data_folder, start=state, until=8, heldout=False, prepare=hold).trainer.engine
+    assert not moved.tensors()[0]["embedding.weight"].equal(state.model["embedding.weight"])
 
 
 def test_a_study_goes_on_where_it_was(data_folder: Path, tmp_path: Path):  # noqa: F811
@@ -167,3 +170,25 @@ def test_every_study_names_what_it_judges():
         for claim in study.claims:
             assert claim.metric in study.outcomes
             assert {claim.arm, claim.baseline} - {None} <= arms
+
+
+def test_the_rise_before_a_collapse_has_its_rank_among_the_runs_windows():
+    rng = np.random.default_rng(0)
+    norm = rng.lognormal(0, 0.1, 200)
+    norm[175] *= 3
+    assert rank_before(norm, 180) == (0.5, 5)
+    norm[60] *= 9  # a window among those before had more
+    rank, lead = rank_before(norm, 180)
+    ends = range(PAST + WINDOW, 180 - WINDOW + 1)
+    above = sum(60 in range(end - WINDOW, end) for end in ends)
+    assert lead == 5
+    assert rank == pytest.approx(0.5 - above / len(ends))
+    norm[164:180] = np.inf
+    assert rank_before(norm, 180) is None
+
+
+def test_the_rank_of_a_window_like_all_others_is_nothing_on_average():
+    rng = np.random.default_rng(1)
+    ranks = np.array([rank_before(rng.lognormal(0, 0.3, 120), 120)[0] for _ in range(100)])
+    assert abs(ranks.mean()) < 4 * ranks.std() / 10
+    assert np.abs(ranks).max() <= 0.5

@@ -22,12 +22,12 @@ FORBIDDEN = {
 # The rooms of a floor, lowest first. A room imports rooms below it, never one above: so there is no circle.
 ROOMS = {
     "stabilitylab": (
-        "errors", "command_line", "telemetry", "statistics", "model_structure", "runs", "figures", "probes", "logs",
-        "models", "spikes", "attribution", "sinks", "monitoring", "report", "outliers", "quantization", "integrations",
-        "cli",
+        "errors", "command_line", "c_compiler", "telemetry", "formats", "statistics", "model_structure", "runs", "figures",
+        "probes", "logs", "models", "spikes", "attribution", "sinks", "monitoring", "watching", "report", "outliers",
+        "quantization", "integrations", "laboratory", "cli",
     ),
     "glm": (
-        "errors", "device", "distributed", "precision", "model", "data", "planning", "presets", "train", "parallel",
+        "errors", "c_compiler", "device", "distributed", "precision", "model", "data", "planning", "presets", "train", "parallel",
         "inference", "commands", "cli",
     ),
 }  # fmt: skip

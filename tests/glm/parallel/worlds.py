@@ -29,7 +29,8 @@ from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import Engine, LocalEngine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
-from glm.train.optimizer import OptimizerConfig
+from glm.train.update_rules import OptimizerConfig
+from glm.train.update_rules.config import GuardConfig, MuonConfig
 from stabilitylab.spikes import ResponderConfig
 from stabilitylab.telemetry import Event
 from tests.glm.parallel.spiking import POLICIES, answer, spiking
@@ -58,7 +59,20 @@ OTHER = dataclasses.replace(
     attention=AttentionConfig(positions="alibi", qk_norm=True),
     feed_forward=FeedForwardConfig(kind="gelu"),
 )
+GATED = dataclasses.replace(
+    GLM,
+    norm="reordered",
+    logit_cap=2.0,
+    attention=AttentionConfig(qk_norm=True, v_norm=True, gate="head", sink="learned"),
+)
 STABLE = OptimizerConfig(update_clipping=True, zclip=True)
+RULES = OptimizerConfig(
+    kind="ademamix",
+    cautious=True,
+    decay="adamc",
+    guard=GuardConfig(adagc=True, update_norm=2.0, skip_step=6.0),
+)
+MUON = OptimizerConfig(kind="muon", muon=MuonConfig(per_head=True))
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,12 @@ def worlds() -> list[World]:
     found += [world("fp16-221", (2, 2, 1), precision="fp16"), world("bf16-122", (1, 2, 2), precision="bf16")]
     # Other levers, and a micro-batch that only one of two replicas gets.
     found += [world("other-221", (2, 2, 1), model=OTHER), world("uneven-112", (1, 1, 2), micro=8)]
-    found += [world("stable-212", (2, 1, 2), optimizer=STABLE)]
+    found += [
+        world("stable-212", (2, 1, 2), optimizer=STABLE),
+        world("rules-212", (2, 1, 2), optimizer=RULES),
+    ]
+    found += [world("gated-221", (2, 2, 1), model=GATED)]
+    found += [world("muon-112", (1, 1, 2), optimizer=MUON, zero=0)]
     wet = dataclasses.replace(GLM, dropout=0.2)
     found += [world(f"dropout-{_joined(axes)}", axes, model=wet) for axes in TOPOLOGIES[:3]]
     replayed = dataclasses.replace(wet, recompute=True)

@@ -11,7 +11,7 @@ from glm.errors import InputError
 from glm.model.config import ModelConfig
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig
 from glm.train.forks import Change, Forks, groups_of, matching, trainer_of
-from glm.train.optimizer import MOMENTS
+from glm.train.update_rules.adam import MOMENTS
 
 BEGIN = 4
 SMALL = TrainConfig(

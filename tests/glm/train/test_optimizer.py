@@ -13,7 +13,9 @@ from glm.errors import InputError
 from glm.model.config import ModelConfig
 from glm.model.transformer import Transformer
 from glm.precision import Policy
-from glm.train.optimizer import ZCLIP_DEVIATIONS, MixedPrecisionAdamW, OptimizerConfig
+from glm.train.optimizer import MixedPrecisionAdamW
+from glm.train.update_rules import OptimizerConfig
+from glm.train.update_rules.zclip import DEVIATIONS as ZCLIP_DEVIATIONS
 
 U = 2.0**-24  # unit roundoff of fp32
 STEPS = 20

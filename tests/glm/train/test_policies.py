@@ -76,6 +76,12 @@ def test_where_nothing_can_be_done_nothing_is_told_or_paid(data_folder):
     assert trainer.responder.state_dict()["used"] == 0
 
 
+def test_a_step_copies_no_state_of_the_responder(data_folder, monkeypatch):
+    trainer = training(data_folder)
+    monkeypatch.setattr(trainer.responder, "state_dict", lambda: pytest.fail("copied"))
+    trainer._respond([], 0)
+
+
 @pytest.fixture
 def halve_once():
     names: dict = {"Decision": Decision}

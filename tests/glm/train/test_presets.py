@@ -13,15 +13,16 @@ import torch
 from glm.commands.train import preset_config
 from glm.data.loader import Loader
 from glm.model.block import Block
-from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig
+from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig, Norm, NormKind
 from glm.model.positions import rotation, score_bias, visible
 from glm.presets import PRESETS
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig
 from glm.train.engine import LocalEngine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
-from glm.train.optimizer import OptimizerConfig
 from glm.train.schedule import ScheduleConfig
+from glm.train.update_rules import Kind, OptimizerConfig
+from glm.train.update_rules.config import GuardConfig
 
 STEPS = 10
 ROWS = 4
@@ -123,15 +124,15 @@ def alpha_ramp(config):
 
 
 LEVERS = {
-    **{f"norm {kind}": model(norm=kind) for kind in ("pre", "post", "sandwich", "deepnorm", "deepnet")},
+    **{f"norm {kind}": model(norm=kind) for kind in typing.get_args(Norm)},
     **{f"positions {kind}": attention(positions=kind) for kind in ("rope", "alibi", "learned", "none")},
     "positions rope2d": two_dimensional,
     **{f"softmax {kind}": attention(softmax=kind) for kind in ("fp32", "compute", "pb-relax", "fused")},
     **{
         f"feed-forward {kind}": model(feed_forward=FeedForwardConfig(kind=kind))
-        for kind in ("geglu", "swiglu", "gelu", "relu")
+        for kind in ("geglu", "swiglu", "gelu", "relu", "squared-relu")
     },
-    **{f"init {kind}": model(init=kind) for kind in ("xavier", "gpt2", "small")},
+    **{f"init {kind}": model(init=kind) for kind in ("xavier", "gpt2", "small", "fan-in")},
     **{
         f"shrink {side}": embedding(gradient_shrink=0.1, shrink_side=side)
         for side in ("input", "output", "both")
@@ -139,7 +140,12 @@ LEVERS = {
     "shrink ramp": alpha_ramp,
     "embedding norm": embedding(norm=True),
     "untied": embedding(tied=False),
+    **{f"norm kind {kind}": model(norm_kind=kind) for kind in typing.get_args(NormKind)},
     "qk norm": attention(qk_norm=True),
+    "qkv norm, gated by head": attention(qk_norm=True, v_norm=True, gate="head"),
+    "qk clip, off by one": attention(qk_clip=5.0, sink="off-by-one", gate="element"),
+    "grouped, learned sinks": attention(key_heads=1, sink="learned", clip_qkv=8.0),
+    "spectral, logit cap": model(spectral=True, logit_cap=15.0),
     "soft cap": attention(soft_cap=20.0),
     "z-loss": model(z_loss=1e-4),
     "dropout": model(dropout=0.1),
@@ -149,10 +155,15 @@ LEVERS = {
     "zclip": optimizer(zclip=True),
     "update clipping": optimizer(update_clipping=True),
     "no clipping": optimizer(clip=0.0),
+    **{f"optimizer {kind}": optimizer(kind=kind) for kind in typing.get_args(Kind) if kind != "adamw"},
+    "cautious, AdaGC": optimizer(
+        cautious=True, decay="independent", guard=GuardConfig(adagc=True, skip_step=6)
+    ),
     **{f"objective {kind}": objective(kind=kind) for kind in ("causal", "span-corruption")},
     **{f"precision {kind}": run(precision=kind) for kind in ("bf16", "fp16")},
     "micro-batches": run(precision="bf16", batch=BatchConfig(rows=ROWS, micro_rows=2)),
     "batch ramp": run(batch=BatchConfig(rows=ROWS, micro_rows=1, ramp_from=2, ramp_samples=20)),
+    "wsd schedule": run(schedule=ScheduleConfig(peak=1e-2, warmup=2, shape="wsd")),
     "linear schedule": run(schedule=ScheduleConfig(peak=1e-2, warmup=2, shape="linear")),
 }
 
@@ -167,6 +178,7 @@ def test_every_choice_of_a_lever_is_here():
     for config, field, prefix in (
         (ModelConfig, "init", "init"),
         (ModelConfig, "norm", "norm"),
+        (ModelConfig, "norm_kind", "norm kind"),
         (AttentionConfig, "softmax", "softmax"),
         (AttentionConfig, "positions", "positions"),
         (FeedForwardConfig, "kind", "feed-forward"),

@@ -24,6 +24,7 @@ from glm.train.replay_report import verdict
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Episode, ResponderConfig
+from stabilitylab.spikes.outcomes import tally
 from stabilitylab.telemetry import Event
 
 ONSET = 22
@@ -105,6 +106,15 @@ def test_batches_can_be_left_out_and_the_precision_changed(run):
     fork = load_run(run / "replays" / "event-1" / "precision=fp16,skip=22+23")
     samples = load_run(run).series("train/-/first_sample")
     assert fork.series("train/-/first_sample").tolist() == samples.loc[[20, 21, 24, 25, 26, 27]].tolist()
+
+
+def test_a_fork_records_whether_it_helped(run):
+    replayed(run, "--before", "0", "--steps", "11", "--skip-batches", "22")
+    (fork,) = (load_run(path) for path in (run / "replays" / "event-1").glob("skip=22"))
+    (outcome,) = [event.data for event in fork.events if event.kind == "outcome"]
+    # The event was written by hand, so it does not come.
+    assert (outcome["treatment"], outcome["verdict"], outcome["helped"]) == ("skip-batch", "prevented", True)
+    assert tally(load_run(run), "skip-batch") == (1, 1)
 
 
 def test_updates_can_be_withheld(run):

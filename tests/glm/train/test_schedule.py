@@ -33,6 +33,27 @@ def test_warm_up_and_cosine_are_glm_130bs():
     assert schedule.learning_rate(20_000, 10_000) == pytest.approx(8e-6)
 
 
+def test_wsd_holds_the_peak_and_then_cools_down():
+    schedule = ScheduleConfig(peak=2.0, least=0.1, warmup=10, shape="wsd", decay_share=0.25)
+    rates = np.array([schedule.learning_rate(step, 200) for step in range(201)])
+    np.testing.assert_allclose(rates[10:151], 2.0, rtol=1e-12)
+    x = np.arange(51) / 50
+    np.testing.assert_allclose(rates[150:], 0.2 + 1.8 * (1 - np.sqrt(x)), rtol=1e-12)
+    # A warm-up longer than what is held leaves the rest to the decay.
+    late = ScheduleConfig(peak=1.0, least=0.0, warmup=90, shape="wsd", decay_share=0.5)
+    assert late.learning_rate(89, 100) == late.learning_rate(90, 100) == 1.0
+    assert late.learning_rate(100, 100) == pytest.approx(0.0)
+    with pytest.raises(InputError, match="decay_share"):
+        ScheduleConfig(decay_share=0.0)
+
+
+def test_inverse_square_root():
+    schedule = ScheduleConfig(peak=3.0, least=0.01, warmup=16, shape="inverse-sqrt")
+    rates = np.array([schedule.learning_rate(step, 10**6) for step in range(3000)])
+    np.testing.assert_allclose(rates[16:], 3.0 * np.sqrt(16 / np.arange(17, 3001)), rtol=1e-12)
+    assert schedule.learning_rate(10**6, 10**7) == pytest.approx(0.03)
+
+
 @pytest.mark.parametrize("shape", ["linear", "constant"])
 def test_other_shapes(shape):
     schedule = ScheduleConfig(peak=2.0, least=0.5, warmup=4, shape=shape, decay_steps=14)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -232,3 +233,38 @@ def test_installed_packages_open_their_own(tmp_path, monkeypatch):
     assert model.module.weight.dtype == torch.float64
     with pytest.raises(InputError, match=r"nor anything that .*mine.* opens"):
         open_text_model(tmp_path)
+
+
+def test_a_part_of_a_split_gguf_is_refused(tmp_path):
+    (tmp_path / "m-00001-of-00002.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path, tmp_path / "m-00001-of-00002.gguf"):
+        with pytest.raises(InputError, match="part 1 of 2"):
+            open_text_model(path)
+
+
+def test_gguf_is_read_once_and_left_as_it_was(tmp_path):
+    """Readers and tables are shared while a file is open, and nobody else's afterwards."""
+    gguf = pytest.importorskip("gguf")
+    from stabilitylab.models.gguf_file import opened_once
+
+    writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), "llama")
+    writer.add_token_list(["a", "bc", "ü"])
+    values = np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("t.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    plain = gguf.GGUFReader(tmp_path / "a.gguf")
+    before = gguf.GGUFReader
+    with opened_once():
+        one, again = gguf.GGUFReader(tmp_path / "a.gguf"), gguf.GGUFReader(tmp_path / "a.gguf")
+        assert one is again
+        for mine, theirs in zip(one.tensors, plain.tensors, strict=True):
+            assert mine.name == theirs.name
+            assert np.array_equal(mine.data, theirs.data)
+        assert {k: v.contents() for k, v in one.fields.items()} == {
+            k: v.contents() for k, v in plain.fields.items()
+        }
+    assert gguf.GGUFReader is before

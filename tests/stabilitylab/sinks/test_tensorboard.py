@@ -13,6 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.backend_context import Context
 
 from stabilitylab.sinks import Sink, TensorBoardSink
 from stabilitylab.sinks.dashboard import (
@@ -94,6 +99,22 @@ def test_the_arm_is_named_by_its_configuration(run: Path) -> None:
     assert b"model.norm" in metadata.plugin_data.content
     assert b"glm-tiny" in metadata.plugin_data.content
     assert "_hparams_/session_end_info" in read(run / "tensorboard").summary_metadata
+
+
+def test_columns_of_hyperparameters_begin_with_what_differs(tmp_path: Path) -> None:
+    for rate in (0.1, 0.2):
+        config = {"aim": "a", "depth": 4, "rate": rate, "width": 8}
+        sink = TensorBoardSink(tmp_path / str(rate), config=config)
+        sink.write(loss_of(0, 2.0), [])
+        sink.close()
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    runs.Reload()
+    provider = MultiplexerDataProvider(runs, str(tmp_path))
+    page = Context(TBContext(data_provider=provider))
+    asked = RequestContext()
+    shown = page.experiment_from_metadata(asked, "", True, page.hparams_metadata(asked, ""), [])
+    assert [one.name for one in shown.hparam_infos] == ["rate", "aim", "depth", "width"]
+    assert [one.name.tag for one in shown.metric_infos] == [LOSS, "summary/episodes"]
 
 
 def test_a_rewind_drops_what_it_supersedes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from stabilitylab import Monitor
 from stabilitylab.report import run_report
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
-from stabilitylab.spikes.change_onsets import find_departures
+from stabilitylab.spikes.change_onsets import ChangeOnset, find_departures
 from stabilitylab.spikes.commands import spikes
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.explain import explain
@@ -135,11 +135,31 @@ def test_a_head_with_scaled_queries_is_named(planted):
     weight = "layers.0.attention.query_key_value.weight"
     assert (one.cause, one.site, one.first_step) == ("parameter", weight, PLANTED)
     assert f"before step {PLANTED}, the weights of {weight}" in one.sentences[1]
+    assert [(d.family, d.name) for d in one.disturbs] == [("attention", "layers.0.attention, head 2")]
+    assert one.sentences[2].startswith(
+        "It disturbs the attention score maximum of layers.0.attention, head 2"
+    )
     # What is read off the departures alone.
     seen = dataclasses.replace(gather(run, episode, find_departures(run, PLANTED)), outside=[])
     suspect = first_suspect(episode, seen)
     assert (suspect.cause, suspect.site) == ("attention", "layers.0.attention, head 2")
     assert "parameter-changed" in {event.kind for event in run.events}
+
+
+def test_what_is_not_finite_everywhere_still_has_a_first_site():
+    one = ChangeOnset(
+        family="activation",
+        site="a",
+        statistic="absmax",
+        index=-1,
+        step=3,
+        since=2,
+        until=3,
+        ratio=math.inf,
+        sigmas=math.inf,
+        common=math.exp(700),
+    )
+    assert one.is_local
 
 
 def test_sites_that_are_measured_seldom_tie_with_what_they_may_have_preceded(tmp_path):

@@ -53,6 +53,11 @@ def test_only_beginnings_and_changes_ask_for_anything(phase):
     assert decide(ResponderConfig(policy="clip"), phase=phase).kind == "continue"
 
 
+@pytest.mark.parametrize("kind", ["dead", "frozen"])
+def test_what_stands_still_is_not_answered(kind):
+    assert decide(ResponderConfig(policy="escalate", hard_batches=True), kind=kind).kind == "continue"
+
+
 def test_hard_batches_are_left_alone_unless_asked_for():
     assert decide(ResponderConfig(policy="skip-batch"), kind="hard-batch").kind == "continue"
     asked = ResponderConfig(policy="skip-batch", hard_batches=True)

@@ -1,0 +1,87 @@
+"""What is asked: a suite or study by its name, or from a Python file of the user's own.
+
+A file holds ``SUITE`` (an ``experiments.arm.Suite``) or ``STUDY`` (an ``experiments.study.Study``) at its top level. It is the
+user's program and is executed as such; nothing else from outside is. Claims are checked before anything runs: their arms and
+metrics exist.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+
+from experiments.arm import Suite
+from experiments.metrics import METRICS
+from experiments.study import Study
+from experiments.suites import SUITES
+from stabilitylab.errors import InputError
+
+# Of a suite with rates, beside the metrics of its runs.
+OF_RATES = "frontier"
+
+
+def load(name: str) -> Suite | Study:
+    """The suite or study of that name, or of that file. Raises InputError with the names there are, or with what a file lacks."""
+    if name in SUITES:
+        return checked(_held(importlib.import_module(SUITES[name]), name), name)
+    if not name.endswith(".py"):
+        raise InputError(
+            f"there is no suite {name!r}: choose one of {', '.join(SUITES)}, or give a file of your own (FILE.py)"
+        )
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(f"{name} is no file: give a Python file that holds SUITE or STUDY")
+    module_name = f"_asked_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path.resolve())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up
+    # Its neighbours are importable, as they are for a script.
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{name} cannot be run ({type(error).__name__}: {error}): mend it") from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return checked(_held(module, name), name)
+
+
+def _held(module: object, name: str) -> Suite | Study:
+    for held, kind in (("STUDY", Study), ("SUITE", Suite)):
+        if isinstance(found := getattr(module, held, None), kind):
+            return found
+    raise InputError(
+        f"{name} holds no SUITE (experiments.arm.Suite) and no STUDY (experiments.study.Study) at its top level"
+    )
+
+
+def checked(asked: Suite | Study, name: str) -> Suite | Study:
+    """The same, once its claims are of arms and metrics that it has."""
+    arms = Counter(arm.name for arm in asked.arms)
+    if not arms or arms.most_common(1)[0][1] > 1:
+        twice = f"has the arm {arms.most_common(1)[0][0]!r} twice" if arms else "has no arms"
+        raise InputError(f"{name} {twice}: give each arm a name of its own")
+    metrics = set(asked.outcomes) if isinstance(asked, Study) else {*METRICS}
+    if isinstance(asked, Suite) and getattr(asked, "rates", None):
+        metrics.add(OF_RATES)
+    for claim in asked.claims:
+        for arm in (claim.arm, claim.baseline):
+            if arm is not None and arm not in arms:
+                raise InputError(
+                    f"{name}: the claim {claim.text!r} is of the arm {arm!r}, which is none of {', '.join(arms)}"
+                )
+        if claim.metric not in metrics:
+            raise InputError(
+                f"{name}: the claim {claim.text!r} is of the metric {claim.metric!r}, which is none of "
+                f"{', '.join(sorted(metrics))}"
+            )
+        if claim.direction not in ("less", "more"):
+            raise InputError(
+                f"{name}: the claim {claim.text!r} has the direction {claim.direction!r}: give less or more"
+            )
+    return asked

@@ -1,0 +1,33 @@
+"""Each remedy alone, in fp16, where the end is an overflow; see ``_remedies``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from experiments.study import Cell, Study
+from experiments.suites._proxy import proxy_text
+from experiments.suites._remedies import ARMS, OUTCOMES, SETTINGS, claims, measure_over
+
+GRID = tuple(float(octave) for octave in range(-5, 2))
+
+
+def measure(cell: Cell) -> Mapping[str, float]:
+    return measure_over(GRID, cell)
+
+
+STUDY = Study(
+    name="remedies-fp16",
+    question="Which remedy alone raises the rate that an unstable model survives in fp16, and what does it cost?",
+    arms=ARMS,
+    seeds=8,
+    settings={**SETTINGS, "precision": "fp16"},
+    data=proxy_text,
+    measure=measure,
+    outcomes=OUTCOMES,
+    claims=claims("fp16"),
+    predictions=(
+        "2026-11-29, before the runs: DeepNorm, sandwich, reordered and QK-norm raise the frontier by an octave or more, Muon "
+        "and soft cap by half of one; z-loss, beta2, sinks and guards do not move it; EGS neither, since Adam divides it out.",
+        "The least held-out loss is Muon's. 4-bit loss follows the outliers: sandwich and reordered norm lower both.",
+    ),
+)

@@ -1,0 +1,7 @@
+"""The builder of C sources, under the name that all of glm uses (``stabilitylab.c_compiler``)."""
+
+from __future__ import annotations
+
+from stabilitylab.c_compiler import built, switched_off
+
+__all__ = ["built", "switched_off"]

@@ -1,0 +1,226 @@
+"""The compiled kernel (kernel.c): attention over heads, gated GELU, losses of logits, gradients of weights; in fp32 on a CPU.
+
+For small models torch's batched products of 16-wide heads run at a fifth of the processor's speed, and every pass over the scores
+or over what a feed-forward layer raises costs as much as the products do. Built at first use (``glm.c_compiler``). Without a
+compiler, or with ``STABILITYLAB_NATIVE=0``, the torch operations of ``matmul`` compute the same up to rounding; which of the two is
+a matter of the machine, not of the moment.
+
+Shapes: B rows, T tokens, H heads, D dimensions a head; G groups of R turned pairs (``glm.model.positions``).
+
+Limits: fp32 on a CPU, one piece of text a row of B with as many keys as queries, no double backward.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glm.c_compiler import built, switched_off
+
+_log = logging.getLogger("glm")
+_SOURCE = Path(__file__).with_name("kernel.c")
+_FLAGS = ("-std=gnu11", "-ffp-contract=fast")
+# Columns of a product that the kernel wants at least, whatever the processor.
+_LEAST = 16
+
+
+class _Attention(ctypes.Structure):
+    """One call; the fields are explained in kernel.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "width")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "cosine", "sine")),
+        *((name, ctypes.c_int64) for name in ("groups", "pairs", "turn_stride")),
+        ("bias", ctypes.c_void_p),
+        ("bias_stride", ctypes.c_int64 * 3),
+        ("scale", ctypes.c_float),
+        ("divisor", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("weights", "mixed", "grad", "grad_qkv")),
+    )
+
+
+@functools.cache
+def kernel() -> ctypes.CDLL | None:
+    """The loaded kernel; None where it cannot be had."""
+    if switched_off():
+        return None
+    try:
+        library = ctypes.CDLL(str(built(_SOURCE, _FLAGS)))
+        for name in ("glm_attention", "glm_attention_backward"):
+            function = getattr(library, name)
+            function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.c_int
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        for name, arguments in {
+            "glm_weight_gradient": (*(integer,) * 3, *(pointer,) * 4),
+            "glm_gated_gelu": (integer, integer, *(pointer,) * 3),
+            "glm_gated_gelu_backward": (integer, integer, *(pointer,) * 4),
+            "glm_cross_entropy": (integer, integer, pointer, pointer, ctypes.c_float, pointer),
+        }.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        _log.debug("no compiled kernel, torch operations train: %s", error)
+        return None
+    return library
+
+
+def _library() -> ctypes.CDLL:
+    library = kernel()
+    assert library is not None, "ask has_kernel first"
+    return library
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether the kernel computes with tensors like ``x``, here and now."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and kernel() is not None
+    )
+
+
+def attention(
+    qkv_BT3HD: Tensor, turned: tuple[Tensor, Tensor] | None, bias: Tensor, scale: float, divisor: float
+) -> Tensor:
+    """``softmax(divisor (scale R q)(R k)' + bias) v`` for every head, [B, T, H D]. ``has_kernel`` must hold.
+
+    Args:
+        qkv_BT3HD: queries, keys and values.
+        turned: cosines and sines of R, [B or 1, 1, T, G, R] each; None: no rotation.
+        bias: [B or 1, H or 1, T, T]; it gets no gradient.
+    """
+    mixed: Tensor = _Heads.apply(qkv_BT3HD, turned, bias, scale, divisor)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+def sums_weights(grad_NO: Tensor, x_NI: Tensor) -> bool:
+    """Whether ``weight_gradient`` takes these."""
+    return x_NI.shape[1] >= _LEAST and has_kernel(x_NI) and has_kernel(grad_NO)
+
+
+def weight_gradient(grad_NO: Tensor, x_NI: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """``g' x`` and, if wanted, the sum of g over N. ``sums_weights`` must hold."""
+    grad_NO, x_NI = grad_NO.contiguous(), x_NI.contiguous()
+    weight, summed = grad_NO.new_empty(grad_NO.shape[1], x_NI.shape[1]), None
+    if bias:
+        summed = grad_NO.new_empty(grad_NO.shape[1])
+    _library().glm_weight_gradient(
+        *(grad_NO.shape[0], grad_NO.shape[1], x_NI.shape[1], grad_NO.data_ptr(), x_NI.data_ptr()),
+        *(weight.data_ptr(), 0 if summed is None else summed.data_ptr()),
+    )
+    return weight, summed
+
+
+def gated_gelu(raised: Tensor) -> Tensor:
+    """``a gelu(b)``, [a, b] = raised [..., 2 I]: [..., I]. ``has_kernel`` must hold."""
+    result: Tensor = _GatedGelu.apply(raised)  # type: ignore[no-untyped-call]
+    return result
+
+
+def losses(logits_NV: Tensor, target_N: Tensor, z_loss: float) -> Tensor:
+    """Cross-entropy and z-loss of each row, [N]; the logits are overwritten by their gradient. ``has_kernel`` must hold."""
+    assert logits_NV.is_contiguous()
+    assert target_N.is_contiguous()
+    assert target_N.dtype == torch.int64
+    loss_N = logits_NV.new_empty(logits_NV.shape[0])
+    _library().glm_cross_entropy(
+        *(*logits_NV.shape, logits_NV.data_ptr(), target_N.data_ptr(), z_loss, loss_N.data_ptr())
+    )
+    return loss_N
+
+
+class _GatedGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, raised: Tensor) -> Tensor:
+        raised = raised.contiguous()
+        inner = raised.shape[-1] // 2
+        gated, cumulated = (raised.new_empty(*raised.shape[:-1], inner) for _ in range(2))
+        rows = gated.numel() // inner
+        _library().glm_gated_gelu(rows, inner, raised.data_ptr(), gated.data_ptr(), cumulated.data_ptr())
+        ctx.save_for_backward(raised, cumulated)
+        return gated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raised, cumulated = ctx.saved_tensors
+        grad, into = grad.contiguous(), torch.empty_like(raised)
+        inner = cumulated.shape[-1]
+        _library().glm_gated_gelu_backward(
+            *(cumulated.numel() // inner, inner, raised.data_ptr(), cumulated.data_ptr()),
+            *(grad.data_ptr(), into.data_ptr()),
+        )
+        return into
+
+
+class _Heads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        turned: tuple[Tensor, Tensor] | None,
+        bias: Tensor,
+        scale: float,
+        divisor: float,
+    ) -> Tensor:
+        B, T, _, H, D = qkv.shape
+        qkv = qkv.contiguous()
+        cosine, sine = (None, None) if turned is None else (part.contiguous() for part in turned)
+        weights_BHTT, mixed_BTHD = qkv.new_empty(B, H, T, T), qkv.new_empty(B, T, H, D)
+        _run("glm_attention", qkv, cosine, sine, bias, weights_BHTT, mixed_BTHD, scale, divisor)
+        ctx.save_for_backward(qkv, cosine, sine, weights_BHTT, mixed_BTHD)
+        ctx.factors = scale, divisor
+        return mixed_BTHD.view(B, T, H * D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        qkv, cosine, sine, weights_BHTT, mixed_BTHD = ctx.saved_tensors
+        grad_qkv = torch.empty_like(qkv)
+        _run(
+            "glm_attention_backward",
+            *(qkv, cosine, sine, None, weights_BHTT, mixed_BTHD, *ctx.factors),
+            grad=grad.contiguous(),
+            grad_qkv=grad_qkv,
+        )
+        return grad_qkv, None, None, None, None
+
+
+def _run(
+    name: str,
+    qkv: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    bias: Tensor | None,
+    weights: Tensor,
+    mixed: Tensor,
+    scale: float,
+    divisor: float,
+    *,
+    grad: Tensor | None = None,
+    grad_qkv: Tensor | None = None,
+) -> None:
+    B, T, _, H, D = qkv.shape
+    call = _Attention(batch=B, tokens=T, heads=H, width=D, scale=scale, divisor=divisor)
+    if bias is not None:
+        bias = bias if bias.stride(3) == 1 else bias.contiguous()
+        strides = (bias.stride(i) if size > 1 else 0 for i, size in enumerate(bias.shape[:3]))
+        call.bias_stride = (ctypes.c_int64 * 3)(*strides)
+    if cosine is not None:
+        call.groups, call.pairs = cosine.shape[-2:]
+        call.turn_stride = cosine.stride(0) if cosine.shape[0] > 1 else 0
+    tensors = {"qkv": qkv, "cosine": cosine, "sine": sine, "bias": bias, "weights": weights, "mixed": mixed}
+    for field, tensor in (*tensors.items(), ("grad", grad), ("grad_qkv", grad_qkv)):
+        setattr(call, field, 0 if tensor is None else tensor.data_ptr())
+    if getattr(_library(), name)(ctypes.addressof(call)):
+        raise MemoryError("no memory for a head of attention")

@@ -1,0 +1,286 @@
+"""``glm attribute``: which one thing an event needs, proven by forks that each go without one.
+
+    glm attribute RUN --event 3 [--budget 10m] [--json] [--html OUT]
+
+An event's number is its place among the run's episodes, as ``stabilitylab spikes RUN`` lists them. From the newest kept state
+before it (``flight/``, ``checkpoints/``) the run is trained on unchanged to a few steps ahead of the onset; the control from
+there repeats the run to the last bit, and the command says whether it did. Then forks go without the update of a parameter
+group, without a batch, at half the rate, in fp32, ... (``stabilitylab/attribution/without.py`` has the table), side by side
+over the cores, and the answer is narrowed down within the budget. Forks are kept in ``RUN/attribution/``: the same command goes
+on where it was broken off.
+
+The result is an event ``attribution`` in ``events.jsonl`` and a section of the run's report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from glm.data.shards import open_data
+from glm.errors import InputError
+from glm.train.config import TrainConfig
+from glm.train.fork_loop import ForkLoop
+from glm.train.forks import config_of, data_of, episode_of, state_before
+from stabilitylab.attribution import Attribution, Fork, LoopState, attribute
+from stabilitylab.attribution.attribute import BEFORE
+from stabilitylab.attribution.forks import signal_of
+from stabilitylab.runs import Run, load_run
+from stabilitylab.runs.folder import RunFolder
+from stabilitylab.spikes import Episode
+from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES
+
+SIGNALS = {LOSS: "loss", GRADIENT_NORM: "gradient_norm", **dict.fromkeys(LOSS_SCALES, "loss_scale")}
+# A run this young is taken up from its beginning.
+FROM_THE_START = 50
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is asked for.
+
+    Attributes:
+        run, event: whose, and which.
+        budget: seconds.
+        groups: globs of parameters instead of each layer's parts.
+        before: steps ahead of the onset at which forks begin.
+        processes: forks side by side.
+        data: where the data lie, if they have moved.
+        from_start: train from the beginning where no state was kept.
+        json: print the result as JSON.
+        html: a page of its own.
+    """
+
+    run: Path
+    event: int
+    budget: float = 600.0
+    groups: tuple[str, ...] = ()
+    before: int = BEFORE
+    processes: int = 1
+    data: Path | None = None
+    from_start: bool = False
+    json: bool = False
+    html: Path | None = None
+
+
+def attribute_command(arguments: Sequence[str]) -> int:
+    """Parse ``RUN --event N [flags]``, train the forks, print what they prove. Returns the exit code."""
+    asked = parse_attribute(arguments)
+    console = Console(stderr=True)
+    proof = attribute_event(asked, console=console)
+    if asked.json:
+        print(json.dumps(json.loads(proof.event.to_json())["data"]))
+    else:
+        show(Console(), proof)
+    if asked.html is not None:
+        from stabilitylab.report.attribution_section import attribution_page  # draws: only where it is wanted
+
+        console.print(f"page: {attribution_page(load_run(asked.run), asked.html)}", highlight=False)
+    return 0
+
+
+def attribute_event(asked: Asked, *, console: Console) -> Attribution:
+    """Train the forks and record what they prove.
+
+    Raises:
+        InputError: there is no such event, no state was kept before it, a glob matches nothing, or the budget is too small.
+    """
+    run = load_run(asked.run)
+    config = config_of(run)
+    episode = episode_of(run, asked.event)
+    if config.parallel.ranks > 1:
+        raise InputError(
+            f"{run.path} was trained by {config.parallel.ranks} processes: forks know the local engine only"
+        )
+    if episode.signal not in SIGNALS:
+        raise InputError(
+            f"event {asked.event} of {run.path} is one of {episode.signal}: forks are judged by loss, gradient norm or loss scale"
+        )
+    folder = asked.data or data_of(run)
+    loop, state = _begun(asked, run, config, episode, folder)
+    console.print(
+        f"event {asked.event}: {episode.kind} at step {episode.onset}; from the state of step {state.index}, "
+        f"{asked.processes} forks at a time, {asked.budget:g} s",
+        highlight=False,
+    )
+    several = asked.processes > 1
+    proof = attribute(
+        loop,
+        episode,
+        begin=state.index,
+        state=state,
+        original=_original(run, episode.signal, state.index),
+        signal=SIGNALS[episode.signal],
+        before=asked.before,
+        budget=asked.budget,
+        groups=asked.groups,
+        memory=run.path / "attribution" / f"event-{asked.event}.jsonl",
+        processes=asked.processes,
+        open_loop=functools.partial(ForkLoop.of_run, asked.run.resolve(), folder.resolve())
+        if several
+        else None,
+        tell=_Progress(console, asked.budget),
+    )
+    claimed = RunFolder(asked.run)
+    claimed.claim()
+    try:
+        claimed.append_events([proof.event])
+    finally:
+        claimed.release()
+    return proof
+
+
+def _begun(
+    asked: Asked, run: Run, config: TrainConfig, episode: Episode, folder: Path
+) -> tuple[ForkLoop, LoopState]:
+    """The loop, and the newest state from which forks can begin."""
+    state = state_before(run, max(0, episode.onset - asked.before))
+    if state is None and episode.onset > FROM_THE_START and not asked.from_start:
+        raise InputError(
+            f"{run.path} keeps no state from before its event {asked.event} at step {episode.onset}: train with "
+            "--checkpoint.ring 4, which writes one to flight/ when something breaks, or give --from-start to train up to it"
+        )
+    loop = ForkLoop(config, open_data(folder))
+    if state is not None:
+        return loop, LoopState(state.step, state, LoopState.of(loop, state.step).randomness)
+    return loop, LoopState.of(loop, 0)
+
+
+def _original(run: Run, metric: str, begin: int) -> dict[int, float]:
+    """What the run recorded from ``begin`` on, until something happened that forks do not repeat."""
+    until = min(
+        (event.step for event in run.events if event.kind in ("response", "rewind") and event.step > begin),
+        default=None,
+    )
+    recorded = run.series(metric)
+    found = {}
+    for step, value in zip(recorded.index.tolist(), recorded.tolist(), strict=True):
+        if until is None or step < until:
+            name = SIGNALS[metric]
+            found[int(step)] = signal_of({name: float(value)}, name)
+    return found
+
+
+class _Progress:
+    """One line for each fork that ends."""
+
+    def __init__(self, console: Console, budget: float) -> None:
+        self._console, self._count = console, 0
+
+    def __call__(self, fork: Fork) -> None:
+        self._count += 1
+        said = (
+            f"fork {self._count}  {fork.verdict.word:8}  without {fork.without.words}  {fork.seconds:.1f} s"
+        )
+        self._console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def show(console: Console, proof: Attribution) -> None:
+    """The sentence, then the table."""
+    console.print(proof.sentence, highlight=False, soft_wrap=True, markup=False)
+    of = proof.yardstick
+    same = {
+        True: "bit-identical to the run",
+        False: f"departs from the run at step {proof.departs}",
+        None: "repeats itself",
+    }
+    console.print(
+        f"control: {same[proof.repeats]}; height {of.height:.4g} over {of.base:.4g}, area {of.area:.4g}; "
+        f"{len(proof.forks)} forks from step {proof.begin} to {of.end} in {proof.seconds:.0f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if proof.needed is not None:
+        console.print(f"needed: {proof.needed.words}", highlight=False, soft_wrap=True, markup=False)
+    if proof.enough is not None:
+        console.print(
+            f"enough: updates of {proof.enough.where}", highlight=False, soft_wrap=True, markup=False
+        )
+    table = Table(title="What a fork was without, and what became of the event", title_justify="left")
+    table.add_column("without", overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    for name in ("height", "area"):
+        table.add_column(name, justify="right")
+    for row in proof.rows:
+        table.add_row(*row)
+    console.print(table)
+    if proof.untried:
+        console.print(f"the budget ended before {len(proof.untried)} more", highlight=False)
+
+
+def parse_attribute(arguments: Sequence[str]) -> Asked:
+    """``RUN --event N [flags]``. Raises InputError where they do not fit."""
+    own = argparse.ArgumentParser(
+        prog="glm attribute",
+        allow_abbrev=False,
+        description="Prove what an event needs, by forks that go without it.",
+    )
+    own.add_argument("run", type=Path, help="run folder")
+    own.add_argument(
+        "--event",
+        type=int,
+        required=True,
+        help="number of the episode, as `stabilitylab spikes RUN` lists them",
+    )
+    own.add_argument("--budget", default="10m", help="time to spend: 90s, 10m, 1h (10m)")
+    own.add_argument(
+        "--group",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="parameters or modules to withhold together; may be repeated",
+    )
+    own.add_argument(
+        "--before", type=int, default=BEFORE, help=f"steps before the onset at which forks begin ({BEFORE})"
+    )
+    own.add_argument("--processes", type=int, default=_cores(), help="forks side by side (one a core)")
+    own.add_argument("--data", type=Path, help="folder made by `glm shards`, if it has moved since")
+    own.add_argument(
+        "--from-start", action="store_true", help="train from the beginning where no state was kept"
+    )
+    own.add_argument("--json", action="store_true", help="print the result as JSON")
+    own.add_argument("--html", type=Path, metavar="OUT", help="write a page of its own")
+    own.exit_on_error = False
+    try:
+        words = own.parse_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise InputError(f"glm attribute: {error}") from None
+    if words.before < 1 or words.processes < 1:
+        raise InputError("glm attribute: --before and --processes are at least 1")
+    return Asked(
+        run=words.run,
+        event=words.event,
+        budget=seconds_of(words.budget),
+        groups=tuple(words.group),
+        before=words.before,
+        processes=words.processes,
+        data=words.data,
+        from_start=words.from_start,
+        json=words.json,
+        html=words.html,
+    )
+
+
+def seconds_of(text: str) -> float:
+    """90, 90s, 10m or 1h in seconds. Raises InputError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if found is None or not float(found[1]) > 0:
+        raise InputError(f"--budget {text!r} is no time: give seconds, or 90s, 10m, 1h")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # neither macOS nor Windows knows it
+        return os.cpu_count() or 1

@@ -1,0 +1,116 @@
+"""What is done with a rule's directions u before they are taken off the weights.
+
+    cautious         u <- u [u g > 0] / max(mean [u g > 0], 1e-3)                      Liang et al., 2411.16085, algorithm 1
+    update norm      u <- u min(1, B / |u|),  B mean + k deviations of the last 128    Levanter's ClipUpdateNorm
+    decay            w <- w - d w, d = rate l (coupled), rate / peak l (independent: Wortsman et al., 2309.14322, section 3.2.2),
+                     or rate (rate / peak) l (AdamC: Defazio, 2506.02285, equation 2; the output projection is not normalized after,
+                     and keeps AdamW's)
+    cautious decay   of those only w with u w > 0, which the update makes smaller      Chen et al., 2510.12402
+
+Sums over a tensor go through ``total``, so that a rank that has only a share of it learns the whole's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from glm.train.update_rules.config import OptimizerConfig
+
+# Sums of a share of each tensor, by name -> of the whole tensor.
+Total = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def decay_share(config: OptimizerConfig, rate: float, peak: float, decay: float, *, leads_out: bool) -> float:
+    """d: what an update takes off a weight of the group.
+
+    Args:
+        config: kind of decay.
+        rate: learning rate of this update, the group's factor not in it.
+        peak: highest rate of the schedule.
+        decay: of the group.
+        leads_out: it is the output projection.
+    """
+    if config.decay == "independent":
+        return rate / peak * decay
+    if config.decay == "adamc" and not leads_out:
+        return rate * (rate / peak) * decay
+    return rate * decay
+
+
+def make_cautious(
+    directions: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    total: Total,
+) -> None:
+    """Keep of each direction what points the gradient's way, in place.
+
+    Args:
+        sizes: elements of the whole tensors.
+    """
+    masks = {name: (u * gradients[name] > 0).to(u.dtype) for name, u in directions.items()}
+    kept = total({name: mask.sum() for name, mask in masks.items()})
+    for name, u in directions.items():
+        u.mul_(masks[name]).div_((kept[name] / sizes[name]).clamp_min(1e-3).to(u.dtype))
+
+
+def take_off(weight: Tensor, direction: Tensor, *, rate: float, decay: float, cautious: bool) -> None:
+    """w <- w - decay w - rate u, in place."""
+    if decay and cautious:
+        weight.sub_(torch.where(direction * weight > 0, weight, 0.0), alpha=decay)
+    elif decay:
+        weight.mul_(1 - decay)
+    weight.sub_(direction, alpha=rate)
+
+
+class PastValues:
+    """The last so many values of a quantity, on its device; their mean and deviation without waiting for it.
+
+    Args:
+        size: how many.
+    """
+
+    def __init__(self, size: int = 128) -> None:
+        self.size = size
+        self._values: list[Tensor | float] = []
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, value: Tensor) -> None:
+        self._values = [*self._values, value][-self.size :]
+
+    def bound(self, deviations: float) -> Tensor:
+        """mean + deviations * standard deviation, of at least two values."""
+        device = next((v.device for v in self._values if isinstance(v, Tensor)), None)
+        past = torch.stack([torch.as_tensor(v, device=device, dtype=torch.float64) for v in self._values])
+        return past.mean() + deviations * past.std()
+
+    def state(self) -> list[float]:
+        return [float(value) for value in self._values]
+
+    def load(self, values: list[float]) -> None:
+        self._values = [*values]
+
+
+# Updates whose norms are known before one is bounded by them.
+LEAST = 16
+
+
+def bound_update(
+    directions: Mapping[str, Tensor], past: PastValues, deviations: float, total: Total
+) -> Tensor:
+    """Clip the norm of the whole update by its own past, in place; returns the factor, a scalar. Nothing is waited for."""
+    squares = total({name: u.double().square().sum() for name, u in directions.items()})
+    norm = torch.stack(list(squares.values())).sum().sqrt()
+    share = torch.ones_like(norm)
+    if len(past) >= LEAST:
+        bound = past.bound(deviations)
+        share = (bound / norm.clamp_min(1e-300)).clamp_max(1.0)
+        torch._foreach_mul_(list(directions.values()), share.float())
+        norm = torch.minimum(norm, bound)
+    past.add(norm)
+    return share

@@ -1,0 +1,287 @@
+"""Proof of cause: forks of the state before an event that each go without one thing.
+
+    proof = attribute(loop, event, begin=400)         # the loop stands before step 400, the event begins at 412
+    print(proof.sentence)
+
+First the control is trained: the same steps with nothing left out, which must repeat the original to the last bit. It is watched,
+and says which sites grew, what changed between updates, what is usual. Then one fork of each kind that could matter is trained
+(``questions.py``), the verdicts are read (``proof.py``), and the answer is narrowed down: to the smallest set of parameters or
+modules (``smallest.py``), to rows of a batch or an embedding, to the fewest steps. Forks begin ``before`` steps ahead of the onset;
+where nothing prevents the event from there on, it is decided before, and the search goes back three times as far.
+
+Two terms: updates are *needed* where the event does not come without them, *enough* where it comes with them alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from stabilitylab.attribution.executors import InThisProcess, SideBySide, Trains
+from stabilitylab.attribution.forks import Fork, Forks, Usual, signal_of
+from stabilitylab.attribution.loop import Loop, LoopState
+from stabilitylab.attribution.memory import Memory, about
+from stabilitylab.attribution.narrowing import Narrowing
+from stabilitylab.attribution.observation import QUIET, Observation
+from stabilitylab.attribution.proof import CHANGES, Attribution, conclude
+from stabilitylab.attribution.questions import rounds
+from stabilitylab.attribution.verdicts import WATCHED, Yardstick, yardstick
+from stabilitylab.attribution.without import Without
+from stabilitylab.errors import InputError
+from stabilitylab.spikes.episodes import Episode
+
+BEFORE = 8
+_WIDER = 3
+
+
+def attribute(
+    loop: Loop,
+    event: Episode | int,
+    *,
+    begin: int,
+    state: LoopState | None = None,
+    original: Mapping[int, float] | None = None,
+    signal: str = "loss",
+    before: int = BEFORE,
+    watched: int = WATCHED,
+    budget: float = 600.0,
+    groups: Sequence[str] = (),
+    thorough: bool = True,
+    memory: Path | None = None,
+    processes: int = 1,
+    open_loop: Callable[[], Loop] | None = None,
+    tell: Callable[[Fork], object] | None = None,
+) -> Attribution:
+    """Find out what an event needs.
+
+    Args:
+        loop: see ``stabilitylab.attribution.loop``; it is left at some other step.
+        event: an episode, or the step at which it begins.
+        begin: the index of the step that comes next from ``state``, at or before the event's onset.
+        state: where the search may begin; None: where ``loop`` stands.
+        original: the signal that was recorded, by step, to compare the control with. Without it the control is trained twice.
+        signal: the number of a step that the event is about.
+        before: steps ahead of the onset at which forks begin.
+        watched: steps from the onset on that the control is trained for.
+        budget: seconds.
+        groups: globs of parameters, instead of each block's parts.
+        thorough: ask everything, also where what changed from outside explains the event; narrow updates down also where
+            something else prevents it.
+        memory: a file that keeps forks, to go on after a break.
+        processes: forks side by side; more than one need ``open_loop``, which makes the loop in each process.
+        tell: called with each fork as it ends.
+
+    Raises:
+        InputError: the loop does not repeat itself, the budget is too small for one fork, a glob matches nothing, or
+            ``begin`` lies behind the onset.
+    """
+    episode = event if isinstance(event, Episode) else Episode(
+        kind="spike", onset=event, peak=event, end=None, height=None, signal=signal
+    )  # fmt: skip
+    if begin > episode.onset:
+        raise InputError(
+            f"the state of step {begin} lies behind the event's onset at step {episode.onset}: give an earlier one"
+        )
+    if processes > 1 and open_loop is None:
+        raise InputError(
+            "processes side by side each need the loop: give open_loop, a function that makes it"
+        )
+    began = time.monotonic()
+    start = LoopState.of(loop, begin) if state is None else state
+    reach, found = before, None
+    while True:
+        at = max(begin, episode.onset - max(reach, QUIET + 1))
+        search = _Search(
+            loop,
+            start,
+            at,
+            episode,
+            signal,
+            original or {},
+            watched,
+            began + budget,
+            budget,
+            groups,
+            memory,
+            tell,
+        )
+        found = search.run(open_loop if processes > 1 else None, processes, thorough)
+        if (
+            found.remedy is not None
+            or not found.yardstick.shows
+            or at == begin
+            or time.monotonic() > began + budget / 2
+        ):
+            return found
+        reach *= _WIDER
+
+
+class _Search:
+    """One reach: control, questions, conclusion, narrowing."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        start: LoopState,
+        at: int,
+        episode: Episode,
+        signal: str,
+        original: Mapping[int, float],
+        watched: int,
+        deadline: float,
+        budget: float,
+        groups: Sequence[str],
+        memory: Path | None,
+        tell: Callable[[Fork], object] | None,
+    ) -> None:
+        self.loop, self.episode, self.signal, self.original = loop, episode, signal, original
+        self._deadline, self._budget, self._groups = deadline, budget, groups
+        self._began = time.monotonic()
+        self._told, self._memory_file = tell, memory
+        self.past: list[float] = [original[s] for s in range(at - 16, at) if s in original]
+        self.forks = Forks(loop, self._lead_in(start, at), signal=signal)
+        self.seen = Observation(at, episode.onset)
+        self.control = self._control(watched)
+        self.of: Yardstick = yardstick(self.control, at, episode.onset, self.past)
+        self.forks.yardstick, self.forks.usual = self.of, Usual.of(self.seen)
+        self.untried: list[Without] = []
+        self.trained: dict[str, Fork] = {}
+
+    def _lead_in(self, start: LoopState, at: int) -> LoopState:
+        if start.index == at:
+            return start
+        start.put_into(self.loop)
+        values = [signal_of(self.loop.train_step(step), self.signal) for step in range(start.index, at)]
+        if not self.past:
+            self.past = values[-16:]
+        return LoopState.of(self.loop, at)
+
+    def _control(self, watched: int) -> list[float]:
+        """Train the control, a step first to see what one takes; compare it with the original, or with itself."""
+        steps = self.episode.onset - self.forks.begin + watched
+        began = time.monotonic()
+        self.forks.control(1)
+        took = (time.monotonic() - began) * steps
+        left = self._deadline - time.monotonic()
+        if took > left:
+            raise InputError(
+                f"the budget of {self._budget:g} s is too small for one fork, which takes some {took:.0f} s of it: "
+                f"give at least {math.ceil(8 * took)} s"
+            )
+        values = self.forks.control(steps, self.seen)
+        self.repeats, self.departs = self._compared(values)
+        return values
+
+    def _compared(self, values: Sequence[float]) -> tuple[bool | None, int | None]:
+        begin = self.forks.begin
+        theirs = {
+            step: self.original[step] for step in range(begin, begin + len(values)) if step in self.original
+        }
+        if theirs:
+            departs = next((s for s, v in theirs.items() if not _equal(v, values[s - begin])), None)
+            return departs is None, departs
+        again = self.forks.control(self.episode.onset - begin + 2)
+        apart = next(
+            (i for i, (a, b) in enumerate(zip(again, values, strict=False)) if not _equal(a, b)), None
+        )
+        if apart is not None:
+            raise InputError(
+                f"the loop does not repeat itself: from one state step {begin + apart} gave {values[apart]!r}, then "
+                f"{again[apart]!r}; train_step must depend on the state and its index alone"
+            )
+        return None, None
+
+    # Questions.
+
+    def in_time(self) -> bool:
+        """Whether there is budget left."""
+        return time.monotonic() < self._deadline
+
+    def ask(self, several: Sequence[Without]) -> list[Fork | None]:
+        """Train what is not known yet; None where the budget ended before."""
+        unknown = {w.key: w for w in several if w.key not in self.trained}
+        for key, without in list(unknown.items()):
+            if (known := self._memory.get(without)) is not None:
+                self.trained[key] = known
+                del unknown[key]
+        for fork in self._trains.train(list(unknown.values()), self.in_time):
+            self.trained[fork.without.key] = fork
+            self._memory.add(fork)
+            if self._told is not None:
+                self._told(fork)
+        self.untried += [w for w in unknown.values() if w.key not in self.trained]
+        return [self.trained.get(w.key) for w in several]
+
+    def run(self, open_loop: Callable[[], Loop] | None, processes: int, thorough: bool) -> Attribution:
+        """Ask everything."""
+        narrowing = Narrowing(self.forks, self.seen, self.of, self.ask, self._groups)
+        if not self.of.shows:
+            return self._attribution("unknown")
+        self._memory = Memory(
+            self._memory_file,
+            about(self.of.begin, self.of.onset, tuple(self.control), tuple(self.forks.subject.parameters)),
+        )
+        self._trains: Trains = (
+            InThisProcess(self.forks) if open_loop is None else SideBySide(open_loop, self.forks, processes)
+        )
+        try:
+            settings = sorted({key for keys in self.seen.settings.values() for key in keys})
+            first, second = rounds(self.forks, self.seen, self.of)
+            self.ask(first)
+            concluded = conclude(list(self.trained.values()), settings)
+            if thorough or concluded.fork is None or concluded.fork.without.kind not in CHANGES:
+                self.ask(second)
+                grew = len(self.seen.standing_out(self.seen.gradients, self.of.onset + 1))
+                few = 0 < grew <= len(self.forks.subject.parameters) / 4
+                concluded = conclude(list(self.trained.values()), settings, few=few)
+            cause, remedy, site = narrowing.narrow(concluded)
+            needed = enough = None
+            moves = next((f for f in self.trained.values() if f.without.kind == "updates"), None)
+            if (
+                moves is not None
+                and moves.verdict.prevents
+                and (thorough or remedy is None or cause == "unknown")
+            ):
+                needed = narrowing.needed()
+                enough = narrowing.enough()
+                if cause in ("unknown", "learning-rate", "optimizer", "gradient") and needed is not None:
+                    fewest = narrowing.fewest_steps(needed)
+                    if cause != "gradient" and not self.seen.settings:
+                        remedy = self.trained.get(fewest.key, remedy)
+                        site = site or fewest.where
+                    needed = fewest
+            return self._attribution(cause, site, remedy, needed, enough, tuple(settings))
+        finally:
+            self._trains.close()
+
+    def _attribution(
+        self,
+        cause: str,
+        site: str | None = None,
+        remedy: Fork | None = None,
+        needed: Without | None = None,
+        enough: Without | None = None,
+        settings: tuple[str, ...] = (),
+    ) -> Attribution:
+        return Attribution(
+            episode=self.episode,
+            begin=self.forks.begin,
+            yardstick=self.of,
+            repeats=self.repeats,
+            departs=self.departs,
+            forks=tuple(self.trained.values()),
+            cause=cause,
+            site=site,
+            needed=needed,
+            enough=enough,
+            remedy=remedy,
+            untried=tuple(self.untried),
+            seconds=time.monotonic() - self._began,
+            settings=settings,
+        )
+
+
+def _equal(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))

@@ -1,0 +1,174 @@
+"""A training loop that can be forked: three methods, and the model and optimizer that they move.
+
+    class Loop:
+        model, optimizer
+        def state_dict(self): ...             everything that the next step depends on
+        def load_state_dict(self, state): ...
+        def train_step(self, index): ...      the update with batch ``index``; returns its loss
+
+A step must be a function of the state and of ``index``: the same state and index give the same bits. Python's, NumPy's and torch's
+random numbers are put back at every fork, so dropout repeats itself. ``index`` names the batch and nothing else: what counts
+updates (a schedule) belongs to the state, for a fork that leaves a batch out makes the same update with the next one.
+
+What a loop may have besides, each for interventions that need it:
+
+    parameters                          the trained tensors by name, where they are not the model's own (fp32 masters)
+    weights_changed()                   they were written to: round them into the model's weights
+    gradients_changed()                 their gradients were: norms that were computed before are of no use
+    settings_changed()                  the optimizer's groups were, and the loop computes with a copy
+    gradient_factor()                   the clipping factor that the coming update will apply; without it 1
+    row_losses(index)                   (loss, gradient norm) of each row of a batch, at the present weights
+    train_step_without(index, rows)     the update with some rows of the batch left out
+
+``train_step`` may return a mapping instead, with ``loss`` and whatever else an event can be about (``gradient_norm``,
+``loss_scale``).
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.errors import InputError
+from stabilitylab.model_structure import bare, clean, named_parameters
+
+
+class Loop(Protocol):
+    """See the module's docstring."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | Sequence[torch.optim.Optimizer]:
+        """What updates it."""
+
+    def state_dict(self) -> Any:
+        """Everything that the next step depends on; it is copied."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take a state back; it may be kept, since it is a copy."""
+
+    def train_step(self, index: int) -> float | Mapping[str, float]:
+        """The update with batch ``index``; its loss in nats."""
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """A loop's state with the random numbers of the process, and the index that comes next."""
+
+    index: int
+    state: Any
+    randomness: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, loop: Loop, index: int) -> LoopState:
+        """A copy of where ``loop`` is."""
+        return cls(index, copy.deepcopy(loop.state_dict()), _randomness())
+
+    def put_into(self, loop: Loop) -> None:
+        """Bring ``loop`` here."""
+        loop.load_state_dict(copy.deepcopy(self.state))
+        python, numpy, cpu, cuda = self.randomness
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002  the global one, which loops draw from
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _randomness() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002
+
+
+class Subject:
+    """A loop as interventions see it: tensors by name, optimizers, and the step that is being made.
+
+    Attributes:
+        parameters: the trained tensors by name, those that an optimizer updates.
+        step: of the fork's, the index that it would have without an intervention.
+        acts: whether an intervention is on in this step.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        for method in ("state_dict", "load_state_dict", "train_step"):
+            if not callable(getattr(loop, method, None)):
+                raise InputError(
+                    f"{type(loop).__name__} has no {method}(): a loop has state_dict, load_state_dict, train_step"
+                )
+        for name in ("model", "optimizer"):
+            if getattr(loop, name, None) is None:
+                raise InputError(
+                    f"{type(loop).__name__} has no .{name}: interventions act on a loop's model and optimizer"
+                )
+        self.model = bare(loop.model)
+        given = loop.optimizer if isinstance(loop.optimizer, Sequence) else (loop.optimizer,)
+        # accelerate and others wrap an optimizer in one that forwards to it.
+        self.optimizers = tuple(_inner(optimizer) for optimizer in given)
+        names: Mapping[str, Tensor] = getattr(loop, "parameters", None) or named_parameters(self.model)
+        updated = {
+            id(p)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        self.parameters = {clean(name): p for name, p in names.items() if id(p) in updated}
+        if not self.parameters:
+            raise InputError(f"{type(loop).__name__}.optimizer updates none of its model's parameters")
+        self.names = {id(p): name for name, p in self.parameters.items()}
+        self.step, self.acts = 0, False
+
+    def of(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor, dict[str, Any]]]:
+        """Name, tensor and group of what ``optimizer`` updates."""
+        return [
+            (self.names[id(p)], p, group)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if id(p) in self.names
+        ]
+
+    def weights_changed(self) -> None:
+        """The trained tensors were written to."""
+        _call(self.loop, "weights_changed")
+
+    def gradients_changed(self) -> None:
+        """Their gradients were."""
+        _call(self.loop, "gradients_changed")
+
+    def settings_changed(self) -> None:
+        """The optimizer's groups were."""
+        _call(self.loop, "settings_changed")
+
+    def gradient_factor(self) -> float:
+        """What the coming update multiplies gradients by."""
+        method: Callable[[], float] | None = getattr(self.loop, "gradient_factor", None)
+        return 1.0 if method is None else method()
+
+
+def _call(loop: Loop, name: str) -> None:
+    method = getattr(loop, name, None)
+    if method is not None:
+        method()
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        return inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(
+            f"optimizer is a {type(optimizer).__name__}: interventions hook a torch.optim.Optimizer's step"
+        )
+    return optimizer

@@ -1,0 +1,88 @@
+"""Forks that are trained already, one JSON line each, so that an attribution that was broken off goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from stabilitylab.attribution.forks import Fork
+from stabilitylab.attribution.verdicts import Verdict
+from stabilitylab.attribution.without import Without
+
+
+class Memory:
+    """Forks by key, and the file that holds them.
+
+    Args:
+        file: None: kept in memory alone.
+        about: what they are forks of; a file about another thing is begun anew.
+    """
+
+    def __init__(self, file: Path | None, about: str) -> None:
+        self._file, self._forks = file, dict[str, Fork]()
+        if file is None:
+            return
+        lines = _lines(file)
+        if lines and lines[0].get("about") == about:
+            for line in lines[1:]:
+                fork = _fork(line)
+                self._forks[fork.without.key] = fork
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"about": about}) + "\n", encoding="utf-8")
+
+    def get(self, without: Without) -> Fork | None:
+        """The fork without that, if it was trained."""
+        return self._forks.get(without.key)
+
+    def add(self, fork: Fork) -> None:
+        """Keep a fork."""
+        self._forks[fork.without.key] = fork
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_line(fork)) + "\n")
+
+    def __len__(self) -> int:
+        return len(self._forks)
+
+
+def _line(fork: Fork) -> dict[str, Any]:
+    of = fork.verdict
+    return {
+        "without": fork.without.to_json(),
+        "values": [repr(value) for value in fork.values],
+        "verdict": [of.word, repr(of.height), repr(of.area)],
+        "seconds": fork.seconds,
+        "error": fork.error,
+    }
+
+
+def _fork(line: dict[str, Any]) -> Fork:
+    word, height, area = line["verdict"]
+    return Fork(
+        without=Without.from_json(line["without"]),
+        values=tuple(map(float, line["values"])),
+        verdict=Verdict(word=word, height=float(height), area=float(area)),
+        seconds=line["seconds"],
+        error=line["error"],
+    )
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    found = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:  # the last line of a process that was killed
+            break
+    return found
+
+
+def about(begin: int, onset: int, control: tuple[float, ...], names: tuple[str, ...]) -> str:
+    """What tells one event's forks from another's: where they begin, and the control to the last bit."""
+    said = [repr(value) if math.isfinite(value) else str(value) for value in control]
+    return json.dumps([begin, onset, said, sorted(names)[:4], len(names)])

@@ -1,0 +1,142 @@
+"""Put back what changed between two updates: weights, the optimizer's state, its settings.
+
+Between the end of one update and the beginning of the next nothing has a reason to move a weight or a moment, but for loops that
+project or average weights; those do it at every step, and what changes in the control's first steps is therefore no candidate
+(``observation.py``). What else changes there is a damaged memory, a hand, a plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabilitylab.attribution.acts import Act, Optimizer
+from stabilitylab.attribution.loop import Subject
+
+# What of a group is a setting: all that is a number or a pair of them, but for counters.
+_COUNTERS = ("step", "params")
+
+
+class Snapshots:
+    """Weights and optimizer state as the last update left them."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self.weights = {name: p.detach().clone() for name, p in subject.parameters.items()}
+        self.moments: dict[str, dict[str, Tensor]] = {}
+        for optimizer in subject.optimizers:
+            self.take(optimizer)
+
+    def take(self, optimizer: Optimizer) -> None:
+        """Remember what ``optimizer`` has just updated."""
+        for name, p, _ in self._subject.of(optimizer):
+            self.weights[name].copy_(p.detach())
+            self.moments[name] = {
+                key: value.detach().clone()
+                for key, value in optimizer.state.get(p, {}).items()
+                if isinstance(value, Tensor)
+            }
+
+    def changed_weights(self, names: Iterable[str]) -> list[str]:
+        """Those whose weights are not what the last update left."""
+        return [name for name in names if not _same(self._subject.parameters[name], self.weights[name])]
+
+    def changed_moments(self, names: Iterable[str]) -> list[str]:
+        """Those whose state is not."""
+        return [name for name in names if any(not _same(now, kept) for now, kept in self._pairs(name))]
+
+    @torch.no_grad()
+    def put_back(self, weights: Iterable[str], moments: Iterable[str]) -> None:
+        """Undo what changed."""
+        changed = self.changed_weights(weights)
+        for name in changed:
+            self._subject.parameters[name].copy_(self.weights[name])
+        if changed:
+            self._subject.weights_changed()
+        for name in self.changed_moments(moments):
+            for now, kept in self._pairs(name):
+                now.copy_(kept)
+
+    def _pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        p = self._subject.parameters[name]
+        kept = self.moments.get(name, {})
+        for optimizer in self._subject.optimizers:
+            if p in optimizer.state:
+                state: Mapping[str, Any] = optimizer.state[p]
+                return [
+                    (state[key], value) for key, value in kept.items() if isinstance(state.get(key), Tensor)
+                ]
+        return []
+
+
+class PutBack(Act):
+    """Weights and moments of some parameters are, when a step uses them, what the update before left."""
+
+    def __init__(self, weights: Iterable[str] = (), moments: Iterable[str] = ()) -> None:
+        super().__init__()
+        self._weights, self._moments = tuple(weights), tuple(moments)
+        self._snapshots: Snapshots | None = None
+
+    def install(self, subject: Subject) -> None:
+        self._snapshots = Snapshots(subject)
+
+    def forward(self, subject: Subject) -> None:
+        if subject.acts and self._snapshots is not None:
+            self._snapshots.put_back(self._weights, self._moments)
+
+    def before(self, subject: Subject, optimizer: Optimizer) -> None:
+        self.forward(subject)
+
+    def after(self, subject: Subject, optimizer: Optimizer) -> None:
+        if self._snapshots is not None:
+            self._snapshots.take(optimizer)
+
+
+class KeepSettings(Act):
+    """The optimizer's settings are those of the fork's first update, for the update alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._usual: dict[int, list[dict[str, Any]]] = {}
+        self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def before(self, subject: Subject, optimizer: Optimizer) -> None:
+        now = [settings_of(group) for group in optimizer.param_groups]
+        usual = self._usual.setdefault(id(optimizer), now)
+        for group, mine, kept in zip(optimizer.param_groups, now, usual, strict=False):
+            if mine != kept:
+                self._kept.append((group, mine))
+                group.update(kept)
+        if self._kept:
+            subject.settings_changed()
+
+    def after(self, subject: Subject, optimizer: Optimizer) -> None:
+        for group, mine in self._kept:
+            group.update(mine)
+        if self._kept:
+            subject.settings_changed()
+        self._kept.clear()
+
+
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's settings, tensors as numbers' copies."""
+    found: dict[str, Any] = {}
+    for key, value in group.items():
+        if key in _COUNTERS:
+            continue
+        if isinstance(value, Tensor) and value.numel() == 1:
+            found[key] = value.detach().clone()
+        elif isinstance(value, (int, float, tuple)) and not isinstance(value, bool):
+            found[key] = value
+    return found
+
+
+def _same(now: Tensor, kept: Tensor) -> bool:
+    if now.shape != kept.shape:
+        return False
+    now = now.detach()
+    # A NaN that was there before is no change.
+    return bool(torch.equal(now, kept)) or bool(((now == kept) | (now.isnan() & kept.isnan())).all())

@@ -1,0 +1,52 @@
+"""The smallest set that still does it: delta debugging.
+
+Of a set for which a test holds, ``smallest`` finds a subset for which it holds and no member of which can be left out, by
+halving: the parts of a partition are tested, then what is left without each part, then a finer partition. (Zeller and
+Hildebrandt, Simplifying and isolating failure-inducing input, IEEE TSE 28(2), 2002, algorithm ddmin: 1-minimal; some 2 log2 n
+tests where one member does it, n^2 + 3 n at worst.)
+
+Tests that do not depend on each other are asked together, so that they can be made side by side.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def smallest(members: Sequence[T], holds: Callable[[list[tuple[T, ...]]], list[bool]]) -> tuple[T, ...]:
+    """A 1-minimal subset, in the order of ``members``.
+
+    Args:
+        members: a set for which the test is known to hold.
+        holds: for each of several subsets whether the test holds; it may stop answering (all False) when time is up, and the
+            smallest set so far is returned.
+    """
+    found, parts = tuple(members), 2
+    while len(found) > 1:
+        parts = min(parts, len(found))
+        chunks = _split(found, parts)
+        answers = holds(chunks)
+        if any(answers):
+            found, parts = chunks[answers.index(True)], 2
+            continue
+        if parts > 2:  # of two parts each is the rest without the other
+            rests = [
+                tuple(m for other in chunks[:i] + chunks[i + 1 :] for m in other) for i in range(len(chunks))
+            ]
+            answers = holds(rests)
+            if any(answers):
+                found, parts = rests[answers.index(True)], parts - 1
+                continue
+        if parts == len(found):
+            break
+        parts *= 2
+    return found
+
+
+def _split(members: tuple[T, ...], parts: int) -> list[tuple[T, ...]]:
+    edges = [round(i * len(members) / parts) for i in range(parts + 1)]
+    return [members[a:b] for a, b in itertools.pairwise(edges)]

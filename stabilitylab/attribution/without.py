@@ -1,0 +1,182 @@
+"""What a fork is trained without: one thing, at some steps.
+
+| kind | what is withheld | sites |
+| --- | --- | --- |
+| updates | the updates of these parameters: weights, moments and decay stand still | parameters |
+| other updates | the updates of all others | parameters |
+| rows of updates | the updates of some rows of a table | one parameter, rows |
+| batch | one batch: the next one takes its place | rows: its index |
+| data | the batches from an index on: earlier ones take their place | rows: the index |
+| batch rows | some rows of one batch | rows: the index, then the rows |
+| outside weights | what changed weights between two updates | parameters |
+| outside moments | what changed the optimizer's state between two updates | parameters |
+| settings | what changed the optimizer's settings: rate, betas, decay | |
+| rate | half of the learning rate | |
+| norm | what of the gradient's norm exceeds 1 (Pascanu et al., 1211.5063) | |
+| tensor norms | what of each tensor's exceeds 1.05 times its usual one (AdaGC, 2502.11034) | parameters |
+| stale moments | what of an update exceeds Adam's own scale: / max(1, RMS_t) (StableAdamW, 2304.13013) | |
+| past of moments | the second moments' past: they begin anew | |
+| embedding gradient | nine tenths of the embedding's gradient (GLM-130B, 2210.02414) | parameters |
+| rounding | half precision inside these modules: they compute in fp32 | modules |
+| outputs | what of a module's output exceeds twice its usual RMS | modules |
+| output gradients | the same of the gradient with respect to it | modules |
+| scores | what of an attention score exceeds twice its usual maximum: queries are shrunk, as by QK-clip (2507.20534) | modules |
+
+"Usual" is what the control had in its first steps, before anything had happened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+KINDS = (
+    "updates",
+    "other updates",
+    "rows of updates",
+    "batch",
+    "data",
+    "batch rows",
+    "outside weights",
+    "outside moments",
+    "settings",
+    "rate",
+    "norm",
+    "tensor norms",
+    "stale moments",
+    "past of moments",
+    "embedding gradient",
+    "rounding",
+    "outputs",
+    "output gradients",
+    "scores",
+)
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Without:
+    """One thing that a fork is without; ``kind`` "" is the control.
+
+    Attributes:
+        kind: a word of the table.
+        sites: parameters or modules.
+        rows: see the table.
+        first, last: steps at which it acts, [first, last); None: from the fork's first, to its end.
+        label: what to call the sites, where they have a name together.
+    """
+
+    kind: str = ""
+    sites: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
+    first: int | None = None
+    last: int | None = None
+    label: str = ""
+
+    def acts_at(self, step: int) -> bool:
+        """Whether it is on in that step."""
+        return (
+            bool(self.kind)
+            and (self.first is None or step >= self.first)
+            and (self.last is None or step < self.last)
+        )
+
+    @property
+    def key(self) -> str:
+        """The same for the same fork, whatever it is called."""
+        return repr((self.kind, tuple(sorted(self.sites)), self.rows, self.first, self.last))
+
+    @property
+    def where(self) -> str:
+        """The sites in a few words."""
+        if self.label:
+            return self.label
+        shown = ", ".join(self.sites[:_SHOWN])
+        return shown + (f" and {len(self.sites) - _SHOWN} more" if len(self.sites) > _SHOWN else "")
+
+    @property
+    def words(self) -> str:
+        """What the fork was without, for a table."""
+        match self.kind:
+            case "":
+                return "nothing (control)"
+            case "updates":
+                said = f"updates of {self.where}"
+            case "other updates":
+                said = f"all updates but those of {self.where}"
+            case "rows of updates":
+                said = f"updates of {len(self.rows)} rows of {self.where}: {_few(self.rows)}"
+            case "batch":
+                said = f"batch {self.rows[0]}"
+            case "data":
+                said = f"the batches from {self.rows[0]} on (earlier ones instead)"
+            case "batch rows":
+                said = f"row{'s' * (len(self.rows) > 2)} {_few(self.rows[1:])} of batch {self.rows[0]}"
+            case "outside weights":
+                said = f"changes of {self.where} between updates"
+            case "outside moments":
+                said = f"changes of the optimizer's state of {self.where} between updates"
+            case "settings":
+                said = "changes of the optimizer's settings"
+            case "rate":
+                said = "half of the learning rate"
+            case "norm":
+                said = "gradient norm beyond 1 (clipping)"
+            case "tensor norms":
+                said = f"gradient norm of {self.where} beyond its usual"
+            case "stale moments":
+                said = "updates beyond Adam's scale (StableAdamW)"
+            case "past of moments":
+                said = "the second moments' past (reset)"
+            case "embedding gradient":
+                said = "nine tenths of the embedding's gradient"
+            case "rounding":
+                said = f"half precision in {self.where} (fp32)"
+            case "outputs":
+                said = f"output of {self.where} beyond twice its usual"
+            case "output gradients":
+                said = f"gradient at the output of {self.where} beyond twice its usual"
+            case _:
+                said = f"attention scores of {self.where} beyond twice their usual (QK-clip)"
+        return said + self._when()
+
+    @property
+    def opening(self) -> str:
+        """The beginning of a sentence that says what did not come of it."""
+        found = {
+            "rate": "At half the learning rate",
+            "norm": "With the gradient's norm clipped at 1",
+            "tensor norms": f"With the gradient norm of {self.where} kept at its usual",
+            "stale moments": "With updates bounded by Adam's own scale (StableAdamW)",
+            "past of moments": "With the second moments reset",
+            "embedding gradient": "With a tenth of the embedding's gradient",
+            "rounding": f"With {self.where} in fp32",
+            "outputs": f"With the output of {self.where} kept at its usual size",
+            "output gradients": f"With the gradient at the output of {self.where} kept at its usual size",
+            "scores": f"With the attention scores of {self.where} kept at their usual size (QK-clip)",
+        }
+        return found[self.kind] + self._when() if self.kind in found else f"Without {self.words}"
+
+    def _when(self) -> str:
+        if self.first is None:
+            return ""
+        if self.last is None:
+            return f" from step {self.first} on"
+        return (
+            f" at step {self.first}"
+            if self.last == self.first + 1
+            else f" at steps {self.first} to {self.last - 1}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Without:
+        """Take back what ``to_json`` gave."""
+        return cls(**{**data, "sites": tuple(data["sites"]), "rows": tuple(data["rows"])})
+
+
+def _few(rows: tuple[int, ...]) -> str:
+    return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")

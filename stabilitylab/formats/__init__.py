@@ -1,0 +1,64 @@
+"""Number formats of few bits, emulated on any machine bit for bit: codes, scales, and what they cost a tensor.
+
+``quantize`` and ``dequantize`` are pure functions of tensors; ``scaled_format("nvfp4")`` and its kin say which numbers share a
+scale and how the scale is stored; ``reference`` is the float64 oracle.
+"""
+
+from stabilitylab.formats.hadamard import rotate, rotation_signs, unrotate
+from stabilitylab.formats.number_format import (
+    BF16,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    FP16,
+    NUMBER_FORMATS,
+    NumberFormat,
+    decode,
+    encode,
+    number_format,
+    pack_4bit,
+    round_to,
+    unpack_4bit,
+)
+from stabilitylab.formats.scaled import (
+    SCALED_FORMATS,
+    Quantized,
+    ScaledFormat,
+    dequantize,
+    fake_quantize,
+    quantize,
+    scaled_format,
+)
+from stabilitylab.formats.what_if import FormatError, what_if
+
+__all__ = [
+    "BF16",
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E4M3",
+    "E5M2",
+    "FP16",
+    "NUMBER_FORMATS",
+    "SCALED_FORMATS",
+    "FormatError",
+    "NumberFormat",
+    "Quantized",
+    "ScaledFormat",
+    "decode",
+    "dequantize",
+    "encode",
+    "fake_quantize",
+    "number_format",
+    "pack_4bit",
+    "quantize",
+    "rotate",
+    "rotation_signs",
+    "round_to",
+    "scaled_format",
+    "unpack_4bit",
+    "unrotate",
+    "what_if",
+]

@@ -1,0 +1,107 @@
+"""Fused experts taken apart: of a mixture's one three-dimensional parameter, a linear layer for each expert.
+
+transformers 5 keeps the experts of a layer in parameters ``gate_up_proj`` [experts, 2 x inner, width] and ``down_proj`` [experts,
+width, inner] (or ``up_proj`` where nothing gates), which no linear layer holds: whatever looks for linear layers misses the
+larger part of such a model. Here each expert becomes two ``nn.Linear`` whose weights are views of the fused tensors, so nothing is
+copied, and outliers, quantization and telemetry see them as they see any other layer:
+
+    y_t = sum over the chosen experts e of  weight_te * down_e(gate(up_e(x_t)))
+
+computed expert by expert, as the "eager" implementation of transformers does. The layout is told by what its decorator
+``use_experts_implementation`` leaves on the module: ``has_gate``, ``has_bias``, ``is_transposed``, ``_apply_gate``.
+
+Source: Shazeer et al., arXiv:1701.06538, equation 1; the layouts are those of transformers 5.23, ``integrations/moe.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LAYOUT = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+
+
+class SplitExperts(nn.Module):
+    """The experts of one layer, each a linear layer up and one down.
+
+    Takes what the fused module takes: hidden states [tokens, width], for each token the numbers of its experts and their weights,
+    both [tokens, chosen]; returns [tokens, width].
+    """
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        inward = "gate_up_proj" if fused.has_gate else "up_proj"
+        self.inward = inward
+        transposed = bool(fused.is_transposed)
+        self.add_module(inward, _linears(fused, inward, transposed))
+        self.down_proj = _linears(fused, "down_proj", transposed)
+        # Bound to the fused module, which knows its activation and its limits; the weights it held are taken from it.
+        self._between: Callable[[Tensor], Tensor] = fused._apply_gate if fused.has_gate else fused.act_fn
+        self._after: Callable[[Tensor], Tensor] | None = (
+            fused.post_expert_norm if fused.has_post_expert_norm else None
+        )
+        if self._after is not None:
+            self.post_expert_norm = self._after
+        for name in list(fused._parameters):
+            fused._parameters[name] = None
+
+    def forward(self, hidden_TC: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        result_TC = torch.zeros_like(hidden_TC)
+        inward = self.get_submodule(self.inward)
+        assert isinstance(inward, nn.ModuleList)
+        for expert in torch.unique(chosen_TK).tolist():
+            if not 0 <= expert < len(inward):  # masked tokens are sent to an expert beyond the last
+                continue
+            token_N, place_N = torch.where(chosen_TK == expert)
+            out_NC = self.down_proj[expert](self._between(inward[expert](hidden_TC[token_N])))
+            if self._after is not None:
+                out_NC = self._after(out_NC)
+            weighted_NC = out_NC * weight_TK[token_N, place_N, None]
+            result_TC.index_add_(0, token_N, weighted_NC.to(result_TC.dtype))
+        return result_TC
+
+
+def split_experts(model: nn.Module) -> int:
+    """Take every fused module of experts in a model apart, in place; how many there were.
+
+    Modules of another layout stay as they are.
+    """
+    fused = [(path, module) for path, module in model.named_modules() if _is_fused(module) and path]
+    for path, module in fused:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, SplitExperts(module))
+    return len(fused)
+
+
+def _is_fused(module: Any) -> bool:
+    if not all(hasattr(module, name) for name in _LAYOUT):
+        return False
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    names += [f"{name}_bias" for name in names] if module.has_bias else []
+    held = module._parameters
+    weights = [held.get(name) for name in names]
+    dims = [3, 3, 2, 2][: len(names)]
+    fits = all(w is not None and w.dim() == dim for w, dim in zip(weights, dims, strict=True))
+    # A parameter besides these takes part in a way that is not known here.
+    return (
+        fits and set(held) == set(names) and hasattr(module, "_apply_gate" if module.has_gate else "act_fn")
+    )
+
+
+def _linears(fused: nn.Module, name: str, transposed: bool) -> nn.ModuleList:
+    """A linear layer for each expert of one fused parameter, without copying a number."""
+    weight_EOI: Tensor = fused.get_parameter(name)
+    weight_EOI = weight_EOI.transpose(1, 2) if transposed else weight_EOI
+    bias_EO = fused._parameters.get(f"{name}_bias")
+    layers = []
+    for expert in range(weight_EOI.shape[0]):
+        out, into = weight_EOI.shape[1:]
+        layer = nn.Linear(into, out, bias=False, device="meta")
+        layer.weight = nn.Parameter(weight_EOI[expert].detach(), requires_grad=False)
+        if bias_EO is not None:
+            layer.bias = nn.Parameter(bias_EO[expert].detach(), requires_grad=False)
+        layers.append(layer)
+    return nn.ModuleList(layers)

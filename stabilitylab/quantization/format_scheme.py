@@ -1,0 +1,162 @@
+"""Schemes of small floating-point formats.
+
+    WEIGHTS                     weights in that format, activations as they come        nvfp4, mxfp4, fp8-e4m3-row
+    WEIGHTS/ACTIVATIONS         both, multiplied as floats                              fp8-e4m3-row/fp8-e4m3-row, nvfp4/nvfp4
+
+The formats are those of ``stabilitylab.formats``: FP8 with a scale a tensor, a row (of activations: a token), a tile of 1 x 128
+or a block of 128 x 128; MXFP8, MXFP6, MXFP4; NVFP4 with its two levels of scales. Activation scales are taken at run time.
+
+Limits: products are emulated, the rounded numbers multiplied in the input's own format, so errors are those of the format, and
+times are not those of a machine that has it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stabilitylab.errors import InputError
+from stabilitylab.formats import (
+    Quantized,
+    dequantize,
+    fake_quantize,
+    pack_4bit,
+    quantize,
+    scaled_format,
+    unpack_4bit,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatScheme:
+    """Weights, and perhaps activations, in a small floating-point format.
+
+    Attributes:
+        weights: name of the weights' format.
+        activations: of the activations'; None leaves them as they are.
+    """
+
+    weights: str
+    activations: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in (self.weights, self.activations):
+            if name is not None:
+                scaled_format(name)
+
+    @property
+    def name(self) -> str:
+        """``scheme_of`` reads it back."""
+        return self.weights if self.activations is None else f"{self.weights}/{self.activations}"
+
+    @classmethod
+    def parse(cls, name: str) -> FormatScheme:
+        """The scheme of that name. Raises InputError where a format is unknown."""
+        weights, slash, activations = name.partition("/")
+        return cls(weights=weights, activations=activations if slash else None)
+
+    def layer(
+        self,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        largest: Tensor | None = None,
+        name: str = "the layer",
+    ) -> FormatLinear:
+        """A linear layer of W [N, K] in this scheme. Raises InputError where a weight is not finite."""
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(f"{name} holds NaN or infinity: mend the model before it is quantized")
+        stored = quantize(weight.detach(), self.weights)
+        digest = hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+        return FormatLinear(stored, self, bias=bias, fingerprint=digest[:16])
+
+
+class FormatLinear(nn.Module):
+    """y = x^ W^' + b, with the weights stored as codes and scales.
+
+    Args:
+        stored: the weights, [N, K].
+        scheme: says whether activations are rounded too.
+        bias: [N], or None.
+        fingerprint: of the float32 weights that it was made from.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    tensor_scale: Tensor | None
+    bias: Tensor | None
+    smooth = None
+
+    def __init__(
+        self, stored: Quantized, scheme: FormatScheme, *, bias: Tensor | None = None, fingerprint: str = ""
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.format = stored.format
+        self.out_features, self.in_features = stored.codes.shape
+        self.group, self.fingerprint = 0, fingerprint
+        packs = self.format.element.bits == 4 and self.in_features % 2 == 0
+        self.register_buffer("codes", pack_4bit(stored.codes) if packs else stored.codes)
+        self.register_buffer("scales", stored.scales)
+        self.register_buffer("tensor_scale", stored.tensor_scale)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.eval()
+
+    @property
+    def stored(self) -> Quantized:
+        """Codes, a byte each, and scales."""
+        packed = self.codes.shape[1] != self.in_features
+        return Quantized(
+            codes=unpack_4bit(self.codes) if packed else self.codes,
+            scales=self.scales,
+            tensor_scale=self.tensor_scale,
+            format=self.format,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weights, without the bias; codes of 6 bits count 6, though a byte holds one here."""
+        held = -(-self.out_features * self.in_features * self.format.element.bits // 8)
+        return held + sum(
+            t.numel() * t.element_size() for t in (self.scales, self.tensor_scale) if t is not None
+        )
+
+    def prepare(self) -> None:
+        """Nothing: there is no kernel of another layout."""
+
+    def release(self) -> None:
+        """Nothing, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, in the input's format.
+
+        Args:
+            x: [..., K], floating.
+
+        Raises:
+            RuntimeError: a gradient is asked for, which rounding does not have.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("a quantized layer has no gradient: call the model under torch.no_grad()")
+        rounded = (
+            x if self.scheme.activations is None else fake_quantize(x, self.scheme.activations).to(x.dtype)
+        )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(rounded, dequantize(self.stored).to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FormatLinear:
+        # Moves take everything along; a change of format is for the bias alone (codes and scales keep theirs).
+        kept = {name: getattr(self, name) for name in ("codes", "scales", "tensor_scale")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            if before is not None:
+                setattr(self, name, before.to(getattr(self, name).device))
+        return self

@@ -1,0 +1,122 @@
+"""Every scheme by its name, those of other packages included.
+
+    NAME            integers: see scheme.py                    w8a8-token, mixed, int4-g64-asym-mse
+    FORMAT          floating-point: see format_scheme.py       nvfp4, fp8-e4m3-row/fp8-e4m3-row
+    ...-had         either after a rotation: see rotated.py    w8a8-token-had, nvfp4/nvfp4-had
+
+A scheme of one's own is whatever has a ``name`` and makes a layer:
+
+    class Halved:
+        name = "halved"
+        def layer(self, weight, *, bias=None, largest=None, name="the layer"):   # W [N, K], max|x| of each channel or None
+            return HalvedLinear(weight, bias)                                    # a module with ``nbytes``
+
+``register_scheme(Halved())`` makes it known to ``stabilitylab quantize --schemes halved``, plans and reports. Only the schemes
+of this package can be written by ``--apply``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from stabilitylab.errors import InputError
+from stabilitylab.quantization.format_scheme import FormatScheme
+from stabilitylab.quantization.rotated import RotatedLinear, rotated_weight
+from stabilitylab.quantization.scheme import NAMED, Scheme
+
+ROTATED = "-had"
+
+
+class LinearScheme(Protocol):
+    """How a linear layer is quantized."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+
+    def layer(
+        self,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        largest: Tensor | None = None,
+        name: str = "the layer",
+    ) -> Any:
+        """A module in the place of a linear layer, with ``nbytes``, the bytes of its weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotatedScheme:
+    """Any scheme after a rotation.
+
+    Attributes:
+        inner: the scheme of the rotated weights and activations.
+    """
+
+    inner: LinearScheme
+
+    @property
+    def name(self) -> str:
+        return f"{self.inner.name}{ROTATED}"
+
+    def layer(
+        self,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        largest: Tensor | None = None,
+        name: str = "the layer",
+    ) -> RotatedLinear:
+        """Raises InputError: K is odd, or the inner scheme needs the ranges of unrotated activations."""
+        if isinstance(self.inner, Scheme) and self.inner.smooth is not None:
+            raise InputError("SmoothQuant's ranges are those of unrotated activations: choose one of the two")
+        return RotatedLinear(self.inner.layer(rotated_weight(weight, name), bias=bias, name=name), self)
+
+
+_REGISTERED: dict[str, LinearScheme] = {}
+
+
+def register_scheme(scheme: LinearScheme) -> None:
+    """Make a scheme known by its name.
+
+    Raises:
+        InputError: the name is taken, or cannot be read back.
+    """
+    if not scheme.name or scheme.name in _REGISTERED or _known(scheme.name) is not None:
+        raise InputError(f"there is a scheme {scheme.name!r} already: choose another name")
+    _REGISTERED[scheme.name] = scheme
+
+
+def scheme_of(name: str) -> LinearScheme:
+    """The scheme of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = _known(name)
+    if found is None:
+        raise InputError(
+            f"there is no scheme {name!r}: choose one of {', '.join([*NAMED, *_REGISTERED])}; intB-row, intB-gG with B 8 or 4 and "
+            "G 32, 64 or 128, and with -asym, -mse or both; a number format (fp8-e4m3-row, mxfp4, nvfp4, ...) or two of them "
+            "(WEIGHTS/ACTIVATIONS); each with -had for a Hadamard rotation"
+        )
+    return found
+
+
+def _known(name: str) -> LinearScheme | None:
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name.endswith(ROTATED):
+        inner = _known(name.removesuffix(ROTATED))
+        return None if inner is None or isinstance(inner, RotatedScheme) else RotatedScheme(inner=inner)
+    readers: tuple[Callable[[str], LinearScheme], ...] = (Scheme.parse, FormatScheme.parse)
+    for read in readers:
+        try:
+            return read(name)
+        except InputError:
+            continue
+    return None

@@ -1,0 +1,205 @@
+"""``stabilitylab watch``: follow a growing log, say what is found, tell others, end where that was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import tyro
+
+from stabilitylab.errors import InputError
+from stabilitylab.watching.alerts import Alert
+from stabilitylab.watching.hooks import Command, Hook, Webhook
+from stabilitylab.watching.memory import Memory, default_folder
+from stabilitylab.watching.opening import Options
+from stabilitylab.watching.rules import rules_named
+from stabilitylab.watching.watch import Watch
+
+FAILED = 3
+_WAIT_FOR_HOOKS = 30.0
+
+
+def watch(
+    path: Annotated[Path, tyro.conf.Positional],
+    *,
+    exec: str | None = None,
+    webhook: str | None = None,
+    fail_on: tuple[str, ...] = (),
+    tell: tuple[str, ...] = (),
+    silent_after: float = 600.0,
+    every: float = 1.0,
+    once: bool = False,
+    new_only: bool = False,
+    plain: bool = False,
+    state: Path | None = None,
+    loss: str | None = None,
+    step: str | None = None,
+    run: str | None = None,
+    pattern: str | None = None,
+) -> int:
+    """Follow a growing log and say what is found the moment it is found (docs/watch.md has the rules).
+
+    Ends with 3 when what --fail-on names is found; with 0 when it is interrupted, or a run folder's run is over.
+
+    Args:
+        path: a log of any format in docs/logs.md, a run folder, a TensorBoard folder, a tracker's run; need not exist yet.
+        exec: a command to run for each alert, without a shell; its facts are environment variables STABILITYLAB_....
+        webhook: an address to post each alert to, as Slack takes it; env:NAME takes it from the environment.
+        fail_on: rules that end the watch with exit code 3, such as spike,divergence,non-finite.
+        tell: notices to be told as alerts are, such as hard-batch.
+        silent_after: seconds without a value that are an alert; 0 for none.
+        every: seconds between two looks.
+        once: look once, say what is found, and end.
+        new_only: what stands in the log already is learned from, and not told.
+        plain: lines only, no panel.
+        state: folder in which the watch remembers where it stands; by default in ~/.local/state/stabilitylab/watch.
+        loss: name of the loss column, where it is not one of the usual names.
+        step: name of the step column, likewise.
+        run: name of one run, rank or phase in the log.
+        pattern: a pattern for the lines of a text log, or a TOML file of patterns (docs/logs.md).
+    """
+    ends = rules_named(fail_on, "--fail-on")
+    options = Options(
+        loss=loss,
+        step=step,
+        run=run,
+        pattern=pattern,
+        tell=rules_named(tell, "--tell") | (ends & {"hard-batch"}),
+        silent_after=silent_after,
+        new_only=new_only,
+    )
+    if not every > 0:
+        raise InputError(f"--every {every:g}: give seconds above 0")
+    asked = {"loss": loss, "step": step, "run": run, "pattern": pattern}
+    stop = threading.Event()
+    screen = _Screen(live=not plain and not once and sys.stdout.isatty())
+    memory = Memory(state or default_folder(path, asked))
+    hooks: list[Hook] = []
+    try:
+        if exec is not None:
+            hooks.append(Command(exec, screen.note))
+        if webhook is not None:
+            post = Webhook(webhook, screen.note, memory.delivered)
+            hooks.append(post)
+            for alert in memory.undelivered:
+                post.tell(alert)
+        found: list[Alert] = []
+
+        def say(alert: Alert) -> None:
+            screen.say(alert)
+            if alert.rule in ends:
+                found.append(alert)
+
+        watched = Watch(
+            path=path, options=options, memory=memory, say=say, hooks=tuple(hooks), posts=webhook is not None
+        )
+        try:
+            with _ended_by_signals(stop), screen.showing(watched):
+                _look(watched, screen, stop, every=every, once=once, found=found)
+        finally:
+            watched.close()
+        if found or (once and memory.has_told(ends)):
+            return FAILED
+        return 0
+    finally:
+        ended = [hook.close(_WAIT_FOR_HOOKS) for hook in hooks]
+        if not all(ended):
+            screen.note("not every alert could be delivered; a webhook's are tried again by the next watch")
+        memory.close()
+
+
+def _look(
+    watched: Watch, screen: _Screen, stop: threading.Event, *, every: float, once: bool, found: list[Alert]
+) -> None:
+    while not stop.is_set():
+        watched.look(last=once)
+        screen.refresh(watched)
+        if once or found or watched.is_over:
+            return
+        stop.wait(every)
+
+
+@contextlib.contextmanager
+def _ended_by_signals(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the watch in order. Signals are for the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {one: signal.signal(one, end) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+class _Screen:
+    """Lines on standard output, and on a terminal a panel under them."""
+
+    def __init__(self, *, live: bool) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._wants = live
+        self._live: object | None = None
+        self._lock = threading.Lock()
+
+    def say(self, alert: Alert) -> None:
+        """One alert is one line."""
+        self._line(alert.line())
+
+    def note(self, text: str) -> None:
+        """What went wrong with telling others, from any thread."""
+        with self._lock:
+            print(text, file=sys.stderr, flush=True)
+
+    def _line(self, text: str) -> None:
+        with self._lock:
+            if self._live is not None:
+                self._console.print(text, markup=False)
+            else:
+                print(text, flush=True)
+
+    @contextlib.contextmanager
+    def showing(self, watched: Watch) -> Iterator[None]:
+        """A panel, where there is a terminal."""
+        if not self._wants:
+            yield
+            return
+        from rich.live import Live
+
+        from stabilitylab.watching.panel import panel
+
+        with Live(
+            panel(watched, width=self._console.width),
+            console=self._console,
+            auto_refresh=False,
+            transient=False,
+        ) as live:
+            self._live = live
+            try:
+                yield
+            finally:
+                self._live = None
+
+    def refresh(self, watched: Watch) -> None:
+        """Draw the panel anew."""
+        if self._live is None:
+            return
+        from rich.live import Live
+
+        from stabilitylab.watching.panel import panel
+
+        assert isinstance(self._live, Live)
+        with self._lock:
+            self._live.update(panel(watched, width=self._console.width), refresh=True)

@@ -1,0 +1,218 @@
+"""Who else is told: a command and a webhook, each in a thread, so that the watch itself never waits.
+
+*Command.* Split into words once, by the shell's rules but without a shell; nothing of an alert is ever part of it. The facts are
+environment variables (``alerts``). It has a minute; its failure is one line.
+
+*Webhook.* A POST of JSON, with a time-out and retries after 1, 2 and 4 seconds where the server fails, is too busy or cannot
+be reached; another answer is final. No redirects are followed. An address holds its secret, so messages name the host only,
+and ``env:NAME`` takes it from the environment, out of sight of the list of processes.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import queue
+import shlex
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from stabilitylab.errors import InputError
+from stabilitylab.watching.alerts import Alert, plain
+
+COMMAND_SECONDS = 60.0
+WEBHOOK_SECONDS = 10.0
+PAUSES = (1.0, 2.0, 4.0)
+_LONGEST_PAUSE = 30.0
+_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+class Hook:
+    """Hands alerts to somebody, one after the other, in a thread of its own.
+
+    Args:
+        say: takes a line about what went wrong.
+        done: takes each alert that needs no further try.
+    """
+
+    def __init__(self, say: Callable[[str], object], done: Callable[[Alert], object] | None = None) -> None:
+        self._say, self._done = say, done
+        self._queue: queue.SimpleQueue[Alert | None] = queue.SimpleQueue()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name=f"stabilitylab-{type(self).__name__}", daemon=True
+        )
+        self._thread.start()
+
+    def tell(self, alert: Alert) -> None:
+        """Returns at once."""
+        self._queue.put(alert)
+
+    def close(self, seconds: float) -> bool:
+        """Wait at most so long for what is under way; False: something was left untold."""
+        self._queue.put(None)
+        self._thread.join(seconds)
+        self._ending.set()
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (alert := self._queue.get()) is not None:
+            try:
+                if self.deliver(alert) and self._done is not None:
+                    self._done(alert)
+            except Exception as error:  # the watch goes on, whatever became of its messenger
+                self._say(f"{type(self).__name__.lower()}: {type(error).__name__}: {error}")
+
+    def deliver(self, alert: Alert) -> bool:
+        """Whether no further try is needed."""
+        raise NotImplementedError
+
+
+class Command(Hook):
+    """Runs a program for each alert.
+
+    Args:
+        command: program and arguments.
+
+    Raises:
+        InputError: it cannot be split, or there is no such program.
+    """
+
+    def __init__(
+        self, command: str, say: Callable[[str], object], *, seconds: float = COMMAND_SECONDS
+    ) -> None:
+        try:
+            self._words = shlex.split(command)
+        except ValueError as error:
+            raise InputError(f"--exec {command!r}: {error}") from None
+        if not self._words or shutil.which(self._words[0]) is None:
+            raise InputError(f"--exec {command!r}: there is no such program; it is not run in a shell")
+        self._seconds = seconds
+        super().__init__(say)
+
+    def deliver(self, alert: Alert) -> bool:
+        try:
+            done = subprocess.run(
+                self._words,
+                env={**os.environ, **alert.environment()},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=self._seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            self._say(f"--exec: {self._words[0]} took over {self._seconds:g} s and was ended")
+            return True
+        except OSError as error:
+            self._say(f"--exec: {self._words[0]} cannot be run: {error.strerror}")
+            return True
+        if done.returncode:
+            lines = done.stdout.decode("utf-8", errors="replace").strip().splitlines()
+            said = f": {plain(lines[-1])[:200]}" if lines else ""
+            self._say(f"--exec: {self._words[0]} ended with {done.returncode}{said}")
+        return True
+
+
+class Webhook(Hook):
+    """Posts each alert.
+
+    Args:
+        url: http or https; ``env:NAME``: what that variable holds.
+        done: takes each alert that was taken, or never will be.
+
+    Raises:
+        InputError: it is no such address.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        say: Callable[[str], object],
+        done: Callable[[Alert], object] | None = None,
+        *,
+        seconds: float = WEBHOOK_SECONDS,
+        pauses: tuple[float, ...] = PAUSES,
+    ) -> None:
+        if url.startswith("env:"):
+            name, url = url[4:], os.environ.get(url[4:], "")
+            if not url:
+                raise InputError(f"--webhook env:{name}: the variable {name} is not set")
+        try:
+            parts = urllib.parse.urlsplit(url.strip())
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host = None
+        if host is None or parts.scheme not in ("http", "https"):
+            raise InputError("--webhook needs an address that begins with https:// or http://, or env:NAME")
+        # Whatever else the address holds may be a secret.
+        self.shown = f"{parts.scheme}://{host}" + (f":{port}" if port else "")
+        self._url, self._seconds, self._pauses = url.strip(), seconds, pauses
+        self._opener = urllib.request.build_opener(_NoRedirects)
+        super().__init__(say, done)
+
+    def deliver(self, alert: Alert) -> bool:
+        body = json.dumps(alert.slack()).encode()
+        tries = len(self._pauses) + 1
+        for count in range(tries):
+            reason, again, pause = self._post(body)
+            if reason is None:
+                return True
+            last = not again or count + 1 == tries
+            self._say(
+                f"webhook {self.shown}: {reason}"
+                + ("; given up" if last else f", try {count + 1} of {tries}")
+            )
+            if not again:
+                return True
+            if last or self._ending.wait(max(self._pauses[count], pause)):
+                break
+        return False
+
+    def _post(self, body: bytes) -> tuple[str | None, bool, float]:
+        """What went wrong (None: nothing), whether another try may help, and after how many seconds."""
+        request = urllib.request.Request(
+            self._url,
+            data=body,
+            method="POST",
+            headers={"Content-Type": "application/json", "User-Agent": "stabilitylab"},
+        )
+        began = time.monotonic()
+        try:
+            with self._opener.open(request, timeout=self._seconds) as answer:
+                answer.close()
+            return None, False, 0.0
+        except urllib.error.HTTPError as error:
+            error.close()
+            return f"HTTP {error.code}", error.code in _AGAIN, _retry_after(error.headers)
+        except TimeoutError:
+            return f"no answer within {self._seconds:g} s", True, 0.0
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                return f"no answer within {self._seconds:g} s", True, 0.0
+            said = getattr(error.reason, "strerror", None) or type(error.reason).__name__
+            return f"cannot be reached ({said})", True, 0.0
+        except (OSError, http.client.HTTPException) as error:
+            return f"{type(error).__name__} after {time.monotonic() - began:.1f} s", True, 0.0
+
+
+def _retry_after(headers: Any) -> float:
+    try:
+        return min(float(headers.get("Retry-After", 0)), _LONGEST_PAUSE)
+    except (TypeError, ValueError):
+        return 0.0
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A message is for the server that was named."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None

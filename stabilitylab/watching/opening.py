@@ -1,0 +1,80 @@
+"""Which follower reads what lies at a path, and what was asked of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stabilitylab.logs.recognise import Found
+from stabilitylab.watching.followers import DocumentFollower, Follower, TextFollower, growing_text
+from stabilitylab.watching.stores import (
+    MlflowFilesFollower,
+    RunFollower,
+    SqliteFollower,
+    TensorBoardFollower,
+    WandbFollower,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What was asked of a watch.
+
+    Attributes:
+        loss, step, run, pattern: as for ``spikes``.
+        tell: notices that are said as alerts are.
+        silent_after: seconds without a value that are a silence; 0: never.
+        new_only: what stands in the log when the watch first begins is learned from and not told.
+    """
+
+    loss: str | None = None
+    step: str | None = None
+    run: str | None = None
+    pattern: str | None = None
+    tell: frozenset[str] = frozenset()
+    silent_after: float = 600.0
+    new_only: bool = False
+
+
+@dataclass(slots=True)
+class Source:
+    """What is being followed."""
+
+    found: Found
+    follower: Follower
+    prefix: str = ""
+
+
+def follower_of(
+    found: Found, path: Path, options: Options, state: dict[str, Any] | None = None, kind: str | None = None
+) -> Follower | None:
+    """A follower of what was found at ``path``; None: there is nothing in it yet.
+
+    Args:
+        found: what lies there.
+        path: that was given.
+        options: what was asked.
+        state: of an earlier follower of it.
+        kind: that one's class; another kind's state is of no use.
+
+    Raises:
+        InputError: it cannot be understood.
+    """
+    file = found.files[-1]
+    if found.kind == "run folder":
+        return RunFollower(file, options.loss, state)
+    if found.kind == "TensorBoard":
+        return TensorBoardFollower(path, state)
+    if found.kind == "MLflow":
+        return MlflowFilesFollower(file, state)
+    if found.kind == "W&B":
+        return WandbFollower(path if path.is_dir() else file, list(found.files), state)
+    if found.kind == "SQLite":
+        return SqliteFollower(file, state)
+    if not file.stat().st_size:
+        return None
+    if reading := growing_text(file, options.pattern):
+        return TextFollower(file, reading, options.pattern, state if kind in (None, "TextFollower") else None)
+    given = {"loss": options.loss, "step": options.step, "pattern": options.pattern}
+    return DocumentFollower(file, given, state if kind in (None, "DocumentFollower") else None)

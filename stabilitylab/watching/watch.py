@@ -1,0 +1,390 @@
+"""The watch: looks at a log again and again, and says what is new."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from stabilitylab.errors import InputError
+from stabilitylab.logs.recognise import Found, locate
+from stabilitylab.spikes.episodes import KINDS
+from stabilitylab.telemetry import DEPARTURES, LOSS, Event
+from stabilitylab.watching.alerts import Alert, of_event, plain
+from stabilitylab.watching.followers import Batch, DocumentFollower, TextFollower
+from stabilitylab.watching.hooks import Hook
+from stabilitylab.watching.judge import PATIENCE, Judge
+from stabilitylab.watching.memory import Memory
+from stabilitylab.watching.opening import Options, Source, follower_of
+from stabilitylab.watching.rules import ALERTS
+
+SAVE_SECONDS = 5.0
+LOCATE_SECONDS = 10.0
+FLUSH_SECONDS = 3.0
+# What of a run folder's own events is passed on, besides the detector's.
+KINDS_OF_RUNS = frozenset(KINDS) | DEPARTURES | {"telemetry-lost"}
+# So much text of no known format is not only a trainer's preface.
+_UNKNOWN_BYTES = 1 << 20
+
+
+@dataclass(slots=True, kw_only=True)
+class Watch:
+    """One log, looked at again and again.
+
+    Attributes:
+        path: what is watched.
+        options: how.
+        memory: what was said, and where it stood.
+        say: takes each alert that is new.
+        hooks: are given alerts, not notices.
+        posts: whether one of the hooks is a webhook, which says when it has delivered.
+        judges: segment -> its judge.
+        values: rows taken so far.
+        last_value: seconds since 1970, of the latest value; None: there has been none.
+        problem: why nothing is read; None: something is.
+        is_over: the run has said that it is over.
+    """
+
+    path: Path
+    options: Options
+    memory: Memory
+    say: Callable[[Alert], object]
+    hooks: tuple[Hook, ...] = ()
+    posts: bool = False
+    judges: dict[str, Judge] = field(default_factory=dict)
+    values: int = 0
+    last_value: float | None = None
+    problem: str | None = None
+    is_over: bool = False
+    told: list[Alert] = field(default_factory=list)
+    _source: Source | None = None
+    _open: dict[str, str] = field(default_factory=dict)
+    _is_recorded: bool = False
+    _is_silent: bool = False
+    _is_quiet: bool = False
+    _saved: Mapping[str, Any] | None = None
+    _saved_at: float = 0.0
+    _located_at: float = 0.0
+    _news_at: float = 0.0
+    _began: float = 0.0
+    _dirty: bool = False
+
+    def __post_init__(self) -> None:
+        self._began = self._news_at = time.time()
+        self._saved = self.memory.load()
+        if self._saved is None:
+            self._is_quiet = self.options.new_only
+            return
+        saved = self._saved
+        if saved["path"] != str(self.path.resolve()):
+            raise InputError(
+                f"{self.memory.folder} is the state of a watch of {saved['path']}: give --state another folder"
+            )
+        if saved["asked"] != self._asked():
+            self._saved = None  # another loss, or another run: from the start
+            return
+        self.values, self._open = saved["values"], dict(saved["open"])
+        self._is_recorded, self._is_silent = saved["recorded"], saved["silent"]
+        for name, state in saved["judges"].items():
+            self._judge(name).load_state_dict(state)
+
+    def _asked(self) -> list[str | None]:
+        return [self.options.loss, self.options.step, self.options.run, self.options.pattern]
+
+    # -----------------------------------------------------------------------------------------------------------
+
+    def look(self, *, last: bool = False) -> bool:
+        """Read what is new and tell what is found in it; returns whether there was anything.
+
+        Raises:
+            InputError: what is there cannot be understood, and waiting will not help. ``last``: nor is there time.
+        """
+        source = self._follow(last=last)
+        news = False
+        if source is not None:
+            for batch in source.follower.poll(last=last):
+                self._take(source, batch)
+                news = True
+            if not news and isinstance(source.follower, TextFollower) and self._still_for() > FLUSH_SECONDS:
+                for batch in source.follower.flush():
+                    self._take(source, batch)
+            self._settle(source, last=last)
+        self._listen(source, news=news)
+        self._is_quiet = self._is_quiet and not news and source is None
+        self._dirty |= news
+        if self._dirty and time.monotonic() - self._saved_at > SAVE_SECONDS:
+            self.save()
+        return news
+
+    def save(self) -> None:
+        """Put on disk where it stands."""
+        source = self._source
+        began = time.monotonic()
+        self.memory.save(
+            {
+                "path": str(self.path.resolve()),
+                "asked": self._asked(),
+                "values": self.values,
+                "open": self._open,
+                "recorded": self._is_recorded,
+                "silent": self._is_silent,
+                "judges": {name: judge.state_dict() for name, judge in self.judges.items()},
+                "source": None
+                if source is None
+                else {
+                    "kind": source.found.kind,
+                    "file": str(source.found.files[-1]),
+                    "prefix": source.prefix,
+                    "follower": type(source.follower).__name__,
+                    "state": source.follower.state,
+                },
+            }
+        )
+        # Hundreds of ranks make a large state: writing it takes a fiftieth of the time at most.
+        self._saved_at = time.monotonic() + 50 * (time.monotonic() - began)
+        self._dirty = False
+
+    def close(self) -> None:
+        """Keep where it stands, and let go of what is followed; the memory is its owner's to close."""
+        self.save()
+        if self._source is not None:
+            self._source.follower.close()
+
+    @property
+    def open_episodes(self) -> list[str]:
+        """What goes on now: kind and segment of each."""
+        return [
+            kind + (f" in {segment}" if (segment := key.split("/", 1)[0]) else "")
+            for key, kind in self._open.items()
+            if kind in ALERTS
+        ]
+
+    # ------------------------------------------------------------------------------------------ what is followed
+
+    def _follow(self, *, last: bool) -> Source | None:
+        now = time.monotonic()
+        if self._source is not None and (not self.path.is_dir() or now - self._located_at < LOCATE_SECONDS):
+            return self._source
+        self._located_at = now
+        try:
+            found = locate(self.path)
+            if self._source is None:
+                self._source = self._opened(found)
+            elif found.kind == "W&B" or found.files[-1] != self._source.found.files[-1]:
+                self._change(self._source, found)
+            self.problem = None
+        except (InputError, OSError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            said = f"{self.path} is not there yet" if missing else " ".join(str(error).split())
+            self.problem = said
+            if last and self._source is None:
+                raise InputError(
+                    f"{self.path}: there is no such file or folder" if missing else said
+                ) from None
+            if not missing and self._source is None and self._is_hopeless():
+                raise InputError(said) from None
+        return self._source
+
+    def _is_hopeless(self) -> bool:
+        return self.path.is_file() and self.path.stat().st_size > _UNKNOWN_BYTES
+
+    def _opened(self, found: Found) -> Source | None:
+        saved = self._saved["source"] if self._saved else None
+        state, prefix = None, found.files[-1].parent.name if found.kind == "versions" else ""
+        if saved is not None and saved["kind"] == found.kind:
+            state, prefix = saved["state"], saved["prefix"]
+            if found.kind == "versions" and saved["file"] != str(found.files[-1]):
+                state, prefix = None, found.files[-1].parent.name
+        follower = follower_of(found, self.path, self.options, state, saved["follower"] if saved else None)
+        self._saved = None if follower is not None else self._saved
+        return None if follower is None else Source(found, follower, prefix)
+
+    def _change(self, source: Source, found: Found) -> None:
+        """The folder holds another latest file: the next checkpoint, a new version, one run more."""
+        if found.kind == "W&B" == source.found.kind:
+            source.found, source.follower._files = found, list(found.files)  # type: ignore[attr-defined]
+        elif isinstance(source.follower, DocumentFollower) and found.kind == "file":
+            source.found, source.follower.path = found, found.files[-1]
+        elif found.kind not in ("TensorBoard", "MLflow", "run folder"):
+            follower = follower_of(found, self.path, self.options)
+            if follower is not None:
+                source.follower.close()
+                prefix = found.files[-1].parent.name if found.kind == "versions" else found.files[-1].name
+                self._source = Source(found, follower, prefix)
+
+    # ------------------------------------------------------------------------------------------------ what it says
+
+    def _judge(self, name: str) -> Judge:
+        if name not in self.judges:
+            self.judges[name] = Judge(name, self.path, loss=self.options.loss, step=self.options.step)
+        return self.judges[name]
+
+    def _take(self, source: Source, batch: Batch) -> None:
+        if batch.anew:
+            self.judges.clear()
+            self._open.clear()
+            self.values = 0
+            return
+        if batch.turn:
+            for judge in self.judges.values():
+                judge.turn()
+            what = "another file has taken its name" if batch.turn == "rotated" else "it begins anew"
+            self._notice(batch.turn, f"{batch.turn}/{self.values}/{len(batch.rows)}", what)
+        if batch.events:
+            self._is_recorded |= any(event.kind in KINDS for event in batch.events)
+            self._hear(((0, event) for event in batch.events if event.kind in KINDS_OF_RUNS), "", {})
+            for event in batch.events:
+                self.is_over = event.kind == "run-end" or (
+                    self.is_over and event.kind in ("diagnosis", "checkpoint")
+                )
+            if self.is_over:
+                step = batch.events[-1].step
+                self._notice("run-ended", f"run-ended/{step}", "the run is over", step=step)
+        parts: dict[str, list[Mapping[str, float | None]]] = {}
+        for part, values in batch.rows:
+            parts.setdefault(f"{source.prefix} {part}".strip(), []).append(values)
+        for name, rows in parts.items():
+            self.values += len(rows)
+            if self.options.run is not None and self.options.run not in name:
+                continue
+            judge = self._judge(name)
+            found = judge.take(rows, source.follower.reading)
+            for step, before in judge.restarts:
+                said = f"steps went back from {before} to {step}"
+                self._notice("restarted", f"{name}/restarted/{judge.piece}/{before}/{step}", said, name, step)
+            judge.restarts.clear()
+            if not self._is_recorded:
+                self._hear(found, name, judge.columns)
+
+    def _settle(self, source: Source, *, last: bool) -> None:
+        """Rows have come, and no loss among them: wait, or say what would be said of a finished log."""
+        if any(judge.columns for judge in self.judges.values()) or not self.judges:
+            self.problem = None if self.judges else self.problem
+            if not self.judges and last and not self._is_recorded:
+                run = f" of a run {self.options.run!r}" if self.options.run else ""
+                raise InputError(f"{self.path} holds no values{run} ({source.follower.reading.format})")
+            return
+        error = next((judge.problem for judge in self.judges.values() if judge.problem), None)
+        if error is None:
+            return
+        self.problem = str(error)
+        if last or self.values > PATIENCE:
+            raise error
+
+    def _hear(self, found: Iterable[tuple[int, Event]], segment: str, columns: Mapping[str, str]) -> None:
+        new: list[tuple[int, Event]] = []  # what is to be told together
+        for piece, event in found:
+            data = event.data
+            key = f"{segment}/{piece}/{data.get('signal', data.get('site'))}/{data.get('episode')}"
+            is_end = data.get("phase") == "end"
+            before = self._open.get(key)
+            is_told = before == event.kind
+            if is_end:
+                self._open.pop(key, None)
+                is_told = before is None or before == event.kind or event.kind not in ALERTS
+            elif data.get("episode") is not None:
+                self._open[key] = event.kind
+            # NaN is in all signals at once, and is one thing that happened.
+            joins = event.kind == "non-finite" and not is_end and not is_told
+            if new and not (joins and new[0][1].step == event.step):
+                self._tell_events(new, segment, columns)
+                new = []
+            if joins:
+                new.append((piece, event))
+            elif not is_told:
+                self._tell_events([(piece, event)], segment, columns)
+            if is_end and before is not None and not data.get("to_the_end"):
+                self._over(piece, event, segment, columns)
+        if new:
+            self._tell_events(new, segment, columns)
+
+    def _tell_events(
+        self, together: list[tuple[int, Event]], segment: str, columns: Mapping[str, str]
+    ) -> None:
+        alerts = [
+            of_event(event, path=str(self.path), segment=segment, piece=piece, columns=columns)
+            for piece, event in together
+        ]
+        first = alerts[0]
+        if len(alerts) > 1:
+            names = [str(alert.facts.get("signal")) for alert in alerts]
+            facts = {**first.facts, "signal": ", ".join(names)}
+            text = first.text.replace(f" {names[0]} is", f" {', '.join(names)} is", 1)
+            for other in alerts[1:]:
+                self.memory.is_new(other)
+            first = replace(first, facts=facts, text=text)
+        self._tell(first)
+
+    def _over(self, piece: int, event: Event, segment: str, columns: Mapping[str, str]) -> None:
+        signal = str(event.data.get("signal"))
+        name = plain(columns.get(signal, signal.rpartition("/")[2]))
+        onset, end = event.data.get("onset"), event.data.get("end")
+        if event.kind == "hard-batch" and "hard-batch" not in self.options.tell:
+            return
+        said = f"the {event.kind} of {name} since step {onset} is over, at step {end}"
+        self._notice("over", f"{segment}/{piece}/over/{signal}/{onset}", said, segment, event.step)
+
+    def _listen(self, source: Source | None, *, news: bool) -> None:
+        """Silence is a finding."""
+        now = time.time()
+        if news:
+            # What stood there already is as old as the file.
+            seen = source.follower.changed() if source is not None and self.last_value is None else None
+            self.last_value = min(now, seen) if seen is not None else now
+            self._news_at = now
+            if self._is_silent and now - self.last_value < self.options.silent_after:
+                self._is_silent = False
+                self._notice("speaking-again", f"speaking/{self.values}", "values again")
+        elif (
+            self.last_value is None and source is not None and (seen := source.follower.changed()) is not None
+        ):
+            self.last_value = min(now, seen)
+        if self.is_over or self.options.silent_after <= 0 or self._is_silent:
+            return
+        since = self.last_value if self.last_value is not None else self._began
+        if now - since > self.options.silent_after:
+            self._is_silent = self._dirty = True
+            what = "no value" if self.values else "no value yet"
+            if self.problem:
+                what += f" ({plain(self.problem)})"
+            said = f"silent: {what} for {now - since:.0f} s"
+            step = max((j.curves[LOSS].step for j in self.judges.values()), default=-1)
+            if step >= 0:
+                said += f"; the last was of step {step}"
+            self._tell(
+                Alert(
+                    id=f"silent/{self.values}",
+                    rule="silent",
+                    text=said,
+                    path=str(self.path),
+                    step=step if step >= 0 else None,
+                    facts={"seconds": round(now - since)},
+                )
+            )
+
+    def _still_for(self) -> float:
+        return time.time() - self._news_at
+
+    def _notice(self, rule: str, name: str, text: str, segment: str = "", step: int | None = None) -> None:
+        said = f"{rule}: {text}" if step is None else f"step {step}: {rule}: {text}"
+        self._tell(
+            Alert(
+                id=name, rule=rule, text=said, path=plain(str(self.path)), segment=plain(segment), step=step
+            )
+        )
+
+    def _tell(self, alert: Alert) -> None:
+        if alert.rule == "hard-batch" and "hard-batch" not in self.options.tell:
+            return
+        loud = (alert.rule in ALERTS or alert.rule in self.options.tell) and not self._is_quiet
+        quiet = self._is_quiet
+        if not self.memory.is_new(alert, posted=loud and self.posts, quiet=quiet) or quiet:
+            return
+        self.told.append(alert)
+        del self.told[:-200]
+        self.say(alert)
+        if loud:
+            for hook in self.hooks:
+                hook.tell(alert)

@@ -1,0 +1,165 @@
+"""GLM's trainer as a loop that is forked: the same bits as ``glm.train.forks``, and the command around it."""
+
+import dataclasses
+import json
+
+import pytest
+from rich.console import Console
+
+from glm.commands.train import TrainCommand, train
+from glm.data.config import ObjectiveConfig
+from glm.data.shards import open_data
+from glm.errors import InputError
+from glm.model.config import ModelConfig
+from glm.train.attribute import attribute_command, seconds_of
+from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig
+from glm.train.fork_loop import ForkLoop
+from glm.train.forks import Change, Forks, trainer_of
+from glm.train.schedule import ScheduleConfig
+from stabilitylab.attribution import LoopState, Without
+from stabilitylab.attribution.forks import Forks as LoopForks
+from stabilitylab.attribution.forks import Usual
+from stabilitylab.attribution.observation import Observation
+from stabilitylab.attribution.verdicts import Yardstick
+from stabilitylab.report import run_report
+from stabilitylab.runs import load_run
+from stabilitylab.runs.folder import RunFolder
+from stabilitylab.telemetry import Event
+
+BEGIN, STEPS = 4, 4
+SMALL = TrainConfig(
+    steps=60,
+    model=ModelConfig(vocabulary=1000, layers=2, hidden=32, heads=2, length=64, dropout=0.1),
+    objective=ObjectiveConfig(kind="causal"),
+    batch=BatchConfig(rows=4),
+    monitor=MonitorConfig(every=0, gradients_every=0, tensorboard=False),
+    checkpoint=CheckpointConfig(every=0, ring=0),
+)
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def both(request, data_folder):
+    config = dataclasses.replace(SMALL, precision=request.param)
+    data = open_data(data_folder)
+    trainer = trainer_of(config, data, ())
+    trainer.advance(BEGIN)
+    state = trainer.state().copied()
+    loop = ForkLoop(config, data)
+    ours = LoopForks(loop, LoopState(BEGIN, state, LoopState.of(loop, 0).randomness))
+    seen = Observation(BEGIN, BEGIN + 2)
+    control = ours.control(STEPS, seen)
+    ours.usual = Usual.of(seen)
+    ours.yardstick = Yardstick(
+        begin=BEGIN, onset=BEGIN, end=BEGIN + STEPS, base=0, noise=1, height=1e3, area=1e3
+    )
+    return Forks(config, data, state), ours, control
+
+
+def test_the_watched_control_is_the_original(both):
+    forks, _, control = both
+    assert control == forks.train(Change(), steps=STEPS).losses
+
+
+@pytest.mark.parametrize(
+    ("change", "without"),
+    [
+        (Change(hold=("embedding",)), Without(kind="updates", sites=("embedding.weight",))),
+        (Change(rate_factor=0.5), Without(kind="rate")),
+        (Change(skip=(BEGIN + 1,)), Without(kind="batch", rows=(BEGIN + 1,))),
+        (Change(renew_second_moments=("*",)), Without(kind="past of moments")),
+    ],
+)
+def test_interventions_by_hooks_are_those_of_the_trainer(both, change, without):
+    forks, ours, control = both
+    fork = ours.train(without)
+    assert not fork.error
+    theirs = forks.train(change, steps=STEPS).losses
+    # A rounded factor on v apart, they are the same bits.
+    exact = without.kind != "past of moments"
+    assert list(fork.values) == (theirs if exact else pytest.approx(theirs, rel=1e-3))
+    assert list(fork.values) != control
+
+
+def test_clipping_and_rows(both):
+    _, ours, control = both
+    for without in (
+        Without(kind="norm"),
+        Without(kind="tensor norms", sites=tuple(ours.subject.parameters)),
+        Without(kind="stale moments"),
+        Without(kind="batch rows", rows=(BEGIN + 1, 2)),
+        Without(kind="rows of updates", sites=("embedding.weight",), rows=(1, 2)),
+        Without(kind="rounding", sites=("layers.0.feed_forward.down",)),
+    ):
+        fork = ours.train(without)
+        assert not fork.error, without
+        assert len(fork.values) == STEPS
+    assert ours.control(STEPS) == control
+    assert len(ours.loop.row_losses(BEGIN + STEPS)) == 4
+
+
+@pytest.fixture(scope="module")
+def lost(data_folder, tmp_path_factory):
+    """A run whose rate no model bears, and which says so."""
+    out = tmp_path_factory.mktemp("lost") / "run"
+    config = dataclasses.replace(
+        SMALL,
+        model=dataclasses.replace(SMALL.model, vocabulary=None, norm="pre"),
+        schedule=ScheduleConfig(peak=30.0, warmup=40, shape="constant"),
+        optimizer=dataclasses.replace(SMALL.optimizer, clip=0.0),
+        checkpoint=CheckpointConfig(every=0, ring=4, ring_every=5),
+    )
+    train(TrainCommand(config=config, data=data_folder, out=out), console=Console(quiet=True))
+    return out
+
+
+def test_the_command(lost, tmp_path, capsys):
+    page = tmp_path / "proof.html"
+    words = [str(lost), "--event", "1", "--budget", "5s", "--processes", "1", "--json", "--html", str(page)]
+    assert attribute_command(words) == 0
+    said = capsys.readouterr()
+    proof = json.loads(said.out)
+    assert proof["repeats"] is True
+    assert "fork 1" in said.err
+    first = {fork["words"] for fork in proof["forks"]}
+    assert "updates of all parameters" in first
+    assert "updates of all parameters" in page.read_text()
+    (event,) = [e for e in RunFolder(lost).read_events() if e.kind == "attribution"]
+    assert event.data["sentence"] == proof["sentence"]
+    assert "What forks prove" in [section.title for section in run_report(load_run(lost)).sections]
+    assert attribute_command(words) == 0
+    again = capsys.readouterr()
+    # It goes on where the budget ended: nothing is trained twice.
+    assert not [
+        line for line in again.err.splitlines() if line.partition("without ")[2].rpartition("  ")[0] in first
+    ]
+    assert {fork["words"] for fork in json.loads(again.out)["forks"]} >= {"updates of all parameters"}
+
+
+def test_refusals(lost, data_folder, tmp_path):
+    def refused(match, *words):
+        with pytest.raises(InputError, match=match):
+            attribute_command([*map(str, words)])
+
+    refused("choose one of 1", lost, "--event", 99)
+    refused("is no time", lost, "--event", 1, "--budget", "soon")
+    refused("too small for one fork", lost, "--event", 1, "--budget", "0.001s", "--processes", 1)
+    refused("matches no parameter", lost, "--event", 1, "--group", "layers.7", "--processes", 1)
+    config = json.loads((lost / "config.json").read_text())
+    other = RunFolder(tmp_path / "other")
+    other.path.mkdir()
+    data = {
+        "episode": 1,
+        "phase": "onset",
+        "signal": "train/-/loss",
+        "onset": 500,
+        "peak": 500,
+        "end": None,
+        "height": 1.0,
+    }
+    start = Event(step=0, kind="run-start", data={"data": str(data_folder)})
+    other.append_events([start, Event(step=500, kind="spike", data=data)])
+    other.config.write_text(json.dumps(config))
+    refused("--checkpoint.ring 4", other.path, "--event", 1)
+    other.config.write_text(json.dumps(config | {"brain": 1}))
+    refused("does not fit this version", other.path, "--event", 1)
+    assert (seconds_of("90"), seconds_of("1.5m"), seconds_of("1h")) == (90, 90, 3600)

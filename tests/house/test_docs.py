@@ -1,0 +1,35 @@
+"""The site's pages: all of them in the navigation, every link to a file that is there, metrics from the tested tables."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)")
+GENERATED = {"metrics.md"}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert named == {page.name for page in PAGES} | GENERATED
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        assert target in GENERATED or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """`glm/model/block.py`, `examples/own_probe.py`: prose goes out of date when a file moves."""
+    named = re.findall(
+        r"`((?:stabilitylab|glm|experiments|examples|tests)/[\w/.]+)`", page.read_text("utf-8")
+    )
+    for name in named:
+        assert (ROOT / name).exists(), name

@@ -1,0 +1,92 @@
+"""What is installed: built from the sdist, tried outside the clone, without what only training needs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_{}(sys.argv[1]))"
+# Runs a program as if the packages of the extra `glm` were not there.
+WITHOUT = """
+import runpy, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"scipy", "cattrs", "sentencepiece"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    command = [sys.executable, "-W", "ignore", "-c", BUILD.format(kind), str(out)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the wheel that the sdist builds."""
+    folder = tmp_path_factory.mktemp("packaging")
+    source = folder / "source"
+    # A copy of what git knows: a build leaves folders behind, and the clone stays as it is.
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    with tarfile.open(build("sdist", source, folder)) as archive:
+        archive.extractall(folder / "sdist", filter="data")
+    (unpacked,) = (folder / "sdist").iterdir()
+    with zipfile.ZipFile(build("wheel", unpacked, folder)) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def run(installed: Path, tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    return subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_site_packages_gets_two_names(installed: Path) -> None:
+    names = {path.name.partition("-")[0] for path in installed.iterdir()}
+    assert names == {"stabilitylab", "glm"}
+    assert (installed / "stabilitylab" / "py.typed").is_file()
+    held = {path.suffix for path in (installed / "stabilitylab").rglob("*")}
+    assert {".c", ".css", ".jinja"} <= held
+
+
+def test_experiments_are_run_from_inside_the_package(installed: Path, tmp_path: Path) -> None:
+    done = run(installed, tmp_path, "-m", "stabilitylab", "experiments", "list")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("quick:")
+
+
+def test_the_instrument_needs_nothing_of_training(installed: Path, tmp_path: Path) -> None:
+    program = tmp_path / "without.py"
+    program.write_text(WITHOUT)
+    rows = "\n".join(f"{step},{3 - 0.01 * step + 0.02 * (step * 7919 % 13 - 6)}" for step in range(60))
+    (tmp_path / "log.csv").write_text(f"step,loss\n{rows}\n")
+    done = run(installed, tmp_path, str(program), "stabilitylab", "spikes", "log.csv")
+    assert done.returncode == 0, done.stderr
+    assert "60 loss values" in done.stdout
+    for words in (("glm", "train", "glm-tiny"), ("stabilitylab", "experiments", "list")):
+        done = run(installed, tmp_path, str(program), *words)
+        assert done.returncode == 2
+        assert done.stderr.strip().endswith("pip install 'stabilitylab[glm]'")
+        assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,136 @@
+"""Planted causes are proven: the one thing that was done is the one thing without which the event does not come."""
+
+import json
+
+import pytest
+import torch
+
+from stabilitylab.attribution import LoopState, attribute
+from stabilitylab.errors import InputError
+from stabilitylab.telemetry import Event
+from tests.stabilitylab.attribution.loops import LENGTH, TOKENS, Loop, run
+
+AT, BEGIN = 30, 22
+
+
+def proven(loop, onset=AT, **fields):
+    losses, state = [], None
+    for step in range(AT + 14):
+        if step == BEGIN:
+            state = LoopState.of(loop, step)
+        losses.append(loop.train_step(step))
+    fields = {"original": dict(enumerate(losses)), "watched": 12, "budget": 60.0, "thorough": False} | fields
+    return attribute(loop, onset, begin=BEGIN, state=state, **fields)
+
+
+def damaged(loop):
+    loop.model.layers[1].up.weight.mul_(-30)
+
+
+def test_a_damaged_weight():
+    proof = proven(Loop(act=damaged))
+    assert (proof.cause, proof.site, proof.repeats) == ("parameter", "layers.1.up.weight", True)
+    assert proof.sentence.startswith(
+        "Without changes of layers.1.up.weight between updates the spike at step 30 does not come"
+    )
+
+
+def test_moments_and_settings():
+    def moments(loop):
+        for state in loop.optimizer.state.values():
+            state["exp_avg"].mul_(-300)
+
+    def rate(loop):
+        loop.optimizer.param_groups[0]["lr"] *= 100
+
+    def decay(loop):
+        loop.optimizer.param_groups[0]["weight_decay"] = 60.0
+
+    assert proven(Loop(act=moments), AT + 1).cause == "optimizer"
+    assert proven(Loop(act=rate), AT + 1).cause == "learning-rate"
+    assert proven(Loop(act=decay), AT + 1).cause == "optimizer"
+
+
+def test_a_batch_and_a_row_of_it():
+    def one_row(tokens):
+        tokens = tokens.clone()
+        tokens[4] = torch.arange(LENGTH + 1) * 11 % TOKENS
+        return tokens
+
+    proof = proven(Loop(spoil=one_row))
+    assert proof.cause == "batch"
+    assert (proof.remedy.without.kind, proof.remedy.without.rows) == ("batch rows", (AT, 4))
+    assert "row 4 of batch 30" in proof.sentence
+    assert json.loads(proof.event.to_json())["data"]["remedy"]["rows"] == [AT, 4]
+    assert isinstance(proof.event, Event)
+
+
+def test_a_layer_whose_output_grows():
+    def install(loop):
+        loop.model.layers[0].down.register_forward_hook(
+            lambda module, args, out: out * -60 if loop.step >= AT else out
+        )
+
+    proof = proven(Loop(install=install))
+    assert (proof.cause, proof.site) == ("activation", "layers.0.down")
+
+
+def test_updates_are_narrowed_to_what_is_needed():
+    """A weight whose gradient is noise for some updates: without its updates alone the event does not come."""
+    noise = 1e5 * torch.randn(TOKENS, 16, generator=torch.Generator().manual_seed(1))
+
+    def install(loop):
+        loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.5)
+        loop.model.head.weight.register_hook(lambda g: noise if AT <= loop.step < AT + 10 else g)
+
+    proof = proven(Loop(install=install), AT + 2, thorough=True)
+    assert (proof.cause, proof.site) == ("gradient", "head.weight")
+    assert proof.needed.sites == ("head.weight",)
+    assert proof.enough.label == "head"
+    assert "the updates of head alone bring it" in proof.sentence
+
+
+def test_it_goes_on_where_it_was_broken_off(tmp_path):
+    file, told = tmp_path / "forks.jsonl", []
+    first = proven(Loop(act=damaged), memory=file, tell=told.append)
+    with file.open("a") as lines:
+        lines.write('{"without": ')  # a kill
+    again = []
+    second = proven(Loop(act=damaged), memory=file, tell=again.append)
+    assert told
+    assert not again
+    assert second.rows == first.rows
+    proven(Loop(act=damaged, dropout=0.1), memory=file, tell=again.append)
+    assert again  # of another run
+
+
+def test_what_is_not_in_state_or_code_is_said():
+    """The damage is done to the run, and not by its code: the control goes on without it."""
+    loop = Loop(act=damaged)
+    losses = run(loop, AT + 14)
+    loop.act = None
+    clean = Loop()
+    run(clean, BEGIN)
+    proof = attribute(clean, AT, begin=BEGIN, original=dict(enumerate(losses)), watched=12)
+    assert (proof.repeats, proof.departs) == (False, AT)
+    assert "neither in the kept state nor in data or code" in proof.sentence
+
+
+def test_refusals():
+    loop = Loop(act=damaged)
+    with pytest.raises(InputError, match="lies behind the event's onset"):
+        attribute(loop, 10, begin=11)
+    with pytest.raises(InputError, match=r"too small for one fork.*give at least"):
+        proven(Loop(act=damaged), budget=1e-3)
+    with pytest.raises(
+        InputError, match=r"'attention' matches no parameter of the model: it has embed\.weight, layers"
+    ):
+        proven(Loop(act=damaged), groups=["attention"], thorough=True)
+    with pytest.raises(InputError, match="open_loop"):
+        attribute(loop, 10, begin=0, processes=2)
+    restless = Loop()
+    restless.train_step = lambda index: float(torch.rand(1)) + id(object()) % 97
+    dice = iter(range(10**6))
+    restless.train_step = lambda index: float(next(dice))
+    with pytest.raises(InputError, match="does not repeat itself"):
+        attribute(restless, 10, begin=0)

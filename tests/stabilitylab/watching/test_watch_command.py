@@ -1,0 +1,163 @@
+"""The command as people and schedulers run it: exit codes, kills, hooks, a terminal."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stabilitylab.cli import main
+from tests.stabilitylab.watching.growing import losses, megatron
+from tests.stabilitylab.watching.test_hooks import Server
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """A log with a spike at 600 and a NaN at 800."""
+    monkeypatch.chdir(tmp_path)
+    curve = losses(900, spike=600)
+    lines = [megatron(k, None if k == 800 else x) for k, x in enumerate(curve)]
+    (tmp_path / "train.log").write_text("".join(lines))
+    return tmp_path / "train.log"
+
+
+@pytest.mark.parametrize(
+    ("fail_on", "code"),
+    [("spike", 3), ("divergence", 0), ("divergence|non-finite", 3), ("spike,divergence", 3), ("frozen", 0)],
+)
+def test_exit_codes(broken, capsys, fail_on, code):
+    command = ["watch", str(broken), "--once", "--state", "state", "--fail-on", fail_on]
+    assert main(command) == code
+    out = capsys.readouterr().out
+    assert out.count(": spike: ") == out.count(": non-finite: ") == 1
+    # A check that is repeated says nothing again, and stays red.
+    assert main(command) == code
+    assert capsys.readouterr().out == ""
+
+
+def test_wrong_options_are_one_line(broken, capsys):
+    for words, said in (
+        (["--fail-on", "spikes"], "there is no rule 'spikes'"),
+        (["--webhook", "hooks.slack.com/SECRET"], "begins with https://"),
+        (["--exec", "no-such-program"], "there is no such program"),
+        (["--every", "0"], "give seconds above 0"),
+        (["--loss", "perplexity"], "has no column 'perplexity'"),
+    ):
+        assert main(["watch", str(broken), "--once", "--state", "state", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert said in error
+        assert "SECRET" not in error
+    assert main(["watch", "nowhere.log", "--once", "--state", "other"]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_new_only_learns_and_does_not_tell(broken, capsys):
+    assert main(["watch", str(broken), "--once", "--state", "state", "--new-only", "--fail-on", "spike"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def start(path, *words, **options):
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "stabilitylab",
+            "watch",
+            str(path),
+            "--every",
+            "0.05",
+            "--state",
+            "state",
+            *words,
+        ],
+        cwd=path.parent,
+        text=True,
+        **options,
+    )
+
+
+def line_of(process, seconds=20.0):
+    ready, _, _ = select.select([process.stdout], [], [], seconds)
+    assert ready, "nothing was said"
+    return process.stdout.readline()
+
+
+def test_a_killed_watch_goes_on_and_repeats_nothing(tmp_path):
+    log = tmp_path / "train.log"
+    lines = [megatron(k, x) for k, x in enumerate(losses(1200, spike=600))]
+    hook = Server(0, 200)  # does not answer the first time
+    try:
+        log.write_text("".join(lines[:700]))
+        first = start(log, "--webhook", hook.url, stdout=subprocess.PIPE)
+        said = [line_of(first), line_of(first)]
+        until = time.monotonic() + 10
+        while not hook.taken and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        first.stdout.close()
+        assert [": spike: " in said[0], ": over: " in said[1]] == [True, True]
+        with log.open("a") as opened:
+            opened.write("".join(lines[700:]) + megatron(1200, None))
+        second = start(log, "--webhook", hook.url, "--fail-on", "non-finite", stdout=subprocess.PIPE)
+        out, _ = second.communicate(timeout=30)
+    finally:
+        hook.stop()
+    assert second.returncode == 3
+    assert [line.partition("step ")[2].partition(": lm")[0] for line in out.splitlines()] == [
+        "1200: non-finite"
+    ]
+    told = [body["attachments"][0]["fields"][0]["value"] for _, _, body in hook.taken]
+    assert told == ["spike", "spike", "non-finite"]  # the spike's was not answered, and is posted again
+    assert "SECRET" not in "".join(file.read_text() for file in (tmp_path / "state").iterdir())
+
+
+def test_one_state_is_one_watch_and_sigterm_ends_it(tmp_path, capsys):
+    log = tmp_path / "train.log"
+    log.write_text("".join(megatron(k, x) for k, x in enumerate(losses(700, spike=600))))
+    process = start(log, stdout=subprocess.PIPE)
+    assert ": spike: " in line_of(process)
+    assert main(["watch", str(log), "--once", "--state", str(tmp_path / "state")]) == 2
+    assert "another watch" in capsys.readouterr().err
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+    other = tmp_path / "other.log"
+    other.write_text(log.read_text())
+    assert main(["watch", str(other), "--once", "--state", str(tmp_path / "state")]) == 2
+    assert "is the state of a watch of" in capsys.readouterr().err
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["values"] == 700
+
+
+def test_a_terminal_shows_a_panel(tmp_path):
+    log = tmp_path / "train.log"
+    log.write_text("".join(megatron(k, x) for k, x in enumerate(losses(700, spike=600))))
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    process = start(log, stdout=slave, stderr=slave, stdin=slave, env=environment)
+    os.close(slave)
+    seen = b""
+    until = time.monotonic() + 20
+    while time.monotonic() < until and not (b"steady" in seen and b"last value" in seen):
+        if select.select([master], [], [], 0.1)[0]:
+            seen += os.read(master, 65536)
+    process.send_signal(signal.SIGINT)
+    until = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < until:
+        if select.select([master], [], [], 0.1)[0]:
+            try:
+                seen += os.read(master, 65536)
+            except OSError:
+                break
+    process.wait(timeout=20)
+    os.close(master)
+    text = seen.decode()
+    assert process.returncode == 0
+    for words in ("lm loss", "grad norm", "steady", "level 2.", "last value", "spike: lm loss has risen"):
+        assert words in text, words
