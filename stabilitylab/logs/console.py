@@ -15,12 +15,15 @@ from itertools import islice
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.console_formats import FALLBACK, FORMATS
+from stabilitylab.logs.any_text import ANY_TEXT
+from stabilitylab.logs.console_formats import FORMATS
 from stabilitylab.logs.pattern import TextFormat, Values, own_formats, pairs, plain_text
 from stabilitylab.logs.rows import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
-_RANK = re.compile(r"^\[(?:rank|default)\s?(\d+)\]:|\brank[= ](\d+)[\]: ]", re.IGNORECASE)
+_RANK = re.compile(
+    r"^\[(?:rank|default)\s?(\d+)\]:|\brank[= ](\d+)[\]: ]|^\(\w+ pid=(\d+)", re.IGNORECASE
+)  # torchrun, loggers, Ray
 _FOLLOWS = re.compile(r"^\s+[A-Za-z]")
 _LINE_END = re.compile(rb"[\r\n]")
 # A format is the file's when so many of its lines are records.
@@ -40,7 +43,7 @@ def read_console(source: Source, *, pattern: str | None = None) -> Reading | Non
             if _first(source, [own], enough=1):
                 return _reading(source, own)
         raise InputError(f"{source.name} holds no line that --pattern {pattern!r} matches")
-    found = _first(source, FORMATS, enough=_ENOUGH) or _first(source, [FALLBACK], enough=1)
+    found = _first(source, FORMATS, enough=_ENOUGH) or _first(source, [ANY_TEXT], enough=1)
     return None if found is None else _reading(source, found)
 
 
@@ -136,7 +139,10 @@ def _records(
         if one.follow:
             at = _follow(chunk, at, values)
         rank = _RANK.search(line)
-        part = f"rank {rank[1] or rank[2]}" if rank else ""
+        part = (f"process {rank[3]}" if rank[3] else f"rank {rank[1] or rank[2]}") if rank else ""
+        if not values:  # a line of validation
+            yield part, None
+            continue
         if one.finish is not None:
             done = one.finish(values, before.get(part, {}))
             before[part] = values

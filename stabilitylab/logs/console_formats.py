@@ -8,9 +8,8 @@ where one format's line fits another's pattern: the more particular first.
 from __future__ import annotations
 
 import math
-import re
 
-from stabilitylab.logs.pattern import NUMBER, TextFormat, Values, text_format
+from stabilitylab.logs.pattern import TextFormat, Values, text_format
 
 
 def _megatron(values: Values, before: Values) -> Values:
@@ -59,7 +58,7 @@ FORMATS: tuple[TextFormat, ...] = (
     ),
     text_format(
         "torchtitan",
-        "step: {step} {*}loss: {loss}{pairs}",
+        "step: {step} loss: {loss}{pairs}",
         source="pytorch/torchtitan torchtitan/components/metrics.py",
         version="0.3.0",
         trigger="step: ",
@@ -89,6 +88,12 @@ FORMATS: tuple[TextFormat, ...] = (
         "iter {iter}: loss {loss}{?, time {time}ms?}",
         source="karpathy/nanoGPT train.py",
         trigger="iter ",
+    ),
+    text_format(
+        "llama2.c",
+        "{iter} | loss {loss} | lr {lr} | {time}ms",
+        source="karpathy/llama2.c train.py",
+        trigger=r"(?m:^\d+ \| loss )",
     ),
     text_format(
         "llm.c",
@@ -170,26 +175,4 @@ FORMATS: tuple[TextFormat, ...] = (
         version="0.19",
         trigger="steps: ",
     ),
-)
-
-# Any other trainer: a step and a loss in one line, by whatever signs.
-FALLBACK = TextFormat(
-    name="text",
-    trigger=text_format("", "loss {x}", trigger="(?i:loss)").trigger,
-    lines=(
-        *text_format(
-            "",
-            "{?epoch{*}?}global_step{?:?}{?=?} {step}{*}loss{?:?}{?=?} {loss}{pairs}",
-        ).lines,
-        *text_format("", "step{?s?}{?:?}{?=?}{?#?}{?[?} {step}{*}loss{?:?}{?=?} {loss}{pairs}").lines,
-        *text_format("", "iter{?ation?}{?s?}{?:?}{?=?}{?[?} {step}{*}loss{?:?}{?=?} {loss}{pairs}").lines,
-        *text_format("", "batch{?:?}{?=?}{?[?} {step}{*}loss{?:?}{?=?} {loss}{pairs}").lines,
-        *text_format("", "epoch{?:?}{?=?}{?[?} {epoch}{*}loss{?:?}{?=?} {loss}{pairs}").lines,
-        # No step at all: the loss as a word of its own, so that val_loss is none.
-        re.compile(
-            rf"(?<![\w/.-])(?:train(?:ing)?[ _/])?loss\s*[:=]\s*(?P<n_loss>{NUMBER})(?P<pairs_>.*)",
-            re.IGNORECASE,
-        ),
-    ),
-    finish=None,
 )

@@ -18,13 +18,32 @@ from stabilitylab.logs.rows import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 NULLS = frozenset(("", "null", "none", "n/a", "na", "-", "<na>"))
+_METRIC_NAMES = ("metric", "metric_name", "key", "tag", "variable")
 _DECIMAL_COMMA = re.compile(r"^-?\d+,\d+(?:[eE][-+]?\d+)?$")
 _WANDB = re.compile(r"^(?P<run>.+) - (?P<metric>[^ ].*?)(?:__MIN|__MAX)?$")
 
 
 def delimiter_of(header: str) -> str:
-    """The sign that parts a header's cells."""
-    return max(",;\t", key=header.count)
+    """The sign that parts a header's cells: of a table in Markdown a bar; of one that is parted by blanks a blank."""
+    if header.lstrip().startswith("|"):
+        return "|"
+    found = max(",;\t", key=header.count)
+    return found if found in header or len(header.split()) < 2 else " "
+
+
+def is_blank_table(lines: Sequence[str]) -> bool:
+    """Whether words with "loss" among them stand above rows of as many numbers, parted by blanks; the words may be a comment."""
+    if len(lines) < 2:
+        return False
+    names, first = lines[0].lstrip("# \t").split(), lines[1].split()
+    return (
+        len(names) == len(first) > 1
+        and "loss" in lines[0].lower()
+        and not any(number(name) is not None for name in names)
+        and all(re.fullmatch(r"[A-Za-z][\w./%()-]*", name) for name in names)
+        and sum(number(cell) is not None for cell in first) * 2 > len(first)
+        and all(len(line.split()) == len(names) for line in lines[1:-1])
+    )
 
 
 def read_csv_rows(source: Source) -> Reading:
@@ -35,7 +54,7 @@ def read_csv_rows(source: Source) -> Reading:
     """
     first = _first_line(source)
     delimiter = delimiter_of(first)
-    cells = next(csv.reader([first], delimiter=delimiter))
+    cells = next(_lines([first], delimiter))
     if all(_value(cell, delimiter) is not None or _null(cell) for cell in cells):
         raise InputError(
             f"{source.name} has no header: its first row is numbers; "
@@ -48,11 +67,21 @@ def read_csv_rows(source: Source) -> Reading:
     if len(parts) > 1:
         form = "YOLO results"
     several = form.startswith("W&B") and len(runs) > 1
+    lower = [name.lower() for name in names]
+    # A table of one value a row: its name in one column, the value in another (MLflow's export, pandas.melt).
+    long = (
+        next((names[lower.index(n)] for n in _METRIC_NAMES if n in lower), None) if "value" in lower else None
+    )
+    if lower == ["wall time", "step", "value"]:
+        form = "TensorBoard CSV export"
     reading = Reading(
         format=form,
         rows=lambda: text_rows(source, reading),
-        pieces=lambda: CsvPieces(reading, delimiter, several, parts),
+        pieces=lambda: CsvPieces(reading, delimiter, several, parts, long),
     )
+    if form.startswith("TensorBoard"):
+        reading.losses = (names[2],)
+        reading.notes.append("the export of one tag, taken for the loss")
     if len(parts) > 1:
         reading.losses = ("train/loss",)
         reading.notes.append(f"the loss is the sum of {', '.join(parts)}")
@@ -67,10 +96,14 @@ class CsvPieces:
         delimiter: the sign that parts cells.
         several: runs stand side by side (W&B).
         parts: columns whose sum is the loss (YOLO).
+        long: the column that names each row's value, where there is one.
     """
 
-    def __init__(self, reading: Reading, delimiter: str, several: bool, parts: Sequence[str]) -> None:
+    def __init__(
+        self, reading: Reading, delimiter: str, several: bool, parts: Sequence[str], long: str | None = None
+    ) -> None:
         self._reading, self._delimiter, self._several, self._parts = reading, delimiter, several, parts
+        self._long = long
         self.state: dict[str, Any] = {"names": [], "row": 0}
 
     def end(self) -> Iterator[Row]:
@@ -80,9 +113,11 @@ class CsvPieces:
     def take(self, piece: bytes) -> Iterator[Row]:
         """The rows of these lines."""
         reading, delimiter, state, parts = self._reading, self._delimiter, self.state, self._parts
-        for line in csv.reader(_decoded(piece, first=not state["names"]), delimiter=delimiter):
+        for line in _lines(_decoded(piece, first=not state["names"]), delimiter):
             if not line or (len(line) == 1 and not line[0].strip()):
                 continue
+            if delimiter == " " and not state["names"] and line[0].startswith("#"):
+                line = [cell for cell in (line[0].lstrip("#"), *line[1:]) if cell]
             if line[0].lstrip().startswith("#"):
                 reading.left_out["comments"] += 1
                 continue
@@ -107,6 +142,11 @@ class CsvPieces:
                         "cells that are no numbers",
                         f"column {name!r}, row {state['row']}: {cell[:40]!r} is not a number",
                     )
+            if self._long is not None:
+                named = dict(zip(names, cells, strict=True))
+                values = {n: v for n, v in values.items() if n.lower() != "value"}
+                value = next(c for n, c in named.items() if n.lower() == "value")
+                values[named[self._long]] = _value(value, delimiter)
             if len(parts) > 1:
                 held = [values.get(part) for part in parts]
                 values["train/loss"] = None if None in held else sum(x for x in held if x is not None)
@@ -114,6 +154,15 @@ class CsvPieces:
                 yield from _side_by_side(values)
             else:
                 yield "", values
+
+
+def _lines(text: Sequence[str], delimiter: str) -> Iterator[list[str]]:
+    if delimiter == " ":
+        return (line.split() for line in text)
+    if delimiter == "|":
+        cells = (line.strip().strip("|").split("|") for line in text)
+        return (line for line in cells if not all(re.fullmatch(r"\s*:?-*:?\s*", cell) for cell in line))
+    return csv.reader(text, delimiter=delimiter)
 
 
 def _side_by_side(values: Values) -> Iterator[Row]:
@@ -147,6 +196,14 @@ def _null(cell: str) -> bool:
 
 
 def _first_line(source: Source) -> str:
+    lines: list[str] = []
+    for line in _text(source):
+        if line.strip():
+            lines.append(line.rstrip("\r\n"))
+        if len(lines) == 3:
+            break
+    if is_blank_table(lines) and not any(sign in lines[0] for sign in ",;\t"):
+        return lines[0].lstrip("# \t")
     for line in _text(source):
         if line.strip() and not line.lstrip().startswith("#"):
             return line.rstrip("\r\n")

@@ -26,6 +26,7 @@ _RECORD = re.compile(
 _PAIR = re.compile(rf"'([^']+)':\s*'?(?:(\d+)/\d+|({NUMBER}))'?\s*[,}}]", re.IGNORECASE)
 _BAR = re.compile(rb"\s(\d+)/(\d+) \[")
 _BEFORE = 4096
+_TOLD = re.compile(rb"(?i:step|iteration|iter)\W{0,3}\d+\W{1,3}\{'[^{}\r\n]*'loss':")
 
 
 def read_huggingface_console(source: Source) -> Reading | None:
@@ -33,6 +34,8 @@ def read_huggingface_console(source: Source) -> Reading | None:
     first = list(itertools.islice(_records(source), 2000))
     if not any("loss" in values or "train_loss" in values for values, _ in first):
         return None
+    if _TOLD.search(source.head()):
+        return None  # another trainer's dictionary, behind its own step
     bars = [bar for values, bar in first if "loss" in values]
     believed = None not in bars and all(a < b for a, b in itertools.pairwise(bars))  # type: ignore[operator]
     scale = next((values["attempted"] for values, _ in first if "attempted" in values), None)

@@ -112,7 +112,8 @@ def _longest(document: Any, depth: int = 0) -> Records | None:
     """The longest list of records, or table of columns, anywhere in the document."""
     if isinstance(document, list):
         objects: Records = [record for record in document if isinstance(record, dict)]
-        return objects if objects and any("loss" in json.dumps(list(o)).lower() for o in objects) else None
+        named = any("loss" in name.lower() for o in objects for name in numbers(o))
+        return objects if named else None
     if not isinstance(document, dict) or depth > 4:
         return None
     columns = {

@@ -56,6 +56,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "training_loss",
             "total_loss",
             "loss_total",
+            "loss_train",
             "loss_train_total",
             "global_avg_loss",
         ),
@@ -100,6 +101,9 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     BATCH_SIZE: ("batch_size", "global_batch_size"),
     DATA_PHASE: ("data_phase", "curriculum_step", "curriculum_seqlen", "sequence_length", "seq_length"),
 }
+# Losses that do not say so.
+_OTHER_LOSSES = frozenset({"xent", "nll", "cross_entropy", "train_xent", "train_nll"})
+_COUNTERS = frozenset({*_NAMES[STEP], "epoch"})
 EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
 _BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel's curve
 _SCALE = re.compile(r"loss_scal|scale$")
@@ -244,7 +248,7 @@ def _loss(
     names: Sequence[str], plain: Mapping[str, str], source: Path, counts: Mapping[str, int] | None
 ) -> str:
     """The loss as a person would choose it: of training, in total, of each step."""
-    named = [n for n in names if "loss" in plain[n] and not _BOUND.search(n) and not _SCALE.search(plain[n])]
+    named = [n for n in names if is_loss(n) and not _BOUND.search(n) and not _SCALE.search(plain[n])]
     found = [n for n in named if not is_evaluation(n)]
     if counts and any(counts[n] for n in found):
         most = max(counts[n] for n in found)
@@ -279,6 +283,16 @@ def _paste(names: Sequence[str], most: int = 6) -> str:
 def is_evaluation(name: str) -> bool:
     """Whether a column is about validation or test rather than training."""
     return EVALUATION.search(re.sub(r"[^0-9a-z]+", "_", name.lower())) is not None
+
+
+def is_loss(name: str) -> bool:
+    """Whether a name is one of a loss, of training or of anything else."""
+    return "loss" in name.lower() or _tail(name) in _OTHER_LOSSES
+
+
+def counter_of(name: str) -> bool:
+    """Whether a name is one that counts steps, or epochs."""
+    return _plain(name) in _COUNTERS
 
 
 def _plain(name: str) -> str:

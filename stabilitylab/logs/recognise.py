@@ -7,6 +7,7 @@ or a folder that holds one log.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.console import read_console
-from stabilitylab.logs.csv_rows import delimiter_of, read_csv_rows
+from stabilitylab.logs.csv_rows import delimiter_of, is_blank_table, read_csv_rows
 from stabilitylab.logs.huggingface import read_huggingface_console
 from stabilitylab.logs.json_document import read_json_document
 from stabilitylab.logs.json_lines import read_json_lines
@@ -52,6 +53,8 @@ _NAMED = (
         "log_history.json",
     ),
 )
+# Numbers with their names beside them: a sentence, and no header of a table.
+_SAID = re.compile(r"[:=]\s*[-+]?\d")
 _DOCUMENT_BYTES = 256 << 20
 
 
@@ -146,7 +149,7 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
             document = read_json_document(source)
             if document is not None:
                 return document
-        if start[:1] == b"{" or first.endswith(b"]") or source.path.suffix == ".jsonl":
+        if start[:1] == b"{" or _is_json(first) or source.path.suffix == ".jsonl":
             return _known_lines(source, head)
     if source.path.suffix.lower() in (".jsonl", ".ndjson"):
         return _known_lines(source, head)
@@ -157,7 +160,13 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
     if _is_table(source.path, head):
         return read_csv_rows(source)
     found = read_huggingface_console(source) or read_console(source)
-    if found is None and delimiter_of(first.decode("utf-8", errors="replace")).encode() in first:
+    header = first.decode("utf-8", errors="replace")
+    if (
+        found is None
+        and delimiter_of(header) in ",;\t"
+        and delimiter_of(header) in header
+        and not _SAID.search(header)
+    ):
         return read_csv_rows(source)
     if found is None:
         raise InputError(
@@ -195,10 +204,12 @@ def _fairseq(source: Source) -> bool:
 
 
 def _object(line: bytes) -> bool:
-    import json
+    return _is_json(line, dict)
 
+
+def _is_json(line: bytes, kind: type | tuple[type, ...] = (dict, list)) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line), kind)
     except ValueError:
         return False
 
@@ -364,6 +375,11 @@ def _binary_kind(path: Path, head: bytes) -> str:
 def _is_table(path: Path, head: bytes) -> bool:
     """Whether the first lines are cells: a header of names, and rows with about as many cells."""
     text = head.decode("utf-8", errors="replace").lstrip("\ufeff")
+    filled = [line for line in text.splitlines() if line.strip()][:20]
+    if is_blank_table(filled) or (
+        len(filled) > 2 and filled[0].lstrip().startswith("|") and "--" in filled[1]
+    ):
+        return True
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")][:20]
     if not lines:
         return True

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.csv_rows import delimiter_of
 from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, choose_columns, whole_steps
 from stabilitylab.logs.source import Source
 from stabilitylab.telemetry import LOSS
@@ -75,11 +76,15 @@ class CsvLog(_TableLog):
             InputError: it has no loss column, or several that could be.
         """
         header = source.head().lstrip(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0].decode(errors="replace")
-        delimiter = max(",;\t", key=header.count)
+        delimiter = delimiter_of(header)
+        if delimiter in " |":
+            return None
         names = [name.strip().strip('"') for name in header.rstrip().split(delimiter)]
         odd = header.startswith("#") or len(set(names)) < len(names)
         if odd or any(name.endswith("__MIN") or _NUMBER.fullmatch(name) for name in names):
             return None
+        if "value" in {name.lower() for name in names}:
+            return None  # perhaps a table of one value a row
         try:
             columns = choose_columns(names, source=source.path, loss=loss, step=step)
         except InputError:

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -77,7 +78,7 @@ def watch(
     if not every > 0:
         raise InputError(f"--every {every:g}: give seconds above 0")
     asked = {"loss": loss, "step": step, "run": run, "pattern": pattern}
-    stop = threading.Event()
+    stop = _Stop()
     screen = _Screen(live=not plain and not once and sys.stdout.isatty())
     memory = Memory(state or default_folder(path, asked))
     hooks: list[Hook] = []
@@ -115,9 +116,9 @@ def watch(
 
 
 def _look(
-    watched: Watch, screen: _Screen, stop: threading.Event, *, every: float, once: bool, found: list[Alert]
+    watched: Watch, screen: _Screen, stop: _Stop, *, every: float, once: bool, found: list[Alert]
 ) -> None:
-    while not stop.is_set():
+    while not stop.asked:
         watched.look(last=once)
         screen.refresh(watched)
         if once or found or watched.is_over:
@@ -125,15 +126,29 @@ def _look(
         stop.wait(every)
 
 
+class _Stop:
+    """Whether a signal has asked for the end. No ``threading.Event``: a handler that runs inside its ``wait`` would wait for
+    the lock that the interrupted code holds."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def wait(self, seconds: float) -> None:
+        """Return after so many seconds, or soon after a signal."""
+        until = time.monotonic() + seconds
+        while not self.asked and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+
+
 @contextlib.contextmanager
-def _ended_by_signals(stop: threading.Event) -> Iterator[None]:
+def _ended_by_signals(stop: _Stop) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the watch in order. Signals are for the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        stop.set()
+        stop.asked = True
 
     before = {one: signal.signal(one, end) for one in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -90,7 +90,55 @@ CONSOLES = [
         {"loss", "gradient_norm", "learning_rate"},
     ),
     ("Composer", "[batch={k}/100]:\n\t Train loss/train/total: {x:.4f}", {"loss"}),
+    ("llama2.c", "{k} | loss {x:.4f} | lr 5.000000e-04 | 100.00ms | mfu 10.00%", {"loss", "learning_rate"}),
     ("text", "Epoch 1, Step {k}, Loss: {x:.4f}", {"loss"}),
+    (
+        "text",
+        "10:00:00,123 | INFO | m:train:88 | Step {k}/9 | train_loss: {x:.4f} | lr: 1e-4 | grad_norm: 0.9",
+        {"loss", "gradient_norm", "learning_rate"},
+    ),
+    ("text", "step {k} - loss {x:.4f} - grad norm inf", {"loss", "gradient_norm"}),
+    (
+        "text",
+        "step: {k}/9, lr: 1e-4, train loss: {x:.4f}, gnorm: 0.91",
+        {"loss", "gradient_norm", "learning_rate"},
+    ),
+    ("text", "[{k} | 3.50] loss={x:.2f} avg=2.1", {"loss"}),
+    ("text", "INFO:root:[{k}] loss={x:.4f} lr=1e-4 ({k}/500)", {"loss", "learning_rate"}),
+    ("text", "[Epoch 0/3] loss: {x:.3f}, acc: 0.12:   3%|#   | {k}/200 [00:12<00:59, 16.68it/s]", {"loss"}),
+    ("text", "steps:   3%|##  | {k}/300 [00:10<01:00,  1.1it/s, avr_loss={x:.3f}]", {"loss"}),
+    (
+        "text",
+        "Epoch: [0][{k}/100]\tTime  0.3 ( 0.4)\tLoss {x:.4e} (7.0e+00)\tAcc@1   0.00 (  0.39)",
+        {"loss"},
+    ),
+    (
+        "text",
+        "Epoch: [0]  [{k}/100]  eta: 0:01:00  lr: 0.0001  loss: {x:.4f} (2.0)  time: 0.1",
+        {"loss", "learning_rate"},
+    ),
+    ("text", "Iter {k}: box_loss 1.2, loss {x:.4f}, val_loss 3.0", {"loss"}),
+    (
+        "text",
+        "I0301 10:00:00.0 1399 train.py:200] Step {k}: {{'gradient_norm': 1.0, 'loss': {x:.4f}}}",
+        {"loss", "gradient_norm"},
+    ),
+    ("text", "step {k} loss tensor({x:.4f}, device='cuda:0', grad_fn=<NllLossBackward0>)", {"loss"}),
+    (
+        "text",
+        "[2026-01-01 00:00:00,000 INFO] Step {k}/9; acc: 30.1; ppl: 9.2; xent: {x:.2f}; lr: 0.001",
+        {"loss", "learning_rate"},
+    ),
+    (
+        "text",
+        "Training Epoch: 1/3, step {k}/200 completed (loss: {x:.4f}):  3%|#| {k}/200 [00:10<00:10]",
+        {"loss"},
+    ),
+    (
+        "text",
+        'ts=2026-01-01 level=info msg="train step" step={k} loss={x:.4f} grad_norm=1.0',
+        {"loss", "gradient_norm"},
+    ),
 ]
 
 
@@ -113,6 +161,43 @@ def test_a_loss_without_a_step_is_counted(tmp_path):
     path = tmp_path / "log"
     path.write_text(many("20/20 - 1s - accuracy: 0.9 - loss: {x:.4f} - val_loss: 3.0"))
     assert losses(path)[1:] == ([0, 1, 2, 3, 4], [8.9, 8.8, 8.7, 8.6, 8.5])
+
+
+def test_validation_between_is_left_out_and_named(tmp_path, capsys):
+    path = tmp_path / "log"
+    path.write_text(many("Step {k} | train_loss: {x:.4f}\nStep {k} | val_loss: 9.0 | val_ppl: 3.0"))
+    assert losses(path)[1:] == ([1, 2, 3, 4, 5], [8.9, 8.8, 8.7, 8.6, 8.5])
+    assert said(capsys, path)["left_out"] == [
+        {"reason": "lines of validation, of the start, or without a loss", "count": 5}
+    ]
+
+
+def test_a_bar_that_begins_again_is_the_next_epochs(tmp_path):
+    path = tmp_path / "log"
+    bar = "".join(f"\r{k}/4 [=>..] - loss: {5 - k / 10:.1f}" for k in range(1, 5))
+    path.write_text(f"Epoch 1/2\n{bar}\nEpoch 2/2\n{bar}\n")
+    assert losses(path)[1] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "| step | loss | lr |\n|---|:--|---|\n" + many("| {k} | {x:.2f} | 1e-4 |"),
+        "# step loss lr\n" + many("{k:5d}  {x:.6f}   1e-4"),
+        "step   loss    lr\n" + many("{k:5d}  {x:.6f}   1e-4"),
+        "metric,step,value\n" + many("loss,{k},{x}\nlr,{k},0.0001"),
+        "["
+        + many('{{"step": {k}, "train": {{"loss": {x}, "lr": 1e-4}}, "val": {{"loss": 9.0}}}},').rstrip(",\n")
+        + "]",
+    ],
+)
+def test_other_tables(tmp_path, text):
+    path = tmp_path / "log.txt"
+    path.write_text(text)
+    log, steps, values = losses(path)
+    assert steps == [1, 2, 3, 4, 5]
+    assert values == pytest.approx([8.9, 8.8, 8.7, 8.6, 8.5])
+    assert len(log.columns) == 3
 
 
 def test_prose_with_commas_is_no_table(tmp_path, capsys):

@@ -1,0 +1,98 @@
+r"""A line of any trainer: whatever numbers stand in it, by the words before them.
+
+    2026-03-01 10:00:01 | INFO | step 12/300 | loss 2.31 | grad norm 0.9      step 12, loss 2.31, grad norm 0.9
+    Epoch: [1][ 20/100]  Loss 2.3e+00 (2.4e+00)  lr: 1e-4                     step 120, Loss 2.3, lr 1e-4
+    [Epoch 0/3] loss: 2.31:  12%|#    | 24/200 [00:12<01:30, 1.9it/s]         epoch 0, loss 2.31, step 24 (the bar's)
+    17 | loss 2.31 | lr 5e-4 | 100ms                                          step 17, ...
+
+A name is up to four words, parted from its number by ``:``, ``=``, a bracket or blanks. Such a line is a record when a name in
+it is a loss of training; one of validation alone is none, and is counted. The step is a counter's number (``step``,
+``iteration``, ``it``, ``batch``...), or the place within an epoch, or the bar's, or a number that opens the line.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from stabilitylab.logs.log import counter_of, is_evaluation, is_loss
+from stabilitylab.logs.pattern import NUMBER, TextFormat, Values, number
+
+_PAIR = re.compile(
+    rf"(?<![\w.])([A-Za-z_][\w/.@-]*(?: [A-Za-z(][\w/.()@-]*){{0,3}})['\"]?\)?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
+    rf"['\"]?[#\[(]?\s*({NUMBER})(?!\s?%)(?=['\"\s,;:|/\])}}(]|[a-zA-Z]+\b|$)",
+    re.IGNORECASE,
+)
+_PLACE = re.compile(r"epoch\W{0,3}(\d+)\W{0,4}\[\s*(\d+)\s*/\s*(\d+)\s*\]", re.IGNORECASE)
+_BAR = re.compile(r"\s(\d+)/(\d+) \[\d")
+# A number that opens the line, also in brackets, and is no time of day and no date.
+_OPENS = re.compile(r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:[|,:\])](?!\d)|/(\d+)(?=[\])\s]))")
+_WITHIN = re.compile(r"[\[(]\s*(\d+)\s*/\s*(\d+)\b")
+_WRAPPED = re.compile(
+    r"\b(?:(?:np|numpy|torch|jnp)\.)?(?:float\d*|int\d*|bfloat16|tensor|array|FloatTensor)\(\[?",
+    re.IGNORECASE,
+)
+_LEVEL = re.compile(
+    r"^(?:(?:info|debug|warning|warn|error|root|main|train|trainer)\s+)+(?=\S)", re.IGNORECASE
+)
+# What is remembered of the line before, and no number of the log.
+_OF, _LAST, _EPOCHS, _MOVES = "\0of", "\0last", "\0epochs", "\0moves"
+# A loss that is scaled or weighted is none.
+_NO_LOSS = re.compile(r"scale|weight|coef", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyText(TextFormat):
+    """The format of a text that no known trainer prints."""
+
+    def read(self, line: str) -> Values | None:
+        """The numbers of one line; None: it holds no loss."""
+        values: Values = {}
+        for said, digits in _PAIR.findall(_WRAPPED.sub("", line) if "(" in line else line):
+            name = _name(said)
+            if name not in values:
+                values[name] = number(digits)
+        losses = [name for name in values if is_loss(name) and not _NO_LOSS.search(name)]
+        if not losses:
+            return None
+        if all(is_evaluation(name) for name in losses):
+            return {}
+        counted = any(counter_of(name) and name.lower() != "epoch" for name in values)
+        if place := _PLACE.search(line):
+            values = {name: value for name, value in values.items() if name.lower() != "epoch"}
+            values["step"] = float(place[1]) * float(place[3]) + float(place[2])
+        elif not counted and (bar := _BAR.search(line)):
+            values["step"], values[_OF] = float(bar[1]), float(bar[2])
+        elif not counted and (within := _WITHIN.search(line)):
+            values["step"], values[_OF] = float(within[1]), float(within[2])
+        elif not counted and (opens := _OPENS.match(line)):
+            values["step"], values[_OF] = float(opens[1]), number(opens[2] or "")
+        return values
+
+
+def _counted_on(values: Values, before: Values) -> Values:
+    """A bar that begins again after it was full is the next epoch's; bars that are always full count nothing."""
+    length, step = values.get(_OF), values.get("step")
+    if length is None or step is None:
+        return {name: value for name, value in values.items() if name != _OF}
+    last, epochs = before.get(_LAST), before.get(_EPOCHS) or 0.0
+    moves = bool(before.get(_MOVES)) or step < length
+    if before.get(_OF) == length and last is not None and last >= length > step and "epoch" not in values:
+        epochs += 1
+    values |= {_LAST: step, _EPOCHS: epochs, _MOVES: float(moves)}
+    kept = {name: value for name, value in values.items() if not name.startswith("\0") and name != "step"}
+    return {**kept, "step": step + epochs * length} if moves else kept
+
+
+def _name(said: str) -> str:
+    """Without what is no part of it: a logger's level; words before a counter or before "loss"."""
+    said = said.strip("()")
+    if counter_of(said):
+        return "epoch" if said.lower() == "epoch" else said
+    last = said.rpartition(" ")[2]
+    if counter_of(last):
+        return "epoch" if last.lower() == "epoch" else last
+    return _LEVEL.sub("", said) if " " in said and not said.lower().startswith("train loss") else said
+
+
+ANY_TEXT = AnyText(name="text", trigger=re.compile(b"(?i:loss|xent|\\bnll)"), lines=(), finish=_counted_on)
