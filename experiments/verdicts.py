@@ -163,7 +163,12 @@ def undecided_together(verdicts: Sequence[Verdict]) -> bool:
 
 def record(verdict: Verdict) -> dict[str, Any]:
     """A verdict as strict JSON can hold it: numbers without end are null."""
-    return {"claim": verdict.claim.text, "metric": verdict.claim.metric, **plain(verdict.decision)}
+    return {
+        "claim": verdict.claim.text,
+        "metric": verdict.claim.metric,
+        **plain(verdict.decision),
+        "holds_in_family": verdict.holds,
+    }
 
 
 def plain(decision: Decision) -> dict[str, Any]:
