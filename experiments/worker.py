@@ -42,7 +42,6 @@ def train(words: Sequence[str], log: Path) -> int:
     from glm.cli import main
 
     torch.set_num_threads(1)
-    _set_imports_aside()
     with (
         log.open("a", encoding="utf-8", buffering=1) as file,
         redirect_stdout(file),
@@ -52,11 +51,13 @@ def train(words: Sequence[str], log: Path) -> int:
             return main(list(words))
         except SystemExit as end:  # what the parser says of words that it does not know
             return end.code if isinstance(end.code, int) else 2
+        finally:
+            _set_imports_aside()
 
 
 @functools.cache
 def _set_imports_aside() -> None:
-    """Libraries live as long as the process: the garbage collector need not look through their half million objects again."""
+    """After the first run: libraries live as long as the process, and need not be searched for garbage again and again."""
     gc.collect()
     gc.freeze()
 

@@ -220,6 +220,7 @@ int glm_attention_backward(const Attention *a) {
                 for (int64_t u = t; u < t + count; u++) {
                     float *s = scores + u * Tp, off = 0;
                     const float *w = p + u * T;
+#pragma omp simd reduction(+ : off)
                     for (int64_t d = 0; d < D; d++) off += y[u * Dp + d] * mixed[u * H * D + d];
                     for (int64_t j = 0; j < T; j++) s[j] = w[j] * (s[j] - off);
                 }

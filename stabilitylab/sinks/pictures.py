@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import IO
 
 import numpy as np
@@ -75,7 +76,7 @@ class Sketch:
     def draw(self) -> dict[str, bytes]:
         """Tag -> PNG, in the order of looking."""
         from stabilitylab.figures.curves import Mark, curves
-        from stabilitylab.figures.maps import heat_map, table_figure
+        from stabilitylab.figures.maps import heat_map
 
         drawn = {}
         if self.loss is not None:
@@ -85,7 +86,7 @@ class Sketch:
             figure = curves({"loss": [series]}, title="Loss, spikes marked", log="auto", marks=marks)
             drawn[tag] = _png(figure)
             tag, title, rows = self.listed
-            drawn[tag] = _png(table_figure(EPISODE_COLUMNS, rows, title=title))
+            drawn[tag] = _table(title, tuple(map(tuple, rows)))
         for tag, (grid, log) in self.maps.items():
             values, known = grid.frames()
             if values.size:
@@ -167,6 +168,14 @@ def main() -> None:
         os.dup2(2, 1)  # what is printed from here on is no picture
         sketch = pickle.load(sys.stdin.buffer)
         pictures.write(_MARKER + pickle.dumps(sketch.draw()))
+
+
+@lru_cache(maxsize=4)
+def _table(title: str, rows: tuple[tuple[str, ...], ...]) -> bytes:
+    """The list of spikes; of runs without any it is the same picture."""
+    from stabilitylab.figures.maps import table_figure
+
+    return _png(table_figure(EPISODE_COLUMNS, rows, title=title))
 
 
 def _png(figure: object, *, dpi: int = 90) -> bytes:
