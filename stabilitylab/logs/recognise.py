@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from stabilitylab.errors import InputError
@@ -19,40 +18,21 @@ from stabilitylab.logs.csv_rows import delimiter_of, is_blank_table, read_csv_ro
 from stabilitylab.logs.huggingface import read_huggingface_console
 from stabilitylab.logs.json_document import read_json_document
 from stabilitylab.logs.json_lines import read_json_lines
+from stabilitylab.logs.locate import in_folder, is_tensorboard
 from stabilitylab.logs.log import Log
 from stabilitylab.logs.pattern import number
 from stabilitylab.logs.rows import Reading, Row, logs_of
 from stabilitylab.logs.source import Source, standard_input
+from stabilitylab.logs.swanlab import SWANLAB, read_swanlab
 from stabilitylab.logs.trackers import (
     SQLITE,
     WANDB,
-    mlflow_runs,
     read_mlflow_files,
     read_mlflow_metric,
     read_sqlite,
     read_wandb,
 )
 
-# What a folder's one log is called, by the trainer that writes it.
-_NAMED = (
-    *(
-        "metrics.csv",
-        "results.csv",
-        "logging.jsonl",
-        "trainer_log.jsonl",
-        "vis_data/scalars.json",
-        "scalars.json",
-    ),
-    *(
-        "mlflow.db",
-        "main.log",
-        "log.txt",
-        "train.log",
-        "train_inner.log",
-        "metrics.jsonl",
-        "log_history.json",
-    ),
-)
 # Numbers with their names beside them: a sentence, and no header of a table.
 _SAID = re.compile(r"[:=]\s*[-+]?\d")
 _DOCUMENT_BYTES = 256 << 20
@@ -113,7 +93,7 @@ def _one(path: Path, *, loss: str | None, step: str | None, pattern: str | None)
         from stabilitylab.logs.tables import ParquetLog
 
         return [ParquetLog.open(source.on_disk(), loss=loss, step=step)]
-    if _is_tensorboard(path, head):
+    if is_tensorboard(path, head):
         from stabilitylab.logs.tensorboard import TensorBoardLog
 
         return [TensorBoardLog.open_files(path, [source.on_disk()], loss=loss, step=step)]
@@ -132,6 +112,8 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
         return read_sqlite(source)
     if head.startswith(WANDB):
         return read_wandb([source])
+    if head.startswith(SWANLAB):
+        return read_swanlab([source])
     if pattern is not None:
         found = read_console(source, pattern=pattern)
         assert found is not None
@@ -238,77 +220,8 @@ def _chained(files: Sequence[Path], pattern: str | None) -> Reading:
     return whole
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What lies at a path.
-
-    Attributes:
-        kind: "file", "run folder", "MLflow", "W&B", "versions" (Lightning's), "TensorBoard" or "SQLite".
-        files: the files of that kind; of "file" the one, of "run folder" and "MLflow" the folder.
-    """
-
-    kind: str
-    files: tuple[Path, ...]
-
-
-def locate(path: Path) -> Found:
-    """Which files are the log at ``path``.
-
-    Raises:
-        InputError: it is a folder without a log that is known here.
-    """
-    if path.is_dir():
-        return _in_folder(path)
-    head = Source(path).head()
-    if _is_tensorboard(path, head):
-        return Found("TensorBoard", (path,))
-    if head.startswith(SQLITE):
-        return Found("SQLite", (path,))
-    if head.startswith(WANDB):
-        return Found("W&B", (path,))
-    return Found("file", (path,))
-
-
-def _in_folder(path: Path) -> Found:
-    if (path / "telemetry").is_dir() or (path / "events.jsonl").is_file():
-        return Found("run folder", (path,))
-    state = path / "trainer_state.json"
-    if not state.is_file():
-        # The latest checkpoint holds the history of all before it.
-        found = sorted(path.glob("checkpoint-*/trainer_state.json"), key=_checkpoint)
-        state = found[-1] if found else state
-    if state.is_file():
-        return Found("file", (state,))
-    if mlflow_runs(path):
-        return Found("MLflow", (path,))
-    offline = sorted(
-        {*path.glob("*.wandb"), *path.glob("*run-*/*.wandb"), *path.glob("wandb/*run-*/*.wandb")}
-    )
-    offline = [file for file in offline if file.stat().st_size and not file.parent.is_symlink()]
-    if offline:
-        return Found("W&B", tuple(offline))
-    versions = sorted(path.rglob("version_*/metrics.csv"), key=_checkpoint)
-    if versions:
-        return Found("versions", tuple(versions))
-    for name in _NAMED:
-        found = [path / name] if (path / name).is_file() else sorted(path.glob(f"*/{name}"))
-        if found:
-            return Found("SQLite" if name.endswith(".db") else "file", (found[-1],))
-    events = sorted(file for file in path.rglob("*tfevents*") if file.is_file())
-    if events:
-        return Found("TensorBoard", tuple(events))
-    alone = [
-        f for f in path.iterdir() if f.suffix in (".csv", ".tsv", ".jsonl", ".log", ".txt", ".db", ".parquet")
-    ]
-    if len(alone) == 1:
-        return Found("SQLite" if alone[0].suffix == ".db" else "file", (alone[0],))
-    raise InputError(
-        f"{path} is neither a run folder nor one of a trainer or tracker known here (docs/logs.md): give a log file"
-    )
-
-
 def _folder(path: Path, *, loss: str | None, step: str | None, pattern: str | None) -> list[Log]:
-    found = _in_folder(path)
+    found = in_folder(path)
     if found.kind == "run folder":
         from stabilitylab.logs.records import RunLog
 
@@ -318,6 +231,8 @@ def _folder(path: Path, *, loss: str | None, step: str | None, pattern: str | No
     if found.kind == "W&B":
         sources = [Source(file) for file in found.files]
         return list(logs_of(read_wandb(sources), path, loss=loss, step=step))
+    if found.kind == "swanlab":
+        return list(logs_of(read_swanlab([Source(f) for f in found.files]), path, loss=loss, step=step))
     if found.kind == "TensorBoard":
         from stabilitylab.logs.tensorboard import TensorBoardLog
 
@@ -350,25 +265,14 @@ def _renamed(logs: list[Log], name: str, count: int) -> list[Log]:
     return [replace(log, name=f"{name} {log.name}".strip()) for log in logs] if count > 1 else logs
 
 
-def _checkpoint(file: Path) -> tuple[int, str]:
-    found = re.search(r"(\d+)$", file.parent.name)
-    return (int(found[1]) if found else -1), str(file)
-
-
-def _is_tensorboard(path: Path, head: bytes) -> bool:
-    return "tfevents" in path.name or (len(head) > 24 and b"brain.Event:" in head[:64])
-
-
 def _binary(path: Path) -> bool:
     head = Source(path).head()
-    return head.startswith((b"PAR1", SQLITE, WANDB)) or _is_tensorboard(path, head)
+    return head.startswith((b"PAR1", SQLITE, WANDB, SWANLAB)) or is_tensorboard(path, head)
 
 
 def _binary_kind(path: Path, head: bytes) -> str:
     if head.startswith((b"ARROW1", b"FEA1")):
         return "an Arrow file"
-    if path.suffix == ".swanlab" or "swanlab" in str(path):
-        return "a swanlab store"
     return "a binary file of a kind that is not read here"
 
 

@@ -204,7 +204,7 @@ def read_wandb(sources: list[Source]) -> Reading:
         reading.left_out.clear()
         for source in sources:
             part = source.path.stem if len(sources) > 1 else ""
-            for record in _wandb_records(source, reading):
+            for record in leveldb_records(source, reading):
                 values = history(record)
                 if values:
                     yield part, values
@@ -213,8 +213,8 @@ def read_wandb(sources: list[Source]) -> Reading:
     return reading
 
 
-def _wandb_records(source: Source, reading: Reading) -> Iterator[bytes]:
-    """LevelDB's log: blocks of 32 KiB; each record a checksum (4 bytes), length (2), type (1: whole, 2-4: pieces)."""
+def leveldb_records(source: Source, reading: Reading) -> Iterator[bytes]:
+    """The records of LevelDB's log: blocks of 32 KiB; a record is checksum (4 bytes), length (2), type (1: whole, 2-4: pieces)."""
     data = b"".join(source.chunks())
     at, pieces = _HEADER, b""
     while at + _HEADER <= len(data):
@@ -239,14 +239,14 @@ def _wandb_records(source: Source, reading: Reading) -> Iterator[bytes]:
 def history(record: bytes) -> Values:
     """What a W&B record holds of the history; empty where it is of another kind."""
     values: dict[str, Any] = {}
-    for field, body in _fields(record):
+    for field, body in fields(record):
         if field != 2 or not isinstance(body, bytes):
             continue
-        for item, content in _fields(body):
+        for item, content in fields(body):
             if item != 1 or not isinstance(content, bytes):
                 continue
             key, nested, text = "", [], b"null"
-            for inner, value in _fields(content):
+            for inner, value in fields(content):
                 if not isinstance(value, bytes):
                     continue
                 if inner == 1:
@@ -262,8 +262,8 @@ def history(record: bytes) -> Values:
     return numbers(values)
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Field numbers and contents of a protobuf message; numbers of fixed width are passed over."""
+def fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """Field numbers and contents of a protobuf message; numbers of fixed width as their bytes."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -276,7 +276,9 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
             yield field, message[at : at + size]
             at += size
         elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
+            size = 8 if kind == 1 else 4
+            yield field, message[at : at + size]
+            at += size
         else:
             return
 

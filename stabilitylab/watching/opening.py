@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stabilitylab.logs.recognise import Found
+from stabilitylab.logs.locate import Found
 from stabilitylab.watching.followers import DocumentFollower, Follower, TextFollower, growing_text
 from stabilitylab.watching.stores import (
     MlflowFilesFollower,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.recognise import Found, locate
+from stabilitylab.logs.locate import Found, locate
 from stabilitylab.spikes.episodes import KINDS
 from stabilitylab.telemetry import DEPARTURES, LOSS, Event
 from stabilitylab.watching.alerts import Alert, of_event, plain

@@ -5,6 +5,7 @@ import json
 import lzma
 import math
 import sqlite3
+import struct
 
 import pytest
 import zstandard
@@ -408,3 +409,39 @@ def test_what_the_refusal_suggests_works(tmp_path):
     (tmp_path / "x.bin").write_bytes(bytes(range(256)) * 40)
     with pytest.raises(InputError, match="is a binary file"):
         open_logs([tmp_path / "x.bin"])
+
+
+def leveldb(bodies):
+    """LevelDB's log in one block, checksums left out."""
+    return b":SWL\xd6\xe1\x02" + b"".join(
+        bytes(4) + len(b).to_bytes(2, "little") + b"\x01" + b for b in bodies
+    )
+
+
+def test_swanlab_in_its_own_bytes(tmp_path, capsys):
+    """Bytes as swanlab 0.10.3 writes them: step 0 and the value 0 are left out; NaN is a double."""
+
+    def record(key, step, value):
+        body = b"\n" + bytes([len(key)]) + key + (b"\x10" + bytes([step]) if step else b"") + b"\x18\x01"
+        said = b"\t" + struct.pack("<d", value) if value else b""
+        body += b"*" + bytes([len(said)]) + said
+        return b"\x08\x01" + b"j" + bytes([len(body)]) + body
+
+    rows = [(k, x) for k, x in enumerate([2.0, math.nan, math.inf, 0.0, 1.5])]
+    bodies = [record(key, k, x) for k, x in rows for key in (b"train/loss", b"train/grad_norm")]
+    folder = tmp_path / "swanlog" / "run-1-a"
+    folder.mkdir(parents=True)
+    (folder / "run-a.swanlab").write_bytes(leveldb([b"\x08\x01", *bodies]))
+    log, steps, values = losses(tmp_path)
+    assert (log.format, steps) == ("swanlab", [0, 1, 2, 3, 4])
+    assert [str(x) for x in values] == ["2.0", "nan", "inf", "0.0", "1.5"]
+    assert said(capsys, tmp_path)["segments"][0]["signals"] == {
+        "loss": "train/loss",
+        "gradient_norm": "train/grad_norm",
+    }
+
+
+def test_an_aim_repository_is_refused_in_one_line(tmp_path):
+    (tmp_path / ".aim" / "meta").mkdir(parents=True)
+    with pytest.raises(InputError, match="Aim repository"):
+        open_logs([tmp_path])

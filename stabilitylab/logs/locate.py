@@ -1,0 +1,124 @@
+"""Which files at a path are the log, told by their first bytes and by how trainers and trackers name their folders."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stabilitylab.errors import InputError
+from stabilitylab.logs.source import Source
+from stabilitylab.logs.swanlab import SWANLAB
+from stabilitylab.logs.trackers import SQLITE, WANDB, mlflow_runs
+
+# What a folder's one log is called, by the trainer that writes it.
+_NAMED = (
+    *(
+        "metrics.csv",
+        "results.csv",
+        "logging.jsonl",
+        "trainer_log.jsonl",
+        "vis_data/scalars.json",
+        "scalars.json",
+    ),
+    *(
+        "mlflow.db",
+        "main.log",
+        "log.txt",
+        "train.log",
+        "train_inner.log",
+        "metrics.jsonl",
+        "log_history.json",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies at a path.
+
+    Attributes:
+        kind: "file", "run folder", "MLflow", "W&B", "swanlab", "versions" (Lightning's), "TensorBoard" or "SQLite".
+        files: the files of that kind; of "file" the one, of "run folder" and "MLflow" the folder.
+    """
+
+    kind: str
+    files: tuple[Path, ...]
+
+
+def locate(path: Path) -> Found:
+    """Which files are the log at ``path``.
+
+    Raises:
+        InputError: it is a folder without a log that is known here.
+    """
+    if path.is_dir():
+        return in_folder(path)
+    head = Source(path).head()
+    if is_tensorboard(path, head):
+        return Found("TensorBoard", (path,))
+    if head.startswith(SQLITE):
+        return Found("SQLite", (path,))
+    if head.startswith(WANDB):
+        return Found("W&B", (path,))
+    if head.startswith(SWANLAB):
+        return Found("swanlab", (path,))
+    return Found("file", (path,))
+
+
+def in_folder(path: Path) -> Found:
+    """The log in a folder. Raises InputError as ``locate`` does."""
+    if (path / "telemetry").is_dir() or (path / "events.jsonl").is_file():
+        return Found("run folder", (path,))
+    state = path / "trainer_state.json"
+    if not state.is_file():
+        # The latest checkpoint holds the history of all before it.
+        found = sorted(path.glob("checkpoint-*/trainer_state.json"), key=_checkpoint)
+        state = found[-1] if found else state
+    if state.is_file():
+        return Found("file", (state,))
+    if mlflow_runs(path):
+        return Found("MLflow", (path,))
+    offline = sorted(
+        {*path.glob("*.wandb"), *path.glob("*run-*/*.wandb"), *path.glob("wandb/*run-*/*.wandb")}
+    )
+    offline = [file for file in offline if file.stat().st_size and not file.parent.is_symlink()]
+    if offline:
+        return Found("W&B", tuple(offline))
+    offline = sorted(
+        {*path.glob("*.swanlab"), *path.glob("run-*/*.swanlab"), *path.glob("swanlog/run-*/*.swanlab")}
+    )
+    if offline:
+        return Found("swanlab", tuple(offline))
+    if path.name == ".aim" or (path / ".aim").is_dir():
+        raise InputError(
+            f"{path} is an Aim repository, which only Aim reads: export its metrics as CSV from Aim's explorer"
+        )
+    versions = sorted(path.rglob("version_*/metrics.csv"), key=_checkpoint)
+    if versions:
+        return Found("versions", tuple(versions))
+    for name in _NAMED:
+        found = [path / name] if (path / name).is_file() else sorted(path.glob(f"*/{name}"))
+        if found:
+            return Found("SQLite" if name.endswith(".db") else "file", (found[-1],))
+    events = sorted(file for file in path.rglob("*tfevents*") if file.is_file())
+    if events:
+        return Found("TensorBoard", tuple(events))
+    alone = [
+        f for f in path.iterdir() if f.suffix in (".csv", ".tsv", ".jsonl", ".log", ".txt", ".db", ".parquet")
+    ]
+    if len(alone) == 1:
+        return Found("SQLite" if alone[0].suffix == ".db" else "file", (alone[0],))
+    raise InputError(
+        f"{path} is neither a run folder nor one of a trainer or tracker known here (docs/logs.md): give a log file"
+    )
+
+
+def is_tensorboard(path: Path, head: bytes) -> bool:
+    """Whether these are events of TensorBoard."""
+    return "tfevents" in path.name or (len(head) > 24 and b"brain.Event:" in head[:64])
+
+
+def _checkpoint(file: Path) -> tuple[int, str]:
+    found = re.search(r"(\d+)$", file.parent.name)
+    return (int(found[1]) if found else -1), str(file)

@@ -1,0 +1,65 @@
+"""swanlab's ``run-ID.swanlab``: LevelDB's log, like W&B's, around protobuf records of its own.
+
+    Record.scalar = 13: key = 1, step = 2 (absent: 0), value = 5: number = 1 (a double; absent: 0)
+
+The file of an offline run (``mode="offline"``) and of one that is synchronised. Read off files that swanlab 0.10.3 wrote and its
+``swanlab/proto``; only scalars are decoded, so no generated code is needed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from stabilitylab.logs.pattern import Values
+from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.source import Source
+from stabilitylab.logs.trackers import fields, leveldb_records
+
+SWANLAB = b":SWL"
+_RECORD_SCALAR, _KEY, _STEP, _VALUE = 13, 1, 2, 5
+
+
+def read_swanlab(sources: list[Source]) -> Reading:
+    """Each file a part; what was logged in one call is a row."""
+
+    def rows() -> Iterator[Row]:
+        reading.left_out.clear()
+        for source in sources:
+            part = source.path.stem if len(sources) > 1 else ""
+            row: Values = {}
+            for record in leveldb_records(source, reading):
+                found = scalar(record)
+                if found is None:
+                    continue
+                key, step, value = found
+                if row and (row["step"] != step or key in row):
+                    yield part, row
+                    row = {}
+                row |= {"step": step, key: value}
+            if row:
+                yield part, row
+
+    reading = Reading(format="swanlab", rows=rows, step="step")
+    return reading
+
+
+def scalar(record: bytes) -> tuple[str, float, float] | None:
+    """Key, step and value of a record; None: it is of another kind."""
+    for number, body in fields(record):
+        if number != _RECORD_SCALAR or not isinstance(body, bytes):
+            continue
+        key, step, value = "", 0.0, None
+        for inner, content in fields(body):
+            if inner == _KEY and isinstance(content, bytes):
+                key = content.decode("utf-8", errors="replace")
+            elif inner == _STEP and isinstance(content, int):
+                step = float(content)
+            elif inner == _VALUE and isinstance(content, bytes):
+                value = 0.0
+                for _, said in fields(content):
+                    if isinstance(said, bytes) and len(said) == 8:
+                        (value,) = struct.unpack("<d", said)
+        if key and value is not None:
+            return key, step, value
+    return None
