@@ -1,6 +1,6 @@
 """The page ``metrics.md``, made from the tables in the probes' docstrings when the site is built.
 
-A test holds those tables against what the probes record (tests/stabilitylab/probes/test_tables.py), so the page is never out of date.
+A test holds those tables against what the probes record (tests/stabilitylab/probes/test_tables.py): the page is never out of date.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Metrics
 
-A number's name is `family/site/statistic`, with an index where there are several (a head, a row). This page is made from the docstrings of
-the probes, which tests hold against what is recorded. The step's own numbers are `train/-/loss`, `train/-/gradient_norm`,
-`train/-/learning_rate`, `train/-/loss_scale`, and whatever else is handed to `monitor.step`.
+A number's name is `family/site/statistic`, with an index where there are several (a head, a row). This page is made from the
+docstrings of the probes, which tests hold against what is recorded. The step's own numbers are `train/-/loss`,
+`train/-/gradient_norm`, `train/-/learning_rate`, `train/-/loss_scale`, and whatever else is handed to `monitor.step`.
 """
 
 

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.compat import DisableTorchFunction
 from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.probes.compiled import WatchGradient, register, unregister
 from stabilitylab.probes.hooks import Hook
@@ -103,7 +104,7 @@ class ActivationGradientProbe:
     def _hook(self, watcher: Callable[[Tensor], None]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._armed:
-                with torch._C.DisableTorchFunction():
+                with DisableTorchFunction():
                     x = tensor_in(output)
                     # A leaf, such as a parameter handed on, would keep the hook.
                     if x is not None and x.requires_grad and not x.is_leaf:

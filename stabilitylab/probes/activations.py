@@ -44,6 +44,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.compat import DisableTorchFunction
 from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.probes.compiled import observe, register, unregister
 from stabilitylab.probes.hooks import Hook
@@ -161,7 +162,7 @@ class ActivationProbe:
             if not self._armed or not counts(module):
                 return
             # Whatever mode the user or another probe has set is not meant for what we do here.
-            with torch._C.DisableTorchFunction():
+            with DisableTorchFunction():
                 if inside is not None:
                     x = tensor_in(args) if args else tensor_in(kwargs)
                     if x is not None:

@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.compat import DisableTorchFunction, in_backward
 from stabilitylab.model_structure import blocks, named_modules
 from stabilitylab.probes.attention_calls import Calls, Kernel, Running, Shown, by_head
 from stabilitylab.probes.base import Context, Found, Readings
@@ -155,8 +156,8 @@ class AttentionProbe:
         ) -> None:
             if query is None or key is None:
                 scores(first)  # of a softmax
-            elif self._armed and torch._C._current_graph_task_id() == -1 and query.numel() and key.numel():
-                with torch.no_grad(), torch._C.DisableTorchFunction():
+            elif self._armed and not in_backward() and query.numel() and key.numel():
+                with torch.no_grad(), DisableTorchFunction():
                     self._record_fused(path, first, query, key, mask, causal, scale)
 
         return watch
@@ -185,13 +186,8 @@ class AttentionProbe:
 
     def _watcher(self, path: str) -> Callable[[Tensor], None]:
         def watch(scores: Tensor) -> None:
-            if (
-                self._armed
-                and torch._C._current_graph_task_id() == -1
-                and scores.dim() == 4
-                and measurable(scores)
-            ):
-                with torch.no_grad(), torch._C.DisableTorchFunction():
+            if self._armed and not in_backward() and scores.dim() == 4 and measurable(scores):
+                with torch.no_grad(), DisableTorchFunction():
                     self._record(path, materialised(scores))
 
         return watch

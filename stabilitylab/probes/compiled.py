@@ -25,16 +25,14 @@ not). CUDA graphs replay kernels without asking anybody: the operators are marke
 from __future__ import annotations
 
 import gc
-import inspect
 import itertools
 from collections.abc import Callable
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import reset_code
-from torch._dynamo.external_utils import wrap_inline
+
+from stabilitylab import compat
 
 Watcher = Callable[..., None]
 
@@ -108,26 +106,23 @@ def unregister(state: Tensor) -> None:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model or a part of it has been given to ``torch.compile``, and whatever came back is still there."""
-    wrapper = torch._dynamo.eval_frame.OptimizedModule
+    wrapper = compat.optimized_module()
+    if wrapper is None:
+        return False
     modules = list(model.modules())
     if any(isinstance(m, wrapper) or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
         return True
     inside = {id(module) for module in modules}
     # By type alone: looking at attributes of foreign objects may run their code.
-    wrappers = [x for x in gc.get_objects() if type(x) is wrapper]
+    wrappers: list[Any] = [x for x in gc.get_objects() if type(x) is wrapper]
     return any(id(x._modules.get("_orig_mod")) in inside for x in wrappers)
 
 
 def frames() -> int:
     """How many frames have been compiled in this process."""
-    return int(torch._dynamo.utils.counters["frames"]["total"])
+    return compat.compiled_frames()
 
 
 def forget_graphs(model: nn.Module) -> None:
     """Have the model traced again: graphs made before the hooks were in place do not have them in."""
-    codes = [getattr(type(module).forward, "__code__", None) for module in model.modules()]
-    # What torch.compile calls in place of the forward pass of PyTorch's own containers, nn.Sequential for one.
-    codes += [x for x in inspect.unwrap(wrap_inline).__code__.co_consts if isinstance(x, CodeType)]
-    for code in codes:
-        if code is not None:
-            reset_code(code)
+    compat.trace_again(getattr(type(module).forward, "__code__", None) for module in model.modules())

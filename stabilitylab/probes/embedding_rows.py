@@ -20,9 +20,9 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
+from stabilitylab.compat import is_dtensor
 from stabilitylab.model_structure import is_embedding, named_modules
 from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.statistics.buffer import Slots
@@ -78,7 +78,7 @@ class EmbeddingRowProbe:
             norm = torch.linalg.vector_norm(
                 gradient, dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)
             )
-            if isinstance(norm, DTensor):
+            if is_dtensor(norm):
                 norm = norm.full_tensor()  # one number a row, gathered over the ranks that hold the rows
             top = norm.topk(min(TOP, len(norm)))
             slots = self._slots.get(name)

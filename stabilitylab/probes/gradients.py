@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from stabilitylab.compat import is_dtensor
 from stabilitylab.probes.base import Context, Found, KeyTable, Readings
 from stabilitylab.statistics import moments
 from stabilitylab.statistics.batch import Batch
@@ -149,13 +150,14 @@ def local_part(gradient: Tensor) -> tuple[Tensor, bool]:
     Of a DTensor that is copied over some dimensions of its mesh, the first copy counts: the others give
     nothing.
     """
-    if not isinstance(gradient, DTensor):
+    if not is_dtensor(gradient):
         return gradient, False
-    coordinate = gradient.device_mesh.get_coordinate()
-    local = gradient.to_local()
+    sharded: Any = gradient
+    coordinate = sharded.device_mesh.get_coordinate()
+    local: Tensor = sharded.to_local()
     copies = [
         at
-        for at, placement in zip(coordinate or (), gradient.placements, strict=True)
+        for at, placement in zip(coordinate or (), sharded.placements, strict=True)
         if placement.is_replicate()
     ]
     return (local.new_empty(0) if any(copies) else local), True

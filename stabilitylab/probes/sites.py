@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.compat import in_backward
 from stabilitylab.model_structure import blocks, is_embedding, is_linear, is_norm, named_modules
 from stabilitylab.statistics.summary import measurable
 
@@ -55,4 +56,4 @@ def counts(module: nn.Module) -> bool:
     runs without gradients in evaluation mode.
     """
     training = module.training or torch.is_grad_enabled()
-    return training and torch._C._current_graph_task_id() == -1 and not torch.is_inference_mode_enabled()
+    return training and not in_backward() and not torch.is_inference_mode_enabled()

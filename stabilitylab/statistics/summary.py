@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabilitylab.compat import is_functorch_wrapped
 from stabilitylab.statistics import native
 from stabilitylab.statistics.buffer import Buffer, Slots
 
@@ -67,7 +68,7 @@ def measurable(x: object) -> bool:
     ``torch.func``'s transforms."""
     return (
         isinstance(x, Tensor)
-        and (torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x))
+        and (torch.compiler.is_compiling() or not is_functorch_wrapped(x))
         and (x.is_floating_point() or x.is_complex())
         and x.device.type != "meta"
         and x.numel() > 0

@@ -12,7 +12,7 @@ from glm.data.batch import NO_TARGET
 from glm.data.blanks import gmask_rows, mask_pieces
 from glm.data.config import ObjectiveConfig
 from glm.data.loader import Loader
-from glm.data.spans import draw_spans
+from glm.data.spans import _quantiles, draw_spans
 from glm.data.special import SpecialTokens
 from glm.errors import InputError
 
@@ -191,3 +191,15 @@ def test_rows_too_short_for_spans_are_refused(data):
 def test_the_shortest_rows_hold(data):
     rows = Loader(data, ObjectiveConfig(gmask_share=0.0), length=12, seed=0).samples(range(2000))
     assert ((rows.targets_BT != NO_TARGET).sum(1) == 8).all()  # four pieces: [MASK] sop x, target x and eop
+
+
+@pytest.mark.parametrize("mean", [0.01, 0.5, 1.0, 3.0, 7.3, 33.0, 500.0])
+def test_span_lengths_follow_scipys_poisson_without_its_zero(mean):
+    """To the bit: training data depends on it."""
+    from scipy import stats
+
+    values = np.arange(1, int(stats.poisson.ppf(1 - 1e-12, mean)) + 2)
+    weight = stats.poisson.pmf(values, mean)
+    expected = (weight / weight.sum()).cumsum()
+    expected[-1] = 1.0
+    assert np.array_equal(_quantiles(mean)[0], expected)

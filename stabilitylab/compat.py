@@ -1,0 +1,75 @@
+"""Private interfaces of torch, each in one place: what it gives, since when, and which test would notice its end.
+
+    interface                                    gives                                        noticed by (tests of monitoring)
+    torch._C._current_graph_task_id              whether a backward pass is running           test_passes.py
+    torch._C.DisableTorchFunction                hooks that no tensor subclass can answer     test_lives.py
+    torch._C._functorch.is_functorch_wrapped_    tensors inside vmap and grad, left alone     test_lives.py
+    torch._dynamo.eval_frame.OptimizedModule     what torch.compile returns                   test_compiled.py
+    torch._dynamo.utils.counters                 how many frames have been compiled           test_compiled.py
+    torch._dynamo.external_utils.wrap_inline     what stands for a container's forward pass   test_compiled.py
+    torch._C._dynamo.eval_frame.reset_code       a frame is traced again                      test_compiled.py
+    torch.distributed.tensor.DTensor             public; here since it is slow to import      test_ranks.py
+
+All of them are in torch 2.8, the oldest supported, to 2.13. Two of the modules take as long to import as the rest of torch
+together, so they are looked at only where somebody else has imported them: what nobody has imported, nobody has used.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DisableTorchFunction = torch._C.DisableTorchFunction
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass, as a forward pass of activation recomputation is."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def is_functorch_wrapped(x: Tensor) -> bool:
+    """Whether it lives inside ``torch.func``'s transformations, where its numbers cannot be read."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+def compiler() -> Any:
+    """``torch._dynamo`` where something has imported it; None: then nothing can have been compiled."""
+    return sys.modules.get("torch._dynamo")
+
+
+def optimized_module() -> type | None:
+    """The type of what ``torch.compile`` makes of a module; None where nothing can have been compiled."""
+    found = compiler()
+    return None if found is None else found.eval_frame.OptimizedModule
+
+
+def compiled_frames() -> int:
+    """How many frames have been compiled in this process."""
+    found = compiler()
+    return 0 if found is None else int(found.utils.counters["frames"]["total"])
+
+
+def trace_again(codes: Iterable[CodeType | None]) -> None:
+    """Have frames of these codes, and PyTorch's own containers, traced anew when they are called next."""
+    if compiler() is None:
+        return
+    from torch._C._dynamo.eval_frame import reset_code
+    from torch._dynamo.external_utils import wrap_inline
+
+    # What torch.compile calls in place of the forward pass of nn.Sequential and its kin.
+    inlined = [x for x in inspect.unwrap(wrap_inline).__code__.co_consts if isinstance(x, CodeType)]
+    for code in (*codes, *inlined):
+        if code is not None:
+            reset_code(code)
+
+
+def is_dtensor(x: object) -> bool:
+    """Whether it is a ``DTensor``, as FSDP2's parameters are."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
