@@ -223,14 +223,14 @@ def heldout_loss(trainer: Trainer, data: Path) -> float:
         total, targets = 0.0, count_targets(batch)
         for first in range(0, HELDOUT_ROWS, 16):
             rows = slice(first, first + 16)
-            loss, _ = model.loss(  # type: ignore[operator]
+            loss, of_z, _ = model.loss_parts(  # type: ignore[operator]
                 batch.tokens_BT[rows],
                 batch.targets_BT[rows],
                 batch.positions[rows],
                 batch.segments_BT[rows],
                 batch.context_BT[rows],
             )
-            total += float(loss)
+            total += float(loss - of_z)  # a term of training, not of the likelihood
     finally:
         model.train()
     return total / targets if math.isfinite(total) else math.inf

@@ -22,7 +22,7 @@ from glm.model.layers import Linear
 from glm.model.norms import AnyNorm, make_norm
 from glm.model.positions import Rotation, alibi, is_causal, rotation, score_bias, visible
 from glm.model.scaling import width_ratio
-from glm.model.vocabulary_loss import logits, vocabulary_loss
+from glm.model.vocabulary_loss import logits, vocabulary_losses
 from glm.precision import upcasts
 
 
@@ -100,18 +100,31 @@ class Transformer(nn.Module):
         context_BT: Tensor,
         keys_B: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Sum of the target losses (fp32 scalar, nats) and how many there are; targets below 0 do not count.
+        """Sum of the target losses, z-loss included (fp32 scalar, nats), and how many there are; targets below 0 do not count.
 
         ``keys_B``: of the rows' dropout masks (``dropout.row_keys``); None: drawn here.
         """
+        total, _, count = self.loss_parts(tokens_BT, targets_BT, positions, segments_BT, context_BT, keys_B)
+        return total, count
+
+    def loss_parts(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        positions: Tensor,
+        segments_BT: Tensor,
+        context_BT: Tensor,
+        keys_B: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, int]:
+        """``loss``, with the z-loss's part of the sum in the middle, which has no gradient."""
         hidden_BTC = self.hidden(tokens_BT, positions, segments_BT, context_BT, keys_B)
         chosen = targets_BT >= 0
         target_N = targets_BT[chosen]
         config = self.config
-        total = vocabulary_loss(
+        total, of_z = vocabulary_losses(
             hidden_BTC[chosen], self.output_weight(), target_N, config.z_loss, config.logit_cap
         )
-        return total, target_N.numel()
+        return total, of_z, target_N.numel()
 
     def hidden(
         self,

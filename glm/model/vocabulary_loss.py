@@ -2,7 +2,7 @@
 
 For N target positions with hidden states h_n, output matrix W and targets t_n (z_n = log sum exp of the logits):
 
-    loss = sum_n  z_n - (W h_n)_t  +  c z_n^2                 c: z-loss (PaLM, 2204.02311, section 5)
+    loss = sum_n  z_n - (W h_n)_t  +  c z_n^2                 c: z-loss (PaLM, 2204.02311, section 5), told apart as well
     d/dlogits = softmax (1 + 2 c z_n) - onehot(t_n)
 
 With a cap c (Gemma 2) a logit is c tanh(z / c), and its gradient is multiplied by 1 - tanh^2.
@@ -46,7 +46,7 @@ class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, z_loss: float, cap: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.dtypes = hidden_NC.dtype, weight_VC.dtype
         needs_gradient = any(ctx.needs_input_grad[:2])
         # Where half products are computed in fp32 anyway, upcast once instead of once a chunk.
@@ -54,7 +54,7 @@ class _VocabularyLoss(torch.autograd.Function):
         hidden_NC, weight = (at_least_fp32(x) if in_fp32 else x for x in (hidden_NC, weight_VC))
         wide = torch.promote_types(hidden_NC.dtype, torch.float32)
         ctx.lift = LIFT if hidden_NC.dtype == torch.float16 else 1.0
-        loss = hidden_NC.new_zeros((), dtype=wide)
+        loss, squares = (hidden_NC.new_zeros((), dtype=wide) for _ in range(2))
         # Without gradients (in evaluation) these stay empty.
         grad_hidden = hidden_NC.new_empty(hidden_NC.shape if needs_gradient else (0,), dtype=wide)
         grad_weight = hidden_NC.new_zeros(weight_VC.shape if needs_gradient else (0,), dtype=wide)
@@ -65,7 +65,13 @@ class _VocabularyLoss(torch.autograd.Function):
             target_n1 = target_N[first : first + size, None]
             logits_nV = capped(at_least_fp32(linear(hidden, weight)), cap)
             if not cap and hidden.dtype == wide and has_kernel(logits_nV):
-                loss += losses(logits_nV, target_n1, z_loss).sum()
+                of_target_n = logits_nV.gather(1, target_n1)[:, 0] if z_loss else None  # overwritten next
+                loss_n = losses(logits_nV, target_n1, z_loss)
+                loss += loss_n.sum()
+                if of_target_n is not None:
+                    # The kernel adds up z + c z^2: solved for z, in the form that loses nothing where c is small.
+                    both_n = loss_n + of_target_n
+                    squares += (2 * both_n / (1 + (1 + 4 * z_loss * both_n).sqrt())).square().sum()
                 if needs_gradient:
                     grad_hidden[first : first + size] = wide_product(logits_nV, weight)
                     grad_weight += wide_product_of_rows(logits_nV, hidden)
@@ -77,7 +83,8 @@ class _VocabularyLoss(torch.autograd.Function):
             loss += (largest_n1 - logits_nV.gather(1, target_n1) + log_total_n1).sum()
             z_n1 = log_total_n1 + largest_n1
             if z_loss:
-                loss += z_loss * z_n1.square().sum()
+                squares += (of_chunk := z_n1.square().sum())
+                loss += z_loss * of_chunk
             if needs_gradient:
                 # In place: the probabilities become the logits' gradient.
                 grad_logits = softmax_nV.mul_(1 + 2 * z_loss * z_n1) if z_loss else softmax_nV
@@ -89,10 +96,12 @@ class _VocabularyLoss(torch.autograd.Function):
                 grad_hidden[first : first + size] = wide_product(grad_logits, weight)
                 grad_weight += wide_product_of_rows(grad_logits, hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return loss
+        squares *= z_loss
+        ctx.mark_non_differentiable(squares)
+        return loss, squares
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         grad = grad / ctx.lift
@@ -112,8 +121,15 @@ def vocabulary_loss(
         z_loss: coefficient c.
         cap: of the logits; 0 is off.
     """
-    loss: Tensor = _VocabularyLoss.apply(hidden_NC, weight_VC, target_N, z_loss, cap)  # type: ignore[no-untyped-call]
-    return loss
+    return vocabulary_losses(hidden_NC, weight_VC, target_N, z_loss, cap)[0]
+
+
+def vocabulary_losses(
+    hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, z_loss: float, cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """``vocabulary_loss``, and the z-loss's part of it, which has no gradient."""
+    both: tuple[Tensor, Tensor] = _VocabularyLoss.apply(hidden_NC, weight_VC, target_N, z_loss, cap)  # type: ignore[no-untyped-call]
+    return both
 
 
 def logits(hidden: Tensor, weight_VC: Tensor, cap: float = 0.0) -> Tensor:

@@ -256,11 +256,15 @@ class ParallelEngine(Updates):
             most = math.ceil(math.ceil(whole.rows / self.micro_rows) / self.topology.data)
             for _ in range(most - len(micro_batches)):
                 self._spreading.idle()
-        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(
+            2, dtype=torch.float64, device=self.device
+        )  # of the targets' losses, of their z-losses
         if feed.losses and self.tensor_rank == 0:
-            total += torch.stack(feed.losses).double().sum()
-        dist.all_reduce(total)
-        self.optimizer.loss = float(total) / whole.targets
+            sums += torch.stack(feed.losses).double().sum(0)
+        dist.all_reduce(sums)
+        self.optimizer.loss, of_z = (sums / whole.targets).tolist()
+        if self.model.config.z_loss:
+            self.auxiliary = {"z_loss": of_z}
         return self.optimizer.loss
 
     def _backward(self, pipeline: Any, buffer_id: int) -> None:

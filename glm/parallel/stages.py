@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from glm.model.config import ModelConfig
 from glm.model.positions import visible
 from glm.model.transformer import Transformer
-from glm.model.vocabulary_loss import vocabulary_loss
-from glm.parallel.vocabulary_loss import split_vocabulary_loss
+from glm.model.vocabulary_loss import vocabulary_losses
+from glm.parallel.vocabulary_loss import split_vocabulary_losses
 from glm.planning.layout import stage_layers
 
 # tokens, targets, positions, segments, context, keys of the dropout masks
@@ -146,12 +146,12 @@ def _end(feed: Feed) -> Callable[[Tensor], Tensor]:
         chosen = feed.targets_BT >= 0
         hidden_NC, weight_VC, target_N = x_BTC[chosen], model.output_weight(), feed.targets_BT[chosen]
         z_loss, cap = model.config.z_loss, model.config.logit_cap
-        total = (
-            vocabulary_loss(hidden_NC, weight_VC, target_N, z_loss, cap)
+        total, of_z = (
+            vocabulary_losses(hidden_NC, weight_VC, target_N, z_loss, cap)
             if feed.tensor is None
-            else split_vocabulary_loss(hidden_NC, weight_VC, target_N, z_loss, feed.tensor, cap)
+            else split_vocabulary_losses(hidden_NC, weight_VC, target_N, z_loss, feed.tensor, cap)
         )
-        feed.losses.append(total.detach())
+        feed.losses.append(torch.stack([total.detach() - of_z, of_z]))
         return total * feed.scale
 
     return lambda x_BTC: feed.around(feed.model.config.layers + 1, loss, x_BTC)

@@ -34,14 +34,14 @@ class _SplitVocabularyLoss(torch.autograd.Function):
         z_loss: float,
         group: dist.ProcessGroup,
         cap: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.dtypes = hidden_NC.dtype, weight_VC.dtype
         in_fp32 = upcasts(hidden_NC)
         hidden_NC, weight = (at_least_fp32(x) if in_fp32 else x for x in (hidden_NC, weight_VC))
         ctx.lift = LIFT if hidden_NC.dtype == torch.float16 else 1.0
         wide = torch.promote_types(hidden_NC.dtype, torch.float32)
         needs_gradient = any(ctx.needs_input_grad[:2])
-        loss = hidden_NC.new_zeros((), dtype=wide)
+        loss, squares = (hidden_NC.new_zeros((), dtype=wide) for _ in range(2))
         grad_hidden = hidden_NC.new_empty(hidden_NC.shape if needs_gradient else (0,), dtype=wide)
         grad_weight = hidden_NC.new_zeros(weight_VC.shape if needs_gradient else (0,), dtype=wide)
         size = max(1, CHUNK_ELEMENTS // weight_VC.shape[0])
@@ -64,7 +64,8 @@ class _SplitVocabularyLoss(torch.autograd.Function):
             loss += (log_total_n1 - target_n1).sum()
             z_n1 = log_total_n1 + largest_n1
             if z_loss:
-                loss += z_loss * z_n1.square().sum()
+                squares += (of_chunk := z_n1.square().sum())
+                loss += z_loss * of_chunk
             if needs_gradient:
                 grad_logits = softmax_nV.div_(total_n1).mul_(1 + 2 * z_loss * z_n1)
                 grad_logits.scatter_add_(1, local_n1, elsewhere_n1.to(wide) - 1.0)
@@ -76,10 +77,12 @@ class _SplitVocabularyLoss(torch.autograd.Function):
         if needs_gradient:
             dist.all_reduce(grad_hidden, group=group)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return loss
+        squares *= z_loss
+        ctx.mark_non_differentiable(squares)
+        return loss, squares
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         grad = grad / ctx.lift
         hidden_dtype, weight_dtype = ctx.dtypes
@@ -105,6 +108,20 @@ def split_vocabulary_loss(
         group: the tensor ranks.
         cap: of the logits; 0 is off.
     """
+    return split_vocabulary_losses(hidden_NC, weight_VC, target_N, z_loss, group, cap)[0]
+
+
+def split_vocabulary_losses(
+    hidden_NC: Tensor,
+    weight_VC: Tensor,
+    target_N: Tensor,
+    z_loss: float,
+    group: dist.ProcessGroup,
+    cap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``split_vocabulary_loss``, and the z-loss's part of it, which has no gradient."""
     first = dist.get_rank(group) * weight_VC.shape[0]
-    loss: Tensor = _SplitVocabularyLoss.apply(hidden_NC, weight_VC, target_N, first, z_loss, group, cap)  # type: ignore[no-untyped-call]
-    return loss
+    both: tuple[Tensor, Tensor] = _SplitVocabularyLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_NC, weight_VC, target_N, first, z_loss, group, cap
+    )
+    return both

@@ -16,6 +16,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +89,8 @@ class Engine(Protocol):
         """What an update of ``rows`` rows is altogether, of which ``batch`` holds this process's own. All ask at once."""
 
     def forward_backward(self, batch: Batch, step: int, whole: Whole | None = None) -> float:
-        """Accumulate the gradient of the update's mean target loss; returns that loss in nats.
+        """Accumulate the gradient of the update's mean target loss; returns that loss in nats, without auxiliary terms (z-loss):
+        they are in the gradient, and in ``levers`` under their own names.
 
         Args:
             batch: this process's own rows; all rows, if ``whole`` is None.
@@ -106,7 +108,7 @@ class Engine(Protocol):
         """Clip and apply the gradient, then forget it. False: it was not finite, or a guard said so, and the update was skipped."""
 
     def levers(self) -> Mapping[str, float]:
-        """What guards and the like did in the last update, by telemetry name."""
+        """What guards and the like did in the last update, and the means of auxiliary terms of the loss, by telemetry name."""
 
     def discard(self) -> None:
         """Forget the accumulated gradient without an update."""
@@ -152,6 +154,7 @@ class Updates:
 
     optimizer: MixedPrecisionAdamW
     scaler: LossScaler | None
+    auxiliary: Mapping[str, float] = MappingProxyType({})
 
     @property
     def loss_scale(self) -> float:
@@ -168,7 +171,8 @@ class Updates:
         return applied
 
     def levers(self) -> Mapping[str, float]:
-        return {name: float(value) for name, value in self.optimizer.guards.told.items()}
+        guarded = {name: float(value) for name, value in self.optimizer.guards.told.items()}
+        return {**guarded, **self.auxiliary}
 
     def discard(self) -> None:
         self.optimizer.zero_grad()
@@ -256,18 +260,23 @@ class LocalEngine(Updates):
     def forward_backward(self, batch: Batch, step: int, whole: Whole | None = None) -> float:
         targets = whole.targets if whole is not None else count_targets(batch)
         check_targets(targets, step)
-        total = 0.0
+        total = of_z = 0.0
         for first in range(0, batch.tokens_BT.shape[0], self.micro_rows):
             rows = slice(first, first + self.micro_rows)
             tokens, targets_BT, positions, segments, context = (
                 part.to(self.device) for part in _model_inputs(batch, rows)
             )
             keys_B = row_keys(self.seed, step, range(first, first + len(tokens))) if self._drops else None
-            loss_sum, _ = self.model.loss(tokens, targets_BT, positions, segments, context, keys_B)
+            loss_sum, z_sum, _ = self.model.loss_parts(
+                tokens, targets_BT, positions, segments, context, keys_B
+            )
             (loss_sum * (self.loss_scale / targets)).backward()  # type: ignore[no-untyped-call]
             self.optimizer.accumulate()
             total += float(loss_sum.detach())
-        self.optimizer.loss = total / targets
+            of_z += float(z_sum) if self.model.config.z_loss else 0.0
+        if self.model.config.z_loss:
+            self.auxiliary = {"z_loss": of_z / targets}
+        self.optimizer.loss = (total - of_z) / targets
         return self.optimizer.loss
 
     def update(self, learning_rate: float, *, clip: float) -> bool:

@@ -36,7 +36,7 @@ class StepInfo:
 
     Attributes:
         step: its number, from 0.
-        loss: mean over the step's targets, nats.
+        loss: mean over the step's targets, nats, without auxiliary terms.
         gradient_norm: global L2 norm, unscaled, before clipping; inf or nan if it overflowed.
         learning_rate: the rate of this update.
         tokens: input tokens of this step, padding included.
@@ -47,7 +47,7 @@ class StepInfo:
         embedding_gradient_shrink: EGS's alpha in this step; 1 = off.
         data_seconds: the part of ``seconds`` spent waiting for the batch.
         first_sample: number of the step's first row: with it the batch can be built again.
-        levers: what guards and the like did in this update, by telemetry name.
+        levers: what guards and the like did in this update, and the loss's auxiliary terms (z_loss), by telemetry name.
     """
 
     step: int

@@ -16,7 +16,7 @@ from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig
 from glm.model.initialise import deep_gain
 from glm.model.positions import alibi, rotate, rotation, score_bias, visible
 from glm.model.transformer import Transformer
-from glm.model.vocabulary_loss import vocabulary_loss
+from glm.model.vocabulary_loss import vocabulary_loss, vocabulary_losses
 from glm.presets import PRESETS
 
 SMALL = ModelConfig(vocabulary=97, layers=3, hidden=32, heads=4, length=24)
@@ -243,7 +243,9 @@ def test_the_vocabulary_loss_is_cross_entropy(z_loss, monkeypatch):
     exact = F.cross_entropy(logits, target, reduction="sum") + z_loss * logits.logsumexp(1).square().sum()
     (3.0 * exact).backward()
     # fp32 sums over 97 classes and 40 rows of numbers up to about 20.
-    assert vocabulary_loss(hidden, weight, target, z_loss).item() == pytest.approx(exact.item(), rel=1e-6)
+    loss, of_z = vocabulary_losses(hidden, weight, target, z_loss)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert of_z.item() == pytest.approx(z_loss * float(logits.detach().logsumexp(1).square().sum()), rel=1e-5)
     torch.testing.assert_close(hidden.grad.double(), h.grad, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(weight.grad.double(), w.grad, rtol=1e-5, atol=1e-4)
 

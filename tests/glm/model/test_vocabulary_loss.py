@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from glm.model import vocabulary_loss as module
-from glm.model.vocabulary_loss import vocabulary_loss
+from glm.model.vocabulary_loss import vocabulary_loss, vocabulary_losses
 
 V, C, N = 400, 32, 24
 
@@ -61,6 +61,9 @@ def test_native_half_gradients_are_float64s(native, dtype, z_loss):
     # Four roundings to half: logits (of size up to 8), their gradient, the result; and the logits' error moves the softmax.
     u = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
     assert loss.item() == pytest.approx(exact.item(), rel=16 * u)
+    _, of_z = vocabulary_losses(hidden, weight, target, z_loss)
+    assert of_z.item() == pytest.approx(z_loss * float(logits.detach().logsumexp(1).square().sum()), rel=16 * u)
+    assert not of_z.requires_grad
     for ours, theirs in ((hidden.grad, h.grad), (weight.grad, w.grad)):
         assert (ours.double() - theirs).abs().max() <= 16 * u * theirs.abs().max()
 

@@ -1,6 +1,7 @@
 """Decisions carried out by the loop: told as they were done, paid for when something was; a policy of one's own."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -74,6 +75,29 @@ def test_where_nothing_can_be_done_nothing_is_told_or_paid(data_folder):
     assert trainer.train()
     assert alarm.told == []
     assert trainer.responder.state_dict()["used"] == 0
+
+
+class Steps(Callback):
+    def __init__(self):
+        self.infos = []
+
+    def step_end(self, info):
+        self.infos.append(info)
+        return ()
+
+
+def test_auxiliary_terms_of_the_loss_have_names_of_their_own(data_folder):
+    infos = []
+    for z_loss in (0.0, 0.01):
+        seen = Steps()
+        config = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, z_loss=z_loss))
+        training(data_folder, seen, config=config).train(until=2)
+        infos.append(seen.infos)
+    (plain, later), (with_term, _) = infos
+    # The same weights: the same loss, whatever was added to it. The logits are near 0, so z is ln 1000 and a bit.
+    assert with_term.loss == pytest.approx(plain.loss, rel=1e-6)
+    assert with_term.levers["z_loss"] == pytest.approx(0.01 * math.log(1000) ** 2, rel=0.05)
+    assert "z_loss" not in later.levers
 
 
 def test_a_step_copies_no_state_of_the_responder(data_folder, monkeypatch):
