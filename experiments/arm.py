@@ -38,6 +38,8 @@ class Suite:
         question: what is asked, in a sentence or two.
         preset: of ``glm train``.
         settings: flags shared by every arm.
+        rates: log2 of the peak learning rates at which each arm is run, lowest first; () : at the settings' own. With rates the
+            suite has a frontier (the largest rate that survives), and every other metric is of the runs at the lowest one.
         steps: updates per run.
         seeds: each arm runs once with each.
         arms: the treatments; the first is the baseline of the tables.
@@ -54,10 +56,22 @@ class Suite:
     claims: tuple[Claim, ...]
     data: Callable[[Path], Path]
     settings: Mapping[str, str] = field(default_factory=dict)
+    rates: tuple[float, ...] = ()
 
-    def command(self, arm: Arm, seed: int, *, data: Path, out: Path, steps: int | None = None) -> list[str]:
-        """The ``glm train`` arguments of one run, without the program's name."""
+    def command(
+        self,
+        arm: Arm,
+        seed: int,
+        *,
+        data: Path,
+        out: Path,
+        steps: int | None = None,
+        rate: float | None = None,
+    ) -> list[str]:
+        """The ``glm train`` arguments of one run, without the program's name. ``rate``: one of ``rates``."""
         flags = {**self.settings, **arm.settings}
+        if rate is not None:
+            flags["schedule.peak"] = f"{2.0**rate:g}"
         return [
             "train",
             self.preset,

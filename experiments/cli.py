@@ -36,16 +36,6 @@ SuiteName = Annotated[str, tyro.conf.Positional]
 SuiteNames = Annotated[tuple[str, ...], tyro.conf.Positional]
 
 
-def load_suite(name: str) -> Suite:
-    """The suite of that name. Raises InputError with the names there are."""
-    suite = load(name)
-    if not isinstance(suite, Suite):
-        raise InputError(
-            f"{name} is a study: its numbers are in values.jsonl; python -m experiments verdicts judges them"
-        )
-    return suite
-
-
 def run(
     suite: SuiteName,
     *,
@@ -128,27 +118,34 @@ def _verdicts_of(asked: Suite | Study, out: Path) -> list[Verdict]:
     """Every claim, from what is in the folder, with whether it holds among all of them."""
     if isinstance(asked, Study):
         return judged(asked, out)
-    from experiments.metrics import measure
-    from experiments.report import judge_suite, load_runs
+    from experiments.results import results_of
 
-    return judge_suite(asked, measure(load_runs(asked, out)))
+    return results_of(asked, out).verdicts
 
 
 def report(suite: SuiteName, *, out: Path | None = None) -> int:
-    """Write report.html into the suite's folder and say where it and the TensorBoard files are.
+    """Write report.html into the folder; print the verdicts, the most telling sentence, and where the report lies.
 
     Args:
-        suite: name of the suite, or a Python file of your own.
+        suite: name of the suite or study, or a Python file of your own.
         out: where its runs are; by default runs/SUITE.
     """
-    from experiments.report import write_report
+    from experiments.report import cause_sentence, telling_sentence, write_report
+    from experiments.results import results_of
 
-    asked = load_suite(suite)
+    asked = load(suite)
     out = out or Path("runs") / asked.name
-    path = write_report(with_found(asked, out), out)
+    asked = with_found(asked, out)
+    results = results_of(asked, out)
+    path = write_report(asked, out, results=results)
     console = Console()
-    console.print(f"report:      {path}", soft_wrap=True)
-    console.print(f"tensorboard: tensorboard --logdir {out}", soft_wrap=True)
+    console.print(_table([(results.name, verdict) for verdict in results.verdicts]))
+    for sentence in (telling_sentence(results), cause_sentence(results)):
+        if sentence:
+            console.print(Text(sentence), soft_wrap=True)
+    console.print(Text(f"report:      {path}"), soft_wrap=True)
+    if results.runs:
+        console.print(Text(f"tensorboard: tensorboard --logdir {out}"), soft_wrap=True)
     return 0
 
 

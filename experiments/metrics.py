@@ -127,7 +127,7 @@ def attention_score_max(run: Run) -> float:
 
 
 def fp16_headroom(run: Run) -> float:
-    largest = np.nanmax([residual_stream_max(run), attention_score_max(run)])
+    largest = float(np.fmax(residual_stream_max(run), attention_score_max(run)))
     if math.isinf(largest):
         return -math.inf
     return float(np.log2(FP16_MAX / largest)) if largest > 0 else math.nan

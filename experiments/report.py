@@ -1,76 +1,276 @@
-"""A suite's report: what was asked, the verdicts, the metrics by seed, and the figures a person looks at first."""
+"""A question's report: the frontier and the verdicts first, then how sure they are, what broke and why, and the numbers.
+
+It is for someone who never saw the tool: every chart says what it shows, every verdict is a sentence, and what is an abbreviation
+here is said once.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
 import torch
 
-from experiments.arm import Suite
-from experiments.metrics import METRICS, Metric, measure
-from experiments.runner import jobs_of
-from experiments.verdicts import Values, Verdict, judge_all, words
-from stabilitylab.errors import InputError
-from stabilitylab.report import Cell, Page, Section, Table
+from experiments import charts
+from experiments.arm import Arm, Suite
+from experiments.metrics import Metric
+from experiments.results import FRONTIER, Made, Results, results_of
+from experiments.study import Outcome, Study
+from experiments.verdicts import Verdict, words
+from stabilitylab.report import Cell, Page, Part, Said, Section, Statements, Table
 from stabilitylab.report import sections as shown
-from stabilitylab.runs import Run, load_run
+from stabilitylab.runs import Run
+
+TONE = {"supported": "good", "against": "bad", "equivalent": "even", "undecided": "open"}
+MOST_BROKEN = 200
+# Layers are looked into in so many runs: one an arm, at the lowest rate.
+MOST_LOOKED_INTO = 8
 
 
-def write_report(suite: Suite, out: Path) -> Path:
-    """Write ``report.html`` into the suite's folder from the runs that are there. Raises InputError if none is."""
-    runs = load_runs(suite, out)
-    values = measure(runs)
-    page = Page(title=f"{suite.name}: {len(suite.arms)} arms, {len(suite.seeds)} seeds", lead=suite.question)
-    page.facts = facts(suite, runs)
-    page.sections += [arms_section(suite), verdict_section(suite, values), metric_section(suite, values)]
-    by_label = {arm: list(by_seed.values()) for arm, by_seed in runs.items()}
-    page.sections += [
-        shown.overview(by_label),
-        shown.episode_section(by_label),
+def write_report(asked: Suite | Study, out: Path, *, results: Results | None = None) -> Path:
+    """Write ``report.html`` into the folder from what is there. Raises InputError if nothing is."""
+    results = results or results_of(asked, out)
+    page = Page(title=title(results), lead=lead(results), facts=facts(asked, results))
+    page.sections += [first_screen(results), how_sure(results)]
+    if results.runs:
+        page.sections += [broken_section(results), *course_sections(results)]
+    page.sections += [metric_section(results), arms_section(asked)]
+    if isinstance(asked, Suite):
+        page.sections += [*layer_sections(results), commands_section(asked)]
+    else:
+        page.sections.append(predictions_section(asked))
+    return page.write(out / "report.html")
+
+
+def title(results: Results) -> str:
+    """The question's first sentence."""
+    first = results.question.partition("?")[0].strip()
+    return f"{first}?" if "?" in results.question else f"{results.name}: {first}"
+
+
+# ------------------------------------------------------------------------------------------------------- what comes first
+
+
+def lead(results: Results) -> str:
+    """The most telling sentences: who survives what, what broke, how much is decided."""
+    decided = sum(verdict.judgement != "undecided" for verdict in results.verdicts)
+    said = [telling_sentence(results)] if results.alive else []
+    if cause := cause_sentence(results):
+        said.append(cause)
+    if results.verdicts:
+        said.append(f"Of {len(results.verdicts)} claims {decided} are decided.")
+    return " ".join(said)
+
+
+def telling_sentence(results: Results) -> str:
+    """At which rate the arms differ most, and who survives it: "At a learning rate of 0.25, deepnorm-bf16 survives ..."."""
+    rate = charts.telling_rate(results)
+    if rate is None:
+        return ""
+    shares = {arm: by_rate[rate] for arm, by_rate in results.alive.items() if rate in by_rate}
+    best = max(shares.values(), key=lambda share: share[0] / share[1])
+    worst = min(shares.values(), key=lambda share: share[0] / share[1])
+    at = f"At a learning rate of {charts.rate_words(rate)}"
+    if best[0] / best[1] == worst[0] / worst[1]:
+        return f"{at} every arm survives in {best[0]} of {best[1]} seeds."
+    tops = [arm for arm, share in shares.items() if share == best]
+    lows = [arm for arm, share in shares.items() if share == worst]
+    return (
+        f"{at} {_and(tops)} {'survives' if len(tops) == 1 else 'survive'} in {best[0]} of {best[1]} seeds, "
+        f"{_and(lows)} in {worst[0]} of {worst[1]}."
+    )
+
+
+def cause_sentence(results: Results) -> str:
+    """What broke most often, and where: "Of 50 runs that broke, 48 began with an overflow of the number format, 30 of them ..."."""
+    broken = results.broken
+    found = [cause for made in broken if (cause := cause_of(made)) is not None]
+    if not found:
+        return ""
+    (what, count), *_ = Counter(what for what, _ in found).most_common(1)
+    (where, often), *_ = Counter(site for one, site in found if one == what).most_common(1)
+    at = f", {often} of them in {where}" if where else ""
+    return f"Of {len(broken)} runs that broke, {count} began with {what}{at}."
+
+
+def cause_of(made: Made) -> tuple[str, str] | None:
+    """The first suspect of a run that broke, in words, and its site, as the run recorded them; None where it did not."""
+    for event in made.run.events:
+        if event.kind == "diagnosis":
+            said = " ".join(map(str, event.data.get("sentences", ())))
+            suspect = said.partition("First suspect: ")[2].partition(". ")[0].removesuffix(".")
+            site = str(event.data.get("site") or "")
+            return (suspect or str(event.data.get("cause", ""))).removesuffix(f", {site}"), site
+    return None
+
+
+def first_screen(results: Results) -> Section:
+    """The frontier and the verdicts."""
+    parts: list[Part] = []
+    if results.alive:
+        parts.append(charts.frontier_chart(results))
+    elif results.verdicts:
+        parts.append(charts.effects_chart(results))
+    parts.append(verdict_statements(results))
+    name = "Which rate is survived, and what is decided" if results.alive else "What is decided"
+    return Section(title=name, parts=parts)
+
+
+def verdict_statements(results: Results) -> Statements:
+    """Every claim with its verdict, decided ones first."""
+    said = [
+        Said(
+            word=verdict.judgement,
+            text=f"{number}. {verdict.claim.text}",
+            detail=verdict_detail(verdict, results.outcomes[verdict.claim.metric]),
+            tone=TONE[verdict.judgement],
+        )
+        for number, verdict in charts.numbered(results)
+    ]
+    return Statements(
+        said=said,
+        note="Supported, against: the seeds rule out that there is no difference, at 5 % a claim and however often one has looked. "
+        "Equivalent: whatever difference is left is too small to matter. Undecided: more seeds are needed.",
+    )
+
+
+def verdict_detail(verdict: Verdict, outcome: Metric | Outcome) -> str:
+    """ "deepnorm-bf16 -1 against deepnorm -4, largest rate survived, log2: +2.5 octaves [2, 3], 8 seeds"."""
+    claim, one = verdict.claim, verdict.decision
+    if not one.n:
+        return "No seed has run in both arms."
+    sides = _mean_words(claim.arm, verdict.arm_values)
+    if claim.baseline is not None:
+        sides += f" against {_mean_words(claim.baseline, verdict.baseline_values)}"
+    alone = "" if verdict.holds else "; by itself, not among all claims together"
+    seen = (
+        ""
+        if not math.isfinite(one.detectable) or one.verdict != "undecided"
+        else f"; would have seen {one.detectable:.2g}"
+    )
+    return f"{outcome.title}: {sides}; effect {charts.effect_words(verdict, outcome)}; {one.n} seeds{seen}{alone}"
+
+
+def how_sure(results: Results) -> Section:
+    """Effects on one scale, evidence over seeds, and the claims in numbers."""
+    rows: list[list[Cell | str]] = [
+        [
+            f"{number}. {verdict.claim.text}",
+            Cell(text=words(verdict.decision), detail=f"after {verdict.claim.source}"),
+            charts.effect_words(verdict, results.outcomes[verdict.claim.metric]),
+            f"{verdict.decision.e_value:.2g}",
+            "yes" if verdict.holds else "no",
+        ]
+        for number, verdict in charts.numbered(results)
+    ]
+    parts: list[Part] = [charts.effects_chart(results)] if results.alive and results.verdicts else []
+    if results.verdicts:
+        parts.append(charts.evidence_chart(results))
+        columns = ["claim", "verdict", "effect, 95 % interval", "e-value", "holds among all"]
+        parts.append(Table(columns=columns, rows=rows))
+    text = (
+        f"Of {len(results.claims)} claims without any effect {0.05 * len(results.claims):.1f} false verdicts would be expected at "
+        "most; the last column says which hold when all are judged together (Holm).",
+    )
+    return Section(title="How sure", text=text, parts=parts)
+
+
+# ----------------------------------------------------------------------------------------------------- what the runs did
+
+
+def broken_section(results: Results) -> Section:
+    """The runs that collapsed, when and of what."""
+    broken = results.broken
+    if not broken:
+        return Section(title="Runs that broke", text=(f"None of {len(results.runs)} runs broke.",))
+    rows: list[list[Cell | str]] = [
+        [
+            made.arm,
+            "–" if made.rate is None else charts.rate_words(made.rate),
+            str(made.seed),
+            f"{made.broke:,}",
+            ", ".join(filter(None, cause_of(made) or ("not told: see its own report",))),
+            made.run.name,
+        ]
+        for made in sorted(broken, key=lambda one: (one.rate or 0, one.arm, one.seed))
+    ]
+    text = f"{len(broken)} of {len(results.runs)} runs lost their loss for good; a lost run ends early."
+    if len(rows) > MOST_BROKEN:
+        text += f" The first {MOST_BROKEN} are listed."
+    parts = [
+        Table(
+            columns=["arm", "rate", "seed", "broke at step", "first suspect", "folder"],
+            rows=rows[:MOST_BROKEN],
+            note="stabilitylab report FOLDER shows one run from near; docs/causes.md says what the suspects mean.",
+        ),
+    ]
+    return Section(title="Runs that broke", text=(text,), parts=parts)
+
+
+def course_sections(results: Results) -> list[Section]:
+    """Who is on course over the steps, and loss and gradient norm, at the rate where the arms differ most."""
+    rate = charts.telling_rate(results)
+    alive = charts.alive_chart(results, rate)
+    at = "" if rate is None else f" at a rate of {charts.rate_words(rate)}"
+    curves = shown.overview(_runs_at(results, rate))
+    curves.title += at
+    return [Section(title="How long runs last", parts=[alive]), curves]
+
+
+def layer_sections(results: Results) -> list[Section]:
+    """What layers did, in one run an arm at the lowest rate."""
+    rates = [made.rate for made in results.runs if made.rate is not None]
+    by_label = {
+        arm: runs[:1]
+        for arm, runs in list(_runs_at(results, min(rates, default=None)).items())[:MOST_LOOKED_INTO]
+    }
+    found = [
         shown.gradients(by_label),
         shown.residual_stream(by_label),
         shown.attention(by_label),
         shown.outliers(by_label),
-        commands_section(suite),
     ]
-    return page.write(out / "report.html")
+    for section in found:
+        section.title += ", one seed"
+    return found
 
 
-def load_runs(suite: Suite, out: Path) -> dict[str, dict[int, Run]]:
-    """The suite's complete runs, by arm and seed."""
-    runs: dict[str, dict[int, Run]] = {arm.name: {} for arm in suite.arms}
-    for job in jobs_of(suite, out):
-        if job.is_complete():
-            runs[job.arm.name][job.seed] = load_run(job.out)
-    if not any(runs.values()):
-        raise InputError(
-            f"{out} holds no complete run of {suite.name}: first python -m experiments run {suite.name}"
-        )
-    return {arm: by_seed for arm, by_seed in runs.items() if by_seed}
+def _runs_at(results: Results, rate: float | None) -> dict[str, list[Run]]:
+    by_label: dict[str, list[Run]] = {}
+    for made in results.runs:
+        if made.rate == rate:
+            by_label.setdefault(made.arm, []).append(made.run)
+    return by_label
 
 
-def facts(suite: Suite, runs: Mapping[str, Mapping[int, Run]]) -> dict[str, str]:
+# ------------------------------------------------------------------------------------------------------------ the numbers
+
+
+def facts(asked: Suite | Study, results: Results) -> dict[str, str]:
     """Small print: what was run, where, when."""
-    complete = sum(len(by_seed) for by_seed in runs.values())
-    config = next(iter(next(iter(runs.values())).values())).config
-    return {
-        "runs": f"{complete} of {len(suite.arms) * len(suite.seeds)} complete",
-        "steps": str(config.get("steps")),
-        "seeds": ", ".join(map(str, suite.seeds)),
-        "preset": suite.preset,
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-    }
+    found = {"question": results.name}
+    if isinstance(asked, Suite):
+        config = results.runs[0].run.config
+        planned = len(asked.arms) * len(asked.seeds) * max(len(asked.rates), 1)
+        found |= {
+            "runs": f"{len(results.runs)} of {planned} complete",
+            "steps": str(config.get("steps")),
+            "seeds": ", ".join(map(str, asked.seeds)),
+        }
+    else:
+        found["seeds"] = f"{results.seeds} of {asked.seeds}"
+    return {**found, "preset": asked.preset, "torch": torch.__version__, "date": date.today().isoformat()}
 
 
-def arms_section(suite: Suite) -> Section:
+def arms_section(asked: Suite | Study) -> Section:
+    """What the arms are."""
     rows = [
-        [arm.name, arm.summary, " ".join(f"--{k} {v}" for k, v in arm.settings.items())] for arm in suite.arms
+        [arm.name, arm.summary, " ".join(f"--{k} {v}" for k, v in arm.settings.items())] for arm in asked.arms
     ]
-    common = " ".join(f"--{k} {v}" for k, v in suite.settings.items())
+    common = " ".join(f"--{k} {v}" for k, v in asked.settings.items())
     return Section(
         title="Arms",
         text=(f"All share: {common}.",),
@@ -78,103 +278,82 @@ def arms_section(suite: Suite) -> Section:
     )
 
 
-def verdict_section(suite: Suite, values: Values) -> Section:
-    verdicts = judge_suite(suite, values)
-    rows: list[list[Cell | str]] = [
-        [
-            verdict.claim.text,
-            Cell(
-                text=words(verdict.decision) + ("" if verdict.holds else "; not among all claims together"),
-                detail=f"after {verdict.claim.source}",
-            ),
-            _pair(verdict),
-            _difference(verdict),
-        ]
-        for verdict in verdicts
-    ]
-    return Section(
-        title="Verdicts",
-        text=(
-            "A claim is supported, or against, when the seeds rule out no difference at 5 %, however often one has looked; "
-            "equivalent when all that is left of a difference is smaller than what matters; undecided otherwise. Evidence is an "
-            f"e-value: 20 decides. Of {len(suite.claims)} claims without any effect {0.05 * len(suite.claims):.1f} false verdicts "
-            "would be expected at most; those that do not hold among all together (Holm) are marked.",
-        ),
-        parts=[Table(columns=["claim", "verdict", "arm / baseline", "effect, 95 % interval"], rows=rows)],
-    )
-
-
-def judge_suite(suite: Suite, values: Values) -> list[Verdict]:
-    """Every claim of a suite, and whether it holds among all of them."""
-    return judge_all(suite.claims, values, METRICS)
-
-
-def metric_section(suite: Suite, values: Values) -> Section:
+def metric_section(results: Results) -> Section:
     """One row a metric, one column an arm: mean, with the seeds' values below."""
-    arms = [arm.name for arm in suite.arms if any(arm.name in by_arm for by_arm in values.values())]
+    arms = [arm.name for arm in results.arms if any(arm.name in by_arm for by_arm in results.values.values())]
     rows: list[list[Cell | str]] = []
-    for name, metric in METRICS.items():
-        means = {arm: _mean(values[name].get(arm, {})) for arm in arms}
-        if not metric.everywhere and all(math.isnan(mean) for mean in means.values()):
+    for name, outcome in results.outcomes.items():
+        means = {arm: _mean(results.values.get(name, {}).get(arm, {})) for arm in arms}
+        everywhere = getattr(outcome, "everywhere", True)
+        if not everywhere and all(math.isnan(mean) for mean in means.values()):
             continue
-        best = _best(means, metric)
+        best = _best(means, outcome)
         rows.append(
             [
-                metric.title + (f", {metric.unit}" if metric.unit else ""),
+                outcome.title + (f", {outcome.unit}" if outcome.unit else ""),
                 *(
                     Cell(
-                        text=_number(means[arm], metric),
+                        text=_number(means[arm], outcome),
                         best=arm in best,
-                        detail=_seeds(values[name].get(arm, {}), metric),
+                        detail=_seeds(results.values.get(name, {}).get(arm, {}), outcome),
                     )
                     for arm in arms
                 ),
             ]
         )
     note = "Large: mean over seeds. Small: each seed. Shaded: the stable end of the row, where one arm stands alone there."
-    return Section(title="Metrics", parts=[Table(columns=["metric", *arms], rows=rows, note=note)])
+    at = (
+        f" Runs at the lowest rate; {FRONTIER}s over all."
+        if FRONTIER in results.outcomes and results.runs
+        else ""
+    )
+    return Section(title="Metrics", parts=[Table(columns=["metric", *arms], rows=rows, note=note + at)])
+
+
+def predictions_section(study: Study) -> Section:
+    """What was expected before the first run."""
+    return Section(title="Predictions", text=tuple(study.predictions))
 
 
 def commands_section(suite: Suite) -> Section:
     """How to repeat each arm by hand."""
-    lines = tuple(
-        "glm " + " ".join(suite.command(arm, suite.seeds[0], data=Path("DATA"), out=Path("RUN")))
-        for arm in suite.arms
-    )
-    return Section(title="Repeat a run", text=lines)
+    rate = min(suite.rates, default=None)
+
+    def command(arm: Arm) -> str:
+        return "glm " + " ".join(
+            suite.command(arm, suite.seeds[0], data=Path("DATA"), out=Path("RUN"), rate=rate)
+        )
+
+    return Section(title="Repeat a run", text=tuple(command(arm) for arm in suite.arms))
 
 
 def _mean(by_seed: Mapping[int, float]) -> float:
     return sum(by_seed.values()) / len(by_seed) if by_seed else math.nan
 
 
-def _best(means: Mapping[str, float], metric: Metric) -> set[str]:
+def _mean_words(arm: str, by_seed: Mapping[int, float]) -> str:
+    mean = _mean(by_seed)
+    return f"{arm} {mean:.4g}" if math.isfinite(mean) else f"{arm} {mean}"
+
+
+def _best(means: Mapping[str, float], outcome: Metric | Outcome) -> set[str]:
     finite = {arm: value for arm, value in means.items() if math.isfinite(value)}
-    if metric.better is None or not finite:
+    better = getattr(outcome, "better", None)
+    if better is None or not finite:
         return set()
-    edge = min(finite.values()) if metric.better == "less" else max(finite.values())
+    edge = min(finite.values()) if better == "less" else max(finite.values())
     arms = {arm for arm, value in finite.items() if value == edge}
     return arms if len(arms) == 1 else set()
 
 
-def _number(value: float, metric: Metric) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:.{metric.digits}g}"
+def _number(value: float, outcome: Metric | Outcome) -> str:
+    return f"{value:.{getattr(outcome, 'digits', 4)}g}" if math.isfinite(value) else str(value)
 
 
-def _seeds(by_seed: Mapping[int, float], metric: Metric) -> str:
-    return " · ".join(_number(value, metric) for value in by_seed.values())
+def _seeds(by_seed: Mapping[int, float], outcome: Metric | Outcome) -> str:
+    values = [_number(value, outcome) for value in by_seed.values()]
+    return " · ".join(values[:12]) + (f" and {len(values) - 12} more" if len(values) > 12 else "")
 
 
-def _pair(verdict: Verdict) -> Cell:
-    metric = METRICS[verdict.claim.metric]
-    sides = [_number(_mean(v), metric) for v in (verdict.arm_values, verdict.baseline_values)]
-    return Cell(text=" / ".join(sides), detail=metric.title)
-
-
-def _difference(verdict: Verdict) -> str:
-    decision = verdict.decision
-    if not decision.n:
-        return "no shared seeds"
-    return f"{decision.effect:+.3g} [{decision.low:+.3g}, {decision.high:+.3g}], e = {decision.e_value:.2g}"
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

@@ -36,10 +36,12 @@ class Job:
     arm: Arm
     seed: int
     out: Path
+    rate: float | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.arm.name}, seed {self.seed}"
+        at = "" if self.rate is None else f", rate 2^{self.rate:g}"
+        return f"{self.arm.name}{at}, seed {self.seed}"
 
     @property
     def log(self) -> Path:
@@ -58,10 +60,15 @@ class Job:
 def jobs_of(suite: Suite, out: Path) -> list[Job]:
     """Every arm with every seed; a seed's arms lie side by side in time, so that a cut-off suite compares what it has."""
     return [
-        Job(arm=arm, seed=seed, out=out / f"{arm.name}-seed{seed}")
+        Job(arm=arm, seed=seed, rate=rate, out=out / f"{arm.name}{_at(rate)}-seed{seed}")
         for seed in suite.seeds
+        for rate in suite.rates or (None,)
         for arm in suite.arms
     ]
+
+
+def _at(rate: float | None) -> str:
+    return "" if rate is None else f"-rate{2.0**rate:.3g}"
 
 
 def run_suite(
@@ -99,7 +106,8 @@ def run_suite(
         )
     waiting = [job for job in jobs if not job.is_complete()]
     commands = {
-        job.name: suite.command(job.arm, job.seed, data=data, out=job.out, steps=steps) for job in waiting
+        job.name: suite.command(job.arm, job.seed, data=data, out=job.out, steps=steps, rate=job.rate)
+        for job in waiting
     }
     opened, most = chosen(executor, parallel) if isinstance(executor, str) else (executor, parallel or 1)
     failed: list[Job] = []

@@ -16,8 +16,7 @@ bears do not pay for what happens beyond it. A trial can begin from a state, so 
     collapse        the last such stretch, where it lasts to the end and 10 steps at least: its first step is the onset (an
     excursion
                     that recovers is none)
-    dead            out of course by ``lost`` nats over the loss of the first step for ``patience`` steps, not finite for as many,
-                    or a loss scale at its minimum that still overflows
+    dead            lost for good, by the rule of ``glm/train/lost.py``, for 10 steps
 
 Skipped updates of a loss scale that finds its level are none of these.
 """
@@ -45,13 +44,14 @@ from glm.train.engine import LocalEngine, count_targets
 from glm.train.events import Callback, StepInfo
 from glm.train.gradient_summary import GradientSummary
 from glm.train.loop import Trainer
+from glm.train.lost import LostRule
 from glm.train.state_ring import StateRing
 from stabilitylab.telemetry import Event
 
 Floats = NDArray[np.float64]
 
 GROUPS = ("embedding", "attention", "feed_forward", "norm", "projection")
-MARGIN, LOST, PATIENCE, SMOOTH = 0.5, 1.0, 10, 9
+MARGIN, PATIENCE, SMOOTH = 0.5, 10, 9
 HELDOUT_ROWS = 64
 
 
@@ -106,7 +106,7 @@ class Trial:
         return not self.died and self.onset is None
 
 
-def running_median(values: Floats, width: int = SMOOTH) -> Floats:
+def running_median(values: NDArray[np.floating], width: int = SMOOTH) -> Floats:
     """Median of each value and the ``width - 1`` before it; infinite where most of them are not finite."""
     clean = np.where(np.isfinite(values), values, np.inf)
     padded = np.concatenate([np.full(width - 1, clean[0]), clean])
@@ -115,7 +115,7 @@ def running_median(values: Floats, width: int = SMOOTH) -> Floats:
     return medians
 
 
-def collapse_onset(loss: Floats, *, ended: bool = False, margin: float = MARGIN) -> int | None:
+def collapse_onset(loss: NDArray[np.floating], *, ended: bool = False, margin: float = MARGIN) -> int | None:
     """Place of the terminal excursion's first value in ``loss``; None where the end is not out of course.
 
     ``ended``: the run was ended early as dead, which is a collapse whatever the median says.
@@ -149,8 +149,8 @@ class _Record(Callback):
         self.groups: list[dict[str, float]] = []
         self.first: int | None = None
         self.died = False
-        self._ends_early, self._every = ends_early, every
-        self._lost = 0
+        self._every = every
+        self._rule = LostRule(PATIENCE if ends_early else 0)
         self._members: dict[str, str] = {}
         self._trainer: Trainer | None = None
 
@@ -178,9 +178,7 @@ class _Record(Callback):
             self._every(self._trainer, info.step)
         scaler = getattr(self._trainer.engine, "scaler", None)
         stuck = scaler is not None and scaler.collapsed
-        beyond = not info.loss <= self.loss[0] + LOST
-        self._lost = self._lost + 1 if beyond or stuck else 0
-        if self._ends_early and self._lost >= PATIENCE:
+        if self._rule.update(info.loss, stuck=stuck):
             self.died = True
             self._trainer.stop_requested = True
         return ()

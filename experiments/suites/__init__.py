@@ -1,6 +1,7 @@
 """Questions, one file each. ``SUITES`` maps the name on the command line to the module that holds ``SUITE`` or ``STUDY``."""
 
 SUITES = {
+    "demo": "experiments.suites.demo",
     "quick": "experiments.suites.quick",
     "collapse": "experiments.suites.collapse",
     "depth": "experiments.suites.depth",

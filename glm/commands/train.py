@@ -39,6 +39,7 @@ from glm.train.config import MAY_CHANGE, TrainConfig, differences, from_json
 from glm.train.engine import Engine, LocalEngine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
+from glm.train.lost import EndsWhenLost
 from glm.train.monitoring import MonitorCallback
 from glm.train.progress import ProgressCallback
 from stabilitylab.command_line import parse
@@ -174,6 +175,8 @@ def _train_claimed(
                 "give all ranks the same"
             )
     callbacks: list[Callback] = [MonitorCallback(run, config.monitor, trackers=trackers)]
+    if config.stop_when_lost:
+        callbacks.append(EndsWhenLost(config.stop_when_lost))
     if processes.leads:
         callbacks.append(ProgressCallback(console))
     trainer = Trainer(config, _engine(config, device, processes), loader, run=run, callbacks=callbacks)

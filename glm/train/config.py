@@ -130,6 +130,7 @@ class TrainConfig:
         steps: updates to make; also the length of the learning-rate schedule.
         seed: of the initial weights, the data order and dropout.
         precision: compute format; masters and moments are fp32 in each.
+        stop_when_lost: end the run after so many steps in a row with a loss that is lost (``glm/train/lost.py``); 0: never.
         compile: layers are compiled with torch.compile: minutes before the first step, less time in each. Local engine only.
         preset: the name this configuration began from, for the reader.
     """
@@ -138,6 +139,7 @@ class TrainConfig:
     steps: int = 200
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    stop_when_lost: int = 0
     compile: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -154,6 +156,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}")
+        if self.stop_when_lost < 0:
+            raise InputError(f"stop_when_lost counts steps: 0 (never) or more, got {self.stop_when_lost}")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed must be in [0, 2^31), got {self.seed}")
         if self.compile and self.parallel.ranks > 1:
@@ -184,7 +188,9 @@ def check_rules(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
 
 # What a resumed run may change: how long, how often it is looked at and saved, what is done about spikes, and how many
 # processes it has.
-MAY_CHANGE = frozenset({"steps", "monitor", "checkpoint", "responder", "preset", "parallel"})
+MAY_CHANGE = frozenset(
+    {"steps", "stop_when_lost", "monitor", "checkpoint", "responder", "preset", "parallel"}
+)
 
 _converter = make_converter(forbid_extra_keys=True)
 _converter.register_structure_hook(Path, lambda value, _: Path(value))

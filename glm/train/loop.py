@@ -76,6 +76,8 @@ class Trainer:
         self.samples = 0
         self.tokens = 0
         self.stop_requested = False
+        # Set by who judges that nothing is left to train (``glm/train/lost.py``): the run then ends, complete.
+        self.lost = False
         self._ring = ring_for(config, answers=responder is not None)
         # The newest state that is saved, or being saved.
         self._saved_at: int | None = None
@@ -91,8 +93,14 @@ class Trainer:
             while self.step < end and not self._stops():
                 self._one_step()
             self._save_last()
-            complete = self.step >= self.config.steps
-            self.tell(Event(step=self.step, kind="run-end" if complete else "interrupted"))
+            complete = self.lost or self.step >= self.config.steps
+            self.tell(
+                Event(
+                    step=self.step,
+                    kind="run-end" if complete else "interrupted",
+                    data={"lost": True} if self.lost else {},
+                )
+            )
             return complete
         finally:
             if self._writing is not None:
@@ -119,7 +127,7 @@ class Trainer:
 
     def _stops(self) -> bool:
         """Whether any process was asked to stop, or none is left that would start the run again."""
-        return self.processes.any(self.stop_requested or self.processes.forsaken)
+        return self.processes.any(self.lost or self.stop_requested or self.processes.forsaken)
 
     def _one_step(self) -> None:
         started = time.perf_counter()

@@ -63,7 +63,7 @@ def curves(
         marks: label -> episodes, marked on the label's first series and shaded for as long as they last.
     """
     drawn = {label: [thinned(s) for s in several if len(s)] for label, several in lines.items()}
-    every = _together(s.to_numpy(dtype=float) for several in drawn.values() for s in several)
+    every = together(s.to_numpy(dtype=float) for several in drawn.values() for s in several)
     with mpl.rc_context(STYLE):
         figure, axes = panel()
         axes.set_title(title)
@@ -83,12 +83,13 @@ def curves(
                 axes.plot(finite.index, finite, color=colour, **look, **way, **dot)
                 crosses |= _cross(axes, s.index[~np.isfinite(s)], colour)
             if len(several) > 1:
-                mean = thinned(_mean(lines[label]))
+                mean = thinned(mean_of_seeds(lines[label]))
                 axes.plot(mean.index, mean, color=colour, label=label, **way)
-        if logarithmic := _logarithmic(log, every):
+        scaled = logarithmic(log, every)
+        if scaled:
             axes.set_yscale("log", base=base)
         _limit(axes, limit, every)
-        if logarithmic:
+        if scaled:
             log_axis(axes.yaxis, base=base)
         else:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: plain(v)))
@@ -120,7 +121,7 @@ def by_depth(
         values: label -> series, one value a layer.
         joined: draw the mean of a label's series as a line; False: only a dot for each value (heads).
     """
-    every = _together(s.to_numpy(dtype=float) for several in values.values() for s in several)
+    every = together(s.to_numpy(dtype=float) for several in values.values() for s in several)
     with mpl.rc_context(STYLE):
         figure, axes = panel()
         axes.set_title(title)
@@ -135,7 +136,7 @@ def by_depth(
             for s in layers:
                 _cross(axes, s.index[~np.isfinite(s)], colour)
             if joined and layers:
-                mean = _mean(layers)
+                mean = mean_of_seeds(layers)
                 axes.plot(mean.index, mean, "o-", color=colour, label=label, markersize=3)
             else:
                 axes.plot([], [], "o", color=colour, label=label, markersize=3)
@@ -157,7 +158,7 @@ def dots(
 ) -> Figure:
     """Groups of arms, one dot a seed and a bar at their mean: ``values[group][arm]``. Crosses are seeds that are not finite."""
     arms = list(dict.fromkeys(arm for group in values.values() for arm in group))
-    every = _together(np.array(seeds, dtype=float) for group in values.values() for seeds in group.values())
+    every = together(np.array(seeds, dtype=float) for group in values.values() for seeds in group.values())
     with mpl.rc_context(STYLE):
         figure, axes = panel(2.5)
         axes.set_title(title)
@@ -184,11 +185,12 @@ def dots(
         return figure
 
 
-def _together(arrays: Iterable[np.ndarray]) -> np.ndarray:
+def together(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """All values of several arrays, none of none."""
     return np.concatenate([np.empty(0), *arrays])
 
 
-def _mean(several: Sequence[pd.Series[float]]) -> pd.Series[float]:
+def mean_of_seeds(several: Sequence[pd.Series[float]]) -> pd.Series[float]:
     """Mean of seeds at each step; not finite where one of them is not."""
     frame = pd.concat([s.rename(i) for i, s in enumerate(several) if len(s)], axis=1)
     recorded = pd.concat([s.notna().rename(i) | True for i, s in enumerate(several) if len(s)], axis=1)
@@ -196,7 +198,8 @@ def _mean(several: Sequence[pd.Series[float]]) -> pd.Series[float]:
     return frame.mean(axis=1).mask(broken.any(axis=1))
 
 
-def _logarithmic(log: bool | str, values: np.ndarray) -> bool:
+def logarithmic(log: bool | str, values: np.ndarray) -> bool:
+    """Whether the value axis is logarithmic."""
     if not log or not positive(values):
         return False
     finite = values[np.isfinite(values)]

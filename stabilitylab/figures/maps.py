@@ -9,7 +9,7 @@ distance.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -24,7 +24,7 @@ from stabilitylab.figures.style import ALARM, STYLE, WIDTH, log_axis, panel, say
 
 COLUMNS = 400
 ROWS = 200
-_BROKEN = "#d62728"
+BROKEN = "#d62728"
 
 
 def heat_map(
@@ -46,12 +46,7 @@ def heat_map(
             everywhere.
         across: what the columns are.
     """
-    everywhere = np.ones(matrix.shape, dtype=bool)
-    known = everywhere if recorded is None else recorded.reindex_like(matrix).to_numpy(dtype=bool)
-    stretch: tuple[float, float] | None = None
-    if across == "step" and _are_steps(matrix.columns):
-        matrix, known, stretch = _at_their_steps(matrix, known)
-    values, known, steps, sites = _joined(matrix, known)
+    values, known, steps, sites, stretch, even = cells(matrix, recorded=recorded, across=across)
     finite = values[np.isfinite(values) & ((values > 0) | (not log))]
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = panel(min(6.0, max(1.7, 1.0 + 0.15 * len(sites))))
@@ -71,14 +66,14 @@ def heat_map(
             norm=scale,
             interpolation="nearest",
             origin="lower",
-            extent=(*(stretch or (-0.5, len(steps) - 0.5)), -0.5, len(sites) - 0.5),
+            extent=(*stretch, -0.5, len(sites) - 0.5),
         )
         bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=max(8, 3 * len(sites) ** 0.5))
         if log:
             log_axis(bar.ax.yaxis)
         _break(axes, broken, image.get_extent())
         _label_sites(axes, sites)
-        if stretch is not None:
+        if even:
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
         else:
@@ -86,6 +81,35 @@ def heat_map(
             axes.set_xticks(ticks, [str(steps[i]) for i in ticks])
         axes.set_xlabel(f"{across}; red: not finite" if broken.any() else across)
         return figure
+
+
+class Cells(NamedTuple):
+    """What a map shows.
+
+    Attributes:
+        values, known: sites x columns, and whether anything was recorded there.
+        steps, sites: names of columns and rows.
+        stretch: from where to where the columns reach: in steps where ``even``, else counted.
+        even: whether the columns lie at their own steps.
+    """
+
+    values: NDArray[np.float64]
+    known: NDArray[np.bool_]
+    steps: list[object]
+    sites: list[str]
+    stretch: tuple[float, float]
+    even: bool
+
+
+def cells(matrix: pd.DataFrame, *, recorded: pd.DataFrame | None = None, across: str = "step") -> Cells:
+    """The cells of a map; arguments as of ``heat_map``."""
+    everywhere = np.ones(matrix.shape, dtype=bool)
+    known = everywhere if recorded is None else recorded.reindex_like(matrix).to_numpy(dtype=bool)
+    stretch: tuple[float, float] | None = None
+    if across == "step" and _are_steps(matrix.columns):
+        matrix, known, stretch = _at_their_steps(matrix, known)
+    values, known, steps, sites = _joined(matrix, known)
+    return Cells(values, known, steps, sites, stretch or (-0.5, len(steps) - 0.5), stretch is not None)
 
 
 def table_figure(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -> Figure:
@@ -179,7 +203,7 @@ def _break(axes: Axes, broken: np.ndarray, extent: tuple[float, float, float, fl
     axes.imshow(
         red,
         aspect="auto",
-        cmap=mpl.colors.ListedColormap([_BROKEN]).with_extremes(bad=(0, 0, 0, 0)),
+        cmap=mpl.colors.ListedColormap([BROKEN]).with_extremes(bad=(0, 0, 0, 0)),
         interpolation="nearest",
         origin="lower",
         extent=extent,

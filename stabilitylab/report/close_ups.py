@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from stabilitylab.figures import curves as figures
+from stabilitylab.charts.curves import curves
+from stabilitylab.charts.look import Chart
 from stabilitylab.figures.curves import Mark
-from stabilitylab.report.page import Picture, Section
+from stabilitylab.report.page import Section
 from stabilitylab.runs.run import Run
 from stabilitylab.spikes import Episode, episodes_of
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS
@@ -32,7 +33,7 @@ def close_ups(run: Run) -> Section | None:
     places = _places(episodes)
     if not places or longest <= _WHOLE:
         return None
-    parts: list[Picture] = []
+    parts: list[Chart] = []
     for first, last in places:
         for metric, title, unit in _SHOWN:
             window = series[metric].loc[first:last]
@@ -43,14 +44,14 @@ def close_ups(run: Run) -> Section | None:
                 for e in episodes
                 if e.signal == metric and first <= e.onset <= last
             ]
-            figure = figures.curves(
+            chart = curves(
                 {run.name: [window]},
                 title=f"{title}, steps {window.index[0]:,} to {window.index[-1]:,}",
                 unit=unit,
                 log="auto" if metric == LOSS else True,
                 marks={run.name: marks},
             )
-            parts.append(Picture(figure=figure))
+            parts.append(chart)
     if not parts:
         return None
     text = f"{AROUND} steps on either side of each episode" + (

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from stabilitylab.figures import curves as figures
+from stabilitylab.charts.curves import curves
+from stabilitylab.charts.look import Chart
 from stabilitylab.figures.curves import Mark
 from stabilitylab.figures.style import plain
-from stabilitylab.report.page import Cell, Picture, Section, Table
+from stabilitylab.report.page import Cell, Section, Table
 from stabilitylab.runs.run import Run
 from stabilitylab.spikes import KINDS, episodes_of
 
@@ -100,12 +101,13 @@ def _diagnoses(run: Run) -> list[tuple[int, str, Sequence[str]]]:
 
 def _curve(
     runs: Runs, metric: str, title: str, *, unit: str = "", marked: bool = False, **look: object
-) -> Picture | None:
+) -> Chart | None:
     lines = {label: [run.series(metric) for run in several] for label, several in runs.items()}
     if not any(len(series) for several in lines.values() for series in several):
         return None
     marks = {label: marks_of(several, metric) for label, several in runs.items()} if marked else {}
-    return Picture(figure=figures.curves(lines, title=title, unit=unit, marks=marks, **look))  # type: ignore[arg-type]
+    names = {label: [run.name for run in several] for label, several in runs.items()}
+    return curves(lines, title=title, unit=unit, marks=marks, names=names, **look)  # type: ignore[arg-type]
 
 
 def marks_of(several: Sequence[Run], metric: str) -> list[Mark]:

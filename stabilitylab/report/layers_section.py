@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from stabilitylab.figures import curves as figures
-from stabilitylab.figures.maps import heat_map
+from stabilitylab.charts.curves import by_depth, curves, layer_curves
+from stabilitylab.charts.look import Chart
+from stabilitylab.charts.maps import heat_map
 from stabilitylab.figures.style import FP16_MAX, plain, positive
-from stabilitylab.report.page import Picture, Section, Table
+from stabilitylab.report.page import Section, Table
 from stabilitylab.runs.places import Places
 from stabilitylab.runs.run import Run
 
 Runs = Mapping[str, Sequence[Run]]
-Part = Table | Picture
+Part = Table | Chart
 Grid = tuple[pd.DataFrame, pd.DataFrame]  # values, and where they were recorded
 
 FP16_LIMIT = (FP16_MAX, "largest fp16 number, 65,504")
@@ -26,10 +28,8 @@ def gradients(runs: Runs) -> Section:
     share = {label: [_embedding_share(run) for run in several] for label, several in runs.items()}
     parts: list[Part] = []
     if any(len(series) for several in share.values() for series in several):
-        figure = figures.curves(
-            share, title="The embedding's share of the squared gradient norm", unit="share"
-        )
-        parts.append(Picture(figure=figure))
+        chart = curves(share, title="The embedding's share of the squared gradient norm", unit="share")
+        parts.append(chart)
     grids = {
         label: _per_layer(_grid(several[0], "gradient", "l2"), several[0].places)
         for label, several in runs.items()
@@ -46,10 +46,10 @@ def residual_stream(runs: Runs) -> Section:
     peaks = {label: [_peak(grid) for grid in several if grid[0].size] for label, several in grids.items()}
     if not any(peaks.values()):
         return _section("Residual stream", [], "")
-    figure = figures.by_depth(
+    chart = by_depth(
         peaks, title="Largest |value| on the residual stream, over all measured steps", limit=FP16_LIMIT
     )
-    parts: list[Part] = [Picture(figure=figure, caption="Each point is the output of one block.")]
+    parts: list[Part] = [dataclasses.replace(chart, caption="Each point is the output of one block.")]
     parts += _maps(
         {label: several[0] for label, several in grids.items() if several}, "Largest |value|, layer by step"
     )
@@ -68,14 +68,14 @@ def attention(runs: Runs) -> Section:
         return _section("Attention scores", [], "")
     together = np.concatenate([s.to_numpy() for several in lines.values() for s in several])
     title = "Largest attention score, over layers and heads"
-    figure = figures.curves(lines, title=title, log=positive(together), limit=FP16_LIMIT)
-    parts: list[Part] = [Picture(figure=figure)]
+    chart = curves(lines, title=title, log=positive(together), limit=FP16_LIMIT)
+    parts: list[Part] = [chart]
     if len(runs) == 1:
         (several,) = runs.values()
         heads = {"head": [head for run in several for head in _heads(run)]}
         title = "Largest score of every head, over all measured steps"
-        figure = figures.by_depth(heads, title=title, joined=False, limit=FP16_LIMIT)
-        parts.append(Picture(figure=figure, caption="One dot a head."))
+        chart = by_depth(heads, title=title, joined=False, limit=FP16_LIMIT)
+        parts.append(dataclasses.replace(chart, caption="One dot a head."))
     maps = {label: several[0] for label, several in grids.items() if several}
     parts += _maps(maps, "Largest score, layer by step", log=False)
     text = "Scores are what enters the softmax; from about 1,000 on, training is in danger. "
@@ -118,15 +118,13 @@ def updates(runs: Runs) -> Section:
     """How far an optimizer step moves each parameter, beside the parameter's own size."""
     grids = {label: [_update_ratio(run) for run in several] for label, several in runs.items()}
     lines = {
-        label: [grid[0].median(axis=0) for grid in several if grid[0].size]
+        label: [grid[0].median(axis=0)[grid[1].any(axis=0)] for grid in several if grid[0].size]
         for label, several in grids.items()
     }
     if not any(lines.values()):
         return _section("Updates", [], "")
-    figure = figures.curves(
-        lines, title="Update size over weight size (RMS), median over parameters", log=True
-    )
-    parts: list[Part] = [Picture(figure=figure)]
+    chart = curves(lines, title="Update size over weight size (RMS), median over parameters", log=True)
+    parts: list[Part] = [chart]
     largest = {
         label: _per_layer(several[0], runs[label][0].places, join="max")
         for label, several in grids.items()
@@ -148,11 +146,9 @@ def outliers(runs: Runs) -> Section:
         lines[label] = [matrix.mean(axis=0) for matrix in matrices if matrix.size]
     if not any(lines.values()):
         return _section("Activation outliers", [], "")
-    figure = figures.curves(
-        lines, title="Share of activation values with |x| ≥ 6, mean over sites", unit="share"
-    )
+    chart = curves(lines, title="Share of activation values with |x| ≥ 6, mean over sites", unit="share")
     text = "The criterion is LLM.int8()'s magnitude threshold alone; other criteria give other shares."
-    return _section("Activation outliers", [Picture(figure=figure)], text)
+    return _section("Activation outliers", [chart], text)
 
 
 def block_grid(run: Run, statistic: str = "absmax") -> Grid:
@@ -231,19 +227,20 @@ def _per_layer(grid: Grid, places: Places, join: str = "norm") -> Grid:
     return joined.mask(broken).reindex(order), known.groupby(groups).any().reindex(order)
 
 
-def _maps(grids: Mapping[str, Grid], title: str, *, log: bool = True) -> list[Picture]:
+def _maps(grids: Mapping[str, Grid], title: str, *, log: bool = True) -> list[Part]:
     """One map a label, on one colour scale."""
     values = [grid[0].to_numpy(dtype=float).ravel() for grid in grids.values()]
     every = np.concatenate([np.empty(0), *values])
     every = every[np.isfinite(every) & ((every > 0) | (not log))]
     limits = (float(every.min()), float(every.max())) if every.size else None
-    pictures = []
+    pictures: list[Part] = []
     for label, (matrix, known) in grids.items():
         if matrix.size:
             name = title if len(grids) == 1 else f"{title}: {label}"
-            pictures.append(
-                Picture(figure=heat_map(matrix, title=name, log=log, limits=limits, recorded=known))
-            )
+            pictures.append(heat_map(matrix, title=name, log=log, limits=limits, recorded=known))
+            # Of one run a layer can be followed by itself.
+            if len(grids) == 1 and len(matrix) > 1:
+                pictures.append(layer_curves(matrix, title=title.partition(",")[0] + ", one layer"))
     return pictures
 
 

@@ -1,7 +1,7 @@
 """One page, one file: sections of text, tables and figures as self-contained HTML.
 
-Nothing is loaded from elsewhere. Text from runs (names, paths, event data) is escaped by jinja2. Figures are inline SVG, or
-PNG where a map has so many cells that SVG would be larger.
+Nothing is loaded from elsewhere: charts bring their library along. Text from runs (names, paths, event data) is escaped by
+jinja2. Figures are inline SVG, or PNG where a map has so many cells that SVG would be larger.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import errno
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from stabilitylab.charts.look import DARK, LIGHT, Chart, library
 from stabilitylab.errors import InputError
 from stabilitylab.figures.style import ALARM, COLOURS, INK, STYLE, save
 
@@ -59,6 +61,34 @@ class Picture:
     caption: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """One thing to know, in a sentence.
+
+    Attributes:
+        word: what it comes down to, set apart before it: a verdict, a cause.
+        text: the sentence.
+        detail: a second, smaller line.
+        tone: how it looks: "good", "bad", "even" or "open".
+    """
+
+    word: str
+    text: str
+    detail: str = ""
+    tone: str = "open"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statements:
+    """Things to know, one below the other."""
+
+    said: Sequence[Said]
+    note: str = ""
+
+
+Part = Table | Picture | Chart | Statements
+
+
 @dataclass(kw_only=True)
 class Section:
     """A part of the page.
@@ -66,12 +96,12 @@ class Section:
     Attributes:
         title: its heading and entry in the contents.
         text: paragraphs.
-        parts: tables and pictures, in order.
+        parts: tables, pictures, charts and statements, in order.
     """
 
     title: str
     text: Sequence[str] = ()
-    parts: Sequence[Table | Picture] = ()
+    parts: Sequence[Part] = ()
 
 
 @dataclass(kw_only=True)
@@ -93,7 +123,14 @@ class Page:
     def html(self) -> str:
         """The whole page."""
         template = _environment().get_template("page.html.jinja")
-        return template.render(page=self, css=Markup(_here("page.css")))
+        charts = any(isinstance(part, Chart) for section in self.sections for part in section.parts)
+        return template.render(
+            page=self,
+            css=Markup(_here("page.css")),
+            colours=Markup(json.dumps({"dark": {**LIGHT, **DARK}, "light": LIGHT})),
+            # Scripts cannot be escaped; neither holds the end of its element (a test says so).
+            scripts=[Markup(library()), Markup(_here("page.js"))] if charts else [],
+        )
 
     def write(self, path: Path) -> Path:
         """Write the page under its name only when it is whole, and return its path.
@@ -153,7 +190,10 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
     )
     environment.filters["picture"] = picture_html
+    environment.filters["chart"] = lambda chart: Markup(chart.json())
     environment.tests["table"] = lambda part: isinstance(part, Table)
+    environment.tests["chart"] = lambda part: isinstance(part, Chart)
+    environment.tests["statements"] = lambda part: isinstance(part, Statements)
     environment.tests["cell"] = lambda cell: isinstance(cell, Cell)
     return environment
 

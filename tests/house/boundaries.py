@@ -23,8 +23,8 @@ FORBIDDEN = {
 ROOMS = {
     "stabilitylab": (
         "errors", "compat", "command_line", "c_compiler", "telemetry", "formats", "statistics", "model_structure", "runs",
-        "figures", "probes", "logs", "models", "spikes", "attribution", "sinks", "monitoring", "watching", "report", "outliers",
-        "quantization", "integrations", "laboratory", "cli",
+        "figures", "charts", "probes", "logs", "models", "spikes", "attribution", "sinks", "monitoring", "watching",
+        "report", "outliers", "quantization", "integrations", "laboratory", "cli",
     ),
     "glm": (
         "errors", "c_compiler", "device", "distributed", "precision", "model", "data", "planning", "presets", "train", "parallel",

@@ -74,7 +74,7 @@ def test_site_packages_gets_two_names(installed: Path) -> None:
 def test_experiments_are_run_from_inside_the_package(installed: Path, tmp_path: Path) -> None:
     done = run(installed, tmp_path, "-m", "stabilitylab", "experiments", "list")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("quick:")
+    assert done.stdout.startswith("demo:")
 
 
 def test_the_instrument_needs_nothing_of_training(installed: Path, tmp_path: Path) -> None:

@@ -58,6 +58,13 @@ class Browser:
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._devtools("Emulation.setEmulatedMedia", {"features": scheme})
 
+    def mouse(self, kind: str, x: float, y: float, *, pressed: bool = False) -> None:
+        """Move, press or release ("mouseMoved", "mousePressed", "mouseReleased") at a place of the window."""
+        how = {"button": "left", "clickCount": 1} if kind != "mouseMoved" or pressed else {}
+        self._devtools(
+            "Input.dispatchMouseEvent", {"type": kind, "x": x, "y": y, "buttons": int(pressed), **how}
+        )
+
     def picture(self, path: Path) -> Path:
         """A screenshot as PNG."""
         path.write_bytes(base64.b64decode(_request("GET", f"{self._base}/screenshot")))

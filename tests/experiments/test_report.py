@@ -1,0 +1,156 @@
+"""A question's report: frontier and verdicts first, from suites and studies alike; what broke is named; nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import charts
+from experiments.arm import Arm, Suite
+from experiments.cli import main
+from experiments.report import cause_sentence, lead, telling_sentence, write_report
+from experiments.results import FRONTIER, results_of
+from experiments.runner import jobs_of
+from experiments.study import Outcome, Study
+from experiments.verdicts import Claim
+from stabilitylab.charts.look import library
+from stabilitylab.errors import InputError
+from stabilitylab.runs.folder import RunFolder
+from stabilitylab.sinks import ParquetSink
+from stabilitylab.telemetry import Event, Key, Samples
+
+SUITE = Suite(
+    name="tiny",
+    question="Who lives? All share their batches.",
+    preset="glm-proxy",
+    steps=60,
+    seeds=tuple(range(8)),
+    rates=(-6, -2, -1),
+    arms=(Arm(name="plain", summary="fp16"), Arm(name="cure", summary="bf16")),
+    claims=(
+        Claim(text="The cure survives more", metric=FRONTIER, arm="cure", baseline="plain", direction="more"),
+        Claim(
+            text="The cure costs loss", metric="final_loss", arm="cure", baseline="plain", direction="more"
+        ),
+    ),
+    data=lambda folder: folder,
+)
+STUDY = Study(
+    name="s",
+    question="Which rate?",
+    arms=SUITE.arms,
+    claims=(SUITE.claims[0],),
+    predictions=("2026-11-29: more",),
+    outcomes={FRONTIER: Outcome(title="Largest rate", margin=0.5, unit="octaves", scale="rank")},
+    measure=lambda cell: {},
+    seeds=8,
+    data=lambda folder: folder,
+)
+
+
+def run_at(folder: Path, *, breaks: bool, seed: int) -> None:
+    """60 steps that fall, or 40 of which the last fifteen are not finite and whose cause was found."""
+    dice = np.random.default_rng(seed)
+    loss = (
+        4 + 2 * np.exp(-np.arange(40 if breaks else 60) / 20) + dice.normal(size=40 if breaks else 60) * 0.01
+    )
+    if breaks:
+        loss[25:] = np.nan
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"steps": 60, "seed": seed}))
+    sink = ParquetSink(folder / "telemetry")
+    sink.write(Samples.of((i, Key("train", "-", "loss"), float(x)) for i, x in enumerate(loss)), [])
+    sink.close()
+    said = {
+        "cause": "overflow",
+        "site": "layers.3",
+        "sentences": ["non-finite at step 25.", "First suspect: an overflow, layers.3.", "Then."],
+    }
+    events = [Event(step=25, kind="diagnosis", data=said)] if breaks else []
+    RunFolder(folder).append_events(
+        [*events, Event(step=60, kind="run-end", data={"lost": True} if breaks else {})]
+    )
+
+
+@pytest.fixture(scope="module")
+def suite_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("suite")
+    for job in jobs_of(SUITE, out):
+        breaks = job.rate == -1 or (job.rate == -2 and job.arm.name == "plain")
+        run_at(job.out, breaks=breaks, seed=job.seed)
+    return out
+
+
+def test_a_suite_with_rates_has_a_frontier(suite_folder: Path) -> None:
+    results = results_of(SUITE, suite_folder)
+    assert results.alive == {
+        "plain": {-6: (8, 8), -2: (0, 8), -1: (0, 8)},
+        "cure": {-6: (8, 8), -2: (8, 8), -1: (0, 8)},
+    }
+    assert set(results.values[FRONTIER]["plain"].values()) == {-6.0}
+    assert set(results.values[FRONTIER]["cure"].values()) == {-2.0}
+    assert next(verdict.judgement for verdict in results.verdicts) == "supported"
+    assert len(results.broken) == 24
+    assert all(made.broke == 25 for made in results.broken)
+    assert charts.telling_rate(results) == -2
+    assert telling_sentence(results) == (
+        "At a learning rate of 0.25 cure survives in 8 of 8 seeds, plain in 0 of 8."
+    )
+    assert (
+        cause_sentence(results) == "Of 24 runs that broke, 24 began with an overflow, 24 of them in layers.3."
+    )
+    assert lead(results).endswith("Of 2 claims 2 are decided.")
+
+
+def test_the_first_screen_is_the_frontier_and_the_verdicts(suite_folder: Path) -> None:
+    html = write_report(SUITE, suite_folder).read_text()
+    body = html.replace(library(), "")
+    assert (
+        body.index("survived each peak learning rate")
+        < body.index("supported</b>")
+        < body.index("<h2>How sure")
+    )
+    assert "an overflow, layers.3" in body
+    for outside in ('src="', 'href="http', "@import ", "url(http", "<link"):
+        assert outside not in body
+    assert len(html) < 2_500_000
+
+
+def test_a_study_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"arm": arm, "seed": seed, "seconds": 1.0, "values": {FRONTIER: rate}}
+        for seed in range(1, 9)
+        for arm, rate in (("plain", -3.0), ("cure", -1.0 - seed % 2))
+    ]
+    (tmp_path / "values.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    results = results_of(STUDY, tmp_path)
+    assert results.alive["plain"] == {-3.0: (8, 8), -2.0: (0, 8), -1.0: (0, 8)}
+    assert results.alive["cure"] == {-3.0: (8, 8), -2.0: (8, 8), -1.0: (4, 8)}
+    body = write_report(STUDY, tmp_path).read_text().replace(library(), "")
+    assert body.index("survived each peak learning rate") < body.index("supported</b>")
+    assert "2026-11-29: more" in body
+    with pytest.raises(InputError, match="holds no values of s"):
+        results_of(STUDY, tmp_path / "none")
+
+
+def test_evidence_grows_with_seeds(suite_folder: Path) -> None:
+    results = results_of(SUITE, suite_folder)
+    seeds, evidence = charts.evidence_of(results.verdicts[0], results.outcomes[FRONTIER])
+    assert seeds == [4, 5, 6, 7, 8]
+    assert evidence == sorted(evidence)
+    assert evidence[-1] == pytest.approx(results.verdicts[0].decision.e_value)
+
+
+def test_the_command_prints_the_verdicts_and_where_the_report_is(
+    suite_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.cli.load", lambda name: SUITE)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["report", "tiny", "--out", str(suite_folder)]) == 0
+    said = capsys.readouterr().out
+    assert "supported" in said
+    assert "At a learning rate of 0.25 cure survives in 8 of 8 seeds, plain in 0 of 8." in said
+    assert str(suite_folder / "report.html") in said
