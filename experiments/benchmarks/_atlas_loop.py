@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from experiments.benchmarks._atlas_recipes import CLIMBS, Recipe
-from experiments.benchmarks._planted import GPT, PLAIN, Subject, tokens
+from experiments.benchmarks._planted import Subject, tokens
+from experiments.benchmarks._planted_models import GPT
 
 _OTHER_CHAIN = 12_345_678
 
@@ -33,7 +34,7 @@ class AtlasLoop:
             model=self.model,
             weights=dict(self.model.named_parameters()),
             optimizer=self.optimizer,
-            parts=PLAIN,
+            parts=GPT.parts,
         )
         self.step = 0
         if of.install is not None:

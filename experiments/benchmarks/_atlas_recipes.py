@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.benchmarks._planted import HEADS, LAYERS, ROWS, VOCABULARY, WIDTH, Subject
+from experiments.benchmarks._planted import ROWS, Subject
+from experiments.benchmarks._planted_models import HEADS, LAYERS, VOCABULARY, WIDTH
 
 Doing = Callable[[Subject], object]
 CLIMBS = 40

@@ -3,8 +3,8 @@
 A *plant* is given a ``Subject`` (weights by name, optimizer, the paths of parts that both architectures have) at its step, or
 holds a hook that acts from then on, or spoils the batch. Two ways to train:
 
-    plain   a pre-norm GPT of four blocks with separate projections, AdamW, clipping, ``Monitor`` in a loop of ten lines
-    glm     GLM's own block (DeepNorm, GeGLU, fused projections, tied embedding) in ``glm train``'s loop
+    plain, mixture, encoder-decoder   the models of ``_planted_models.py``, AdamW, clipping, ``Monitor`` in a loop of ten lines
+    glm                               GLM's own block (DeepNorm, GeGLU, fused projections, tied embedding) in ``glm train``'s loop
 
 Tokens are a sparse Markov chain that both learn in a hundred steps.
 """
@@ -12,6 +12,7 @@ Tokens are a sparse Markov chain that both learn in a hundred steps.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
+from experiments.benchmarks._planted_models import HEADS, LAYERS, LENGTH, MODELS, VOCABULARY, WIDTH, mean_loss
 from glm.data.batch import Batch, Provenance
 from glm.data.config import ObjectiveConfig
 from glm.data.loader import Loader
@@ -39,7 +40,7 @@ from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
 
 STEPS, PLANTED = 112, 90
-VOCABULARY, WIDTH, HEADS, LAYERS, ROWS, LENGTH = 64, 32, 4, 4, 8, 32
+ROWS = 8
 
 
 @dataclass(kw_only=True)
@@ -189,47 +190,6 @@ PLANTS: dict[str, Plant] = {
 }  # fmt: skip
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.output = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        B, T, D = x_BTD.shape
-        q, k, v = (
-            layer(x_BTD).view(B, T, HEADS, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
-        )
-        y = scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.output(y.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ln1, self.attn, self.ln2 = nn.LayerNorm(WIDTH), Attention(), nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln1(x))
-        return x + self.down(torch.nn.functional.gelu(self.up(self.ln2(x))))  # type: ignore[no-any-return]
-
-
-class GPT(nn.Module):
-    """Tokens [B, T] to logits [B, T, V]; registered in an order that is not the one of execution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head, self.norm = nn.Linear(WIDTH, VOCABULARY, bias=False), nn.LayerNorm(WIDTH)
-        self.embed, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        x = self.embed(tokens_BT) + self.positions.weight[: tokens_BT.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))  # type: ignore[no-any-return]
-
-
 _CHAIN = torch.randint(VOCABULARY, (VOCABULARY, 4), generator=torch.Generator().manual_seed(7))
 
 
@@ -256,14 +216,6 @@ def _turn(plant: Plant | None, subject: Subject, step: int) -> None:
             plant.act(subject)
 
 
-PLAIN = {
-    **{role: f"blocks.1.attn.{role}" for role in ("query", "value", "output")},
-    "attention_norm": "blocks.1.ln1",
-    "up": "blocks.1.up",
-    "down": "blocks.1.down",
-    "embedding": "embed",
-    "head": "head",
-}
 OF_GLM = {
     **dict.fromkeys(("query", "value"), "layers.1.attention.query_key_value"),
     "output": "layers.1.attention.output",
@@ -275,24 +227,30 @@ OF_GLM = {
 }
 
 
-def train_plain(folder: Path, plant: Plant | None, seed: int, *, every: int, recorder: int) -> Run:
+def train_plain(
+    folder: Path, plant: Plant | None, seed: int, *, every: int, recorder: int, model: str = "plain"
+) -> Run:
     """The loop of a user's own script."""
     torch.manual_seed(seed)
-    model = GPT()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    subject = Subject(model=model, weights=dict(model.named_parameters()), optimizer=optimizer, parts=PLAIN)
+    watched = MODELS[model]()
+    optimizer = torch.optim.AdamW(watched.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    subject = Subject(
+        model=watched, weights=dict(watched.named_parameters()), optimizer=optimizer, parts=PARTS[model]
+    )
     if plant is not None and plant.install is not None:
         plant.install(subject)
-    with Monitor(model, optimizer, out=folder, every=every, recorder=recorder, tensorboard=False) as monitor:
+    with Monitor(
+        watched, optimizer, out=folder, every=every, recorder=recorder, tensorboard=False
+    ) as monitor:
         for step in range(STEPS):
             _turn(plant, subject, step)
             if plant is not None and step == PLANTED:
                 optimizer.param_groups[0]["lr"] *= plant.rate
             batch = _batch(plant, seed, step)
             optimizer.zero_grad()
-            loss = cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            loss = mean_loss(watched, batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(watched.parameters(), 1.0)
             optimizer.step()
             monitor.step(step, loss=loss)
     return load_run(folder)
@@ -375,4 +333,8 @@ class _Loader:
         return []
 
 
-ARCHITECTURES: dict[str, Callable[..., Run]] = {"plain": train_plain, "glm": train_glm}
+ARCHITECTURES: dict[str, Callable[..., Run]] = {
+    **{name: functools.partial(train_plain, model=name) for name in MODELS},
+    "glm": train_glm,
+}
+PARTS: dict[str, Mapping[str, str]] = {**{name: model.parts for name, model in MODELS.items()}, "glm": OF_GLM}

@@ -1,10 +1,10 @@
 """Is the cause that forensics names the one that was planted, and the site the one where it was?
 
-    python -m experiments.benchmarks forensics [--seeds 10] [--clean 50] [--only NAME] [--arch plain|glm] [--runs FOLDER] [--json]
+    python -m experiments.benchmarks forensics [--seeds 10] [--clean 50] [--only NAME] [--arch NAME] [--runs FOLDER] [--json]
 
-Every plant of ``_planted.py`` is done to a run at step 90 of 112, on two architectures, watched with every=1, and with every=10 and
-a recorder of 64 steps. Of what is told (the diagnoses that a run writes when it ends), the first whose onset lies within 16 steps
-from the plant on counts, that is:
+Every plant of ``_planted.py`` is done to a run at step 90 of 112, on two architectures (``--arch`` names others), watched
+with every=1, and with every=10 and a recorder of 64 steps. Of what is told (the diagnoses that a run writes when it ends), the
+first whose onset lies within 16 steps from the plant on counts, that is:
 
     cause        the word that the table in ``stabilitylab/spikes/suspects.py`` has for what was planted
     site         the module in which it was planted; for causes that have a place
@@ -24,7 +24,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,14 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
 
-from experiments.benchmarks._planted import ARCHITECTURES, OF_GLM, PLAIN, PLANTED, PLANTS, Plant
+from experiments.benchmarks._planted import ARCHITECTURES, PARTS, PLANTED, PLANTS, Plant
 from stabilitylab.runs import Run, load_run
 from stabilitylab.spikes.forensics import Diagnosis, diagnose, explicable
 from stabilitylab.telemetry import DEPARTURES
 
 WITHIN = 16
 WATCHING = {"every=1": {"every": 1, "recorder": 0}, "every=10, recorder": {"every": 10, "recorder": 64}}
-PARTS = {"plain": PLAIN, "glm": OF_GLM}
+ASKED = ("plain", "glm")
 
 
 def told(run: Run) -> Diagnosis | None:
@@ -105,7 +105,7 @@ def trial(name: str, arch: str, watching: str, seed: int, runs: Path | None = No
         return row | _placed(run, plant, PARTS[arch], one.site)
 
 
-def _placed(run: Run, plant: Plant, parts: dict[str, str], site: str | None) -> dict[str, bool | None]:
+def _placed(run: Run, plant: Plant, parts: Mapping[str, str], site: str | None) -> dict[str, bool | None]:
     if not plant.site:
         return {"site_right": None, "near": None}
     planted, found = parts[plant.site], module_of(site or "")
@@ -134,13 +134,13 @@ def main(arguments: list[str]) -> int:
         "--clean", type=int, default=50, help="runs without a plant, over architectures and ways of watching"
     )
     parser.add_argument("--only", action="append", help="plants by name, or part of it")
-    parser.add_argument("--arch", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--arch", choices=sorted(ARCHITECTURES), action="append")
     parser.add_argument("--runs", type=Path, help="folder in which the runs are kept")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     names = [name for name in PLANTS if not asked.only or any(part in name for part in asked.only)]
-    archs = [asked.arch] if asked.arch else list(ARCHITECTURES)
+    archs = asked.arch or list(ASKED)
     rows = []
     for seed in range(asked.seeds):
         for arch in archs:
