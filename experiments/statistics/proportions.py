@@ -15,6 +15,7 @@ against their average (Turner, Ly and Grünwald, arXiv:2106.02693), exact for ev
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -76,6 +77,17 @@ def detectable_share(n: int, alpha: float, *, sequential: bool) -> float:
     return float(stats.beta.ppf(POWER, least, n - least + 1)) if least <= n else math.inf
 
 
+@functools.lru_cache(maxsize=64)
+def _rejected(n: int, alpha: float, sequential: bool) -> np.ndarray:
+    """Whether ``won`` against ``lost`` pairs decide for the first: [won, lost], False where they are more than n."""
+    table = np.zeros((n + 1, n + 1), dtype=bool)
+    for discordant in range(n + 1):
+        least = least_wins(discordant, alpha, sequential=sequential)
+        won = np.arange(least, discordant + 1)
+        table[won, discordant - won] = True
+    return table
+
+
 @dataclass(frozen=True)
 class PairedRates:
     """Pairs of yes (1) and no (0), as differences -1, 0, 1."""
@@ -104,8 +116,22 @@ class PairedRates:
         )
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
-        n, discordant, _ = self._counts()
-        return (2 * detectable_share(discordant, alpha, sequential=sequential) - 1) * discordant / max(n, 1)
+        """The share of pairs that the effect turns one way, beside pairs that chance turns as often either way as seen here."""
+        n, discordant, wins = self._counts()
+        noise = 2 * min(wins, discordant - wins) / max(n, 1)
+        rejects = _rejected(n, alpha, sequential)
+        won, lost = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
+
+        def short(effect: float) -> float:
+            log_p = stats.multinomial.logpmf(
+                np.stack(np.broadcast_arrays(won, lost, np.maximum(n - won - lost, 0)), axis=-1),
+                n,
+                [noise / 2 + effect, noise / 2, 1 - noise - effect],
+            )
+            return float(np.exp(log_p)[rejects].sum()) - POWER
+
+        largest = 1 - noise
+        return float(optimize.brentq(short, 0.0, largest, xtol=1e-4)) if short(largest) > 0 else math.inf
 
     def _counts(self) -> tuple[int, int, int]:
         return (

@@ -15,7 +15,7 @@ from experiments.cli import main
 from experiments.statistics import decide, holm, median_interval
 from experiments.statistics.choice import _plan, looks
 from experiments.statistics.orders import HAZARD_RATIOS, log_ratios
-from experiments.statistics.proportions import MIXTURE, PairedRates, share_log_e
+from experiments.statistics.proportions import MIXTURE, PairedRates, rejects_half, share_log_e
 from experiments.statistics.ranks import RankSum, SignedRanks
 from experiments.statistics.stake import FITTING
 from experiments.statistics.student import PRIOR_VARIANCE, PairedT, UnpairedT, log_e_value
@@ -182,6 +182,22 @@ def test_the_detectable_effect_is_found_in_four_of_five(paired, sequential):
         x, y = rng.normal(size=n) - effect, rng.normal(size=n)
         found += decide(x, y, paired=paired, sequential=sequential).verdict == "supported"
     assert found >= stats.binom.ppf(0.001, 150, 0.8)
+
+
+@pytest.mark.parametrize(("n", "either_way"), [(12, 0), (20, 2)])
+def test_the_detectable_effect_on_yes_or_no_is_found_in_four_of_five(n, either_way):
+    """``either_way`` pairs go each way by chance; the effect turns more of them one way."""
+    seen = np.array([1.0] * either_way + [-1.0] * either_way + [0.0] * (n - 2 * either_way))
+    effect, noise = PairedRates(seen).detectable(0.05, sequential=True), either_way / n
+    assert 0 < effect < 1
+    rng = np.random.default_rng(0)
+    at_the_end = 0
+    for _ in range(300):
+        won, lost, _ = rng.multinomial(n, [noise + effect, noise, 1 - 2 * noise - effect])
+        at_the_end += rejects_half(int(won), int(won + lost), 0.05, sequential=True) and won > lost
+    assert stats.binom.ppf(0.001, 300, 0.8) <= at_the_end <= stats.binom.ppf(0.999, 300, 0.8)
+    # Nothing that four pairs can do decides.
+    assert PairedRates(np.zeros(4)).detectable(0.05, sequential=True) == math.inf
 
 
 @pytest.mark.parametrize(
