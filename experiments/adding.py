@@ -86,7 +86,7 @@ def run_adding(
         whole = dataclasses.replace(suite, seeds=asked)
         run(whole)
         return whole
-    per_seed = len(suite.arms) * max(1, len(getattr(suite, "rates", ())))
+    per_seed = len(suite.arms) * max(1, len(suite.rates))
     step = max(1, math.ceil(places / per_seed))
     at = 0
     while at < len(asked):

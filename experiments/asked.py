@@ -67,7 +67,7 @@ def checked(asked: Suite | Study, name: str) -> Suite | Study:
         twice = f"has the arm {arms.most_common(1)[0][0]!r} twice" if arms else "has no arms"
         raise InputError(f"{name} {twice}: give each arm a name of its own")
     metrics = set(asked.outcomes) if isinstance(asked, Study) else {*METRICS}
-    if isinstance(asked, Suite) and getattr(asked, "rates", None):
+    if isinstance(asked, Suite) and asked.rates:
         metrics.add(OF_RATES)
     for claim in asked.claims:
         for arm in (claim.arm, claim.baseline):

@@ -19,7 +19,7 @@ from experiments.adding import run_adding, seconds, with_found
 from experiments.arm import Suite
 from experiments.asked import load
 from experiments.judging import judge
-from experiments.study import Study, judged, run_study, shares_of
+from experiments.study import Study, run_study, shares_of
 from experiments.suites import SUITES
 from experiments.surviving import show_survival
 from experiments.verdicts import Verdict, record
@@ -83,7 +83,7 @@ def run(
             until_decided=until_decided,
         )
         console = Console()
-        console.print(_table([(chosen.name, verdict) for verdict in judged(chosen, out)]))
+        console.print(_table([(chosen.name, verdict) for verdict in _verdicts_of(chosen, out)]))
         _show_shares(console, chosen, out)
         return 0
     whole = chosen
@@ -116,8 +116,6 @@ def run(
 
 def _verdicts_of(asked: Suite | Study, out: Path) -> list[Verdict]:
     """Every claim, from what is in the folder, with whether it holds among all of them."""
-    if isinstance(asked, Study):
-        return judged(asked, out)
     from experiments.results import results_of
 
     return results_of(asked, out).verdicts

@@ -62,7 +62,9 @@ def test_native_half_gradients_are_float64s(native, dtype, z_loss):
     u = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
     assert loss.item() == pytest.approx(exact.item(), rel=16 * u)
     _, of_z = vocabulary_losses(hidden, weight, target, z_loss)
-    assert of_z.item() == pytest.approx(z_loss * float(logits.detach().logsumexp(1).square().sum()), rel=16 * u)
+    assert of_z.item() == pytest.approx(
+        z_loss * float(logits.detach().logsumexp(1).square().sum()), rel=16 * u
+    )
     assert not of_z.requires_grad
     for ours, theirs in ((hidden.grad, h.grad), (weight.grad, w.grad)):
         assert (ours.double() - theirs).abs().max() <= 16 * u * theirs.abs().max()
