@@ -25,6 +25,7 @@ from glm.model.attention import Attention
 from glm.model.cache import LayerCache
 from glm.model.config import ModelConfig
 from glm.model.dropout import attention_place, dropout, feed_forward_place
+from glm.model.experts import Experts
 from glm.model.feed_forward import FeedForward
 from glm.model.norms import AnyNorm, make_norm
 from glm.model.positions import Rotation
@@ -58,7 +59,7 @@ class Block(nn.Module):
         self.attention_norm = norm()
         self.attention = Attention(config, layer)
         self.feed_forward_norm = None if self.is_parallel else norm()
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = Experts(config) if config.feed_forward.experts.count else FeedForward(config)
         self.attention_output_norm = norm() if has_output_norms else None
         self.feed_forward_output_norm = norm() if has_output_norms else None
 

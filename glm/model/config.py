@@ -104,6 +104,41 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of each feed-forward layer.
+
+    Attributes:
+        count: experts a layer; 0: the layer is one.
+        active: experts that a token passes through.
+        shared: width, in experts, of one more that every token passes through; 0: none.
+        balance: coefficient of the load-balance loss.
+        router_z: coefficient of the router's z-loss.
+        bias_rate: step of the bias that evens the load without a loss; 0 is off.
+        capacity: most choices that an expert takes, in shares of an even load; 0: all.
+    """
+
+    count: int = 0
+    active: int = 2
+    shared: int = 0
+    balance: float = 0.01
+    router_z: float = 0.0
+    bias_rate: float = 0.0
+    capacity: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or self.shared < 0:
+            raise InputError("model.feed_forward.experts.count and shared must be 0 (none) or positive")
+        if self.count and not 1 <= self.active <= self.count:
+            raise InputError(
+                f"model.feed_forward.experts.active must lie between 1 and the count of {self.count}, got {self.active}"
+            )
+        if min(self.balance, self.router_z, self.bias_rate, self.capacity) < 0:
+            raise InputError(
+                "model.feed_forward.experts.balance, router_z, bias_rate and capacity must be 0 (off) or positive"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
     """Feed-forward layer.
 
@@ -111,11 +146,13 @@ class FeedForwardConfig:
         kind: activation; the gated ones (geglu, swiglu) have two input projections in one matrix.
         inner: inner width; None: 8/3 of the hidden width for gated kinds, 4 times for the others, to a multiple of 32.
         clamp: of a gated kind the gate is cut off above this, the other half above and below; 0 is off.
+        experts: several of these layers, of which a token passes through some.
     """
 
     kind: Literal["geglu", "swiglu", "gelu", "relu", "squared-relu"] = "geglu"
     inner: int | None = None
     clamp: float = 0.0
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
     def __post_init__(self) -> None:
         if self.clamp < 0:
@@ -220,6 +257,10 @@ class ModelConfig:
             raise InputError(f"model.dropout must lie in [0, 1), got {self.dropout}")
         if self.z_loss < 0 or self.logit_cap < 0:
             raise InputError("model.z_loss and model.logit_cap must be 0 (off) or positive")
+        if self.spectral and self.feed_forward.experts.count:
+            raise InputError(
+                "model.spectral is for linear layers, which experts are not: leave one of them out"
+            )
         groups = self.attention.key_heads
         if groups is not None and (groups < 1 or self.heads % groups):
             raise InputError(
@@ -270,7 +311,13 @@ class ModelConfig:
         own, up = self.attention, inner * (2 if self.feed_forward.is_gated else 1)
         qkv = (self.heads + 2 * self.key_heads) * self.head
         gate = {"none": 0, "head": self.heads, "element": h}[own.gate]
-        layer = h * (qkv + h + up + inner + gate) + b * (qkv + h + up + h + gate)
+        layer = h * (qkv + h + gate) + b * (qkv + h + gate)
+        experts = self.feed_forward.experts
+        if experts.count:
+            layer += experts.count * h * (up + inner + 1)
+            layer += experts.shared * (h * (up + inner) + b * up) + (b * h if experts.shared else 0)
+        else:
+            layer += h * (up + inner) + b * (up + h)
         layer += self.norms_per_layer * self.norm_parameters(h)
         layer += (2 * int(own.qk_norm) + int(own.v_norm)) * self.norm_parameters(self.head)
         layer += (self.heads if own.sink == "learned" else 0) + (4 if self.spectral else 0)

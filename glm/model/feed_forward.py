@@ -14,7 +14,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glm.model.config import ModelConfig
+from glm.model.config import FeedForwardConfig, ModelConfig
 from glm.model.spectral import make_linear
 from glm.precision import gated_gelu, has_kernel
 
@@ -27,30 +27,42 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class FeedForward(nn.Module):
-    """The position-wise layer."""
+class Activation:
+    """What stands between the two matrices of a feed-forward layer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: FeedForwardConfig) -> None:
+        self.is_gated = config.is_gated
+        self.clamp = config.clamp
+        self.function = ACTIVATIONS[config.kind]
+
+    def __call__(self, raised: Tensor) -> Tensor:
+        if not self.is_gated:
+            return self.function(raised)
+        if self.function is F.gelu and not self.clamp and has_kernel(raised):
+            return gated_gelu(raised)
+        a, b = raised.chunk(2, dim=-1)
+        if self.clamp:
+            a, b = a.clamp(-self.clamp, self.clamp), b.clamp(max=self.clamp)
+        return a * self.function(b)
+
+
+class FeedForward(nn.Module):
+    """The position-wise layer.
+
+    Args:
+        config: of the model.
+        inner: width between the matrices; None: the configured one.
+    """
+
+    def __init__(self, config: ModelConfig, *, inner: int | None = None) -> None:
         super().__init__()
-        kind, inner = config.feed_forward.kind, config.feed_forward.width(config.hidden)
+        inner = inner or config.feed_forward.width(config.hidden)
         self.is_gated = config.feed_forward.is_gated
-        self.activation = ACTIVATIONS[kind]
-        self.has_gelu = self.activation is F.gelu
-        self.clamp = config.feed_forward.clamp
+        self.activation = Activation(config.feed_forward)
         raised = inner * (2 if self.is_gated else 1)
         self.up = make_linear(config.hidden, raised, bias=config.bias, spectral=config.spectral)
         self.down = make_linear(inner, config.hidden, bias=config.bias, spectral=config.spectral)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        raised = self.up(x_BTC)
-        if self.has_gelu and self.is_gated and not self.clamp and has_kernel(raised):
-            inner = gated_gelu(raised)
-        elif self.is_gated:
-            a, b = raised.chunk(2, dim=-1)
-            if self.clamp:
-                a, b = a.clamp(-self.clamp, self.clamp), b.clamp(max=self.clamp)
-            inner = a * self.activation(b)
-        else:
-            inner = self.activation(raised)
-        lowered: Tensor = self.down(inner)
+        lowered: Tensor = self.down(self.activation(self.up(x_BTC)))
         return lowered

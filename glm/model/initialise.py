@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from glm.model.block import Block
 from glm.model.config import ModelConfig
+from glm.model.experts import Experts
+from glm.model.feed_forward import FeedForward
 from glm.model.scaling import width_ratio
 from glm.model.spectral import SpectralLinear
 
@@ -50,22 +52,27 @@ def generator_of(seed: int, name: str) -> torch.Generator:
 @torch.no_grad()
 def initialise_block(block: Block, config: ModelConfig, seed: int, name: str) -> None:
     """Draw the linear layers of a block, which the model knows by ``name``."""
-    attention, feed = block.attention, block.feed_forward
+    attention = block.attention
     beta = deep_gain(config)
     queries, keys = config.heads * config.head, config.key_heads * config.head
-    inner = feed.down.weight.shape[1]
     # Rows and gains of the matrices that a layer's weight is made of.
     parts = [
         ("attention.query_key_value", attention.query_key_value, ((queries, 1.0), (keys, 1.0), (keys, beta))),
         ("attention.output", attention.output, ((config.hidden, beta),)),
-        ("feed_forward.up", feed.up, ((inner, beta),) * (2 if feed.is_gated else 1)),
-        ("feed_forward.down", feed.down, ((config.hidden, beta),)),
     ]
+    feed = block.feed_forward
+    if isinstance(feed, Experts):
+        parts.append(("feed_forward.router", feed.router, ((feed.count, 1.0),)))
+        _initialise_experts(feed, config, seed, f"{name}.feed_forward")
+    for path, one in _feed_forwards(feed):
+        inner = one.down.weight.shape[1]
+        parts.append((f"{path}.up", one.up, ((inner, beta),) * (2 if one.is_gated else 1)))
+        parts.append((f"{path}.down", one.down, ((config.hidden, beta),)))
     if attention.gate is not None:
         parts.append(("attention.gate", attention.gate, ((attention.gate.weight.shape[0], 1.0),)))
     for path, linear, matrices in parts:
         generator = generator_of(seed, f"{name}.{path}.weight")
-        leads_out = linear in (attention.output, feed.down)
+        leads_out = path.endswith((".output", ".down"))
         pieces = torch.split(linear.weight, [rows for rows, _ in matrices])
         for weight, (_, gain) in zip(pieces, matrices, strict=True):
             nn.init.normal_(weight, std=_std(weight, config, gain, leads_out), generator=generator)
@@ -79,6 +86,25 @@ def initialise_block(block: Block, config: ModelConfig, seed: int, name: str) ->
         for norm in (block.attention_output_norm, block.feed_forward_output_norm):
             assert norm is not None
             norm.set_gain(config.layers**-0.5)
+
+
+def _feed_forwards(feed: FeedForward | Experts) -> list[tuple[str, FeedForward]]:
+    """The dense layers of a feed-forward, by their paths in the block."""
+    if isinstance(feed, FeedForward):
+        return [("feed_forward", feed)]
+    return [] if feed.shared is None else [("feed_forward.shared", feed.shared)]
+
+
+def _initialise_experts(experts: Experts, config: ModelConfig, seed: int, name: str) -> None:
+    """Draw all experts' matrices as those of a dense layer of an expert's width."""
+    beta, inner = deep_gain(config), experts.down.shape[-1]
+    for kind, weight, rows in (("up", experts.up, inner), ("down", experts.down, config.hidden)):
+        generator = generator_of(seed, f"{name}.{kind}")
+        for piece in torch.split(weight, rows, dim=1):
+            std = _std(piece[0], config, beta, kind == "down")
+            nn.init.normal_(piece, std=std, generator=generator)
+    if experts.bias_E is not None:
+        nn.init.zeros_(experts.bias_E)
 
 
 def _std(weight: Tensor, config: ModelConfig, gain: float, leads_out: bool) -> float:

@@ -3,8 +3,9 @@
     W^ = g / sigma(W) W,     sigma(W) = u' W v,     g from 1
 
 u and v are the leading singular vectors as power iteration has them: exact enough at the start, and one step further after every
-update (``advance``), so that a forward pass changes nothing and a recomputed one is the same. They are buffers: a checkpoint keeps
-them. The gradient goes through sigma, u and v held. Bounding the spectral norms bounds how low the entropy of attention can fall.
+update (``glm.model.following``), so that a forward pass changes nothing and a recomputed one is the same. They are buffers: a
+checkpoint keeps them. The gradient goes through sigma, u and v held. Bounding the spectral norms bounds how low the entropy of
+attention can fall.
 """
 
 from __future__ import annotations
@@ -59,10 +60,3 @@ class SpectralLinear(Linear):
 def make_linear(width: int, out: int, *, bias: bool, spectral: bool) -> Linear:
     """A linear layer of a block."""
     return SpectralLinear(width, out, bias=bias) if spectral else Linear(width, out, bias=bias)
-
-
-def advance_all(model: nn.Module) -> None:
-    """After an update: every such layer of the model follows its weight."""
-    for module in model.modules():
-        if isinstance(module, SpectralLinear):
-            module.advance()

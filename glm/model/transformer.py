@@ -17,6 +17,7 @@ from glm.model.cache import Cache
 from glm.model.config import ModelConfig
 from glm.model.dropout import EMBEDDING, dropout, fresh_keys
 from glm.model.embedding import Embedding
+from glm.model.experts import penalties
 from glm.model.initialise import initialise_block, initialise_embedding
 from glm.model.layers import Linear
 from glm.model.norms import AnyNorm, make_norm
@@ -116,7 +117,8 @@ class Transformer(nn.Module):
         context_BT: Tensor,
         keys_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, int]:
-        """``loss``, with the z-loss's part of the sum in the middle, which has no gradient."""
+        """``loss``, with what of the sum are auxiliary terms in the middle, without a gradient: the z-loss, and what routers of
+        experts add to the mean."""
         hidden_BTC = self.hidden(tokens_BT, positions, segments_BT, context_BT, keys_B)
         chosen = targets_BT >= 0
         target_N = targets_BT[chosen]
@@ -124,7 +126,11 @@ class Transformer(nn.Module):
         total, of_z = vocabulary_losses(
             hidden_BTC[chosen], self.output_weight(), target_N, config.z_loss, config.logit_cap
         )
-        return total, of_z, target_N.numel()
+        count = target_N.numel()
+        if config.feed_forward.experts.count and self.training and torch.is_grad_enabled():
+            penalty = count * penalties(self)
+            total, of_z = total + penalty, of_z + penalty.detach()
+        return total, of_z, count
 
     def hidden(
         self,

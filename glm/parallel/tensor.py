@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from glm.model.block import Block
 from glm.model.embedding import Embedding
+from glm.model.feed_forward import FeedForward
 from glm.model.layers import Norm
 from glm.parallel.partition import Cut
 from glm.precision import linear
@@ -139,6 +140,7 @@ class HeadNorm(Norm):
 def cut_block(block: Block, group: dist.ProcessGroup) -> None:
     """Leave of a layer what this rank computes: some heads, some of the inner width."""
     attention, feed = block.attention, block.feed_forward
+    assert isinstance(feed, FeedForward)  # experts are refused (glm.parallel.topology)
     attention.heads //= dist.get_world_size(group)
     attention.key_heads //= dist.get_world_size(group)
     if attention.gate is not None:

@@ -70,7 +70,12 @@ class Topology:
 def _check_levers(tensor: int, model: ModelConfig) -> None:
     """Raises InputError for what several processes cannot do."""
     attention = model.attention
-    alone = {"model.spectral": model.spectral, "model.attention.qk_clip": attention.qk_clip > 0}
+    experts = model.feed_forward.experts
+    alone = {
+        "model.feed_forward.experts": experts.count > 0,
+        "model.spectral": model.spectral,
+        "model.attention.qk_clip": attention.qk_clip > 0,
+    }
     uncut = {
         "model.attention.key_heads": model.key_heads != model.heads,
         f"qk_norm or v_norm with norm_kind {model.norm_kind}": model.norm_kind != "layer"

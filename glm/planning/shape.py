@@ -28,6 +28,7 @@ class Shape:
         inner: width of the feed-forward layer; ``gated``: it has two input projections.
         norms: norms a layer, ``norm_size`` and ``head_norm_size`` parameters each over the hidden width and over a head's;
             ``bias``: linear layers have biases.
+        experts: of a layer, 0 where it is one; ``active`` that a token passes through, ``shared`` of one more that each does.
         key_heads: of attention, where fewer than ``heads``; None: as many.
         gate: outputs of attention's gate; ``vectors``: what else a layer has, as learned sinks.
         learned_positions, embedding_norm, tied, final_norm: what else there is; ``head_norms``: norms over a head's width.
@@ -49,6 +50,9 @@ class Shape:
     key_heads: int | None = None
     gate: int = 0
     vectors: int = 0
+    experts: int = 0
+    active: int = 0
+    shared: int = 0
     learned_positions: bool = False
     embedding_norm: bool = False
     tied: bool = True
@@ -66,7 +70,16 @@ class Shape:
     def matrices(self) -> int:
         """Elements of a layer's matrices."""
         h = self.hidden
-        return h * (self.attention_inputs + h + self.up + self.inner)
+        feed_forward = self.up + self.inner
+        if self.experts:
+            feed_forward = (self.experts + self.shared) * feed_forward + self.experts
+        return h * (self.attention_inputs + h + feed_forward)
+
+    @property
+    def used_matrices(self) -> int:
+        """Elements of a layer's matrices that a token is multiplied by."""
+        idle = (self.experts - self.active) * (self.up + self.inner) if self.experts else 0
+        return self.matrices - self.hidden * idle
 
     @property
     def attention_inputs(self) -> int:
@@ -77,7 +90,8 @@ class Shape:
     @property
     def split_vectors(self) -> int:
         """Biases of a layer that are split with their matrices."""
-        return (self.attention_inputs + self.up) * int(self.bias) + self.vectors
+        up = self.shared * self.up if self.experts else self.up
+        return (self.attention_inputs + up) * int(self.bias) + self.vectors
 
     @property
     def whole_vectors(self) -> int:
@@ -85,7 +99,8 @@ class Shape:
         head = self.head_norm_size
         if head is None:
             head = self.hidden // self.heads * (1 + int(self.bias))
-        return 2 * self.hidden * int(self.bias) + self.norms * self._norm + self.head_norms * head
+        outputs = 1 if self.experts and not self.shared else 2
+        return outputs * self.hidden * int(self.bias) + self.norms * self._norm + self.head_norms * head
 
     @property
     def _norm(self) -> int:
@@ -122,7 +137,7 @@ class Shape:
 
     def layer_flops(self, tokens: int) -> float:
         """Of a layer's forward pass."""
-        return 2.0 * tokens * self.matrices + 4.0 * tokens * self.length * self.hidden
+        return 2.0 * tokens * self.used_matrices + 4.0 * tokens * self.length * self.hidden
 
     def output_flops(self, tokens: int) -> float:
         """Of the output projection's forward pass."""
@@ -157,6 +172,9 @@ def shape_of(config: ModelConfig, *, vocabulary: int | None = None, length: int 
         head_norms=2 * int(config.attention.qk_norm) + int(config.attention.v_norm),
         key_heads=config.key_heads,
         gate={"none": 0, "head": config.heads, "element": config.hidden}[config.attention.gate],
+        experts=config.feed_forward.experts.count,
+        active=config.feed_forward.experts.active,
+        shared=config.feed_forward.experts.shared,
         vectors=config.heads if config.attention.sink == "learned" else 0,
         bias=config.bias,
         learned_positions=config.attention.positions == "learned",

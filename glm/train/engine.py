@@ -26,8 +26,9 @@ from glm.data.batch import Batch
 from glm.distributed.process_group import ProcessGroup, SingleProcess
 from glm.errors import InputError
 from glm.model.dropout import row_keys
+from glm.model.experts import expert_loads
+from glm.model.following import follow_all, has_followers
 from glm.model.scaling import rate_factors
-from glm.model.spectral import advance_all
 from glm.model.transformer import Transformer
 from glm.precision import LossScaler, Policy
 from glm.train import checkpoint as checkpoints
@@ -236,7 +237,9 @@ class LocalEngine(Updates):
             self.optimizer.after_update = lambda: clip_queries_and_keys(
                 self.model, self.optimizer.masters(), threshold
             )
-        self._is_spectral = config.model.spectral
+        experts = config.model.feed_forward.experts.count
+        self._auxiliary = "auxiliary_loss" if experts else "z_loss" if config.model.z_loss else ""
+        self._has_followers = has_followers(config.model)
         self.scaler = LossScaler(config.loss_scale) if self.policy.scales_loss else None
         if config.compile:
             self._compile()
@@ -273,16 +276,18 @@ class LocalEngine(Updates):
             (loss_sum * (self.loss_scale / targets)).backward()  # type: ignore[no-untyped-call]
             self.optimizer.accumulate()
             total += float(loss_sum.detach())
-            of_z += float(z_sum) if self.model.config.z_loss else 0.0
-        if self.model.config.z_loss:
-            self.auxiliary = {"z_loss": of_z / targets}
+            of_z += float(z_sum) if self._auxiliary else 0.0
+        if self._auxiliary:
+            self.auxiliary = {self._auxiliary: of_z / targets}
         self.optimizer.loss = (total - of_z) / targets
         return self.optimizer.loss
 
     def update(self, learning_rate: float, *, clip: float) -> bool:
+        loads = expert_loads(self.model) if self._has_followers else {}
         applied = super().update(learning_rate, clip=clip)
-        if applied and self._is_spectral:
-            advance_all(self.model)
+        if self._has_followers:
+            follow_all(self.model, applied=applied)
+            self.optimizer.guards.told |= loads
         return applied
 
     def set_embedding_gradient_shrink(self, alpha: float) -> None:

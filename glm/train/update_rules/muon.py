@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from glm.model.attention import Attention
+from glm.model.experts import Experts
 from glm.model.feed_forward import FeedForward
 from glm.precision import multiplies_natively
 from glm.train.update_rules.config import MuonConfig, OptimizerConfig
@@ -105,6 +106,9 @@ def matrix_rows(model: nn.Module, *, per_head: bool) -> dict[str, tuple[int, ...
         elif isinstance(module, FeedForward) and module.is_gated:
             half = module.up.weight.shape[0] // 2
             found[f"{prefix}up.weight"] = (half, half)
+        elif isinstance(module, Experts) and module.activation.is_gated:
+            half = module.up.shape[1] // 2
+            found[f"{prefix}up"] = (half, half)
     return found
 
 

@@ -21,9 +21,10 @@ from glm.model.config import (
     ScalingConfig,
 )
 from glm.model.feed_forward import FeedForward
+from glm.model.following import follow_all
 from glm.model.norms import make_norm
 from glm.model.positions import score_bias
-from glm.model.spectral import SpectralLinear, advance_all
+from glm.model.spectral import SpectralLinear
 from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import vocabulary_loss
 from glm.parallel.topology import checked
@@ -264,7 +265,7 @@ def test_sigma_reparametrization_has_the_spectral_norm_it_says():
         layer.weight.mul_(7)
         layer.gain.fill_(2.5)
     for _ in range(200):
-        advance_all(model)
+        follow_all(model, applied=True)
     used = layer(torch.eye(32)).T - layer.bias[:, None]
     assert torch.linalg.matrix_norm(used.double(), 2).item() == pytest.approx(2.5, rel=1e-4)
     # The gradient is that of g W / (u' W v), u and v held.

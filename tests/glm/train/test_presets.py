@@ -13,7 +13,15 @@ import torch
 from glm.commands.train import preset_config
 from glm.data.loader import Loader
 from glm.model.block import Block
-from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig, Norm, NormKind
+from glm.model.config import (
+    AttentionConfig,
+    EmbeddingConfig,
+    ExpertsConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    Norm,
+    NormKind,
+)
 from glm.model.positions import rotation, score_bias, visible
 from glm.presets import PRESETS
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig
@@ -145,6 +153,9 @@ LEVERS = {
     "qkv norm, gated by head": attention(qk_norm=True, v_norm=True, gate="head"),
     "qk clip, off by one": attention(qk_clip=5.0, sink="off-by-one", gate="element"),
     "grouped, learned sinks": attention(key_heads=1, sink="learned", clip_qkv=8.0),
+    "experts": model(
+        feed_forward=FeedForwardConfig(inner=32, experts=ExpertsConfig(count=4, shared=1, bias_rate=1e-3))
+    ),
     "spectral, logit cap": model(spectral=True, logit_cap=15.0),
     "soft cap": attention(soft_cap=20.0),
     "z-loss": model(z_loss=1e-4),
