@@ -1,0 +1,73 @@
+"""The monitor under OLMo-core's Trainer.
+
+    from stabilitylab.integrations.olmo_core import MonitorCallback
+
+    config = TrainerConfig(...).with_callback("stabilitylab", MonitorCallback(out="runs/mine", every=10))
+
+Gradients are read in ``pre_optim_step``, which comes before the train module clips them. The step's number is the Trainer's
+``global_step`` (which counts from 1) less 1, the loss the cross entropy that the train module records (``train/CE loss``), of this
+rank. A step of ``SkipStepOptimizer`` that was skipped is recorded as such.
+
+Source: OLMo-core 3.0, ``train/trainer.py``, ``train/callbacks/callback.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from olmo_core.train.callbacks import Callback
+from olmo_core.train.common import TRAIN_CE_LOSS_METRIC
+
+from stabilitylab.monitoring.monitor import Monitor
+
+
+@dataclass
+class MonitorCallback(Callback):  # type: ignore[misc]
+    """Watches the train module's model.
+
+    Args:
+        out: the run folder.
+        every: measure each n-th step.
+        options: further arguments of ``Monitor``, without model and optimizer.
+    """
+
+    out: str | None = None
+    every: int = 10
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def pre_train(self) -> None:
+        """Attach."""
+        module = self.trainer.train_module
+        options = {"out": self.out, "every": self.every, **self.options}
+        self._monitor: Monitor | None = Monitor(module.model, module.optim, **options)
+        self._monitor.start_step(self.trainer.global_step)
+
+    def pre_optim_step(self) -> None:
+        """Gradients are reduced, not yet clipped."""
+        if (monitor := self._open()) is not None:
+            monitor.gradients_ready()
+
+    def post_step(self) -> None:
+        """An update has been made."""
+        if (monitor := self._open()) is not None:
+            loss = self.trainer.get_metric(TRAIN_CE_LOSS_METRIC)
+            skipped = getattr(self.trainer.train_module.optim, "step_skipped", None)
+            monitor.step(self.trainer.global_step - 1, loss=loss, skipped=skipped)
+
+    def post_train(self) -> None:
+        """Detach and write what is left."""
+        self.close()
+
+    def on_error(self, exc: BaseException) -> None:
+        """Training was cut short: what has been seen is written."""
+        self.close()
+
+    def close(self) -> None:
+        """Detach."""
+        if (monitor := self._open()) is not None:
+            self._monitor = None
+            monitor.close()
+
+    def _open(self) -> Monitor | None:
+        return getattr(self, "_monitor", None)
