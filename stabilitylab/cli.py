@@ -12,6 +12,10 @@ from stabilitylab.command_line import run_program
 from stabilitylab.errors import InputError
 
 COMMANDS = {
+    "demo": (
+        "stabilitylab.demo",
+        "a small model breaks, is found, named and shown: ten seconds, no download",
+    ),
     "report": ("stabilitylab.cli", "one self-contained HTML page about a run"),
     "compare": ("stabilitylab.cli", "several runs over each other, as HTML"),
     "show": ("stabilitylab.cli", "a run's last values and its events, on the terminal"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pandas as pd
 from stabilitylab.charts.curves import curves
 from stabilitylab.charts.look import Chart
 from stabilitylab.figures.curves import Mark
+from stabilitylab.report.episodes_section import diagnoses
 from stabilitylab.report.page import Section
 from stabilitylab.runs.run import Run
 from stabilitylab.spikes import Episode, episodes_of
@@ -19,22 +21,25 @@ AROUND = (
     100  # steps before the first value out of line and after the last, or after the first where it lasts long
 )
 MOST = 6
+MOST_SIGNALS = 4
 _SHOWN = ((LOSS, "Loss", "nats"), (GRADIENT_NORM, "Gradient norm", ""))
 # An episode that fills the curve above is seen there.
 _WHOLE = 3 * AROUND
 
 
 def close_ups(run: Run) -> Section | None:
-    """Loss and gradient norm around the gravest episodes, in the order in which they came; None where there is nothing to
-    show that the whole curve does not."""
+    """The gravest episodes, in the order in which they came, each with loss, gradient norm and what left its baseline first around
+    it; None where there is nothing to show that the whole curve does not."""
     series = {metric: run.series(metric) for metric, _, _ in _SHOWN}
     longest = max((len(one) for one in series.values()), default=0)
     episodes = episodes_of(run.events)
     places = _places(episodes)
     if not places or longest <= _WHOLE:
         return None
+    found = diagnoses(run)
     parts: list[Chart] = []
     for first, last in places:
+        around = f", steps {first:,} to {last:,}"
         for metric, title, unit in _SHOWN:
             window = series[metric].loc[first:last]
             if not len(window):
@@ -46,18 +51,42 @@ def close_ups(run: Run) -> Section | None:
             ]
             chart = curves(
                 {run.name: [window]},
-                title=f"{title}, steps {window.index[0]:,} to {window.index[-1]:,}",
+                title=title + around,
                 unit=unit,
                 log="auto" if metric == LOSS else True,
                 marks={run.name: marks},
             )
             parts.append(chart)
+        if (suspects := _suspects(run, found, first, last)) is not None:
+            parts.append(suspects)
     if not parts:
         return None
     text = f"{AROUND} steps on either side of each episode" + (
         f"; the gravest of {len(episodes)} are shown." if len(places) == MOST else "."
     )
     return Section(title="Episodes from near", text=(text,), parts=parts)
+
+
+def _suspects(run: Run, found: Sequence[Mapping[str, Any]], first: int, last: int) -> Chart | None:
+    """The signals that left their baseline around the window's first episode, each over its median before it."""
+    told = next(
+        (one for one in found if first <= one["episode"]["onset"] <= last and one["departures"]), None
+    )
+    if told is None:
+        return None
+    onset = told["episode"]["onset"]
+    lines = {}
+    for one in told["departures"][:MOST_SIGNALS]:
+        rows = run.near(one["family"], one["statistic"], first, last)
+        rows = rows[rows["site"] == one["site"]]
+        signal = rows.groupby("step")["value"].max()
+        usual = signal[signal.index < onset - 1].median()
+        if len(signal) > 1 and np.isfinite(usual) and usual > 0:
+            lines[f"{one['family']}/{one['site']}/{one['statistic']}"] = [signal / usual]
+    if not lines:
+        return None
+    title = f"What left its baseline, over its median before, steps {first:,} to {last:,}"
+    return curves(lines, title=title, unit="times", log=True)
 
 
 def _places(episodes: Sequence[Episode]) -> list[tuple[int, int]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,12 +12,15 @@ from stabilitylab.charts.curves import curves
 from stabilitylab.charts.look import Chart
 from stabilitylab.figures.curves import Mark
 from stabilitylab.figures.style import plain
-from stabilitylab.report.page import Cell, Section, Table
+from stabilitylab.report.page import Cell, Said, Section, Statements, Table
 from stabilitylab.runs.run import Run
 from stabilitylab.spikes import KINDS, episodes_of
 
 Runs = Mapping[str, Sequence[Run]]
 MOST_ROWS = 200
+MOST_TOLD = 6
+# How a sentence about documents begins: long, and for who looks for them.
+BATCH = "Batch of step "
 
 
 def overview(runs: Runs) -> Section:
@@ -70,33 +75,91 @@ def episode_section(runs: Runs) -> Section:
     )
 
 
+def key_message(run: Run) -> Section:
+    """What happened, where it began and what to try: the gravest episodes, in the order in which they came."""
+    found = diagnoses(run)
+    if not found:
+        kinds = [event for event in run.events if event.kind in KINDS]
+        said = Said(
+            word="calm", text="No spike, no divergence, nothing that is not finite was found.", tone="good"
+        )
+        if kinds:
+            said = Said(
+                word=kinds[0].kind, text=f"From step {kinds[0].step} on; nothing explains it.", tone="bad"
+            )
+        return Section(title="What happened", parts=[Statements(said=[said])])
+    said_all = []
+    for data in _gravest(found):
+        first, *seen = data["sentences"]
+        plain_seen = [s for s in seen if not s.startswith((BATCH, "Try: "))]
+        advice = str(data.get("advice") or "")
+        kind = str(data["episode"]["kind"])
+        said_all.append(
+            Said(
+                word=kind.replace("-", " "),
+                text="S" + str(first).removeprefix(f"{kind} at s"),
+                detail=" ".join([*plain_seen[:2], advice]),
+                tone="open" if kind == "hard-batch" else "bad",
+            )
+        )
+    note = f"The gravest of {len(found)}; all stand under Causes." if len(found) > len(said_all) else ""
+    return Section(title="What happened", parts=[Statements(said=said_all, note=note)])
+
+
+def _gravest(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Episodes before departures that no episode shows, the first of a kind and cause before its likes; then by step."""
+    told: Counter[tuple[str, str]] = Counter()
+    ranked: list[tuple[bool, bool, int, int, Mapping[str, Any]]] = []
+    for data in found:
+        kind = str(data["episode"]["kind"])
+        like = (kind, str(data["cause"]))
+        ranked.append((kind not in KINDS, kind == "hard-batch", told[like], len(ranked), data))
+        told[like] += 1
+    return sorted(
+        (data for *_, data in sorted(ranked, key=lambda one: one[:4])[:MOST_TOLD]),
+        key=lambda data: data["episode"]["onset"],
+    )
+
+
 def diagnosis_section(runs: Runs) -> Section:
     """Why each episode happened, as far as the telemetry tells."""
     rows: list[Sequence[Cell | str]] = []
     for several in runs.values():
         for run in several:
-            for step, cause, sentences in _diagnoses(run):
-                rows.append([run.name, str(step), cause, " ".join(sentences)])
+            for data in diagnoses(run):
+                batches = [s for s in data["sentences"] if s.startswith(BATCH)]
+                seen = [s for s in data["sentences"] if not s.startswith(BATCH)]
+                rows.append(
+                    [
+                        run.name,
+                        str(data["episode"]["onset"]),
+                        str(data["cause"]),
+                        Cell(text=" ".join(seen), detail=" ".join(batches)),
+                    ]
+                )
     if not rows:
         return Section(title="Causes", text=("There is nothing to explain.",))
+    count = ""
+    if len(rows) > MOST_ROWS:
+        count = f" The first {MOST_ROWS} of {len(rows)}; events.jsonl has all."
     note = "What is close in time is not thereby the cause; the table of causes stands in stabilitylab/spikes/forensics.py."
     return Section(
         title="Causes",
-        text=("Which site left its own baseline first, around each episode, and what that suggests.",),
-        parts=[Table(columns=["run", "step", "suspect", "what was seen"], rows=rows, note=note)],
+        text=(
+            "Which site left its own baseline first, around each episode, and what that suggests." + count,
+        ),
+        parts=[Table(columns=["run", "step", "suspect", "what was seen"], rows=rows[:MOST_ROWS], note=note)],
     )
 
 
-def _diagnoses(run: Run) -> list[tuple[int, str, Sequence[str]]]:
-    """Step, cause and sentences: as the run recorded them, else made now (the run was killed, or is going on)."""
-    recorded = [event for event in run.events if event.kind == "diagnosis"]
+def diagnoses(run: Run) -> list[Mapping[str, Any]]:
+    """Each as ``Diagnosis.to_json`` gives it: as the run recorded them, else made now (it was killed, or is going on)."""
+    recorded = [event.data for event in run.events if event.kind == "diagnosis"]
     if recorded:
-        from stabilitylab.spikes.advice import told_now
-
-        return [(event.step, str(event.data["cause"]), told_now(run, event.data)) for event in recorded]
+        return recorded
     from stabilitylab.spikes.forensics import diagnose_run  # forensics reads runs, so it knows this package
 
-    return [(one.episode.onset, one.cause, one.sentences) for one in diagnose_run(run)]
+    return [one.to_json() for one in diagnose_run(run)]
 
 
 def _curve(

@@ -1,6 +1,13 @@
 """What every report shows of runs. Runs come as label -> its runs, one a seed; every function returns one section."""
 
-from stabilitylab.report.episodes_section import Runs, diagnosis_section, episode_section, overview
+from stabilitylab.report.episodes_section import (
+    Runs,
+    diagnoses,
+    diagnosis_section,
+    episode_section,
+    key_message,
+    overview,
+)
 from stabilitylab.report.layers_section import (
     attention,
     embedding_site,
@@ -14,10 +21,12 @@ from stabilitylab.report.layers_section import (
 __all__ = [
     "Runs",
     "attention",
+    "diagnoses",
     "diagnosis_section",
     "embedding_site",
     "episode_section",
     "gradients",
+    "key_message",
     "outliers",
     "overview",
     "ranges",

@@ -21,8 +21,9 @@ def run_report(run: Run) -> Page:
     page = _report({run.name: [run]}, title=f"Run {run.name}", lead=_lead(run), facts=_facts(run))
     if (proven := attribution_section(run)) is not None:
         page.sections.insert(3, proven)  # after the diagnoses
+    page.sections.insert(0, sections.key_message(run))
     if (near := close_ups(run)) is not None:
-        page.sections.insert(2, near)  # after the table of episodes
+        page.sections.insert(1, near)
     return page
 
 

@@ -209,7 +209,7 @@ def test_a_page_is_one_file(report: tuple[Page, str]) -> None:
 def test_a_report_tells_the_story(report: tuple[Page, str]) -> None:
     page, html = report
     titles = [section.title for section in page.sections]
-    assert titles[:3] == ["Loss and gradient norm", "Episodes", "Causes"]
+    assert titles[:4] == ["What happened", "Loss and gradient norm", "Episodes", "Causes"]
     assert {
         "Gradients",
         "Residual stream",
@@ -223,7 +223,7 @@ def test_a_report_tells_the_story(report: tuple[Page, str]) -> None:
     assert "A value on the residual stream that is not finite" not in html
     # Layer 3 at the last measured step: 4 x (2 + 110 / 20), 11.1 bits below 65,504.
     assert "The largest value on the residual stream was 30, 11.1 bits below" in html
-    assert all(section.text for section in page.sections)
+    assert all(section.text for section in page.sections[1:])
 
 
 def test_reports_of_several_runs_lie_over_each_other(run_path: Path, tmp_path: Path) -> None:
@@ -407,10 +407,17 @@ def long_run(folder: Path) -> Path:
 
 def test_episodes_are_shown_from_near(tmp_path: Path) -> None:
     page = run_report(load_run(long_run(tmp_path)))
-    near = page.sections[2]
+    near = page.sections[1]
     assert near.title == "Episodes from near"
     titles = [part.title for part in near.parts if isinstance(part, Chart)]
     assert titles == ["Loss, steps 4,900 to 5,110", "Loss, steps 7,900 to 8,100"]
+    (told,) = page.sections[0].parts
+    assert isinstance(told, Statements)
+    assert [(one.word, one.text.partition(",")[0]) for one in told.said] == [
+        ("spike", "Step 5000"),
+        ("spike", "Step 5050"),
+        ("non finite", "Step 8000. First suspect: not visible in what was measured."),
+    ]
     assert page.lead == (
         "10,000 steps recorded, 0 to 9999; the loss went from 4 to 3 nats, its highest 21.8 at step 5,003; 1 value is not finite."
     )
