@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from experiments.adding import run_adding, seconds, with_found
 from experiments.arm import Suite
 from experiments.asked import load
 from experiments.judging import judge
+from experiments.statistics import Decision
 from experiments.study import Study, run_study, shares_of
 from experiments.suites import SUITES
 from experiments.surviving import show_survival
@@ -83,7 +85,7 @@ def run(
             until_decided=until_decided,
         )
         console = Console()
-        console.print(_table([(chosen.name, verdict) for verdict in _verdicts_of(chosen, out)]))
+        _show_verdicts(console, [(chosen.name, verdict) for verdict in _verdicts_of(chosen, out)])
         _show_shares(console, chosen, out)
         return 0
     whole = chosen
@@ -104,7 +106,7 @@ def run(
         places=parallel or os.cpu_count() or 1,
     )
     console = Console()
-    console.print(_table([(made.name, verdict) for verdict in _verdicts_of(made, out)]))
+    _show_verdicts(console, [(made.name, verdict) for verdict in _verdicts_of(made, out)])
     console.print(f"runs: {out}", soft_wrap=True)
     console.print(
         f"next: python -m experiments report {suite}"
@@ -137,7 +139,7 @@ def report(suite: SuiteName, *, out: Path | None = None) -> int:
     results = results_of(asked, out)
     path = write_report(asked, out, results=results)
     console = Console()
-    console.print(_table([(results.name, verdict) for verdict in results.verdicts]))
+    _show_verdicts(console, [(results.name, verdict) for verdict in results.verdicts])
     for sentence in (telling_sentence(results), cause_sentence(results)):
         if sentence:
             console.print(Text(sentence), soft_wrap=True)
@@ -175,7 +177,7 @@ def verdicts(suites: SuiteNames = (), /, *, runs: Path = Path("runs"), json: boo
             print(json_text.dumps({"suite": name, **record(verdict)}, allow_nan=False))
         return 0
     console = Console()
-    console.print(_table(found))
+    _show_verdicts(console, found)
     for name in suites or SUITES:
         if isinstance(study := load(name), Study):
             _show_shares(console, study, runs / study.name)
@@ -192,24 +194,43 @@ def _show_shares(console: Console, study: Study, out: Path) -> None:
     console.print(table)
 
 
-def _table(found: Sequence[tuple[str, Verdict]]) -> Table:
-    table = Table("suite", "claim", "verdict", "n", "effect", "95 % interval", "e-value")
-    if not all(verdict.holds for _, verdict in found):
-        table.caption = "alone: holds at 5 % by itself, not among all claims of its suite (Holm)"
-    for name, verdict in found:
-        one = verdict.decision
-        would = one.verdict == "undecided" and math.isfinite(one.detectable)
-        seen = f" (would have seen {one.detectable:.2g})" if would else ""
-        table.add_row(
-            name,
-            Text(verdict.claim.text),
-            one.verdict + ("" if verdict.holds else ", alone") + seen,
-            str(one.n),
-            f"{one.effect:+.3g}" if one.n else "",
-            f"[{one.low:+.3g}, {one.high:+.3g}]" if one.n else "",
-            f"{one.e_value:.2g}",
+def _show_verdicts(console: Console, found: Sequence[tuple[str, Verdict]]) -> None:
+    """A table a suite, narrow enough for eighty columns."""
+    for name in dict.fromkeys(name for name, _ in found):
+        verdicts = [verdict for one, verdict in found if one == name]
+        table = Table(
+            Column("claim", ratio=1),
+            "verdict",
+            Column("n", justify="right"),
+            "effect, 95 % interval",
+            Column("e-value", justify="right"),
+            title=name,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            expand=True,
         )
-    return table
+        if not all(verdict.holds for verdict in verdicts):
+            table.caption = "alone: holds at 5 % by itself, not among all claims of its suite (Holm)"
+        for verdict in verdicts:
+            one = verdict.decision
+            would = one.verdict == "undecided" and math.isfinite(one.detectable)
+            table.add_row(
+                Text(verdict.claim.text),
+                one.verdict
+                + ("" if verdict.holds else ",\nalone")
+                + (f"\n(would see {one.detectable:.2g})" if would else ""),
+                str(one.n),
+                _effect(one),
+                f"{one.e_value:.2g}",
+            )
+        console.print(table)
+
+
+def _effect(one: Decision) -> str:
+    if not one.n:
+        return ""
+    bounded = math.isfinite(one.low) or math.isfinite(one.high)
+    return f"{one.effect:+.3g}" + (f" [{one.low:+.3g}, {one.high:+.3g}]" if bounded else ", no bounds yet")
 
 
 def list_suites() -> int:
