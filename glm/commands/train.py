@@ -81,7 +81,7 @@ def preset_config(name: str) -> TrainConfig:
         raise InputError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
     objective = dataclasses.replace(TrainConfig().objective, kind=preset.objective)
-    return TrainConfig(preset=name, model=preset.model, objective=objective)
+    return TrainConfig(preset=name, model=preset.model, objective=objective, optimizer=preset.optimizer)
 
 
 def train_command(arguments: Sequence[str]) -> int:
@@ -112,7 +112,7 @@ def _train_command(arguments: Sequence[str]) -> int:
 def parse_command(arguments: Sequence[str]) -> TrainCommand:
     """``PRESET [flags]`` as a command. Raises InputError, or SystemExit as ``parse`` does."""
     if not arguments or arguments[0].startswith("-"):
-        names = "\n".join(f"  {name:12} {preset.summary}" for name, preset in PRESETS.items())
+        names = "\n".join(f"  {name:15} {preset.summary}" for name, preset in PRESETS.items())
         if arguments and arguments[0] in ("-h", "--help"):
             print(
                 f"usage: glm train PRESET --data DIR --out RUN [flags]\n\npresets (each takes --help):\n{names}"

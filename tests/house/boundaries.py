@@ -27,7 +27,7 @@ ROOMS = {
         "report", "outliers", "quantization", "integrations", "laboratory", "demo", "cli",
     ),
     "glm": (
-        "errors", "c_compiler", "device", "distributed", "precision", "model", "data", "planning", "presets", "train", "parallel",
+        "errors", "c_compiler", "device", "distributed", "precision", "model", "data", "planning", "train", "presets", "parallel",
         "inference", "commands", "cli",
     ),
 }  # fmt: skip
