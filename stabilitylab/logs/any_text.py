@@ -20,10 +20,11 @@ from stabilitylab.logs.pattern import NUMBER, TextFormat, Values, number
 
 _PAIR = re.compile(
     rf"(?<![\w.])([A-Za-z_][\w/.@-]*(?: [A-Za-z(][\w/.()@-]*){{0,3}})['\"]?\)?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
-    rf"['\"]?[#\[(]?\s*({NUMBER})(?!\s?%)(?=['\"\s,;:|/\])}}(]|[a-zA-Z]+\b|$)",
+    rf"['\"]?[#\[(]?\s*({NUMBER})(?!\s?%|[KMGTB]\b)(?=['\"\s,;:|/\])}}(]|[a-zA-Z]+\b|$)",
     re.IGNORECASE,
 )
-_PLACE = re.compile(r"epoch\W{0,3}(\d+)\W{0,4}\[\s*(\d+)\s*/\s*(\d+)\s*\]", re.IGNORECASE)
+_PLACE = re.compile(r"(?:epoch|\btrain)\W{0,3}(\d+)\W{0,4}\[\s*(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
+_ABSL = re.compile(r"^[IWEF]\d{4} [\d:.]+\s+\d+ [\w.]+:\d+\] ")
 _BAR = re.compile(r"\s(\d+)/(\d+) \[\d")
 # A number that opens the line, also in brackets, and is no time of day and no date.
 _OPENS = re.compile(r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:[|,:\])](?!\d)|/(\d+)(?=[\])\s]))")
@@ -48,6 +49,7 @@ class AnyText(TextFormat):
     def read(self, line: str) -> Values | None:
         """The numbers of one line; None: it holds no loss."""
         values: Values = {}
+        line = _ABSL.sub("", line)
         for said, digits in _PAIR.findall(_WRAPPED.sub("", line) if "(" in line else line):
             name = _name(said)
             if name not in values:

@@ -288,6 +288,8 @@ def _is_table(path: Path, head: bytes) -> bool:
     if not lines:
         return True
     delimiter = delimiter_of(lines[0])
+    if delimiter in " |" and path.suffix.lower() not in (".csv", ".tsv"):
+        return False
     cells = lines[0].count(delimiter)
     if path.suffix.lower() in (".csv", ".tsv"):
         return True
