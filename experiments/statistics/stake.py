@@ -4,14 +4,13 @@ A claim's law cannot be chosen anew at each look: the larger of two e-values is 
 
     E = max_i w_i E_i,    sum_i w_i <= 1,
 
-which stays below the mixture sum_i w_i E_i, an e-process by Ville's inequality under what the laws have as "no difference" in
-common. A law that does not fit the values seen so far (Student's after a run that died) counts as 0 at that look, which can only
-lower E. Three quarters go to the law that fits while it fits, a quarter to the order of values, which always does: that costs a
-fit .3 nats of evidence, less than a run. Intervals follow: law i's at level w_i alpha, and where several fit, what they have in
-common.
+which stays below sum_i w_i E_i, and a mixture of e-processes is one under the "no difference" that they have in common. A law that
+does not fit the values seen so far (Student's after a run that died) counts as 0 at that look, which can only lower E. Three
+quarters go to the law that fits while it fits, a quarter to the order of values, which always does: that costs a fit .3 nats of
+evidence, less than a run. Intervals follow: law i's at level w_i alpha, and where several fit, what they have in common.
 
 Which of the laws take part is settled at the first look, by what does not change if an arm's and a baseline's runs change places
-(``decision``), so that it is no bet by itself.
+(``choice``), so that it is no bet by itself.
 """
 
 from __future__ import annotations

@@ -208,5 +208,15 @@ def test_a_suite_without_runs_is_left_out_of_the_table(
     assert "lead" in said.out
 
 
+def test_a_file_may_hold_a_study_and_import_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "my_question.py").write_text("QUESTION = 'Is it?'\n")
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import dataclasses\nfrom my_question import QUESTION\nfrom experiments.suites.depth_init import STUDY as THEIRS\n"
+        "STUDY = dataclasses.replace(THEIRS, name='mine', question=QUESTION)\n"
+    )
+    assert (load(str(file)).name, load(str(file)).question) == ("mine", "Is it?")
+
+
 def test_every_name_of_the_list_is_checked() -> None:
     assert all(dataclasses.is_dataclass(load(name)) for name in cli.SUITES)
