@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -69,9 +69,34 @@ def panel(height: float = 2.7) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+# At the legend's size; what a line's sample takes beside its name, in letters.
+_LETTERS_AN_INCH, _HANDLE = 12, 6
+
+
 def legend(figure: Figure, axes: Axes, *, columns: int) -> None:
-    """Names of the curves below the axes: within them no place is free of curves in every run."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=min(4, columns))
+    """Names of the curves below the axes: within them no place is free of curves in every run.
+
+    Long ones (a fork is named by all that it changed) get fewer columns, and are cut in their middle where they would not fit: axes
+    that gave up their room to names would be no picture.
+    """
+    handles, names = axes.get_legend_handles_labels()
+    room = int(figure.get_figwidth() * _LETTERS_AN_INCH)
+    fitting = room // (max(map(len, names), default=0) + _HANDLE)
+    # Four rows at most, of up to four columns.
+    ncols = max(1, min(4, columns, max(fitting, -(-len(names) // 4))))
+    figure.legend(handles, shortened(names, room // ncols - _HANDLE), loc="outside lower left", ncols=ncols)
+
+
+def shortened(names: Sequence[str], most: int) -> list[str]:
+    """Names of at most so many letters, cut in the middle; those that would be alike are numbered."""
+    cut = [
+        name if len(name) <= most else f"{name[: most // 2 - 1]} … {name[-(most - most // 2 - 2) :]}"
+        for name in names
+    ]
+    return [
+        one if cut.count(one) == 1 else f"{one[: most - 4]} ({cut[: i + 1].count(one)})"
+        for i, one in enumerate(cut)
+    ]
 
 
 def save(figure: Figure, file: Any, **options: Any) -> None:

@@ -6,6 +6,9 @@ same kernel runs, its result is untouched, and no second product Q K' is formed;
 what follows from it. Where PyTorch falls back to its unfused path, the scores pass through a softmax there
 and are taken from it exactly.
 
+What comes through none of these (flex_attention, kernels of other packages, attention without a softmax) is not seen. Of a class of
+modules that is called attention, ran in the first measured pass and showed no scores, a warning says so once.
+
 Under ``torch.compile`` softmaxes of four dimensions are seen, and fused attention on CPUs where the flash kernel takes the call (no
 dropout, as many key heads as query heads); elsewhere compiled fused attention is not seen (``attention_calls``).
 
@@ -28,6 +31,7 @@ Family ``attention``, site = the attention module's path, index = head:
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import sys
@@ -57,6 +61,7 @@ from stabilitylab.telemetry import Key
 STATISTICS = ("score_max", "score_max_sampled", "score_min", "entropy", "fp16_headroom_bits")
 
 
+_log = logging.getLogger("stabilitylab")
 SIZES = 4  # different numbers of heads that one module may have
 
 
@@ -92,6 +97,7 @@ class AttentionProbe:
         self._mode: Calls | None = None
         self._running: Running | None = None
         self._depth = 0
+        self._has_looked = False
 
     def attach(self, context: Context) -> None:
         """Note the module paths: a call is named after the module it came from."""
@@ -278,9 +284,38 @@ class AttentionProbe:
         """Every attention module that the step's forward passes reached."""
         stamp = self._context.buffer.stamp
         seen = [(path, slots) for path, slots in self._slots.items() if slots.maxima.stamp == stamp]
+        if self._context.order and not self._has_looked:
+            self._has_looked = True
+            if unseen := self._unseen():
+                _log.warning(
+                    "attention scores of %s are not seen: it calls no kernel of scaled_dot_product_attention that is known, and no "
+                    "softmax (but flex_attention, say, or another package); a module named `scores` that returns them shows them",
+                    ", ".join(unseen),
+                )
         if not seen:
             return None
         return Found(sites=tuple(path for path, _ in seen), slots=[slots.parts for _, slots in seen])
+
+    def _unseen(self) -> list[str]:
+        """Classes called attention of which no module that ran showed scores, each with the first of them."""
+        first: dict[str, str] = {}
+        shown: set[str] = set()
+        for path, module in named_modules(self._context.model):
+            name = type(module).__name__
+            inside = f"{path}." if path else ""
+            if not path or not _is_called_attention(module) or not self._context.wanted(path):
+                continue
+            if any(site.startswith(inside) for site in self._context.order):
+                first.setdefault(name, path)
+            if any(site == path or site.startswith(inside) for site in self._slots):
+                shown.add(name)
+        # One inside the other (BERT's) is one attention.
+        seen_at = [path for name, path in first.items() if name in shown]
+        return [
+            f"{path} ({name})"
+            for name, path in first.items()
+            if name not in shown and not any(path.startswith(f"{one}.") for one in seen_at)
+        ]
 
     def finish(self, gathered: Gathered) -> Readings:
         """The table's statistics."""
@@ -334,10 +369,14 @@ class AttentionProbe:
 def _heads(module: nn.Module) -> int:
     """Heads of a module that says how many it has, or is called attention (1); 0 for any other module."""
     names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-    called_so = re.search("att(n|ention)", type(module).__name__, re.IGNORECASE) is not None
     return next(
-        (n for name in names if isinstance(n := getattr(module, name, None), int) and n > 0), int(called_so)
+        (n for name in names if isinstance(n := getattr(module, name, None), int) and n > 0),
+        int(_is_called_attention(module)),
     )
+
+
+def _is_called_attention(module: Any) -> bool:
+    return re.search("att(n|ention)", type(module).__name__, re.IGNORECASE) is not None
 
 
 def traceable(context: Context, watcher: Callable[[Tensor], None], state: Tensor) -> Callable[..., None]:

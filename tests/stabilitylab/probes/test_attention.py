@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
+from stabilitylab.probes.activations import ActivationProbe
 from stabilitylab.probes.attention import AttentionProbe
 from tests.stabilitylab.recording import Recording, watch
 
@@ -303,3 +304,37 @@ def test_numbers_of_heads_that_change() -> None:
             size = monitor.nbytes
     assert monitor.nbytes == size
     monitor.close()
+
+
+class OtherAttention(nn.Module):
+    """A kernel that is not known, as flex_attention's or another package's is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(16, 16)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        q = self.query(x_BTD).view(*x_BTD.shape[:2], 2, 8).transpose(1, 2)
+        weights = (q @ q.mT).exp()
+        return x_BTD + (weights @ q / weights.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
+
+
+class KnownAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(16, 16)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        q = self.query(x_BTD).view(*x_BTD.shape[:2], 2, 8).transpose(1, 2)
+        return x_BTD + scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+
+
+def test_a_kernel_that_is_not_seen_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(KnownAttention(), OtherAttention(), nn.Linear(16, 16), OtherAttention())
+    monitor, _ = watch(model, AttentionProbe(), ActivationProbe())
+    for step in range(3):
+        model(torch.randn(2, 8, 16)).sum().backward()
+        monitor.step(step)
+    monitor.close()
+    (said,) = [one.getMessage() for one in caplog.records if "are not seen" in one.getMessage()]
+    assert said.startswith("attention scores of 1 (OtherAttention) are not seen")
