@@ -156,7 +156,7 @@ class Baseline:
 
     def limit(self) -> float:
         """Single residuals above this begin an excursion."""
-        return max(LIMIT_SIGMAS * self.sigma * self.factor**2 * self.unsure(), self.floor)
+        return max(LIMIT_SIGMAS * self.sigma * (self.factor * self.factor) * self.unsure(), self.floor)
 
     def limit_of_four(self) -> float:
         # A block or two say little of how neighbours are correlated: their means may scatter as much as one value.
@@ -222,12 +222,12 @@ class Baseline:
         self.scale1 = _moved(max(self.scale1, floor), residuals, gain1)
         clip = BAND_SIGMAS * self.scale1 * self.tail
         clipped = [r if r < clip else clip for r in residuals]
-        fours = [sum(clipped[i : i + GROUP]) / GROUP for i in range(0, n - GROUP + 1, GROUP)]
+        fours = [total(clipped[i : i + GROUP]) / GROUP for i in range(0, n - GROUP + 1, GROUP)]
         if self.blocks < EARLY_BLOCKS:
             own = MAD * median([abs(r) for r in fours])
             self.scale4 = _forget(self.scale4, max(own, 0.5 * self.scale1), share)
         self.scale4 = min(_moved(max(self.scale4, 0.25 * floor), fours, gain4), self.scale1)
-        self.scale16 = min(_moved(max(self.scale16, 0.1 * floor), [sum(clipped) / n], gain16), self.scale4)
+        self.scale16 = min(_moved(max(self.scale16, 0.1 * floor), [total(clipped) / n], gain16), self.scale4)
         bends = [RIPPLE * abs(a - 2 * b + c) for a, b, c in zip(block, block[1:], block[2:], strict=False)]
         self.ripple = _moved(max(self.ripple, floor), bends, gain1, two_sided=True)
         self.level = middle
@@ -307,6 +307,14 @@ def _moved(scale: float, values: Sequence[float], gain: float, *, two_sided: boo
     if not two_sided:
         total *= 2.0
     return scale * math.exp(gain * (total / (len(values) * scale * scale * CLIPPED_SQUARE) - 1.0))
+
+
+def total(values: Sequence[float]) -> float:
+    """Added in order, as ``series.c`` does; ``sum`` compensates for rounding from Python 3.12 on."""
+    result = 0.0
+    for x in values:
+        result += x
+    return result
 
 
 def median(values: Sequence[float]) -> float:

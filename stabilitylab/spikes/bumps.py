@@ -20,17 +20,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from stabilitylab.spikes import baseline
-from stabilitylab.spikes.baseline import BAND_SIGMAS, DEEPEST, EVEN, SHOULDER
+from stabilitylab.spikes.baseline import BAND_SIGMAS, DEEPEST, EVEN, GROUP, MAD, RIPPLE, SHOULDER
 from stabilitylab.spikes.detector import LOSS_FLOOR
+from stabilitylab.spikes.series import rolling_mean, rolling_median
 from stabilitylab.spikes.verdict import HARD_STEPS
 
 BACK_SIGMAS = 2.5
 MEAN_SHARE = 0.6
-MAD = 1.4826
 GAUSS_90, GAUSS_98 = 1.2816, 2.0537
 COUNTED_SIGMAS = 4.0
 SHORT = 400
@@ -39,19 +38,26 @@ COARSE_FLOOR = 0.08
 LEAST_BLOCKS = 32
 RISE_BLOCKS = 6
 END_FACTOR = 1.5
+SAMPLED = 65_536
 
 Vector = NDArray[np.float64]
 Span = tuple[int, int, str]  # first and last index, kind
 
 
-def _rolling_median(values_N: Vector, width: int) -> Vector:
-    rolling = pd.Series(values_N).rolling(width, center=True, min_periods=1)
-    return np.array(rolling.median(), dtype=np.float64)
+def centred_median(values_N: Vector, width: int) -> Vector:
+    """The median of ``width`` values around each one, as far as there are."""
+    after = (width - 1) // 2
+    return rolling_median(values_N, width - 1 - after, after)
+
+
+def ripple(values_N: Vector) -> float:
+    """``baseline.ripple_of`` of an array."""
+    return MAD * RIPPLE * float(np.median(np.abs(np.diff(values_N, 2)))) if len(values_N) > 2 else 0.0
 
 
 def running_median(values_N: Vector, half: int) -> Vector:
     """The median of 2 half + 1 values; towards the start of as many as lie before, so that a fall passes unchanged."""
-    median_N = _rolling_median(values_N, 2 * half + 1)
+    median_N = centred_median(values_N, 2 * half + 1)
     for i in range(min(half, len(values_N))):
         median_N[i] = np.median(values_N[: 2 * i + 1])
     return median_N
@@ -73,7 +79,25 @@ def _scale(residuals_N: Vector, width: int) -> Vector:
     """A local robust deviation, not under half of the whole one."""
     absolute_N = np.abs(residuals_N)
     whole = MAD * float(np.median(absolute_N))
-    return np.maximum(MAD * _rolling_median(absolute_N, width), 0.5 * whole)
+    return np.maximum(MAD * centred_median(absolute_N, width), 0.5 * whole)
+
+
+def _scale_of_fours(four_N: Vector) -> Vector:
+    """``_scale`` of running means of four over some 161 values; of every fourth one where there are many."""
+    n = len(four_N)
+    if n < SHORT:
+        return _scale(four_N, min(n, 161))
+    scale_K = _scale(np.ascontiguousarray(four_N[GROUP - 1 :: GROUP]), 41)
+    return np.append(np.repeat(scale_K, GROUP), np.full(GROUP, scale_K[-1]))[:n]
+
+
+def sample(values_N: Vector) -> Vector:
+    """All values, or of a long log 16 pieces evenly over it: enough for one number of the whole."""
+    piece = SAMPLED // 16
+    if len(values_N) <= SAMPLED:
+        return values_N
+    every = len(values_N) // 16
+    return np.ascontiguousarray(values_N[: 16 * every].reshape(16, every)[:, :piece]).ravel()
 
 
 def coarse_excursions(values_N: Vector, width: int) -> list[Span]:
@@ -122,8 +146,8 @@ def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> 
     unsure = 1 + 8 / n + rho**2 * (0.5 + 1.5 * math.sqrt((1 + rho) / (1 - rho) / n))
     limit_N = np.maximum(baseline.LIMIT_SIGMAS * tail**2 * unsure * scale_N, floor_N)
     clipped_N = np.minimum(residual_N, 0.8 * limit_N)
-    four_N = np.asarray(pd.Series(clipped_N).rolling(4).mean().fillna(0.0))
-    scale4_N = np.maximum(_scale(four_N, min(n, 161)), 0.5 * scale_N)
+    four_N = rolling_mean(clipped_N, GROUP)
+    scale4_N = np.maximum(_scale_of_fours(four_N), 0.5 * scale_N)
     limit4_N = np.maximum(baseline.LIMIT_SIGMAS * tail**2 * unsure * scale4_N, MEAN_SHARE * floor_N)
     seeds = np.flatnonzero((residual_N > limit_N) | ((four_N > limit4_N) & (residual_N > 0)))
     out_N = residual_N > np.maximum(BACK_SIGMAS * scale_N, 0.25 * floor_N)
@@ -137,7 +161,8 @@ def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> 
         first, last = _run(out_N, seed, -1), _run(out_N, seed, 1)
         run = slice(first, last + 1)
         values = max(
-            int((residual_N > COUNTED_SIGMAS * scale_N)[run].sum()), int(out_N[run].sum()) - HARD_STEPS - 1
+            int((residual_N[run] > COUNTED_SIGMAS * scale_N[run]).sum()),
+            int(out_N[run].sum()) - HARD_STEPS - 1,
         )
         # In a sparse log a single value out may have lasted for steps, unless the noise itself throws values out.
         kind = "spike" if values > HARD_STEPS or (sparse and even) else "hard-batch"
@@ -175,7 +200,7 @@ def _trend(values_N: Vector, half: int) -> tuple[Vector, Vector]:
     n = len(values_N)
     # Where the fall is steeper than the noise, the median is the value itself: second differences still see the noise.
     bends_N = np.abs(np.diff(values_N, 2, prepend=values_N[0], append=values_N[-1])) / math.sqrt(6)
-    least_N = np.maximum(MAD * _rolling_median(bends_N, min(n, 31)), quantum_of(values_N))
+    least_N = np.maximum(MAD * centred_median(bends_N, min(n, 31)), quantum_of(values_N))
     trend_N = running_median(values_N, half)
     for repeat in range(4):
         residual_N = values_N - trend_N

@@ -16,9 +16,6 @@ from stabilitylab.logs.commands import left_out_of
 from stabilitylab.logs.log import STEP, Log
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.logs.source import remove_temporary
-from stabilitylab.runs import Run
-from stabilitylab.runs.folder import RunFolder
-from stabilitylab.spikes.advice import told_now
 from stabilitylab.spikes.episodes import KINDS, Episode
 from stabilitylab.spikes.scan import Scan, scan_log
 
@@ -165,7 +162,13 @@ def _show(scan: Scan, log: Log) -> None:
 def _explanations(log: Log) -> list[str]:
     """A run folder says why, and what to try: the first sentences of each diagnosis it holds and its advice, or where it was not
     closed, of those made now."""
-    if not log.path.is_dir() or not RunFolder(log.path).events.is_file():
+    if not log.path.is_dir():
+        return []
+    from stabilitylab.runs import Run  # pandas with it: a log of text is told without
+    from stabilitylab.runs.folder import RunFolder
+    from stabilitylab.spikes.advice import told_now
+
+    if not RunFolder(log.path).events.is_file():
         return []
     events = RunFolder(log.path).read_events()
     diagnoses = [event for event in events if event.kind == "diagnosis"]

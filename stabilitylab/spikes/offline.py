@@ -25,6 +25,7 @@ from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.excursion import Excursions
 from stabilitylab.spikes.reasons import changes
+from stabilitylab.spikes.series import MOST_VALUES, library, take_quiet, take_still
 from stabilitylab.spikes.smoothing import smoothing_factor, undone
 from stabilitylab.spikes.stillness import LARGEST
 from stabilitylab.spikes.two_sided import second_look
@@ -143,13 +144,15 @@ def _feed(
         if row >= count:
             return events
         at = [column for column in columns if column.row == row]
-        events += detector.update(steps[row], {column.name: column.values[column.at] for column in at})
+        events += detector.update(
+            steps[row], {column.name: float(column.values_N[column.at]) for column in at}
+        )
         for column in at:
             column.at += 1
 
 
 class _Column:
-    """One signal's logged values, as lists for speed in a Python loop, with what can be computed ahead."""
+    """One signal's logged values, and which of them the detector itself has to look at."""
 
     def __init__(
         self,
@@ -164,8 +167,8 @@ class _Column:
         self.detector, self.name = detector, name
         rows_N = np.arange(len(steps_N)) if logged_N is None else np.flatnonzero(logged_N)
         values_N = values_N[rows_N]
-        self.rows: list[int] = [*rows_N.tolist(), len(steps_N)]
-        self.values: list[float] = values_N.tolist()
+        self.rows_N = np.append(rows_N, len(steps_N))
+        self.values_N = values_N
         self.at = 0
         self.end = len(values_N)
         self.is_loss = name == detector.loss
@@ -190,33 +193,19 @@ class _Column:
                 values_N = np.log(np.where(odd_N, 1.0, values_N))
             gaps_N = np.diff(steps_N, prepend=steps_N[:1] - 1)
             odd_N[1:] |= gaps_N[1:] != gaps_N[:-1]
+            odd_N[:1] = True  # whether it follows on what was before is the detector's to see
             if self.is_loss:
                 equal_N = np.diff(values_N, prepend=np.nan) == 0
-                self.repeats: list[int] = np.cumsum(equal_N).tolist()
-                run_N = equal_N.copy()
-                run_N[1:] &= equal_N[:-1]
-                odd_N |= run_N
-            padded_N = np.concatenate([np.full(GROUP, np.inf), values_N])
-            before = np.lib.stride_tricks.sliding_window_view(padded_N, GROUP)[:-1]
-            self.rises: list[float] = (values_N - before.max(axis=1)).tolist()
-            sums_N = np.cumsum(np.where(odd_N, 0.0, np.clip(values_N, -1e30, 1e30)))
-            four_N = sums_N.copy()
-            four_N[GROUP:] = sums_N[GROUP:] - sums_N[:-GROUP]
-            four_N /= GROUP
-            self.fours: list[float] = four_N.tolist()
-            climb_N = np.full(len(four_N), np.inf)
-            climb_N[2 * GROUP :] = four_N[2 * GROUP :] - np.maximum(
-                four_N[GROUP:-GROUP], four_N[: -2 * GROUP]
+                odd_N[1:] |= equal_N[1:] & equal_N[:-1]
+            self.blocks = (
+                None if library() is not None else _Blocks(values_N, odd_N, equal_N if self.is_loss else None)
             )
-            self.climbs: list[float] = climb_N.tolist()
-        self.numbers: list[float] = self.values if self.is_loss else values_N.tolist()
-        self.steps: list[int] = steps_N.tolist()
-        self.gaps: list[int] = gaps_N.tolist()
+        self.numbers_N, self.steps_N, self.gaps_N = values_N, np.ascontiguousarray(steps_N), gaps_N
         self.odd = np.flatnonzero(odd_N).tolist()
 
     @property
     def row(self) -> int:
-        return self.rows[self.at]
+        return int(self.rows_N[self.at])
 
     def go_on(self, bound: int) -> None:
         """Take ordinary values in, up to one that needs the detector's own attention."""
@@ -226,7 +215,7 @@ class _Column:
         end = self.odd[i] if i < len(self.odd) else self.end
         if self.quiet_rows:
             if end > self.at:
-                self.detector.reasons.pass_over(self.name, self.values[end - 1])
+                self.detector.reasons.pass_over(self.name, float(self.values_N[end - 1]))
             self.at = end
             return
         if end == self.at or not self.detector.is_quiet(self.name):
@@ -234,20 +223,54 @@ class _Column:
         state = self.detector.loss_excursions if self.is_loss else self.detector.companion(self.name)
         if self.is_loss:
             # The loss may not run ahead of what its companions will have done by then.
-            end = min(end, bisect_left(self.rows, bound))
-        self._take_blocks(state, end)
+            end = min(end, int(np.searchsorted(self.rows_N, bound)))
+        self._take(state, end)
 
-    def _take_blocks(self, state: Excursions, end: int) -> None:
-        base, at = state.baseline, self.at
-        if (
-            at < GROUP
-            or state.open is not None
-            or state.learning
-            or self.gaps[at] != state.interval
-            or len(state.recent) < GROUP
-        ):
+    def _take(self, state: Excursions, end: int) -> None:
+        at = self.at
+        if state.open is not None or state.learning or self.gaps_N[at] != state.interval:
             return
+        if self.blocks is not None:
+            self.at = self.blocks.take(self, state, end)
+            return
+        while at < end:
+            taken = take_quiet(state, self.steps_N[at:end], self.numbers_N[at:end])
+            if self.is_loss and taken:
+                rows = slice(at, at + taken)
+                take_still(self.detector.stillness, self.steps_N[rows], self.numbers_N[rows])
+            at += taken
+            if taken < MOST_VALUES:
+                break
+        self.at = at
+
+
+class _Blocks:
+    """Where nothing can be compiled: whole blocks, of which one look at their largest values says that they are ordinary."""
+
+    def __init__(
+        self, values_N: NDArray[np.float64], odd_N: NDArray[np.bool_], equal_N: NDArray[np.bool_] | None
+    ):
+        self.numbers: list[float] = values_N.tolist()
+        self.repeats: list[int] = [] if equal_N is None else np.cumsum(equal_N).tolist()
+        padded_N = np.concatenate([np.full(GROUP, np.inf), values_N])
+        before = np.lib.stride_tricks.sliding_window_view(padded_N, GROUP)[:-1]
+        self.rises: list[float] = (values_N - before.max(axis=1)).tolist()
+        sums_N = np.cumsum(np.where(odd_N, 0.0, np.clip(values_N, -1e30, 1e30)))
+        four_N = sums_N.copy()
+        four_N[GROUP:] = sums_N[GROUP:] - sums_N[:-GROUP]
+        four_N /= GROUP
+        self.fours: list[float] = four_N.tolist()
+        climb_N = np.full(len(four_N), np.inf)
+        climb_N[2 * GROUP :] = four_N[2 * GROUP :] - np.maximum(four_N[GROUP:-GROUP], four_N[: -2 * GROUP])
+        self.climbs: list[float] = climb_N.tolist()
+
+    def take(self, column: _Column, state: Excursions, end: int) -> int:
+        """Take blocks in up to one that the detector itself has to look at; returns the place reached."""
+        base, at = state.baseline, column.at
+        if at < GROUP or len(state.recent) < GROUP:
+            return at
         numbers = self.numbers
+        near = 0.99
         while at < end:
             stop = at + BLOCK - len(state.block)
             if stop > end:
@@ -255,7 +278,6 @@ class _Column:
             chunk = numbers[at:stop]
             level = base.level
             limit = base.limit()
-            near = 0.99
             if (
                 max(chunk) - level > near * base.band()
                 or max(self.rises[at:stop]) > near * limit
@@ -268,14 +290,15 @@ class _Column:
                 break
             if state.creep and base.creep() > 0.4:
                 break
+            steps = column.steps_N[at:stop].tolist()
             state.block = block
-            state.block_steps += self.steps[at:stop]
+            state.block_steps += steps
             state.recent.extend(chunk)
-            state.recent_steps.extend(self.steps[stop - GROUP : stop])
-            step = state.last_step = state.inside = self.steps[stop - 1]
-            if self.is_loss:
+            state.recent_steps.extend(steps[-GROUP:])
+            step = state.last_step = state.inside = steps[-1]
+            if column.is_loss:
                 distinct = self.repeats[stop - 1] == self.repeats[at - 1]
-                self.detector.stillness.skip(self.steps[at:stop], chunk, distinct=distinct)
+                column.detector.stillness.skip(steps, chunk, distinct=distinct)
             at = stop
             state.learn_block(step)
-        self.at = at
+        return at

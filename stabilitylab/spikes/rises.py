@@ -14,11 +14,20 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pandas as pd
 
 from stabilitylab.spikes import baseline
-from stabilitylab.spikes.baseline import ripple_of
-from stabilitylab.spikes.bumps import MAD, Span, Vector, correlation, quantum_of, running_median
+from stabilitylab.spikes.baseline import MAD
+from stabilitylab.spikes.bumps import (
+    Span,
+    Vector,
+    centred_median,
+    correlation,
+    quantum_of,
+    ripple,
+    running_median,
+    sample,
+)
+from stabilitylab.spikes.series import rolling_median
 
 STEP_FLOOR = 0.012
 RISE_FLOOR = 0.08
@@ -31,14 +40,13 @@ def step_up(values_N: Vector) -> Span | None:
     w = int(np.clip(n // 6, 5, 16))
     if n < 4 * w:
         return None
-    trailing_N = np.asarray(pd.Series(values_N).rolling(w).median())
+    trailing_N = rolling_median(values_N, w - 1)
     before_N, after_N = trailing_N[w - 1 : n - w], trailing_N[2 * w - 1 :]  # of a step at index w, w + 1, ...
     rise_N = after_N - before_N
     # A median of w values scatters 1.25 times a mean of as many; two are compared, and correlated neighbours count less.
-    residual_N = values_N - running_median(values_N, max(w, 16))
-    single = max(
-        MAD * float(np.median(np.abs(residual_N))), ripple_of(values_N.tolist()), quantum_of(values_N)
-    )
+    some_N = sample(values_N)
+    residual_N = some_N - running_median(some_N, max(w, 16))
+    single = max(MAD * float(np.median(np.abs(residual_N))), ripple(some_N), quantum_of(values_N))
     scale = 1.25 * math.sqrt(2 / w) * single * _inflation(residual_N, single)
     at = int(rise_N.argmax())
     rise, level = float(rise_N[at]), float(before_N[at])
@@ -52,7 +60,7 @@ def step_up(values_N: Vector) -> Span | None:
     if dip < -0.5 * rise and earlier > level + 0.5 * rise and earliest < level + 1.5 * rise:
         return None
     rest = values_N[first:]
-    later = np.asarray(pd.Series(rest).rolling(w).median())[w - 1 :]
+    later = rolling_median(rest, w - 1)[w - 1 :]
     if later.min(initial=math.inf) < level + 0.5 * rise:
         return None
     # The largest difference is flat over a few places: the step is where the values themselves rise.
@@ -68,7 +76,7 @@ def slow_rise(values_N: Vector) -> Span | None:
     if count < 8:
         return None
     blocks_B = np.median(values_N[n - count * width :].reshape(count, width), axis=1)
-    smooth_B = np.asarray(pd.Series(blocks_B).rolling(3, center=True, min_periods=2).median())
+    smooth_B = centred_median(blocks_B, 3)
     bends = np.abs(np.diff(blocks_B, 2)) / math.sqrt(6)
     scale = max(MAD * float(np.median(bends)), quantum_of(values_N))
     lowest = int(smooth_B.argmin())

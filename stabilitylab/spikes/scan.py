@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.log import Block, Log
-from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
 from stabilitylab.spikes.offline import feed, finished
@@ -221,6 +220,8 @@ def _recorded(log: Log) -> list[Episode] | None:
     """The episodes that a run folder holds; None where nothing was recorded."""
     if not log.path.is_dir() or log.columns[LOSS] != LOSS:
         return None
+    from stabilitylab.runs.folder import RunFolder  # pandas with it: a log of text is read without
+
     events = RunFolder(log.path).read_events()
     return episodes_of(events) if any(event.kind in KINDS for event in events) else None
 

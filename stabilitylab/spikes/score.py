@@ -17,8 +17,9 @@ over a running median of the last 31 values instead, which a straight trend pass
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+
+from stabilitylab.spikes.series import far_out, rolling_median
 
 WINDOW = 1000
 SIGMAS = 7.0
@@ -66,11 +67,9 @@ class SpikeScore:
         return self.spikes / self.count if self.count else float("nan")
 
     def _spikes(self, values_N: NDArray[np.float64]) -> NDArray[np.bool_]:
-        series = pd.Series(values_N)
-        if self.detrend:
-            series = series - series.rolling(MEDIAN_WINDOW, min_periods=1).median().shift(1).fillna(series)
-        rolling = series.rolling(self.window, min_periods=min(MINIMUM, self.window))
-        mean, deviation = rolling.mean().shift(1), rolling.std(ddof=0).shift(1)
+        x_N = values_N
+        if self.detrend and len(x_N):
+            before_N = np.concatenate([x_N[:1], rolling_median(x_N, MEDIAN_WINDOW - 1)[:-1]])
+            x_N = x_N - before_N
         # A window of equal values has a deviation of rounding errors: nothing that small counts.
-        least = np.maximum(self.sigmas * deviation, 1e-9 * np.abs(values_N) + 1e-300)
-        return np.asarray(((series - mean).abs() >= least) & deviation.notna(), dtype=np.bool_)
+        return far_out(x_N, self.window, min(MINIMUM, self.window), self.sigmas, values_N)

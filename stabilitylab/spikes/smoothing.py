@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.spikes.bumps import MAD, running_median
+from stabilitylab.spikes.baseline import MAD
+from stabilitylab.spikes.bumps import running_median
 from stabilitylab.spikes.episodes import Episode
 
 LEAST_FACTOR, MOST_FACTOR = 0.5, 0.995

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 MOST = 32
@@ -24,6 +24,16 @@ class Snapshots:
         if len(self._kept) > MOST:
             old = len(self._kept) * 3 // 4
             self._kept[:old] = self._kept[:old:2]
+
+    def add_all(self, steps: Sequence[int], states: Callable[[int], State]) -> None:
+        """``add`` of each in turn; ``states`` is asked for those that are kept only."""
+        kept: list[Any] = [*self._kept]
+        for number, step in enumerate(steps):
+            kept.append((step, number))
+            if len(kept) > MOST:
+                old = len(kept) * 3 // 4
+                kept[:old] = kept[:old:2]
+        self._kept = [(step, states(one) if isinstance(one, int) else one) for step, one in kept]
 
     def before(self, step: int) -> State | None:
         """The latest state of an earlier step, None where there is none; those at or after ``step`` are dropped."""
