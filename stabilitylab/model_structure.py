@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -200,6 +200,31 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 # How good a stack is: blocks proper, the layers of a plain MLP, a block alone. The best that a model has count.
 _BLOCKS, _LAYERS, _ALONE = range(3)
+
+
+def parameter_groups(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Parameters in groups that a person has names for: each block's attention, feed-forward and norms, embedding, head.
+
+    A block's children are its groups, its norms together one; outside of blocks the outermost modules are. Label -> parameters, in
+    the order of ``names``, each in one.
+    """
+    paths = sorted(blocks(model), key=len, reverse=True)
+    norms = {path for path, module in named_modules(model) if is_norm(module)}
+    found: dict[str, list[str]] = {}
+    for name in names:
+        module = name.rpartition(".")[0]
+        block = next((path for path in paths if module == path or module.startswith(path + ".")), None)
+        if block is None:
+            label = name.partition(".")[0]
+        elif module == block:
+            label = name
+        else:
+            child = module[len(block) + 1 :].partition(".")[0]
+            label = (
+                f"{block}'s norms" if module in norms and f"{block}.{child}" == module else f"{block}.{child}"
+            )
+        found.setdefault(label, []).append(name)
+    return {label: tuple(members) for label, members in found.items()}
 
 
 def _search(path: str, module: nn.Module) -> list[tuple[int, Stack]]:

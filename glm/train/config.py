@@ -74,6 +74,9 @@ class MonitorConfig:
         gradients_every: steps between gradient statistics.
         sites: glob of the module and parameter paths to watch.
         tensorboard: write TensorBoard files beside the Parquet ones.
+        weights_every: steps between measurements of the weights themselves (norms, largest singular values, angles); 0: never.
+        curvature_every: steps between measurements of how much more rate the run would bear, each one more forward and backward
+            pass; 0: never. fp32 in one process only.
         recorder: measure every step, hold the last so many steps, and write them in full when something breaks; 0: off.
     """
 
@@ -82,12 +85,13 @@ class MonitorConfig:
     sites: str = "*"
     tensorboard: bool = True
     recorder: int = 0
+    weights_every: int = 0
+    curvature_every: int = 0
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.gradients_every < 0 or self.recorder < 0:
-            raise InputError(
-                "monitor.every, monitor.gradients_every and monitor.recorder count steps: 0 (off) or more"
-            )
+        for name in ("every", "gradients_every", "recorder", "weights_every", "curvature_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"monitor.{name} counts steps: 0 (off) or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +164,10 @@ class TrainConfig:
             raise InputError(f"stop_when_lost counts steps: 0 (never) or more, got {self.stop_when_lost}")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed must be in [0, 2^31), got {self.seed}")
+        if self.monitor.curvature_every and (self.precision != "fp32" or self.parallel.ranks > 1):
+            raise InputError(
+                "monitor.curvature_every takes the difference of two gradients: it needs --precision fp32 and one process"
+            )
         if self.compile and self.parallel.ranks > 1:
             raise InputError("compile works in one process only: leave it out, or leave out parallel.*")
         check_rules(self.optimizer, self.parallel)

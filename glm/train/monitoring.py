@@ -23,7 +23,11 @@ from glm.train.gradient_summary import GradientSummary
 from glm.train.loop import Trainer
 from glm.train.range_probe import GradientRangeProbe
 from stabilitylab import Monitor
+from stabilitylab.monitoring.schedule import Schedule
+from stabilitylab.probes.base import Probe
+from stabilitylab.probes.curvature import CurvatureProbe
 from stabilitylab.probes.everything import all_probes
+from stabilitylab.probes.weights import WeightProbe
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.telemetry import Event
 
@@ -63,9 +67,8 @@ class MonitorCallback(Callback):
             trainer.engine.optimizer,
             out=self._run,
             parameters=_parameters(trainer.engine),
-            every=self._config.every,
-            gradients_every=self._config.gradients_every,
-            probes=[*all_probes(), self._range],
+            schedule=self._schedule(),
+            probes=self._probes(trainer),
             sites=self._config.sites,
             tensorboard=self._config.tensorboard,
             trackers=self._trackers,
@@ -87,6 +90,31 @@ class MonitorCallback(Callback):
         for event in self._pending_events:
             self._monitor.event(event)
         self._pending_events.clear()
+
+    def _schedule(self) -> Schedule:
+        own = self._config
+        cadence = {
+            "gradients": own.gradients_every,
+            WeightProbe.name: own.weights_every,
+            CurvatureProbe.name: own.curvature_every,
+        }
+        return Schedule(every=own.every, probes=cadence)
+
+    def _probes(self, trainer: Trainer) -> list[Probe]:
+        """Everything, and what is asked for beside it."""
+        probes = [*all_probes(), self._range]
+        if self._config.weights_every:
+            probes.append(WeightProbe())
+        if self._config.curvature_every:
+
+            def backward() -> None:
+                # The step's own batch: samples are counted on after the update.
+                rows = trainer.config.batch.rows_at(trainer.samples)
+                batch = trainer.loader.samples(range(trainer.samples, trainer.samples + rows))
+                trainer.engine.forward_backward(batch, trainer.step, trainer.engine.whole(batch, rows))
+
+            probes.append(CurvatureProbe(backward))
+        return probes
 
     def step_start(self, step: int) -> None:
         self.monitor.start_step(step)

@@ -1,4 +1,4 @@
-"""Parameters in groups that a person has names for: each block's attention, feed-forward and norms, embedding, head."""
+"""Parameters by glob, and those whose rows are looked up."""
 
 from __future__ import annotations
 
@@ -8,33 +8,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from stabilitylab.errors import InputError
-from stabilitylab.model_structure import blocks, is_embedding, is_norm, named_modules
+from stabilitylab.model_structure import is_embedding, named_modules
 
 _SHOWN = 12
-
-
-def groups(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Label -> parameters, in the model's order; every name is in one.
-
-    A block's children are its groups, its norms together one; outside of blocks the outermost modules are.
-    """
-    paths = sorted(blocks(model), key=len, reverse=True)
-    norms = {path for path, module in named_modules(model) if is_norm(module)}
-    found: dict[str, list[str]] = {}
-    for name in names:
-        module = name.rpartition(".")[0]
-        block = next((path for path in paths if module == path or module.startswith(path + ".")), None)
-        if block is None:
-            label = name.partition(".")[0]
-        elif module == block:
-            label = name
-        else:
-            child = module[len(block) + 1 :].partition(".")[0]
-            label = (
-                f"{block}'s norms" if module in norms and f"{block}.{child}" == module else f"{block}.{child}"
-            )
-        found.setdefault(label, []).append(name)
-    return {label: tuple(members) for label, members in found.items()}
 
 
 def groups_by_glob(globs: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, ...]]:

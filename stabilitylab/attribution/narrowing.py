@@ -11,12 +11,13 @@ import torch
 
 from stabilitylab.attribution.acts import Act
 from stabilitylab.attribution.forks import Fork, Forks
-from stabilitylab.attribution.groups import embedding_weights, groups, groups_by_glob
+from stabilitylab.attribution.groups import embedding_weights, groups_by_glob
 from stabilitylab.attribution.observation import GREW, Observation
 from stabilitylab.attribution.proof import Conclusion
 from stabilitylab.attribution.smallest import smallest
 from stabilitylab.attribution.verdicts import Yardstick
 from stabilitylab.attribution.without import Without
+from stabilitylab.model_structure import parameter_groups
 
 Ask = Callable[[Sequence[Without]], list[Fork | None]]
 # Of what stands out so many are tried each by itself; of a batch and a table so many rows.
@@ -38,7 +39,7 @@ class Narrowing:
         self._forks, self._seen, self._of, self._ask = forks, seen, of, ask
         names = tuple(forks.subject.parameters)
         self._names = names
-        self._groups = groups_by_glob(globs, names) if globs else groups(forks.subject.model, names)
+        self._groups = groups_by_glob(globs, names) if globs else parameter_groups(forks.subject.model, names)
 
     def narrow(self, concluded: Conclusion) -> tuple[str, Fork | None, str | None]:
         """Cause, the fork with the least, and the site."""

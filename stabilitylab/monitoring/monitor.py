@@ -185,7 +185,9 @@ class Monitor:
         try:
             written = self._schedule
             if recorder and out is not None:
-                self._schedule = Schedule(every=1, dense_after=written.dense_after)
+                # What makes a pass of its own keeps its cadence: to hold steps in memory costs nothing like it.
+                costly = {n: every for n, every in written.probes.items() if n in self._probe_set.costly}
+                self._schedule = Schedule(every=1, probes=costly, dense_after=written.dense_after)
             self._arm(0, first=True)
             if out is not None and self._writes:
                 self._run_output = RunOutput(

@@ -63,6 +63,7 @@ class ProbeSet:
         self._context, self._optimizers, self._tell = context, optimizers, tell
         context.failed = self._probe_failed
         self.probes = tuple(probes)
+        self.costly = {probe.name for probe in self.probes if getattr(probe, "is_costly", False)}
         self._placing = {probe.name: Placing(context.is_sharded, shard) for probe in self.probes}
         self._scale = ScalerState(scaler, optimizers.each, context.buffer)
         self.loop_values = LoopValues(context, optimizers, self._scale)

@@ -134,5 +134,7 @@ def _recording(sink: Sink, keep: int, schedule: Schedule) -> Sink:
 
     seldom = 1 << 60
     every = schedule.every or seldom
-    gradients = schedule.probes.get("gradients", every) or seldom
-    return FlightRecorder(sink, keep=keep, every=every, cadence={**EVERY_STEP, "gradient": gradients})
+    # By family, where a probe may have a cadence of its own.
+    families = {"gradient": "gradients", "weight": "weights", "curvature": "curvature"}
+    own = {family: schedule.probes.get(probe, every) or seldom for family, probe in families.items()}
+    return FlightRecorder(sink, keep=keep, every=every, cadence={**EVERY_STEP, **own})

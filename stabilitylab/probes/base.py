@@ -11,6 +11,8 @@ The life of a probe under the monitor:
         finish(gathered) -> readings     later, when the numbers are on the host, in another thread
     detach()                             every handle is removed
 
+A probe with an attribute ``is_costly`` keeps its cadence under a recorder, which has every step measured by the others.
+
 Two methods are optional. ``name_parameters()``, of a probe that goes by parameters: called when some have joined
 ``context.parameters``. ``companions(gathered, numbers)``: of a measured step, numbers of the whole model that the detector judges
 beside the step's own ``numbers``, by metric name (``attention/-/score_max``).
@@ -136,6 +138,7 @@ class Context:
         order: sites in the order in which the first measured forward pass came to them; attention's scores as
             ``attention/<path>``.
         is_ordering: whether ``passed`` still takes them down.
+        muted: a pass is made that is not the training's: hooks look away.
     """
 
     model: nn.Module
@@ -151,6 +154,7 @@ class Context:
     traced: bool = False
     order: dict[str, None] = field(default_factory=dict)
     is_ordering: bool = True
+    muted: bool = False
     _frames: int = 0
 
     def passed(self, site: str) -> None:
@@ -171,6 +175,8 @@ class Context:
         """The hook, with the training protected from its failure: that is reported instead of raised."""
 
         def protected(*args: Any, **kwargs: Any) -> Any:
+            if self.muted:
+                return None
             try:
                 return hook(*args, **kwargs)
             except Exception as error:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from glm.data.loader import Loader
+from glm.data.shards import open_data
 from glm.errors import InputError
 from glm.model.config import ModelConfig
 from glm.train import events
@@ -171,3 +172,23 @@ def test_a_batch_ramp_grows_by_micro_batches():
 def test_batches_that_do_not_divide_are_refused(wrong):
     with pytest.raises(InputError, match=r"batch\."):
         BatchConfig(**wrong)
+
+
+def test_weights_and_curvature_are_measured_and_change_nothing(data_folder, tmp_path):
+    plain = dataclasses.replace(TINY, precision="fp32", steps=8)
+    watching = MonitorConfig(
+        every=0, gradients_every=0, weights_every=2, curvature_every=3, recorder=4, tensorboard=False
+    )
+    config, data = dataclasses.replace(plain, monitor=watching), open_data(data_folder)
+    run = RunFolder(tmp_path / "run")
+    run.claim()
+    watched, alone = trainer(config, data, callbacks=[MonitorCallback(run, watching)]), trainer(plain, data)
+    watched.train()
+    alone.train()
+    run.release()
+    assert identical(weights(watched), weights(alone))
+    told = load_run(run.path)
+    assert told.series("curvature/-/margin").index.tolist() == [3, 6]
+    assert set(told.rows("weight", "stable_rank")["step"]) == {0, 2, 4, 6}
+    with pytest.raises(InputError, match="needs --precision fp32"):
+        dataclasses.replace(config, precision="bf16")

@@ -13,7 +13,10 @@ from torch import nn
 
 import stabilitylab.probes
 from stabilitylab import Monitor
+from stabilitylab.probes.base import Probe
+from stabilitylab.probes.curvature import CurvatureProbe
 from stabilitylab.probes.everything import all_probes
+from stabilitylab.probes.weights import WeightProbe
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording
 
@@ -39,8 +42,13 @@ def with_tables() -> list[str]:
     return [m.name for m in pkgutil.iter_modules(stabilitylab.probes.__path__) if table(m.name)]
 
 
+def every_probe(model: nn.Module) -> list[Probe]:
+    """All, and those that are asked for."""
+    return [*all_probes(), WeightProbe(), CurvatureProbe(lambda: next_token_loss(model, batch(0)).backward())]
+
+
 def test_every_probe_has_a_table() -> None:
-    assert set(with_tables()) == {type(probe).__module__.rpartition(".")[2] for probe in all_probes()}
+    assert set(with_tables()) == {type(probe).__module__.rpartition(".")[2] for probe in every_probe(GPT())}
 
 
 @pytest.mark.parametrize("module", with_tables())
@@ -52,10 +60,10 @@ def test_every_row_is_filled_in(module: str) -> None:
 @pytest.mark.parametrize("module", with_tables())
 def test_table_equals_what_is_emitted(module: str) -> None:
     torch.manual_seed(0)
-    probes = all_probes()
+    model, sink = GPT(), Recording()
+    probes = every_probe(model)
     mine = [p for p in probes if type(p).__module__.endswith(f".{module}")]
     used = probes if module == "precision" else mine
-    model, sink = GPT(), Recording()
     optimizer = torch.optim.AdamW(model.parameters())
     with Monitor(model, optimizer, every=1, probes=used, sinks=[sink], detector=None) as monitor:
         for step in range(2):
@@ -65,7 +73,7 @@ def test_table_equals_what_is_emitted(module: str) -> None:
             optimizer.zero_grad()
             monitor.step(step)
     families = {"embedding_rows": "gradient", "gradients": "gradient", "activations": "activation"}
-    families |= {"activation_gradients": "activation_gradient", "updates": "update"}
+    families |= {"activation_gradients": "activation_gradient", "updates": "update", "weights": "weight"}
     family = families.get(module, module)
     emitted = {name.rpartition("/")[2] for _, name, _ in sink.rows if name.startswith(f"{family}/")}
     assert emitted == set(table(module))

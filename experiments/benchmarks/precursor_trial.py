@@ -1,0 +1,273 @@
+"""Six rival warnings of a collapse, and all together, on the same runs: lead, precision, recall at equal false-alarm rates, cost.
+
+    python -m experiments.benchmarks precursor_trial --runs 150 --out trial [--score] [--json]
+
+The runs (``_trial_runs.py``): rates that climb to plateaus on both sides of the frontier. Each precursor is a score by step:
+
+    gradient norm, update norm, kurtosis    log of the value over its median of the last 10 measurements
+    stable rank, QK entropy                 the same, of what falls: the median over the value
+    margin                                  minus its log: no history needed
+    level of the gradient norm, ...         log of the value alone, for those that have one
+    combined                                logistic regression on the six, fitted on one half of the runs
+
+An *alarm* is a score over a threshold, none within ``QUIET`` steps of the last. It is right where the collapse's onset follows
+within ``HORIZON`` steps, false where none does; after the onset none counts. For each half of the runs the threshold is set on
+that half, so that there are as many false alarms as the rate allows, and judged on the other: both halves are judged once.
+
+The margin is also checked against the frontier: the smallest margin of a run's first 20 steps of climbing, times the rate there,
+predicts the rate at which the run collapses (rank correlation over collapses).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from scipy.optimize import minimize
+from scipy.stats import binomtest, spearmanr
+
+from experiments.benchmarks._trial_runs import CALM, NAMES, run
+
+Floats = NDArray[np.float64]
+HORIZON, QUIET, PAST, FIRST = 24, 16, 10, CALM
+# False alarms a thousand steps at risk.
+RATES = (1.0, 5.0)
+FALLING = ("stable rank", "QK entropy")
+LEVELS = ("gradient norm", "update norm", "kurtosis")
+ALL = (*NAMES, *(f"{name}, level" for name in LEVELS), "combined")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Make the runs that are missing, judge, print."""
+    parser = argparse.ArgumentParser(prog="experiments.benchmarks precursor_trial")
+    parser.add_argument("--runs", type=int, default=150)
+    parser.add_argument("--out", type=Path, default=Path("trial"))
+    parser.add_argument("--score", action="store_true", help="make none: judge those that are there")
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args(list(argv))
+    torch.set_num_threads(1)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    file = asked.out / "runs.jsonl"
+    rows = read(file)
+    done = {row["seed"] for row in rows}
+    for seed in range(asked.runs):
+        if not asked.score and seed not in done:
+            rows.append(run(seed))
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(rows[-1]) + "\n")
+    found = judge(rows)
+    if asked.json:
+        print(json.dumps(found))
+    else:
+        show(found)
+    return 0
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Runs that are there."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # a kill
+            continue
+    return rows
+
+
+def scores(row: dict[str, Any]) -> tuple[NDArray[np.int64], dict[str, Floats]]:
+    """Steps at which all were measured, and each precursor's score there."""
+    series = {name: {int(s): v for s, v in row["scores"][name].items()} for name in NAMES}
+    end = row["onset"] if row["onset"] is not None else len(row["loss"])
+    steps = np.array(sorted(set.intersection(*(set(of) for of in series.values()))), dtype=np.int64)
+    steps = steps[steps < end]
+    found: dict[str, Floats] = {}
+    for name in NAMES:
+        value = np.array([series[name][int(s)] for s in steps], dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log = np.log(value)
+        if name == "margin":
+            found[name] = -np.clip(log, -10, 10)
+            continue
+        usual = np.array(
+            [np.median(log[max(0, i - PAST) : i]) if i >= 4 else np.nan for i in range(len(log))]
+        )
+        found[name] = (usual - log if name in FALLING else log - usual) if len(log) else log
+        if name in LEVELS:
+            found[f"{name}, level"] = log
+    keep = steps >= FIRST
+    return steps[keep], {
+        name: np.nan_to_num(score[keep], nan=-10.0, posinf=10.0, neginf=-10.0)
+        for name, score in found.items()
+    }
+
+
+class Prepared:
+    """A run's scores, and what is at risk in it."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        self.onset: int | None = row["onset"]
+        self.steps, self.scores = scores(row)
+        near = (
+            np.zeros(len(self.steps), dtype=bool)
+            if self.onset is None
+            else self.onset - self.steps <= HORIZON
+        )
+        self.warns = near
+
+    def alarms(self, name: str, threshold: float) -> list[int]:
+        """Places of the alarms."""
+        found: list[int] = []
+        for place in np.flatnonzero(self.scores[name] > threshold):
+            if not found or self.steps[place] - self.steps[found[-1]] > QUIET:
+                found.append(int(place))
+        return found
+
+
+def combine(fitted: list[Prepared], judged: list[Prepared]) -> None:
+    """Give both halves a score "combined": logistic regression with a little ridge, on standardized scores."""
+    names = list(NAMES)
+    x = np.concatenate([np.stack([one.scores[n] for n in names], axis=1) for one in fitted])
+    y = np.concatenate([one.warns for one in fitted]).astype(np.float64)
+    middle, spread = x.mean(axis=0), x.std(axis=0) + 1e-9
+    z = (x - middle) / spread
+
+    def loss(w: Floats) -> float:
+        logit = z @ w[1:] + w[0]
+        return float(np.mean(np.logaddexp(0, logit) - y * logit) + 1e-3 * np.sum(w[1:] ** 2))
+
+    weights = minimize(loss, np.zeros(len(names) + 1), method="L-BFGS-B").x
+    for one in (*fitted, *judged):
+        own = (np.stack([one.scores[n] for n in names], axis=1) - middle) / spread
+        one.scores["combined"] = own @ weights[1:] + weights[0]
+
+
+def threshold_for(runs: list[Prepared], name: str, rate: float) -> float:
+    """The lowest threshold with at most ``rate`` false alarms a thousand steps that no collapse follows."""
+    at_risk = sum(int((~one.warns).sum()) for one in runs) * 2  # measured at every second step
+    allowed = rate * at_risk / 1000
+    candidates = np.unique(np.concatenate([one.scores[name] for one in runs]))
+    low, high = 0, len(candidates) - 1
+    while low < high:
+        middle = (low + high) // 2
+        false = sum(not one.warns[p] for one in runs for p in one.alarms(name, candidates[middle]))
+        low, high = (low, middle) if false <= allowed else (middle + 1, high)
+    return float(candidates[low])
+
+
+def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each precursor at each rate, over both halves."""
+    halves = [[row for row in rows if row["seed"] % 2 == half] for half in (0, 1)]
+    table: dict[str, Any] = {}
+    pairs = []
+    for half in (0, 1):
+        fitted, judged = [Prepared(r) for r in halves[half]], [Prepared(r) for r in halves[1 - half]]
+        combine(fitted, judged)
+        pairs.append((fitted, judged))
+    for name in ALL:
+        for rate in RATES:
+            right = false = warned = collapses = steps = 0
+            leads: list[int] = []
+            for fitted, judged in pairs:
+                threshold = threshold_for(fitted, name, rate)
+                for one in judged:
+                    places = one.alarms(name, threshold)
+                    good = [p for p in places if one.warns[p]]
+                    right, false = right + len(good), false + len(places) - len(good)
+                    steps += 2 * int((~one.warns).sum())
+                    if one.onset is not None:
+                        collapses += 1
+                        warned += bool(good)
+                        leads += [int(one.onset - one.steps[good[0]])] if good else []
+            table[f"{name} @ {rate:g}"] = {
+                "recall": [warned, collapses],
+                "precision": [right, right + false],
+                "false per 1,000 steps": 1000 * false / max(1, steps),
+                "lead": float(np.median(leads)) if leads else None,
+            }
+    return {
+        "runs": len(rows),
+        "collapses": sum(row["onset"] is not None for row in rows),
+        "survivors": sum(row["onset"] is None for row in rows),
+        "table": table,
+        "milliseconds": {
+            name: float(np.median([row["milliseconds"][name] for row in rows])) for name in NAMES
+        },
+        "frontier": frontier(rows),
+    }
+
+
+def frontier(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Rank correlation of the rate that the margin foresees with the one at which the run collapsed."""
+    foreseen, met = [], []
+    for row in rows:
+        margin = {int(s): v for s, v in row["scores"]["margin"].items()}
+        if row["onset"] is None:
+            continue
+        early = [
+            s for s in margin if CALM - 10 <= s < CALM + 10 and s < row["onset"] and math.isfinite(margin[s])
+        ]
+        if len(early) < 5:
+            continue
+        rates = [min(row["plateau"], 3e-3 * row["climb"] ** max(0, s - CALM)) for s in early]
+        foreseen.append(float(np.median([margin[s] * r for s, r in zip(early, rates, strict=True)])))
+        met.append(min(row["plateau"], 3e-3 * row["climb"] ** max(0, row["onset"] - CALM)))
+    if len(met) < 5:
+        return {"n": len(met)}
+    found = spearmanr(foreseen, met)
+    return {
+        "n": len(met),
+        "rank correlation": float(found.statistic),
+        "p": float(found.pvalue),
+        "median of foreseen over met": float(np.median(np.array(foreseen) / np.array(met))),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """The table."""
+    console = Console(width=140)
+    console.print(
+        f"{found['runs']} runs: {found['collapses']} collapses, {found['survivors']} survivors",
+        highlight=False,
+    )
+    table = Table(title="Thresholds from one half, judged on the other", title_justify="left")
+    columns = (
+        "precursor",
+        "allowed / 1,000",
+        "false / 1,000",
+        "recall",
+        "precision",
+        "lead",
+        "ms a measurement",
+    )
+    for column in columns:
+        table.add_column(column)
+    for name, of in found["table"].items():
+        precursor, _, rate = name.rpartition(" @ ")
+        cost = found["milliseconds"].get(precursor.partition(",")[0])
+        table.add_row(
+            precursor,
+            rate,
+            f"{of['false per 1,000 steps']:.1f}",
+            _share(*of["recall"]),
+            _share(*of["precision"]),
+            "" if of["lead"] is None else f"{of['lead']:g}",
+            "" if cost is None else f"{cost:.2f}",
+        )
+    console.print(table)
+    console.print(f"margin against the frontier: {found['frontier']}", highlight=False)
+
+
+def _share(right: int, of: int) -> str:
+    if not of:
+        return ""
+    low, high = binomtest(right, of).proportion_ci()
+    return f"{right / of:.2f} ({right}/{of}; {low:.2f} to {high:.2f})"
