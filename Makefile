@@ -48,7 +48,7 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
-	$(PIP) install --constraint constraints.txt --editable ".[corpus,dask,glm,dev,distributed,hf]"
+	$(PIP) install --constraint constraints.txt --editable ".[corpus,dask,glm,dev,distributed,hf,slurm]"
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.docs: $(VENV)/.made pyproject.toml constraints.txt

@@ -19,6 +19,8 @@ from rich.text import Text
 from experiments.adding import run_adding, seconds, with_found
 from experiments.arm import Suite
 from experiments.asked import load
+from experiments.cells import through
+from experiments.executors import chosen as executor_named
 from experiments.judging import judge
 from experiments.statistics import Decision
 from experiments.study import Study, run_study, shares_of
@@ -57,11 +59,11 @@ def run(
         data: folder made by `glm shards`; by default the suite's own text, built under data/ once.
         out: where the runs go; by default runs/SUITE.
         steps: updates per run instead of the suite's own.
-        parallel: runs at a time; by default one a core.
+        parallel: runs at a time; by default one a core, and a study in one process.
         seeds: how many instead of the planned ones; until decided: at the most (by default the planned ones, of a suite 16).
         budget: no new seed is begun after this time: 90 (seconds), 15m, 2h.
         until_decided: no new seed is begun once every claim is decided.
-        executor: local: processes of this machine; dask:ADDRESS: the workers of a Dask cluster.
+        executor: local: processes of this machine; or dask:ADDRESS, ray[:ADDRESS], slurm[:KEY=VALUE,...]: see docs/experiments.md.
     """
     chosen = load(suite)
     limit = None if budget is None else seconds(budget)
@@ -70,19 +72,20 @@ def run(
             raise InputError(f"--{flag} must be at least 1, got {number}")
     out = out or Path("runs") / chosen.name
     if isinstance(chosen, Study):
-        if steps is not None or parallel is not None or executor != "local":
-            raise InputError(
-                f"{suite} is a study, in one process and of its own length: "
-                "leave --steps, --parallel and --executor out"
-            )
+        if steps is not None:
+            raise InputError(f"{suite} is a study, of its own length: leave --steps out")
         keep_freed_memory()
+        text = data or chosen.data(Path("data") / chosen.data.__name__)
         run_study(
             chosen,
-            data=data or chosen.data(Path("data") / chosen.data.__name__),
+            data=text,
             out=out,
             seeds=seeds,
             budget=limit,
             until_decided=until_decided,
+            through=None
+            if (parallel, executor) == (None, "local")
+            else through(*executor_named(executor, parallel, out), asked=suite, data=text),
         )
         console = Console()
         _show_verdicts(console, [(chosen.name, verdict) for verdict in _verdicts_of(chosen, out)])

@@ -1,23 +1,34 @@
-"""Where a suite's runs are computed: anything that is a ``concurrent.futures.Executor``.
+"""Where runs are computed: anything that is a ``concurrent.futures.Executor``.
 
-    local           long-lived processes on this machine
-    dask:ADDRESS    the workers of a Dask cluster, which must see the same files and have this project installed
+    local               long-lived processes on this machine
+    dask:ADDRESS        the workers of a Dask cluster
+    ray, ray:ADDRESS    those of a Ray cluster; without an address one of this machine's cores
+    slurm, slurm:K=V,.. a Slurm job a run, through submitit; K=V are submitit's parameters (timeout_min=60, slurm_partition=cpu)
 
-An executor is opened anew where its processes died; the runs that were in them are resumed from their checkpoints.
+All but the first need machines that see the same files under the same paths and have this project installed. An executor is opened
+anew where its processes died; the runs that were in them are resumed from their checkpoints.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments import worker
 from stabilitylab.errors import InputError
 
 T = TypeVar("T")
+
+NAMES = "local, dask:ADDRESS, ray, ray:ADDRESS, slurm, or slurm:KEY=VALUE,..."
+# What a cluster's queue takes: it decides itself how many go at once.
+QUEUE = 1_000_000
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def local(parallel: int) -> Executor:
@@ -55,19 +66,185 @@ class Dask(Executor):
         self._client.close()
 
 
-def chosen(name: str, parallel: int | None) -> tuple[Callable[[], Executor], int]:
-    """What opens the executor of that name, and how many runs to hand it at a time.
+class Ray(Executor):
+    """The workers of a Ray cluster, one core a task; they live from task to task.
+
+    Args:
+        address: of the cluster, as ``ray.init`` takes it; "" begins one on this machine, which ends with the executor.
+
+    Raises:
+        InputError: Ray is not installed, or nobody answers at the address.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise InputError("--executor ray needs Ray: pip install 'stabilitylab[ray]'") from None
+        self._ray = ray
+        paths = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
+        try:
+            ray.init(
+                address=address or None,
+                runtime_env=paths,
+                log_to_driver=False,
+                include_dashboard=False if not address else None,
+                logging_level="error",
+                ignore_reinit_error=False,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"no Ray cluster answers at {address or 'this machine'} ({' '.join(str(error).split())[:200]}): "
+                "start one with `ray start --head`, or give its address"
+            ) from None
+        self._call = ray.remote(num_cpus=1, max_retries=0)(_on_worker)
+        self._references: list[Any] = []
+
+    def submit(self, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        reference = self._call.remote(call, args, kwargs)
+        self._references.append(reference)
+        inner: Future[T] = reference.future()
+        outer: Future[T] = Future()
+        outer.set_running_or_notify_cancel()
+        inner.add_done_callback(lambda done: self._pass_on(done, outer))
+        return outer
+
+    def _pass_on(self, done: Future[T], outer: Future[T]) -> None:
+        error = done.exception()
+        if error is None:
+            outer.set_result(done.result())
+            return
+        lost = (self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.NodeDiedError)
+        cause = getattr(error, "cause", None)
+        outer.set_exception(
+            BrokenExecutor(" ".join(str(error).split())) if isinstance(error, lost) else cause or error
+        )
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if wait and self._references and not cancel_futures:
+            self._ray.wait(self._references, num_returns=len(self._references))
+        self._ray.shutdown()
+
+
+def _on_worker(call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    worker.keep_freed_memory()
+    return call(*args, **kwargs)
+
+
+class Submitit(Executor):
+    """A batch job a task, through submitit.
+
+    Args:
+        folder: where jobs and what they say are put; all machines must see it.
+        parameters: submitit's, by their names.
+        cluster: "slurm"; "local" or "debug" to try the way without one.
+
+    Raises:
+        InputError: submitit is not installed, there is no Slurm here, or it does not know a parameter.
+    """
+
+    def __init__(self, folder: Path, parameters: dict[str, str | int], *, cluster: str = "slurm") -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise InputError("--executor slurm needs submitit: pip install 'stabilitylab[slurm]'") from None
+        self._failed = submitit.core.utils.UncompletedJobError
+        try:
+            self._inner = submitit.AutoExecutor(folder=folder, cluster=cluster)
+            self._inner.update_parameters(**{"name": "stabilitylab", "cpus_per_task": 1, **parameters})
+        except RuntimeError as error:
+            raise InputError(
+                f"Slurm is not to be had here ({error}): run this where sbatch is, or use --executor local"
+            ) from None
+        except (NameError, TypeError, AssertionError) as error:
+            raise InputError(
+                f"--executor slurm: {' '.join(str(error).split())[:300]}: give submitit's parameters, "
+                "for instance slurm:timeout_min=60,slurm_partition=NAME"
+            ) from None
+        self._jobs: dict[Future[Any], Any] = {}
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._looking = threading.Thread(target=self._look, daemon=True)
+        self._looking.start()
+
+    def submit(self, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            self._jobs[future] = self._inner.submit(_in_job, call, args, kwargs)
+        return future
+
+    def _look(self) -> None:
+        while not self._ended.wait(SECONDS_BETWEEN_LOOKS):
+            with self._lock:
+                jobs = dict(self._jobs)
+            for future, job in jobs.items():
+                if job.done():
+                    self._take(future, job)
+                    with self._lock:
+                        del self._jobs[future]
+
+    def _take(self, future: Future[Any], job: Any) -> None:
+        try:
+            found, error = job.result()
+        except self._failed as death:  # killed, out of memory, over its time
+            found, error = None, BrokenExecutor(" ".join(str(death).split())[:500])
+        if error is None:
+            future.set_result(found)
+        else:
+            future.set_exception(error)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        while wait and not cancel_futures and self._jobs:
+            time.sleep(SECONDS_BETWEEN_LOOKS / 10)
+        self._ended.set()
+        self._looking.join()
+        for job in self._jobs.values():  # nobody waits for them any more
+            job.cancel(check=False)
+
+
+def _in_job(
+    call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[T | None, Exception | None]:
+    """What the call gives, or raises: submitit itself would hand on no more than the text of it."""
+    os.environ.update(dict.fromkeys(worker.THREADS, "1"))
+    worker.keep_freed_memory()
+    try:
+        return call(*args, **kwargs), None
+    except Exception as error:
+        return None, error
+
+
+def chosen(name: str, parallel: int | None, folder: Path) -> tuple[Callable[[], Executor], int]:
+    """What opens the executor of that name, and how many tasks to hand it at a time.
+
+    Args:
+        folder: where an executor may put what it needs.
 
     Raises:
         InputError: there is none of that name.
     """
-    kind, _, address = name.partition(":")
-    if kind == "local" and not address:
+    kind, _, rest = name.partition(":")
+    if kind == "local" and not rest:
         processes = parallel or available_cores()
         return lambda: local(processes), processes
-    if kind == "dask" and address:
-        return lambda: Dask(address), parallel or 1_000_000
-    raise InputError(f"there is no executor {name!r}: choose local, or dask:ADDRESS")
+    if kind == "dask" and rest:
+        return lambda: Dask(rest), parallel or QUEUE
+    if kind == "ray":
+        return lambda: Ray(rest), parallel or QUEUE
+    if kind == "slurm":
+        parameters = _parameters(rest)
+        return lambda: Submitit(folder / "slurm", parameters), parallel or QUEUE
+    raise InputError(f"there is no executor {name!r}: choose {NAMES}")
+
+
+def _parameters(text: str) -> dict[str, str | int]:
+    found: dict[str, str | int] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise InputError(f"--executor slurm: {part!r} is not KEY=VALUE, such as timeout_min=60")
+        found[key] = int(value) if value.isdigit() else value
+    return found
 
 
 def available_cores() -> int:

@@ -109,7 +109,7 @@ def run_suite(
         job.name: suite.command(job.arm, job.seed, data=data, out=job.out, steps=steps, rate=job.rate)
         for job in waiting
     }
-    opened, most = chosen(executor, parallel) if isinstance(executor, str) else (executor, parallel or 1)
+    opened, most = chosen(executor, parallel, out) if isinstance(executor, str) else (executor, parallel or 1)
     failed: list[Job] = []
     deaths: Counter[str] = Counter()
     with _Shown(suite, total=len(jobs), done=len(jobs) - len(waiting), steps=asked) as shown:

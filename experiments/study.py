@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from experiments.verdicts import Claim, Verdict, judge_all, undecided_together
 from glm.train.config import TrainConfig
 
 VALUES = "values.jsonl"
+# A cell's numbers by name, and the processor seconds that they took.
+Measured = tuple[Mapping[str, float], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,7 @@ def run_study(
     seeds: int | None = None,
     budget: float | None = None,
     until_decided: bool = False,
+    through: Callable[[Sequence[tuple[str, int]]], Iterator[Measured]] | None = None,
 ) -> None:
     """Measure what is not measured yet.
 
@@ -125,6 +128,7 @@ def run_study(
         seeds: how many; None: as planned.
         budget: seconds after which no new seed is begun.
         until_decided: no new seed is begun once every claim is decided, alone and within the study's family.
+        through: measures cells (arm, seed), in their order (``experiments.cells``); None: one after the other, here.
     """
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
@@ -135,6 +139,13 @@ def run_study(
             stream.write("\n")  # after a line that a kill cut short
     started = time.monotonic()
     count = study.seeds if seeds is None else seeds
+    cells = [
+        (arm.name, seed)
+        for seed in range(study.first, study.first + count)
+        for arm in study.arms
+        if (arm.name, seed) not in done
+    ]
+    results = (_here(study, data) if through is None else through)(cells)
     for looked, seed in enumerate(range(study.first, study.first + count), start=1):
         if budget is not None and time.monotonic() - started > budget:
             console.print(f"{study.name}: the budget is spent before seed {seed}")
@@ -142,9 +153,7 @@ def run_study(
         for arm in study.arms:
             if (arm.name, seed) in done:
                 continue
-            began = time.process_time()
-            values = dict(study.measure(study.cell(arm, seed, data)))
-            spent = time.process_time() - began
+            values, spent = next(results)
             with file.open("a", encoding="utf-8") as stream:
                 line = {"arm": arm.name, "seed": seed, "seconds": round(spent, 2), "values": values}
                 stream.write(json.dumps(line) + "\n")
@@ -152,6 +161,18 @@ def run_study(
         if until_decided and looked >= LEAST_SEEDS and not undecided_together(judged(study, out)):
             console.print(f"{study.name}: every claim is decided")
             break
+
+
+def _here(study: Study, data: Path) -> Callable[[Sequence[tuple[str, int]]], Iterator[Measured]]:
+    arms = {arm.name: arm for arm in study.arms}
+
+    def measured(cells: Sequence[tuple[str, int]]) -> Iterator[Measured]:
+        for arm, seed in cells:
+            began = time.process_time()
+            values = dict(study.measure(study.cell(arms[arm], seed, data)))
+            yield values, time.process_time() - began
+
+    return measured
 
 
 def judged(study: Study, out: Path) -> list[Verdict]:

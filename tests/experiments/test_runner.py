@@ -97,12 +97,6 @@ def test_a_killed_worker_breaks_the_local_executor_and_no_more() -> None:
             pool.submit(os.kill, pool.submit(os.getpid).result(), signal.SIGKILL).result()
 
 
-@pytest.mark.parametrize("name", ["slrum", "local:3", "dask"])
-def test_executors_that_are_none_are_told_of(name: str) -> None:
-    with pytest.raises(InputError, match="choose local, or dask:ADDRESS"):
-        executors.chosen(name, None)
-
-
 def test_a_dask_clusters_runs_are_those_of_the_command_alone(data_folder: Path, tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     suite = dataclasses.replace(TINY, arms=TINY.arms[:1])
