@@ -35,7 +35,14 @@ from stabilitylab.telemetry import (
 STEP = "step"
 _NAMES: Mapping[str, tuple[str, ...]] = {
     STEP: (
-        *("num_updates", "global_step", "trainer_global_step", "optimizer_step", "current_steps"),
+        *(
+            "num_updates",
+            "global_step",
+            "trainer_global_step",
+            "optimizer_step",
+            "current_steps",
+            "stability_step",
+        ),
         *(
             "global_step_max_steps",
             "step",

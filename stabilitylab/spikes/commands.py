@@ -71,8 +71,26 @@ def spikes(
         return
     for one, scan in zip(opened, scans, strict=True):
         _show(scan, one)
+    for sentence in _of_ranks(opened, scans):
+        print(sentence)
     for reason, count in sorted(left_out_of(opened).items()):
         print(f"left out: {count:,} {reason}")
+
+
+def _of_ranks(opened: list[Log], scans: list[Scan]) -> list[str]:
+    """What only some of the ranks of one run have: one value of several a step is bad."""
+    ranks = [
+        (one.name, scan) for one, scan in zip(opened, scans, strict=True) if one.name.startswith("rank ")
+    ]
+    having: dict[tuple[str, int], list[str]] = {}
+    for name, scan in ranks:
+        for episode in scan.episodes:
+            having.setdefault((episode.kind, episode.onset), []).append(name)
+    return [
+        f"{', '.join(names[:8])} alone of {len(ranks)} ranks: {kind} from step {onset}, {len(names)} of {len(ranks)} values a step"
+        for (kind, onset), names in sorted(having.items(), key=lambda item: item[0][1])
+        if len(names) < len(ranks) and kind != "hard-batch"
+    ]
 
 
 def precursors(runs: Annotated[Path, tyro.conf.Positional], *, json: bool = False, horizon: int = 64) -> None:

@@ -15,6 +15,7 @@ from stabilitylab.logs.commands import inspect
 from stabilitylab.logs.log import Block
 from stabilitylab.logs.pattern import compiled, pairs
 from stabilitylab.logs.recognise import open_logs
+from stabilitylab.spikes.commands import spikes
 from stabilitylab.telemetry import LOSS, LOSS_SCALES
 
 
@@ -124,6 +125,18 @@ CONSOLES = [
         "I0301 10:00:00.0 1399 train.py:200] Step {k}: {{'gradient_norm': 1.0, 'loss': {x:.4f}}}",
         {"loss", "gradient_norm"},
     ),
+    (
+        "text",
+        "I0101 00:00:00.0 139 logging_writer.py:48] [{k}] grad_norm=1.0, loss={x:.4f}",
+        {"loss", "gradient_norm"},
+    ),
+    (
+        "text",
+        "Train: 0 [  {k}/1250 (  4%)]  Loss: {x:.3f} (6.93)  600.0/s  LR: 1.0e-06",
+        {"loss", "learning_rate"},
+    ),
+    ("text", "epoch: 0 step: {k} train_loss: {x:.4f} wer: 0.3", {"loss"}),
+    ("text", "[rank 0] Step: {k} | Loss: {x:.4f} | Global batch size:   65.5K | MFU:  1.00%", {"loss"}),
     ("text", "step {k} loss tensor({x:.4f}, device='cuda:0', grad_fn=<NllLossBackward0>)", {"loss"}),
     (
         "text",
@@ -445,3 +458,17 @@ def test_an_aim_repository_is_refused_in_one_line(tmp_path):
     (tmp_path / ".aim" / "meta").mkdir(parents=True)
     with pytest.raises(InputError, match="Aim repository"):
         open_logs([tmp_path])
+
+
+def test_what_one_rank_alone_has_is_said(tmp_path, capsys):
+    path = tmp_path / "ranks.jsonl"
+    rows = [
+        {"step": k, "rank": rank, "loss": math.nan if rank == 2 and k >= 120 else 5 - k / 100 + rank / 50}
+        for k in range(200)
+        for rank in (1, 0, 3, 2)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spikes((path,))
+    assert (
+        "rank 2 alone of 4 ranks: non-finite from step 120, 1 of 4 values a step\n" in capsys.readouterr().out
+    )
