@@ -8,6 +8,7 @@
 | overflow | an activation left the format before any other site left, or the loss scale collapsed | the tensor's module |
 | batch | sites left in the step of the loss, many gradients among them, and came back; or a hard batch left none | |
 | attention | attention scores of few heads are the first in the order of execution | module, and head |
+| | scores of most heads left, behind the projection that they are made of | the projection |
 | activation | activations of few sites are | module |
 | gradient | a gradient is, with nothing in the forward pass before it | parameter or module |
 | unknown | nothing that was measured left its baseline | |
@@ -26,8 +27,8 @@ moment (StableAdamW) moves most in the step after; that is later than the gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -66,6 +67,7 @@ class Evidence:
         outside: events ``parameter-changed``, ``moments-changed``, ``optimizer-changed`` near the onset, in order.
         overflow: the first event ``overflow`` near the onset.
         gradients: number of parameters whose gradients are followed.
+        heads: of each attention module whose scores are followed, how many it has.
         execution: when a step comes to a site.
     """
 
@@ -75,6 +77,7 @@ class Evidence:
     overflow: Event | None
     gradients: int
     execution: Execution
+    heads: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +96,7 @@ def gather(run: Run, episode: Episode, departures: Sequence[ChangeOnset]) -> Evi
     onset = episode.onset
     near = [event for event in run.events if onset - LEAD_STEPS <= event.step <= onset + AFTER]
     shares = run.near("gradient", "l2", onset - LEAD_STEPS, onset + AFTER)
+    scores = run.near("attention", "score_max", onset - LEAD_STEPS, onset + AFTER)
     return Evidence(
         departures=departures,
         rate_change=_rate_change(run, onset),
@@ -102,6 +106,10 @@ def gather(run: Run, episode: Episode, departures: Sequence[ChangeOnset]) -> Evi
         ),
         gradients=int(shares["site"].nunique()) if len(shares) else 0,
         execution=Execution(run.places.order),
+        heads={
+            str(site): int(count)
+            for site, count in scores.groupby("site", observed=True)["index"].nunique().items()
+        },
     )
 
 
@@ -123,6 +131,8 @@ def disturbed(suspect: Suspect, seen: Evidence) -> tuple[ChangeOnset, ...]:
     A weight that was changed shows in its own module's output and in what that is fed to, which says nothing new: others come
     before those.
     """
+    if suspect.cause == "attention" and suspect.departure is not None and suspect.site is not None:
+        return tuple(_scores_of(suspect.departure, seen.departures)[:1])
     if suspect.event is None or suspect.event.kind == "overflow":
         return ()
     begin = -math.inf if suspect.step is None else suspect.step
@@ -192,7 +202,7 @@ def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) ->
     backward = [one for one in tied if one.family not in FORWARD]
     many = sum(one.family == "gradient" for one in backward) >= max(2.0, _MANY * seen.gradients)
     if faults:
-        return _at(_scores_behind(faults[0], faults))
+        return _with_scores(faults[0], faults, seen.heads)
     alone = [one for one in _strong(backward) if one.is_local]
     if alone and not (many and first.step >= episode.onset and alone[0].ratio < _OF_A_BATCH**2):
         return _at(alone[0])
@@ -205,14 +215,21 @@ def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) ->
     return _at(tied[0])
 
 
-def _scores_behind(first: ChangeOnset, faults: Sequence[ChangeOnset]) -> ChangeOnset:
-    """A query or key that grew is seen in its projection's output, and far better, head by head, in the scores."""
-    scores = [
-        one
-        for one in faults
-        if one.family == "attention" and first.site.startswith(f"{one.site}.") and one.ratio > first.ratio
-    ]
-    return max(scores, key=lambda one: one.ratio, default=first)
+def _with_scores(first: ChangeOnset, faults: Sequence[ChangeOnset], heads: Mapping[str, int]) -> Suspect:
+    """A query or key that grew is seen in its projection's output, and in the scores as much or more. Where few heads' scores left,
+    they are the place; where most did, the projection is."""
+    scores = [one for one in _scores_of(first, faults) if one.ratio > first.ratio / 2]
+    if not scores:
+        return _at(first)
+    if 2 * len({one.index for one in scores}) <= heads.get(scores[0].site, 0):
+        return _at(scores[0])
+    return replace(_at(first), cause="attention")
+
+
+def _scores_of(first: ChangeOnset, several: Sequence[ChangeOnset]) -> list[ChangeOnset]:
+    """The scores of the attention that a projection is part of, largest first."""
+    own = [one for one in several if one.family == "attention" and first.site.startswith(f"{one.site}.")]
+    return sorted(own, key=lambda one: -one.ratio)
 
 
 def _updates_alone(seen: Evidence, moved: Sequence[ChangeOnset]) -> ChangeOnset | None:

@@ -14,12 +14,12 @@ from stabilitylab import Monitor
 from stabilitylab.report import run_report
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
-from stabilitylab.spikes.change_onsets import ChangeOnset, find_departures
+from stabilitylab.spikes.change_onsets import ChangeOnset, Execution, find_departures
 from stabilitylab.spikes.commands import spikes
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.explain import explain
 from stabilitylab.spikes.forensics import diagnose, diagnose_run
-from stabilitylab.spikes.suspects import first_suspect, gather
+from stabilitylab.spikes.suspects import Evidence, disturbed, first_suspect, gather
 from stabilitylab.telemetry import Event
 from tests.stabilitylab.gpt import GPT, next_token_loss
 
@@ -146,20 +146,46 @@ def test_a_head_with_scaled_queries_is_named(planted):
     assert "parameter-changed" in {event.kind for event in run.events}
 
 
-def test_what_is_not_finite_everywhere_still_has_a_first_site():
-    one = ChangeOnset(
-        family="activation",
-        site="a",
-        statistic="absmax",
-        index=-1,
+def left(family, site, ratio, *, index=-1, order=0, common=1.0):
+    return ChangeOnset(
+        family=family,
+        site=site,
+        statistic="",
+        index=index,
         step=3,
         since=2,
-        until=3,
-        ratio=math.inf,
-        sigmas=math.inf,
-        common=math.exp(700),
+        until=9,
+        ratio=ratio,
+        sigmas=50.0,
+        common=common,
+        order=(0, order, 0),
     )
-    assert one.is_local
+
+
+def test_what_is_not_finite_everywhere_still_has_a_first_site():
+    assert left("activation", "a", math.inf, common=math.exp(700)).is_local
+
+
+@pytest.mark.parametrize(
+    ("heads_out", "site"), [([2], "b.attn, head 2"), ([0, 1, 2, 3], "b.attn.query"), ([], "b.attn.query")]
+)
+def test_scores_of_few_heads_are_the_place_of_most_the_projection_is(heads_out, site):
+    scores = [left("attention", "b.attn", 25.0 + h, index=h, order=1) for h in heads_out]
+    seen = Evidence(
+        departures=[left("activation", "b.attn.query", 30.0), *scores],
+        rate_change=None,
+        outside=(),
+        overflow=None,
+        gradients=9,
+        execution=Execution([]),
+        heads={"b.attn": 4},
+    )
+    episode = Episode(kind="spike", onset=3, peak=3, end=9, height=1.0, signal="train/-/loss")
+    suspect = first_suspect(episode, seen)
+    assert suspect.site == site
+    assert suspect.cause == ("attention" if heads_out else "activation")
+    disturbs = [one.name for one in disturbed(suspect, seen)]
+    assert disturbs == (["b.attn, head 3"] if len(heads_out) == 4 else [])
 
 
 def test_sites_that_are_measured_seldom_tie_with_what_they_may_have_preceded(tmp_path):
