@@ -17,8 +17,8 @@ from stabilitylab.logs.pattern import Values, number, plain_text
 from stabilitylab.logs.rows import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
-_MODES = ("mode", "split", "phase", "stage")
-_PARTS = ("rank", "run", "run_name", "run_id", "local_rank", "process_index")
+MODES = ("mode", "split", "phase", "stage")
+PARTS = ("rank", "run", "run_name", "run_id", "local_rank", "process_index")
 _RATIO = re.compile(r"^(\d+)/\d+$")
 
 
@@ -84,10 +84,10 @@ class JsonPieces:
 
 def part_of(record: Mapping[str, Any]) -> str | None:
     """The segment that a record belongs to; None: it is one of validation."""
-    for name in _MODES:
+    for name in MODES:
         if isinstance(said := record.get(name), str) and is_evaluation(said):
             return None
-    for name in _PARTS:
+    for name in PARTS:
         said = record.get(name)
         if isinstance(said, str) or (isinstance(said, int) and not isinstance(said, bool)):
             return f"rank {said}" if "rank" in name or name == "process_index" else str(said)

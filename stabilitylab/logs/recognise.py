@@ -36,6 +36,7 @@ from stabilitylab.logs.trackers import (
 # Numbers with their names beside them: a sentence, and no header of a table.
 _SAID = re.compile(r"[:=]\s*[-+]?\d")
 _DOCUMENT_BYTES = 256 << 20
+_LONG_LINES = 1 << 16  # shorter files of JSON lines are read as fast a line at a time
 
 
 def open_logs(
@@ -103,6 +104,13 @@ def _one(path: Path, *, loss: str | None, step: str | None, pattern: str | None)
         clean = CsvLog.open_clean(source, loss=loss, step=step)
         if clean is not None:
             return [clean]
+    if pattern is None and head.startswith(b"{") and path.stat().st_size > _LONG_LINES:
+        from stabilitylab.logs.json_table import JsonTableLog
+
+        reading = _known_lines(source, head)
+        table = JsonTableLog.open_clean(source, head, reading, loss=loss, step=step)
+        if table is not None:
+            return [table]
     return list(logs_of(_text(source, head, pattern), path, loss=loss, step=step))
 
 

@@ -353,7 +353,7 @@ def _pieces(
         name=name,
         format=reading.format,
         left_out=reading.left_out,
-        notes=(*reading.notes, *_notes(part, columns)),
+        notes=(*reading.notes, *notes_of(part, columns)),
     )
     count = 1 + max((piece for piece, _ in log.pieces()), default=0) if part.backward[counter] else 1
     if count == 1:
@@ -368,7 +368,7 @@ def _renamed(log: RowLog, name: str, piece: int) -> RowLog:
     return replace(log, name=name, piece=piece)
 
 
-def _notes(part: Part, columns: Mapping[str, str]) -> list[str]:
+def notes_of(part: Part, columns: Mapping[str, str]) -> list[str]:
     loss, norm = columns[LOSS], columns.get(GRADIENT_NORM)
     notes = []
     if part.nulls[loss] and any(part.counts[n] > part.counts[loss] for n in columns.values() if n != loss):

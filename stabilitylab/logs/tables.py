@@ -190,7 +190,7 @@ def _parquet(path: Path) -> pq.ParquetFile:
 def _numbers(column: pa.Array, source: str, first_row: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """A column as floats, and where it holds any."""
     if pa.types.is_float64(column.type):
-        return _floats(column)
+        return floats_of(column)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         import pyarrow.compute as pc  # a tenth of a second: only for cells of text
 
@@ -214,7 +214,7 @@ def _numbers(column: pa.Array, source: str, first_row: int) -> tuple[NDArray[np.
     return np.asarray(numbers.fill_null(0.0), dtype=np.float64), logged_N
 
 
-def _floats(column: pa.Array) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def floats_of(column: pa.Array) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Its buffers as they are: Arrow's own way to NumPy goes through pandas, whose import takes longer than most logs."""
     count, begin = len(column), column.offset
     present, data = column.buffers()
