@@ -1,11 +1,13 @@
-"""GLM-130B's restart history at toy size: a new mixture of data at step 60, and what it takes to get through.
+"""GLM-130B's restart history at toy size: a new mixture of data at step 64, and what it takes to get through.
 
 GLM-130B at 22.8k: an abrupt multi-lingual mixture gave NaN after 100 steps; warm-up alone and a ramp of the mixture alone diverged;
-a ramp of both held, with alpha .2 -> 1. Here Chinese comes to a model of English text at step 60 of 140, at a rate near the
+a ramp of both held, with alpha .2 -> 1. Here Chinese comes to a model of English text at step 64 of 192, at a rate near the
 frontier, in fp16.
 
-All arms are one run up to the shift. Afterwards: abrupt; with the rate cut to .6 and raised again over 40 steps; the mixture ramped
-over 40 steps; both; both with alpha .2 -> 1.
+All arms are one run up to the shift. Afterwards: abrupt; with the rate cut to .5 and raised again over 64 steps; the mixture ramped
+over 64 steps; both; both with alpha .2 -> 1. A mixture is drawn in windows of 1,024 samples, 32 updates of this study: so the shift
+lies between two, and the ramp is two steps of it. A run is lost when its loss is (``Trial.died``), since a new mixture has another
+loss of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,80 +24,92 @@ import numpy as np
 from experiments.arm import Arm
 from experiments.study import Cell, Outcome, Study
 from experiments.suites._proxy import PROXY, proxy_text
-from experiments.trial import trial
+from experiments.trial import PATIENCE, trial
 from experiments.verdicts import Claim
 from glm.data.config import DataConfig
+from glm.train.checkpoint import Checkpoint
+from glm.train.config import TrainConfig
 from glm.train.schedule import ScheduleConfig
 from glm.train.state_ring import StateRing
 
-SHIFT, RAMP, END = 60, 40, 140
+SHIFT, RAMP, END = 64, 64, 192
 RATE = 2.0**-3.5
-ROWS = 8
-
-
+ROWS = 32
 CLAIMED: tuple[tuple[str, str, Literal["less", "more"]], ...] = (
     ("norm_peak", "has a smaller gradient norm", "less"),
     ("lived", "lives longer", "more"),
 )
 
 
-def measure(cell: Cell) -> Mapping[str, float]:
-    ramped, warmed, shrunk = ("ramp" in cell.arm.name, "warm" in cell.arm.name, "alpha" in cell.arm.name)
+def mixture(ramped: bool) -> DataConfig:
+    """English up to the shift, then three tenths of it."""
     first = SHIFT * ROWS
-    mixture = DataConfig(
+    return DataConfig(
         mixture=(("en", 0.3), ("zh", 0.7)),
         mixture_before=(("en", 1.0), ("zh", 0.0)),
         mixture_ramp=(first, first + RAMP * ROWS) if ramped else (first, first),
     )
-    before = ScheduleConfig(peak=RATE, warmup=20, shape="constant")
-    after = ScheduleConfig(peak=RATE, warmup=0, shape="constant")
+
+
+@lru_cache(maxsize=2)
+def before_the_shift(config: TrainConfig, data: Path) -> Checkpoint | None:
+    """The state at the shift, shared by the arms of a seed; None where the run was lost by then."""
+    ring = StateRing(every=SHIFT, size=2)
+    schedule = ScheduleConfig(peak=RATE, warmup=20, shape="constant")
+    config = dataclasses.replace(config, steps=END, sampling=mixture(False), schedule=schedule)
+    run = trial(config, data=data, until=SHIFT + 1, heldout=False, ring=ring)
+    return None if run.died else ring.newest_at(SHIFT)
+
+
+def measure(cell: Cell) -> Mapping[str, float]:
+    ramped, warmed, shrunk = ("ramp" in cell.arm.name, "warm" in cell.arm.name, "alpha" in cell.arm.name)
+    state = before_the_shift(cell.config, cell.data)
+    if state is None or state.step != SHIFT:
+        return {"lost_before": 1.0}
+    # The schedule counts from the beginning, so that its warm-up is in the middle when the shift comes.
+    after = ScheduleConfig(peak=RATE, warmup=SHIFT + RAMP if warmed else 0, shape="constant")
     if shrunk:
         after = dataclasses.replace(after, shrink_to=1.0, shrink_from_step=SHIFT, shrink_to_step=SHIFT + RAMP)
-    config = dataclasses.replace(cell.config, steps=END, sampling=mixture)
-    ring = StateRing(every=SHIFT, size=2)
-    lead_in = trial(
-        dataclasses.replace(config, schedule=before),
-        data=cell.data,
-        until=SHIFT + 1,
-        heldout=False,
-        ring=ring,
-    )
-    state = ring.newest_at(SHIFT)
-    if lead_in.died or state is None or state.step != SHIFT:
-        return {"lost_before": 1.0}
-    if warmed:
-        # The schedule counts from the beginning, so that its warm-up is in the middle when the shift comes.
-        after = dataclasses.replace(after, warmup=SHIFT + RAMP)
     embedding = dataclasses.replace(
-        config.model.embedding, gradient_shrink=0.2 if shrunk else 1.0, shrink_side="both"
+        cell.config.model.embedding, gradient_shrink=0.2 if shrunk else 1.0, shrink_side="both"
     )
-    model = dataclasses.replace(config.model, embedding=embedding)
-    run = trial(
-        dataclasses.replace(config, schedule=after, model=model), data=cell.data, start=state, heldout=False
+    config = dataclasses.replace(
+        cell.config,
+        steps=END,
+        sampling=mixture(ramped),
+        schedule=after,
+        model=dataclasses.replace(cell.config.model, embedding=embedding),
     )
+    run = trial(config, data=cell.data, start=state, heldout=False)
     finite = run.norm[np.isfinite(run.norm)]
-    peak = float(finite.max()) if len(finite) else math.inf
-    onset = run.onset
     return {
-        "collapsed": float(not run.survived),
-        "lived": math.inf if onset is None else float(onset - SHIFT),
-        "norm_peak": peak,
-        "last": float(np.mean(run.loss[-20:])) if run.survived else math.inf,
+        "collapsed": float(run.died),
+        "lived": float(len(run.loss) - PATIENCE) if run.died else math.inf,
+        "norm_peak": float(finite.max()) if len(finite) else math.inf,
+        "last": math.inf if run.died else float(np.mean(run.loss[-20:])),
     }
 
 
 STUDY = Study(
     name="restart-ladder",
-    question="A new mixture of data at step 60: which of GLM-130B's restarts gets through?",
+    question="A new mixture of data at step 64: which of GLM-130B's restarts gets through?",
     arms=(
         Arm(name="abrupt", summary="the mixture changes at once"),
-        Arm(name="warm", summary="the rate is cut to .6 and rises again over 40 steps"),
-        Arm(name="ramp", summary="the mixture is ramped over 40 steps"),
+        Arm(name="warm", summary="the rate is cut to .5 and rises again over 64 steps"),
+        Arm(name="ramp", summary="the mixture is ramped over 64 steps"),
         Arm(name="ramp-warm", summary="both"),
         Arm(name="ramp-warm-alpha", summary="both, alpha .2 -> 1"),
     ),
+    first=101,
     seeds=10,
-    settings={**PROXY, "precision": "fp16", "model.norm": "deepnorm"},
+    settings={
+        **PROXY,
+        "precision": "fp16",
+        "model.norm": "deepnorm",
+        "model.length": "32",
+        "objective.pieces": "1",
+        "batch.rows": str(ROWS),
+    },
     data=proxy_text,
     measure=measure,
     outcomes={
@@ -126,5 +142,7 @@ STUDY = Study(
     predictions=(
         "2026-11-29, before the runs: the ramp lowers the norm, the rate's warm-up less; few collapses at this size.",
         "2026-11-29, before the runs, of the steps to the collapse: undecided, since most runs live on.",
+        "2026-11-29, after five seeds of a first version, whose shift fell into the middle of a window of the sampler, so that its "
+        "abrupt arm had the new mixture from the start (set aside; seeds from 101 on are fresh): as above.",
     ),
 )
