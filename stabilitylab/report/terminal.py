@@ -19,6 +19,7 @@ from stabilitylab.telemetry import Event
 # A pipe has no width: names are to arrive whole.
 PIPE_WIDTH = 400
 LONGEST_VALUE = 80
+REPEATED = ("overflow", "checkpoint-lost", "telemetry-lost")
 
 
 def show_run(run: Run) -> None:
@@ -31,9 +32,9 @@ def show_run(run: Run) -> None:
     if len(loss):
         said = f"The loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g}{extremes(loss)}."
         console.print(said, highlight=False, soft_wrap=True)
-    for event in run.events:
+    for line in event_lines(run.events):
         # Names come from the run: none of them is markup.
-        console.print(Text(event_line(event)), highlight=False, soft_wrap=True)
+        console.print(Text(line), highlight=False, soft_wrap=True)
 
 
 def _table(run: Run) -> Table:
@@ -50,9 +51,35 @@ def _table(run: Run) -> Table:
     return table
 
 
+def event_lines(events: Sequence[Event]) -> list[str]:
+    """A line an event; what comes again and again, an overflow of one layer say, is one line at its first time."""
+    again: dict[tuple[str, str], list[Event]] = {}
+    for event in events:
+        if event.kind in REPEATED:
+            again.setdefault((event.kind, repr(event.data)), []).append(event)
+    lines = []
+    for event in events:
+        alike = again.get((event.kind, repr(event.data)), [event])
+        if event is not alike[0]:
+            continue
+        line = event_line(event)
+        if len(alike) > 1:
+            line += f", and {len(alike) - 1} times more until step {alike[-1].step}"
+        lines.append(line)
+    return lines
+
+
 def event_line(event: Event) -> str:
     """What happened, as a person would say it."""
     data = event.data
+    if event.kind == "response":
+        return f"step {event.step}: {_response(data)}"
+    if event.kind == "rewind":
+        why = f": {data['why']}" if data.get("why") else ""
+        return f"step {event.step}: training went on from here{why}"
+    if event.kind == "overflow" and "site" in data:
+        tensor = str(data.get("tensor", "a number")).replace("_", " ")
+        return f"step {event.step}: overflow: the {tensor} of {data['site']} left the number format"
     if event.kind == "diagnosis" and isinstance(data.get("sentences"), Sequence):
         return f"step {event.step}: why: {' '.join(map(str, data['sentences'][:3]))}"
     if event.kind in TOLD or event.kind in KINDS:
@@ -61,6 +88,25 @@ def event_line(event: Event) -> str:
         return alarm_line(event)
     words = ", ".join(f"{name} {value}" for name, value in _plain(data))
     return f"step {event.step}: {event.kind.replace('-', ' ')}" + (f": {words}" if words else "")
+
+
+def _response(data: Mapping[str, Any]) -> str:
+    """A decision: "the responder answered the non-finite of train/-/loss since step 34: back to step 34, rate x 0.5"."""
+    reason = data.get("reason")
+    cause = ""
+    if isinstance(reason, Mapping) and "kind" in reason:
+        since = f" since step {reason['onset']}" if "onset" in reason else ""
+        cause = f" the {reason['kind']} of {reason.get('signal', 'the run')}{since}"
+    skipped = int(data.get("skip_batches") or 0)
+    done = [
+        f"back to step {data['back_to']}" if data.get("back_to") is not None else "",
+        f"learning rate x {data['rate_factor']:g}" if data.get("rate_factor") is not None else "",
+        f"embedding gradient x {data['alpha']:g}" if data.get("alpha") is not None else "",
+        f"clip at {data['clip']:g}" if data.get("clip") is not None else "",
+        f"{skipped} {'batch' if skipped == 1 else 'batches'} left out" if skipped else "",
+    ]
+    said = ", ".join(filter(None, done)) or str(data.get("kind", "nothing")).replace("-", " ")
+    return f"the responder answered{cause}: {said}"
 
 
 def _plain(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

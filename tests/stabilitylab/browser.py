@@ -54,14 +54,14 @@ class Browser:
     def size(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
         """The window's size in CSS pixels, and which colour scheme the reader prefers."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone}
-        self._devtools("Emulation.setDeviceMetricsOverride", metrics)
+        self.devtools("Emulation.setDeviceMetricsOverride", metrics)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self._devtools("Emulation.setEmulatedMedia", {"features": scheme})
+        self.devtools("Emulation.setEmulatedMedia", {"features": scheme})
 
     def mouse(self, kind: str, x: float, y: float, *, pressed: bool = False) -> None:
         """Move, press or release ("mouseMoved", "mousePressed", "mouseReleased") at a place of the window."""
         how = {"button": "left", "clickCount": 1} if kind != "mouseMoved" or pressed else {}
-        self._devtools(
+        self.devtools(
             "Input.dispatchMouseEvent", {"type": kind, "x": x, "y": y, "buttons": int(pressed), **how}
         )
 
@@ -75,8 +75,9 @@ class Browser:
         entries = _request("POST", f"{self._base}/se/log", {"type": "browser"})
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
-    def _devtools(self, command: str, parameters: dict[str, Any]) -> None:
-        _request("POST", f"{self._base}/goog/cdp/execute", {"cmd": command, "params": parameters})
+    def devtools(self, command: str, parameters: dict[str, Any]) -> Any:
+        """What a command of Chrome's DevTools protocol returns."""
+        return _request("POST", f"{self._base}/goog/cdp/execute", {"cmd": command, "params": parameters})
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 
 from stabilitylab.cli import COMMANDS, main
 from stabilitylab.report import Page
+from stabilitylab.report.terminal import event_lines
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks import ParquetSink
 from stabilitylab.telemetry import Event, Key, Samples
@@ -86,6 +87,36 @@ def test_show(run_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert f"that began at step {story.SPIKE} is over" in said
     assert "{" not in said
     assert "'" not in said
+
+
+def test_events_are_told_as_sentences() -> None:
+    reason = {"kind": "spike", "onset": 30, "signal": "train/-/loss", "used": 1}
+    events = [
+        *(
+            Event(step=i, kind="overflow", data={"site": "layers.3", "tensor": "activation"})
+            for i in (4, 5, 9)
+        ),
+        Event(step=6, kind="overflow", data={"site": "layers.0", "tensor": "gradient"}),
+        Event(step=24, kind="rewind", data={"why": "the responder went back", "to": 28}),
+        Event(
+            step=34,
+            kind="response",
+            data={
+                "kind": "lower-rate",
+                "rate_factor": 0.5,
+                "back_to": 24,
+                "skip_batches": 1,
+                "reason": reason,
+            },
+        ),
+    ]
+    assert event_lines(events) == [
+        "step 4: overflow: the activation of layers.3 left the number format, and 2 times more until step 9",
+        "step 6: overflow: the gradient of layers.0 left the number format",
+        "step 24: training went on from here: the responder went back",
+        "step 34: the responder answered the spike of train/-/loss since step 30: back to step 24, learning rate x 0.5, "
+        "1 batch left out",
+    ]
 
 
 def test_show_in_a_pipe_cuts_no_name(tmp_path: Path) -> None:
