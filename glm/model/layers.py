@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +12,21 @@ from glm.precision import linear
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` whose half-precision product accumulates in fp32 on every machine (``glm.precision.matmul``)."""
+    """``nn.Linear`` whose half-precision product accumulates in fp32 on every machine (``glm.precision.matmul``).
+
+    Attributes:
+        product: what multiplies x, weight and bias instead, as emulated formats do; None: nothing does.
+    """
+
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x @ weight.T + bias``."""
+        product = self.product or linear
+        return product(x, weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.multiply(x, self.weight)
 
 
 class Norm(nn.LayerNorm):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glm.model.layers import Linear
-from glm.precision import at_least_fp32, linear
+from glm.precision import at_least_fp32
 
 FIRST_ITERATIONS = 30
 
@@ -54,7 +54,7 @@ class SpectralLinear(Linear):
         weight = at_least_fp32(self.weight)
         sigma = at_least_fp32(self.left) @ (weight @ at_least_fp32(self.right))
         scaled = weight * (at_least_fp32(self.gain) / sigma)
-        return linear(x, scaled.to(x.dtype), self.bias)
+        return self.multiply(x, scaled.to(x.dtype))
 
 
 def make_linear(width: int, out: int, *, bias: bool, spectral: bool) -> Linear:

@@ -21,8 +21,10 @@ from glm.distributed.config import ParallelConfig
 from glm.errors import InputError
 from glm.model.config import ModelConfig
 from glm.precision.loss_scale import LossScaleConfig
+from glm.train.emulation import EmulationConfig
 from glm.train.schedule import ScheduleConfig
 from glm.train.update_rules import OptimizerConfig
+from glm.train.weight_rounding import Kept
 from stabilitylab.spikes import ResponderConfig
 
 
@@ -135,6 +137,9 @@ class TrainConfig:
         seed: of the initial weights, the data order and dropout.
         precision: compute format; masters and moments are fp32 in each.
         stop_when_lost: end the run after so many steps in a row with a loss that is lost (``glm/train/lost.py``); 0: never.
+        bf16_weights: with precision bf16, what is kept of a weight: an fp32 master, or bf16 alone, rounded stochastically or with
+            Kahan's compensation.
+        emulate: formats to which operands of linear layers are rounded.
         compile: layers are compiled with torch.compile: minutes before the first step, less time in each. Local engine only.
         preset: the name this configuration began from, for the reader.
     """
@@ -144,6 +149,7 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     stop_when_lost: int = 0
+    bf16_weights: Kept = "masters"
     compile: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -151,6 +157,7 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    emulate: EmulationConfig = field(default_factory=EmulationConfig)
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -171,6 +178,16 @@ class TrainConfig:
         if self.compile and self.parallel.ranks > 1:
             raise InputError("compile works in one process only: leave it out, or leave out parallel.*")
         check_rules(self.optimizer, self.parallel)
+        if self.bf16_weights != "masters" and (self.precision != "bf16" or self.parallel.ranks > 1):
+            raise InputError(
+                f"bf16_weights {self.bf16_weights} is for precision bf16 in one process: choose masters, or precision bf16"
+            )
+        if self.emulate.is_on and (self.compile or self.parallel.ranks > 1):
+            raise InputError(
+                "emulate works in one process without compile: leave out emulate.*, or the others"
+            )
+        if self.emulate.is_on and self.model.feed_forward.experts.count:
+            raise InputError("emulate rounds linear layers, which experts are not: leave out one of them")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, default=str)

@@ -35,6 +35,7 @@ from glm.train import checkpoint as checkpoints
 from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
+from glm.train.emulation import Emulation
 from glm.train.gradient_summary import GradientSummary
 from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.qk_clip import clip_queries_and_keys
@@ -231,7 +232,10 @@ class LocalEngine(Updates):
             self.policy,
             peak=config.schedule.peak,
             factors=rate_factors_of(self.model),
+            kept=config.bf16_weights,
+            seed=config.seed,
         )
+        self._emulation = Emulation(self.model, config.emulate, config.seed) if config.emulate.is_on else None
         if config.model.attention.qk_clip:
             threshold = config.model.attention.qk_clip
             self.optimizer.after_update = lambda: clip_queries_and_keys(
@@ -270,6 +274,8 @@ class LocalEngine(Updates):
                 part.to(self.device) for part in _model_inputs(batch, rows)
             )
             keys_B = row_keys(self.seed, step, range(first, first + len(tokens))) if self._drops else None
+            if self._emulation is not None:
+                self._emulation.begin(step, first)
             loss_sum, z_sum, _ = self.model.loss_parts(
                 tokens, targets_BT, positions, segments, context, keys_B
             )

@@ -33,13 +33,23 @@ from torch import Tensor, nn
 from glm.errors import InputError
 from glm.precision import Policy
 from glm.train.gradient_summary import GradientSummary
-from glm.train.update_rules import RULES, OptimizerConfig, Tensors
-from glm.train.update_rules.adam import MOMENTS
-from glm.train.update_rules.application import PastValues, bound_update, decay_share, make_cautious, take_off
+from glm.train.update_rules import RULES, OptimizerConfig
+from glm.train.update_rules.adam import MOMENTS, fused_adamw, stable_rates
+from glm.train.update_rules.application import (
+    PastValues,
+    bound_update,
+    decay_share,
+    directions_of,
+    make_cautious,
+    take_off,
+)
 from glm.train.update_rules.groups import grouped
 from glm.train.update_rules.guards import Guards
 from glm.train.update_rules.muon import matrix_rows
 from glm.train.update_rules.zclip import ZClip
+from glm.train.weight_rounding import Kept, round_weights
+
+COMPENSATION = "compensation"
 
 
 class MixedPrecisionAdamW(torch.optim.Optimizer):
@@ -53,6 +63,8 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         policy: number formats.
         peak: highest learning rate of the schedule, for kinds of decay that hang on it.
         factors: on the rates of single parameters, by name, whose decay is divided by them (``glm.model.scaling``).
+        kept: of a weight (``glm.train.weight_rounding``).
+        seed: of stochastic rounding.
     """
 
     def __init__(
@@ -63,6 +75,8 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         *,
         peak: float = 1.0,
         factors: Mapping[str, float] | None = None,
+        kept: Kept = "masters",
+        seed: int = 0,
     ) -> None:
         self.config, self.policy = config, policy
         named = dict(model.named_parameters())
@@ -86,6 +100,12 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
             for master in group["params"]:
                 self.state[master] = RULES[group["rule"]].state(master)
         self._names = {master: name for name, master in self._masters.items()}
+        self._kept, self._seed = kept, seed
+        if kept != "masters":
+            for master in self._names:
+                master.data.copy_(master.bfloat16())
+                if kept == "kahan":
+                    self.state[master][COMPENSATION] = torch.zeros_like(master)
         self._rows = matrix_rows(model, per_head=config.muon.per_head) if config.kind == "muon" else {}
         self._peak = peak
         self.guards = Guards(config.guard)
@@ -196,7 +216,8 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         held = {self._masters[name] for name in self.withheld if name in self._masters}
         if self.guards.resets(self.updates):
             for master in self._names:
-                torch._foreach_zero_(list(self.state[master].values()))
+                state = self.state[master]
+                torch._foreach_zero_([moment for name, moment in state.items() if name != COMPENSATION])
         factor = self._guarded(held, factor)
         self._renew(held, factor)
         parts = []
@@ -212,7 +233,15 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
             self._apply_rules(parts, factor)
         if self.after_update is not None:
             self.guards.told |= self.after_update()
+        self._round_weights()
         self.publish()
+
+    def _round_weights(self) -> None:
+        """Where there are no masters but in name, let them hold what bf16 holds."""
+        if self._kept == "masters":
+            return
+        compensations = [self.state[p][COMPENSATION] for p in self._names if COMPENSATION in self.state[p]]
+        round_weights(list(self._names), compensations, self._kept, seed=self._seed, update=self.updates)
 
     def _guarded(self, held: Set[nn.Parameter], factor: float) -> float:
         """Have the guards clip what is to be applied. Returns what of the global clip is left to do."""
@@ -232,17 +261,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
     def _apply_rules(self, parts: list[tuple[list[nn.Parameter], dict[str, Any]]], factor: float) -> None:
         """Move weights by their rules' directions, gradients being clipped in place."""
         config, t = self.config, self.guards.age(self.updates)
-        directions: dict[str, Tensor] = {}
-        gradients: dict[str, Tensor] = {}
-        for masters, group in parts:
-            names = [self._names[p] for p in masters]
-            own = [p.grad for p in masters if p.grad is not None]  # every one of them has one
-            if factor != 1.0:
-                torch._foreach_mul_(own, factor)
-            rows = [self._rows.get(name) for name in names]
-            tensors = Tensors(gradients=own, states=[self.state[p] for p in masters], rows=rows)
-            directions |= dict(zip(names, RULES[group["rule"]].directions(tensors, t, config), strict=True))
-            gradients |= dict(zip(names, own, strict=True))
+        directions, gradients = directions_of(parts, self._names, self.state, self._rows, factor, t, config)
         if config.cautious:
             make_cautious(directions, gradients, self._whole_sizes(), self._total)
         if config.guard.update_norm:
@@ -304,45 +323,19 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
             if factor != 1.0:
                 scale = torch.tensor(1.0 / factor, device=device)  # the kernel divides by it
             calls = [(slice(None), group["lr"])]
-        step = torch.tensor(float(age), device=device)
         # The kernel multiplies it by the rate, which the other kinds of decay do not.
         decay = group["weight_decay"]
         if config.decay != "coupled":
             decay = self._decay(group) / group["lr"]
         for part, rate in calls:
-            torch._fused_adamw_(
-                [*masters[part]],
-                gradients[part],
-                first[part],
-                second[part],
-                [],
-                [step] * len(masters[part]),
-                lr=rate,
-                beta1=config.beta1,
-                beta2=config.beta2,
-                weight_decay=decay,
-                eps=config.epsilon,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=scale,
-            )
+            own = masters[part], gradients[part], first[part], second[part]
+            fused_adamw(*own, age, rate=rate, decay=decay, scale=scale, config=config)
 
     def _rates(
         self, rate: float, gradients: list[Tensor], second: list[Tensor], correction2: float
     ) -> list[float]:
-        """StableAdamW's learning rate of each tensor.
-
-        Args:
-            rate: before clipping.
-            gradients, second: g and the second moment that it is part of, both of update t.
-            correction2: 1 - b2^t.
-        """
-        least = self.config.epsilon**2
-        ratios = [
-            (g.square() / (v / correction2).clamp_min(least)).mean()
-            for g, v in zip(gradients, second, strict=True)
-        ]
-        return [rate / max(1.0, math.sqrt(ratio)) for ratio in torch.stack(ratios).tolist()]
+        """StableAdamW's learning rate of each tensor (``adam.stable_rates``)."""
+        return stable_rates(rate, gradients, second, correction2, self.config.epsilon)
 
     def _clip_factor(self, norm: float) -> float:
         bound = self._clip or math.inf

@@ -12,15 +12,51 @@ Sums over a tensor go through ``total``, so that a rank that has only a share of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from glm.train.update_rules.config import OptimizerConfig
+from glm.train.update_rules import RULES, OptimizerConfig, State, Tensors
 
 # Sums of a share of each tensor, by name -> of the whole tensor.
 Total = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def directions_of(
+    parts: Sequence[tuple[Sequence[nn.Parameter], Mapping[str, Any]]],
+    names: Mapping[nn.Parameter, str],
+    states: Mapping[Any, State],
+    rows: Mapping[str, tuple[int, ...]],
+    factor: float,
+    t: int,
+    config: OptimizerConfig,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """u and the clipped gradient of every weight, by name.
+
+    Args:
+        parts: weights that have gradients, with the settings of their group.
+        names, states: of the weights.
+        rows: of the matrices that some are made of, by name.
+        factor: of the clip, which gradients are multiplied by in place.
+        t: number of the update, from 1.
+        config: constants.
+    """
+    directions: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    for weights, group in parts:
+        own_names = [names[p] for p in weights]
+        own = [p.grad for p in weights if p.grad is not None]  # every one of them has one
+        if factor != 1.0:
+            torch._foreach_mul_(own, factor)
+        tensors = Tensors(
+            gradients=own, states=[states[p] for p in weights], rows=[rows.get(name) for name in own_names]
+        )
+        found = RULES[group["rule"]].directions(tensors, t, config)
+        directions |= dict(zip(own_names, found, strict=True))
+        gradients |= dict(zip(own_names, own, strict=True))
+    return directions, gradients
 
 
 def decay_share(config: OptimizerConfig, rate: float, peak: float, decay: float, *, leads_out: bool) -> float:
