@@ -118,8 +118,8 @@ class Event:
     ``diagnosis``, the responder's ``response`` and what came of it or of a replay (``outcome``), ``recovered`` (a damaged
     checkpoint was passed over), ``parameters-joined`` (an optimizer was given more of them), ``DEPARTURES`` (a site far out
     of its baseline; weights, moments or settings that no update moved), ``gradients-changed`` (a loop clips by hand, so
-    gradients are recorded after it), and ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training
-    went on).
+    gradients are recorded after it), ``attribution`` (what forks proved), ``at-risk`` (the rate's margin is used up; where it
+    was asked for), and ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training went on).
     """
 
     step: int

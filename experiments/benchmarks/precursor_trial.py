@@ -1,6 +1,6 @@
 """Six rival warnings of a collapse, and all together, on the same runs: lead, precision, recall at equal false-alarm rates, cost.
 
-    python -m experiments.benchmarks precursor_trial --runs 150 --out trial [--score] [--json]
+    python -m experiments.benchmarks precursor_trial --runs 100 --lost 60 --out trial [--score] [--json]
 
 The runs (``_trial_runs.py``): rates that climb to plateaus on both sides of the frontier. Each precursor is a score by step:
 
@@ -35,7 +35,7 @@ from rich.table import Table
 from scipy.optimize import minimize
 from scipy.stats import binomtest, spearmanr
 
-from experiments.benchmarks._trial_runs import CALM, NAMES, run
+from experiments.benchmarks._trial_runs import CALM, MOSTLY_LOST, NAMES, run
 
 Floats = NDArray[np.float64]
 HORIZON, QUIET, PAST, FIRST = 24, 16, 10, CALM
@@ -49,7 +49,8 @@ ALL = (*NAMES, *(f"{name}, level" for name in LEVELS), "combined")
 def main(argv: Sequence[str]) -> int:
     """Make the runs that are missing, judge, print."""
     parser = argparse.ArgumentParser(prog="experiments.benchmarks precursor_trial")
-    parser.add_argument("--runs", type=int, default=150)
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--lost", type=int, default=60, help="further runs, of rates that few bear")
     parser.add_argument("--out", type=Path, default=Path("trial"))
     parser.add_argument("--score", action="store_true", help="make none: judge those that are there")
     parser.add_argument("--json", action="store_true")
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     file = asked.out / "runs.jsonl"
     rows = read(file)
     done = {row["seed"] for row in rows}
-    for seed in range(asked.runs):
+    for seed in (*range(asked.runs), *range(MOSTLY_LOST, MOSTLY_LOST + asked.lost)):
         if not asked.score and seed not in done:
             rows.append(run(seed))
             with file.open("a", encoding="utf-8") as lines:

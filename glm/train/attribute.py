@@ -15,6 +15,7 @@ The result is an event ``attribution`` in ``events.jsonl`` and a section of the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -31,12 +32,13 @@ from glm.errors import InputError
 from glm.train.config import TrainConfig
 from glm.train.fork_loop import ForkLoop
 from glm.train.forks import config_of, data_of, episode_of, state_before
+from stabilitylab import find_spikes
 from stabilitylab.attribution import Attribution, Fork, LoopState, attribute
 from stabilitylab.attribution.attribute import BEFORE
 from stabilitylab.attribution.forks import signal_of
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
-from stabilitylab.spikes import Episode
+from stabilitylab.spikes import Episode, episodes_of
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES
 
 SIGNALS = {LOSS: "loss", GRADIENT_NORM: "gradient_norm", **dict.fromkeys(LOSS_SCALES, "loss_scale")}
@@ -97,7 +99,7 @@ def attribute_event(asked: Asked, *, console: Console) -> Attribution:
     """
     run = load_run(asked.run)
     config = config_of(run)
-    episode = episode_of(run, asked.event)
+    episode = _episode(run, asked.event)
     if config.parallel.ranks > 1:
         raise InputError(
             f"{run.path} was trained by {config.parallel.ranks} processes: forks know the local engine only"
@@ -138,6 +140,20 @@ def attribute_event(asked: Asked, *, console: Console) -> Attribution:
     finally:
         claimed.release()
     return proof
+
+
+def _episode(run: Run, number: int) -> Episode:
+    """The episode of that number: as the run recorded them, or where it recorded none as its whole loss shows them."""
+    if episodes_of(run.events):
+        return episode_of(run, number)
+    loss = run.series(LOSS)
+    found = find_spikes(loss.index.astype(int).tolist(), loss.tolist()) if len(loss) else []
+    if not 1 <= number <= len(found):
+        listed = ", ".join(f"{i} ({one.kind} at {one.onset})" for i, one in enumerate(found[:10], start=1))
+        raise InputError(
+            f"{run.path} has no event {number}: {f'choose one of {listed}' if listed else 'it has none'}"
+        )
+    return dataclasses.replace(found[number - 1], signal=LOSS)
 
 
 def _begun(

@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.errors import InputError
 from stabilitylab.model_structure import named_modules
 from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.statistics.buffer import Slots
@@ -50,6 +51,7 @@ from stabilitylab.telemetry import RUN_SITE, Key
 
 STATISTICS = ("preconditioned", "threshold", "margin")
 STEP = 1e-3
+IN_A_ROW = 2
 
 
 class CurvatureProbe:
@@ -57,14 +59,20 @@ class CurvatureProbe:
 
     Args:
         backward: computes the present batch's loss at the present weights, and its backward pass.
+        at_risk: a margin; two measurements in a row below it are an event ``at-risk``, told once until it is passed again. None: no
+            event: what it foretells is in docs/attribution.md, and it is wrong more often than an alarm may be.
     """
 
     name = "curvature"
     # It makes a pass of its own, and so keeps its cadence under a recorder.
     is_costly = True
 
-    def __init__(self, backward: Callable[[], object]) -> None:
-        self._backward = backward
+    def __init__(self, backward: Callable[[], object], *, at_risk: float | None = None) -> None:
+        if at_risk is not None and not at_risk > 0:
+            raise InputError(f"at_risk is a margin, over 0, got {at_risk}")
+        self._backward, self._at_risk = backward, at_risk
+        # Measurements in a row below the margin; of the delivery thread.
+        self._below = 0
         self._handles: list[Any] = []
         self._measured = False
         self._slots: Slots | None = None
@@ -171,7 +179,13 @@ class CurvatureProbe:
         """The table's statistics."""
         curvature, threshold = (float(x) for x in gathered.rows()[0])
         margin = threshold / curvature if curvature > 0 else math.inf if curvature <= 0 else math.nan
-        return Readings(self._keys, np.array([curvature, threshold, margin]))
+        return Readings(self._keys, np.array([curvature, threshold, margin]), self._risk(margin))
+
+    def _risk(self, margin: float) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        if self._at_risk is None:
+            return ()
+        self._below = self._below + 1 if margin < self._at_risk else 0
+        return (("at-risk", {"margin": margin, "below": self._at_risk}),) if self._below == IN_A_ROW else ()
 
     def detach(self) -> None:
         """Remove the hooks."""

@@ -157,8 +157,10 @@ def test_refusals(lost, data_folder, tmp_path):
         "height": 1.0,
     }
     start = Event(step=0, kind="run-start", data={"data": str(data_folder)})
-    other.append_events([start, Event(step=500, kind="spike", data=data)])
+    other.append_events([start])
     other.config.write_text(json.dumps(config))
+    refused("has no event 1: it has none", other.path, "--event", 1)
+    other.append_events([Event(step=500, kind="spike", data=data)])
     refused("--checkpoint.ring 4", other.path, "--event", 1)
     other.config.write_text(json.dumps(config | {"brain": 1}))
     refused("does not fit this version", other.path, "--event", 1)

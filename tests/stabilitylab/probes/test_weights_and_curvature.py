@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from stabilitylab import Monitor, Schedule
+from stabilitylab import InputError, Monitor, Schedule
 from stabilitylab.probes.curvature import CurvatureProbe
 from stabilitylab.probes.everything import all_probes
 from stabilitylab.probes.weights import WeightProbe
@@ -204,3 +204,25 @@ def test_each_has_its_own_cadence():
     _, sink, _ = trained(7, probes=two, schedule=schedule)
     assert sorted({s for s, n, _ in rows(sink) if n.startswith("weight/")}) == [0, 2, 4, 6]
     assert sorted({s for s, n, _ in rows(sink) if n.startswith("curvature/")}) == [3, 6]
+
+
+def test_at_risk_is_told_once_and_only_where_it_is_asked_for():
+    """SGD on w'Aw / 2 with A = 100 and rates around 2 / 100: the margin is 2 / (100 rate)."""
+    told = {}
+    for at_risk in (None, 1.0):
+        model, sink = Quadratic([100.0]), Recording()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        probe = CurvatureProbe(lambda model=model: model().backward(), at_risk=at_risk)
+        with Monitor(model, optimizer, every=1, probes=[probe], sinks=[sink], detector=None) as monitor:
+            for step, rate in enumerate((0.015, 0.03, 0.015, 0.03, 0.03, 0.03, 0.015, 0.03, 0.03)):
+                optimizer.param_groups[0]["lr"] = rate
+                model().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                monitor.step(step)
+        told[at_risk] = [
+            (event.step, round(event.data["margin"], 2)) for event in sink.events if event.kind == "at-risk"
+        ]
+    assert told == {None: [], 1.0: [(4, 0.67), (8, 0.67)]}
+    with pytest.raises(InputError, match="is a margin"):
+        CurvatureProbe(lambda: None, at_risk=0.0)
