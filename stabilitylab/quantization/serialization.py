@@ -62,7 +62,7 @@ def save_quantized(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _copy_companions(model, partial)
+        copy_companions(model, partial)
         tensors, header = _tensors(model, plan)
         save_file(tensors, partial / WEIGHTS, metadata=header)
         size = (partial / WEIGHTS).stat().st_size
@@ -184,7 +184,7 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
     owned = tuple(f"{path}." for path in layout)
     for name, tensor in module.state_dict().items():
         if name not in again and not name.startswith(owned):
-            tensors[name] = _narrowest(tensor).contiguous()
+            tensors[name] = narrowest(tensor).contiguous()
     # Names under which a quantized layer stands a second time need no tensor: the layer is put in both places.
     groups = [group for group in shared if not any(name.startswith(owned) for name in group)]
     header = {
@@ -198,7 +198,7 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
     return tensors, {_FORMAT: json.dumps(header)}
 
 
-def _narrowest(tensor: Tensor) -> Tensor:
+def narrowest(tensor: Tensor) -> Tensor:
     """The same numbers in 16 bits, where no bit is lost."""
     if tensor.dtype == torch.float32:
         for dtype in (torch.bfloat16, torch.float16):
@@ -277,7 +277,7 @@ def _set(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, path:
     place[leaf] = nn.Parameter(tensor, requires_grad=False) if place is owner._parameters else tensor
 
 
-def _copy_companions(model: TextModel, out: Path) -> None:
+def copy_companions(model: TextModel, out: Path) -> None:
     """Configuration and tokenizer. A GGUF file has both inside; they are written out in their usual form."""
     if model.path.is_dir() and (model.path / "config.json").is_file():
         for file in sorted(model.path.iterdir()):
