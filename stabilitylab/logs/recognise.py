@@ -151,12 +151,8 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
         return read_csv_rows(source)
     found = read_huggingface_console(source) or read_console(source)
     header = first.decode("utf-8", errors="replace")
-    if (
-        found is None
-        and delimiter_of(header) in ",;\t"
-        and delimiter_of(header) in header
-        and not _SAID.search(header)
-    ):
+    parted = delimiter_of(header) in ",;\t" and delimiter_of(header) in header
+    if found is None and parted and "loss" in header.lower() and not _SAID.search(header):
         return read_csv_rows(source)
     if found is None:
         raise InputError(

@@ -135,6 +135,20 @@ def of_event(event: Event, *, path: str, segment: str, piece: int, columns: Mapp
     )
 
 
+def of_silence(path: str, values: int, seconds: int, step: int, problem: str | None) -> Alert:
+    """No value for so many seconds; ``values`` came before, the last of ``step`` (-1: none)."""
+    said = f"silent: no value{'' if values else ' yet'}" + (f" ({plain(problem)})" if problem else "")
+    said += f" for {seconds} s" + (f"; the last was of step {step}" if step >= 0 else "")
+    return Alert(
+        id=f"silent/{values}",
+        rule="silent",
+        text=said,
+        path=plain(path),
+        step=step if step >= 0 else None,
+        facts={"seconds": seconds},
+    )
+
+
 def _fact(value: Any) -> Any:
     return value if isinstance(value, int | float) else plain(str(value))
 

@@ -121,7 +121,8 @@ class TextFollower:
                 batch = Batch(turn=piece)
                 self._look_again()
                 continue
-            if self.reading.format == "text" and self._rows < _PROBATION and self._is_another():
+            doubtful = self._rows < (_PROBATION if self.reading.format == "text" else 1)
+            if doubtful and self._is_another():
                 yield Batch(anew=True)
                 yield from self.poll(last=last)
                 return

@@ -12,7 +12,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.logs.locate import Found, locate
 from stabilitylab.spikes.episodes import KINDS
 from stabilitylab.telemetry import DEPARTURES, LOSS, Event
-from stabilitylab.watching.alerts import Alert, of_event, plain
+from stabilitylab.watching.alerts import Alert, of_event, of_silence, plain
 from stabilitylab.watching.followers import Batch, DocumentFollower, TextFollower
 from stabilitylab.watching.hooks import Hook
 from stabilitylab.watching.judge import PATIENCE, Judge
@@ -67,6 +67,7 @@ class Watch:
     _saved: Mapping[str, Any] | None = None
     _saved_at: float = 0.0
     _located_at: float = 0.0
+    _retry_at: float = 0.0
     _news_at: float = 0.0
     _began: float = 0.0
     _dirty: bool = False
@@ -104,9 +105,14 @@ class Watch:
         source = self._follow(last=last)
         news = False
         if source is not None:
-            for batch in source.follower.poll(last=last):
-                self._take(source, batch)
-                news = True
+            try:
+                for batch in source.follower.poll(last=last):
+                    self._take(source, batch)
+                    news = True
+            except InputError as error:
+                if last:
+                    raise
+                self._unreadable(error)
             if not news and isinstance(source.follower, TextFollower) and self._still_for() > FLUSH_SECONDS:
                 for batch in source.follower.flush():
                     self._take(source, batch)
@@ -167,6 +173,8 @@ class Watch:
         now = time.monotonic()
         if self._source is not None and (not self.path.is_dir() or now - self._located_at < LOCATE_SECONDS):
             return self._source
+        if self._source is None and now < self._retry_at and not last:
+            return None
         self._located_at = now
         try:
             found = locate(self.path)
@@ -183,12 +191,27 @@ class Watch:
                 raise InputError(
                     f"{self.path}: there is no such file or folder" if missing else said
                 ) from None
-            if not missing and self._source is None and self._is_hopeless():
-                raise InputError(said) from None
+            if not missing and self._source is None and self._is_long():
+                self._unreadable(InputError(said))
+        # A long preface is looked through again and again: in a twentieth of the time.
+        self._retry_at = time.monotonic() + 20 * (time.monotonic() - now)
         return self._source
 
-    def _is_hopeless(self) -> bool:
+    def _is_long(self) -> bool:
         return self.path.is_file() and self.path.stat().st_size > _UNKNOWN_BYTES
+
+    def _unreadable(self, error: InputError) -> None:
+        """Said once; a log that is mended, or a trainer that begins at last, is read all the same."""
+        said = plain(" ".join(str(error).split()))
+        self.problem = said
+        self._tell(
+            Alert(
+                id=f"unreadable/{said}",
+                rule="unreadable",
+                text=f"unreadable: {said}",
+                path=plain(str(self.path)),
+            )
+        )
 
     def _opened(self, found: Found) -> Source | None:
         saved = self._saved["source"] if self._saved else None
@@ -346,23 +369,8 @@ class Watch:
         since = self.last_value if self.last_value is not None else self._began
         if now - since > self.options.silent_after:
             self._is_silent = self._dirty = True
-            what = "no value" if self.values else "no value yet"
-            if self.problem:
-                what += f" ({plain(self.problem)})"
-            said = f"silent: {what} for {now - since:.0f} s"
-            step = max((j.curves[LOSS].step for j in self.judges.values()), default=-1)
-            if step >= 0:
-                said += f"; the last was of step {step}"
-            self._tell(
-                Alert(
-                    id=f"silent/{self.values}",
-                    rule="silent",
-                    text=said,
-                    path=str(self.path),
-                    step=step if step >= 0 else None,
-                    facts={"seconds": round(now - since)},
-                )
-            )
+            step = max((judge.curves[LOSS].step for judge in self.judges.values()), default=-1)
+            self._tell(of_silence(str(self.path), self.values, round(now - since), step, self.problem))
 
     def _still_for(self) -> float:
         return time.time() - self._news_at

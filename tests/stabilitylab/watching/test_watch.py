@@ -180,6 +180,31 @@ def test_what_cannot_be_chosen_is_said_as_spikes_says_it(log, tmp_path):
     assert again.watch.judges[""].curves[LOSS].step == 39
 
 
+def test_a_long_preface_is_said_once_and_the_log_is_read_when_it_begins(log, tmp_path):
+    watched = Watched(log, tmp_path / "state")
+    append(log, "compiling kernels, please wait\n" * 40_000)
+    assert watched.look() == [("unreadable", None)]
+    watched.watch._retry_at = 0.0
+    assert watched.look() == []
+    append(log, "".join(megatron(k, x) for k, x in enumerate(losses(640, spike=600))))
+    watched.watch._retry_at = 0.0
+    assert [rule for rule, _ in watched.look()] == ["spike", "over"]
+
+
+def test_a_damaged_store_is_said_once(tmp_path):
+    state = tmp_path / "trainer_state.json"
+    state.write_text(json.dumps({"log_history": [{"step": k, "loss": 3.0 - k / 100} for k in range(50)]}))
+    watched = Watched(state, tmp_path / "state")
+    watched.look()
+    state.write_bytes(bytes(100))
+    watched.look()
+    watched.watch._source.follower._failed_since -= 100
+    assert watched.look() == [("unreadable", None)]
+    state.write_text(json.dumps({"log_history": [{"step": k, "loss": 3.0 - k / 100} for k in range(60)]}))
+    watched.look()
+    assert watched.watch.judges[""].curves[LOSS].step == 59
+
+
 def test_records_over_several_lines_wait_for_the_rest(log, tmp_path):
     watched = Watched(log, tmp_path / "state")
     for k, x in enumerate(losses(30), start=1):
