@@ -48,8 +48,12 @@ def our_alarms(curve: Curve) -> Alarms:
     detector = SpikeDetector()
     called: set[int] = set()
     alarms: list[int] = []
+    last = None
     for i, (step, loss) in enumerate(zip(curve.steps.tolist(), curve.losses.tolist(), strict=True)):
-        for event in detector.update(step, {LOSS: loss}):
+        # Where a log goes back, what was open is over, as ``offline.feed`` has it.
+        cut = detector.finish() if last is not None and step < last else []
+        last = step
+        for event in [*cut, *detector.update(step, {LOSS: loss})]:
             if event.kind != "hard-batch" and event.data["episode"] not in called:
                 called.add(event.data["episode"])
                 # An episode that is cut short is told of at the restart after it, with the value before that.

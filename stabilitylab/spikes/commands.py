@@ -36,7 +36,7 @@ def spikes(
 
     Args:
         logs: a log of any format in docs/logs.md, a run folder, or - for standard input; several files are one log, in order.
-        json: print one JSON list of episodes instead of a table.
+        json: print one JSON list of episodes instead of a table; notes on the log go to standard error.
         plot: write a picture (.png, .svg, .pdf) with the episodes marked.
         loss: name of the loss column, where it is not one of the usual names.
         step: name of the step column, likewise.
@@ -68,6 +68,10 @@ def spikes(
                 ]
             )
         )
+        errors = Console(stderr=True)
+        for one, scan in zip(opened, scans, strict=True):
+            for note in _notes(scan, one):
+                errors.print(f"note: {note}", highlight=False, soft_wrap=True)
         return
     for one, scan in zip(opened, scans, strict=True):
         _show(scan, one)
@@ -153,6 +157,14 @@ def _show(scan: Scan, log: Log) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for sentence in _explanations(log):
+        console.print(sentence, highlight=False, soft_wrap=True)
+    for note in _notes(scan, log):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def _notes(scan: Scan, log: Log) -> list[str]:
+    """Sentences about the log as a whole."""
     notes = list(getattr(log, "notes", ()))
     if STEP not in log.columns and log.path.is_file() and "tfevents" not in log.path.name:
         notes.append("no step column: steps are row numbers, from 0")
@@ -171,10 +183,7 @@ def _show(scan: Scan, log: Log) -> None:
         notes.append("the episodes are those that the run recorded")
     if scan.values < 3:
         notes.append("too few values to tell an excursion from the rest")
-    for sentence in _explanations(log):
-        console.print(sentence, highlight=False, soft_wrap=True)
-    for note in notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    return notes
 
 
 def _explanations(log: Log) -> list[str]:

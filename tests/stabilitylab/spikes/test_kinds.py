@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from stabilitylab.spikes import SpikeDetector, episodes_of, find_episodes
-from stabilitylab.spikes.reasons import BATCH_SIZE
-from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS
+from stabilitylab.telemetry import BATCH_SIZE, DATA_PHASE, GRADIENT_NORM, LEARNING_RATE, LOSS
 
 
 def fall(n, low=2.0):
@@ -200,7 +199,11 @@ def test_zeros_beside_a_norm_that_is_not_finite_are_its_burst():
 
 @pytest.mark.parametrize(
     ("name", "before", "after", "words"),
-    [(LEARNING_RATE, 1e-4, 1e-3, "learning rate"), (BATCH_SIZE, 256.0, 512.0, "batch size")],
+    [
+        (LEARNING_RATE, 1e-4, 1e-3, "learning rate 0.0001 -> 0.001"),
+        (BATCH_SIZE, 256.0, 512.0, "batch size 256 -> 512"),
+        (DATA_PHASE, 0.0, 1.0, "data phase 0 -> 1"),
+    ],
 )
 def test_a_step_that_the_log_explains_carries_its_reason(name, before, after, words):
     curve = fall(1500) * (1 + 0.01 * gauss(1500))
