@@ -9,9 +9,10 @@ from typing import Any
 from stabilitylab.report import sections
 from stabilitylab.report.attribution_section import attribution_section
 from stabilitylab.report.close_ups import close_ups, extremes
-from stabilitylab.report.page import Page, Section, Table
+from stabilitylab.report.page import Page, Said, Section, Statements, Table
 from stabilitylab.runs.config import flat
 from stabilitylab.runs.run import Run
+from stabilitylab.spikes import episodes_of
 
 _NONE = object()
 
@@ -31,8 +32,27 @@ def comparison(runs: Sequence[Run]) -> Page:
     """Several runs over each other, each under its folder's name."""
     labels = {run.name if len({r.name for r in runs}) == len(runs) else str(run.path): [run] for run in runs}
     page = _report(labels, title="Comparison of " + ", ".join(labels), lead="", facts={})
-    page.sections.insert(0, _settings({label: run for label, (run,) in labels.items()}))
+    first = _outcomes({label: run for label, (run,) in labels.items()})
+    page.sections[:0] = [first, _settings({label: run for label, (run,) in labels.items()})]
     return page
+
+
+def _outcomes(runs: Mapping[str, Run]) -> Section:
+    """How each run went, in a sentence, and what it suspects of the first of its episodes."""
+    said = []
+    for label, run in runs.items():
+        found = sections.diagnoses(run)
+        first = f" {found[0]['sentences'][0]}" if found else ""
+        episodes = len(episodes_of(run.events))
+        said.append(
+            Said(
+                word=f"{episodes} episode{'' if episodes == 1 else 's'}" if episodes else "calm",
+                text=label,
+                detail=_lead(run) + first,
+                tone="bad" if episodes else "good",
+            )
+        )
+    return Section(title="What happened", parts=[Statements(said=said)])
 
 
 def _settings(runs: Mapping[str, Run]) -> Section:

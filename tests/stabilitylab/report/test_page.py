@@ -432,7 +432,10 @@ def test_a_comparison_says_which_settings_differ(tmp_path: Path) -> None:
             **({"extra": True} if name == "b" else {}),
         }
         (folder / "config.json").write_text(json.dumps(config))
-    (table,) = comparison([load_run(tmp_path / name) for name in "ab"]).sections[0].parts
+    happened, differ, *_ = comparison([load_run(tmp_path / name) for name in "ab"]).sections
+    (told,), (table,) = happened.parts, differ.parts
+    assert isinstance(told, Statements)
+    assert [(one.text, one.word) for one in told.said] == [("a", "3 episodes"), ("b", "3 episodes")]
     assert isinstance(table, Table)
     assert list(table.columns) == ["setting", "a", "b"]
     assert [list(row) for row in table.rows] == [["optimizer.rate", "0.1", "0.2"], ["extra", "–", "True"]]
