@@ -13,6 +13,9 @@ from pathlib import Path
 
 from experiments.verdicts import Claim
 
+# Every run of a suite ends with its loss on so many rows that nobody trains on.
+HELDOUT_ROWS = "64"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -69,7 +72,7 @@ class Suite:
         rate: float | None = None,
     ) -> list[str]:
         """The ``glm train`` arguments of one run, without the program's name. ``rate``: one of ``rates``."""
-        flags = {**self.settings, **arm.settings}
+        flags = {"heldout.rows": HELDOUT_ROWS, **self.settings, **arm.settings}
         if rate is not None:
             flags["schedule.peak"] = f"{2.0**rate:g}"
         return [

@@ -3,6 +3,7 @@
 | metric | meaning | unit |
 | --- | --- | --- |
 | final_loss | mean training loss of the last tenth of the steps; infinite where one was not finite | nats a target |
+| heldout_loss | loss on fixed held-out rows at the end; infinite for a run that was lost | nats a target |
 | spike_score | share of loss values 7 deviations off their rolling window, as OLMo 2 defines it | share |
 | spikes | episodes of kind spike or divergence that the detector closed or left open | count |
 | gradient_norm_max | largest global gradient norm after warm-up, non-finite steps aside | - |
@@ -77,6 +78,14 @@ def final_loss(run: Run) -> float:
     mean = float(loss.iloc[-max(1, len(loss) // 10) :].mean(skipna=False))
     # A run that left the numbers did worse than any that did not.
     return mean if math.isfinite(mean) else math.inf
+
+
+def heldout_loss(run: Run) -> float:
+    loss = run.series("train/-/heldout_loss")
+    if len(loss):
+        return float(loss.iloc[-1]) if math.isfinite(loss.iloc[-1]) else math.inf
+    lost = any(event.kind == "run-end" and event.data.get("lost") for event in run.events)
+    return math.inf if lost else math.nan
 
 
 def run_spike_score(run: Run) -> float:
@@ -198,6 +207,9 @@ TENTH = math.log(1.1)
 
 METRICS: Mapping[str, Metric] = {
     "final_loss": Metric(title="Final loss", unit="nats", measure=final_loss, digits=4, margin=0.01),
+    "heldout_loss": Metric(
+        title="Held-out loss", unit="nats", measure=heldout_loss, digits=4, everywhere=False, margin=0.01
+    ),
     "spike_score": Metric(title="Spike score (OLMo 2)", measure=run_spike_score, scale="rank"),
     "spikes": Metric(title="Spikes and divergences found", measure=spike_count, scale="rank"),
     "gradient_norm_max": Metric(

@@ -36,11 +36,13 @@ from numpy.typing import NDArray
 
 from glm.commands.train import parse_command, with_vocabulary
 from glm.data.batch import Batch
+from glm.data.config import ObjectiveConfig
 from glm.data.loader import Loader
 from glm.data.shards import TokenData, open_data
+from glm.train import heldout as fixed
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
-from glm.train.engine import LocalEngine, count_targets
+from glm.train.engine import LocalEngine
 from glm.train.events import Callback, StepInfo
 from glm.train.gradient_summary import GradientSummary
 from glm.train.loop import Trainer
@@ -202,45 +204,18 @@ def configured(preset: str, settings: Mapping[str, str], *, data: Path) -> Train
 
 
 @lru_cache(maxsize=16)
+def _rows_of(data: Path, objective: ObjectiveConfig, length: int) -> Batch:
+    return fixed.heldout_rows(_data(data), objective, length=length, rows=HELDOUT_ROWS)
+
+
 def heldout_rows(data: Path, config: TrainConfig) -> Batch:
     """The fixed rows on which every run of an objective is judged: the same for all seeds and arms."""
-    return Loader(_data(data), config.objective, length=config.model.length, seed=0, split="heldout").batch(
-        0, HELDOUT_ROWS
-    )
+    return _rows_of(data, config.objective, config.model.length)
 
 
-@torch.no_grad()
 def heldout_loss(trainer: Trainer, data: Path) -> float:
     """Mean loss a target on the held-out rows; infinite where it is not finite."""
-    engine = trainer.engine
-    plain = dataclasses.replace(trainer.config, seed=0)
-    batch = heldout_rows(data, _judging(plain))
-    model = engine.model
-    model.eval()
-    try:
-        total, targets = 0.0, count_targets(batch)
-        for first in range(0, HELDOUT_ROWS, 16):
-            rows = slice(first, first + 16)
-            loss, of_z, _ = model.loss_parts(  # type: ignore[operator]
-                batch.tokens_BT[rows],
-                batch.targets_BT[rows],
-                batch.positions[rows],
-                batch.segments_BT[rows],
-                batch.context_BT[rows],
-            )
-            total += float(loss - of_z)  # a term of training, not of the likelihood
-    finally:
-        model.train()
-    return total / targets if math.isfinite(total) else math.inf
-
-
-def _judging(config: TrainConfig) -> TrainConfig:
-    """What of a configuration the held-out rows depend on: so that arms with other models share them."""
-    plain = TrainConfig()
-    objective = dataclasses.replace(config.objective, multitask_share=0.0)
-    return dataclasses.replace(
-        plain, objective=objective, model=dataclasses.replace(plain.model, length=config.model.length)
-    )
+    return fixed.heldout_loss(trainer.engine.model, heldout_rows(data, trainer.config))
 
 
 def trial(

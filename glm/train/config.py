@@ -22,6 +22,7 @@ from glm.errors import InputError
 from glm.model.config import ModelConfig
 from glm.precision.loss_scale import LossScaleConfig
 from glm.train.emulation import EmulationConfig
+from glm.train.heldout import HeldoutConfig
 from glm.train.schedule import ScheduleConfig
 from glm.train.update_rules import OptimizerConfig
 from glm.train.weight_rounding import Kept
@@ -163,6 +164,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     responder: ResponderConfig = field(default_factory=ResponderConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -177,6 +179,8 @@ class TrainConfig:
             )
         if self.compile and self.parallel.ranks > 1:
             raise InputError("compile works in one process only: leave it out, or leave out parallel.*")
+        if self.heldout.rows and self.parallel.ranks > 1:
+            raise InputError("heldout.rows works in one process only: leave it out, or leave out parallel.*")
         check_rules(self.optimizer, self.parallel)
         if self.bf16_weights != "masters" and (self.precision != "bf16" or self.parallel.ranks > 1):
             raise InputError(
@@ -214,7 +218,7 @@ def check_rules(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
 # What a resumed run may change: how long, how often it is looked at and saved, what is done about spikes, and how many
 # processes it has.
 MAY_CHANGE = frozenset(
-    {"steps", "stop_when_lost", "monitor", "checkpoint", "responder", "preset", "parallel"}
+    {"steps", "stop_when_lost", "monitor", "checkpoint", "responder", "preset", "parallel", "heldout"}
 )
 
 _converter = make_converter(forbid_extra_keys=True)

@@ -2,7 +2,8 @@
 
 At ``monitor.every`` it adds what only the trainer knows: where the gradient lies in its format (``range_probe``).
 
-A mixture of data is recorded as ``train/<component>/mixture_share``: the shares that a step's first row was drawn with.
+A mixture of data is recorded as ``train/<component>/mixture_share``: the shares that a step's first row was drawn with. The last
+step has the loss on the rows of ``heldout.rows`` as ``train/-/heldout_loss``.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glm.data.batch import Batch
 from glm.data.loader import Loader
 from glm.train.batches import BatchDescriber
 from glm.train.config import MonitorConfig
 from glm.train.engine import Engine
 from glm.train.events import Callback, StepInfo
 from glm.train.gradient_summary import GradientSummary
+from glm.train.heldout import heldout_loss, heldout_rows
 from glm.train.loop import Trainer
 from glm.train.range_probe import GradientRangeProbe
 from stabilitylab import Monitor
@@ -50,6 +53,7 @@ class MonitorCallback(Callback):
         self._pending_events: list[Event] = []
         self._range = GradientRangeProbe()
         self._mixed: Loader | None = None
+        self._heldout: Batch | None = None
 
     @property
     def monitor(self) -> Monitor:
@@ -59,6 +63,15 @@ class MonitorCallback(Callback):
     def train_start(self, trainer: Trainer) -> None:
         self._engine = trainer.engine
         self._mixed = trainer.loader if trainer.config.sampling.mixture else None
+        self._steps, self._heldout = trainer.config.steps, None
+        if rows := trainer.config.heldout.rows:
+            # Built now: data that holds too little out is told of before training, not after.
+            self._heldout = heldout_rows(
+                trainer.loader.data,
+                trainer.config.objective,
+                length=trainer.config.model.length,
+                rows=rows,
+            )
         describe = None
         if self._run is not None:
             describe = BatchDescriber(self._run, trainer.loader, trainer.config.model.length)
@@ -126,6 +139,9 @@ class MonitorCallback(Callback):
         )
 
     def step_end(self, info: StepInfo) -> Sequence[Event]:
+        more = {}
+        if self._heldout is not None and info.step + 1 == self._steps:
+            more["heldout_loss"] = heldout_loss(self._engine.model, self._heldout)
         shares = self._mixed.mixture_at(info.first_sample) if self._mixed is not None else {}
         return self.monitor.step(
             info.step,
@@ -142,6 +158,7 @@ class MonitorCallback(Callback):
             first_sample=info.first_sample,
             **info.levers,
             **{f"train/{component}/mixture_share": share for component, share in shares.items()},
+            **more,
         )
 
     def saving(self, step: int) -> None:
