@@ -192,6 +192,13 @@ def test_wrong_fields_are_named(data_folder, tmp_path, capsys, flags, says):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_tracker_that_is_none_is_refused_before_anything_is_made(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(arguments(tmp_path / "data", out, "--trackers", "comet,wandb")) == 2
+    assert "there is no tracker 'comet': choose among wandb, mlflow, trackio" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_wrong_places_are_named(data_folder, tmp_path, capsys):
     refused(arguments(tmp_path / "none", tmp_path / "run"), capsys, "not a finished shards")
     (tmp_path / "file").write_text("")

@@ -4,9 +4,11 @@ The real ones are not among the packages that tests are run with by default: pip
 """
 
 import math
+import re
 import sqlite3
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +84,13 @@ def test_a_few_keys_are_sent_whatever_is_measured():
     assert sink.alerts == [(3, "spike", "loss at step 3: 1 above its level of 2", False)]
     assert sink.ended == 1
     assert all(png.startswith(b"\x89PNG") for png in sink.pictures.values())
+
+
+def test_the_page_names_the_keys():
+    page = (Path(__file__).parents[3] / "docs" / "trackers.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `stability/")]
+    assert {key for row in rows for key in re.findall("`(.*?)`", row)} == set(KEYS)
+    assert "Thirteen keys" in page
 
 
 def test_sendings_are_seldom_and_short_and_keep_extremes():
