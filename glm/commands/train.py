@@ -6,6 +6,7 @@ same in everything that determines its numbers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -25,6 +26,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from glm.commands.train_help import help_text
 from glm.data.loader import Loader
 from glm.data.shards import TokenData, open_data
 from glm.device import chosen_device
@@ -121,7 +123,15 @@ def parse_command(arguments: Sequence[str]) -> TrainCommand:
         raise InputError(f"glm train needs a preset first: one of {', '.join(PRESETS)}")
     name, *rest = arguments
     default = TrainCommand(config=preset_config(name), data=tyro.MISSING, out=tyro.MISSING)
-    parsed: TrainCommand = parse(TrainCommand, rest, program=f"glm train {name}", default=default)
+    program = f"glm train {name}"
+    if asked := [place for place, word in enumerate(rest) if word in ("-h", "--help")]:
+        group = next((word for word in rest[asked[0] + 1 :] if not word.startswith("-")), None)
+        page = io.StringIO()
+        with redirect_stdout(page), contextlib.suppress(SystemExit):
+            parse(TrainCommand, ["--help"], program=program, default=default)
+        print(help_text(page.getvalue(), program, group))
+        raise SystemExit(0)
+    parsed: TrainCommand = parse(TrainCommand, rest, program=program, default=default)
     return parsed
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from glm.cli import main
+from glm.commands.train import parse_command
+from glm.errors import InputError
 from stabilitylab.runs.folder import RunFolder
 
 SMALL = [
@@ -275,3 +277,26 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
     losses = [load_run(path).series("train/-/loss") for path in (out, uninterrupted)]
     assert losses[0].equals(losses[1])
     assert len(losses[0]) == 30
+
+
+def test_help_is_an_overview_a_group_or_everything(capsys):
+    def helped(*words):
+        with pytest.raises(SystemExit) as stop:
+            parse_command(["glm-tiny", "--help", *words])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    overview = helped()
+    assert len(overview.splitlines()) < 80
+    assert "--data" in overview
+    assert "--model.attention.gate" not in overview
+    for group in ("model.attention", "optimizer.guard", "emulate"):
+        assert f"  {group} " in overview
+    attention = helped("model.attention")
+    assert "--model.attention.gate" in attention
+    assert "--optimizer.kind" not in attention
+    assert "--optimizer.guard.adagc" in helped("optimizer")
+    everything = helped("all")
+    assert all(flag in everything for flag in ("--model.attention.gate", "--optimizer.kind", "--data"))
+    with pytest.raises(InputError, match=r"no group of flags 'attention': choose one of model"):
+        parse_command(["glm-tiny", "--help", "attention"])
