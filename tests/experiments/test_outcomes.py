@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 from experiments.cli import main
 from experiments.outcomes import WORTSMAN, at_best_rate, lr_sensitivity, survival
 from experiments.study import Cell
+from experiments.suites.restart_ladder import RAMP, ROWS, SHIFT, mixture
 from experiments.suites.spike_harm import STUDY, heldout_after, recovered_spike
 from experiments.trial import heldout_loss, trial
+from glm.data.mixture import WINDOW, Mixture
 from glm.train.forks import Change
 from glm.train.state_ring import StateRing
 from tests.glm.conftest import data_folder, text_files  # noqa: F401 - fixtures
@@ -138,3 +141,18 @@ def test_harm_is_nothing_where_nothing_is_withheld_and_that_of_the_updates_else(
     before = trial(cell.config, data=data_folder, until=12, heldout=False)
     assert still[10] == still[40] == pytest.approx(heldout_loss(before.trainer, data_folder), rel=1e-12)
     assert kept[40] != still[40]
+
+
+def test_the_restart_ladders_shift_and_ramp_are_whole_windows_of_the_sampler():
+    """A mixture is drawn window by window: English alone up to the shift, the ramp in steps after it."""
+    window_at = [(SHIFT * ROWS + part * RAMP * ROWS // 4) for part in range(5)]
+    assert SHIFT * ROWS % WINDOW == RAMP * ROWS % WINDOW == 0
+    for ramped, shares in ((False, (0.7,) * 4), (True, (0.175, 0.175, 0.525, 0.525))):
+        config = mixture(ramped)
+        (_, english), (_, chinese) = config.mixture
+        (_, english_before), (_, chinese_before) = config.mixture_before
+        drawn = Mixture((english, chinese), (english_before, chinese_before), config.mixture_ramp, seed=0)
+        component, _ = drawn.place(np.arange(window_at[-1]))
+        assert not component[: SHIFT * ROWS].any()
+        for (begin, end), share in zip(pairwise(window_at), shares, strict=True):
+            assert component[begin:end].mean() == pytest.approx(share, abs=0.05)
