@@ -48,7 +48,7 @@ def our_alarms(curve: Curve) -> Alarms:
     detector = SpikeDetector()
     called: set[int] = set()
     alarms: list[int] = []
-    last = None
+    last: int | None = None
     for i, (step, loss) in enumerate(zip(curve.steps.tolist(), curve.losses.tolist(), strict=True)):
         # Where a log goes back, what was open is over, as ``offline.feed`` has it.
         cut = detector.finish() if last is not None and step < last else []
