@@ -45,7 +45,9 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens = torch.randint(VOCABULARY, (ROWS, TOKENS + 1))
     loss = _loss(model, tokens)
-    probe: Probe = WeightProbe() if name == "weights" else CurvatureProbe(lambda: torch.autograd.backward(loss()))
+    probe: Probe = (
+        WeightProbe() if name == "weights" else CurvatureProbe(lambda: torch.autograd.backward(loss()))
+    )
     schedule, sink = Schedule(every=0, probes={name: 2}, dense_steps=0), _Nowhere()
     seconds = []
     with Monitor(model, optimizer, probes=[probe], schedule=schedule, sinks=[sink], detector=None) as monitor:
