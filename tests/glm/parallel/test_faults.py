@@ -37,7 +37,8 @@ def test_a_last_checkpoint_that_cannot_be_written_is_one_line_of_all_and_the_run
         (refusal,) = [line.text for line in run.lines if line.text.startswith("error: ")]
         assert "File too large while writing" in refusal
         assert "-00001.safetensors: free some space" in refusal
-        assert exit_codes(run) == {"2"}
+        # On a busy machine torchrun ends the other ranks while they are still leaving by themselves.
+        assert exit_codes(run) - {"-15"} == {"2"}
         # torchrun has a traceback of its own.
         assert not any("/glm/" in line.text for line in run.lines if line.text.lstrip().startswith("File "))
         newest = run.newest()
