@@ -20,7 +20,7 @@ from stabilitylab.logs.pattern import NUMBER, TextFormat, Values, number
 
 _PAIR = re.compile(
     rf"(?<![\w.])([A-Za-z_][\w/.@-]*(?: [A-Za-z(][\w/.()@-]*){{0,3}})['\"]?\)?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
-    rf"['\"]?[#\[(]?\s*({NUMBER})(?!\s?%|[KMGTB]\b)(?=['\"\s,;:|/\])}}(]|[a-zA-Z]+\b|$)",
+    rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%)(?=['\"\s,;:|/\])}}(]|[a-zA-Z]+\b|$)",
     re.IGNORECASE,
 )
 _PLACE = re.compile(r"(?:epoch|\btrain)\W{0,3}(\d+)\W{0,4}\[\s*(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
@@ -50,10 +50,10 @@ class AnyText(TextFormat):
         """The numbers of one line; None: it holds no loss."""
         values: Values = {}
         line = _ABSL.sub("", line)
-        for said, digits in _PAIR.findall(_WRAPPED.sub("", line) if "(" in line else line):
+        for said, digits, unit in _PAIR.findall(_WRAPPED.sub("", line) if "(" in line else line):
             name = _name(said)
             if name not in values:
-                values[name] = number(digits)
+                values[name] = number(digits, unit)
         losses = [name for name in values if is_loss(name) and not _NO_LOSS.search(name)]
         if not losses:
             return None

@@ -35,9 +35,12 @@ _QUOTED = r"['\"]?({})['\"]?"
 _PART = re.compile(r"\{\?|\?\}|\{(\*|[A-Za-z_][\w/ .-]*)\}|\s+|[^{}\s?]+|.", re.DOTALL)
 # A name is letters, then words; what stands between it and the number is one of : = and blanks.
 _PAIR = re.compile(
-    rf"([A-Za-z_][\w/.()*-]*(?: [A-Za-z(][\w/.()*-]*){{0,6}})['\"]?\s*[:=]\s*['\"]?\[?({NUMBER})(?=['\"\s,;|%\]}})a-zA-Z]|$)",
+    rf"([A-Za-z_][\w/.()*-]*(?: [A-Za-z(][\w/.()*-]*){{0,6}})['\"]?\s*[:=]\s*['\"]?\[?({NUMBER})((?-i:[KMGT])(?!\w))?"
+    rf"(?=['\"\s,;|%\]}})a-zA-Z]|$)",
     re.IGNORECASE,
 )
+# nanotron prints 65536 as 65.5K.
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
 Values = dict[str, float | None]
@@ -175,15 +178,15 @@ def own_formats(given: str) -> list[TextFormat]:
 def pairs(text: str) -> Values:
     """``name: number`` and ``name=number`` wherever they stand; of one name the first."""
     values: Values = {}
-    for name, value in _PAIR.findall(text):
-        values.setdefault(name.strip(), number(value))
+    for name, value, unit in _PAIR.findall(text):
+        values.setdefault(name.strip(), number(value, unit))
     return values
 
 
-def number(text: str) -> float | None:
-    """A number as trainers print it; None where it is none."""
+def number(text: str, unit: str = "") -> float | None:
+    """A number as trainers print it, in thousands (K), millions... where a ``unit`` says so; None where it is none."""
     try:
-        value = float(text.replace(",", ""))
+        value = float(text.replace(",", "")) * _UNITS[unit.upper()]
     except ValueError:
         return None
     # Stores without infinities write the largest number of their type in their place.

@@ -136,7 +136,11 @@ CONSOLES = [
         {"loss", "learning_rate"},
     ),
     ("text", "epoch: 0 step: {k} train_loss: {x:.4f} wer: 0.3", {"loss"}),
-    ("text", "[rank 0] Step: {k} | Loss: {x:.4f} | Global batch size:   65.5K | MFU:  1.00%", {"loss"}),
+    (
+        "text",
+        "[rank 0] Step: {k} | Loss: {x:.4f} | Global batch size:   65.5K | MFU:  1.00%",
+        {"loss", "batch_size"},
+    ),
     ("text", "step {k} loss tensor({x:.4f}, device='cuda:0', grad_fn=<NllLossBackward0>)", {"loss"}),
     (
         "text",
@@ -175,6 +179,14 @@ def test_a_loss_without_a_step_is_counted(tmp_path):
     path = tmp_path / "log"
     path.write_text(many("20/20 - 1s - accuracy: 0.9 - loss: {x:.4f} - val_loss: 3.0"))
     assert losses(path)[1:] == ([0, 1, 2, 3, 4], [8.9, 8.8, 8.7, 8.6, 8.5])
+
+
+def test_nanotrons_thousands(tmp_path):
+    path = tmp_path / "log"
+    line = "01/01/2026 00:00:00 [INFO|DP=0|PP=0|TP=0]: iteration: {} / 9 | global_batch_size: 1.02K | lm_loss: {} | lr: 0.0003\n"
+    path.write_text(line.format(1, "11.2") + line.format(2, "1.05K") + line.format(3, "2.5M"))
+    log, _, values = losses(path)
+    assert (log.format, values) == ("nanotron", [11.2, 1050.0, 2.5e6])
 
 
 def test_validation_between_is_left_out_and_named(tmp_path, capsys):
