@@ -151,7 +151,7 @@ def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> 
     limit4_N = np.maximum(baseline.LIMIT_SIGMAS * tail**2 * unsure * scale4_N, MEAN_SHARE * floor_N)
     seeds = np.flatnonzero((residual_N > limit_N) | ((four_N > limit4_N) & (residual_N > 0)))
     out_N = residual_N > np.maximum(BACK_SIGMAS * scale_N, 0.25 * floor_N)
-    even = is_even(residual_N / positive_N)
+    even = sparse and is_even(residual_N / positive_N)
     spans: list[Span] = []
     for seed in seeds.tolist():
         if spans and seed <= spans[-1][1]:
@@ -165,7 +165,7 @@ def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> 
             int(out_N[run].sum()) - HARD_STEPS - 1,
         )
         # In a sparse log a single value out may have lasted for steps, unless the noise itself throws values out.
-        kind = "spike" if values > HARD_STEPS or (sparse and even) else "hard-batch"
+        kind = "spike" if values > HARD_STEPS or even else "hard-batch"
         if kind == "spike" and last == n - 1 and values > HARD_STEPS:
             over = residual_N[first:]
             if np.median(over[-max(1, len(over) // 4) :]) >= 0.5 * np.median(over):
