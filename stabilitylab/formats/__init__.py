@@ -31,6 +31,7 @@ from stabilitylab.formats.scaled import (
     quantize,
     scaled_format,
 )
+from stabilitylab.formats.watching import FormatWatch
 from stabilitylab.formats.what_if import FormatError, what_if
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "NUMBER_FORMATS",
     "SCALED_FORMATS",
     "FormatError",
+    "FormatWatch",
     "NumberFormat",
     "Quantized",
     "ScaledFormat",
