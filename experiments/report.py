@@ -25,7 +25,7 @@ from stabilitylab.report import sections as shown
 from stabilitylab.runs import Run
 
 TONE = {"supported": "good", "against": "bad", "equivalent": "even", "undecided": "open"}
-MOST_BROKEN = 200
+MOST_BROKEN = 40
 # Layers are looked into in so many runs: one an arm, at the lowest rate.
 MOST_LOOKED_INTO = 8
 
@@ -158,8 +158,8 @@ def how_sure(results: Results) -> Section:
     """Effects on one scale, evidence over seeds, and the claims in numbers."""
     rows: list[list[Cell | str]] = [
         [
-            f"{number}. {verdict.claim.text}",
-            Cell(text=words(verdict.decision), detail=f"after {verdict.claim.source}"),
+            Cell(text=f"{number}. {verdict.claim.text}", detail=f"after {verdict.claim.source}"),
+            words(verdict.decision),
             charts.effect_words(verdict, results.outcomes[verdict.claim.metric]),
             f"{verdict.decision.e_value:.2g}",
             "yes" if verdict.holds else "no",
@@ -186,24 +186,36 @@ def broken_section(results: Results) -> Section:
     broken = results.broken
     if not broken:
         return Section(title="Runs that broke", text=(f"None of {len(results.runs)} runs broke.",))
-    rows: list[list[Cell | str]] = [
-        [
-            made.arm,
-            "–" if made.rate is None else charts.rate_words(made.rate),
-            str(made.seed),
-            f"{made.broke:,}",
-            ", ".join(filter(None, cause_of(made) or ("not told: see its own report",))),
-            made.run.name,
-        ]
-        for made in sorted(broken, key=lambda one: (one.rate or 0, one.arm, one.seed))
-    ]
+    groups: dict[tuple[float, str], list[Made]] = {}
+    for made in broken:
+        groups.setdefault((made.rate or 0.0, made.arm), []).append(made)
+    rows: list[list[Cell | str]] = []
+    for (_, arm), several in sorted(groups.items()):
+        causes = Counter(", ".join(filter(None, cause_of(made) or ("not told",))) for made in several)
+        of = sum(one.arm == arm and one.rate == several[0].rate for one in results.runs)
+        rows.append(
+            [
+                arm,
+                "–" if several[0].rate is None else charts.rate_words(several[0].rate),
+                f"{len(several)} of {of}",
+                Cell(
+                    text="; ".join(
+                        cause + (f" ({n})" if n > 1 else "") for cause, n in causes.most_common(3)
+                    ),
+                    detail="seed: step "
+                    + ", ".join(
+                        f"{made.seed}: {made.broke:,}"
+                        for made in sorted(several, key=lambda one: one.seed)[:MOST_BROKEN]
+                    ),
+                ),
+                several[0].run.name,
+            ]
+        )
     text = f"{len(broken)} of {len(results.runs)} runs lost their loss for good; a lost run ends early."
-    if len(rows) > MOST_BROKEN:
-        text += f" The first {MOST_BROKEN} are listed."
     parts = [
         Table(
-            columns=["arm", "rate", "seed", "broke at step", "first suspect", "folder"],
-            rows=rows[:MOST_BROKEN],
+            columns=["arm", "rate", "broke", "first suspect, and where each began", "folder of the first"],
+            rows=rows,
             note="stabilitylab report FOLDER shows one run from near; docs/causes.md says what the suspects mean.",
         ),
     ]

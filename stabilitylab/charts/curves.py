@@ -31,6 +31,8 @@ from stabilitylab.figures.style import ALARM, positive, thinned
 POINTS, FEWEST = 24_000, 60
 MOST_POINTS = 2_000
 FEW = 4
+# More shaded stretches than these hide the curves: then only onsets are marked.
+MOST_SHADED = 12
 
 
 def curves(
@@ -79,7 +81,12 @@ def curves(
             middle = thinned(mean_of_seeds(lines[label]), MOST_POINTS)
             shown += _line(made, middle, f"{label}, mean", colour, stairs=stairs, mode=mode)
         shown += _marks(
-            made, several, (marks or {}).get(label, ()), colour if len(drawn) > 1 else ALARM, edge
+            made,
+            several,
+            (marks or {}).get(label, ()),
+            colour if len(drawn) > 1 else ALARM,
+            edge,
+            shaded=sum(map(len, (marks or {}).values())) <= MOST_SHADED,
         )
     if (
         limit is not None
@@ -277,20 +284,27 @@ def _limit(made: Any, limit: tuple[float, str]) -> None:
 
 
 def _marks(
-    made: Any, several: Sequence[pd.Series[float]], marks: Sequence[Mark], colour: str, edge: float
+    made: Any,
+    several: Sequence[pd.Series[float]],
+    marks: Sequence[Mark],
+    colour: str,
+    edge: float,
+    *,
+    shaded: bool,
 ) -> list[Any]:
-    """Shade every episode, and put a triangle above its onset, which tells its kind where the pointer is."""
+    """Shade every episode if ``shaded``, and put a triangle above its onset, which tells its kind where the pointer is."""
     from bokeh.models import BoxAnnotation
 
     if not marks:
         return []
     rows: dict[str, list[Any]] = {"x": [], "y": [], "kind": [], "span": []}
     for mark in sorted(marks):
-        shade = {"left": mark.onset, "fill_color": colour, "fill_alpha": 0.13, "level": "underlay"}
-        right = {} if mark.end is None else {"right": max(mark.end, mark.onset + 0.5)}
-        made.add_layout(
-            BoxAnnotation(**shade, **right, line_color=colour, line_alpha=0.25, propagate_hover=True)
-        )
+        if shaded:
+            shade = {"left": mark.onset, "fill_color": colour, "fill_alpha": 0.13, "level": "underlay"}
+            right = {} if mark.end is None else {"right": max(mark.end, mark.onset + 0.5)}
+            made.add_layout(
+                BoxAnnotation(**shade, **right, line_color=colour, line_alpha=0.25, propagate_hover=True)
+            )
         # Of several seeds, the one that stands out there is the one in which it happened.
         heights = [s.loc[mark.onset] for s in several if mark.onset in s.index]
         rows["x"].append(mark.onset)
