@@ -3,9 +3,9 @@
 A head's scores that grow thirtyfold, or one parameter's gradient, may leave the loss where it is: softmax bounds the one, Adam and
 clipping the other. Of every site the logarithm y of a positive statistic (``FOLLOWED``, the update left out: it follows the rate)
 has a running level and a running mean deviation d (``spikes/site_levels.py``), and a site has left where y - level >
-max(SIGMAS d, ln FACTOR), and where that much remains when the rise that three sites in four of its family share is taken off (a
-hard batch moves them all). Told is the first site in the order of execution, with how many left with it, and for ``QUIET`` steps
-no further one. The event itself never acts.
+max(SIGMAS d, ln FACTOR), and where that much remains when the rise that three sites in four of its family share is taken off: a
+hard batch moves them all. A rise of ``ANY`` is told whoever shares it, for no batch does that. Told is the first site in the order
+of execution, with how many left with it, and for ``QUIET`` steps no further one. The event itself never acts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from stabilitylab.telemetry import Event, Key
 
 SIGMAS = 10.0
 FACTOR = 6.0
+ANY = 64.0
 QUIET = 32
 _STATISTIC = {family: statistic for family, statistic in FOLLOWED if family != "update"}
 
@@ -83,6 +84,7 @@ class SiteWatch:
         rise = followed.levels.rise(one.values[followed.at])
         heard = rise[rise > -np.inf]
         common = max(float(np.quantile(heard, 0.25, method="lower")), 0.0) if len(heard) else 0.0
+        common = min(common, float(np.log(ANY / FACTOR)))
         left = rise - common > np.maximum(SIGMAS * deviation, np.log(FACTOR))
         return [(one.keys[followed.at[i]], float(rise[i]), float(deviation[i])) for i in np.flatnonzero(left)]
 

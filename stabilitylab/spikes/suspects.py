@@ -67,6 +67,7 @@ class Evidence:
         outside: events ``parameter-changed``, ``moments-changed``, ``optimizer-changed`` near the onset, in order.
         overflow: the first event ``overflow`` near the onset.
         gradients: number of parameters whose gradients are followed.
+        nearest: the parameters whose gradients a backward pass comes to first.
         heads: of each attention module whose scores are followed, how many it has.
         execution: when a step comes to a site.
     """
@@ -77,6 +78,7 @@ class Evidence:
     overflow: Event | None
     gradients: int
     execution: Execution
+    nearest: frozenset[str] = frozenset()
     heads: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -97,6 +99,8 @@ def gather(run: Run, episode: Episode, departures: Sequence[ChangeOnset]) -> Evi
     near = [event for event in run.events if onset - LEAD_STEPS <= event.step <= onset + AFTER]
     shares = run.near("gradient", "l2", onset - LEAD_STEPS, onset + AFTER)
     scores = run.near("attention", "score_max", onset - LEAD_STEPS, onset + AFTER)
+    execution = Execution(run.places.order)
+    places = {str(site): execution.place("gradient", str(site)) for site in shares["site"].unique()}
     return Evidence(
         departures=departures,
         rate_change=_rate_change(run, onset),
@@ -105,7 +109,8 @@ def gather(run: Run, episode: Episode, departures: Sequence[ChangeOnset]) -> Evi
             (event for event in near if event.kind == "overflow" and _counts(event, episode)), None
         ),
         gradients=int(shares["site"].nunique()) if len(shares) else 0,
-        execution=Execution(run.places.order),
+        execution=execution,
+        nearest=frozenset(site for site, place in places.items() if place == min(places.values())),
         heads={
             str(site): int(count)
             for site, count in scores.groupby("site", observed=True)["index"].nunique().items()
@@ -203,6 +208,11 @@ def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) ->
     many = sum(one.family == "gradient" for one in backward) >= max(2.0, _MANY * seen.gradients)
     if faults:
         return _with_scores(faults[0], faults, seen.heads)
+    # What comes from the batch comes from the loss on; what begins behind it is a fault of a backward pass.
+    if not any(one.site in seen.nearest and one.ratio >= _OF_A_BATCH for one in backward):
+        beyond = [one for one in _strong(backward) if one.ratio >= _OF_A_BATCH**2]
+        if beyond and not forward:
+            return _at(beyond[0])
     alone = [one for one in _strong(backward) if one.is_local]
     if alone and not (many and first.step >= episode.onset and alone[0].ratio < _OF_A_BATCH**2):
         return _at(alone[0])

@@ -51,6 +51,11 @@ def test_noise_trends_and_hard_batches_tell_nothing(noise: float) -> None:
         assert watched(noise, 200, seed, all={150: 20.0}) == []
 
 
+def test_what_no_batch_does_is_told_whoever_shares_it() -> None:
+    (event,) = watched(all={40: 1000.0})
+    assert (event.step, event.data["site"], event.data["count"]) == (40, "blocks.0.up", 4)
+
+
 def test_what_stays_is_told_once_in_a_while() -> None:
     told = [event.step for event in watched(0.1, 200, blocks_0_up=dict.fromkeys(range(40, 200), 50.0))]
     assert told[0] == 40

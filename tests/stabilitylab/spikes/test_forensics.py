@@ -166,6 +166,30 @@ def test_what_is_not_finite_everywhere_still_has_a_first_site():
     assert left("activation", "a", math.inf, common=math.exp(700)).is_local
 
 
+@pytest.mark.parametrize(("begins", "cause"), [("head", "batch"), ("block.2", "gradient")])
+def test_a_backward_fault_begins_behind_the_loss_and_a_batch_at_it(begins, cause):
+    """Gradients of three parameters in four, or of all, a thousand times what they were."""
+    order = ["block.0", "block.1", "block.2", "head"]
+    out = [
+        left("gradient", f"{site}.weight", 1000.0, order=-i, common=1000.0)
+        for i, site in enumerate(order)
+        if i <= order.index(begins)
+    ]
+    seen = Evidence(
+        departures=out,
+        rate_change=None,
+        outside=(),
+        overflow=None,
+        gradients=4,
+        execution=Execution(order),
+        nearest=frozenset({"head.weight"}),
+    )
+    episode = Episode(kind="site-departure", onset=3, peak=3, end=3, height=1.0, signal="x")
+    suspect = first_suspect(episode, seen)
+    assert suspect.cause == cause
+    assert cause == "batch" or suspect.site == "block.2.weight"
+
+
 @pytest.mark.parametrize(
     ("heads_out", "site"), [([2], "b.attn, head 2"), ([0, 1, 2, 3], "b.attn.query"), ([], "b.attn.query")]
 )
