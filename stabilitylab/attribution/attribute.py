@@ -211,7 +211,9 @@ class _Search:
             self._memory.add(fork)
             if self._told is not None:
                 self._told(fork)
-        self.untried += [w for w in unknown.values() if w.key not in self.trained]
+        # What a search would have asked next, and next, after the budget had ended says nothing more.
+        if not self.untried:
+            self.untried += [w for w in unknown.values() if w.key not in self.trained]
         return [self.trained.get(w.key) for w in several]
 
     def run(self, open_loop: Callable[[], Loop] | None, processes: int, thorough: bool) -> Attribution:

@@ -121,13 +121,15 @@ class Narrowing:
     # Updates.
 
     def needed(self) -> Without | None:
-        """The smallest set of parameters whose updates it cannot do without, from groups down to rows of a table."""
-        whole = Without(kind="updates", sites=self._names, label="all parameters")
+        """The smallest set of parameters whose updates it cannot do without, from groups down to rows of a table; None where
+        nothing less than half of the groups was singled out."""
         chosen = smallest(tuple(self._groups), lambda several: self._prevents_labels("updates", several))
+        if len(chosen) > max(1, len(self._groups) // 2):
+            return None  # the budget ended, or nearly all are: nothing was singled out
         least = self._labelled("updates", chosen)
         (fork,) = self._ask([least])
         if fork is None or not fork.verdict.prevents:
-            return whole
+            return None
         if len(least.sites) > 1:
             sites = smallest(least.sites, lambda several: self._prevents(least, several))
             if len(sites) < len(least.sites):

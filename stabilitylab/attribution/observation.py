@@ -51,8 +51,8 @@ class Observation(Act):
         self.scores: dict[int, dict[int, Tensor]] = defaultdict(dict)
         self.callers: dict[int, str] = {}
         self._settings: dict[int, list[dict[str, Any]]] = {}
-        # The rate's factor from one update to the next, in the step before.
-        self._factor = 1.0
+        # The rate's factor from one update to the next, in the step before; None: there is none yet.
+        self._factor: float | None = None
         self._running: list[str] = []
         self._mode = AttentionCalls(self._scored)
         self._snapshots: Snapshots | None = None
@@ -115,7 +115,8 @@ class Observation(Act):
     def before(self, subject: Subject, optimizer: Optimizer) -> None:
         self.forward(subject)
         now = [settings_of(group) for group in optimizer.param_groups]
-        if keys := self._jumped(self._settings.get(id(optimizer), now), now):
+        before = self._settings.get(id(optimizer))
+        if before is not None and (keys := self._jumped(before, now)):
             self.settings.setdefault(subject.step, set()).update(keys)
         self._settings[id(optimizer)] = now
         for name, p, _ in subject.of(optimizer):
@@ -129,14 +130,16 @@ class Observation(Act):
     def _jumped(self, before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> set[str]:
         """Settings that are others than an update ago: of a rate, which schedules move, more than by half, and more so than in the
         step before (a warm-up from zero begins with factors of 2, 3/2, ...)."""
-        found, factor = set(), self._factor
+        found: set[str] = set()
+        factor = self._factor
         for old, new in zip(before, now, strict=False):
             for key in old.keys() & new.keys():
                 a, b = old[key], new[key]
                 if key == "lr":
-                    factor = float(b) / float(a) if float(a) > 0 else 1.0
-                    usual = max(1.0, self._factor)
-                    same = 1 / JUMP <= factor <= JUMP * usual
+                    factor = float(b) / float(a) if float(a) > 0 else None
+                    usual = max(1.0, self._factor or 1.0)
+                    # The first factor has none to be compared with: a fork may begin in a warm-up.
+                    same = factor is None or self._factor is None or 1 / JUMP <= factor <= JUMP * usual
                 else:
                     same = bool(torch.equal(a, b)) if isinstance(a, Tensor) else a == b
                 if not same:

@@ -235,3 +235,21 @@ def test_a_loop_that_lacks_something_is_named():
     loop.optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     with pytest.raises(InputError, match="updates none"):
         Forks(loop, None)
+
+
+@pytest.mark.parametrize(
+    ("rates", "jumps"),
+    [
+        ([0.1, 0.2, 0.3, 0.4, 0.5], []),  # a warm-up
+        ([0.1, 0.1, 0.1, 0.3, 0.3], [3]),
+        ([0.1, 0.1, 0.1, 0.01, 0.01], [3]),
+        ([1.0, 1.09, 1.19, 1.3, 1.4], []),
+    ],
+)
+def test_a_rate_jumps_and_a_schedule_does_not(rates, jumps):
+    seen, before, found = Observation(0, 3), [{"lr": rates[0]}], []
+    for step, rate in enumerate(rates[1:], start=1):
+        if seen._jumped(before, [{"lr": rate}]):
+            found.append(step)
+        before = [{"lr": rate}]
+    assert found == jumps
