@@ -1,0 +1,82 @@
+"""How evenly a mixture of experts uses them: any model whose routers hand on which experts they chose, as HuggingFace's do.
+
+    with RouterWatch(model) as watch:
+        model(**batch)
+    monitor.step(step, **watch.readings())
+
+A router is a module with a matrix ``weight`` of one row an expert whose output has a tensor of whole numbers [..., chosen]: the
+experts of each token. It does not matter how the experts themselves are stored, fused into one parameter or apart. Readings are
+``experts/SITE/STATISTIC``, summed over all calls while entered:
+
+    load_max        largest load over an even one           load_entropy   of the loads, over that of even ones
+    dead            share of experts that nothing chose     router_l2      norm of the router's weight
+
+(Load as in Switch Transformers, 2101.03961, section 2.2.) Drops are no business of a router: such models drop nothing. Where choices
+can be dropped, a trainer tells by itself. Nothing is waited for before ``readings``.
+"""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RouterWatch:
+    """Counts while it is entered; keeps what it counted.
+
+    Args:
+        model: whose routers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handles: list[Any] = []
+        self._loads: dict[str, Tensor] = {}
+        self._norms: dict[str, Tensor] = {}
+
+    def __enter__(self) -> RouterWatch:
+        for path, module in self._model.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 2:
+                self._handles.append(module.register_forward_hook(self._seen(path)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _seen(self, path: str) -> Any:
+        def hook(module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+            parts = out if isinstance(out, (tuple, list)) else (out,)
+            chosen = [part for part in parts if isinstance(part, Tensor) and part.dtype == torch.int64]
+            if not chosen:
+                return
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            load_E = torch.bincount(chosen[0].detach().flatten(), minlength=weight.shape[0])
+            self._loads[path] = self._loads[path] + load_E if path in self._loads else load_E
+            self._norms[path] = torch.linalg.vector_norm(weight.detach().float())
+
+        return hook
+
+    def readings(self) -> dict[str, float]:
+        """By telemetry name; empty where no router was called."""
+        found: dict[str, float] = {}
+        for path, load_E in self._loads.items():
+            share_E = load_E.double() / load_E.sum().clamp_min(1)
+            entropy = torch.special.entr(share_E).sum() / math.log(max(2, len(share_E)))
+            values = {
+                "load_max": share_E.amax() * len(share_E),
+                "load_entropy": entropy,
+                "dead": (load_E == 0).double().mean(),
+                "router_l2": self._norms[path],
+            }
+            found |= {f"experts/{path}/{name}": float(value) for name, value in values.items()}
+        return found
