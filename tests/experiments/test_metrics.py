@@ -116,13 +116,7 @@ def test_what_breaks_first(tmp_path: Path, broken: float) -> None:
 
 @pytest.mark.parametrize("name", SUITES)
 def test_every_arm_is_a_command_that_parses(name: str, tmp_path: Path) -> None:
-    suite = load(name)
-    names = [arm.name for arm in suite.arms]
-    assert len(set(names)) == len(names)
-    metrics = suite.outcomes if isinstance(suite, Study) else METRICS
-    for claim in suite.claims:
-        assert {claim.arm, claim.baseline or claim.arm} <= set(names)
-        assert claim.metric in metrics
+    suite = load(name)  # which refuses claims of arms or metrics that there are none of
     if isinstance(suite, Study):
         places = {"data": str(tmp_path), "out": str(tmp_path / "run")}
         for arm in suite.arms:
@@ -135,7 +129,9 @@ def test_every_arm_is_a_command_that_parses(name: str, tmp_path: Path) -> None:
             )
         return
     for arm in suite.arms:
-        command = suite.command(arm, 0, data=tmp_path, out=tmp_path / "run")
+        command = suite.command(
+            arm, 0, data=tmp_path, out=tmp_path / "run", rate=max(suite.rates, default=None)
+        )
         assert command[0] == "train"
         parse_command(command[1:])
 
