@@ -11,8 +11,8 @@ experts of each token. It does not matter how the experts themselves are stored,
     load_max        largest load over an even one           load_entropy   of the loads, over that of even ones
     dead            share of experts that nothing chose     router_l2      norm of the router's weight
 
-(Load as in Switch Transformers, 2101.03961, section 2.2.) Drops are no business of a router: such models drop nothing. Where choices
-can be dropped, a trainer tells by itself. Nothing is waited for before ``readings``.
+(Load as in Switch Transformers, 2101.03961, section 2.2.) Drops are no business of a router: such models drop nothing. Where
+choices can be dropped, a trainer tells by itself. Nothing is waited for before ``readings``.
 """
 
 from __future__ import annotations
