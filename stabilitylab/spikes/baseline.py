@@ -15,8 +15,9 @@ The level that a residual is taken from is the one of the block *before*, as it 
 is that of the very statistic it is used for: where neighbours are correlated (an AR(1) of .9, an averaged log) the
 mean of four scatters as much as one value, and its scale says so. Counting the upper half only, and from the line of
 the fall where the block lies lower, keeps a falling trend out. The first two blocks are learned from as a whole (the
-second one's deviation about a straight line), and a value before is judged only if it is half as high again (twice as
-high, before the eighth) as any of the last three and 10 deviations off. The first blocks' scales shrink fast: they were
+second one's deviation about a straight line), and a value before is judged only if it is half as high again (before the
+eighth three times as high, or twice and 30 deviations off) as any of the last three and 10 deviations off. The first blocks'
+scales shrink fast: they were
 learned on the steepest fall.
 
 A single value is
@@ -183,8 +184,12 @@ class Baseline:
         self.level = median(last)
         share = FEW_SHARE if len(values) >= BLOCK // 2 else 2 * FEW_SHARE
         least = share * abs(self.level) / FEW_SIGMAS if self.relative_floor else self.absolute_floor
-        self.scale1 = max(_deviation_about_line(last), ripple_of(values), 0.25 * least)
-        return max(FEW_SIGMAS * self.scale1, FEW_SIGMAS * least)
+        own = max(_deviation_about_line(last), ripple_of(values))
+        self.scale1 = max(own, 0.25 * least)
+        if len(values) >= BLOCK // 2 or not self.relative_floor:
+            return FEW_SIGMAS * max(self.scale1, least)
+        # Four values of batches of 4 lie close together by chance, but not within a thirtieth of what follows.
+        return FEW_SIGMAS * min(max(3 * own, least), max(self.scale1, 2 * least))
 
     def learn_first(self, values: Sequence[float]) -> None:
         """Learn everything from the first values of a stretch."""
