@@ -42,7 +42,7 @@ def test_the_pages_suite_runs_and_is_judged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "chosen", lambda executor, parallel: (lambda: Here([0]), 1))
+    monkeypatch.setattr(runner, "chosen", lambda *_: (lambda: Here([0]), 1))
     words = ["run", str(example), "--data", str(data_folder), "--steps", "2", "--seeds", "1"]
     assert main(words) == 0
     said = capsys.readouterr()
@@ -131,7 +131,7 @@ def test_budgets_are_spoken(text: str, meant: float) -> None:
         (("run", "quick", "--budget", "0"), "a budget of '0'"),
         (("run", "quick", "--seeds", "0"), "--seeds must be at least 1, got 0"),
         (("run", "quick", "--steps", "-3"), "--steps must be at least 1"),
-        (("run", "depth-init", "--parallel", "2"), "is a study"),
+        (("run", "depth-init", "--steps", "2"), "is a study, of its own length"),
         (("run", "depth-init", "--seeds", "0"), "--seeds must be at least 1"),
         (("verdicts", "--runs", "nowhere"), "nowhere holds no runs of a suite"),
         (("verdicts", "quick", "--runs", "nowhere"), "no complete run of quick"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,11 @@ def test_report(run_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["report", str(run_path)]) == 0
     assert capsys.readouterr().out.strip() == str(run_path / "report.html")
     assert main(["report", str(run_path), "--out", str(tmp_path / "x.html")]) == 0
-    assert (tmp_path / "x.html").read_text() == (run_path / "report.html").read_text()
+    # Charts number their parts on, from the first one that this process has made.
+    pages = [
+        re.sub(r"\bp\d+\b", "p", page.read_text()) for page in (tmp_path / "x.html", run_path / "report.html")
+    ]
+    assert pages[0] == pages[1]
 
 
 def test_compare(run_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
