@@ -1,6 +1,6 @@
 # make demo   train five recipes of a small GLM at three learning rates on real text, every layer watched: which survive, what breaks
-#             first, which cure holds; judged, with a report (about 7 minutes on two idle cores)
-# make test   the whole test suite (about 8 minutes on two idle cores)
+#             first, which cure holds; judged, with a report (about 4 minutes on two idle cores)
+# make test   the whole test suite (about 7 minutes on two idle cores)
 # make check  formatting, lint, types
 # make docs   the documentation as a site in site/, warnings are errors
 #
