@@ -41,17 +41,8 @@ class BoundOutputs(Act):
         return hook
 
 
-class BoundOutputGradients(Act):
+class BoundOutputGradients(BoundOutputs):
     """The RMS of the gradient with respect to each module's output is."""
-
-    def __init__(self, modules: Iterable[str], usual: Mapping[str, float]) -> None:
-        super().__init__()
-        self._bounds = {path: LOOSE * usual[path] for path in modules if path in usual}
-
-    def install(self, subject: Subject) -> None:
-        for path, bound in self._bounds.items():
-            module = subject.model.get_submodule(path)
-            self.handles.append(module.register_forward_hook(self._hook(subject, bound)))
 
     def _hook(self, subject: Subject, bound: float) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

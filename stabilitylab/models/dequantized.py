@@ -36,10 +36,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stabilitylab.errors import InputError
+from stabilitylab.formats import E2M1, decode, unpack_4bit
 from stabilitylab.models.weight_files import FLOATS, StoredTensor, stored_tensors
 
-# E2M1's sixteen values by code: sign, two bits of exponent, one of mantissa.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _FP8 = {"F8_E4M3", "F8_E5M2"}
 _EXPONENTS = {"U8", "F8_E8M0"}
 _BLOCKS = (128, 64, 32, 16)
@@ -193,17 +192,13 @@ def dequantized(one: Codes, codes: Tensor, scale: Tensor, second: Tensor | None 
 
 
 def _scale_value(scale: Tensor) -> Tensor:
-    """A scale as a number; a byte is the exponent of a power of two, 127 above it."""
-    if scale.dtype == torch.uint8:
-        return torch.ldexp(torch.ones(scale.shape), scale.int() - 127)
-    return scale.float()
+    """A scale as a number; a byte is an E8M0 one, the exponent of a power of two, 127 above it."""
+    return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
 
 
 def _e2m1(byte: Tensor) -> Tensor:
     """Two numbers a byte, [..., n] -> [..., 2 n]."""
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
-    pairs = torch.stack((table[(byte & 15).int()], table[(byte >> 4).int()]), -1)
-    return pairs.flatten(-2)
+    return decode(unpack_4bit(byte), E2M1)
 
 
 def _spread(scale: Tensor, shape: torch.Size, one: Codes) -> Tensor:
