@@ -13,7 +13,7 @@ such a model is false. So tensors that are no floats are either understood here 
 
 ``_scale_inv`` multiplies too, whatever its name says (DeepSeek-V3). Of two codes in a byte the lower half is the first. A scale
 of one dimension belongs to rows; a scale smaller than its weight belongs to blocks, as many numbers wide as fit. The plain copy
-is made tensor by tensor in a temporary folder, in bf16 where that changes no bit, so memory holds one tensor at a time.
+is made tensor by tensor in a temporary folder, in 16 bits where that changes no bit, so memory holds one tensor at a time.
 
 Sources: OCP 8-bit Floating Point (OFP8) 1.0; OCP Microscaling Formats (MX) 1.0; DeepSeek-V3 (arXiv:2412.19437), section 3.3;
 the files of gpt-oss, ModelOpt, compressed-tensors.
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from stabilitylab.errors import InputError
 from stabilitylab.formats import E2M1, decode, unpack_4bit
+from stabilitylab.models.layers import narrowest
 from stabilitylab.models.weight_files import FLOATS, StoredTensor, stored_tensors
 
 _FP8 = {"F8_E4M3", "F8_E5M2"}
@@ -75,11 +76,11 @@ class Codes:
 
 
 @contextmanager
-def plain_folder(folder: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+def plain_folder(folder: Path) -> Iterator[tuple[Path, Mapping[str, StoredTensor], tuple[str, ...]]]:
     """A folder of plain numbers: the given one, or a temporary copy with its codes turned into numbers.
 
     Yields:
-        The folder, and notes on what was turned into what.
+        The folder, what its files hold, and notes on what was turned into what.
 
     Raises:
         InputError: it holds codes that are not understood.
@@ -87,7 +88,7 @@ def plain_folder(folder: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
     stored = stored_tensors(folder)
     found = understood(folder, stored)
     if not found:
-        yield folder, ()
+        yield folder, stored, ()
         return
     with tempfile.TemporaryDirectory(prefix="stabilitylab-") as name:
         plain = Path(name)
@@ -101,7 +102,11 @@ def plain_folder(folder: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
         _without_quantization(plain / "config.json")
         _write(plain, stored, found)
         kinds = sorted({one.format for one in found})
-        yield plain, (f"{len(found)} weights stored in {' and '.join(kinds)} are read as code x scale",)
+        yield (
+            plain,
+            stored_tensors(plain),
+            (f"{len(found)} weights stored in {' and '.join(kinds)} are read as code x scale",),
+        )
 
 
 def understood(folder: Path, stored: Mapping[str, StoredTensor]) -> list[Codes]:
@@ -254,15 +259,10 @@ def _write(plain: Path, stored: Mapping[str, StoredTensor], found: list[Codes]) 
         add(plain_tensor.name, _read(plain_tensor))
     for one in found:
         second = None if one.second is None else _read(one.second)
-        add(one.name, _short(dequantized(one, _read(one.codes), _read(one.scale), second)))
+        add(one.name, narrowest(dequantized(one, _read(one.codes), _read(one.scale), second)))
     flush()
     index = {"metadata": {}, "weight_map": weight_map}
     (plain / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-
-
-def _short(value: Tensor) -> Tensor:
-    short = value.bfloat16()
-    return short if torch.equal(short.float(), value) else value
 
 
 def _read(one: StoredTensor) -> Tensor:

@@ -37,7 +37,7 @@ from stabilitylab.models.dequantized import COMPANION, OF_ACTIVATIONS, plain_fol
 from stabilitylab.models.experts import split_experts
 from stabilitylab.models.text import TokenWindows
 from stabilitylab.models.text_model import TextModel
-from stabilitylab.models.weight_files import StoredTensor, stored_tensors
+from stabilitylab.models.weight_files import StoredTensor
 
 # What transformers raises over files that it cannot read; anything else is a defect.
 _UNREADABLE = (
@@ -73,8 +73,10 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
         InputError: transformers is missing, or cannot read the files.
     """
     folder = path if path.is_dir() and (path / "config.json").is_file() else None
-    plain_or_given = plain_folder(folder) if folder else contextlib.nullcontext((path, ()))
-    with plain_or_given as (plain, said), gguf_file.opened_once():
+    plain_or_given: contextlib.AbstractContextManager[
+        tuple[Path, Mapping[str, StoredTensor], tuple[str, ...]]
+    ] = plain_folder(folder) if folder else contextlib.nullcontext((path, {}, ()))
+    with plain_or_given as (plain, stored, said), gguf_file.opened_once():
         described = describe(path, plain)
         with quiet():
             module, info = described.read(
@@ -88,7 +90,6 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
             )
             tokenizer = described.tokenizer()
         _check_complete(path, module, info)
-        stored = stored_tensors(plain) if folder else {}
         notes = (*said, *_left_aside(path, module, info["unexpected_keys"], stored))
     prepare(module)
     return TextModel.of(

@@ -1,4 +1,4 @@
-"""A model's weights as a whole: whether they are finite, and a fingerprint that tells one model from another."""
+"""A model's weights: whether they are finite, a fingerprint that tells one model from another, and their shortest exact form."""
 
 from __future__ import annotations
 
@@ -46,3 +46,13 @@ def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def narrowest(tensor: Tensor) -> Tensor:
+    """The same numbers in 16 bits, where no bit is lost."""
+    if tensor.dtype == torch.float32:
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = tensor.to(dtype)
+            if torch.equal(narrow.float(), tensor):
+                return narrow
+    return tensor

@@ -18,7 +18,6 @@ Source: compressed-tensors 0.20 (``quantization/quant_args.py``, ``compressors/`
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,14 +29,15 @@ from torch import Tensor
 
 from stabilitylab.errors import InputError
 from stabilitylab.formats import pack_4bit
-from stabilitylab.models import TextModel, shared_parameters
+from stabilitylab.models import TextModel
 from stabilitylab.models.experts import SplitExperts
+from stabilitylab.models.layers import narrowest
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import quantizable_layers, quantized
 from stabilitylab.quantization.scheme import Scheme
-from stabilitylab.quantization.serialization import copy_companions, narrowest
+from stabilitylab.quantization.serialization import copy_companions, new_folder, unquantized_tensors
 
 NAME = "compressed-tensors"
 _TOKEN = {"num_bits": 8, "strategy": "token", "symmetric": True, "dynamic": True}
@@ -103,16 +103,11 @@ def save_compressed_tensors(model: TextModel, plan: QuantizationPlan, out: Path)
         InputError: ``out`` stands already, the plan is for another model, or a scheme has no form in compressed-tensors.
     """
     plan.require(model.fingerprint, model.name)
-    if out.exists():
-        raise InputError(f"{out} exists already: give another place, or remove it")
     if any(isinstance(module, SplitExperts) for module in model.module.modules()):
         raise InputError(
             f"{model.name} has experts, whose layers are not written as {NAME}: leave out --format"
         )
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
         copy_companions(model, partial)
         tensors, groups = _tensors(model, plan)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
@@ -120,9 +115,6 @@ def save_compressed_tensors(model: TextModel, plan: QuantizationPlan, out: Path)
         _write_config(partial / "config.json", groups, plan)
         plan.write(partial / "plan.json")
         (partial / "QUANTIZATION.md").write_text(card(plan), encoding="utf-8")
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return size
 
 
@@ -157,12 +149,7 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
         if twin.bias is not None:
             tensors[f"{path}.bias"] = narrowest(twin.bias)
         groups.setdefault(scheme.name, group).targets.append(path)
-    again = {name for several in shared_parameters(model.module) for name in several[1:]}
-    owned = tuple(f"{path}." for path in plan.schemes)
-    for name, tensor in model.module.state_dict().items():
-        if name not in again and not name.startswith(owned):
-            tensors[name] = narrowest(tensor).contiguous()
-    return tensors, list(groups.values())
+    return tensors | unquantized_tensors(model.module, plan.schemes), list(groups.values())
 
 
 def _integers(path: str, twin: QuantizedLinear) -> tuple[dict[str, Tensor], _Group]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.formats import Quantized, scaled_format, unpack_4bit
 from stabilitylab.models import TextModel, shared_parameters
 from stabilitylab.models.hugging_face import location, quiet, recognises
+from stabilitylab.models.layers import narrowest
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme
 from stabilitylab.quantization.freed_memory import give_back_memory
 from stabilitylab.quantization.linear import QuantizedLinear
@@ -56,21 +57,43 @@ def save_quantized(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
         InputError: ``out`` stands already, or the plan is for another model.
     """
     plan.require(model.fingerprint, model.name)
+    with new_folder(out) as partial:
+        copy_companions(model, partial)
+        tensors, header = _tensors(model, plan)
+        save_file(tensors, partial / WEIGHTS, metadata=header)
+        size = (partial / WEIGHTS).stat().st_size
+        plan.write(partial / PLAN)
+    return size
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that takes its name when all of it is written, and is gone where it was not.
+
+    Raises:
+        InputError: ``out`` stands already.
+    """
     if out.exists():
         raise InputError(f"{out} exists already: give another place, or remove it")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        copy_companions(model, partial)
-        tensors, header = _tensors(model, plan)
-        save_file(tensors, partial / WEIGHTS, metadata=header)
-        size = (partial / WEIGHTS).stat().st_size
-        plan.write(partial / PLAN)
+        yield partial
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return size
+
+
+def unquantized_tensors(module: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """What a model holds besides these layers, each in its shortest exact form; shared tensors once."""
+    again = {name for group in shared_parameters(module) for name in group[1:]}
+    owned = tuple(f"{path}." for path in layers)
+    return {
+        name: narrowest(tensor).contiguous()
+        for name, tensor in module.state_dict().items()
+        if name not in again and not name.startswith(owned)
+    }
 
 
 def header_of(path: Path) -> dict[str, Any] | None:
@@ -180,11 +203,8 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
             "fingerprint": getattr(twin, "layer", twin).fingerprint,
         }
     shared = shared_parameters(module)
-    again = {name for group in shared for name in group[1:]}
     owned = tuple(f"{path}." for path in layout)
-    for name, tensor in module.state_dict().items():
-        if name not in again and not name.startswith(owned):
-            tensors[name] = narrowest(tensor).contiguous()
+    tensors |= unquantized_tensors(module, layout)
     # Names under which a quantized layer stands a second time need no tensor: the layer is put in both places.
     groups = [group for group in shared if not any(name.startswith(owned) for name in group)]
     header = {
@@ -196,16 +216,6 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
     }
     # One entry, since several would come in another order every time.
     return tensors, {_FORMAT: json.dumps(header)}
-
-
-def narrowest(tensor: Tensor) -> Tensor:
-    """The same numbers in 16 bits, where no bit is lost."""
-    if tensor.dtype == torch.float32:
-        for dtype in (torch.bfloat16, torch.float16):
-            narrow = tensor.to(dtype)
-            if torch.equal(narrow.float(), tensor):
-                return narrow
-    return tensor
 
 
 def _layer(
