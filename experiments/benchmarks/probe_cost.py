@@ -1,6 +1,6 @@
-"""What the probes `weights` (every 10 steps) and `curvature` (every 50) add to a small model's training.
+"""What the probes `weights`, `formats` (every 10 steps) and `curvature` (every 50) add to a small model's training.
 
-    python -m experiments.benchmarks probe_cost [--rounds 20] [--json]
+    python -m experiments.benchmarks probe_cost [--rounds 20] [--probes formats] [--json]
 
 A GPT of 6 layers of 256 trains with nothing but the probe watching. A measured step and the one after it, which is not, make a
 pair; its difference, over what a step takes and over the cadence, is the cost. Processor time, median over pairs.
@@ -22,10 +22,11 @@ from experiments.benchmarks._monitor_arms import GPT, TOKENS, VOCABULARY
 from stabilitylab import Monitor, Schedule
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.curvature import CurvatureProbe
+from stabilitylab.probes.formats import FormatProbe
 from stabilitylab.probes.weights import WeightProbe
 
 SHAPE, ROWS = (6, 256, 4), 4
-CADENCE = {"weights": 10, "curvature": 50}
+CADENCE = {"weights": 10, "formats": 10, "curvature": 50}
 
 
 class _Nowhere:
@@ -45,9 +46,12 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens = torch.randint(VOCABULARY, (ROWS, TOKENS + 1))
     loss = _loss(model, tokens)
-    probe: Probe = (
-        WeightProbe() if name == "weights" else CurvatureProbe(lambda: torch.autograd.backward(loss()))
-    )
+    made: dict[str, Callable[[], Probe]] = {
+        "weights": WeightProbe,
+        "formats": FormatProbe,
+        "curvature": lambda: CurvatureProbe(lambda: torch.autograd.backward(loss())),
+    }
+    probe = made[name]()
     schedule, sink = Schedule(every=0, probes={name: 2}, dense_steps=0), _Nowhere()
     seconds = []
     with Monitor(model, optimizer, probes=[probe], schedule=schedule, sinks=[sink], detector=None) as monitor:
@@ -73,13 +77,14 @@ def _loss(model: nn.Module, tokens: Tensor) -> Callable[[], Tensor]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure both and print."""
+    """Measure each and print."""
     parser = argparse.ArgumentParser(prog="experiments.benchmarks probe_cost")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--probes", nargs="+", choices=tuple(CADENCE), default=tuple(CADENCE))
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(list(argv))
     torch.set_num_threads(1)
-    found = {name: measure(name, asked.rounds) for name in CADENCE}
+    found = {name: measure(name, asked.rounds) for name in asked.probes}
     if asked.json:
         print(json.dumps(found))
     for name, of in found.items() if not asked.json else ():

@@ -80,6 +80,8 @@ class MonitorConfig:
         weights_every: steps between measurements of the weights themselves (norms, largest singular values, angles); 0: never.
         curvature_every: steps between measurements of how much more rate the run would bear, each one more forward and backward
             pass; 0: never. fp32 in one process only.
+        formats_every: steps between measurements of what formats of few bits would cost every linear layer, which
+            ``stabilitylab forecast`` extrapolates; 0: never.
         recorder: measure every step, hold the last so many steps, and write them in full when something breaks; 0: off.
     """
 
@@ -90,9 +92,18 @@ class MonitorConfig:
     recorder: int = 0
     weights_every: int = 0
     curvature_every: int = 0
+    formats_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("every", "gradients_every", "recorder", "weights_every", "curvature_every"):
+        counted = (
+            "every",
+            "gradients_every",
+            "recorder",
+            "weights_every",
+            "curvature_every",
+            "formats_every",
+        )
+        for name in counted:
             if getattr(self, name) < 0:
                 raise InputError(f"monitor.{name} counts steps: 0 (off) or more, got {getattr(self, name)}")
 

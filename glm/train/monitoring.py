@@ -30,6 +30,7 @@ from stabilitylab.monitoring.schedule import Schedule
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.curvature import CurvatureProbe
 from stabilitylab.probes.everything import all_probes
+from stabilitylab.probes.formats import FormatProbe
 from stabilitylab.probes.weights import WeightProbe
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.telemetry import Event
@@ -110,6 +111,7 @@ class MonitorCallback(Callback):
             "gradients": own.gradients_every,
             WeightProbe.name: own.weights_every,
             CurvatureProbe.name: own.curvature_every,
+            FormatProbe.name: own.formats_every,
         }
         return Schedule(every=own.every, probes=cadence)
 
@@ -118,6 +120,8 @@ class MonitorCallback(Callback):
         probes = [*all_probes(), self._range]
         if self._config.weights_every:
             probes.append(WeightProbe())
+        if self._config.formats_every:
+            probes.append(FormatProbe())
         if self._config.curvature_every:
 
             def backward() -> None:

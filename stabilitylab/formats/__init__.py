@@ -32,7 +32,7 @@ from stabilitylab.formats.scaled import (
     scaled_format,
 )
 from stabilitylab.formats.watching import FormatWatch
-from stabilitylab.formats.what_if import FormatError, what_if
+from stabilitylab.formats.what_if import FormatError, gaussian_error, what_if, what_if_format, what_if_sums
 
 __all__ = [
     "BF16",
@@ -53,6 +53,7 @@ __all__ = [
     "dequantize",
     "encode",
     "fake_quantize",
+    "gaussian_error",
     "number_format",
     "pack_4bit",
     "quantize",
@@ -63,4 +64,6 @@ __all__ = [
     "unpack_4bit",
     "unrotate",
     "what_if",
+    "what_if_format",
+    "what_if_sums",
 ]

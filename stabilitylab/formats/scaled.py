@@ -187,11 +187,19 @@ def fake_quantize(
     return _multiplied(values, kind, scales, tensor_scale)
 
 
-def _scales(x: Tensor, kind: ScaledFormat) -> tuple[Tensor | None, Tensor | None]:
-    """Of every block, as they are stored, and of the tensor."""
+def _scales(
+    x: Tensor, kind: ScaledFormat, whole: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of every block, as they are stored, and of the tensor.
+
+    Args:
+        x: a tensor; or rows [R, K] of several.
+        kind: the format.
+        whole: [R, 1], of each row the largest magnitude of the tensor that it is from; None: x is all of one tensor.
+    """
     if kind.scale == "none" or not x.numel():
         return None, None
-    largest = block_maxima(x, kind.block)
+    largest = block_maxima(x, kind.block) if whole is None or kind.block != (None, None) else whole
     element = kind.element
     if kind.scale == "fp32":
         scale = largest / element.largest
@@ -206,7 +214,7 @@ def _scales(x: Tensor, kind: ScaledFormat) -> tuple[Tensor | None, Tensor | None
             field = (largest.view(torch.int32) >> 23) - element.largest_exponent
         field = torch.where(largest.isfinite(), field.clamp(0, 254), 255)
         return field.to(torch.uint8).view(torch.float8_e8m0fnu), None
-    tensor_scale = largest.amax() / (E4M3.largest * element.largest)
+    tensor_scale = (largest.amax() if whole is None else whole) / (E4M3.largest * element.largest)
     # Where the tensor's own scale falls out of fp32 there is nothing to tell from zero.
     tensor_scale = torch.where(tensor_scale == 0, 1.0, tensor_scale)
     blocks = encode(largest / element.largest / tensor_scale, E4M3)

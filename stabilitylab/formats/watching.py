@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
-from stabilitylab.formats.scaled import scaled_format
-from stabilitylab.formats.what_if import FormatError, what_if_values
+from stabilitylab.formats.what_if import FormatError, what_if_format, what_if_values
 
 OPERANDS = ("input", "weight", "gradient")
 
@@ -33,7 +32,7 @@ class FormatWatch:
 
     Args:
         model: whose layers.
-        formats: names of ``scaled_format``.
+        formats: names of ``what_if_format``.
         sites: glob of the layers' paths.
 
     Raises:
@@ -41,7 +40,7 @@ class FormatWatch:
     """
 
     def __init__(self, model: nn.Module, formats: Sequence[str], *, sites: str = "*") -> None:
-        self._formats = {name: scaled_format(name) for name in formats}
+        self._formats = {name: what_if_format(name) for name in formats}
         self._modules = {
             path: module
             for path, module in model.named_modules()

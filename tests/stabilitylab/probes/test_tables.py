@@ -16,6 +16,7 @@ from stabilitylab import Monitor
 from stabilitylab.probes.base import Probe
 from stabilitylab.probes.curvature import CurvatureProbe
 from stabilitylab.probes.everything import all_probes
+from stabilitylab.probes.formats import FormatProbe
 from stabilitylab.probes.weights import WeightProbe
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording
@@ -44,7 +45,8 @@ def with_tables() -> list[str]:
 
 def every_probe(model: nn.Module) -> list[Probe]:
     """All, and those that are asked for."""
-    return [*all_probes(), WeightProbe(), CurvatureProbe(lambda: next_token_loss(model, batch(0)).backward())]
+    curvature = CurvatureProbe(lambda: next_token_loss(model, batch(0)).backward())
+    return [*all_probes(), WeightProbe(), curvature, FormatProbe()]
 
 
 def test_every_probe_has_a_table() -> None:
@@ -74,6 +76,7 @@ def test_table_equals_what_is_emitted(module: str) -> None:
             monitor.step(step)
     families = {"embedding_rows": "gradient", "gradients": "gradient", "activations": "activation"}
     families |= {"activation_gradients": "activation_gradient", "updates": "update", "weights": "weight"}
+    families |= {"formats": "format"}
     family = families.get(module, module)
     emitted = {name.rpartition("/")[2] for _, name, _ in sink.rows if name.startswith(f"{family}/")}
     assert emitted == set(table(module))

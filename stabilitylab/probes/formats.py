@@ -1,0 +1,233 @@
+"""What formats of few bits would cost the operands of every linear layer, followed over training.
+
+Operands are a layer's input, its weight and the gradient of its output: the three that a product in a format takes. Of each,
+``ROWS`` rows are looked at, from the middles of equal stretches (so not the first token, whose state is often massive and which
+every scale of the whole tensor knows anyway), with the largest magnitude of the whole tensor, which scales of a tensor are made
+of. Micro-batches: the first of a step. Training is not changed, and nothing is rounded but copies.
+
+Family ``format``, site = module path with ``:input``, ``:weight`` or ``:gradient``:
+
+| statistic | meaning | unit | source |
+| --- | --- | --- | --- |
+| int8-tensor_error | sqrt(sum (x^ - x)^2 / sum x^2), x^ in int8 with one scale a tensor | 1 | formats/what_if.py |
+| int8-tensor_underflow | share of the numbers that are not 0 and become 0 | 1 | formats/what_if.py |
+| int8-tensor_overflow | share beyond the format's largest number, or not finite | 1 | formats/what_if.py |
+| int8-row_error | the same of int8 with a scale a token, or output channel of a weight | 1 | formats/what_if.py |
+| int8-row_underflow | likewise | 1 | formats/what_if.py |
+| int8-row_overflow | likewise | 1 | formats/what_if.py |
+| fp8-e4m3-tensor_error | of FP8 E4M3 with one scale a tensor | 1 | arXiv:2209.05433 |
+| fp8-e4m3-tensor_underflow | likewise | 1 | arXiv:2209.05433 |
+| fp8-e4m3-tensor_overflow | likewise | 1 | arXiv:2209.05433 |
+| mxfp4_error | of E2M1 in groups of 32 with scales that are powers of two | 1 | OCP Microscaling 1.0 |
+| mxfp4_underflow | likewise | 1 | OCP Microscaling 1.0 |
+| mxfp4_overflow | likewise: up to a quarter of a group's largest may be cut off | 1 | OCP Microscaling 1.0 |
+| nvfp4_error | of E2M1 in groups of 16 with E4M3 scales and one a tensor | 1 | arXiv:2509.25149 |
+| nvfp4_underflow | likewise | 1 | arXiv:2509.25149 |
+| nvfp4_overflow | likewise | 1 | arXiv:2509.25149 |
+
+Other formats may be asked for: ``FormatProbe(("fp8-e5m2-tensor", "int4-tile32"))``. Not among ``all_probes()``. Gradients are
+measured as a format would have to hold them, with the loss scale in them. ``stabilitylab forecast`` reads this family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.compat import DisableTorchFunction
+from stabilitylab.errors import InputError
+from stabilitylab.formats import what_if_format, what_if_sums
+from stabilitylab.model_structure import is_linear, named_modules
+from stabilitylab.probes import activation_gradients, activations
+from stabilitylab.probes.base import Context, Found, KeyTable, Readings
+from stabilitylab.probes.compiled import register, unregister
+from stabilitylab.probes.hooks import Hook
+from stabilitylab.probes.sites import counts, tensor_in
+from stabilitylab.statistics.buffer import Slots
+from stabilitylab.statistics.gathering import Gathered
+from stabilitylab.statistics.summary import measurable
+
+FORMATS = ("int8-tensor", "int8-row", "fp8-e4m3-tensor", "mxfp4", "nvfp4")
+ROWS = 8
+_SHARED = 2  # numbers of a sample that all formats share: how many, and the sum of their squares
+_EACH = 3  # numbers of a format: what_if_sums
+_OPERANDS = (":input", ":weight", ":gradient")
+
+
+class FormatProbe:
+    """Errors of formats; see the module's docstring.
+
+    Args:
+        formats: names of ``what_if_format``; no blocks of several rows (a sample of rows has none).
+        rows: how many of each operand.
+
+    Raises:
+        InputError: there is no such format, or its blocks span several rows; no rows.
+    """
+
+    name = "formats"
+
+    def __init__(self, formats: Sequence[str] = FORMATS, *, rows: int = ROWS) -> None:
+        if not formats or rows < 1:
+            raise InputError(
+                f"the probe of formats takes a format and a row at least, got {formats!r}, {rows}"
+            )
+        self._formats = {name: what_if_format(name) for name in formats}
+        for name, kind in self._formats.items():
+            if kind.block[0] not in (None, 1):
+                raise InputError(
+                    f"blocks of {name} span {kind.block[0]} rows, and rows are sampled one by one: choose a format with a scale a "
+                    "tensor, a row, or a part of a row"
+                )
+        self._rows = rows
+        statistics = [f"{name}_{what}" for name in formats for what in ("error", "underflow", "overflow")]
+        self._keys = KeyTable("format", statistics)
+        self._layers: dict[str, nn.Module] = {}
+        self._handles: list[Any] = []
+        self._states: list[Tensor] = []
+        self._slots: dict[str, Slots] = {}
+        # Of each operand of this step: rows of it, and its largest magnitude.
+        self._taken: dict[str, tuple[Tensor, Tensor]] = {}
+        self._armed = False
+
+    def attach(self, context: Context) -> None:
+        """Choose the layers."""
+        self._context = context
+        for path, module in named_modules(context.model):
+            if is_linear(module) and any(context.wanted(f"{path}{end}") for end in ("", *_OPERANDS)):
+                self._layers[path] = module
+
+    def arm(self, measured: bool) -> None:
+        """Put the hooks in place, or take them away."""
+        self._taken.clear()
+        self._armed = measured
+        self._context.follow_compiler()
+        wanted = measured or self._context.compiled
+        if wanted == bool(self._handles):
+            return
+        if not wanted:
+            self.detach()
+            return
+        guarded = self._context.guarded
+        for path, module in self._layers.items():
+            forward, backward = self._taker(path, module, ":input"), self._taker(path, None, ":gradient")
+            inside, outside = (register(guarded(self.name, taker)) for taker in (forward, backward))
+            self._states += [inside, outside]
+            eager = guarded(self.name, self._hook(forward, backward))
+            seen = activations.traceable(self._context, eager, inside, None)
+            self._handles.append(module.register_forward_hook(Hook(seen), with_kwargs=True))
+            if self._context.compiled:
+                nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+                shown = activation_gradients.traceable(self._context, nothing, outside)
+                self._handles.append(module.register_forward_hook(Hook(shown)))
+
+    def _hook(self, forward: Callable[[Tensor], None], backward: Callable[[Tensor], None]) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not self._armed or not counts(module):
+                return
+            with DisableTorchFunction():
+                x, y = tensor_in(args) if args else tensor_in(kwargs), tensor_in(output)
+                if x is not None:
+                    forward(x)
+                if y is not None and y.requires_grad and not y.is_leaf:
+                    y.register_hook(self._context.guarded(self.name, backward))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _taker(self, path: str, module: nn.Module | None, operand: str) -> Callable[[Tensor], None]:
+        """Takes a layer's operand, and with ``module`` its weight."""
+
+        @torch.no_grad()
+        def take(x: Tensor) -> None:
+            if not self._armed or f"{path}{operand}" in self._taken:
+                return
+            self._take(f"{path}{operand}", x)
+            weight = _matrix(module, x.shape[-1]) if module is not None else None
+            if weight is not None:
+                self._take(f"{path}:weight", weight)
+
+        return take
+
+    def _take(self, site: str, x: Tensor) -> None:
+        path = site.rpartition(":")[0]
+        if not (self._context.wanted(path) or self._context.wanted(site)):
+            return
+        x = x.detach()
+        # Subclasses (a shard of a weight, a weight that is stored as codes) have no rows to look at.
+        if type(x) is not Tensor or not measurable(x) or not x.is_floating_point() or x.dim() < 2:
+            return
+        matrix = x.flatten(0, -2)
+        stride = max(1, len(matrix) // self._rows)
+        sample = matrix[stride // 2 :: stride][: self._rows].float().clone()
+        # One pass without a copy; |x| and norms take fifteen times as long on a CPU.
+        lowest, highest = torch.aminmax(matrix)
+        largest = torch.maximum(-lowest, highest).float()
+        own = sample.nan_to_num(0.0, 0.0, 0.0).abs().amax()
+        self._taken[site] = sample, torch.where(largest.isfinite(), largest, own)
+
+    def gradients(
+        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
+    ) -> None:
+        """Not this probe's business."""
+
+    @torch.no_grad()
+    def collect(self) -> Found | None:
+        """Round all samples of one shape at once."""
+        if not self._taken:
+            return None
+        alike: dict[tuple[torch.Size, torch.device], list[str]] = {}
+        for site, (sample, _) in self._taken.items():
+            alike.setdefault((sample.shape, sample.device), []).append(site)
+        for sites in alike.values():
+            x_SRK = torch.stack([self._taken[site][0] for site in sites])
+            largest_S = torch.stack([self._taken[site][1] for site in sites])
+            finite = x_SRK.nan_to_num(0.0, 0.0, 0.0)
+            squares_S = torch.linalg.vector_norm(finite, dim=(1, 2), dtype=torch.float64).square()
+            count_S = torch.full_like(squares_S, x_SRK[0].numel())
+            sums = [what_if_sums(x_SRK, kind, largest_S) for kind in self._formats.values()]
+            for site, numbers in zip(
+                sites, torch.cat([count_S[:, None], squares_S[:, None], *sums], dim=1), strict=True
+            ):
+                slots = self._slots.get(site)
+                if slots is None or slots.device != numbers.device:
+                    slots = self._context.buffer.reserve("sums", len(numbers), numbers.device)
+                    self._slots[site] = slots
+                self._context.buffer.put(slots, numbers)
+        found = tuple(self._taken)
+        self._taken.clear()
+        return Found(sites=found, slots=[(self._slots[site],) for site in found])
+
+    def finish(self, gathered: Gathered) -> Readings:
+        """The table's statistics."""
+        rows = np.asarray(gathered.rows(), dtype=np.float64)
+        count, squares = rows[:, :1], rows[:, 1:_SHARED]
+        sums = rows[:, _SHARED:].reshape(len(rows), -1, _EACH)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            error = np.where(squares > 0, np.sqrt(sums[..., 0] / squares), 0.0)
+            values = np.stack([error, sums[..., 1] / count, sums[..., 2] / count], axis=-1)
+        return Readings(self._keys.keys(gathered.sites), values.ravel())
+
+    def detach(self) -> None:
+        """Remove the hooks, and whatever compiled graphs would show us."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for state in self._states:
+            unregister(state)
+        self._states.clear()
+        self._taken.clear()
+
+
+def _matrix(module: nn.Module, width: int) -> Tensor | None:
+    """The weight as [out, in], where in is ``width``; None where it is no such matrix."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    weight = (
+        weight.detach() if isinstance(module, nn.Linear) or weight.shape[0] != width else weight.detach().T
+    )
+    return weight if weight.shape[1] == width else None
