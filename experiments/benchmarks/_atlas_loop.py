@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from experiments.benchmarks._atlas_recipes import CLIMBS, Recipe
+from experiments.benchmarks._atlas_recipes import AGED, CLIMBS, RATE, Recipe
 from experiments.benchmarks._planted import Subject, tokens
-from experiments.benchmarks._planted_models import GPT
+from experiments.benchmarks._planted_models import GPT, LAYERS
 
-_OTHER_CHAIN = 12_345_678
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class AtlasLoop:
@@ -24,12 +25,15 @@ class AtlasLoop:
     and one that leaves another batch out is not rid of anything else.
     """
 
-    def __init__(self, recipe: Recipe | None, seed: int, planted: int) -> None:
+    def __init__(self, recipe: Recipe | None, seed: int, planted: int, *, layers: int = LAYERS) -> None:
         self.recipe, self.seed, self.planted = recipe or Recipe(name="", family="", cause=""), seed, planted
         torch.manual_seed(seed)
-        self.model: nn.Module = GPT()
+        self.model: nn.Module = GPT(layers)
         of = self.recipe
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, betas=(0.9, of.beta2))
+        # One kernel for all tensors: a quarter of a small model's step otherwise.
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=RATE, betas=(0.9, of.beta2), fused=True
+        )
         self.subject = Subject(
             model=self.model,
             weights=dict(self.model.named_parameters()),
@@ -37,6 +41,8 @@ class AtlasLoop:
             parts=GPT.parts,
         )
         self.step = 0
+        # What was measured of the weights on the way, by step.
+        self.measures: dict[int, dict[str, float]] = {}
         if of.install is not None:
             of.install(self.subject)
 
@@ -51,15 +57,14 @@ class AtlasLoop:
     def batch(self, index: int) -> Tensor:
         """[ROWS, LENGTH + 1]"""
         of = self.recipe
-        shifted = of.shift and index >= self.planted
-        batch = tokens(self.seed, index)
-        if shifted:  # the same chain, spoken backwards
-            batch = batch.flip(1).contiguous()
+        batch = chain(self.seed, index)
+        if of.shift is not None and index >= self.planted:
+            batch = of.shift(batch)
         return of.spoil(batch) if of.spoil is not None and index == self.planted else batch
 
     def loss(self, batch: Tensor) -> Tensor:
-        half = self.recipe.precision == "bf16"
-        with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
+        narrow = _PRECISIONS.get(self.recipe.precision)
+        with torch.autocast("cpu", narrow) if narrow is not None else contextlib.nullcontext():
             logits = self.model(batch[:, :-1])
         return cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
@@ -69,6 +74,8 @@ class AtlasLoop:
     def train_step_without(self, index: int, rows: Sequence[int]) -> float:
         of, s = self.recipe, self.subject
         s.is_on, s.once = self.step >= self.planted, self.step == self.planted
+        if of.aged and self.step == AGED:
+            age(self.optimizer)
         if s.once and of.act is not None:
             with torch.no_grad():
                 of.act(s)
@@ -96,3 +103,20 @@ class AtlasLoop:
             norm = torch.stack([torch.linalg.vector_norm(g) for g in gradients if g is not None]).norm()
             found.append((float(loss.detach()), float(norm)))
         return found
+
+
+@torch.no_grad()
+def age(optimizer: torch.optim.Optimizer, updates: float = 1e6) -> None:
+    """Moments free of their bias, and a count of updates at which none is left: as of a long run that has been like this."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            for name, beta in zip(("exp_avg", "exp_avg_sq"), group["betas"], strict=True):
+                state[name].div_(1 - beta ** float(state["step"]))
+            state["step"].fill_(updates)
+
+
+@functools.lru_cache(maxsize=4096)
+def chain(seed: int, index: int) -> Tensor:
+    """[ROWS, LENGTH + 1] of the healthy chain; not to be written to."""
+    return tokens(seed, index)

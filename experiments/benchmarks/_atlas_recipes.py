@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from experiments.benchmarks._planted import ROWS, Subject
-from experiments.benchmarks._planted_models import HEADS, LAYERS, VOCABULARY, WIDTH
+from experiments.benchmarks._planted_models import HEADS, VOCABULARY, WIDTH
 
 Doing = Callable[[Subject], object]
-CLIMBS = 40
-MATRICES = ("attn.query", "attn.value", "attn.output", "up", "down")
+# Blocks of the atlas' model, its usual rate, the updates from which climbing rates climb and at which moments age.
+BLOCKS, RATE, CLIMBS, AGED = 3, 3e-3, 40, 24
+MATRICES = ("attn.value", "attn.output", "up", "down")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,11 @@ class Recipe:
     Attributes:
         name: family, place and strength. family: recipes of one family differ in place and strength. cause: the word for it;
         ``causes``: further ones that are as right. site: the module; "" for what has no place. act: done to weights, moments or
-        settings before the step. install: hooks, once. spoil: what becomes of the step's batch. shift: the data are another
-        chain's from the step on. rate, beta2, climb: the step's rate over the usual one; the run's beta2; the rate's factor at
-        each update from ``CLIMBS`` on. clip: of the gradient norm; 0: none. precision: "fp32", or that of autocast. planted:
-        whether it is done at a step, and not a setting of the whole run.
+        settings before the step. install: hooks, once. spoil: what becomes of the step's batch. shift: what becomes of it and of
+        all that follow. rate: the step's over the usual one. beta2: the run's. aged: from update ``AGED`` on the moments are those
+        of a run of a million updates. climb: the rate's factor at each update from ``CLIMBS`` on. clip: of the gradient norm; 0:
+        none. precision: "fp32", or that of autocast. planted: whether it is done at a step, and not a setting of the whole run;
+        ``lasts``: it goes on after its step.
     """
 
     name: str
@@ -45,13 +47,20 @@ class Recipe:
     act: Doing | None = None
     install: Doing | None = None
     spoil: Callable[[Tensor], Tensor] | None = None
-    shift: bool = False
+    shift: Callable[[Tensor], Tensor] | None = None
     rate: float = 1.0
     beta2: float = 0.95
+    aged: bool = False
     climb: float = 1.0
     clip: float = 1.0
     precision: str = "fp32"
     planted: bool = True
+    lasts: bool = False
+
+    @property
+    def passes(self) -> bool:
+        """Whether what is done is over after its step, and what follows is the run's own."""
+        return self.planted and not self.lasts and self.shift is None and self.rate == 1.0
 
     @property
     def held_out(self) -> bool:
@@ -122,13 +131,76 @@ def _gradient(site: str, factor: float) -> Doing:
     return install
 
 
+def _backward(site: str, factor: float) -> Doing:
+    """What flows back into a module's output, once."""
+
+    def install(s: Subject) -> None:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if output.requires_grad and s.once:
+                output.register_hook(lambda g: g * factor)  # type: ignore[no-untyped-call]
+
+        s.model.get_submodule(site).register_forward_hook(hook)
+
+    return install
+
+
+def _scale(site: str, factor: float) -> Doing:
+    """A linear layer at another scale, which a power of two undoes behind it: nothing changes but in a narrow format."""
+
+    def install(s: Subject) -> None:
+        layer = s.model.get_submodule(site)
+
+        def before(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+            return (args[0].float() * factor,) if s.is_on else None
+
+        def after(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            bias = s.weights.get(f"{site}.bias", torch.zeros(()))
+            return (output.float() - bias) / factor + bias if s.is_on else None
+
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
+
+    return install
+
+
 def _random(batch: Tensor) -> Tensor:
     dice = torch.Generator().manual_seed(int(batch.sum()))
     return torch.randint(VOCABULARY, batch.shape, generator=dice)
 
 
+def _constant(batch: Tensor) -> Tensor:
+    return torch.full_like(batch, int(batch.flatten()[0]))
+
+
 def _rows(count: int, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda batch: torch.cat([change(batch[:count]), batch[count:]])
+
+
+def _backwards(batch: Tensor) -> Tensor:
+    return batch.flip(1).contiguous()
+
+
+_NAMES = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(11))
+
+# What a batch is spoiled to.
+_SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
+    "random": _random,
+    "one token": _constant,
+    "one row eight times": lambda x: x[:1].expand_as(x).flip(1).contiguous(),
+    "six rows of one token": _rows(6, _constant),
+    "four rows at random": _rows(ROWS // 2, _random),
+    "two rows at random": _rows(2, _random),
+    "backwards": _backwards,
+    "other names": lambda x: _NAMES[x],
+    "two tokens in turn": lambda x: x[:1, :2].repeat(ROWS, x.shape[1] // 2 + 1)[:, : x.shape[1]].contiguous(),
+}
+# Other data from a step on.
+_SHIFTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "backwards": _backwards,
+    "other names": lambda x: _NAMES[x],
+    "six rows backwards": _rows(6, _backwards),
+    "four rows of other names": _rows(4, lambda x: _NAMES[x]),
+}
 
 
 def recipes() -> list[Recipe]:
@@ -137,73 +209,58 @@ def recipes() -> list[Recipe]:
 
 
 def _all() -> Iterator[Recipe]:
-    for block in range(LAYERS):
+    for block in range(BLOCKS):
         yield from _of_block(f"blocks.{block}")
-    for factor in (3000.0, 30000.0):
-        yield _recipe(
-            "embedding row",
-            "parameter",
-            "embed",
-            f"x {factor:g}",
-            act=lambda s, f=factor: _weight(s, "embed")[:16].mul_(f),
-        )
+    for count in (8, 16, 24):
+        act = lambda s, n=count: _weight(s, "embed")[:n].copy_(30 * _weight(s, "embed")[32 : 32 + n])  # noqa: E731
+        yield _recipe("embedding rows", "parameter", "embed", f"{count} of others", act=act)
     for factor in (10.0, 30.0, -1.0):
         yield _recipe("head", "parameter", "head", f"x {factor:g}", act=_scaled("head", factor))
     for factor in (0.0, 1e-6, 1e-8):
         yield _recipe("second moments", "optimizer", "", f"x {factor:g}", act=_moments("exp_avg_sq", factor))
-    for factor in (50.0, 100.0, 300.0):
+    for factor in (-30.0, 50.0, 100.0, 300.0):
         yield _recipe("first moments", "optimizer", "", f"x {factor:g}", act=_moments("exp_avg", factor))
-    for site in ("head", "blocks.0", "blocks.3"):
+    for site in ("head", *(f"blocks.{block}" for block in range(BLOCKS))):
         yield _recipe(
             "moments of one part", "optimizer", "", f"of {site}", act=_moments("exp_avg", 1000.0, site)
         )
     for factor in (20.0, 40.0, 80.0, 160.0):
         yield _recipe("rate", "learning-rate", "", f"x {factor:g}", rate=factor)
-    for value in (30.0, 100.0):
-        yield _recipe("weight decay", "optimizer", "", f"to {value:g}", act=_setting("weight_decay", value))
-    yield _recipe("first beta", "optimizer", "", "to -0.9", act=_setting("betas", (-0.9, 0.95)))
-    constant = lambda x: torch.full_like(x, int(x.flatten()[0]))  # noqa: E731
-    for name, spoil in {
-        "random": _random,
-        "one token": constant,
-        "one row eight times": lambda x: x[:1].expand_as(x).flip(1).contiguous(),
-        "six rows of one token": _rows(6, constant),
-        "four rows at random": _rows(ROWS // 2, _random),
-    }.items():
-        yield _recipe("batch", "batch", "", name, spoil=spoil)
-    yield _recipe("mixture", "batch", "", "another chain", shift=True)
-    for climb, clip in itertools.product((1.09, 1.12), (0.0, 1.0)):
+    for value in (30.0, 100.0, 300.0):
         yield _recipe(
-            "climbing rate",
-            "learning-rate",
-            "",
-            f"by {climb:g}, clip {clip:g}",
-            climb=climb,
-            clip=clip,
-            planted=False,
+            "weight decay", "optimizer", "", f"to {value:g}", act=_setting("weight_decay", value), lasts=True
         )
+    for value in (-0.9, -0.95, -0.99):
+        yield _recipe(
+            "first beta", "optimizer", "", f"to {value:g}", act=_setting("betas", (value, 0.95)), lasts=True
+        )
+    for name, change in _SPOILED.items():
+        yield _recipe("batch", "batch", "", name, spoil=change)
+    for name, change in _SHIFTED.items():
+        yield _recipe("mixture", "batch", "", name, shift=change)
+    for climb, clip in itertools.product((1.15, 1.2), (0.0, 1.0)):
+        name = f"by {climb:g}, clip {clip:g}"
+        yield _recipe("climbing rate", "learning-rate", "", name, climb=climb, clip=clip, planted=False)
+    # The same climb is too much at the usual beta2 and format as well: the rate is what is at fault.
     for beta2 in (0.999, 0.9999):
         yield _recipe(
-            "large beta2", "optimizer", "", f"{beta2:g}", beta2=beta2, climb=1.09, clip=0.0, planted=False
+            "large beta2", "learning-rate", "", f"{beta2:g}", beta2=beta2, climb=1.15, clip=0.0, planted=False
         )
-    yield _recipe("format", "overflow", "", "bf16", precision="bf16", climb=1.09, clip=0.0, planted=False)
+    yield _recipe(
+        "format", "learning-rate", "", "bf16", precision="bf16", climb=1.15, clip=0.0, planted=False
+    )
 
 
 def _of_block(block: str) -> Iterator[Recipe]:
     odd = int(block[-1]) % 2
+    norm = f"{block}.ln{1 + odd}"
     for factor in (50.0, 200.0):
-        yield _recipe(
-            "norm gain",
-            "parameter",
-            f"{block}.ln{1 + odd}",
-            f"x {factor:g}",
-            act=_scaled(f"{block}.ln{1 + odd}", factor),
-        )
+        yield _recipe("norm gain", "parameter", norm, f"x {factor:g}", act=_scaled(norm, factor))
     for site in MATRICES:
         path = f"{block}.{site}"
         yield _recipe("weight NaN", "parameter", path, "", act=_put(path, float("nan")))
         yield _recipe("one weight", "parameter", path, "1e4", act=_put(path, 1e4))
-    for site, factor in (("attn.query", 300.0), ("attn.output", 30.0), ("down", 30.0), ("up", -3.0)):
+    for site, factor in (("attn.query", 1e25), ("attn.output", 30.0), ("down", 30.0), ("up", -3.0)):
         path = f"{block}.{site}"
         yield _recipe("matrix", "parameter", path, f"x {factor:g}", act=_scaled(path, factor))
     value, head = f"{block}.attn.value", WIDTH // HEADS
@@ -213,6 +270,18 @@ def _of_block(block: str) -> Iterator[Recipe]:
     for site in ("up", "attn.output"):
         path = f"{block}.{site}"
         yield _recipe("overflow", "overflow", path, "", install=_overflow(path))
+    for site in ("up", "down", "attn.value"):
+        path = f"{block}.{site}"
+        # Sums of some tens leave fp16 at 65504.
+        yield _recipe(
+            "fp16 scale",
+            "overflow",
+            path,
+            "x 2^16",
+            install=_scale(path, 2.0**16),
+            precision="fp16",
+            lasts=True,
+        )
     for site, factor in (("down", 50.0), ("attn.output", 100.0), ("ln1", 50.0)):
         path = f"{block}.{site}"
         yield _recipe(
@@ -221,14 +290,28 @@ def _of_block(block: str) -> Iterator[Recipe]:
             path,
             f"x {factor:g}",
             install=_output(path, factor),
+            lasts=True,
             causes=("attention",) * (site == "ln1"),
         )
     query = f"{block}.attn.query"
     yield _recipe(
-        "query output", "attention", query, "x 300", install=_output(query, 300.0), causes=("activation",)
+        "query output",
+        "attention",
+        query,
+        "x 1e25",
+        install=_output(query, 1e25),
+        lasts=True,
+        causes=("activation",),
     )
-    path = f"{block}.down"
-    yield _recipe("one gradient", "gradient", path, "x 1e6", install=_gradient(path, 1e6))
+    # A long memory of the second moments, in a run as old as it: one gradient moves weights for tens of updates. A short memory
+    # takes it in.
+    for site, beta2 in itertools.product(("up", "down", "attn.value"), (0.999, 0.9999)):
+        path = f"{block}.{site}"
+        own: dict[str, Any] = {"beta2": beta2, "aged": True, "clip": 0.0}
+        strength = f"x 1e6, beta2 {beta2:g}"
+        if beta2 > 0.999 and site != "attn.value":
+            yield _recipe("one gradient", "gradient", path, strength, install=_gradient(path, 1e6), **own)
+        yield _recipe("backward", "gradient", path, strength, install=_backward(path, 1e6), **own)
 
 
 def _recipe(family: str, cause: str, site: str, strength: str, **fields: Any) -> Recipe:

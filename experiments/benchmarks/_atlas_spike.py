@@ -1,28 +1,89 @@
-"""One run of the atlas: trained, watched, judged by detector, forensics and forks."""
+"""One run of the atlas: trained, watched, judged by detector, forensics and forks.
+
+A run is the healthy run of its seed up to ``SEEN`` steps before the planted one: that is trained once for all recipes, with the
+states that they begin from, and goes on without a plant: the *twin*. What a run's loss has over the twin's at the same step and
+batch is its *excess*: there is a spike where that reaches ``MADE`` nats, whoever notices. By construction it is
+
+    hard-batch   one batch is spoiled, and two steps later three quarters of the excess are gone
+    spike        what is done is done once, and at the end of the run (``TAIL`` steps on) three quarters are gone
+    divergence   half of it and more is there at the end
+    non-finite   the loss is no number
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
-from experiments.benchmarks._atlas_loop import AtlasLoop
-from experiments.benchmarks._atlas_recipes import Recipe
+from experiments.benchmarks._atlas_loop import AtlasLoop, chain
+from experiments.benchmarks._atlas_recipes import BLOCKS, CLIMBS, Recipe
 from experiments.benchmarks.forensics import module_of
 from stabilitylab import Monitor
 from stabilitylab.attribution import LoopState, attribute
+from stabilitylab.formats import fake_quantize, scaled_format
 from stabilitylab.runs import load_run
-from stabilitylab.spikes import Episode, episodes_of
+from stabilitylab.spikes import Episode, SpikeDetector, episodes_of
+from stabilitylab.telemetry import LOSS
 
-EVERY, AFTER, AROUND, BEFORE, WATCHED = 8, 20, 24, 6, 12
-# Steps before the planted one that a monitor sees.
-SEEN = 48
-# Emergent recipes: watched from here on, up to there.
-FIRST, LAST = 24, 110
+# Steps that a monitor sees before the planted one and after it; the run's end; steps of the twin at which plants are.
+SEEN, AFTER, TAIL, PLACES = 26, 16, 44, (80, 84, 88, 92)
+# Forks: begin so many steps before the onset, keep states from twice as far, watch for so many.
+BEFORE, KEPT, WATCHED, LATE = 6, 14, 10, 10
+MADE, AROUND = 0.4, 24
+# Emergent recipes: watched up to there.
+LAST = 96
+# Harm is measured so many steps after the planted one.
+HORIZONS = (10, 40)
+_FOUR_BITS = scaled_format("nvfp4")
+_NEAR = (
+    ("train", "loss"),
+    ("train", "gradient_norm"),
+    ("gradient", "l2"),
+    ("activation", "absmax"),
+    ("activation", "rms"),
+    ("attention", "score_max"),
+    ("update", "rms"),
+    ("update", "rms_t"),
+    ("update", "second_moment_l2"),
+)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The healthy run of a seed: losses by step, states at the places from which runs begin, measures after the plants."""
+
+    losses: list[float]
+    states: dict[int, LoopState]
+    measures: dict[int, dict[str, float]]
+
+
+@functools.lru_cache(maxsize=48)
+def twin(seed: int, beta2: float, aged: bool, clip: float, precision: str) -> Twin:
+    """Train it."""
+    recipe = Recipe(
+        name="", family="", cause="", beta2=beta2, aged=aged, clip=clip, precision=precision, planted=False
+    )
+    loop = AtlasLoop(recipe, seed, 10**9, layers=BLOCKS)
+    losses: list[float] = []
+    states: dict[int, LoopState] = {}
+    measures: dict[int, dict[str, float]] = {}
+    measured = {place + horizon for place in PLACES for horizon in HORIZONS}
+    for step in range(max(PLACES) + TAIL):
+        if step in measured:
+            measures[step] = measure(loop)
+        if step + SEEN in PLACES:
+            states[step] = LoopState.of(loop, step)
+        losses.append(loop.train_step(step))
+    return Twin(losses, states, measures)
 
 
 def spike(recipe: Recipe, number: int, seed: int, telemetry: Path) -> dict[str, Any]:
@@ -30,9 +91,9 @@ def spike(recipe: Recipe, number: int, seed: int, telemetry: Path) -> dict[str, 
 
     Returns a row of the atlas; ``onset`` None: the recipe made none.
     """
-    planted = 80 + (7 * seed + number) % 16 if recipe.planted else 10**9
-    steps = planted + AFTER if recipe.planted else LAST
-    loop = AtlasLoop(recipe, seed, planted)
+    began = time.process_time()
+    planted = PLACES[(seed + number) % len(PLACES)] if recipe.planted else 10**9
+    loop = AtlasLoop(recipe, seed, planted, layers=BLOCKS)
     row: dict[str, Any] = {
         "recipe": recipe.name,
         "family": recipe.family,
@@ -43,33 +104,52 @@ def spike(recipe: Recipe, number: int, seed: int, telemetry: Path) -> dict[str, 
         "truths": [recipe.cause, *recipe.causes],
         "truth_site": recipe.site,
         "onset": None,
+        "missed": False,
     }
+    healthy = twin(seed, recipe.beta2, recipe.aged, recipe.clip, recipe.precision) if recipe.planted else None
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        began = time.perf_counter()
-        losses, states = _train(loop, steps, Path(folder) / "run", recipe)
-        row["train_seconds"] = time.perf_counter() - began
-        run = load_run(Path(folder) / "run")
-        one = _episode(episodes_of(run.events), planted if recipe.planted else FIRST, recipe.planted)
-        if one is None:
+        out = Path(folder) / "run"
+        losses, states = _planted(loop, healthy, out) if healthy is not None else _emergent(loop, out)
+        row["losses"] = [round(v, 4) if math.isfinite(v) else None for v in losses]
+        excess = [] if healthy is None else _excess(losses, healthy, planted)
+        if healthy is not None:
+            row["true_kind"] = kind_of(recipe, excess)
+            if row["true_kind"] is None:
+                return row
+            if row["true_kind"] in ("hard-batch", "spike") and recipe.passes:
+                row["harm"] = _harm(loop, healthy, planted, losses)
+        first = planted if recipe.planted else CLIMBS
+        one = _episode(_episodes(losses), first, recipe.planted)
+        run = load_run(out)
+        online = _episode(episodes_of(run.events), first, recipe.planted)
+        if one is None and healthy is None:
             return row
-        told = next((e for e in run.events if e.kind == "diagnosis" and e.step == one.onset), None)
+        # What the detector does not notice is there all the same.
+        onset = (
+            one.onset if one is not None else planted + next(i for i, v in enumerate(excess) if v >= MADE / 2)
+        )
+        told = None
+        if online is not None:
+            told = next((e for e in run.events if e.kind == "diagnosis" and e.step == online.onset), None)
         row |= {
-            "onset": one.onset,
-            "kind": one.kind,
-            "height": one.height,
-            "told_at": one.told,
+            "onset": onset,
+            "missed": one is None,
+            "kind": None if one is None else one.kind,
+            "height": max(excess, default=one.height if one is not None else None),
+            "told_at": None if online is None else online.told,
             "forensics": None if told is None else told.data["cause"],
             "forensics_site": None if told is None else module_of(told.data["site"] or ""),
         }
-        near = _near(run, one.onset)
         telemetry.parent.mkdir(parents=True, exist_ok=True)
-        near.to_parquet(telemetry, index=False, compression="zstd")
-    began = time.perf_counter()
-    begin = max(step for step in states if step <= max(0, one.onset - BEFORE))
+        _near(run, onset).to_parquet(telemetry, index=False, compression="zstd")
+    begin = max(step for step in states if step <= max(0, onset - KEPT))
+    given = one if one is not None else onset
+    if online is not None and online.onset == onset:
+        given = online
     proof = attribute(
         loop,
-        one,
+        given,
         begin=begin,
         state=states[begin],
         original=dict(enumerate(losses)),
@@ -87,49 +167,127 @@ def spike(recipe: Recipe, number: int, seed: int, telemetry: Path) -> dict[str, 
             [fork.without.words, fork.verdict.word, fork.verdict.height, fork.verdict.area]
             for fork in proof.forks
         ],
-        "attribute_seconds": time.perf_counter() - began,
+        "seconds": time.process_time() - began,
     }
     return row
 
 
-def _train(
-    loop: AtlasLoop, steps: int, folder: Path, recipe: Recipe
-) -> tuple[list[float], dict[int, LoopState]]:
-    losses: list[float] = []
-    states: dict[int, LoopState] = {}
-    first = max(0, loop.planted - SEEN) if recipe.planted else 0
-    losses += [loop.train_step(step) for step in range(first)]
-    with Monitor(loop.model, loop.optimizer, out=folder, every=1, tensorboard=False) as monitor:
-        for step in range(first, steps):
-            if step % EVERY == 0:
+def kind_of(recipe: Recipe, excess: list[float]) -> str | None:
+    """What the spike is by construction; None: there is none, "" where it is none of the kinds."""
+    if any(not math.isfinite(v) for v in excess):
+        return "non-finite"
+    most = max(excess[: LATE + 2])
+    if most < MADE:
+        return None
+    if recipe.family == "batch":
+        return "hard-batch" if max(excess[2:5]) <= most / 4 else "spike"
+    last = sorted(excess[-8:])[4]
+    return "spike" if last <= most / 4 else "divergence" if last >= most / 2 else ""
+
+
+@torch.no_grad()
+def measure(loop: AtlasLoop) -> dict[str, float]:
+    """At the present weights, over batches that are never trained on: loss, what NVFP4 weights add to it, outliers.
+
+    ``outliers`` is the largest ratio of a channel's maximum to the RMS of a block's output.
+    """
+    batch = torch.cat([chain(loop.seed, 10**6 + i) for i in range(4)])
+    most: list[float] = []
+    hooks = [
+        block.register_forward_hook(
+            lambda module, args, out: most.append(float(out.abs().max() / out.square().mean().sqrt()))
+        )
+        for block in loop.model.blocks  # type: ignore[union-attr]
+    ]
+    loss = float(loop.loss(batch))
+    for hook in hooks:
+        hook.remove()
+    matrices = [p for name, p in loop.model.named_parameters() if p.dim() == 2 and "blocks" in name]
+    kept = [p.clone() for p in matrices]
+    for p in matrices:
+        p.copy_(fake_quantize(p, _FOUR_BITS))
+    quantized = float(loop.loss(batch))
+    for p, weight in zip(matrices, kept, strict=True):
+        p.copy_(weight)
+    return {"loss": loss, "quantized": quantized - loss, "outliers": max(most)}
+
+
+def _harm(loop: AtlasLoop, healthy: Twin, planted: int, losses: list[float]) -> dict[str, float]:
+    """Measures of the run less those of its twin, at equal steps; the run's were taken as it passed."""
+    found = dict[str, float]()
+    for horizon in HORIZONS:
+        mine, theirs = loop.measures.get(planted + horizon), healthy.measures[planted + horizon]
+        if mine is not None:
+            found |= {f"{name} after {horizon}": mine[name] - theirs[name] for name in mine}
+    return found
+
+
+def _planted(loop: AtlasLoop, healthy: Twin, folder: Path) -> tuple[list[float], dict[int, LoopState]]:
+    begin = loop.planted - SEEN
+    healthy.states[begin].put_into(loop)
+    losses, states = healthy.losses[:begin], dict[int, LoopState]()
+    with _monitor(loop, folder) as monitor:
+        for step in range(begin, loop.planted + AFTER):
+            _step(loop, step, losses, states)
+            monitor.step(step, loss=losses[-1])
+    for step in range(loop.planted + AFTER, loop.planted + TAIL):
+        if not math.isfinite(losses[-1]):
+            break
+        _step(loop, step, losses, states)
+    return losses, states
+
+
+def _emergent(loop: AtlasLoop, folder: Path) -> tuple[list[float], dict[int, LoopState]]:
+    losses, states = list[float](), dict[int, LoopState]()
+    for step in range(CLIMBS - KEPT):
+        losses.append(loop.train_step(step))
+    with _monitor(loop, folder) as monitor:
+        for step in range(CLIMBS - KEPT, LAST):
+            if step % 4 == 0:
                 states[step] = LoopState.of(loop, step)
             losses.append(loop.train_step(step))
             monitor.step(step, loss=losses[-1])
+            if not math.isfinite(losses[-1]):
+                break
     return losses, states
+
+
+def _monitor(loop: AtlasLoop, folder: Path) -> Monitor:
+    return Monitor(loop.model, loop.optimizer, out=folder, every=1, tensorboard=False)
+
+
+def _step(loop: AtlasLoop, step: int, losses: list[float], states: dict[int, LoopState]) -> None:
+    since = step - loop.planted
+    if -KEPT <= since <= LATE - BEFORE and since % 2 == 0:
+        states[step] = LoopState.of(loop, step)
+    if since in HORIZONS:
+        loop.measures[step] = measure(loop)
+    losses.append(loop.train_step(step))
+
+
+def _excess(losses: list[float], healthy: Twin, planted: int) -> list[float]:
+    return [mine - theirs for mine, theirs in zip(losses[planted:], healthy.losses[planted:], strict=False)]
+
+
+def _episodes(losses: list[float]) -> list[Episode]:
+    """What the detector makes of the whole loss, value by value."""
+    detector = SpikeDetector()
+    events = [event for step, loss in enumerate(losses) for event in detector.update(step, {LOSS: loss})]
+    return episodes_of([*events, *detector.finish()])
 
 
 def _episode(found: list[Episode], first: int, planted: bool) -> Episode | None:
     late = [
         one
         for one in found
-        if one.onset >= first and (not planted or one.onset <= first + 10) and one.signal == "train/-/loss"
+        if one.onset >= first and (not planted or one.onset <= first + LATE) and one.signal == LOSS
     ]
     return late[0] if late else None
 
 
 def _near(run: Any, onset: int) -> pd.DataFrame:
     parts = []
-    for family, statistic in (
-        ("train", "loss"),
-        ("train", "gradient_norm"),
-        ("gradient", "l2"),
-        ("activation", "absmax"),
-        ("activation", "rms"),
-        ("attention", "score_max"),
-        ("update", "rms"),
-        ("update", "rms_t"),
-        ("update", "second_moment_l2"),
-    ):
+    for family, statistic in _NEAR:
         rows = run.near(family, statistic, onset - AROUND, onset + AROUND)
         if len(rows):
             parts.append(rows.assign(family=family, statistic=statistic, site=rows["site"].astype(str)))

@@ -68,11 +68,11 @@ class GPT(nn.Module):
         "head": "head",
     }
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         self.head, self.norm = nn.Linear(WIDTH, VOCABULARY, bias=False), nn.LayerNorm(WIDTH)
         self.embed, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x = self.embed(tokens_BT) + self.positions.weight[: tokens_BT.shape[1]]

@@ -74,27 +74,28 @@ def read(file: Path) -> list[Row]:
 
 
 def make(rows: list[Row], chosen: list[tuple[int, Recipe]], out: Path, count: int, until: float) -> None:
-    """Run recipes, seed by seed, until there are ``count`` spikes."""
+    """Run recipes until there are ``count`` spikes: always one of the family with the fewest, of those the one tried least."""
     out.mkdir(parents=True, exist_ok=True)
-    done = {(row["recipe"], row["seed"]) for row in rows}
-    # A recipe that made nothing is not tried again.
-    barren = Counter(row["recipe"] for row in rows if row["onset"] is None)
-    made = sum(row["onset"] is not None for row in rows)
-    for seed in range(1000):
-        for number, recipe in chosen:
-            if made >= count or time.monotonic() > until:
-                return
-            if (recipe.name, seed) in done or barren[recipe.name]:
-                continue
-            row = spike(recipe, number, seed, out / "telemetry" / f"{number:03d}-{seed:03d}.parquet")
-            row["number"] = f"{number:03d}-{seed:03d}"
-            rows.append(row)
-            barren[recipe.name] += row["onset"] is None
-            made += row["onset"] is not None
-            with (out / "spikes.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        if all(barren[recipe.name] for _, recipe in chosen):
+    tries, made = Counter(row["recipe"] for row in rows), Counter[str]()
+    families = Counter[str]()
+    for row in rows:
+        made[row["recipe"]] += row["onset"] is not None
+        families[row["family"]] += row["onset"] is not None
+    while made.total() < count and time.monotonic() < until:
+        # A recipe that made nothing twice is not tried again.
+        left = [(n, r) for n, r in chosen if made[r.name] or tries[r.name] < 2]
+        if not left:
             return
+        number, recipe = min(left, key=lambda one: (families[one[1].family], tries[one[1].name], one[0]))
+        seed = tries[recipe.name]
+        row = spike(recipe, number, seed, out / "telemetry" / f"{number:03d}-{seed:03d}.parquet")
+        row["number"] = f"{number:03d}-{seed:03d}"
+        rows.append(row)
+        tries[recipe.name] += 1
+        made[recipe.name] += row["onset"] is not None
+        families[recipe.family] += row["onset"] is not None
+        with (out / "spikes.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def halves(rows: list[Row]) -> dict[str, list[Row]]:

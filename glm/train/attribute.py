@@ -32,6 +32,7 @@ from glm.errors import InputError
 from glm.train.config import TrainConfig
 from glm.train.fork_loop import ForkLoop
 from glm.train.forks import config_of, data_of, episode_of, state_before
+from glm.train.machine import otherwise, threads, threads_of
 from stabilitylab import find_spikes
 from stabilitylab.attribution import Attribution, Fork, LoopState, attribute
 from stabilitylab.attribution.attribute import BEFORE
@@ -56,7 +57,8 @@ class Asked:
         budget: seconds.
         groups: globs of parameters instead of each layer's parts.
         before: steps ahead of the onset at which forks begin.
-        processes: forks side by side.
+        processes: forks side by side; None: as many as the cores hold at the run's number of threads.
+        threads: of each; None: as many as the run had.
         data: where the data lie, if they have moved.
         from_start: train from the beginning where no state was kept.
         json: print the result as JSON.
@@ -68,8 +70,9 @@ class Asked:
     budget: float = 600.0
     groups: tuple[str, ...] = ()
     before: int = BEFORE
-    processes: int = 1
+    processes: int | None = None
     data: Path | None = None
+    threads: int | None = None
     from_start: bool = False
     json: bool = False
     html: Path | None = None
@@ -98,6 +101,14 @@ def attribute_event(asked: Asked, *, console: Console) -> Attribution:
         InputError: there is no such event, no state was kept before it, a glob matches nothing, or the budget is too small.
     """
     run = load_run(asked.run)
+    # Threads share a sum, and each number of them adds it in an order of its own.
+    number = asked.threads or threads_of(run)
+    processes = asked.processes or max(1, _cores() // (number or _cores()))
+    with threads(number):
+        return _attribute_event(run, dataclasses.replace(asked, processes=processes), console)
+
+
+def _attribute_event(run: Run, asked: Asked, console: Console) -> Attribution:
     config = config_of(run)
     episode = _episode(run, asked.event)
     if config.parallel.ranks > 1:
@@ -115,6 +126,7 @@ def attribute_event(asked: Asked, *, console: Console) -> Attribution:
         f"{asked.processes} forks at a time, {asked.budget:g} s",
         highlight=False,
     )
+    assert asked.processes is not None
     several = asked.processes > 1
     proof = attribute(
         loop,
@@ -132,6 +144,7 @@ def attribute_event(asked: Asked, *, console: Console) -> Attribution:
         if several
         else None,
         tell=_Progress(console, asked.budget),
+        otherwise=otherwise(run),
     )
     claimed = RunFolder(asked.run)
     claimed.claim()
@@ -207,7 +220,8 @@ def show(console: Console, proof: Attribution) -> None:
     of = proof.yardstick
     same = {
         True: "bit-identical to the run",
-        False: f"departs from the run at step {proof.departs}",
+        False: f"departs from the run at step {proof.departs}"
+        + (f": forks have {proof.otherwise} (see --threads)" * bool(proof.otherwise)),
         None: "repeats itself",
     }
     console.print(
@@ -259,7 +273,8 @@ def parse_attribute(arguments: Sequence[str]) -> Asked:
     own.add_argument(
         "--before", type=int, default=BEFORE, help=f"steps before the onset at which forks begin ({BEFORE})"
     )
-    own.add_argument("--processes", type=int, default=_cores(), help="forks side by side (one a core)")
+    own.add_argument("--processes", type=int, help="forks side by side (as many as the cores hold)")
+    own.add_argument("--threads", type=int, help="threads of each fork (as many as the run had)")
     own.add_argument("--data", type=Path, help="folder made by `glm shards`, if it has moved since")
     own.add_argument(
         "--from-start", action="store_true", help="train from the beginning where no state was kept"
@@ -271,8 +286,10 @@ def parse_attribute(arguments: Sequence[str]) -> Asked:
         words = own.parse_args(list(arguments))
     except argparse.ArgumentError as error:
         raise InputError(f"glm attribute: {error}") from None
-    if words.before < 1 or words.processes < 1:
-        raise InputError("glm attribute: --before and --processes are at least 1")
+    if words.before < 1 or any(
+        number is not None and number < 1 for number in (words.processes, words.threads)
+    ):
+        raise InputError("glm attribute: --before, --processes and --threads are at least 1")
     return Asked(
         run=words.run,
         event=words.event,
@@ -280,6 +297,7 @@ def parse_attribute(arguments: Sequence[str]) -> Asked:
         groups=tuple(words.group),
         before=words.before,
         processes=words.processes,
+        threads=words.threads,
         data=words.data,
         from_start=words.from_start,
         json=words.json,

@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from glm.data.batch import NO_TARGET, Batch
@@ -57,7 +56,6 @@ class ForkLoop:
     @classmethod
     def of_run(cls, run: Path, data: Path, device: str = "cpu") -> ForkLoop:
         """The loop of a run of ``glm train``."""
-        torch.set_num_threads(1)
         return cls(config_of(load_run(run)), open_data(data), device=device)
 
     def state_dict(self) -> Checkpoint:

@@ -8,11 +8,9 @@ step has the loss on the rows of ``heldout.rows`` as ``train/-/heldout_loss``.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from glm.data.batch import Batch
@@ -24,6 +22,7 @@ from glm.train.events import Callback, StepInfo
 from glm.train.gradient_summary import GradientSummary
 from glm.train.heldout import heldout_loss, heldout_rows
 from glm.train.loop import Trainer
+from glm.train.machine import machine
 from glm.train.range_probe import GradientRangeProbe
 from stabilitylab import Monitor
 from stabilitylab.monitoring.schedule import Schedule
@@ -95,8 +94,7 @@ class MonitorCallback(Callback):
         if self._pending_state:
             self._monitor.load_state_dict(self._pending_state)
         started = {
-            "torch": torch.__version__,
-            "machine": platform.machine(),
+            **machine(),
             "from_step": trainer.step,
             "data": str(trainer.loader.data.path.resolve()),
         }

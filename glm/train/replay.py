@@ -47,6 +47,7 @@ from glm.train.forks import (
     state_before,
     trainer_of,
 )
+from glm.train.machine import machine_of, otherwise, threads, threads_of
 from glm.train.monitoring import MonitorCallback
 from glm.train.replay_report import LATER, LOSS, show, verdict_of, write_report
 from stabilitylab.command_line import parse
@@ -124,8 +125,9 @@ def replay(asked: Replay, *, console: Console) -> Run:
             f"event {asked.event}: {episode.kind} at step {episode.onset}; "
             f"from {'the beginning' if start is None else f'the state of step {start.step}'}, change at step {begin}"
         )
-        state = lead_in(original, data, start, begin)
-        _train_fork(asked, data, state, out, change)
+        with threads(threads_of(run)):
+            state = lead_in(original, data, start, begin)
+            _train_fork(asked, data, state, out, change)
         _record_outcome(run, episode, out, change)
     finally:
         out.release()
@@ -151,7 +153,9 @@ def compare_with_original(original: Run, fork: Run, begin: int) -> str:
         for step in common:
             a, b = float(ours.loc[step]), float(theirs.loc[step])
             if a != b and not (math.isnan(a) and math.isnan(b)):
-                return f"NOT identical to the original: {name} at step {step} is {a!r}, was {b!r}"
+                said = otherwise(original, machine_of(fork))
+                why = f": the fork has {said}" if said else ""
+                return f"NOT identical to the original: {name} at step {step} is {a!r}, was {b!r}{why}"
         steps = max(steps, len(common))
     return f"bit-identical to the original over {steps} steps"
 

@@ -14,6 +14,7 @@ Two terms: updates are *needed* where the event does not come without them, *eno
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,7 @@ def attribute(
     processes: int = 1,
     open_loop: Callable[[], Loop] | None = None,
     tell: Callable[[Fork], object] | None = None,
+    otherwise: str = "",
 ) -> Attribution:
     """Find out what an event needs.
 
@@ -72,6 +74,7 @@ def attribute(
         memory: a file that keeps forks, to go on after a break.
         processes: forks side by side; more than one need ``open_loop``, which makes the loop in each process.
         tell: called with each fork as it ends.
+        otherwise: what forks have otherwise than the original ("2 threads, the run 8"), to be told where the control departs.
 
     Raises:
         InputError: the loop does not repeat itself, the budget is too small for one fork, a glob matches nothing, or
@@ -107,14 +110,10 @@ def attribute(
             memory,
             tell,
         )
-        found = search.run(open_loop if processes > 1 else None, processes, thorough)
-        if (
-            found.remedy is not None
-            or not found.yardstick.shows
-            or at == begin
-            or time.monotonic() > began + budget / 2
-        ):
-            return found
+        may_widen = at > begin and time.monotonic() < began + budget / 2
+        found = search.run(open_loop if processes > 1 else None, processes, thorough, may_widen)
+        if found.cause != "unknown" or not found.yardstick.shows or not may_widen:
+            return dataclasses.replace(found, otherwise=otherwise)
         reach *= _WIDER
 
 
@@ -216,8 +215,29 @@ class _Search:
             self.untried += [w for w in unknown.values() if w.key not in self.trained]
         return [self.trained.get(w.key) for w in several]
 
-    def run(self, open_loop: Callable[[], Loop] | None, processes: int, thorough: bool) -> Attribution:
-        """Ask everything."""
+    def _few_gradients(self) -> bool:
+        """Whether the gradients of a quarter of the parameters or fewer grew, or did so first and tenfold."""
+        last, most = self.of.onset + 1, len(self.forks.subject.parameters) / 4
+        grown = self.seen.grown(self.seen.gradients, last)
+        first = [site for step, _, site in grown if step == grown[0][0]]
+        usual, of = self.seen.usual(self.seen.gradients), self.seen.gradients
+        tenfold = any(not of[site][grown[0][0]] <= 10 * usual[site] for site in first)
+        return 0 < len(grown) <= most or (tenfold and len(first) <= most)
+
+    def _grows_without_updates(self) -> bool:
+        """Whether it comes without the updates up to the step at which outputs grow, where bounding outputs prevents it."""
+        grows = self.seen.grows_at(self.seen.outputs, self.of.onset + 1)
+        bounds = any(f.without.kind == "outputs" and f.verdict.prevents for f in self.trained.values())
+        if grows is None or not bounds:
+            return False
+        names = tuple(self.forks.subject.parameters)
+        (still,) = self.ask([Without(kind="updates", sites=names, last=grows, label="all parameters")])
+        return still is not None and still.verdict.comes
+
+    def run(
+        self, open_loop: Callable[[], Loop] | None, processes: int, thorough: bool, may_widen: bool
+    ) -> Attribution:
+        """Ask everything; where that gives no cause and the search may go back, narrow nothing down."""
         narrowing = Narrowing(self.forks, self.seen, self.of, self.ask, self._groups)
         if not self.of.shows:
             return self._attribution("unknown")
@@ -235,9 +255,14 @@ class _Search:
             concluded = conclude(list(self.trained.values()), settings)
             if thorough or concluded.fork is None or concluded.fork.without.kind not in CHANGES:
                 self.ask(second)
-                grew = len(self.seen.standing_out(self.seen.gradients, self.of.onset + 1))
-                few = 0 < grew <= len(self.forks.subject.parameters) / 4
-                concluded = conclude(list(self.trained.values()), settings, few=few)
+                concluded = conclude(
+                    list(self.trained.values()),
+                    settings,
+                    few=self._few_gradients(),
+                    computes=self._grows_without_updates(),
+                )
+            if concluded.cause == "unknown" and may_widen and self.in_time():
+                return self._attribution("unknown", settings=tuple(settings))
             cause, remedy, site = narrowing.narrow(concluded)
             needed = enough = None
             moves = next((f for f in self.trained.values() if f.without.kind == "updates"), None)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any, Protocol
 
+import torch
+
 from stabilitylab.attribution.forks import Fork, Forks, Usual
 from stabilitylab.attribution.loop import Loop, LoopState
 from stabilitylab.attribution.verdicts import Yardstick
@@ -41,7 +43,7 @@ class InThisProcess:
 
 
 class SideBySide:
-    """``processes`` of them, one thread each.
+    """``processes`` of them, each with this one's number of threads: with another, sums are added in another order.
 
     Args:
         open_loop: makes the loop in each process; it is pickled.
@@ -50,7 +52,9 @@ class SideBySide:
 
     def __init__(self, open_loop: Callable[[], Loop], forks: Forks, processes: int) -> None:
         # As bytes: torch would hand tensors over as shared memory, which every process could write to.
-        given = pickle.dumps((forks.state, forks.signal, forks.yardstick, forks.usual))
+        given = pickle.dumps(
+            (torch.get_num_threads(), forks.state, forks.signal, forks.yardstick, forks.usual)
+        )
         # Spawned: a fork of a process that has threads, as torch's has, may hang.
         context = multiprocessing.get_context("spawn")
         self._most = processes
@@ -77,11 +81,9 @@ _own: list[Forks] = []
 
 
 def _open(open_loop: Callable[[], Loop], given: bytes) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    unpickled: tuple[LoopState, str, Yardstick, Usual] = pickle.loads(given)
-    state, signal, yardstick, usual = unpickled
+    unpickled: tuple[int, LoopState, str, Yardstick, Usual] = pickle.loads(given)
+    threads, state, signal, yardstick, usual = unpickled
+    torch.set_num_threads(threads)
     forks = Forks(open_loop(), state, signal=signal)
     forks.yardstick, forks.usual = yardstick, usual
     _own[:] = [forks]

@@ -6,6 +6,7 @@ in a fork nothing is until the bound is passed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -180,7 +181,7 @@ def bounded(x: Tensor, bound: float) -> Tensor:
     """``x`` with an RMS of at most ``bound``."""
     with torch.no_grad():
         clean = bool(torch.isfinite(x).all())
-        rms = float((x if clean else x.nan_to_num(0.0, 0.0, 0.0)).float().square().mean().sqrt())
+        rms = rms_of(x if clean else x.nan_to_num(0.0, 0.0, 0.0))
     if not clean:
         x = x.nan_to_num(0.0, 0.0, 0.0)
     return x * (bound / rms) if rms > bound else x
@@ -188,7 +189,9 @@ def bounded(x: Tensor, bound: float) -> Tensor:
 
 def rms_of(x: Tensor) -> float:
     """Root of the mean square; not finite where an element is not."""
-    return float(x.detach().float().square().mean().sqrt())
+    rms = float(x.detach().float().square().mean().sqrt())
+    # Squares of what a float32 holds may be more than it holds.
+    return rms if math.isfinite(rms) else float(x.detach().double().square().mean().sqrt())
 
 
 def first_tensor(value: Any) -> Tensor | None:

@@ -23,6 +23,8 @@ Ask = Callable[[Sequence[Without]], list[Fork | None]]
 # Of what stands out so many are tried each by itself; of a batch and a table so many rows.
 SINGLES, ROWS, TABLE_ROWS = 6, 3, 32
 _STEPS = (1, 2, 4)
+# Where tensors in every eighth of all are at fault, none is.
+FINEST = 8
 
 
 class Narrowing:
@@ -49,7 +51,8 @@ class Narrowing:
         without = fork.without
         match without.kind:
             case "outside weights" | "outside moments":
-                least = self._smallest(without)
+                # The whole optimizer's state is one thing: it is halved while a half does it.
+                least = self._smallest(without, finest=2 if cause == "optimizer" else FINEST)
                 if cause == "optimizer" or 2 * len(least.without.sites) > len(self._names):
                     return cause, least, None
                 return cause, least, least.without.where
@@ -101,13 +104,15 @@ class Narrowing:
         found = self._ask([Without(kind="scores", sites=(path,)) for path in dict.fromkeys(callers)])
         return any(one is not None and one.verdict.prevents for one in found)
 
-    def _smallest(self, without: Without, first: Sequence[str] = ()) -> Fork:
+    def _smallest(self, without: Without, first: Sequence[str] = (), finest: int = FINEST) -> Fork:
         """The fork without the fewest of the sites that still prevents it."""
         sites = [s for s in without.sites if s in set(first)] if first else []
         if sites:
             (answer,) = self._prevents(without, [tuple(sites)])
             sites = sites if answer else []
-        chosen = smallest(sites or without.sites, lambda several: self._prevents(without, several))
+        chosen = smallest(
+            sites or without.sites, lambda several: self._prevents(without, several), finest=finest
+        )
         (fork,) = self._ask([_of(without, chosen)])
         (whole,) = self._ask([without])
         best = fork if fork is not None else whole

@@ -30,7 +30,7 @@ class Observation(Act):
     Attributes:
         gradients, outputs, output_gradients: site -> step -> size.
         outside_weights, outside_moments: parameter -> steps before which it changed without an update.
-        settings: step -> the optimizer's settings that jumped before it.
+        settings: step -> the optimizer's settings that jumped before it, or a rate that has climbed.
         narrow: modules whose output is in half precision, in the order of execution.
         order: modules in the order of execution.
         scores: call of attention -> step -> largest score by head.
@@ -51,6 +51,7 @@ class Observation(Act):
         self.scores: dict[int, dict[int, Tensor]] = defaultdict(dict)
         self.callers: dict[int, str] = {}
         self._settings: dict[int, list[dict[str, Any]]] = {}
+        self._first: dict[int, Sequence[Mapping[str, Any]]] = {}
         # The rate's factor from one update to the next, in the step before; None: there is none yet.
         self._factor: float | None = None
         self._running: list[str] = []
@@ -119,6 +120,8 @@ class Observation(Act):
         if before is not None and (keys := self._jumped(before, now)):
             self.settings.setdefault(subject.step, set()).update(keys)
         self._settings[id(optimizer)] = now
+        if subject.step <= self._onset and self._climbed(id(optimizer), now):
+            self.settings.setdefault(subject.step, set()).add("lr")
         for name, p, _ in subject.of(optimizer):
             if p.grad is not None:
                 self.gradients[name][subject.step] = float(torch.linalg.vector_norm(p.grad.detach().float()))
@@ -147,6 +150,15 @@ class Observation(Act):
         self._factor = factor
         return found
 
+    def _climbed(self, optimizer: int, now: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a rate has become ``JUMP`` times what it was in the first step, by whatever steps."""
+        first = self._first.setdefault(optimizer, now)
+        return any(
+            0 < float(old["lr"]) < float(new["lr"]) / JUMP
+            for old, new in zip(first, now, strict=False)
+            if "lr" in old and "lr" in new
+        )
+
     def _scored(self, number: int, q: Tensor, k: Tensor, scale: float) -> Tensor:
         assert self._subject is not None
         self.scores[number][self._subject.step] = largest_scores(q, k, scale)
@@ -166,7 +178,15 @@ class Observation(Act):
 
     def standing_out(self, of: Mapping[str, Mapping[int, float]], last: int) -> list[str]:
         """Sites that grew up to step ``last``, the earliest first; of one step in the order of ``of``."""
-        usual, found = self.usual(of), []
+        return [site for _, _, site in self.grown(of, last)]
+
+    def grows_at(self, of: Mapping[str, Mapping[int, float]], last: int) -> int | None:
+        """The step at which the first of them did."""
+        return next((step for step, _, _ in self.grown(of, last)), None)
+
+    def grown(self, of: Mapping[str, Mapping[int, float]], last: int) -> list[tuple[int, int, str]]:
+        """Step, place in ``of`` and name of each of them."""
+        usual, found = self.usual(of), list[tuple[int, int, str]]()
         for place, (site, values) in enumerate(of.items()):
             for step in sorted(values):
                 if self._begin + QUIET <= step <= last and not values[step] <= GREW * usual.get(
@@ -175,7 +195,7 @@ class Observation(Act):
                     if site in usual:
                         found.append((step, place, site))
                     break
-        return [site for _, _, site in sorted(found)]
+        return sorted(found)
 
     def changed_outside(self, of: Mapping[str, set[int]], last: int) -> list[str]:
         """What changed between updates, up to step ``last``, and not in the first steps as a matter of routine."""

@@ -6,7 +6,8 @@ compared. It is the first of these that the forks support:
     parameter, optimizer, learning-rate   what changed from outside, put back, prevents it
     batch           leaving one batch out prevents it, and leaving its neighbours out does not
     overflow        fp32 prevents it
-    attention, activation     bounding scores or outputs prevents it, and standing still does not: what computes is at fault
+    attention, activation     bounding scores or outputs prevents it, and standing still does not, at least not up to the step at
+                    which outputs grow: what computes is at fault
     gradient        bounding gradients prevents it, and half the rate does not, or few of them grew
     optimizer       bounding updates by Adam's own scale prevents it, and half the rate does not
     learning-rate   half the rate prevents it
@@ -57,6 +58,7 @@ class Attribution:
         untried: interventions that the budget did not reach.
         seconds: spent.
         settings: names of the optimizer's settings that jumped.
+        otherwise: what forks have otherwise than the original, where that is known.
     """
 
     episode: Episode
@@ -73,6 +75,7 @@ class Attribution:
     untried: tuple[Without, ...] = ()
     seconds: float = 0.0
     settings: tuple[str, ...] = field(default=())
+    otherwise: str = ""
 
     @property
     def prevents(self) -> list[Fork]:
@@ -91,6 +94,8 @@ class Attribution:
         if not self.yardstick.shows:
             said = f"The control does not repeat {what} at step {self.episode.onset}"
             if self.departs is not None:
+                if self.otherwise:
+                    return f"{said}: it departs from the original at step {self.departs}; forks have {self.otherwise}."
                 return (
                     f"{said}: it departs from the original at step {self.departs}. What made it is neither in the kept state "
                     "nor in data or code: a weight changed by hand, or a machine's fault."
@@ -144,6 +149,7 @@ class Attribution:
             "area": of.area,
             "repeats": self.repeats,
             "departs": self.departs,
+            "otherwise": self.otherwise,
             "needed": None if self.needed is None else self.needed.to_json(),
             "enough": None if self.enough is None else self.enough.to_json(),
             "remedy": None if self.remedy is None else self.remedy.without.to_json(),
@@ -175,9 +181,15 @@ class Conclusion:
     fork: Fork | None = None
 
 
-def conclude(forks: Sequence[Fork], settings: Sequence[str], *, few: bool = False) -> Conclusion:
-    """Which of the module's rules applies to what has been trained; ``few``: the gradients of a quarter of the parameters, or
-    fewer, grew."""
+def conclude(
+    forks: Sequence[Fork], settings: Sequence[str], *, few: bool = False, computes: bool = False
+) -> Conclusion:
+    """Which of the module's rules applies to what has been trained.
+
+    Args:
+        few: the gradients of a quarter of the parameters, or fewer, grew.
+        computes: it comes without the updates up to the step at which outputs grow.
+    """
     by_kind: dict[str, list[Fork]] = {}
     for fork in forks:
         by_kind.setdefault(fork.without.kind, []).append(fork)
@@ -194,7 +206,7 @@ def conclude(forks: Sequence[Fork], settings: Sequence[str], *, few: bool = Fals
     if len(guilty) == 1 and len(batches) > 1:
         order.append(("batch", "batch"))
     order.append(("rounding", "overflow"))
-    if not moves:
+    if not moves or (computes and preventing("rate") is None):
         order += [("outputs", "activation"), ("scores", "attention")]
     bounds = [("output gradients", "gradient"), ("tensor norms", "gradient"), ("stale moments", "optimizer")]
     if preventing("rate") is not None:

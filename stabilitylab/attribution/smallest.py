@@ -17,13 +17,17 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def smallest(members: Sequence[T], holds: Callable[[list[tuple[T, ...]]], list[bool]]) -> tuple[T, ...]:
+def smallest(
+    members: Sequence[T], holds: Callable[[list[tuple[T, ...]]], list[bool]], *, finest: int | None = None
+) -> tuple[T, ...]:
     """A 1-minimal subset, in the order of ``members``.
 
     Args:
         members: a set for which the test is known to hold.
         holds: for each of several subsets whether the test holds; it may stop answering (all False) when time is up, and the
             smallest set so far is returned.
+        finest: partitions have at most so many parts. Where members spread over all of them are needed the search ends there,
+            instead of after the square of their number; a set of fewer members than parts is found all the same.
     """
     found, parts = tuple(members), 2
     while len(found) > 1:
@@ -41,7 +45,7 @@ def smallest(members: Sequence[T], holds: Callable[[list[tuple[T, ...]]], list[b
             if any(answers):
                 found, parts = rests[answers.index(True)], parts - 1
                 continue
-        if parts == len(found):
+        if parts == len(found) or (finest is not None and parts >= finest):
             break
         parts *= 2
     return found

@@ -159,7 +159,7 @@ class Without:
 
     def _when(self) -> str:
         if self.first is None:
-            return ""
+            return "" if self.last is None else f" before step {self.last}"
         if self.last is None:
             return f" from step {self.first} on"
         return (

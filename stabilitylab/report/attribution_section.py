@@ -50,7 +50,8 @@ def attribution_page(run: Run, out: Path) -> Path:
 def _said(proof: Mapping[str, Any]) -> Sequence[str]:
     same = {
         True: "repeats the run to the last bit",
-        False: f"departs from the run at step {proof['departs']}",
+        False: f"departs from the run at step {proof['departs']}"
+        + (f" (forks have {proof['otherwise']})" if proof.get("otherwise") else ""),
     }
     control = same.get(proof["repeats"], "repeats itself")
     lines = [

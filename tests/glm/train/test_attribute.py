@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
 from glm.commands.train import TrainCommand, train
@@ -15,6 +16,7 @@ from glm.train.attribute import attribute_command, seconds_of
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig
 from glm.train.fork_loop import ForkLoop
 from glm.train.forks import Change, Forks, trainer_of
+from glm.train.machine import machine, otherwise, threads, threads_of
 from glm.train.schedule import ScheduleConfig
 from stabilitylab.attribution import LoopState, Without
 from stabilitylab.attribution.forks import Forks as LoopForks
@@ -133,6 +135,38 @@ def test_the_command(lost, tmp_path, capsys):
         line for line in again.err.splitlines() if line.partition("without ")[2].rpartition("  ")[0] in first
     ]
     assert {fork["words"] for fork in json.loads(again.out)["forks"]} >= {"updates of all parameters"}
+
+
+def test_forks_have_the_threads_of_the_run(lost, tmp_path, monkeypatch):
+    run = load_run(lost)
+    here = torch.get_num_threads()
+    assert threads_of(run) == here
+    other = RunFolder(tmp_path / "other")
+    other.path.mkdir()
+    start = Event(
+        step=0, kind="run-start", data={"torch": "1.0", "machine": machine()["machine"], "threads": here + 1}
+    )
+    other.append_events([start])
+    said = otherwise(load_run(other.path))
+    assert said == f"{here} threads, the run {here + 1}; torch {torch.__version__}, the run 1.0"
+    with threads(threads_of(load_run(other.path))):
+        assert torch.get_num_threads() == here + 1
+        assert "threads" not in otherwise(load_run(other.path))
+    assert torch.get_num_threads() == here
+    seen = []
+
+    def stub(*args, **kwargs):
+        seen.append((torch.get_num_threads(), kwargs["processes"], kwargs["otherwise"]))
+        raise InputError("seen")
+
+    monkeypatch.setattr("glm.train.attribute.attribute", stub)
+    for words, number in (((), here), (("--threads", str(here + 1)), here + 1)):
+        with pytest.raises(InputError, match="seen"):
+            attribute_command([str(lost), "--event", "1", *words])
+        assert seen[-1][0] == number
+        assert seen[-1][2] == ("" if number == here else f"{number} threads, the run {here}")
+    with pytest.raises(InputError, match="--threads are at least 1"):
+        attribute_command([str(lost), "--event", "1", "--threads", "0"])
 
 
 def test_refusals(lost, data_folder, tmp_path):

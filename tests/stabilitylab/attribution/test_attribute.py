@@ -114,6 +114,9 @@ def test_what_is_not_in_state_or_code_is_said():
     proof = attribute(clean, AT, begin=BEGIN, original=dict(enumerate(losses)), watched=12)
     assert (proof.repeats, proof.departs) == (False, AT)
     assert "neither in the kept state nor in data or code" in proof.sentence
+    run(clean := Loop(), BEGIN)
+    said = {"original": dict(enumerate(losses)), "watched": 12, "otherwise": "2 threads, the run 8"}
+    assert attribute(clean, AT, begin=BEGIN, **said).sentence.endswith("forks have 2 threads, the run 8.")
 
 
 def test_refusals():
