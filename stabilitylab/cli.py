@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": ("stabilitylab.logs.commands", "what a training log holds, without judging it"),
     "watch": ("stabilitylab.watching.commands", "follow a growing log or run, and say what is found"),
     "export": ("stabilitylab.sinks.export", "a run's numbers as CSV, Parquet or TensorBoard"),
+    "forecast": ("stabilitylab.forecast.commands", "which layer leaves which number format when, of a run"),
     "precursors": (
         "stabilitylab.spikes.commands",
         "how well each signal warned of a folder of runs' episodes",

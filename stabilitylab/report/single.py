@@ -9,6 +9,7 @@ from typing import Any
 from stabilitylab.report import sections
 from stabilitylab.report.attribution_section import attribution_section
 from stabilitylab.report.close_ups import close_ups, extremes
+from stabilitylab.report.formats_section import formats_section
 from stabilitylab.report.page import Page, Said, Section, Statements, Table
 from stabilitylab.runs.config import flat
 from stabilitylab.runs.run import Run
@@ -25,6 +26,8 @@ def run_report(run: Run) -> Page:
     page.sections.insert(0, sections.key_message(run))
     if (near := close_ups(run)) is not None:
         page.sections.insert(1, near)
+    if (formats := formats_section(run)) is not None:
+        page.sections.append(formats)
     return page
 
 

@@ -35,6 +35,7 @@ MAPS = {
     "branch": "Overview/11 residual stream maximum, layer x step",
     "score": "Overview/12 attention maximum, layer x step",
 }
+FORMAT = "formats/{}, largest error of an operand"
 
 CHARTS = {
     "Loss, episodes as points": [f"{LOSS}$", "episodes/.*"],
@@ -153,6 +154,10 @@ class Overview:
                 scalars[tag] = float(value[here].max())  # NaN, where there is one
                 for number, one in zip(key[here].tolist(), value[here].tolist(), strict=True):
                     self.maps[name].add(step, roles.rows[number], one)
+        here = role == _Roles.FORMAT
+        for number, one in zip(key[here].tolist(), value[here].tolist(), strict=True):
+            (tag,) = roles.tags[number]
+            scalars[tag] = float(np.maximum(scalars.get(tag, -np.inf), one))  # NaN, where there is one
         here = role == _Roles.NORM
         if here.any():
             vectors["gradient"] = value[here]
@@ -172,7 +177,7 @@ class Overview:
 class _Roles:
     """What each key of a flush is to the dashboard; made once for a tuple of keys."""
 
-    NONE, SCALAR, BRANCH, SCORE, NORM = range(5)
+    NONE, SCALAR, BRANCH, SCORE, NORM, FORMAT = range(6)
 
     def __init__(self, keys: tuple[Key, ...], places: Places) -> None:
         self.keys = keys
@@ -200,6 +205,9 @@ class _Roles:
                 self.role[number] = self.NORM
             elif key.family == "attention" and key.statistic == "score_max":
                 self.role[number] = self.SCORE
+            elif key.family == "format" and key.statistic.endswith("_error"):
+                self.tags[number] = [FORMAT.format(key.statistic.removesuffix("_error"))]
+                self.role[number] = self.FORMAT
             elif (
                 key.family == "activation"
                 and key.statistic == "absmax"

@@ -24,7 +24,7 @@ ROOMS = {
     "stabilitylab": (
         "errors", "compat", "command_line", "c_compiler", "telemetry", "formats", "statistics", "model_structure", "runs",
         "figures", "charts", "probes", "logs", "models", "spikes", "attribution", "sinks", "monitoring", "watching",
-        "report", "outliers", "quantization", "integrations", "laboratory", "demo", "cli",
+        "forecast", "report", "outliers", "quantization", "integrations", "laboratory", "demo", "cli",
     ),
     "glm": (
         "errors", "c_compiler", "device", "distributed", "precision", "model", "data", "planning", "train", "presets", "parallel",

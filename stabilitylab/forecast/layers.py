@@ -1,0 +1,161 @@
+"""Which layer leaves which number format, and when: trends of what the probe ``formats`` recorded, against a limit.
+
+A layer's operand bears a format as long as the relative error that the format makes on it stays below
+
+    limit = ``factor`` x error of the format on normal numbers               factor 2: a bit lost
+
+so a limit asks the same of every format: how much worse than numbers without outliers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import pandas as pd
+
+from stabilitylab.errors import InputError
+from stabilitylab.forecast.trend import Trend, trends
+from stabilitylab.formats import gaussian_error, what_if_format
+from stabilitylab.runs.run import Run
+
+FAMILY, STATISTIC = "format", "_error"
+FACTOR, AHEAD = 2.0, 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerForecast:
+    """One operand of one layer in one format.
+
+    Attributes:
+        site: ``layers.3.mlp.down:input``.
+        format: its name.
+        error: relative, at the last step, of the fitted line.
+        limit: what it may be.
+        earliest, likely, latest: steps at which the limit is reached; the last step where it is passed already; infinite: never.
+    """
+
+    site: str
+    format: str
+    error: float
+    limit: float
+    earliest: float
+    likely: float
+    latest: float
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the format is not borne any more."""
+        return self.error >= self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What is told of a run.
+
+    Attributes:
+        last: the step up to which it was seen.
+        until: the step up to which it is told.
+        factor: of the limit.
+        layers: every operand in every format, those that leave first at the front.
+    """
+
+    last: int
+    until: int
+    factor: float
+    layers: Sequence[LayerForecast]
+
+    @property
+    def formats(self) -> list[str]:
+        """Names, in the order of the telemetry."""
+        return list(dict.fromkeys(one.format for one in sorted(self.layers, key=lambda one: one.format)))
+
+    def of(self, format: str) -> list[LayerForecast]:
+        """Those of one format."""
+        return [one for one in self.layers if one.format == format]
+
+    def leaving(self, format: str) -> list[LayerForecast]:
+        """Those that most likely leave until the end of the forecast, and have not yet."""
+        return [one for one in self.of(format) if not one.has_left and one.likely <= self.until]
+
+    def sentence(self, format: str) -> str:
+        """One format's future in a sentence."""
+        of, leaving = self.of(format), self.leaving(format)
+        left = sum(one.has_left for one in of)
+        told = f"{left} of {len(of)} operands have left it by step {self.last:,}"
+        if not leaving:
+            return f"{told}; none is forecast to leave until step {self.until:,}."
+        first = leaving[0]
+        when = f"step {first.likely:,.0f} (90 %: {_step(first.earliest)} to {_step(first.latest)})"
+        return f"{told}; {len(leaving)} more until step {self.until:,}, {first.site} first, at {when}."
+
+
+def forecast_run(
+    run: Run, *, factor: float = FACTOR, until: int | None = None, seen: int | None = None
+) -> Forecast | None:
+    """The forecast of a run; None where it recorded too little of the family ``format``.
+
+    Args:
+        run: with telemetry of the probe ``formats``.
+        factor: of the limit, over 1.
+        until: the last step to tell of; by default four times as many as there were.
+        seen: look at steps up to here only.
+
+    Raises:
+        InputError: ``factor`` allows no error, or ``until`` lies in the past.
+    """
+    if not factor > 1:
+        raise InputError(
+            f"a factor of {factor:g} allows less error than normal numbers have: give more than 1"
+        )
+    metrics = run.metrics
+    names = metrics.loc[metrics["family"] == FAMILY, "statistic"].unique()
+    found: list[LayerForecast] = []
+    last = -1
+    for name in sorted(name.removesuffix(STATISTIC) for name in names if name.endswith(STATISTIC)):
+        values = run.matrix(FAMILY, name + STATISTIC)
+        if seen is not None:
+            values = values[[step for step in values.columns if int(step) <= seen]]
+        limit = factor * _usual(name)
+        for operand in (":input", ":weight", ":gradient"):
+            # Operands of a kind err alike: their slopes are judged by each other.
+            alike = values[[str(site).endswith(operand) for site in values.index]]
+            for site, trend in trends(alike).items():
+                last = max(last, trend.last)
+                found.append(_told(site, name, trend, limit))
+    if not found:
+        return None
+    if until is not None and until <= last:
+        raise InputError(f"the run has reached step {last}: forecast a later step than {until}")
+    found.sort(key=lambda one: (not one.has_left, one.likely, one.earliest, -one.error / one.limit))
+    return Forecast(last=last, until=until or round(AHEAD * (last + 1)), factor=factor, layers=found)
+
+
+def table(forecast: Forecast) -> pd.DataFrame:
+    """One row an operand and format."""
+    columns = ("site", "format", "error", "limit", "earliest", "likely", "latest")
+    return pd.DataFrame([{name: getattr(one, name) for name in columns} for one in forecast.layers])
+
+
+def _told(site: str, name: str, trend: Trend, limit: float) -> LayerForecast:
+    earliest, likely, latest = trend.reaches(limit)
+    return LayerForecast(
+        site=site,
+        format=name,
+        error=trend.level,
+        limit=limit,
+        earliest=earliest,
+        likely=likely,
+        latest=latest,
+    )
+
+
+@cache
+def _usual(name: str) -> float:
+    return gaussian_error(what_if_format(name))
+
+
+def _step(value: float) -> str:
+    return f"{value:,.0f}" if math.isfinite(value) else "never"
