@@ -1,8 +1,9 @@
 """What every scheme costs a whole model, with no choice made: python -m experiments.benchmarks quantization_schemes MODEL TEXT
 
-All linear layers with a weight of their own under one scheme, on windows of 256 tokens of the text after the first, from which
-SmoothQuant takes its ranges; the loss increase in nats per token (relative error of the output for encoders). Schemes are those of
-integers, of floating-point formats with and without activations, and after a Hadamard rotation.
+All linear layers with a weight of their own under one scheme, on windows of 256 tokens of the text after the first
+--calibration tokens, from which SmoothQuant takes its ranges and GPTQ and AWQ their moments, all of the unquantized model; the
+loss increase in nats per token (relative error of the output for encoders). Schemes are those of integers, of floating-point
+formats with and without activations, after a Hadamard rotation, and rounded for their inputs.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from stabilitylab.models import open_text_model
+from stabilitylab.models import Window, open_text_model
+from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.ranges import layer_inputs
-from stabilitylab.quantization.replacement import quantizable_layers
+from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
 from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.verification import Verification
 
@@ -45,6 +48,13 @@ SCHEMES = (
     "mxfp4/mxfp4",
     "nvfp4/nvfp4",
     "nvfp4/nvfp4-had",
+    "int4-g64-asym-mse-awq",
+    "int4-g64-asym-mse-gptq",
+    "int4-g64-asym-mse-gptqo",
+    "nvfp4-mse",
+    "nvfp4-mse-gptqo",
+    "mxfp4-mse",
+    "mxfp4-mse-gptqo",
 )
 
 
@@ -53,24 +63,47 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--calibration", type=int, default=512)
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args(argv)
     model = open_text_model(chosen.model)
-    windows = list(islice(model.windows(chosen.text, 256, chosen.tokens + 512), 64))
+    seen: list[Window] = []
+    told: list[Window] = []
+    count = 0
+    for window in model.windows(chosen.text, 256, chosen.calibration + chosen.tokens):
+        count += window.tokens
+        (seen if count <= chosen.calibration else told).append(window)
     found: dict[str, object] = {}
     with torch.inference_mode():
-        inputs = layer_inputs(model, windows[:2], quantizable_layers(model.module))
-        verification = Verification(model, windows[2:], inputs.largest)
+        layers = quantizable_layers(model.module)
+        moments: dict[str, Moments] = {}
+        hooks = [
+            layer.register_forward_pre_hook(partial(_see, moments, path)) for path, layer in layers.items()
+        ]
+        inputs = layer_inputs(model, seen, layers)
+        for hook in hooks:
+            hook.remove()
+        verification = Verification(model, told, inputs.largest)
         if not chosen.json:
             print(f"{model.name}: {verification.tokens} tokens, loss {verification.loss}")
-        layers = [path for path in quantizable_layers(model.module) if path in inputs.largest]
         for name in chosen.schemes:
             began = time.process_time()
-            cost = verification.measure(dict.fromkeys(layers, scheme_of(name)))
+            twins = {
+                path: quantized(path, layer, scheme_of(name), inputs.largest[path], moments[path])
+                for path, layer in layers.items()
+                if path in moments
+            }
+            with replaced(model.module, twins):
+                cost = verification.of_the_model_as_it_stands()
             found[name] = cost
             if not chosen.json:
                 print(f"{name:40s} {cost:+.4f}   ({time.process_time() - began:.0f} s)", flush=True)
     if chosen.json:
         print(json.dumps({"model": model.name, "loss": verification.loss, "schemes": found}))
     return 0
+
+
+def _see(moments: dict[str, Moments], path: str, _module: Any, arguments: tuple[Any, ...]) -> None:
+    x = arguments[0]
+    moments.setdefault(path, Moments(x.shape[-1])).add(x)

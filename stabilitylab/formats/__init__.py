@@ -31,6 +31,7 @@ from stabilitylab.formats.scaled import (
     quantize,
     scaled_format,
 )
+from stabilitylab.formats.searched import quantize_searched
 from stabilitylab.formats.watching import FormatWatch
 from stabilitylab.formats.what_if import FormatError, gaussian_error, what_if, what_if_format, what_if_sums
 
@@ -57,6 +58,7 @@ __all__ = [
     "number_format",
     "pack_4bit",
     "quantize",
+    "quantize_searched",
     "rotate",
     "rotation_signs",
     "round_to",

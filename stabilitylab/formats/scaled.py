@@ -149,6 +149,7 @@ def quantize(
     *,
     rounding: Rounding = "nearest",
     generator: torch.Generator | None = None,
+    like: Quantized | None = None,
 ) -> Quantized:
     """x in a scaled format.
 
@@ -156,10 +157,11 @@ def quantize(
         x: [..., K], floating.
         format: it, or its name.
         rounding, generator: of the elements (``round_to``); scales are always rounded to nearest.
+        like: a tensor of the same shape and format whose scales are taken instead of x's own; what exceeds them is cut off.
     """
     kind = scaled_format(format) if isinstance(format, str) else format
     wide = x.float()
-    scales, tensor_scale = _scales(wide, kind)
+    scales, tensor_scale = _scales(wide, kind) if like is None else (like.scales, like.tensor_scale)
     divided = _divided(wide, kind, scales, tensor_scale)
     codes = encode(divided, kind.element, rounding=rounding, generator=generator)
     return Quantized(codes=codes, scales=scales, tensor_scale=tensor_scale, format=kind)
@@ -247,6 +249,13 @@ def block_maxima(x: Tensor, block: Block) -> Tensor:
     if rows == magnitude.shape[0] and columns == magnitude.shape[1]:
         return magnitude.amax().view(1, 1)
     return _blocks(magnitude, rows, columns).amax((1, 3))
+
+
+def block_sums(x: Tensor, block: Block) -> Tensor:
+    """Sum of every block, [row blocks, column blocks]."""
+    matrix = _matrix(x)
+    rows, columns = _size(block, matrix)
+    return _blocks(matrix, rows, columns).sum((1, 3))
 
 
 def _per_block(x: Tensor, block: Block, factors: Tensor, *, divide: bool = False) -> Tensor:

@@ -44,8 +44,11 @@ class StoredTensor:
 
     @property
     def is_matrix_of_codes(self) -> bool:
-        """Whether it is a weight whose numbers mean nothing without something beside them."""
-        return len(self.shape) > 1 and self.dtype not in FLOATS and self.dtype != "BOOL"
+        """Whether it is a weight whose numbers mean nothing without something beside them.
+
+        Integers of 64 bits are none: those are indices, such as the ``position_ids`` that checkpoints of encoders carry.
+        """
+        return len(self.shape) > 1 and self.dtype not in {*FLOATS, "BOOL", "I64", "U64"}
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -155,7 +155,7 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
 def _integers(path: str, twin: QuantizedLinear) -> tuple[dict[str, Tensor], _Group]:
     scheme: Scheme = twin.scheme
     stored = twin.stored
-    if scheme.smooth is not None or scheme.threshold is not None:
+    if twin.smooth is not None or scheme.threshold is not None:
         raise _no_form(path, scheme.name)
     if scheme.activations is not None:
         if scheme.activations == "tensor" and scheme.share != "tensor":
@@ -194,7 +194,12 @@ def _floats(path: str, twin: FormatLinear) -> tuple[dict[str, Tensor], _Group]:
     scheme: FormatScheme = twin.scheme
     known = _FLOATS.get(scheme.weights)
     stored = twin.stored
-    if known is None or stored.scales is None or scheme.activations not in (None, known[2]):
+    if (
+        known is None
+        or twin.smooth is not None
+        or stored.scales is None
+        or scheme.activations not in (None, known[2])
+    ):
         raise _no_form(path, scheme.name)
     format, weights, _, activations = known
     scales = stored.scales

@@ -27,9 +27,12 @@ from stabilitylab.formats import (
     fake_quantize,
     pack_4bit,
     quantize,
+    quantize_searched,
     scaled_format,
     unpack_4bit,
 )
+
+_SEARCHED = "-mse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +42,12 @@ class FormatScheme:
     Attributes:
         weights: name of the weights' format.
         activations: of the activations'; None leaves them as they are.
+        search: scales of the weights are searched for the least squared error.
     """
 
     weights: str
     activations: str | None = None
+    search: bool = False
 
     def __post_init__(self) -> None:
         for name in (self.weights, self.activations):
@@ -52,13 +57,18 @@ class FormatScheme:
     @property
     def name(self) -> str:
         """``scheme_of`` reads it back."""
-        return self.weights if self.activations is None else f"{self.weights}/{self.activations}"
+        weights = f"{self.weights}{_SEARCHED if self.search else ''}"
+        return weights if self.activations is None else f"{weights}/{self.activations}"
 
     @classmethod
     def parse(cls, name: str) -> FormatScheme:
         """The scheme of that name. Raises InputError where a format is unknown."""
         weights, slash, activations = name.partition("/")
-        return cls(weights=weights, activations=activations if slash else None)
+        return cls(
+            weights=weights.removesuffix(_SEARCHED),
+            activations=activations if slash else None,
+            search=weights.endswith(_SEARCHED),
+        )
 
     def layer(
         self,
@@ -71,9 +81,17 @@ class FormatScheme:
         """A linear layer of W [N, K] in this scheme. Raises InputError where a weight is not finite."""
         if not bool(torch.isfinite(weight).all()):
             raise InputError(f"{name} holds NaN or infinity: mend the model before it is quantized")
-        stored = quantize(weight.detach(), self.weights)
-        digest = hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
-        return FormatLinear(stored, self, bias=bias, fingerprint=digest[:16])
+        stored = self.quantize(weight.detach())
+        return FormatLinear(stored, self, bias=bias, fingerprint=fingerprint_of_weight(weight))
+
+    def quantize(self, weight: Tensor) -> Quantized:
+        """W in the weights' format."""
+        return (quantize_searched if self.search else quantize)(weight, self.weights)
+
+
+def fingerprint_of_weight(weight: Tensor) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a weight in float32."""
+    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 class FormatLinear(nn.Module):
@@ -83,6 +101,7 @@ class FormatLinear(nn.Module):
         stored: the weights, [N, K].
         scheme: says whether activations are rounded too.
         bias: [N], or None.
+        smooth: [K], what the columns of the weights were multiplied with, and x is divided by; or None.
         fingerprint: of the float32 weights that it was made from.
     """
 
@@ -90,10 +109,16 @@ class FormatLinear(nn.Module):
     scales: Tensor | None
     tensor_scale: Tensor | None
     bias: Tensor | None
-    smooth = None
+    smooth: Tensor | None
 
     def __init__(
-        self, stored: Quantized, scheme: FormatScheme, *, bias: Tensor | None = None, fingerprint: str = ""
+        self,
+        stored: Quantized,
+        scheme: FormatScheme,
+        *,
+        bias: Tensor | None = None,
+        smooth: Tensor | None = None,
+        fingerprint: str = "",
     ) -> None:
         super().__init__()
         self.scheme = scheme
@@ -105,6 +130,7 @@ class FormatLinear(nn.Module):
         self.register_buffer("scales", stored.scales)
         self.register_buffer("tensor_scale", stored.tensor_scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("smooth", None if smooth is None else smooth.detach().float())
         self.eval()
 
     @property
@@ -123,7 +149,9 @@ class FormatLinear(nn.Module):
         """Bytes of the stored weights, without the bias; codes of 6 bits count 6, though a byte holds one here."""
         held = -(-self.out_features * self.in_features * self.format.element.bits // 8)
         return held + sum(
-            t.numel() * t.element_size() for t in (self.scales, self.tensor_scale) if t is not None
+            t.numel() * t.element_size()
+            for t in (self.scales, self.tensor_scale, self.smooth)
+            if t is not None
         )
 
     def prepare(self) -> None:
@@ -143,18 +171,20 @@ class FormatLinear(nn.Module):
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("a quantized layer has no gradient: call the model under torch.no_grad()")
+        given = x.dtype
+        x = x if self.smooth is None else x.float() / self.smooth
         rounded = (
             x if self.scheme.activations is None else fake_quantize(x, self.scheme.activations).to(x.dtype)
         )
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(rounded, dequantize(self.stored).to(x.dtype), bias)
+        return F.linear(rounded, dequantize(self.stored).to(x.dtype), bias).to(given)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> FormatLinear:
         # Moves take everything along; a change of format is for the bias alone (codes and scales keep theirs).
-        kept = {name: getattr(self, name) for name in ("codes", "scales", "tensor_scale")}
+        kept = {name: getattr(self, name) for name in ("codes", "scales", "tensor_scale", "smooth")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             if before is not None:

@@ -4,6 +4,7 @@
     W8A8             y = s_x (q W_q') + b,         q = round(x / s_x),  s_x = max|x| / 127.5 over the tensor or the token
     mixed            y = s_x (q W_q') + x_O W_q,O' + b,     O: channels with |x| >= threshold anywhere in the call (LLM.int8())
     SmoothQuant      as W8A8 of x / s with weights W diag(s)
+    AWQ              any of these of x / s with weights W diag(s), s from awq.py
 
 For inference only. The output has the input's format; inside, W8A8 is float32 and integers. A channel of O is multiplied with
 its dequantized weights where there are few of them; where there are more channels than twice the tokens, x_O goes through the
@@ -167,6 +168,8 @@ class QuantizedLinear(nn.Module):
 
     def _weight_only(self, x_MK: Tensor) -> Tensor:
         kernel: Any = self._kernel
+        if self.smooth is not None:
+            x_MK = (x_MK / self.smooth).to(x_MK.dtype)
         y_MN: Tensor = kernel(x_MK)
         return y_MN
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import linear_layers, linear_weight, shared_parameters
+from stabilitylab.quantization.calibrated import needs_moments
+from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.schemes import LinearScheme
 
 
@@ -32,13 +34,29 @@ def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def quantized(path: str, layer: nn.Module, scheme: LinearScheme, largest: Tensor | None = None) -> Any:
+def quantized(
+    path: str,
+    layer: nn.Module,
+    scheme: LinearScheme,
+    largest: Tensor | None = None,
+    moments: Moments | None = None,
+) -> Any:
     """The quantized twin of a linear layer.
 
+    Args:
+        path: how errors call it.
+        layer: left as it is.
+        scheme: of the twin.
+        largest: max|x| of each input channel, [K]: for SmoothQuant.
+        moments: of its input: for schemes that round for it.
+
     Raises:
-        InputError: its weights are not finite, or SmoothQuant has no ``largest``.
+        InputError: its weights are not finite, or what the scheme needs to know of its input is missing.
     """
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
+    if needs_moments(scheme):
+        calibrated: Any = scheme
+        return calibrated.layer(linear_weight(layer), bias=bias, name=path, moments=moments)
     return scheme.layer(linear_weight(layer), bias=bias, largest=largest, name=path)
 
 

@@ -2,7 +2,8 @@
 
     NAME            integers: see scheme.py                    w8a8-token, mixed, int4-g64-asym-mse
     FORMAT          floating-point: see format_scheme.py       nvfp4, fp8-e4m3-row/fp8-e4m3-row
-    ...-had         either after a rotation: see rotated.py    w8a8-token-had, nvfp4/nvfp4-had
+    ...-gptq, -awq  rounded for its inputs: see calibrated.py  int4-g64-asym-mse-gptq, nvfp4-awq
+    ...-had         any after a rotation: see rotated.py       w8a8-token-had, nvfp4/nvfp4-gptq-had
 
 A scheme of one's own is whatever has a ``name`` and makes a layer:
 
@@ -24,8 +25,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from stabilitylab.errors import InputError
+from stabilitylab.quantization.calibrated import METHODS, CalibratedScheme
 from stabilitylab.quantization.format_scheme import FormatScheme
-from stabilitylab.quantization.rotated import RotatedLinear, rotated_weight
+from stabilitylab.quantization.moments import Moments
+from stabilitylab.quantization.rotated import RotatedLinear, rotated_weight, signs_for
 from stabilitylab.quantization.scheme import NAMED, Scheme
 
 ROTATED = "-had"
@@ -70,11 +73,16 @@ class RotatedScheme:
         bias: Tensor | None = None,
         largest: Tensor | None = None,
         name: str = "the layer",
+        moments: Moments | None = None,
     ) -> RotatedLinear:
-        """Raises InputError: K is odd, or the inner scheme needs the ranges of unrotated activations."""
+        """Raises InputError: K is odd, or the inner scheme needs the ranges of unrotated activations, or moments."""
         if isinstance(self.inner, Scheme) and self.inner.smooth is not None:
             raise InputError("SmoothQuant's ranges are those of unrotated activations: choose one of the two")
-        return RotatedLinear(self.inner.layer(rotated_weight(weight, name), bias=bias, name=name), self)
+        turned = rotated_weight(weight, name)
+        if isinstance(self.inner, CalibratedScheme):
+            of_turned = None if moments is None else moments.rotated(signs_for(weight.shape[1], name))
+            return RotatedLinear(self.inner.layer(turned, bias=bias, name=name, moments=of_turned), self)
+        return RotatedLinear(self.inner.layer(turned, bias=bias, name=name), self)
 
 
 _REGISTERED: dict[str, LinearScheme] = {}
@@ -102,7 +110,8 @@ def scheme_of(name: str) -> LinearScheme:
         raise InputError(
             f"there is no scheme {name!r}: choose one of {', '.join([*NAMED, *_REGISTERED])}; intB-row, intB-gG with B 8 or 4 and "
             "G 32, 64 or 128, and with -asym, -mse or both; a number format (fp8-e4m3-row, mxfp4, nvfp4, ...) or two of them "
-            "(WEIGHTS/ACTIVATIONS); each with -had for a Hadamard rotation"
+            "(WEIGHTS/ACTIVATIONS), with -mse where scales are searched; each with -gptq, -gptqo or -awq where weights are "
+            "rounded for their inputs, and with -had for a Hadamard rotation"
         )
     return found
 
@@ -113,6 +122,12 @@ def _known(name: str) -> LinearScheme | None:
     if name.endswith(ROTATED):
         inner = _known(name.removesuffix(ROTATED))
         return None if inner is None or isinstance(inner, RotatedScheme) else RotatedScheme(inner=inner)
+    for method in METHODS:
+        if name.endswith(f"-{method}"):
+            rounded = _known(name.removesuffix(f"-{method}"))
+            if isinstance(rounded, (Scheme, FormatScheme)):
+                return CalibratedScheme(inner=rounded, method=method)
+            return None
     readers: tuple[Callable[[str], LinearScheme], ...] = (Scheme.parse, FormatScheme.parse)
     for read in readers:
         try:

@@ -103,7 +103,6 @@ def quantize_weight(
     weight = weight.detach()
     rows, columns = weight.shape
     group = scheme.share if isinstance(scheme.share, int) else max(columns, 1)
-    scale_dtype = torch.bfloat16 if scheme.activations is None else torch.float32
     values, scales, zeros = [], [], []
     digest = hashlib.sha256()
     one_scale = _largest(weight, smooth) / INT8_RANGE if scheme.share == "tensor" else None
@@ -113,7 +112,7 @@ def quantize_weight(
         if not bool(part.isfinite().all()):
             raise InputError(f"{name} holds NaN or infinity: mend the model before it is quantized")
         part = part if smooth is None else part * smooth.to(part)
-        codes, scale, zero = _quantize_rows(part, scheme, group, scale_dtype, one_scale)
+        codes, scale, zero = affine_rows(part, scheme, group, one_scale)
         values.append(
             pack_nibbles(codes) if scheme.bits == 4 else (codes.to(torch.int16) - 128).to(torch.int8)
         )
@@ -142,11 +141,24 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
     return torch.cat([packed & 15, packed >> 4], 1)[:, :columns]
 
 
-def _quantize_rows(
-    part: Tensor, scheme: Scheme, group: int, scale_dtype: torch.dtype, one_scale: Tensor | None
+def scale_format(scheme: Scheme) -> torch.dtype:
+    """In which scales are stored."""
+    return torch.bfloat16 if scheme.activations is None else torch.float32
+
+
+def affine_rows(
+    part: Tensor, scheme: Scheme, group: int, one_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [n, K] uint8, scales [n, G] (or [1, 1]) in the stored format, zero points [n, G] uint8."""
+    """Codes [n, K] uint8, scales [n, G] (or [1, 1]) in the stored format, zero points [n, G] uint8.
+
+    Args:
+        part: rows of a weight, [n, K], float32.
+        scheme: how.
+        group: columns that share a scale.
+        one_scale: of the whole weight, where there is but one.
+    """
     rows, columns = part.shape
+    scale_dtype = scale_format(scheme)
     groups = -(-columns // group)
     grouped = torch.nn.functional.pad(part, (0, groups * group - columns)).view(rows, groups, group)
     codes, scale, zero = _affine(grouped, scheme, scale_dtype, 1.0, one_scale)

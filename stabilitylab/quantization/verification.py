@@ -57,13 +57,17 @@ class Verification:
             for path, scheme in schemes.items()
         }
         with replaced(self._model.module, twins):
-            if self._model.predicts:
-                return self._mean_loss() - self._loss
-            off = total = 0.0
-            for window, own in zip(self._windows, self._own, strict=True):
-                off += float((self._model.run(window).float() - own).double().square().sum())
-                total += float(own.double().square().sum())
-            return math.sqrt(off / total) if total else 0.0
+            return self.of_the_model_as_it_stands()
+
+    def of_the_model_as_it_stands(self) -> float:
+        """The same of a model in which somebody else has replaced layers."""
+        if self._model.predicts:
+            return self._mean_loss() - self._loss
+        off = total = 0.0
+        for window, own in zip(self._windows, self._own, strict=True):
+            off += float((self._model.run(window).float() - own).double().square().sum())
+            total += float(own.double().square().sum())
+        return math.sqrt(off / total) if total else 0.0
 
     def _mean_loss(self) -> float:
         total, count = 0.0, 0

@@ -211,3 +211,13 @@ def test_heads_that_are_not_opened_are_counted(saved, tmp_path):
     module = BertForMaskedLM(tiny.bert().config)
     model = open_text_model(tiny.save(module, tmp_path / "bert", framed=True))
     assert any("cls.predictions" in note and "no part of the opened model" in note for note in model.notes)
+
+
+def test_matrices_of_indices_are_no_codes(tmp_path, saved):
+    folder = shutil.copytree(saved["llama"], tmp_path / "model")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    # As checkpoints of encoders from before transformers 4.31 carry them.
+    tensors["model.embed_tokens.position_ids"] = torch.arange(8)[None]
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert understood(folder, stored_tensors(folder)) == []

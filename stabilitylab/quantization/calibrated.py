@@ -1,0 +1,126 @@
+"""Schemes whose weights are rounded for the inputs that a layer sees, instead of each number to its nearest.
+
+    SCHEME-gptq         columns take over each other's errors, in the order in which they stand      gptq.py
+    SCHEME-gptqo        the same, columns of large activations first ("act-order")                    gptq.py
+    SCHEME-awq          channels scaled up before rounding where their activations are large         awq.py
+
+SCHEME is any of this package with scales of its own for groups, rows or blocks: int4-g64-asym-mse, w8a8-token, nvfp4, mxfp4,
+.... The stored form is SCHEME's (and for AWQ a factor a channel), so kernels, files and exports know it already. What is needed
+besides the weight are the moments of its input (moments.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stabilitylab.errors import InputError
+from stabilitylab.formats import dequantize
+from stabilitylab.quantization.awq import awq_scales
+from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme, fingerprint_of_weight
+from stabilitylab.quantization.gptq import gptq
+from stabilitylab.quantization.grids import FormatGrid, IntegerGrid
+from stabilitylab.quantization.linear import QuantizedLinear
+from stabilitylab.quantization.moments import Moments
+from stabilitylab.quantization.scheme import Scheme
+from stabilitylab.quantization.stored import quantize_weight
+
+Method = Literal["gptq", "gptqo", "awq"]
+METHODS: tuple[Method, ...] = ("gptq", "gptqo", "awq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedScheme:
+    """A scheme whose weights are rounded for their inputs.
+
+    Attributes:
+        inner: says which numbers weights can become, and what becomes of activations.
+        method: how they are rounded.
+    """
+
+    inner: Scheme | FormatScheme
+    method: Method
+
+    def __post_init__(self) -> None:
+        if isinstance(self.inner, Scheme) and self.inner.smooth is not None:
+            raise InputError(
+                f"{self.name}: SmoothQuant scales the channels already; choose another scheme to round"
+            )
+        if self.method != "awq" and isinstance(self.inner, Scheme) and self.inner.share == "tensor":
+            raise InputError(
+                f"{self.name}: with one scale a tensor there is nothing to gain; choose a scale a row"
+            )
+
+    @property
+    def name(self) -> str:
+        """``scheme_of`` reads it back."""
+        return f"{self.inner.name}-{self.method}"
+
+    def layer(
+        self,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        largest: Tensor | None = None,
+        name: str = "the layer",
+        moments: Moments | None = None,
+    ) -> QuantizedLinear | FormatLinear:
+        """A linear layer of W [N, K] in this scheme.
+
+        Args:
+            weight, bias: of the layer.
+            largest: not used.
+            name: how errors call it.
+            moments: of its input.
+
+        Raises:
+            InputError: there are no moments, or a weight is not finite.
+        """
+        if moments is None:
+            raise InputError(
+                f"{name}: {self.name} rounds for a text's inputs: make the plan anew with --text, or keep the file of rounded "
+                "weights beside it"
+            )
+        weight = weight.detach()
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(f"{name} holds NaN or infinity: mend the model before it is quantized")
+        if self.method == "awq":
+            return self._scaled(weight, bias, moments, name)
+        factor = moments.factor(order=self.method == "gptqo")
+        mark = fingerprint_of_weight(weight)
+        if isinstance(self.inner, Scheme):
+            grid = IntegerGrid(self.inner, (weight.shape[0], weight.shape[1]))
+            return QuantizedLinear(grid.stored(gptq(weight, factor, grid), mark), self.inner, bias=bias)
+        places = FormatGrid(self.inner.quantize(weight))
+        return FormatLinear(
+            places.stored(gptq(weight, factor, places)), self.inner, bias=bias, fingerprint=mark
+        )
+
+    def _scaled(
+        self, weight: Tensor, bias: Tensor | None, moments: Moments, name: str
+    ) -> QuantizedLinear | FormatLinear:
+        inner = self.inner
+        if isinstance(inner, Scheme):
+            scales_K = awq_scales(
+                weight, moments, lambda part: quantize_weight(part, inner, name=name).dequantize()
+            )
+            stored = quantize_weight(weight, inner, smooth=scales_K, name=name)
+            return QuantizedLinear(stored, inner, bias=bias, smooth=scales_K)
+        scales_K = awq_scales(weight, moments, lambda part: dequantize(inner.quantize(part)))
+        return FormatLinear(
+            inner.quantize(weight.float() * scales_K),
+            inner,
+            bias=bias,
+            smooth=scales_K,
+            fingerprint=fingerprint_of_weight(weight),
+        )
+
+
+def needs_moments(scheme: Any) -> bool:
+    """Whether a layer of this scheme is made for its inputs."""
+    return isinstance(getattr(scheme, "inner", scheme), CalibratedScheme) or isinstance(
+        scheme, CalibratedScheme
+    )

@@ -1,0 +1,82 @@
+"""GPTQ: columns are rounded one after another, and those still to come take over what each was off by.
+
+Of W [N, K] with inputs of second moment S, for k = 1 ... K, with q(.) rounding to the grid and U' U = (S + damping)^-1:
+
+    Q[:, k] = q(W[:, k])        e = (W[:, k] - Q[:, k]) / U[k, k]        W[:, j] -= e U[k, j]  for j > k
+
+which is the optimal brain surgeon's step for each row, so that tr((W - Q) S (W - Q)') is less than by rounding to nearest
+(Frantar et al., arXiv:2210.17323, algorithm 1). Columns may come in order of S[k, k], largest first ("act-order"): those that
+matter most are then rounded while there is most freedom left.
+
+A scale that columns share is taken from the weights as they are when the first of its columns is reached; in another order,
+where a group's columns come scattered, from the weights as they were.
+
+Columns are worked on in blocks, changes to the columns after a block applied at once. W is held transposed, so that a column is
+contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_BLOCK = 128
+
+
+class Grid(Protocol):
+    """The numbers that a weight can become, column by column."""
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+
+    def open(self, start: int, part_Ng: Tensor) -> None:
+        """Take the scales of the columns from ``start`` on from these weights."""
+
+    def round(self, column_N: Tensor, k: int) -> Tensor:
+        """A column's nearest numbers on the grid."""
+
+
+def gptq(weight_NK: Tensor, factor: tuple[Tensor, Tensor], grid: Grid) -> Tensor:
+    """The rounded weight, [N, K], each number on the grid.
+
+    Args:
+        weight_NK: any floating format.
+        factor: of the input's second moment (``Moments.factor``): the order of the columns, and U.
+        grid: opened for every column on return.
+    """
+    at_K, upper_KK = factor
+    left_KN = weight_NK.detach().to(upper_KK.dtype).T.contiguous()
+    columns = len(left_KN)
+    ordered = bool((at_K == torch.arange(columns)).all())
+    if not ordered:
+        for start in range(0, columns, grid.group):
+            grid.open(start, left_KN[start : start + grid.group].T)
+        left_KN = left_KN[at_K]
+    rounded_KN = torch.empty_like(left_KN)
+    places = at_K.tolist()
+    for first in range(0, columns, _BLOCK):
+        last = min(first + _BLOCK, columns)
+        errors_kN = torch.empty_like(left_KN[first:last])
+        for k in range(first, last):
+            if ordered and k % grid.group == 0:
+                # Of a group that reaches beyond the block, the rest lacks what this block has changed so far.
+                end = min(k + grid.group, columns)
+                part_gN = left_KN[k:end].clone()
+                if end > last:
+                    part_gN[last - k :] -= upper_KK[first:k, last:end].T @ errors_kN[: k - first]
+                grid.open(k, part_gN.T)
+            rounded_KN[k] = grid.round(left_KN[k], places[k])
+            error_N = (left_KN[k] - rounded_KN[k]) / upper_KK[k, k]
+            errors_kN[k - first] = error_N
+            if k + 1 < last:
+                left_KN[k + 1 : last].addr_(upper_KK[k, k + 1 : last], error_N, alpha=-1)
+        if last < columns:
+            left_KN[last:].addmm_(upper_KK[first:last, last:].T, errors_kN, alpha=-1)
+    if not ordered:
+        back_KN = torch.empty_like(rounded_KN)
+        back_KN[at_K] = rounded_KN
+        rounded_KN = back_KN
+    return rounded_KN.T.contiguous()
