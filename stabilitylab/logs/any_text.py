@@ -13,22 +13,34 @@ it is a loss of training; one of validation alone is none, and is counted. The s
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stabilitylab.logs.log import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.pattern import NUMBER, TextFormat, Values, number
 
 _PAIR = re.compile(
-    rf"(?<![\w.])([A-Za-z_][\w/.@-]*(?: [A-Za-z(][\w/.()@-]*){{0,3}})['\"]?\)?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
+    rf"(?<![\w.])([A-Za-z_][\w/.@-]*(?:\([A-Za-z]\w*\))?(?: [A-Za-z(][\w/.()@-]*){{0,3}})['\"]?\)?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
     rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%)(?=['\"\s,;:|/\])}}(]|[a-zA-Z]+\b|$)",
     re.IGNORECASE,
 )
-_PLACE = re.compile(r"(?:epoch|\btrain)\W{0,3}(\d+)\W{0,4}\[\s*(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
+_PLACE = re.compile(
+    r"(?:epoch|\btrain)\W{0,3}(\d+)(?:/\d+\])?\W{0,4}\[\s*(\d[\d,]*)\s*/\s*(\d[\d,]*)\b", re.IGNORECASE
+)
+_PAIR_OF_COUNTS = re.compile(r"^\s*\[\s*(\d+),\s*(\d+)\](?!<)")  # PyTorch's CIFAR tutorial: [epoch, batch]
 _ABSL = re.compile(r"^[IWEF]\d{4} [\d:.]+\s+\d+ [\w.]+:\d+\] ")
 _BAR = re.compile(r"\s(\d+)/(\d+) \[\d")
 # A number that opens the line, also in brackets, and is no time of day and no date.
 _OPENS = re.compile(r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:[|,:\])](?!\d)|/(\d+)(?=[\])\s]))")
 _WITHIN = re.compile(r"[\[(]\s*(\d+)\s*/\s*(\d+)\b")
+# A norm of several groups: the first.
+_NORMS = re.compile(r"(\w*norm)\s*[=:]\s*\{['\"]\w+['\"]:\s*(?=[-+\d.n])", re.IGNORECASE)
+# Words that make a line one of validation, where they stand before its first loss and no training does.
+_OF_VALIDATION = re.compile(
+    r"(?:^|[\s\[(|:])(?:eval|evaluation|evaluating|valid|validation|validate|val|test|testing)\b(?![./_=-]\w)",
+    re.IGNORECASE,
+)
+_OF_TRAINING = re.compile(r"train", re.IGNORECASE)
+_LOSS = re.compile(r"loss|xent|nll", re.IGNORECASE)
 _WRAPPED = re.compile(
     r"\b(?:(?:np|numpy|torch|jnp)\.)?(?:float\d*|int\d*|bfloat16|tensor|array|FloatTensor)\(\[?",
     re.IGNORECASE,
@@ -44,12 +56,18 @@ _NO_LOSS = re.compile(r"scale|weight|coef", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class AnyText(TextFormat):
-    """The format of a text that no known trainer prints."""
+    """The format of a text that no known trainer prints.
+
+    Attributes:
+        strict: leave out lines that say before the loss that they are of validation ("Test: [3/40] Loss 2.1").
+    """
+
+    strict: bool = True
 
     def read(self, line: str) -> Values | None:
         """The numbers of one line; None: it holds no loss."""
         values: Values = {}
-        line = _ABSL.sub("", line)
+        line = _NORMS.sub(r"\1=", _ABSL.sub("", line))
         for said, digits, unit in _PAIR.findall(_WRAPPED.sub("", line) if "(" in line else line):
             name = _name(said)
             if name not in values:
@@ -57,12 +75,15 @@ class AnyText(TextFormat):
         losses = [name for name in values if is_loss(name) and not _NO_LOSS.search(name)]
         if not losses:
             return None
-        if all(is_evaluation(name) for name in losses):
+        if all(is_evaluation(name) for name in losses) or (self.strict and _is_of_validation(line)):
             return {}
         counted = any(counter_of(name) and name.lower() != "epoch" for name in values)
         if place := _PLACE.search(line):
             values = {name: value for name, value in values.items() if name.lower() != "epoch"}
-            values["step"] = float(place[1]) * float(place[3]) + float(place[2])
+            epoch, at, length = (float(text.replace(",", "")) for text in place.groups())
+            values["step"] = epoch * length + at
+        elif not counted and (two := _PAIR_OF_COUNTS.match(line)):
+            values["epoch"], values["step"] = float(two[1]), float(two[2])
         elif not counted and (bar := _BAR.search(line)):
             values["step"], values[_OF] = float(bar[1]), float(bar[2])
         elif not counted and (within := _WITHIN.search(line)):
@@ -88,13 +109,23 @@ def _counted_on(values: Values, before: Values) -> Values:
 
 def _name(said: str) -> str:
     """Without what is no part of it: a logger's level; words before a counter or before "loss"."""
-    said = said.strip("()")
+    said = re.sub(r"(?<=\w)\([A-Za-z]\w*\)?$", "", said).strip("()")  # lr(PiecewiseDecay)
     if counter_of(said):
         return "epoch" if said.lower() == "epoch" else said
     last = said.rpartition(" ")[2]
     if counter_of(last):
         return "epoch" if last.lower() == "epoch" else last
+    if last.lower() == "lr":
+        return last
     return _LEVEL.sub("", said) if " " in said and not said.lower().startswith("train loss") else said
 
 
+def _is_of_validation(line: str) -> bool:
+    loss = _LOSS.search(line)
+    before = line[: loss.start()] if loss else line
+    return _OF_VALIDATION.search(before) is not None and _OF_TRAINING.search(before) is None
+
+
 ANY_TEXT = AnyText(name="text", trigger=re.compile(b"(?i:loss|xent|\\bnll)"), lines=(), finish=_counted_on)
+# Where every line says so, it is no more than a logger's name.
+ANY_LINE = replace(ANY_TEXT, strict=False)

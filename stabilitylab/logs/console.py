@@ -15,16 +15,17 @@ from itertools import islice
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.any_text import ANY_TEXT
+from stabilitylab.logs.any_text import ANY_LINE, ANY_TEXT
 from stabilitylab.logs.console_formats import FORMATS
+from stabilitylab.logs.log import counter_of
 from stabilitylab.logs.pattern import TextFormat, Values, own_formats, pairs, plain_text
 from stabilitylab.logs.rows import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 _RANK = re.compile(
-    r"^\[(?:rank|default)\s?(\d+)\]:|\brank[= ](\d+)[\]: ]|^\(\w+ pid=(\d+)", re.IGNORECASE
+    r"^\[(?:rank|default)\s?(\d+)\]:|\brank(?:[= ]|: )(\d+)[\]:, ]|^\(\w+ pid=(\d+)", re.IGNORECASE
 )  # torchrun, loggers, Ray
-_FOLLOWS = re.compile(r"^\s+[A-Za-z]")
+_FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
 _LINE_END = re.compile(rb"[\r\n]")
 # A format is the file's when so many of its lines are records.
 _ENOUGH = 3
@@ -43,8 +44,19 @@ def read_console(source: Source, *, pattern: str | None = None) -> Reading | Non
             if _first(source, [own], enough=1):
                 return _reading(source, own)
         raise InputError(f"{source.name} holds no line that --pattern {pattern!r} matches")
-    found = _first(source, FORMATS, enough=_ENOUGH) or _first(source, [ANY_TEXT], enough=1)
+    found = _first(source, FORMATS, enough=_ENOUGH) or _any_text(source)
     return None if found is None else _reading(source, found)
+
+
+def _any_text(source: Source) -> TextFormat | None:
+    """Any trainer's lines, where there are some; those of validation among them are left out if there are others."""
+    seen = False
+    for chunk in source.chunks():
+        for _, values in _records(ANY_TEXT, chunk, {}):
+            if values is not None:
+                return ANY_TEXT
+            seen = True
+    return ANY_LINE if seen else None
 
 
 def _first(source: Source, formats: Sequence[TextFormat], *, enough: int) -> TextFormat | None:
@@ -78,8 +90,9 @@ class ConsolePieces:
 
     def __init__(self, one: TextFormat, reading: Reading) -> None:
         self._one, self._reading = one, reading
-        # rank -> its record before; and the start of a record whose further lines may come with the next piece
-        self.state: dict[str, Any] = {"before": {}, "rest": ""}
+        # rank -> its record before; the start of a record whose further lines may come with the next piece; rank -> its
+        # last record as it was given out
+        self.state: dict[str, Any] = {"before": {}, "rest": "", "last": {}}
 
     def take(self, piece: bytes) -> Iterator[Row]:
         """The records that are complete."""
@@ -99,8 +112,19 @@ class ConsolePieces:
         for rank, values in _records(self._one, piece, self.state["before"]):
             if values is None:
                 self._reading.left_out["lines of validation, of the start, or without a loss"] += 1
+            elif self._is_repeated(rank, values):
+                self._reading.left_out["records printed twice"] += 1
             else:
                 yield rank, values
+
+    def _is_repeated(self, rank: str, values: Values) -> bool:
+        """Whether two loggers have printed one record: the same numbers at the same step, one after the other."""
+        last = self.state["last"].get(rank)
+        self.state["last"][rank] = values
+        if last is None or len(last) != len(values):
+            return False
+        step = next((name for name in values if counter_of(name) and name != "epoch"), None)
+        return step is not None and last.get(step) == values[step] and repr(last) == repr(values)
 
 
 def _unfinished(one: TextFormat, piece: bytes) -> int:

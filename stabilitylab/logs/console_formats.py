@@ -8,6 +8,7 @@ where one format's line fits another's pattern: the more particular first.
 from __future__ import annotations
 
 import math
+import re
 
 from stabilitylab.logs.pattern import TextFormat, Values, text_format
 
@@ -18,7 +19,7 @@ def _megatron(values: Values, before: Values) -> Values:
     iteration = values.get("iteration")
     window = (iteration or 1.0) - (before.get("iteration") or 0.0)
     names = [name for name in before if "loss" in name and "scale" not in name] or ["lm loss"]
-    missing = not any("loss" in n and "scale" not in n for n in values)
+    missing = len(values) > 2 and not any("loss" in n and "scale" not in n for n in values)
     if missing and (skipped == 0 or (window > 0 and skipped < window)):
         values[names[0]] = math.nan
     return values
@@ -28,6 +29,13 @@ def _without_placeholder(values: Values, before: Values) -> Values:
     """Pipeline ranks without a loss print -1."""
     if values.get("loss") == -1.0:
         values["loss"] = None
+    return values
+
+
+def _thousands(values: Values, before: Values) -> Values:
+    """``1.2kit``."""
+    if (thousands := values.pop("thousands", None)) is not None:
+        values["step"] = round(thousands * 1000)
     return values
 
 
@@ -64,6 +72,7 @@ FORMATS: tuple[TextFormat, ...] = (
         trigger="step: ",
         losses=("loss",),
         finish=_without_placeholder,
+        skip="validate step:",
     ),
     text_format(
         "OLMo",
@@ -143,10 +152,48 @@ FORMATS: tuple[TextFormat, ...] = (
     ),
     text_format(
         "fairseq",
-        "train_inner | epoch {epoch}:{*}loss={loss},{pairs}",
-        source="facebookresearch/fairseq fairseq/logging/progress_bar.py SimpleProgressBar",
-        version="0.12.2",
-        trigger="train_inner",
+        "epoch {epoch}:{*}loss={loss},{pairs}",
+        source="facebookresearch/fairseq fairseq/logging/progress_bar.py SimpleProgressBar, TqdmProgressBar",
+        version="0.6 to 0.12.2",
+        trigger="num_updates=",
+    ),
+    text_format(
+        "levanter",
+        "Progress on:{*} {step}it/{*}postfix:{*}loss:{loss}",
+        "Progress on:{*} {thousands}kit/{*}postfix:{*}loss:{loss}",
+        source="marin-community/levanter src/levanter/callbacks; tqdm-loggable",
+        trigger="Progress on:",
+        finish=_thousands,
+    ),
+    text_format(
+        "ESPnet",
+        "{epoch}epoch:train:{first}-{batch}batch:{pairs}",
+        source="espnet/espnet espnet2/train/reporter.py",
+        version="202301",
+        trigger="epoch:train:",
+        losses=("loss",),
+    ),
+    text_format(
+        "WeNet",
+        "TRAIN Batch {epoch}/{batch} loss {loss} {*}lr {lr}",
+        source="wenet-e2e/wenet wenet/utils/executor.py",
+        trigger="TRAIN Batch ",
+    ),
+    text_format(
+        "Marian",
+        "Ep. {epoch} : Up. {updates} :{*}Cost {cost}{?{*}: gNorm {gnorm}?}{?{*}: L.r. {lr}?}",
+        source="marian-nmt/marian src/training/scheduler.h",
+        version="1.12",
+        trigger=r"Ep\. ",
+        losses=("cost",),
+    ),
+    text_format(
+        "Coqui TTS",
+        "GLOBAL_STEP: {global_step}",
+        source="coqui-ai/Trainer trainer/logging/console_logger.py",
+        trigger="GLOBAL_STEP: ",
+        follow=True,
+        losses=("loss",),
     ),
     text_format(
         "MMEngine",
@@ -174,5 +221,13 @@ FORMATS: tuple[TextFormat, ...] = (
         source="deepspeedai/DeepSpeed deepspeed/runtime/pipe/engine.py",
         version="0.19",
         trigger="steps: ",
+    ),
+    # A dictionary that pprint has broken over lines: EasyLM, own scripts.
+    TextFormat(
+        name="printed dictionaries",
+        source="young-geng/EasyLM EasyLM/models/llama/llama_train.py",
+        trigger=re.compile(rb"(?m:\{'[\w/ .()-]+': [^{}\r\n]*,[ \t]*\r?$)"),
+        lines=(re.compile(r"\{(?P<pairs_>'[^{}]*,)\s*$"),),
+        follow=True,
     ),
 )

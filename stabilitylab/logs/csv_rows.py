@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stabilitylab.errors import InputError
@@ -18,7 +18,9 @@ from stabilitylab.logs.rows import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 NULLS = frozenset(("", "null", "none", "n/a", "na", "-", "<na>"))
-_METRIC_NAMES = ("metric", "metric_name", "key", "tag", "variable")
+_METRIC_NAMES = ("metric", "metric_name", "metric.name", "key", "tag", "variable")
+# Columns that say which run, or process, a row is of.
+RUN_NAMES = ("run_name", "run.name", "run_id", "run id", "run_uuid", "run", "run.hash", "rank", "local_rank")
 _DECIMAL_COMMA = re.compile(r"^-?\d+,\d+(?:[eE][-+]?\d+)?$")
 _WANDB = re.compile(r"^(?P<run>.+) - (?P<metric>[^ ].*?)(?:__MIN|__MAX)?$")
 
@@ -72,12 +74,13 @@ def read_csv_rows(source: Source) -> Reading:
     long = (
         next((names[lower.index(n)] for n in _METRIC_NAMES if n in lower), None) if "value" in lower else None
     )
+    of_run = next((names[lower.index(n)] for n in RUN_NAMES if n in lower), None)
     if lower == ["wall time", "step", "value"]:
         form = "TensorBoard CSV export"
     reading = Reading(
         format=form,
         rows=lambda: text_rows(source, reading),
-        pieces=lambda: CsvPieces(reading, delimiter, several, parts, long),
+        pieces=lambda: CsvPieces(reading, delimiter, several, parts, long, of_run),
     )
     if form.startswith("TensorBoard"):
         reading.losses = (names[2],)
@@ -97,13 +100,20 @@ class CsvPieces:
         several: runs stand side by side (W&B).
         parts: columns whose sum is the loss (YOLO).
         long: the column that names each row's value, where there is one.
+        of_run: the column that names each row's run, where there is one.
     """
 
     def __init__(
-        self, reading: Reading, delimiter: str, several: bool, parts: Sequence[str], long: str | None = None
+        self,
+        reading: Reading,
+        delimiter: str,
+        several: bool,
+        parts: Sequence[str],
+        long: str | None = None,
+        of_run: str | None = None,
     ) -> None:
         self._reading, self._delimiter, self._several, self._parts = reading, delimiter, several, parts
-        self._long = long
+        self._long, self._of_run = long, of_run
         self.state: dict[str, Any] = {"names": [], "row": 0}
 
     def end(self) -> Iterator[Row]:
@@ -134,6 +144,9 @@ class CsvPieces:
                 continue
             values: Values = {}
             for name, cell in zip(names, cells, strict=True):
+                if name == self._of_run:
+                    continue
+                name = "epoch" if name.lower() == "epoch" else name
                 value = _value(cell, delimiter)
                 if value is not None or _null(cell):
                     values[name] = value
@@ -142,8 +155,8 @@ class CsvPieces:
                         "cells that are no numbers",
                         f"column {name!r}, row {state['row']}: {cell[:40]!r} is not a number",
                     )
+            named = dict(zip(names, cells, strict=True)) if self._long or self._of_run else {}
             if self._long is not None:
-                named = dict(zip(names, cells, strict=True))
                 values = {n: v for n, v in values.items() if n.lower() != "value"}
                 value = next(c for n, c in named.items() if n.lower() == "value")
                 values[named[self._long]] = _value(value, delimiter)
@@ -153,7 +166,13 @@ class CsvPieces:
             if self._several:
                 yield from _side_by_side(values)
             else:
-                yield "", values
+                yield _part(self._of_run, named), values
+
+
+def _part(column: str | None, cells: Mapping[str, str]) -> str:
+    if column is None:
+        return ""
+    return f"rank {cells[column]}" if "rank" in column.lower() else cells[column]
 
 
 def _lines(text: Sequence[str], delimiter: str) -> Iterator[list[str]]:

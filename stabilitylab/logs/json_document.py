@@ -2,6 +2,9 @@
 
     {"log_history": [{...}, ...]}                     HuggingFace trainer_state.json (transformers/trainer_callback.py, 5.23)
     {"lm loss": {"start_step", "step_interval", "values"}}    Megatron-LM golden values (tests/functional_tests)
+    [[1700000000.1, 10, 2.31], ...]                   one tag's JSON from TensorBoard's page
+    {"metrics": [{"key", "value", "step"}, ...]}      one value a record (MLflow's REST)
+    {"loss": {"train": {"x": [...], "y": [...]}}}     curves (ClearML's get_reported_scalars)
     {"loss": [...], "val_loss": [...]}                columns: a Keras History, own scripts
     [{...}, ...], or such a list within an object     records
 
@@ -40,6 +43,9 @@ def read_json_document(source: Source) -> Reading | None:
     if isinstance(document, dict) and isinstance(document.get("log_history"), list):
         reading = _reading("HuggingFace Trainer state", document["log_history"])
         reading.step = "step"
+    elif isinstance(document, list) and document and all(_is_triple(row) for row in document):
+        reading = _reading("TensorBoard JSON export", [{"step": row[1], "loss": row[2]} for row in document])
+        reading.notes.append("the export of one tag, taken for the loss")
     elif isinstance(document, dict) and (golden := _golden(document)):
         reading = _reading("Megatron golden values", golden)
         reading.step = "step"
@@ -95,27 +101,62 @@ def _golden(document: Mapping[str, Any]) -> Records:
     rows: dict[float, Values] = {}
     for name, entry in document.items():
         if not (isinstance(entry, dict) and "values" in entry):
-            return []
+            continue
         values, start = entry["values"], entry.get("start_step", 0)
         if isinstance(values, dict):
             pairs = [(float(step), value) for step, value in values.items()]
         elif isinstance(values, list):
             pairs = [(start + i * entry.get("step_interval", 1), value) for i, value in enumerate(values)]
         else:
-            return []
+            continue
         for step, value in pairs:
             rows.setdefault(step, {"step": step})[name] = value
     return [rows[step] for step in sorted(rows)]
+
+
+def _is_triple(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == 3 and all(isinstance(cell, int | float | str) for cell in row)
+
+
+def _by_key(records: Records) -> Records | None:
+    """Records of one value each, put together by step; None: they are no such records."""
+    name = next((n for n in ("key", "metric", "metric_name", "name", "tag") if records and n in records[0]), None)
+    if name is None or not all("value" in one and isinstance(one.get(name), str) for one in records):
+        return None
+    rows: dict[Any, dict[str, Any]] = {}
+    for i, one in enumerate(records):
+        step = one.get("step", i)
+        rows.setdefault(step, {"step": step})[one[name]] = one["value"]
+    return list(rows.values())
+
+
+def _curves(document: Mapping[str, Any], before: str = "") -> dict[str, Mapping[str, Any]]:
+    """Every {"x": [...], "y": [...]} by the way to it."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, value in document.items():
+        if isinstance(value, dict):
+            if isinstance(value.get("x"), list) and isinstance(value.get("y"), list):
+                found[before + name] = value
+            else:
+                found |= _curves(value, f"{before}{name}/")
+    return found
 
 
 def _longest(document: Any, depth: int = 0) -> Records | None:
     """The longest list of records, or table of columns, anywhere in the document."""
     if isinstance(document, list):
         objects: Records = [record for record in document if isinstance(record, dict)]
+        objects = _by_key(objects) or objects
         named = any("loss" in name.lower() for o in objects for name in numbers(o))
         return objects if named else None
     if not isinstance(document, dict) or depth > 4:
         return None
+    if not depth and (curves := _curves(document)):
+        rows: dict[Any, dict[str, Any]] = {}
+        for name, curve in curves.items():
+            for step, value in zip(curve["x"], curve["y"], strict=False):
+                rows.setdefault(step, {"step": step})[name] = value
+        return [rows[step] for step in sorted(rows)]
     columns = {
         name: column
         for name, column in document.items()

@@ -1,6 +1,6 @@
 """JSON, one object a line: W&B histories, LLaMA-Factory, ms-swift, MaxText, mmdetection 2, MMEngine's scalars.
 
-A prefix of a logger before the object is cut off (fairseq's and metaseq's console). Numbers may be strings (``"2.31"``,
+A prefix of a logger before the object is cut off (fairseq's and metaseq's console, MLPerf's). Numbers may be strings (``"2.31"``,
 ``"NaN"``, ``"10/438"``), objects within objects are names with a slash. What belongs to validation is left out: rows whose
 ``mode``, ``split`` or ``phase`` says so. ``rank``, ``run``, ``run_name`` and ``run_id`` tell segments.
 """
@@ -22,10 +22,12 @@ PARTS = ("rank", "run", "run_name", "run_id", "local_rank", "process_index")
 _RATIO = re.compile(r"^(\d+)/\d+$")
 
 
-def read_json_lines(source: Source) -> Reading:
-    """Every line that holds an object."""
+def read_json_lines(source: Source, *, among_text: bool = False) -> Reading:
+    """Every line that holds an object; ``among_text``: lines without one are no damage."""
     reading = Reading(
-        format="JSON lines", rows=lambda: text_rows(source, reading), pieces=lambda: JsonPieces(reading)
+        format="JSON lines",
+        rows=lambda: text_rows(source, reading),
+        pieces=lambda: JsonPieces(reading, among_text),
     )
     return reading
 
@@ -35,10 +37,11 @@ class JsonPieces:
 
     Args:
         reading: where what is left out is counted.
+        among_text: lines without an object are other text.
     """
 
-    def __init__(self, reading: Reading) -> None:
-        self._reading = reading
+    def __init__(self, reading: Reading, among_text: bool) -> None:
+        self._reading, self._among_text = reading, among_text
         self.state: dict[str, Any] = {"line": 0}
 
     def end(self) -> Iterator[Row]:
@@ -60,7 +63,7 @@ class JsonPieces:
             except ValueError:
                 if not line.endswith((b"\n", b"\r")):
                     reading.left_out["a last line cut short"] += 1
-                elif start > 0 or (start < 0 and reading.format == "fairseq"):
+                elif start > 0 or self._among_text:
                     reading.left_out["lines that are no records"] += 1
                 else:
                     reading.damage("lines that are not JSON", f"{where} is not JSON")
@@ -68,6 +71,8 @@ class JsonPieces:
             if not isinstance(record, dict):
                 reading.damage("lines that are no JSON object", f"{where} is no JSON object")
                 continue
+            if "event_type" in record and "key" in record:
+                record = _event(record)
             part = part_of(record)
             if part is None:
                 reading.left_out["rows of validation"] += 1
@@ -80,6 +85,13 @@ class JsonPieces:
                 said = str(record[bad])[:40]
                 reading.damage("values that are no numbers", f"{where}, {bad!r}: {said!r} is not a number")
             yield part, values
+
+
+def _event(record: Mapping[str, Any]) -> dict[str, Any]:
+    """MLPerf's :::MLLOG {"key": "train_loss", "value": 2.3, "metadata": {"samples_count": 32}}."""
+    told = {str(record["key"]): record.get("value")}
+    metadata = record.get("metadata")
+    return {**metadata, **told} if isinstance(metadata, dict) else told
 
 
 def part_of(record: Mapping[str, Any]) -> str | None:

@@ -76,7 +76,8 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "cross_entropy_loss",
             "crossentropyloss",
         ),
-        *("reduced_train_loss", "batch_loss", "smooth_loss", "nll_loss"),
+        *("reduced_train_loss", "step_loss", "batch_loss", "smooth_loss", "nll_loss"),
+        *("policy_loss", "pg_loss", "actor_loss", "average_loss"),  # of reinforcement learning the policy's
     ),
     GRADIENT_NORM: (
         *(
@@ -88,7 +89,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "gnorm",
             "norm",
         ),
-        *("gradnorm", "raw_grad_norm", "l2_norm_grad_global"),
+        *("gradnorm", "raw_grad_norm", "l2_norm_grad_global", "grad"),
     ),
     LOSS_SCALES[0]: ("loss_scale", "scale", "grad_scale", "scaler_scale"),
     LEARNING_RATE: (
@@ -108,6 +109,18 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     BATCH_SIZE: ("batch_size", "global_batch_size"),
     DATA_PHASE: ("data_phase", "curriculum_step", "curriculum_seqlen", "sequence_length", "seq_length"),
 }
+# Where none of those names is there: optim/LR (group 0), x/lr0, optim0_lr0, lr-DecoupledAdamW/group0; actor_grad_norm.
+_LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
+    LEARNING_RATE: (
+        re.compile(r"(^|_)(lr|learning_rate|lrate|l_r)\d*(_|$)"),
+        re.compile(r"ratio|mult|scale|min|max|decay|warm|last_layer|peak|init"),
+    ),
+    GRADIENT_NORM: (
+        re.compile(r"(^|_)(grad|gradients?)_?norm(_|$)|(^|_)gnorm(_|$)|(^|_)norm_grad(_|$)"),
+        re.compile(r"layer|block|bias|weight|clipped|ratio|coef|\d$"),
+    ),
+}
+_MOST_ALIKE = 4  # more of them are a norm for each layer
 # Losses that do not say so.
 _OTHER_LOSSES = frozenset({"xent", "nll", "cross_entropy", "train_xent", "train_nll"})
 _COUNTERS = frozenset({*_NAMES[STEP], "epoch"})
@@ -241,11 +254,15 @@ def choose_columns(
             and not _BOUND.search(name)
             and name not in chosen.values()
         ]
+        if not found and signal in _LIKE:
+            found = _alike(signal, names, plain)
         if signal == STEP:
             found = [n for n in found if n not in fractions or plain[n] == "step"]
             found = [n for n in found if not counts or counts[n] * 2 > rows]
-        elif counts:
-            found = [n for n in found if counts[n]]
+        else:
+            # actor/grad_norm beside actor/pg_loss, not critic/grad_norm
+            found.sort(key=lambda name: _group(name) != _group(chosen[LOSS]))
+            found = [n for n in found if not counts or counts[n]]
         if found:
             chosen[signal] = found[0]
     return chosen
@@ -281,6 +298,23 @@ def _loss(
     raise InputError(
         f"{source} has several loss columns: {_list(found)}; name one with --loss: {_paste(found)}"
     )
+
+
+def _alike(signal: str, names: Sequence[str], plain: Mapping[str, str]) -> list[str]:
+    """Columns that are the signal by a part of their name: none if there are many."""
+    like, unlike = _LIKE[signal]
+    found = [
+        n
+        for n in names
+        if like.search(plain[n]) and not unlike.search(plain[n]) and not is_evaluation(n) and not _BOUND.search(n)
+    ]
+    return found if signal == LEARNING_RATE or len(found) <= _MOST_ALIKE else []
+
+
+def _group(name: str) -> str:
+    """What stands before a name's last part: ``actor/grad_norm``, ``actor_lr`` -> actor."""
+    before, sign, _ = name.rpartition("/")
+    return before if sign else name.partition("_")[0]
 
 
 def _paste(names: Sequence[str], most: int = 6) -> str:

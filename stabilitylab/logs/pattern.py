@@ -35,10 +35,12 @@ _QUOTED = r"['\"]?({})['\"]?"
 _PART = re.compile(r"\{\?|\?\}|\{(\*|[A-Za-z_][\w/ .-]*)\}|\s+|[^{}\s?]+|.", re.DOTALL)
 # A name is letters, then words; what stands between it and the number is one of : = and blanks.
 _PAIR = re.compile(
-    rf"([A-Za-z_][\w/.()*-]*(?: [A-Za-z(][\w/.()*-]*){{0,6}})['\"]?\s*[:=]\s*['\"]?\[?({NUMBER})((?-i:[KMGT])(?!\w))?"
+    rf"([A-Za-z_][\w/.()*-]*(?: (?:[A-Za-z(]|\d+\))[\w/.()*-]*){{0,6}})['\"]?\s*[:=]\s*['\"]?\[?({NUMBER})((?-i:[KMGT])(?!\w))?"
     rf"(?=['\"\s,;|%\]}})a-zA-Z]|$)",
     re.IGNORECASE,
 )
+# ``| learning rate 1.5E-4 |``: a name and a number alone between bars.
+_CELL = re.compile(rf"(?:^|\|)\s*([A-Za-z][A-Za-z _-]*?)\s+({NUMBER})\s*(?=\||$)", re.IGNORECASE)
 # nanotron prints 65536 as 65.5K.
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
@@ -59,6 +61,7 @@ class TextFormat:
         follow: indented ``name=number`` lines below belong to the record.
         losses: names of the loss, best first.
         finish: puts a record right that the trainer writes oddly, given the one before; None: no record.
+        skip: lines in which this matches are of validation.
     """
 
     name: str
@@ -69,9 +72,12 @@ class TextFormat:
     follow: bool = False
     losses: tuple[str, ...] = ()
     finish: Callable[[Values, Values], Values | None] | None = None
+    skip: re.Pattern[str] | None = None
 
     def read(self, line: str) -> Values | None:
-        """The numbers of one line; None: it is no record."""
+        """The numbers of one line, none of one of validation; None: it is no record."""
+        if self.skip is not None and self.skip.search(line):
+            return {}
         for pattern in self.lines:
             found = pattern.search(line)
             if found:
@@ -95,6 +101,7 @@ def text_format(
     follow: bool = False,
     losses: tuple[str, ...] = (),
     finish: Callable[[Values, Values], Values | None] | None = None,
+    skip: str | None = None,
 ) -> TextFormat:
     """A format of patterns; without a trigger, the longest words of each pattern are looked for."""
     seek = trigger if trigger is not None else "|".join(_longest(line) for line in lines)
@@ -107,6 +114,7 @@ def text_format(
         follow=follow,
         losses=losses,
         finish=finish,
+        skip=None if skip is None else re.compile(skip),
     )
 
 
@@ -180,6 +188,9 @@ def pairs(text: str) -> Values:
     values: Values = {}
     for name, value, unit in _PAIR.findall(text):
         values.setdefault(name.strip(), number(value, unit))
+    if "|" in text:
+        for name, value in _CELL.findall(text):
+            values.setdefault(name.strip(), number(value))
     return values
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from stabilitylab.errors import InputError
@@ -21,7 +22,7 @@ from stabilitylab.logs.json_lines import read_json_lines
 from stabilitylab.logs.locate import in_folder, is_tensorboard
 from stabilitylab.logs.log import Log
 from stabilitylab.logs.pattern import number
-from stabilitylab.logs.rows import Reading, Row, logs_of
+from stabilitylab.logs.rows import Reading, Row, logs_of, text_rows
 from stabilitylab.logs.source import Source, standard_input
 from stabilitylab.logs.swanlab import SWANLAB, read_swanlab
 from stabilitylab.logs.trackers import (
@@ -32,6 +33,7 @@ from stabilitylab.logs.trackers import (
     read_sqlite,
     read_wandb,
 )
+from stabilitylab.logs.wrapped import UnwrappedSource, UnwrappingPieces, key_of
 
 # Numbers with their names beside them: a sentence, and no header of a table.
 _SAID = re.compile(r"[:=]\s*[-+]?\d")
@@ -131,6 +133,8 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
             f"{source.name} is {_binary_kind(source.path, head)}: export the run as CSV or JSON lines"
         )
     start = head.lstrip(b"\xef\xbb\xbf \r\n\t")
+    if start[:1] == b"{" and (key := key_of(start)) is not None:
+        return _wrapped(source, key)
     first = start.split(b"\n", 1)[0].strip()
     if start[:1] in (b"{", b"[") and not first.startswith((b"{'", b"[rank", b"[default", b"[2")):
         if source.path.stat().st_size < _DOCUMENT_BYTES and (
@@ -141,9 +145,9 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
                 return document
         if start[:1] == b"{" or _is_json(first) or source.path.suffix == ".jsonl":
             return _known_lines(source, head)
-    if source.path.suffix.lower() in (".jsonl", ".ndjson"):
+    if source.path.suffix.lower() in (".jsonl", ".ndjson") and not isinstance(source, UnwrappedSource):
         return _known_lines(source, head)
-    if re.search(rb'[\]\-:|] \{"[^\r\n]*"loss"', b"".join([head])) or _fairseq(source):
+    if re.search(rb'[\]\-:|] \{"[^\r\n]*"loss"', head) or b":::MLLOG {" in head or _fairseq(source):
         return _known_lines(source, head)
     if source.path.parent.name == "metrics" and re.fullmatch(rb"\d{12,} \S+ \d+", first):
         return read_mlflow_metric(source.path)
@@ -162,8 +166,19 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
     return found
 
 
+def _wrapped(source: Source, key: str) -> Reading:
+    """What a program printed, out of the JSON that a container has put around it."""
+    inside = UnwrappedSource(source, key)
+    inner = _text(inside, inside.head(), None)
+    pieces = inner.pieces
+    if pieces is None:
+        return inner
+    outer = replace(inner, rows=lambda: text_rows(source, outer), pieces=lambda: UnwrappingPieces(pieces(), key))
+    return outer
+
+
 def _known_lines(source: Source, head: bytes) -> Reading:
-    reading = read_json_lines(source)
+    reading = read_json_lines(source, among_text=not head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"))
     if b'"num_updates"' in head or _fairseq(source):
         reading.format, reading.step = "fairseq", "num_updates"
     elif b'"_step"' in head and b'"_runtime"' in head:
@@ -174,6 +189,10 @@ def _known_lines(source: Source, head: bytes) -> Reading:
         reading.format = "LLaMA-Factory"
     elif b'"mode": "train"' in head:
         reading.format = "MMCV JSON"
+    elif b":::MLLOG {" in head:
+        reading.format, reading.losses = "MLPerf", ("train_loss", "loss")
+        counters = ("samples_count", "step_num", "epoch_num")
+        reading.step = next((n for n in counters if f'"{n}"'.encode() in head), None)
     elif b'"learning/loss"' in head:
         reading.format = "MaxText"
     return reading
@@ -264,8 +283,6 @@ def reading_of(path: Path, pattern: str | None = None) -> Reading | None:
 
 
 def _renamed(logs: list[Log], name: str, count: int) -> list[Log]:
-    from dataclasses import replace
-
     return [replace(log, name=f"{name} {log.name}".strip()) for log in logs] if count > 1 else logs
 
 

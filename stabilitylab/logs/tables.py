@@ -15,7 +15,7 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.csv_rows import delimiter_of
+from stabilitylab.logs.csv_rows import RUN_NAMES, delimiter_of
 from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, choose_columns, whole_steps
 from stabilitylab.logs.source import Source
 from stabilitylab.telemetry import LOSS
@@ -84,13 +84,14 @@ class CsvLog(_TableLog):
         odd = header.startswith("#") or len(set(names)) < len(names)
         if odd or any(name.endswith("__MIN") or _NUMBER.fullmatch(name) for name in names):
             return None
-        if "value" in {name.lower() for name in names}:
-            return None  # perhaps a table of one value a row
+        lower = {name.lower() for name in names}
+        if "value" in lower or lower & {*RUN_NAMES}:
+            return None  # perhaps a table of one value a row, or of several runs
         try:
             columns = choose_columns(names, source=source.path, loss=loss, step=step)
         except InputError:
             return None  # with the values counted, the choice may be clear; if not, it is refused there
-        if STEP not in columns and "epoch" in names:
+        if STEP not in columns and "epoch" in lower:
             return None
         log = cls(
             path=source.path,
