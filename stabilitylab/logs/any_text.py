@@ -126,6 +126,16 @@ def _is_of_validation(line: str) -> bool:
     return _OF_VALIDATION.search(before) is not None and _OF_TRAINING.search(before) is None
 
 
-ANY_TEXT = AnyText(name="text", trigger=re.compile(b"(?i:loss|xent|\\bnll)"), lines=(), finish=_counted_on)
+# "Epoch 3/10", "EPOCH: 8", "=== Step 200 ===" on a line of its own.
+_ABOVE = re.compile(
+    rb"(?im:(?:^|[\s\]\-|>=*#])(epoch|step|iteration|iter)\b\s*[:=#\[(]?\s*(\d+)(?=\s*(?:[/\])|,:=*-]|of\b|$|\r)))"
+)
+ANY_TEXT = AnyText(
+    name="text",
+    trigger=re.compile(b"(?i:loss|xent|\\bnll)"),
+    lines=(),
+    finish=_counted_on,
+    above=_ABOVE,
+)
 # Where every line says so, it is no more than a logger's name.
 ANY_LINE = replace(ANY_TEXT, strict=False)

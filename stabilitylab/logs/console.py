@@ -19,7 +19,7 @@ from stabilitylab.logs.any_text import ANY_LINE, ANY_TEXT
 from stabilitylab.logs.console_formats import FORMATS
 from stabilitylab.logs.log import counter_of
 from stabilitylab.logs.pattern import TextFormat, Values, own_formats, pairs, plain_text
-from stabilitylab.logs.rows import Reading, Row, text_rows
+from stabilitylab.logs.rows import STEP_ABOVE, Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 _RANK = re.compile(
@@ -27,6 +27,7 @@ _RANK = re.compile(
 )  # torchrun, loggers, Ray
 _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
 _LINE_END = re.compile(rb"[\r\n]")
+_ABOVE = 2048  # so many bytes before a record are searched for a counter
 # A format is the file's when so many of its lines are records.
 _ENOUGH = 3
 # A trigger that hits so often without a record is another format's word.
@@ -92,7 +93,7 @@ class ConsolePieces:
         self._one, self._reading = one, reading
         # rank -> its record before; the start of a record whose further lines may come with the next piece; rank -> its
         # last record as it was given out
-        self.state: dict[str, Any] = {"before": {}, "rest": "", "last": {}}
+        self.state: dict[str, Any] = {"before": {}, "rest": "", "last": {}, "above": {}}
 
     def take(self, piece: bytes) -> Iterator[Row]:
         """The records that are complete."""
@@ -109,7 +110,7 @@ class ConsolePieces:
         return self._rows(rest.encode("utf-8", "surrogateescape"))
 
     def _rows(self, piece: bytes) -> Iterator[Row]:
-        for rank, values in _records(self._one, piece, self.state["before"]):
+        for rank, values in _records(self._one, piece, self.state["before"], above=self.state["above"]):
             if values is None:
                 self._reading.left_out["lines of validation, of the start, or without a loss"] += 1
             elif self._is_repeated(rank, values):
@@ -144,11 +145,17 @@ def _unfinished(one: TextFormat, piece: bytes) -> int:
 
 
 def _records(
-    one: TextFormat, chunk: bytes, before: dict[str, Values], *, hits: int | None = None
+    one: TextFormat,
+    chunk: bytes,
+    before: dict[str, Values],
+    *,
+    hits: int | None = None,
+    above: dict[str, float] | None = None,
 ) -> Iterator[tuple[str, Values | None]]:
     """Records of the lines of ``chunk``; None in place of one that the format leaves out. After so many ``hits`` of the
-    trigger it is left."""
-    at = count = 0
+    trigger it is left. ``above``: what the lines between records have counted."""
+    at = count = looked = 0
+    above = {} if above is None else above
     search = one.trigger.search
     while (count := count + 1) != hits and (found := search(chunk, at)):
         # Back to where the line begins, and no further than the last record: every byte is looked at once.
@@ -158,8 +165,14 @@ def _records(
         at = end + 1
         line = plain_text(chunk[start:end])
         values = one.read(line)
+        if one.above is not None:
+            for counter, said in one.above.findall(chunk, max(looked, start - _ABOVE), start):
+                above[counter.decode().lower()] = float(said)
+            looked = end
         if values is None:
             continue
+        if one.above is not None and values:
+            _from_above(values, above)
         if one.follow:
             at = _follow(chunk, at, values)
         rank = _RANK.search(line)
@@ -172,6 +185,14 @@ def _records(
             before[part] = values
             values = done
         yield part, values
+
+
+def _from_above(values: Values, above: dict[str, float]) -> None:
+    """An epoch goes on until the next is announced; a step is that of the one record below it."""
+    if "epoch" in above and "epoch" not in values:
+        values["epoch"] = above["epoch"]
+    for name in [name for name in above if name != "epoch"]:
+        values.setdefault(STEP_ABOVE, above.pop(name))
 
 
 def _follow(chunk: bytes, at: int, values: Values) -> int:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from stabilitylab.logs.log import counter_of
 from stabilitylab.logs.pattern import NUMBER, Values, number
 from stabilitylab.logs.rows import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
@@ -46,7 +47,9 @@ def read_huggingface_console(source: Source) -> Reading | None:
         step="step",
         losses=("loss",),
     )
-    if not believed:
+    if not believed and not any(
+        counter_of(name) and name != "epoch" for values, _ in first for name in values
+    ):
         reading.notes.append("the records hold no step, and no bar tells it: they are counted from 0")
     return reading
 
@@ -73,10 +76,11 @@ class HuggingFacePieces:
                     yield "", state["held"]
                 state["count"] += 1
                 known = self._believed and bar is not None
-                state["held"] = {
-                    "step": float(bar if known and bar is not None else state["count"]),
-                    **values,
-                }
+                told = next((values[name] for name in values if counter_of(name) and name != "epoch"), None)
+                step = (
+                    told if told is not None else float(bar if known and bar is not None else state["count"])
+                )
+                state["held"] = {**values, "step": step}
                 if state["scale"] is not None:
                     state["held"]["loss_scale"] = state["scale"]
             elif "loss_scale" in values:

@@ -115,12 +115,16 @@ def _golden(document: Mapping[str, Any]) -> Records:
 
 
 def _is_triple(row: Any) -> bool:
-    return isinstance(row, list) and len(row) == 3 and all(isinstance(cell, int | float | str) for cell in row)
+    return (
+        isinstance(row, list) and len(row) == 3 and all(isinstance(cell, int | float | str) for cell in row)
+    )
 
 
 def _by_key(records: Records) -> Records | None:
     """Records of one value each, put together by step; None: they are no such records."""
-    name = next((n for n in ("key", "metric", "metric_name", "name", "tag") if records and n in records[0]), None)
+    name = next(
+        (n for n in ("key", "metric", "metric_name", "name", "tag") if records and n in records[0]), None
+    )
     if name is None or not all("value" in one and isinstance(one.get(name), str) for one in records):
         return None
     rows: dict[Any, dict[str, Any]] = {}

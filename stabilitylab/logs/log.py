@@ -41,6 +41,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "trainer_global_step",
             "optimizer_step",
             "current_steps",
+            "current_step",
             "stability_step",
         ),
         *(
@@ -89,7 +90,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "gnorm",
             "norm",
         ),
-        *("gradnorm", "raw_grad_norm", "l2_norm_grad_global", "grad"),
+        *("gradnorm", "raw_grad_norm", "l2_norm_grad_global", "global_norm", "l2_grads", "grad"),
     ),
     LOSS_SCALES[0]: ("loss_scale", "scale", "grad_scale", "scaler_scale"),
     LEARNING_RATE: (
@@ -127,6 +128,10 @@ _COUNTERS = frozenset({*_NAMES[STEP], "epoch"})
 EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
 _BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel's curve
 _SCALE = re.compile(r"loss_scal|scale$")
+_SETTING = re.compile(r"(config|hparams?|args|hyperparameters)[/.]")
+# Of several losses: averages beside the loss itself; and beside the policy's whatever else is optimised with it.
+_AVERAGE = re.compile(r"(^|_)(avg|average|mean|running|ema|smoothed|best|min|max|epoch)(_|$)")
+_POLICY = re.compile(r"(^|_)(policy|pg|actor)(_|$)")
 BLOCK_ROWS = 65_536
 
 
@@ -252,6 +257,7 @@ def choose_columns(
             if (plain[name] == word or (signal != STEP and _tail(name) == word))
             and not is_evaluation(name)
             and not _BOUND.search(name)
+            and not _SETTING.match(name)
             and name not in chosen.values()
         ]
         if not found and signal in _LIKE:
@@ -295,6 +301,12 @@ def _loss(
     }
     if len(found) == 1 or len(stems) == 1:
         return found[0] if len(found) == 1 else next(iter(stems.values()))
+    for narrowed in (
+        [n for n in found if not _AVERAGE.search(plain[n])],
+        [n for n in found if _POLICY.search(plain[n])],
+    ):
+        if len(narrowed) == 1:
+            return narrowed[0]
     raise InputError(
         f"{source} has several loss columns: {_list(found)}; name one with --loss: {_paste(found)}"
     )
@@ -306,7 +318,11 @@ def _alike(signal: str, names: Sequence[str], plain: Mapping[str, str]) -> list[
     found = [
         n
         for n in names
-        if like.search(plain[n]) and not unlike.search(plain[n]) and not is_evaluation(n) and not _BOUND.search(n)
+        if like.search(plain[n])
+        and not unlike.search(plain[n])
+        and not is_evaluation(n)
+        and not _BOUND.search(n)
+        and not _SETTING.match(n)
     ]
     return found if signal == LEARNING_RATE or len(found) <= _MOST_ALIKE else []
 

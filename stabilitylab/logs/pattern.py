@@ -62,6 +62,7 @@ class TextFormat:
         losses: names of the loss, best first.
         finish: puts a record right that the trainer writes oddly, given the one before; None: no record.
         skip: lines in which this matches are of validation.
+        above: finds counters, and what they say, in the lines between records.
     """
 
     name: str
@@ -73,6 +74,7 @@ class TextFormat:
     losses: tuple[str, ...] = ()
     finish: Callable[[Values, Values], Values | None] | None = None
     skip: re.Pattern[str] | None = None
+    above: re.Pattern[bytes] | None = None
 
     def read(self, line: str) -> Values | None:
         """The numbers of one line, none of one of validation; None: it is no record."""

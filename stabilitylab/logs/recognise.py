@@ -173,7 +173,9 @@ def _wrapped(source: Source, key: str) -> Reading:
     pieces = inner.pieces
     if pieces is None:
         return inner
-    outer = replace(inner, rows=lambda: text_rows(source, outer), pieces=lambda: UnwrappingPieces(pieces(), key))
+    outer = replace(
+        inner, rows=lambda: text_rows(source, outer), pieces=lambda: UnwrappingPieces(pieces(), key)
+    )
     return outer
 
 

@@ -32,6 +32,8 @@ KEPT = 200_000
 MOST_BAD = 0.1  # A larger share of lines that cannot be read is not damage but another format.
 _UNORDERED_SHARE = 0.25
 
+STEP_ABOVE = "step in the line above"  # a text's; believed where every loss has one
+
 Row = tuple[str, Mapping[str, float | None]]
 
 
@@ -302,10 +304,16 @@ def columns_of(
     )
     if STEP not in columns and "epoch" in part.counts and "epoch" not in part.fractions:
         distinct = part.last["epoch"] - part.first["epoch"] + 1
-        if part.counts["epoch"] == part.rows and (
+        if part.counts["epoch"] >= part.counts[columns[LOSS]] and (
             part.backward["epoch"] or distinct >= part.counts[columns[LOSS]] > 1
         ):
             columns[STEP] = "epoch"
+    if (
+        STEP not in columns
+        and part.counts[STEP_ABOVE] == part.counts[columns[LOSS]]
+        and not part.backward[STEP_ABOVE]
+    ):
+        columns[STEP] = STEP_ABOVE
     if not part.counts[columns[LOSS]]:
         raise InputError(
             f"{path}: the column {columns[LOSS]!r} holds no values{_others(part, columns[LOSS])}"

@@ -21,7 +21,7 @@ import numpy as np
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.log import STEP
-from stabilitylab.logs.rows import Part, Reading, Steps, columns_of
+from stabilitylab.logs.rows import STEP_ABOVE, Part, Reading, Steps, columns_of
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.offline import feed
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, Event
@@ -121,7 +121,7 @@ class Judge:
             self.problem = error
             return
         losses = self._part.counts[chosen[LOSS]]
-        if STEP not in chosen and losses < 3 and "epoch" in self._known:
+        if STEP not in chosen and losses < 3 and self._known & {"epoch", STEP_ABOVE}:
             return  # whether it counts epochs, the next row will show
         counter = chosen.get(STEP)
         whole = "epoch" in self._part.counts and "epoch" not in self._part.fractions and counter != "epoch"

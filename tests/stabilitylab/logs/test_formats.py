@@ -16,7 +16,7 @@ from stabilitylab.logs.log import Block
 from stabilitylab.logs.pattern import compiled, pairs
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.spikes.commands import spikes
-from stabilitylab.telemetry import LOSS, LOSS_SCALES
+from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS, LOSS_SCALES
 
 
 def many(line, count=5, **given):
@@ -157,6 +157,89 @@ CONSOLES = [
         'ts=2026-01-01 level=info msg="train step" step={k} loss={x:.4f} grad_norm=1.0',
         {"loss", "gradient_norm"},
     ),
+    (
+        "Megatron-LM",
+        " iteration {k}/ 100 | learning rate 1.5E-04 | lm loss {x:.6E} | loss scale 131072.0 |",
+        {"loss", "learning_rate", "loss_scale"},
+    ),
+    (
+        "torchtitan",
+        "[titan] step: {k}  loss: {x:7.4f}  grad_norm: 1.5\n[titan] validate step: {k}  loss:  9.9  tps: 9,130",
+        {"loss", "gradient_norm"},
+    ),
+    (
+        "fairseq",
+        "| epoch 001: {k} / 4000 loss={x:.3f}, nll_loss=8.1, num_updates={k}, lr=0.0005, gnorm=1.2, loss_scale=128.000\n"
+        "| epoch 001 | valid on 'valid' subset | loss 8.1 | nll_loss 7.9",
+        {"loss", "gradient_norm", "learning_rate", "loss_scale"},
+    ),
+    (
+        "levanter",
+        "INFO :: Progress on:train {k}.0it/10.0kit rate:1.3it/s elapsed:00:10 postfix:loss:{x:.4f}",
+        {"loss"},
+    ),
+    (
+        "ESPnet",
+        "1epoch:train:{k}-{k}batch: loss_ctc=120.1, loss={x:.3f}, grad_norm=1.2, loss_scale=1.0, optim0_lr0=1e-4\n"
+        "1epoch results: [train] loss=90.1, [valid] loss=70.1",
+        {"loss", "gradient_norm", "learning_rate", "loss_scale"},
+    ),
+    (
+        "WeNet",
+        "DEBUG TRAIN Batch 0/{k} loss {x:.6f} loss_att 40.1 lr 0.0001 rank 0",
+        {"loss", "learning_rate"},
+    ),
+    (
+        "Marian",
+        "Ep. 1 : Up. {k} : Sen. 50,000 : Cost {x:.8f} * 1,234 @ 12 after 9 : Time 30s : gNorm 1.2 : L.r. 1e-4",
+        {"loss", "gradient_norm", "learning_rate"},
+    ),
+    (
+        "Coqui TTS",
+        "\x1b[1m   --> STEP: 25/100 -- GLOBAL_STEP: {k}\x1b[0m\n     | > loss: {x:.5f}  (9.1)\n     | > grad_norm: 1.2  (1.3)\n"
+        "     | > current_lr: 1e-05 \n",
+        {"loss", "gradient_norm", "learning_rate"},
+    ),
+    (
+        "printed dictionaries",
+        "{{'gradient_norm': 1.2,\n 'learning_rate': 1e-05,\n 'loss': {x:.4f},\n 'step': {k}}}\n",
+        {"loss", "gradient_norm", "learning_rate"},
+    ),
+    ("text", "Test: [0/48]  Loss:   8.9\nTrain: 0 [  {k}/1251 (  4%)]  Loss: {x:.3f} (9.1)", {"loss"}),
+    (
+        "text",
+        "completed step: {k}, seconds: 1.2, loss: {x:.3f}\neval metrics after step: {k}, loss=8.5",
+        {"loss"},
+    ),
+    ("text", "[ 1, {k:5d}] loss: {x:.3f}", {"loss"}),
+    (
+        "text",
+        "Train: [0/300][{k}/1251]\tlr 0.001\tloss {x:.4f} (9.1)\tgrad_norm 1.2",
+        {"loss", "learning_rate", "gradient_norm"},
+    ),
+    (
+        "text",
+        "[Iter: {k}/1251]lr(PiecewiseDecay): 0.001, CELoss: 1.2, loss: {x:.5f}",
+        {"loss", "learning_rate"},
+    ),
+    (
+        "text",
+        "step={k} loss={x:.4f} lr=1e-4 grad_norm={{'0_default': 1.2, '1_fp32': 0.0}}",
+        {"loss", "learning_rate", "gradient_norm"},
+    ),
+    (
+        "text",
+        "(main_task pid=1) step:{k} - critic/vf_loss:24.4 - critic/grad_norm:554.0 - critic/lr:1e-5 - actor/entropy_loss:1.2 -"
+        " actor/pg_loss:{x:.4f} - actor/grad_norm:1.2 - actor/lr:1e-6",
+        {"loss", "learning_rate", "gradient_norm"},
+    ),
+    ("text", "Step {k}/100\nINFO - Training Loss: {x:.4f}", {"loss"}),
+    (
+        "text",
+        "Epoch: {k:02d} | Time: 1m 20s\n\tTrain Loss: {x:.3f} | Train PPL:  25.2\n\t Val. Loss: 3.3",
+        {"loss"},
+    ),
+    ("text", "I tensorflow:Step {k} loss={x:.3f}\nStep {k} loss={x:.3f}", {"loss"}),
 ]
 
 
@@ -187,6 +270,71 @@ def test_nanotrons_thousands(tmp_path):
     path.write_text(line.format(1, "11.2") + line.format(2, "1.05K") + line.format(3, "2.5M"))
     log, _, values = losses(path)
     assert (log.format, values) == ("nanotron", [11.2, 1050.0, 2.5e6])
+
+
+WRAPPED = [
+    lambda text: json.dumps({"log": text + "\n", "stream": "stdout", "time": "2026-01-01T10:00:00Z"}),
+    lambda text: json.dumps({"textPayload": text, "severity": "INFO"}),
+    lambda text: json.dumps({"asctime": "10:00:00", "levelname": "INFO", "message": text}),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_what_a_container_put_into_json_is_taken_out(tmp_path, capsys, wrap):
+    path = tmp_path / "log.jsonl"
+    lines = many(" iteration {k}/ 9 | lm loss: {x:.4E} | grad norm: 0.75 |").splitlines()
+    path.write_text("".join(wrap(line) + "\n" for line in ["building", *lines, "saving"]))
+    found = said(capsys, path)
+    assert (found["format"], found["segments"][0]["values"]) == ("Megatron-LM", 5)
+
+
+def test_curves_events_and_records_of_one_value(tmp_path):
+    path = tmp_path / "log.json"
+    steps, values = [10, 20, 30], [3.0, 2.0, 1.0]
+    rows = list(zip(steps, values, strict=True))
+    documents = [
+        [[1.7e9, step, value] for step, value in rows],
+        {"metrics": [{"key": "train_loss", "value": value, "step": step} for step, value in rows]},
+        {"loss": {"train": {"x": steps, "y": values}}},
+        {"lm loss": {"start_step": 10, "step_interval": 10, "values": values}, "iteration_timing_avg": 0.1},
+    ]
+    for document in documents:
+        path.write_text(json.dumps(document))
+        assert losses(path)[1:] == (steps, values)
+    event = {"event_type": "POINT_IN_TIME", "key": "train_loss"}
+    lines = [
+        f"0: :::MLLOG {json.dumps({**event, 'value': x, 'metadata': {'samples_count': k}})}" for k, x in rows
+    ]
+    path.write_text("\n".join(["starting", *lines, ""]))
+    assert losses(path)[1:] == (steps, values)
+
+
+def test_a_csv_of_several_runs(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text(
+        "run_id,key,value,step\n" + "".join(f"{r},loss,3.0,{k}\n" for r in "ab" for k in range(4))
+    )
+    assert [log.name for log in open_logs([path])] == ["a", "b"]
+    path.write_text("step,rank,loss\n" + "".join(f"{k},{r},3.0\n" for k in range(4) for r in range(2)))
+    assert [log.name for log in open_logs([path])] == ["rank 0", "rank 1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "loss", "norm", "rate"),
+    [
+        (["optim/total grad norm", "optim/LR (group 0)", "train/CE loss"], 2, 0, 1),
+        (["Train lr-DecoupledAdamW/group0", "Train l2_norm/grad/global", "Train loss/train/total"], 2, 1, 0),
+        (["current_batch_loss", "epoch_avg_loss", "optim0_lr0"], 0, None, 2),
+        (["critic_loss", "critic_lr", "policy_loss", "policy_lr", "actor_grad_norm"], 2, 4, 3),
+        (["config/lr", "loss", *(f"grad_norm/layer{i}" for i in range(9))], 1, None, None),
+    ],
+)
+def test_rates_and_norms_by_a_part_of_their_name(tmp_path, names, loss, norm, rate):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(dict.fromkeys(names, 0.1 * k)) + "\n" for k in range(1, 5)))
+    (log,) = open_logs([path])
+    found = [log.columns.get(signal) for signal in (LOSS, GRADIENT_NORM, LEARNING_RATE)]
+    assert found == [None if i is None else names[i] for i in (loss, norm, rate)]
 
 
 def test_validation_between_is_left_out_and_named(tmp_path, capsys):
