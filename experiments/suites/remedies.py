@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from experiments.study import Cell, Study
+from experiments.study import Study
 from experiments.suites._proxy import proxy_text
-from experiments.suites._remedies import ARMS, OUTCOMES, SETTINGS, claims, measure_over
-
-GRID = tuple(float(octave) for octave in range(-5, 5))
-
-
-def measure(cell: Cell) -> Mapping[str, float]:
-    return measure_over(GRID, cell)
-
+from experiments.suites._remedies import ARMS, OUTCOMES, SETTINGS, claims, measure
 
 STUDY = Study(
     name="remedies",
