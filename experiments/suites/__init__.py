@@ -22,6 +22,8 @@ SUITES = {
     "embedding-norm": "experiments.suites.embedding_norm",
     "remedies": "experiments.suites.remedies",
     "remedies-fp16": "experiments.suites.remedies_fp16",
+    "low-precision": "experiments.suites.low_precision",
+    "outlier-safe": "experiments.suites.outlier_safe",
     "recipes": "experiments.suites.recipes",
     "mip": "experiments.suites.mip",
     "zero-shot-norm": "experiments.suites.zero_shot_norm",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from experiments.study import Study
 from experiments.suites._proxy import proxy_text
-from experiments.suites._remedies import ARMS, OUTCOMES, SETTINGS, claims, measure
+from experiments.suites._remedies import ARMS, OUTCOMES, SETTINGS, claims, measure_over, quarters
 
 STUDY = Study(
     name="remedies",
@@ -13,7 +15,7 @@ STUDY = Study(
     seeds=8,
     settings={**SETTINGS, "precision": "fp32"},
     data=proxy_text,
-    measure=measure,
+    measure=partial(measure_over, quarters(-3, 3)),
     outcomes=OUTCOMES,
     claims=claims("fp32"),
     predictions=(
