@@ -9,12 +9,13 @@ With N parameters, e bytes a number in the compute format, V x h the output matr
     ... at the end of a later micro-batch's backward pass: bf16 has its half gradient as well: 6 N
     ... in the update: an fp32 gradient: fp16 has 6 N
     activations  what a micro-batch keeps for its backward pass: ``glm.planning.memory.layer_activations`` a layer, and the
-                 final norm's input. Half products computed in fp32 by hand keep the rounded softmax only, and q, k, v together;
-                 fp32 without the compiled kernel keeps those, and what the softmax has mixed, twice
+                 final norm's input. Half products computed in fp32 by hand keep the rounded softmax only, and without the
+                 compiled kernel q, k, v together, with it nothing of what a gated GELU has between; fp32 without the compiled
+                 kernel keeps q, k, v, and what the softmax has mixed, twice
     loss         peak of the vocabulary loss beyond its operands: gradients 4 V h + 4 n h, a chunk of logits twice (once in the
                  compiled kernel), and in half precision fp32 copies of both operands, or of one and a product; where half
-                 products are native, of a chunk of the logits' gradient a half and an fp32 copy as well, else an fp32 copy and
-                 a second gradient 4 V h. ``plain``: whole logits and their softmax, 8 n V
+                 products are native, of a chunk of the logits' gradient a half and two fp32 copies as well, else an fp32 copy
+                 and a second gradient 4 V h. ``plain``: whole logits and their softmax, 8 n V
 
 Measured: bytes of the tensors' storages, walked in a running engine; of activations what autograd is given to keep; of the loss the
 allocator's own record. Only ``loss`` is an allocator's trace, the rest leaves out what an allocator rounds up.
@@ -119,7 +120,10 @@ def formula(config: TrainConfig) -> dict[str, float]:
     by_hand = upcasts(torch.empty(0, dtype=Policy(precision=config.precision).compute_dtype))
     compiled = (by_hand or e == 4) and kernel() is not None
     layer = layer_activations(shape, config.batch.micro, 1, config.precision)
-    if by_hand:
+    if by_hand and compiled:
+        layer -= e * tokens * shape.inner * shape.gated
+        layer -= 4 * config.batch.micro * shape.heads * shape.length**2
+    elif by_hand:
         layer += 2 * e * tokens * shape.hidden
         layer -= 4 * config.batch.micro * shape.heads * shape.length**2
     elif e == 4 and not compiled and shape.softmax != "fused" and not shape.head_norms:
@@ -130,7 +134,7 @@ def formula(config: TrainConfig) -> dict[str, float]:
     if e == 2:
         loss += 4 * (matrix + targets * shape.hidden)
     # By hand and in fp32 oneDNN reads the logits' gradient in an order of its own, and the weights' has its own place.
-    loss += 4 * chunk + 4 * matrix if by_hand or e == 4 else 6 * chunk
+    loss += 4 * chunk + 4 * matrix if by_hand or e == 4 else 10 * chunk
     wide = 4 if config.precision == "bf16" else 0
     return {
         "weights": e * n,

@@ -129,8 +129,9 @@ STUDY = Study(
         _claim("Both cures mend NVFP4", "nvfp4", "nvfp4-plain"),
     ),
     predictions=(
-        "2026-11-29, before the runs (seed 0 of six arms was seen): all FP8 recipes within .01 nats of fp32; 4-bit ones cost .02 to .1, MXFP4 more than NVFP4; "
-        "forward costs more than backward; the down projection most among the kinds. In 80 updates stochastic rounding, which "
-        "pays off in the long run, costs rather than mends; the Hadamard rotation does nothing that shows.",
+        "2026-11-29, before the runs (seed 0 of six arms was seen): all FP8 recipes within .01 nats of fp32; 4-bit ones cost .02 "
+        "to .1, MXFP4 more than NVFP4; forward costs more than backward; the down projection most among the kinds. In 80 updates "
+        "stochastic rounding, which pays off in the long run, costs rather than mends; the Hadamard rotation does nothing that "
+        "shows.",
     ),
 )

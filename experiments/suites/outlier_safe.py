@@ -134,8 +134,8 @@ STUDY = Study(
         _less("One gain lowers Muon's kurtosis", "kurtosis", "muon-single", "muon"),
     ),
     predictions=(
-        "2026-11-29, before the runs (seed 0 of adam and muon-single was seen): kurtosis is below a Gaussian's in all arms, so that "
-        "there are no outliers to be kept out, and the arms differ by less than the margin; 4-bit losses are some hundredths of a "
-        "nat at most, and Muon's are the higher ones: against the published direction.",
+        "2026-11-29, before the runs (seed 0 of adam and muon-single was seen): kurtosis is below a Gaussian's in all arms, so "
+        "that there are no outliers to be kept out, and the arms differ by less than the margin; 4-bit losses are some hundredths "
+        "of a nat at most, and Muon's are the higher ones: against the published direction.",
     ),
 )

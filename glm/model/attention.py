@@ -63,7 +63,7 @@ class Scores(nn.Module):
     def has_kernel(self, x: Tensor, bias_BHTS: Tensor | None) -> bool:
         """Whether attention by these scores is one kernel for tensors like ``x``."""
         plain = not (self.soft_cap or self.in_compute_format)
-        return plain and bias_BHTS is not None and not bias_BHTS.requires_grad and has_kernel(x)
+        return plain and bias_BHTS is not None and not bias_BHTS.requires_grad and has_kernel(x, half=True)
 
     def forward(self, q_BHTD: Tensor, k_BHSD: Tensor, bias_BHTS: Tensor) -> Tensor:
         if not (self.soft_cap or self.in_compute_format):

@@ -38,7 +38,7 @@ class Activation:
     def __call__(self, raised: Tensor) -> Tensor:
         if not self.is_gated:
             return self.function(raised)
-        if self.function is F.gelu and not self.clamp and has_kernel(raised):
+        if self.function is F.gelu and not self.clamp and has_kernel(raised, half=True):
             return gated_gelu(raised)
         a, b = raised.chunk(2, dim=-1)
         if self.clamp:

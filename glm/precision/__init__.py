@@ -1,6 +1,7 @@
 """Number formats: which tensor has which, how half operands are multiplied, and how the loss is scaled."""
 
 from glm.precision.gradient_range import GradientRange, count_elements, gradient_range
+from glm.precision.half_units import multiplies_natively, upcasts
 from glm.precision.kernel import attention, gated_gelu, has_kernel, losses
 from glm.precision.loss_scale import LossScaleConfig, LossScaler
 from glm.precision.matmul import (
@@ -9,9 +10,7 @@ from glm.precision.matmul import (
     fused_attention,
     linear,
     matmul,
-    multiplies_natively,
     softmax_matmul,
-    upcasts,
     wide_product,
     wide_product_of_rows,
 )

@@ -1,4 +1,4 @@
-/* What a small model's step spends its time on, in fp32 on a CPU: attention over heads, gradients of weights, gated GELU.
+/* What a small model's step spends its time on, on a CPU: attention over heads, gradients of weights, gated GELU.
  *
  * All products are one routine, C = A B: a tile of C stays in registers while k runs, a row of B is loaded as vectors, an element
  * of A is broadcast. A is read by two strides, so that a transpose costs nothing; B is row by row, and what is not is copied once.
@@ -11,6 +11,10 @@
  *     dV = P' dY,  dS = P * (dY V' - sum_d dY Y),  dq = c d R' dS k',  dk = R' (d dS' q')
  *
  * Gated GELU, y = a g(b), g(b) = b F(b), F the normal distribution: da = dy g(b), db = dy a (F(b) + b f(b)).
+ *
+ * All arithmetic is in fp32. In a half format what would be an operand, or would be stored, is rounded to it: q', k', q' k'' (which
+ * overflows where it would), P, and on the way back d dS, dq and dk; P is kept in its 16 bits. There sum_d dY Y is sum_j P dP, since a
+ * rounded Y would move all of a row's dS to one side (2510.04212).
  *
  * NaN and infinity go through as they do in the torch operations. Compiled at first use by the system's C compiler
  * (glm/precision/kernel.py); threads are torch's own OpenMP pool.
@@ -73,6 +77,55 @@ static void product(int64_t M, int64_t N, int64_t K, const float *A, int64_t a_m
     if (n < N) strip(1, M, K, A, a_m, a_k, B + N - LANES, ldb, C + N - LANES, ldc);
 }
 
+/* Formats of what is given and kept. */
+enum { FP32, FP16, BF16 };
+
+INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+INLINE float of_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* The nearest number of a half format, of two as near the even one; NaN stays. */
+INLINE float rounded(float x, int kind) {
+    if (kind == FP32) return x;
+    uint32_t bits = bits_of(x), drop = kind == BF16 ? 16 : 13;
+    float near = of_bits((bits + (1u << (drop - 1)) - 1 + (bits >> drop & 1)) >> drop << drop);
+    if (kind == FP16) {
+        /* Beneath 2^-14 numbers are 2^-24 apart, as fp32's are in [.5, 1). */
+        float size = of_bits(bits & 0x7fffffff), small = (size + 0.5f) - 0.5f;
+        uint32_t sign = bits & 0x80000000;
+        near = size < 6.103515625e-05f ? of_bits(bits_of(small) | sign) : near;
+        near = of_bits(bits_of(near) & 0x7fffffff) >= 65536.0f ? of_bits(0x7f800000 | sign) : near;
+    }
+    return x != x ? x : near;
+}
+
+/* The 16 bits of a number that is rounded already. */
+INLINE uint16_t code_of(float x, int kind) {
+    uint32_t bits = bits_of(x), size = bits & 0x7fffffff;
+    if (kind == BF16) return (uint16_t)(bits >> 16 | (x != x ? 0x40 : 0));
+    uint32_t small = (uint32_t)(int32_t)(of_bits(size < 0x38800000 ? size : 0) * 16777216.0f);
+    uint32_t code = size < 0x38800000 ? small : (size >> 13) - (112u << 10);
+    code = size >= 0x7f800000 ? 0x7c00u | (size > 0x7f800000 ? 0x200u : 0) : code;
+    return (uint16_t)(code | (bits >> 16 & 0x8000));
+}
+
+INLINE float of_code(uint16_t code, int kind) {
+    if (kind == BF16) return of_bits((uint32_t)code << 16);
+    uint32_t size = code & 0x7fff, sign = (uint32_t)(code & 0x8000) << 16;
+    uint32_t bits = (size << 13) + (112u << 23);
+    bits = size < 0x400 ? bits_of((float)(int32_t)size * 5.9604644775390625e-08f) : bits;
+    bits = size >= 0x7c00 ? size << 13 | 0x7f800000 : bits;
+    return of_bits(bits | sign);
+}
+
 /* exp(x) for x <= 0, NaN for NaN, 0 below -87: 2^n e^r, |r| <= log(2) / 2, e^r a polynomial (Cephes' expf), within 2 ulp. */
 INLINE float exp_below(float x) {
     float at = x < -87.0f ? -87.0f : x;
@@ -102,33 +155,44 @@ typedef struct {
     const float *bias;                   /* [B, H, T, T] by strides, the last one 1 */
     int64_t bias_stride[3];
     float scale, divisor;
-    float *weights; /* P, [B, H, T, T] */
+    int64_t kind;  /* of the formats above */
+    void *weights; /* P, [B, H, T, T], in 16 bits where the format is half */
     float *mixed;   /* Y, [B, T, H, D] */
     const float *grad; /* dY, [B, T, H, D] */
     float *grad_qkv;   /* [B, T, 3, H, D] */
 } Attention;
 
-/* out[t, :padded] = factor R x[t], zeros beyond the width; direction -1 turns back. */
-INLINE void turned(const Attention *a, int64_t b, const float *x, int64_t from, float *out, int64_t to, int64_t padded,
-                   float factor, float direction, int turns) {
-    int64_t D = a->width, R = a->pairs;
+/* out[t, :padded] = factor R x[t], zeros beyond the width; direction -1 turns back. Rounded where half kernels would store it. */
+INLINE void turned_in(const Attention *a, int64_t b, const float *x, int64_t from, float *out, int64_t to, int64_t padded,
+                      float factor, float direction, int turns, int kind) {
+    int64_t D = a->width, R = a->pairs, groups = a->groups;
     for (int64_t t = 0; t < a->tokens; t++) {
-        const float *row = x + t * from;
-        float *into = out + t * to;
+        const float *restrict row = x + t * from;
+        float *restrict into = out + t * to;
         if (turns && a->cosine) {
-            const float *cosine = a->cosine + b * a->turn_stride + t * a->groups * R;
-            const float *sine = a->sine + b * a->turn_stride + t * a->groups * R;
-            for (int64_t g = 0; g < a->groups; g++) {
-                const float *one = row + 2 * g * R, *two = one + R, *c = cosine + g * R, *s = sine + g * R;
-                for (int64_t r = 0; r < R; r++) {
-                    into[2 * g * R + r] = factor * (one[r] * c[r] - direction * (two[r] * s[r]));
-                    into[2 * g * R + R + r] = factor * (two[r] * c[r] + direction * (one[r] * s[r]));
-                }
+            for (int64_t g = 0; g < groups; g++) {
+                const float *restrict cosine = a->cosine + b * a->turn_stride + (t * groups + g) * R;
+                const float *restrict sine = a->sine + b * a->turn_stride + (t * groups + g) * R;
+                const float *restrict one = row + 2 * g * R, *restrict two = one + R;
+                float *restrict low = into + 2 * g * R, *restrict high = low + R;
+                for (int64_t r = 0; r < R; r++)
+                    low[r] = rounded(rounded(one[r], kind) * cosine[r] - direction * (rounded(two[r], kind) * sine[r]), kind);
+                for (int64_t r = 0; r < R; r++)
+                    high[r] = rounded(rounded(two[r], kind) * cosine[r] + direction * (rounded(one[r], kind) * sine[r]), kind);
             }
+            for (int64_t d = 0; d < D; d++) into[d] = rounded(factor * into[d], kind);
         } else
-            for (int64_t d = 0; d < D; d++) into[d] = factor * row[d];
+            for (int64_t d = 0; d < D; d++) into[d] = rounded(factor * rounded(row[d], kind), kind);
         for (int64_t d = D; d < padded; d++) into[d] = 0;
     }
+}
+
+/* Not inlined: in the midst of attention compilers make no vectors of it. */
+static __attribute__((noinline)) void turned(const Attention *a, int64_t b, const float *x, int64_t from, float *out, int64_t to,
+                                             int64_t padded, float factor, float direction, int turns, int kind) {
+    if (kind == FP32) turned_in(a, b, x, from, out, to, padded, factor, direction, turns, FP32);
+    else if (kind == FP16) turned_in(a, b, x, from, out, to, padded, factor, direction, turns, FP16);
+    else turned_in(a, b, x, from, out, to, padded, factor, direction, turns, BF16);
 }
 
 INLINE void transposed(int64_t rows, int64_t columns, const float *x, int64_t ldx, float *out, int64_t ldo) {
@@ -144,7 +208,7 @@ static float *room(int64_t floats) {
 }
 
 /* 0: done; 1: no memory. */
-int glm_attention(const Attention *a) {
+INLINE int attention(const Attention *a, int kind) {
     int64_t T = a->tokens, H = a->heads, D = a->width, Dp = whole(D), Tp = whole(T), row = 3 * H * D;
     int lost = 0;
 #pragma omp parallel reduction(| : lost)
@@ -158,20 +222,21 @@ int glm_attention(const Attention *a) {
             if (lost) continue;
             int64_t b = i / H, h = i % H;
             const float *first = a->qkv + b * T * row + h * D;
-            turned(a, b, first, row, q, Dp, Dp, a->scale, 1, 1);
-            turned(a, b, first + H * D, row, k, Dp, Dp, 1, 1, 1);
-            turned(a, b, first + 2 * H * D, row, v, Dp, Dp, 1, 1, 0);
+            turned(a, b, first, row, q, Dp, Dp, a->scale, 1, 1, kind);
+            turned(a, b, first + H * D, row, k, Dp, Dp, 1, 1, 1, kind);
+            turned(a, b, first + 2 * H * D, row, v, Dp, Dp, 1, 1, 0, FP32);
             transposed(T, D, k, Dp, across, Tp);
             for (int64_t t = 0; t < T; t += BLOCK) {
                 int64_t count = T - t < BLOCK ? T - t : BLOCK;
                 product(count, Tp, D, q + t * Dp, Dp, 1, across, Tp, scores, Tp);
                 for (int64_t u = 0; u < count; u++) {
-                    float *s = scores + u * Tp, *p = a->weights + (i * T + t + u) * T;
+                    float *s = scores + u * Tp;
+                    int64_t kept = (i * T + t + u) * T;
                     const float *bias = a->bias + b * a->bias_stride[0] + h * a->bias_stride[1] + (t + u) * a->bias_stride[2];
                     float top = -INFINITY, total = 0;
 #pragma omp simd reduction(max : top)
                     for (int64_t j = 0; j < T; j++) {
-                        s[j] = a->divisor * s[j] + bias[j];
+                        s[j] = a->divisor * rounded(s[j], kind) + bias[j];
                         top = s[j] > top ? s[j] : top;
                     }
 #pragma omp simd reduction(+ : total)
@@ -180,12 +245,29 @@ int glm_attention(const Attention *a) {
                         total += s[j];
                     }
                     total = 1 / total;
-                    for (int64_t j = 0; j < T; j++) p[j] = s[j] * total;
+                    if (kind == FP32) {
+                        float *p = (float *)a->weights + kept;
+                        for (int64_t j = 0; j < T; j++) p[j] = s[j] * total;
+                    } else {
+                        uint16_t *p = (uint16_t *)a->weights + kept;
+#pragma omp simd
+                        for (int64_t j = 0; j < T; j++) {
+                            s[j] = rounded(s[j] * total, kind);
+                            p[j] = code_of(s[j], kind);
+                        }
+                    }
                 }
-                float *mixed = across + Dp * Tp; /* the scores are used up: their room takes Y before it is put where it belongs */
-                product(count, Dp, T, a->weights + (i * T + t) * T, T, 1, v, Dp, mixed, Dp);
-                for (int64_t u = 0; u < count; u++)
-                    memcpy(a->mixed + ((b * T + t + u) * H + h) * D, mixed + u * Dp, (size_t)D * 4);
+                if (kind == FP32) {
+                    float *mixed = across + Dp * Tp; /* the scores are used up: their room takes Y before it is put in its place */
+                    product(count, Dp, T, (float *)a->weights + (i * T + t) * T, T, 1, v, Dp, mixed, Dp);
+                    for (int64_t u = 0; u < count; u++)
+                        memcpy(a->mixed + ((b * T + t + u) * H + h) * D, mixed + u * Dp, (size_t)D * 4);
+                } else {
+                    float *mixed = q + t * Dp; /* as are these queries */
+                    product(count, Dp, T, scores, Tp, 1, v, Dp, mixed, Dp);
+                    for (int64_t u = 0; u < count; u++)
+                        memcpy(a->mixed + ((b * T + t + u) * H + h) * D, mixed + u * Dp, (size_t)D * 4);
+                }
             }
         }
         free(q);
@@ -193,26 +275,38 @@ int glm_attention(const Attention *a) {
     return lost;
 }
 
-int glm_attention_backward(const Attention *a) {
+int glm_attention(const Attention *a) {
+    return a->kind == FP16 ? attention(a, FP16) : a->kind == BF16 ? attention(a, BF16) : attention(a, FP32);
+}
+
+INLINE int attention_backward(const Attention *a, int kind) {
     int64_t T = a->tokens, H = a->heads, D = a->width, Dp = whole(D), Tp = whole(T), row = 3 * H * D;
+    /* In fp32 d goes into q' and dq, else into dS, which it is rounded with. */
+    float scale = kind == FP32 ? a->divisor * a->scale : a->scale;
     int lost = 0;
 #pragma omp parallel reduction(| : lost)
     {
-        float *q = room(T * Dp * 5 + Dp * Tp + T * Tp), *k = q + T * Dp, *v = k + T * Dp, *y = v + T * Dp, *out = y + T * Dp;
-        float *across = out + T * Dp, *scores = across + Dp * Tp;
+        float *q = room(T * Dp * 5 + Dp * Tp + T * Tp + (kind == FP32 ? 0 : T * T)), *k = q + T * Dp, *v = k + T * Dp;
+        float *y = v + T * Dp, *out = y + T * Dp, *across = out + T * Dp, *scores = across + Dp * Tp, *wide = scores + T * Tp;
         if (!q) lost = 1;
         else memset(across, 0, (size_t)(Dp * Tp) * 4);
 #pragma omp for
         for (int64_t i = 0; i < a->batch * H; i++) {
             if (lost) continue;
             int64_t b = i / H, h = i % H;
-            const float *first = a->qkv + b * T * row + h * D, *p = a->weights + i * T * T;
+            const float *first = a->qkv + b * T * row + h * D, *p = (const float *)a->weights + i * T * T;
             const float *grad = a->grad + (b * T * H + h) * D, *mixed = a->mixed + (b * T * H + h) * D;
             float *into = a->grad_qkv + b * T * row + h * D;
-            turned(a, b, first, row, q, Dp, Dp, a->divisor * a->scale, 1, 1);
-            turned(a, b, first + H * D, row, k, Dp, Dp, 1, 1, 1);
-            turned(a, b, first + 2 * H * D, row, v, Dp, Dp, 1, 1, 0);
-            turned(a, b, grad, H * D, y, Dp, Dp, 1, 1, 0);
+            if (kind != FP32) {
+                const uint16_t *codes = (const uint16_t *)a->weights + i * T * T;
+#pragma omp simd
+                for (int64_t j = 0; j < T * T; j++) wide[j] = of_code(codes[j], kind);
+                p = wide;
+            }
+            turned(a, b, first, row, q, Dp, Dp, scale, 1, 1, kind);
+            turned(a, b, first + H * D, row, k, Dp, Dp, 1, 1, 1, kind);
+            turned(a, b, first + 2 * H * D, row, v, Dp, Dp, 1, 1, 0, FP32);
+            turned(a, b, grad, H * D, y, Dp, Dp, 1, 1, 0, FP32);
             transposed(T, D, v, Dp, across, Tp);
             for (int64_t t = 0; t < T; t += BLOCK) {
                 int64_t count = T - t < BLOCK ? T - t : BLOCK;
@@ -220,21 +314,34 @@ int glm_attention_backward(const Attention *a) {
                 for (int64_t u = t; u < t + count; u++) {
                     float *s = scores + u * Tp, off = 0;
                     const float *w = p + u * T;
+                    if (kind == FP32) {
 #pragma omp simd reduction(+ : off)
-                    for (int64_t d = 0; d < D; d++) off += y[u * Dp + d] * mixed[u * H * D + d];
-                    for (int64_t j = 0; j < T; j++) s[j] = w[j] * (s[j] - off);
+                        for (int64_t d = 0; d < D; d++) off += y[u * Dp + d] * mixed[u * H * D + d];
+                        for (int64_t j = 0; j < T; j++) s[j] = w[j] * (s[j] - off);
+                    } else {
+#pragma omp simd reduction(+ : off)
+                        for (int64_t j = 0; j < T; j++) off += w[j] * s[j];
+#pragma omp simd
+                        for (int64_t j = 0; j < T; j++) s[j] = rounded(a->divisor * (w[j] * (s[j] - off)), kind);
+                    }
                 }
             }
             product(T, Dp, T, p, 1, T, y, Dp, out, Dp);
-            turned(a, b, out, Dp, into + 2 * H * D, row, D, 1, 1, 0);
+            turned(a, b, out, Dp, into + 2 * H * D, row, D, 1, 1, 0, FP32);
             product(T, Dp, T, scores, Tp, 1, k, Dp, out, Dp);
-            turned(a, b, out, Dp, into, row, D, a->divisor * a->scale, -1, 1);
+            turned(a, b, out, Dp, into, row, D, scale, -1, 1, kind);
             product(T, Dp, T, scores, 1, Tp, q, Dp, out, Dp);
-            turned(a, b, out, Dp, into + H * D, row, D, 1, -1, 1);
+            turned(a, b, out, Dp, into + H * D, row, D, 1, -1, 1, kind);
         }
         free(q);
     }
     return lost;
+}
+
+int glm_attention_backward(const Attention *a) {
+    return a->kind == FP16   ? attention_backward(a, FP16)
+           : a->kind == BF16 ? attention_backward(a, BF16)
+                             : attention_backward(a, FP32);
 }
 
 /* dW[o, i] = sum_n g[n, o] x[n, i], and db[o] = sum_n g[n, o] unless it is NULL; inputs >= LANES. */
@@ -303,6 +410,53 @@ void glm_gated_gelu_backward(int64_t N, int64_t I, const float *raised, const fl
             db[i] = g[i] * a[i] * (f[i] + b[i] * density);
         }
     }
+}
+
+/* The same in a half format, computed in fp32 and rounded once; F(b) is computed again on the way back. */
+INLINE void half_gelu(int64_t N, int64_t I, const uint16_t *raised, uint16_t *y, int kind) {
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        const uint16_t *a = raised + 2 * n * I, *b = a + I;
+        uint16_t *into = y + n * I;
+#pragma omp simd
+        for (int64_t i = 0; i < I; i++) {
+            float wide = of_code(b[i], kind);
+            into[i] = code_of(rounded(of_code(a[i], kind) * (wide * normal(wide)), kind), kind);
+        }
+    }
+}
+
+INLINE void half_gelu_backward(int64_t N, int64_t I, const uint16_t *raised, const uint16_t *dy, uint16_t *grad, int kind) {
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        const uint16_t *a = raised + 2 * n * I, *b = a + I, *g = dy + n * I;
+        uint16_t *da = grad + 2 * n * I, *db = da + I;
+        for (int64_t first = 0; first < I; first += BLOCK) { /* of a and b by themselves: compilers make no vectors of both at once */
+            int64_t count = I - first < BLOCK ? I - first : BLOCK;
+            float of_a[BLOCK], of_b[BLOCK];
+#pragma omp simd
+            for (int64_t i = 0; i < count; i++) {
+                float wide = of_code(b[first + i], kind), up = of_code(g[first + i], kind), below = normal(wide);
+                float density = 0.398942280f * exp_below(-0.5f * wide * wide);
+                of_a[i] = up * (wide * below);
+                of_b[i] = up * of_code(a[first + i], kind) * (below + wide * density);
+            }
+#pragma omp simd
+            for (int64_t i = 0; i < count; i++) da[first + i] = code_of(rounded(of_a[i], kind), kind);
+#pragma omp simd
+            for (int64_t i = 0; i < count; i++) db[first + i] = code_of(rounded(of_b[i], kind), kind);
+        }
+    }
+}
+
+void glm_half_gelu(int64_t N, int64_t I, int64_t kind, const uint16_t *raised, uint16_t *y) {
+    if (kind == FP16) half_gelu(N, I, raised, y, FP16);
+    else half_gelu(N, I, raised, y, BF16);
+}
+
+void glm_half_gelu_backward(int64_t N, int64_t I, int64_t kind, const uint16_t *raised, const uint16_t *dy, uint16_t *grad) {
+    if (kind == FP16) half_gelu_backward(N, I, raised, dy, grad, FP16);
+    else half_gelu_backward(N, I, raised, dy, grad, BF16);
 }
 
 /* Rows of logits become the gradients of their losses: softmax (1 + 2 c z) - onehot, z = log sum exp; loss[n] = z - logit + c z^2. */

@@ -1,13 +1,17 @@
-"""The compiled kernel (kernel.c): attention over heads, gated GELU, losses of logits, gradients of weights; in fp32 on a CPU.
+"""The compiled kernel (kernel.c): attention over heads, gated GELU, losses of logits, gradients of weights; on a CPU.
 
 For small models torch's batched products of 16-wide heads run at a fifth of the processor's speed, and every pass over the scores
 or over what a feed-forward layer raises costs as much as the products do. Built at first use (``glm.c_compiler``). Without a
 compiler, or with ``STABILITYLAB_NATIVE=0``, the torch operations of ``matmul`` compute the same up to rounding; which of the two is
 a matter of the machine, not of the moment.
 
+Attention and gated GELU take half formats as well where the CPU has no units for them: computed in fp32, and rounded where a half
+kernel would round.
+
 Shapes: B rows, T tokens, H heads, D dimensions a head; G groups of R turned pairs (``glm.model.positions``).
 
-Limits: fp32 on a CPU, one piece of text a row of B with as many keys as queries, no double backward.
+Limits: on a CPU, one piece of text a row of B with as many keys as queries, no double backward; losses and gradients of weights in
+fp32 only.
 """
 
 from __future__ import annotations
@@ -24,12 +28,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glm.c_compiler import built, switched_off
+from glm.precision.half_units import upcasts
 
 _log = logging.getLogger("glm")
 _SOURCE = Path(__file__).with_name("kernel.c")
 _FLAGS = ("-std=gnu11", "-ffp-contract=fast")
 # Columns of a product that the kernel wants at least, whatever the processor.
 _LEAST = 16
+# The kernel's numbers of the formats.
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class _Attention(ctypes.Structure):
@@ -43,6 +50,7 @@ class _Attention(ctypes.Structure):
         ("bias_stride", ctypes.c_int64 * 3),
         ("scale", ctypes.c_float),
         ("divisor", ctypes.c_float),
+        ("kind", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("weights", "mixed", "grad", "grad_qkv")),
     )
 
@@ -62,6 +70,8 @@ def kernel() -> ctypes.CDLL | None:
             "glm_weight_gradient": (*(integer,) * 3, *(pointer,) * 4),
             "glm_gated_gelu": (integer, integer, *(pointer,) * 3),
             "glm_gated_gelu_backward": (integer, integer, *(pointer,) * 4),
+            "glm_half_gelu": (*(integer,) * 3, *(pointer,) * 2),
+            "glm_half_gelu_backward": (*(integer,) * 3, *(pointer,) * 3),
             "glm_cross_entropy": (integer, integer, pointer, pointer, ctypes.c_float, pointer),
         }.items():
             function = getattr(library, name)
@@ -78,10 +88,14 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def has_kernel(x: Tensor) -> bool:
-    """Whether the kernel computes with tensors like ``x``, here and now."""
+def has_kernel(x: Tensor, *, half: bool = False) -> bool:
+    """Whether the kernel computes with tensors like ``x``, here and now.
+
+    Args:
+        half: in half formats too, where the CPU has no units for them.
+    """
     return (
-        x.dtype == torch.float32
+        (x.dtype == torch.float32 or (half and upcasts(x)))
         and x.device.type == "cpu"
         and x.numel() > 0
         and not torch.compiler.is_compiling()
@@ -92,7 +106,7 @@ def has_kernel(x: Tensor) -> bool:
 def attention(
     qkv_BT3HD: Tensor, turned: tuple[Tensor, Tensor] | None, bias: Tensor, scale: float, divisor: float
 ) -> Tensor:
-    """``softmax(divisor (scale R q)(R k)' + bias) v`` for every head, [B, T, H D]. ``has_kernel`` must hold.
+    """``softmax(divisor (scale R q)(R k)' + bias) v`` for every head, [B, T, H D]. ``has_kernel(..., half=True)`` must hold.
 
     Args:
         qkv_BT3HD: queries, keys and values.
@@ -122,8 +136,9 @@ def weight_gradient(grad_NO: Tensor, x_NI: Tensor, *, bias: bool) -> tuple[Tenso
 
 
 def gated_gelu(raised: Tensor) -> Tensor:
-    """``a gelu(b)``, [a, b] = raised [..., 2 I]: [..., I]. ``has_kernel`` must hold."""
-    result: Tensor = _GatedGelu.apply(raised)  # type: ignore[no-untyped-call]
+    """``a gelu(b)``, [a, b] = raised [..., 2 I]: [..., I]. ``has_kernel(..., half=True)`` must hold."""
+    kind = _GatedGelu if raised.dtype == torch.float32 else _HalfGelu
+    result: Tensor = kind.apply(raised)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -163,6 +178,28 @@ class _GatedGelu(torch.autograd.Function):
         return into
 
 
+class _HalfGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, raised: Tensor) -> Tensor:
+        raised = raised.contiguous()
+        ctx.save_for_backward(raised)
+        gated = raised.new_empty(*raised.shape[:-1], raised.shape[-1] // 2)
+        inner, kind = gated.shape[-1], _KINDS[raised.dtype]
+        _library().glm_half_gelu(gated.numel() // inner, inner, kind, raised.data_ptr(), gated.data_ptr())
+        return gated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (raised,) = ctx.saved_tensors
+        grad, into = grad.contiguous(), torch.empty_like(raised)
+        inner, kind = grad.shape[-1], _KINDS[raised.dtype]
+        _library().glm_half_gelu_backward(
+            *(grad.numel() // inner, inner, kind, raised.data_ptr(), grad.data_ptr(), into.data_ptr())
+        )
+        return into
+
+
 class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -175,25 +212,30 @@ class _Heads(torch.autograd.Function):
     ) -> Tensor:
         B, T, _, H, D = qkv.shape
         qkv = qkv.contiguous()
-        cosine, sine = (None, None) if turned is None else (part.contiguous() for part in turned)
-        weights_BHTT, mixed_BTHD = qkv.new_empty(B, H, T, T), qkv.new_empty(B, T, H, D)
-        _run("glm_attention", qkv, cosine, sine, bias, weights_BHTT, mixed_BTHD, scale, divisor)
-        ctx.save_for_backward(qkv, cosine, sine, weights_BHTT, mixed_BTHD)
+        cosine, sine = (None, None) if turned is None else (part.float().contiguous() for part in turned)
+        weights_BHTT = qkv.new_empty(B, H, T, T)
+        mixed_BTHD = qkv.new_empty(B, T, H, D, dtype=torch.float32)
+        tensors = qkv.float(), cosine, sine, bias.float(), weights_BHTT, mixed_BTHD
+        _run("glm_attention", *tensors, scale, divisor)
+        mixed_BTC = mixed_BTHD.view(B, T, H * D).to(qkv.dtype)
+        # In half formats the way back does without it.
+        kept = mixed_BTHD if qkv.dtype == torch.float32 else None
+        ctx.save_for_backward(qkv, cosine, sine, weights_BHTT, kept)
         ctx.factors = scale, divisor
-        return mixed_BTHD.view(B, T, H * D)
+        return mixed_BTC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         qkv, cosine, sine, weights_BHTT, mixed_BTHD = ctx.saved_tensors
-        grad_qkv = torch.empty_like(qkv)
+        grad_qkv = torch.empty_like(qkv, dtype=torch.float32)
         _run(
             "glm_attention_backward",
-            *(qkv, cosine, sine, None, weights_BHTT, mixed_BTHD, *ctx.factors),
-            grad=grad.contiguous(),
+            *(qkv.float(), cosine, sine, None, weights_BHTT, mixed_BTHD, *ctx.factors),
+            grad=grad.float().contiguous(),
             grad_qkv=grad_qkv,
         )
-        return grad_qkv, None, None, None, None
+        return grad_qkv.to(qkv.dtype), None, None, None, None
 
 
 def _run(
@@ -203,7 +245,7 @@ def _run(
     sine: Tensor | None,
     bias: Tensor | None,
     weights: Tensor,
-    mixed: Tensor,
+    mixed: Tensor | None,
     scale: float,
     divisor: float,
     *,
@@ -211,7 +253,8 @@ def _run(
     grad_qkv: Tensor | None = None,
 ) -> None:
     B, T, _, H, D = qkv.shape
-    call = _Attention(batch=B, tokens=T, heads=H, width=D, scale=scale, divisor=divisor)
+    kind = _KINDS[weights.dtype]
+    call = _Attention(batch=B, tokens=T, heads=H, width=D, scale=scale, divisor=divisor, kind=kind)
     if bias is not None:
         bias = bias if bias.stride(3) == 1 else bias.contiguous()
         strides = (bias.stride(i) if size > 1 else 0 for i, size in enumerate(bias.shape[:3]))

@@ -28,7 +28,6 @@ library rounds. Double backward is supported in fp64 on a CPU only, and on other
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,43 +35,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from glm.precision.half_units import HALF_DTYPES, upcasts
 from glm.precision.kernel import sums_weights, weight_gradient
-
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-
-# /proc/cpuinfo's names of the instructions that multiply the format natively.
-NATIVE_FLAGS = {
-    torch.bfloat16: frozenset({"avx512_bf16", "amx_bf16"}),
-    torch.float16: frozenset({"avx512_fp16", "amx_fp16"}),
-}
-
-
-def cpu_flags() -> frozenset[str]:
-    """Instruction sets of this CPU as Linux lists them; empty where the system has no such list."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
-
 
 # Read once, at import: inside a compiled model it is a constant.
 ONEDNN = bool(torch._C._has_mkldnn)
-NATIVE_DTYPES = frozenset(dtype for dtype, names in NATIVE_FLAGS.items() if names & cpu_flags())
-
-
-def multiplies_natively(dtype: torch.dtype) -> bool:
-    """Whether this CPU has units for products of ``dtype``. An unknown CPU counts as one without: slower, never wrong."""
-    return dtype in NATIVE_DTYPES
-
-
-def upcasts(x: Tensor) -> bool:
-    """Whether products of tensors like ``x`` are computed in fp32 and rounded."""
-    return x.dtype in HALF_DTYPES and x.device.type == "cpu" and not multiplies_natively(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,8 +68,13 @@ def _is_eager_fp32(x: Tensor) -> bool:
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a @ b.T + bias`` of fp32 matrices."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), bias, "none", [], "")
     return product
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x without gaps between its rows or columns: for a part of a wider matrix oneDNN has reference code only, 500 times slower."""
+    return x if x.is_contiguous() or (x.dim() == 2 and x.t().is_contiguous()) else x.contiguous()
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -179,7 +151,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
         return _onednn(a, b.t()) if _is_onednns(a) and b.numel() else a @ b
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return _fp32_linear(a.float(), b.float().t())
 
 
 class _OneDnnLinear(torch.autograd.Function):
@@ -212,7 +184,7 @@ class _UpcastLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         wide_bias = None if bias is None else bias.float()
-        return F.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
+        return _fp32_linear(x.float(), weight.float(), wide_bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -220,12 +192,22 @@ class _UpcastLinear(torch.autograd.Function):
         wide_NO = grad_y.float().reshape(-1, weight.shape[0])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (wide_NO @ weight.float()).to(x.dtype).view(x.shape)
+            grad_x = _fp32_linear(wide_NO, weight.float().t()).to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = (wide_NO.t() @ x.float().reshape(-1, weight.shape[1])).to(weight.dtype)
+            x_NI = x.float().reshape(-1, weight.shape[1])
+            if sums_weights(wide_NO, x_NI):
+                grad_weight, grad_bias = weight_gradient(wide_NO, x_NI, bias=ctx.needs_input_grad[2])
+            else:
+                grad_weight = _fp32_linear(x_NI.t(), wide_NO.t()).t()
+            grad_weight = grad_weight.to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = wide_NO.sum(0).to(weight.dtype)
+            grad_bias = (wide_NO.sum(0) if grad_bias is None else grad_bias).to(weight.dtype)
         return grad_x, grad_weight, grad_bias
+
+
+def _fp32_linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a @ b.T + bias`` in fp32 by the quickest library."""
+    return _onednn(a, b, bias) if _is_onednns(a) and b.numel() else F.linear(a, b, bias)
 
 
 class _UpcastMatmul(torch.autograd.Function):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from glm.precision import attention_scores, linear, softmax_matmul
+
+# The package has a function of that name.
+matmul = importlib.import_module("glm.precision.matmul")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -23,6 +28,24 @@ def test_fp32_products_are_those_of_fp64_within_rounding(bias):
 
     for ours, exact in zip(run(torch.float32), run(torch.float64), strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=150 * 2.0**-24 * 16)
+
+
+def test_a_part_of_a_wider_matrix_is_multiplied_by_the_same_code(monkeypatch):
+    """oneDNN's code for matrices with gaps is hundreds of times slower: it is never given one."""
+    given = []
+    plain = torch.ops.mkldnn._linear_pointwise
+
+    def seen(a, b, *rest):
+        given.extend((a, b))
+        return plain(a, b, *rest)
+
+    monkeypatch.setattr(matmul.torch.ops.mkldnn, "_linear_pointwise", seen)
+    x, w = torch.randn(50, 40)[:, :24], torch.randn(40, 40)[:, :24].requires_grad_()
+    y = linear(x, w)
+    y.backward(torch.randn(50, 64)[:, :40])
+    assert torch.equal(y, linear(x.contiguous(), w.contiguous()))
+    assert given
+    assert all(one.is_contiguous() or one.mT.is_contiguous() for one in given)
 
 
 def test_fp32_attention_is_that_of_fp64_within_rounding():

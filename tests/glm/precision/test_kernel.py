@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from glm.model.config import AttentionConfig, ModelConfig
 from glm.model.positions import rotate, rotation
 from glm.model.transformer import Transformer
+from glm.precision import attention_scores, half_units, softmax_matmul
 from glm.precision import kernel as kernels
 from glm.precision.kernel import attention, gated_gelu, losses, sums_weights, weight_gradient
 
@@ -53,6 +54,71 @@ def test_attention_and_its_gradients_are_float64s(B, T, H, D, turns):
     for exact, found in zip(*results, strict=True):
         # Sums of T or D rounded terms; scores of up to 20 carry 20 ulp of theirs into the weights.
         assert (found - exact).abs().max() < 64 * EPSILON * max(1, exact.abs().max()) * math.sqrt(T)
+
+
+def every_half(dtype):
+    """All numbers of a half format."""
+    return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_numbers_are_read_and_rounded_as_torch_does(dtype):
+    """a gelu(b) where gelu(b) is b in fp32 already: the product is a b, rounded once."""
+    a = every_half(dtype)
+    for b in (8.0, 17.0, 1024.0):
+        found = gated_gelu(torch.stack((a, torch.full_like(a, b)), 1)).flatten()
+        assert torch.equal(found.nan_to_num(7.0), (a.float() * b).to(dtype).nan_to_num(7.0))
+        assert torch.equal(found.isnan(), a.isnan())
+    # Between two numbers, and in fp16 beneath its normal ones and beyond its largest.
+    small = gated_gelu(torch.stack((a, torch.full_like(a, 0.5)), 1)).flatten().double()
+    exact = a.double() * F.gelu(torch.tensor(0.5, dtype=torch.float64))
+    finite = a.isfinite()
+    near = torch.maximum(
+        exact.abs() * {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype], torch.tensor(2.0**-25)
+    )
+    assert ((small - exact).abs() <= near * 1.001)[finite].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_attention_rounds_where_torch_operations_do(dtype, monkeypatch):
+    """Beside the same steps in torch, each rounded, both are as far from float64 as roundings of the format take them."""
+    monkeypatch.setattr(half_units, "NATIVE_DTYPES", frozenset())
+    B, T, H, D = 2, 50, 3, 24
+    torch.manual_seed(0)
+    qkv = torch.randn(B, T, 3, H, D).to(dtype)
+    turned = rotation(torch.arange(T).expand(B, T), D, 1e4, dtype, two=False)
+    bias = torch.zeros(1, 1, T, T).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+    grad = torch.randn(B, T, H * D).to(dtype)
+
+    def by_steps(given, angles, bias, scale, divisor):
+        q, k, v = (part.transpose(1, 2) for part in given.unbind(2))
+        q, k = rotate(q, angles), rotate(k, angles)
+        return softmax_matmul(attention_scores(q, k, bias, scale, divisor), v).transpose(1, 2).flatten(2)
+
+    errors = {}
+    wide = tuple(part.double() for part in turned)
+    exact = qkv.double().requires_grad_()
+    true = exact_attention(exact, wide, bias.double(), 0.1, 2.0)
+    (true_gradient,) = torch.autograd.grad(true, exact, grad.double())
+    for name, call in (("kernel", attention), ("steps", by_steps)):
+        given = qkv.clone().requires_grad_()
+        y = call(given, turned, bias, 0.1, 2.0)
+        (gradient,) = torch.autograd.grad(y, given, grad)
+        assert (y.dtype, gradient.dtype) == (dtype, dtype)
+        errors[name] = [
+            (found.double() - of).square().mean().sqrt()
+            for found, of in ((y, true), (gradient, true_gradient))
+        ]
+    for ours, theirs in zip(errors["kernel"], errors["steps"], strict=True):
+        assert ours < 1.1 * theirs
+
+
+def test_scores_overflow_in_fp16_where_torch_operations_do():
+    qkv = torch.full((1, 16, 3, 1, 16), 100.0, dtype=torch.float16)  # scores of 160,000
+    bias = torch.zeros(1, 1, 16, 16)
+    assert attention(qkv, None, bias, 1.0, 1.0).isnan().all()
+    assert attention(qkv, None, bias, 0.25, 4.0).isfinite().all()  # 40,000 is what is rounded
+    assert attention(qkv.bfloat16(), None, bias, 1.0, 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
