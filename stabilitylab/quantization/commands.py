@@ -17,7 +17,7 @@ from rich.text import Text
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, linear_layers, open_text_model
 from stabilitylab.quantization.advice import Advice, Advisor, reason
-from stabilitylab.quantization.compressed_tensors import save_compressed_tensors
+from stabilitylab.quantization.exports import save_as
 from stabilitylab.quantization.latency import BATCHES, KEPT, machine, measure_latencies
 from stabilitylab.quantization.plan import Budget, PlannedLayer, QuantizationPlan, load_plan
 from stabilitylab.quantization.ranges import Inputs, layer_inputs
@@ -25,7 +25,6 @@ from stabilitylab.quantization.replacement import quantizable_layers
 from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
 from stabilitylab.quantization.sensitivity import LayerSensitivity, measure_sensitivity, reached_layers
-from stabilitylab.quantization.serialization import save_quantized
 from stabilitylab.quantization.tables import outcome_rows
 from stabilitylab.quantization.verification import Verification
 
@@ -55,7 +54,7 @@ def quantize(
     verify_tokens: int = 4096,
     length: int | None = None,
     apply: Path | None = None,
-    format: Literal["stabilitylab", "compressed-tensors"] = "stabilitylab",
+    format: Literal["stabilitylab", "compressed-tensors", "gguf", "torchao"] = "stabilitylab",
     html: Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
@@ -77,7 +76,8 @@ def quantize(
             third text, on which the outcome is told.
         length: tokens of a window; by default 256, or fewer where the model takes fewer.
         apply: folder to write the quantized model to.
-        format: of that folder: stabilitylab's own, or compressed-tensors, which transformers and vLLM open.
+        format: of that folder: stabilitylab's own; compressed-tensors, which transformers and vLLM open; gguf, for llama.cpp and
+            transformers; or torchao's own tensors.
         html: file to write a report to.
         json_output: print the plan as one JSON object instead of tables.
     """
@@ -113,7 +113,7 @@ def quantize(
     if json_output:
         print(plan.read_text(encoding="utf-8"), end="")
     if apply is not None:
-        size = (save_quantized if format == "stabilitylab" else save_compressed_tensors)(opened, made, apply)
+        size = save_as(format, opened, made, apply)
         console.print(f"written: {apply} ({size / 1e6:.1f} MB of weights)", highlight=False)
     if html is not None:
         from stabilitylab.quantization.page import plan_page

@@ -30,8 +30,8 @@ from torch import Tensor
 from stabilitylab.errors import InputError
 from stabilitylab.formats import pack_4bit
 from stabilitylab.models import TextModel
-from stabilitylab.models.experts import SplitExperts
 from stabilitylab.models.layers import narrowest
+from stabilitylab.quantization.exports import card, no_form, refuse_experts
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan
@@ -103,10 +103,7 @@ def save_compressed_tensors(model: TextModel, plan: QuantizationPlan, out: Path)
         InputError: ``out`` stands already, the plan is for another model, or a scheme has no form in compressed-tensors.
     """
     plan.require(model.fingerprint, model.name)
-    if any(isinstance(module, SplitExperts) for module in model.module.modules()):
-        raise InputError(
-            f"{model.name} has experts, whose layers are not written as {NAME}: leave out --format"
-        )
+    refuse_experts(model, NAME)
     with new_folder(out) as partial:
         copy_companions(model, partial)
         tensors, groups = _tensors(model, plan)
@@ -114,23 +111,8 @@ def save_compressed_tensors(model: TextModel, plan: QuantizationPlan, out: Path)
         size = (partial / "model.safetensors").stat().st_size
         _write_config(partial / "config.json", groups, plan)
         plan.write(partial / "plan.json")
-        (partial / "QUANTIZATION.md").write_text(card(plan), encoding="utf-8")
+        (partial / "QUANTIZATION.md").write_text(card(plan, NAME), encoding="utf-8")
     return size
-
-
-def card(plan: QuantizationPlan) -> str:
-    """What was done to the model and what it costs, for the folder."""
-    unit = "nats per token" if plan.criterion == "loss" else "relative error of the output"
-    rows = "\n".join(
-        f"| {path} | {layer.scheme or '16-bit'} | {layer.reason} |" for path, layer in plan.layers.items()
-    )
-    notes = "\n".join(f"- {note}" for note in plan.notes)
-    return (
-        f"# {plan.model}, quantized\n\nAsked for: {plan.budget.text}. Cost: {plan.planned.loss:+.4f} {unit}, told on "
-        f"{plan.told_tokens:,} tokens that nothing was chosen by; {plan.planned.bytes:,} bytes of "
-        f"{plan.singles['16-bit'].bytes:,} in 16 bits. Made by stabilitylab quantize; plan.json has every figure.\n\n{notes}\n\n"
-        f"| layer | scheme | because |\n| --- | --- | --- |\n{rows}\n"
-    )
 
 
 def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor], list[_Group]]:
@@ -144,7 +126,7 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
         elif isinstance(twin, FormatLinear):
             held, group = _floats(path, twin)
         else:
-            raise _no_form(path, scheme.name)
+            raise no_form(path, scheme.name, NAME, twin)
         tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in held.items()}
         if twin.bias is not None:
             tensors[f"{path}.bias"] = narrowest(twin.bias)
@@ -156,7 +138,7 @@ def _integers(path: str, twin: QuantizedLinear) -> tuple[dict[str, Tensor], _Gro
     scheme: Scheme = twin.scheme
     stored = twin.stored
     if twin.smooth is not None or scheme.threshold is not None:
-        raise _no_form(path, scheme.name)
+        raise no_form(path, scheme.name, NAME, twin)
     if scheme.activations is not None:
         if scheme.activations == "tensor" and scheme.share != "tensor":
             strategy, activations = "channel", {**_TOKEN, "strategy": "tensor"}
@@ -200,7 +182,7 @@ def _floats(path: str, twin: FormatLinear) -> tuple[dict[str, Tensor], _Group]:
         or stored.scales is None
         or scheme.activations not in (None, known[2])
     ):
-        raise _no_form(path, scheme.name)
+        raise no_form(path, scheme.name, NAME, twin)
     format, weights, _, activations = known
     scales = stored.scales
     if scales.dtype == torch.float8_e8m0fnu:
@@ -209,7 +191,7 @@ def _floats(path: str, twin: FormatLinear) -> tuple[dict[str, Tensor], _Group]:
         scales = scales.reshape(1)
     if stored.format.element.bits == 4:
         if twin.in_features % 2:
-            raise _no_form(path, scheme.name)
+            raise no_form(path, scheme.name, NAME, twin)
         held = {"weight_packed": pack_4bit(stored.codes), "weight_scale": scales}
         if stored.tensor_scale is not None:
             held["weight_global_scale"] = (1.0 / stored.tensor_scale).reshape(1)
@@ -248,9 +230,3 @@ def _write_config(file: Path, groups: list[_Group], plan: QuantizationPlan) -> N
         "kv_cache_scheme": None,
     }
     file.write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def _no_form(path: str, scheme: str) -> InputError:
-    return InputError(
-        f"{path}: {scheme} has no form in {NAME}: make the plan without it (--schemes), or leave out --format"
-    )

@@ -1,0 +1,273 @@
+"""A planned model of the llama family as a GGUF file, which llama.cpp, transformers and gguf-py open: ``--format gguf``.
+
+    scheme                          type of the tensor    block
+    int8-gG, int8-row               Q8_0                  fp16 scale, 32 int8                       34 bytes for 32 weights
+    int4-gG, int4-row               Q4_0                  fp16 scale, 32 codes, each minus 8        18 bytes
+    mxfp4                           MXFP4                 E8M0 exponent, 32 codes of E2M1           17 bytes
+    16-bit                          F16, BF16 or F32      the shortest that changes no bit
+
+A block of 32 repeats the scale of its larger group, so the numbers are the plan's, and the file is larger than its sum by what the
+scales repeat. Codes j and j + 16 share a byte, j low. GGUF has no exact form for zero points (Q4_1 keeps the least weight in fp16,
+which a product of scale and zero point need not fit), nor transformers one for NVFP4; llama.cpp's K-quants have scales of 6 bits,
+which ours are not: all refused. A scale of bf16 fits fp16 from 2^-17 on; one that does not is refused too.
+
+Rows of q and k are laid out as llama.cpp rotates them (neighbours instead of halves), for the architecture ``llama`` alone.
+
+Source: gguf 0.19 (``quants.py``, ``constants.py``), which the tests open the file with; llama.cpp, ``convert_hf_to_gguf.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stabilitylab.errors import InputError
+from stabilitylab.formats import pack_4bit
+from stabilitylab.models import TextModel
+from stabilitylab.models.layers import narrowest
+from stabilitylab.quantization.exports import card, holders, no_form, refuse_experts
+from stabilitylab.quantization.format_scheme import FormatLinear
+from stabilitylab.quantization.linear import QuantizedLinear
+from stabilitylab.quantization.plan import QuantizationPlan
+from stabilitylab.quantization.replacement import quantizable_layers, quantized
+from stabilitylab.quantization.serialization import copy_companions, new_folder, unquantized_tensors
+
+NAME, FILE = "gguf", "model.gguf"
+BLOCK = 32
+# transformers' model type -> GGUF's architecture.
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# How llama.cpp is told to cut text into words before merging; of others it takes its default.
+_WORDS = {"qwen2": "qwen2", "qwen3": "qwen2"}
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
+Bytes = NDArray[np.uint8]
+
+
+def save_gguf(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
+    """Write a model quantized by a plan; returns the bytes of its file.
+
+    Args:
+        model: the original, of transformers; unchanged.
+        plan: made for it.
+        out: folder to make: ``model.gguf``, configuration and tokenizer, plan and card.
+
+    Raises:
+        InputError: gguf is missing, ``out`` stands already, the plan is for another model, or the model or a scheme has no form.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise InputError("--format gguf needs the package gguf: pip install stabilitylab[hf]") from None
+    plan.require(model.fingerprint, model.name)
+    refuse_experts(model, NAME)
+    config = getattr(model.module, "config", None)
+    architecture = _architecture(model, config)
+    with new_folder(out) as partial:
+        copy_companions(model, partial)
+        writer = gguf.GGUFWriter(str(partial / FILE), architecture)
+        try:
+            _describe(writer, model, config)
+            written = _write_tensors(gguf, writer, model, plan, config, architecture)
+            counts = {kind: list(written.values()).count(kind) for kind in ("Q8_0", "Q4_0", "MXFP4")}
+            most = max(counts, key=lambda kind: counts[kind])
+            file_type = {"Q8_0": 7, "Q4_0": 2, "MXFP4": 38}[most] if counts[most] else 1
+            writer.add_file_type(file_type)
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            tokenizer = _write_tokenizer(writer, partial / "tokenizer.json", config)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        size = (partial / FILE).stat().st_size
+        plan.write(partial / "plan.json")
+        told = ", ".join(f"{count} tensors {kind}" for kind, count in counts.items() if count)
+        notes = (
+            f'Open it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file="{FILE}"), or llama.cpp with {FILE}.',
+            f"{told or 'no tensor is quantized'}; the file has {size:,} bytes. {tokenizer}",
+        )
+        (partial / "QUANTIZATION.md").write_text(card(plan, NAME, notes), encoding="utf-8")
+    return size
+
+
+def _architecture(model: TextModel, config: Any) -> str:
+    kind = getattr(config, "model_type", None)
+    if kind not in ARCHITECTURES:
+        raise InputError(
+            f"{model.name} is a {kind or 'model without a config'}: GGUF is written for {', '.join(ARCHITECTURES)}; choose "
+            "--format compressed-tensors, torchao or stabilitylab"
+        )
+    rope = _rope(config)
+    windows = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    if windows or rope.get("rope_type", "default") != "default":
+        raise InputError(
+            f"{model.name} scales its rotary positions or attends within a window, which is not written to GGUF here: choose "
+            "--format compressed-tensors, torchao or stabilitylab"
+        )
+    return ARCHITECTURES[kind]
+
+
+def _rope(config: Any) -> Mapping[str, Any]:
+    """transformers 5 keeps base and kind in one mapping, 4 apart."""
+    told = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return {"rope_theta": getattr(config, "rope_theta", 10_000.0), **told}
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _describe(writer: Any, model: TextModel, config: Any) -> None:
+    writer.add_name(model.name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(float(_rope(config)["rope_theta"]))
+    writer.add_rope_dimension_count(_head_width(config))
+    writer.add_key_length(_head_width(config))
+    writer.add_value_length(_head_width(config))
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _write_tensors(
+    gguf: Any, writer: Any, model: TextModel, plan: QuantizationPlan, config: Any, architecture: str
+) -> dict[str, str]:
+    """Every tensor under GGUF's name; returns the type of each by its name in the model."""
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    types = gguf.GGMLQuantizationType
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+
+    def laid_out(name: str, rows: Any) -> Any:
+        count = next((n for part, n in heads.items() if f".{part}." in name), None)
+        if architecture != "llama" or count is None:
+            return rows
+        order = np.arange(len(rows)).reshape(count, 2, -1).swapaxes(1, 2).reshape(-1)
+        return np.ascontiguousarray(rows[order])
+
+    def add(name: str, data: Any, kind: str) -> None:
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if known is None:
+            raise InputError(
+                f"{name} has no name in GGUF's {architecture}: choose --format compressed-tensors, torchao or stabilitylab"
+            )
+        writer.add_tensor(known, laid_out(name, data), raw_dtype=types[kind])
+        written[name] = kind
+
+    written: dict[str, str] = {}
+    layers = quantizable_layers(model.module)
+    for path, scheme in plan.schemes.items():
+        twin = quantized(path, layers[path], scheme)
+        kind, data = blocks_of(path, twin)
+        add(f"{path}.weight", data, kind)
+        if twin.bias is not None:
+            add(f"{path}.bias", twin.bias.float().numpy(), "F32")
+    for name, tensor in unquantized_tensors(model.module, plan.schemes).items():
+        if tensor.dim() < 2:
+            add(name, tensor.float().numpy(), "F32")
+            continue
+        short = narrowest(tensor)
+        kind = {torch.float16: "F16", torch.bfloat16: "BF16"}.get(short.dtype, "F32")
+        data = short.view(torch.int16).numpy().view(np.uint8) if kind == "BF16" else short.numpy()
+        add(name, data, kind)
+    return written
+
+
+def blocks_of(path: str, twin: Any) -> tuple[str, Bytes]:
+    """GGUF's type of a quantized layer's weight, and its bytes, [N, bytes of a row].
+
+    Raises:
+        InputError: there is no type that holds these numbers.
+    """
+    if NAME not in holders(twin):
+        raise no_form(path, twin.scheme.name if hasattr(twin, "scheme") else type(twin).__name__, NAME, twin)
+    if twin.in_features % BLOCK:
+        why = f"{twin.in_features} columns are not whole blocks of {BLOCK}"
+        raise no_form(path, twin.scheme.name, NAME, twin, why)
+    if isinstance(twin, FormatLinear):
+        stored = twin.stored
+        assert stored.scales is not None
+        exponents = stored.scales.view(torch.uint8).numpy()[..., None]
+        return "MXFP4", _rows(exponents, _halves(stored.codes))
+    assert isinstance(twin, QuantizedLinear)
+    weight = twin.stored
+    groups = twin.in_features // BLOCK
+    each = max(1, weight.group // BLOCK)
+    scales = weight.scales.float().repeat_interleave(each, 1)[:, :groups]
+    scales = scales.expand(twin.out_features, groups)
+    half = scales.half()
+    if not torch.equal(half.float(), scales):
+        worst = scales[half.float() != scales].abs()
+        raise no_form(
+            path, twin.scheme.name, NAME, twin, f"a scale of {float(worst[0]):.2g} does not fit its fp16"
+        )
+    codes = weight.codes()
+    d = half.contiguous().numpy().view(np.uint8).reshape(twin.out_features, groups, 2)
+    if weight.bits == 8:
+        signed = (codes.to(torch.int16) - 128).to(torch.int8).numpy().view(np.uint8)
+        return "Q8_0", _rows(d, signed.reshape(twin.out_features, groups, BLOCK))
+    return "Q4_0", _rows(d, _halves(codes))
+
+
+def _halves(codes: Tensor) -> Bytes:
+    """Codes [N, K] below 16 -> [N, K / 32, 16]: of each block, number j low and j + 16 high."""
+    blocks = codes.view(codes.shape[0], -1, 2, BLOCK // 2)
+    pairs = torch.stack((blocks[:, :, 0], blocks[:, :, 1]), dim=-1).flatten(2)
+    packed: Bytes = pack_4bit(pairs.to(torch.uint8)).numpy()
+    return packed
+
+
+def _rows(head: Bytes, body: Bytes) -> Bytes:
+    joined = np.concatenate([head, body], axis=-1)
+    return np.ascontiguousarray(joined.reshape(joined.shape[0], -1))
+
+
+def _write_tokenizer(writer: Any, file: Path, config: Any) -> str:
+    """The tokenizer, where it is one of bytes and merges; a sentence for the card."""
+    left = "No tokenizer is in the file: use tokenizer.json beside it."
+    if not file.is_file():
+        return left
+    held = json.loads(file.read_text(encoding="utf-8"))
+    inner = held.get("model") or {}
+    if inner.get("type") != "BPE" or "ByteLevel" not in json.dumps(
+        [held.get("pre_tokenizer"), held.get("decoder")]
+    ):
+        return left
+    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
+    kinds = [_UNUSED] * config.vocab_size
+    added = {
+        one["content"]: (one["id"], _CONTROL if one.get("special") else _NORMAL)
+        for one in held.get("added_tokens", [])
+    }
+    for token, (number, kind) in {
+        **{token: (number, _NORMAL) for token, number in inner["vocab"].items()},
+        **added,
+    }.items():
+        if number < config.vocab_size:
+            tokens[number], kinds[number] = token, kind
+    words = _WORDS.get(config.model_type)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(words or "default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in inner["merges"]])
+    for name in ("bos", "eos", "pad"):
+        number = getattr(config, f"{name}_token_id", None)
+        if isinstance(number, int):
+            getattr(writer, f"add_{name}_token_id")(number)
+    if words:
+        return "The tokenizer is in the file."
+    return (
+        "The tokenizer is in the file, but not how it cuts text into words, of which llama.cpp takes its default: where that "
+        "differs, use tokenizer.json."
+    )
