@@ -88,6 +88,7 @@ def plain_folder(folder: Path) -> Iterator[tuple[Path, Mapping[str, StoredTensor
     stored = stored_tensors(folder)
     found = understood(folder, stored)
     if not found:
+        _refuse_unknown_method(folder)
         yield folder, stored, ()
         return
     with tempfile.TemporaryDirectory(prefix="stabilitylab-") as name:
@@ -106,6 +107,29 @@ def plain_folder(folder: Path) -> Iterator[tuple[Path, Mapping[str, StoredTensor
             plain,
             stored_tensors(plain),
             (f"{len(found)} weights stored in {' and '.join(kinds)} are read as code x scale",),
+        )
+
+
+def _refuse_unknown_method(folder: Path) -> None:
+    """Weights that lie there as floats may still mean others, where a method says so that nobody here knows: transformers only
+    warns."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    told = config.get("quantization_config") or text.get("quantization_config")
+    method = told.get("quant_method") if isinstance(told, dict) else None
+    if not isinstance(method, str):
+        return
+    try:
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+    except ImportError:
+        return
+    if method not in KNOWN:
+        raise InputError(
+            f"{folder} says that it is quantized by {method!r}, which is not known here: give the checkpoint in bf16; if its "
+            "weights are plain, take quantization_config out of its config.json"
         )
 
 
@@ -177,7 +201,13 @@ def dequantized(one: Codes, codes: Tensor, scale: Tensor, second: Tensor | None 
     """
     if one.format in ("fp8", "mxfp8", "int8"):
         value = codes.float()
-        return value * _spread(_scale_value(scale), value.shape, one)
+        factor = _spread(_scale_value(scale), value.shape, one)
+        if bool(((factor <= 0) & (value != 0)).any()):
+            raise InputError(
+                f"{one.scale.file.parent}: {one.scale.name} has scales of zero or less, which leave nothing of "
+                f"{one.codes.name}: use an intact checkpoint"
+            )
+        return value * factor
     if one.codes.name.endswith("_blocks"):  # [..., rows, groups, 16] with scales [..., rows, groups]
         value = _e2m1(codes) * _scale_value(scale)[..., None]
         rows = value.flatten(-2)

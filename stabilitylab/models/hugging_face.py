@@ -37,7 +37,7 @@ from stabilitylab.models.dequantized import COMPANION, OF_ACTIVATIONS, plain_fol
 from stabilitylab.models.experts import split_experts
 from stabilitylab.models.text import TokenWindows
 from stabilitylab.models.text_model import TextModel
-from stabilitylab.models.weight_files import StoredTensor
+from stabilitylab.models.weight_files import FLOATS, StoredTensor
 
 # What transformers raises over files that it cannot read; anything else is a defect.
 _UNREADABLE = (
@@ -73,6 +73,11 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
         InputError: transformers is missing, or cannot read the files.
     """
     folder = path if path.is_dir() and (path / "config.json").is_file() else None
+    if folder and (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{path} holds an adapter (adapter_config.json), which is not applied here: merge it first (peft's merge_and_unload), "
+            "or take the adapter's files away to read the model without it"
+        )
     plain_or_given: contextlib.AbstractContextManager[
         tuple[Path, Mapping[str, StoredTensor], tuple[str, ...]]
     ] = plain_folder(folder) if folder else contextlib.nullcontext((path, {}, ()))
@@ -90,6 +95,7 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
             )
             tokenizer = described.tokenizer()
         _check_complete(path, module, info)
+        _check_floats(path, module, stored)
         notes = (*said, *_left_aside(path, module, info["unexpected_keys"], stored))
     prepare(module)
     return TextModel.of(
@@ -231,6 +237,20 @@ def _check_complete(path: Path, module: Any, notes: dict[str, Any]) -> None:
         raise InputError(
             f"{path} lacks {len(missing)} weights, among them {missing[0]}: give the whole checkpoint"
         )
+
+
+def _check_floats(path: Path, module: Any, stored: Mapping[str, StoredTensor]) -> None:
+    """Whole or logical numbers that a loader casts to floats are codes, whose meaning is lost."""
+    prefix = getattr(module, "base_model_prefix", "")
+    for name, parameter in module.named_parameters():
+        one = (
+            stored.get(name) or stored.get(f"{prefix}.{name}") or stored.get(name.removeprefix(f"{prefix}."))
+        )
+        if one is not None and one.dtype not in FLOATS and parameter.is_floating_point():
+            raise InputError(
+                f"{path} stores {one.name} as {one.dtype}, which is no number format of weights without a scale: give the "
+                "checkpoint in bf16, or dequantize it with the library that wrote it"
+            )
 
 
 def _left_aside(

@@ -58,23 +58,36 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         InputError: a file that the index names is missing, or a header cannot be read.
     """
     found: dict[str, StoredTensor] = {}
-    for file in _files(folder):
+    files, indexed = _files(folder)
+    for file in files:
         for name, entry in _header(file).items():
+            if name in found:
+                raise InputError(
+                    f"{folder}: {found[name].file.name} and {file.name} both hold {name}, and which is meant is not said: give the "
+                    "checkpoint as it was saved"
+                )
             found[name] = StoredTensor(
                 name=name, dtype=entry["dtype"], shape=tuple(entry["shape"]), file=file
             )
+    if lost := sorted(indexed - found.keys()):
+        raise InputError(
+            f"{folder} lacks {lost[0]}, which its index promises ({len(lost)} in all): give the whole checkpoint"
+        )
     return found
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files that transformers reads: one, or those that the index names."""
+def _files(folder: Path) -> tuple[list[Path], set[str]]:
+    """The files that transformers reads, one or those that the index names; and the tensors that the index promises.
+
+    Raises:
+        InputError: both are there, or a file is missing.
+    """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
     if not index.is_file():
-        return []
+        return ([whole] if whole.is_file() else []), set()
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise InputError(f"{index} is no index of weight files: give the whole checkpoint") from None
     # A name is a file of this folder, wherever an index would like it to lead.
@@ -82,7 +95,11 @@ def _files(folder: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise InputError(f"{folder} lacks {file.name}, which its index names: give the whole checkpoint")
-    return files
+    if whole.is_file() and whole not in files:
+        raise InputError(
+            f"{folder} holds {whole.name} and an index of other files: take away whichever is not meant"
+        )
+    return files, set(weight_map)
 
 
 def _header(file: Path) -> dict[str, Any]:
