@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.aim_store import aim_repository
 from stabilitylab.logs.source import Source
 from stabilitylab.logs.swanlab import SWANLAB
 from stabilitylab.logs.trackers import SQLITE, WANDB, mlflow_runs
@@ -38,7 +39,7 @@ class Found:
     """What lies at a path.
 
     Attributes:
-        kind: "file", "run folder", "MLflow", "W&B", "swanlab", "versions" (Lightning's), "TensorBoard" or "SQLite".
+        kind: "file", "run folder", "MLflow", "W&B", "swanlab", "Aim", "versions" (Lightning's), "TensorBoard" or "SQLite".
         files: the files of that kind; of "file" the one, of "run folder" and "MLflow" the folder.
     """
 
@@ -90,10 +91,8 @@ def in_folder(path: Path) -> Found:
     )
     if offline:
         return Found("swanlab", tuple(offline))
-    if path.name == ".aim" or (path / ".aim").is_dir():
-        raise InputError(
-            f"{path} is an Aim repository, which only Aim reads: export its metrics as CSV from Aim's explorer"
-        )
+    if (repository := aim_repository(path)) is not None:
+        return Found("Aim", (repository,))
     versions = sorted(path.rglob("version_*/metrics.csv"), key=_checkpoint)
     if versions:
         return Found("versions", tuple(versions))

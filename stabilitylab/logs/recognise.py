@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.aim_store import read_aim
 from stabilitylab.logs.console import read_console
 from stabilitylab.logs.csv_rows import delimiter_of, is_blank_table, read_csv_rows
 from stabilitylab.logs.huggingface import read_huggingface_console
@@ -253,6 +254,8 @@ def _folder(path: Path, *, loss: str | None, step: str | None, pattern: str | No
         return [RunLog.open(path, loss=loss)]
     if found.kind == "MLflow":
         return list(logs_of(read_mlflow_files(path), path, loss=loss, step=step))
+    if found.kind == "Aim":
+        return list(logs_of(read_aim(found.files[0]), path, loss=loss, step=step))
     if found.kind == "W&B":
         sources = [Source(file) for file in found.files]
         return list(logs_of(read_wandb(sources), path, loss=loss, step=step))

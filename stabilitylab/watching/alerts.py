@@ -135,13 +135,16 @@ def of_event(event: Event, *, path: str, segment: str, piece: int, columns: Mapp
     )
 
 
-def of_silence(path: str, values: int, seconds: int, step: int, problem: str | None) -> Alert:
-    """No value for so many seconds; ``values`` came before, the last of ``step`` (-1: none)."""
-    said = f"silent: no value{'' if values else ' yet'}" + (f" ({plain(problem)})" if problem else "")
+def of_silence(path: str, values: int, seconds: int, step: int, problem: str | None, is_lost: bool) -> Alert:
+    """No value for so many seconds; ``values`` came before, the last of ``step`` (-1: none). ``is_lost``: nobody writes."""
+    rule = "run-lost" if is_lost else "silent"
+    said = f"{rule}: no value{'' if values else ' yet'}" + (f" ({plain(problem)})" if problem else "")
     said += f" for {seconds} s" + (f"; the last was of step {step}" if step >= 0 else "")
+    if is_lost:
+        said += "; no process on this machine holds the run's lock, and it has not said that it is over: it was killed"
     return Alert(
-        id=f"silent/{values}",
-        rule="silent",
+        id=f"{rule}/{values}",
+        rule=rule,
         text=said,
         path=plain(path),
         step=step if step >= 0 else None,

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -19,6 +19,7 @@ from stabilitylab.watching.alerts import Alert
 from stabilitylab.watching.hooks import Command, Hook, Webhook
 from stabilitylab.watching.memory import Memory, default_folder
 from stabilitylab.watching.opening import Options
+from stabilitylab.watching.piped import piped
 from stabilitylab.watching.rules import rules_named
 from stabilitylab.watching.watch import Watch
 
@@ -49,7 +50,8 @@ def watch(
     Ends with 3 when what --fail-on names is found; with 0 when it is interrupted, or a run folder's run is over.
 
     Args:
-        path: a log of any format in docs/logs.md, a run folder, a TensorBoard folder, a tracker's run; need not exist yet.
+        path: a log of any format in docs/logs.md, a run folder, a TensorBoard folder, a tracker's run; need not exist yet;
+            - is standard input.
         exec: a command to run for each alert, without a shell; its facts are environment variables STABILITYLAB_....
         webhook: an address to post each alert to, as Slack takes it; env:NAME takes it from the environment.
         fail_on: rules that end the watch with exit code 3, such as spike,divergence,non-finite.
@@ -79,8 +81,40 @@ def watch(
         raise InputError(f"--every {every:g}: give seconds above 0")
     asked = {"loss": loss, "step": step, "run": run, "pattern": pattern}
     stop = _Stop()
+    with piped() if str(path) == "-" else contextlib.nullcontext() as pipe:
+        while pipe is not None and once and not pipe.ended.is_set() and not stop.asked:
+            stop.wait(0.1)
+        return _watch(
+            path if pipe is None else pipe.file,
+            options,
+            stop,
+            memory_in=(state or default_folder(path, asked)) if pipe is None else pipe.state,
+            is_over=(lambda: False) if pipe is None else pipe.ended.is_set,
+            ends=ends,
+            exec=exec,
+            webhook=webhook,
+            every=every,
+            once=once,
+            plain=plain,
+        )
+
+
+def _watch(
+    path: Path,
+    options: Options,
+    stop: _Stop,
+    *,
+    memory_in: Path,
+    is_over: Callable[[], bool],
+    ends: frozenset[str],
+    exec: str | None,
+    webhook: str | None,
+    every: float,
+    once: bool,
+    plain: bool,
+) -> int:
     screen = _Screen(live=not plain and not once and sys.stdout.isatty())
-    memory = Memory(state or default_folder(path, asked))
+    memory = Memory(memory_in)
     hooks: list[Hook] = []
     try:
         if exec is not None:
@@ -102,7 +136,7 @@ def watch(
         )
         try:
             with _ended_by_signals(stop), screen.showing(watched):
-                _look(watched, screen, stop, every=every, once=once, found=found)
+                _look(watched, screen, stop, every=every, once=once, found=found, is_over=is_over)
         finally:
             watched.close()
         if found or (once and memory.has_told(ends)):
@@ -116,12 +150,20 @@ def watch(
 
 
 def _look(
-    watched: Watch, screen: _Screen, stop: _Stop, *, every: float, once: bool, found: list[Alert]
+    watched: Watch,
+    screen: _Screen,
+    stop: _Stop,
+    *,
+    every: float,
+    once: bool,
+    found: list[Alert],
+    is_over: Callable[[], bool],
 ) -> None:
     while not stop.asked:
-        watched.look(last=once)
+        last = once or is_over()  # asked before the look: what came before the end is seen
+        watched.look(last=last)
         screen.refresh(watched)
-        if once or found or watched.is_over:
+        if last or found or watched.is_over:
             return
         stop.wait(every)
 

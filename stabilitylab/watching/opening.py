@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stabilitylab.errors import InputError
 from stabilitylab.logs.locate import Found
 from stabilitylab.watching.followers import DocumentFollower, Follower, TextFollower, growing_text
 from stabilitylab.watching.stores import (
@@ -62,6 +63,10 @@ def follower_of(
         InputError: it cannot be understood.
     """
     file = found.files[-1]
+    if found.kind == "Aim":
+        raise InputError(
+            f"{path} is an Aim repository, which is read but not watched: stabilitylab spikes {path}"
+        )
     if found.kind == "run folder":
         return RunFollower(file, options.loss, state)
     if found.kind == "TensorBoard":

@@ -37,6 +37,7 @@ RULES = {
         Rule("frozen", "warning", "the loss repeats itself more often than chance explains"),
         Rule("loss-scale-collapse", "warning", "the loss scale fell to a sixteenth of an established one"),
         Rule("silent", "warning", "no value for --silent-after seconds"),
+        Rule("run-lost", "critical", "run folders: silent, unfinished, and no process here writes it any more"),
         Rule("unreadable", "warning", "the log, or what was appended to it, cannot be read"),
         Rule("site-departure", "warning", "run folders: one site left its baseline by far"),
         Rule("parameter-changed", "warning", "run folders: weights moved without an update"),

@@ -27,6 +27,7 @@ from stabilitylab.logs.records import RUN_SIGNALS
 from stabilitylab.logs.rows import Reading, Row
 from stabilitylab.logs.tensorboard import event_files, scalars, suffix_of
 from stabilitylab.logs.trackers import connected, history, infinite, mlflow_name, mlflow_runs, unwrapped
+from stabilitylab.runs.folder import RunFolder
 from stabilitylab.telemetry import LOSS, Event, Key
 from stabilitylab.watching.followers import Batch
 from stabilitylab.watching.tail import Tail
@@ -343,6 +344,11 @@ class RunFollower(_Store):
         for step in sorted(joined):
             yield "", joined[step]
         self.state["step"] = max([self.state["step"], *joined])
+
+
+def is_abandoned(follower: object) -> bool:
+    """Whether a run folder's writer has gone without a word."""
+    return isinstance(follower, RunFollower) and RunFolder(follower.path).is_being_written() is False
 
 
 def _events(piece: bytes) -> Iterator[Event]:

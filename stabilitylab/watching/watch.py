@@ -19,6 +19,7 @@ from stabilitylab.watching.judge import PATIENCE, Judge
 from stabilitylab.watching.memory import Memory
 from stabilitylab.watching.opening import Options, Source, follower_of
 from stabilitylab.watching.rules import ALERTS
+from stabilitylab.watching.stores import is_abandoned
 
 SAVE_SECONDS = 5.0
 LOCATE_SECONDS = 10.0
@@ -113,7 +114,8 @@ class Watch:
                 if last:
                     raise
                 self._unreadable(error)
-            if not news and isinstance(source.follower, TextFollower) and self._still_for() > FLUSH_SECONDS:
+            still = time.time() - self._news_at
+            if not news and isinstance(source.follower, TextFollower) and still > FLUSH_SECONDS:
                 for batch in source.follower.flush():
                     self._take(source, batch)
             self._settle(source, last=last)
@@ -370,10 +372,8 @@ class Watch:
         if now - since > self.options.silent_after:
             self._is_silent = self._dirty = True
             step = max((judge.curves[LOSS].step for judge in self.judges.values()), default=-1)
-            self._tell(of_silence(str(self.path), self.values, round(now - since), step, self.problem))
-
-    def _still_for(self) -> float:
-        return time.time() - self._news_at
+            lost = is_abandoned(source and source.follower)
+            self._tell(of_silence(str(self.path), self.values, round(now - since), step, self.problem, lost))
 
     def _notice(self, rule: str, name: str, text: str, segment: str = "", step: int | None = None) -> None:
         said = f"{rule}: {text}" if step is None else f"step {step}: {rule}: {text}"

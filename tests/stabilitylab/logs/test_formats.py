@@ -6,6 +6,7 @@ import lzma
 import math
 import sqlite3
 import struct
+import sys
 
 import pytest
 import zstandard
@@ -614,10 +615,24 @@ def test_swanlab_in_its_own_bytes(tmp_path, capsys):
     }
 
 
-def test_an_aim_repository_is_refused_in_one_line(tmp_path):
+def test_an_aim_repository_needs_aim(tmp_path, monkeypatch):
     (tmp_path / ".aim" / "meta").mkdir(parents=True)
-    with pytest.raises(InputError, match="Aim repository"):
+    monkeypatch.setitem(sys.modules, "aim", None)
+    with pytest.raises(InputError, match="pip install aim"):
         open_logs([tmp_path])
+
+
+def test_an_aim_repository_is_read_by_aim(tmp_path):
+    """A run that has just been closed, which Aim's own index does not hold yet."""
+    aim = pytest.importorskip("aim")
+    run = aim.Run(repo=str(tmp_path), system_tracking_interval=None, capture_terminal_logs=False)
+    for k, x in enumerate([2.0, math.nan, 1.0]):
+        run.track(x, name="loss", step=10 * k, context={"subset": "train"})
+        run.track(9.0, name="loss", step=10 * k, context={"subset": "val"})
+    run.close()
+    log, steps, values = losses(tmp_path)
+    assert (log.format, log.columns[LOSS], steps) == ("Aim", "train/loss", [0, 10, 20])
+    assert str(values) == "[2.0, nan, 1.0]"
 
 
 def test_what_one_rank_alone_has_is_said(tmp_path, capsys):

@@ -355,3 +355,21 @@ def test_the_rules_are_those_of_the_page():
     ]
     told = {row[1].strip().strip("`"): (row[2].strip(), row[3].strip()) for row in rows}
     assert told == {rule.id: (rule.severity, rule.meaning) for rule in RULES.values()}
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="tells by Linux' list of locks")
+def test_a_run_that_was_killed_is_lost_and_one_that_waits_is_silent(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.claim()
+    run.append_events([Event(step=0, kind="run-start", data={})])
+    assert run.is_being_written() is True
+    watched = Watched(run.path, tmp_path / "one", silent_after=60.0)
+    watched.look()
+    watched.watch.last_value -= 61
+    assert [rule for rule, _ in watched.look()] == ["silent"]
+    run.release()
+    assert run.is_being_written() is False
+    watched = Watched(run.path, tmp_path / "two", silent_after=60.0)
+    watched.look()
+    watched.watch.last_value -= 61
+    assert [rule for rule, _ in watched.look()] == ["run-lost"]

@@ -161,3 +161,20 @@ def test_a_terminal_shows_a_panel(tmp_path):
     assert process.returncode == 0
     for words in ("lm loss", "grad norm", "steady", "level 2.", "last value", "spike: lm loss has risen"):
         assert words in text, words
+
+
+def test_standard_input_is_watched_until_it_ends(broken):
+    text = broken.read_text()
+    command = [sys.executable, "-m", "stabilitylab", "watch", "-", "--plain", "--every", "0.1"]
+    with subprocess.Popen(
+        [*command, "--fail-on", "non-finite"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(text[: text.index("     700/")].encode())
+        process.stdin.flush()
+        assert b"spike" in process.stdout.readline()  # while the pipe is open
+        with process.stdin:
+            process.stdin.write(text[text.index("     700/") :].encode())
+        assert b"non-finite" in process.stdout.read()
+        assert process.wait(30) == 3
