@@ -28,7 +28,8 @@ from stabilitylab.quantization.plan import QuantizationPlan, load_plan
 from stabilitylab.quantization.replacement import put
 from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.schemes import LinearScheme
-from stabilitylab.quantization.serialization import header_of, load_quantized, read_tensor
+from stabilitylab.quantization.serialization import header_of, load_quantized
+from stabilitylab.quantization.twin_files import read_tensor
 
 NAMED = {"int8": Scheme.parse("int8-row"), "int4": Scheme.parse("int4-g64-asym")}
 

@@ -123,7 +123,7 @@ class TextModel:
         """The module's output: logits, or hidden states where it has none. [B, T, ...]."""
         with torch.no_grad():
             output = self.module(**window.inputs)
-        return _tensor(output)
+        return output_of(output)
 
     def loss(self, window: Window) -> tuple[float, int]:
         """Sum of the negative log-likelihoods of the targets in nats, and how many targets there are.
@@ -176,7 +176,8 @@ def loss_of(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[float, int]:
         return total, target_N.numel()
 
 
-def _tensor(output: object) -> Tensor:
+def output_of(output: object) -> Tensor:
+    """Logits or hidden states of whatever a module returned. Raises InputError where there are none."""
     for name in ("logits", "last_hidden_state"):
         if isinstance(found := getattr(output, name, None), Tensor):
             return found

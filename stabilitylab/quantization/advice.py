@@ -2,15 +2,19 @@
 
 Choosing assumes that harms add up (harm.py says why they should). So the choice is only a proposal:
 
-    memory, latency    the proposal, and the cheapest improvements of every single scheme, are verified; the best one that fits wins
+    memory, latency    the proposal, and improvements of the two best single schemes that fit, are verified; the best one wins
     loss               proposals under a shrinking or growing allowance are verified until the loss increase fits closely
 
 and last, no plan may lose against one scheme everywhere: if a single scheme that keeps the budget, with no more bytes, has a
 smaller verified loss, that single scheme is the plan, and a note says so. Of equal proposals the one of fewer bytes is taken.
+
+A verification is a run over the whole text, so single schemes are verified only where they could win by the sum of their harms; of
+the others that sum is told.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +30,8 @@ from stabilitylab.quantization.verification import Verification
 Assignment = dict[str, str]  # path -> scheme's name, or KEPT
 
 _TRIES = 6
+_RIVALS = 2  # single schemes that proposals are made from
+_NEAR = 1.1  # single schemes are verified where the sum of their harms is within this of the least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,8 @@ class Advice:
         """The same with losses measured on another text."""
 
         def again(outcome: Outcome, schemes: Mapping[str, str]) -> Outcome:
+            if not outcome.verified or set(schemes.values()) == {KEPT}:
+                return outcome
             chosen = {path: scheme_of(name) for path, name in schemes.items() if name != KEPT}
             return replace(outcome, loss=verification.measure(chosen))
 
@@ -92,6 +100,25 @@ class Advisor:
             schemes=dict(Counter(assignment.values()).most_common()),
         )
 
+    def estimated(self, assignment: Assignment) -> Outcome:
+        """Figures of an assignment, its loss the sum of its harms."""
+        harm = sum(
+            layer.effects[assignment[layer.path]].harm
+            for layer in self._layers
+            if assignment[layer.path] != KEPT
+        )
+        return Outcome(
+            bytes=self._bytes(assignment),
+            seconds={batch: self._seconds(assignment, batch) for batch in self._batches},
+            loss=math.sqrt(harm) if self._squared else harm,
+            schemes=dict(Counter(assignment.values()).most_common()),
+            verified=set(assignment.values()) == {KEPT},
+        )
+
+    def everywhere(self, name: str) -> Assignment:
+        """One scheme in every layer."""
+        return {layer.path: name for layer in self._layers}
+
     def advise(self, budget: Budget) -> Advice:
         """The plan for a budget.
 
@@ -102,23 +129,31 @@ class Advisor:
             raise InputError(
                 f"latencies were measured at batch {', '.join(map(str, self._batches))}, not {budget.batch}"
             )
-        singles = {name: self.outcome({layer.path: name for layer in self._layers}) for name in self._names}
+        singles = {name: self.estimated(self.everywhere(name)) for name in self._names}
         notes: list[str] = []
         if budget.kind == "loss":
             assignment = self._within_loss(budget, singles, notes)
         else:
             assignment = self._within_cost(budget, singles, notes)
         planned = self.outcome(assignment)
-        for name, single in sorted(singles.items(), key=lambda item: item[1].loss):
-            if name == KEPT or not budget.allows(single, singles[KEPT]):
-                continue
-            if single.bytes <= planned.bytes and single.loss < planned.loss:
+        rivals = sorted(
+            (
+                name
+                for name, single in singles.items()
+                if name != KEPT
+                and single.bytes <= planned.bytes
+                and (budget.kind == "loss" or budget.allows(single, singles[KEPT]))
+            ),
+            key=lambda name: singles[name].loss,
+        )
+        for name in [name for name in rivals if singles[name].loss <= _NEAR * singles[rivals[0]].loss]:
+            singles[name] = single = self.outcome(self.everywhere(name))
+            if budget.allows(single, singles[KEPT]) and single.loss < planned.loss:
                 notes.append(
                     f"{name} everywhere has a verified loss of {single.loss:+.4f} with no more bytes, "
                     f"the proposal {planned.loss:+.4f}: the plan is {name} everywhere"
                 )
-                assignment, planned = {layer.path: name for layer in self._layers}, single
-                break
+                assignment, planned = self.everywhere(name), single
         return Advice(assignment=assignment, planned=planned, singles=singles, notes=notes)
 
     def _bytes(self, assignment: Assignment) -> int:
@@ -159,15 +194,16 @@ class Advisor:
         candidates = [self._proposal(choice)]
         # From one scheme everywhere, only what harms a layer less than that scheme: where harms do not quite add up, this
         # still cannot be worse in any layer.
-        for index, name in enumerate(self._names):
-            if name != KEPT and sum(row[index] for row in costs) <= limit:
-                improved = choose(
-                    costs,
-                    [[h if h <= row[index] else 1e30 for h in row] for row in harms],
-                    limit,
-                )
-                if improved is not None and self._proposal(improved) not in candidates:
-                    candidates.append(self._proposal(improved))
+        fitting = [
+            index
+            for index, name in enumerate(self._names)
+            if name != KEPT and sum(row[index] for row in costs) <= limit
+        ]
+        fitting.sort(key=lambda index: singles[self._names[index]].loss)
+        for index in fitting[:_RIVALS]:
+            improved = choose(costs, [[h if h <= row[index] else 1e30 for h in row] for row in harms], limit)
+            if improved is not None and self._proposal(improved) not in candidates:
+                candidates.append(self._proposal(improved))
         outcomes = [self.outcome(candidate) for candidate in candidates]
         best = min(range(len(candidates)), key=lambda at: (outcomes[at].loss, outcomes[at].bytes))
         if best:
@@ -184,9 +220,11 @@ class Advisor:
         allowance = goal
         # Nothing quantized always fits; the cheapest that does is kept.
         best = {layer.path: KEPT for layer in self._layers}
-        for name, single in singles.items():
+        hopeful = [name for name in singles if name != KEPT and singles[name].loss <= 2 * budget.value]
+        for name in sorted(hopeful, key=lambda name: singles[name].bytes)[:_RIVALS]:
+            single = self.outcome(self.everywhere(name))
             if single.loss <= budget.value and single.bytes < self._bytes(best):
-                best = {layer.path: name for layer in self._layers}
+                best = self.everywhere(name)
         fits, exceeds = 0.0, float("inf")
         seen: set[tuple[int, ...]] = set()
         for _ in range(_TRIES):

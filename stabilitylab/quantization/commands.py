@@ -10,21 +10,24 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, linear_layers, open_text_model
 from stabilitylab.quantization.advice import Advice, Advisor, reason
+from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.exports import save_as
 from stabilitylab.quantization.latency import BATCHES, KEPT, machine, measure_latencies
+from stabilitylab.quantization.measuring import By, layers_file, measured_layers
+from stabilitylab.quantization.pace import Pace
 from stabilitylab.quantization.plan import Budget, PlannedLayer, QuantizationPlan, load_plan
 from stabilitylab.quantization.ranges import Inputs, layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers
+from stabilitylab.quantization.rounded import RoundedWeights
 from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
-from stabilitylab.quantization.sensitivity import LayerSensitivity, measure_sensitivity, reached_layers
+from stabilitylab.quantization.sensitivity import LayerSensitivity
 from stabilitylab.quantization.tables import outcome_rows
 from stabilitylab.quantization.verification import Verification
 
@@ -53,6 +56,7 @@ def quantize(
     tokens: int = 512,
     verify_tokens: int = 4096,
     length: int | None = None,
+    sensitivity: By = "gradients",
     apply: Path | None = None,
     format: Literal["stabilitylab", "compressed-tensors", "gguf", "torchao"] = "stabilitylab",
     html: Path | None = None,
@@ -75,6 +79,7 @@ def quantize(
         verify_tokens: of the text after it, on which whole plans are verified and one is chosen; as many after that are the
             third text, on which the outcome is told.
         length: tokens of a window; by default 256, or fewer where the model takes fewer.
+        sensitivity: what the schemes do to a layer, by gradients of the output in one pass backward, or by a run for each.
         apply: folder to write the quantized model to.
         format: of that folder: stabilitylab's own; compressed-tensors, which transformers and vLLM open; gguf, for llama.cpp and
             transformers; or torchao's own tensors.
@@ -103,9 +108,12 @@ def quantize(
             tokens=tokens,
             verify_tokens=verify_tokens,
             length=length,
+            by=sensitivity,
+            work=plan,
             console=console,
         )
         made.write(plan)
+        layers_file(plan).unlink(missing_ok=True)
     else:
         made = existing
         made.require(opened.fingerprint, opened.name)
@@ -132,6 +140,8 @@ def make_plan(
     tokens: int = 512,
     verify_tokens: int = 4096,
     length: int | None = None,
+    by: By = "gradients",
+    work: Path | None = None,
     console: Console | None = None,
 ) -> QuantizationPlan:
     """Measure, choose, verify.
@@ -144,6 +154,8 @@ def make_plan(
         tokens: of the text that every layer and scheme is measured on.
         verify_tokens: of the text after it, on which whole plans are verified; as many after that tell the outcome.
         length: tokens of a window.
+        by: how layers' sensitivities are measured: see ``measured_layers``.
+        work: the file that the plan will be written to; an interrupted pass leaves what it measured beside it, and is taken up.
         console: where progress is shown.
 
     Raises:
@@ -152,37 +164,32 @@ def make_plan(
     console = console or Console(quiet=True)
     if tokens < 1 or verify_tokens < 1:
         raise InputError(f"tokens ({tokens}) and verify-tokens ({verify_tokens}) must be at least 1")
-    measured, fresh, third = _split(model, text, tokens, verify_tokens, length)
-    layers = quantizable_layers(model.module)
-    with torch.inference_mode(), Progress(console=console, transient=True) as progress:
-        inputs = layer_inputs(model, measured, layers)
-        layers = reached_layers(model.module, inputs.largest)
-        task = progress.add_task("measuring every layer under every scheme", total=None)
-        sensitivity = measure_sensitivity(
-            model,
-            measured,
-            schemes,
-            inputs.largest,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+    if work is None and any(needs_moments(scheme) for scheme in schemes):
+        raise InputError(
+            "schemes that round for their inputs need a place for the rounded weights: give the plan's file"
         )
-        sensitivity = [
-            layer
-            for layer in sensitivity
-            if any(effect.harm or effect.loss for effect in layer.effects.values())
-        ]
-        if not sensitivity:
-            raise InputError(
-                f"no linear layer of {model.name} changes its output on this text: give another text"
-            )
-        progress.add_task("timing layers", total=None)
+    measured, fresh, third = _split(model, text, tokens, verify_tokens, length)
+    rounded = None if work is None else RoundedWeights(work.with_suffix(".rounded"))
+    pace = Pace(console)
+    with torch.no_grad():
+        inputs = layer_inputs(model, measured, quantizable_layers(model.module))
+    sensitivity, said = measured_layers(
+        model, measured, schemes, inputs.largest, sensitivity=by, work=work, rounded=rounded, pace=pace
+    )
+    with torch.inference_mode(), pace.of("timing layers and verifying whole plans"):
         latencies = measure_latencies(model.module, inputs.samples, inputs.largest, schemes, batches=BATCHES)
-        progress.add_task("verifying whole plans", total=None)
-        verification = Verification(model, fresh or measured, inputs.largest)
+        verification = Verification(model, fresh or measured, inputs.largest, rounded)
         advice = Advisor(sensitivity, latencies, verification).advise(budget)
         # What was chosen for its loss on a text looks better there than it is: the outcome is told on another.
-        told = Verification(model, third, inputs.largest) if third else verification
+        told = Verification(model, third, inputs.largest, rounded) if third else verification
         outcome = advice.told_on(told)
-    notes = [*model.notes, *advice.notes]
+    if rounded is not None:
+        rounded.keep_only(
+            (path, name)
+            for path, name in advice.assignment.items()
+            if name != KEPT and needs_moments(scheme_of(name))
+        )
+    notes = [*model.notes, *said, *advice.notes]
     if not fresh:
         notes.append("the text ends with the measured part: plans were verified on that same part")
     elif not third:
@@ -206,6 +213,7 @@ def make_plan(
         tokens=(sum(window.tokens for window in measured), verification.tokens),
         told_tokens=told.tokens,
         notes=notes,
+        rounded=rounded,
     )
 
 
@@ -214,7 +222,10 @@ def show(plan: QuantizationPlan, console: Console) -> None:
     what = "loss" if plan.criterion == "loss" else "error"
     title = f"{plan.model}: {plan.budget.text}"
     meaning = "increase in nats per token" if plan.criterion == "loss" else "relative, of the output"
-    caption = f"share: of 16 bits a weight; ms: one call of every layer, by rows; {what}: verified {meaning}"
+    caption = (
+        f"share: of 16 bits a weight; ms: one call of every layer, by rows; {what}: {meaning}, verified, or with ~ the sum of the "
+        "layers' own"
+    )
     table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
     table.add_column("", no_wrap=True)
     for heading in ("MB", "share", *(f"ms at {batch}" for batch in plan.planned.seconds), what):
@@ -293,6 +304,7 @@ def _plan(
     tokens: tuple[int, int],
     told_tokens: int,
     notes: Sequence[str],
+    rounded: RoundedWeights | None,
 ) -> QuantizationPlan:
     criterion: Literal["loss", "output error"] = "loss" if model.predicts else "output error"
     layers, kept = {}, {}
@@ -339,4 +351,5 @@ def _plan(
             for layer in sensitivity
         },
         latency={f"{shape[0]}x{shape[1]}": times for shape, times in latencies.items()},
+        rounded=None if rounded is None or not rounded.folder.is_dir() else str(rounded.folder),
     )

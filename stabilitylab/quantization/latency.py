@@ -2,7 +2,8 @@
 
 Layers of one shape take the same time, so each shape is timed once: on real rows of the first layer of that shape (how many
 outlier channels there are decides what the mixed scheme does), all schemes in turn, the median of several rounds. Rows are
-repeated where the text gave fewer.
+repeated where the text gave fewer. How weights were rounded makes no difference to time, so schemes that round for their inputs are
+timed as the schemes that they round to (of AWQ the division of the input is left out).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.quantization.replacement import quantized
-from stabilitylab.quantization.schemes import LinearScheme
+from stabilitylab.quantization.schemes import LinearScheme, nearest
 
 BATCHES = (1, 32, 256)
 KEPT = "16-bit"  # the name of leaving a layer as it is: its weights count two bytes
@@ -62,7 +63,7 @@ def measure_latencies(
     for shape, (path, rows) in samples.items():
         layer = module.get_submodule(path)
         calls: dict[str, nn.Module] = {KEPT: layer}
-        calls |= {scheme.name: quantized(path, layer, scheme, largest[path]) for scheme in schemes}
+        calls |= {scheme.name: quantized(path, layer, nearest(scheme), largest[path]) for scheme in schemes}
         found[shape] = {name: {} for name in calls}
         for batch in batches:
             x_MK = rows.repeat(-(-batch // len(rows)), 1)[:batch].contiguous()

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from stabilitylab.errors import InputError
 from stabilitylab.quantization.latency import KEPT
+from stabilitylab.quantization.rounded import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
 
 _FORMAT = "stabilitylab-quantization-plan"
@@ -69,14 +70,16 @@ class Outcome:
     Attributes:
         bytes: of all planned layers.
         seconds: batch -> of one call of every planned layer.
-        loss: verified loss increase in nats, or relative output error.
+        loss: loss increase in nats, or relative output error.
         schemes: how many layers have which scheme.
+        verified: whether the loss was measured with all layers quantized; else it is the sum of the layers' harms.
     """
 
     bytes: int
     seconds: Mapping[int, float]
     loss: float
     schemes: Mapping[str, int]
+    verified: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,8 @@ class QuantizationPlan:
         notes: what the search had to correct.
         sensitivity: path -> {"shape", "range", "effects": scheme -> {"error", "harm", "loss", "bytes"}}.
         latency: "NxK" -> scheme -> batch -> seconds.
+        rounded: folder of weights that were rounded for their inputs (rounded.py); in the file its name beside the plan. None
+            where no layer was.
     """
 
     model: str
@@ -131,13 +136,18 @@ class QuantizationPlan:
     sensitivity: Mapping[str, Any]
     latency: Mapping[str, Any]
     told_tokens: int = 0
+    rounded: str | None = None
 
     @property
     def schemes(self) -> dict[str, LinearScheme]:
         """path -> scheme of the layers to be quantized."""
-        return {
+        found = {
             path: scheme_of(layer.scheme) for path, layer in self.layers.items() if layer.scheme is not None
         }
+        if self.rounded is None:
+            return found
+        weights = RoundedWeights(Path(self.rounded))
+        return {path: weights.scheme(path, scheme) for path, scheme in found.items()}
 
     @property
     def best_single(self) -> tuple[str, Outcome] | None:
@@ -151,6 +161,7 @@ class QuantizationPlan:
         }
         if not within:
             return None
+        within = {name: outcome for name, outcome in within.items() if outcome.verified} or within
         name = min(within, key=lambda candidate: within[candidate].loss)
         return name, within[name]
 
@@ -168,7 +179,9 @@ class QuantizationPlan:
 
     def write(self, path: Path) -> None:
         """Write the plan as JSON, whole or not at all."""
-        text = json.dumps({"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(self)}, indent=1)
+        data = dataclasses.asdict(self)
+        data["rounded"] = None if self.rounded is None else Path(self.rounded).name
+        text = json.dumps({"format": _FORMAT, "version": _VERSION, **data}, indent=1)
         partial = path.with_name(f".{path.name}.partial")
         try:
             partial.write_text(text + "\n", encoding="utf-8")
@@ -201,6 +214,9 @@ def load_plan(path: Path) -> QuantizationPlan:
         values["layers"] = {name: PlannedLayer(**layer) for name, layer in values["layers"].items()}
         values["planned"] = _outcome(values["planned"])
         values["singles"] = {name: _outcome(outcome) for name, outcome in values["singles"].items()}
+        if values.get("rounded") is not None:
+            # A name, so that no file can point out of its folder.
+            values["rounded"] = str(path.parent / Path(values["rounded"]).name)
         plan = QuantizationPlan(**values)
         for layer in plan.layers.values():
             if layer.scheme is not None:
@@ -214,4 +230,10 @@ def load_plan(path: Path) -> QuantizationPlan:
 
 def _outcome(data: dict[str, Any]) -> Outcome:
     seconds = {int(batch): value for batch, value in data["seconds"].items()}
-    return Outcome(bytes=data["bytes"], seconds=seconds, loss=data["loss"], schemes=data["schemes"])
+    return Outcome(
+        bytes=data["bytes"],
+        seconds=seconds,
+        loss=data["loss"],
+        schemes=data["schemes"],
+        verified=data.get("verified", True),
+    )

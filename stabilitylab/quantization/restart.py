@@ -8,7 +8,7 @@ unchanged model must give the same output bit for bit, or whole runs are made in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -38,6 +38,16 @@ class Restart:
     def blocks(self) -> int:
         """How many blocks there are to restart from; 0 where only whole runs are right."""
         return len(self._blocks)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The blocks."""
+        return list(self._blocks)
+
+    @property
+    def held(self) -> list[Any]:
+        """What the blocks returned on the window that was begun; some may have been let go."""
+        return list(self._held)
 
     def block_of(self, path: str) -> int:
         """The block in which a layer lies; 0 for layers outside."""
@@ -85,11 +95,17 @@ class Restart:
     @contextmanager
     def _skipping(self, count: int) -> Iterator[None]:
         """The first blocks answer with what they returned before."""
+        with self.answering(self._held[:count]):
+            yield
+
+    @contextmanager
+    def answering(self, answers: Sequence[Any]) -> Iterator[None]:
+        """The first blocks answer with these."""
 
         def answer(index: int, *_arguments: Any, **_named: Any) -> Any:
-            return self._held[index]
+            return answers[index]
 
-        skipped = self._blocks[:count]
+        skipped = self._blocks[: len(answers)]
         try:
             for index, block in enumerate(skipped):
                 block.forward = partial(answer, index)

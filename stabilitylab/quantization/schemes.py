@@ -116,6 +116,15 @@ def scheme_of(name: str) -> LinearScheme:
     return found
 
 
+def nearest(scheme: LinearScheme) -> LinearScheme:
+    """The scheme with weights rounded to nearest instead of for their inputs."""
+    if isinstance(scheme, CalibratedScheme):
+        return scheme.inner
+    if isinstance(scheme, RotatedScheme):
+        return RotatedScheme(inner=nearest(scheme.inner))
+    return scheme
+
+
 def _known(name: str) -> LinearScheme | None:
     if name in _REGISTERED:
         return _REGISTERED[name]

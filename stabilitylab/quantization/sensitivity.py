@@ -26,6 +26,7 @@ from stabilitylab.quantization.divergence import Divergence, Yardstick
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
 from stabilitylab.quantization.restart import Restart
+from stabilitylab.quantization.rounded import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme
 
 Progress = Callable[[int, int], None]
@@ -94,6 +95,7 @@ def measure_sensitivity(
     largest: Mapping[str, Tensor],
     *,
     progress: Progress | None = None,
+    rounded: RoundedWeights | None = None,
 ) -> list[LayerSensitivity]:
     """Quantize every layer in every way, alone, and see what becomes of the output.
 
@@ -103,6 +105,7 @@ def measure_sensitivity(
         schemes: which ways.
         largest: path -> max|x| of each input channel (``ranges.layer_inputs``); layers without are left out.
         progress: called with layers done and layers in all.
+        rounded: weights that were rounded for their inputs.
 
     Raises:
         InputError: a layer's weights are not finite, or no layer can be quantized.
@@ -121,7 +124,8 @@ def measure_sensitivity(
             inputs = _inputs(restart, block, {path: layers[path] for path in paths})
             for path in paths:
                 for scheme in schemes:
-                    twin = quantized(path, layers[path], scheme, largest[path])
+                    made = scheme if rounded is None else rounded.scheme(path, scheme)
+                    twin = quantized(path, layers[path], made, largest[path])
                     with replaced(model.module, {path: twin}):
                         output = restart.run(block)
                     found = sums[path][scheme.name]

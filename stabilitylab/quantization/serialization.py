@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
-from stabilitylab.formats import Quantized, scaled_format, unpack_4bit
 from stabilitylab.models import TextModel, shared_parameters
 from stabilitylab.models.hugging_face import location, quiet, recognises
 from stabilitylab.models.layers import narrowest
-from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme
 from stabilitylab.quantization.freed_memory import give_back_memory
-from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import put, quantizable_layers, quantized
-from stabilitylab.quantization.rotated import RotatedLinear
-from stabilitylab.quantization.scheme import Scheme
-from stabilitylab.quantization.schemes import LinearScheme, RotatedScheme, scheme_of
-from stabilitylab.quantization.stored import StoredWeight
+from stabilitylab.quantization.twin_files import read_tensor, read_twin, twin_layout
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 _FORMAT = "stabilitylab-quantized"
@@ -111,13 +105,6 @@ def holds(path: Path, prefix: str) -> bool:
     return any(name.startswith(prefix) for name in _names(path))
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor, in the file's own pages. The file is mapped anew for each, so that none stays in memory for another's sake."""
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-
 def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Fill a model, built with its parameters on the meta device (``without_parameters``), from a quantized weights file.
 
@@ -138,7 +125,7 @@ def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.
     names = _names(path)
     for layer_path, layout in layers.items():
         _check_place(module, layer_path, path)
-        put(module, layer_path, _layer(path, names, layer_path, layout, dtype))
+        put(module, layer_path, read_twin(path, names, layer_path, layout, dtype))
         give_back_memory()
     owned = tuple(f"{layer_path}." for layer_path in layers)
     for name in sorted(names):
@@ -187,21 +174,10 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
     for path, scheme in plan.schemes.items():
         smooth = plan.layers[path].smooth
         largest = None if smooth is None else torch.tensor(smooth)
-        stored = scheme.inner if isinstance(scheme, RotatedScheme) else scheme
-        if not isinstance(stored, (Scheme, FormatScheme)):
-            raise InputError(
-                f"{path}: the scheme {scheme.name} is none of this package's, so its weights have no form on disk: leave it out "
-                "of --schemes"
-            )
         twin = quantized(path, layers[path], scheme, largest)
+        layout[path] = twin_layout(path, twin, scheme.name)
         for name, tensor in twin.state_dict().items():
             tensors[f"{path}.{name}"] = tensor.contiguous()
-        layout[path] = {
-            "scheme": scheme.name,
-            "shape": [twin.out_features, twin.in_features],
-            "group": getattr(twin, "layer", twin).group,
-            "fingerprint": getattr(twin, "layer", twin).fingerprint,
-        }
     shared = shared_parameters(module)
     owned = tuple(f"{path}." for path in layout)
     tensors |= unquantized_tensors(module, layout)
@@ -216,53 +192,6 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
     }
     # One entry, since several would come in another order every time.
     return tensors, {_FORMAT: json.dumps(header)}
-
-
-def _layer(
-    file: Path, names: set[str], path: str, layout: Mapping[str, Any], dtype: torch.dtype
-) -> nn.Module:
-    scheme = scheme_of(layout["scheme"])
-    if isinstance(scheme, RotatedScheme):
-        return RotatedLinear(_unrotated(file, names, f"{path}.layer", scheme.inner, layout, dtype), scheme)
-    return _unrotated(file, names, path, scheme, layout, dtype)
-
-
-def _unrotated(
-    file: Path,
-    names: set[str],
-    path: str,
-    scheme: LinearScheme,
-    layout: Mapping[str, Any],
-    dtype: torch.dtype,
-) -> nn.Module:
-    def get(name: str) -> Tensor | None:
-        return read_tensor(file, f"{path}.{name}") if f"{path}.{name}" in names else None
-
-    bias = get("bias")
-    bias = None if bias is None else bias.to(dtype)
-    rows, columns = layout["shape"]
-    if isinstance(scheme, FormatScheme) and (codes := get("codes")) is not None:
-        kind = scaled_format(scheme.weights)
-        stored = Quantized(
-            codes=unpack_4bit(codes) if codes.shape[1] != columns else codes,
-            scales=get("scales"),
-            tensor_scale=get("tensor_scale"),
-            format=kind,
-        )
-        return FormatLinear(stored, scheme, bias=bias, fingerprint=layout["fingerprint"])
-    values, scales = get("values"), get("scales")
-    if not isinstance(scheme, Scheme) or values is None or scales is None:
-        raise InputError(f"the quantized weights of {path} are incomplete: apply the plan again")
-    weight = StoredWeight(
-        values=values,
-        scales=scales,
-        zeros=get("zeros"),
-        bits=scheme.bits,
-        shape=(rows, columns),
-        group=layout["group"],
-        fingerprint=layout["fingerprint"],
-    )
-    return QuantizedLinear(weight, scheme, bias=bias, smooth=get("smooth"))
 
 
 def _check_place(module: nn.Module, name: str, path: Path) -> None:

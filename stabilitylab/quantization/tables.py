@@ -7,7 +7,7 @@ from stabilitylab.quantization.plan import Outcome, QuantizationPlan
 
 
 def outcome_rows(plan: QuantizationPlan) -> list[list[str]]:
-    """Name, megabytes, share of 16-bit bytes, milliseconds a batch, verified loss: the model as it is, each scheme, the plan."""
+    """Name, megabytes, share of 16-bit bytes, milliseconds a batch, loss (~ where it is a sum of harms); each scheme, the plan."""
     whole = plan.singles[KEPT].bytes
     rows = [
         _row(name if name != KEPT else "as it is", outcome, whole, plan)
@@ -22,5 +22,6 @@ def _row(name: str, outcome: Outcome, whole: int, plan: QuantizationPlan) -> lis
         f"{outcome.bytes / 1e6:,.2f}",
         f"{outcome.bytes / whole:.3f}",
         *(f"{1e3 * seconds:.2f}" for seconds in outcome.seconds.values()),
-        f"{outcome.loss:+.4f}" if plan.criterion == "loss" else f"{outcome.loss:.4f}",
+        ("" if outcome.verified else "~")
+        + (f"{outcome.loss:+.4f}" if plan.criterion == "loss" else f"{outcome.loss:.4f}"),
     ]

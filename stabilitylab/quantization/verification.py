@@ -13,6 +13,7 @@ from torch import Tensor
 from stabilitylab.models import TextModel, Window
 from stabilitylab.models.text_model import loss_of
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
+from stabilitylab.quantization.rounded import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme
 
 
@@ -23,10 +24,17 @@ class Verification:
         model: unchanged afterwards.
         windows: the text.
         largest: path -> max|x| of each input channel.
+        rounded: weights that were rounded for their inputs.
     """
 
-    def __init__(self, model: TextModel, windows: Iterable[Window], largest: Mapping[str, Tensor]) -> None:
-        self._model, self._largest = model, largest
+    def __init__(
+        self,
+        model: TextModel,
+        windows: Iterable[Window],
+        largest: Mapping[str, Tensor],
+        rounded: RoundedWeights | None = None,
+    ) -> None:
+        self._model, self._largest, self._rounded = model, largest, rounded
         self._windows = list(windows)
         self._layers = quantizable_layers(model.module)
         self._known: dict[tuple[tuple[str, str], ...], float] = {}
@@ -52,6 +60,8 @@ class Verification:
         return self._known[key]
 
     def _measure(self, schemes: Mapping[str, LinearScheme]) -> float:
+        if self._rounded is not None:
+            schemes = {path: self._rounded.scheme(path, scheme) for path, scheme in schemes.items()}
         twins = {
             path: quantized(path, self._layers[path], scheme, self._largest.get(path))
             for path, scheme in schemes.items()

@@ -177,3 +177,27 @@ def test_rows_of_zeros_stay_zero(made, tmp_path):
     layer = opened.module.get_submodule("model.layers.0.mlp.up_proj")
     assert bool((layer.stored.dequantize()[3:5] == 0).all())
     assert bool(opened.run(next(iter(opened.windows([TEXT], 16)))).isfinite().all())
+
+
+def test_weights_rounded_for_their_inputs_are_written_without_the_text(made, tmp_path, capsys):
+    """Made once, kept beside the plan, and applied from there to the same numbers."""
+    plan = tmp_path / "plan.json"
+    command = ["quantize", str(made / "model"), "--plan", str(plan)]
+    names = ["int4-g32-asym-gptqo", "nvfp4-mse-awq"]
+    tokens = ["--tokens", "64", "--verify-tokens", "32", "--length", "32", "--budget-memory", "0.31"]
+    text = ["--text", str(made / "text")]
+    assert main([*command, *text, *tokens, "--schemes", *names, "--apply", str(tmp_path / "out")]) == 0
+    loaded = load_plan(plan)
+    assert set(loaded.planned.schemes) <= set(names)
+    files = list((tmp_path / "plan.rounded").iterdir())
+    assert len(files) == len(loaded.schemes) > 0
+    assert not (tmp_path / "plan.layers.jsonl").exists()
+    assert main([*command, "--apply", str(tmp_path / "again")]) == 0
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == written
+    opened, original = open_quantized(tmp_path / "out"), open_text_model(made / "model")
+    quantize_layers(original.module, loaded.schemes)
+    for window in original.windows([TEXT], 32, 64):
+        assert torch.equal(opened.run(window), original.run(window))
+    shutil.rmtree(tmp_path / "plan.rounded")
+    refused(capsys, [*command[1:], "--apply", tmp_path / "third"], "keep the folder beside the plan")

@@ -1,0 +1,111 @@
+"""Sensitivities of all layers, in whichever way: resumed where they were interrupted, with the time that is left.
+
+    gradients    one pass backward, a rounding and a product for each layer and scheme (estimate.py)
+    runs         a run of the model from the layer's block on, for each layer, scheme and window (sensitivity.py)
+
+Where gradients cannot be had (a model that changes tensors in place, or whose operators have none) it is runs, with a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.errors import InputError
+from stabilitylab.models import TextModel, Window, linear_weight
+from stabilitylab.quantization.calibrated import needs_moments
+from stabilitylab.quantization.estimate import DRAWS, EstimatedLayer, estimate_sensitivity
+from stabilitylab.quantization.pace import Pace
+from stabilitylab.quantization.resuming import LayersSoFar, mark_of
+from stabilitylab.quantization.rounded import RoundedWeights
+from stabilitylab.quantization.schemes import LinearScheme
+from stabilitylab.quantization.sensitivity import LayerSensitivity, measure_sensitivity, reached_layers
+
+By = Literal["gradients", "runs"]
+
+
+def layers_file(plan: Path) -> Path:
+    """Where an interrupted pass keeps what it measured."""
+    return plan.with_suffix(".layers.jsonl")
+
+
+def measured_layers(
+    model: TextModel,
+    windows: Sequence[Window],
+    schemes: Sequence[LinearScheme],
+    largest: dict[str, Tensor],
+    *,
+    sensitivity: By,
+    work: Path | None,
+    rounded: RoundedWeights | None,
+    pace: Pace,
+) -> tuple[list[LayerSensitivity], list[str]]:
+    """Sensitivities of the layers that change the output, and notes.
+
+    Raises:
+        InputError: no layer can be quantized, or none changes the output.
+    """
+    layers = reached_layers(model.module, largest)
+    notes: list[str] = []
+    calibrated = any(needs_moments(scheme) for scheme in schemes)
+    found: list[LayerSensitivity] | None = None
+    if sensitivity == "gradients" or calibrated:
+        try:
+            found = _by_gradients(model, windows, schemes, largest, layers, work, rounded, pace)
+        except RuntimeError as error:
+            if calibrated:
+                raise InputError(
+                    f"{model.name} cannot be run block by block with gradients ({_first_line(error)}), which schemes that "
+                    "round for their inputs need: leave them out of --schemes"
+                ) from error
+            notes.append(
+                f"gradients cannot be had of this model ({_first_line(error)}): every layer was measured by runs"
+            )
+    if found is None or sensitivity == "runs":
+        total = len(layers) * len(windows)
+        with torch.inference_mode(), pace.of("measuring every layer under every scheme", total):
+            found = measure_sensitivity(
+                model, windows, schemes, largest, progress=lambda _done, _total: pace.step(), rounded=rounded
+            )
+    found = [layer for layer in found if any(effect.harm or effect.loss for effect in layer.effects.values())]
+    if not found:
+        raise InputError(
+            f"no linear layer of {model.name} changes its output on this text: give another text"
+        )
+    return found, notes
+
+
+def _by_gradients(
+    model: TextModel,
+    windows: Sequence[Window],
+    schemes: Sequence[LinearScheme],
+    largest: dict[str, Tensor],
+    layers: dict[str, nn.Module],
+    work: Path | None,
+    rounded: RoundedWeights | None,
+    pace: Pace,
+) -> list[LayerSensitivity]:
+    so_far = None if work is None else LayersSoFar(layers_file(work), mark_of(model, windows, schemes, DRAWS))
+    known = [] if so_far is None else so_far.known
+
+    def keep(path: str, scheme: LinearScheme, twin: nn.Module) -> None:
+        if rounded is not None:
+            rounded.keep(path, scheme, twin, linear_weight(layers[path]))
+
+    def done(layer: EstimatedLayer) -> None:
+        if so_far is not None:
+            so_far.add(layer)
+        pace.step()
+
+    with pace.of("measuring every layer under every scheme", len(layers), len(known)):
+        return estimate_sensitivity(
+            model, windows, schemes, largest, layers, known=known, keep=keep, done=done
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
