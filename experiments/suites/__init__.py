@@ -20,6 +20,7 @@ SUITES = {
     "scores": "experiments.suites.scores",
     "survival": "experiments.suites.survival",
     "embedding-norm": "experiments.suites.embedding_norm",
+    "embedding-norm-fine": "experiments.suites.embedding_norm_fine",
     "remedies": "experiments.suites.remedies",
     "remedies-fp16": "experiments.suites.remedies_fp16",
     "low-precision": "experiments.suites.low_precision",
