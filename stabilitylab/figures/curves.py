@@ -51,6 +51,7 @@ def curves(
     stairs: bool = False,
     limit: tuple[float, str] | None = None,
     marks: Mapping[str, Sequence[Mark]] | None = None,
+    style: Mapping[str, Any] = STYLE,
 ) -> Figure:
     """Values over steps; several series under one label are seeds: thin, with their mean thick.
 
@@ -61,10 +62,11 @@ def curves(
         stairs: the value holds from one step to the next (loss scale) instead of moving there evenly.
         limit: a horizontal line and its name, drawn only where it is within a factor of 30 of the data.
         marks: label -> episodes, marked on the label's first series and shaded for as long as they last.
+        style: matplotlib's settings.
     """
     drawn = {label: [thinned(s) for s in several if len(s)] for label, several in lines.items()}
     every = together(s.to_numpy(dtype=float) for several in drawn.values() for s in several)
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context({**style}):
         figure, axes = panel()
         axes.set_title(title)
         if not every.size:
@@ -101,7 +103,7 @@ def curves(
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if crosses:
-            axes.plot([], [], "x", color=STYLE["text.color"], markersize=4, label="not finite")
+            axes.plot([], [], "x", color=style["text.color"], markersize=4, label="not finite")
         if len(drawn) > 1 or crosses:
             legend(figure, axes, columns=len(drawn) + crosses)
         return figure

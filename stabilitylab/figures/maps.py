@@ -8,7 +8,7 @@ distance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -112,9 +112,11 @@ def cells(matrix: pd.DataFrame, *, recorded: pd.DataFrame | None = None, across:
     return Cells(values, known, steps, sites, stretch or (-0.5, len(steps) - 0.5), stretch is not None)
 
 
-def table_figure(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -> Figure:
+def table_figure(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str, style: Mapping[str, Any] = STYLE
+) -> Figure:
     """A small table as a picture, for places that show pictures only."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context({**style}):
         figure, axes = panel(0.9 + 0.24 * (len(rows) + 1))
         axes.set_title(title)
         axes.set_axis_off()
@@ -132,7 +134,7 @@ def table_figure(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title
         for (row, _), cell in table.get_celld().items():
             cell.set_edgecolor("#7f7f7e40")
             cell.get_text().set_color(
-                STYLE["text.color"] if row == 0 else ALARM if rows[row - 1][-1] == "open" else "#555555"
+                style["text.color"] if row == 0 else ALARM if rows[row - 1][-1] == "open" else "#555555"
             )
         return figure
 

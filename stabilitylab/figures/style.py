@@ -11,6 +11,7 @@ import math
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from typing import Any
 
@@ -18,7 +19,9 @@ import numpy as np
 import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -55,6 +58,12 @@ STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "svg.fonttype": "path",
     "svg.hashsalt": "stabilitylab",
+}
+
+# On white and of the size of a card, where nothing replaces the grey: darker words.
+ON_WHITE: dict[str, Any] = {
+    **STYLE,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), "#3c3c3c"),
 }
 
 
@@ -101,10 +110,29 @@ def shortened(names: Sequence[str], most: int) -> list[str]:
 
 def save(figure: Figure, file: Any, **options: Any) -> None:
     """``figure.savefig``, which leaves neither warnings nor open files behind."""
+    with tidy():
+        figure.savefig(file, **options)
+
+
+def save_pixels(figure: Figure, file: Any, *, dpi: int, ground: str) -> None:
+    """A PNG in less time than ``savefig`` takes, which draws a figure once for its layout and once more for the file.
+
+    Inside ``tidy``, which may be around several.
+    """
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(dpi)
+    figure.set_facecolor(ground)
+    canvas.draw()
+    imsave(file, np.asarray(canvas.buffer_rgba()), format="png", dpi=dpi)
+
+
+@contextmanager
+def tidy() -> Iterator[None]:
+    """Draw without warnings and without open files left behind."""
     with warnings.catch_warnings():
         # A character that the font lacks (a module named in Chinese) is drawn as a box: that says it.
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(file, **options)
+        yield
     fonts = getattr(font_manager, "_get_font", None)
     if fonts is not None and threading.current_thread() is not threading.main_thread():
         # Font files are kept open for each thread by itself, also when the thread has ended.

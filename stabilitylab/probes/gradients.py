@@ -37,7 +37,7 @@ from stabilitylab.statistics.batch import Batch
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, measurable
-from stabilitylab.telemetry import GRADIENT_NORM
+from stabilitylab.telemetry import GRADIENT_NORM, Key
 
 STATISTICS = (
     "l2",
@@ -67,6 +67,9 @@ class GradientProbe:
         self._scale: float | Slots = 1.0
         self._seen: tuple[str, ...] = ()
         self._found: Found | None = None
+        # What ``finish`` was asked for last, and which of it is kept.
+        self._asked: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+        self._kept: tuple[list[int], list[int], tuple[Key, ...]] = [], [], ()
 
     def attach(self, context: Context) -> None:
         """Nothing is hooked: the monitor hands the gradients over."""
@@ -127,14 +130,21 @@ class GradientProbe:
 
     def finish(self, gathered: Gathered) -> Readings:
         """The table's statistics, of the parameters that the user asked for."""
-        norms, wanted = gathered.extra, self._context.wanted
         full, short = statistics(gathered)
-        keep = [i for i, name in enumerate(gathered.sites) if wanted(name)]
-        keep_given = [i for i, name in enumerate(norms) if wanted(name)]
-        keys = self._full.keys(tuple(gathered.sites[i] for i in keep))
-        if keep_given:
-            keys += self._short.keys(tuple(list(norms)[i] for i in keep_given))
+        asked = (gathered.sites, tuple(gathered.extra))
+        if asked != self._asked:
+            self._asked, self._kept = asked, self._keep(*asked)
+        keep, keep_given, keys = self._kept
         return Readings(keys, np.concatenate([full[keep].ravel(), short[keep_given].ravel()]))
+
+    def _keep(
+        self, sites: tuple[str, ...], given: tuple[str, ...]
+    ) -> tuple[list[int], list[int], tuple[Key, ...]]:
+        """Which of the parameters, and of those with a norm alone, the user asked for, and their keys. Steps ask the same."""
+        wanted = self._context.wanted
+        keep, keep_given = ([i for i, name in enumerate(names) if wanted(name)] for names in (sites, given))
+        keys = self._full.keys(tuple(sites[i] for i in keep))
+        return keep, keep_given, keys + self._short.keys(tuple(given[i] for i in keep_given))
 
     def companions(self, gathered: Gathered, numbers: Mapping[str, float]) -> dict[str, float]:
         """The norm over all parameters."""

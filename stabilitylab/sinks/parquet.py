@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +278,7 @@ class _KeyTable:
     def __init__(self) -> None:
         self._number: dict[Key, int] = {}
         self._cached: tuple[tuple[Key, ...], NDArray[np.int32]] | None = None
+        self._columns = _columns([])
 
     def numbers(self, samples: Samples) -> NDArray[np.int32]:
         """The samples' ``key`` column in this table's own numbers."""
@@ -287,26 +289,42 @@ class _KeyTable:
 
     def table(self, step: NDArray[np.int64], key: NDArray[np.int32], value: NDArray[np.float64]) -> pa.Table:
         """Rows sorted by family, statistic, site in the order of first appearance, index, step."""
-        keys = list(self._number)
-        codes, words = zip(
-            *(_encode([getattr(k, name) for k in keys]) for name in ("family", "site", "statistic")),
-            strict=True,
-        )
-        families, sites, statistics = codes
-        index = np.array([k.index for k in keys], dtype=np.int32)
-        rank = np.empty(len(keys), dtype=np.int32)
-        rank[
-            np.lexsort((index, sites, _alphabetical(words[2])[statistics], _alphabetical(words[0])[families]))
-        ] = np.arange(len(keys), dtype=np.int32)
-        order = np.lexsort((step, rank[key]))
+        if len(self._columns.rank) != len(self._number):
+            self._columns = _columns(list(self._number))
+        own = self._columns
+        order = np.lexsort((step, own.rank[key]))
         key = key[order]
         columns = [pa.array(step[order])]
         columns += [
             pa.DictionaryArray.from_arrays(pa.array(code[key]), pa.array(word, pa.string()))
-            for code, word in zip(codes, words, strict=True)
+            for code, word in zip(own.codes, own.words, strict=True)
         ]
-        columns += [pa.array(index[key]), pa.array(value[order])]
+        columns += [pa.array(own.index[key]), pa.array(value[order])]
         return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Of each key: codes of its three words, its index, and its rank in the order of the file. And what the codes stand for."""
+
+    codes: tuple[NDArray[np.int32], ...]
+    words: tuple[list[str], ...]
+    index: NDArray[np.int32]
+    rank: NDArray[np.int32]
+
+
+def _columns(keys: Sequence[Key]) -> _Columns:
+    codes, words = zip(
+        *(_encode([getattr(k, name) for k in keys]) for name in ("family", "site", "statistic")),
+        strict=True,
+    )
+    families, sites, statistics = codes
+    index = np.array([k.index for k in keys], dtype=np.int32)
+    rank = np.empty(len(keys), dtype=np.int32)
+    rank[
+        np.lexsort((index, sites, _alphabetical(words[2])[statistics], _alphabetical(words[0])[families]))
+    ] = np.arange(len(keys), dtype=np.int32)
+    return _Columns(codes, words, index, rank)
 
 
 def _encode(words: list[str]) -> tuple[NDArray[np.int32], list[str]]:

@@ -20,12 +20,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Cells = Mapping[int, Mapping[str, float]]
+CARD = 4.9  # inches
 _MARKER = b"\0stabilitylab pictures\0"
 _log = logging.getLogger("stabilitylab")
 EPISODE_COLUMNS = ("onset", "kind", "peak", "end", "height", "signal")
@@ -75,15 +79,23 @@ class Sketch:
 
     def draw(self) -> dict[str, bytes]:
         """Tag -> PNG, in the order of looking."""
+        from stabilitylab.figures.style import tidy
+
+        with tidy():
+            return self._drawn()
+
+    def _drawn(self) -> dict[str, bytes]:
+        from stabilitylab.figures.cards import map_card
         from stabilitylab.figures.curves import Mark, curves
-        from stabilitylab.figures.maps import heat_map
+        from stabilitylab.figures.style import ON_WHITE
 
         drawn = {}
         if self.loss is not None:
             tag, losses = self.loss
             marks = {"loss": [Mark(*mark) for mark in self.marks]}
             series = pd.Series(dict(losses), dtype=float)
-            figure = curves({"loss": [series]}, title="Loss, spikes marked", log="auto", marks=marks)
+            title = "Loss, spikes marked"
+            figure = curves({"loss": [series]}, title=title, log="auto", marks=marks, style=ON_WHITE)
             drawn[tag] = _png(figure)
             tag, title, rows = self.listed
             drawn[tag] = _table(title, tuple(map(tuple, rows)))
@@ -91,7 +103,7 @@ class Sketch:
             values, known = grid.frames()
             if values.size:
                 title = tag.partition(" ")[2].capitalize()
-                drawn[tag] = _png(heat_map(values, title=title, log=log, recorded=known))
+                drawn[tag] = _png(map_card(values, title=title, log=log, recorded=known))
         return drawn
 
 
@@ -174,23 +186,18 @@ def main() -> None:
 def _table(title: str, rows: tuple[tuple[str, ...], ...]) -> bytes:
     """The list of spikes; of runs without any it is the same picture."""
     from stabilitylab.figures.maps import table_figure
+    from stabilitylab.figures.style import ON_WHITE
 
-    return _png(table_figure(EPISODE_COLUMNS, rows, title=title))
+    return _png(table_figure(EPISODE_COLUMNS, rows, title=title, style=ON_WHITE))
 
 
-def _png(figure: object, *, dpi: int = 90) -> bytes:
+def _png(figure: Figure, *, dpi: int = 90) -> bytes:
     """A figure on white, of the size of TensorBoard's small cards, where it is shown pixel by pixel."""
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
+    from stabilitylab.figures.style import save_pixels
 
-    from stabilitylab.figures.style import INK, save
-
-    assert isinstance(figure, Figure)
     width, height = figure.get_size_inches()
-    figure.set_size_inches(4.9, height * 4.9 / width + 0.5)
-    for words in figure.findobj(Text):
-        if isinstance(words, Text) and words.get_color() == INK:
-            words.set_color("#3c3c3c")
+    if width > CARD:
+        figure.set_size_inches(CARD, height * CARD / width + 0.5)
     content = io.BytesIO()
-    save(figure, content, format="png", dpi=dpi, facecolor="white")
+    save_pixels(figure, content, dpi=dpi, ground="white")
     return content.getvalue()

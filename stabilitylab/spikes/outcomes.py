@@ -43,6 +43,8 @@ _MOST_FILES, _LARGEST = 500, 1 << 24
 def outcomes(run: Run) -> list[Event]:
     """Of each response in the run that can be judged by now, an event ``outcome`` at the response's step."""
     responses = [event for event in run.events if event.kind == "response" and _asked(event) is not None]
+    if not responses:
+        return []
     loss = run.series(LOSS)
     last = int(loss.index.max()) if len(loss) else -1
     found = []
