@@ -1,9 +1,15 @@
-"""Runs across the frontier of the learning rate, with every rival precursor measured at every second step.
+"""Runs across a frontier, with every rival precursor measured at every second step.
 
-The small GPT of the spike atlas trains 40 steps at 3e-3; then its rate climbs, by a factor a step and up to a plateau that are
-drawn from the seed (log-uniform, 1.04 to 1.2 and 6e-3 to .6, of seeds from 1,000 on .1 to .6), for 90 more steps. Some
-collapse, some do not, and both see a rate that rises: a warning has to tell them apart. Clip 0 or 1 and beta2 .95, .99 or .999
-are drawn too.
+The small GPT of the spike atlas trains 40 steps at 3e-3; then something grows, by a factor a step and up to a plateau that are
+drawn from the seed, for 90 more steps:
+
+    rate      the learning rate: 1.04 to 1.2 a step, up to .006 to .6, of seeds from 1,000 on .1 to .6
+    noise     noise in a block's output, from .01 of its RMS: 1.1 to 1.3 a step, up to .3 to 30
+    decay     the weight decay, from .01: 1.1 to 1.3 a step, up to 1 to 300
+    format    the scale at which an up projection's output is rounded to fp16, undone behind it: 1.1 to 1.4 a step, up to 1e2 to 1e6
+
+(all log-uniform). Some collapse, some do not, and both see something that rises: a warning has to tell them apart. Clip 0 or 1 and
+beta2 .95, .99 or .999 are drawn too.
 
     gradient norm     global, before clipping                                        GLM-130B, 2210.02414; OLMo 2, 2501.00656
     update norm       RMS of the change of all weights over the rate                 Marin's 32B log
@@ -39,26 +45,39 @@ MOSTLY_LOST = 1000
 NAMES = ("gradient norm", "update norm", "kurtosis", "stable rank", "QK entropy", "margin")
 
 
-def run(seed: int) -> dict[str, Any]:
+# Factor a step, and plateau, from and to.
+_GROWS = {
+    "rate": ((1.04, 1.2), (6e-3, 0.6)),
+    "noise": ((1.1, 1.3), (0.3, 30.0)),
+    "decay": ((1.1, 1.3), (1.0, 300.0)),
+    "format": ((1.1, 1.4), (1e2, 1e6)),
+}
+CAUSES = tuple(_GROWS)
+
+
+def run(seed: int, cause: str = "rate") -> dict[str, Any]:
     """One run: its loss, its collapse, each precursor by step, and what each took (milliseconds a measurement)."""
     dice = np.random.default_rng(seed)
-    climb = float(np.exp(dice.uniform(np.log(1.04), np.log(1.2))))
-    lowest = 6e-3 if seed < MOSTLY_LOST else 0.1
-    plateau = float(np.exp(dice.uniform(np.log(lowest), np.log(0.6))))
+    steps, plateaus = _GROWS[cause]
+    climb = float(np.exp(dice.uniform(*np.log(steps))))
+    lowest = 0.1 if cause == "rate" and seed >= MOSTLY_LOST else plateaus[0]
+    plateau = float(np.exp(dice.uniform(np.log(lowest), np.log(plateaus[1]))))
     clip, beta2 = float(dice.choice([0.0, 1.0])), float(dice.choice([0.95, 0.99, 0.999]))
     recipe = Recipe(name="climb", family="trial", cause="learning-rate", clip=0.0, beta2=beta2, planted=False)
     loop = AtlasLoop(recipe, seed, 10**9)
-    watch = _Watch(loop)
+    watch, fault = Watch(loop), Fault(loop, cause, climb, plateau)
     loss: list[float] = []
     for step in range(CALM + CLIMBING):
-        rate = min(plateau, 3e-3 * climb ** max(0, step - CALM))
-        loop.optimizer.param_groups[0]["lr"] = rate
+        fault.grow(step)
         loss.append(watch.step(step, clip))
+        if not math.isfinite(loss[-1]):
+            break
         if len(loss) > CALM + 10 and not np.median(loss[-10:]) <= min(loss) + 3.0:
             break
     onset = collapse_onset(np.array(loss), ended=len(loss) < CALM + CLIMBING)
     return {
         "seed": seed,
+        "cause": cause,
         "climb": climb,
         "plateau": plateau,
         "clip": clip,
@@ -70,7 +89,39 @@ def run(seed: int) -> dict[str, Any]:
     }
 
 
-class _Watch:
+class Fault:
+    """What grows; see the module's docstring."""
+
+    def __init__(self, loop: AtlasLoop, cause: str, climb: float, plateau: float) -> None:
+        self._group, self._cause, self._climb, self._plateau = (
+            loop.optimizer.param_groups[0],
+            cause,
+            climb,
+            plateau,
+        )
+        self._size = 1.0
+        of = {"noise": ("blocks.1", self._noisy), "format": ("blocks.1.up", self._rounded)}
+        if cause in of:
+            site, hook = of[cause]
+            loop.model.get_submodule(site).register_forward_hook(hook)
+
+    def grow(self, step: int) -> None:
+        """Before each step."""
+        start = {"rate": 3e-3, "decay": 0.01, "noise": 0.01}.get(self._cause, 1.0)
+        self._size = min(self._plateau, start * self._climb ** max(0, step - CALM))
+        name = {"rate": "lr", "decay": "weight_decay"}.get(self._cause)
+        if name is not None:
+            self._group[name] = self._size
+
+    def _noisy(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        rms = output.detach().square().mean().sqrt()
+        return output + torch.randn(output.shape) * (self._size * rms)
+
+    def _rounded(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return (output * self._size).half().float() / self._size
+
+
+class Watch:
     """Trains a step and measures."""
 
     def __init__(self, loop: AtlasLoop) -> None:
@@ -85,13 +136,20 @@ class _Watch:
         self._ranks = WeightProbe()
         self._outputs: list[Tensor] = []
         blocks: Any = loop.model.blocks
-        for block in blocks:
+        self._hooks = [
             block.register_forward_hook(lambda module, args, out: self._outputs.append(out.detach()))
+            for block in blocks
+        ]
         context = Context(model=loop.model, parameters=self._named, optimizer=loop.optimizer, buffer=Buffer())
         self._curvature = CurvatureProbe(self._backward)
         self._curvature.attach(context)
         self._context = context
         self._batch = loop.batch(0)
+
+    def close(self) -> None:
+        """Look no more."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _backward(self) -> None:
         self.loop.loss(self._batch).backward()  # type: ignore[no-untyped-call]
@@ -163,6 +221,8 @@ def _kurtosis(x: Tensor) -> float:
 
 
 def _entropy(change: Tensor) -> float:
+    if not bool(torch.isfinite(change).all()):
+        return math.nan
     share = torch.linalg.svdvals(change)
     share = share / share.sum().clamp_min(1e-30)
     return float(-(share * share.clamp_min(1e-30).log()).sum())

@@ -1,8 +1,12 @@
 """Six rival warnings of a collapse, and all together, on the same runs: lead, precision, recall at equal false-alarm rates, cost.
 
     python -m experiments.benchmarks precursor_trial --runs 100 --lost 60 --out trial [--score] [--json]
+    python -m experiments.benchmarks precursor_trial --cause noise --runs 40 --out trial
+    python -m experiments.benchmarks precursor_trial --frontier 60 --out trial
+    python -m experiments.benchmarks precursor_trial --score --out trial --norms run.csv ...
 
-The runs (``_trial_runs.py``): rates that climb to plateaus on both sides of the frontier. Each precursor is a score by step:
+The runs (``_trial_runs.py``): a rate, noise in a layer, a decay or a format's scale that grows to plateaus on both sides of the
+frontier. Each precursor is a score by step:
 
     gradient norm, update norm, kurtosis    log of the value over its median of the last 10 measurements
     stable rank, QK entropy                 the same, of what falls: the median over the value
@@ -14,28 +18,31 @@ An *alarm* is a score over a threshold, none within ``QUIET`` steps of the last.
 within ``HORIZON`` steps, false where none does; after the onset none counts. For each half of the runs the threshold is set on
 that half, so that there are as many false alarms as the rate allows, and judged on the other: both halves are judged once.
 
-The margin is also checked against the frontier: the smallest margin of a run's first 20 steps of climbing, times the rate there,
-predicts the rate at which the run collapses (rank correlation over collapses).
+``--frontier N`` compares the margin with the bisected frontier of N configurations (``_trial_frontier.py``). The event ``at-risk``
+(a margin below 1 twice in a row) is counted in the steps before anything grows and in those of survivors. ``--norms`` judges the
+gradient norm's two scores, at the trial's thresholds, on tables of real runs (columns step and grad_norm) that are known to be
+healthy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from scipy.optimize import minimize
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import binomtest
 
-from experiments.benchmarks._trial_runs import CALM, MOSTLY_LOST, NAMES, run
+from experiments.benchmarks._trial_frontier import correlation, frontier_of
+from experiments.benchmarks._trial_runs import CALM, CAUSES, MOSTLY_LOST, NAMES, run
 
 Floats = NDArray[np.float64]
 HORIZON, QUIET, PAST, FIRST = 24, 16, 10, CALM
@@ -51,6 +58,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="experiments.benchmarks precursor_trial")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--lost", type=int, default=60, help="further runs, of rates that few bear")
+    parser.add_argument("--cause", choices=CAUSES, default="rate", help="what grows in the runs to make")
+    parser.add_argument("--frontier", type=int, default=0, help="configurations whose frontier is bisected")
+    parser.add_argument(
+        "--norms", type=Path, nargs="+", default=[], help="CSV of healthy runs: step, grad_norm"
+    )
     parser.add_argument("--out", type=Path, default=Path("trial"))
     parser.add_argument("--score", action="store_true", help="make none: judge those that are there")
     parser.add_argument("--json", action="store_true")
@@ -59,18 +71,38 @@ def main(argv: Sequence[str]) -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / "runs.jsonl"
     rows = read(file)
-    done = {row["seed"] for row in rows}
-    for seed in (*range(asked.runs), *range(MOSTLY_LOST, MOSTLY_LOST + asked.lost)):
-        if not asked.score and seed not in done:
-            rows.append(run(seed))
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(rows[-1]) + "\n")
-    found = judge(rows)
+    for row in rows:
+        row.setdefault("cause", "rate")
+    done = {(row["cause"], row["seed"]) for row in rows}
+    lost = range(MOSTLY_LOST, MOSTLY_LOST + asked.lost) if asked.cause == "rate" else ()
+    make = not (asked.score or asked.frontier)
+    for seed in (*range(asked.runs), *lost) if make else ():
+        if (asked.cause, seed) not in done:
+            rows.append(run(seed, asked.cause))
+            _append(file, rows[-1])
+    edges = read(asked.out / "frontier.jsonl")
+    for seed in range(len(edges), asked.frontier):
+        edges.append(frontier_of(seed))
+        _append(asked.out / "frontier.jsonl", edges[-1])
+    found = judge(rows) if rows else {}
+    found["frontier"] = correlation(edges)
+    if asked.norms:
+        found["real norms"] = {
+            f"{file.stem}, {name} @ {rate:g}": real_norms(file, name, rows, rate)
+            for file in asked.norms
+            for name in ("gradient norm", "gradient norm, level")
+            for rate in RATES
+        }
     if asked.json:
         print(json.dumps(found))
     else:
         show(found)
     return 0
+
+
+def _append(file: Path, row: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -116,6 +148,7 @@ class Prepared:
 
     def __init__(self, row: dict[str, Any]) -> None:
         self.onset: int | None = row["onset"]
+        self.cause: str = row["cause"]
         self.steps, self.scores = scores(row)
         near = (
             np.zeros(len(self.steps), dtype=bool)
@@ -177,6 +210,7 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for rate in RATES:
             right = false = warned = collapses = steps = 0
             leads: list[int] = []
+            by_cause = {cause: [0, 0] for cause in CAUSES}
             for fitted, judged in pairs:
                 threshold = threshold_for(fitted, name, rate)
                 for one in judged:
@@ -187,12 +221,15 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
                     if one.onset is not None:
                         collapses += 1
                         warned += bool(good)
+                        by_cause[one.cause][0] += bool(good)
+                        by_cause[one.cause][1] += 1
                         leads += [int(one.onset - one.steps[good[0]])] if good else []
             table[f"{name} @ {rate:g}"] = {
                 "recall": [warned, collapses],
                 "precision": [right, right + false],
                 "false per 1,000 steps": 1000 * false / max(1, steps),
                 "lead": float(np.median(leads)) if leads else None,
+                "recall by cause": {cause: of for cause, of in by_cause.items() if of[1]},
             }
     return {
         "runs": len(rows),
@@ -202,39 +239,63 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "milliseconds": {
             name: float(np.median([row["milliseconds"][name] for row in rows])) for name in NAMES
         },
-        "frontier": frontier(rows),
+        "at-risk": at_risk(rows),
     }
 
 
-def frontier(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Rank correlation of the rate that the margin foresees with the one at which the run collapsed."""
-    foreseen, met = [], []
+def at_risk(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Events at-risk, and steps: before anything grows, in survivors, and (collapses warned of, collapses)."""
+    calm, survivors, warned = [0, 0], [0, 0], [0, 0]
     for row in rows:
-        margin = {int(s): v for s, v in row["scores"]["margin"].items()}
-        if row["onset"] is None:
-            continue
-        early = [
-            s for s in margin if CALM - 10 <= s < CALM + 10 and s < row["onset"] and math.isfinite(margin[s])
+        margin = sorted((int(step), value) for step, value in row["scores"]["margin"].items())
+        below = [value < 1.0 for _, value in margin]
+        begins = [
+            margin[i][0]
+            for i in range(1, len(below))
+            if below[i] and below[i - 1] and not (i > 1 and below[i - 2])
         ]
-        if len(early) < 5:
-            continue
-        rates = [min(row["plateau"], 3e-3 * row["climb"] ** max(0, s - CALM)) for s in early]
-        foreseen.append(float(np.median([margin[s] * r for s, r in zip(early, rates, strict=True)])))
-        met.append(min(row["plateau"], 3e-3 * row["climb"] ** max(0, row["onset"] - CALM)))
-    if len(met) < 5:
-        return {"n": len(met)}
-    found = spearmanr(foreseen, met)
+        calm[0] += sum(step < CALM for step in begins)
+        calm[1] += CALM - CALM // 2
+        if row["onset"] is None:
+            survivors[0] += sum(step >= CALM for step in begins)
+            survivors[1] += len(row["loss"]) - CALM
+        else:
+            warned[0] += any(0 <= row["onset"] - step <= HORIZON for step in begins)
+            warned[1] += 1
     return {
-        "n": len(met),
-        "rank correlation": float(found.statistic),
-        "p": float(found.pvalue),
-        "median of foreseen over met": float(np.median(np.array(foreseen) / np.array(met))),
+        "events and steps before anything grows": calm,
+        "events and steps of survivors": survivors,
+        "collapses warned of, of": warned,
+    }
+
+
+def real_norms(file: Path, name: str, rows: list[dict[str, Any]], rate: float) -> dict[str, float]:
+    """Alarms of a precursor on a real run's gradient norms, at the threshold of all of the trial's runs."""
+    table = pd.read_csv(file).dropna(subset=["grad_norm"])
+    log = np.log(table["grad_norm"].to_numpy(dtype=np.float64))
+    usual = pd.Series(log).shift(1).rolling(PAST, min_periods=4).median().to_numpy()
+    score = log - usual if name == "gradient norm" else log
+    threshold = threshold_for([Prepared(row) for row in rows], name, rate)
+    steps, alarms = table["step"].to_numpy(), list[int]()
+    for place in np.flatnonzero(score > threshold):
+        if not alarms or steps[place] - alarms[-1] > QUIET:
+            alarms.append(int(steps[place]))
+    of = int(steps[-1] - steps[0] + 1)
+    return {
+        "alarms": len(alarms),
+        "steps": of,
+        "a 10,000": 1e4 * len(alarms) / of,
+        "after the first 1,000": sum(step >= 1000 for step in alarms),
     }
 
 
 def show(found: dict[str, Any]) -> None:
     """The table."""
     console = Console(width=140)
+    if "frontier" in found:
+        console.print(f"margin against the bisected frontier: {found['frontier']}", highlight=False)
+    if "runs" not in found:
+        return
     console.print(
         f"{found['runs']} runs: {found['collapses']} collapses, {found['survivors']} survivors",
         highlight=False,
@@ -264,7 +325,16 @@ def show(found: dict[str, Any]) -> None:
             "" if cost is None else f"{cost:.2f}",
         )
     console.print(table)
-    console.print(f"margin against the frontier: {found['frontier']}", highlight=False)
+    causes = Table(
+        "precursor", *CAUSES, title="Recall by what grew, at the larger rate", title_justify="left"
+    )
+    for name in ALL:
+        of = found["table"][f"{name} @ {max(RATES):g}"]["recall by cause"]
+        causes.add_row(name, *(_share(*of[cause]) if cause in of else "" for cause in CAUSES))
+    console.print(causes)
+    console.print(f"at-risk: {found['at-risk']}", highlight=False)
+    for name, of in found.get("real norms", {}).items():
+        console.print(f"{name}: {of}", highlight=False)
 
 
 def _share(right: int, of: int) -> str:

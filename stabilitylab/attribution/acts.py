@@ -223,12 +223,25 @@ class RenewSecondMoments(Act):
         self._done.add(id(optimizer))
         factor = subject.gradient_factor()
         for _, p, group in subject.of(optimizer):
-            second, betas = optimizer.state.get(p, {}).get(SECOND), group.get("betas")
-            if not isinstance(second, Tensor) or not betas or p.grad is None or betas[1] == 0:
-                continue
-            correction = 1 - betas[1] ** (steps_of(optimizer, p, group) + 1)
+            if p.grad is not None and group.get("betas"):
+                self._renew(optimizer, p, group, p.grad * factor)
+
+    def _renew(self, optimizer: Optimizer, p: Tensor, group: Mapping[str, Any], gradient: Tensor) -> None:
+        second, beta = optimizer.state.get(p, {}).get(SECOND), group["betas"][1]
+        if isinstance(second, Tensor) and beta != 0:
+            correction = 1 - beta ** (steps_of(optimizer, p, group) + 1)
             # b2 v + (1 - b2) g^2 = (1 - b2^t) g^2
-            second.copy_((p.grad * factor).square() * ((correction - (1 - betas[1])) / betas[1]))
+            second.copy_(gradient.square() * ((correction - (1 - beta)) / beta))
+
+
+class RenewFirstMoments(RenewSecondMoments):
+    """Once, before its first update: m is set so that this update's m / (1 - b1^t) is g."""
+
+    def _renew(self, optimizer: Optimizer, p: Tensor, group: Mapping[str, Any], gradient: Tensor) -> None:
+        first, beta = optimizer.state.get(p, {}).get(FIRST), group["betas"][0]
+        if isinstance(first, Tensor) and beta != 0:
+            correction = 1 - beta ** (steps_of(optimizer, p, group) + 1)
+            first.copy_(gradient * ((correction - (1 - beta)) / beta))
 
 
 class ShrinkGradient(Act):

@@ -275,9 +275,10 @@ class _Search:
                 enough = narrowing.enough()
                 if cause in ("unknown", "learning-rate", "optimizer", "gradient") and needed is not None:
                     fewest = narrowing.fewest_steps(needed)
-                    if cause != "gradient" and not self.seen.settings:
+                    rows = fewest.kind == "rows of updates"
+                    if (cause != "gradient" or rows) and not self.seen.settings:
                         remedy = self.trained.get(fewest.key, remedy)
-                        site = site or fewest.where
+                        site = fewest.place if rows else site or fewest.where
                     needed = fewest
             return self._attribution(cause, site, remedy, needed, enough, tuple(settings))
         finally:

@@ -27,6 +27,7 @@ from stabilitylab.attribution.acts import (
     LeaveOutRows,
     Optimizer,
     OtherData,
+    RenewFirstMoments,
     RenewSecondMoments,
     ScaleRate,
     ShrinkGradient,
@@ -202,7 +203,7 @@ class Forks:
             case "batch rows":
                 return LeaveOutRows(without.rows[0], without.rows[1:])
             case "outside weights":
-                return PutBack(weights=sites)
+                return PutBack(weights=sites, rows=without.rows)
             case "outside moments":
                 return PutBack(moments=sites)
             case "settings":
@@ -217,6 +218,8 @@ class Forks:
                 return BoundUpdates()
             case "past of moments":
                 return RenewSecondMoments()
+            case "past of momentum":
+                return RenewFirstMoments()
             case "embedding gradient":
                 return ShrinkGradient(sites, 0.1)
             case "rounding":

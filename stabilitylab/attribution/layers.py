@@ -70,31 +70,26 @@ class FullPrecision(Act):
             module.forward = self._wide(module, module.forward, subject)
 
     def _wide(self, module: nn.Module, forward: Callable[..., Any], subject: Subject) -> Callable[..., Any]:
-        inside = False
+        itself = _Itself(module, forward)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            if inside or not subject.acts:
+            if not subject.acts:
                 return forward(*args, **kwargs)
             given = first_tensor((args, kwargs))
             device = "cpu" if given is None else given.device.type
             narrow: list[torch.dtype] = []
             with torch.autocast(device, enabled=False):
                 wide = {
-                    name: p.float()
+                    f"module.{name}": p.float()
                     for name, p in [*module.named_parameters(), *module.named_buffers()]
                     if p.is_floating_point()
                 }
-                inside = True
-                try:
-                    output = functional_call(
-                        module,
-                        wide,
-                        _each(args, lambda x: _widened(x, narrow)),
-                        _each(kwargs, lambda x: _widened(x, narrow)),
-                    )
-                finally:
-                    inside = False
+                output = functional_call(
+                    itself,
+                    wide,
+                    _each(args, lambda x: _widened(x, narrow)),
+                    _each(kwargs, lambda x: _widened(x, narrow)),
+                )
             own = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
             back = narrow[0] if narrow else own
             if back == torch.float32:
@@ -112,6 +107,17 @@ class FullPrecision(Act):
                 module.forward = forward
         self._originals.clear()
         super().remove()
+
+
+class _Itself(nn.Module):
+    """A module without its hooks, which have been run by the time that its forward is."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self._forward = module, forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
 
 
 class BoundScores(Act):

@@ -23,6 +23,8 @@ Ask = Callable[[Sequence[Without]], list[Fork | None]]
 # Of what stands out so many are tried each by itself; of a batch and a table so many rows.
 SINGLES, ROWS, TABLE_ROWS = 6, 3, 32
 _STEPS = (1, 2, 4)
+# Share of the height that rows of a table may leave.
+WHOLLY = 0.1
 # Where tensors in every eighth of all are at fault, none is.
 FINEST = 8
 
@@ -55,7 +57,9 @@ class Narrowing:
                 least = self._smallest(without, finest=2 if cause == "optimizer" else FINEST)
                 if cause == "optimizer" or 2 * len(least.without.sites) > len(self._names):
                     return cause, least, None
-                return cause, least, least.without.where
+                if without.kind == "outside weights":
+                    least = self._changed_rows(least)
+                return cause, least, least.without.place
             case "batch":
                 return cause, self._rows(fork), None
             case "outputs" | "output gradients":
@@ -189,11 +193,27 @@ class Narrowing:
             found = self._ask(
                 [Without(kind="rows of updates", sites=least.sites, rows=one) for one in several]
             )
-            return [one is not None and one.verdict.prevents for one in found]
+            return [one is not None and _wholly(one) for one in found]
 
         if not rows or not ask([tuple(rows)])[0]:
             return least
         return Without(kind="rows of updates", sites=least.sites, rows=smallest(tuple(rows), ask))
+
+    def _changed_rows(self, least: Fork) -> Fork:
+        """Rows of an embedding that changed between updates, instead of all of it."""
+        sites = least.without.sites
+        if len(sites) != 1 or not embedding_weights(self._forks.subject.model, sites):
+            return least
+        rows = sorted(self._seen.outside_rows[sites[0]])
+        if len(rows) == len(self._forks.subject.parameters[sites[0]]) or len(rows) > TABLE_ROWS:
+            return least
+
+        def of(several: Sequence[tuple[int, ...]]) -> list[Fork | None]:
+            return self._ask([dataclasses.replace(least.without, rows=one) for one in several])
+
+        chosen = smallest(tuple(rows), lambda several: [f is not None and _wholly(f) for f in of(several)])
+        (fork,) = of([chosen])
+        return fork if fork is not None and fork.verdict.prevents else least
 
     def _moved_rows(self, name: str) -> list[int]:
         """The rows that the control moved most up to the onset."""
@@ -204,7 +224,9 @@ class Narrowing:
             (self._forks.subject.parameters[name].detach() - before).float(), dim=1
         )
         most = moved.topk(min(TABLE_ROWS, len(moved)))
-        return [int(row) for row, size in zip(most.indices, most.values, strict=True) if float(size) > 0]
+        return sorted(
+            int(row) for row, size in zip(most.indices, most.values, strict=True) if float(size) > 0
+        )
 
     def _rows(self, fork: Fork) -> Fork:
         """One row of the batch, if one is enough: those whose loss or gradient stands out are tried."""
@@ -239,6 +261,11 @@ def standing_out(sizes_RK: np.ndarray[tuple[int, int], np.dtype[np.float64]]) ->
         far = np.nan_to_num((sizes_RK - middle) / spread, nan=np.inf).max(axis=1)
     order = np.argsort(-far, kind="stable")
     return [int(row) for place, row in enumerate(order[:ROWS]) if far[row] > 4 or place == 0]
+
+
+def _wholly(fork: Fork) -> bool:
+    """Prevents it with nothing to speak of left: a few rows of those at fault would do for the verdict's quarter."""
+    return fork.verdict.prevents and not fork.verdict.height > WHOLLY
 
 
 def _of(without: Without, sites: tuple[str, ...]) -> Without:

@@ -30,6 +30,7 @@ class Observation(Act):
     Attributes:
         gradients, outputs, output_gradients: site -> step -> size.
         outside_weights, outside_moments: parameter -> steps before which it changed without an update.
+        outside_rows: parameter -> its rows that did.
         settings: step -> the optimizer's settings that jumped before it, or a rate that has climbed.
         narrow: modules whose output is in half precision, in the order of execution.
         order: modules in the order of execution.
@@ -45,6 +46,7 @@ class Observation(Act):
         self.output_gradients: dict[str, dict[int, float]] = defaultdict(dict)
         self.outside_weights: dict[str, set[int]] = defaultdict(set)
         self.outside_moments: dict[str, set[int]] = defaultdict(set)
+        self.outside_rows: dict[str, set[int]] = defaultdict(set)
         self.settings: dict[int, set[str]] = {}
         self.narrow: dict[str, None] = {}
         self.order: dict[str, None] = {}
@@ -110,6 +112,8 @@ class Observation(Act):
             return
         for name in self._snapshots.changed_weights(subject.parameters):
             self.outside_weights[name].add(subject.step)
+            if subject.parameters[name].dim() > 1:
+                self.outside_rows[name].update(self._snapshots.changed_rows(name))
         for name in self._snapshots.changed_moments(subject.parameters):
             self.outside_moments[name].add(subject.step)
 

@@ -7,7 +7,7 @@ project or average weights; those do it at every step, and what changes in the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,12 +48,22 @@ class Snapshots:
         """Those whose state is not."""
         return [name for name in names if any(not _same(now, kept) for now, kept in self._pairs(name))]
 
+    def changed_rows(self, name: str) -> list[int]:
+        """Rows of a table whose weights are not what the last update left."""
+        now, kept = self._subject.parameters[name].detach(), self.weights[name]
+        other = ~((now == kept) | (now.isnan() & kept.isnan()))
+        return [int(row) for row in other.flatten(1).any(dim=1).nonzero().flatten()]
+
     @torch.no_grad()
-    def put_back(self, weights: Iterable[str], moments: Iterable[str]) -> None:
-        """Undo what changed."""
+    def put_back(self, weights: Iterable[str], moments: Iterable[str], rows: Sequence[int] = ()) -> None:
+        """Undo what changed; ``rows``: of the weights, these alone."""
         changed = self.changed_weights(weights)
+        chosen = list(rows)
         for name in changed:
-            self._subject.parameters[name].copy_(self.weights[name])
+            if chosen:
+                self._subject.parameters[name][chosen] = self.weights[name][chosen]
+            else:
+                self._subject.parameters[name].copy_(self.weights[name])
         if changed:
             self._subject.weights_changed()
         for name in self.changed_moments(moments):
@@ -75,9 +85,11 @@ class Snapshots:
 class PutBack(Act):
     """Weights and moments of some parameters are, when a step uses them, what the update before left."""
 
-    def __init__(self, weights: Iterable[str] = (), moments: Iterable[str] = ()) -> None:
+    def __init__(
+        self, weights: Iterable[str] = (), moments: Iterable[str] = (), rows: Sequence[int] = ()
+    ) -> None:
         super().__init__()
-        self._weights, self._moments = tuple(weights), tuple(moments)
+        self._weights, self._moments, self._rows = tuple(weights), tuple(moments), tuple(rows)
         self._snapshots: Snapshots | None = None
 
     def install(self, subject: Subject) -> None:
@@ -85,7 +97,7 @@ class PutBack(Act):
 
     def forward(self, subject: Subject) -> None:
         if subject.acts and self._snapshots is not None:
-            self._snapshots.put_back(self._weights, self._moments)
+            self._snapshots.put_back(self._weights, self._moments, self._rows)
 
     def before(self, subject: Subject, optimizer: Optimizer) -> None:
         self.forward(subject)

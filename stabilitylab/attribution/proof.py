@@ -11,7 +11,7 @@ compared. It is the first of these that the forks support:
     gradient        bounding gradients prevents it, and half the rate does not, or few of them grew
     optimizer       bounding updates by Adam's own scale prevents it, and half the rate does not
     learning-rate   half the rate prevents it
-    optimizer       beginning the second moments anew does
+    optimizer       beginning the second moments, or the first, anew does
     batch           earlier data prevent it: the new ones are harder
     unknown         none of these
 """
@@ -211,7 +211,7 @@ def conclude(
     bounds = [("output gradients", "gradient"), ("tensor norms", "gradient"), ("stale moments", "optimizer")]
     if preventing("rate") is not None:
         bounds = [*bounds[:2], ("rate", "learning-rate")] if few else [("rate", "learning-rate")]
-    order += [*bounds, ("past of moments", "optimizer"), ("data", "batch")]
+    order += [*bounds, ("past of moments", "optimizer"), ("past of momentum", "optimizer"), ("data", "batch")]
     for kind, cause in order:
         if (found := preventing(kind)) is not None:
             return Conclusion(cause=cause, fork=found)

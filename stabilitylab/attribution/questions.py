@@ -67,5 +67,6 @@ def _of_gradients(forks: Forks) -> Iterator[Without]:
     yield Without(kind="stale moments")
     yield Without(kind="norm")
     yield Without(kind="past of moments")
+    yield Without(kind="past of momentum")
     if tables := embedding_weights(forks.subject.model, names):
         yield Without(kind="embedding gradient", sites=tables)

@@ -8,7 +8,7 @@
 | batch | one batch: the next one takes its place | rows: its index |
 | data | the batches from an index on: earlier ones take their place | rows: the index |
 | batch rows | some rows of one batch | rows: the index, then the rows |
-| outside weights | what changed weights between two updates | parameters |
+| outside weights | what changed weights between two updates | parameters; of one, rows |
 | outside moments | what changed the optimizer's state between two updates | parameters |
 | settings | what changed the optimizer's settings: rate, betas, decay | |
 | rate | half of the learning rate | |
@@ -16,6 +16,7 @@
 | tensor norms | what of each tensor's exceeds 1.05 times its usual one (AdaGC, 2502.11034) | parameters |
 | stale moments | what of an update exceeds Adam's own scale: / max(1, RMS_t) (StableAdamW, 2304.13013) | |
 | past of moments | the second moments' past: they begin anew | |
+| past of momentum | the first moments' past: they begin anew | |
 | embedding gradient | nine tenths of the embedding's gradient (GLM-130B, 2210.02414) | parameters |
 | rounding | half precision inside these modules: they compute in fp32 | modules |
 | outputs | what of a module's output exceeds twice its usual RMS | modules |
@@ -45,6 +46,7 @@ KINDS = (
     "tensor norms",
     "stale moments",
     "past of moments",
+    "past of momentum",
     "embedding gradient",
     "rounding",
     "outputs",
@@ -95,6 +97,13 @@ class Without:
         return shown + (f" and {len(self.sites) - _SHOWN} more" if len(self.sites) > _SHOWN else "")
 
     @property
+    def place(self) -> str:
+        """The sites, and the rows of a table."""
+        if self.kind not in ("outside weights", "rows of updates") or not self.rows:
+            return self.where
+        return f"{self.where} row{'s' * (len(self.rows) > 1)} {_few(self.rows)}"
+
+    @property
     def words(self) -> str:
         """What the fork was without, for a table."""
         match self.kind:
@@ -105,7 +114,7 @@ class Without:
             case "other updates":
                 said = f"all updates but those of {self.where}"
             case "rows of updates":
-                said = f"updates of {len(self.rows)} rows of {self.where}: {_few(self.rows)}"
+                said = f"updates of {self.place}"
             case "batch":
                 said = f"batch {self.rows[0]}"
             case "data":
@@ -113,7 +122,7 @@ class Without:
             case "batch rows":
                 said = f"row{'s' * (len(self.rows) > 2)} {_few(self.rows[1:])} of batch {self.rows[0]}"
             case "outside weights":
-                said = f"changes of {self.where} between updates"
+                said = f"changes of {self.place} between updates"
             case "outside moments":
                 said = f"changes of the optimizer's state of {self.where} between updates"
             case "settings":
@@ -128,6 +137,8 @@ class Without:
                 said = "updates beyond Adam's scale (StableAdamW)"
             case "past of moments":
                 said = "the second moments' past (reset)"
+            case "past of momentum":
+                said = "the first moments' past (reset)"
             case "embedding gradient":
                 said = "nine tenths of the embedding's gradient"
             case "rounding":
@@ -149,6 +160,7 @@ class Without:
             "tensor norms": f"With the gradient norm of {self.where} kept at its usual",
             "stale moments": "With updates bounded by Adam's own scale (StableAdamW)",
             "past of moments": "With the second moments reset",
+            "past of momentum": "With the first moments reset",
             "embedding gradient": "With a tenth of the embedding's gradient",
             "rounding": f"With {self.where} in fp32",
             "outputs": f"With the output of {self.where} kept at its usual size",

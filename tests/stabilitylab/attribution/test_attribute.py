@@ -35,6 +35,51 @@ def test_a_damaged_weight():
     )
 
 
+def test_rows_of_an_embedding_that_were_written_to():
+    def rows(loop):
+        loop.model.embed.weight[[3, 11]] *= -40
+
+    proof = proven(Loop(act=rows))
+    assert (proof.cause, proof.site) == ("parameter", "embed.weight rows 3, 11")
+    assert proof.sentence.startswith("Without changes of embed.weight rows 3, 11 between updates the spike")
+
+
+def test_rows_of_an_embedding_whose_kept_moments_are_damaged():
+    """Nothing changes between updates: updates are withheld down to the rows that move too far."""
+    run(loop := Loop(), AT)
+    first = loop.optimizer.state[loop.model.embed.weight]["exp_avg"]
+    first[[3, 11]] = torch.randn(2, first.shape[1], generator=torch.Generator().manual_seed(2))
+    state = LoopState.of(loop, AT)
+    losses = [loop.train_step(step) for step in range(AT, AT + 12)]
+    proof = attribute(
+        loop, AT + 1, begin=AT, state=state, original=dict(enumerate(losses, start=AT)), watched=10
+    )
+    assert (proof.cause, proof.site, proof.repeats) == ("optimizer", "embed.weight rows 3, 11", True)
+    assert proof.sentence.startswith(
+        "Without updates of embed.weight rows 3, 11 the spike at step 31 does not come"
+    )
+
+
+def test_one_product_that_leaves_fp16():
+    """A layer at another scale, undone behind it: nothing but fp16 minds."""
+
+    def install(loop):
+        forward, layer = torch.autocast("cpu", torch.float16)(loop.model.forward), loop.model.layers[1].down
+        loop.model.forward = lambda tokens: forward(tokens).float()
+        layer.register_forward_pre_hook(
+            lambda module, args: (args[0].float() * 2**20,) if loop.step >= AT else None
+        )
+        layer.register_forward_hook(
+            lambda module, args, out: (
+                (out.float() - module.bias) / 2**20 + module.bias if loop.step >= AT else None
+            )
+        )
+
+    proof = proven(Loop(install=install), AT)
+    assert (proof.cause, proof.site) == ("overflow", "layers.1.down")
+    assert proof.sentence.startswith("With layers.1.down in fp32 ")
+
+
 def test_moments_and_settings():
     def moments(loop):
         for state in loop.optimizer.state.values():

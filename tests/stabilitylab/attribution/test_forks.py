@@ -95,9 +95,9 @@ def test_half_the_rate_halves_the_step_and_leaves_the_optimizer_as_it_was():
     torch.testing.assert_close(half, whole / 2, rtol=2e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["stale moments", "past of moments"])
+@pytest.mark.parametrize("kind", ["stale moments", "past of moments", "past of momentum"])
 def test_moments_against_float64(kind):
-    """One AdamW step by hand, with v renewed or the update over max(1, RMS_t)."""
+    """One AdamW step by hand, with v or m renewed or the update over max(1, RMS_t)."""
     loop, forks = begun()
     forks.state.state["optimizer"]["state"][0]["exp_avg_sq"].mul_(1e-4)  # of the embedding: v lags behind
     gradient = {}
@@ -111,11 +111,13 @@ def test_moments_against_float64(kind):
     g, t = gradient["embed.weight"], BEGIN + 1
     m = 0.9 * state["exp_avg"] + 0.1 * g
     v = 0.95 * state["exp_avg_sq"] + 0.05 * g**2
-    corrected = v / (1 - 0.95**t) if kind == "stale moments" else g**2
-    step = 1e-2 * (m / (1 - 0.9**t) / (corrected.sqrt() + 1e-8) + 1e-2 * old)
+    corrected = g**2 if kind == "past of moments" else v / (1 - 0.95**t)
+    mean = g if kind == "past of momentum" else m / (1 - 0.9**t)
+    step = 1e-2 * (mean / (corrected.sqrt() + 1e-8) + 1e-2 * old)
     rms = float((g**2 / corrected.clamp_min(1e-16)).mean().sqrt())
     assert kind != "stale moments" or rms > 2
-    torch.testing.assert_close(new, old - step / max(1.0, rms), rtol=1e-4, atol=1e-6)
+    bound = max(1.0, rms) if kind == "stale moments" else 1.0
+    torch.testing.assert_close(new, old - step / bound, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_are_bounded_by_norm_and_by_tensor():
@@ -173,11 +175,14 @@ def test_fp32_inside_a_half_precision_layer():
     module = torch.nn.Linear(64, 64).bfloat16()
     loop.model.extra = module
     x = torch.randn(8, 64).bfloat16()
+    called = []
+    module.register_forward_hook(lambda *_: called.append(1))
     act = forks._act(Without(kind="rounding", sites=("extra",)))
     act.install(forks.subject)
     forks.subject.acts = True
     wide = module(x)
     act.remove()
+    assert called == [1]  # its own hooks, once
     right = torch.nn.functional.linear(x.float(), module.weight.float(), module.bias.float())
     assert torch.equal(wide, right.bfloat16())
     assert "forward" not in module.__dict__
