@@ -53,6 +53,8 @@ def _scan(
     path: Path, text: Path, *, tokens: int | None, length: int | None, json: bool, html: Path | None
 ) -> None:
     from stabilitylab.models import open_text_model
+    from stabilitylab.outliers.bearing import FORMATS, measure_bearing
+    from stabilitylab.outliers.bearing_section import bearing_record, bearing_section
     from stabilitylab.outliers.record import scan_record
     from stabilitylab.outliers.scan import scan_outliers
 
@@ -66,17 +68,20 @@ def _scan(
             tokens=tokens,
             progress=lambda read: bar.update(task, completed=read),
         )
+    bearing = measure_bearing(model, next(model.windows(text, length, tokens)))
     if html is not None:
         from stabilitylab.outliers.page import outlier_page
 
-        outlier_page(found).write(html)
+        outlier_page(found, decision=[bearing_section(bearing)]).write(html)
     if json:
-        print(dumps(scan_record(found), allow_nan=False))
+        print(dumps({**scan_record(found), "formats": bearing_record(bearing)}, allow_nan=False))
         return
     from stabilitylab.outliers.terminal import show_scan
 
     console = Console()
     show_scan(found, console)
+    for name in FORMATS:
+        console.print(f"{name}: {bearing.sentence(name)}", markup=False, highlight=False, soft_wrap=True)
     if html is not None:
         console.print(str(html), markup=False, highlight=False, soft_wrap=True)
 

@@ -22,7 +22,7 @@ def outlier_page(scan: OutlierScan, *, decision: Sequence[Section] = ()) -> Page
     """The report of a scan.
 
     Args:
-        decision: sections on what to do about it, put right after the criteria.
+        decision: sections on what to do about it, put first.
     """
     worst = scan.worst(1)[0]
     lead = (
@@ -34,8 +34,8 @@ def outlier_page(scan: OutlierScan, *, decision: Sequence[Section] = ()) -> Page
     )
     page = Page(title=f"Activation outliers of {scan.model}", lead=lead, facts=_facts(scan))
     page.sections += [
-        criteria_section(scan),
         *decision,
+        criteria_section(scan),
         worst_section(scan),
         map_section(scan),
         depth_section(scan),

@@ -61,9 +61,15 @@ def test_page(model, text, tmp_path, capsys):
     html = out.read_text(encoding="utf-8")
     for outside in ('src="http', 'href="http', "@import", "url(http", "<link", "<script"):
         assert outside not in html
-    for title in ("How many outliers", "The worst channels", "Where they are", "Growth over depth"):
+    for title in (
+        "Which formats each layer bears",
+        "How many outliers",
+        "The worst channels",
+        "Where they are",
+        "Growth over depth",
+    ):
         assert f"<h2>{title}</h2>" in html
-    assert html.count("<svg role") + html.count("<img") == 5 + 4
+    assert html.count("<svg role") + html.count("<img") == 5 + 4 + 1
 
 
 def test_a_run_is_shown_from_telemetry_alone(run, tmp_path, capsys):
