@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from stabilitylab.logs.json_lines import numbers
 from stabilitylab.logs.rows import Pieces, Row
 from stabilitylab.logs.source import Source
 
@@ -28,7 +29,7 @@ def key_of(head: bytes) -> str | None:
             record = json.loads(line)
         except ValueError:
             break
-        if not isinstance(record, dict) or any("loss" in name.lower() for name in record):
+        if not isinstance(record, dict) or any("loss" in name.lower() for name in numbers(record)):
             return None
         found = found or next((key for key in KEYS if isinstance(record.get(key), str)), None)
     return found

@@ -10,13 +10,16 @@ and ``env:NAME`` takes it from the environment, out of sight of the list of proc
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import queue
 import shlex
 import shutil
+import signal
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -96,30 +99,51 @@ class Command(Hook):
         if not self._words or shutil.which(self._words[0]) is None:
             raise InputError(f"--exec {command!r}: there is no such program; it is not run in a shell")
         self._seconds = seconds
+        self._running: subprocess.Popen[bytes] | None = None
         super().__init__(say)
 
     def deliver(self, alert: Alert) -> bool:
-        try:
-            done = subprocess.run(
-                self._words,
-                env={**os.environ, **alert.environment()},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=self._seconds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            self._say(f"--exec: {self._words[0]} took over {self._seconds:g} s and was ended")
-            return True
-        except OSError as error:
-            self._say(f"--exec: {self._words[0]} cannot be run: {error.strerror}")
-            return True
-        if done.returncode:
-            lines = done.stdout.decode("utf-8", errors="replace").strip().splitlines()
-            said = f": {plain(lines[-1])[:200]}" if lines else ""
-            self._say(f"--exec: {self._words[0]} ended with {done.returncode}{said}")
+        # Into a file: a pipe would be waited for as long as anything that the command has started holds it.
+        with tempfile.TemporaryFile() as output:
+            try:
+                self._running = subprocess.Popen(
+                    self._words,
+                    env={**os.environ, **alert.environment()},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self._say(f"--exec: {self._words[0]} cannot be run: {error.strerror}")
+                return True
+            try:
+                code = self._running.wait(self._seconds)
+            except subprocess.TimeoutExpired:
+                self._end()
+                self._say(f"--exec: {self._words[0]} took over {self._seconds:g} s and was ended")
+                return True
+            if code:
+                output.seek(0)
+                lines = output.read().decode("utf-8", errors="replace").strip().splitlines()
+                said = f": {plain(lines[-1])[:200]}" if lines else ""
+                self._say(f"--exec: {self._words[0]} ended with {code}{said}")
         return True
+
+    def close(self, seconds: float) -> bool:
+        """As of every hook; what still runs then is ended, and what it has started with it."""
+        done = super().close(seconds)
+        if not done:
+            self._end()
+        return done
+
+    def _end(self) -> None:
+        if self._running is not None and self._running.poll() is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self._running.pid, signal.SIGKILL) if hasattr(
+                    os, "killpg"
+                ) else self._running.kill()
+            self._running.wait()
 
 
 class Webhook(Hook):

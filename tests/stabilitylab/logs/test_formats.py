@@ -495,6 +495,7 @@ def test_wandb_panels_lightning_and_yolo(tmp_path):
             {"": 8},
         ),
         ([{"global_step/max_steps": f"{k}/9", "loss": "NaN"} for k in range(9)], {"": 9}),
+        ([{"msg": "train", "step": k, "metrics": {"loss": 3.0}} for k in range(9)], {"": 9}),
     ],
 )
 def test_segments_of_json_lines(tmp_path, capsys, rows, segments):

@@ -196,6 +196,17 @@ def test_a_command_that_fails_or_hangs_is_one_line():
         f"--exec: {sys.executable} ended with 5: no such pager",
         "--exec: sleep took over 0.2 s and was ended",
     ]
+    started = time.monotonic()
+    helped = Command("sh -c 'sleep 8 & exit 3'", said.append)  # what it leaves behind is not waited for
+    helped.tell(ALERT)
+    assert helped.close(20.0)
+    assert said[2:] == ["--exec: sh ended with 3"]
+    assert time.monotonic() - started < 8
+    left = Command("sleep 60", said.append)
+    left.tell(ALERT)
+    assert not left.close(0.3)
+    assert left._running is not None
+    assert left._running.wait(5) < 0  # and is not left behind either
     for wrong in ("no-such-program-here x", "'", ""):
         with pytest.raises(InputError):
             Command(wrong, said.append)
