@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -18,6 +18,7 @@ from stabilitylab.models import TextModel, Window, linear_layers, open_text_mode
 from stabilitylab.quantization.advice import Advice, Advisor, reason
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.exports import save_as
+from stabilitylab.quantization.kv_cache import CacheBudget, cache_lines, cache_plan
 from stabilitylab.quantization.latency import BATCHES, KEPT, machine, measure_latencies
 from stabilitylab.quantization.measuring import By, layers_file, measured_layers
 from stabilitylab.quantization.pace import Pace
@@ -57,6 +58,8 @@ def quantize(
     verify_tokens: int = 4096,
     length: int | None = None,
     sensitivity: By = "gradients",
+    kv_context: int | None = None,
+    budget_kv: float | None = None,
     apply: Path | None = None,
     format: Literal["stabilitylab", "compressed-tensors", "gguf", "torchao"] = "stabilitylab",
     html: Path | None = None,
@@ -80,6 +83,8 @@ def quantize(
             third text, on which the outcome is told.
         length: tokens of a window; by default 256, or fewer where the model takes fewer.
         sensitivity: what the schemes do to a layer, by gradients of the output in one pass backward, or by a run for each.
+        kv_context: measure keys and values of past tokens in few bits too, their bytes at so many tokens; needs --text.
+        budget_kv: bytes that they may use, as a share of those in 16 bits; the format of least loss within it is named.
         apply: folder to write the quantized model to.
         format: of that folder: stabilitylab's own; compressed-tensors, which transformers and vLLM open; gguf, for llama.cpp and
             transformers; or torchao's own tensors.
@@ -87,6 +92,10 @@ def quantize(
         json_output: print the plan as one JSON object instead of tables.
     """
     budget = _budget(budget_loss, budget_memory, budget_latency, batch)
+    if kv_context is None and budget_kv is not None:
+        raise InputError("--budget-kv is a share of bytes at a context length: give --kv-context too")
+    if kv_context is not None and text is None:
+        raise InputError("--kv-context needs --text FILE to be measured on")
     chosen = [scheme_of(name) for name in dict.fromkeys(schemes)]
     if not chosen:
         raise InputError("--schemes is empty: name at least one")
@@ -110,6 +119,7 @@ def quantize(
             length=length,
             by=sensitivity,
             work=plan,
+            cache=None if kv_context is None else CacheBudget(context=kv_context, share=budget_kv),
             console=console,
         )
         made.write(plan)
@@ -142,6 +152,7 @@ def make_plan(
     length: int | None = None,
     by: By = "gradients",
     work: Path | None = None,
+    cache: CacheBudget | None = None,
     console: Console | None = None,
 ) -> QuantizationPlan:
     """Measure, choose, verify.
@@ -155,6 +166,7 @@ def make_plan(
         verify_tokens: of the text after it, on which whole plans are verified; as many after that tell the outcome.
         length: tokens of a window.
         by: how layers' sensitivities are measured: see ``measured_layers``.
+        cache: what keys and values of past tokens may take; None measures none.
         work: the file that the plan will be written to; an interrupted pass leaves what it measured beside it, and is taken up.
         console: where progress is shown.
 
@@ -183,6 +195,10 @@ def make_plan(
         # What was chosen for its loss on a text looks better there than it is: the outcome is told on another.
         told = Verification(model, third, inputs.largest, rounded) if third else verification
         outcome = advice.told_on(told)
+    kept = None
+    if cache is not None:
+        with pace.of("measuring keys and values in few bits"):
+            kept = cache_plan(model, fresh or measured, third, cache)
     if rounded is not None:
         rounded.keep_only(
             (path, name)
@@ -214,6 +230,7 @@ def make_plan(
         told_tokens=told.tokens,
         notes=notes,
         rounded=rounded,
+        cache=kept,
     )
 
 
@@ -229,7 +246,7 @@ def show(plan: QuantizationPlan, console: Console) -> None:
     table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
     table.add_column("", no_wrap=True)
     for heading in ("MB", "share", *(f"ms at {batch}" for batch in plan.planned.seconds), what):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", min_width=8 if heading == what else None)
     for row in outcome_rows(plan):
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
@@ -237,6 +254,9 @@ def show(plan: QuantizationPlan, console: Console) -> None:
         console.print(Text(f"{layer_path}: {layer.reason}"), soft_wrap=True)
     for layer_path, why in plan.kept.items():
         console.print(Text(f"{layer_path}: {why}"), soft_wrap=True)
+    if plan.cache is not None:
+        for line in cache_lines(plan.cache):
+            console.print(Text(line), soft_wrap=True)
     for note in plan.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
 
@@ -305,6 +325,7 @@ def _plan(
     told_tokens: int,
     notes: Sequence[str],
     rounded: RoundedWeights | None,
+    cache: Mapping[str, Any] | None,
 ) -> QuantizationPlan:
     criterion: Literal["loss", "output error"] = "loss" if model.predicts else "output error"
     layers, kept = {}, {}
@@ -352,4 +373,5 @@ def _plan(
         },
         latency={f"{shape[0]}x{shape[1]}": times for shape, times in latencies.items()},
         rounded=None if rounded is None or not rounded.folder.is_dir() else str(rounded.folder),
+        cache=cache,
     )

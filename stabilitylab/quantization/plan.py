@@ -119,6 +119,7 @@ class QuantizationPlan:
         latency: "NxK" -> scheme -> batch -> seconds.
         rounded: folder of weights that were rounded for their inputs (rounded.py); in the file its name beside the plan. None
             where no layer was.
+        cache: keys and values of past tokens (``kv_cache.cache_plan``); None where they were not measured.
     """
 
     model: str
@@ -137,6 +138,7 @@ class QuantizationPlan:
     latency: Mapping[str, Any]
     told_tokens: int = 0
     rounded: str | None = None
+    cache: Mapping[str, Any] | None = None
 
     @property
     def schemes(self) -> dict[str, LinearScheme]:

@@ -201,3 +201,21 @@ def test_weights_rounded_for_their_inputs_are_written_without_the_text(made, tmp
         assert torch.equal(opened.run(window), original.run(window))
     shutil.rmtree(tmp_path / "plan.rounded")
     refused(capsys, [*command[1:], "--apply", tmp_path / "third"], "keep the folder beside the plan")
+
+
+def test_keys_and_values_within_a_budget(made, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    command = ["quantize", str(made / "model"), "--plan", str(plan), "--text", str(made / "text")]
+    tokens = ["--tokens", "32", "--verify-tokens", "64", "--length", "64", "--schemes", "int8-row"]
+    assert main([*command, *tokens, "--kv-context", "2048", "--budget-kv", "0.4"]) == 0
+    said = capsys.readouterr().out
+    cache = load_plan(plan).cache
+    assert cache["chosen"] in cache["formats"]
+    assert cache["formats"][cache["chosen"]]["bytes"] <= 0.4 * cache["bytes_16"]
+    assert f"within 0.4: {cache['chosen']}" in said
+    for name in cache["formats"]:
+        assert name in said
+    again = [str(made / "model"), "--plan", tmp_path / "b.json", "--text", made / "text"]
+    refused(capsys, [*again, "--budget-kv", "0.4"], "give --kv-context too")
+    refused(capsys, [str(made / "model"), "--plan", plan, "--kv-context", "9"], "needs --text")
+    refused(capsys, [*again, "--kv-context", "0"], "at least 1")

@@ -1,0 +1,297 @@
+"""Keys and values of past tokens in few bits: what that costs in loss, and what it takes at a context length.
+
+    name               keys                                     values                                  source fp8-e4m3
+    as they are, to E4M3                     the same                                vLLM's kv_cache_dtype fp8 int8-token
+    symmetric, a scale a token and head      the same                                LLM.int8()'s vector-wise, of the cache
+    int4-token         zero points, 32 channels of a token      the same                                FlexGen (2303.06865),
+    groups of 32 int8-, int4-,      zero points, 32 tokens of a channel      zero points, 32 channels of a token     KIVI
+    (2402.02750) int2-kivi
+
+    code = round((x - low) / s),   s = (high - low) / (2^b - 1),   x^ = low + s code;     symmetric: s = max|x| / (2^(b-1) - 1)
+
+Keys have channels that are large at every token, values have none, hence KIVI's two directions. A group of tokens can be
+rounded only when all are there: until then they stay as they are (at most 32, KIVI's residual), so the text is read in pieces
+of 32 tokens, each of which sees itself unrounded and what came before rounded. The other formats are rounded as they enter. s
+and low are kept in fp16.
+
+Shapes: B rows, H heads of keys and values, T tokens, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stabilitylab.errors import InputError
+from stabilitylab.formats import E4M3, round_to
+from stabilitylab.models import TextModel, Window
+from stabilitylab.models.text_model import loss_of, output_of
+
+_GROUP = 32
+_HALF = torch.float16
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheFormat:
+    """How keys and values are kept.
+
+    Attributes:
+        name: see the table.
+        bits: of a number.
+        keys: what shares a key's scale: "none", a "head" of a token, a "token"'s channels in groups, a "channel"'s tokens.
+    """
+
+    name: str
+    bits: int
+    keys: Literal["none", "head", "token", "channel"]
+
+    @property
+    def piece(self) -> int | None:
+        """Tokens that are read, and rounded, at once; None: each is rounded as it enters."""
+        return _GROUP if self.keys == "channel" else None
+
+    def rounded_keys(self, keys_BHTD: Tensor) -> Tensor:
+        """Keys and back."""
+        if self.keys == "channel":
+            return affine(keys_BHTD.transpose(-1, -2), self.bits).transpose(-1, -2)
+        return self.rounded_values(keys_BHTD)
+
+    def rounded_values(self, values_BHTD: Tensor) -> Tensor:
+        """Values and back."""
+        if self.keys == "none":
+            return round_to(values_BHTD, E4M3).to(values_BHTD.dtype)
+        return symmetric(values_BHTD, self.bits) if self.keys == "head" else affine(values_BHTD, self.bits)
+
+    def nbytes(self, tokens: int, heads: int, channels: int) -> int:
+        """Of keys and values of one layer, scales included, at a context of so many tokens."""
+        numbers = tokens * heads * channels
+        if self.keys == "none":
+            return 2 * numbers
+        if self.keys == "head":
+            return 2 * (-(-numbers * self.bits // 8) + 2 * tokens * heads)
+        groups = tokens * heads * -(-channels // _GROUP)
+        values = -(-numbers * self.bits // 8) + 4 * groups
+        if self.keys == "token":
+            return 2 * values
+        # The last group of tokens is full at most once in 32: till then its keys stay in 16 bits.
+        whole = tokens // _GROUP * _GROUP
+        keys = -(-whole * heads * channels * self.bits // 8) + 4 * whole // _GROUP * heads * channels
+        left = (tokens - whole) * heads * channels
+        rounded_values = -(-whole * heads * channels * self.bits // 8) + 4 * whole * heads * -(
+            -channels // _GROUP
+        )
+        return keys + rounded_values + 4 * left
+
+
+CACHE_FORMATS = {
+    one.name: one
+    for one in (
+        CacheFormat(name="fp8-e4m3", bits=8, keys="none"),
+        CacheFormat(name="int8-token", bits=8, keys="head"),
+        CacheFormat(name="int4-token", bits=4, keys="token"),
+        *(CacheFormat(name=f"int{bits}-kivi", bits=bits, keys="channel") for bits in (8, 4, 2)),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheCost:
+    """What a format does to a model.
+
+    Attributes:
+        loss: increase in nats per target.
+        bytes: of all layers' keys and values at the context asked for.
+    """
+
+    loss: float
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheBudget:
+    """What keys and values may take.
+
+    Attributes:
+        context: tokens.
+        share: of the bytes in 16 bits; None: whatever they need.
+    """
+
+    context: int
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise InputError(f"a context of {self.context} tokens must be at least 1")
+        if self.share is not None and not self.share > 0:
+            raise InputError(f"a share of {self.share} of the keys' and values' bytes must be positive")
+
+
+def cache_plan(
+    model: TextModel, windows: Sequence[Window], third: Sequence[Window], budget: CacheBudget
+) -> dict[str, Any]:
+    """What every format costs on one text, and the chosen one on another, as a plan keeps it.
+
+    Args:
+        model: not quantized.
+        windows: formats are chosen by them.
+        third: the chosen one is told on them; none: on ``windows``.
+        budget: where no format fits, none is chosen.
+
+    Returns:
+        ``context``, ``bytes_16``, ``share``, ``formats`` (name -> loss and bytes), ``chosen``, its ``loss`` on the third text.
+    """
+    whole, found = measure_cache_formats(model, windows, list(CACHE_FORMATS.values()), budget.context)
+    chosen = None if budget.share is None else cheapest_harm(found, budget.share * whole)
+    told = found.get(chosen or "")
+    if chosen is not None and third:
+        told = measure_cache_formats(model, third, [CACHE_FORMATS[chosen]], budget.context)[1][chosen]
+    return {
+        "context": budget.context,
+        "bytes_16": whole,
+        "share": budget.share,
+        "formats": {name: {"loss": cost.loss, "bytes": cost.bytes} for name, cost in found.items()},
+        "chosen": chosen,
+        "loss": None if told is None else told.loss,
+    }
+
+
+def cache_lines(cache: Mapping[str, Any]) -> list[str]:
+    """The same for a terminal."""
+    whole = cache["bytes_16"]
+    lines = [f"keys and values of {cache['context']:,} tokens: {whole / 1e6:,.1f} MB in 16 bits"]
+    lines += [
+        f"  {name}: {cost['bytes'] / 1e6:,.1f} MB, {cost['bytes'] / whole:.3f}, {cost['loss']:+.4f} nats"
+        for name, cost in sorted(cache["formats"].items(), key=lambda item: -item[1]["bytes"])
+    ]
+    if cache["chosen"] is not None:
+        lines.append(
+            f"  within {cache['share']:g}: {cache['chosen']}, {cache['loss']:+.4f} nats on the third text"
+        )
+    elif cache["share"] is not None:
+        lines.append(f"  within {cache['share']:g}: no format fits")
+    return lines
+
+
+def affine(x: Tensor, bits: int) -> Tensor:
+    """x [..., K] to codes with a scale and a lowest number for each 32 of the last dimension, and back."""
+    size = x.shape[-1]
+    spare = -size % _GROUP
+    # Filled up with the last number, which widens no group's range.
+    wide = F.pad(x.float().flatten(0, -2), (0, spare), mode="replicate").view(*x.shape[:-1], -1, _GROUP)
+    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+    low = low.to(_HALF).float()
+    scale = _usable((high - low) / (2**bits - 1))
+    codes = ((wide - low) / scale).round().clamp(0, 2**bits - 1)
+    return (low + codes * scale).flatten(-2)[..., :size].to(x.dtype)
+
+
+def symmetric(x: Tensor, bits: int) -> Tensor:
+    """x [..., K] to codes with one scale for the last dimension, and back."""
+    top = 2 ** (bits - 1) - 1
+    wide = x.float()
+    scale = _usable(wide.abs().amax(-1, keepdim=True) / top)
+    return ((wide / scale).round().clamp(-top, top) * scale).to(x.dtype)
+
+
+def _usable(exact: Tensor) -> Tensor:
+    """A scale as it is kept; 1 where everything is alike."""
+    scale = exact.to(_HALF).float()
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def measure_cache_formats(
+    model: TextModel, windows: Sequence[Window], formats: Sequence[CacheFormat], context: int
+) -> tuple[int, dict[str, CacheCost]]:
+    """Bytes of the cache in 16 bits, and what each format costs.
+
+    Args:
+        model: of transformers, predicting tokens.
+        windows: the text.
+        formats: to be measured.
+        context: tokens for which bytes are told.
+
+    Raises:
+        InputError: the model has no cache of keys and values of past tokens.
+    """
+    _require_cache(model)
+    layers, own = 0, 0.0
+    heads = channels = 0
+    found: dict[str, CacheCost] = {}
+    for one in (None, *formats):
+        total, count, shapes = 0.0, 0, []
+        for window in windows:
+            logits, cache = _read(model, window, one)
+            assert window.targets_BT is not None
+            loss, targets = loss_of(logits, window.targets_BT)
+            total, count = total + loss, count + targets
+            shapes = [layer.keys.shape for layer in cache.layers]
+        mean = total / max(count, 1)
+        layers = len(shapes)
+        heads, channels = shapes[0][1], shapes[0][3]
+        if one is None:
+            own = mean
+            continue
+        size = sum(one.nbytes(context, shape[1], shape[3]) for shape in shapes)
+        found[one.name] = CacheCost(loss=mean - own, bytes=size)
+    return 2 * 2 * layers * context * heads * channels, found
+
+
+def cheapest_harm(costs: dict[str, CacheCost], limit: float) -> str | None:
+    """The format of least loss within so many bytes, the smaller of equals; None where none fits."""
+    within = {name: cost for name, cost in costs.items() if cost.bytes <= limit}
+    return min(within, key=lambda name: (within[name].loss, within[name].bytes), default=None)
+
+
+def _require_cache(model: TextModel) -> None:
+    config: Any = getattr(model.module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if not model.predicts or text is None or getattr(text, "is_encoder_decoder", False):
+        raise InputError(
+            f"{model.name} keeps no keys and values of past tokens that could be quantized: leave out --kv-context"
+        )
+    if kinds != {"full_attention"}:
+        raise InputError(
+            f"{model.name} has layers of {', '.join(sorted(kinds - {'full_attention'}))}, whose cache is of another kind: "
+            "leave out --kv-context"
+        )
+
+
+@torch.inference_mode()
+def _read(model: TextModel, window: Window, format: CacheFormat | None) -> tuple[Tensor, Any]:
+    """Logits of a window read with a cache, and the cache."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class RoundedLayer(DynamicLayer):  # type: ignore[misc]
+        """A layer of the cache that keeps rounded numbers."""
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if format is None:
+                return super().update(key_states, value_states, *args, **kwargs)
+            if format.piece is None:
+                return super().update(
+                    format.rounded_keys(key_states), format.rounded_values(value_states), *args, **kwargs
+                )
+            seen = super().update(key_states, value_states, *args, **kwargs)
+            count = key_states.shape[-2]
+            if count == format.piece:  # the last group of a window is not full: nobody reads it again
+                self.keys, self.values = seen[0].clone(), seen[1].clone()
+                self.keys[..., -count:, :] = format.rounded_keys(key_states)
+                self.values[..., -count:, :] = format.rounded_values(value_states)
+            return seen
+
+    cache = Cache(layer_class_to_replicate=RoundedLayer)
+    tokens_BT = window.inputs["input_ids"]
+    size = tokens_BT.shape[1] if format is None or format.piece is None else format.piece
+    parts = []
+    for start in range(0, tokens_BT.shape[1], size):
+        output = model.module(
+            input_ids=tokens_BT[:, start : start + size], past_key_values=cache, use_cache=True
+        )
+        parts.append(output_of(output))
+    return torch.cat(parts, 1), cache
