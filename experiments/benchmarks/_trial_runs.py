@@ -201,7 +201,7 @@ class Watch:
 
     def _margin(self, gradients: dict[str, Tensor]) -> float:
         self._context.buffer.advance()
-        self._curvature._measured = True
+        self._curvature._armed = True
         self._curvature.gradients(gradients, {}, 1.0)
         slots = self._curvature._slots
         if slots is None or slots.stamp != self._context.buffer.stamp:

@@ -14,7 +14,6 @@ The result is an event ``attribution`` in ``events.jsonl`` and a section of the 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -30,16 +29,16 @@ from rich.table import Table
 from glm.data.shards import open_data
 from glm.errors import InputError
 from glm.train.config import TrainConfig
+from glm.train.event_options import event_parser, parsed
 from glm.train.fork_loop import ForkLoop
 from glm.train.forks import config_of, data_of, episode_of, state_before
 from glm.train.machine import otherwise, threads, threads_of
-from stabilitylab import find_spikes
 from stabilitylab.attribution import Attribution, Fork, LoopState, attribute
 from stabilitylab.attribution.attribute import BEFORE
 from stabilitylab.attribution.forks import signal_of
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
-from stabilitylab.spikes import Episode, episodes_of
+from stabilitylab.spikes import Episode
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES
 
 SIGNALS = {LOSS: "loss", GRADIENT_NORM: "gradient_norm", **dict.fromkeys(LOSS_SCALES, "loss_scale")}
@@ -110,7 +109,7 @@ def attribute_event(asked: Asked, *, console: Console) -> Attribution:
 
 def _attribute_event(run: Run, asked: Asked, console: Console) -> Attribution:
     config = config_of(run)
-    episode = _episode(run, asked.event)
+    episode = episode_of(run, asked.event)
     if config.parallel.ranks > 1:
         raise InputError(
             f"{run.path} was trained by {config.parallel.ranks} processes: forks know the local engine only"
@@ -153,20 +152,6 @@ def _attribute_event(run: Run, asked: Asked, console: Console) -> Attribution:
     finally:
         claimed.release()
     return proof
-
-
-def _episode(run: Run, number: int) -> Episode:
-    """The episode of that number: as the run recorded them, or where it recorded none as its whole loss shows them."""
-    if episodes_of(run.events):
-        return episode_of(run, number)
-    loss = run.series(LOSS)
-    found = find_spikes(loss.index.astype(int).tolist(), loss.tolist()) if len(loss) else []
-    if not 1 <= number <= len(found):
-        listed = ", ".join(f"{i} ({one.kind} at {one.onset})" for i, one in enumerate(found[:10], start=1))
-        raise InputError(
-            f"{run.path} has no event {number}: {f'choose one of {listed}' if listed else 'it has none'}"
-        )
-    return dataclasses.replace(found[number - 1], signal=LOSS)
 
 
 def _begun(
@@ -250,18 +235,7 @@ def show(console: Console, proof: Attribution) -> None:
 
 def parse_attribute(arguments: Sequence[str]) -> Asked:
     """``RUN --event N [flags]``. Raises InputError where they do not fit."""
-    own = argparse.ArgumentParser(
-        prog="glm attribute",
-        allow_abbrev=False,
-        description="Prove what an event needs, by forks that go without it.",
-    )
-    own.add_argument("run", type=Path, help="run folder")
-    own.add_argument(
-        "--event",
-        type=int,
-        required=True,
-        help="number of the episode, as `stabilitylab spikes RUN` lists them",
-    )
+    own = event_parser("glm attribute", "Prove what an event needs, by forks that go without it.")
     own.add_argument("--budget", default="10m", help="time to spend: 90s, 10m, 1h (10m)")
     own.add_argument(
         "--group",
@@ -275,17 +249,12 @@ def parse_attribute(arguments: Sequence[str]) -> Asked:
     )
     own.add_argument("--processes", type=int, help="forks side by side (as many as the cores hold)")
     own.add_argument("--threads", type=int, help="threads of each fork (as many as the run had)")
-    own.add_argument("--data", type=Path, help="folder made by `glm shards`, if it has moved since")
     own.add_argument(
         "--from-start", action="store_true", help="train from the beginning where no state was kept"
     )
     own.add_argument("--json", action="store_true", help="print the result as JSON")
     own.add_argument("--html", type=Path, metavar="OUT", help="write a page of its own")
-    own.exit_on_error = False
-    try:
-        words = own.parse_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise InputError(f"glm attribute: {error}") from None
+    words, _ = parsed(own, arguments)
     if words.before < 1 or any(
         number is not None and number < 1 for number in (words.processes, words.threads)
     ):

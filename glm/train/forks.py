@@ -40,7 +40,8 @@ from glm.train.loop import FLIGHT, Trainer
 from glm.train.monitoring import MonitorCallback
 from stabilitylab.runs import Run, load_run
 from stabilitylab.spikes import Episode, episodes_of
-from stabilitylab.telemetry import Event
+from stabilitylab.spikes.scan import listed_episodes
+from stabilitylab.telemetry import LOSS, Event
 
 _SHOWN = 40
 
@@ -263,10 +264,10 @@ def config_of(run: Run) -> TrainConfig:
 
 
 def episode_of(run: Run, number: int) -> Episode:
-    """The episode that ``stabilitylab spikes`` lists under ``number``, from 1."""
-    episodes = episodes_of(run.events)
+    """The episode that ``stabilitylab spikes`` lists under ``number``, from 1: recorded, or seen in the log alone."""
+    episodes = listed_episodes(run.path) if len(run.series(LOSS)) else episodes_of(run.events)
     if not episodes:
-        raise InputError(f"{run.path} has no events to replay")
+        raise InputError(f"{run.path} has no event {number}: it has none")
     if not 1 <= number <= len(episodes):
         listed = ", ".join(f"{i} ({one.kind} at {one.onset})" for i, one in enumerate(episodes[:10], start=1))
         more = ", ..." if len(episodes) > 10 else ""

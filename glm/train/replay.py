@@ -23,7 +23,6 @@ Limits: a responder acts in the fork as it did in the run, but it can go back no
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -38,6 +37,7 @@ from glm.data.shards import TokenData, open_data
 from glm.errors import InputError
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig, differences
+from glm.train.event_options import event_parser, parsed
 from glm.train.forks import (
     Change,
     config_of,
@@ -161,23 +161,14 @@ def compare_with_original(original: Run, fork: Run, begin: int) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> Replay:
-    own = argparse.ArgumentParser(
-        prog="glm replay",
-        allow_abbrev=False,
-        description="Replay an event from before it, with one thing changed; any flag of glm train changes it.",
-    )
-    own.add_argument("run", type=Path, help="run folder")
-    own.add_argument(
-        "--event",
-        type=int,
-        required=True,
-        help="number of the episode, as `stabilitylab spikes RUN` lists them",
+    own = event_parser(
+        "glm replay",
+        "Replay an event from before it, with one thing changed; any flag of glm train changes it.",
     )
     own.add_argument(
         "--before", type=int, default=20, help="steps before the onset at which the change begins (20)"
     )
     own.add_argument("--steps", type=int, default=60, help="steps to train from there (60)")
-    own.add_argument("--data", type=Path, help="folder made by `glm shards`, if it has moved since")
     own.add_argument("--out", type=Path, help="the fork's folder; by default under RUN/replays")
     own.add_argument(
         "--skip-batches",
@@ -199,11 +190,7 @@ def _parse(arguments: Sequence[str]) -> Replay:
     own.add_argument(
         "--rate-factor", type=float, default=1.0, metavar="F", help="multiply the scheduled rate"
     )
-    own.exit_on_error = False
-    try:
-        words, rest = own.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise InputError(f"glm replay: {error}") from None
+    words, rest = parsed(own, arguments, all_known=False)
     if words.before < 0 or words.steps < 1:
         raise InputError("glm replay: --before is 0 or more steps, --steps at least 1")
     change = Change(

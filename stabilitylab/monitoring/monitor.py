@@ -13,8 +13,7 @@ What the loop's optimizer, scaler and clipping show it need not say: the rate th
 norm before clipping (``loop_values``).
 
 It observes and never changes training: weights, random numbers and kernels are those of the run without it.
-Steps count optimizer updates from 0. Whether a step is measured is decided when the step before it ends, so
-that the hooks of an unmeasured step need not exist.
+Steps count optimizer updates from 0.
 
 A loop that dies without ``close`` loses nothing: what is left is written when the process ends, or the monitor is
 collected as garbage. After ``close`` every call does nothing.
@@ -22,12 +21,9 @@ collected as garbage. After ``close`` every call does nothing.
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import functools
 import logging
 import os
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, cast
@@ -38,16 +34,18 @@ from torch import Tensor, nn
 
 from stabilitylab.model_structure import bare, named_parameters
 from stabilitylab.monitoring.alarms import Alarms
+from stabilitylab.monitoring.collection import Collection
+from stabilitylab.monitoring.lifetime import Lifetime
 from stabilitylab.monitoring.loop_values import Numbers
 from stabilitylab.monitoring.optimizers import Optimizers
 from stabilitylab.monitoring.probe_set import ProbeSet
-from stabilitylab.monitoring.rank_gather import RankGather
+from stabilitylab.monitoring.rank_gather import several
 from stabilitylab.monitoring.run_output import RunOutput
 from stabilitylab.monitoring.schedule import Schedule
 from stabilitylab.monitoring.sink_thread import SinkThread
 from stabilitylab.monitoring.site_globs import patterns, warn_of_unmatched
 from stabilitylab.monitoring.site_watch import SiteWatch
-from stabilitylab.monitoring.step_queue import Detector, Ended, StepQueue, default_detector
+from stabilitylab.monitoring.step_queue import Detector, StepQueue, default_detector
 from stabilitylab.monitoring.step_values import Values, step_number
 from stabilitylab.probes.base import Context, Probe
 from stabilitylab.probes.compiled import is_compiled
@@ -56,7 +54,6 @@ from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks.base import Sink
 from stabilitylab.sinks.trackers import names_of, open_trackers
 from stabilitylab.statistics.buffer import Buffer
-from stabilitylab.statistics.transfer import Transfer
 from stabilitylab.telemetry import LOSS, Event
 
 _log = logging.getLogger("stabilitylab")
@@ -143,7 +140,7 @@ class Monitor:
         given, model, tracked = model, bare(model), names_of(trackers)
         cadence = {} if gradients_every is None else {"gradients": gradients_every}
         self._schedule = schedule or Schedule(every=every, probes=cadence)
-        self._ranks = _ranks(group)
+        self._ranks = several(group)
         self._writes = self._ranks is None or self._ranks.rank == 0
         if shard is None:
             shard = self._ranks.rank if self._ranks is not None else 0
@@ -174,11 +171,8 @@ class Monitor:
         )
         self._said: set[str] = set()
         self._detector = (default_detector() if detector == "default" else detector) if self._writes else None
-        # The step of the last alarm that all ranks know of.
-        self._alarm: int | None = None
+        self._collection = Collection(self._probe_set, self._buffer, self._ranks)
         self._last: int | None = None
-        self._next: int | None = None
-        self._due = False
         self._begun = False
         self._run_output: RunOutput | None = None
         self._probe_set.attach()
@@ -188,7 +182,7 @@ class Monitor:
                 # What makes a pass of its own keeps its cadence: to hold steps in memory costs nothing like it.
                 costly = {n: every for n, every in written.probes.items() if n in self._probe_set.costly}
                 self._schedule = Schedule(every=1, probes=costly, dense_after=written.dense_after)
-            self._arm(0, first=True)
+            self._collection.arm(self._schedule, 0, first=True)
             if out is not None and self._writes:
                 self._run_output = RunOutput(
                     out, tensorboard=tensorboard, recorder=recorder, schedule=written, model=model
@@ -212,17 +206,16 @@ class Monitor:
             flush_every=flush_every,
             told=told,
         )
-        self._closed, self._process = False, os.getpid()
-        # Runs before the delivery's own, which was registered earlier.
-        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
-        atexit.register(self._at_exit)
+        self._closed = False
+        # Ends before the delivery's own, which began earlier.
+        self._lifetime = Lifetime(self)
 
     # What the training loop calls.
 
     def start_step(self, step: int) -> None:
         """Optional: name the step that begins, where it is not the last one plus one (after a resume)."""
         step = step_number(step)
-        if self._open() and step != self._next:
+        if self._open() and step != self._collection.next:
             self._arm(step)
 
     def gradients_ready(
@@ -290,9 +283,9 @@ class Monitor:
         self._last = step
         if self._run_output is not None:
             self._run_output.tell_order(self._context)
-        found = self._queue.add(self._ended(step, numbers))
+        found = self._queue.add(self._collection.ended(step, numbers, alarm=self._queue.alarm))
         if self._ranks is None:
-            self._alarm = self._queue.alarm
+            self._collection.alarm = self._queue.alarm
         self._arm(step + 1)
         return found
 
@@ -326,8 +319,8 @@ class Monitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
-        self._last, self._alarm = state["last"], state["alarm"]
-        self._queue.alarm = self._alarm
+        self._last = state["last"]
+        self._queue.alarm = self._collection.alarm = state["alarm"]
         if self._detector is not None and "detector" in state:
             self._detector.load_state_dict(state["detector"])
 
@@ -344,7 +337,7 @@ class Monitor:
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self._at_exit)
+        self._lifetime.end()
         self._probe_set.detach()
         self._queue.finish()
         self._sink_thread.close()
@@ -373,9 +366,9 @@ class Monitor:
         self.close()
 
     def __del__(self) -> None:
-        if not self._closed and self._process == os.getpid():
+        if not self._closed and self._lifetime.is_of_this_process:
             # Dropped, its model and optimizer with it. The sinks are closed when the process ends.
-            atexit.unregister(self._at_exit)
+            self._lifetime.end()
             self._queue.settle(wait=True)
             self._queue.post()
             _log.warning("a monitor was dropped without close(): what it had seen is written")
@@ -388,20 +381,9 @@ class Monitor:
         return not self._closed
 
     def _begin(self, step: int) -> None:
-        """The first step. Where the folder holds a run that went on beyond it, this one takes its place from here on: its
-        events, like its telemetry, are superseded."""
         self._begun = True
-        output = self._run_output
-        if output is not None and output.last_held is not None and output.last_held >= step:
-            _log.warning(
-                "%s holds a run already, up to step %d: from step %d on this one takes its place",
-                output.run.path,
-                output.last_held,
-                step,
-            )
-            self.event(
-                Event(step=step, kind="rewind", data={"reason": "a run was begun again in its folder"})
-            )
+        if self._run_output is not None and (event := self._run_output.supersedes(step)) is not None:
+            self.event(event)
 
     def _say_once(self, subject: str, message: str, *words: object) -> None:
         if subject not in self._said:
@@ -411,43 +393,5 @@ class Monitor:
     def _tell(self, step: int, kind: str, data: Mapping[str, Any]) -> None:
         self._queue.event(Event(step=step, kind=kind, data=data))
 
-    def _arm(self, step: int, first: bool = False) -> None:
-        # The very first step is measured whatever its number: nobody has said yet which one it is.
-        due = [
-            probe
-            for probe in self._probe_set.probes
-            if self._schedule.due(probe.name, 0 if first else step, self._alarm)
-        ]
-        self._due = bool(due)
-        self._next = step
-        self._probe_set.arm(step, due)
-
-    def _ended(self, step: int, numbers: Numbers) -> Ended:
-        """Collect what the probes found and set it on its way to the host."""
-        manifest = self._probe_set.manifest()
-        distant = {n: v for n, v in numbers.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
-        ended = Ended(step=step, numbers=numbers, distant=tuple(distant), manifest=manifest)
-        parts = self._buffer.parts() if manifest else []
-        if self._ranks is not None and self._due:
-            ended.received = self._ranks.exchange(manifest, parts, self._queue.alarm)
-            self._alarm = ended.received.alarm
-            parts = []
-            if not self._writes:
-                ended.received, ended.manifest = None, ()
-        if parts or distant:
-            ended.transfer = Transfer(parts, list(distant.values()))
-        return ended
-
-
-def _ranks(group: dist.ProcessGroup | Literal["default"] | None) -> RankGather | None:
-    if group is None or not dist.is_available() or not dist.is_initialized():
-        return None
-    ranks = RankGather(None if group == "default" else group)
-    return ranks if ranks.size > 1 else None
-
-
-def _close_at_exit(monitor: weakref.ref[Monitor]) -> None:
-    """The process ends. A child that was forked from it has nothing to write."""
-    alive = monitor()
-    if alive is not None and alive._process == os.getpid():
-        alive.close()
+    def _arm(self, step: int) -> None:
+        self._collection.arm(self._schedule, step)

@@ -24,6 +24,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -116,3 +117,11 @@ def _same(a: Manifest, b: Manifest) -> bool:
     """Whether two manifests hold the same objects: a probe that finds the same as before gives the same
     ``Seen``."""
     return len(a) == len(b) and all(x[0] == y[0] and x[1] is y[1] for x, y in zip(a, b, strict=True))
+
+
+def several(group: dist.ProcessGroup | Literal["default"] | None) -> RankGather | None:
+    """The processes of a group; None where there is but one."""
+    if group is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    ranks = RankGather(None if group == "default" else group)
+    return ranks if ranks.size > 1 else None

@@ -21,6 +21,7 @@ from stabilitylab.runs.folder import RunFolder
 from stabilitylab.runs.parts import last_step
 from stabilitylab.runs.places import Places
 from stabilitylab.sinks.base import Sink
+from stabilitylab.telemetry import Event
 
 _log = logging.getLogger("stabilitylab")
 
@@ -67,6 +68,19 @@ class RunOutput:
         self.sinks: list[Sink] = [EventLog(self.run), parquet]
         if tensorboard:
             self.sinks.append(TensorBoardSink(self.run.tensorboard, places=Places(self._structure)))
+
+    def supersedes(self, step: int) -> Event | None:
+        """The first step. Where the folder holds a run that went on beyond it, this one takes its place from here on: its
+        events, like its telemetry, are superseded."""
+        if self.last_held is None or self.last_held < step:
+            return None
+        _log.warning(
+            "%s holds a run already, up to step %d: from step %d on this one takes its place",
+            self.run.path,
+            self.last_held,
+            step,
+        )
+        return Event(step=step, kind="rewind", data={"reason": "a run was begun again in its folder"})
 
     def tell_order(self, context: Context) -> None:
         """The first measured step is over: in which order its forward pass came to the sites."""

@@ -24,7 +24,7 @@ are of the gradient as the format has to hold it, with the loss scale in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,11 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.compat import DisableTorchFunction
-from stabilitylab.probes.base import Context, Found, KeyTable, Readings
-from stabilitylab.probes.compiled import WatchGradient, register, unregister
-from stabilitylab.probes.hooks import Hook
+from stabilitylab.probes.base import Found, KeyTable, Readings
+from stabilitylab.probes.compiled import WatchGradient
+from stabilitylab.probes.hooking import Function, HookingProbe
 from stabilitylab.probes.sites import tensor_in, watched
 from stabilitylab.statistics import formats, moments
-from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.summary import COLUMN, Summary, measurable
 
@@ -53,44 +52,32 @@ STATISTICS = (
 )
 
 
-class ActivationGradientProbe:
+class ActivationGradientProbe(HookingProbe):
     """Statistics of gradients with respect to activations; see the module's docstring."""
 
     name = "activation_gradients"
 
     def __init__(self) -> None:
-        self._handles: list[Any] = []
+        super().__init__()
         self._sites: dict[str, tuple[nn.Module, Summary]] = {}
-        self._armed = False
-        self._states: list[Tensor] = []
         self._keys = KeyTable("activation_gradient", STATISTICS)
         # The sites of this step in the order in which the backward pass came to them.
         self.order: list[tuple[str, Summary]] = []
 
-    def attach(self, context: Context) -> None:
-        """Choose the sites."""
-        self._context = context
+    def _find(self) -> None:
+        context = self._context
         for path, module, _ in watched(context.model):
             if context.wanted(path):
                 self._sites[path] = (module, Summary(context.buffer))
 
-    def arm(self, measured: bool) -> None:
-        """Put the hooks in place, or take them away."""
+    def _begin(self, measured: bool) -> None:
         self.order = []
-        self._armed = measured
-        self._context.follow_compiler()
-        wanted = measured or self._context.compiled
-        if wanted == bool(self._handles):
-            return
-        if not wanted:
-            self.detach()
-            return
+
+    def _hook(self) -> None:
         for path, (module, summary) in self._sites.items():
-            watcher = self._context.guarded(self.name, self._watcher(path, summary))
-            self._states.append(register(watcher))
-            eager = self._context.guarded(self.name, self._hook(watcher))
-            hook = traceable(self._context, eager, self._states[-1])
-            self._handles.append(module.register_forward_hook(Hook(hook)))
+            watcher = self._guarded(self._watcher(path, summary))
+            eager = self._guarded(self._look(watcher))
+            self._after_forward(module, self._traceable(eager, twin(self._state(watcher))))
 
     def _watcher(self, path: str, summary: Summary) -> Callable[[Tensor], None]:
         def watch(gradient: Tensor) -> None:
@@ -101,7 +88,7 @@ class ActivationGradientProbe:
 
         return watch
 
-    def _hook(self, watcher: Callable[[Tensor], None]) -> Callable[..., None]:
+    def _look(self, watcher: Callable[[Tensor], None]) -> Function:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._armed:
                 with DisableTorchFunction():
@@ -111,11 +98,6 @@ class ActivationGradientProbe:
                         x.register_hook(watcher)  # type: ignore[no-untyped-call]
 
         return hook
-
-    def gradients(
-        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
-    ) -> None:
-        """Not this probe's business."""
 
     def collect(self) -> Found | None:
         """Every site that the step's backward passes reached."""
@@ -146,30 +128,15 @@ class ActivationGradientProbe:
             ]
         return Readings(self._keys.keys(gathered.sites), np.stack(values, axis=1).ravel())
 
-    def detach(self) -> None:
-        """Remove the hooks; those on tensors of a graph still alive, or compiled, see nothing any more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for state in self._states:
-            unregister(state)
-        self._states.clear()
-        self._armed = False
 
-
-def traceable(context: Context, eager: Callable[..., None], state: Tensor) -> Callable[..., Any]:
-    """A forward hook that runs ``eager``, or where it is traced puts a ``WatchGradient`` behind the module's
-    output.
+def twin(state: Tensor) -> Function:
+    """A forward hook that is traced: it puts a ``WatchGradient`` behind the module's output.
 
     Only a tensor returned by itself can be replaced by its twin; other outputs are left alone.
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            return eager(module, args, output)
-        if not context.compiled:
-            context.traced = True
-        elif isinstance(output, Tensor) and measurable(output) and torch.is_grad_enabled():
+        if isinstance(output, Tensor) and measurable(output) and torch.is_grad_enabled():
             return WatchGradient.apply(output, state)  # type: ignore[no-untyped-call]
         return None
 

@@ -37,7 +37,7 @@ Family ``activation``, site = module path or ``<path>:input``:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,9 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.compat import DisableTorchFunction
-from stabilitylab.probes.base import Context, Found, KeyTable, Readings
-from stabilitylab.probes.compiled import observe, register, unregister
-from stabilitylab.probes.hooks import Hook
+from stabilitylab.probes.base import Found, KeyTable, Readings
+from stabilitylab.probes.compiled import observe
+from stabilitylab.probes.hooking import Function, HookingProbe
 from stabilitylab.probes.sites import counts, tensor_in, watched
 from stabilitylab.statistics import formats, moments
 from stabilitylab.statistics.buffer import Slots
@@ -88,7 +88,7 @@ class Site:
     itself; from the next step on the site keeps a summary of its own.
     """
 
-    __slots__ = ("alias", "broken", "own_only", "path", "stamp", "state", "summary")
+    __slots__ = ("alias", "broken", "own_only", "path", "stamp", "summary")
 
     def __init__(self, path: str, summary: Summary) -> None:
         self.path = path
@@ -97,17 +97,15 @@ class Site:
         self.stamp = -1
         self.broken = False
         self.own_only = False
-        self.state: Tensor | None = None
 
 
-class ActivationProbe:
+class ActivationProbe(HookingProbe):
     """Statistics of activations; see the module's docstring."""
 
     name = "activations"
 
     def __init__(self) -> None:
-        self._handles: list[Any] = []
-        self._armed = False
+        super().__init__()
         self._sites: list[Site] = []
         self._hooked: list[tuple[nn.Module, Site | None, Site | None]] = []
         self._keys = KeyTable("activation", STATISTICS)
@@ -116,9 +114,9 @@ class ActivationProbe:
         # The summaries of this step in the order in which the forward pass came to them.
         self.order: list[tuple[str, Summary]] = []
 
-    def attach(self, context: Context) -> None:
-        """Choose the sites; a module shared under several names is watched under the first."""
-        self._context = context
+    def _find(self) -> None:
+        # A module shared under several names is watched under the first.
+        context = self._context
         for path, module, layer in watched(context.model):
             inside = self._site(f"{path}:input") if layer and context.wanted(f"{path}:input") else None
             out = self._site(path) if context.wanted(path) else None
@@ -129,35 +127,27 @@ class ActivationProbe:
         self._sites.append(Site(path, Summary(self._context.buffer, full=True)))
         return self._sites[-1]
 
-    def arm(self, measured: bool) -> None:
-        """Put the hooks in place, or take them away."""
+    def _begin(self, measured: bool) -> None:
         self._known.clear()
         self.order = []
-        self._armed = measured
-        self._context.follow_compiler()
-        wanted = measured or self._context.compiled
-        if wanted == bool(self._handles):
-            return
-        if not wanted:
-            self.detach()
-            return
+
+    def _hook(self) -> None:
         for module, inside, out in self._hooked:
-            eager = self._context.guarded(self.name, self._hook(inside, out))
-            hook = traceable(self._context, eager, self._state(inside), self._state(out))
-            self._handles.append(module.register_forward_hook(Hook(hook), with_kwargs=True))
+            states = self._state_of(inside), self._state_of(out)
+            hook = self._traceable(self._guarded(self._look(inside, out)), operators(*states))
+            self._after_forward(module, hook, with_kwargs=True)
 
-    def _state(self, site: Site | None) -> Tensor | None:
-        """What operators in compiled graphs know the site by."""
-        if site is not None and site.state is None:
+    def _state_of(self, site: Site | None) -> Tensor | None:
+        if site is None:
+            return None
 
-            def watcher(x: Tensor) -> None:
-                if self._armed and measurable(x):
-                    self._observe(site, x)
+        def watcher(x: Tensor) -> None:
+            if self._armed and measurable(x):
+                self._observe(site, x)
 
-            site.state = register(self._context.guarded(self.name, watcher))
-        return site.state if site is not None else None
+        return self._state(self._guarded(watcher))
 
-    def _hook(self, inside: Site | None, out: Site | None) -> Any:
+    def _look(self, inside: Site | None, out: Site | None) -> Function:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not self._armed or not counts(module):
                 return
@@ -208,33 +198,12 @@ class ActivationProbe:
         """The table's statistics."""
         return Readings(self._keys.keys(gathered.sites), statistics(gathered.numbers).ravel())
 
-    def gradients(
-        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
-    ) -> None:
-        """Not this probe's business."""
 
-    def detach(self) -> None:
-        """Remove the hooks, and whatever compiled graphs would show us."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for site in self._sites:
-            if site.state is not None:
-                unregister(site.state)
-                site.state = None
-
-
-def traceable(
-    context: Context, eager: Callable[..., None], inside: Tensor | None, out: Tensor | None
-) -> Callable[..., None]:
-    """A forward hook that runs ``eager``, or where it is traced leaves operators for the sites behind."""
+def operators(inside: Tensor | None, out: Tensor | None) -> Function:
+    """A forward hook that is traced: it leaves operators for the sites behind."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            eager(module, args, kwargs, output)
-        elif not context.compiled:
-            context.traced = True
-        elif module.training or torch.is_grad_enabled():
+        if module.training or torch.is_grad_enabled():
             if inside is not None:
                 x = tensor_in(args) if args else tensor_in(kwargs)
                 if x is not None:

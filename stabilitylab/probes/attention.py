@@ -37,6 +37,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -47,9 +48,9 @@ from torch import Tensor, nn
 from stabilitylab.compat import DisableTorchFunction, in_backward
 from stabilitylab.model_structure import blocks, named_modules
 from stabilitylab.probes.attention_calls import Calls, Kernel, Running, Shown, by_head
-from stabilitylab.probes.base import Context, Found, Readings
-from stabilitylab.probes.compiled import observe, register, unregister
-from stabilitylab.probes.hooks import Hook
+from stabilitylab.probes.base import Found, Readings
+from stabilitylab.probes.compiled import observe
+from stabilitylab.probes.hooking import HookingProbe
 from stabilitylab.probes.sites import counts
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.formats import headroom_bits
@@ -77,7 +78,7 @@ class _HeadSlots:
         )
 
 
-class AttentionProbe:
+class AttentionProbe(HookingProbe):
     """Score statistics per head; see the module's docstring.
 
     Args:
@@ -87,67 +88,57 @@ class AttentionProbe:
     name = "attention"
 
     def __init__(self, scores: str = "*.scores") -> None:
+        super().__init__()
         self._scores = scores
-        self._handles: list[Any] = []
         self._slots: dict[str, _HeadSlots] = {}
         self._sizes: dict[str, list[int]] = {}
         self._keys: dict[tuple[tuple[str, int], ...], tuple[Key, ...]] = {}
-        self._states: list[Tensor] = []
-        self._armed = False
         self._mode: Calls | None = None
         self._running: Running | None = None
         self._depth = 0
         self._has_looked = False
 
-    def attach(self, context: Context) -> None:
-        """Note the module paths: a call is named after the module it came from."""
-        self._context = context
-        self._path: dict[int, str] = {id(module): path for path, module in named_modules(context.model)}
+    def _find(self) -> None:
+        # A call is named after the module it came from.
+        self._path: dict[int, str] = {id(module): path for path, module in named_modules(self._context.model)}
         # Their scores are shown by a module of their own.
         self._told = {
             path.rpartition(".")[0] for path in self._path.values() if fnmatchcase(path, self._scores)
         }
 
-    def arm(self, measured: bool) -> None:
-        """Put the hooks in place, or take them away."""
-        self._context.follow_compiler()
-        if self._context.compiled and self._running is None and self._handles:
-            self.detach()  # these hooks are not for a compiled model
-        self._armed = measured
+    def _begin(self, measured: bool) -> None:
         if self._running is not None:
             self._running.begin(measured)
-        wanted = measured or self._context.compiled
-        if wanted == bool(self._handles):
-            return
-        if not wanted:
-            self.detach()
-            return
+
+    def _fits(self) -> bool:
+        # The hooks of a model that is not compiled are not for one that is.
+        return self._running is not None or not self._context.compiled
+
+    def _hook(self) -> None:
         model = self._context.model
         for path, module in named_modules(model):
             if fnmatchcase(path, self._scores):
-                watcher = self._context.guarded(self.name, self._watcher(path.rpartition(".")[0]))
-                self._states.append(register(watcher))
-                hook = Hook(traceable(self._context, watcher, self._states[-1]))
-                self._handles.append(module.register_forward_hook(hook))
+                watcher = self._guarded(self._watcher(path.rpartition(".")[0]))
+                leave = shown(partial(observe, state=self._state(watcher)))
+                self._after_forward(module, self._traceable(shown(watcher), leave))
         if self._context.compiled:
             self._follow(model)
             return
         # The model's forward pass may be entered by another method than forward: then its blocks are the way
         # in.
         for module in (model, *blocks(model).values()):
-            self._handles.append(module.register_forward_pre_hook(Hook(self._enter)))
-            self._handles.append(module.register_forward_hook(Hook(self._exit), always_call=True))
+            self._before_forward(module, self._enter)
+            self._after_forward(module, self._exit, always_call=True)
 
     def _follow(self, model: nn.Module) -> None:
         """Know in compiled graphs which module calls: any but those without parts."""
-        guarded = self._context.guarded
-        self._running = Running(guarded(self.name, self._fused), guarded(self.name, self._softmax))
+        self._running = Running(self._guarded(self._fused), self._guarded(self._softmax))
         for path, module in named_modules(model):
             if module is model or any(True for _ in module.children()):
-                self._states.append(register(guarded(self.name, self._shown(path))))
-                before, after = self._running.hooks(Shown(self._states[-1], path not in self._told))
-                self._handles.append(module.register_forward_pre_hook(Hook(before), prepend=True))
-                self._handles.append(module.register_forward_hook(Hook(after)))
+                state = self._state(self._guarded(self._shown(path)))
+                before, after = self._running.hooks(Shown(state, path not in self._told))
+                self._before_forward(module, before, prepend=True)
+                self._after_forward(module, after)
 
     def _shown(self, path: str) -> Callable[..., None]:
         scores = self._watcher(path)
@@ -174,8 +165,7 @@ class AttentionProbe:
             return
         self._depth += 1
         if self._mode is None and counts(module):
-            guarded = self._context.guarded
-            self._mode = Calls(guarded(self.name, self._fused), guarded(self.name, self._softmax))
+            self._mode = Calls(self._guarded(self._fused), self._guarded(self._softmax))
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -275,11 +265,6 @@ class AttentionProbe:
         ones = torch.ones(H, dtype=torch.float64, device=device)
         buffer.put(slots.sums, torch.cat([scores.entropy.double(), ones]))
 
-    def gradients(
-        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
-    ) -> None:
-        """Not this probe's business."""
-
     def collect(self) -> Found | None:
         """Every attention module that the step's forward passes reached."""
         stamp = self._context.buffer.stamp
@@ -352,13 +337,7 @@ class AttentionProbe:
 
     def detach(self) -> None:
         """Remove the hooks and leave the mode."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for state in self._states:
-            unregister(state)
-        self._states.clear()
-        self._armed = False
+        super().detach()
         self._leave()
         if self._running is not None:
             self._running.begin(False)
@@ -379,17 +358,11 @@ def _is_called_attention(module: Any) -> bool:
     return re.search("att(n|ention)", type(module).__name__, re.IGNORECASE) is not None
 
 
-def traceable(context: Context, watcher: Callable[[Tensor], None], state: Tensor) -> Callable[..., None]:
-    """A forward hook that shows the output to ``watcher``, directly or from inside a compiled graph."""
+def shown(watcher: Callable[[Tensor], object]) -> Callable[..., None]:
+    """A forward hook that shows the output to ``watcher``."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and (module.training or torch.is_grad_enabled()):
-            if torch.compiler.is_compiling():
-                if context.compiled:
-                    observe(output, state)
-                else:
-                    context.traced = True
-            else:
-                watcher(output)
+            watcher(output)
 
     return hook

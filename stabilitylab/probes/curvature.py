@@ -40,11 +40,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stabilitylab.errors import InputError
 from stabilitylab.model_structure import named_modules
-from stabilitylab.probes.base import Context, Found, Readings
+from stabilitylab.probes.base import Found, Readings
+from stabilitylab.probes.hooking import HookingProbe
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.telemetry import RUN_SITE, Key
@@ -54,7 +55,7 @@ STEP = 1e-3
 IN_A_ROW = 2
 
 
-class CurvatureProbe:
+class CurvatureProbe(HookingProbe):
     """Curvature along the coming update; see the module's docstring.
 
     Args:
@@ -66,38 +67,29 @@ class CurvatureProbe:
     name = "curvature"
     # It makes a pass of its own, and so keeps its cadence under a recorder.
     is_costly = True
+    # Compiled graphs need not hold it: any pass may show where random numbers stood.
+    stays_in_graphs = False
 
     def __init__(self, backward: Callable[[], object], *, at_risk: float | None = None) -> None:
         if at_risk is not None and not at_risk > 0:
             raise InputError(f"at_risk is a margin, over 0, got {at_risk}")
+        super().__init__()
         self._backward, self._at_risk = backward, at_risk
         # Measurements in a row below the margin; of the delivery thread.
         self._below = 0
-        self._handles: list[Any] = []
-        self._measured = False
         self._slots: Slots | None = None
         self._randomness: list[Tensor] = []
         self._keys = tuple(Key("curvature", RUN_SITE, name) for name in STATISTICS)
 
-    def attach(self, context: Context) -> None:
-        """Nothing is hooked before a step is measured."""
-        self._context = context
-
-    def arm(self, measured: bool) -> None:
-        """In a measured step the random numbers are remembered that its forward pass begins with."""
-        self._measured = measured
+    def _begin(self, measured: bool) -> None:
         self._randomness = []
-        if measured == bool(self._handles):
-            return
-        if not measured:
-            self.detach()
-            return
-        for _, module in named_modules(self._context.model):
-            self._handles.append(
-                module.register_forward_pre_hook(self._context.guarded(self.name, self._begins))
-            )
 
-    def _begins(self, module: nn.Module, args: Any) -> None:
+    def _hook(self) -> None:
+        for _, module in named_modules(self._context.model):
+            self._before_forward(module, self._guarded(self._remember))
+
+    def _remember(self, *given: object) -> None:
+        """The random numbers that a measured step's forward pass begins with."""
         if not self._randomness:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
             self._randomness = [torch.get_rng_state(), *cuda]
@@ -107,7 +99,7 @@ class CurvatureProbe:
     ) -> None:
         """Measure, with these gradients as the step's own."""
         optimizer, context = self._context.optimizer, self._context
-        if not self._measured or optimizer is None or not gradients:
+        if not self._armed or optimizer is None or not gradients:
             return
         chosen = _directions(optimizer, context.parameters, gradients)
         if chosen is None:
@@ -186,12 +178,6 @@ class CurvatureProbe:
             return ()
         self._below = self._below + 1 if margin < self._at_risk else 0
         return (("at-risk", {"margin": margin, "below": self._at_risk}),) if self._below == IN_A_ROW else ()
-
-    def detach(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
 
 def _directions(

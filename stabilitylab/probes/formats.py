@@ -31,7 +31,7 @@ measured as a format would have to hold them, with the loss scale in them. ``sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,8 @@ from stabilitylab.errors import InputError
 from stabilitylab.formats import what_if_format, what_if_sums
 from stabilitylab.model_structure import is_linear, named_modules
 from stabilitylab.probes import activation_gradients, activations
-from stabilitylab.probes.base import Context, Found, KeyTable, Readings
-from stabilitylab.probes.compiled import register, unregister
-from stabilitylab.probes.hooks import Hook
+from stabilitylab.probes.base import Found, KeyTable, Readings
+from stabilitylab.probes.hooking import Function, HookingProbe
 from stabilitylab.probes.sites import counts, tensor_in
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
@@ -58,7 +57,7 @@ _EACH = 3  # numbers of a format: what_if_sums
 _OPERANDS = (":input", ":weight", ":gradient")
 
 
-class FormatProbe:
+class FormatProbe(HookingProbe):
     """Errors of formats; see the module's docstring.
 
     Args:
@@ -72,6 +71,7 @@ class FormatProbe:
     name = "formats"
 
     def __init__(self, formats: Sequence[str] = FORMATS, *, rows: int = ROWS) -> None:
+        super().__init__()
         if not formats or rows < 1:
             raise InputError(
                 f"the probe of formats takes a format and a row at least, got {formats!r}, {rows}"
@@ -87,45 +87,30 @@ class FormatProbe:
         statistics = [f"{name}_{what}" for name in formats for what in ("error", "underflow", "overflow")]
         self._keys = KeyTable("format", statistics)
         self._layers: dict[str, nn.Module] = {}
-        self._handles: list[Any] = []
-        self._states: list[Tensor] = []
         self._slots: dict[str, Slots] = {}
         # Of each operand of this step: rows of it, and its largest magnitude.
         self._taken: dict[str, tuple[Tensor, Tensor]] = {}
-        self._armed = False
 
-    def attach(self, context: Context) -> None:
-        """Choose the layers."""
-        self._context = context
+    def _find(self) -> None:
+        context = self._context
         for path, module in named_modules(context.model):
             if is_linear(module) and any(context.wanted(f"{path}{end}") for end in ("", *_OPERANDS)):
                 self._layers[path] = module
 
-    def arm(self, measured: bool) -> None:
-        """Put the hooks in place, or take them away."""
+    def _begin(self, measured: bool) -> None:
         self._taken.clear()
-        self._armed = measured
-        self._context.follow_compiler()
-        wanted = measured or self._context.compiled
-        if wanted == bool(self._handles):
-            return
-        if not wanted:
-            self.detach()
-            return
-        guarded = self._context.guarded
+
+    def _hook(self) -> None:
         for path, module in self._layers.items():
             forward, backward = self._taker(path, module, ":input"), self._taker(path, None, ":gradient")
-            inside, outside = (register(guarded(self.name, taker)) for taker in (forward, backward))
-            self._states += [inside, outside]
-            eager = guarded(self.name, self._hook(forward, backward))
-            seen = activations.traceable(self._context, eager, inside, None)
-            self._handles.append(module.register_forward_hook(Hook(seen), with_kwargs=True))
+            leave = activations.operators(self._state(self._guarded(forward)), None)
+            eager = self._guarded(self._look(forward, self._guarded(backward)))
+            self._after_forward(module, self._traceable(eager, leave), with_kwargs=True)
             if self._context.compiled:
-                nothing: Callable[..., None] = lambda *_: None  # noqa: E731
-                shown = activation_gradients.traceable(self._context, nothing, outside)
-                self._handles.append(module.register_forward_hook(Hook(shown)))
+                twin = activation_gradients.twin(self._state(self._guarded(backward)))
+                self._after_forward(module, self._traceable(lambda *_: None, twin))
 
-    def _hook(self, forward: Callable[[Tensor], None], backward: Callable[[Tensor], None]) -> Any:
+    def _look(self, forward: Callable[[Tensor], None], backward: Function) -> Function:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not self._armed or not counts(module):
                 return
@@ -134,7 +119,7 @@ class FormatProbe:
                 if x is not None:
                     forward(x)
                 if y is not None and y.requires_grad and not y.is_leaf:
-                    y.register_hook(self._context.guarded(self.name, backward))  # type: ignore[no-untyped-call]
+                    y.register_hook(backward)  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -168,11 +153,6 @@ class FormatProbe:
         largest = torch.maximum(-lowest, highest).float()
         own = sample.nan_to_num(0.0, 0.0, 0.0).abs().amax()
         self._taken[site] = sample, torch.where(largest.isfinite(), largest, own)
-
-    def gradients(
-        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
-    ) -> None:
-        """Not this probe's business."""
 
     @torch.no_grad()
     def collect(self) -> Found | None:
@@ -212,13 +192,8 @@ class FormatProbe:
         return Readings(self._keys.keys(gathered.sites), values.ravel())
 
     def detach(self) -> None:
-        """Remove the hooks, and whatever compiled graphs would show us."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for state in self._states:
-            unregister(state)
-        self._states.clear()
+        """Remove the hooks, and what they took."""
+        super().detach()
         self._taken.clear()
 
 

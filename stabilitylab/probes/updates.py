@@ -34,8 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabilitylab.probes.base import Context, Found, KeyTable, Readings
+from stabilitylab.probes.base import Found, KeyTable, Readings
 from stabilitylab.probes.gradients import local_part
+from stabilitylab.probes.hooking import HookingProbe
 from stabilitylab.probes.outside_changes import FIELDS as OUTSIDE
 from stabilitylab.probes.outside_changes import BetweenSteps, OutsideChanges, jumps, least_beta2, settings_of
 from stabilitylab.probes.second_moments import SecondMoments
@@ -62,13 +63,14 @@ class _Entry:
     slots: Slots
 
 
-class UpdateProbe:
+class UpdateProbe(HookingProbe):
     """Statistics of every parameter's update; see the module's docstring."""
 
     name = "updates"
+    stays_in_graphs = False
 
     def __init__(self) -> None:
-        self._handles: list[Any] = []
+        super().__init__()
         self._updates: dict[int, _Entry] = {}
         self._held: dict[int, Tensor] = {}  # gradients, during a step
         # The keys of what had moments, another v, no moments, and all of them together.
@@ -81,30 +83,20 @@ class UpdateProbe:
         self._jumps: tuple[tuple[str, float, float], ...] = ()
         self._compared = False
 
-    def attach(self, context: Context) -> None:
-        """Name the optimizer's tensors."""
-        self._context = context
+    def _find(self) -> None:
         self.name_parameters()
 
     def name_parameters(self) -> None:
         """Take the context's parameters, some of which may be new."""
         self._names = {id(p): name for name, p in self._context.parameters.items()}
 
-    def arm(self, measured: bool) -> None:
-        """Put the optimizer's hooks in place, or take them away."""
+    def _begin(self, measured: bool) -> None:
         self._release()
         self._between.arm(measured)
         self._compared, self._jumps = False, ()
-        optimizer = self._context.optimizer
-        if optimizer is None or measured == bool(self._handles):
-            return
-        if not measured:
-            self.detach()
-            return
-        self._handles = [
-            optimizer.register_step_pre_hook(self._context.guarded(self.name, self._before)),
-            optimizer.register_step_post_hook(self._context.guarded(self.name, self._after)),
-        ]
+
+    def _hook(self) -> None:
+        self._around_step(self._before, self._after)
 
     def _listed(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Mapping[str, Any]]]:
         """The optimizer's tensors that the user asked for, with their groups."""
@@ -206,11 +198,6 @@ class UpdateProbe:
         self._moments.done()
         self._release()
 
-    def gradients(
-        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
-    ) -> None:
-        """Not this probe's business."""
-
     def collect(self) -> Found | None:
         """Every parameter that was updated."""
         stamp = self._context.buffer.stamp
@@ -277,9 +264,7 @@ class UpdateProbe:
 
     def detach(self) -> None:
         """Remove the optimizer's hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().detach()
         self._release()
 
 

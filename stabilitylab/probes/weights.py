@@ -24,7 +24,6 @@ WeightProbe()]``. Limits: no parameter of which a rank has a part only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,8 @@ import torch
 from torch import Tensor
 
 from stabilitylab.model_structure import parameter_groups
-from stabilitylab.probes.base import Context, Found, Readings
+from stabilitylab.probes.base import Found, Readings
+from stabilitylab.probes.hooking import HookingProbe
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.summary import measurable
@@ -45,13 +45,14 @@ FIRST_ITERATIONS, ITERATIONS = 12, 2
 _FIELDS = 6  # |w|^2, sigma, <g, w>, |g|^2, <u, g>, |u|^2
 
 
-class WeightProbe:
+class WeightProbe(HookingProbe):
     """Statistics of every weight; see the module's docstring."""
 
     name = "weights"
+    stays_in_graphs = False
 
     def __init__(self) -> None:
-        self._handles: list[Any] = []
+        super().__init__()
         self._slots: dict[str, Slots] = {}
         self._vectors: dict[str, Tensor] = {}
         # Name -> weight before the update and its gradient, during a step.
@@ -59,9 +60,7 @@ class WeightProbe:
         self._matrices: set[str] = set()
         self._keys: dict[tuple[str, ...], tuple[Key, ...]] = {}
 
-    def attach(self, context: Context) -> None:
-        """Name the optimizer's tensors."""
-        self._context = context
+    def _find(self) -> None:
         self.name_parameters()
 
     def name_parameters(self) -> None:
@@ -82,24 +81,12 @@ class WeightProbe:
         }
         self._keys.clear()
 
-    def arm(self, measured: bool) -> None:
-        """Put the optimizer's hooks in place, or take them away."""
+    def _begin(self, measured: bool) -> None:
         self._before.clear()
-        optimizer = self._context.optimizer
-        if optimizer is None or measured == bool(self._handles):
-            return
-        if not measured:
-            self.detach()
-            return
-        self._handles = [
-            optimizer.register_step_pre_hook(self._context.guarded(self.name, self._take)),
-            optimizer.register_step_post_hook(self._context.guarded(self.name, self._measure)),
-        ]
 
-    def gradients(
-        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
-    ) -> None:
-        """They are read where the optimizer takes them."""
+    def _hook(self) -> None:
+        # Gradients are read where the optimizer takes them.
+        self._around_step(self._take, self._measure)
 
     @torch.no_grad()
     def _take(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -201,9 +188,7 @@ class WeightProbe:
 
     def detach(self) -> None:
         """Remove the optimizer's hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().detach()
         self._before.clear()
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.log import Block, Log
+from stabilitylab.logs.recognise import open_logs
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
 from stabilitylab.spikes.offline import feed, finished
@@ -123,6 +125,19 @@ def scan_log(log: Log) -> Scan:
         for block in _sorted_blocks(log):
             scanner.add(block)
     return scanner.result()
+
+
+def listed_episodes(folder: Path) -> list[Episode]:
+    """Those of a run folder in the order in which ``stabilitylab spikes`` numbers them, from 1: the recorded ones, or where none
+    were, those that the whole log shows.
+
+    Raises:
+        InputError: it holds neither.
+    """
+    from stabilitylab.runs.folder import RunFolder
+
+    recorded = episodes_of(RunFolder(folder).read_events())
+    return recorded or scan_log(open_logs((folder,))[0]).episodes
 
 
 def _sorted_blocks(log: Log) -> Iterator[Block]:

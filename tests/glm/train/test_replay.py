@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -17,14 +18,18 @@ from glm.train import checkpoint as checkpoints
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig
 from glm.train.engine import LocalEngine
 from glm.train.events import Callback
+from glm.train.forks import episode_of
 from glm.train.loop import FLIGHT, Trainer
 from glm.train.monitoring import MonitorCallback
 from glm.train.replay import replay_command
 from glm.train.replay_report import verdict
+from stabilitylab import Monitor
+from stabilitylab.logs.recognise import open_logs
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
-from stabilitylab.spikes import Episode, ResponderConfig
+from stabilitylab.spikes import Episode, ResponderConfig, episodes_of
 from stabilitylab.spikes.outcomes import tally
+from stabilitylab.spikes.scan import scan_log
 from stabilitylab.telemetry import Event
 
 ONSET = 22
@@ -287,3 +292,20 @@ def test_a_state_that_cannot_be_written_is_an_event(data_folder, claimed):
     trained(data_folder, SMALL, alarm, run=claimed)
     (lost,) = [event for event in alarm.told if event.kind == "telemetry-lost"]
     assert "could not be kept" in lost.data["reason"]
+
+
+def test_an_event_that_only_the_whole_log_shows_has_its_number(tmp_path):
+    losses = 2 * (1 + np.random.default_rng(0).normal(0, 0.01, 120))
+    losses[70:74] += 0.18
+    watched = torch.nn.Linear(1, 1)
+    with Monitor(watched, out=tmp_path, every=0, probes=[], detector=None, tensorboard=False) as monitor:
+        for step, loss in enumerate(losses.tolist()):
+            monitor.step(step, loss=loss)
+    run = load_run(tmp_path)
+    assert not episodes_of(run.events)
+    (log,) = open_logs([tmp_path])
+    (listed,) = scan_log(log).episodes
+    assert 68 <= listed.onset <= 71
+    assert episode_of(run, 1) == listed
+    with pytest.raises(InputError, match="no event 2: choose one of 1"):
+        episode_of(run, 2)

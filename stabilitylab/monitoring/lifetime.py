@@ -1,0 +1,44 @@
+"""A loop that dies without ``close`` loses nothing: what is open is closed when the process ends.
+
+It is held weakly, so that it may be collected as garbage before; and a child that was forked from the process has nothing to write.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import weakref
+from typing import Protocol
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+class Lifetime:
+    """Of one object, from here to its ``close`` or the end of the process.
+
+    Args:
+        of: what is closed at the end; anything opened earlier is still open then.
+    """
+
+    def __init__(self, of: _Closes) -> None:
+        self._process = os.getpid()
+        self._at_exit = functools.partial(_close, weakref.ref(of), self._process)
+        atexit.register(self._at_exit)
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a child that was forked."""
+        return self._process == os.getpid()
+
+    def end(self) -> None:
+        """It is closed, or gone."""
+        atexit.unregister(self._at_exit)
+
+
+def _close(of: weakref.ref[_Closes], process: int) -> None:
+    alive = of()
+    if alive is not None and process == os.getpid():
+        alive.close()

@@ -1,0 +1,132 @@
+"""Probes that hook: what they share of attaching, arming, detaching, of errors and of compiled models.
+
+Hooks exist while a step is measured and cost nothing otherwise. Those on modules of a compiled model are traced into its graphs
+once and must stay: there ``_armed`` says whether what passes is looked at. A hook that raises is reported and not raised, and
+one in a pass that is not the training's sees nothing (``Context.guarded``); a copy of the model is not watched (``Hook``).
+
+A probe of one's own says what it finds in ``_find``, and where it hooks in ``_hook``:
+
+    class LoudestProbe(HookingProbe):
+        name = "loudest"
+
+        def _hook(self) -> None:
+            for path, module in self._context.model.named_modules():
+                self._after_forward(module, self._guarded(partial(self._look, path)))
+
+and has ``collect`` and ``finish`` as every probe (``stabilitylab.probes.base``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabilitylab.probes.base import Context
+from stabilitylab.probes.compiled import register, unregister
+from stabilitylab.probes.hooks import Hook
+from stabilitylab.statistics.buffer import Slots
+
+Function = Callable[..., Any]
+
+
+class HookingProbe:
+    """What is common to probes with hooks; see the module's docstring."""
+
+    name: str
+    # Whether hooks are on modules, and so are there for good where the model is compiled.
+    stays_in_graphs = True
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        # Of the operators that compiled graphs hold for us.
+        self._states: list[Tensor] = []
+        self._armed = False
+
+    def attach(self, context: Context) -> None:
+        """Find the sites; nothing is hooked before a step is measured."""
+        self._context = context
+        self._find()
+
+    def arm(self, measured: bool) -> None:
+        """A step begins: put the hooks in place, or take them away."""
+        self._begin(measured)
+        wanted = measured
+        if self.stays_in_graphs:
+            self._context.follow_compiler()
+            wanted = measured or self._context.compiled
+        if self._handles and not (wanted and self._fits()):
+            self.detach()
+        self._armed = measured
+        if wanted and not self._handles:
+            self._hook()
+
+    def gradients(
+        self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
+    ) -> None:
+        """Not the business of a probe that hooks."""
+
+    def detach(self) -> None:
+        """Remove the hooks; those in graphs that are still alive see nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for state in self._states:
+            unregister(state)
+        self._states.clear()
+        self._armed = False
+
+    # What a probe says of itself.
+
+    def _find(self) -> None:
+        """Choose the sites, once."""
+
+    def _begin(self, measured: bool) -> None:
+        """Forget the last step."""
+
+    def _fits(self) -> bool:
+        """Whether the hooks in place are those that the model needs, compiled or not."""
+        return True
+
+    def _hook(self) -> None:
+        """Put the hooks in place."""
+        raise NotImplementedError
+
+    # What it does it with.
+
+    def _guarded(self, function: Function) -> Function:
+        return self._context.guarded(self.name, function)
+
+    def _state(self, watcher: Function) -> Tensor:
+        """What operators in compiled graphs know the (guarded) watcher by."""
+        self._states.append(register(watcher))
+        return self._states[-1]
+
+    def _before_forward(self, module: nn.Module, hook: Function, **how: bool) -> None:
+        self._handles.append(module.register_forward_pre_hook(Hook(hook), **how))
+
+    def _after_forward(self, module: nn.Module, hook: Function, **how: bool) -> None:
+        self._handles.append(module.register_forward_hook(Hook(hook), **how))
+
+    def _around_step(self, before: Function, after: Function) -> None:
+        """Hook the optimizer, if there is one."""
+        optimizer = self._context.optimizer
+        if optimizer is not None:
+            self._handles.append(optimizer.register_step_pre_hook(self._guarded(before)))
+            self._handles.append(optimizer.register_step_post_hook(self._guarded(after)))
+
+    def _traceable(self, eager: Function, leave: Function) -> Function:
+        """A hook that runs ``eager``, or where the compiler traces it, ``leave``, which leaves operators behind."""
+        context = self._context
+
+        def hook(*args: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                return eager(*args)
+            if context.compiled:
+                return leave(*args)
+            context.traced = True
+            return None
+
+        return hook
