@@ -31,6 +31,7 @@ from rich.table import Table
 from experiments.benchmarks._spike_curves import Curve, real_curves, synthetic_curves
 from experiments.benchmarks._spike_kind_scores import KindScore, kind_scores, totals
 from experiments.benchmarks._spike_kinds import curves_by_kind
+from experiments.benchmarks._spike_mixtures import mixtures
 from experiments.benchmarks._spike_peers import RULES
 from stabilitylab.spikes import SpikeDetector, baseline, find_episodes
 from stabilitylab.telemetry import LOSS
@@ -231,7 +232,8 @@ def _show_kinds(console: Console, scores: dict[str, dict[str, KindScore]], confu
 
 def _kinds(options: argparse.Namespace) -> int:
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    scores, confusion = kind_scores(curves_by_kind(seeds, salt=options.salt), DETECTORS)
+    curves = (mixtures if options.mixtures else curves_by_kind)(seeds, salt=options.salt)
+    scores, confusion = kind_scores(curves, DETECTORS if options.peers else {OURS: our_alarms})
     if options.json:
         result = {
             "scores": {n: {f: s.to_json() for f, s in some.items()} for n, some in scores.items()},
@@ -255,10 +257,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--sensitivity", action="store_true", help="also move our constants")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--kinds", action="store_true", help="score each kind of trouble for itself instead")
-    parser.add_argument("--first-seed", type=int, default=0, help="with --kinds: the first seed")
-    parser.add_argument("--salt", type=int, default=0, help="with --kinds: another draw of everything")
+    parser.add_argument("--mixtures", action="store_true", help="score logs composed at random instead")
+    parser.add_argument("--peers", action="store_true", help="with these two: the other rules, too (slow)")
+    parser.add_argument("--first-seed", type=int, default=0, help="with these two: the first seed")
+    parser.add_argument("--salt", type=int, default=0, help="with these two: another draw of everything")
     options = parser.parse_args(argv)
-    if options.kinds:
+    if options.kinds or options.mixtures:
         return _kinds(options)
     curves = {"synthetic": list(synthetic_curves(options.seeds))}
     if options.folder is not None:

@@ -37,6 +37,8 @@ COARSE = (4, 16)
 COARSE_FLOOR = 0.08
 LEAST_BLOCKS = 32
 RISE_BLOCKS = 6
+RISE_LEAST = 3
+RISE_SHARE = 0.5
 END_FACTOR = 1.5
 SAMPLED = 65_536
 
@@ -159,6 +161,8 @@ def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> 
         if not out_N[seed]:
             continue
         first, last = _run(out_N, seed, -1), _run(out_N, seed, 1)
+        if not _rises(values_N, residual_N, first, last):
+            continue
         run = slice(first, last + 1)
         values = max(
             int((residual_N[run] > COUNTED_SIGMAS * scale_N[run]).sum()),
@@ -172,6 +176,15 @@ def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> 
                 kind = "divergence"
         spans.append((first, last, kind))
     return spans
+
+
+def _rises(values_N: Vector, residual_N: Vector, first: int, last: int) -> bool:
+    """Whether it stands over what was before it. The end of a plateau before a drop is over the median of both, and does not."""
+    if not first:
+        return True
+    before_N, run = values_N[max(0, first - RISE_BLOCKS) : first], slice(first, last + 1)
+    before = min(float(np.median(before_N)), float(np.median(before_N[-RISE_LEAST:])))
+    return float(np.median(values_N[run])) - before > RISE_SHARE * float(np.median(residual_N[run]))
 
 
 def deviations(values_N: Vector) -> Vector:

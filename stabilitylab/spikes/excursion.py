@@ -17,13 +17,29 @@ the loss has fallen; a value over the old limit is still out: there is no blind 
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import asdict
 from typing import Any
 
-from stabilitylab.spikes.baseline import BLOCK, FEW_VALUES, GROUP, LEARNED_FROM, Baseline, median, ripple_of
-from stabilitylab.spikes.onsets import beginning_of, block_is_out, four_are_out, has_jumped, is_out
+from stabilitylab.spikes.baseline import (
+    BLOCK,
+    FEW_VALUES,
+    GROUP,
+    LEARNED_FROM,
+    SHAPE_KNOWN,
+    Baseline,
+    median,
+    ripple_of,
+)
+from stabilitylab.spikes.beginnings import at_creep, at_mean, at_value
+from stabilitylab.spikes.onsets import (
+    UP_VALUES,
+    block_is_out,
+    four_are_out,
+    has_jumped,
+    is_out,
+    three_are_up,
+)
 from stabilitylab.spikes.snapshots import Snapshots
 from stabilitylab.spikes.verdict import (
     END_SHARE,
@@ -34,7 +50,6 @@ from stabilitylab.spikes.verdict import (
     Change,
     Open,
     is_noise,
-    lasted,
     verdict_at_end,
 )
 
@@ -133,6 +148,10 @@ class Excursions:
             rise = value - max(self.block[-FEW_VALUES:])
             if rise > 0 and rise > base.suppose(self.block):
                 return [self._begin(step, value)]
+        if base.blocks < SHAPE_KNOWN and (before := three_are_up(base, self.recent, value)) is not None:
+            base.level = before
+            values = [*list(self.recent)[1 - UP_VALUES :], value]
+            return [self._begin_at_mean(step, values, [*self.recent_steps, step][-UP_VALUES:])]
         self._take(step, value)
         if len(self.block) < (BLOCK if base.known else LEARNED_FROM):
             return []
@@ -173,35 +192,11 @@ class Excursions:
         self.learning = learning or (self.learning and not self.baseline.known)
 
     def _begin(self, step: int, value: float) -> Change:
-        base = self.baseline
-        # What stood half as high right before belongs to it.
-        residuals, steps = [value - base.level], [step]
-        half = max(base.band(), 0.5 * base.limit()) if base.known else math.inf
-        while len(steps) <= len(self.recent_steps) and self.recent[-len(steps)] - base.level > half:
-            residuals.insert(0, self.recent[-len(steps)] - base.level)
-            steps.insert(0, self.recent_steps[-len(steps)])
-        onset = steps[0]
-        inside = self.inside if self.inside is not None else step
-        if len(steps) > 1:
-            self._keep_block_before(onset)
-            before = [s for s in self.recent_steps if s < onset]
-            inside = before[-1] if before else onset
-        height = max(residuals)
-        self.open = Open(
-            kind="hard-batch" if lasted(step, inside, len(steps), even=base.even) <= HARD_STEPS else "spike",
-            onset=onset,
-            inside=inside,
-            level=base.level,
-            peak=steps[residuals.index(height)],
-            height=height,
-            end=step,
-            told=step,
-            out=len(steps),
-            run=len(steps),
-            age=len(steps),
-            residuals=residuals,
-        )
-        return Change("onset", self.open)
+        now = at_value(self.baseline, step, value, self.recent, self.recent_steps, self.inside)
+        if now.onset < step:
+            self._keep_block_before(now.onset)
+        self.open = now
+        return Change("onset", now)
 
     def _keep_block_before(self, onset: int) -> None:
         """What of the block came before ``onset`` stays to be learned from."""
@@ -209,27 +204,8 @@ class Excursions:
         self.block, self.block_steps = [x for _, x in kept], [s for s, _ in kept]
 
     def _begin_at_mean(self, step: int, values: list[float], steps: list[int]) -> Change:
-        """An excursion of means: it began where the values behind the mean rose over a third of their largest."""
-        base = self.baseline
-        residuals = [x - base.level for x in values]
-        begin = beginning_of(residuals)
-        top = max(range(begin, len(residuals)), key=residuals.__getitem__)
-        inside = steps[begin - 1] if begin else steps[0]
-        self.open = Open(
-            kind="spike",
-            onset=steps[begin],
-            inside=inside,
-            level=base.level,
-            peak=steps[top],
-            height=residuals[top],
-            end=step,
-            told=step,
-            out=max(HARD_STEPS + 1, len(steps) - begin),
-            long_run=True,
-            age=len(steps) - begin,
-            residuals=residuals[begin:],
-        )
-        self._keep_block_before(steps[begin])
+        self.open = at_mean(self.baseline, step, values, steps)
+        self._keep_block_before(self.open.onset)
         return Change("onset", self.open)
 
     def _watch_creep(self, step: int) -> list[Change]:
@@ -242,23 +218,8 @@ class Excursions:
             self.creep_onset = step
         if crept < 1.0:
             return []
-        onset, height, limit = self.creep_onset, base.slow - base.lowest, base.creep_limit()
-        base.level = base.slow = base.lowest
+        self.open = at_creep(base, step, self.creep_onset)
         self.creep_onset = None
-        self.open = Open(
-            kind="divergence",
-            onset=onset,
-            inside=onset,
-            level=base.level,
-            peak=step,
-            height=height,
-            end=step,
-            told=step,
-            out=HARD_STEPS + 1,
-            long_run=True,
-            residuals=[height],
-            crept_until=limit / 2,
-        )
         return [Change("onset", self.open)]
 
     # ------------------------------------------------------------------------------------------------- out

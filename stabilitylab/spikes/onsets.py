@@ -1,15 +1,35 @@
 """What begins an excursion: the questions that a quiet signal's next value is asked.
 
 A value, a mean of four or of a block over its limit; on a fall, where the level lags behind, a value or a mean of four
-that stands as high above the values right before it.
+that stands as high above the values right before it. In the first 256 values, where the scales still hold the steepest fall,
+three values in a row that all stand over the four before them, by ``UP_SIGMAS`` of what neighbours differ by. One wild value is
+no such thing, whatever the tail, and what correlated neighbours wander by in three values is in the scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 from stabilitylab.spikes import baseline as constants
-from stabilitylab.spikes.baseline import BLOCK, FALL_SIGMAS, GROUP, Baseline, ripple_of
+from stabilitylab.spikes.baseline import (
+    BLOCK,
+    FALL_SIGMAS,
+    GROUP,
+    MAD,
+    MEAN_SHARE,
+    RIPPLE,
+    Baseline,
+    median,
+    ripple_of,
+)
+
+UP_VALUES = 3
+UP_SIGMAS = 5.0
+# The scale of few values is less sure: two deviations more with eight of them, less with more.
+UP_UNSURE = 16.0
+UP_LEAST = 8
+UP_EVEN = 0.4  # the least of the three stands so high at least, as a share of their mean
 
 
 def is_above_noise(base: Baseline, recent: Sequence[float], height: float, values: int) -> bool:
@@ -50,6 +70,34 @@ def four_are_out(base: Baseline, recent: Sequence[float], residual: float) -> bo
         reference = max(sum(earlier[:GROUP]), sum(earlier[GROUP:])) / GROUP
         mean -= min(0.0, reference)
     return mean > limit and is_above_noise(base, recent, mean, GROUP)
+
+
+def three_are_up(base: Baseline, recent: Sequence[float], value: float) -> float | None:
+    """Whether ``value`` and the two before it stand over the four before them; then their median.
+
+    In 48,000 to 380,000 healthy values of twelve noises on eight falls, the mean of the three stood 4.6 of these scales over the
+    highest of the four once in 50,000 with 12 to 16 values before, 4.2 with 29.
+    """
+    count = len(recent) + 1 - UP_VALUES
+    if count < UP_LEAST or value <= recent[-UP_VALUES - 1]:
+        return None
+    two = (recent[-2], recent[-1])
+    mean, least = (two[0] + two[1] + value) / UP_VALUES, min(*two, value)
+    top = max(islice(recent, count - GROUP, count))
+    rise = mean - top
+    if least - top <= UP_EVEN * rise or rise <= MEAN_SHARE * base.relative_floor * abs(top):
+        return None
+    before = list(islice(recent, count))
+    scale = max(ripple_of(before), bend_of(before, UP_VALUES), base.quantum)
+    if rise <= max((UP_SIGMAS + UP_UNSURE / count) * scale, base.absolute_floor):
+        return None
+    return median(before[-GROUP:])
+
+
+def bend_of(values: Sequence[float], apart: int) -> float:
+    """``ripple_of`` values that lie so far apart: a fall is hardly in it, what neighbours wander by is."""
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[apart:], values[2 * apart :], strict=False)]
+    return MAD * RIPPLE * median(bends) if bends else 0.0
 
 
 def block_is_out(base: Baseline, recent: Sequence[float], block: Sequence[float]) -> bool:

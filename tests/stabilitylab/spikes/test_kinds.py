@@ -313,3 +313,34 @@ def test_a_smoothed_log_in_which_most_hard_batches_drown_is_noticed():
     episodes = find_episodes(None, losses)
     assert [one.onset for one in episodes] == at.tolist()
     assert set(kinds(episodes)) == {"hard-batch"}
+
+
+# ------------------------------------------------------------------------------------- the first values, and plateaus
+
+
+def told_online(curve):
+    """Indices at which the detector first says that the state left."""
+    detector, told = SpikeDetector(), {}
+    for step, loss in enumerate(curve.tolist()):
+        for event in detector.update(step, {LOSS: loss}):
+            if event.kind != "hard-batch":
+                told.setdefault(event.data["episode"], step)
+    return sorted(told.values())
+
+
+@pytest.mark.parametrize("at", [24, 40, 60])
+@pytest.mark.parametrize("seed", range(3))
+def test_three_values_over_those_before_are_told_at_the_third_on_any_fall(at, seed):
+    """A fall of hundreds of deviations is in the scales by then; neighbours do not show it."""
+    curve = 2 + 6 * np.exp(-9 * np.arange(90) / 90) + 0.02 * gauss(90, seed)
+    curve[at:] += 1.0
+    assert told_online(curve)[:1] == [at + 2]
+
+
+@pytest.mark.parametrize("df", [3, None])
+def test_the_end_of_a_plateau_is_no_excursion(df):
+    stairs = 3 * 0.85 ** (np.arange(240) // 48)
+    for seed in range(8):
+        curve = stairs * (1 + 0.007 * coloured(240, seed, 0.0, df))
+        assert set(kinds(find_episodes(None, curve))) <= {"hard-batch"}
+        assert told_online(curve) == []
