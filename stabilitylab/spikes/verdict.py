@@ -7,8 +7,8 @@
   were: how high the peak was does not matter. It stays open while it moves or is wilder than the run was before; one
   that comes back within 512 values was a spike after all.
 - cut short by the log's end or the run going back: a divergence if three or more values were out and the last quarter
-  stands at half of the highest third (of fewer than nine values, of them all), else a spike; one or two values that are less than half
-  the level high are taken for a hard batch, as they nearly always are.
+  stands at half of the highest third (of fewer than nine values, of them all), else a spike; one or two values that
+  are less than half the level high are taken for a hard batch, as they nearly always are.
 """
 
 from __future__ import annotations
