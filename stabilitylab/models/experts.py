@@ -76,6 +76,17 @@ def split_experts(model: nn.Module) -> int:
     return len(fused)
 
 
+def expert_groups(model: nn.Module) -> dict[str, str]:
+    """Path of each expert's layer -> name of the fused parameter that it is a part of."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, SplitExperts):
+            for name in (module.inward, "down_proj"):
+                for expert in range(len(module.down_proj)):
+                    found[f"{path}.{name}.{expert}"] = f"{path}.{name}"
+    return found
+
+
 def _is_fused(module: Any) -> bool:
     if not all(hasattr(module, name) for name in _LAYOUT):
         return False

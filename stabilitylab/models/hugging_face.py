@@ -35,6 +35,7 @@ from stabilitylab.model_structure import stacks
 from stabilitylab.models import gguf_file
 from stabilitylab.models.dequantized import COMPANION, OF_ACTIVATIONS, plain_folder
 from stabilitylab.models.experts import split_experts
+from stabilitylab.models.room import require_room, surely_fits
 from stabilitylab.models.text import TokenWindows
 from stabilitylab.models.text_model import TextModel
 from stabilitylab.models.weight_files import FLOATS, StoredTensor
@@ -83,6 +84,7 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
     ] = plain_folder(folder) if folder else contextlib.nullcontext((path, {}, ()))
     with plain_or_given as (plain, stored, said), gguf_file.opened_once():
         described = describe(path, plain)
+        _check_room(path, described, dtype)
         with quiet():
             module, info = described.read(
                 "weights",
@@ -106,6 +108,17 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
         cut=windows(tokenizer, described.predicts),
         notes=notes,
     )
+
+
+def _check_room(path: Path, described: Described, dtype: torch.dtype) -> None:
+    files = (
+        [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.gguf"), *path.glob("*.bin")]
+    )
+    if surely_fits(sum(file.stat().st_size for file in files), dtype):
+        return
+    with quiet(), torch.device("meta"):
+        built = described.loader.from_config(described.config)
+    require_room(path, sum(parameter.numel() for parameter in built.parameters()), dtype)
 
 
 def _unpacked(where: Mapping[str, Any]) -> dict[str, Any]:

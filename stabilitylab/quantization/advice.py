@@ -76,12 +76,21 @@ class Advisor:
         layers: their sensitivities.
         latencies: of their shapes.
         verification: measures whole plans.
+        groups: path -> group of those layers that must have one scheme: experts that are one parameter in the model's own form.
     """
 
     def __init__(
-        self, layers: Sequence[LayerSensitivity], latencies: Latencies, verification: Verification
+        self,
+        layers: Sequence[LayerSensitivity],
+        latencies: Latencies,
+        verification: Verification,
+        groups: Mapping[str, str] | None = None,
     ) -> None:
         self._layers, self._latencies, self._verification = layers, latencies, verification
+        units: dict[str, list[LayerSensitivity]] = {}
+        for layer in layers:
+            units.setdefault((groups or {}).get(layer.path, layer.path), []).append(layer)
+        self._units = list(units.values())
         self._names = [*next(iter(layers)).effects, KEPT]
         self._batches = list(next(iter(latencies.values()))[KEPT])
         self._squared = verification.loss is None
@@ -164,20 +173,27 @@ class Advisor:
 
     def _harms(self) -> list[list[float]]:
         return [
-            [0.0 if name == KEPT else layer.effects[name].harm for name in self._names]
-            for layer in self._layers
+            [0.0 if name == KEPT else sum(one.effects[name].harm for one in unit) for name in self._names]
+            for unit in self._units
         ]
 
     def _costs(self, budget: Budget) -> list[list[float]]:
         if budget.kind == "latency":
             return [
-                [self._latencies[layer.shape][name][budget.batch] for name in self._names]
-                for layer in self._layers
+                [sum(self._latencies[one.shape][name][budget.batch] for one in unit) for name in self._names]
+                for unit in self._units
             ]
-        return [[float(self.bytes_of(layer, name)) for name in self._names] for layer in self._layers]
+        return [
+            [float(sum(self.bytes_of(one, name) for one in unit)) for name in self._names]
+            for unit in self._units
+        ]
 
     def _proposal(self, choice: Sequence[int]) -> Assignment:
-        return {layer.path: self._names[index] for layer, index in zip(self._layers, choice, strict=True)}
+        return {
+            one.path: self._names[index]
+            for unit, index in zip(self._units, choice, strict=True)
+            for one in unit
+        }
 
     def _within_cost(self, budget: Budget, singles: Mapping[str, Outcome], notes: list[str]) -> Assignment:
         """Least harm within bytes or time."""

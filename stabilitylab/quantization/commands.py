@@ -15,6 +15,7 @@ from rich.text import Text
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, linear_layers, open_text_model
+from stabilitylab.models.experts import expert_groups
 from stabilitylab.quantization.advice import Advice, Advisor, reason
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.exports import save_as
@@ -30,6 +31,7 @@ from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
 from stabilitylab.quantization.sensitivity import LayerSensitivity
 from stabilitylab.quantization.tables import outcome_rows
+from stabilitylab.quantization.texts import text_notes, tokenizer_mark
 from stabilitylab.quantization.verification import Verification
 
 DEFAULT_SCHEMES = (
@@ -126,7 +128,7 @@ def quantize(
         layers_file(plan).unlink(missing_ok=True)
     else:
         made = existing
-        made.require(opened.fingerprint, opened.name)
+        made.require(opened.fingerprint, opened.name, tokenizer_mark(opened))
     show(made, console)
     if json_output:
         print(plan.read_text(encoding="utf-8"), end="")
@@ -191,7 +193,7 @@ def make_plan(
     with torch.inference_mode(), pace.of("timing layers and verifying whole plans"):
         latencies = measure_latencies(model.module, inputs.samples, inputs.largest, schemes, batches=BATCHES)
         verification = Verification(model, fresh or measured, inputs.largest, rounded)
-        advice = Advisor(sensitivity, latencies, verification).advise(budget)
+        advice = Advisor(sensitivity, latencies, verification, expert_groups(model.module)).advise(budget)
         # What was chosen for its loss on a text looks better there than it is: the outcome is told on another.
         told = Verification(model, third, inputs.largest, rounded) if third else verification
         outcome = advice.told_on(told)
@@ -205,7 +207,7 @@ def make_plan(
             for path, name in advice.assignment.items()
             if name != KEPT and needs_moments(scheme_of(name))
         )
-    notes = [*model.notes, *said, *advice.notes]
+    notes = [*model.notes, *said, *advice.notes, *text_notes(model, text, verification.loss, told.loss)]
     if not fresh:
         notes.append("the text ends with the measured part: plans were verified on that same part")
     elif not third:
@@ -374,4 +376,5 @@ def _plan(
         latency={f"{shape[0]}x{shape[1]}": times for shape, times in latencies.items()},
         rounded=None if rounded is None or not rounded.folder.is_dir() else str(rounded.folder),
         cache=cache,
+        tokenizer=tokenizer_mark(model),
     )

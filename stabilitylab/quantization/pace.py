@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _SECONDS = 30.0  # between lines in a pipe
+_STEPS = 5  # the first one holds what comes before all
 
 
 class Pace:
@@ -50,7 +51,7 @@ class Pace:
             self._progress.update(self._task, completed=self._done)
             return
         now = time.monotonic()
-        if now - self._said < _SECONDS or self._total is None:
+        if now - self._said < _SECONDS or self._total is None or self._done - self._from < _STEPS:
             return
         self._said = now
         left = (now - self._began) / (self._done - self._from) * (self._total - self._done)

@@ -120,6 +120,7 @@ class QuantizationPlan:
         rounded: folder of weights that were rounded for their inputs (rounded.py); in the file its name beside the plan. None
             where no layer was.
         cache: keys and values of past tokens (``kv_cache.cache_plan``); None where they were not measured.
+        tokenizer: mark of how text became tokens (``texts.tokenizer_mark``).
     """
 
     model: str
@@ -139,6 +140,7 @@ class QuantizationPlan:
     told_tokens: int = 0
     rounded: str | None = None
     cache: Mapping[str, Any] | None = None
+    tokenizer: str | None = None
 
     @property
     def schemes(self) -> dict[str, LinearScheme]:
@@ -167,8 +169,8 @@ class QuantizationPlan:
         name = min(within, key=lambda candidate: within[candidate].loss)
         return name, within[name]
 
-    def require(self, fingerprint: str, name: str) -> None:
-        """Refuse another model.
+    def require(self, fingerprint: str, name: str, tokenizer: str | None = None) -> None:
+        """Refuse another model, or the same with another tokenizer.
 
         Raises:
             InputError: the plan was made for another.
@@ -177,6 +179,11 @@ class QuantizationPlan:
             raise InputError(
                 f"the plan was made for {self.model} (fingerprint {self.fingerprint}), not for {name} ({fingerprint}): "
                 f"make one with stabilitylab quantize"
+            )
+        if self.tokenizer is not None and tokenizer is not None and tokenizer != self.tokenizer:
+            raise InputError(
+                f"the plan was made for {self.model} with another tokenizer than {name} has now: its text became other tokens, so "
+                "what was measured is not this model's; make the plan anew"
             )
 
     def write(self, path: Path) -> None:

@@ -9,17 +9,15 @@ The last line may be cut off, where a machine went down; it is measured again.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-
-from torch import Tensor
 
 from stabilitylab.models import TextModel, Window
 from stabilitylab.quantization.estimate import Estimated, EstimatedLayer
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.schemes import LinearScheme
+from stabilitylab.quantization.texts import mark_of_windows
 
 
 class LayersSoFar:
@@ -81,13 +79,4 @@ class LayersSoFar:
 
 def mark_of(model: TextModel, windows: Sequence[Window], schemes: Sequence[LinearScheme], draws: int) -> str:
     """16 hexadecimal digits of what sensitivities depend on: the model, the text as it reads it, the schemes, the draws."""
-    digest = hashlib.sha256(f"{model.fingerprint} {draws} {[scheme.name for scheme in schemes]}".encode())
-    for window in windows:
-        for name, value in sorted(window.inputs.items()):
-            said = (
-                value.cpu().contiguous().numpy().tobytes()
-                if isinstance(value, Tensor)
-                else str(value).encode()
-            )
-            digest.update(name.encode() + said)
-    return digest.hexdigest()[:16]
+    return mark_of_windows(windows, f"{model.fingerprint} {draws} {[scheme.name for scheme in schemes]}")

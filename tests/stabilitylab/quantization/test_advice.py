@@ -183,3 +183,26 @@ def test_what_is_no_plan_is_refused(tmp_path):
 def test_another_models_plan_is_refused():
     with pytest.raises(InputError, match=r"made for mine \(fingerprint 0123456789abcdef\), not for yours"):
         plan().require("fedcba9876543210", "yours")
+
+
+def test_layers_of_a_group_have_one_scheme(advisor, model, windows, inputs, schemes):
+    """The best common scheme of each group by trying all of them, where bytes bind."""
+    groups = {path: path.rpartition(".")[0] for path in inputs.largest}
+    with torch.inference_mode():
+        layers = measure_sensitivity(model, windows[:1], schemes, inputs.largest)
+    names = [scheme.name for scheme in schemes]
+    grouped = Advisor(layers, latencies(layers, names), advisor._verification, groups)
+    budget = Budget(kind="memory", value=0.45)
+    found = grouped.advise(budget)
+    assert budget.allows(found.planned, found.singles[KEPT])
+    chosen = {}
+    for path, name in found.assignment.items():
+        chosen.setdefault(groups[path], set()).add(name)
+    assert all(len(names) == 1 for names in chosen.values())
+    assert set(found.assignment) == {layer.path for layer in layers}
+    harms, costs = grouped._harms(), grouped._costs(budget)
+    assert len(harms) == len(costs) == len(chosen) < len(layers)
+    assert sum(row[0] for row in costs) == sum(layer.effects[names[0]].bytes for layer in layers)
+    assert sum(row[1] for row in harms) == pytest.approx(
+        sum(layer.effects[names[1]].harm for layer in layers)
+    )

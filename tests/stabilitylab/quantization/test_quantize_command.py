@@ -144,6 +144,16 @@ def test_a_plan_for_another_model_is_refused(made, tmp_path, capsys):
     refused(capsys, [tmp_path / "other", "--plan", made / "plan.json"], "made for", "not for other")
 
 
+def test_a_plan_for_another_tokenizer_is_refused(made, tmp_path, capsys):
+    folder = shutil.copytree(made / "model", tmp_path / "model")
+    file = folder / "tokenizer.json"
+    data = json.loads(file.read_text())
+    words = data["model"]["vocab"]
+    words["a"], words["e"] = words["e"], words["a"]
+    file.write_text(json.dumps(data))
+    refused(capsys, [folder, "--plan", made / "plan.json"], "another tokenizer", "make the plan anew")
+
+
 def test_weights_that_are_not_finite_are_refused(made, tmp_path, capsys):
     shutil.copytree(made / "model", tmp_path / "broken")
     edit_weight(tmp_path / "broken", "model.layers.1.mlp.down_proj.weight", float("nan"))
