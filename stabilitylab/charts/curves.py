@@ -16,6 +16,7 @@ from stabilitylab.charts.look import (
     Chart,
     ceiling,
     colours,
+    constant_in_view,
     hover,
     legend_of,
     not_recorded,
@@ -68,6 +69,7 @@ def curves(
         not_recorded(made)
         return Chart(figure=made, caption=caption)
     edge = ceiling(every, log=scaled)
+    constant_in_view(made, every, log=scaled)
     # Few curves are told together at the pointer's step, of many the one under it.
     mode = "vline" if count <= FEW else "mouse"
     entries: dict[str, list[Any]] = {}
@@ -121,6 +123,7 @@ def by_depth(
         not_recorded(made)
         return Chart(figure=made, caption=caption)
     edge = ceiling(every, log=scaled)
+    constant_in_view(made, every, log=scaled)
     entries: dict[str, list[Any]] = {}
     for (label, several), colour in zip(values.items(), colours(), strict=False):
         shown = entries.setdefault(label, [])

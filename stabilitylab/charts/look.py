@@ -16,6 +16,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stabilitylab.figures.style import ALARM, COLOURS
 
@@ -196,3 +197,10 @@ def ceiling(values: np.ndarray, *, log: bool) -> float:
     if log and low > 0:
         return float(high * max((high / low) ** 0.06, 1.02))
     return high + 0.06 * ((high - low) or abs(high) or 1.0)
+
+
+def constant_in_view(made: BokehFigure, values_N: NDArray[np.float64], *, log: bool) -> None:
+    """An axis in the measure of a constant: Bokeh gives it a span of 2, and a rate of 3e-4 lies on 0."""
+    if not log:
+        largest = float(np.abs(values_N[np.isfinite(values_N)]).max(initial=0.0))
+        made.y_range.default_span = largest or 2.0

@@ -129,3 +129,9 @@ def test_a_hundred_layers_over_a_hundred_thousand_steps_are_light() -> None:
         charts.curves({"a": [curve]}, title="t"),
     ]
     assert 4 * sum(len(part.json()) for part in parts) + len(library()) < 5_000_000
+
+
+@pytest.mark.parametrize("value", [3e-4, -5.0, 4e6, 0.0])
+def test_a_constant_is_seen_at_its_value(value):
+    chart = charts.curves({"a": [pd.Series([value] * 9)]}, title="a")
+    assert chart.figure.y_range.default_span == (abs(value) or 2.0)
