@@ -9,6 +9,7 @@
     torch._dynamo.external_utils.wrap_inline     what stands for a container's forward pass   test_compiled.py
     torch._C._dynamo.eval_frame.reset_code       a frame is traced again                      test_compiled.py
     torch.distributed.tensor.DTensor             public; here since it is slow to import      test_ranks.py
+    torch.optim.Optimizer.*.__wrapped__          an optimizer without torch's compiler        glm's test_startup.py
 
 All of them are in torch 2.8, the oldest supported, to 2.13. Two of the modules take as long to import as the rest of torch
 together, so they are looked at only where somebody else has imported them: what nobody has imported, nobody has used.
@@ -73,3 +74,11 @@ def is_dtensor(x: object) -> bool:
     """Whether it is a ``DTensor``, as FSDP2's parameters are."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
+
+
+def plain(method: Any) -> Any:
+    """A method of ``torch.optim.Optimizer`` without its decorator, which imports the compiler to keep it from tracing the method.
+
+    That import takes as long as a small model's first steps. Where nothing compiles an optimizer, the method alone does the same.
+    """
+    return inspect.unwrap(method)

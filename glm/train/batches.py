@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cached_property
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from glm.data.loader import Loader
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHOWN = 12  # tokens of a row that are quoted
 

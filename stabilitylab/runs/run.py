@@ -15,10 +15,9 @@ import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -27,6 +26,9 @@ from stabilitylab.runs.folder import RunFolder
 from stabilitylab.runs.parts import SCHEMA, list_parts, read_rows, step_limits
 from stabilitylab.runs.places import Places
 from stabilitylab.telemetry import SCALAR, Event, Key
+
+if TYPE_CHECKING:  # pandas takes longer to load than a short run's steps: who reads a run loads it
+    import pandas as pd
 
 Index = int | Literal["max"] | None
 
@@ -251,6 +253,8 @@ def _without_repeats(table: pa.Table) -> pa.Table:
 
 def _spread(rows: pd.DataFrame, values: NDArray[Any], empty: float | bool) -> pd.DataFrame:
     """Values by site, in the order of first appearance, and step; ``empty`` where there is no row."""
+    import pandas as pd
+
     codes = rows["site"].cat.codes.to_numpy()
     present, first, place = np.unique(codes, return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")

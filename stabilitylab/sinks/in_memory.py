@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from stabilitylab.telemetry import Event, Samples
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ("step", "family", "site", "statistic", "index", "value")
 
@@ -40,6 +43,8 @@ class MemorySink:
     @property
     def frame(self) -> pd.DataFrame:
         """All samples as columns step, family, site, statistic, index, value; the words are categories."""
+        import pandas as pd
+
         keys = list(dict.fromkeys(key for flush in self._flushes for key in flush.keys))
         number = {key: i for i, key in enumerate(keys)}
         rows = [

@@ -30,6 +30,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -294,12 +295,12 @@ class _KeyTable:
         own = self._columns
         order = np.lexsort((step, own.rank[key]))
         key = key[order]
-        columns = [pa.array(step[order])]
+        columns = [_numbers(step[order])]
         columns += [
-            pa.DictionaryArray.from_arrays(pa.array(code[key]), pa.array(word, pa.string()))
+            pa.DictionaryArray.from_arrays(_numbers(code[key]), _strings(word))
             for code, word in zip(own.codes, own.words, strict=True)
         ]
-        columns += [pa.array(own.index[key]), pa.array(value[order])]
+        columns += [_numbers(own.index[key]), _numbers(value[order])]
         return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
@@ -325,6 +326,22 @@ def _columns(keys: Sequence[Key]) -> _Columns:
         np.lexsort((index, sites, _alphabetical(words[2])[statistics], _alphabetical(words[0])[families]))
     ] = np.arange(len(keys), dtype=np.int32)
     return _Columns(codes, words, index, rank)
+
+
+# ``pa.array`` (pyarrow 26) looks whether it was given something of pandas', and loads pandas for that, which takes as long as a
+# short run's steps.
+
+
+def _numbers(values: NDArray[Any]) -> pa.Array:
+    """The same memory as an Arrow array."""
+    values = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def _strings(words: Sequence[str]) -> pa.Array:
+    encoded = [word.encode() for word in words]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
 
 
 def _encode(words: list[str]) -> tuple[NDArray[np.int32], list[str]]:

@@ -23,9 +23,9 @@ from functools import lru_cache
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 Cells = Mapping[int, Mapping[str, float]]
@@ -49,6 +49,8 @@ class Grid:
 
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Values, and where there are any: rows as they stand, columns the first step of each stretch."""
+        import pandas as pd
+
         starts = sorted(self.cells)
         held = [[cell.get(row) for row in self.rows] for cell in (self.cells[start] for start in starts)]
         known = np.array([[value is not None for value in cell] for cell in held], dtype=bool)
@@ -79,12 +81,16 @@ class Sketch:
 
     def draw(self) -> dict[str, bytes]:
         """Tag -> PNG, in the order of looking."""
+        if not self.shows_something:
+            return {}
         from stabilitylab.figures.style import tidy
 
         with tidy():
             return self._drawn()
 
     def _drawn(self) -> dict[str, bytes]:
+        import pandas as pd
+
         from stabilitylab.figures.cards import map_card
         from stabilitylab.figures.curves import Mark, curves
         from stabilitylab.figures.style import ON_WHITE
@@ -105,6 +111,13 @@ class Sketch:
                 title = tag.partition(" ")[2].capitalize()
                 drawn[tag] = _png(map_card(values, title=title, log=log, recorded=known))
         return drawn
+
+    @property
+    def shows_something(self) -> bool:
+        """A curve or a map needs a second step, a list a first episode."""
+        losses = {} if self.loss is None else self.loss[1]
+        seen = len(losses) > 1 or any(len(grid.cells) > 1 for grid, _ in self.maps.values())
+        return seen or bool(self.marks or self.listed[2])
 
 
 class Artist:

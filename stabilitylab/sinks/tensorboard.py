@@ -194,9 +194,11 @@ class TensorBoardSink:
                 file.add(self._drawn_at, [made.picture(tag, png) for tag, png in drawn.items()])
                 self._next_pictures = time.monotonic() + took / SHARE_OF_TIME
         elif time.monotonic() >= self._next_pictures:
-            self._drawn_at = self._step
+            wanted, self._drawn_at = sketch(self._overview, self._events), self._step
+            if not wanted.shows_something:
+                return
             try:
-                self._artist.begin(sketch(self._overview, self._events))
+                self._artist.begin(wanted)
             except OSError as error:  # the numbers are written; the last pictures will show them
                 self._next_pictures = math.inf
                 _log.warning("no pictures until the end: %s", error)

@@ -26,12 +26,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from stabilitylab.runs import Run
 from stabilitylab.telemetry import SCALAR
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WINDOW = 128
 BEFORE = 8
@@ -160,6 +163,8 @@ def measurements_before(run: Run, onset: int) -> int:
 
 def _table(rows: pd.DataFrame, onset: int) -> pd.DataFrame:
     """Sites and indices over steps around the onset: logarithms; inf where not finite, NaN where not measured."""
+    import pandas as pd
+
     near = rows[(rows["step"] >= onset - WINDOW) & (rows["step"] <= onset + AFTER)]
     if near.empty:
         return pd.DataFrame()

@@ -17,7 +17,7 @@ TORCH, COMPILER = "torch", "torch._dynamo"
         ("import stabilitylab.logs.commands, stabilitylab.spikes.commands", {TORCH, "matplotlib"}),
         # The compiler takes as long as the rest of torch, scipy.stats two seconds.
         ("import stabilitylab.monitoring.monitor", {COMPILER, "scipy", "matplotlib"}),
-        ("import glm.commands.train", {COMPILER, "scipy.stats", "matplotlib", "tensorboard"}),
+        ("import glm.commands.train", {COMPILER, "scipy.stats", "pandas", "matplotlib", "tensorboard"}),
     ],
     ids=["help", "spikes", "monitor", "train"],
 )

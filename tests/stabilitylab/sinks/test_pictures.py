@@ -63,6 +63,8 @@ def test_a_process_draws_while_the_run_goes_on(
     """Pictures of step 7 are there before the run ends, unless the process that draws dies: the last ones are there then too."""
     monkeypatch.setattr(sink_module, "FIRST_PICTURES", 0.0)
     sink = TensorBoardSink(tmp_path)
+    sink.write(loss_of(6, 1.0), [])
+    assert not sink._artist.busy  # a curve of one point
     sink.write(loss_of(7, 1.0), [])
     assert sink._artist.busy
     if killed:
