@@ -17,12 +17,14 @@ import numpy as np
 from stabilitylab.probes.base import Readings
 from stabilitylab.spikes.change_onsets import FOLLOWED, Execution
 from stabilitylab.spikes.site_levels import SiteLevels
+from stabilitylab.spikes.snapshots import Snapshots
 from stabilitylab.telemetry import Event, Key
 
 SIGMAS = 10.0
 FACTOR = 6.0
 ANY = 64.0
 QUIET = 32
+KEEP_EVERY = 16
 _STATISTIC = {family: statistic for family, statistic in FOLLOWED if family != "update"}
 
 
@@ -34,6 +36,23 @@ class _Followed:
         own = [i for i, key in enumerate(keys) if _STATISTIC.get(key.family) == key.statistic]
         self.at = np.array(own, dtype=np.int64)
         self.levels = SiteLevels(len(own))
+        self.kept = Snapshots()
+        self.since_kept = 0
+
+    def keep(self, step: int) -> None:
+        """Remember the levels now and then, for a run that goes back to after ``step``."""
+        self.since_kept += 1
+        if self.since_kept >= KEEP_EVERY:
+            self.since_kept = 0
+            levels = self.levels
+            self.kept.add(step, (levels.level.copy(), levels.deviation.copy(), levels.seen.copy()))
+
+    def go_back(self, step: int) -> None:
+        """The levels as they were before ``step``; none where nothing is known of then."""
+        state = self.kept.before(step)
+        self.levels, self.since_kept = SiteLevels(len(self.at)), 0
+        if state is not None:
+            self.levels.level, self.levels.deviation, self.levels.seen = (one.copy() for one in state)
 
 
 class SiteWatch:
@@ -47,16 +66,23 @@ class SiteWatch:
         self._order, self._execution = order, Execution([])
         self._followed: dict[int, _Followed] = {}
         self._told: int | None = None
+        self._step: int | None = None
 
     def events(self, step: int, readings: Sequence[Readings]) -> list[Event]:
-        """The departure that this step shows, if there is one. Steps come in order; one that goes back begins anew."""
-        if self._told is not None and step < self._told:
-            self._told = None
+        """The departure that this step shows, if there is one. Steps come in order; one that goes back goes on from the levels of
+        then: those of weights that are no more say nothing."""
+        if self._step is not None and step < self._step:
+            self._told = self._told if self._told is not None and self._told < step else None
+            for followed in self._followed.values():
+                followed.go_back(step)
+        self._step = step
         found: list[tuple[Key, float, float]] = []
         for one in readings:
             if not any(key.family in _STATISTIC for key in one.keys[:1]):
                 continue
             found += self._left(one)
+            if (held := self._followed.get(id(one.keys))) is not None:
+                held.keep(step)
         if not found or (self._told is not None and step - self._told < QUIET):
             return []
         self._told = step

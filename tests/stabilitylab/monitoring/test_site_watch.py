@@ -73,3 +73,16 @@ def test_sites_that_come_and_go_keep_their_levels() -> None:
         events += watch.events(step, [Readings(tuple(keys), values)])
     (event,) = events
     assert (event.step, event.data["site"]) == (51, "blocks.0.up")
+
+
+@pytest.mark.parametrize("back", [0, 100])
+def test_a_run_that_goes_back_is_judged_by_the_levels_of_then(back: int) -> None:
+    """Gradients that fell a hundred million times are as they were at first: nothing has left anything."""
+    dice, watch = np.random.default_rng(0), SiteWatch(ORDER)
+    events: list[Event] = []
+    for step in [*range(300), *range(back, 400)]:
+        values = np.exp(0.1 * dice.standard_normal(4) - step / 16)
+        values[2] *= 1e4 if step == 390 else 1
+        events += watch.events(step, [Readings(ACTIVATIONS, values)])
+    (event,) = events
+    assert (event.step, event.data["site"]) == (390, "blocks.0.down")
