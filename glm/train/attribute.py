@@ -39,7 +39,7 @@ from stabilitylab.attribution.forks import signal_of
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Episode
-from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES
+from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES, Event
 
 SIGNALS = {LOSS: "loss", GRADIENT_NORM: "gradient_norm", **dict.fromkeys(LOSS_SCALES, "loss_scale")}
 # A run this young is taken up from its beginning.
@@ -119,13 +119,14 @@ def _attribute_event(run: Run, asked: Asked, console: Console) -> Attribution:
             f"event {asked.event} of {run.path} is one of {episode.signal}: forks are judged by loss, gradient norm or loss scale"
         )
     folder = asked.data or data_of(run)
-    loop, state = _begun(asked, run, config, episode, folder)
+    loop, state = _begun(asked, run, config, episode, folder, console)
     console.print(
         f"event {asked.event}: {episode.kind} at step {episode.onset}; from the state of step {state.index}, "
         f"{asked.processes} forks at a time, {asked.budget:g} s",
         highlight=False,
     )
     assert asked.processes is not None
+    _recorded(asked.run, (), console)  # said before the time is spent
     several = asked.processes > 1
     proof = attribute(
         loop,
@@ -145,23 +146,38 @@ def _attribute_event(run: Run, asked: Asked, console: Console) -> Attribution:
         tell=_Progress(console, asked.budget),
         otherwise=otherwise(run),
     )
-    claimed = RunFolder(asked.run)
-    claimed.claim()
-    try:
-        claimed.append_events([proof.event])
-    finally:
-        claimed.release()
+    _recorded(asked.run, [proof.event], console)
     return proof
 
 
+def _recorded(path: Path, events: Sequence[Event], console: Console) -> None:
+    """Write events to the run, unless another process does: forks of a run that goes on are worth reading all the same."""
+    folder = RunFolder(path)
+    try:
+        folder.claim()
+    except InputError as error:
+        console.print(f"not recorded in the run: {error}", highlight=False, markup=False, soft_wrap=True)
+        return
+    try:
+        folder.append_events(events)
+    finally:
+        folder.release()
+
+
 def _begun(
-    asked: Asked, run: Run, config: TrainConfig, episode: Episode, folder: Path
+    asked: Asked, run: Run, config: TrainConfig, episode: Episode, folder: Path, console: Console
 ) -> tuple[ForkLoop, LoopState]:
     """The loop, and the newest state from which forks can begin."""
-    state = state_before(run, max(0, episode.onset - asked.before))
+    lost: list[InputError] = []
+    state = state_before(run, max(0, episode.onset - asked.before), damaged=lost.append)
+    for error in lost:
+        console.print(
+            f"left out, an older state is taken: {error}", highlight=False, markup=False, soft_wrap=True
+        )
     if state is None and episode.onset > FROM_THE_START and not asked.from_start:
         raise InputError(
-            f"{run.path} keeps no state from before its event {asked.event} at step {episode.onset}: train with "
+            f"{run.path} keeps no {'whole ' * bool(lost)}state from before its event {asked.event} at step "
+            f"{episode.onset}: train with "
             "--checkpoint.ring 4, which writes one to flight/ when something breaks, or give --from-start to train up to it"
         )
     loop = ForkLoop(config, open_data(folder))

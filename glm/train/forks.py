@@ -23,7 +23,7 @@ Limit: the local engine.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -283,15 +283,21 @@ def data_of(run: Run) -> Path:
     raise InputError(f"{run.path} does not say where its data lies: give --data")
 
 
-def state_before(run: Run, step: int) -> Checkpoint | None:
-    """The newest whole state at or before ``step``; None where the beginning is the only one."""
+def state_before(
+    run: Run, step: int, *, damaged: Callable[[InputError], object] = lambda error: None
+) -> Checkpoint | None:
+    """The newest whole state at or before ``step``; None where the beginning is the only one.
+
+    Args:
+        damaged: told of each newer one that cannot be read.
+    """
     folders = (run.path / FLIGHT, run.folder.checkpoints)
     found = [one for folder in folders for one in checkpoints.list_checkpoints(folder) if one[0] <= step]
     for _, path in sorted(found, reverse=True):
         try:
             return checkpoints.load(path)
-        except InputError:
-            continue  # damaged: an older one gives the same steps, only later
+        except InputError as error:
+            damaged(error)  # an older one gives the same steps, only later
     return None
 
 

@@ -93,28 +93,39 @@ def attribute(
         )
     began = time.monotonic()
     start = LoopState.of(loop, begin) if state is None else state
-    reach, found = before, None
+    reach = before
+    found: Attribution | None = None
     while True:
         at = max(begin, episode.onset - max(reach, QUIET + 1))
-        search = _Search(
-            loop,
-            start,
-            at,
-            episode,
-            signal,
-            original or {},
-            watched,
-            began + budget,
-            budget,
-            groups,
-            memory,
-            tell,
-        )
+        try:
+            search = _Search(
+                loop,
+                start,
+                at,
+                episode,
+                signal,
+                original or {},
+                watched,
+                began + budget,
+                budget,
+                groups,
+                # Forks that begin elsewhere are others.
+                memory if memory is None or reach == before else memory.with_stem(f"{memory.stem}-{at}"),
+                tell,
+            )
+        except BudgetTooSmallError:
+            if found is None:
+                raise
+            return dataclasses.replace(found, otherwise=otherwise)
         may_widen = at > begin and time.monotonic() < began + budget / 2
         found = search.run(open_loop if processes > 1 else None, processes, thorough, may_widen)
         if found.cause != "unknown" or not found.yardstick.shows or not may_widen:
             return dataclasses.replace(found, otherwise=otherwise)
         reach *= _WIDER
+
+
+class BudgetTooSmallError(InputError):
+    """Not one fork can be trained in the time that is left."""
 
 
 class _Search:
@@ -165,7 +176,7 @@ class _Search:
         took = (time.monotonic() - began) * steps
         left = self._deadline - time.monotonic()
         if took > left:
-            raise InputError(
+            raise BudgetTooSmallError(
                 f"the budget of {self._budget:g} s is too small for one fork, which takes some {took:.0f} s of it: "
                 f"give at least {math.ceil(8 * took)} s"
             )

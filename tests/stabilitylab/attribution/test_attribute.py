@@ -1,11 +1,13 @@
 """Planted causes are proven: the one thing that was done is the one thing without which the event does not come."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
 from stabilitylab.attribution import LoopState, attribute
+from stabilitylab.attribution.proof import Conclusion
 from stabilitylab.errors import InputError
 from stabilitylab.telemetry import Event
 from tests.stabilitylab.attribution.loops import LENGTH, TOKENS, Loop, run
@@ -147,6 +149,24 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path):
     assert second.rows == first.rows
     proven(Loop(act=damaged, dropout=0.1), memory=file, tell=again.append)
     assert again  # of another run
+
+
+def test_a_budget_that_ends_before_a_wider_search(monkeypatch):
+    """What the first forks proved is told all the same."""
+    module = importlib.import_module("stabilitylab.attribution.attribute")
+    original, made = module._Search._control, []
+
+    def too_small(self, *args):
+        made.append(1)
+        if len(made) > 1:
+            raise module.BudgetTooSmallError("spent")
+        return original(self, *args)
+
+    monkeypatch.setattr(module._Search, "_control", too_small)
+    monkeypatch.setattr(module, "conclude", lambda *args, **more: Conclusion(cause="unknown"))
+    proof = proven(Loop(act=damaged), before=4, thorough=True)
+    assert (proof.cause, len(made), proof.repeats) == ("unknown", 2, True)
+    assert proof.forks
 
 
 def test_what_is_not_in_state_or_code_is_said():
