@@ -6,7 +6,8 @@
 | optimizer | a setting jumped, moments fell by more than a step can do, or updates left before all else | |
 | learning-rate | the rate jumped by half or more within 64 steps before the onset, and no site had left before it did | |
 | overflow | an activation left the format before any other site left, or the loss scale collapsed | the tensor's module |
-| batch | sites left in the step of the loss, many gradients among them, and came back; or a hard batch left none | |
+| batch | sites left in the step of the loss, many gradients among them, and came back; or a hard batch left none; or what the | |
+| | model is given, the input of its first layer, left first or was not finite | |
 | attention | attention scores of few heads are the first in the order of execution | module, and head |
 | | scores of most heads left, behind the projection that they are made of | the projection |
 | activation | activations of few sites are | module |
@@ -184,9 +185,13 @@ def _overflowed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) 
     if seen.overflow is None:
         return None
     event = seen.overflow
-    grew = [one for one in moved if one.step < event.step and math.isfinite(one.ratio) and one.is_local]
+    # A loss that is no number shows at once, the tensor that was none perhaps at the next measured step.
+    begin = min(event.step, episode.onset) if episode.kind == "non-finite" else event.step
+    grew = [one for one in moved if one.step < begin and math.isfinite(one.ratio) and one.is_local]
     if grew:  # it was on its way out before
         return None
+    if event.data.get("tensor") == "activation" and _is_given(str(event.data.get("site")), seen):
+        return Suspect(cause="batch", step=event.step, event=event)
     return Suspect(
         cause="overflow", site=str(event.data.get("site", "")) or None, step=event.step, event=event
     )
@@ -206,15 +211,19 @@ def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) ->
     faults = [one for one in forward if _lasts(one, episode) or one.ratio >= _OF_A_BATCH]
     backward = [one for one in tied if one.family not in FORWARD]
     many = sum(one.family == "gradient" for one in backward) >= max(2.0, _MANY * seen.gradients)
+    if strong and strong[0].family == "activation" and _is_given(strong[0].site, seen):
+        return Suspect(cause="batch", step=strong[0].step, departure=strong[0])
     if faults:
         return _with_scores(faults[0], faults, seen.heads)
     # What comes from the batch comes from the loss on; what begins behind it is a fault of a backward pass.
-    if not any(one.site in seen.nearest and one.ratio >= _OF_A_BATCH for one in backward):
+    if not any(one.order[1] <= _nearest(seen) and one.ratio >= _OF_A_BATCH for one in backward):
         beyond = [one for one in _strong(backward) if one.ratio >= _OF_A_BATCH**2]
         if beyond and not forward:
             return _at(beyond[0])
     alone = [one for one in _strong(backward) if one.is_local]
-    if alone and not (many and first.step >= episode.onset and alone[0].ratio < _OF_A_BATCH**2):
+    # The lower the loss was, the more a hard batch multiplies every gradient, from the one nearest to the loss on.
+    of_batch = episode.kind == "hard-batch" and bool(alone) and alone[0].order[1] <= _nearest(seen)
+    if alone and not (many and first.step >= episode.onset and (of_batch or alone[0].ratio < _OF_A_BATCH**2)):
         return _at(alone[0])
     if first.step >= episode.onset:
         return Suspect(cause="batch", step=first.step, departure=tied[0])
@@ -223,6 +232,17 @@ def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) ->
     if backward and many and not any(one.family in FORWARD for one in tied):
         return Suspect(cause="optimizer", step=first.step, departure=backward[0])
     return _at(tied[0])
+
+
+def _is_given(site: str, seen: Evidence) -> bool:
+    """Whether a site is what the model is given: the input of the first layer that is followed. Tokens have none, for the first
+    site is their embedding's output."""
+    return site.endswith(":input") and site in seen.execution.order[:1]
+
+
+def _nearest(seen: Evidence) -> int:
+    """The place in the backward pass of the parameters that are nearest to the loss."""
+    return max((seen.execution.place("gradient", site)[1] for site in seen.nearest), default=-1)
 
 
 def _with_scores(first: ChangeOnset, faults: Sequence[ChangeOnset], heads: Mapping[str, int]) -> Suspect:

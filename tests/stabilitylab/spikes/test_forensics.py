@@ -190,6 +190,55 @@ def test_a_backward_fault_begins_behind_the_loss_and_a_batch_at_it(begins, cause
     assert cause == "batch" or suspect.site == "block.2.weight"
 
 
+def evidence(out, order, *, overflow=None, nearest=()):
+    return Evidence(
+        departures=out,
+        rate_change=None,
+        outside=(),
+        overflow=overflow,
+        gradients=4,
+        execution=Execution(order),
+        nearest=frozenset(nearest),
+    )
+
+
+def test_a_hard_batch_of_a_low_loss_multiplies_all_gradients_from_the_loss_on():
+    """The head's own parameter is too noisy to have left; the gradient with respect to its output has."""
+    order = ["block.0", "block.1", "head:input", "head"]
+    out = [left("activation_gradient", "head", 74.0, order=-3, common=200.0)]
+    out += [left("gradient", f"block.{i}.weight", 200.0, order=-i, common=200.0) for i in (1, 0)]
+    episode = Episode(kind="hard-batch", onset=3, peak=3, end=3, height=2.7, signal="train/-/loss")
+    assert first_suspect(episode, evidence(out, order, nearest=["head.weight"])).cause == "batch"
+    behind = [dataclasses.replace(one, ratio=200.0, common=1.0) for one in out[1:]]
+    suspect = first_suspect(episode, evidence(behind, order, nearest=["head.weight"]))
+    assert (suspect.cause, suspect.site) == ("gradient", "block.1.weight")
+
+
+@pytest.mark.parametrize("first", ["stem:input", "embedding"])
+def test_what_a_model_is_given_is_the_batch_and_no_site_of_it(first):
+    order = [first, "stem", "head"]
+    out = [left("activation", first, 250.0), left("activation", "stem", 240.0, order=1, common=200.0)]
+    is_given = first.endswith(":input")
+    episode = Episode(kind="site-departure", onset=3, peak=3, end=3, height=5.5, signal="x")
+    assert first_suspect(episode, evidence(out, order)).cause == ("batch" if is_given else "activation")
+    bad = Event(step=3, kind="overflow", data={"site": first, "tensor": "activation"})
+    episode = Episode(kind="non-finite", onset=3, peak=3, end=3, height=None, signal="train/-/loss")
+    suspect = first_suspect(episode, evidence([], order, overflow=bad))
+    assert suspect.cause == ("batch" if is_given else "overflow")
+
+
+def test_what_left_with_a_nan_loss_was_not_on_its_way_before_it():
+    """The loss shows it at once, the tensors at the next measured step."""
+    overflow = Event(step=4, kind="overflow", data={"site": "up", "tensor": "activation"})
+    episode = Episode(kind="non-finite", onset=3, peak=3, end=3, height=None, signal="train/-/loss")
+    seen = evidence([left("gradient", "up.weight", 30.0)], ["up"], overflow=overflow)
+    suspect = first_suspect(episode, seen)
+    assert (suspect.cause, suspect.site) == ("overflow", "up")
+    earlier = dataclasses.replace(left("activation", "up", 30.0), step=2, since=1)
+    seen = dataclasses.replace(seen, departures=[earlier])
+    assert first_suspect(episode, seen).cause == "activation"
+
+
 @pytest.mark.parametrize(
     ("heads_out", "site"), [([2], "b.attn, head 2"), ([0, 1, 2, 3], "b.attn.query"), ([], "b.attn.query")]
 )
