@@ -2,6 +2,8 @@
 
     --figure peer      tokens/s of ours and of HuggingFace transformers' GPT-NeoX, eager and compiled, and of GLM's own objective
     --figure memory    peak memory a token of both, and what recomputation saves (``_training_memory.py``)
+    --figure builds    a step beside another build's (--former TREE) and GPT-NeoX's, in processor time (``_training_builds.py``);
+                       with --against 'FLAGS' what a lever costs over the same step without it
     --figure parts     time of data, forward and backward, gradients, update and monitor in our step
 
 Peers take their steps in turn, over the same rows, so that a drifting machine moves all; medians, and the median of the ratios
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmarks._training_builds import measure_builds
 from experiments.benchmarks._training_memory import memory
 from experiments.benchmarks._training_peer import (
     Contestant,
@@ -60,12 +64,16 @@ class Settings:
         size: peer and memory: of the models.
         modes: peer: run as it is, compiled, or both.
         recompute: peer: time recomputation of activations as well.
-        preset: parts: of `glm train`.
-        rows: parts: rows an update.
+        preset: parts and builds: of `glm train`; builds: "" is a model of ``size`` by GPT-NeoX's recipe.
+        rows: parts and builds: rows an update.
+        former: builds: tree of another build.
+        against: builds: more flags of `glm train`, of this build alone.
+        turns: builds: rounds, of ``steps`` steps each.
+        native: builds: use the processor's units for half formats, if it has any.
         every: parts: the monitor's cadence.
     """
 
-    figure: Literal["peer", "memory", "parts"] = "peer"
+    figure: Literal["peer", "memory", "parts", "builds"] = "peer"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     steps: int = 5
     seconds: float = 3600.0
@@ -78,6 +86,10 @@ class Settings:
     preset: str = "glm-tiny"
     rows: int = 4
     every: int = 10
+    former: Path | None = None
+    against: str = ""
+    turns: int = 5
+    native: bool = True
 
 
 CONTESTANTS: tuple[Contestant, ...] = ("ours", "gpt-neox", "glm")
@@ -92,6 +104,7 @@ def main(arguments: Sequence[str]) -> int:
         "peer": (measure_peer, show_peer),
         "memory": (measure_memory, show_memory),
         "parts": (measure_parts, show_parts),
+        "builds": (measure_step, show_step),
     }[settings.figure]
     result = measure(settings)
     if settings.json:
@@ -232,6 +245,43 @@ def measure_parts(settings: Settings) -> dict[str, Any]:
         # Means: a monitor that measures each tenth step would not show in a median at all.
         "monitor_overhead": statistics.fmean(times["monitored step"]) / statistics.fmean(times["step"]) - 1,
     }
+
+
+def measure_step(settings: Settings) -> dict[str, Any]:
+    """A step of this build beside another's and the peer's."""
+    words = [settings.preset, "--batch.rows", str(settings.rows)] if settings.preset else None
+    size = settings.size
+    if words is not None:
+        size = dataclasses.replace(
+            size, length=preset_config(settings.preset).model.length, rows=settings.rows
+        )
+    return measure_builds(
+        words=words,
+        size=size,
+        precision=settings.precision,
+        former=settings.former,
+        data=settings.data or bilingual(Path("data") / "bilingual"),
+        rounds=settings.turns,
+        steps=settings.steps,
+        native=settings.native,
+        against=shlex.split(settings.against),
+    )
+
+
+def show_step(settings: Settings, result: dict[str, Any], console: Console) -> None:
+    units = "" if settings.native else ", without half units"
+    title = f"{settings.preset or settings.size} {settings.against}, {settings.precision}{units}"
+    table = Table("", "ms a step", "tokens/s", "over now", "last loss", title=title)
+    for name, ms in result["ms"].items():
+        over = result["over_now"].get(name)
+        table.add_row(
+            name,
+            f"{ms:.1f}",
+            f"{1e3 * result['tokens'] / ms:,.0f}",
+            f"{over:.3f}" if over else "",
+            f"{result['loss'].get(name, float('nan')):.6f}",
+        )
+    console.print(table)
 
 
 def timed_step(

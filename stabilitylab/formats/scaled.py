@@ -244,11 +244,11 @@ def _multiplied(
 
 def block_maxima(x: Tensor, block: Block) -> Tensor:
     """max |x| of every block, [row blocks, column blocks]; NaN where something in it is."""
-    magnitude = _matrix(x).abs()
-    rows, columns = _size(block, magnitude)
-    if rows == magnitude.shape[0] and columns == magnitude.shape[1]:
-        return magnitude.amax().view(1, 1)
-    return _blocks(magnitude, rows, columns).amax((1, 3))
+    matrix = _matrix(x)
+    rows, columns = _size(block, matrix)
+    if rows == matrix.shape[0] and columns == matrix.shape[1]:
+        return torch.maximum(*(one.abs() for one in torch.aminmax(matrix))).view(1, 1)
+    return _blocks(matrix.abs(), rows, columns).amax((1, 3))
 
 
 def block_sums(x: Tensor, block: Block) -> Tensor:
