@@ -49,6 +49,7 @@ from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.engine import Updates, Whole, check_targets, count_targets, rate_factors_of
+from glm.train.qk_clip import clip_queries_and_keys
 from glm.train.update_rules import state_names
 
 try:
@@ -104,6 +105,12 @@ class Rows(Protocol):
     @property
     def positions(self) -> Tensor:
         """[B, T] or [B, T, 2]."""
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """Of all processes, element by element."""
+    dist.all_reduce(scores, dist.ReduceOp.MAX)
+    return scores
 
 
 def _even_part(rows: int, replicas: int) -> int:
@@ -172,6 +179,11 @@ class ParallelEngine(Updates):
             peak=config.schedule.peak,
             factors=rate_factors_of(self.model),
         )
+        if config.model.attention.qk_clip:
+            threshold = config.model.attention.qk_clip
+            self.optimizer.after_update = lambda: clip_queries_and_keys(
+                self.model, self.optimizer.masters(), threshold, across=_largest
+            )
         axes = PipeModelDataParallelTopology(
             num_pp=self.topology.pipeline, num_mp=self.topology.tensor, num_dp=self.topology.data
         )

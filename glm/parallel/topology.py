@@ -67,15 +67,18 @@ class Topology:
         ]
 
 
-def _check_levers(tensor: int, model: ModelConfig) -> None:
+def _check_levers(parallel: ParallelConfig, model: ModelConfig) -> None:
     """Raises InputError for what several processes cannot do."""
-    attention = model.attention
+    attention, tensor = model.attention, parallel.tensor
     experts = model.feed_forward.experts
     alone = {
         "model.feed_forward.experts": experts.count > 0,
         "model.spectral": model.spectral,
-        "model.attention.qk_clip": attention.qk_clip > 0,
     }
+    if attention.qk_clip and (tensor > 1 or parallel.pipeline > 1 or parallel.zero):
+        raise InputError(
+            "model.attention.qk_clip scales whole matrices that every process has: choose parallel.zero 0 and parallel.data alone"
+        )
     uncut = {
         "model.attention.key_heads": model.key_heads != model.heads,
         f"qk_norm or v_norm with norm_kind {model.norm_kind}": model.norm_kind != "layer"
@@ -104,7 +107,7 @@ def checked(config: ParallelConfig, model: ModelConfig) -> Topology:
         if size % t:
             more = f"; {-(-size // t) * t} would do" if name != "model.heads" else ""
             raise InputError(f"parallel.tensor {t} does not divide {name} {size}: change one of them{more}")
-    _check_levers(t, model)
+    _check_levers(config, model)
     if p > model.layers or min(stage_layers(model.layers, p)) < 1:
         raise InputError(
             f"parallel.pipeline {p} leaves a stage without a layer: model.layers is {model.layers}; use fewer stages"

@@ -38,7 +38,7 @@ from glm.train.config import TrainConfig
 from glm.train.emulation import Emulation
 from glm.train.gradient_summary import GradientSummary
 from glm.train.optimizer import MixedPrecisionAdamW
-from glm.train.qk_clip import clip_queries_and_keys
+from glm.train.qk_clip import clip_queries_and_keys, forget_scores
 from glm.train.update_rules.groups import role_of
 
 
@@ -154,6 +154,7 @@ class Engine(Protocol):
 class Updates:
     """What every engine does with its optimizer and loss scaler: update, and keep their state."""
 
+    model: nn.Module
     optimizer: MixedPrecisionAdamW
     scaler: LossScaler | None
     auxiliary: Mapping[str, float] = MappingProxyType({})
@@ -167,6 +168,8 @@ class Updates:
 
     def update(self, learning_rate: float, *, clip: float) -> bool:
         applied = self.optimizer.step_with(learning_rate, clip=clip)
+        if not applied:
+            forget_scores(self.model)
         if self.scaler is not None:
             self.scaler.update(overflow=self.optimizer.overflowed)
         self.optimizer.zero_grad()

@@ -34,7 +34,7 @@ from glm.errors import InputError
 from glm.precision import Policy
 from glm.train.gradient_summary import GradientSummary
 from glm.train.update_rules import RULES, OptimizerConfig
-from glm.train.update_rules.adam import MOMENTS, fused_adamw, stable_rates
+from glm.train.update_rules.adam import MOMENTS
 from glm.train.update_rules.application import (
     PastValues,
     bound_update,
@@ -43,6 +43,7 @@ from glm.train.update_rules.application import (
     make_cautious,
     take_off,
 )
+from glm.train.update_rules.fused import apply_adamw, renewed, stable_rates
 from glm.train.update_rules.groups import grouped
 from glm.train.update_rules.guards import Guards
 from glm.train.update_rules.muon import matrix_rows
@@ -296,50 +297,25 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
 
     def _renew(self, held: Set[nn.Parameter], factor: float) -> None:
         """Let the second moments in ``renewed`` be what this gradient alone would make them."""
-        beta2 = self.config.beta2
-        correction2 = 1 - beta2 ** self.guards.age(self.updates)
         for name in self.renewed:
             master = self._masters.get(name)
-            if master is None or master in held or master.grad is None or beta2 == 0:
+            if master is None or master in held or master.grad is None or self.config.beta2 == 0:
                 continue
-            if MOMENTS[1] not in self.state[master]:
-                continue
-            # b2 v + (1 - b2) g^2 = (1 - b2^t) g^2; at t = 1 v is 0 as ever.
-            share = (correction2 - (1 - beta2)) / beta2
-            self.state[master][MOMENTS[1]].copy_((master.grad * factor).square() * share)
+            if MOMENTS[1] in self.state[master]:
+                past = renewed(master.grad * factor, self.guards.age(self.updates), self.config)
+                self.state[master][MOMENTS[1]].copy_(past)
         self.renewed = frozenset()
 
     def _apply(self, masters: list[nn.Parameter], group: Mapping[str, Any], factor: float) -> None:
         """Move some weights by their gradients, which are clipped in place."""
-        config, age = self.config, self.guards.age(self.updates)
-        gradients = [p.grad for p in masters if p.grad is not None]  # every one of them has one
-        first, second = ([self.state[p][moment] for p in masters] for moment in MOMENTS)
-        device = masters[0].device
-        scale = None
-        if config.update_clipping:
-            # The rates hang on the second moment that the update is about to make.
-            if factor != 1.0:
-                torch._foreach_mul_(gradients, factor)
-            coming = list(torch._foreach_mul(second, config.beta2))
-            torch._foreach_addcmul_(coming, gradients, gradients, 1 - config.beta2)
-            rates = self._rates(group["lr"], gradients, coming, 1 - config.beta2**age)
-            calls = [(slice(i, i + 1), rate) for i, rate in enumerate(rates)]
-        else:
-            if factor != 1.0:
-                scale = torch.tensor(1.0 / factor, device=device)  # the kernel divides by it
-            calls = [(slice(None), group["lr"])]
-        # The kernel multiplies it by the rate, which the other kinds of decay do not.
-        decay = group["weight_decay"]
-        if config.decay != "coupled":
-            decay = self._decay(group) / group["lr"]
-        for part, rate in calls:
-            own = masters[part], gradients[part], first[part], second[part]
-            fused_adamw(*own, age, rate=rate, decay=decay, scale=scale, config=config)
+        decay = None if self.config.decay == "coupled" else self._decay(group)
+        age = self.guards.age(self.updates)
+        apply_adamw(masters, self.state, group, factor, age, self.config, decay=decay, rates=self._rates)
 
     def _rates(
         self, rate: float, gradients: list[Tensor], second: list[Tensor], correction2: float
     ) -> list[float]:
-        """StableAdamW's learning rate of each tensor (``adam.stable_rates``)."""
+        """StableAdamW's learning rate of each tensor (``fused.stable_rates``)."""
         return stable_rates(rate, gradients, second, correction2, self.config.epsilon)
 
     def _clip_factor(self, norm: float) -> float:

@@ -5,12 +5,13 @@
 and biases likewise, so that the same input would give a largest score of t. Only heads that exceed t move, and only by what they
 exceed. Where query heads share keys, those are others' too: W_q <- f W_q alone. The moments are left as they are.
 
-It acts on the masters at the end of an update, so that the instrument sees it as part of that. Nothing is waited for.
+It acts on the masters at the end of an update, so that the instrument sees it as part of that; what an update that was left out had
+seen is forgotten. Nothing is waited for. Replicas take the largest of all of theirs, so that they clip alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,20 @@ from torch import Tensor, nn
 from glm.model.attention import Attention
 
 
+def forget_scores(model: nn.Module) -> None:
+    """Begin anew: the update was left out."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.largest_H = None
+
+
 @torch.no_grad()
 def clip_queries_and_keys(
-    model: nn.Module, masters: Mapping[str, Tensor], threshold: float
+    model: nn.Module,
+    masters: Mapping[str, Tensor],
+    threshold: float,
+    *,
+    across: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Scale what has to be, in place; returns telemetry: the share of heads that were, and the largest score.
 
@@ -28,14 +40,22 @@ def clip_queries_and_keys(
         model: its attention layers have kept their largest scores; they forget them.
         masters: fp32 weights by name.
         threshold: t.
+        across: the largest over all replicas of what each has, [layers, heads]; None: there are no others.
     """
-    shares: list[Tensor] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, Attention) or module.largest_H is None:
-            continue
-        largest_H, module.largest_H = module.largest_H.float(), None
-        # A head whose largest score is not positive has nothing to clip, and one that is not finite no factor.
-        factor_H = (threshold / largest_H.clamp_min(threshold)).nan_to_num(1.0)
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, Attention) and m.keeps_largest]
+    if not layers or (across is None and all(layer.largest_H is None for _, layer in layers)):
+        return {}
+    # A replica without rows, or a layer that none passed, has seen nothing.
+    like = layers[0][1].query_key_value.weight
+    kept = [like.new_full((m.heads,), -torch.inf) if m.largest_H is None else m.largest_H for _, m in layers]
+    largest_LH = torch.stack(kept).float()
+    if across is not None:
+        largest_LH = across(largest_LH)
+    forget_scores(model)
+    # A head whose largest score is not positive has nothing to clip, and one that is not finite no factor.
+    factor_LH = threshold / largest_LH.clamp_min(threshold)
+    factor_LH = torch.where(largest_LH.isfinite(), factor_LH, 1.0)
+    for (path, module), factor_H in zip(layers, factor_LH, strict=True):
         heads, keys, head = module.heads, module.key_heads, module.head
         query_H = factor_H.sqrt() if keys == heads else factor_H
         key_G = factor_H.sqrt() if keys == heads else factor_H.new_ones(keys)
@@ -45,8 +65,5 @@ def clip_queries_and_keys(
             if master is not None:
                 own = master[: len(rows)]
                 own.mul_(rows[:, None] if kind == "weight" else rows)
-        shares.append(torch.stack(((factor_H < 1).float().mean(), largest_H.amax())))
-    if not shares:
-        return {}
-    both = torch.stack(shares)
-    return {"qk_clip/-/clipped_heads": both[:, 0].mean(), "qk_clip/-/score_max": both[:, 1].amax()}
+    clipped, largest = (factor_LH < 1).float().mean(), largest_LH.amax()
+    return {"qk_clip/-/clipped_heads": clipped, "qk_clip/-/score_max": largest}

@@ -13,7 +13,6 @@ AdEMAMix's a rises linearly to its value, b3 from b1 so that its half-life does,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -43,56 +42,6 @@ def adamw(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:
     torch._foreach_add_(size, config.epsilon)
     torch._foreach_div_(mean, size)
     return mean
-
-
-def stable_rates(
-    rate: float, gradients: list[Tensor], second: list[Tensor], correction2: float, epsilon: float
-) -> list[float]:
-    """StableAdamW's learning rate of each tensor.
-
-    Args:
-        rate: before clipping.
-        gradients, second: g and the second moment that it is part of, both of update t.
-        correction2: 1 - b2^t.
-        epsilon: eps.
-    """
-    ratios = [
-        (g.square() / (v / correction2).clamp_min(epsilon**2)).mean()
-        for g, v in zip(gradients, second, strict=True)
-    ]
-    return [rate / max(1.0, math.sqrt(ratio)) for ratio in torch.stack(ratios).tolist()]
-
-
-def fused_adamw(
-    weights: Sequence[Tensor],
-    gradients: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    t: int,
-    *,
-    rate: float,
-    decay: float,
-    scale: Tensor | None,
-    config: OptimizerConfig,
-) -> None:
-    """AdamW's update t in one pass by torch's kernel: weights and moments move in place, gradients are divided by ``scale``."""
-    step = torch.tensor(float(t), device=weights[0].device)
-    torch._fused_adamw_(
-        [*weights],
-        gradients,
-        first,
-        second,
-        [],
-        [step] * len(gradients),
-        lr=rate,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        weight_decay=decay,
-        eps=config.epsilon,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=scale,
-    )
 
 
 def adam_atan2(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:

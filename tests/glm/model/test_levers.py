@@ -171,6 +171,32 @@ def test_qk_clip_brings_a_heads_largest_score_to_the_threshold(key_heads):
     assert attention.largest_H is None
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_qk_clip_leaves_a_head_alone_whose_score_is_no_number(bad):
+    """fp16's overflow must not become weights of zero."""
+    shell = torch.nn.Module()
+    shell.attention = attention_of(qk_clip=1.0, softmax="compute")
+    weights = dict(shell.named_parameters())
+    before = weights["attention.query_key_value.weight"].clone()
+    shell.attention.largest_H = torch.full((shell.attention.heads,), bad)
+    clip_queries_and_keys(shell, weights, 1.0)
+    assert torch.equal(weights["attention.query_key_value.weight"], before)
+
+
+def test_replicas_clip_by_the_largest_score_of_all():
+    shell = torch.nn.Module()
+    shell.attention = attention_of(qk_clip=1.0, softmax="compute")
+    weights = dict(shell.named_parameters())
+    before = weights["attention.query_key_value.weight"].clone()
+    # This one has had no rows; the others' largest score was 4.
+    told = clip_queries_and_keys(shell, weights, 1.0, across=lambda mine: mine.clamp_min(4.0))
+    width = shell.attention.heads * shell.attention.head
+    after = weights["attention.query_key_value.weight"]
+    torch.testing.assert_close(after[: 2 * width], before[: 2 * width] / 2)
+    assert torch.equal(after[2 * width :], before[2 * width :])
+    assert told["qk_clip/-/score_max"] == 4
+
+
 @pytest.mark.parametrize("kind", ["rms", "rms-plain", "rms-single", "rms-centred", "dyt"])
 def test_norms_are_their_formulas(kind):
     norm = make_norm(dataclasses.replace(SMALL, norm_kind=kind), 32)

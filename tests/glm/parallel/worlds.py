@@ -65,6 +65,8 @@ GATED = dataclasses.replace(
     logit_cap=2.0,
     attention=AttentionConfig(qk_norm=True, v_norm=True, gate="head", sink="learned"),
 )
+# Scores of so small a model are below one; a micro-batch of eight rows leaves the second replica without any.
+CLIPPED = dataclasses.replace(GLM, attention=AttentionConfig(qk_clip=0.05))
 STABLE = OptimizerConfig(update_clipping=True, zclip=True)
 RULES = OptimizerConfig(
     kind="ademamix",
@@ -117,6 +119,8 @@ def worlds() -> list[World]:
     # Other levers, and a micro-batch that only one of two replicas gets.
     found += [world("other-221", (2, 2, 1), model=OTHER), world("uneven-112", (1, 1, 2), micro=8)]
     found += [
+        world("clipped-112", (1, 1, 2), model=CLIPPED, zero=0),
+        world("clipped-uneven-112", (1, 1, 2), model=CLIPPED, zero=0, micro=8),
         world("stable-212", (2, 1, 2), optimizer=STABLE),
         world("rules-212", (2, 1, 2), optimizer=RULES),
     ]
