@@ -27,7 +27,6 @@ from stabilitylab.logs.records import RUN_SIGNALS
 from stabilitylab.logs.rows import Reading, Row
 from stabilitylab.logs.tensorboard import event_files, scalars, suffix_of
 from stabilitylab.logs.trackers import connected, history, infinite, mlflow_name, mlflow_runs, unwrapped
-from stabilitylab.runs.folder import RunFolder
 from stabilitylab.telemetry import LOSS, Event, Key
 from stabilitylab.watching.followers import Batch
 from stabilitylab.watching.tail import Tail
@@ -348,7 +347,11 @@ class RunFollower(_Store):
 
 def is_abandoned(follower: object) -> bool:
     """Whether a run folder's writer has gone without a word."""
-    return isinstance(follower, RunFollower) and RunFolder(follower.path).is_being_written() is False
+    if not isinstance(follower, RunFollower):
+        return False
+    from stabilitylab.runs.folder import RunFolder  # pandas with it
+
+    return RunFolder(follower.path).is_being_written() is False
 
 
 def _events(piece: bytes) -> Iterator[Event]:

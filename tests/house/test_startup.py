@@ -15,11 +15,12 @@ TORCH, COMPILER = "torch", "torch._dynamo"
     [
         ("import stabilitylab.cli, glm.cli", {TORCH, "pandas", "numpy"}),
         ("import stabilitylab.logs.commands, stabilitylab.spikes.commands", {TORCH, "matplotlib"}),
+        ("import stabilitylab.watching.commands, stabilitylab.watching.watch", {TORCH, "pandas"}),
         # The compiler takes as long as the rest of torch, scipy.stats two seconds.
         ("import stabilitylab.monitoring.monitor", {COMPILER, "scipy", "matplotlib"}),
         ("import glm.commands.train", {COMPILER, "scipy.stats", "pandas", "matplotlib", "tensorboard"}),
     ],
-    ids=["help", "spikes", "monitor", "train"],
+    ids=["help", "spikes", "watch", "monitor", "train"],
 )
 def test_what_is_loaded(program: str, without: set[str]) -> None:
     asked = f"{program}\nimport sys\nprint(*({without!r} & set(sys.modules)))"
