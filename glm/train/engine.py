@@ -154,7 +154,7 @@ class Engine(Protocol):
 class Updates:
     """What every engine does with its optimizer and loss scaler: update, and keep their state."""
 
-    model: nn.Module
+    model: Transformer
     optimizer: MixedPrecisionAdamW
     scaler: LossScaler | None
     auxiliary: Mapping[str, float] = MappingProxyType({})
