@@ -26,7 +26,6 @@ from experiments.verdicts import plain, words
 from stabilitylab.errors import InputError
 
 Table = Annotated[Path, tyro.conf.Positional]
-DIED = frozenset({"", "nan", "inf", "-inf", "+inf", "infinity", "-infinity"})
 
 
 def judge(
@@ -60,6 +59,8 @@ def judge(
         sequential: runs were added while looking at the verdict.
         json: print one JSON object.
     """
+    if arm == baseline:
+        raise InputError(f"--arm and --baseline are both {arm!r}: name two groups")
     rows = _rows(table)
     columns = list(rows[0])
     column = value or _value_column(rows, columns, {group, seed})
@@ -150,12 +151,15 @@ def _rows(table: Path) -> list[dict[str, str]]:
 
 
 def _number(text: str, worst: float) -> float | None:
-    if text.lower() in DIED:
+    if not text:
         return worst
     try:
-        return float(text)
+        # Python alone reads 1_000 as a number.
+        number = float(text) if "_" not in text else None
     except ValueError:
         return None
+    # What is beyond float64 (1e400) is as dead as what says so, whichever sign it has.
+    return worst if number is not None and not math.isfinite(number) else number
 
 
 def _value_column(rows: list[dict[str, str]], columns: list[str], taken: set[str]) -> str:

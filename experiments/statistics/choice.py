@@ -116,20 +116,20 @@ def kind_of(a: np.ndarray, b: np.ndarray | None, *, scale: Scale, paired: bool) 
 
 
 def _grid_step(values: np.ndarray, *, log: bool) -> float:
-    """The largest step of which all differences between values are multiples, for decimals of up to nine places; at least what
-    float32 resolves, which is how fine a loss is. Of logarithms, the step at the median value."""
+    """The largest step of which all differences between values are multiples, whatever their unit; at least what float32
+    resolves, which is how fine a loss is. Of logarithms, the step at the median value."""
     distinct = np.unique(np.exp(values) if log else values)
     size = float(np.median(np.exp(values))) if log else 1.0
-    step = float(np.max(np.abs(distinct))) * 2.0**-23
-    if len(distinct) < 2 or not math.isfinite(step):
+    least = float(np.max(np.abs(distinct))) * 2.0**-23
+    if len(distinct) < 2 or not math.isfinite(least):
         return math.inf
-    for places in range(10):
-        scaled = distinct * 10.0**places
-        whole = np.rint(scaled)
-        if np.max(np.abs(whole)) >= 2.0**52:
-            break
-        if np.all(np.abs(scaled - whole) <= 1e-9 * np.maximum(1.0, np.abs(whole))):
-            common = int(np.gcd.reduce(np.diff(whole).astype(np.int64)))
-            step = max(step, common / 10.0**places)
-            break
-    return step / size
+    apart = np.diff(distinct)
+    # Euclid's algorithm, of floats: the step is at most the smallest difference, and at most what is left of another by it.
+    step = float(apart.min())
+    while step > least:
+        left = np.abs(apart - np.rint(apart / step) * step)
+        left = left[left > least / 2]
+        if not len(left):
+            return step / size
+        step = float(left.min())
+    return least / size

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -30,6 +30,8 @@ Direction = Literal["less", "more"]
 Word = Literal["supported", "against", "equivalent", "undecided"]
 
 ALPHA = 0.05
+# Binary exponent beyond which values are judged in a unit of their own: squares and sums of thousands must be numbers.
+FAR = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,22 @@ def decide(
     b = None if baseline is None else _checked(baseline, scale, "the baseline", zeros)
     if margin is not None and not margin > 0:
         raise InputError(f"a margin of {margin:g}: give the smallest effect of interest, above 0")
+    if unit := _far(a, b):
+        found = decide(
+            np.ldexp(a, -unit).tolist(),
+            None if b is None else np.ldexp(b, -unit).tolist(),
+            paired=paired,
+            direction=direction,
+            scale="rank" if scale == "rank" else "linear",
+            margin=None if margin is None else float(np.ldexp(margin, -unit)) or None,
+            sequential=sequential,
+            alpha=alpha,
+        )
+        with np.errstate(over="ignore"):
+            back = {
+                k: float(np.ldexp(getattr(found, k), unit)) for k in ("effect", "low", "high", "detectable")
+            }
+        return replace(found, **back)
     if b is not None and paired and len(a) != len(b):
         raise InputError(f"{len(a)} runs of the arm and {len(b)} of the baseline are no pairs")
     n = len(a) if b is None else min(len(a), len(b))
@@ -155,6 +173,14 @@ def decide(
         law=stake.name,
         censored=censored,
     )
+
+
+def _far(a: np.ndarray, b: np.ndarray | None) -> int:
+    """The binary exponent of values whose squares leave float64, to be judged in that unit; 0 for all others."""
+    every = np.abs(a if b is None else np.concatenate([a, b]))
+    largest = float(every[np.isfinite(every)].max(initial=0.0))
+    exponent = math.frexp(largest)[1]
+    return exponent if abs(exponent) > FAR and largest else 0
 
 
 def p_value(law: Law) -> float:

@@ -231,6 +231,48 @@ def test_a_decision_stands_whatever_comes_later(paired, later):
     assert decide([*a, later, 0.0], [*b, 0.0, later], paired=paired).n == early.n
 
 
+MADE = {
+    "gaussian": lambda rng, n: rng.normal(rng.choice([0.0, 1.5]), 1.0, n),
+    # Not of 0 and 1 alone, which are yes and no.
+    "rounded": lambda rng, n: 3.0 + 2.0 * rng.normal(size=n).round(),
+    "constant": lambda rng, n: np.full(n, float(rng.integers(2, 4))),
+    "heavy": lambda rng, n: rng.standard_cauchy(n),
+    "died": lambda rng, n: np.where(rng.random(n) < 0.4, math.inf, rng.normal(size=n)),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_swapped_arms_turn_the_verdict_and_another_unit_does_not(kind, paired, sequential):
+    """... and none rests on fewer than four runs an arm, whatever they say."""
+    rng = np.random.default_rng(7)
+    turned = {"supported": "against", "against": "supported"}
+    for trial in range(6):
+        n = int(rng.integers(1, 12))
+        a, b = MADE[kind](rng, n), MADE[kind](rng, n if paired else int(rng.integers(1, 12)))
+        how = {"paired": paired, "sequential": sequential}
+        found = decide(a, b, margin=0.8, **how)
+        swapped = decide(b, a, margin=0.8, **how)
+        assert swapped.verdict == turned.get(found.verdict, found.verdict), trial
+        assert swapped.effect == pytest.approx(-found.effect, rel=1e-9, nan_ok=True)
+        assert swapped.e_value == pytest.approx(found.e_value, rel=1e-9)
+        for unit in (2.0**-1000, math.log(2) / 7, 2.0**900):
+            scaled = decide(a * unit, b * unit, margin=0.8 * unit, **how)
+            assert (scaled.verdict, scaled.n) == (found.verdict, found.n)
+            assert scaled.low == pytest.approx(found.low * unit, rel=1e-9)
+        if min(len(a), len(b)) < 4:
+            assert found.verdict == "undecided"
+
+
+def test_values_at_the_end_of_float64_are_judged_without_a_warning():
+    """Squares of these are infinite, and of those zero: they were "supported" by a spread of nothing."""
+    tiny = np.random.default_rng(0).normal(size=(2, 6)) * 1e-310
+    assert decide(*tiny, paired=False, sequential=False).verdict == "undecided"
+    largest = np.array([1.7e308, -1.7e308] * 3)
+    assert decide(largest, -largest, paired=False, sequential=False).verdict == "undecided"
+
+
 def test_counts_go_by_their_order_however_few_repeat():
     """Differences 10, 10, 11, 12 of integers have t = 22; four signs alike happen once in eight."""
     assert decide([20.0, 21.0, 22.0, 23.0], [10.0, 11.0, 11.0, 11.0], direction="more").law != "paired t"
