@@ -2,7 +2,7 @@
 
 There, after 38 seeds, 15 pairs lay half an octave up or more, 5 down and 18 at nothing: a shift of one step of the grid could
 neither be told from none nor shown to be below the margin. Here a step is a quarter of the margin, between 2^-3.5 and 2^-.5, where
-all frontiers lay; means of differences are judged, since none is infinite. Seeds are fresh.
+all frontiers lay. Seeds are fresh.
 """
 
 from __future__ import annotations
