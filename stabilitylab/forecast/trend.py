@@ -4,11 +4,12 @@
 
 A power law, because what grows in training grows ever slower per step (norms as a power of the step, 2203.03466's coordinate
 checks; weights under AdamW until their equilibrium). In log t the past is like the future, so the run itself says how far to trust
-a slope: the same fit is made at T / 2, and its slope compared with the one that would have led to the level at T. With
+a slope: the same fit is made at T / 2, and its slope f compared with the slope a that led to the level at T. Growth that levels
+off, and slopes that were noise, show in the share of f that came true, over all sites:
 
-    w = the 90 % quantile of |slope that led there - slope forecast| over all sites
+    c = sum a f / sum f^2, kept within 0 and 1        b <- c b        w = the 90 % quantile of |a - c f|
 
-the band is every law whose slope lies within b - w and b + w, and a limit L is reached between
+The band is every law whose slope lies within b - w and b + w, and a limit L is reached between
 
     T (L / y(T))^(1 / (b + w))   and   T (L / y(T))^(1 / (b - w)),       never, where that slope is not positive.
 
@@ -39,7 +40,7 @@ class Trend:
     Attributes:
         last: the step T up to which it was seen.
         level: y(T), of the fitted line.
-        slope: b.
+        slope: b, the share of it that comes true.
         width: w, of all sites together.
     """
 
@@ -75,7 +76,7 @@ def trends(values: pd.DataFrame) -> dict[str, Trend]:
     if not len(steps):
         return {}
     last = float(steps[-1])
-    fits, missed = {}, []
+    fits, foretold, came = {}, [], []
     for site, row in zip(values.index, values.to_numpy(dtype=np.float64), strict=True):
         whole = _fit(steps, row, last)
         if whole is None:
@@ -83,12 +84,15 @@ def trends(values: pd.DataFrame) -> dict[str, Trend]:
         fits[str(site)] = whole
         half = _fit(steps, row, last / 2)
         if half is not None:
-            missed.append(abs((whole[0] - half[0]) / math.log(2.0) - half[1]))
-    if not missed:
+            foretold.append(half[1])
+            came.append((whole[0] - half[0]) / math.log(2.0))
+    if not foretold:
         return {}
-    width = float(np.quantile(missed, COVERED))
+    f, a = np.array(foretold), np.array(came)
+    true = float(np.clip(np.dot(a, f) / np.dot(f, f), 0.0, 1.0)) if np.dot(f, f) > 0 else 0.0
+    width = float(np.quantile(np.abs(a - true * f), COVERED))
     return {
-        site: Trend(last=int(last) - 1, level=math.exp(level), slope=slope, width=width)
+        site: Trend(last=int(last) - 1, level=math.exp(level), slope=true * slope, width=width)
         for site, (level, slope) in fits.items()
     }
 

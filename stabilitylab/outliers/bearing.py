@@ -1,7 +1,9 @@
 """Which formats of few bits each linear layer bears, what breaks it where it does not, and what a remedy would change.
 
-A layer bears a format if rounding its input, and its weight, errs less than ``FACTOR`` times as much as on normal numbers of the
-same shape: no bit is lost to outliers. What breaks it is found by leaving it out and rounding again, in this order:
+A layer bears a format if rounding its input, and its weight, errs less than ``FACTOR`` times as much as on normal numbers: no bit
+is lost to outliers. Every token, and every output channel, counts alike: e = sqrt(mean_t |x^_t - x_t|^2 / |x_t|^2), since over the
+whole matrix one massive token would hide what its scale does to all others. What breaks it is found by leaving it out and rounding
+again: the first of these whose absence lets the rest be borne, else the one that more than halves the error:
 
     first token    the window's first position, on which attention rests (a sink, 2309.17453)
     channels       those whose median magnitude over tokens is ``STEADY`` times the median channel's, without the first token
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from stabilitylab.formats import gaussian_error, rotate, rotation_signs, what_if_format, what_if_sums
 from stabilitylab.models import TextModel, Window, linear_layers, linear_weight
+from stabilitylab.outliers import words
 
 FORMATS = ("int8-tensor", "int8-row", "fp8-e4m3-tensor", "mxfp8-e4m3", "mxfp4", "nvfp4")
 FACTOR, STEADY, ROWS = 2.0, 10.0, 256
@@ -77,7 +80,7 @@ class Bearing:
         several = len(self.layers)
         broken = [layer for layer in self.layers if not layer.bears(format)]
         if not broken:
-            return f"all {several} layers bear it as they are."
+            return f"All {several} layers bear it as they are."
         causes = [layer.broken[format].cause for layer in broken]
         told = ", ".join(f"{causes.count(cause)} by {_WORDS[cause]}" for cause in _WORDS if cause in causes)
         helped = {
@@ -170,44 +173,46 @@ def _layer(path: str, x_TK: Tensor, weight_NK: Tensor, is_text: bool) -> LayerBe
 
 def _why(x_TK: Tensor, name: str, is_text: bool) -> Broken:
     """What, left out, lets the rest be borne."""
+    whole = _error(x_TK, name)
     rest = x_TK[1:] if is_text and len(x_TK) > 1 else x_TK
-    if rest is not x_TK and _error(rest, name) < FACTOR:
+    found: list[tuple[float, Broken]] = []
+    if rest is not x_TK:
         first, other = float(x_TK[0].abs().amax()), float(rest.abs().amax())
         channel = int(x_TK[0].abs().argmax())
-        return Broken(
-            cause="first token",
-            detail=f"|x| reaches {first:.3g} at the first position (channel {channel}), {other:.3g} at all others",
-        )
+        told = f"|x| reaches {words.short(first)} at the first position (channel {channel}), {words.short(other)} at all others"
+        found.append((_error(rest, name), Broken(cause="first token", detail=told)))
     usual_K = rest.abs().median(0).values
     median = usual_K.median()
     steady_K = usual_K >= STEADY * median if median > 0 else usual_K > 0
-    if steady_K.any() and not steady_K.all() and _error(rest[:, ~steady_K], name) < FACTOR:
+    if steady_K.any() and not steady_K.all():
         order = [int(k) for k in usual_K.argsort(descending=True)[: int(steady_K.sum())]]
         listed = ", ".join(map(str, order[:4])) + (f" and {len(order) - 4} more" if len(order) > 4 else "")
         ratio = float(usual_K.max() / median) if median > 0 else float("inf")
-        plural = "s" if len(order) > 1 else ""
-        return Broken(
-            cause="channels",
-            detail=f"channel{plural} {listed}: {ratio:.0f}x the median channel in every token",
+        told = (
+            f"channel{'s' if len(order) > 1 else ''} {listed}: {ratio:.0f}x the median channel in most tokens"
         )
+        found.append((_error(rest[:, ~steady_K], name), Broken(cause="channels", detail=told)))
     largest_T = rest.abs().amax(1)
     loud_T = largest_T >= STEADY * largest_T.median()
-    if loud_T.any() and not loud_T.all() and _error(rest[~loud_T], name) < FACTOR:
-        return Broken(
-            cause="tokens",
-            detail=f"{int(loud_T.sum())} of {len(rest)} tokens reach {float(largest_T.max()):.3g}",
-        )
-    return Broken(
-        cause="spread",
-        detail=f"|x| reaches {float(rest.abs().amax()):.3g}, its RMS is {float(rest.square().mean().sqrt()):.2g}",
-    )
+    if loud_T.any() and not loud_T.all():
+        told = f"{int(loud_T.sum())} of {len(rest)} tokens reach {words.short(float(largest_T.max()))}"
+        found.append((_error(rest[~loud_T], name), Broken(cause="tokens", detail=told)))
+    enough = [why for error, why in found if error < FACTOR]
+    if enough:
+        return enough[0]
+    if found and (best := min(found, key=lambda one: one[0]))[0] < whole / 2:
+        return best[1]
+    size, rms = float(rest.abs().amax()), float(rest.square().mean().sqrt())
+    return Broken(cause="spread", detail=f"|x| reaches {words.short(size)}, its RMS is {words.short(rms)}")
 
 
 def _error(rows: Tensor, name: str, whole: Tensor | None = None) -> float:
-    """Relative error over that of normal numbers."""
-    sums = what_if_sums(rows[None], what_if_format(name), None if whole is None else whole.reshape(1))
-    squares = float(rows.double().square().sum())
-    return (float(sums[0, 0]) / squares) ** 0.5 / _usual(name) if squares else 0.0
+    """Relative error, every row alike, over that of normal numbers; ``whole``: the largest magnitude that scales know of."""
+    largest = rows.abs().amax() if whole is None else whole
+    sums = what_if_sums(rows[:, None], what_if_format(name), largest.expand(len(rows)))
+    squares = rows.double().square().sum(1)
+    used = squares > 0
+    return float((sums[used, 0] / squares[used]).mean().sqrt()) / _usual(name) if used.any() else 0.0
 
 
 @cache

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from stabilitylab.figures.style import STYLE, WIDTH
+from stabilitylab.outliers import words
 from stabilitylab.outliers.bearing import FACTOR, FORMATS, ROWS, Bearing
 from stabilitylab.report.page import Picture, Said, Section, Statements, Table
 
@@ -31,20 +32,19 @@ def bearing_section(found: Bearing) -> Section:
         tone = "good" if not broken else "bad" if broken > len(found.layers) / 10 else "open"
         said.append(Said(word=_NAMES[name], text=found.sentence(name), tone=tone))
     rows = []
-    for layer in sorted(found.layers, key=lambda one: -len(one.broken)):
-        for name, why in layer.broken.items():
-            rows.append(
-                [
-                    layer.path,
-                    name,
-                    f"{layer.plain[name]:.2g}",
-                    why.cause,
-                    why.detail,
-                    f"{layer.rotated[name]:.2g}",
-                    f"{layer.smoothed[name]:.2g}",
-                ]
-            )
-    rows.sort(key=lambda row: -float(row[2]))
+    broken_ones = [(layer, name, why) for layer in found.layers for name, why in layer.broken.items()]
+    for layer, name, why in sorted(broken_ones, key=lambda one: -one[0].plain[one[1]]):
+        rows.append(
+            [
+                layer.path,
+                name,
+                words.short(layer.plain[name]),
+                why.cause,
+                why.detail,
+                words.short(layer.rotated[name]),
+                words.short(layer.smoothed[name]),
+            ]
+        )
     columns = ["layer", "format", "error", "broken by", "what was seen", "rotated", "smoothed"]
     note = (
         f"Errors are over those on normal numbers: 1 is usual, {FACTOR:g} the limit, where outliers have cost a bit. "
