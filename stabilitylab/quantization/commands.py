@@ -53,6 +53,7 @@ def quantize(
     text: Path | None = None,
     budget_loss: float | None = None,
     budget_memory: float | None = None,
+    budget_bits: float | None = None,
     budget_latency: float | None = None,
     batch: int = 1,
     schemes: tuple[str, ...] = DEFAULT_SCHEMES,
@@ -77,6 +78,7 @@ def quantize(
         text: what to measure on: plain text of the kind that the model is for.
         budget_loss: nats of loss increase per token that may be spent (relative output error for encoders); bytes are minimised.
         budget_memory: bytes that may be used, as a share of the layers' 16-bit bytes; harm is minimised.
+        budget_bits: the same as bits a weight, scales included: 4.5 is a share of 0.28125.
         budget_latency: time that may be used, as a share of the unquantized layers'; harm is minimised.
         batch: rows at which --budget-latency counts: 1, 32 or 256.
         schemes: to choose from.
@@ -93,7 +95,7 @@ def quantize(
         html: file to write a report to.
         json_output: print the plan as one JSON object instead of tables.
     """
-    budget = _budget(budget_loss, budget_memory, budget_latency, batch)
+    budget = _budget(budget_loss, budget_memory, budget_bits, budget_latency, batch)
     if kv_context is None and budget_kv is not None:
         raise InputError("--budget-kv is a share of bytes at a context length: give --kv-context too")
     if kv_context is not None and text is None:
@@ -263,20 +265,20 @@ def show(plan: QuantizationPlan, console: Console) -> None:
         console.print(Text(f"note: {note}"), soft_wrap=True)
 
 
-def _budget(loss: float | None, memory: float | None, latency: float | None, batch: int) -> Budget | None:
+def _budget(
+    loss: float | None, memory: float | None, bits: float | None, latency: float | None, batch: int
+) -> Budget | None:
     if batch not in BATCHES:
         raise InputError(f"--batch {batch} is not measured: choose {', '.join(map(str, BATCHES))}")
-    given = [
-        budget
-        for budget in (("loss", loss), ("memory", memory), ("latency", latency))
-        if budget[1] is not None
-    ]
+    asked = {"loss": loss, "memory": memory, "bits": bits, "latency": latency}
+    given = {name: value for name, value in asked.items() if value is not None}
     if len(given) > 1:
-        names = " and ".join(f"--budget-{kind}" for kind, _ in given)
+        names = " and ".join(f"--budget-{name}" for name in given)
         raise InputError(f"{names} cannot both be kept to: give one budget")
-    for kind, value in given:
-        assert value is not None
-        return Budget(kind=kind, value=value, batch=batch)  # type: ignore[arg-type]
+    for name, value in given.items():
+        if name == "bits":
+            return Budget(kind="memory", value=value / 16)
+        return Budget(kind=name, value=value, batch=batch)  # type: ignore[arg-type]
     return None
 
 

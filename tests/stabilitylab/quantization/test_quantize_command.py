@@ -229,3 +229,29 @@ def test_keys_and_values_within_a_budget(made, tmp_path, capsys):
     refused(capsys, [*again, "--budget-kv", "0.4"], "give --kv-context too")
     refused(capsys, [str(made / "model"), "--plan", plan, "--kv-context", "9"], "needs --text")
     refused(capsys, [*again, "--kv-context", "0"], "at least 1")
+
+
+def test_bits_a_weight_are_a_share_of_sixteen(made, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    command = [str(made / "model"), "--plan", str(plan), "--text", str(made / "text")]
+    tokens = [
+        "--tokens",
+        "32",
+        "--verify-tokens",
+        "32",
+        "--length",
+        "32",
+        "--schemes",
+        "int8-row",
+        "int4-g32-asym",
+    ]
+    assert main(["quantize", *command, *tokens, "--budget-bits", "7.2"]) == 0
+    loaded = load_plan(plan)
+    assert loaded.budget.value == 0.45
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in loaded.sensitivity.values())
+    assert 8 * loaded.planned.bytes <= 7.2 * weights
+    refused(
+        capsys,
+        [*command, "--budget-bits", "4", "--budget-memory", "0.3"],
+        "--budget-memory and --budget-bits",
+    )
