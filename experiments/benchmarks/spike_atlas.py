@@ -2,32 +2,37 @@
 
     python -m experiments.benchmarks spike_atlas --spikes 500 --out atlas [--minutes 60] [--only FAMILY] [--score] [--json]
 
-Each recipe of ``_atlas_recipes.py`` is run with one seed after another until there are ``--spikes`` of them, or the minutes are
-over; what is there is kept, so the same command goes on. Of each spike
+Recipes of ``_atlas_recipes.py`` are run with one seed after another, always one of the kind with the fewest spikes, until there are
+``--spikes`` of them or the minutes are over; what is there is kept, so the same command goes on. Of each spike
 
     atlas/spikes.jsonl           recipe, seed, what was planted, what was told, every fork's verdict
-    atlas/telemetry/N.parquet    what every layer did from 24 steps before the onset to 24 after: tidy
+    atlas/telemetry/N.parquet    what every layer did around it: tidy
     atlas/spikes.parquet, telemetry.parquet, CARD.md    written at the end: all of it in two files, and how it was made
 
+``pandas.read_parquet("atlas/telemetry.parquet")`` is all of the telemetry.
+
 The scores: of detector, forensics and forks (``stabilitylab.attribution``) against the planted cause, and of forensics against the
-proven one, by cause, in the half that things were looked at with and in the held-out half of the recipes.
+proven one, by cause and by recipe, in the half that things were looked at with and in the held-out half of the recipes; the
+detector's kind against the one that the twin shows; and what spikes cost that runs recover from, over their twins at equal steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 from experiments.benchmarks._atlas_recipes import Recipe, recipes
 from experiments.benchmarks._atlas_spike import spike
@@ -54,10 +59,13 @@ def main(argv: Sequence[str]) -> int:
         make(rows, chosen, asked.out, asked.spikes, until)
     write(rows, asked.out)
     scores = {half: score(of) for half, of in halves(rows).items()}
+    costs = harm(rows)
     if asked.json:
-        print(json.dumps(scores))
+        print(json.dumps({**scores, "harm": costs}))
     else:
         show(rows, scores)
+        for name, of in costs.items():
+            Console(width=140).print(f"harm, {name}: {of}", highlight=False)
     return 0
 
 
@@ -111,8 +119,9 @@ def score(rows: list[Row]) -> dict[str, Any]:
     """Counts of right ones, as (right, of)."""
     planted = [row for row in rows if row["planted"] is not None]
     placed = [row for row in planted if row["truth_site"]]
-    batches = [row for row in planted if row["truth"] == "batch"]
-    others = [row for row in planted if row["truth"] != "batch"]
+    told = [row for row in planted if not row["missed"]]
+    # Between spike and divergence lies what neither is.
+    known = [row for row in planted if row["true_kind"]]
 
     def share(of: list[Row], right: Callable[[Row], bool]) -> tuple[int, int]:
         return sum(right(row) for row in of), len(of)
@@ -125,6 +134,12 @@ def score(rows: list[Row]) -> dict[str, Any]:
             "forensics": share(of, lambda r: r["forensics"] in r["truths"]),
             "forensics with forks": share(of, lambda r: r["forensics"] == r["attribute"]),
         }
+    by_family = {
+        family: share(
+            [row for row in rows if row["family"] == family], lambda r: r["attribute"] in r["truths"]
+        )
+        for family in sorted({row["family"] for row in rows})
+    }
     emergent = {}
     for family in sorted({row["family"] for row in rows if row["planted"] is None}):
         of = [row for row in rows if row["family"] == family]
@@ -142,12 +157,38 @@ def score(rows: list[Row]) -> dict[str, Any]:
         "forensics, site": share(placed, lambda r: r["forensics_site"] == r["truth_site"]),
         "forensics with forks, cause": share(rows, lambda r: r["forensics"] == r["attribute"]),
         "control bit-identical": share(rows, lambda r: bool(r["repeats"])),
-        "detector, onset within 2 steps": share(planted, lambda r: 0 <= r["onset"] - r["planted"] <= 2),
-        "detector, batches told as hard batches": share(batches, lambda r: r["kind"] == "hard-batch"),
-        "detector, others told as hard batches": share(others, lambda r: r["kind"] == "hard-batch"),
+        "attribute, cause, of those told by the detector": share(
+            told, lambda r: r["attribute"] in r["truths"]
+        ),
+        "detector, found": share(planted, lambda r: not r["missed"]),
+        "detector, onset within 2 steps": share(told, lambda r: 0 <= r["onset"] - r["planted"] <= 2),
+        "detector, kind": share(known, lambda r: r["kind"] == r["true_kind"]),
         "by cause": by_cause,
+        "by family": by_family,
+        "kinds": Counter(f"{row['true_kind']} told as {row['kind'] or 'nothing'}" for row in known),
         "emergent": emergent,
     }
+
+
+def harm(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """What recovered spikes cost over their twins: median with the sign test's 95 % interval, and the share that is worse."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in ("hard-batch", "spike"):
+        chosen = [row["harm"] for row in rows if row.get("harm") and row.get("true_kind") == kind]
+        for name in sorted({name for row in chosen for name in row}):
+            values = np.sort([row[name] for row in chosen if name in row and math.isfinite(row[name])])
+            n = len(values)
+            if n < 6:
+                continue
+            # Order statistics k and n - 1 - k hold the median with 1 - 2 P(binomial(n, 1/2) <= k - 1).
+            k = int(binom.ppf(0.025, n, 0.5))
+            found[f"{kind}, {name}"] = {
+                "n": n,
+                "median": float(np.median(values)),
+                "interval": [float(values[k - 1]), float(values[n - k])] if k else [math.nan, math.nan],
+                "worse": [int((values > 0).sum()), n],
+            }
+    return found
 
 
 def write(rows: list[Row], out: Path) -> None:
@@ -156,7 +197,7 @@ def write(rows: list[Row], out: Path) -> None:
     if not found:
         return
     frame = pd.DataFrame(found)
-    for column in ("truths", "forks"):
+    for column in {"truths", "forks", "harm", "losses"} & set(frame.columns):
         frame[column] = frame[column].map(json.dumps)
     frame.to_parquet(out / "spikes.parquet", index=False)
     parts = [
@@ -176,16 +217,21 @@ def card(rows: list[Row]) -> str:
     lines = [
         "# Spikes with proven causes",
         "",
-        f"{len(rows)} spikes of a pre-norm GPT (4 blocks of 32, 8 rows of 32 tokens of a sparse Markov chain of 64, AdamW at 3e-3,",
+        f"{len(rows)} spikes of a pre-norm GPT (3 blocks of 32, 8 rows of 32 tokens of a sparse Markov chain of 64, AdamW at 3e-3,",
         "clip 1), each in a run of its own, healthy but for what its recipe does to it. `spikes.parquet`: one row a spike;",
-        "`telemetry.parquet`: step, family, site, statistic, index, value from 24 steps before the onset to 24 after.",
+        "`telemetry.parquet`: step, family, site, statistic, index, value, spike; up to 24 steps before the onset and 16 after.",
+        "Read it with `pandas.read_parquet('telemetry.parquet')`.",
         "",
         "| column | meaning |",
         "| --- | --- |",
         "| recipe, family, seed, planted | what was done, at which update; planted is empty for settings of the whole run |",
         "| truth, truths, truth_site | the planted cause, further ones as right, the module |",
         "| held_out | half of the recipes, by the CRC-32 of their names |",
-        "| onset, kind, height, told_at | what the detector told |",
+        "| true_kind | hard-batch, spike, divergence, non-finite, by what the loss has over that of the same run without a plant |",
+        "| onset, kind, height, told_at | what the detector told of the loss alone; height is over the twin's |",
+        "| missed | the detector told nothing; the onset is where half of .4 nats were passed |",
+        "| harm | loss, NVFP4's loss and outliers over the twin's, 10 and 40 steps after, of what is over and was recovered from |",
+        "| losses | of every step |",
         "| forensics, forensics_site | what the telemetry suggested |",
         "| attribute, attribute_site, sentence | what forks proved |",
         "| repeats | whether the control fork was the run to the last bit |",
@@ -224,6 +270,8 @@ def show(rows: list[Row], scores: dict[str, dict[str, Any]]) -> None:
         for cause, right in of["by cause"].items():
             causes.add_row(cause, half, *(_share(value) for value in right.values()))
     console.print(causes)
+    for half, of in scores.items():
+        console.print(f"{half}: {dict(of['kinds'])}; by kind of recipe {of['by family']}", highlight=False)
     emergent = Table(
         "recipe",
         "half",

@@ -117,6 +117,10 @@ def attribute(
             if found is None:
                 raise
             return dataclasses.replace(found, otherwise=otherwise)
+        if not search.seen.is_quiet() and at > begin:
+            # What is to be explained has begun already: nothing here is usual.
+            reach *= _WIDER
+            continue
         may_widen = at > begin and time.monotonic() < began + budget / 2
         found = search.run(open_loop if processes > 1 else None, processes, thorough, may_widen)
         if found.cause != "unknown" or not found.yardstick.shows or not may_widen:

@@ -21,7 +21,7 @@ from stabilitylab.attribution.loop import Subject
 from stabilitylab.attribution.outside import Snapshots, settings_of
 from stabilitylab.model_structure import blocks, is_embedding, is_linear, is_norm, named_modules
 
-QUIET, GREW, JUMP = 3, 3.0, 1.5
+QUIET, GREW, JUMP, LOUD = 3, 3.0, 1.5, 10.0
 
 
 class Observation(Act):
@@ -209,6 +209,19 @@ class Observation(Act):
             if any(step <= last for step in steps)
             and not any(self._begin < step < self._begin + QUIET for step in steps)
         ]
+
+    def is_quiet(self) -> bool:
+        """Whether nothing happened in the first steps themselves: no output, nor the norm of all gradients, grew there tenfold."""
+        squares: dict[int, float] = defaultdict(float)
+        for values in self.gradients.values():
+            for step, value in values.items():
+                squares[step] += value * value
+        norms = {step: math.sqrt(value) for step, value in squares.items()}
+        for values in (norms, *self.outputs.values()):
+            quiet = [v for step, v in values.items() if step < self._begin + QUIET and v != 0]
+            if not all(map(math.isfinite, quiet)) or (len(quiet) > 1 and max(quiet) > LOUD * min(quiet)):
+                return False
+        return True
 
     def usual_scores(self) -> dict[int, Tensor]:
         """The largest score by head of each call of attention in the first steps."""

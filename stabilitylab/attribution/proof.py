@@ -101,6 +101,13 @@ class Attribution:
                     "nor in data or code: a weight changed by hand, or a machine's fault."
                 )
             return f"{said}: nothing rises there by more than the noise."
+        if self.remedy is None and self.untried:
+            tried = (
+                f"none of {len(self.forks)} forks prevents"
+                if self.forks
+                else "no fork was trained that might prevent"
+            )
+            return f"The budget ended: {tried} {what} at step {self.episode.onset}, and not all were tried."
         if self.remedy is None:
             return (
                 f"Nothing that was left out from step {self.begin} on prevents {what} at step {self.episode.onset}: "

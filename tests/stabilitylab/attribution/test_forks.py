@@ -258,3 +258,21 @@ def test_a_rate_jumps_and_a_schedule_does_not(rates, jumps):
             found.append(step)
         before = [{"lr": rate}]
     assert found == jumps
+
+
+@pytest.mark.parametrize(
+    ("norms", "outputs", "quiet"),
+    [
+        ([1.0, 1.4, 0.8], [2.0, 2.0, 2.1], True),
+        ([1.0, 1.4, 30.0], [2.0, 2.0, 2.1], False),
+        ([1.0, 1.4, 0.8], [2.0, float("nan"), 2.1], False),
+        ([1.0, 1.4, 0.8], [0.0, 0.0, 5.0], True),  # what has not begun yet
+    ],
+)
+def test_first_steps_in_which_something_happens_are_not_usual(norms, outputs, quiet):
+    seen = Observation(10, 16)
+    seen.gradients["weight"] = dict(enumerate(norms, start=10))
+    # A bias that attention does not feel: its gradient is rounding alone, and may grow a hundredfold.
+    seen.gradients["key.bias"] = {10: 1e-9, 11: 1e-7, 12: 1e-8}
+    seen.outputs["layer"] = dict(enumerate([*outputs, 50.0], start=10))
+    assert seen.is_quiet() is quiet
