@@ -18,8 +18,12 @@ from dataclasses import dataclass, replace
 from stabilitylab.logs.log import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.pattern import NUMBER, TextFormat, Values, number
 
+# "loss nan grad_norm inf" are two names: a word of a name is no number.
+_NO_NUMBER = r"(?!(?:nan|inf|infinity)\b)"
+_WORD = rf"{_NO_NUMBER}[A-Za-z_]"
 _PAIR = re.compile(
-    rf"(?<![\w.])([A-Za-z_][\w/.@-]*(?:\([A-Za-z]\w*\))?(?: [A-Za-z(][\w/.()@-]*){{0,3}})['\"]?\)?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
+    rf"(?<![\w.])({_WORD}[\w/.@-]*(?:\([A-Za-z]\w*\))?(?: {_NO_NUMBER}[A-Za-z(][\w/.()@-]*){{0,3}})"
+    rf"['\"]?\)?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
     rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%)(?=['\"\s,;:|/\])}}(]|[a-zA-Z]+\b|$)",
     re.IGNORECASE,
 )

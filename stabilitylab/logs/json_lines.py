@@ -17,7 +17,7 @@ from stabilitylab.logs.pattern import Values, number, plain_text
 from stabilitylab.logs.rows import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
-MODES = ("mode", "split", "phase", "stage")
+MODES = ("mode", "split", "phase", "stage", "type", "event", "kind")
 PARTS = ("rank", "run", "run_name", "run_id", "local_rank", "process_index")
 _RATIO = re.compile(r"^(\d+)/\d+$")
 

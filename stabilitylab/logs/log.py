@@ -51,6 +51,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "iteration",
             "iterations",
             "iter",
+            "iters",
             "it",
             "update",
             "updates",
@@ -90,7 +91,8 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "gnorm",
             "norm",
         ),
-        *("gradnorm", "raw_grad_norm", "l2_norm_grad_global", "global_norm", "l2_grads", "grad"),
+        *("gradnorm", "raw_grad_norm", "l2_norm_grad_global", "global_norm", "total_norm", "l2_grads"),
+        *("grad",),
     ),
     LOSS_SCALES[0]: ("loss_scale", "scale", "grad_scale", "scaler_scale"),
     LEARNING_RATE: (
@@ -113,7 +115,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 # Where none of those names is there: optim/LR (group 0), x/lr0, optim0_lr0, lr-DecoupledAdamW/group0; actor_grad_norm.
 _LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
     LEARNING_RATE: (
-        re.compile(r"(^|_)(lr|learning_rate|lrate|l_r)\d*(_|$)"),
+        re.compile(r"(^|_)(lrs?|learning_rates?|lrate|l_r)\d*(_|$)"),
         re.compile(r"ratio|mult|scale|min|max|decay|warm|last_layer|peak|init"),
     ),
     GRADIENT_NORM: (

@@ -265,6 +265,28 @@ def test_a_loss_without_a_step_is_counted(tmp_path):
     assert losses(path)[1:] == ([0, 1, 2, 3, 4], [8.9, 8.8, 8.7, 8.6, 8.5])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "step {} loss {} grad_norm {}",
+        "step {} | loss {} | grad norm {}",
+        "Step {}: Loss = {}, GradNorm = {}",
+        "step={} loss={} grad_norm={}",
+        'step="{}" loss="{}" grad_norm="{}"',
+        "[{}] train loss {}, grad_norm {}",
+        "{{'step': {}, 'loss': {}, 'grad_norm': {}}}",
+    ],
+)
+def test_nan_and_infinity_are_values_in_any_spelling(tmp_path, line):
+    path = tmp_path / "log"
+    rows = [(1, 2.5, 1.0), (2, "nan", "inf"), (3, "NaN", "Infinity"), (4, "inf", "nan"), (5, "-inf", "NAN")]
+    path.write_text("".join(line.format(*row) + "\n" for row in rows))
+    (log,) = open_logs([path])
+    block = Block.concatenate(list(log.blocks()))
+    assert [str(x) for x in block.values[LOSS]] == ["2.5", "nan", "nan", "inf", "-inf"]
+    assert [str(x) for x in block.values[GRADIENT_NORM]] == ["1.0", "inf", "inf", "nan", "nan"]
+
+
 def test_nanotrons_thousands(tmp_path):
     path = tmp_path / "log"
     line = "01/01/2026 00:00:00 [INFO|DP=0|PP=0|TP=0]: iteration: {} / 9 | global_batch_size: 1.02K | lm_loss: {} | lr: 0.0003\n"
