@@ -83,6 +83,7 @@ CREEP_SIGMAS = 8.0
 CREEP_SHARE = 0.15
 RIPPLE = 1 / math.sqrt(6)
 MAD = 1.4826
+RANGE_OF_THREE = 1.7
 
 
 @dataclass(slots=True)
@@ -185,6 +186,10 @@ class Baseline:
         share = FEW_SHARE if len(values) >= BLOCK // 2 else 2 * FEW_SHARE
         least = share * abs(self.level) / FEW_SIGMAS if self.relative_floor else self.absolute_floor
         own = max(_deviation_about_line(last), ripple_of(values))
+        if (
+            len(values) < BLOCK // 2
+        ):  # three values differ by 1.7 deviations; by how much they fall says nothing
+            own = max(own, _largest_rise(values) / RANGE_OF_THREE)
         self.scale1 = max(own, 0.25 * least)
         if len(values) >= BLOCK // 2 or not self.relative_floor:
             return FEW_SIGMAS * max(self.scale1, least)
@@ -340,6 +345,15 @@ def _deviation_about_line(values: Sequence[float]) -> float:
     residuals = [x - (middle + slope * (i - (n - 1) / 2)) for i, x in enumerate(values)]
     absolute = sorted(abs(r) for r in residuals)
     return max(MAD * median(absolute), absolute[int(0.8 * n)] / 1.2816)
+
+
+def _largest_rise(values: Sequence[float]) -> float:
+    """Of any value over one before it."""
+    lowest, rise = math.inf, 0.0
+    for x in values:
+        lowest = min(lowest, x)
+        rise = max(rise, x - lowest)
+    return rise
 
 
 def _deviation_of_means(values: Sequence[float]) -> float:

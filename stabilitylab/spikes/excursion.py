@@ -22,6 +22,7 @@ from dataclasses import asdict
 from typing import Any
 
 from stabilitylab.spikes.baseline import (
+    BAND_SIGMAS,
     BLOCK,
     FEW_VALUES,
     GROUP,
@@ -49,6 +50,7 @@ from stabilitylab.spikes.verdict import (
     KEPT_VALUES,
     Change,
     Open,
+    Smoothing,
     is_noise,
     verdict_at_end,
 )
@@ -85,6 +87,7 @@ class Excursions:
         self.recent_steps: deque[int] = deque(maxlen=GROUP)
         self.creep_onset: int | None = None
         self.open: Open | None = None
+        self.smoothing = Smoothing()
         self.snapshots = Snapshots()
 
     def update(self, step: int, value: float) -> list[Change]:
@@ -146,7 +149,9 @@ class Excursions:
                     self.over += 1
         elif len(self.block) >= FEW_VALUES:
             rise = value - max(self.block[-FEW_VALUES:])
-            if rise > 0 and rise > base.suppose(self.block):
+            if rise > 0 and rise > (limit := base.suppose(self.block)):
+                # A few values may lie close together by chance: what goes on is out where half as much would be.
+                base.scale1 = max(base.scale1, limit / (2 * BAND_SIGMAS))
                 return [self._begin(step, value)]
         if base.blocks < SHAPE_KNOWN and (before := three_are_up(base, self.recent, value)) is not None:
             base.level = before
@@ -205,6 +210,8 @@ class Excursions:
 
     def _begin_at_mean(self, step: int, values: list[float], steps: list[int]) -> Change:
         self.open = at_mean(self.baseline, step, values, steps)
+        if self._is_smoothed(self.open):
+            self.open.kind, self.open.smoothed = "hard-batch", True
         self._keep_block_before(self.open.onset)
         return Change("onset", self.open)
 
@@ -247,6 +254,9 @@ class Excursions:
             return [self._close("spike" if now.kind != "hard-batch" else "hard-batch", back=True)]
         now.count(step, residual, out=out, even=base.even)
         lasting = now.long_run or now.out > HARD_STEPS
+        if now.kind == "hard-batch" and lasting:
+            now.smoothed = self._is_smoothed(now)
+            lasting = not now.smoothed
         if now.calm >= SETTLE_VALUES + min(now.out // BLOCK, BLOCK):
             if now.kind == "divergence" and now.stayed >= KEEPS_DIVERGENCE:
                 return [self._close("divergence", back=True)]
@@ -259,6 +269,14 @@ class Excursions:
         if now.age >= FIRST_CHECK and now.age & (now.age - 1) == 0:
             return self._check(now)
         return []
+
+    def _is_smoothed(self, now: Open) -> bool:
+        """Whether it is what a hard batch leaves in a log that is known to be smoothed."""
+        return (
+            self.smoothing.known
+            and now.age < FIRST_CHECK
+            and self.smoothing.explains(now.residuals, self.baseline)
+        )
 
     def _check(self, now: Open) -> list[Change]:
         """At ages 64, 128, 256, ...: is it coming back?"""
@@ -291,11 +309,13 @@ class Excursions:
         if kind == "divergence" and closed.kind != kind:
             closed.told = self.last_step or 0
         closed.kind = kind
+        if back and closed.crept_until is None and closed.age < FIRST_CHECK and closed.out > HARD_STEPS:
+            self.smoothing.learn(closed.residuals, self.baseline)
         if kind == "hard-batch":
             # What is far over the limit is another population, no tail of the noise.
             band, most = self.baseline.odd(), 1.5 * self.baseline.limit()
-            self.over += any(band < r <= most for r in closed.residuals)
-            taken = closed.residuals
+            self.over += not closed.smoothed and any(band < r <= most for r in closed.residuals)
+            taken = closed.residuals[-closed.calm :] if closed.smoothed else closed.residuals
         else:
             taken = closed.residuals[-closed.calm :] if closed.calm else []
         if back and closed.crept_until is None:
@@ -347,6 +367,7 @@ class Excursions:
             "recent": list(self.recent),
             "recent_steps": list(self.recent_steps),
             "open": None if self.open is None else asdict(self.open),
+            "smoothing": asdict(self.smoothing),
             "snapshots": self.snapshots.state(),
         }
 
@@ -358,4 +379,5 @@ class Excursions:
         self.recent = deque(state["recent"], maxlen=RECENT)
         self.recent_steps = deque(state["recent_steps"], maxlen=GROUP)
         self.open = None if state["open"] is None else Open(**state["open"])
+        self.smoothing = Smoothing(**state.get("smoothing", {}))
         self.snapshots = Snapshots.of(state["snapshots"])

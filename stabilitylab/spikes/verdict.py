@@ -3,6 +3,9 @@
 - *hard-batch* while at most two values were out and each of them was followed, within the two steps that a hard
   batch may last, by an ordinary one. In a log of every fifth step a single value out may have lasted nine steps: that
   is a *spike*, where the noise is known to throw no single values out.
+  In a smoothed log (an exponential mean of factor a, ``smoothing.py``) it decays by a a value instead, and a is what neighbours
+  are correlated by. One such decay in correlated noise may as well be a spike; once ``SMOOTHED_SEEN`` have been seen, what decays
+  so, within the noise of single steps, stays a hard batch.
 - *divergence* once, 128 values in, the latest residuals (their median) are still at least half of what the first 64
   were: how high the peak was does not matter. It stays open while it moves or is wilder than the run was before; one
   that comes back within 512 values was a spike after all.
@@ -13,7 +16,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from stabilitylab.spikes.baseline import Baseline, median
 
@@ -24,6 +30,9 @@ FIRST_CHECK = (
 KEEPS_DIVERGENCE = 512
 KEPT_VALUES = 64
 END_SHARE = 0.5
+LEAST_SMOOTHED = 0.5
+SMOOTHED_UNSURE = 0.35
+SMOOTHED_SEEN = 2
 
 
 @dataclass(slots=True)
@@ -53,6 +62,7 @@ class Open:
     # A mean that crept up is followed by its mean, as its single values may well be ordinary: the height at which it is
     # back. None for excursions that began with values out.
     crept_until: float | None = None
+    smoothed: bool = False  # it has decayed so far as one value does in a smoothed log
 
     def count(self, step: int, residual: float, *, out: bool, even: bool) -> None:
         """One more value; ``even``: see ``lasted``."""
@@ -105,6 +115,56 @@ def verdict_at_end(now: Open) -> str:
     if now.kind == "hard-batch" and now.height < END_SHARE * abs(now.level):
         return "hard-batch"
     return "spike"
+
+
+@dataclass(slots=True)
+class Smoothing:
+    """What the excursions so far say of whether the log is an exponential mean."""
+
+    factor: float = 0.0  # by which they decay; 0 before the first
+    seen: int = 0  # of those that decay so, less two for each that does not
+
+    @property
+    def known(self) -> bool:
+        return self.seen >= SMOOTHED_SEEN
+
+    def explains(self, residuals: Sequence[float], baseline: Baseline) -> bool:
+        """Whether what is out is what one or two wild values leave in an exponential mean.
+
+        The factor a is the correlation of neighbours until decays have shown it, by the ratio q of the deviation from second
+        differences to that about the level: of an AR(1), q^2 = (1 - a)(3 - a)/3, so a = 2 - sqrt(1 + 3 q^2). Then u_k = r_k -
+        a r_{k-1} is what each step adds; beyond the peak it must be the noise of steps, sqrt(1 - a^2) of the deviation, but for
+        what is not known of a.
+        """
+        scale = baseline.scale1
+        if not baseline.known or not scale > 0.0 or len(residuals) < 3:
+            return False
+        correlation = 2 - math.sqrt(1 + 3 * min(1.0, (baseline.ripple / scale) ** 2))
+        top = max(range(len(residuals)), key=residuals.__getitem__)
+        if correlation < LEAST_SMOOTHED or top >= HARD_STEPS:
+            return False
+        factor = self.factor if self.known else correlation
+        noise, unsure = scale * math.sqrt(1 - factor * factor), SMOOTHED_UNSURE * (1 - factor)
+        added = before = 0.0
+        for count, (last, r) in enumerate(pairwise(residuals[top:]), start=1):
+            added += r - factor * last
+            before += abs(last)
+            if abs(r - factor * last) > 5 * noise + unsure * abs(last):
+                return False
+            if abs(added) > 3 * noise * math.sqrt(count) + unsure * before:
+                return False
+        return True
+
+    def learn(self, residuals: Sequence[float], baseline: Baseline) -> None:
+        """Take in an excursion that is over and was longer than a hard batch."""
+        if not self.explains(residuals, baseline):
+            self.seen = max(0, self.seen - 2)
+            return
+        top = max(range(len(residuals)), key=residuals.__getitem__)
+        pairs = list(pairwise(residuals[top:]))
+        factor = sum(a * b for a, b in pairs) / sum(a * a for a, _ in pairs)
+        self.seen = min(self.seen + 1, 4 * SMOOTHED_SEEN)
+        self.factor += (min(max(factor, 0.0), 0.995) - self.factor) / self.seen
 
 
 def is_noise(now: Open, baseline: Baseline) -> bool:

@@ -344,3 +344,50 @@ def test_the_end_of_a_plateau_is_no_excursion(df):
         curve = stairs * (1 + 0.007 * coloured(240, seed, 0.0, df))
         assert set(kinds(find_episodes(None, curve))) <= {"hard-batch"}
         assert told_online(curve) == []
+
+
+def test_the_first_losses_of_small_batches_are_none():
+    """Of a fine-tuning loop with batches of 4: what three values differ by is no trend."""
+    losses = [
+        0.21,
+        0.69,
+        1.02,
+        2.58,
+        2.52,
+        0.74,
+        3.19,
+        0.73,
+        2.53,
+        1.3,
+        3.66,
+        0.4,
+        2.9,
+        1.07,
+        0.72,
+        5.52,
+        0.98,
+    ]
+    assert told_online(np.array(losses)) == []
+
+
+def smoothed_with_hard_batches(n=2400, factor=0.9, seed=0):
+    raw = 3 + 2 * np.exp(-4 * np.arange(n) / n) + 0.05 * gauss(n, seed)
+    raw[200::60] += 2.0
+    mean, out = raw[0], []
+    for x in raw:
+        mean = factor * mean + (1 - factor) * x
+        out.append(mean)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("factor", [0.8, 0.9, 0.95])
+def test_hard_batches_in_a_smoothed_log_are_known_after_two(factor):
+    assert len(told_online(smoothed_with_hard_batches(factor=factor))) <= 3
+
+
+def test_decaying_spikes_in_white_noise_stay_spikes():
+    curve = 3 + 0.05 * gauss(2400)
+    starts = list(range(200, 2300, 300))
+    for at in starts:
+        curve[at:] += 1.5 * 0.9 ** np.arange(2400 - at)
+    assert len(told_online(curve)) == len(starts)
