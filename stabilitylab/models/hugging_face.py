@@ -32,7 +32,7 @@ from torch import nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.model_structure import stacks
-from stabilitylab.models import gguf_file
+from stabilitylab.models import gguf_config, gguf_file
 from stabilitylab.models.dequantized import COMPANION, OF_ACTIVATIONS, plain_folder
 from stabilitylab.models.experts import split_experts
 from stabilitylab.models.room import require_room, surely_fits
@@ -98,6 +98,8 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
             tokenizer = described.tokenizer()
         _check_complete(path, module, info)
         _check_floats(path, module, stored)
+        if described.where:
+            gguf_config.mend_module(module, Path(described.folder) / described.where["gguf_file"])
         notes = (*said, *_left_aside(path, module, info["unexpected_keys"], stored))
     prepare(module)
     return TextModel.of(
@@ -184,6 +186,8 @@ def describe(path: Path, plain: Path | None = None) -> Described:
         raise InputError(f"{path} needs transformers to be read: pip install 'stabilitylab[hf]'") from None
     with quiet():
         config = _read(path, "config", transformers.AutoConfig, folder, **where)
+        if where:
+            gguf_config.mend_config(config, Path(folder) / where["gguf_file"])
         if getattr(config, "is_encoder_decoder", False):
             raise InputError(
                 f"{path} is an encoder-decoder model, which needs two texts: give an encoder or a decoder"
