@@ -184,7 +184,7 @@ class _Search:
                 f"the budget of {self._budget:g} s is too small for one fork, which takes some {took:.0f} s of it: "
                 f"give at least {math.ceil(8 * took)} s"
             )
-        values = self.forks.control(steps, self.seen)
+        values = self.forks.control(steps, self.seen, onset=self.episode.onset)
         self.repeats, self.departs = self._compared(values)
         return values
 
@@ -195,17 +195,25 @@ class _Search:
         }
         if theirs:
             departs = next((s for s, v in theirs.items() if not _equal(v, values[s - begin])), None)
+            if departs is not None:
+                self._repeats_itself(values, departs - begin + 1)
             return departs is None, departs
-        again = self.forks.control(self.episode.onset - begin + 2)
+        self._repeats_itself(values, self.episode.onset - begin + 2)
+        return None, None
+
+    def _repeats_itself(self, values: Sequence[float], steps: int) -> None:
+        """Train the control's first steps again. Raises InputError where they differ."""
+        begin = self.forks.begin
+        again = self.forks.control(steps, onset=self.episode.onset)
         apart = next(
             (i for i, (a, b) in enumerate(zip(again, values, strict=False)) if not _equal(a, b)), None
         )
         if apart is not None:
             raise InputError(
                 f"the loop does not repeat itself: from one state step {begin + apart} gave {values[apart]!r}, then "
-                f"{again[apart]!r}; train_step must depend on the state and its index alone"
+                f"{again[apart]!r}; train_step must depend on the state and its index alone: "
+                "state_dict() may leave something out, as a place in the data or a generator of random numbers"
             )
-        return None, None
 
     # Questions.
 
@@ -231,13 +239,15 @@ class _Search:
         return [self.trained.get(w.key) for w in several]
 
     def _few_gradients(self) -> bool:
-        """Whether the gradients of a quarter of the parameters or fewer grew, or did so first and tenfold."""
+        """Whether the gradients of a quarter of the parameters or fewer grew, or did so first and tenfold; or whether any grew a
+        hundredfold before others grew at all, which no rate does."""
         last, most = self.of.onset + 1, len(self.forks.subject.parameters) / 4
         grown = self.seen.grown(self.seen.gradients, last)
         first = [site for step, _, site in grown if step == grown[0][0]]
         usual, of = self.seen.usual(self.seen.gradients), self.seen.gradients
-        tenfold = any(not of[site][grown[0][0]] <= 10 * usual[site] for site in first)
-        return 0 < len(grown) <= most or (tenfold and len(first) <= most)
+        sizes = {site: of[site][grown[0][0]] / usual[site] for site in first}
+        factor = max((v if v == v else math.inf for v in sizes.values()), default=0.0)
+        return 0 < len(grown) <= most or (factor > 10 and len(first) <= most) or factor > 100
 
     def _grows_without_updates(self) -> bool:
         """Whether it comes without the updates up to the step at which outputs grow, where bounding outputs prevents it."""

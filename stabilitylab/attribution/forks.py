@@ -102,20 +102,32 @@ class Forks:
         """The step at which forks begin."""
         return self.state.index
 
-    def control(self, steps: int, watch: Act | None = None) -> list[float]:
-        """The signal of ``steps`` steps with nothing left out."""
-        return self._train(Without(), watch or Act(), self.begin + steps, lambda values: False)
+    def control(self, steps: int, watch: Act | None = None, *, onset: int | None = None) -> list[float]:
+        """The signal of ``steps`` steps with nothing left out; NaN, and the end, where a loop raises at ``onset`` or later (at a
+        loss that is no number, say), which is then what the event is."""
+        values: list[float] = []
+        try:
+            self._train(Without(), watch or Act(), self.begin + steps, lambda values: False, values)
+        except Exception:
+            if onset is None or self.begin + len(values) < onset:
+                raise
+            values.append(math.nan)
+        return values
 
     def train(self, without: Without) -> Fork:
         """Train one fork and judge it."""
         assert self.yardstick is not None
         began, of = time.perf_counter(), self.yardstick
+        values: list[float] = []
         try:
-            values = self._train(
-                without, self._act(without), of.end, lambda seen: verdicts.is_decided(of, seen)
+            self._train(
+                without, self._act(without), of.end, lambda seen: verdicts.is_decided(of, seen), values
             )
-        except (RuntimeError, ValueError, FloatingPointError, ZeroDivisionError) as error:
-            # What an intervention makes impossible (a row too few, a kernel without fp32) costs its own fork.
+        except InputError:
+            raise
+        except Exception as error:
+            # What an intervention makes impossible (a row too few, a kernel without fp32) costs its own fork, whatever a loop
+            # raises then.
             failed = Verdict(word=verdicts.FAILED, height=math.nan, area=math.nan)
             said = " ".join(str(error).split())[:200]
             return Fork(
@@ -129,10 +141,16 @@ class Forks:
         )
 
     def _train(
-        self, without: Without, act: Act, end: int, decided: Callable[[list[float]], bool]
-    ) -> list[float]:
+        self,
+        without: Without,
+        act: Act,
+        end: int,
+        decided: Callable[[list[float]], bool],
+        values: list[float],
+    ) -> None:
+        """Append the signal of each step to ``values``."""
         self.state.put_into(self.loop)
-        subject, values = self.subject, list[float]()
+        subject = self.subject
         handles: list[Any] = []
         begun = False
 
@@ -174,7 +192,6 @@ class Forks:
             for handle in handles:
                 handle.remove()
             act.remove()
-        return values
 
     def _one_step(self, act: Act, step: int) -> float | Mapping[str, float]:
         index = act.index(self.subject, step)

@@ -111,7 +111,7 @@ class Attribution:
         if self.remedy is None:
             return (
                 f"Nothing that was left out from step {self.begin} on prevents {what} at step {self.episode.onset}: "
-                "it is decided before."
+                "it is decided before, or more than one thing brings it."
             )
         said = f"{self.remedy.without.opening} {what} at step {self.episode.onset} does not come"
         share = self.remedy.verdict.height

@@ -169,6 +169,42 @@ def test_a_budget_that_ends_before_a_wider_search(monkeypatch):
     assert proof.forks
 
 
+def test_a_loop_that_raises_at_a_loss_that_is_no_number():
+    class Raises(Loop):
+        def train_step(self, index):
+            if (loss := super().train_step(index)) != loss:
+                raise KeyError("loss")
+            return loss
+
+    def act(loop):
+        loop.model.layers[1].up.weight[0, 0] = float("nan")
+
+    loop = Raises(act=act)
+    losses = run(loop, BEGIN)
+    state = LoopState.of(loop, BEGIN)
+    losses += [loop.train_step(step) for step in range(BEGIN, AT)]
+    proof = attribute(loop, AT, begin=BEGIN, state=state, original=dict(enumerate(losses)), thorough=False)
+    assert (proof.cause, proof.site, proof.repeats) == ("parameter", "layers.1.up.weight", True)
+    with pytest.raises(KeyError):  # before the event it is the loop's own matter
+        attribute(loop, AT + 6, begin=BEGIN, state=state)
+
+
+def test_a_loop_whose_data_go_on_by_themselves():
+    class Iterates(Loop):
+        place = 0
+
+        def batch(self, index):
+            self.place += 1
+            return super().batch(self.place)
+
+    loop = Iterates(spoil=lambda tokens: tokens.flip(1))
+    losses = run(loop, BEGIN)
+    state = LoopState.of(loop, BEGIN)
+    losses += [loop.train_step(step) for step in range(BEGIN, AT + 4)]
+    with pytest.raises(InputError, match=r"does not repeat itself.*a place in the data"):
+        attribute(loop, AT, begin=BEGIN, state=state, original=dict(enumerate(losses)))
+
+
 def test_what_is_not_in_state_or_code_is_said():
     """The damage is done to the run, and not by its code: the control goes on without it."""
     loop = Loop(act=damaged)
