@@ -8,7 +8,9 @@ lags behind (2304.13013). Where the same was tried in recorded runs, the line sa
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from stabilitylab.runs import Run
@@ -33,6 +35,7 @@ _TRY = {
     "overflow": ("run this layer in a wider format, or bound its inputs", "--precision bf16"),
     "unknown": ("measure more closely: every=1, or a recorder of some 64 steps", ""),
 }
+OF_OPTIMIZER = "--optimizer.update-clipping"
 _OUTSIDE = {
     "parameter-changed": (
         "find what writes to it between steps (loading, averaging, a hook, memory), and go back to before it: no update did this"
@@ -65,21 +68,25 @@ def advice(run: Run, suspect: Suspect, number: int | None) -> str:
     if suspect.cause == "optimizer":
         said = (
             "Try: bound each tensor's update by its own second moment (StableAdamW), or a smaller beta2."
-            + _command(run, number, "--optimizer.update-clipping")
+            + command(run, number, OF_OPTIMIZER)
         )
     else:
         what, flags = _TRY[suspect.cause]
-        said = f"Try: {what}." + _command(run, number, flags)
+        said = f"Try: {what}." + command(run, number, flags)
     return said + _record(run, suspect.cause)
 
 
 def told_now(run: Run, diagnosis: Mapping[str, Any]) -> list[str]:
-    """The sentences of a recorded diagnosis, its advice with the record as it stands now: replays may have been made since."""
+    """The sentences of a recorded diagnosis, its advice with the record as it stands now (replays may have been
+    made since) and the run's path from here."""
     sentences = [str(one) for one in diagnosis["sentences"]]
     line = diagnosis.get("advice")
     if not line or line not in sentences or diagnosis.get("outside") is not None:
         return sentences
-    fresh = line.partition(f" {TRIED}")[0] + _record(run, str(diagnosis["cause"]))
+    advised, replay, rest = line.partition(f" {TRIED}")[0].partition("glm replay ")
+    if replay:
+        advised = f"{advised}{replay}{_place(run)} --event{rest.partition(' --event')[2]}"
+    fresh = advised + _record(run, str(diagnosis["cause"]))
     return [fresh if one == line else one for one in sentences]
 
 
@@ -88,8 +95,14 @@ def _record(run: Run, cause: str) -> str:
     return record_of(run, treatment) if treatment is not None else ""
 
 
-def _command(run: Run, number: int | None, flags: str) -> str:
+def command(run: Run, number: int | None, flags: str) -> str:
     """Runs of ``glm train`` can be replayed, as their configuration shows; others say what to change alone."""
     if not flags or number is None or "responder" not in run.config:
         return ""
-    return f" To see whether it helps: glm replay {run.path.name} --event {number} {flags}."
+    return f" To see whether it helps: `glm replay {_place(run)} --event {number} {flags}`."
+
+
+def _place(run: Run) -> str:
+    """The run's path, from where the line is read."""
+    here, there = Path.cwd(), run.path.resolve()
+    return shlex.quote(str(there.relative_to(here) if there.is_relative_to(here) else there))

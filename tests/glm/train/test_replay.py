@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from stabilitylab.logs.recognise import open_logs
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Episode, ResponderConfig, episodes_of
+from stabilitylab.spikes.advice import _TRY, OF_OPTIMIZER, command
 from stabilitylab.spikes.outcomes import tally
 from stabilitylab.spikes.scan import scan_log
 from stabilitylab.telemetry import Event
@@ -292,6 +294,15 @@ def test_a_state_that_cannot_be_written_is_an_event(data_folder, claimed):
     trained(data_folder, SMALL, alarm, run=claimed)
     (lost,) = [event for event in alarm.told if event.kind == "telemetry-lost"]
     assert "could not be kept" in lost.data["reason"]
+
+
+@pytest.mark.parametrize("flags", sorted({flags for _, flags in _TRY.values() if flags} | {OF_OPTIMIZER}))
+def test_what_is_advised_runs_as_it_is_printed(run, flags, capsys):
+    RunFolder(run).append_events([onset(30, episode=2)])
+    said = command(load_run(run), 2, flags)
+    words = shlex.split(said.partition("`glm replay ")[2].removesuffix("`."))
+    assert replay_command([*words, "--before", "4", "--steps", "5"]) == 0
+    capsys.readouterr()
 
 
 def test_an_event_that_only_the_whole_log_shows_has_its_number(tmp_path):
