@@ -140,6 +140,7 @@ ANY_TEXT = AnyText(
     lines=(),
     finish=_counted_on,
     above=_ABOVE,
+    words=(b"loss", b"xent", b"nll"),
 )
 # Where every line says so, it is no more than a logger's name.
 ANY_LINE = replace(ANY_TEXT, strict=False)

@@ -10,7 +10,7 @@ Which rank printed a line is told by its prefix: ``[rank3]:``, ``[default7]:``, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -156,12 +156,15 @@ def _records(
     trigger it is left. ``above``: what the lines between records have counted."""
     at = count = looked = 0
     above = {} if above is None else above
-    search = one.trigger.search
-    while (count := count + 1) != hits and (found := search(chunk, at)):
+    next_hit = _hits(one, chunk)
+    while (count := count + 1) != hits and (hit := next_hit(at)) >= 0:
         # Back to where the line begins, and no further than the last record: every byte is looked at once.
-        start = max(chunk.rfind(end, at, found.start()) + 1 for end in (b"\n", b"\r")) or at
-        ending = _LINE_END.search(chunk, found.start())
+        start = max(chunk.rfind(end, at, hit) + 1 for end in (b"\n", b"\r")) or at
+        ending = _LINE_END.search(chunk, hit)
         end = ending.start() if ending else len(chunk)
+        if one.words and not one.trigger.search(chunk, start, end):
+            at = end + 1
+            continue
         at = end + 1
         line = plain_text(chunk[start:end])
         values = one.read(line)
@@ -185,6 +188,23 @@ def _records(
             before[part] = values
             values = done
         yield part, values
+
+
+def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:
+    """Gives the first place from one on at which a line may be a record; -1: there is none."""
+    if not one.words:
+        search = one.trigger.search
+        return lambda at: found.start() if (found := search(chunk, at)) else -1
+    small = chunk.lower()
+    places = dict.fromkeys(one.words, 0)
+
+    def after(at: int) -> int:
+        for word, place in places.items():
+            if 0 <= place < at or not at:
+                places[word] = small.find(word, at)
+        return min((place for place in places.values() if place >= 0), default=-1)
+
+    return after
 
 
 def _from_above(values: Values, above: dict[str, float]) -> None:

@@ -103,6 +103,7 @@ FORMATS: tuple[TextFormat, ...] = (
         "{iter} | loss {loss} | lr {lr} | {time}ms",
         source="karpathy/llama2.c train.py",
         trigger=r"(?m:^\d+ \| loss )",
+        words=(b" | loss ",),
     ),
     text_format(
         "llm.c",
@@ -122,12 +123,14 @@ FORMATS: tuple[TextFormat, ...] = (
         "step {step}{?/{total}?} {?({*}%)?} | {?training ?}loss: {loss}{pairs}",
         source="karpathy/nanochat scripts/base_train.py, chat_sft.py",
         trigger="[Ss]tep ",
+        words=(b"step ",),
     ),
     text_format(
         "build-nanogpt",
         "{step} train {loss}",
         source="karpathy/build-nanogpt train_gpt2.py",
         trigger=r"(?m:^\d+ train )",
+        words=(b" train ",),
     ),
     text_format(
         "modded-nanogpt",
@@ -202,6 +205,7 @@ FORMATS: tuple[TextFormat, ...] = (
         source="open-mmlab/mmengine mmengine/runner/log_processor.py",
         version="0.10.7",
         trigger=r"(?:Epoch|Iter)\(train\)",
+        words=(b"(train)",),
         losses=("loss",),
         finish=_epochs,
     ),
@@ -212,6 +216,7 @@ FORMATS: tuple[TextFormat, ...] = (
         source="open-mmlab/mmcv mmcv/runner/hooks/logger/text.py",
         version="1",
         trigger=r"(?:Epoch|Iter) \[",
+        words=(b"epoch [", b"iter ["),
         losses=("loss",),
         finish=_epochs,
     ),
@@ -229,5 +234,6 @@ FORMATS: tuple[TextFormat, ...] = (
         trigger=re.compile(rb"(?m:\{'[\w/ .()-]+': [^{}\r\n]*,[ \t]*\r?$)"),
         lines=(re.compile(r"\{(?P<pairs_>'[^{}]*,)\s*$"),),
         follow=True,
+        words=(b"{'",),
     ),
 )

@@ -63,6 +63,8 @@ class TextFormat:
         finish: puts a record right that the trainer writes oddly, given the one before; None: no record.
         skip: lines in which this matches are of validation.
         above: finds counters, and what they say, in the lines between records.
+        words: in small letters; every line in which the trigger matches holds one. They are found some twenty times faster
+            than a trigger that does not begin with a word; none: the trigger is searched for.
     """
 
     name: str
@@ -75,6 +77,7 @@ class TextFormat:
     finish: Callable[[Values, Values], Values | None] | None = None
     skip: re.Pattern[str] | None = None
     above: re.Pattern[bytes] | None = None
+    words: tuple[bytes, ...] = ()
 
     def read(self, line: str) -> Values | None:
         """The numbers of one line, none of one of validation; None: it is no record."""
@@ -104,6 +107,7 @@ def text_format(
     losses: tuple[str, ...] = (),
     finish: Callable[[Values, Values], Values | None] | None = None,
     skip: str | None = None,
+    words: tuple[bytes, ...] = (),
 ) -> TextFormat:
     """A format of patterns; without a trigger, the longest words of each pattern are looked for."""
     seek = trigger if trigger is not None else "|".join(_longest(line) for line in lines)
@@ -117,6 +121,7 @@ def text_format(
         losses=losses,
         finish=finish,
         skip=None if skip is None else re.compile(skip),
+        words=words,
     )
 
 
