@@ -44,7 +44,7 @@ def load(name: str) -> Suite | Study:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{name} cannot be run ({type(error).__name__}: {error}): mend it") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
@@ -60,12 +60,27 @@ def _held(module: object, name: str) -> Suite | Study:
     )
 
 
+def made(folder: Path) -> Path:
+    """The folder of a suite's runs, which is there from now on."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made a folder ({error.strerror}): give another --out") from None
+    return folder
+
+
 def checked(asked: Suite | Study, name: str) -> Suite | Study:
-    """The same, once its claims are of arms and metrics that it has."""
+    """The same, once there is something to run, and its claims are of arms and metrics that it has."""
     arms = Counter(arm.name for arm in asked.arms)
     if not arms or arms.most_common(1)[0][1] > 1:
         twice = f"has the arm {arms.most_common(1)[0][0]!r} twice" if arms else "has no arms"
         raise InputError(f"{name} {twice}: give each arm a name of its own")
+    for word, kind in ((asked.name, "name"), *((arm.name, "arm") for arm in asked.arms)):
+        if not word or word.startswith(".") or any(sign in word for sign in "/\\:\0"):
+            raise InputError(f"{name} has the {kind} {word!r}, which is to name a folder: give a plain word")
+    if isinstance(asked, Suite) and not (asked.seeds and asked.steps >= 1):
+        lacks = "no seeds" if not asked.seeds else f"{asked.steps} steps"
+        raise InputError(f"{name} has {lacks}: give one at least")
     metrics = set(asked.outcomes) if isinstance(asked, Study) else {*METRICS}
     if isinstance(asked, Suite) and asked.rates:
         metrics.add(OF_RATES)

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from experiments.adding import run_adding, seconds, with_found
 from experiments.arm import Suite
-from experiments.asked import load
+from experiments.asked import load, made
 from experiments.cells import through
 from experiments.executors import chosen as executor_named
 from experiments.judging import judge
@@ -70,10 +70,11 @@ def run(
     for flag, number in (("steps", steps), ("parallel", parallel), ("seeds", seeds)):
         if number is not None and number < 1:
             raise InputError(f"--{flag} must be at least 1, got {number}")
-    out = out or Path("runs") / chosen.name
+    if isinstance(chosen, Study) and steps is not None:
+        raise InputError(f"{suite} is a study, of its own length: leave --steps out")
+    opened = executor_named(executor, parallel, out or Path("runs") / chosen.name)
+    out = made(out or Path("runs") / chosen.name)
     if isinstance(chosen, Study):
-        if steps is not None:
-            raise InputError(f"{suite} is a study, of its own length: leave --steps out")
         keep_freed_memory()
         text = data or chosen.data(Path("data") / chosen.data.__name__)
         run_study(
@@ -85,7 +86,7 @@ def run(
             until_decided=until_decided,
             through=None
             if (parallel, executor) == (None, "local")
-            else through(*executor_named(executor, parallel, out), asked=suite, data=text),
+            else through(*opened, asked=suite, data=text),
         )
         console = Console()
         _show_verdicts(console, [(chosen.name, verdict) for verdict in _verdicts_of(chosen, out)])
@@ -99,7 +100,7 @@ def run(
 
         run_suite(part, data=text, out=out, parallel=parallel, steps=steps, executor=executor)
 
-    made = run_adding(
+    whole = run_adding(
         whole,
         make,
         lambda part: _verdicts_of(part, out),
@@ -109,11 +110,11 @@ def run(
         places=parallel or os.cpu_count() or 1,
     )
     console = Console()
-    _show_verdicts(console, [(made.name, verdict) for verdict in _verdicts_of(made, out)])
+    _show_verdicts(console, [(whole.name, verdict) for verdict in _verdicts_of(whole, out)])
     console.print(f"runs: {out}", soft_wrap=True)
     console.print(
         f"next: python -m experiments report {suite}"
-        + ("" if out == Path("runs") / made.name else f" --out {out}"),
+        + ("" if out == Path("runs") / whole.name else f" --out {out}"),
         soft_wrap=True,
     )
     return 0

@@ -107,7 +107,7 @@ def decide(
     if margin is not None and not margin > 0:
         raise InputError(f"a margin of {margin:g}: give the smallest effect of interest, above 0")
     if unit := _far(a, b):
-        found = decide(
+        small = decide(
             np.ldexp(a, -unit).tolist(),
             None if b is None else np.ldexp(b, -unit).tolist(),
             paired=paired,
@@ -118,12 +118,13 @@ def decide(
             alpha=alpha,
         )
         with np.errstate(over="ignore"):
-            back = {
-                k: float(np.ldexp(getattr(found, k), unit)) for k in ("effect", "low", "high", "detectable")
-            }
-        return replace(found, **back)
-    if b is not None and paired and len(a) != len(b):
-        raise InputError(f"{len(a)} runs of the arm and {len(b)} of the baseline are no pairs")
+            return replace(
+                small,
+                effect=float(np.ldexp(small.effect, unit)),
+                low=float(np.ldexp(small.low, unit)),
+                high=float(np.ldexp(small.high, unit)),
+                detectable=float(np.ldexp(small.detectable, unit)),
+            )
     n = len(a) if b is None else min(len(a), len(b))
     if not n:
         return NOTHING

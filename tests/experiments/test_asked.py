@@ -13,7 +13,7 @@ import pytest
 from experiments import cli, runner
 from experiments.adding import MOST_SEEDS, first_seeds, run_adding, seconds, with_found
 from experiments.arm import Arm, Suite
-from experiments.asked import load
+from experiments.asked import checked, load
 from experiments.cli import main
 from experiments.verdicts import Claim, judge_all
 from stabilitylab.errors import InputError
@@ -160,6 +160,7 @@ def test_bad_words_are_one_line(
         ("SUITE = {'arms': 3}", "holds no SUITE"),
         ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
         ("def f(:", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
     ],
 )
 def test_a_file_that_is_no_suite_is_one_line(
@@ -193,6 +194,32 @@ def test_claims_are_checked_before_anything_runs(example: Path, change: str, err
     example.write_text(text.replace(change, into, 1))
     with pytest.raises(InputError, match=re.escape(error)):
         load(str(example))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"seeds": ()}, "has no seeds"),
+        ({"steps": 0}, "has 0 steps"),
+        ({"name": "../mine"}, "the name '../mine'"),
+        ({"arms": (Arm(name="a/b", summary=""),), "claims": ()}, "the arm 'a/b'"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_runs(
+    example: Path, change: dict[str, object], error: str
+) -> None:
+    suite = load(str(example))
+    assert isinstance(suite, Suite)
+    with pytest.raises(InputError, match=re.escape(error)):
+        checked(dataclasses.replace(suite, **change), "mine.py")  # type: ignore[arg-type]
+
+
+def test_a_file_in_the_place_of_the_runs_is_one_line(
+    example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").touch()
+    assert main(["run", str(example), "--out", str(tmp_path / "taken"), "--data", str(tmp_path)]) == 2
+    assert "taken cannot be made a folder (File exists)" in capsys.readouterr().err
 
 
 def test_a_suite_without_runs_is_left_out_of_the_table(
