@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from stabilitylab.figures.style import COLOURS, INK, STYLE, WIDTH, colours, log_axis, panel
+from stabilitylab.quantization.frontier import frontier
 from stabilitylab.quantization.latency import KEPT
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.tables import outcome_rows
@@ -64,7 +65,10 @@ def _before_after(plan: QuantizationPlan, what: str) -> Section:
     )
 
 
-_TRADE = "Down and to the left is better. A plan mixes schemes layer by layer, so it may lie where no single scheme can."
+_TRADE = (
+    "Down and to the left is better. Each point is the whole model, verified; the line is what other plans are expected to cost, "
+    "chosen layer by layer at each number of bytes and not verified. Where it falls steeply, a few more bytes buy much."
+)
 
 
 def _trade(plan: QuantizationPlan, what: str) -> Figure:
@@ -77,6 +81,9 @@ def _trade(plan: QuantizationPlan, what: str) -> Figure:
             plan.singles.items(), colours(), cycle("osv^<>pX"), strict=False
         ):
             axes.plot(outcome.bytes / whole, outcome.loss, mark, color=colour, label=name, alpha=0.8)
+        if len(line := frontier(plan)) > 1:
+            shares, losses = zip(*line, strict=True)
+            axes.plot(shares, losses, "-", color=INK, linewidth=1, alpha=0.6, label="plans, expected")
         axes.plot(
             plan.planned.bytes / whole, plan.planned.loss, "D", color=INK, markersize=9, label="the plan"
         )
