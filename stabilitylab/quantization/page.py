@@ -66,7 +66,7 @@ def _before_after(plan: QuantizationPlan, what: str) -> Section:
 
 
 _TRADE = (
-    "Down and to the left is better. Each point is the whole model, verified; the line is what other plans are expected to cost, "
+    "Down and to the left is better. Points are whole models, as in the table; the line is what other plans are expected to cost, "
     "chosen layer by layer at each number of bytes and not verified. Where it falls steeply, a few more bytes buy much."
 )
 
