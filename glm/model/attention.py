@@ -154,7 +154,7 @@ class Attention(nn.Module):
             assert bias_BHTS is not None
             scores_BHTS = self.scores(q_BHTD, k_BHSD, bias_BHTS)
             if self.keeps_largest and self.training and torch.is_grad_enabled():
-                self._keep_largest(scores_BHTS.detach())
+                self._keep_largest(scores_BHTS.detach().amax((0, 2, 3)))
             mixed_BHTD = softmax_matmul(scores_BHTS, v_BHSD)
             if self.has_sink:
                 mixed_BHTD = self._without_sink(mixed_BHTD, scores_BHTS)
@@ -172,19 +172,23 @@ class Attention(nn.Module):
             if turned is not None:
                 q_BHTD, k_BHSD = rotate(q_BHTD, turned), rotate(k_BHSD, turned)
             self.scores(q_BHTD, k_BHSD, bias_BHTS)
+        largest_BH = None
+        if self.keeps_largest and self.training and torch.is_grad_enabled():
+            largest_BH = qkv_BT3HD.new_empty(len(qkv_BT3HD), self.heads, dtype=torch.float32)
         mixed_BTC: Tensor = kernel_attention(
-            qkv_BT3HD, turned, bias_BHTS, self.scores.query_scale, self.scores.divisor
+            qkv_BT3HD, turned, bias_BHTS, self.scores.query_scale, self.scores.divisor, largest_BH
         )
+        if largest_BH is not None:
+            self._keep_largest(largest_BH.amax(0))
         return mixed_BTC
 
     def _has_kernel(self, qkv: Tensor, bias_BHTS: Tensor | None) -> bool:
         """Whether the compiled kernel computes this: what needs the scores afterwards it does not."""
-        if self.has_sink or self.keeps_largest or self.value_norm is not None or self.key_heads != self.heads:
+        if self.has_sink or self.value_norm is not None or self.key_heads != self.heads:
             return False
         return self.scores is not None and self.scores.has_kernel(qkv, bias_BHTS)
 
-    def _keep_largest(self, scores_BHTS: Tensor) -> None:
-        largest_H = scores_BHTS.amax((0, 2, 3))
+    def _keep_largest(self, largest_H: Tensor) -> None:
         self.largest_H = largest_H if self.largest_H is None else torch.maximum(self.largest_H, largest_H)
 
     def _without_sink(self, mixed_BHTD: Tensor, scores_BHTS: Tensor) -> Tensor:
@@ -197,6 +201,6 @@ class Attention(nn.Module):
     def _gated(self, mixed_BTC: Tensor, x_BTC: Tensor) -> Tensor:
         assert self.gate is not None
         gate = torch.sigmoid(self.gate(x_BTC))
-        if gate.shape[-1] == self.heads:
-            gate = gate.repeat_interleave(self.head, dim=-1)
-        return mixed_BTC * gate
+        if gate.shape[-1] != self.heads:
+            return mixed_BTC * gate
+        return (mixed_BTC.unflatten(-1, (self.heads, self.head)) * gate[..., None]).flatten(-2)

@@ -160,6 +160,7 @@ typedef struct {
     float *mixed;   /* Y, [B, T, H, D] */
     const float *grad; /* dY, [B, T, H, D] */
     float *grad_qkv;   /* [B, T, 3, H, D] */
+    float *largest;    /* score of each head that is a number, [B, H], or NULL */
 } Attention;
 
 /* out[t, :padded] = factor R x[t], zeros beyond the width; direction -1 turns back. Rounded where half kernels would store it. */
@@ -226,6 +227,7 @@ INLINE int attention(const Attention *a, int kind) {
             turned(a, b, first + H * D, row, k, Dp, Dp, 1, 1, 1, kind);
             turned(a, b, first + 2 * H * D, row, v, Dp, Dp, 1, 1, 0, FP32);
             transposed(T, D, k, Dp, across, Tp);
+            float largest = -INFINITY;
             for (int64_t t = 0; t < T; t += BLOCK) {
                 int64_t count = T - t < BLOCK ? T - t : BLOCK;
                 product(count, Tp, D, q + t * Dp, Dp, 1, across, Tp, scores, Tp);
@@ -239,6 +241,7 @@ INLINE int attention(const Attention *a, int kind) {
                         s[j] = a->divisor * rounded(s[j], kind) + bias[j];
                         top = s[j] > top ? s[j] : top;
                     }
+                    largest = top > largest ? top : largest;
 #pragma omp simd reduction(+ : total)
                     for (int64_t j = 0; j < T; j++) {
                         s[j] = exp_below(s[j] - top);
@@ -269,6 +272,7 @@ INLINE int attention(const Attention *a, int kind) {
                         memcpy(a->mixed + ((b * T + t + u) * H + h) * D, mixed + u * Dp, (size_t)D * 4);
                 }
             }
+            if (a->largest) a->largest[i] = largest;
         }
         free(q);
     }

@@ -51,7 +51,7 @@ class _Attention(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("divisor", ctypes.c_float),
         ("kind", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("weights", "mixed", "grad", "grad_qkv")),
+        *((name, ctypes.c_void_p) for name in ("weights", "mixed", "grad", "grad_qkv", "largest")),
     )
 
 
@@ -104,7 +104,12 @@ def has_kernel(x: Tensor, *, half: bool = False) -> bool:
 
 
 def attention(
-    qkv_BT3HD: Tensor, turned: tuple[Tensor, Tensor] | None, bias: Tensor, scale: float, divisor: float
+    qkv_BT3HD: Tensor,
+    turned: tuple[Tensor, Tensor] | None,
+    bias: Tensor,
+    scale: float,
+    divisor: float,
+    largest_BH: Tensor | None = None,
 ) -> Tensor:
     """``softmax(divisor (scale R q)(R k)' + bias) v`` for every head, [B, T, H D]. ``has_kernel(..., half=True)`` must hold.
 
@@ -112,8 +117,9 @@ def attention(
         qkv_BT3HD: queries, keys and values.
         turned: cosines and sines of R, [B or 1, 1, T, G, R] each; None: no rotation.
         bias: [B or 1, H or 1, T, T]; it gets no gradient.
+        largest_BH: fp32; filled with the largest score of each row and head. None: not wanted.
     """
-    mixed: Tensor = _Heads.apply(qkv_BT3HD, turned, bias, scale, divisor)  # type: ignore[no-untyped-call]
+    mixed: Tensor = _Heads.apply(qkv_BT3HD, turned, bias, scale, divisor, largest_BH)  # type: ignore[no-untyped-call]
     return mixed
 
 
@@ -209,6 +215,7 @@ class _Heads(torch.autograd.Function):
         bias: Tensor,
         scale: float,
         divisor: float,
+        largest_BH: Tensor | None,
     ) -> Tensor:
         B, T, _, H, D = qkv.shape
         qkv = qkv.contiguous()
@@ -216,7 +223,7 @@ class _Heads(torch.autograd.Function):
         weights_BHTT = qkv.new_empty(B, H, T, T)
         mixed_BTHD = qkv.new_empty(B, T, H, D, dtype=torch.float32)
         tensors = qkv.float(), cosine, sine, bias.float(), weights_BHTT, mixed_BTHD
-        _run("glm_attention", *tensors, scale, divisor)
+        _run("glm_attention", *tensors, scale, divisor, largest=largest_BH)
         mixed_BTC = mixed_BTHD.view(B, T, H * D).to(qkv.dtype)
         # In half formats the way back does without it.
         kept = mixed_BTHD if qkv.dtype == torch.float32 else None
@@ -226,7 +233,7 @@ class _Heads(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cosine, sine, weights_BHTT, mixed_BTHD = ctx.saved_tensors
         grad_qkv = torch.empty_like(qkv, dtype=torch.float32)
         _run(
@@ -235,7 +242,7 @@ class _Heads(torch.autograd.Function):
             grad=grad.float().contiguous(),
             grad_qkv=grad_qkv,
         )
-        return grad_qkv.to(qkv.dtype), None, None, None, None
+        return grad_qkv.to(qkv.dtype), None, None, None, None, None
 
 
 def _run(
@@ -251,6 +258,7 @@ def _run(
     *,
     grad: Tensor | None = None,
     grad_qkv: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> None:
     B, T, _, H, D = qkv.shape
     kind = _KINDS[weights.dtype]
@@ -263,7 +271,7 @@ def _run(
         call.groups, call.pairs = cosine.shape[-2:]
         call.turn_stride = cosine.stride(0) if cosine.shape[0] > 1 else 0
     tensors = {"qkv": qkv, "cosine": cosine, "sine": sine, "bias": bias, "weights": weights, "mixed": mixed}
-    for field, tensor in (*tensors.items(), ("grad", grad), ("grad_qkv", grad_qkv)):
+    for field, tensor in (*tensors.items(), ("grad", grad), ("grad_qkv", grad_qkv), ("largest", largest)):
         setattr(call, field, 0 if tensor is None else tensor.data_ptr())
     if getattr(_library(), name)(ctypes.addressof(call)):
         raise MemoryError("no memory for a head of attention")

@@ -121,6 +121,20 @@ def test_scores_overflow_in_fp16_where_torch_operations_do():
     assert attention(qkv.bfloat16(), None, bias, 1.0, 1.0).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_largest_score_of_each_head_is_kept_for_who_asks(dtype):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 50, 3, 3, 24).to(dtype)
+    bias = torch.zeros(1, 1, 50, 50).masked_fill(torch.ones(50, 50).triu(1).bool(), -math.inf)
+    largest = torch.empty(2, 3)
+    y = attention(qkv, None, bias, 0.25, 2.0, largest)
+    assert torch.equal(y, attention(qkv, None, bias, 0.25, 2.0))
+    q, k, _ = (part.transpose(1, 2) for part in qkv.double().unbind(2))
+    exact = (2 * ((q * 0.25) @ k.mT) + bias).amax((2, 3))
+    rounding = {torch.float32: 2.0**-18, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
+    torch.testing.assert_close(largest.double(), exact, rtol=rounding, atol=rounding)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_goes_through_as_in_torch(bad):
     qkv = torch.randn(1, 20, 3, 2, 16)
