@@ -15,7 +15,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.models import open_text_model
 from stabilitylab.models.text_model import output_of
 from stabilitylab.quantization.backward import Backward
-from stabilitylab.quantization.estimate import EstimatedLayer, estimate_sensitivity
+from stabilitylab.quantization.estimate import Estimated, EstimatedLayer, assembled, estimate_sensitivity
 from stabilitylab.quantization.measuring import layers_file, measured_layers
 from stabilitylab.quantization.pace import Pace
 from stabilitylab.quantization.ranges import layer_inputs
@@ -135,6 +135,24 @@ def test_estimates_rank_as_measurements_do(model, windows, layers, inputs, schem
             assert effect.error == pytest.approx(other.effects[name].error, rel=1e-4)
             pairs.append((effect.harm, other.effects[name].harm))
     assert spearmanr(*zip(*pairs, strict=True))[0] > 0.9
+
+
+def test_harm_keeps_the_level_of_its_kind(inputs):
+    """Two layers of a kind, whose errors have half of them in common, and one of another, of which nothing is known but that."""
+    span = next(iter_ranges(inputs))
+
+    def layer(path, rows, whole):
+        made = EstimatedLayer(path=path, shape=(1, 2), range=span)
+        made.schemes["s"] = Estimated(rows=rows, whole=whole, off=1.0, square=4.0, bytes=3)
+        return made
+
+    layers = [layer("a.0.v", 1.0, 1.0), layer("a.1.v", 3.0, 7.0), layer("a.0.k", 2.0, 1.0)]
+    found = [one.effects["s"] for one in assembled(layers, 10.0, freedom=16, predicts=True)]
+    assert [one.harm for one in found] == pytest.approx([0.5 * (2 + 1) / 10, 0.5 * (6 + 7) / 10, 0.1])
+    assert [one.loss for one in found] == [one.harm for one in found]
+    assert found[0].error == 0.5
+    # The sum over a kind is the unbiased one, whatever it is divided among.
+    assert found[0].harm + found[1].harm == pytest.approx(0.8)
 
 
 def ways(model, windows, inputs, names, plan, **named):
