@@ -186,15 +186,13 @@ class Baseline:
         share = FEW_SHARE if len(values) >= BLOCK // 2 else 2 * FEW_SHARE
         least = share * abs(self.level) / FEW_SIGMAS if self.relative_floor else self.absolute_floor
         own = max(_deviation_about_line(last), ripple_of(values))
-        if (
-            len(values) < BLOCK // 2
-        ):  # three values differ by 1.7 deviations; by how much they fall says nothing
-            own = max(own, _largest_rise(values) / RANGE_OF_THREE)
-        self.scale1 = max(own, 0.25 * least)
+        # Three values differ by 1.7 deviations; by how much they fall says nothing.
+        risen = _largest_rise(values) / RANGE_OF_THREE if len(values) < BLOCK // 2 else 0.0
+        self.scale1 = max(own, risen, 0.25 * least)
         if len(values) >= BLOCK // 2 or not self.relative_floor:
             return FEW_SIGMAS * max(self.scale1, least)
         # Four values of batches of 4 lie close together by chance, but not within a thirtieth of what follows.
-        return FEW_SIGMAS * min(max(3 * own, least), max(self.scale1, 2 * least))
+        return FEW_SIGMAS * min(max(3 * own, risen, least), max(self.scale1, 2 * least))
 
     def learn_first(self, values: Sequence[float]) -> None:
         """Learn everything from the first values of a stretch."""

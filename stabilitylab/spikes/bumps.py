@@ -81,7 +81,15 @@ def _scale(residuals_N: Vector, width: int) -> Vector:
     """A local robust deviation, not under half of the whole one."""
     absolute_N = np.abs(residuals_N)
     whole = MAD * float(np.median(absolute_N))
-    return np.maximum(MAD * centred_median(absolute_N, width), 0.5 * whole)
+    return np.maximum(MAD * _local_median(absolute_N, width), 0.5 * whole)
+
+
+def _local_median(values_N: Vector, width: int) -> Vector:
+    """``centred_median``; in a long log of every fourth value, over as many of them: a scale changes slowly there."""
+    n = len(values_N)
+    if n <= SAMPLED:
+        return centred_median(values_N, width)
+    return np.repeat(centred_median(np.ascontiguousarray(values_N[::GROUP]), width), GROUP)[:n]
 
 
 def _scale_of_fours(four_N: Vector) -> Vector:
@@ -213,7 +221,7 @@ def _trend(values_N: Vector, half: int) -> tuple[Vector, Vector]:
     n = len(values_N)
     # Where the fall is steeper than the noise, the median is the value itself: second differences still see the noise.
     bends_N = np.abs(np.diff(values_N, 2, prepend=values_N[0], append=values_N[-1])) / math.sqrt(6)
-    least_N = np.maximum(MAD * centred_median(bends_N, min(n, 31)), quantum_of(values_N))
+    least_N = np.maximum(MAD * _local_median(bends_N, min(n, 31)), quantum_of(values_N))
     trend_N = running_median(values_N, half)
     for repeat in range(4):
         residual_N = values_N - trend_N
