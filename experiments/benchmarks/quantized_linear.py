@@ -3,9 +3,10 @@
     python -m experiments.benchmarks quantized_linear [--rounds 9] [--threads 1] [--json]
 
     scheme         peer
-    mixed          bitsandbytes' Linear8bitLt, threshold 6, in evaluation mode
+    mixed          bitsandbytes' Linear8bitLt, threshold 6, in evaluation mode: on a CPU weights alone are int8 there
     w8a8-token     torchao's int8 dynamic activations, int8 weights
-    int4           int4-g128-asym-mse: torchao's prototype int4 weight-only; both in groups of 64 where 128 does not divide K
+    int4           int4-g128-asym-mse: torchao's prototype int4 weight-only; both in groups of 64 where 128 does not
+                   divide K, both by the same torch kernel on a CPU
 
 Each layer gets the format in which it is quicker: int4 kernels take bf16, everything else fp32. Inputs have three channels 40 times
 as large as the rest; the error is ||y - y64|| / ||y64|| against float64 products, also on inputs without such channels. All take
