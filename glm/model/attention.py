@@ -203,4 +203,4 @@ class Attention(nn.Module):
         gate = torch.sigmoid(self.gate(x_BTC))
         if gate.shape[-1] != self.heads:
             return mixed_BTC * gate
-        return (mixed_BTC.unflatten(-1, (self.heads, self.head)) * gate[..., None]).flatten(-2)
+        return (mixed_BTC.view(*gate.shape, self.head) * gate[..., None]).flatten(-2)
