@@ -9,7 +9,8 @@ Ordinary values are taken in by blocks of 16, x_1 ... x_16. A block moves
 
               an M-estimate (Huber 1964) by stochastic approximation: A = 1 where s is a Gaussian's deviation
     ripple    the same of second differences c |x_t - 2 x_{t-1} + x_{t-2}|, c = 1/sqrt(6)
-    creep     a slow mean of levels, and the lowest that it has been
+    creep     a slow mean of levels, and the lowest that it has been: 8 deviations and 15 % over it a loss has left, or at twice
+              that level with 5.5 deviations (the slow mean of an AR(1) of .9 ranges over some 4.3 in 20,000 values)
 
 The level that a residual is taken from is the one of the block *before*, as it is when a value is judged. So a scale
 is that of the very statistic it is used for: where neighbours are correlated (an AR(1) of .9, an averaged log) the
@@ -81,6 +82,7 @@ FALL_SIGMAS = 2.0
 CREEP_GAIN = 1 / 2
 CREEP_SIGMAS = 8.0
 CREEP_SHARE = 0.15
+DOUBLED_SIGMAS = 5.5
 RIPPLE = 1 / math.sqrt(6)
 MAD = 1.4826
 RANGE_OF_THREE = 1.7
@@ -175,7 +177,11 @@ class Baseline:
 
     def creep_limit(self) -> float:
         share = CREEP_SHARE * abs(self.lowest) if self.relative_floor else 0.0
-        return max(CREEP_SIGMAS * self.sigma, share, self.absolute_floor, 1e-300)
+        limit = max(CREEP_SIGMAS * self.sigma, share, self.absolute_floor, 1e-300)
+        # The noise of a loss that climbs grows with it. Twice the lowest level is no noise, where that is less than the level.
+        if self.relative_floor and self.lowest > self.sigma:
+            limit = min(limit, max(DOUBLED_SIGMAS * self.sigma, self.lowest))
+        return limit
 
     # ---------------------------------------------------------------------------------------------- learning
 

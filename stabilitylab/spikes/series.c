@@ -24,7 +24,7 @@ typedef struct {
 typedef struct {
     double band_sigmas, limit_sigmas, band_share, mean_share, unsure, unsure_correlated, correlated, least, clip;
     double clipped_square, gain1, gain4, gain16, early_blocks, tail_step, tail_decay, most_tail, shoulder, shape_gain;
-    double forget_depth, fall_sigmas, creep_gain, creep_sigmas, creep_share, ripple, end_share;
+    double forget_depth, fall_sigmas, creep_gain, creep_sigmas, creep_share, doubled_sigmas, ripple, end_share;
 } Constants;
 
 typedef struct {
@@ -154,6 +154,8 @@ static double creep_of(const Baseline *b, const Constants *c) {
     if (!(b->slow > b->lowest)) return 0.0;
     double share = b->relative_floor ? c->creep_share * fabs(b->lowest) : 0.0;
     double limit = larger(larger(larger(c->creep_sigmas * sigma_of(b), share), b->absolute_floor), 1e-300);
+    if (b->relative_floor && b->lowest > sigma_of(b))
+        limit = smaller(limit, larger(c->doubled_sigmas * sigma_of(b), b->lowest));
     return (b->slow - b->lowest) / limit;
 }
 

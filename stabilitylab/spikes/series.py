@@ -79,7 +79,7 @@ def _constants() -> ctypes.Array[ctypes.c_double]:
             b.TAIL_DECAY,
         ),
         *(b.MOST_TAIL, b.SHOULDER, b.SHAPE_GAIN, b.FORGET_DEPTH, b.FALL_SIGMAS, b.CREEP_GAIN, b.CREEP_SIGMAS),
-        *(b.CREEP_SHARE, b.RIPPLE, END_SHARE),
+        *(b.CREEP_SHARE, b.DOUBLED_SIGMAS, b.RIPPLE, END_SHARE),
     )
     return (ctypes.c_double * len(values))(*values)
 

@@ -103,6 +103,18 @@ def test_a_slow_rise_after_a_fast_fall_is_a_divergence(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_a_climb_whose_noise_grows_with_it_is_told_while_it_climbs(seed):
+    """From 5.3 to four times that in 250 steps, its noise from 2 % to 10 %: each block has learned more noise than the last."""
+    step = np.arange(500)
+    climbed = np.clip((step - 100) / 250, 0, 1)
+    noise = 0.02 + 0.08 * np.clip((step - 100) / 150, 0, 1)
+    losses = 5.3 * 4 ** (climbed**2) * (1 + noise * gauss(500, seed))
+    detector = SpikeDetector()
+    told = [event for i, x in enumerate(losses) for event in detector.update(i, {LOSS: float(x)})]
+    assert [event.kind for event in told] == ["divergence"]
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_stuck_higher_for_good_is_a_divergence(seed):
     curve = np.where(np.arange(61) < 40, 5.72, 5.81) + 0.004 * gauss(61, seed)
     (one,) = find_episodes(None, curve)
