@@ -110,6 +110,8 @@ def measure_bearing(model: TextModel, window: Window) -> Bearing:
         window: of the text.
     """
     found: dict[str, LayerBearing] = {}
+    # Models name what they are given each in their own way; tokens stand in the matrix.
+    length = next(x_BT.shape[1] for x_BT in window.inputs.values() if x_BT.dim() == 2)
     # Layers of one input are measured after each other: what it cost is remembered by the tensor itself.
     handles = []
 
@@ -119,7 +121,7 @@ def measure_bearing(model: TextModel, window: Window) -> Bearing:
             if x is None or path in found or not x.is_floating_point() or not x.numel():
                 return
             # Experts are given the tokens that chose them, of whose places nothing is known.
-            is_text = x.dim() == 3 and x.shape[1] == window.inputs["input_ids"].shape[1]
+            is_text = x.dim() == 3 and x.shape[1] == length
             rows = x[0] if is_text else x.reshape(-1, x.shape[-1])
             found[path] = _layer(path, rows[:ROWS].detach().float(), linear_weight(module).detach(), is_text)
 
