@@ -83,9 +83,12 @@ def start(path, *words, **options):
 
 
 def line_of(process, seconds=90.0):
-    ready, _, _ = select.select([process.stdout], [], [], seconds)
-    assert ready, "nothing was said"
-    return process.stdout.readline()
+    line = b""
+    while not line.endswith(b"\n"):  # byte by byte: what a buffer had read ahead, select would wait for
+        ready, _, _ = select.select([process.stdout], [], [], seconds)
+        assert ready, "nothing was said"
+        line += os.read(process.stdout.fileno(), 1)
+    return line.decode()
 
 
 def test_a_killed_watch_goes_on_and_repeats_nothing(tmp_path):
