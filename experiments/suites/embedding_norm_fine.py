@@ -8,14 +8,13 @@ all frontiers lay. Seeds are fresh.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from experiments.arm import Arm
-from experiments.study import Cell, Outcome, Study
-from experiments.suites._proxy import PROXY, proxy_text
+from experiments.study import Cell, Outcome
+from experiments.suites import embedding_norm
 from experiments.trial import frontier, trial
-from experiments.verdicts import Claim
 
 EIGHTHS = tuple(np.arange(-3.5, -0.49, 0.125).tolist())
 
@@ -28,29 +27,15 @@ def measure(cell: Cell) -> Mapping[str, float]:
     }
 
 
-STUDY = Study(
+STUDY = replace(
+    embedding_norm.STUDY,
     name="embedding-norm-fine",
     question="Does a norm after the embedding raise the rate that a pre-LN model survives in fp16, by eighths of an octave?",
-    arms=(
-        Arm(name="plain", summary="pre-LN"),
-        Arm(name="norm", summary="pre-LN, embedding norm", settings={"model.embedding.norm": ""}),
-    ),
     first=201,
     seeds=24,
-    settings={**PROXY, "precision": "fp16", "model.norm": "pre"},
-    data=proxy_text,
     measure=measure,
     outcomes={"frontier": Outcome(title="Largest rate survived, log2", margin=0.5, unit="octaves")},
-    claims=(
-        Claim(
-            text="C7 An embedding norm raises the rate that is survived",
-            metric="frontier",
-            arm="norm",
-            baseline="plain",
-            direction="more",
-            source="BLOOM (2211.05100)",
-        ),
-    ),
+    claims=embedding_norm.STUDY.claims[:1],
     predictions=(
         "2026-11-29, before the runs, after those of embedding-norm: a gain of .1 to .2 octaves, so equivalent within half an "
         "octave.",

@@ -230,6 +230,8 @@ class TrackerSink:
     def _begin_drawing(self) -> None:
         with self._lock:
             sketched, self._drawn_at = sketch(self._overview, self._events), self._step
+        if not sketched.shows_something:
+            return
         try:
             self._artist.begin(sketched)
         except OSError as error:
