@@ -11,7 +11,7 @@
 
 PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.13
-OLDEST_TORCH := torch==2.8.0
+OLDEST_TORCH := torch==2.9.1
 VENV := .venv
 DEV := .[corpus,dask,glm,dev,distributed,hf,slurm]
 BIN := $(VENV)/bin

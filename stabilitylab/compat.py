@@ -11,7 +11,7 @@
     torch.distributed.tensor.DTensor             public; here since it is slow to import      test_ranks.py
     torch.optim.Optimizer.*.__wrapped__          an optimizer without torch's compiler        glm's test_startup.py
 
-All of them are in torch 2.8, the oldest supported, to 2.13. Two of the modules take as long to import as the rest of torch
+All of them are in torch 2.9.1, the oldest supported, to 2.15. Two of the modules take as long to import as the rest of torch
 together, so they are looked at only where somebody else has imported them: what nobody has imported, nobody has used.
 """
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -90,3 +92,18 @@ def test_the_instrument_needs_nothing_of_training(installed: Path, tmp_path: Pat
         assert done.returncode == 2
         assert done.stderr.strip().endswith("pip install 'stabilitylab[glm]'")
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_versions_are_told_alike() -> None:
+    """The project's own, and the oldest torch that is allowed and is what `make test-oldest` tries."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (torch,) = (name.partition(">=")[2] for name in project["dependencies"] if name.startswith("torch>"))
+    for name, pattern in {
+        "Makefile": r"^OLDEST_TORCH := torch==(\S+)$",
+        "CONTRIBUTING.md": r"with torch (\S+), and with the newest",
+        "docs/attach.md": r"torch (\S+), the oldest allowed",
+        "stabilitylab/compat.py": r"torch (\S+), the oldest supported",
+    }.items():
+        assert re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE) == [torch], name
+    assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{project['version']}] - " in (ROOT / "CHANGELOG.md").read_text()
