@@ -32,7 +32,7 @@ from stabilitylab.quantization.ranges import layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers, quantized
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
 from stabilitylab.quantization.sensitivity import LayerSensitivity, measure_sensitivity
-from stabilitylab.quantization.verification import Verification
+from stabilitylab.quantization.verification import Twins, Verification
 
 MENU = ("int8-row", "smoothquant", "int4-g64-asym-mse", "int4-g128", "int4-row", "nvfp4")
 Harms = list[list[float]]
@@ -80,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
     if chosen.other is not None:
         texts["other"] = _parts(model, chosen.other, 1, chosen.told, chosen.length)[1]
     with torch.inference_mode():
-        measures = {name: Verification(model, of, largest) for name, of in texts.items()}
+        twins = Twins(model.module, largest)
+        measures = {name: Verification(model, of, twins) for name, of in texts.items()}
         found: dict[str, dict[str, float]] = {}
         for name, choice in choices.items():
             if choice is None:

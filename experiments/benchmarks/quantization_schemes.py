@@ -23,7 +23,7 @@ from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.ranges import layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
 from stabilitylab.quantization.schemes import scheme_of
-from stabilitylab.quantization.verification import Verification
+from stabilitylab.quantization.verification import Twins, Verification
 
 SCHEMES = (
     "w8a8-tensor",
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         inputs = layer_inputs(model, seen, layers)
         for hook in hooks:
             hook.remove()
-        verification = Verification(model, told, inputs.largest)
+        verification = Verification(model, told, Twins(model.module, inputs.largest))
         if not chosen.json:
             print(f"{model.name}: {verification.tokens} tokens, loss {verification.loss}")
         for name in chosen.schemes:

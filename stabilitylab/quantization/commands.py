@@ -19,7 +19,7 @@ from stabilitylab.models.experts import expert_groups
 from stabilitylab.quantization.advice import Advice, Advisor, reason
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.exports import save_as
-from stabilitylab.quantization.kv_cache import CacheBudget, cache_lines, cache_plan
+from stabilitylab.quantization.kv_cache import CacheBudget, cache_lines, cache_plan, require_cache
 from stabilitylab.quantization.latency import BATCHES, KEPT, machine, measure_latencies
 from stabilitylab.quantization.measuring import By, layers_file, measured_layers
 from stabilitylab.quantization.pace import Pace
@@ -32,7 +32,7 @@ from stabilitylab.quantization.schemes import LinearScheme, scheme_of
 from stabilitylab.quantization.sensitivity import LayerSensitivity
 from stabilitylab.quantization.tables import outcome_rows
 from stabilitylab.quantization.texts import text_notes, tokenizer_mark
-from stabilitylab.quantization.verification import Verification
+from stabilitylab.quantization.verification import Twins, Verification
 
 DEFAULT_SCHEMES = (
     "w8a8-tensor",
@@ -184,6 +184,8 @@ def make_plan(
         raise InputError(
             "schemes that round for their inputs need a place for the rounded weights: give the plan's file"
         )
+    if cache is not None:
+        require_cache(model)  # before the hours, not after
     measured, fresh, third = _split(model, text, tokens, verify_tokens, length)
     rounded = None if work is None else RoundedWeights(work.with_suffix(".rounded"))
     pace = Pace(console)
@@ -194,10 +196,11 @@ def make_plan(
     )
     with torch.inference_mode(), pace.of("timing layers and verifying whole plans"):
         latencies = measure_latencies(model.module, inputs.samples, inputs.largest, schemes, batches=BATCHES)
-        verification = Verification(model, fresh or measured, inputs.largest, rounded)
+        twins = Twins(model.module, inputs.largest, rounded)
+        verification = Verification(model, fresh or measured, twins)
         advice = Advisor(sensitivity, latencies, verification, expert_groups(model.module)).advise(budget)
         # What was chosen for its loss on a text looks better there than it is: the outcome is told on another.
-        told = Verification(model, third, inputs.largest, rounded) if third else verification
+        told = Verification(model, third, twins) if third else verification
         outcome = advice.told_on(told)
     kept = None
     if cache is not None:

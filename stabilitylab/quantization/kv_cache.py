@@ -218,7 +218,7 @@ def measure_cache_formats(
     Raises:
         InputError: the model has no cache of keys and values of past tokens.
     """
-    _require_cache(model)
+    require_cache(model)
     layers, own = 0, 0.0
     heads = channels = 0
     found: dict[str, CacheCost] = {}
@@ -247,7 +247,8 @@ def cheapest_harm(costs: dict[str, CacheCost], limit: float) -> str | None:
     return min(within, key=lambda name: (within[name].loss, within[name].bytes), default=None)
 
 
-def _require_cache(model: TextModel) -> None:
+def require_cache(model: TextModel) -> None:
+    """Raises InputError where a model has no cache of keys and values that could be quantized here."""
     config: Any = getattr(model.module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])

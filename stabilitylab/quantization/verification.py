@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window
 from stabilitylab.models.text_model import loss_of
@@ -17,26 +17,48 @@ from stabilitylab.quantization.rounded import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme
 
 
+class Twins:
+    """The quantized layers of the plan that was measured last: whole plans differ in few layers, and rounding takes long.
+
+    Args:
+        module: the model.
+        largest: path -> max|x| of each input channel.
+        rounded: weights that were rounded for their inputs.
+    """
+
+    def __init__(
+        self, module: nn.Module, largest: Mapping[str, Tensor], rounded: RoundedWeights | None = None
+    ) -> None:
+        self._layers, self._largest, self._rounded = quantizable_layers(module), largest, rounded
+        self._held: dict[str, tuple[str, nn.Module]] = {}
+
+    def of(self, schemes: Mapping[str, LinearScheme]) -> dict[str, nn.Module]:
+        """The layers of a plan, path -> scheme. Those of the one before that it does not share are let go first."""
+        self._held = {
+            path: held
+            for path, held in self._held.items()
+            if path in schemes and held[0] == schemes[path].name
+        }
+        for path, scheme in schemes.items():
+            if path not in self._held:
+                made = scheme if self._rounded is None else self._rounded.scheme(path, scheme)
+                twin = quantized(path, self._layers[path], made, self._largest.get(path))
+                self._held[path] = scheme.name, twin
+        return {path: twin for path, (_, twin) in self._held.items()}
+
+
 class Verification:
     """Measures assignments of schemes to layers, each once.
 
     Args:
         model: unchanged afterwards.
         windows: the text.
-        largest: path -> max|x| of each input channel.
-        rounded: weights that were rounded for their inputs.
+        twins: makes the plans' layers; may be shared with another text's.
     """
 
-    def __init__(
-        self,
-        model: TextModel,
-        windows: Iterable[Window],
-        largest: Mapping[str, Tensor],
-        rounded: RoundedWeights | None = None,
-    ) -> None:
-        self._model, self._largest, self._rounded = model, largest, rounded
+    def __init__(self, model: TextModel, windows: Iterable[Window], twins: Twins) -> None:
+        self._model, self._twins = model, twins
         self._windows = list(windows)
-        self._layers = quantizable_layers(model.module)
         self._known: dict[tuple[tuple[str, str], ...], float] = {}
         self._own: list[Tensor] = []
         self.tokens = sum(window.tokens for window in self._windows)
@@ -60,13 +82,7 @@ class Verification:
         return self._known[key]
 
     def _measure(self, schemes: Mapping[str, LinearScheme]) -> float:
-        if self._rounded is not None:
-            schemes = {path: self._rounded.scheme(path, scheme) for path, scheme in schemes.items()}
-        twins = {
-            path: quantized(path, self._layers[path], scheme, self._largest.get(path))
-            for path, scheme in schemes.items()
-        }
-        with replaced(self._model.module, twins):
+        with replaced(self._model.module, self._twins.of(schemes)):
             return self.of_the_model_as_it_stands()
 
     def of_the_model_as_it_stands(self) -> float:

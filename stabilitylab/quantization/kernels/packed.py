@@ -5,7 +5,9 @@ the model computes in: about 0.002 of relative error beside 0.008 (int8) and 0.1
 on the weights are dequantized tile by tile instead, in the model's own precision.
 
 Traps: the int8 kernel reads past the end or returns wrong numbers unless K is a multiple of 16, the int4 kernel wants N a
-multiple of 16 and K of the group; columns and rows are padded here. With fp32 activations both are slower than fp32.
+multiple of 16 and K of the group; columns and rows are padded here. The int8 kernel ends the process where weights or
+activations do not lie at a multiple of 16 bytes, as in the pages of a mapped file: such are copied. With fp32 activations both
+are slower than fp32.
 """
 
 from __future__ import annotations
@@ -39,17 +41,22 @@ def few_rows(bits: int) -> int:
     return 16 if bits == 8 else 128
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x itself where it begins at a multiple of 64 bytes, as torch's own memory does; else a copy that does."""
+    return x if x.data_ptr() % 64 == 0 else x.clone()
+
+
 class PackedInt8:
     """int8 weights with a scale an output channel."""
 
     def __init__(self, stored: StoredWeight) -> None:
         self._columns = stored.shape[1]
-        self._values = padded(stored.values, columns=32)
+        self._values = aligned(padded(stored.values, columns=32))
         self._scales = stored.scales.view(-1)
 
     def __call__(self, x_MK: Tensor) -> Tensor:
         if x_MK.shape[0] <= few_rows(8):
-            x = padded(x_MK.to(torch.bfloat16), columns=32)
+            x = aligned(padded(x_MK.to(torch.bfloat16), columns=32))
             y_MN: Tensor = torch.ops.aten._weight_int8pack_mm(x, self._values, self._scales)
             return y_MN
         x = padded(x_MK.to(compute_dtype(x_MK)), columns=32)

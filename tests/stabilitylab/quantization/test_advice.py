@@ -13,7 +13,7 @@ from stabilitylab.quantization.latency import KEPT
 from stabilitylab.quantization.plan import Budget, Outcome, PlannedLayer, QuantizationPlan, load_plan
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.sensitivity import Effect, LayerSensitivity, measure_sensitivity
-from stabilitylab.quantization.verification import Verification
+from stabilitylab.quantization.verification import Twins, Verification
 from tests.stabilitylab.quantization.folders import TEXT
 
 BATCHES = (1, 32)
@@ -32,7 +32,8 @@ def latencies(layers, names):
 def advisor(model, windows, inputs, schemes):
     with torch.inference_mode():
         layers = measure_sensitivity(model, windows[:1], schemes, inputs.largest)
-    verification = Verification(model, list(model.windows([TEXT[400:]], 32, 64)), inputs.largest)
+    twins = Twins(model.module, inputs.largest)
+    verification = Verification(model, list(model.windows([TEXT[400:]], 32, 64)), twins)
     return Advisor(layers, latencies(layers, [scheme.name for scheme in schemes]), verification)
 
 

@@ -13,7 +13,7 @@ from stabilitylab.formats import Quantized, dequantize
 from stabilitylab.models import open_text_model
 from stabilitylab.quantization.commands import make_plan
 from stabilitylab.quantization.compressed_tensors import _packed, save_compressed_tensors
-from stabilitylab.quantization.plan import Budget, PlannedLayer
+from stabilitylab.quantization.plan import Budget, PlannedLayer, load_plan
 from stabilitylab.quantization.replacement import quantizable_layers
 from stabilitylab.quantization.schemes import scheme_of
 from tests.stabilitylab.quantization.folders import TEXT
@@ -29,6 +29,15 @@ WEIGHTS_ALONE = [
     "fp8-e4m3-block128",
     "mxfp4",
     "nvfp4",
+]
+ROUNDED = [
+    "int8-row-gptq",
+    "int4-g32-gptq",
+    "int4-g32-asym-gptqo",
+    "w8a8-token-gptq",
+    "fp8-e4m3-row-gptq",
+    "mxfp4-mse-gptq",
+    "nvfp4-mse-gptqo",
 ]
 WITH_ACTIVATIONS = ["w8a8-token", "fp8-e4m3-row/fp8-e4m3-row", "w8a8-tensor", "mxfp8-e4m3/mxfp8-e4m3"]
 
@@ -51,6 +60,20 @@ def plan_of(model, tmp_path, schemes):
         for i, path in enumerate(made.layers)
     }
     return dataclasses.replace(made, layers=layers)
+
+
+def plan_for(model, tmp_path, name):
+    """A plan of one scheme, which may round for the text's inputs."""
+    if name not in ROUNDED:
+        return plan_of(model, tmp_path, [name])
+    text, file = tmp_path / "text", tmp_path / "plan.json"
+    text.write_text(TEXT)
+    budget = Budget(kind="memory", value=0.6)
+    made = make_plan(
+        model, text, budget, [scheme_of(name)], tokens=32, verify_tokens=32, length=32, work=file
+    )
+    made.write(file)
+    return load_plan(file)
 
 
 def test_words_are_packed_low_first():
@@ -84,14 +107,15 @@ def test_a_mixed_plan_keeps_its_numbers(llama_folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*WEIGHTS_ALONE, *WITH_ACTIVATIONS])
+@pytest.mark.parametrize("name", [*WEIGHTS_ALONE, *WITH_ACTIVATIONS, *ROUNDED])
 def test_the_real_library_opens_it(llama_folder, tmp_path, name):
     """One scheme at a time: transformers 5.23 decompresses all dense layers by that of the first group."""
     pytest.importorskip("compressed_tensors")
     import transformers
 
     model = open_text_model(llama_folder)
-    plan = plan_of(model, tmp_path, [name])
+    plan = plan_for(model, tmp_path, name)
+    assert name not in ROUNDED or name in plan.planned.schemes
     save_compressed_tensors(model, plan, tmp_path / "out")
     opened = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out",
@@ -99,9 +123,9 @@ def test_the_real_library_opens_it(llama_folder, tmp_path, name):
         quantization_config=transformers.CompressedTensorsConfig(run_compressed=False),
     )
     with torch.no_grad():
-        for path in plan.layers:
+        for path in plan.schemes:
             layer = quantizable_layers(model.module)[path]
-            twin = scheme_of(name).layer(layer.weight)
+            twin = plan.schemes[path].layer(layer.weight)
             stored = twin.stored
             own = dequantize(stored) if isinstance(stored, Quantized) else stored.dequantize()
             read = opened.get_submodule(path).weight.float()

@@ -13,10 +13,9 @@ from stabilitylab.quantization.exports import save_as
 from stabilitylab.quantization.gguf_export import save_gguf
 from stabilitylab.quantization.plan import PlannedLayer
 from stabilitylab.quantization.replacement import quantizable_layers
-from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.torchao_export import save_torchao
 from tests.stabilitylab.quantization.folders import TEXT, write_tokenizer
-from tests.stabilitylab.quantization.test_compressed_tensors import plan_of
+from tests.stabilitylab.quantization.test_compressed_tensors import plan_for, plan_of
 
 
 def write(folder, kind):
@@ -55,7 +54,7 @@ def with_plans_weights(model, plan):
         if layer.scheme is None:
             continue
         own = quantizable_layers(model.module)[path]
-        stored = scheme_of(layer.scheme).layer(own.weight).stored
+        stored = plan.schemes[path].layer(own.weight).stored
         own.weight.data = dequantize(stored) if isinstance(stored, Quantized) else stored.dequantize()
     return model
 
@@ -85,6 +84,27 @@ def test_gguf_is_opened_by_transformers(tmp_path, kind):
     card = (tmp_path / "out" / "QUANTIZATION.md").read_text()
     assert "tensors Q8_0" in card
     assert "Cost: " in card
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["int8-row-gptq", "int4-g32-gptq", "mxfp4-mse-gptq"])
+def test_gguf_holds_weights_that_were_rounded_for_their_inputs(llama_folder, tmp_path, name):
+    pytest.importorskip("gguf")
+    import transformers
+
+    model = open_text_model(llama_folder)
+    plan = plan_for(model, tmp_path, name)
+    assert name in plan.planned.schemes
+    save_gguf(model, plan, tmp_path / "out")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32
+    )
+    window = next(model.windows([TEXT], 32, 32))
+    with_plans_weights(model, plan)
+    for path in plan.layers:
+        assert torch.equal(opened.get_submodule(path).weight, quantizable_layers(model.module)[path].weight)
+    with torch.no_grad():
+        torch.testing.assert_close(opened(**window.inputs).logits, model.run(window))
 
 
 @pytest.mark.parametrize(

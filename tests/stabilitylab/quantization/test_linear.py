@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,30 @@ def test_without_torchs_kernels_the_same(name, monkeypatch):
         quantized(x)
         assert type(quantized._kernel).__name__ in ("TiledWeight", "TiledInt8")
         check(quantized, x)
+
+
+def in_a_mapped_file(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers at 8 bytes beyond a multiple of 64, where a safetensors file may put them."""
+    room = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+    start = -room.data_ptr() % 64 + 8
+    placed = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return placed.copy_(tensor)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("rows", [1, 16, 140])
+def test_memory_that_is_not_aligned(name, rows):
+    """torch's int8 kernel reads it with instructions that end the process."""
+    _, quantized, x = make(name, (64, 64), rows, bias=False)
+    expected = quantized(x)
+    quantized.release()
+    stored = replace(
+        quantized.stored,
+        values=in_a_mapped_file(quantized.stored.values),
+        scales=in_a_mapped_file(quantized.stored.scales),
+    )
+    again = QuantizedLinear(stored, quantized.scheme, smooth=quantized.smooth)
+    assert torch.equal(again(in_a_mapped_file(x)), expected)
 
 
 def test_largest_codes_do_not_saturate():

@@ -255,3 +255,15 @@ def test_bits_a_weight_are_a_share_of_sixteen(made, tmp_path, capsys):
         [*command, "--budget-bits", "4", "--budget-memory", "0.3"],
         "--budget-memory and --budget-bits",
     )
+
+
+def test_a_cache_that_is_none_is_refused_before_anything_is_measured(
+    bert_folder, tmp_path, monkeypatch, capsys
+):
+    def measured(*_arguments, **_named):
+        raise AssertionError("measured first")
+
+    monkeypatch.setattr("stabilitylab.quantization.commands.layer_inputs", measured)
+    (tmp_path / "text").write_text(TEXT)
+    command = [str(bert_folder), "--plan", tmp_path / "plan.json", "--text", tmp_path / "text"]
+    refused(capsys, [*command, "--kv-context", "64"], "keeps no keys and values of past tokens")

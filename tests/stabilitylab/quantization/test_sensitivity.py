@@ -17,7 +17,7 @@ from stabilitylab.quantization.ranges import ChannelRange, layer_inputs
 from stabilitylab.quantization.replacement import put, quantizable_layers, quantize_layers, replaced
 from stabilitylab.quantization.restart import Restart
 from stabilitylab.quantization.sensitivity import measure_sensitivity, reached_layers
-from stabilitylab.quantization.verification import Verification
+from stabilitylab.quantization.verification import Twins, Verification
 from tests.stabilitylab.quantization.folders import TEXT, write_llama
 
 
@@ -145,7 +145,7 @@ def test_latencies_cover_every_shape_scheme_and_batch(model, inputs, schemes):
 
 
 def test_verification_is_the_loss_of_the_quantized_model(model, windows, inputs, schemes):
-    verification = Verification(model, windows, inputs.largest)
+    verification = Verification(model, windows, Twins(model.module, inputs.largest))
     assignment = dict(zip(linear_layers(model.module), schemes * 3, strict=False))
     found = verification.measure(assignment)
     own = [model.run(window) for window in windows]
