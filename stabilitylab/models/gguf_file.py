@@ -5,6 +5,9 @@ slices of ``numpy.memmap``, whose every slice runs Python code; for each module 
 So while a file is open here, one reader serves all, over a plain array on the same mapped pages, and each table is made once.
 Measured on SmolLM2-135M (49,152 tokens): see experiments/RESULTS.md.
 
+Pages of the file that were read count as the process's own until it lets them go, so they are let go tensor by tensor: else the
+whole file stands in memory beside the model that was made of it.
+
 A model split over several files (``NAME-00001-of-00003.gguf``) is refused as a whole: loaders look at one part and take
 the rest for missing or tied.
 """
@@ -12,6 +15,7 @@ the rest for missing or tied.
 from __future__ import annotations
 
 import functools
+import mmap
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,12 +78,71 @@ def opened_once() -> Iterator[None]:
 
         @data.setter
         def data(self, mapped: Any) -> None:
-            self._data = mapped.view(np.ndarray)
+            self._data, self._file = mapped.view(np.ndarray), mapped
+
+        @property
+        def tensors(self) -> list[Any]:
+            return self._tensors
+
+        @tensors.setter
+        def tensors(self, found: list[Any]) -> None:
+            self._tensors = _LetGo(found)
+            self._tensors.file = self._file
 
     before = gguf.GGUFReader, gguf.get_tensor_name_map
     gguf.GGUFReader = functools.cache(Reader)
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     try:
-        yield
+        with _lazily_let_go():
+            yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = before
+
+
+class _LetGo(list[Any]):
+    """A file's tensors; a loop over them lets the pages of each go when it comes to the next."""
+
+    file: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for tensor in super().__iter__():
+            yield tensor
+            let_go(tensor.data, self.file)
+
+
+@contextmanager
+def _lazily_let_go() -> Iterator[None]:
+    """The same of tensors that transformers, from 5.23 on, reads one by one without gguf's reader."""
+    try:
+        from transformers.integrations.gguf.reader import LazyGgufTensor
+    except ImportError:
+        yield
+        return
+    read = LazyGgufTensor.__getitem__
+
+    def read_and_let_go(self: Any, at: Any) -> Any:
+        found = read(self, at)  # a copy
+        let_go(self.data, self.data)
+        return found
+
+    LazyGgufTensor.__getitem__ = read_and_let_go
+    try:
+        yield
+    finally:
+        LazyGgufTensor.__getitem__ = read
+
+
+def let_go(part: Any, mapped: Any) -> None:
+    """Let the pages of a part of a mapped file go; who reads them again gets them from the file again.
+
+    Args:
+        part: array on the file's pages.
+        mapped: the file's ``numpy.memmap``, or a slice of it.
+    """
+    pages = getattr(mapped, "_mmap", None)
+    if pages is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = part.ctypes.data - np.frombuffer(pages, dtype=np.uint8).ctypes.data
+    if 0 <= start < len(pages):
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        pages.madvise(mmap.MADV_DONTNEED, first, start + part.nbytes - first)

@@ -115,3 +115,31 @@ def test_a_weight_without_a_place_is_refused(tmp_path):
     file = write(tmp_path / "odd.gguf", model_of("qwen2"), "qwen2", extra=["blk.0.attn_q_norm.weight"])
     with pytest.raises(InputError, match=r"no place for, among them blk.0.attn_q_norm.weight"):
         open_text_model(file)
+
+
+def held_pages(path):
+    """Kilobytes of a mapped file in this process's memory."""
+    import re
+    from pathlib import Path
+
+    maps = Path("/proc/self/smaps")
+    if not maps.is_file():
+        pytest.skip("this system does not tell what pages are held")
+    found = re.findall(rf"{re.escape(str(path))}\n(?:[A-Z].*\n)*?Rss: +(\d+) kB", maps.read_text())
+    return sum(map(int, found))
+
+
+def test_pages_that_were_read_are_let_go(tmp_path):
+    from stabilitylab.models.gguf_file import let_go
+
+    file = tmp_path / "pages"
+    file.write_bytes(bytes(range(256)) * 4096)
+    mapped = np.memmap(file, mode="r", dtype=np.uint8)
+    part = mapped[1000:900_000]
+    before = int(part.astype(np.int64).sum())
+    held = held_pages(file)
+    assert held >= 800
+    let_go(part, mapped)
+    assert held_pages(file) <= held - 800
+    assert int(part.astype(np.int64).sum()) == before
+    let_go(np.zeros(4), mapped)  # of other memory: nothing
