@@ -16,7 +16,8 @@ common: W is off by the same at every token (it is half of the truth for value p
 
     harm    (n whole + m f rows) / (n + m),    f = sum whole / sum rows over layers of one kind,    n = windows x draws,    m = 16
 
-with layers of one kind those whose paths differ in numbers only. Measured on SmolLM2-135M this ranks best (experiments/RESULTS.md).
+with layers of one kind those whose paths differ in numbers only. Draws cost a pass backward each and the roundings stay the
+same, so there are many of them. Measured on SmolLM2-135M this ranks best (experiments/RESULTS.md).
 
 Source: Fisher as curvature of the divergence: Martens, arXiv:1412.1193, section 5; for choosing bits: HAWQ-V2 (1911.03852) takes
 traces of the Hessian, ModelOpt's auto_quantize a gradient score. Limits: small disturbances; what saturates is overestimated.
@@ -42,7 +43,8 @@ from stabilitylab.quantization.replacement import quantized
 from stabilitylab.quantization.schemes import LinearScheme
 from stabilitylab.quantization.sensitivity import Effect, LayerSensitivity
 
-DRAWS = 4
+DRAWS = 16
+_STEADY_DRAWS = 4  # a sum over so many tokens needs no more
 _ROWS_AT_ONCE = 256
 _STEADY = 16  # squares that the steady sum is worth
 
@@ -176,21 +178,27 @@ def _layer(
     rows, columns = linear_weight(layer).shape
     found = EstimatedLayer(path=path, shape=(rows, columns), range=ChannelRange.of(largest))
     outputs = [layer(call.x) for call in calls]
+    offs: list[list[Tensor]] = [[] for _ in calls]  # of each call, for each scheme
     for scheme in schemes:
         twin = quantized(path, layer, scheme, largest, moments)
-        sums = Estimated(bytes=twin.nbytes)
-        whole: dict[int, Tensor] = {}
-        for call, y in zip(calls, outputs, strict=True):
+        sums = found.schemes[scheme.name] = Estimated(bytes=twin.nbytes)
+        for call, y, off_of in zip(calls, outputs, offs, strict=True):
             off = (twin(call.x) - y).float()
             sums.off += float(off.double().square().sum())
             sums.square += float(y.double().square().sum())
-            dots_DT = (call.gradients.float() * off).sum(-1).flatten(1).double()
-            sums.rows += float(dots_DT.square().sum())
-            whole[call.window] = whole.get(call.window, torch.zeros(len(dots_DT))) + dots_DT.sum(1)
-        sums.whole = float(sum(total.square().sum() for total in whole.values()))
-        found.schemes[scheme.name] = sums
+            drawn = call.gradients[:_STEADY_DRAWS].float()
+            dots = (drawn * off).sum(-1).double()
+            sums.rows += float(dots.square().sum()) * len(call.gradients) / len(drawn)
+            off_of.append(off.flatten())
         if keep is not None:
             keep(path, scheme, twin)
+    # Of all schemes in one product: the gradients of many draws are the larger part, and read once.
+    whole: dict[int, Tensor] = {}
+    for call, off_of in zip(calls, offs, strict=True):
+        dots_SD = (torch.stack(off_of) @ call.gradients.float().flatten(1).T).double()
+        whole[call.window] = whole[call.window] + dots_SD if call.window in whole else dots_SD
+    for place, scheme in enumerate(schemes):
+        found.schemes[scheme.name].whole = float(sum(d[place].square().sum() for d in whole.values()))
     return found
 
 
