@@ -30,9 +30,9 @@ from experiments.benchmarks.forensics import module_of
 from stabilitylab import Monitor
 from stabilitylab.attribution import LoopState, attribute
 from stabilitylab.formats import fake_quantize, scaled_format
-from stabilitylab.runs import load_run
+from stabilitylab.runs import Run, load_run
 from stabilitylab.spikes import Episode, SpikeDetector, episodes_of
-from stabilitylab.telemetry import LOSS
+from stabilitylab.telemetry import LOSS, Event
 
 # Steps that a monitor sees before the planted one and after it; the run's end; steps of the twin at which plants are.
 SEEN, AFTER, TAIL, PLACES = 26, 16, 44, (80, 84, 88, 92)
@@ -86,10 +86,10 @@ def twin(seed: int, beta2: float, aged: bool, clip: float, precision: str) -> Tw
     return Twin(losses, states, measures)
 
 
-def spike(recipe: Recipe, number: int, seed: int, telemetry: Path) -> dict[str, Any]:
+def spike(recipe: Recipe, number: int, seed: int, telemetry: Path, *, forks: bool = True) -> dict[str, Any]:
     """Train, find the episode, explain it, prove it. ``telemetry`` takes the Parquet around it.
 
-    Returns a row of the atlas; ``onset`` None: the recipe made none.
+    Returns a row of the atlas; ``onset`` None: the recipe made none. Without ``forks`` nothing is proven: ``attribute`` is None.
     """
     began = time.process_time()
     planted = PLACES[(seed + number) % len(PLACES)] if recipe.planted else 10**9
@@ -129,9 +129,7 @@ def spike(recipe: Recipe, number: int, seed: int, telemetry: Path) -> dict[str, 
         onset = (
             one.onset if one is not None else planted + next(i for i, v in enumerate(excess) if v >= MADE / 2)
         )
-        told = None
-        if online is not None:
-            told = next((e for e in run.events if e.kind == "diagnosis" and e.step == online.onset), None)
+        told = _told(run, first, online)
         row |= {
             "onset": onset,
             "missed": one is None,
@@ -140,9 +138,15 @@ def spike(recipe: Recipe, number: int, seed: int, telemetry: Path) -> dict[str, 
             "told_at": None if online is None else online.told,
             "forensics": None if told is None else told.data["cause"],
             "forensics_site": None if told is None else module_of(told.data["site"] or ""),
+            "attribute": None,
+            "attribute_site": None,
+            "repeats": None,
+            "forks": [],
         }
         telemetry.parent.mkdir(parents=True, exist_ok=True)
         _near(run, onset).to_parquet(telemetry, index=False, compression="zstd")
+    if not forks:
+        return row | {"seconds": time.process_time() - began}
     begin = max(step for step in states if step <= max(0, onset - KEPT))
     given = one if one is not None else onset
     if online is not None and online.onset == onset:
@@ -226,7 +230,7 @@ def _planted(loop: AtlasLoop, healthy: Twin, folder: Path) -> tuple[list[float],
     begin = loop.planted - SEEN
     healthy.states[begin].put_into(loop)
     losses, states = healthy.losses[:begin], dict[int, LoopState]()
-    with _monitor(loop, folder) as monitor:
+    with _monitor(loop, folder, losses) as monitor:
         for step in range(begin, loop.planted + AFTER):
             _step(loop, step, losses, states)
             monitor.step(step, loss=losses[-1])
@@ -241,7 +245,7 @@ def _emergent(loop: AtlasLoop, folder: Path) -> tuple[list[float], dict[int, Loo
     losses, states = list[float](), dict[int, LoopState]()
     for step in range(CLIMBS - KEPT):
         losses.append(loop.train_step(step))
-    with _monitor(loop, folder) as monitor:
+    with _monitor(loop, folder, losses) as monitor:
         for step in range(CLIMBS - KEPT, LAST):
             if step % 4 == 0:
                 states[step] = LoopState.of(loop, step)
@@ -252,8 +256,12 @@ def _emergent(loop: AtlasLoop, folder: Path) -> tuple[list[float], dict[int, Loo
     return losses, states
 
 
-def _monitor(loop: AtlasLoop, folder: Path) -> Monitor:
-    return Monitor(loop.model, loop.optimizer, out=folder, every=1, tensorboard=False)
+def _monitor(loop: AtlasLoop, folder: Path, losses: list[float]) -> Monitor:
+    """A monitor that has seen the loss from the beginning on: what is left out before it is the measuring of layers."""
+    detector = SpikeDetector()
+    for step, loss in enumerate(losses):
+        detector.update(step, {LOSS: loss})
+    return Monitor(loop.model, loop.optimizer, out=folder, every=1, tensorboard=False, detector=detector)
 
 
 def _step(loop: AtlasLoop, step: int, losses: list[float], states: dict[int, LoopState]) -> None:
@@ -276,6 +284,14 @@ def _episodes(losses: list[float]) -> list[Episode]:
     return episodes_of([*events, *detector.finish()])
 
 
+def _told(run: Run, first: int, online: Episode | None) -> Event | None:
+    """What the run says of its episode; where it told none, of what left its level without the loss."""
+    said = [event for event in run.events if event.kind == "diagnosis"]
+    if online is not None:
+        return next((event for event in said if event.step == online.onset), None)
+    return next((event for event in said if first <= event.step <= first + LATE), None)
+
+
 def _episode(found: list[Episode], first: int, planted: bool) -> Episode | None:
     late = [
         one
@@ -285,7 +301,7 @@ def _episode(found: list[Episode], first: int, planted: bool) -> Episode | None:
     return late[0] if late else None
 
 
-def _near(run: Any, onset: int) -> pd.DataFrame:
+def _near(run: Run, onset: int) -> pd.DataFrame:
     parts = []
     for family, statistic in _NEAR:
         rows = run.near(family, statistic, onset - AROUND, onset + AROUND)

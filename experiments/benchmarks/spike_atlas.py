@@ -1,6 +1,7 @@
 """Spikes with proven causes: made by recipe, proven by forks, kept with the telemetry around them; and who names the cause.
 
     python -m experiments.benchmarks spike_atlas --spikes 500 --out atlas [--minutes 60] [--only FAMILY] [--score] [--json]
+    python -m experiments.benchmarks spike_atlas --forensics seen|held-out [--seed 100] --spikes 60 --out FOLDER
 
 Recipes of ``_atlas_recipes.py`` are run with one seed after another, always one of the kind with the fewest spikes, until there are
 ``--spikes`` of them or the minutes are over; what is there is kept, so the same command goes on. Of each spike
@@ -10,6 +11,8 @@ Recipes of ``_atlas_recipes.py`` are run with one seed after another, always one
     atlas/spikes.parquet, telemetry.parquet, CARD.md    written at the end: all of it in two files, and how it was made
 
 ``pandas.read_parquet("atlas/telemetry.parquet")`` is all of the telemetry.
+
+The second trains no forks: forensics alone against what was planted, on seeds of their own, in a quarter of the time.
 
 The scores: of detector, forensics and forks (``stabilitylab.attribution``) against the planted cause, and of forensics against the
 proven one, by cause and by recipe, in the half that things were looked at with and in the held-out half of the recipes; the
@@ -48,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, help="stop after so many")
     parser.add_argument("--only", help="recipes whose name holds this")
     parser.add_argument("--score", action="store_true", help="make none: judge those that are there")
+    parser.add_argument("--forensics", choices=("seen", "held-out"), help="of that half; no forks")
+    parser.add_argument("--seed", type=int, default=0, help="the first")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(list(argv))
     torch.set_num_threads(1)
@@ -56,9 +61,11 @@ def main(argv: Sequence[str]) -> int:
     if not asked.score:
         until = float("inf") if asked.minutes is None else time.monotonic() + 60 * asked.minutes
         chosen = [(n, r) for n, r in enumerate(recipes()) if not asked.only or asked.only in r.name]
-        make(rows, chosen, asked.out, asked.spikes, until)
+        if asked.forensics:
+            chosen = [(n, r) for n, r in chosen if r.held_out == (asked.forensics == "held-out")]
+        make(rows, chosen, asked.out, asked.spikes, until, first=asked.seed, forks=not asked.forensics)
     write(rows, asked.out)
-    scores = {half: score(of) for half, of in halves(rows).items()}
+    scores = {half: score(of) for half, of in halves(rows).items() if of}
     costs = harm(rows)
     if asked.json:
         print(json.dumps({**scores, "harm": costs}))
@@ -81,7 +88,16 @@ def read(file: Path) -> list[Row]:
     return rows
 
 
-def make(rows: list[Row], chosen: list[tuple[int, Recipe]], out: Path, count: int, until: float) -> None:
+def make(
+    rows: list[Row],
+    chosen: list[tuple[int, Recipe]],
+    out: Path,
+    count: int,
+    until: float,
+    *,
+    first: int = 0,
+    forks: bool = True,
+) -> None:
     """Run recipes until there are ``count`` spikes: always one of the family with the fewest, of those the one tried least."""
     out.mkdir(parents=True, exist_ok=True)
     tries, made = Counter(row["recipe"] for row in rows), Counter[str]()
@@ -95,8 +111,9 @@ def make(rows: list[Row], chosen: list[tuple[int, Recipe]], out: Path, count: in
         if not left:
             return
         number, recipe = min(left, key=lambda one: (families[one[1].family], tries[one[1].name], one[0]))
-        seed = tries[recipe.name]
-        row = spike(recipe, number, seed, out / "telemetry" / f"{number:03d}-{seed:03d}.parquet")
+        seed = first + tries[recipe.name]
+        kept = out / "telemetry" / f"{number:03d}-{seed:03d}.parquet"
+        row = spike(recipe, number, seed, kept, forks=forks)
         row["number"] = f"{number:03d}-{seed:03d}"
         rows.append(row)
         tries[recipe.name] += 1
@@ -126,17 +143,21 @@ def score(rows: list[Row]) -> dict[str, Any]:
     def share(of: list[Row], right: Callable[[Row], bool]) -> tuple[int, int]:
         return sum(right(row) for row in of), len(of)
 
+    def forked(of: list[Row]) -> list[Row]:
+        return [row for row in of if row["attribute"] is not None]
+
     by_cause = {}
     for cause in sorted({row["truth"] for row in planted}):
         of = [row for row in planted if row["truth"] == cause]
         by_cause[cause] = {
-            "attribute": share(of, lambda r: r["attribute"] in r["truths"]),
+            "attribute": share(forked(of), lambda r: r["attribute"] in r["truths"]),
             "forensics": share(of, lambda r: r["forensics"] in r["truths"]),
-            "forensics with forks": share(of, lambda r: r["forensics"] == r["attribute"]),
+            "forensics with forks": share(forked(of), lambda r: r["forensics"] == r["attribute"]),
         }
     by_family = {
         family: share(
-            [row for row in rows if row["family"] == family], lambda r: r["attribute"] in r["truths"]
+            [row for row in forked(planted) if row["family"] == family],
+            lambda r: r["attribute"] in r["truths"],
         )
         for family in sorted({row["family"] for row in rows})
     }
@@ -147,18 +168,18 @@ def score(rows: list[Row]) -> dict[str, Any]:
             "spikes": len(of),
             "attribute": Counter(row["attribute"] for row in of),
             "forensics": Counter(row["forensics"] for row in of),
-            "forensics with forks": share(of, lambda r: r["forensics"] == r["attribute"]),
+            "forensics with forks": share(forked(of), lambda r: r["forensics"] == r["attribute"]),
         }
     return {
         "spikes": len(rows),
-        "attribute, cause": share(planted, lambda r: r["attribute"] in r["truths"]),
-        "attribute, site": share(placed, lambda r: r["attribute_site"] == r["truth_site"]),
+        "attribute, cause": share(forked(planted), lambda r: r["attribute"] in r["truths"]),
+        "attribute, site": share(forked(placed), lambda r: r["attribute_site"] == r["truth_site"]),
         "forensics, cause": share(planted, lambda r: r["forensics"] in r["truths"]),
         "forensics, site": share(placed, lambda r: r["forensics_site"] == r["truth_site"]),
-        "forensics with forks, cause": share(rows, lambda r: r["forensics"] == r["attribute"]),
-        "control bit-identical": share(rows, lambda r: bool(r["repeats"])),
+        "forensics with forks, cause": share(forked(rows), lambda r: r["forensics"] == r["attribute"]),
+        "control bit-identical": share(forked(rows), lambda r: bool(r["repeats"])),
         "attribute, cause, of those told by the detector": share(
-            told, lambda r: r["attribute"] in r["truths"]
+            forked(told), lambda r: r["attribute"] in r["truths"]
         ),
         "detector, found": share(planted, lambda r: not r["missed"]),
         "detector, onset within 2 steps": share(told, lambda r: 0 <= r["onset"] - r["planted"] <= 2),

@@ -19,7 +19,7 @@ from stabilitylab.spikes.suspects import Suspect
 
 _TRY = {
     "learning-rate": (
-        "go back to the rate before the jump, or warm up to the new one",
+        "go back to the rate that the run bore, or warm up to the new one more slowly",
         "--responder.policy lower-rate",
     ),
     "batch": ("leave this batch out: from another state it may do no harm", "--responder.policy skip-batch"),

@@ -109,6 +109,7 @@ class ChangeOnset:
         until: the last measured step out, of those looked at.
         order: what sorts the departures of one step as it came to them: pass, then place in it.
         ratio: largest value over its baseline, as a factor; inf for non-finite values.
+        jump: the same of the first value out: what became of the site between two measurements.
         sigmas: the same in deviations of the baseline's noise.
         common: by which factor the family's median site rose in that step: near 1 where few sites moved.
     """
@@ -123,6 +124,7 @@ class ChangeOnset:
     ratio: float
     sigmas: float
     common: float
+    jump: float = 1.0
     order: tuple[int, int, int] = (0, 0, 0)
 
     @property
@@ -210,13 +212,18 @@ def _departures(
                 step=int(steps[first]),
                 since=int(steps[first - 1]) if first else int(steps[first]),
                 until=int(steps[looked_at[-1]]),
-                ratio=float(np.exp(min(height, 700.0))) if np.isfinite(height) else float("inf"),
+                ratio=_factor(height),
+                jump=_factor(float(rise[row, first])),
                 sigmas=height / max(float(noise[row]), 1e-6),
                 common=float(np.exp(np.clip(np.nanmedian(rise[:, first]), -700.0, 700.0))),
                 order=execution.place(family, str(site)),
             )
         )
     return found
+
+
+def _factor(rise: float) -> float:
+    return math.exp(min(rise, 700.0)) if math.isfinite(rise) else math.inf
 
 
 def _baseline(

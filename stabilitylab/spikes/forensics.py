@@ -23,7 +23,8 @@ from stabilitylab.runs import Run
 from stabilitylab.spikes.advice import advice
 from stabilitylab.spikes.change_onsets import ChangeOnset, find_departures, measurements_before
 from stabilitylab.spikes.episodes import Episode, episodes_of
-from stabilitylab.spikes.suspects import LEAD_STEPS, Suspect, disturbed, first_suspect, gather
+from stabilitylab.spikes.evidence import LEAD_STEPS, Climb, gather
+from stabilitylab.spikes.suspects import Suspect, disturbed, first_suspect
 from stabilitylab.telemetry import DEPARTURES, LOSS_SCALES, Event
 
 MOST = 10
@@ -49,6 +50,7 @@ class Diagnosis:
         overflow: step at which numbers first went non-finite, and the tensor and site where.
         loss_scale: at the onset and the lowest within the episode.
         learning_rate_change: step and factor.
+        learning_rate_climb: how it rose by degrees to the highest of the run, where that is the suspect.
         outside: what changed from outside, as it was told: kind, step and data; None if nothing did, or it is not the suspect.
         disturbs: what a cause from outside the forward pass does in it: the first site that left, and the one that left furthest.
         stack: in which stack of blocks the site lies, in a model that has several.
@@ -70,6 +72,7 @@ class Diagnosis:
     overflow: tuple[int, str] | None = None
     loss_scale: tuple[float, float] | None = None
     learning_rate_change: tuple[int, float] | None = None
+    learning_rate_climb: Climb | None = None
     outside: Mapping[str, Any] | None = None
     disturbs: Sequence[ChangeOnset] = ()
     stack: str = ""
@@ -160,6 +163,9 @@ def diagnose(
         overflow=None if seen.overflow is None else _where(seen.overflow),
         loss_scale=_loss_scale(run, episode),
         learning_rate_change=seen.rate_change,
+        learning_rate_climb=seen.climb
+        if suspect.cause == "learning-rate" and seen.rate_change is None
+        else None,
         outside=_outside(suspect),
         disturbs=disturbed(suspect, seen),
         stack=run.places.stack_of(suspect.site.partition(",")[0]) if suspect.site else "",

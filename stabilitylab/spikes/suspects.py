@@ -5,9 +5,12 @@
 | parameter | weights moved between two steps without an update, before any site left or with it | the parameter |
 | optimizer | a setting jumped, moments fell by more than a step can do, or updates left before all else | |
 | learning-rate | the rate jumped by half or more within 64 steps before the onset, and no site had left before it did | |
+| | or it had doubled by degrees, past all that the run had borne, and sites left one after another, none by a jump | |
 | overflow | an activation left the format before any other site left, or the loss scale collapsed | the tensor's module |
+| | (what left eightfold in another module, earlier in that same step, is what led to it) | |
 | batch | sites left in the step of the loss, many gradients among them, and came back; or a hard batch left none; or what the | |
-| | model is given, the input of its first layer, left first or was not finite | |
+| | model is given, the input of its first layer, left first or was not finite; or nothing left, and half of the | |
+| | rise was there in one step: other data through the same state | |
 | attention | attention scores of few heads are the first in the order of execution | module, and head |
 | | scores of most heads left, behind the projection that they are made of | the projection |
 | activation | activations of few sites are | module |
@@ -21,7 +24,9 @@ one in the forward pass it is the first in the backward pass. Weak departures be
 less than a fifth of the largest rise, on the log scale, is passed over.
 
 Updates follow rate and gradients, and under Adam rise by themselves where gradients agree from step to step: they mean the
-optimizer only where they left alone, or a third of them before all else. An optimizer that bounds its update by its own second
+optimizer only where they left alone, or a third of them before all else, or one by more than Adam can move by itself while its
+gradient stood. A rate that is too high moves all of them together: sites follow over some steps, each by degrees, while a fault of
+one place shows there at once. An optimizer that bounds its update by its own second
 moment (StableAdamW) moves most in the step after; that is later than the gradient, and so no matter.
 """
 
@@ -29,15 +34,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from stabilitylab.runs import Run
-from stabilitylab.spikes.change_onsets import AFTER, ChangeOnset, Execution
+from stabilitylab.spikes.change_onsets import ChangeOnset
 from stabilitylab.spikes.episodes import Episode
-from stabilitylab.spikes.reasons import RATE_FACTOR
-from stabilitylab.telemetry import LEARNING_RATE, Event
+from stabilitylab.spikes.evidence import Evidence
+from stabilitylab.telemetry import Event
 
 CAUSES = (
     "parameter",
@@ -50,37 +52,13 @@ CAUSES = (
     "gradient",
     "unknown",
 )
-LEAD_STEPS = 64
 FORWARD = ("attention", "activation")
 _ECHO = 0.2
 _MANY = 1 / 3
 # What a batch may do to activations and scores: more is a fault of the state.
 _OF_A_BATCH = 8.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What was seen around an episode.
-
-    Attributes:
-        departures: in order (``find_departures``).
-        rate_change: step and factor.
-        outside: events ``parameter-changed``, ``moments-changed``, ``optimizer-changed`` near the onset, in order.
-        overflow: the first event ``overflow`` near the onset.
-        gradients: number of parameters whose gradients are followed.
-        nearest: the parameters whose gradients a backward pass comes to first.
-        heads: of each attention module whose scores are followed, how many it has.
-        execution: when a step comes to a site.
-    """
-
-    departures: Sequence[ChangeOnset]
-    rate_change: tuple[int, float] | None
-    outside: Sequence[Event]
-    overflow: Event | None
-    gradients: int
-    execution: Execution
-    nearest: frozenset[str] = frozenset()
-    heads: Mapping[str, int] = field(default_factory=dict)
+# (1 - beta1) / sqrt(1 - beta2) = 3.2 is the most that an update can be over the rate, at beta2 .999; .1 is usual.
+_OF_ADAM = 32.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,31 +72,6 @@ class Suspect:
     event: Event | None = None
 
 
-def gather(run: Run, episode: Episode, departures: Sequence[ChangeOnset]) -> Evidence:
-    """Look for everything that the rules ask about."""
-    onset = episode.onset
-    near = [event for event in run.events if onset - LEAD_STEPS <= event.step <= onset + AFTER]
-    shares = run.near("gradient", "l2", onset - LEAD_STEPS, onset + AFTER)
-    scores = run.near("attention", "score_max", onset - LEAD_STEPS, onset + AFTER)
-    execution = Execution(run.places.order)
-    places = {str(site): execution.place("gradient", str(site)) for site in shares["site"].unique()}
-    return Evidence(
-        departures=departures,
-        rate_change=_rate_change(run, onset),
-        outside=[e for e in near if e.kind in ("parameter-changed", "moments-changed", "optimizer-changed")],
-        overflow=next(
-            (event for event in near if event.kind == "overflow" and _counts(event, episode)), None
-        ),
-        gradients=int(shares["site"].nunique()) if len(shares) else 0,
-        execution=execution,
-        nearest=frozenset(site for site, place in places.items() if place == min(places.values())),
-        heads={
-            str(site): int(count)
-            for site, count in scores.groupby("site", observed=True)["index"].nunique().items()
-        },
-    )
-
-
 def first_suspect(episode: Episode, seen: Evidence) -> Suspect:
     """The first rule that applies."""
     moved = [one for one in seen.departures if one.family != "update"]
@@ -127,6 +80,7 @@ def first_suspect(episode: Episode, seen: Evidence) -> Suspect:
         _from_outside(seen, min(begin, episode.onset))
         or _rate(seen, moved)
         or _overflowed(episode, seen, moved)
+        or _climbed(episode, seen, moved)
         or _departed(episode, seen, moved)
     )
 
@@ -190,11 +144,49 @@ def _overflowed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) 
     grew = [one for one in moved if one.step < begin and math.isfinite(one.ratio) and one.is_local]
     if grew:  # it was on its way out before
         return None
+    if (origin := _led_to(event, begin, seen)) is not None:
+        if origin.family == "activation" and _is_given(origin.site, seen):
+            return Suspect(cause="batch", step=origin.step, departure=origin)
+        return _with_scores(origin, [one for one in moved if one.family in FORWARD], seen.heads)
     if event.data.get("tensor") == "activation" and _is_given(str(event.data.get("site")), seen):
         return Suspect(cause="batch", step=event.step, event=event)
     return Suspect(
         cause="overflow", site=str(event.data.get("site", "")) or None, step=event.step, event=event
     )
+
+
+def _led_to(event: Event, begin: int, seen: Evidence) -> ChangeOnset | None:
+    """What grew in the step of an overflow, in another module that the step came to before."""
+    site = str(event.data.get("site", ""))
+    place = seen.execution.place(str(event.data.get("tensor")), site)
+    module = site.removesuffix(":input")
+    grew = [
+        one
+        for one in seen.departures
+        if one.family in FORWARD
+        and one.step == begin
+        and math.isfinite(one.jump)
+        and one.jump >= _OF_A_BATCH
+        and one.order < place
+        and one.site.removesuffix(":input") != module
+    ]
+    return _as_executed(grew)[0] if grew else None
+
+
+def _climbed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) -> Suspect | None:
+    """A rate that rose past what the run bears."""
+    if seen.climb is None or episode.kind == "hard-batch":
+        return None
+    if not moved:
+        return None if seen.is_sudden else Suspect(cause="learning-rate", step=seen.climb.step)
+    first = moved[0]
+    if any(one.jump >= _OF_A_BATCH for one in moved if one.step == first.step):
+        return None
+    # What all gradients do in the step of the loss, a batch does.
+    together = sum(one.family == "gradient" for one in moved if one.step == first.step)
+    if first.step >= episode.onset and together >= max(2.0, _MANY * seen.gradients):
+        return None
+    return Suspect(cause="learning-rate", step=seen.climb.step, departure=first)
 
 
 def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) -> Suspect:
@@ -204,7 +196,8 @@ def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) ->
     if (early := _updates_alone(seen, moved)) is not None:
         return Suspect(cause="optimizer", step=early.step, departure=early)
     if first is None:
-        return Suspect(cause="unknown")
+        cause = "batch" if seen.is_sudden else "unknown"
+        return Suspect(cause=cause, step=episode.onset if seen.is_sudden else None)
     tied = _as_executed([one for one in moved if one.since < first.step])
     strong = _strong(tied)
     forward = [one for one in strong if one.family in FORWARD and one.is_local]
@@ -263,14 +256,16 @@ def _scores_of(first: ChangeOnset, several: Sequence[ChangeOnset]) -> list[Chang
 
 
 def _updates_alone(seen: Evidence, moved: Sequence[ChangeOnset]) -> ChangeOnset | None:
-    """The first update, where many left while everything else still stood, or nothing else left at all."""
+    """The first update, where many left while everything else still stood, or nothing else left at all; or one did by more than
+    agreeing gradients move it."""
     updates = [one for one in seen.departures if one.family == "update"]
     if not updates or not moved:
         return updates[0] if updates else None
     # What is measured seldom may have left as early as the step after its last measurement.
     earliest = min(one.since for one in moved)
     early = [one for one in updates if one.step <= earliest]
-    return early[0] if len(early) >= max(2.0, _MANY * seen.gradients) else None
+    far = [one for one in early if one.jump >= _OF_ADAM and seen.gradients]
+    return early[0] if len(early) >= max(2.0, _MANY * seen.gradients) else next(iter(far), None)
 
 
 def _as_executed(several: Sequence[ChangeOnset]) -> list[ChangeOnset]:
@@ -292,27 +287,3 @@ def _at(one: ChangeOnset) -> Suspect:
 def _lasts(one: ChangeOnset, episode: Episode) -> bool:
     """Whether it was still out after the first step out: the state, and not what one batch did to it."""
     return one.until > max(one.step, episode.onset) or not math.isfinite(one.ratio)
-
-
-def _counts(event: Event, episode: Episode) -> bool:
-    """Growing the loss scale overflows gradients as a matter of routine; an activation that does, or an episode that is
-    about numbers, is another thing."""
-    if episode.kind in ("loss-scale-collapse", "non-finite"):
-        return True
-    return event.data.get("tensor") == "activation"
-
-
-def _rate_change(run: Run, onset: int) -> tuple[int, float] | None:
-    """The latest jump of the learning rate within 64 steps before the onset, as (step, factor).
-
-    A warm-up from zero multiplies its first rates by 2, 3/2, ...: a jump counts only if it is more than half as large
-    again as the step before it was.
-    """
-    rate = run.series(LEARNING_RATE)
-    rate = rate[(rate.index <= onset) & (rate.index >= onset - LEAD_STEPS - 2) & (rate > 0)]
-    factors = (rate / rate.shift(1)).to_numpy(np.float64)
-    for i in range(len(factors) - 1, 1, -1):
-        usual = max(1.0, factors[i - 1])
-        if factors[i] >= RATE_FACTOR * usual:
-            return int(rate.index[i]), float(factors[i])
-    return None

@@ -63,6 +63,11 @@ def _suspect(one: Diagnosis) -> Iterator[str]:
     if one.learning_rate_change is not None:
         step, factor = one.learning_rate_change
         yield f"The learning rate was multiplied by {factor:.3g} at step {step}, {_ago(step, episode)}."
+    if (climb := one.learning_rate_climb) is not None:
+        yield (
+            f"The learning rate had risen from {climb.low:.3g} at step {climb.since} to {climb.high:.3g} at step {climb.step} "
+            f"({_times(climb.high / climb.low)}), past all that the run had borne; no site left by a jump."
+        )
 
 
 def _outside(one: Diagnosis) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -17,9 +18,10 @@ from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes.change_onsets import ChangeOnset, Execution, find_departures
 from stabilitylab.spikes.commands import spikes
 from stabilitylab.spikes.episodes import Episode, episodes_of
+from stabilitylab.spikes.evidence import Climb, Evidence, _climb, gather
 from stabilitylab.spikes.explain import explain
 from stabilitylab.spikes.forensics import diagnose, diagnose_run
-from stabilitylab.spikes.suspects import Evidence, disturbed, first_suspect, gather
+from stabilitylab.spikes.suspects import disturbed, first_suspect
 from stabilitylab.telemetry import Event
 from tests.stabilitylab.gpt import GPT, next_token_loss
 
@@ -146,7 +148,7 @@ def test_a_head_with_scaled_queries_is_named(planted):
     assert "parameter-changed" in {event.kind for event in run.events}
 
 
-def left(family, site, ratio, *, index=-1, order=0, common=1.0):
+def left(family, site, ratio, *, index=-1, order=0, common=1.0, jump=1.0):
     return ChangeOnset(
         family=family,
         site=site,
@@ -158,6 +160,7 @@ def left(family, site, ratio, *, index=-1, order=0, common=1.0):
         ratio=ratio,
         sigmas=50.0,
         common=common,
+        jump=jump,
         order=(0, order, 0),
     )
 
@@ -237,6 +240,75 @@ def test_what_left_with_a_nan_loss_was_not_on_its_way_before_it():
     earlier = dataclasses.replace(left("activation", "up", 30.0), step=2, since=1)
     seen = dataclasses.replace(seen, departures=[earlier])
     assert first_suspect(episode, seen).cause == "activation"
+
+
+LATER = Episode(kind="divergence", onset=5, peak=9, end=None, height=2.0, signal="train/-/loss")
+
+
+def test_a_climbing_rate_moves_sites_by_degrees_and_a_fault_of_one_by_a_jump():
+    climb = Climb(since=0, low=1e-3, step=3, high=8e-3)
+
+    def cause(out, episode=LATER, **fields):
+        seen = dataclasses.replace(evidence(out, ["up"]), **{"climb": climb, **fields})
+        return first_suspect(episode, seen).cause
+
+    slow = left("activation", "up", 30.0, jump=2.2)
+    assert cause([slow]) == "learning-rate"
+    assert cause([slow], climb=None) == "activation"
+    assert cause([dataclasses.replace(slow, jump=20.0)]) == "activation"
+    assert cause([]) == "learning-rate"
+    # All gradients in the loss's own step are what a batch does.
+    at_once = Episode(kind="spike", onset=3, peak=3, end=5, height=1.0, signal="train/-/loss")
+    all_of_them = [left("gradient", f"{site}.weight", 5.0, jump=5.0, common=5.0) for site in "abcd"]
+    assert cause(all_of_them, at_once) == "batch"
+
+
+def test_a_rate_that_the_run_has_borne_is_no_climb(tmp_path):
+    def climb(rates, first=90):
+        class Rates:
+            @staticmethod
+            def series(metric):
+                return pd.Series(rates)
+
+        return _climb(Rates(), first)
+
+    up = [1e-3] * 40 + [1e-3 * 1.05**i for i in range(51)]
+    assert climb(up) == Climb(since=26, low=1e-3, step=90, high=pytest.approx(1e-3 * 1.05**50))
+    assert climb([1e-3 * min(1, i / 50) for i in range(91)], first=70)  # a warm-up that ended a while ago
+    assert climb([1e-3 * min(1, i / 20) for i in range(91)]) is None
+    assert climb([1.0] * 20 + [1e-3] * 10 + up[30:]) is None  # a second warm-up, to no more than the first
+    assert climb([1e-3] * 91) is None
+    assert climb(up, first=45) is None
+
+
+def test_a_step_up_of_the_loss_that_leaves_all_sites_where_they_were_is_other_data():
+    assert first_suspect(LATER, evidence([], ["up"])).cause == "unknown"
+    seen = dataclasses.replace(evidence([], ["up"]), is_sudden=True)
+    assert first_suspect(LATER, seen).cause == "batch"
+
+
+def test_an_update_that_grows_beyond_adam_while_its_gradient_stands_is_the_optimizers():
+    update = dataclasses.replace(left("update", "head.weight", 900.0, jump=900.0), step=2, since=1)
+    out = [update, left("activation", "head", 30.0)]
+    assert first_suspect(LATER, evidence(out, ["up", "head"])).cause == "optimizer"
+    out[0] = dataclasses.replace(update, jump=10.0)
+    assert first_suspect(LATER, evidence(out, ["up", "head"])).cause == "activation"
+
+
+@pytest.mark.parametrize("tensor", ["activation", "activation_gradient"])
+def test_what_grew_in_the_step_of_an_overflow_led_to_it(tensor):
+    order = ["ln", "query", "attention/attn", "value"]
+    episode = Episode(kind="non-finite", onset=4, peak=4, end=9, height=None, signal="train/-/loss")
+    overflow = Event(step=3, kind="overflow", data={"site": "value", "tensor": tensor})
+    grew = left("activation", "query", math.inf, order=1, jump=1e24)
+    suspect = first_suspect(episode, evidence([grew], order, overflow=overflow))
+    assert (suspect.cause, suspect.site) == ("activation", "query")
+    for other in (
+        dataclasses.replace(grew, jump=math.inf),
+        dataclasses.replace(grew, jump=3.0),
+        dataclasses.replace(grew, site="value:input"),  # the module's own
+    ):
+        assert first_suspect(episode, evidence([other], order, overflow=overflow)).site == "value"
 
 
 @pytest.mark.parametrize(
