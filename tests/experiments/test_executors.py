@@ -6,7 +6,6 @@ import dataclasses
 import os
 import signal
 import stat
-import time
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from experiments.study import run_study, values_of
 from glm.cli import main
 from stabilitylab.errors import InputError
 from tests.experiments.test_runner import TINY, weights
+from tests.patience import PATIENCE, wait_until
 
 # Slurm's commands as far as submitit uses them: a job is run at once and in the background, its state is whether it has ended.
 SLURM = {
@@ -52,10 +52,10 @@ def kill_once(mark: Path) -> str:
 
 def check(executor, tmp_path: Path) -> None:
     """What the runner asks of an executor: results, errors as they are, and a death told as one."""
-    assert executor.submit(divmod, 7, 2).result(timeout=120) == (3, 1)
-    assert "division" in str(executor.submit(divmod, 1, 0).exception(timeout=120))
+    assert executor.submit(divmod, 7, 2).result(timeout=PATIENCE) == (3, 1)
+    assert "division" in str(executor.submit(divmod, 1, 0).exception(timeout=PATIENCE))
     killed = executor.submit(kill_once, tmp_path / "mark")
-    assert isinstance(killed.exception(timeout=120), BrokenExecutor)
+    assert isinstance(killed.exception(timeout=PATIENCE), BrokenExecutor)
 
 
 def test_a_job_of_submitit(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_what_slurm_is_handed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     opened, most = executors.chosen("slurm:timeout_min=30,slurm_partition=cpu,mem_gb=4", 3, tmp_path)
     assert most == 3
     executor = opened()
-    assert executor.submit(divmod, 7, 2).result(timeout=60) == (3, 1)
+    assert executor.submit(divmod, 7, 2).result(timeout=PATIENCE) == (3, 1)
     executor.shutdown()
     with pytest.raises(InputError, match="tiem_min"):
         executors.chosen("slurm:tiem_min=30", 3, tmp_path)[0]()
@@ -188,15 +188,6 @@ def children(process: int) -> list[int]:
     return [int(one) for one in found if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
 
 
-def wait_for(what, seconds: float = 120.0):
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if found := what():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("it did not come")
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 def test_kills_of_a_worker_and_of_the_parent_leave_the_same_bits(data_folder: Path, tmp_path: Path) -> None:
@@ -218,16 +209,16 @@ def test_kills_of_a_worker_and_of_the_parent_leave_the_same_bits(data_folder: Pa
     def states() -> list[str]:
         return sorted(path.name for path in (job.out / "checkpoints").glob("step-*"))
 
-    wait_for(states)
-    first = wait_for(lambda: children(parent.pid))[0]
+    wait_until(states)
+    first = wait_until(lambda: children(parent.pid))[0]
     os.kill(first, signal.SIGKILL)
-    second = wait_for(lambda: [one for one in children(parent.pid) if one != first])[0]
+    second = wait_until(lambda: [one for one in children(parent.pid) if one != first])[0]
     reached = states()
-    wait_for(lambda: states() > reached or job.is_complete())
+    wait_until(lambda: states() > reached or job.is_complete())
     parent.send_signal(signal.SIGKILL)
     _, said = parent.communicate()
     assert "begun again" in said
-    wait_for(lambda: not Path(f"/proc/{second}").exists())
+    wait_until(lambda: not Path(f"/proc/{second}").exists())
     assert not job.is_complete()
     run_suite(LONGER, data=data_folder, out=tmp_path / "runs", parallel=1)
     assert job.is_complete()

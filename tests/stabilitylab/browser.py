@@ -7,13 +7,14 @@ import json
 import shutil
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from tests.patience import PATIENCE, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -44,12 +45,9 @@ class Browser:
         """The value that a script returns."""
         return _request("POST", f"{self._base}/execute/sync", {"script": script, "args": []})
 
-    def wait(self, script: str, seconds: float = 25.0) -> Any:
-        """Run a script until what it returns is true; its last value otherwise."""
-        limit = time.monotonic() + seconds
-        while not (value := self.run(script)) and time.monotonic() < limit:
-            time.sleep(0.1)
-        return value
+    def wait(self, script: str) -> Any:
+        """Run a script until what it returns is true."""
+        return wait_until(lambda: self.run(script), 0.1)
 
     def size(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
         """The window's size in CSS pixels, and which colour scheme the reader prefers."""
@@ -99,7 +97,7 @@ def browser(profile: Path) -> Iterator[Browser]:
             _request("DELETE", f"{address}/session/{made['sessionId']}")
     finally:
         driver.terminate()
-        driver.wait(timeout=20)
+        driver.wait(timeout=PATIENCE)
 
 
 def free_port() -> int:
@@ -108,24 +106,23 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_for_server(url: str, process: subprocess.Popen[Any], seconds: float = 30.0) -> None:
+def wait_for_server(url: str, process: subprocess.Popen[Any]) -> None:
     """Return when the address answers."""
-    limit = time.monotonic() + seconds
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError as error:
-            if process.poll() is not None or time.monotonic() > limit:
-                raise AssertionError(f"{url} does not answer: {error}") from error
-            time.sleep(0.05)
+
+    def answers() -> bool:
+        assert process.poll() is None, f"{url} does not answer: its server has ended"
+        with suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return True
+        return False
+
+    wait_until(answers, 0.05)
 
 
 def _request(method: str, url: str, body: Any = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             return json.load(response)["value"]
     except urllib.error.HTTPError as error:
         raise AssertionError(f"{url}: {json.load(error)['value']['message'][:300]}") from None

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from stabilitylab.errors import InputError
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.telemetry import Event, Key, Samples
+from tests.patience import PATIENCE
 
 WORD = st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), min_size=1)
 SITE = st.text(st.characters(exclude_categories=["Cs"]))  # empty where the model itself is meant
@@ -152,7 +153,7 @@ run.append_events([Event(step=3, kind="third")])
         preexec_fn=lambda: signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     assert out.stdout.strip() == str(tmp_path / "events.jsonl")
@@ -226,7 +227,7 @@ except InputError as error:
     print(error)
 """
     return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=PATIENCE
     ).stdout
 
 

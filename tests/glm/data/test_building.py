@@ -148,7 +148,7 @@ HOLD = """
     from glm.data.building import build_once
     def work(folder):
         print("working", flush=True)
-        time.sleep(60)
+        time.sleep(600)
         return {}
     build_once(Path(sys.argv[1]), what="corpus", made_by="glm corpus", fingerprint="f", work=work)
 """

@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from glm.distributed.rendezvous import meet
+from tests.patience import PATIENCE
 
 
 def attempt(store, world: int, late: int | None = None) -> list[str]:
@@ -18,7 +19,7 @@ def attempt(store, world: int, late: int | None = None) -> list[str]:
     def rank(number: int) -> None:
         if number == late:
             time.sleep(0.2)
-        agreed[number] = meet(store, number, world, timeout=20)
+        agreed[number] = meet(store, number, world, timeout=PATIENCE)
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(world)]
     for thread in threads:

@@ -64,7 +64,7 @@ def spiking(policy: str, axes: tuple[int, int, int] = (1, 1, 1), micro: int = 4)
         responder=ResponderConfig(
             policy=policy, hard_batches=True, rollback_steps=3, skip_batches=5, cooldown=2, rate_factor=0.3
         ),
-        parallel=ParallelConfig(tensor=t, pipeline=p, data=d, timeout=60),
+        parallel=ParallelConfig(tensor=t, pipeline=p, data=d),
     )
 
 

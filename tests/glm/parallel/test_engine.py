@@ -33,6 +33,7 @@ from tests.glm.model.test_vocabulary_loss import inputs
 from tests.glm.parallel import worlds
 from tests.glm.parallel.spiking import BAD_STEPS, POLICIES, ROWS, answer, spiking
 from tests.glm.parallel.split_loss import CASES
+from tests.patience import PATIENCE
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.distributed
@@ -59,7 +60,9 @@ def results(tmp_path_factory, data_folder):
         str(data_folder),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3 * PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     return folder
 

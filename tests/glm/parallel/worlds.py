@@ -107,7 +107,7 @@ def world(
         model=model,
         batch=BatchConfig(rows=ROWS, micro_rows=micro),
         optimizer=more.pop("optimizer", OptimizerConfig()),
-        parallel=ParallelConfig(tensor=t, pipeline=p, data=d, zero=zero, timeout=60),
+        parallel=ParallelConfig(tensor=t, pipeline=p, data=d, zero=zero),
     )
     return World(name, config, **more)
 
@@ -242,7 +242,7 @@ def responding(axes: tuple[int, int, int]) -> TrainConfig:
         model=ModelConfig(vocabulary=1000, layers=2, hidden=32, heads=2, length=64),
         batch=BatchConfig(rows=4, micro_rows=1),
         responder=ResponderConfig(policy="roll-back", rollback_steps=2, skip_batches=1, cooldown=0, budget=1),
-        parallel=ParallelConfig(tensor=t, pipeline=p, data=d, timeout=60),
+        parallel=ParallelConfig(tensor=t, pipeline=p, data=d),
     )
 
 

@@ -16,6 +16,7 @@ from stabilitylab.report.terminal import event_lines
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks import ParquetSink
 from stabilitylab.telemetry import Event, Key, Samples
+from tests.patience import PATIENCE
 from tests.stabilitylab import story
 from tests.stabilitylab.test_telemetry import as_nobody
 
@@ -47,7 +48,7 @@ def test_the_module_is_the_console_script() -> None:
         "assert not {'torch', 'matplotlib', 'pandas', 'tensorboard'} & set(sys.modules)"
     )
     out = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=PATIENCE
     )
     assert all(name in out.stdout for name in COMMANDS)
 
@@ -134,7 +135,7 @@ def test_show_in_a_pipe_cuts_no_name(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stabilitylab", "show", str(tmp_path)]
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     said = subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=60, env=environment
+        command, capture_output=True, text=True, check=True, timeout=PATIENCE, env=environment
     ).stdout
     assert key.metric in said
     assert "step 3: run start: torch 2.13, parallel data 2, parallel tensor 1, changed a and b\n" in said

@@ -20,6 +20,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.probes.everything import all_probes
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.telemetry import Event, Samples
+from tests.patience import PATIENCE
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording
 
@@ -103,7 +104,7 @@ def test_a_forgotten_close_is_made_up_for_at_exit(tmp_path: Path) -> None:
         f"monitor = Monitor(torch.nn.Linear(2, 2), out={str(tmp_path / 'run')!r}, detector=None)\n"
         "monitor.step(0, loss=1.0)\nmonitor.flush()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
     assert list((tmp_path / "run" / "telemetry").glob("*.parquet"))
 
 

@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.probes.everything import all_probes
 from stabilitylab.runs import load_run
 from stabilitylab.spikes import episodes_of
+from tests.patience import PATIENCE, wait_until
 from tests.stabilitylab.recording import Recording
 from tests.stabilitylab.sinks.event_files import scalars
 
@@ -49,7 +49,7 @@ def loop():
     raise RuntimeError('out of memory')
 loop()
 """
-    subprocess.run([sys.executable, "-c", code], timeout=60, stderr=subprocess.DEVNULL, check=False)
+    subprocess.run([sys.executable, "-c", code], timeout=PATIENCE, stderr=subprocess.DEVNULL, check=False)
     assert list(load_run(tmp_path / "run").series("train/-/loss").index) == list(range(39))
 
 
@@ -60,9 +60,7 @@ def test_a_monitor_that_is_dropped_loses_no_step(caplog: pytest.LogCaptureFixtur
         monitor.step(step, loss=1.0)
     del monitor, model
     gc.collect()
-    until = time.monotonic() + 30
-    while not sink.rows and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: sink.rows)
     assert sink.steps("train/-/loss") == [0, 1, 2]
     assert "dropped without close()" in caplog.text
 

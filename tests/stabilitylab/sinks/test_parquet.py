@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from stabilitylab.runs.parts import list_parts, read_rows
 from stabilitylab.sinks import MemorySink, ParquetSink, Sink
 from stabilitylab.sinks import parquet as parquet_module
 from stabilitylab.telemetry import Event, Key, Samples
+from tests.patience import PATIENCE, wait_until
 
 KEYS = (
     Key("train", "-", "loss"),
@@ -128,7 +130,7 @@ def test_a_rewind_alone_is_remembered_after_a_kill(tmp_path: Path) -> None:
         for step in range(10):
             sink.write(flush_of(step), [])
         sink.write(Samples.of([]), [Event(step=5, kind="rewind")])
-        wait_for(lambda: len(list_parts(folder)) == 2)
+        wait_until(lambda: len(list_parts(folder)) == 2)
         """,
     )
     assert load_run(tmp_path).series("train/-/loss").index.tolist() == [0, 1, 2, 3, 4]
@@ -148,11 +150,9 @@ def test_killed_while_writing_and_resumed(tmp_path: Path) -> None:
             """,
             options="rows_per_file=23",
         )
-        limit = time.monotonic() + 30
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the writer's own temporary files
-            while time.monotonic() < limit and not newer_than(tmp_path, number, start + 100):
-                time.sleep(0.02)
+            wait_until(partial(newer_than, process, tmp_path, number, start + 100))
         process.send_signal(signal.SIGKILL)
         process.wait()
     # A temporary file that the kill left must not disturb; make sure there is one.
@@ -169,8 +169,9 @@ def test_killed_while_writing_and_resumed(tmp_path: Path) -> None:
     assert not list((tmp_path / "telemetry").glob("*.tmp"))
 
 
-def newer_than(run: Path, segment: int, step: int) -> bool:
+def newer_than(writer: subprocess.Popen[bytes], run: Path, segment: int, step: int) -> bool:
     """Whether a finished file of the segment holds a step at or after ``step``."""
+    assert writer.poll() is None
     try:
         parts = [part for part in list_parts(run / "telemetry") if part.segment == segment]
         return any(max(read_rows(part, ["step"])["step"].to_pylist(), default=-1) >= step for part in parts)
@@ -277,12 +278,12 @@ def test_a_full_disk_delays_rows_and_the_error_says_which(tmp_path: Path) -> Non
         tmp_path,
         """
         sink.write(flush_of(1), [])
-        wait_for(lambda: not sink._errors.empty())
+        wait_until(lambda: not sink._errors.empty())
         try:
             sink.write(flush_of(2), [])
         except OSError as error:
             print(error)
-        wait_for(lambda: not sink._errors.empty())
+        wait_until(lambda: not sink._errors.empty())
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         try:
@@ -298,7 +299,7 @@ def test_a_full_disk_delays_rows_and_the_error_says_which(tmp_path: Path) -> Non
         preexec_fn=full,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert out.returncode == 0, out.stderr
@@ -311,7 +312,7 @@ def test_a_full_disk_delays_rows_and_the_error_says_which(tmp_path: Path) -> Non
 
 def test_forgotten_close_still_writes(tmp_path: Path) -> None:
     script = writer_script(tmp_path, "sink.write(flush_of(1), [])\nraise SystemExit(0)")
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)
     assert load_run(tmp_path).series("train/-/loss").to_dict() == {1: 1.0}
 
 
@@ -326,12 +327,9 @@ def writer_script(run: Path, body: str, options: str = "") -> str:
     from stabilitylab.sinks import ParquetSink
     from stabilitylab.runs.parts import list_parts
     from stabilitylab.telemetry import Event, Samples
+    from tests.patience import wait_until
     from tests.stabilitylab.sinks.test_parquet import flush_of
     folder = Path({str(run / "telemetry")!r})
-    def wait_for(condition):
-        limit = time.monotonic() + 30
-        while not condition() and time.monotonic() < limit:
-            time.sleep(0.01)
     sink = ParquetSink(folder, {options})
     """
     return textwrap.dedent(head) + textwrap.dedent(body)
@@ -345,5 +343,6 @@ def run_killed(run: Path, body: str, options: str = "") -> None:
     """Run to the end of the body, then die without a word."""
     script = writer_script(run, body, options) + "\nimport os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
     assert (
-        subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == -signal.SIGKILL
+        subprocess.run([sys.executable, "-c", script], timeout=PATIENCE, check=False).returncode
+        == -signal.SIGKILL
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from stabilitylab.sinks.dashboard import (
 )
 from stabilitylab.sinks.pictures import Artist, Sketch
 from stabilitylab.telemetry import Event, Key, Samples
+from tests.patience import wait_until
 from tests.stabilitylab.sinks.event_files import loss_of, read, scalars
 
 
@@ -47,13 +47,14 @@ def test_pictures_take_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pyte
     sink.close()
 
 
-def until_drawn(sink: TensorBoardSink, limit: float = 60.0) -> None:
+def until_drawn(sink: TensorBoardSink) -> None:
     """Write until the artist's process has nothing more to hand over."""
-    end = time.monotonic() + limit
-    while sink._artist.busy and time.monotonic() < end:
-        time.sleep(0.05)
+
+    def drawn() -> bool:
         sink.write(loss_of(8, 1.0), [])
-    assert not sink._artist.busy
+        return not sink._artist.busy
+
+    wait_until(drawn, 0.05)
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -89,8 +90,7 @@ def test_what_the_artist_says_besides_is_no_picture(
     monkeypatch.syspath_prepend(str(tmp_path))
     artist = Artist()
     artist.begin(Sketch(loss=("loss", {0: 1.0, 1: 2.0})))
-    while (done := artist.finished()) is None:
-        time.sleep(0.05)
+    done = wait_until(artist.finished)
     assert done[0]["loss"].startswith(b"\x89PNG")
     assert not artist.busy
 
@@ -106,8 +106,7 @@ def test_an_artist_that_fails_is_free_again(
     monkeypatch.syspath_prepend(str(tmp_path))
     artist = Artist()
     artist.begin(Sketch())
-    while (done := artist.finished()) is None:
-        time.sleep(0.01)
+    done = wait_until(artist.finished)
     assert done[0] == {}
     assert not artist.busy
 

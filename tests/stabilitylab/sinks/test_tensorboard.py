@@ -36,6 +36,7 @@ from stabilitylab.sinks.dashboard import (
 )
 from stabilitylab.sinks.event_file import EventFile
 from stabilitylab.telemetry import Event, Key, Samples
+from tests.patience import PATIENCE
 from tests.stabilitylab import story
 from tests.stabilitylab.browser import CHROMEDRIVER, CHROMIUM, browser, free_port, wait_for_server
 from tests.stabilitylab.sinks.event_files import loss_of, newest_text, read, scalars
@@ -222,7 +223,7 @@ sink.close()
         preexec_fn=lambda: signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=True,
     )
     assert "File too large" in out.stdout
@@ -300,7 +301,7 @@ def test_a_person_sees_the_dashboard(run: Path, tmp_path: Path) -> None:
 
             window.open(f"{base}/#custom_scalars")
             last = json.dumps(list(CHARTS)[-1])
-            window.wait(f"{ALL_TEXT}.includes({last})")
+            assert window.wait(f"{ALL_TEXT}.includes({last})")
             text = window.run(ALL_TEXT)
             assert all(title in text for title in CHARTS), text[-2000:]
             window.picture(pictures / "tensorboard-custom-scalars.png")
@@ -310,7 +311,7 @@ def test_a_person_sees_the_dashboard(run: Path, tmp_path: Path) -> None:
             window.picture(pictures / "tensorboard-text.png")
     finally:
         server.terminate()
-        server.wait(timeout=20)
+        server.wait(timeout=PATIENCE)
 
 
 def test_the_main_branch_is_what_blocks_put_out() -> None:

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from stabilitylab.cli import main
+from tests.patience import PATIENCE, wait_until
 from tests.stabilitylab.watching.growing import losses, megatron
 from tests.stabilitylab.watching.test_hooks import Server
 
@@ -82,7 +83,7 @@ def start(path, *words, **options):
     )
 
 
-def line_of(process, seconds=90.0):
+def line_of(process, seconds=PATIENCE):
     line = b""
     while not line.endswith(b"\n"):  # byte by byte: what a buffer had read ahead, select would wait for
         ready, _, _ = select.select([process.stdout], [], [], seconds)
@@ -99,9 +100,7 @@ def test_a_killed_watch_goes_on_and_repeats_nothing(tmp_path):
         log.write_text("".join(lines[:700]))
         first = start(log, "--webhook", hook.url, stdout=subprocess.PIPE)
         said = [line_of(first), line_of(first)]
-        until = time.monotonic() + 60
-        while not hook.taken and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_until(lambda: hook.taken)
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
         first.stdout.close()
@@ -109,7 +108,7 @@ def test_a_killed_watch_goes_on_and_repeats_nothing(tmp_path):
         with log.open("a") as opened:
             opened.write("".join(lines[700:]) + megatron(1200, None))
         second = start(log, "--webhook", hook.url, "--fail-on", "non-finite", stdout=subprocess.PIPE)
-        out, _ = second.communicate(timeout=90)
+        out, _ = second.communicate(timeout=PATIENCE)
     finally:
         hook.stop()
     assert second.returncode == 3
@@ -129,7 +128,7 @@ def test_one_state_is_one_watch_and_sigterm_ends_it(tmp_path, capsys):
     assert main(["watch", str(log), "--once", "--state", str(tmp_path / "state")]) == 2
     assert "another watch" in capsys.readouterr().err
     process.terminate()
-    process.communicate(timeout=90)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     other = tmp_path / "other.log"
     other.write_text(log.read_text())
@@ -146,19 +145,19 @@ def test_a_terminal_shows_a_panel(tmp_path):
     process = start(log, stdout=slave, stderr=slave, stdin=slave, env=environment)
     os.close(slave)
     seen = b""
-    until = time.monotonic() + 90
+    until = time.monotonic() + PATIENCE
     while time.monotonic() < until and not (b"steady" in seen and b"last value" in seen):
         if select.select([master], [], [], 0.1)[0]:
             seen += os.read(master, 65536)
     process.send_signal(signal.SIGINT)
-    until = time.monotonic() + 90
+    until = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < until:
         if select.select([master], [], [], 0.1)[0]:
             try:
                 seen += os.read(master, 65536)
             except OSError:
                 break
-    process.wait(timeout=90)
+    process.wait(timeout=PATIENCE)
     os.close(master)
     text = seen.decode()
     assert process.returncode == 0
@@ -180,4 +179,4 @@ def test_standard_input_is_watched_until_it_ends(broken):
         with process.stdin:
             process.stdin.write(text[text.index("     700/") :].encode())
         assert b"non-finite" in process.stdout.read()
-        assert process.wait(30) == 3
+        assert process.wait(PATIENCE) == 3
