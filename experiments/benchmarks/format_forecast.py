@@ -7,9 +7,10 @@ runs and not in others. At a quarter of the run the forecast is made; at half of
 input and weight are rounded whole, as a quantizer would, on rows that were not trained on. Asked of every operand and format that
 was not left yet when the forecast was made: has it left now?
 
-    right      share of operands of which the most likely step says so correctly
+    right      share of operands of which the forecast says so correctly: left where the whole 90 % interval lies before that step
     covered    share whose answer the 90 % interval allows
     caught     of those that left, the share foretold            false      of those foretold, the share that did not leave
+    likely     right, if one goes by the most likely step alone
     persistent what is right if one says that nothing changes
 """
 
@@ -84,7 +85,8 @@ def one_run(seed: int, steps: int) -> list[dict[str, Any]]:
                     "format": one.format,
                     "ahead": step / seen,
                     "left": has_left,
-                    "foretold": one.likely <= step,
+                    "foretold": one.latest <= step,
+                    "likely": one.likely <= step,
                     "covered": one.earliest <= step if has_left else one.latest > step,
                 }
             )
@@ -121,6 +123,7 @@ def scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     share = {
         "operands": float(len(rows)),
         "right": float((left == foretold).mean()),
+        "likely": float(np.mean([row["likely"] == row["left"] for row in rows])),
         "covered": float(np.mean([row["covered"] for row in rows])),
         "left": float(left.mean()),
         "persistent": float((~left).mean()),

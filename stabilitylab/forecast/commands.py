@@ -61,7 +61,7 @@ def forecast(
 
 
 def _table(told: list[LayerForecast]) -> Table:
-    made = Table("operand", "format", "error", "limit", "leaves at step", "90 % interval", box=None)
+    made = Table("operand", "format", "error", "limit", "most likely step", "leaves within (90 %)", box=None)
     for one in told:
         cells = [one.site, one.format, f"{one.error:.3g}", f"{one.limit:.3g}", _step(one.likely)]
         made.add_row(*cells, f"{_step(one.earliest)} to {_step(one.latest)}")

@@ -4,7 +4,9 @@ A layer's operand bears a format as long as the relative error that the format m
 
     limit = ``factor`` x error of the format on normal numbers               factor 2: a bit lost
 
-so a limit asks the same of every format: how much worse than numbers without outliers.
+so a limit asks the same of every format: how much worse than numbers without outliers. An operand is forecast to leave by a
+step where its whole interval lies before that step; where the interval holds "never", or a later step, it is only told that it
+may.
 """
 
 from __future__ import annotations
@@ -77,19 +79,31 @@ class Forecast:
         return [one for one in self.layers if one.format == format]
 
     def leaving(self, format: str) -> list[LayerForecast]:
-        """Those that most likely leave until the end of the forecast, and have not yet."""
-        return [one for one in self.of(format) if not one.has_left and one.likely <= self.until]
+        """Those whose whole interval lies before the end of the forecast, and that have not left yet."""
+        return [one for one in self.of(format) if not one.has_left and one.latest <= self.until]
+
+    def may_leave(self, format: str) -> list[LayerForecast]:
+        """Those whose interval begins before the end of the forecast and ends behind it."""
+        return [one for one in self.of(format) if one.earliest <= self.until < one.latest]
 
     def sentence(self, format: str) -> str:
         """One format's future in a sentence."""
-        of, leaving = self.of(format), self.leaving(format)
+        of, leaving, may = self.of(format), self.leaving(format), self.may_leave(format)
         left = sum(one.has_left for one in of)
         told = f"{left} of {len(of)} operands have left it by step {self.last:,}"
+        until = f"until step {self.until:,}"
+        if not leaving and not may:
+            return f"{told}; none is forecast to leave {until}."
         if not leaving:
-            return f"{told}; none is forecast to leave until step {self.until:,}."
+            first = may[0]
+            return (
+                f"{told}; {len(may)} more may leave {until}, {first.site} first, at step {_step(first.earliest)} or later: their "
+                "past allows that they stay, too."
+            )
         first = leaving[0]
         when = f"step {first.likely:,.0f} (90 %: {_step(first.earliest)} to {_step(first.latest)})"
-        return f"{told}; {len(leaving)} more until step {self.until:,}, {first.site} first, at {when}."
+        others = f"; {len(may)} others may" if may else ""
+        return f"{told}; {len(leaving)} more leave it {until}, {first.site} first, at {when}{others}."
 
 
 def forecast_run(

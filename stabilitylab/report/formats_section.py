@@ -23,7 +23,14 @@ def formats_section(run: Run) -> Section | None:
     if leaving:
         parts.append(
             Table(
-                columns=["operand", "format", "error now", "limit", "leaves at step", "90 % interval"],
+                columns=[
+                    "operand",
+                    "format",
+                    "error now",
+                    "limit",
+                    "most likely step",
+                    "leaves within (90 %)",
+                ],
                 rows=[_row(one) for one in leaving],
                 note=f"Steps beyond {found.until:,}, four times what was seen, are no forecast.",
             )
@@ -45,7 +52,7 @@ def formats_section(run: Run) -> Section | None:
 def _tone(found: Forecast, name: str) -> str:
     if any(one.has_left for one in found.of(name)):
         return "bad"
-    return "open" if found.leaving(name) else "good"
+    return "open" if found.leaving(name) or found.may_leave(name) else "good"
 
 
 def _row(one: LayerForecast) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from stabilitylab import InputError, Monitor, load_run
 from stabilitylab.cli import main
-from stabilitylab.forecast import forecast_run, trends
+from stabilitylab.forecast import Forecast, LayerForecast, forecast_run, trends
 from stabilitylab.formats import gaussian_error, what_if_format
 from stabilitylab.probes.formats import FormatProbe
 
@@ -92,11 +92,38 @@ def test_a_run_is_forecast(run):
         forecast_run(load_run(run), until=100)
 
 
+def one_of(earliest, likely, latest):
+    return LayerForecast(
+        site="a:input", format="f", error=1.0, limit=2.0, earliest=earliest, likely=likely, latest=latest
+    )
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        (
+            (150.0, 200.0, 300.0),
+            "1 more leave it until step 400, a:input first, at step 200 (90 %: 150 to 300).",
+        ),
+        ((150.0, 200.0, math.inf), "1 more may leave until step 400, a:input first, at step 150 or later"),
+        ((450.0, math.inf, math.inf), "none is forecast to leave until step 400."),
+    ],
+)
+def test_an_interval_that_holds_never_foretells_nothing(interval, said):
+    found = Forecast(last=100, until=400, factor=2.0, layers=[one_of(*interval)])
+    assert found.sentence("f").startswith("0 of 1 operands have left it by step 100; ")
+    assert said in found.sentence("f")
+    assert [len(found.leaving("f")), len(found.may_leave("f"))] == [
+        interval[2] <= 400,
+        interval[0] <= 400 < interval[2],
+    ]
+
+
 def test_the_command(run, capsys, tmp_path):
     assert main(["forecast", str(run), "--until", "4000"]) == 0
     told = capsys.readouterr().out
     assert (
-        "int8-tensor: 0 of 4 operands have left it by step 200; 1 more until step 4,000, grows:input first"
+        "int8-tensor: 0 of 4 operands have left it by step 200; 1 more leave it until step 4,000, grows:input first"
         in told
     )
     assert main(["forecast", str(run), "--json"]) == 0
