@@ -15,6 +15,7 @@ SUITES = {
     "policies": "experiments.suites.policies",
     "egs": "experiments.suites.egs",
     "egs-frontier": "experiments.suites.egs_frontier",
+    "egs-frontier-fine": "experiments.suites.egs_frontier_fine",
     "depth-init": "experiments.suites.depth_init",
     "depth-trained": "experiments.suites.depth_trained",
     "scores": "experiments.suites.scores",

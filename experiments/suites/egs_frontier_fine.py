@@ -1,0 +1,28 @@
+"""C3, second half, on a grid of eighths of an octave: ``egs-frontier`` asks in steps as large as its smallest effect of interest.
+
+There, after 24 seeds, three of four pairs of arms differed by one step up in some seeds and down in others, which can neither be
+told from none nor shown to be below the margin. The grid is that of ``embedding-norm-fine``, from 2^-3.5 to 2^-.5, and holds all
+frontiers that were seen. Seeds are fresh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from experiments.study import Outcome
+from experiments.suites import egs_frontier
+from experiments.suites.embedding_norm_fine import measure
+
+STUDY = replace(
+    egs_frontier.STUDY,
+    name="egs-frontier-fine",
+    question="Does shrinking the embedding's gradient raise the rate that a model bears, by eighths of an octave?",
+    first=201,
+    seeds=24,
+    measure=measure,
+    outcomes={"frontier": Outcome(title="Largest rate survived, log2", margin=0.5, unit="octaves")},
+    predictions=(
+        "2026-11-29, before the runs, after those of egs-frontier: equivalent within half an octave in all four; tied and unclipped "
+        "a tenth up, clipped at .1 and untied a tenth down.",
+    ),
+)
