@@ -18,7 +18,7 @@ from typing import Any
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.pattern import Values
-from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.reading import Reading, Row
 
 
 def aim_repository(path: Path) -> Path | None:

@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass, replace
 
 from stabilitylab.logs.log import counter_of, is_evaluation, is_loss
-from stabilitylab.logs.pattern import NUMBER, TextFormat, Values, number
+from stabilitylab.logs.pattern import ABOVE, NUMBER, TextFormat, Values, number
 
 # "loss nan grad_norm inf" are two names: a word of a name is no number.
 _NO_NUMBER = r"(?!(?:nan|inf|infinity)\b)"
@@ -24,7 +24,7 @@ _WORD = rf"{_NO_NUMBER}[A-Za-z_]"
 _PAIR = re.compile(
     rf"(?<![\w.])({_WORD}[\w/.@-]*(?:\([A-Za-z]\w*\))?(?: {_NO_NUMBER}[A-Za-z(][\w/.()@-]*){{0,3}})"
     rf"['\"]?\)?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
-    rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%)(?=['\"\s,;:|/\])}}(]|[a-zA-Z]+\b|$)",
+    rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%)(?=['\"\s,;:|/\])}}(]|[a-zA-Z]+\b|--|$)",
     re.IGNORECASE,
 )
 _PLACE = re.compile(
@@ -34,10 +34,18 @@ _PAIR_OF_COUNTS = re.compile(r"^\s*\[\s*(\d+),\s*(\d+)\](?!<)")  # PyTorch's CIF
 _ABSL = re.compile(r"^[IWEF]\d{4} [\d:.]+\s+\d+ [\w.]+:\d+\] ")
 _BAR = re.compile(r"\s(\d+)/(\d+) \[\d")
 # A number that opens the line, also in brackets, and is no time of day and no date.
-_OPENS = re.compile(r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:[|,:\])](?!\d)|/(\d+)(?=[\])\s]))")
+_OPENS = re.compile(r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:[|,:\])](?!\d)|/(\d+)(?=[\])(,:|\s]))")
+_TWO_PLACES = re.compile(
+    r"[\[(]\s*(\d+)\s*/\s*\d+\s*[\])][\s:-]{0,8}[\[(]\s*(\d+)\s*/\s*\d+\b"
+)  # [epoch/epochs][place/length]
+_GLUED_STEP = re.compile(r"\b(?:step|iter|it)(\d+)\b", re.IGNORECASE)
+_GLUED_EPOCH = re.compile(r"\b(?:epoch|ep|e)(\d+)\b", re.IGNORECASE)
+_RATIO = re.compile(r"(?<![\w./])(\d+)/(\d+)(?![\w./])")
 _WITHIN = re.compile(r"[\[(]\s*(\d+)\s*/\s*(\d+)\b")
 # A norm of several groups: the first.
 _NORMS = re.compile(r"(\w*norm)\s*[=:]\s*\{['\"]\w+['\"]:\s*(?=[-+\d.n])", re.IGNORECASE)
+# Katib's {metricName: loss, metricValue: 2.3}; SageMaker's <loss>=2.3
+_SPELT_OUT = re.compile(r"metricName: ([\w./-]+), metricValue: |<(\w+)>")
 # Words that make a line one of validation, where they stand before its first loss and no training does.
 _OF_VALIDATION = re.compile(
     r"(?:^|[\s\[(|:])(?:eval|evaluation|evaluating|valid|validation|validate|val|test|testing)\b(?![./_=-]\w)",
@@ -54,8 +62,14 @@ _LEVEL = re.compile(
 )
 # What is remembered of the line before, and no number of the log.
 _OF, _LAST, _EPOCHS, _MOVES = "\0of", "\0last", "\0epochs", "\0moves"
-# A loss that is scaled or weighted is none.
-_NO_LOSS = re.compile(r"scale|weight|coef", re.IGNORECASE)
+# A loss that is scaled or weighted is none, nor one of packets.
+_NO_LOSS = re.compile(
+    r"scale|weight|coef|(?:packet|link|signal|heat|hearing|blood|stop|data)[ -]loss", re.IGNORECASE
+)
+# What a loss is called where nothing in the log is called one, best first.
+OTHER_LOSSES = ("total", "cross-entropy", "cross entropy", "ce", "objective", "cost")
+# Numbers beside a total that it is no sum of.
+_NO_PARTS = frozenset({"lr", "learning_rate", "epoch", "time", "eta", "seconds", "batch_size"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +85,11 @@ class AnyText(TextFormat):
     def read(self, line: str) -> Values | None:
         """The numbers of one line; None: it holds no loss."""
         values: Values = {}
-        line = _NORMS.sub(r"\1=", _ABSL.sub("", line))
+        line = _ABSL.sub("", line)
+        if "{" in line:
+            line = _NORMS.sub(r"\1=", line)
+        if "<" in line or "metricName" in line:
+            line = _SPELT_OUT.sub(lambda m: f"{m[1]}: " if m[1] else m[2], line)
         for said, digits, unit in _PAIR.findall(_WRAPPED.sub("", line) if "(" in line else line):
             name = _name(said)
             if name not in values:
@@ -82,19 +100,77 @@ class AnyText(TextFormat):
         if all(is_evaluation(name) for name in losses) or (self.strict and _is_of_validation(line)):
             return {}
         counted = any(counter_of(name) and name.lower() != "epoch" for name in values)
+        if "epoch" not in values and (epoch_ := _GLUED_EPOCH.search(line)):
+            values["epoch"] = float(epoch_[1])
         if place := _PLACE.search(line):
             values = {name: value for name, value in values.items() if name.lower() != "epoch"}
             epoch, at, length = (float(text.replace(",", "")) for text in place.groups())
             values["step"] = epoch * length + at
         elif not counted and (two := _PAIR_OF_COUNTS.match(line)):
             values["epoch"], values["step"] = float(two[1]), float(two[2])
+        elif not counted and (both := _TWO_PLACES.search(line)):
+            values["epoch"], values["step"] = float(both[1]), float(both[2])
+        elif not counted and (glued := _GLUED_STEP.search(line)):
+            values["step"] = float(glued[1])
         elif not counted and (bar := _BAR.search(line)):
             values["step"], values[_OF] = float(bar[1]), float(bar[2])
         elif not counted and (within := _WITHIN.search(line)):
             values["step"], values[_OF] = float(within[1]), float(within[2])
         elif not counted and (opens := _OPENS.match(line)):
             values["step"], values[_OF] = float(opens[1]), number(opens[2] or "")
+        elif not counted:  # whether they count is told by all lines together
+            for at, length in _RATIO.findall(line):
+                values.setdefault(f"/{length}", float(at))
         return values
+
+
+class OtherText(AnyText):
+    """Lines whose loss has another name: ``ce``, ``cost``; ``total`` beside its parts. Each has a counter."""
+
+    def read(self, line: str) -> Values | None:
+        """The numbers of one line; None: no such loss is in it."""
+        values = super().read(line + " | loss 0")  # what the line above asks for; taken out again
+        if not values:
+            return None
+        values = {name: value for name, value in values.items() if name not in ("loss", "| loss")}
+        counted = any(counter_of(name) or name.startswith("/") for name in values)
+        if not counted or is_evaluation(line.partition(" ")[0]):
+            return None
+        small = {name.lower(): name for name in values}
+        parts = [x for n, x in values.items() if x and not counter_of(n) and n.lower() not in _NO_PARTS]
+        if "total" in small and not (len(parts) > 2 and any(x % 1 for x in parts)):
+            del values[small.pop("total")]
+        return values if any(name in small for name in OTHER_LOSSES) else None
+
+
+class Evidence:
+    """Whether lines with a loss in them are a log: a sentence, a setting or a trace of the stack names one, too.
+
+    Three lines of one loss that takes two values at least, or two lines whose counter goes on.
+    """
+
+    LINES = 3
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self._seen: dict[str, list[float | None]] = {}
+        self._counted: float | None = None
+
+    def suffices(self, values: Values) -> bool:
+        """Take one line's numbers; whether there is enough now."""
+        self.lines += 1
+        counter = next((values[n] for n in values if counter_of(n)), None)
+        goes_on = counter is not None and self._counted is not None and counter > self._counted
+        self._counted = counter if counter is not None else self._counted
+        for name in values:
+            if is_loss(name) or name.lower() in OTHER_LOSSES:
+                seen = self._seen.setdefault(name, [])
+                seen.append(values[name])
+                if len(seen) > 1 and goes_on:
+                    return True
+                if len(seen) >= self.LINES and (counter is not None or len(set(map(repr, seen))) > 1):
+                    return True
+        return False
 
 
 def _counted_on(values: Values, before: Values) -> Values:
@@ -115,7 +191,7 @@ def _name(said: str) -> str:
     """Without what is no part of it: a logger's level; words before a counter or before "loss"."""
     said = re.sub(r"(?<=\w)\([A-Za-z]\w*\)?$", "", said).strip("()")  # lr(PiecewiseDecay)
     if counter_of(said):
-        return "epoch" if said.lower() == "epoch" else said
+        return "epoch" if said.lower().endswith(("epoch", "epochs")) else said
     last = said.rpartition(" ")[2]
     if counter_of(last):
         return "epoch" if last.lower() == "epoch" else last
@@ -130,17 +206,22 @@ def _is_of_validation(line: str) -> bool:
     return _OF_VALIDATION.search(before) is not None and _OF_TRAINING.search(before) is None
 
 
-# "Epoch 3/10", "EPOCH: 8", "=== Step 200 ===" on a line of its own.
-_ABOVE = re.compile(
-    rb"(?im:(?:^|[\s\]\-|>=*#])(epoch|step|iteration|iter)\b\s*[:=#\[(]?\s*(\d+)(?=\s*(?:[/\])|,:=*-]|of\b|$|\r)))"
-)
 ANY_TEXT = AnyText(
     name="text",
     trigger=re.compile(b"(?i:loss|xent|\\bnll)"),
     lines=(),
     finish=_counted_on,
-    above=_ABOVE,
+    above=ABOVE,
     words=(b"loss", b"xent", b"nll"),
+)
+# Where nothing at all is called a loss.
+OTHER_TEXT = OtherText(
+    name="text",
+    trigger=re.compile(rb"(?i:\b(?:total|ce|cross[- ]entropy|cost|objective)\b)"),
+    lines=(),
+    finish=_counted_on,
+    words=(b"total", b"ce", b"entropy", b"cost", b"objective"),
+    losses=tuple(spelt for name in OTHER_LOSSES for spelt in (name, name.capitalize(), name.upper())),
 )
 # Where every line says so, it is no more than a logger's name.
 ANY_LINE = replace(ANY_TEXT, strict=False)

@@ -15,19 +15,25 @@ from itertools import islice
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.any_text import ANY_LINE, ANY_TEXT
+from stabilitylab.logs.any_text import ANY_LINE, ANY_TEXT, OTHER_TEXT, Evidence
 from stabilitylab.logs.console_formats import FORMATS
-from stabilitylab.logs.log import counter_of
+from stabilitylab.logs.log import counter_of, is_loss
+from stabilitylab.logs.parts import STEP_ABOVE
 from stabilitylab.logs.pattern import TextFormat, Values, own_formats, pairs, plain_text
-from stabilitylab.logs.rows import STEP_ABOVE, Reading, Row, text_rows
+from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 _RANK = re.compile(
-    r"^\[(?:rank|default)\s?(\d+)\]:|\brank(?:[= ]|: )(\d+)[\]:, ]|^\(\w+ pid=(\d+)", re.IGNORECASE
+    r"^\[(?:rank|default)\s?(\d+)\]:|\brank(?:[= ]|: )?(\d+)[\]:, ]|^\(\w+ pid=(\d+)", re.IGNORECASE
 )  # torchrun, loggers, Ray
+_RANK_WORD = re.compile(r"[rR](?:ank|ANK)|^\[|^\(")
 _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
+_TOLD = "\0told"  # the losses that have had the step above
+_BACK = re.compile(rb"\x08+")
 _LINE_END = re.compile(rb"[\r\n]")
 _ABOVE = 2048  # so many bytes before a record are searched for a counter
+# So many pieces may come before the first record of a known trainer, if some line names a loss meanwhile.
+_PREFACE = 4
 # A format is the file's when so many of its lines are records.
 _ENOUGH = 3
 # A trigger that hits so often without a record is another format's word.
@@ -49,26 +55,42 @@ def read_console(source: Source, *, pattern: str | None = None) -> Reading | Non
     return None if found is None else _reading(source, found)
 
 
-def _any_text(source: Source) -> TextFormat | None:
+def _any_text(source: Source, most: int | None = None) -> TextFormat | None:
     """Any trainer's lines, where there are some; those of validation among them are left out if there are others."""
-    seen = False
-    for chunk in source.chunks():
+    evidence = Evidence()
+    seen = 0
+    for chunk in islice(source.chunks(), most):
         for _, values in _records(ANY_TEXT, chunk, {}):
-            if values is not None:
+            if values is None:
+                seen += 1
+            elif evidence.suffices(values):
                 return ANY_TEXT
-            seen = True
-    return ANY_LINE if seen else None
+    if most is not None:
+        return None
+    if seen >= Evidence.LINES or (seen and not evidence.lines):
+        return ANY_LINE
+    other = Evidence()
+    for chunk in source.chunks():
+        for _, values in _records(OTHER_TEXT, chunk, {}):
+            if values and other.suffices(values):
+                return OTHER_TEXT
+    return None
 
 
 def _first(source: Source, formats: Sequence[TextFormat], *, enough: int) -> TextFormat | None:
     """The format with the most records in the first piece of the file that holds enough of one; or the best of all."""
     total = [0] * len(formats)
-    for chunk in source.chunks():
+    for count, chunk in enumerate(source.chunks()):
         for i, one in enumerate(formats):
-            total[i] += sum(1 for _ in islice(_records(one, chunk, {}, hits=_HITS), 200))
-        if max(total) >= enough:
+            found = islice(_records(one, chunk, {}, hits=_HITS), 200)
+            total[i] += sum(enough == 1 or values is None or _has_loss(one, values) for _, values in found)
+        if max(total) >= enough or (count == _PREFACE and enough > 1 and _any_text(source, _PREFACE)):
             break
     return formats[total.index(max(total))] if any(total) else None
+
+
+def _has_loss(one: TextFormat, values: Values) -> bool:
+    return any(is_loss(name) or name in one.losses for name in values)
 
 
 def _reading(source: Source, one: TextFormat) -> Reading:
@@ -150,10 +172,12 @@ def _records(
     before: dict[str, Values],
     *,
     hits: int | None = None,
-    above: dict[str, float] | None = None,
+    above: dict[str, Any] | None = None,
 ) -> Iterator[tuple[str, Values | None]]:
     """Records of the lines of ``chunk``; None in place of one that the format leaves out. After so many ``hits`` of the
     trigger it is left. ``above``: what the lines between records have counted."""
+    if b"\b" in chunk:  # Keras goes back over its bar with backspaces
+        chunk = _BACK.sub(b"\n", chunk)
     at = count = looked = 0
     above = {} if above is None else above
     next_hit = _hits(one, chunk)
@@ -169,8 +193,7 @@ def _records(
         line = plain_text(chunk[start:end])
         values = one.read(line)
         if one.above is not None:
-            for counter, said in one.above.findall(chunk, max(looked, start - _ABOVE), start):
-                above[counter.decode().lower()] = float(said)
+            _look_above(one.above, chunk, max(looked, start - _ABOVE), start, above)
             looked = end
         if values is None:
             continue
@@ -178,7 +201,7 @@ def _records(
             _from_above(values, above)
         if one.follow:
             at = _follow(chunk, at, values)
-        rank = _RANK.search(line)
+        rank = _RANK.search(line) if _RANK_WORD.search(line) else None
         part = (f"process {rank[3]}" if rank[3] else f"rank {rank[1] or rank[2]}") if rank else ""
         if not values:  # a line of validation
             yield part, None
@@ -188,6 +211,14 @@ def _records(
             before[part] = values
             values = done
         yield part, values
+    if one.above is not None:  # what stands below the last record is above the next piece's first
+        _look_above(one.above, chunk, max(looked, len(chunk) - _ABOVE), len(chunk), above)
+
+
+def _look_above(seek: re.Pattern[bytes], chunk: bytes, start: int, end: int, above: dict[str, Any]) -> None:
+    for counter, said in seek.findall(chunk, start, end):
+        above[counter.decode().lower()] = float(said)
+        above.pop(_TOLD, None)
 
 
 def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:
@@ -207,12 +238,18 @@ def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:
     return after
 
 
-def _from_above(values: Values, above: dict[str, float]) -> None:
-    """An epoch goes on until the next is announced; a step is that of the one record below it."""
+def _from_above(values: Values, above: dict[str, Any]) -> None:
+    """An epoch goes on until the next is announced; a step is that of the losses below it, of each name the first."""
     if "epoch" in above and "epoch" not in values:
         values["epoch"] = above["epoch"]
-    for name in [name for name in above if name != "epoch"]:
-        values.setdefault(STEP_ABOVE, above.pop(name))
+    losses = [name for name in values if is_loss(name)]
+    told = above.setdefault(_TOLD, [])
+    for name in [name for name in above if name not in ("epoch", _TOLD)]:
+        if any(loss in told for loss in losses):
+            del above[name]
+        else:
+            values.setdefault(STEP_ABOVE, above[name])
+    told += losses
 
 
 def _follow(chunk: bytes, at: int, values: Values) -> int:

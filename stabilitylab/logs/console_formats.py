@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 
-from stabilitylab.logs.pattern import TextFormat, Values, text_format
+from stabilitylab.logs.pattern import ABOVE, TextFormat, Values, text_format
 
 
 def _megatron(values: Values, before: Values) -> Values:
@@ -35,7 +35,7 @@ def _without_placeholder(values: Values, before: Values) -> Values:
 def _thousands(values: Values, before: Values) -> Values:
     """``1.2kit``."""
     if (thousands := values.pop("thousands", None)) is not None:
-        values["step"] = round(thousands * 1000)
+        values["step"] = float(round(thousands * 1000))
     return values
 
 
@@ -45,6 +45,15 @@ def _epochs(values: Values, before: Values) -> Values:
     if epoch is not None and place is not None and length is not None:
         values["step"] = (epoch - 1) * length + place
     return values
+
+
+def _yolo(values: Values, before: Values) -> Values:
+    """The parts' sum; of YOLOv7, whose fourth column is that sum, the column."""
+    parts = [values.pop(name) for name in "abcde" if name in values]
+    known = [part for part in parts if part is not None]
+    total = sum(known[:-1])
+    is_total = len(known) > 3 and abs(known[-1] - total) <= 2e-3 * max(total, 1.0)
+    return {"epoch": values["epoch"], "sum of the losses": known[-1] if is_total else sum(known)}
 
 
 FORMATS: tuple[TextFormat, ...] = (
@@ -179,8 +188,10 @@ FORMATS: tuple[TextFormat, ...] = (
     text_format(
         "WeNet",
         "TRAIN Batch {epoch}/{batch} loss {loss} {*}lr {lr}",
-        source="wenet-e2e/wenet wenet/utils/executor.py",
-        trigger="TRAIN Batch ",
+        "TRAIN |{*}| Batch {epoch}/{batch} loss {loss} {*}lr {lr}",
+        source="wenet-e2e/wenet wenet/utils/executor.py, train_utils.py",
+        version="2, 3",
+        trigger=r"TRAIN (?:\||Batch )",
     ),
     text_format(
         "Marian",
@@ -227,13 +238,65 @@ FORMATS: tuple[TextFormat, ...] = (
         version="0.19",
         trigger="steps: ",
     ),
+    text_format(
+        "Caffe",
+        "] Iteration {iter} ({*}), loss = {loss}",
+        "] Iteration {iter}, loss = {loss}",
+        "] Iteration {iter}, lr = {lr}",
+        source="BVLC/caffe src/caffe/solver.cpp, sgd_solver.cpp",
+        version="1.0",
+        trigger="] Iteration ".replace("]", r"\]"),
+    ),
+    text_format(
+        "Darknet",
+        "{iter}: {loss}, {average} avg{? loss?}, {lr} rate, {time} seconds",
+        source="AlexeyAB/darknet src/detector.c; pjreddie/darknet",
+        trigger=" avg(?: loss)?, ",
+        words=(b" avg",),
+        losses=("loss",),
+    ),
+    text_format(
+        "Tacotron 2",
+        "Train loss {step} {loss} Grad Norm {grad_norm}",
+        source="NVIDIA/tacotron2 train.py",
+        trigger="Train loss ",
+    ),
+    text_format(
+        "CatBoost",
+        "{iteration}: learn: {learn}{*}",
+        source="catboost/catboost catboost/libs/logging; verbose training",
+        version="1.2",
+        trigger=r"learn: ",
+        losses=("learn",),
+    ),
+    text_format(
+        "tinygrad",
+        "{step} {*} ms run,{*} {loss} loss, {*}{lr} LR",
+        source="tinygrad/tinygrad examples/hlb_cifar10.py, mlperf",
+        trigger=" ms run,",
+    ),
+    # Under "Epoch GPU_mem box_loss obj_loss cls_loss Instances Size", behind a bar; running means until it is full.
+    TextFormat(
+        name="YOLO console",
+        source="ultralytics/ultralytics engine/trainer.py 8; ultralytics/yolov5 train.py; WongKinYiu/yolov7 train.py",
+        trigger=re.compile(rb": 100%"),
+        lines=(
+            re.compile(
+                r"^\s*(?P<n_epoch>\d+)/\d+\s+(?:0|[\d.]+[GM])\s+(?P<n_a>[\d.]+|nan)\s+(?P<n_b>[\d.]+|nan)"
+                r"(?:\s+(?P<n_c>\d*\.\d+|nan))?(?:\s+(?P<n_d>\d*\.\d+|nan))?(?:\s+(?P<n_e>\d*\.\d+|nan))?\s+\d+\s+\d+: 100%"
+            ),
+        ),
+        losses=("sum of the losses",),
+        finish=_yolo,
+    ),
     # A dictionary that pprint has broken over lines: EasyLM, own scripts.
     TextFormat(
         name="printed dictionaries",
         source="young-geng/EasyLM EasyLM/models/llama/llama_train.py",
-        trigger=re.compile(rb"(?m:\{'[\w/ .()-]+': [^{}\r\n]*,[ \t]*\r?$)"),
+        trigger=re.compile(rb"(?m:^(?=\S)[^\r\n]*?\{'[\w/ .()-]+': [^{}\r\n]*,[ \t]*\r?$)"),
         lines=(re.compile(r"\{(?P<pairs_>'[^{}]*,)\s*$"),),
         follow=True,
         words=(b"{'",),
+        above=ABOVE,
     ),
 )

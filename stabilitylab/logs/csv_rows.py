@@ -13,24 +13,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.pattern import Values, number
-from stabilitylab.logs.rows import Reading, Row, text_rows
+from stabilitylab.logs.pattern import Values, number, without_colours
+from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 NULLS = frozenset(("", "null", "none", "n/a", "na", "-", "<na>"))
-_METRIC_NAMES = ("metric", "metric_name", "metric.name", "key", "tag", "variable")
+_METRIC_NAMES = ("metric", "metric_name", "metric.name", "metricname", "key", "tag", "variable", "name")
 # Columns that say which run, or process, a row is of.
 RUN_NAMES = ("run_name", "run.name", "run_id", "run id", "run_uuid", "run", "run.hash", "rank", "local_rank")
+_NAME = r"[A-Za-z][\w./%()-]*"
+_CLOCKS = ("wall time", "timestamp", "time", "relative time", "datetime")
 _DECIMAL_COMMA = re.compile(r"^-?\d+,\d+(?:[eE][-+]?\d+)?$")
 _WANDB = re.compile(r"^(?P<run>.+) - (?P<metric>[^ ].*?)(?:__MIN|__MAX)?$")
 
 
 def delimiter_of(header: str) -> str:
     """The sign that parts a header's cells: of a table in Markdown a bar; of one that is parted by blanks a blank."""
-    if header.lstrip().startswith("|"):
-        return "|"
     found = max(",;\t", key=header.count)
+    if header.lstrip().startswith("|") or ("|" in header and found not in header):
+        return "|"
     return found if found in header or len(header.split()) < 2 else " "
+
+
+def is_commented_header(line: str) -> bool:
+    """Whether a comment is the header of a table: names alone, a loss among them (NumPy's savetxt)."""
+    names = [name.strip() for name in re.split(r"[,;\t]|\s+", line.lstrip("# \t")) if name.strip()]
+    return len(names) > 1 and "loss" in line.lower() and all(re.fullmatch(_NAME, name) for name in names)
 
 
 def is_blank_table(lines: Sequence[str]) -> bool:
@@ -42,7 +50,7 @@ def is_blank_table(lines: Sequence[str]) -> bool:
         len(names) == len(first) > 1
         and "loss" in lines[0].lower()
         and not any(number(name) is not None for name in names)
-        and all(re.fullmatch(r"[A-Za-z][\w./%()-]*", name) for name in names)
+        and all(re.fullmatch(_NAME, name) for name in names)
         and sum(number(cell) is not None for cell in first) * 2 > len(first)
         and all(len(line.split()) == len(names) for line in lines[1:-1])
     )
@@ -77,13 +85,15 @@ def read_csv_rows(source: Source) -> Reading:
     of_run = next((names[lower.index(n)] for n in RUN_NAMES if n in lower), None)
     if lower == ["wall time", "step", "value"]:
         form = "TensorBoard CSV export"
+    elif {"step", "value"} <= {*lower} <= {"step", "value", *_CLOCKS}:
+        form = "CSV of one tag"  # Neptune, Comet
     reading = Reading(
         format=form,
         rows=lambda: text_rows(source, reading),
         pieces=lambda: CsvPieces(reading, delimiter, several, parts, long, of_run),
     )
-    if form.startswith("TensorBoard"):
-        reading.losses = (names[2],)
+    if form in ("TensorBoard CSV export", "CSV of one tag"):
+        reading.losses = (names[lower.index("value")],)
         reading.notes.append("the export of one tag, taken for the loss")
     if len(parts) > 1:
         reading.losses = ("train/loss",)
@@ -126,8 +136,8 @@ class CsvPieces:
         for line in _lines(_decoded(piece, first=not state["names"]), delimiter):
             if not line or (len(line) == 1 and not line[0].strip()):
                 continue
-            if delimiter == " " and not state["names"] and line[0].startswith("#"):
-                line = [cell for cell in (line[0].lstrip("#"), *line[1:]) if cell]
+            if not state["names"] and line[0].startswith("#") and is_commented_header(delimiter.join(line)):
+                line = [cell for cell in (line[0].lstrip("# "), *line[1:]) if cell]
             if line[0].lstrip().startswith("#"):
                 reading.left_out["comments"] += 1
                 continue
@@ -180,7 +190,7 @@ def _lines(text: Sequence[str], delimiter: str) -> Iterator[list[str]]:
         return (line.split() for line in text)
     if delimiter == "|":
         cells = (line.strip().strip("|").split("|") for line in text)
-        return (line for line in cells if not all(re.fullmatch(r"\s*:?-*:?\s*", cell) for cell in line))
+        return (line for line in cells if not all(re.fullmatch(r"[\s:+-]*", cell) for cell in line))
     return csv.reader(text, delimiter=delimiter)
 
 
@@ -223,6 +233,11 @@ def _first_line(source: Source) -> str:
             break
     if is_blank_table(lines) and not any(sign in lines[0] for sign in ",;\t"):
         return lines[0].lstrip("# \t")
+    if len(lines) > 1 and lines[0].startswith("#") and is_commented_header(lines[0]):
+        header = lines[0].lstrip("# \t")
+        sign = delimiter_of(header)
+        if lines[1].count(sign) == header.count(sign) and not lines[1].startswith("#"):
+            return header
     for line in _text(source):
         if line.strip() and not line.lstrip().startswith("#"):
             return line.rstrip("\r\n")
@@ -236,6 +251,8 @@ def _text(source: Source) -> Iterator[str]:
 
 def _decoded(piece: bytes, *, first: bool) -> list[str]:
     piece = piece.removeprefix(b"\xef\xbb\xbf") if first else piece
+    if b"\x1b" in piece:
+        piece = without_colours(piece)
     return [
         line.decode("utf-8", errors="replace").replace("\0", "") for line in piece.splitlines(keepends=True)
     ]

@@ -17,7 +17,7 @@ from typing import Any
 
 from stabilitylab.logs.log import counter_of
 from stabilitylab.logs.pattern import NUMBER, Values, number
-from stabilitylab.logs.rows import Reading, Row, text_rows
+from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 _RECORD = re.compile(

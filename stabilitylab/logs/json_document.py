@@ -5,6 +5,7 @@
     [[1700000000.1, 10, 2.31], ...]                   one tag's JSON from TensorBoard's page
     {"metrics": [{"key", "value", "step"}, ...]}      one value a record (MLflow's REST)
     {"loss": {"train": {"x": [...], "y": [...]}}}     curves (ClearML's get_reported_scalars)
+    {"loss": [{"step", "value"}, ...]}, {"loss": [[1, 2.3], ...]}                 points (DVCLive)
     {"loss": [...], "val_loss": [...]}                columns: a Keras History, own scripts
     [{...}, ...], or such a list within an object     records
 
@@ -17,9 +18,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stabilitylab.logs.json_lines import numbers, part_of
+from stabilitylab.logs.json_lines import NAMED_BY, numbers, part_of
 from stabilitylab.logs.pattern import Values
-from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.reading import Reading, Row
 from stabilitylab.logs.source import Source
 
 _LARGEST = 1 << 30
@@ -103,7 +104,9 @@ def _golden(document: Mapping[str, Any]) -> Records:
         if not (isinstance(entry, dict) and "values" in entry):
             continue
         values, start = entry["values"], entry.get("start_step", 0)
-        if isinstance(values, dict):
+        if isinstance(entry.get("steps"), list) and isinstance(values, list):  # Sacred
+            pairs = list(zip(map(float, entry["steps"]), values, strict=False))
+        elif isinstance(values, dict):
             pairs = [(float(step), value) for step, value in values.items()]
         elif isinstance(values, list):
             pairs = [(start + i * entry.get("step_interval", 1), value) for i, value in enumerate(values)]
@@ -122,20 +125,19 @@ def _is_triple(row: Any) -> bool:
 
 def _by_key(records: Records) -> Records | None:
     """Records of one value each, put together by step; None: they are no such records."""
-    name = next(
-        (n for n in ("key", "metric", "metric_name", "name", "tag") if records and n in records[0]), None
-    )
-    if name is None or not all("value" in one and isinstance(one.get(name), str) for one in records):
+    name = next((n for n in NAMED_BY if records and n in records[0]), None)
+    held = "metricValue" if records and "metricValue" in records[0] else "value"  # Comet
+    if name is None or not all(held in one and isinstance(one.get(name), str) for one in records):
         return None
     rows: dict[Any, dict[str, Any]] = {}
     for i, one in enumerate(records):
         step = one.get("step", i)
-        rows.setdefault(step, {"step": step})[one[name]] = one["value"]
+        rows.setdefault(step, {"step": step})[one[name]] = one[held]
     return list(rows.values())
 
 
 def _curves(document: Mapping[str, Any], before: str = "") -> dict[str, Mapping[str, Any]]:
-    """Every {"x": [...], "y": [...]} by the way to it."""
+    """Every {"x": [...], "y": [...]}, and every list of points, by the way to it."""
     found: dict[str, Mapping[str, Any]] = {}
     for name, value in document.items():
         if isinstance(value, dict):
@@ -143,7 +145,21 @@ def _curves(document: Mapping[str, Any], before: str = "") -> dict[str, Mapping[
                 found[before + name] = value
             else:
                 found |= _curves(value, f"{before}{name}/")
+        elif isinstance(value, list) and len(value) > 1 and (points := _points(value)):
+            found[before + name] = points
     return found
+
+
+def _points(values: list[Any]) -> Mapping[str, Any] | None:
+    """[{"step": 1, "value": 2.3}, ...] or [[1, 2.3], ...] as a curve; None: they are something else."""
+    if all(
+        isinstance(one, dict) and "step" in one and "value" in one and not one.keys() & {*NAMED_BY}
+        for one in values
+    ):
+        return {"x": [one["step"] for one in values], "y": [one["value"] for one in values]}
+    if all(isinstance(one, list) and len(one) == 2 and isinstance(one[0], int) for one in values):
+        return {"x": [one[0] for one in values], "y": [one[1] for one in values]}
+    return None
 
 
 def _longest(document: Any, depth: int = 0) -> Records | None:

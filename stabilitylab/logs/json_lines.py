@@ -14,11 +14,13 @@ from typing import Any
 
 from stabilitylab.logs.log import is_evaluation
 from stabilitylab.logs.pattern import Values, number, plain_text
-from stabilitylab.logs.rows import Reading, Row, text_rows
+from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 MODES = ("mode", "split", "phase", "stage", "type", "event", "kind")
 PARTS = ("rank", "run", "run_name", "run_id", "local_rank", "process_index")
+# What a record of one value calls its name by.
+NAMED_BY = ("key", "metric", "metric_name", "metricName", "name", "tag")
 _RATIO = re.compile(r"^(\d+)/\d+$")
 
 
@@ -73,6 +75,8 @@ class JsonPieces:
                 continue
             if "event_type" in record and "key" in record:
                 record = _event(record)
+            elif "value" in record:
+                record = _one_value(record)
             part = part_of(record)
             if part is None:
                 reading.left_out["rows of validation"] += 1
@@ -92,6 +96,15 @@ def _event(record: Mapping[str, Any]) -> dict[str, Any]:
     told = {str(record["key"]): record.get("value")}
     metadata = record.get("metadata")
     return {**metadata, **told} if isinstance(metadata, dict) else told
+
+
+def _one_value(record: dict[str, Any]) -> dict[str, Any]:
+    """{"name": "loss", "value": 2.3, "step": 1} as {"loss": 2.3, "step": 1}."""
+    name = next((n for n in NAMED_BY if isinstance(record.get(n), str)), None)
+    if name is None or any("loss" in n.lower() for n in numbers(record)):
+        return record
+    kept = {n: value for n, value in record.items() if n not in (name, "value")}
+    return {**kept, record[name]: record["value"]}
 
 
 def part_of(record: Mapping[str, Any]) -> str | None:

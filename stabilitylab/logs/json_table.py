@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from stabilitylab.errors import InputError
 from stabilitylab.logs.json_lines import MODES, PARTS
 from stabilitylab.logs.log import STEP, Block, Log, whole_steps
-from stabilitylab.logs.rows import Part, Reading, columns_of, notes_of
+from stabilitylab.logs.parts import Part, columns_of, notes_of
+from stabilitylab.logs.reading import Reading
 from stabilitylab.logs.source import LONGEST_LINE, Source
 from stabilitylab.logs.tables import floats_of
 from stabilitylab.telemetry import LOSS
@@ -180,7 +181,9 @@ def _survey(part: Part, columns: Columns) -> None:
         if not bool(((there_N == np.round(there_N)) & ~np.isnan(there_N)).all()):
             part.fractions.add(name)
         first = float(there_N[0])
-        part.backward[name] += int((np.diff(there_N, prepend=part.last.get(name, first)) < 0).sum())
+        rises_N = np.diff(there_N) if name not in part.last else np.diff(there_N, prepend=part.last[name])
+        part.backward[name] += int((rises_N < 0).sum())
+        part.repeated[name] += int((rises_N == 0).sum())
         part.first.setdefault(name, first)
         part.last[name] = float(there_N[-1])
         part.last_row[name] = part.rows + int(np.flatnonzero(logged_N)[-1])

@@ -16,6 +16,7 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,16 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "updates",
         ),
         *("num_steps", "batch", "batch_idx"),
+        # Of reinforcement learning: steps of the environment before iterations.
+        *(
+            "total_timesteps",
+            "timesteps_total",
+            "num_timesteps",
+            "timesteps",
+            "env_steps",
+            "totalenvinteracts",
+        ),
+        *("num_env_steps_sampled_lifetime", "num_env_steps_sampled", "training_iteration", "n_updates"),
     ),
     LOSS: (
         *(
@@ -112,6 +123,8 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     BATCH_SIZE: ("batch_size", "global_batch_size"),
     DATA_PHASE: ("data_phase", "curriculum_step", "curriculum_seqlen", "sequence_length", "seq_length"),
 }
+# Those that also count behind a path (time/total_timesteps); a "step" may be anything's.
+_STEP_TAILS = frozenset({"total_timesteps", "global_step", "num_updates"})
 # Where none of those names is there: optim/LR (group 0), x/lr0, optim0_lr0, lr-DecoupledAdamW/group0; actor_grad_norm.
 _LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
     LEARNING_RATE: (
@@ -126,14 +139,16 @@ _LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
 _MOST_ALIKE = 4  # more of them are a norm for each layer
 # Losses that do not say so.
 _OTHER_LOSSES = frozenset({"xent", "nll", "cross_entropy", "train_xent", "train_nll"})
-_COUNTERS = frozenset({*_NAMES[STEP], "epoch"})
+_COUNTERS = frozenset({*_NAMES[STEP], "epoch", "epochs"})
 EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
 _BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel's curve
 _SCALE = re.compile(r"loss_scal|scale$")
 _SETTING = re.compile(r"(config|hparams?|args|hyperparameters)[/.]")
 # Of several losses: averages beside the loss itself; and beside the policy's whatever else is optimised with it.
 _AVERAGE = re.compile(r"(^|_)(avg|average|mean|running|ema|smoothed|best|min|max|epoch)(_|$)")
-_POLICY = re.compile(r"(^|_)(policy|pg|actor)(_|$)")
+_POLICY = re.compile(r"(^|_)(policy|pg|actor|surrogate)(_|$)")
+# What a store keeps of a step's several values: their mean is the loss, the others are none.
+_STATISTIC = re.compile(r"[/._](num|count|std|min|max|median|sum|variance)$", re.IGNORECASE)
 BLOCK_ROWS = 65_536
 
 
@@ -256,7 +271,7 @@ def choose_columns(
             name
             for word in usual
             for name in names
-            if (plain[name] == word or (signal != STEP and _tail(name) == word))
+            if (plain[name] == word or ((signal != STEP or word in _STEP_TAILS) and _tail(name) == word))
             and not is_evaluation(name)
             and not _BOUND.search(name)
             and not _SETTING.match(name)
@@ -282,6 +297,7 @@ def _loss(
     """The loss as a person would choose it: of training, in total, of each step."""
     named = [n for n in names if is_loss(n) and not _BOUND.search(n) and not _SCALE.search(plain[n])]
     found = [n for n in named if not is_evaluation(n)]
+    found = [n for n in found if not _STATISTIC.search(n)] or found
     if counts and any(counts[n] for n in found):
         most = max(counts[n] for n in found)
         found = [n for n in found if counts[n] * 20 > most]  # an average at the end is no curve
@@ -339,6 +355,7 @@ def _paste(names: Sequence[str], most: int = 6) -> str:
     return " or ".join(f"--loss {shlex.quote(name)}" for name in names[:most])
 
 
+@lru_cache(4096)
 def is_evaluation(name: str) -> bool:
     """Whether a column is about validation or test rather than training."""
     return EVALUATION.search(re.sub(r"[^0-9a-z]+", "_", name.lower())) is not None
@@ -354,6 +371,7 @@ def counter_of(name: str) -> bool:
     return _plain(name) in _COUNTERS
 
 
+@lru_cache(4096)
 def _plain(name: str) -> str:
     plain = re.sub(r"[^0-9a-z]+", "_", name.strip().lower()).strip("_")
     for prefix in ("train_", "training_", "precision_"):
@@ -362,6 +380,7 @@ def _plain(name: str) -> str:
     return plain
 
 
+@lru_cache(4096)
 def _tail(name: str) -> str:
     """The last part of a path (``learning/loss``) or of a tracker's title (``RUN - train/loss``)."""
     return _plain(re.split(r"/| - |\.", name.strip())[-1])

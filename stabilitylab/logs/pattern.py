@@ -24,6 +24,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from stabilitylab.errors import InputError
@@ -44,6 +45,11 @@ _CELL = re.compile(rf"(?:^|\|)\s*([A-Za-z][A-Za-z _-]*?)\s+({NUMBER})\s*(?=\||$)
 # nanotron prints 65536 as 65.5K.
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
+
+# A counter on a line of its own: "Epoch 3/10", "EPOCH: 8", "=== Step 200 ===", "INFO: Step 100 took 0.5 s".
+ABOVE = re.compile(
+    rb"(?im:(?:^|[\s\]\-|>=*#:])(epoch|step|iteration|iter)\b\s*[:=#\[(]?\s*(\d+)(?:\.0)?(?=\s*(?:[/\])|,:=*-]|\(|\.{2}|(?:of|per|took|starts|begins|started|finished|complete|done)\b|$|\r)))"
+)
 
 Values = dict[str, float | None]
 
@@ -204,11 +210,21 @@ def pairs(text: str) -> Values:
 def number(text: str, unit: str = "") -> float | None:
     """A number as trainers print it, in thousands (K), millions... where a ``unit`` says so; None where it is none."""
     try:
-        value = float(text.replace(",", "")) * _UNITS[unit.upper()]
+        value = float(text)
     except ValueError:
-        return None
+        try:
+            value = float(text.replace(",", ""))
+        except ValueError:
+            return None
+    if unit:
+        value *= _UNITS[unit.upper()]
     # Stores without infinities write the largest number of their type in their place.
-    return math.copysign(math.inf, value) if abs(value) >= 3.4028234e38 and abs(value) != math.inf else value
+    return value if -3.4028234e38 < value < 3.4028234e38 or value != value else math.copysign(math.inf, value)
+
+
+def without_colours(text: bytes) -> bytes:
+    """Without ANSI codes."""
+    return _ANSI.sub(b"", text)
 
 
 def plain_text(line: bytes) -> str:
@@ -234,5 +250,6 @@ def _mangled(name: str) -> str:
     return "n_" + "".join(c if c.isalnum() else f"_{ord(c):x}_" for c in name)
 
 
+@lru_cache(4096)
 def _unmangled(group: str) -> str:
     return re.sub(r"_([0-9a-f]+)_", lambda m: chr(int(m[1], 16)), group[2:])

@@ -11,21 +11,27 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.aim_store import read_aim
+from stabilitylab.logs.binary import binary_kind
+from stabilitylab.logs.boxes import read_boxes
 from stabilitylab.logs.console import read_console
 from stabilitylab.logs.csv_rows import delimiter_of, is_blank_table, read_csv_rows
 from stabilitylab.logs.huggingface import read_huggingface_console
 from stabilitylab.logs.json_document import read_json_document
 from stabilitylab.logs.json_lines import read_json_lines
+from stabilitylab.logs.labelled import LabelledPieces, UnlabelledSource, is_labelled
 from stabilitylab.logs.locate import in_folder, is_tensorboard
 from stabilitylab.logs.log import Log
 from stabilitylab.logs.pattern import number
-from stabilitylab.logs.rows import Reading, Row, logs_of, text_rows
+from stabilitylab.logs.reading import Reading, Row, text_rows
+from stabilitylab.logs.rows import logs_of
 from stabilitylab.logs.source import Source, standard_input
 from stabilitylab.logs.swanlab import SWANLAB, read_swanlab
+from stabilitylab.logs.table_in_text import TableSource, table_in
 from stabilitylab.logs.trackers import (
     SQLITE,
     WANDB,
@@ -34,7 +40,7 @@ from stabilitylab.logs.trackers import (
     read_sqlite,
     read_wandb,
 )
-from stabilitylab.logs.wrapped import UnwrappedSource, UnwrappingPieces, key_of
+from stabilitylab.logs.wrapped import DocumentSource, UnwrappedSource, UnwrappingPieces, key_of
 
 # Numbers with their names beside them: a sentence, and no header of a table.
 _SAID = re.compile(r"[:=]\s*[-+]?\d")
@@ -97,6 +103,10 @@ def _one(path: Path, *, loss: str | None, step: str | None, pattern: str | None)
         from stabilitylab.logs.tables import ParquetLog
 
         return [ParquetLog.open(source.on_disk(), loss=loss, step=step)]
+    if head.startswith((b"ARROW1", b"FEA1")):
+        from stabilitylab.logs.tables import ArrowLog
+
+        return [ArrowLog.open(source.on_disk(), loss=loss, step=step)]
     if is_tensorboard(path, head):
         from stabilitylab.logs.tensorboard import TensorBoardLog
 
@@ -129,10 +139,10 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
         found = read_console(source, pattern=pattern)
         assert found is not None
         return found
-    if b"\0" in head[:4096]:
-        raise InputError(
-            f"{source.name} is {_binary_kind(source.path, head)}: export the run as CSV or JSON lines"
-        )
+    if b"\0" in head[:4096] or head.startswith(b"\x80"):
+        raise InputError(f"{source.name} is {binary_kind(head)}: export the run as CSV or JSON lines")
+    if is_labelled(head):
+        return _labelled(source)
     start = head.lstrip(b"\xef\xbb\xbf \r\n\t")
     if start[:1] == b"{" and (key := key_of(start)) is not None:
         return _wrapped(source, key)
@@ -141,6 +151,8 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
         if source.path.stat().st_size < _DOCUMENT_BYTES and (
             first in (b"{", b"[") or not _object(first) or b"\n" not in start.strip()
         ):
+            if (lines := DocumentSource.of(source)) is not None:
+                return replace(_text(lines, lines.head(), None), pieces=None)
             document = read_json_document(source)
             if document is not None:
                 return document
@@ -155,6 +167,13 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
     if _is_table(source.path, head):
         return read_csv_rows(source)
     found = read_huggingface_console(source) or read_console(source)
+    if found is None or found.format == "text":
+        found = read_boxes(source) or found
+    if (found is None or found.format == "text") and (table := table_in(source)) is not None:
+        told = 0 if found is None else sum(1 for _ in islice(found.rows(), table.rows))
+        if told < table.rows:
+            below = TableSource(source, table.offset)
+            return replace(read_csv_rows(below), format="table in text", pieces=None)
     header = first.decode("utf-8", errors="replace")
     parted = delimiter_of(header) in ",;\t" and delimiter_of(header) in header
     if found is None and parted and "loss" in header.lower() and not _SAID.search(header):
@@ -177,6 +196,17 @@ def _wrapped(source: Source, key: str) -> Reading:
     outer = replace(
         inner, rows=lambda: text_rows(source, outer), pieces=lambda: UnwrappingPieces(pieces(), key)
     )
+    return outer
+
+
+def _labelled(source: Source) -> Reading:
+    """Ranks, each behind its launcher's label."""
+    inside = UnlabelledSource(source.path, source.name)
+    inner = _text(inside, inside.head(), None)
+    pieces = inner.pieces
+    if pieces is None:
+        return inner
+    outer = replace(inner, rows=lambda: text_rows(source, outer), pieces=lambda: LabelledPieces(pieces))
     return outer
 
 
@@ -294,12 +324,6 @@ def _renamed(logs: list[Log], name: str, count: int) -> list[Log]:
 def _binary(path: Path) -> bool:
     head = Source(path).head()
     return head.startswith((b"PAR1", SQLITE, WANDB, SWANLAB)) or is_tensorboard(path, head)
-
-
-def _binary_kind(path: Path, head: bytes) -> str:
-    if head.startswith((b"ARROW1", b"FEA1")):
-        return "an Arrow file"
-    return "a binary file of a kind that is not read here"
 
 
 def _is_table(path: Path, head: bytes) -> bool:

@@ -14,119 +14,23 @@ one is read once to learn its columns and once more for every segment.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, choose_columns, is_evaluation, whole_steps
-from stabilitylab.logs.source import Source
-from stabilitylab.telemetry import GRADIENT_NORM, LOSS
+from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, counter_of, whole_steps
+from stabilitylab.logs.parts import Part, columns_of, notes_of
+from stabilitylab.logs.reading import Reading, Row
+from stabilitylab.telemetry import LOSS
 
 KEPT = 200_000
 MOST_BAD = 0.1  # A larger share of lines that cannot be read is not damage but another format.
 _UNORDERED_SHARE = 0.25
-
-STEP_ABOVE = "step in the line above"  # a text's; believed where every loss has one
-
-Row = tuple[str, Mapping[str, float | None]]
-
-
-class Pieces(Protocol):
-    """A text log taken in pieces that end with a line, in order: all of it at once, or as it grows.
-
-    Attributes:
-        state: what later pieces need of those before, as JSON can hold it; may be set.
-    """
-
-    state: dict[str, Any]
-
-    def take(self, piece: bytes) -> Iterator[Row]:
-        """The rows of the next piece."""
-
-    def end(self) -> Iterator[Row]:
-        """What was held back for the sake of lines that have not come."""
-
-
-@dataclass(slots=True)
-class Reading:
-    """A reader set on a source.
-
-    Attributes:
-        format: what was recognised.
-        rows: gives all rows, again at each call, and counts in ``left_out`` what it skips.
-        step: the name of the column that counts, where the format says so.
-        losses: names under which the format has its loss, best first.
-        left_out: reason -> how often.
-        notes: sentences about the whole log.
-        example: the first damage found, as the end of a sentence that begins with the log's name.
-        pieces: makes a reader of pieces, for a text that may grow; None: it can only be read as a whole.
-    """
-
-    format: str
-    rows: Callable[[], Iterator[Row]]
-    step: str | None = None
-    losses: tuple[str, ...] = ()
-    left_out: Counter[str] = field(default_factory=Counter)
-    notes: list[str] = field(default_factory=list)
-    example: str = ""
-    pieces: Callable[[], Pieces] | None = None
-
-    def damage(self, reason: str, example: str) -> None:
-        """Count a record that cannot be read."""
-        self.left_out[f"damaged: {reason}"] += 1
-        self.example = self.example or example
-
-
-def text_rows(source: Source, reading: Reading) -> Iterator[Row]:
-    """All rows of a text that is read in pieces."""
-    assert reading.pieces is not None
-    reading.left_out.clear()
-    pieces = reading.pieces()
-    for chunk in source.chunks():
-        yield from pieces.take(chunk)
-    yield from pieces.end()
-
-
-@dataclass(slots=True)
-class Part:
-    """What the rows of one segment have shown: which columns hold what."""
-
-    rows: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    nulls: Counter[str] = field(default_factory=Counter)
-    fractions: set[str] = field(default_factory=set)
-    last: dict[str, float] = field(default_factory=dict)
-    first: dict[str, float] = field(default_factory=dict)
-    backward: Counter[str] = field(default_factory=Counter)
-    last_row: dict[str, int] = field(default_factory=dict)
-    filtered: int = 0  # rows with a finite loss beside a norm that is not
-
-    def add(self, values: Mapping[str, float | None]) -> None:
-        for name, value in values.items():
-            if value is None:
-                self.nulls[name] += 1
-                continue
-            self.counts[name] += 1
-            if value != value or (value not in (math.inf, -math.inf) and value != int(value)):
-                self.fractions.add(name)
-            before = self.last.get(name)
-            if before is None:
-                self.first[name] = value
-            elif value < before:
-                self.backward[name] += 1
-            self.last[name] = value
-            self.last_row[name] = self.rows
-        loss, norm = values.get("loss"), values.get("grad_norm")
-        self.filtered += (
-            loss is not None and norm is not None and math.isfinite(loss) and not math.isfinite(norm)
-        )
-        self.rows += 1
 
 
 @dataclass(slots=True)
@@ -255,7 +159,9 @@ def logs_of(reading: Reading, path: Path, *, loss: str | None, step: str | None)
     parts: dict[str, Part] = {}
     kept: list[Row] | None = []
     for row in reading.rows():
-        parts.setdefault(row[0], Part()).add(row[1])
+        if (part := parts.get(row[0])) is None:
+            part = parts[row[0]] = Part()
+        part.add(row[1])
         if kept is not None:
             kept.append(row)
             if len(kept) > KEPT:
@@ -267,6 +173,12 @@ def logs_of(reading: Reading, path: Path, *, loss: str | None, step: str | None)
         raise InputError(f"{path}, {reading.example}{more}: repair or remove it")
     if not rows:
         raise InputError(f"{path} holds no values ({reading.format}): is it the training log?")
+    if (
+        rows == 1
+        and "JSON" in reading.format
+        and not any(counter_of(n) for p in parts.values() for n in p.counts)
+    ):
+        raise InputError(f"{path} holds one JSON object and no step: it is no log")
     held = None if kept is None else tuple(kept)
     counted = Counter(reading.left_out)
     logs: list[RowLog] = []
@@ -285,45 +197,6 @@ def logs_of(reading: Reading, path: Path, *, loss: str | None, step: str | None)
         assert problem is not None
         raise problem
     return logs
-
-
-def columns_of(
-    reading: Reading, part: Part, path: Path, *, loss: str | None, step: str | None
-) -> dict[str, str]:
-    names = list(dict.fromkeys([*part.counts, *part.nulls]))
-    if loss is None:
-        loss = next((name for name in reading.losses if part.counts[name]), None)
-    own_step = reading.step if step is None and reading.step in part.counts else step
-    columns = choose_columns(
-        names,
-        source=path,
-        loss=loss,
-        step=own_step,
-        counts=part.counts if any(part.counts.values()) else None,
-        fractions=part.fractions,
-    )
-    if STEP not in columns and "epoch" in part.counts and "epoch" not in part.fractions:
-        distinct = part.last["epoch"] - part.first["epoch"] + 1
-        if part.counts["epoch"] >= part.counts[columns[LOSS]] and (
-            part.backward["epoch"] or distinct >= part.counts[columns[LOSS]] > 1
-        ):
-            columns[STEP] = "epoch"
-    if (
-        STEP not in columns
-        and part.counts[STEP_ABOVE] == part.counts[columns[LOSS]]
-        and not part.backward[STEP_ABOVE]
-    ):
-        columns[STEP] = STEP_ABOVE
-    if not part.counts[columns[LOSS]]:
-        raise InputError(
-            f"{path}: the column {columns[LOSS]!r} holds no values{_others(part, columns[LOSS])}"
-        )
-    return columns
-
-
-def _others(part: Part, loss: str) -> str:
-    others = [n for n in part.counts if "loss" in n.lower() and n != loss and not is_evaluation(n)]
-    return "; try " + " or ".join(f"--loss {n!r}" for n in others[:6]) if others else ""
 
 
 def _pieces(
@@ -374,22 +247,3 @@ def _renamed(log: RowLog, name: str, piece: int) -> RowLog:
     from dataclasses import replace
 
     return replace(log, name=name, piece=piece)
-
-
-def notes_of(part: Part, columns: Mapping[str, str]) -> list[str]:
-    loss, norm = columns[LOSS], columns.get(GRADIENT_NORM)
-    notes = []
-    if part.nulls[loss] and any(part.counts[n] > part.counts[loss] for n in columns.values() if n != loss):
-        notes.append(
-            f"{loss!r} is null in {part.nulls[loss]:,} rows in which other columns go on: "
-            "a store without NaN writes it so"
-        )
-    counter = columns.get(STEP)
-    companions = [n for s, n in columns.items() if s not in (LOSS, STEP) and n in part.last_row]
-    if counter and companions:
-        silent = min(part.last_row[n] for n in companions) - part.last_row[loss]
-        if silent > max(10, 0.02 * part.rows) and not part.nulls[loss]:
-            notes.append(f"{loss!r} ceases to be logged while {companions[0]!r} goes on for {silent:,} rows")
-    if norm is not None and norm in part.last and not math.isfinite(part.last[norm]) and part.last[loss] == 0:
-        notes.append(f"at the end {loss!r} is 0 beside a {norm!r} that is not finite: no recovery")
-    return notes

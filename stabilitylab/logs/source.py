@@ -1,8 +1,8 @@
 """Where a log's bytes come from: a plain or compressed file, standard input.
 
-Compression is told by the first bytes, not by the name: gzip, bzip2, xz and zstd. Text is UTF-8 unless it opens with
-the mark of UTF-16 (what a redirect in Windows PowerShell 5 writes). Standard input is copied to a temporary file
-first, because a log is read more than once.
+Compression is told by the first bytes, not by the name: gzip, bzip2, xz, zstd, and a zip archive of one file. Text is UTF-8
+unless it opens with the mark of UTF-16 (what a redirect in Windows PowerShell 5 writes). Standard input is copied to a
+temporary file first, because a log is read more than once.
 """
 
 from __future__ import annotations
@@ -15,15 +15,23 @@ import lzma
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.binary import one_in_zip
 
 CHUNK_BYTES = 4 << 20
 LONGEST_LINE = 16 << 20
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 
 
 class Source:
@@ -94,7 +102,9 @@ class Source:
         except EOFError:  # a compressed file still being written, or cut short: what is there is read
             return
         except Exception as error:
-            if isinstance(error, OSError | lzma.LZMAError) or type(error).__module__.startswith("zstandard"):
+            if isinstance(error, OSError | lzma.LZMAError | zipfile.BadZipFile) or type(
+                error
+            ).__module__.startswith("zstandard"):
                 raise InputError(f"{self.name} cannot be decompressed: {error}") from None
             raise
 
@@ -105,6 +115,11 @@ class Source:
             return cast(BinaryIO, bz2.open(self.path))
         if self.compression == "xz":
             return cast(BinaryIO, lzma.open(self.path))
+        if self.compression == "zip":
+            name, instead = one_in_zip(self.path)
+            if name is None:
+                raise InputError(f"{self.name} is {instead}")
+            return cast(BinaryIO, zipfile.ZipFile(self.path).open(name))
         if self.compression == "zstd":
             import zstandard
 

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 
 from stabilitylab.logs.pattern import Values
-from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.reading import Reading, Row
 from stabilitylab.logs.source import Source
 from stabilitylab.logs.trackers import fields, leveldb_records
 

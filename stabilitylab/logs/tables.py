@@ -1,4 +1,4 @@
-"""CSV and Parquet logs, a block at a time."""
+"""CSV, Parquet and Arrow (Feather) logs, a block at a time."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ class CsvLog(_TableLog):
             columns = choose_columns(names, source=source.path, loss=loss, step=step)
         except InputError:
             return None  # with the values counted, the choice may be clear; if not, it is refused there
-        if STEP not in columns and "epoch" in lower:
-            return None
+        if STEP not in columns:
+            return None  # a column by another name may count, which takes its values to tell
         log = cls(
             path=source.path,
             columns=columns,
@@ -177,6 +177,35 @@ class ParquetLog(_TableLog):
             yield from _parquet(self.path).iter_batches(BLOCK_ROWS, columns=list(self.columns.values()))
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"{self.path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrowLog(_TableLog):
+    """An Arrow file, which is what Feather writes, with one row a step."""
+
+    @classmethod
+    def open(cls, path: Path, *, loss: str | None = None, step: str | None = None) -> Self:
+        names = list(_arrow(path).schema.names)
+        return cls(
+            path=path, format="Arrow", columns=choose_columns(names, source=path, loss=loss, step=step)
+        )
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        reader = _arrow(self.path)
+        try:
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                for at in range(0, batch.num_rows, BLOCK_ROWS):
+                    yield batch.slice(at, BLOCK_ROWS)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{self.path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def _arrow(path: Path) -> pa.RecordBatchFileReader:
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path)))
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path} is no whole Arrow file: {str(error).splitlines()[0]}") from None
 
 
 def _parquet(path: Path) -> pq.ParquetFile:

@@ -24,7 +24,7 @@ from typing import Any
 from stabilitylab.errors import InputError
 from stabilitylab.logs.json_lines import numbers
 from stabilitylab.logs.pattern import Values, number
-from stabilitylab.logs.rows import Reading, Row
+from stabilitylab.logs.reading import Reading, Row
 from stabilitylab.logs.source import Source
 
 SQLITE = b"SQLite format 3\x00"

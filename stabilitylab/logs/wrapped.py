@@ -4,6 +4,8 @@
     {"textPayload": "step 1 loss 2.3", "timestamp": ...}              Google Cloud Logging
     {"message": "step 1 loss 2.3", "levelname": "INFO", ...}          python-json-logger, Fluent Bit, CloudWatch
 
+    {"events": [{"timestamp": ..., "message": "step 1 loss 2.3"}, ...]}   one document: CloudWatch, Kibana, Loki
+
 The text is taken out, and read as if it had been a file of its own. What follows the objects (a last one cut short) is no line.
 """
 
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stabilitylab.logs.json_lines import numbers
-from stabilitylab.logs.rows import Pieces, Row
+from stabilitylab.logs.reading import Pieces, Row
 from stabilitylab.logs.source import Source
 
 KEYS = ("log", "message", "msg", "textPayload", "MESSAGE", "event")
@@ -65,6 +67,64 @@ class UnwrappedSource(Source):
         """All bytes, in pieces that end with a line."""
         for chunk in super().chunks():
             yield unwrapped(chunk, self.key)
+
+
+class DocumentSource(Source):
+    """The lines that one JSON document holds in a list of objects, oldest first as they stand."""
+
+    def __init__(self, source: Source, lines: bytes) -> None:
+        super().__init__(source.path, source.name)
+        self._lines = lines
+
+    @classmethod
+    def of(cls, source: Source) -> DocumentSource | None:
+        """The document's lines; None: its objects are records themselves, or there are none."""
+        try:
+            document = json.loads(b"".join(source.chunks()))
+        except (ValueError, RecursionError):
+            return None
+        lines = _lines_of(document)
+        return None if lines is None else cls(source, lines)
+
+    def head(self, size: int = 1 << 16) -> bytes:
+        """The first bytes."""
+        return self._lines[:size]
+
+    def chunks(self) -> Iterator[bytes]:
+        """All of them."""
+        yield self._lines
+
+
+def _pairs_of(values: Any) -> list[tuple[str, str]]:
+    if not isinstance(values, list):
+        return []
+    return [
+        (one[0], one[1])
+        for one in values
+        if isinstance(one, list) and len(one) == 2 and all(isinstance(x, str) for x in one)
+    ]
+
+
+def _lines_of(document: Any, depth: int = 0) -> bytes | None:
+    if isinstance(document, dict) and depth < 4:
+        return next((found for held in document.values() if (found := _lines_of(held, depth + 1))), None)
+    if not isinstance(document, list) or not document or depth > 4:
+        return None
+    objects = [one for one in document if isinstance(one, dict)]
+    if streams := [
+        pair for one in objects for pair in _pairs_of(one.get("values"))
+    ]:  # Loki, a time beside each
+        return "".join(f"{line}\n" for _, line in sorted(streams)).encode()
+    objects = [one["_source"] if isinstance(one.get("_source"), dict) else one for one in objects]
+    if not objects or any("loss" in name.lower() for one in objects[:_LOOKED_AT] for name in numbers(one)):
+        return None
+    key = next(
+        (k for k in KEYS if sum(isinstance(one.get(k), str) for one in objects) * 2 > len(objects)), None
+    )
+    if key is None:
+        return None
+    lines = [one[key].rstrip("\n") + "\n" for one in objects if isinstance(one.get(key), str)]
+    return "".join(lines).encode()
 
 
 class UnwrappingPieces:

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.log import STEP
+from stabilitylab.logs.reading import Pieces, Reading, Row
 from stabilitylab.logs.recognise import open_logs, reading_of
-from stabilitylab.logs.rows import Pieces, Reading, Row
 from stabilitylab.logs.source import Source
 from stabilitylab.telemetry import Event
 from stabilitylab.watching.tail import Tail

@@ -21,7 +21,9 @@ import numpy as np
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.log import STEP
-from stabilitylab.logs.rows import STEP_ABOVE, Part, Reading, Steps, columns_of
+from stabilitylab.logs.parts import STEP_ABOVE, Part, columns_of
+from stabilitylab.logs.reading import Reading
+from stabilitylab.logs.rows import Steps
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.offline import feed
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, Event

@@ -23,8 +23,8 @@ from stabilitylab.errors import InputError
 from stabilitylab.logs.json_lines import numbers
 from stabilitylab.logs.log import STEP, is_evaluation
 from stabilitylab.logs.pattern import Values, number
+from stabilitylab.logs.reading import Reading, Row
 from stabilitylab.logs.records import RUN_SIGNALS
-from stabilitylab.logs.rows import Reading, Row
 from stabilitylab.logs.tensorboard import event_files, scalars, suffix_of
 from stabilitylab.logs.trackers import connected, history, infinite, mlflow_name, mlflow_runs, unwrapped
 from stabilitylab.telemetry import LOSS, Event, Key

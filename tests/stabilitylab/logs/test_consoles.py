@@ -1,29 +1,15 @@
-"""Each trainer's log, a few lines of it, and what is read: format, values, first and last step, signals."""
+"""What trainers print: format, values, first and last step, signals."""
 
-import gzip
-import json
-import lzma
 import math
-import sqlite3
-import struct
-import sys
 
 import pytest
-import zstandard
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.commands import inspect
 from stabilitylab.logs.log import Block
 from stabilitylab.logs.pattern import compiled, pairs
 from stabilitylab.logs.recognise import open_logs
-from stabilitylab.spikes.commands import spikes
-from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS, LOSS_SCALES
-
-
-def many(line, count=5, **given):
-    """``line`` for k = 1, 2, ...; losses fall from 9."""
-    return "".join(line.format(k=k, x=9 - k / 10, **given) + "\n" for k in range(1, count + 1))
-
+from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES
+from tests.stabilitylab.logs.told import losses, many, said
 
 CONSOLES = [
     (
@@ -244,11 +230,6 @@ CONSOLES = [
 ]
 
 
-def said(capsys, *paths, **options):
-    inspect(tuple(paths), json=True, **options)
-    return json.loads(capsys.readouterr().out)
-
-
 @pytest.mark.parametrize(("name", "line", "signals"), CONSOLES)
 def test_console(tmp_path, capsys, name, line, signals):
     path = tmp_path / "train.log"
@@ -295,71 +276,6 @@ def test_nanotrons_thousands(tmp_path):
     assert (log.format, values) == ("nanotron", [11.2, 1050.0, 2.5e6])
 
 
-WRAPPED = [
-    lambda text: json.dumps({"log": text + "\n", "stream": "stdout", "time": "2026-01-01T10:00:00Z"}),
-    lambda text: json.dumps({"textPayload": text, "severity": "INFO"}),
-    lambda text: json.dumps({"asctime": "10:00:00", "levelname": "INFO", "message": text}),
-]
-
-
-@pytest.mark.parametrize("wrap", WRAPPED)
-def test_what_a_container_put_into_json_is_taken_out(tmp_path, capsys, wrap):
-    path = tmp_path / "log.jsonl"
-    lines = many(" iteration {k}/ 9 | lm loss: {x:.4E} | grad norm: 0.75 |").splitlines()
-    path.write_text("".join(wrap(line) + "\n" for line in ["building", *lines, "saving"]))
-    found = said(capsys, path)
-    assert (found["format"], found["segments"][0]["values"]) == ("Megatron-LM", 5)
-
-
-def test_curves_events_and_records_of_one_value(tmp_path):
-    path = tmp_path / "log.json"
-    steps, values = [10, 20, 30], [3.0, 2.0, 1.0]
-    rows = list(zip(steps, values, strict=True))
-    documents = [
-        [[1.7e9, step, value] for step, value in rows],
-        {"metrics": [{"key": "train_loss", "value": value, "step": step} for step, value in rows]},
-        {"loss": {"train": {"x": steps, "y": values}}},
-        {"lm loss": {"start_step": 10, "step_interval": 10, "values": values}, "iteration_timing_avg": 0.1},
-    ]
-    for document in documents:
-        path.write_text(json.dumps(document))
-        assert losses(path)[1:] == (steps, values)
-    event = {"event_type": "POINT_IN_TIME", "key": "train_loss"}
-    lines = [
-        f"0: :::MLLOG {json.dumps({**event, 'value': x, 'metadata': {'samples_count': k}})}" for k, x in rows
-    ]
-    path.write_text("\n".join(["starting", *lines, ""]))
-    assert losses(path)[1:] == (steps, values)
-
-
-def test_a_csv_of_several_runs(tmp_path):
-    path = tmp_path / "log.csv"
-    path.write_text(
-        "run_id,key,value,step\n" + "".join(f"{r},loss,3.0,{k}\n" for r in "ab" for k in range(4))
-    )
-    assert [log.name for log in open_logs([path])] == ["a", "b"]
-    path.write_text("step,rank,loss\n" + "".join(f"{k},{r},3.0\n" for k in range(4) for r in range(2)))
-    assert [log.name for log in open_logs([path])] == ["rank 0", "rank 1"]
-
-
-@pytest.mark.parametrize(
-    ("names", "loss", "norm", "rate"),
-    [
-        (["optim/total grad norm", "optim/LR (group 0)", "train/CE loss"], 2, 0, 1),
-        (["Train lr-DecoupledAdamW/group0", "Train l2_norm/grad/global", "Train loss/train/total"], 2, 1, 0),
-        (["current_batch_loss", "epoch_avg_loss", "optim0_lr0"], 0, None, 2),
-        (["critic_loss", "critic_lr", "policy_loss", "policy_lr", "actor_grad_norm"], 2, 4, 3),
-        (["config/lr", "loss", *(f"grad_norm/layer{i}" for i in range(9))], 1, None, None),
-    ],
-)
-def test_rates_and_norms_by_a_part_of_their_name(tmp_path, names, loss, norm, rate):
-    path = tmp_path / "log.jsonl"
-    path.write_text("".join(json.dumps(dict.fromkeys(names, 0.1 * k)) + "\n" for k in range(1, 5)))
-    (log,) = open_logs([path])
-    found = [log.columns.get(signal) for signal in (LOSS, GRADIENT_NORM, LEARNING_RATE)]
-    assert found == [None if i is None else names[i] for i in (loss, norm, rate)]
-
-
 def test_validation_between_is_left_out_and_named(tmp_path, capsys):
     path = tmp_path / "log"
     path.write_text(many("Step {k} | train_loss: {x:.4f}\nStep {k} | val_loss: 9.0 | val_ppl: 3.0"))
@@ -376,39 +292,12 @@ def test_a_bar_that_begins_again_is_the_next_epochs(tmp_path):
     assert losses(path)[1] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "| step | loss | lr |\n|---|:--|---|\n" + many("| {k} | {x:.2f} | 1e-4 |"),
-        "# step loss lr\n" + many("{k:5d}  {x:.6f}   1e-4"),
-        "step   loss    lr\n" + many("{k:5d}  {x:.6f}   1e-4"),
-        "metric,step,value\n" + many("loss,{k},{x}\nlr,{k},0.0001"),
-        "["
-        + many('{{"step": {k}, "train": {{"loss": {x}, "lr": 1e-4}}, "val": {{"loss": 9.0}}}},').rstrip(",\n")
-        + "]",
-    ],
-)
-def test_other_tables(tmp_path, text):
-    path = tmp_path / "log.txt"
-    path.write_text(text)
-    log, steps, values = losses(path)
-    assert steps == [1, 2, 3, 4, 5]
-    assert values == pytest.approx([8.9, 8.8, 8.7, 8.6, 8.5])
-    assert len(log.columns) == 3
-
-
 def test_prose_with_commas_is_no_table(tmp_path, capsys):
     path = tmp_path / "log"
     path.write_text(
         "10:00:00,000 fetched a batch in 0.1 s, queue 7\n" * 50 + many("iter {k}: loss {x:.4f}, time 1ms")
     )
     assert said(capsys, path)["format"] == "nanoGPT"
-
-
-def losses(path, **options):
-    (log,) = open_logs([path], **options)
-    block = Block.concatenate(list(log.blocks()))
-    return log, block.steps.tolist(), block.values[LOSS][block.logged[LOSS]].tolist()
 
 
 def test_megatron_leaves_nan_out_but_a_window_of_skips_is_none(tmp_path):
@@ -420,27 +309,6 @@ def test_megatron_leaves_nan_out_but_a_window_of_skips_is_none(tmp_path):
     assert values[0] == 8.0
     assert math.isnan(values[1])
     assert len(values) == 2
-
-
-def test_trainer_state_whole_cut_and_in_checkpoints(tmp_path, capsys):
-    rows = [
-        {"step": k, "loss": 3.0, "grad_norm": math.nan if k == 9 else 1.0, "epoch": k / 9}
-        for k in range(1, 10)
-    ]
-    state = {"log_history": [*rows, {"step": 9, "eval_loss": 2.0}, {"step": 9, "train_loss": 2.9}]}
-    for number in (5, 10):
-        folder = tmp_path / f"checkpoint-{number}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(json.dumps(state, indent=2))
-    log, steps, values = losses(tmp_path)
-    assert (steps, values) == (list(range(1, 10)), [3.0] * 9)
-    assert any("filter" in note for note in log.notes)
-    assert sum(log.left_out.values()) == 2
-    text = json.dumps(state, indent=2)
-    (tmp_path / "cut.json").write_text(text[: text.index('"step": 6')])
-    log, steps, _ = losses(tmp_path / "cut.json")
-    assert steps == [1, 2, 3, 4, 5]
-    assert any("cut short" in note for note in log.notes)
 
 
 @pytest.mark.parametrize("quote", ["", "'"])
@@ -467,109 +335,6 @@ def test_deepspeeds_scale_belongs_to_the_record_before(tmp_path):
     assert len(block) == 2
 
 
-CSVS = [
-    ("epoch,loss\n0,3\n1,2\nepoch,loss\n2,1\n", [0, 1, 2], 1),  # appended
-    ("step,loss\n0,3\nstep,val_loss,loss\n1,,2\n2,,1\n", [0, 1, 2], 1),  # a column more
-    ("# started\nstep,loss\n0,3\n1,2\n2,1\n", [0, 1, 2], 1),
-    ("step;loss\n0;3,5\n1;2,5\n2;1,5\n", [0, 1, 2], 0),
-    ("  step , train/loss \n 0, 3\n 1, 2\n 2, 1\n", [0, 1, 2], 0),
-    ("step,loss\n0,3\n1,2,9\n1,2\n2,1\n", [0, 1, 2], 1),
-]
-
-
-@pytest.mark.parametrize(("text", "steps", "left_out"), CSVS)
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_odd_csv(tmp_path, text, steps, left_out, encoding):
-    path = tmp_path / "log.csv"
-    path.write_bytes(text.encode(encoding))
-    log, found, _ = losses(path)
-    assert found == steps
-    assert sum(log.left_out.values()) == left_out
-
-
-def test_csv_without_a_header_says_so(tmp_path):
-    path = tmp_path / "log.csv"
-    path.write_text("0,3\n1,2\n")
-    with pytest.raises(InputError, match="has no header"):
-        open_logs([path])
-
-
-def test_wandb_panels_lightning_and_yolo(tmp_path):
-    path = tmp_path / "panel.csv"
-    path.write_text('"Step","a - train/loss","a - train/loss__MIN","b - train/loss"\n0,3,2,4\n1,2,1,3\n')
-    assert [log.name for log in open_logs([path])] == ["a", "b"]
-    assert [log.name for log in open_logs([path], run="b")] == ["b"]
-    path.write_text("epoch,step,train_loss_epoch,train_loss_step\n0,0,,3\n0,1,,2\n0,1,2.5,\n")
-    assert losses(path)[0].columns[LOSS] == "train_loss_step"
-    path.write_text(" epoch, train/box_loss, train/cls_loss, val/box_loss\n 0, 1, 2, 9\n 1, 1, 1, 9\n")
-    assert losses(path)[1:] == ([0, 1], [3.0, 2.0])
-
-
-@pytest.mark.parametrize(
-    ("rows", "segments"),
-    [
-        ([{"step": k, "rank": r, "loss": 3.0} for k in range(9) for r in (1, 0)], {"rank 1": 9, "rank 0": 9}),
-        ([{"step": k % 5, "loss": 3.0} for k in range(10)], {"run 1": 5, "run 2": 5}),
-        ([{"step": k, "loss": 3.0} for k in (0, 1, 2, 3, 4, 3, 4, 5)], {"": 8}),  # a restart
-        ([{"epoch": k // 5, "iter": k % 5, "loss": 3.0} for k in range(10)], {"": 10}),
-        (
-            [{"mode": m, "epoch": 1, "iter": k, "loss": 3.0} for k in range(1, 9) for m in ("train", "val")],
-            {"": 8},
-        ),
-        ([{"global_step/max_steps": f"{k}/9", "loss": "NaN"} for k in range(9)], {"": 9}),
-        ([{"msg": "train", "step": k, "metrics": {"loss": 3.0}} for k in range(9)], {"": 9}),
-    ],
-)
-def test_segments_of_json_lines(tmp_path, capsys, rows, segments):
-    path = tmp_path / "log.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert {one["name"]: one["values"] for one in said(capsys, path)["segments"]} == segments
-
-
-def test_golden_values_and_columns(tmp_path):
-    path = tmp_path / "golden.json"
-    path.write_text(json.dumps({"lm loss": {"start_step": 0, "step_interval": 5, "values": [3, 2, 1]}}))
-    assert losses(path)[1:] == ([0, 5, 10], [3, 2, 1])
-    path.write_text(json.dumps({"lm loss": {"start_step": 1, "values": {"1": 3.0, "6": "nan"}}}))
-    assert losses(path)[1] == [1, 6]
-    path.write_text(json.dumps({"config": {"lr": 1}, "history": {"loss": [3, 2], "val_loss": [4, 4]}}))
-    assert losses(path)[2] == [3, 2]
-
-
-def test_mlflow_and_trackio_stores(tmp_path):
-    metrics = tmp_path / "mlruns" / "0" / "abc" / "metrics"
-    metrics.mkdir(parents=True)
-    (metrics / "loss").write_text("1 3.0 0\n2 1.7976931348623157e+308 10\n")
-    assert losses(tmp_path / "mlruns")[1:] == ([0, 10], [3.0, math.inf])
-    with sqlite3.connect(tmp_path / "mlflow.db") as base:
-        base.execute("CREATE TABLE metrics (key, value, timestamp, run_uuid, step, is_nan)")
-        rows = [
-            ("loss", 3.0, 1, "r", 0, 0),
-            ("loss", 0.0, 2, "r", 1, 1),
-            ("loss", 1.7976931348623157e308, 3, "r", 2, 0),
-        ]
-        base.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", rows)
-    _, steps, values = losses(tmp_path / "mlflow.db")
-    assert (steps, values[0], values[2]) == ([0, 1, 2], 3.0, math.inf)
-    assert math.isnan(values[1])
-    with sqlite3.connect(tmp_path / "trackio.db") as base:
-        base.execute("CREATE TABLE metrics (id INTEGER, run_name, step, metrics BLOB)")
-        base.execute("INSERT INTO metrics VALUES (1, 'a', 0, ?)", (json.dumps({"train/loss": 3.0}).encode(),))
-    assert losses(tmp_path / "trackio.db")[2] == [3.0]
-    with sqlite3.connect(tmp_path / "other.db") as base:
-        base.execute("CREATE TABLE things (a)")
-    with pytest.raises(InputError, match="not MLflow's or trackio's"):
-        open_logs([tmp_path / "other.db"])
-
-
-@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, zstandard.compress])
-def test_compressed_and_several_files(tmp_path, pack):
-    (tmp_path / "log.1").write_bytes(pack(many("iter {k}: loss {x}").encode()))
-    (tmp_path / "log.2").write_text("iter 6: loss 2.0\niter 7: loss 2.0\niter 8: loss 1.9\n")
-    (log,) = open_logs([tmp_path / "log.1", tmp_path / "log.2"])
-    assert Block.concatenate(list(log.blocks())).steps.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-
-
 def test_own_patterns(tmp_path):
     path = tmp_path / "log"
     path.write_text("t=1,000 obj 3.5 |g| 2e-1\nnoise\nt=2,000 obj nan\n")
@@ -594,79 +359,3 @@ def test_pairs_are_read_by_any_sign():
         "lr": 1e-3,
         "norm": 1234.5,
     }
-
-
-def test_what_the_refusal_suggests_works(tmp_path):
-    path = tmp_path / "log.csv"
-    path.write_text("step,val loss,val_loss_b\n0,3,3\n1,2,2\n")
-    with pytest.raises(InputError, match="validation losses only") as refusal:
-        open_logs([path])
-    assert "--loss 'val loss'" in str(refusal.value)
-    assert losses(path, loss="val loss")[2] == [3, 2]
-    (tmp_path / "x.bin").write_bytes(bytes(range(256)) * 40)
-    with pytest.raises(InputError, match="is a binary file"):
-        open_logs([tmp_path / "x.bin"])
-
-
-def leveldb(bodies):
-    """LevelDB's log in one block, checksums left out."""
-    return b":SWL\xd6\xe1\x02" + b"".join(
-        bytes(4) + len(b).to_bytes(2, "little") + b"\x01" + b for b in bodies
-    )
-
-
-def test_swanlab_in_its_own_bytes(tmp_path, capsys):
-    """Bytes as swanlab 0.10.3 writes them: step 0 and the value 0 are left out; NaN is a double."""
-
-    def record(key, step, value):
-        body = b"\n" + bytes([len(key)]) + key + (b"\x10" + bytes([step]) if step else b"") + b"\x18\x01"
-        said = b"\t" + struct.pack("<d", value) if value else b""
-        body += b"*" + bytes([len(said)]) + said
-        return b"\x08\x01" + b"j" + bytes([len(body)]) + body
-
-    rows = [(k, x) for k, x in enumerate([2.0, math.nan, math.inf, 0.0, 1.5])]
-    bodies = [record(key, k, x) for k, x in rows for key in (b"train/loss", b"train/grad_norm")]
-    folder = tmp_path / "swanlog" / "run-1-a"
-    folder.mkdir(parents=True)
-    (folder / "run-a.swanlab").write_bytes(leveldb([b"\x08\x01", *bodies]))
-    log, steps, values = losses(tmp_path)
-    assert (log.format, steps) == ("swanlab", [0, 1, 2, 3, 4])
-    assert [str(x) for x in values] == ["2.0", "nan", "inf", "0.0", "1.5"]
-    assert said(capsys, tmp_path)["segments"][0]["signals"] == {
-        "loss": "train/loss",
-        "gradient_norm": "train/grad_norm",
-    }
-
-
-def test_an_aim_repository_needs_aim(tmp_path, monkeypatch):
-    (tmp_path / ".aim" / "meta").mkdir(parents=True)
-    monkeypatch.setitem(sys.modules, "aim", None)
-    with pytest.raises(InputError, match="pip install aim"):
-        open_logs([tmp_path])
-
-
-def test_an_aim_repository_is_read_by_aim(tmp_path):
-    """A run that has just been closed, which Aim's own index does not hold yet."""
-    aim = pytest.importorskip("aim")
-    run = aim.Run(repo=str(tmp_path), system_tracking_interval=None, capture_terminal_logs=False)
-    for k, x in enumerate([2.0, math.nan, 1.0]):
-        run.track(x, name="loss", step=10 * k, context={"subset": "train"})
-        run.track(9.0, name="loss", step=10 * k, context={"subset": "val"})
-    run.close()
-    log, steps, values = losses(tmp_path)
-    assert (log.format, log.columns[LOSS], steps) == ("Aim", "train/loss", [0, 10, 20])
-    assert str(values) == "[2.0, nan, 1.0]"
-
-
-def test_what_one_rank_alone_has_is_said(tmp_path, capsys):
-    path = tmp_path / "ranks.jsonl"
-    rows = [
-        {"step": k, "rank": rank, "loss": math.nan if rank == 2 and k >= 120 else 5 - k / 100 + rank / 50}
-        for k in range(200)
-        for rank in (1, 0, 3, 2)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spikes((path,))
-    assert (
-        "rank 2 alone of 4 ranks: non-finite from step 120, 1 of 4 values a step\n" in capsys.readouterr().out
-    )

@@ -1,0 +1,54 @@
+"""What a file is that is not read: named in one line, with the way out. Nothing of it is executed."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+_STARTS = (
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+    (b"%PDF", "a PDF document"),
+    (b"\x7fELF", "a program"),
+    (b"GGUF", "a model (GGUF)"),
+    (b"ARROW1", "an Arrow file"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel or Word document"),
+)
+
+
+def binary_kind(head: bytes) -> str:
+    """What these first bytes are of, with its article."""
+    for start, kind in _STARTS:
+        if head.startswith(start):
+            return kind
+    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+        return "a pickle, which is not opened because that could run what is in it"
+    if head[8:10] == b'{"' and b'"data_offsets"' in head[:4096]:
+        return "a model (safetensors)"
+    if head[257:262] == b"ustar":
+        return "a tar archive: unpack it, and give the log in it"
+    return "a binary file of a kind that is not read here"
+
+
+def one_in_zip(path: Path) -> tuple[str | None, str]:
+    """The one file in a zip archive; or None and what the archive is instead."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    except (zipfile.BadZipFile, OSError) as error:
+        return None, f"a damaged zip archive ({error})"
+    if "[Content_Types].xml" in names:
+        return None, "an Excel or Word document: save the sheet as CSV"
+    if any(name.endswith("data.pkl") for name in names):
+        return None, "a checkpoint of PyTorch, which is not opened because that could run what is in it"
+    if names and all(name.endswith(".npy") for name in names):
+        return None, "an archive of NumPy arrays"
+    names = [n for n in names if not n.startswith("__MACOSX/") and not Path(n).name.startswith(".")]
+    if len(names) == 1:
+        return names[0], ""
+    return (
+        None,
+        f"a zip archive of {len(names)} files ({', '.join(names[:4])}): unpack it, and give the log in it",
+    )

@@ -1,0 +1,153 @@
+"""What the rows of one segment have shown, and which of its columns is which signal.
+
+A column that is a counter by its name and stands still counts nothing; where no column has such a name, whole numbers that
+rise in every row do. What is odd about the segment as a whole is said in sentences.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stabilitylab.errors import InputError
+from stabilitylab.logs.log import STEP, choose_columns, counter_of, is_evaluation
+from stabilitylab.logs.reading import Reading
+from stabilitylab.telemetry import GRADIENT_NORM, LOSS
+
+STEP_ABOVE = "step in the line above"  # a text's; believed where every loss has one
+# What rises with the steps and is no count of them.
+_CLOCK = re.compile(
+    r"time|elapsed|second|duration|eta|date|byte|mem|epoch|\bpid\b|(^|[_ /])(ms|s|t|min|hours?)$",
+    re.IGNORECASE,
+)
+
+
+_INFINITE = (math.inf, -math.inf)
+
+
+@dataclass(slots=True)
+class Part:
+    """What the rows of one segment have shown: which columns hold what."""
+
+    rows: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    nulls: Counter[str] = field(default_factory=Counter)
+    fractions: set[str] = field(default_factory=set)
+    last: dict[str, float] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    backward: Counter[str] = field(default_factory=Counter)
+    repeated: Counter[str] = field(default_factory=Counter)
+    last_row: dict[str, int] = field(default_factory=dict)
+    filtered: int = 0  # rows with a finite loss beside a norm that is not
+
+    def add(self, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                self.nulls[name] += 1
+                continue
+            self.counts[name] += 1
+            if not value.is_integer() and value not in _INFINITE:
+                self.fractions.add(name)
+            before = self.last.get(name)
+            if before is None:
+                self.first[name] = value
+            elif value <= before:
+                if value < before:
+                    self.backward[name] += 1
+                else:
+                    self.repeated[name] += 1
+            self.last[name] = value
+            self.last_row[name] = self.rows
+        loss, norm = values.get("loss"), values.get("grad_norm")
+        self.filtered += (
+            loss is not None and norm is not None and math.isfinite(loss) and not math.isfinite(norm)
+        )
+        self.rows += 1
+
+
+def columns_of(
+    reading: Reading, part: Part, path: Path, *, loss: str | None, step: str | None
+) -> dict[str, str]:
+    names = list(dict.fromkeys([*part.counts, *part.nulls]))
+    if loss is None:
+        loss = next((name for name in reading.losses if part.counts[name]), None)
+    own_step = reading.step if step is None and reading.step in part.counts else step
+    columns = choose_columns(
+        [name for name in names if name in (step, reading.step) or not _stands_still(part, name)],
+        source=path,
+        loss=loss,
+        step=own_step,
+        counts=part.counts if any(part.counts.values()) else None,
+        fractions=part.fractions,
+    )
+    if STEP not in columns and "epoch" in part.counts and "epoch" not in part.fractions:
+        distinct = part.last["epoch"] - part.first["epoch"] + 1
+        if part.counts["epoch"] >= part.counts[columns[LOSS]] and (
+            part.backward["epoch"] or distinct >= part.counts[columns[LOSS]] > 1
+        ):
+            columns[STEP] = "epoch"
+    if (
+        STEP not in columns
+        and part.counts[STEP_ABOVE] >= part.counts[columns[LOSS]]
+        and part.last_row[STEP_ABOVE] >= part.last_row[columns[LOSS]]
+        and not part.backward[STEP_ABOVE]
+    ):
+        columns[STEP] = STEP_ABOVE
+    if STEP not in columns and (counting := _counting(part, columns)) is not None:
+        columns[STEP] = counting
+    if not part.counts[columns[LOSS]]:
+        raise InputError(
+            f"{path}: the column {columns[LOSS]!r} holds no values{_others(part, columns[LOSS])}"
+        )
+    return columns
+
+
+def _stands_still(part: Part, name: str) -> bool:
+    """Whether it is a counter by its name that does not count: "Train steps: 100" in each line."""
+    return counter_of(name) and part.counts[name] > 2 and part.repeated[name] == part.counts[name] - 1
+
+
+def _counting(part: Part, columns: Mapping[str, str]) -> str | None:
+    """A column by another name that counts (``gen 3``, ``round: 12``, ``40/300``): whole numbers that rise in every row."""
+    loss = columns[LOSS]
+    for name in part.counts:
+        if (
+            part.counts[name] >= max(part.counts[loss], 3)
+            and part.last_row[name] >= part.last_row[loss]
+            and name not in (*columns.values(), STEP_ABOVE)
+            and name not in part.fractions
+            and not part.backward[name]
+            and not part.repeated[name]
+            and not _CLOCK.search(name)
+            and math.isfinite(part.last[name])
+        ):
+            return name
+    return None
+
+
+def _others(part: Part, loss: str) -> str:
+    others = [n for n in part.counts if "loss" in n.lower() and n != loss and not is_evaluation(n)]
+    return "; try " + " or ".join(f"--loss {n!r}" for n in others[:6]) if others else ""
+
+
+def notes_of(part: Part, columns: Mapping[str, str]) -> list[str]:
+    loss, norm = columns[LOSS], columns.get(GRADIENT_NORM)
+    notes = []
+    if part.nulls[loss] and any(part.counts[n] > part.counts[loss] for n in columns.values() if n != loss):
+        notes.append(
+            f"{loss!r} is null in {part.nulls[loss]:,} rows in which other columns go on: "
+            "a store without NaN writes it so"
+        )
+    counter = columns.get(STEP)
+    companions = [n for s, n in columns.items() if s not in (LOSS, STEP) and n in part.last_row]
+    if counter and companions:
+        silent = min(part.last_row[n] for n in companions) - part.last_row[loss]
+        if silent > max(10, 0.02 * part.rows) and not part.nulls[loss]:
+            notes.append(f"{loss!r} ceases to be logged while {companions[0]!r} goes on for {silent:,} rows")
+    if norm is not None and norm in part.last and not math.isfinite(part.last[norm]) and part.last[loss] == 0:
+        notes.append(f"at the end {loss!r} is 0 beside a {norm!r} that is not finite: no recovery")
+    return notes

@@ -1,0 +1,68 @@
+"""What a reader of records gives: rows, parts of what they hold, and what was left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from stabilitylab.logs.source import Source
+
+Row = tuple[str, Mapping[str, float | None]]
+
+
+class Pieces(Protocol):
+    """A text log taken in pieces that end with a line, in order: all of it at once, or as it grows.
+
+    Attributes:
+        state: what later pieces need of those before, as JSON can hold it; may be set.
+    """
+
+    state: dict[str, Any]
+
+    def take(self, piece: bytes) -> Iterator[Row]:
+        """The rows of the next piece."""
+
+    def end(self) -> Iterator[Row]:
+        """What was held back for the sake of lines that have not come."""
+
+
+@dataclass(slots=True)
+class Reading:
+    """A reader set on a source.
+
+    Attributes:
+        format: what was recognised.
+        rows: gives all rows, again at each call, and counts in ``left_out`` what it skips.
+        step: the name of the column that counts, where the format says so.
+        losses: names under which the format has its loss, best first.
+        left_out: reason -> how often.
+        notes: sentences about the whole log.
+        example: the first damage found, as the end of a sentence that begins with the log's name.
+        pieces: makes a reader of pieces, for a text that may grow; None: it can only be read as a whole.
+    """
+
+    format: str
+    rows: Callable[[], Iterator[Row]]
+    step: str | None = None
+    losses: tuple[str, ...] = ()
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    example: str = ""
+    pieces: Callable[[], Pieces] | None = None
+
+    def damage(self, reason: str, example: str) -> None:
+        """Count a record that cannot be read."""
+        self.left_out[f"damaged: {reason}"] += 1
+        self.example = self.example or example
+
+
+def text_rows(source: Source, reading: Reading) -> Iterator[Row]:
+    """All rows of a text that is read in pieces."""
+    assert reading.pieces is not None
+    reading.left_out.clear()
+    pieces = reading.pieces()
+    for chunk in source.chunks():
+        yield from pieces.take(chunk)
+    yield from pieces.end()

@@ -1,0 +1,139 @@
+"""A table that stands in other text: a report in Markdown, rich's or tabulate's boxes, what a notebook printed.
+
+    We trained for a day.                 left out
+    | step | loss |                       the header: words, a loss among them
+    | ---: | ---: |                       rules
+    | 1    | 2.31 |                       rows of as many cells, most of them numbers
+
+Cells are parted by bars (also drawn ones), tabs, commas, semicolons or blanks; where names hold blanks and a rule of dashes
+below parts the columns (spaCy, tabulate), their blanks become ``_``. From the header on it is read as a file of
+its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from stabilitylab.logs.pattern import number
+from stabilitylab.logs.source import Source
+
+_DRAWN = str.maketrans(
+    dict.fromkeys("│┃║", "|") | dict.fromkeys("─━═╌", "-") | dict.fromkeys("┼╇╪┿╂├┤┡┩╞╡┌┬┐└┴┘┏┳┓┗┻┛╭╮╰╯", "+")
+)
+_RULE = re.compile(r"^[\s|+:=-]*$")
+_DASHES = re.compile(rb"\s*-+(?:[ \t]+-+)+[ \t\r]*\n")
+_ROWS = 3  # so many make a header one
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Where a table begins.
+
+    Attributes:
+        offset: of its header, in bytes of the text as it is decoded.
+        rows: how many stand below, in the piece that was looked at.
+    """
+
+    offset: int
+    rows: int
+
+
+def table_in(source: Source) -> Table | None:
+    """The longest table in the first piece of the text."""
+    chunk = next(source.chunks(), b"")
+    best: Table | None = None
+    small = chunk.lower()
+    at = small.find(b"loss")
+    while at >= 0:
+        start, end = small.rfind(b"\n", 0, at) + 1, small.find(b"\n", at)
+        end = len(chunk) if end < 0 else end
+        header = _joined(_plain(chunk[start:end]), chunk, end)
+        if _is_header(header):
+            rows = _rows(header, chunk, end)
+            if rows >= _ROWS and (best is None or rows > best.rows):
+                best = Table(start, rows)
+        at = small.find(b"loss", end)
+    return best
+
+
+class TableSource(Source):
+    """A source from a table's header on, its drawn lines as signs that can be typed."""
+
+    def __init__(self, source: Source, offset: int) -> None:
+        super().__init__(source.path, source.name)
+        self._offset = offset
+
+    def head(self, size: int = 1 << 16) -> bytes:
+        """The first bytes."""
+        return next(self.chunks(), b"")[:size]
+
+    def chunks(self) -> Iterator[bytes]:
+        """All bytes."""
+        for number_, chunk in enumerate(super().chunks()):
+            if number_:
+                yield _typed(chunk)
+                continue
+            header, end, rows = chunk[self._offset :].partition(b"\n")
+            yield _joined(_plain(header), end + rows, 0).encode() + end + _typed(rows)
+
+
+def _typed(text: bytes) -> bytes:
+    return text if text.isascii() else text.decode("utf-8", errors="replace").translate(_DRAWN).encode()
+
+
+def _plain(line: bytes) -> str:
+    return _typed(line).decode("utf-8", errors="replace")
+
+
+def _joined(header: str, chunk: bytes, at: int) -> str:
+    """A header above a rule that parts more columns than its words: each column's words as one."""
+    below = _DASHES.match(chunk, at)
+    names = re.split(r"\s{2,}", header.strip())
+    if below is None or len(below[0].split()) != len(names) or len(header.split()) == len(names):
+        return header
+    return "  ".join(name.replace(" ", "_") for name in names)
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    if delimiter == " ":
+        return line.split()
+    text = line.strip().strip("|") if delimiter == "|" else line
+    return [cell.strip() for cell in text.split(delimiter)]
+
+
+def _delimiter(header: str) -> str:
+    return (
+        "|"
+        if "|" in header
+        else max(" ,;\t", key=lambda sign: (header.count(sign) > 0) * " ,;\t".index(sign))
+    )
+
+
+def _is_header(line: str) -> bool:
+    cells = _cells(line, _delimiter(line))
+    return (
+        len(cells) > 1
+        and not line.rstrip().endswith((".", ":"))
+        and all(re.fullmatch(r"[A-Za-z#%][\w ./@%()\[\]#-]*", cell) for cell in cells)
+    )
+
+
+def _rows(header: str, chunk: bytes, at: int) -> int:
+    """How many rows of as many cells follow."""
+    delimiter = _delimiter(header)
+    width, rows = len(_cells(header, delimiter)), 0
+    while at < len(chunk):
+        end = chunk.find(b"\n", at + 1)
+        end = len(chunk) if end < 0 else end
+        line = _plain(chunk[at:end])
+        at = end
+        if not line.strip() or _RULE.match(line):
+            continue
+        cells = _cells(line, delimiter)
+        numbers = sum(number(cell) is not None for cell in cells)
+        if len(cells) != width or 2 * numbers < sum(cell != "" for cell in cells):
+            break
+        rows += numbers > 0
+    return rows

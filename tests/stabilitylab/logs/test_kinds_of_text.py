@@ -1,0 +1,160 @@
+"""Text that is more than one record a line: boxes, tables below prose, ranks behind labels, counters above, other losses."""
+
+import json
+import zipfile
+
+import pyarrow as pa
+import pyarrow.feather
+import pytest
+
+from stabilitylab.errors import InputError
+from stabilitylab.logs.any_text import ANY_TEXT
+from stabilitylab.logs.console import ConsolePieces
+from stabilitylab.logs.reading import Reading
+from stabilitylab.logs.recognise import open_logs, reading_of
+from tests.stabilitylab.logs.told import losses, many
+
+BOX = (
+    "-----------------\n| time/          |      |\n|    total_timesteps | {k}000 |\n| train/         |      |\n"
+    "|    entropy_loss | -14.2 |\n|    loss        | {x:.1f} |\n|    value_loss  | 36.8 |\n-----------------\n"
+)
+RULED = "+------+-----+\n| step | {k} |\n+------+-----+\n| loss | {x} |\n+------+-----+\n"
+RAY = "╭─────────────╮\n│ Training result │\n├──────────┤\n│ training_iteration  {k} │\n│ loss         {x:.2f}  │\n╰──────────╯\n"
+RSL = "#####\n  Learning iteration {k}/1500\n\n  Value function loss: 0.01\n  Surrogate loss: {x:.4f}\n  Mean reward: 1.2\n"
+YOLO = "   Epoch GPU_mem box_loss cls_loss Instances Size\n  {k}/9   3.2G  {x:.4f}  1.0000  32  640: 100%|##| 8/8 [00:02<00:00]\n"
+TABLES = [
+    "# Report\n\nA day of training, see below.\n\n| step | loss |\n|---:|---:|\n"
+    + many("| {k} | {x:.2f} |")
+    + "\nThe end.\n",
+    "starting\n┏━━━━━━┳━━━━━━┓\n┃ step ┃ loss ┃\n┡━━━━━━╇━━━━━━┩\n"
+    + many("│ {k} │ {x:.2f} │")
+    + "└──────┴──────┘\n",
+    " step |  loss  | lr \n------+--------+----\n" + many(" {k} | {x:.2f} | 0.1") + "(5 rows)\n",
+    "all set, go\nstep,loss,lr\n" + many("{k},{x:.2f},0.1"),
+    "#step\tloss\n" + many("{k}\t{x:.2f}"),
+]
+LINES = [
+    "Iteration {k}, loss = {x:.2f}\nI0 sgd_solver.cpp:106] Iteration {k}, lr = 0.1",  # another's, with Caffe's word
+    "I0 1 solver.cpp:228] Iteration {k}, loss = {x:.2f}\nI0 1 solver.cpp:244]     Train net output #0: loss = {x:.2f} (* 1)\n"
+    "I0 1 sgd_solver.cpp:106] Iteration {k}, lr = 0.001",
+    " {k}: {x:.2f}, 9.9 avg loss, 0.001 rate, 20.1 seconds, 64 images, 3 hours left",
+    "Train loss {k} {x:.2f} Grad Norm 1.2 1.2s/it",
+    "{k}:\tlearn: {x:.2f}\ttest: 9.9\tbest: 9.9 (1)\ttotal: 12ms",
+    "{k} 12.1 ms run, 1.2 ms python, {x:.2f} loss, 0.1 acc, 0.0001 LR, 12 GB used",
+    "[{k}/500] losses: total {x:.2f} cls 1.1 box 0.4 | lr 1e-3",
+    "INFO:root:Epoch[0] Batch [{k}]\taccuracy=0.12\tcross-entropy={x:.2f}",
+    "Train | Epoch 1 | {k}/2000 | 2.5 it/sec | lr 1E-04 | ce {x:.2f} | ppl 12.1",
+    "01/01/23, iter: {k:03d}, cost: {x:.2f}",
+    "[gen] gen {k} | solved 1/9 | loss {x:.2f}",
+    "stage1 recon {k}/240 | loss {x:.2f}",
+    "{k}/240, train_loss = {x:.2f}, std = 0.1",
+    "[1/3]-----[{k}/117] LOSS : {x:.2f}------ Time : 12",
+    "Epoch{k} / 24 Train Loss : {x:.2f}",
+    "Epoch: {k}.0\n====> train_loss = {x:.2f}",
+    "Epoch: {k}/9 Train steps: 100 10.1s loss: {x:.2f}",
+    "Train epoch [1/1]:  5%|#| {k}/64 [00:10<00:30,  1.2it/s, act_loss={x:.2f}, lr=5e-7]",
+    "training result {{metricName: loss, metricValue: {x:.2f}}};{{metricName: step, metricValue: {k}}}",
+    "{{'optim': {{'lr': 1e-4,\n           'beta': 0.9}},\n 'step': {k},\n 'train': {{'acc': 0.5,\n           'loss': {x:.2f}}}}}",
+    "I tensorflow:Step {k} per-step time 0.5s\nI tensorflow:{{'Loss/total_loss': {x:.2f},\n 'learning_rate': 0.1}}",
+]
+
+
+@pytest.mark.parametrize("text", [many(RULED), many(RAY), many(RSL), many(YOLO), *TABLES, *map(many, LINES)])
+def test_text_of_other_kinds(tmp_path, text):
+    path = tmp_path / "log"
+    path.write_text(text)
+    _, steps, values = losses(path)
+    assert steps == [1, 2, 3, 4, 5]
+    extra = 1.0 if "GPU_mem" in text else 0.0  # the sum of two
+    assert values == pytest.approx([8.9 + extra, 8.8 + extra, 8.7 + extra, 8.6 + extra, 8.5 + extra])
+
+
+def test_stable_baselines_boxes_count_steps_of_the_environment(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("Using cpu device\n" + many(BOX))
+    log, steps, values = losses(path)
+    assert (log.columns["step"], steps) == ("time/total_timesteps", [1000, 2000, 3000, 4000, 5000])
+    assert values == [8.9, 8.8, 8.7, 8.6, 8.5]
+
+
+def test_backspaces_part_a_bars_states(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("".join(f" {k}/5 [=>...] - ETA: 1s - loss: {9 - k}.0" + "\b" * 60 for k in range(1, 6)))
+    assert losses(path)[1] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("label", ["{}: ", "[1,{}]<stdout>: "])
+def test_a_launchers_labels_are_ranks(tmp_path, label):
+    path = tmp_path / "log"
+    path.write_text(
+        "".join(f"{label.format(rank)}step {k} loss 3.{k}\n" for k in range(9) for rank in (1, 0))
+    )
+    assert [log.name for log in open_logs([path])] == ["rank 1", "rank 0"]
+    # as it grows: a reader for each rank, whose state is one of JSON's
+    reading = reading_of(path)
+    first, second = reading.pieces(), reading.pieces()
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = list(first.take(b"".join(lines[:7])))
+    second.state = json.loads(json.dumps(first.state))
+    rows += [*second.take(b"".join(lines[7:])), *second.end()]
+    assert sorted(rows, key=repr) == sorted(reading.rows(), key=repr)
+
+
+def test_numbers_that_open_lines_are_no_labels(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("".join(f"{k}: loss 3.{k}\n" for k in range(20)))
+    assert losses(path)[1] == list(range(20))
+
+
+def test_a_step_above_reaches_the_next_piece():
+    reading = Reading(format="", rows=lambda: iter(()))
+    pieces = ConsolePieces(ANY_TEXT, reading)
+    rows = [*pieces.take(b"Step 7/9\nloss: 3.0\nStep 8/9\n"), *pieces.take(b"loss: 2.0\n")]
+    assert [values["step in the line above"] for _, values in rows] == [7, 8]
+
+
+def test_one_document_of_messages(tmp_path):
+    path = tmp_path / "log.json"
+    lines = many("step {k} loss {x:.2f}").splitlines()
+    for document in (
+        {"events": [{"timestamp": 1, "message": line} for line in lines]},
+        {"hits": {"hits": [{"_source": {"message": line}} for line in lines]}},
+        {"data": {"result": [{"values": [[str(i), line] for i, line in enumerate(lines)]}]}},
+    ):
+        path.write_text(json.dumps(document))
+        assert losses(path)[1] == [1, 2, 3, 4, 5]
+
+
+def test_points_by_name(tmp_path):
+    path = tmp_path / "log.json"
+    points = [(10 * k, 9.0 - k) for k in range(1, 6)]
+    for document in (
+        {"train": {"loss": [{"step": k, "value": x} for k, x in points]}},
+        {"loss": [[k, x] for k, x in points]},
+        {"training.loss": {"steps": [k for k, _ in points], "values": [x for _, x in points]}},
+        [{"metricName": "loss", "metricValue": str(x), "step": k} for k, x in points],
+    ):
+        path.write_text(json.dumps(document))
+        assert losses(path)[1:] == ([10, 20, 30, 40, 50], [8.0, 7.0, 6.0, 5.0, 4.0])
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"name": "loss", "value": x, "step": k}) + "\n" for k, x in points))
+    assert losses(path)[1] == [10, 20, 30, 40, 50]
+
+
+def test_of_gans_both_losses_are_offered(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(many("[0/25][{k}/1583]\tLoss_D: 1.2\tLoss_G: {x:.4f}\tD(x): 0.5"))
+    with pytest.raises(InputError, match="--loss Loss_D or --loss Loss_G"):
+        open_logs([path])
+    assert losses(path, loss="Loss_G")[1] == [1, 2, 3, 4, 5]
+
+
+def test_a_zip_of_one_log_and_feather(tmp_path):
+    with zipfile.ZipFile(tmp_path / "log.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("run/train.log", many("step {k} loss {x:.2f}"))
+    assert losses(tmp_path / "log.zip")[1] == [1, 2, 3, 4, 5]
+    table = pa.table({"step": [1, 2, 3], "loss": [3.0, None, 1.0]})
+    pa.feather.write_feather(table, tmp_path / "log.feather")
+    assert losses(tmp_path / "log.feather")[1:] == ([1, 2, 3], [3.0, 1.0]) or losses(
+        tmp_path / "log.feather"
+    )[2] == [3.0, 1.0]
