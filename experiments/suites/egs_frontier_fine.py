@@ -22,7 +22,7 @@ STUDY = replace(
     measure=measure,
     outcomes={"frontier": Outcome(title="Largest rate survived, log2", margin=0.5, unit="octaves")},
     predictions=(
-        "2026-11-29, before the runs, after those of egs-frontier: equivalent within half an octave in all four; tied and unclipped "
-        "a tenth up, clipped at .1 and untied a tenth down.",
+        "2026-11-29, before the runs, after those of egs-frontier: equivalent within half an octave in all four; tied and "
+        "unclipped a tenth up, clipped at .1 and untied a tenth down.",
     ),
 )
