@@ -10,6 +10,9 @@
  *     S = d q' k'' + bias,  P = softmax(S) (kept),  Y = P V
  *     dV = P' dY,  dS = P * (dY V' - sum_d dY Y),  dq = c d R' dS k',  dk = R' (d dS' q')
  *
+ * What a block of queries may not see (bias -inf) weighs 0 in every sum, and is left out in whole vectors where nothing there could make
+ * a NaN of that 0: half of the work under a causal mask, to the same bits.
+ *
  * Gated GELU, y = a g(b), g(b) = b F(b), F the normal distribution: da = dy g(b), db = dy a (F(b) + b f(b)).
  *
  * All arithmetic is in fp32. In a half format what would be an operand, or would be stored, is rounded to it: q', k', q' k'' (which
@@ -30,7 +33,11 @@
 #define LANES 8
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t mask __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define EIGHT 8
+typedef float eight __attribute__((vector_size(4 * EIGHT)));
+typedef float loose8 __attribute__((vector_size(4 * EIGHT), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 /* Rows of a tile: 6 x 4 vectors take 24 registers of AVX-512's 32, 6 x 2 12 of AVX2's 16. One vector across, twice as many: a sum waits
  * for its last addition, so some ten of them must be under way. */
@@ -161,6 +168,7 @@ typedef struct {
     const float *grad; /* dY, [B, T, H, D] */
     float *grad_qkv;   /* [B, T, 3, H, D] */
     float *largest;    /* score of each head that is a number, [B, H], or NULL */
+    int32_t *seen;     /* keys from, and up to, that each block of queries takes part with, [B, H, blocks, 2]; the way there fills it */
 } Attention;
 
 /* out[t, :padded] = factor R x[t], zeros beyond the width; direction -1 turns back. Rounded where half kernels would store it. */
@@ -176,10 +184,17 @@ INLINE void turned_in(const Attention *a, int64_t b, const float *x, int64_t fro
                 const float *restrict sine = a->sine + b * a->turn_stride + (t * groups + g) * R;
                 const float *restrict one = row + 2 * g * R, *restrict two = one + R;
                 float *restrict low = into + 2 * g * R, *restrict high = low + R;
-                for (int64_t r = 0; r < R; r++)
-                    low[r] = rounded(rounded(one[r], kind) * cosine[r] - direction * (rounded(two[r], kind) * sine[r]), kind);
-                for (int64_t r = 0; r < R; r++)
-                    high[r] = rounded(rounded(two[r], kind) * cosine[r] + direction * (rounded(one[r], kind) * sine[r]), kind);
+                int64_t r = 0;
+                for (; kind == FP32 && r + EIGHT <= R; r += EIGHT) { /* a head of 16: compilers make no vectors of so few */
+                    eight x = *(const loose8 *)(one + r), y = *(const loose8 *)(two + r);
+                    eight c = *(const loose8 *)(cosine + r), s = *(const loose8 *)(sine + r);
+                    *(loose8 *)(low + r) = x * c - direction * (y * s);
+                    *(loose8 *)(high + r) = y * c + direction * (x * s);
+                }
+                for (int64_t i = r; i < R; i++)
+                    low[i] = rounded(rounded(one[i], kind) * cosine[i] - direction * (rounded(two[i], kind) * sine[i]), kind);
+                for (int64_t i = r; i < R; i++)
+                    high[i] = rounded(rounded(two[i], kind) * cosine[i] + direction * (rounded(one[i], kind) * sine[i]), kind);
             }
             for (int64_t d = 0; d < D; d++) into[d] = rounded(factor * into[d], kind);
         } else
@@ -208,6 +223,44 @@ static float *room(int64_t floats) {
     return posix_memalign(&found, 64, (size_t)(floats * 4)) ? NULL : found;
 }
 
+/* max |x|; NaN where one is. */
+INLINE float largest_of(const float *x, int64_t n) {
+    uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t size = bits_of(x[i]) & 0x7fffffff; /* NaN's bits are above infinity's */
+        largest = size > largest ? size : largest;
+    }
+    return of_bits(largest);
+}
+
+INLINE int any_seen(const float *bias, int64_t count) {
+    int any = 0;
+    for (int64_t j = 0; j < count; j++) any |= bias[j] != -INFINITY;
+    return any;
+}
+
+/* Keys [seen[0], seen[1]) hold all that these queries see; all keys where one of them sees none: its weights are NaN. */
+static void see(const float *bias, int64_t stride, int64_t T, int64_t t, int64_t count, int32_t *seen) {
+    const vec none = (vec){0} - INFINITY;
+    int64_t low = T, high = 0;
+    for (int64_t j = 0; j < T; j += LANES) {
+        int any = 0;
+        if (j + LANES <= T) {
+            mask sees = {0};
+            for (int64_t u = 0; u < count; u++) sees |= *(const loose *)(bias + u * stride + j) != none;
+            for (int lane = 0; lane < LANES; lane++) any |= sees[lane];
+        } else
+            for (int64_t u = 0; u < count; u++) any |= any_seen(bias + u * stride + j, T - j);
+        if (any) low = j < low ? j : low, high = j + LANES < T ? j + LANES : T;
+    }
+    for (int64_t u = 0; u < count; u++) /* most see themselves */
+        if (bias[u * stride + t + u] == -INFINITY && !any_seen(bias + u * stride, T)) low = 0, high = T;
+    seen[0] = (int32_t)low, seen[1] = (int32_t)high;
+}
+
+static int64_t blocks_of(int64_t T) { return (T + BLOCK - 1) / BLOCK; }
+
 /* 0: done; 1: no memory. */
 INLINE int attention(const Attention *a, int kind) {
     int64_t T = a->tokens, H = a->heads, D = a->width, Dp = whole(D), Tp = whole(T), row = 3 * H * D;
@@ -216,6 +269,8 @@ INLINE int attention(const Attention *a, int kind) {
     {
         float *q = room(T * Dp * 3 + Dp * Tp + BLOCK * Tp), *k = q + T * Dp, *v = k + T * Dp, *across = v + T * Dp;
         float *scores = across + Dp * Tp;
+        int32_t span[2 * blocks_of(T)]; /* of the row of B that was looked at last: its heads mostly see alike */
+        int64_t looked_at = -1;
         if (!q) lost = 1;
         else memset(across, 0, (size_t)(Dp * Tp) * 4);
 #pragma omp for
@@ -228,33 +283,51 @@ INLINE int attention(const Attention *a, int kind) {
             turned(a, b, first + 2 * H * D, row, v, Dp, Dp, 1, 1, 0, FP32);
             transposed(T, D, k, Dp, across, Tp);
             float largest = -INFINITY;
+            /* No product can overflow, and no 0 meets an infinity or NaN. */
+            float bound = (float)D * largest_of(q, T * Dp) * largest_of(k, T * Dp);
+            int tame = bound < (kind == FP16 ? 32768.0f : 1e38f) && bound * fabsf(a->divisor) < 1e38f;
+            tame = tame && largest_of(v, T * Dp) < INFINITY;
             for (int64_t t = 0; t < T; t += BLOCK) {
                 int64_t count = T - t < BLOCK ? T - t : BLOCK;
-                product(count, Tp, D, q + t * Dp, Dp, 1, across, Tp, scores, Tp);
+                int32_t *seen = a->seen + (i * blocks_of(T) + t / BLOCK) * 2;
+                seen[0] = 0, seen[1] = (int32_t)T;
+                if (tame) {
+                    int32_t *of_block = span + t / BLOCK * 2;
+                    const float *bias = a->bias + b * a->bias_stride[0] + h * a->bias_stride[1] + t * a->bias_stride[2];
+                    if (b != looked_at || a->bias_stride[1]) see(bias, a->bias_stride[2], T, t, count, of_block);
+                    memcpy(seen, of_block, 2 * sizeof(int32_t));
+                }
+                int64_t low = seen[0], high = seen[1];
+                product(count, whole(high) - low, D, q + t * Dp, Dp, 1, across + low, Tp, scores + low, Tp);
                 for (int64_t u = 0; u < count; u++) {
                     float *s = scores + u * Tp;
                     int64_t kept = (i * T + t + u) * T;
                     const float *bias = a->bias + b * a->bias_stride[0] + h * a->bias_stride[1] + (t + u) * a->bias_stride[2];
                     float top = -INFINITY, total = 0;
 #pragma omp simd reduction(max : top)
-                    for (int64_t j = 0; j < T; j++) {
+                    for (int64_t j = low; j < high; j++) {
                         s[j] = a->divisor * rounded(s[j], kind) + bias[j];
                         top = s[j] > top ? s[j] : top;
                     }
                     largest = top > largest ? top : largest;
 #pragma omp simd reduction(+ : total)
-                    for (int64_t j = 0; j < T; j++) {
+                    for (int64_t j = low; j < high; j++) {
                         s[j] = exp_below(s[j] - top);
                         total += s[j];
                     }
                     total = 1 / total;
+                    if (!(total < INFINITY)) seen[0] = 0, seen[1] = (int32_t)T; /* all of its weights are NaN */
                     if (kind == FP32) {
                         float *p = (float *)a->weights + kept;
-                        for (int64_t j = 0; j < T; j++) p[j] = s[j] * total;
+                        for (int64_t j = 0; j < low; j++) p[j] = 0 * total;
+                        for (int64_t j = high; j < T; j++) p[j] = 0 * total;
+                        for (int64_t j = low; j < high; j++) p[j] = s[j] * total;
                     } else {
                         uint16_t *p = (uint16_t *)a->weights + kept;
+                        for (int64_t j = 0; j < low; j++) p[j] = code_of(0 * total, kind);
+                        for (int64_t j = high; j < T; j++) p[j] = code_of(0 * total, kind);
 #pragma omp simd
-                        for (int64_t j = 0; j < T; j++) {
+                        for (int64_t j = low; j < high; j++) {
                             s[j] = rounded(s[j] * total, kind);
                             p[j] = code_of(s[j], kind);
                         }
@@ -262,16 +335,17 @@ INLINE int attention(const Attention *a, int kind) {
                 }
                 if (kind == FP32) {
                     float *mixed = across + Dp * Tp; /* the scores are used up: their room takes Y before it is put in its place */
-                    product(count, Dp, T, (float *)a->weights + (i * T + t) * T, T, 1, v, Dp, mixed, Dp);
+                    product(count, Dp, high - low, (float *)a->weights + (i * T + t) * T + low, T, 1, v + low * Dp, Dp, mixed, Dp);
                     for (int64_t u = 0; u < count; u++)
                         memcpy(a->mixed + ((b * T + t + u) * H + h) * D, mixed + u * Dp, (size_t)D * 4);
                 } else {
                     float *mixed = q + t * Dp; /* as are these queries */
-                    product(count, Dp, T, scores, Tp, 1, v, Dp, mixed, Dp);
+                    product(count, Dp, high - low, scores + low, Tp, 1, v + low * Dp, Dp, mixed, Dp);
                     for (int64_t u = 0; u < count; u++)
                         memcpy(a->mixed + ((b * T + t + u) * H + h) * D, mixed + u * Dp, (size_t)D * 4);
                 }
             }
+            if (tame) looked_at = b;
             if (a->largest) a->largest[i] = largest;
         }
         free(q);
@@ -284,13 +358,14 @@ int glm_attention(const Attention *a) {
 }
 
 INLINE int attention_backward(const Attention *a, int kind) {
-    int64_t T = a->tokens, H = a->heads, D = a->width, Dp = whole(D), Tp = whole(T), row = 3 * H * D;
+    int64_t T = a->tokens, H = a->heads, D = a->width, Dp = whole(D), Tp = whole(T), row = 3 * H * D, blocks = blocks_of(T);
     /* In fp32 d goes into q' and dq, else into dS, which it is rounded with. */
     float scale = kind == FP32 ? a->divisor * a->scale : a->scale;
     int lost = 0;
 #pragma omp parallel reduction(| : lost)
     {
         float *q = room(T * Dp * 5 + Dp * Tp + T * Tp + (kind == FP32 ? 0 : T * T)), *k = q + T * Dp, *v = k + T * Dp;
+        int64_t first_by[blocks], last_by[blocks];
         float *y = v + T * Dp, *out = y + T * Dp, *across = out + T * Dp, *scores = across + Dp * Tp, *wide = scores + T * Tp;
         if (!q) lost = 1;
         else memset(across, 0, (size_t)(Dp * Tp) * 4);
@@ -312,29 +387,51 @@ INLINE int attention_backward(const Attention *a, int kind) {
             turned(a, b, first + 2 * H * D, row, v, Dp, Dp, 1, 1, 0, FP32);
             turned(a, b, grad, H * D, y, Dp, Dp, 1, 1, 0, FP32);
             transposed(T, D, v, Dp, across, Tp);
+            float of_y = largest_of(y, T * Dp), of_v = largest_of(v, T * Dp);
+            int tame = (float)D * of_y * of_v < 1e38f && largest_of(q, T * Dp) < INFINITY && largest_of(k, T * Dp) < INFINITY;
+            const int32_t *seen = a->seen + i * blocks * 2;
+            /* Queries [first_by, last_by) are those of the blocks that see some of a block of keys. */
+            for (int64_t m = 0; m < blocks; m++) first_by[m] = tame ? T : 0, last_by[m] = tame ? 0 : T;
             for (int64_t t = 0; t < T; t += BLOCK) {
-                int64_t count = T - t < BLOCK ? T - t : BLOCK;
-                product(count, Tp, D, y + t * Dp, Dp, 1, across, Tp, scores + t * Tp, Tp);
+                int64_t count = T - t < BLOCK ? T - t : BLOCK, low = tame ? seen[t / BLOCK * 2] : 0;
+                int64_t high = tame ? seen[t / BLOCK * 2 + 1] : T;
+                for (int64_t m = low / BLOCK; m < blocks_of(high); m++) {
+                    first_by[m] = t < first_by[m] ? t : first_by[m];
+                    last_by[m] = t + count > last_by[m] ? t + count : last_by[m];
+                }
+                product(count, whole(high) - low, D, y + t * Dp, Dp, 1, across + low, Tp, scores + t * Tp + low, Tp);
                 for (int64_t u = t; u < t + count; u++) {
                     float *s = scores + u * Tp, off = 0;
                     const float *w = p + u * T;
+                    memset(s, 0, (size_t)low * 4);
+                    memset(s + high, 0, (size_t)(Tp - high) * 4);
                     if (kind == FP32) {
 #pragma omp simd reduction(+ : off)
                         for (int64_t d = 0; d < D; d++) off += y[u * Dp + d] * mixed[u * H * D + d];
-                        for (int64_t j = 0; j < T; j++) s[j] = w[j] * (s[j] - off);
+                        for (int64_t j = low; j < high; j++) s[j] = w[j] * (s[j] - off);
                     } else {
 #pragma omp simd reduction(+ : off)
-                        for (int64_t j = 0; j < T; j++) off += w[j] * s[j];
+                        for (int64_t j = low; j < high; j++) off += w[j] * s[j];
 #pragma omp simd
-                        for (int64_t j = 0; j < T; j++) s[j] = rounded(a->divisor * (w[j] * (s[j] - off)), kind);
+                        for (int64_t j = low; j < high; j++) s[j] = rounded(a->divisor * (w[j] * (s[j] - off)), kind);
                     }
                 }
             }
-            product(T, Dp, T, p, 1, T, y, Dp, out, Dp);
+            for (int64_t m = 0; m < blocks; m++) {
+                int64_t j = m * BLOCK, count = T - j < BLOCK ? T - j : BLOCK, from = first_by[m], K = last_by[m] - from;
+                product(count, Dp, K, p + from * T + j, 1, T, y + from * Dp, Dp, out + j * Dp, Dp);
+            }
             turned(a, b, out, Dp, into + 2 * H * D, row, D, 1, 1, 0, FP32);
-            product(T, Dp, T, scores, Tp, 1, k, Dp, out, Dp);
+            for (int64_t t = 0; t < T; t += BLOCK) {
+                int64_t count = T - t < BLOCK ? T - t : BLOCK, low = tame ? seen[t / BLOCK * 2] : 0;
+                int64_t K = (tame ? seen[t / BLOCK * 2 + 1] : T) - low;
+                product(count, Dp, K, scores + t * Tp + low, Tp, 1, k + low * Dp, Dp, out + t * Dp, Dp);
+            }
             turned(a, b, out, Dp, into, row, D, scale, -1, 1, kind);
-            product(T, Dp, T, scores, 1, Tp, q, Dp, out, Dp);
+            for (int64_t m = 0; m < blocks; m++) {
+                int64_t j = m * BLOCK, count = T - j < BLOCK ? T - j : BLOCK, from = first_by[m], K = last_by[m] - from;
+                product(count, Dp, K, scores + from * Tp + j, 1, Tp, q + from * Dp, Dp, out + j * Dp, Dp);
+            }
             turned(a, b, out, Dp, into + H * D, row, D, 1, -1, 1, kind);
         }
         free(q);

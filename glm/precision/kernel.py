@@ -33,6 +33,8 @@ from glm.precision.half_units import upcasts
 _log = logging.getLogger("glm")
 _SOURCE = Path(__file__).with_name("kernel.c")
 _FLAGS = ("-std=gnu11", "-ffp-contract=fast")
+# The kernel's BLOCK: queries whose scores are at hand together.
+_BLOCK = 48
 # Columns of a product that the kernel wants at least, whatever the processor.
 _LEAST = 16
 # The kernel's numbers of the formats.
@@ -51,7 +53,7 @@ class _Attention(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("divisor", ctypes.c_float),
         ("kind", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("weights", "mixed", "grad", "grad_qkv", "largest")),
+        *((name, ctypes.c_void_p) for name in ("weights", "mixed", "grad", "grad_qkv", "largest", "seen")),
     )
 
 
@@ -222,23 +224,24 @@ class _Heads(torch.autograd.Function):
         cosine, sine = (None, None) if turned is None else (part.float().contiguous() for part in turned)
         weights_BHTT = qkv.new_empty(B, H, T, T)
         mixed_BTHD = qkv.new_empty(B, T, H, D, dtype=torch.float32)
-        tensors = qkv.float(), cosine, sine, bias.float(), weights_BHTT, mixed_BTHD
+        seen = qkv.new_empty(B, H, -(-T // _BLOCK), 2, dtype=torch.int32)
+        tensors = qkv.float(), cosine, sine, bias.float(), weights_BHTT, mixed_BTHD, seen
         _run("glm_attention", *tensors, scale, divisor, largest=largest_BH)
         mixed_BTC = mixed_BTHD.view(B, T, H * D).to(qkv.dtype)
         # In half formats the way back does without it.
         kept = mixed_BTHD if qkv.dtype == torch.float32 else None
-        ctx.save_for_backward(qkv, cosine, sine, weights_BHTT, kept)
+        ctx.save_for_backward(qkv, cosine, sine, weights_BHTT, kept, seen)
         ctx.factors = scale, divisor
         return mixed_BTC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, cosine, sine, weights_BHTT, mixed_BTHD = ctx.saved_tensors
+        qkv, cosine, sine, weights_BHTT, mixed_BTHD, seen = ctx.saved_tensors
         grad_qkv = torch.empty_like(qkv, dtype=torch.float32)
         _run(
             "glm_attention_backward",
-            *(qkv.float(), cosine, sine, None, weights_BHTT, mixed_BTHD, *ctx.factors),
+            *(qkv.float(), cosine, sine, None, weights_BHTT, mixed_BTHD, seen, *ctx.factors),
             grad=grad.float().contiguous(),
             grad_qkv=grad_qkv,
         )
@@ -253,6 +256,7 @@ def _run(
     bias: Tensor | None,
     weights: Tensor,
     mixed: Tensor | None,
+    seen: Tensor,
     scale: float,
     divisor: float,
     *,
@@ -271,7 +275,13 @@ def _run(
         call.groups, call.pairs = cosine.shape[-2:]
         call.turn_stride = cosine.stride(0) if cosine.shape[0] > 1 else 0
     tensors = {"qkv": qkv, "cosine": cosine, "sine": sine, "bias": bias, "weights": weights, "mixed": mixed}
-    for field, tensor in (*tensors.items(), ("grad", grad), ("grad_qkv", grad_qkv), ("largest", largest)):
+    for field, tensor in (
+        *tensors.items(),
+        ("seen", seen),
+        ("grad", grad),
+        ("grad_qkv", grad_qkv),
+        ("largest", largest),
+    ):
         setattr(call, field, 0 if tensor is None else tensor.data_ptr())
     if getattr(_library(), name)(ctypes.addressof(call)):
         raise MemoryError("no memory for a head of attention")

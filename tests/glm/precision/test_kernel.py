@@ -56,6 +56,53 @@ def test_attention_and_its_gradients_are_float64s(B, T, H, D, turns):
         assert (found - exact).abs().max() < 64 * EPSILON * max(1, exact.abs().max()) * math.sqrt(T)
 
 
+def masks(T):
+    """Who sees whom, [T, T]: causal, with context, several pieces, at random, and one query that sees nobody."""
+    seen = torch.ones(T, T).tril().bool()
+    pieces = (torch.arange(T) * 3 // T)[:, None] == (torch.arange(T) * 3 // T)
+    thin = torch.rand(T, T) < 0.2
+    blind = seen.clone()
+    blind[T // 2] = False
+    return {
+        "causal": seen,
+        "context": seen | (torch.arange(T) < T // 3),
+        "pieces": seen & pieces,
+        "random": thin | torch.eye(T).bool(),
+        "blind": blind,
+    }
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("mask", ["causal", "context", "pieces", "random", "blind"])
+@pytest.mark.parametrize("T", [50, 130])
+def test_keys_that_nobody_of_a_block_sees_are_left_out_only_where_that_changes_nothing(T, mask, bad):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, T, 3, 2, 20, dtype=torch.float64)
+    if bad is not None:
+        qkv[0, T - 2, :, 1, 3] = bad
+    bias = torch.zeros(1, 1, T, T, dtype=torch.float64).masked_fill(~masks(T)[mask], -math.inf)
+    grad = torch.randn(2, T, 40, dtype=torch.float64)
+    found = []
+    # What 1e30 does is a matter of the format: beside the same operations in fp32.
+    for dtype, call in (
+        (torch.float64 if bad is None else torch.float32, exact_attention),
+        (torch.float32, attention),
+    ):
+        given = qkv.to(dtype).requires_grad_()
+        y = call(given, None, bias.to(dtype), 0.2, 3.0)
+        (gradient,) = torch.autograd.grad(y, given, grad.to(dtype))
+        found.append((y.detach().double(), gradient.double()))
+    for exact, ours in zip(*found, strict=True):
+        assert torch.equal(ours.isnan(), exact.isnan())
+        torch.testing.assert_close(
+            ours,
+            exact,
+            rtol=1e-4,
+            atol=1e-4 * exact.nan_to_num().abs().clamp(max=1e3).max().item(),
+            equal_nan=True,
+        )
+
+
 def every_half(dtype):
     """All numbers of a half format."""
     return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
