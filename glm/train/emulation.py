@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from glm.errors import InputError
 from glm.model.dropout import row_keys
 from glm.model.layers import Linear
-from glm.precision import linear, wide_product
+from glm.precision import linear, wide_product, wide_product_of_rows
 from stabilitylab.errors import InputError as FormatError
 from stabilitylab.formats import fake_quantize, rotate, rotation_signs, scaled_format
 
@@ -201,7 +201,7 @@ class _Product(torch.autograd.Function):
             g, xs = emulation.operands(
                 "grad-weight", grad_NO.t(), x_NI.t(), (gradients, activations), key=ctx.key + 1
             )
-            grad_weight = wide_product(g, xs.t()).to(weight.dtype)
+            grad_weight = wide_product_of_rows(g.t(), xs.t()).to(weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad_NO.float().sum(0).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None, None

@@ -51,5 +51,9 @@ def _in_blocks(x: Tensor, matrix: Tensor) -> Tensor:
         raise InputError(
             f"blocks of {size} do not fill a dimension of {x.shape[-1]}: choose a size that divides it"
         )
+    if (
+        x.dim() == 2 and not x.is_contiguous() and x.t().is_contiguous()
+    ):  # as it lies: a copy costs more than the products
+        return torch.matmul(matrix.t(), x.t().view(-1, size, x.shape[0])).flatten(0, 1).t()
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
     return torch.matmul(blocks, matrix).flatten(-2)

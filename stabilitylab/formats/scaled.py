@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.errors import InputError
+from stabilitylab.formats.kernel import is_kernels, rounded
 from stabilitylab.formats.number_format import (
     E2M1,
     E2M3,
@@ -180,8 +181,13 @@ def fake_quantize(
     rounding: Rounding = "nearest",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """``dequantize(quantize(x))`` in fp32, bit for bit, without forming the codes."""
+    """``dequantize(quantize(x))`` in fp32, bit for bit, without forming the codes. By the compiled kernel, where it takes x."""
     kind = scaled_format(format) if isinstance(format, str) else format
+    if is_kernels(x, kind.element, kind.scale, kind.block):
+        drawn = None
+        if rounding == "stochastic":
+            drawn = torch.rand(x.shape, generator=generator, device=x.device)
+        return rounded(x, kind.element, kind.scale, kind.block, round_up=kind.round_up, drawn=drawn)
     wide = x.float()
     scales, tensor_scale = _scales(wide, kind)
     divided = _divided(wide, kind, scales, tensor_scale)
