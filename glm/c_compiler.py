@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from stabilitylab.c_compiler import built, switched_off
+from stabilitylab.c_compiler import SWITCH, built, switched_off
 
-__all__ = ["built", "switched_off"]
+__all__ = ["SWITCH", "built", "switched_off"]

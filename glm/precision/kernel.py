@@ -2,8 +2,8 @@
 
 For small models torch's batched products of 16-wide heads run at a fifth of the processor's speed, and every pass over the scores
 or over what a feed-forward layer raises costs as much as the products do. Built at first use (``glm.c_compiler``). Without a
-compiler, or with ``STABILITYLAB_NATIVE=0``, the torch operations of ``matmul`` compute the same up to rounding; which of the two is
-a matter of the machine, not of the moment.
+compiler, or with ``STABILITYLAB_NATIVE=0``, the torch operations of ``matmul`` compute the same up to rounding, and a step of
+glm-tiny takes half as long again, which is said once; which of the two is a matter of the machine, not of the moment.
 
 Attention and gated GELU take half formats as well where the CPU has no units for them: computed in fp32, and rounded where a half
 kernel would round.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glm.c_compiler import built, switched_off
+from glm.c_compiler import SWITCH, built, switched_off
 from glm.precision.half_units import upcasts
 
 _log = logging.getLogger("glm")
@@ -35,6 +35,7 @@ _SOURCE = Path(__file__).with_name("kernel.c")
 _FLAGS = ("-std=gnu11", "-ffp-contract=fast")
 # The kernel's BLOCK: queries whose scores are at hand together.
 _BLOCK = 48
+_SLOWER = "torch operations train on this processor, and a step of a small model takes half as long again"
 # Columns of a product that the kernel wants at least, whatever the processor.
 _LEAST = 16
 # The kernel's numbers of the formats.
@@ -61,6 +62,7 @@ class _Attention(ctypes.Structure):
 def kernel() -> ctypes.CDLL | None:
     """The loaded kernel; None where it cannot be had."""
     if switched_off():
+        _log.warning("%s=0: %s", SWITCH, _SLOWER)
         return None
     try:
         library = ctypes.CDLL(str(built(_SOURCE, _FLAGS)))
@@ -79,7 +81,11 @@ def kernel() -> ctypes.CDLL | None:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        _log.debug("no compiled kernel, torch operations train: %s", error)
+        _log.warning(
+            "no compiled kernel (%s): %s; a C compiler (cc, gcc or clang) on the path, or named by CC, is all that it takes",
+            " ".join(str(error).split()),
+            _SLOWER,
+        )
         return None
     return library
 

@@ -270,3 +270,19 @@ def test_a_model_with_it_is_the_model_without_watched_or_not(levers, monkeypatch
     visible = without[0].isfinite()
     assert torch.equal(visible, seen[0].isfinite())
     assert (seen[0] - without[0])[visible].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("variable", "value"), [("STABILITYLAB_NATIVE", "0"), ("CC", "/nowhere/cc")])
+def test_that_there_is_no_kernel_is_said_once(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(variable, value)
+    kernels.kernel.cache_clear()
+    try:
+        for _ in range(3):
+            assert not kernels.has_kernel(torch.ones(4))
+    finally:
+        kernels.kernel.cache_clear()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "half as long again" in record.getMessage()
