@@ -24,7 +24,7 @@ _WORD = rf"{_NO_NUMBER}[A-Za-z_]"
 _PAIR = re.compile(
     rf"(?<![\w.])({_WORD}[\w/.@-]*(?:\([A-Za-z]\w*\))?(?: {_NO_NUMBER}[A-Za-z(][\w/.()@-]*){{0,3}})"
     rf"['\"]?\)?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
-    rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%)(?=['\"\s,;:|/\])}}(]|[a-zA-Z]+\b|--|$)",
+    rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%)(?=['\"\s,;:|/\])}}(>]|[a-zA-Z]+\b|--|\.\s|\.?$)",
     re.IGNORECASE,
 )
 _PLACE = re.compile(
@@ -40,7 +40,14 @@ _TWO_PLACES = re.compile(
 )  # [epoch/epochs][place/length]
 _GLUED_STEP = re.compile(r"\b(?:step|iter|it)(\d+)\b", re.IGNORECASE)
 _GLUED_EPOCH = re.compile(r"\b(?:epoch|ep|e)(\d+)\b", re.IGNORECASE)
-_RATIO = re.compile(r"(?<![\w./])(\d+)/(\d+)(?![\w./])")
+_BATCH = re.compile(r"\bbatch\W{1,3}(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
+_LOSS_AT = re.compile(
+    r"\b(\w*loss\w*)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@) (?:step|iteration|iter|epoch) (\d+))",
+    re.IGNORECASE,
+)
+_STEPS = re.compile(r"(?<![/\w.])(\d+) (?:steps|iterations|updates|iters)\b(?!/)", re.IGNORECASE)
+_ALONE = re.compile(r"\]\s*(\d+)\s*[:|]\s")
+_RATIO = re.compile(r"(?<![\w./])(\d+)/\s?(\d+)(?![\w./])")
 _WITHIN = re.compile(r"[\[(]\s*(\d+)\s*/\s*(\d+)\b")
 # A norm of several groups: the first.
 _NORMS = re.compile(r"(\w*norm)\s*[=:]\s*\{['\"]\w+['\"]:\s*(?=[-+\d.n])", re.IGNORECASE)
@@ -90,6 +97,9 @@ class AnyText(TextFormat):
             line = _NORMS.sub(r"\1=", line)
         if "<" in line or "metricName" in line:
             line = _SPELT_OUT.sub(lambda m: f"{m[1]}: " if m[1] else m[2], line)
+        if told := _LOSS_AT.search(line):
+            line = line[: told.end(1)] + line[told.end() :]
+            values["step"] = float(told[2] or told[3])
         for said, digits, unit in _PAIR.findall(_WRAPPED.sub("", line) if "(" in line else line):
             name = _name(said)
             if name not in values:
@@ -99,13 +109,26 @@ class AnyText(TextFormat):
             return None
         if all(is_evaluation(name) for name in losses) or (self.strict and _is_of_validation(line)):
             return {}
-        counted = any(counter_of(name) and name.lower() != "epoch" for name in values)
+        if "epoch" not in values and (batch := _BATCH.search(line)):
+            # A batch that is told with its epoch's length; epochs go unnamed.
+            values = {name: x for name, x in values.items() if "batch" not in name.lower()}
+            values["step"], values[_OF] = float(batch[1]), float(batch[2])
+            return values
+        counters = {name.lower() for name in values if counter_of(name)} - {"epoch"}
+        counted = bool(counters)
+        if counters <= {"batch", "steps"}:  # whether they count is told by all lines together
+            for place_, length_ in _RATIO.findall(line):
+                values.setdefault(f"/{length_}", float(place_))
+            if not counted and (alone := _ALONE.search(line)):
+                values.setdefault("#", float(alone[1]))
         if "epoch" not in values and (epoch_ := _GLUED_EPOCH.search(line)):
             values["epoch"] = float(epoch_[1])
         if place := _PLACE.search(line):
             values = {name: value for name, value in values.items() if name.lower() != "epoch"}
             epoch, at, length = (float(text.replace(",", "")) for text in place.groups())
             values["step"] = epoch * length + at
+        elif not counted and (steps := _STEPS.search(line)):
+            values["step"] = float(steps[1])
         elif not counted and (two := _PAIR_OF_COUNTS.match(line)):
             values["epoch"], values["step"] = float(two[1]), float(two[2])
         elif not counted and (both := _TWO_PLACES.search(line)):
@@ -118,9 +141,6 @@ class AnyText(TextFormat):
             values["step"], values[_OF] = float(within[1]), float(within[2])
         elif not counted and (opens := _OPENS.match(line)):
             values["step"], values[_OF] = float(opens[1]), number(opens[2] or "")
-        elif not counted:  # whether they count is told by all lines together
-            for at, length in _RATIO.findall(line):
-                values.setdefault(f"/{length}", float(at))
         return values
 
 
@@ -177,7 +197,12 @@ def _counted_on(values: Values, before: Values) -> Values:
     """A bar that begins again after it was full is the next epoch's; bars that are always full count nothing."""
     length, step = values.get(_OF), values.get("step")
     if length is None or step is None:
-        return {name: value for name, value in values.items() if name != _OF}
+        values |= {
+            name: before[name]
+            for name in (_OF, _LAST, _EPOCHS, _MOVES)
+            if name in before and name not in values
+        }
+        return {name: value for name, value in values.items() if not name.startswith("\0")}
     last, epochs = before.get(_LAST), before.get(_EPOCHS) or 0.0
     moves = bool(before.get(_MOVES)) or step < length
     if before.get(_OF) == length and last is not None and last >= length > step and "epoch" not in values:

@@ -289,6 +289,20 @@ FORMATS: tuple[TextFormat, ...] = (
         losses=("sum of the losses",),
         finish=_yolo,
     ),
+    # Its header is three lines high: Epoch, Iteration, time, accuracy or error, loss, rate.
+    TextFormat(
+        name="MATLAB",
+        source="MATLAB trainNetwork, trainnet",
+        version="R2023b",
+        trigger=re.compile(rb"\|\s+\d+ \|\s+\d+ \|\s+\d\d:\d\d:\d\d \|"),
+        lines=(
+            re.compile(
+                r"\|\s+(?P<n_epoch>\d+) \|\s+(?P<n_iteration>\d+) \|\s+[\d:]+ \|\s+[\d.]+%? \|\s+(?P<n_loss>[\d.eE+-]+|NaN) \|"
+                r"\s+(?P<n_lr>[\d.eE+-]+) \|"
+            ),
+        ),
+        words=(b"|       ",),
+    ),
     # A dictionary that pprint has broken over lines: EasyLM, own scripts.
     TextFormat(
         name="printed dictionaries",

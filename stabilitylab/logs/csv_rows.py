@@ -22,6 +22,7 @@ _METRIC_NAMES = ("metric", "metric_name", "metric.name", "metricname", "key", "t
 # Columns that say which run, or process, a row is of.
 RUN_NAMES = ("run_name", "run.name", "run_id", "run id", "run_uuid", "run", "run.hash", "rank", "local_rank")
 _NAME = r"[A-Za-z][\w./%()-]*"
+_HINT = re.compile(r"sep=")  # what tells Excel the sign between cells
 _CLOCKS = ("wall time", "timestamp", "time", "relative time", "datetime")
 _DECIMAL_COMMA = re.compile(r"^-?\d+,\d+(?:[eE][-+]?\d+)?$")
 _WANDB = re.compile(r"^(?P<run>.+) - (?P<metric>[^ ].*?)(?:__MIN|__MAX)?$")
@@ -138,7 +139,7 @@ class CsvPieces:
                 continue
             if not state["names"] and line[0].startswith("#") and is_commented_header(delimiter.join(line)):
                 line = [cell for cell in (line[0].lstrip("# "), *line[1:]) if cell]
-            if line[0].lstrip().startswith("#"):
+            if line[0].lstrip().startswith("#") or (not state["names"] and _HINT.match(line[0])):
                 reading.left_out["comments"] += 1
                 continue
             cells = [cell.strip() for cell in line]
@@ -239,7 +240,7 @@ def _first_line(source: Source) -> str:
         if lines[1].count(sign) == header.count(sign) and not lines[1].startswith("#"):
             return header
     for line in _text(source):
-        if line.strip() and not line.lstrip().startswith("#"):
+        if line.strip() and not line.lstrip().startswith("#") and not _HINT.match(line):
             return line.rstrip("\r\n")
     raise InputError(f"{source.name} is empty: a log needs a header and at least one row")
 

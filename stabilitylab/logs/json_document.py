@@ -15,6 +15,7 @@ A document that was cut short is read as far as it goes where its records are a 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from stabilitylab.logs.reading import Reading, Row
 from stabilitylab.logs.source import Source
 
 _LARGEST = 1 << 30
+_BETWEEN = re.compile(r"[\s,]*")
 Records = list[Mapping[str, Any]]
 
 
@@ -35,7 +37,8 @@ def read_json_document(source: Source) -> Reading | None:
         document: Any = json.loads(text)
     except ValueError as error:
         if "Extra data" in str(error):
-            return None
+            stream = _stream(text)
+            return None if stream is None else _reading("JSON objects", stream)
         records, cut = _salvaged(text), True
         if not records:
             return None
@@ -80,6 +83,23 @@ def _reading(name: str, records: Records) -> Reading:
 
     reading = Reading(format=name, rows=rows)
     return reading
+
+
+def _stream(text: str) -> Records | None:
+    """Objects of several lines each, one after the other; None: they are of one line each, or something else."""
+    decoder, at = json.JSONDecoder(), 0
+    records: Records = []
+    text = text.strip()
+    while at < len(text):
+        try:
+            record, end = decoder.raw_decode(text, at)
+        except ValueError:
+            break  # cut short
+        if not isinstance(record, dict) or (not records and "\n" not in text[at:end]):
+            return None
+        records.append(record)
+        at = _BETWEEN.match(text, end).end()  # type: ignore[union-attr]
+    return records
 
 
 def _salvaged(text: str) -> Records:

@@ -145,6 +145,7 @@ _BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel
 _SCALE = re.compile(r"loss_scal|scale$")
 _SETTING = re.compile(r"(config|hparams?|args|hyperparameters)[/.]")
 # Of several losses: averages beside the loss itself; and beside the policy's whatever else is optimised with it.
+_TOTAL = re.compile(r"(^|_)(total|overall|combined)(_|$)")
 _AVERAGE = re.compile(r"(^|_)(avg|average|mean|running|ema|smoothed|best|min|max|epoch)(_|$)")
 _POLICY = re.compile(r"(^|_)(policy|pg|actor|surrogate)(_|$)")
 # What a store keeps of a step's several values: their mean is the loss, the others are none.
@@ -320,6 +321,7 @@ def _loss(
     if len(found) == 1 or len(stems) == 1:
         return found[0] if len(found) == 1 else next(iter(stems.values()))
     for narrowed in (
+        [n for n in found if _TOTAL.search(plain[n])],
         [n for n in found if not _AVERAGE.search(plain[n])],
         [n for n in found if _POLICY.search(plain[n])],
     ):

@@ -47,8 +47,13 @@ _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
 # A counter on a line of its own: "Epoch 3/10", "EPOCH: 8", "=== Step 200 ===", "INFO: Step 100 took 0.5 s".
+_GOES_ON = (  # what may follow the number, so that it is none of a sentence's
+    rb"[/\])|,:=*-]|\(|\.{2}|(?:of|per|took|starts|begins|started|finished|complete|done)\b|[ \t]+[A-Za-z]+:?[ \t]*\r?$|$|\r"
+)
 ABOVE = re.compile(
-    rb"(?im:(?:^|[\s\]\-|>=*#:])(epoch|step|iteration|iter)\b\s*[:=#\[(]?\s*(\d+)(?:\.0)?(?=\s*(?:[/\])|,:=*-]|\(|\.{2}|(?:of|per|took|starts|begins|started|finished|complete|done)\b|$|\r)))"
+    rb"(?im:(?:^|[\s\]\-|>=*#:])(epoch|step|iteration|iter)\b\s*[:=#\[(]?\s*(\d+)(?:\.0)?(?=\s*(?:"
+    + _GOES_ON
+    + rb")))"
 )
 
 Values = dict[str, float | None]

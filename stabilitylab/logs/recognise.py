@@ -31,7 +31,7 @@ from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.rows import logs_of
 from stabilitylab.logs.source import Source, standard_input
 from stabilitylab.logs.swanlab import SWANLAB, read_swanlab
-from stabilitylab.logs.table_in_text import TableSource, table_in
+from stabilitylab.logs.table_in_text import Table, TableSource, table_in
 from stabilitylab.logs.trackers import (
     SQLITE,
     WANDB,
@@ -156,7 +156,8 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
             document = read_json_document(source)
             if document is not None:
                 return document
-        if start[:1] == b"{" or _is_json(first) or source.path.suffix == ".jsonl":
+        second = start.partition(b"\n")[2].partition(b"\n")[0].strip()
+        if start[:1] == b"{" or (_is_json(first) and _is_json(second)) or source.path.suffix == ".jsonl":
             return _known_lines(source, head)
     if source.path.suffix.lower() in (".jsonl", ".ndjson") and not isinstance(source, UnwrappedSource):
         return _known_lines(source, head)
@@ -165,6 +166,9 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
     if source.path.parent.name == "metrics" and re.fullmatch(rb"\d{12,} \S+ \d+", first):
         return read_mlflow_metric(source.path)
     if _is_table(source.path, head):
+        top = next((line for line in start.splitlines() if not line.startswith(b"#")), b"")
+        if b"loss" not in (first + top).lower() and (below := table_in(source)) is not None and below.offset:
+            return _below(source, below)
         return read_csv_rows(source)
     found = read_huggingface_console(source) or read_console(source)
     if found is None or found.format == "text":
@@ -172,8 +176,7 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
     if (found is None or found.format == "text") and (table := table_in(source)) is not None:
         told = 0 if found is None else sum(1 for _ in islice(found.rows(), table.rows))
         if told < table.rows:
-            below = TableSource(source, table.offset)
-            return replace(read_csv_rows(below), format="table in text", pieces=None)
+            return _below(source, table)
     header = first.decode("utf-8", errors="replace")
     parted = delimiter_of(header) in ",;\t" and delimiter_of(header) in header
     if found is None and parted and "loss" in header.lower() and not _SAID.search(header):
@@ -184,6 +187,11 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
             "with --pattern 'step {step} loss {loss}'"
         )
     return found
+
+
+def _below(source: Source, table: Table) -> Reading:
+    """A table, without what stands above it."""
+    return replace(read_csv_rows(TableSource(source, table.offset)), format="table in text", pieces=None)
 
 
 def _wrapped(source: Source, key: str) -> Reading:

@@ -90,6 +90,7 @@ def _plain(line: bytes) -> str:
 def _joined(header: str, chunk: bytes, at: int) -> str:
     """A header above a rule that parts more columns than its words: each column's words as one."""
     below = _DASHES.match(chunk, at)
+    header = header.lstrip("# \t")
     names = re.split(r"\s{2,}", header.strip())
     if below is None or len(below[0].split()) != len(names) or len(header.split()) == len(names):
         return header

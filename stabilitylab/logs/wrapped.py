@@ -47,9 +47,10 @@ def unwrapped(piece: bytes, key: str) -> bytes:
             continue
         text = record.get(key) if isinstance(record, dict) else None
         if isinstance(text, str):
-            # Docker keeps the line's end, and leaves it out where it has cut a long line in two.
-            out.append(text if key == "log" or text.endswith("\n") else f"{text}\n")
-    return "".join(out).encode()
+            out.append(text)
+    # Docker keeps the line's end, and leaves it out where it has cut a long line in two.
+    keeps = key == "log" and any(text.endswith("\n") for text in out)
+    return "".join(text if keeps or text.endswith("\n") else f"{text}\n" for text in out).encode()
 
 
 class UnwrappedSource(Source):

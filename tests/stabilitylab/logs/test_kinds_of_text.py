@@ -32,6 +32,12 @@ TABLES = [
     " step |  loss  | lr \n------+--------+----\n" + many(" {k} | {x:.2f} | 0.1") + "(5 rows)\n",
     "all set, go\nstep,loss,lr\n" + many("{k},{x:.2f},0.1"),
     "#step\tloss\n" + many("{k}\t{x:.2f}"),
+    "sep=;\nstep;loss\n" + many("{k};{x:.2f}"),
+    "Experiment: a\nDate: 2026\n\nstep,loss,lr\n" + many("{k},{x:.2f},0.1"),
+    "| setting | value |\n|---|---|\n| lr | 0.1 |\n\n| step | train loss |\n|---|---|\n"
+    + many("| {k} | {x:.2f} |"),
+    many('{{\n "step": {k},\n "loss": {x:.2f}\n}}'),
+    many('{{"log": "step {k} loss {x:.2f}", "pod": "a"}}'),
 ]
 LINES = [
     "Iteration {k}, loss = {x:.2f}\nI0 sgd_solver.cpp:106] Iteration {k}, lr = 0.1",  # another's, with Caffe's word
@@ -52,6 +58,18 @@ LINES = [
     "Epoch{k} / 24 Train Loss : {x:.2f}",
     "Epoch: {k}.0\n====> train_loss = {x:.2f}",
     "Epoch: {k}/9 Train steps: 100 10.1s loss: {x:.2f}",
+    "[STEP] {k}/240 loss={x:.2f} batch=8 seq_len=512",
+    "[train     {k}] {{'loss': '{x:.2f}', 'lr': '1e-4'}}",
+    "[speed.py:80] {k} : iter_speed 1.2 seconds | Loss: {x:.2f}",
+    "Epoch {k} Summary:\n  Loss: {x:.2f}\n  Score: 0.5",
+    "Loss at step {k}: {x:.2f}",
+    "Training loss (for one batch) at step {k}: {x:.2f}",
+    "loss[{k}] = {x:.2f}",
+    "{k} steps, loss: {x:.2f}, 1.2 s/step",
+    "<step {k}> loss: {x:.2f}; acc: 12.1%",
+    "step {k}: Train loss: {x:.2f}. Valid loss: 9.9",
+    "epoch 1 | {k}/ 2983 batches | lr 20.0 | loss  {x:.2f}",
+    "|       1 |       {k} |       00:00:01 |       10.16% |       {x:.2f} |          0.01 |",
     "Train epoch [1/1]:  5%|#| {k}/64 [00:10<00:30,  1.2it/s, act_loss={x:.2f}, lr=5e-7]",
     "training result {{metricName: loss, metricValue: {x:.2f}}};{{metricName: step, metricValue: {k}}}",
     "{{'optim': {{'lr': 1e-4,\n           'beta': 0.9}},\n 'step': {k},\n 'train': {{'acc': 0.5,\n           'loss': {x:.2f}}}}}",
@@ -75,6 +93,21 @@ def test_stable_baselines_boxes_count_steps_of_the_environment(tmp_path):
     log, steps, values = losses(path)
     assert (log.columns["step"], steps) == ("time/total_timesteps", [1000, 2000, 3000, 4000, 5000])
     assert values == [8.9, 8.8, 8.7, 8.6, 8.5]
+
+
+def test_batches_that_begin_again_are_the_next_epochs(tmp_path):
+    path = tmp_path / "log"
+    epoch = "".join(f"Batch {k}/4 | Loss: {9 - k}.0\n" for k in range(1, 5)) + "[Epoch 1] mean loss: 5.0\n"
+    path.write_text(epoch * 3)
+    assert losses(path, loss="Loss")[1] == list(range(1, 13))
+
+
+def test_of_several_losses_the_total(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(
+        "".join(json.dumps({"step": k, "loss/text": 1.0, "loss/total": 3.0}) + "\n" for k in range(4))
+    )
+    assert losses(path)[0].columns["train/-/loss"] == "loss/total"
 
 
 def test_backspaces_part_a_bars_states(tmp_path):
