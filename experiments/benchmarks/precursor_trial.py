@@ -12,7 +12,9 @@ frontier. Each precursor is a score by step:
     stable rank, QK entropy                 the same, of what falls: the median over the value
     margin                                  minus its log: no history needed
     level of the gradient norm, ...         log of the value alone, for those that have one
+    margin, trend                           the margin that a line through the last 10 foresees at the horizon
     combined                                logistic regression on the six, fitted on one half of the runs
+    combined, trend                         the same on those, the levels, the foreseen margin and its slope
 
 An *alarm* is a score over a threshold, none within ``QUIET`` steps of the last. It is right where the collapse's onset follows
 within ``HORIZON`` steps, false where none does; after the onset none counts. For each half of the runs the threshold is set on
@@ -42,15 +44,21 @@ from scipy.optimize import minimize
 from scipy.stats import binomtest
 
 from experiments.benchmarks._trial_frontier import correlation, frontier_of
-from experiments.benchmarks._trial_runs import CALM, CAUSES, MOSTLY_LOST, NAMES, run
+from experiments.benchmarks._trial_runs import CALM, CAUSES, EVERY, MOSTLY_LOST, NAMES, run
 
 Floats = NDArray[np.float64]
 HORIZON, QUIET, PAST, FIRST = 24, 16, 10, CALM
-# False alarms a thousand steps at risk.
-RATES = (1.0, 5.0)
+# False alarms a thousand steps at risk; the first is what an alarm may have that is on by default.
+RATES = (0.1, 1.0, 5.0)
 FALLING = ("stable rank", "QK entropy")
 LEVELS = ("gradient norm", "update norm", "kurtosis")
-ALL = (*NAMES, *(f"{name}, level" for name in LEVELS), "combined")
+TREND, SLOPE = "margin, trend", "margin, slope"
+# What the two combinations are fitted on.
+COMBINED = {
+    "combined": NAMES,
+    "combined, trend": (*NAMES, *(f"{name}, level" for name in LEVELS), TREND, SLOPE),
+}
+ALL = (*NAMES, *(f"{name}, level" for name in LEVELS), TREND, *COMBINED)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -128,7 +136,9 @@ def scores(row: dict[str, Any]) -> tuple[NDArray[np.int64], dict[str, Floats]]:
         with np.errstate(divide="ignore", invalid="ignore"):
             log = np.log(value)
         if name == "margin":
-            found[name] = -np.clip(log, -10, 10)
+            bounded = np.clip(log, -10, 10)
+            found[name] = -bounded
+            found[TREND], found[SLOPE] = trend(bounded)
             continue
         usual = np.array(
             [np.median(log[max(0, i - PAST) : i]) if i >= 4 else np.nan for i in range(len(log))]
@@ -141,6 +151,19 @@ def scores(row: dict[str, Any]) -> tuple[NDArray[np.int64], dict[str, Floats]]:
         name: np.nan_to_num(score[keep], nan=-10.0, posinf=10.0, neginf=-10.0)
         for name, score in found.items()
     }
+
+
+def trend(log: Floats) -> tuple[Floats, Floats]:
+    """Minus the value that a line through the last ``PAST`` measurements, set at their median, reaches a horizon on, and minus its
+    slope a measurement (0 before the fourth)."""
+    ahead = HORIZON / EVERY
+    foreseen, slopes = np.empty(len(log)), np.zeros(len(log))
+    for i in range(len(log)):
+        past = log[max(0, i - PAST + 1) : i + 1]
+        if len(past) >= 4:
+            slopes[i] = np.polyfit(np.arange(len(past)), past, 1)[0]
+        foreseen[i] = np.median(past) + ahead * slopes[i]
+    return -foreseen, -slopes
 
 
 class Prepared:
@@ -166,9 +189,9 @@ class Prepared:
         return found
 
 
-def combine(fitted: list[Prepared], judged: list[Prepared]) -> None:
-    """Give both halves a score "combined": logistic regression with a little ridge, on standardized scores."""
-    names = list(NAMES)
+def combine(fitted: list[Prepared], judged: list[Prepared], combined: str) -> None:
+    """Give both halves that score: logistic regression with a little ridge, on standardized scores."""
+    names = list(COMBINED[combined])
     x = np.concatenate([np.stack([one.scores[n] for n in names], axis=1) for one in fitted])
     y = np.concatenate([one.warns for one in fitted]).astype(np.float64)
     middle, spread = x.mean(axis=0), x.std(axis=0) + 1e-9
@@ -181,7 +204,7 @@ def combine(fitted: list[Prepared], judged: list[Prepared]) -> None:
     weights = minimize(loss, np.zeros(len(names) + 1), method="L-BFGS-B").x
     for one in (*fitted, *judged):
         own = (np.stack([one.scores[n] for n in names], axis=1) - middle) / spread
-        one.scores["combined"] = own @ weights[1:] + weights[0]
+        one.scores[combined] = own @ weights[1:] + weights[0]
 
 
 def threshold_for(runs: list[Prepared], name: str, rate: float) -> float:
@@ -204,7 +227,8 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
     pairs = []
     for half in (0, 1):
         fitted, judged = [Prepared(r) for r in halves[half]], [Prepared(r) for r in halves[1 - half]]
-        combine(fitted, judged)
+        for combined in COMBINED:
+            combine(fitted, judged, combined)
         pairs.append((fitted, judged))
     for name in ALL:
         for rate in RATES:

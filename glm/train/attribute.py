@@ -175,10 +175,14 @@ def _begun(
             f"left out, an older state is taken: {error}", highlight=False, markup=False, soft_wrap=True
         )
     if state is None and episode.onset > FROM_THE_START and not asked.from_start:
+        keeps = (
+            "a hard batch breaks nothing, so none is written to flight/: train with --checkpoint.every N"
+            if episode.kind == "hard-batch"
+            else "train with --checkpoint.ring 4, which writes one to flight/ when something breaks"
+        )
         raise InputError(
             f"{run.path} keeps no {'whole ' * bool(lost)}state from before its event {asked.event} at step "
-            f"{episode.onset}: train with "
-            "--checkpoint.ring 4, which writes one to flight/ when something breaks, or give --from-start to train up to it"
+            f"{episode.onset}: {keeps}, or give --from-start to train up to it"
         )
     loop = ForkLoop(config, open_data(folder))
     if state is not None:

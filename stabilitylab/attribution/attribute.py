@@ -212,7 +212,8 @@ class _Search:
             raise InputError(
                 f"the loop does not repeat itself: from one state step {begin + apart} gave {values[apart]!r}, then "
                 f"{again[apart]!r}; train_step must depend on the state and its index alone: "
-                "state_dict() may leave something out, as a place in the data or a generator of random numbers"
+                "state_dict() may leave something out, as a place in the data or a generator of random numbers; or a kernel sums "
+                "in another order each time (torch.use_deterministic_algorithms(True) says which)"
             )
 
     # Questions.
@@ -333,6 +334,12 @@ class _Search:
             untried=tuple(self.untried),
             seconds=time.monotonic() - self._began,
             settings=settings,
+            ignores_index=any(
+                fork.without.kind == "batch"
+                and not fork.error
+                and all(_equal(a, b) for a, b in zip(fork.values, self.control, strict=False))
+                for fork in self.trained.values()
+            ),
         )
 
 

@@ -260,7 +260,12 @@ def without_rows(loop: Any, index: int, rows: Sequence[int]) -> float | Mapping[
 def signal_of(seen: float | Mapping[str, float], signal: str) -> float:
     """The number of a step that the event is about, on the scale on which an event rises."""
     if not isinstance(seen, Mapping):
-        return float(seen)
+        try:
+            return float(seen)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"train_step() returned a {type(seen).__name__}: it returns the step's loss"
+            ) from error
     if signal not in seen:
         raise InputError(
             f"train_step() returned {', '.join(seen)} and no {signal!r}, which the event is about"

@@ -71,8 +71,16 @@ class LoopState:
 
     @classmethod
     def of(cls, loop: Loop, index: int) -> LoopState:
-        """A copy of where ``loop`` is."""
-        return cls(index, copy.deepcopy(loop.state_dict()), _randomness())
+        """A copy of where ``loop`` is. Raises InputError where its state cannot be copied."""
+        state = loop.state_dict()
+        try:
+            copied = copy.deepcopy(state)
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise InputError(
+                f"the state_dict() of {type(loop).__name__} cannot be copied ({error}): give tensors and numbers, "
+                "of an iterator over data its place"
+            ) from error
+        return cls(index, copied, _randomness())
 
     def put_into(self, loop: Loop) -> None:
         """Bring ``loop`` here."""

@@ -29,6 +29,10 @@ class Memory:
             for line in lines[1:]:
                 fork = _fork(line)
                 self._forks[fork.without.key] = fork
+            # A kill cuts a line short: the next one must not go on from there.
+            whole = "".join(json.dumps(line) + "\n" for line in lines)
+            if file.read_text(encoding="utf-8") != whole:
+                file.write_text(whole, encoding="utf-8")
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"about": about}) + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ Ask = Callable[[Sequence[Without]], list[Fork | None]]
 # Of what stands out so many are tried each by itself; of a batch and a table so many rows.
 SINGLES, ROWS, TABLE_ROWS = 6, 3, 32
 _STEPS = (1, 2, 4)
+_BEYOND = 1e30
 # Share of the height that rows of a table may leave.
 WHOLLY = 0.1
 # Where tensors in every eighth of all are at fault, none is.
@@ -255,10 +256,11 @@ def standing_out(sizes_RK: np.ndarray[tuple[int, int], np.dtype[np.float64]]) ->
     """
     if len(sizes_RK) < 2:
         return []
+    # A row whose gradient leaves the format is beyond all others, and beyond no other such row.
+    sizes_RK = np.nan_to_num(sizes_RK, nan=_BEYOND, posinf=_BEYOND)
     middle = np.median(sizes_RK, axis=0)
     spread = np.maximum(1.4826 * np.median(np.abs(sizes_RK - middle), axis=0), 1e-3 * np.abs(middle) + 1e-12)
-    with np.errstate(invalid="ignore"):
-        far = np.nan_to_num((sizes_RK - middle) / spread, nan=np.inf).max(axis=1)
+    far = ((sizes_RK - middle) / spread).max(axis=1)
     order = np.argsort(-far, kind="stable")
     return [int(row) for place, row in enumerate(order[:ROWS]) if far[row] > 4 or place == 0]
 

@@ -59,6 +59,7 @@ class Attribution:
         seconds: spent.
         settings: names of the optimizer's settings that jumped.
         otherwise: what forks have otherwise than the original, where that is known.
+        ignores_index: a fork that leaves a batch out gives the same numbers: the loop's data go on by themselves.
     """
 
     episode: Episode
@@ -76,6 +77,7 @@ class Attribution:
     seconds: float = 0.0
     settings: tuple[str, ...] = field(default=())
     otherwise: str = ""
+    ignores_index: bool = False
 
     @property
     def prevents(self) -> list[Fork]:
@@ -90,6 +92,15 @@ class Attribution:
     @property
     def sentence(self) -> str:
         """The first thing to know."""
+        if not self.ignores_index:
+            return self._first
+        return (
+            f"{self._first} No batch could be left out: train_step(index) takes the same one whatever its index, "
+            "so data are to be read by index."
+        )
+
+    @property
+    def _first(self) -> str:
         what = f"the {NOUNS.get(self.episode.kind, self.episode.kind)}"
         if not self.yardstick.shows:
             said = f"The control does not repeat {what} at step {self.episode.onset}"

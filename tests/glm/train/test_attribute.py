@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from rich.console import Console
 
+from glm.cli import main
 from glm.commands.train import TrainCommand, train
 from glm.data.config import ObjectiveConfig
 from glm.data.shards import open_data
@@ -169,10 +171,14 @@ def test_forks_have_the_threads_of_the_run(lost, tmp_path, monkeypatch):
         attribute_command([str(lost), "--event", "1", "--threads", "0"])
 
 
-def test_refusals(lost, data_folder, tmp_path):
+def test_refusals(lost, data_folder, tmp_path, capsys):
+    """One line each, and exit code 2."""
+
     def refused(match, *words):
-        with pytest.raises(InputError, match=match):
-            attribute_command([*map(str, words)])
+        capsys.readouterr()
+        assert main(["attribute", *map(str, words)]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert re.search(match, line)
 
     refused("choose one of 1", lost, "--event", 99)
     refused("is no time", lost, "--event", 1, "--budget", "soon")

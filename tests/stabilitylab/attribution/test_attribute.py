@@ -3,10 +3,12 @@
 import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from stabilitylab.attribution import LoopState, attribute
+from stabilitylab.attribution.narrowing import standing_out
 from stabilitylab.attribution.proof import Conclusion
 from stabilitylab.errors import InputError
 from stabilitylab.telemetry import Event
@@ -147,6 +149,8 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path):
     assert told
     assert not again
     assert second.rows == first.rows
+    lines = file.read_text().splitlines()
+    assert all(json.loads(line) for line in lines)  # what was cut short is gone, so that lines may follow
     proven(Loop(act=damaged, dropout=0.1), memory=file, tell=again.append)
     assert again  # of another run
 
@@ -203,6 +207,45 @@ def test_a_loop_whose_data_go_on_by_themselves():
     losses += [loop.train_step(step) for step in range(BEGIN, AT + 4)]
     with pytest.raises(InputError, match=r"does not repeat itself.*a place in the data"):
         attribute(loop, AT, begin=BEGIN, state=state, original=dict(enumerate(losses)))
+
+
+def test_a_loop_that_keeps_its_place_in_the_data_and_ignores_the_index():
+    class Streams(Loop):
+        place = 0
+
+        def state_dict(self):
+            return super().state_dict() | {"place": self.place}
+
+        def load_state_dict(self, state):
+            super().load_state_dict(state)
+            self.place = state["place"]
+
+        def batch(self, index):
+            self.place += 1
+            return super().batch(self.place - 1)
+
+    proof = proven(Streams(spoil=lambda tokens: tokens.flip(1)), thorough=True)
+    assert (proof.cause, proof.ignores_index) == ("unknown", True)
+    assert "No batch could be left out: train_step(index) takes the same one" in proof.sentence
+    proof = proven(Streams(act=damaged))
+    assert (proof.cause, proof.site) == ("parameter", "layers.1.up.weight")
+
+
+def test_rows_whose_gradients_are_not_finite_stand_out():
+    sizes = np.array([[6.6, 1.2], [5.3, np.inf], [5.6, 2.8], [5.1, 1.9]])
+    assert standing_out(sizes)[0] == 1
+    assert standing_out(np.array([[6.6, 1.2], [5.3, np.inf], [5.6, 2.8], [9.1, np.inf]]))[0] == 3
+    assert standing_out(np.full((4, 2), np.nan))
+
+
+def test_a_loop_without_a_loss_or_with_a_state_that_cannot_be_copied():
+    loop = Loop()
+    loop.train_step = lambda index: None
+    with pytest.raises(InputError, match="returned a NoneType: it returns the step's loss"):
+        attribute(loop, 10, begin=0)
+    loop.state_dict = lambda: {"data": (i for i in range(3))}
+    with pytest.raises(InputError, match=r"state_dict\(\) of Loop cannot be copied .*generator.* its place"):
+        LoopState.of(loop, 0)
 
 
 def test_what_is_not_in_state_or_code_is_said():
