@@ -21,10 +21,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from matplotlib.transforms import IdentityTransform
 from numpy.typing import NDArray
 
-from stabilitylab.figures.maps import BROKEN, Cells, cells
+from stabilitylab.figures.maps import BROKEN, Cells, cells, named_sites
 from stabilitylab.figures.style import ON_WHITE, plain, shortened
 
-SMALL, LARGE = 8.0, 10.0
+SMALL, NAMES, LARGE = 8.0, 9.0, 10.0
+# TensorBoard shrinks what is wider than its card: few names in larger letters can be read there, thirty cannot.
+_NAMED = 16
 _ROUND = (1, 2, 5, 10)
 _GAP, _BAR = 5, 10
 _CROSSES = 200
@@ -48,7 +50,7 @@ def map_card(
         dpi: with which it must be saved.
     """
     shown = cells(matrix, recorded=recorded)
-    height = min(5.1, max(1.8, 1.27 + 0.115 * len(shown.sites)))
+    height = min(5.1, max(1.8, 1.27 + 0.15 * len(shown.sites)))
     with mpl.rc_context(ON_WHITE):
         card = _Card(width, height, dpi)
         card.write(_GAP, card.height - _GAP, title, size=LARGE, ha="left", va="top")
@@ -58,9 +60,9 @@ def map_card(
         high = high if high > low else low + max(abs(low) * 0.01, 1e-12)
         scale = (LogNorm if log else Normalize)(low, high, clip=True)
         marks = [(float(scale(v)), plain(v)) for v in _values(low, high, log=log)]
-        apart = max(1, -(-len(shown.sites) // 32))
-        names = shortened(shown.sites[::apart], 32)
-        left = 2 * _GAP + max(map(card.room, names), default=0)
+        rows = named_sites(shown.sites, _NAMED)
+        names = shortened([shown.sites[row] for row in rows], 32)
+        left = 2 * _GAP + max((card.room(name, NAMES) for name in names), default=0)
         right = card.width - _BAR - 3 * _GAP - max((card.room(words) for _, words in marks), default=0)
         bottom, top = 3 * card.line, card.height - int(2.2 * card.line)
         size = max(right - left, 40), max(top - bottom, 10)
@@ -79,9 +81,9 @@ def map_card(
         for share, words in marks:
             place = left + size[0] + 2 * _GAP + _BAR, bottom + share * size[1]
             card.write(*place, words, ha="left", va="center")
-        for row, name in zip(range(0, len(shown.sites), apart), names, strict=True):
+        for row, name in zip(rows, names, strict=True):
             place = left - _GAP, bottom + (row + 0.5) * size[1] / len(shown.sites)
-            card.write(*place, name, ha="right", va="center")
+            card.write(*place, name, ha="right", va="center", size=NAMES)
         for share, words in _steps(shown):
             card.write(left + share * size[0], bottom - _GAP, words, ha="center", va="top")
         across = "step; red: not finite" if broken.any() else "step"
@@ -98,11 +100,12 @@ class _Card:
         self.width, self.height = int(width * dpi), int(height * dpi)
         self.line = round(1.3 * SMALL * dpi / 72)
         self._renderer = FigureCanvasAgg(self.figure).get_renderer()
-        self._font = FontProperties(size=SMALL)
+        self._fonts: dict[float, FontProperties] = {}
 
-    def room(self, words: str) -> int:
-        """How many pixels small words are wide."""
-        width: float = self._renderer.get_text_width_height_descent(words, self._font, ismath=False)[0]
+    def room(self, words: str, size: float = SMALL) -> int:
+        """How many pixels words are wide."""
+        font = self._fonts.setdefault(size, FontProperties(size=size))
+        width: float = self._renderer.get_text_width_height_descent(words, font, ismath=False)[0]
         return round(width)
 
     def write(self, x: float, y: float, words: str, *, ha: str, va: str, size: float = SMALL) -> None:

@@ -8,6 +8,7 @@ distance.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from stabilitylab.figures.style import ALARM, STYLE, WIDTH, log_axis, panel, say
 COLUMNS = 400
 ROWS = 200
 BROKEN = "#d62728"
+_APART = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def heat_map(
@@ -217,10 +219,24 @@ def _break(axes: Axes, broken: np.ndarray, extent: tuple[float, float, float, fl
         axes.plot(places, rows, "x", color="white", markersize=3, markeredgewidth=0.8)
 
 
+def named_sites(sites: Sequence[str], most: int) -> list[int]:
+    """Which rows are named: all where they fit, else those of round numbers (layers.0, layers.10, ...), the first and the last."""
+    count = len(sites)
+    if count <= most:
+        return list(range(count))
+    numbers = [int(found[-1]) if (found := re.findall(r"\d+", site)) else None for site in sites]
+    for apart in _APART:
+        places = [i for i, number in enumerate(numbers) if number is not None and number % apart == 0]
+        places = places if len(places) > 2 else list(range(0, count, apart))
+        if len(places) <= most:
+            break
+    room = max(1, count // (2 * most))  # what stands closer would lie on one another
+    return [0, *(i for i in places if room < i < count - 1 - room), count - 1]
+
+
 def _label_sites(axes: Axes, sites: Sequence[str]) -> None:
-    """All names where they fit, else an even choice of them; long ones keep their end, where they differ."""
-    apart = max(1, -(-len(sites) // 32))
-    places = range(0, len(sites), apart)
+    """Names where they fit; long ones keep their end, where they differ."""
+    places = named_sites(sites, 32)
     names = [sites[i] for i in places]
     longest = int(WIDTH * 5)
     axes.set_yticks(places, [name if len(name) <= longest else "…" + name[1 - longest :] for name in names])

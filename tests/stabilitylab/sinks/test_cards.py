@@ -11,7 +11,7 @@ import pytest
 from matplotlib.colors import LogNorm, to_rgb
 
 from stabilitylab.figures.cards import map_card
-from stabilitylab.figures.maps import BROKEN
+from stabilitylab.figures.maps import BROKEN, named_sites
 from stabilitylab.figures.style import save_pixels, tidy
 
 
@@ -45,3 +45,11 @@ def test_a_card_of_one_value_can_be_drawn(log: bool, value: float) -> None:
         map_card(matrix, title="a", log=log, recorded=matrix.notna()), content, dpi=90, ground="white"
     )
     assert content.getvalue().startswith(b"\x89PNG")
+
+
+def test_of_many_rows_those_of_round_numbers_are_named():
+    sites = ["embedding", *(f"layers.{i}" for i in range(100)), "head"]
+    named = [sites[row] for row in named_sites(sites, 16)]
+    assert named == ["embedding", *(f"layers.{i}" for i in range(10, 100, 10)), "head"]
+    assert named_sites(sites[:16], 16) == list(range(16))
+    assert len(named_sites(["no number"] * 99, 16)) <= 17
