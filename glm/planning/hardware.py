@@ -3,7 +3,7 @@
 Rates are bytes/s and FLOP/s of one GPU: ``flops`` the dense fp16/bf16 peak with fp32 accumulation, ``link`` one direction of the
 links inside a node, ``network`` one direction of the links between nodes (a card of 200 Gbit/s a GPU for A100, 400 for H100).
 
-Of these peaks a fraction is reached. For matrix products it is one constant a GPU generation: 0.66 for A100, which reproduces
+Of these peaks a fraction is reached. For matrix products it is one constant a GPU generation: 0.67 for A100, which reproduces
 the ten end-to-end rates of Megatron-LM from 1.7B to 1T on 32 to 3,072 GPUs (Narayanan et al., 2104.04473, table 1) to 5 %. All
 others are set to 0.6 without such evidence: their times are estimates. Memory, links and network reach 0.8 of theirs.
 
@@ -82,8 +82,8 @@ GPUS = {
     for gpu in (
         _gpu("V100-16G", 16_384, 125, 900, 150, 12.5),
         _gpu("V100-32G", 32_768, 125, 900, 150, 12.5),
-        _gpu("A100-40G", 40_960, 312, 1_555, 300, 25, 0.66),
-        _gpu("A100-80G", 81_920, 312, 2_039, 300, 25, 0.66),
+        _gpu("A100-40G", 40_960, 312, 1_555, 300, 25, 0.67),
+        _gpu("A100-80G", 81_920, 312, 2_039, 300, 25, 0.67),
         _gpu("H100-80G", 81_559, 989, 3_350, 450, 50),
         _gpu("H200-141G", 143_771, 989, 4_800, 450, 50),
         _gpu("B200-180G", 183_359, 2_250, 8_000, 900, 50),

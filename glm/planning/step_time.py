@@ -5,7 +5,9 @@ A micro-batch of b rows occupies the slowest stage for
     slot = products + kernels + tensor + pipeline
 
     products   FLOPs / (t x peak x share reached): forward 1, backward 2, recomputed 1 more
-    kernels    bytes that norms, activations, residuals and scores move / memory rate; backward 1.5 times forward
+    kernels    bytes that norms, activations, residuals and scores move / memory rate; backward 1.5 times forward; those of adding
+               a micro-batch's gradient to what is accumulated: e read, and the accumulator read and written, a parameter. It is
+               half for fp16 and fp32 else (Megatron-LM's main_grad, and DeepSpeed's of bf16); under ZeRO-2 and 3 a share
     tensor, pipeline   communication, which nothing hides
 
 where the slowest stage is one in the middle, or the last with its output projection (3 products of 2 h V, never recomputed). The
@@ -15,9 +17,10 @@ counts, and a share of the shorter of both, since they hold each other up.
 
 MFU counts the model's FLOPs, HFU the recomputed ones too (PaLM, 2204.02311, appendix B; GLM-130B reports 32.5 % and 43.3 %).
 
-Checked on 25 published runs (``python -m experiments.benchmarks published_runs``, and a test): 20 within 10 %. Constants were
-chosen on Megatron-LM's ten and on two of ZeRO-3's; GLM-130B, BLOOM, OPT-175B, PTD 175B and the third of ZeRO-3 come out within 7 %
-unseen; MT-NLG 13 to 18 % too fast, ZeRO-3 at 530B -13 to +11 %.
+Checked on 25 published runs (``python -m experiments.benchmarks published_runs``, and a test): 22 within 10 %. Constants were
+chosen on Megatron-LM's ten and on two of ZeRO-3's; GLM-130B, BLOOM, OPT-175B, PTD 175B and the third of ZeRO-3 come out within 4 %
+unseen; MT-NLG 8 to 13 % too fast, ZeRO-3 at 530B -13 to +11 %.
+A trainer whose products add into the accumulator themselves (fused accumulation, later than these runs) saves the first e.
 Limits: efficiency does not depend on the size of a matrix, so models narrower than about 1,000 a GPU come out too fast; stragglers,
 data loading and checkpoints are not in it.
 """
@@ -97,6 +100,13 @@ def kernel_bytes(shape: Shape, rows: int, tensor: int, precision: str) -> float:
     return whole + (split + score * rows * shape.heads * shape.length**2) / tensor
 
 
+def accumulation_bytes(shape: Shape, layout: Layout, precision: str) -> float:
+    """Bytes that adding a micro-batch's gradient of a layer to those before it moves."""
+    e = BYTES[precision]
+    held = shape.layer_parameters(layout.tensor) / (layout.data if layout.zero >= 2 else 1)
+    return held * (e + 2 * (e if precision == "fp16" else BYTES["fp32"]))
+
+
 def step_time(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str = "fp16") -> StepTime:
     """An update of ``rows`` rows."""
     gpu, m, b = cluster.gpu, layout.micro_batches(rows), layout.micro
@@ -112,7 +122,8 @@ def step_time(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precisi
     flops = max(flops, stages[-1] * shape.layer_flops(tokens) * passes + 3 * shape.output_flops(tokens))
     moved = layers * kernel_bytes(shape, b, layout.tensor, precision)
     products = flops / rate
-    kernels = moved * (passes - 2 + BACKWARD) / (gpu.bandwidth * TRANSFER)
+    accumulated = layers * accumulation_bytes(shape, layout, precision)
+    kernels = (moved * (passes - 2 + BACKWARD) + accumulated) / (gpu.bandwidth * TRANSFER)
     tensor = tensor_transfer(shape, layout, cluster, rows, precision)
     pipeline = pipeline_transfer(shape, layout, cluster, rows, precision)
     data = data_transfer(shape, layout, cluster, rows, precision)

@@ -8,13 +8,13 @@ import pytest
 
 from experiments.benchmarks.published_runs import MEGATRON, gpt, published
 from glm.errors import InputError
-from glm.planning.hardware import GIB, parse_cluster
+from glm.planning.hardware import GIB, TRANSFER, parse_cluster
 from glm.planning.inference import serving, serving_plans, weight_bytes
 from glm.planning.layout import Layout, bubble
 from glm.planning.reliability import GPU_HOURS_PER_FAILURE, reliability
 from glm.planning.search import require_plans, search
 from glm.planning.shape import shape_of
-from glm.planning.step_time import step_time
+from glm.planning.step_time import accumulation_bytes, step_time
 from glm.presets import PRESETS
 
 GLM = shape_of(PRESETS["glm-130b"].model)
@@ -52,14 +52,13 @@ def test_glm_130bs_utilization():
     assert GLM.hardware_flops(ROWS * s, recompute=True) == pytest.approx(formula, rel=1e-12)
 
 
-# Off by more than a tenth: MT-NLG's update has 13 s that do not shrink with more replicas, of which the plan knows 7; ZeRO-3 at
-# 530B.
-FURTHER = {"MT-NLG": 0.19, "ZeRO-3 530B": 0.14}
+# Off by more than a tenth: MT-NLG on 3,360 GPUs, whose slots take longer with more replicas; ZeRO-3 at 530B.
+FURTHER = {"MT-NLG": 0.13, "ZeRO-3 530B": 0.13}
 
 
 @pytest.mark.parametrize("run", published(), ids=lambda run: run.name)
 def test_published_throughput(run):
-    assert run.planned() == pytest.approx(run.rate, rel=FURTHER.get(run.group, 0.07))
+    assert run.planned() == pytest.approx(run.rate, rel=FURTHER.get(run.group, 0.05))
 
 
 @pytest.mark.parametrize("row", MEGATRON, ids=lambda row: f"{row[0]}B")
@@ -79,6 +78,19 @@ def test_the_last_stage_has_the_output_projection():
     output = 3 * shape.output_flops(8 * shape.length) / (cluster.gpu.flops * cluster.gpu.products)
     assert one.products > output
     assert eight.products > output
+
+
+def test_gradients_of_micro_batches_are_added_up():
+    # 5 s of a memory rate of 1.63 TB/s: 200 micro-batches of 2 + 2 + 2 bytes of 7e9 parameters, or of 2 + 4 + 4 in bf16.
+    shape, cluster = gpt(36, 4096, 32), parse_cluster("1x1xA100-80G")
+    layers = shape.layers * shape.layer_parameters(1)
+    layout = Layout(tensor=1, pipeline=1, data=1)
+    for precision, bytes_each in (("fp16", 6), ("bf16", 10)):
+        assert shape.layers * accumulation_bytes(shape, layout, precision) == bytes_each * layers
+    half, wide = (step_time(shape, layout, cluster, 200, precision).kernels for precision in ("fp16", "bf16"))
+    assert wide - half == pytest.approx(200 * 4 * layers / (cluster.gpu.bandwidth * TRANSFER))
+    shared = replace(layout, data=8, zero=2)
+    assert accumulation_bytes(shape, shared, "fp16") == accumulation_bytes(shape, layout, "fp16") / 8
 
 
 def test_chunks_shorten_the_wait_and_send_more():
