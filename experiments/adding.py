@@ -1,7 +1,8 @@
 """Seeds added to a suite one after another, until its claims are decided or the time is up.
 
-The first four seeds come at once, since no verdict rests on fewer; then one at a time, or as many as fill the places at which runs
-are made. The verdicts hold at every look (``experiments.statistics``), so one may stop at any.
+The first four seeds come at once, since no verdict rests on fewer; then one at a time, or as many as fill the places at which
+runs are made. Under a budget the first ones come so too: it is overrun by one group's runs at the most. The verdicts hold at
+every look (``experiments.statistics``), so one may stop at any.
 """
 
 from __future__ import annotations
@@ -90,13 +91,20 @@ def run_adding(
     step = max(1, math.ceil(places / per_seed))
     at = 0
     while at < len(asked):
-        at = min(len(asked), max(at + step, LEAST_SEEDS))
+        at = min(len(asked), max(at + step, LEAST_SEEDS if budget is None else 0))
         part = dataclasses.replace(suite, seeds=asked[:at])
         run(part)
-        if until_decided and not undecided_together(judge(part)):
+        if until_decided and at >= LEAST_SEEDS and not undecided_together(judge(part)):
             console.print(f"{suite.name}: every claim is decided after {at} seeds")
             return part
         if budget is not None and time.monotonic() - started > budget and at < len(asked):
-            console.print(f"{suite.name}: the budget is spent after {at} of {len(asked)} seeds")
+            few = (
+                f": a verdict needs {LEAST_SEEDS}, give the command again to go on"
+                if at < LEAST_SEEDS
+                else ""
+            )
+            console.print(
+                f"{suite.name}: the budget is spent after {at} of {len(asked)} seeds{few}", soft_wrap=True
+            )
             return part
     return dataclasses.replace(suite, seeds=asked)

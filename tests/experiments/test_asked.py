@@ -105,9 +105,14 @@ def test_without_a_question_all_seeds_come_at_once() -> None:
     assert first_seeds((3, 1), 1) == (3,)
 
 
-def test_a_budget_begins_no_new_seed() -> None:
+def test_a_budget_begins_no_new_seed(capsys: pytest.CaptureFixture[str]) -> None:
     asked, made = looked(0.0, until_decided=True, budget=1e-9)
-    assert asked == [(5, 7, 8, 9)] == [made.seeds]
+    assert asked == [(5,)] == [made.seeds]
+    assert "spent after 1 of 16 seeds: a verdict needs 4" in capsys.readouterr().err
+    # Long enough: seed by seed, and no verdict is asked for before there can be one.
+    asked, made = looked(1.0, until_decided=True, budget=1e9)
+    assert asked == [made.seeds[:n] for n in range(1, len(made.seeds) + 1)]
+    assert 4 <= len(made.seeds) < 8
 
 
 def test_seeds_beyond_the_planned_ones_are_found(tmp_path: Path) -> None:
