@@ -1,6 +1,6 @@
 """Number formats: which tensor has which, how half operands are multiplied, and how the loss is scaled."""
 
-from glm.precision.gradient_range import GradientRange, count_elements, gradient_range
+from glm.precision.gradient_range import GradientRange, count_all, gradient_range
 from glm.precision.half_units import multiplies_natively, upcasts
 from glm.precision.kernel import attention, gated_gelu, has_kernel, losses
 from glm.precision.loss_scale import LossScaleConfig, LossScaler
@@ -25,7 +25,7 @@ __all__ = [
     "at_least_fp32",
     "attention",
     "attention_scores",
-    "count_elements",
+    "count_all",
     "fused_attention",
     "gated_gelu",
     "gradient_range",

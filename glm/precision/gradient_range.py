@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Elements up to which tensors are counted together.
+SMALL = 1 << 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradientRange:
@@ -31,15 +34,25 @@ class GradientRange:
 
 def gradient_range(gradients: Iterable[Tensor]) -> GradientRange:
     """Count the elements of all tensors together; one transfer to the host."""
-    elements = 0
-    counts: list[Tensor] = []
+    elements, counts = count_all(gradients)
+    if counts is None:
+        return GradientRange(elements=0, nonfinite=0, zero=0, subnormal=0)
+    nonfinite, zero, subnormal = (int(count) for count in counts.tolist())
+    return GradientRange(elements=elements, nonfinite=nonfinite, zero=zero, subnormal=subnormal)
+
+
+def count_all(gradients: Iterable[Tensor]) -> tuple[int, Tensor | None]:
+    """Elements of all tensors together, and [3] their counts as of ``count_elements``, on the device; None where there is none."""
+    together: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    elements, counts = 0, []
     for gradient in gradients:
         elements += gradient.numel()
-        counts.append(count_elements(gradient))
-    if not counts:
-        return GradientRange(elements=0, nonfinite=0, zero=0, subnormal=0)
-    nonfinite, zero, subnormal = (int(count) for count in torch.stack(counts).sum(0).tolist())
-    return GradientRange(elements=elements, nonfinite=nonfinite, zero=zero, subnormal=subnormal)
+        if gradient.numel() > SMALL or gradient.layout is not torch.strided:
+            counts.append(count_elements(gradient))
+        else:  # a call costs more than their elements do
+            together.setdefault((gradient.dtype, gradient.device), []).append(gradient.detach().flatten())
+    counts += [count_elements(torch.cat(parts)) for parts in together.values()]
+    return elements, torch.stack(counts).sum(0) if counts else None
 
 
 def count_elements(gradient: Tensor) -> Tensor:

@@ -272,22 +272,20 @@ def _run(
 ) -> None:
     B, T, _, H, D = qkv.shape
     kind = _KINDS[weights.dtype]
-    call = _Attention(batch=B, tokens=T, heads=H, width=D, scale=scale, divisor=divisor, kind=kind)
+    strides: tuple[int, ...] = (0, 0, 0)
+    turns: tuple[int, ...] = (0, 0, 0)
     if bias is not None:
         bias = bias if bias.stride(3) == 1 else bias.contiguous()
-        strides = (bias.stride(i) if size > 1 else 0 for i, size in enumerate(bias.shape[:3]))
-        call.bias_stride = (ctypes.c_int64 * 3)(*strides)
+        strides = tuple(
+            stride if size > 1 else 0 for stride, size in zip(bias.stride()[:3], bias.shape, strict=False)
+        )
     if cosine is not None:
-        call.groups, call.pairs = cosine.shape[-2:]
-        call.turn_stride = cosine.stride(0) if cosine.shape[0] > 1 else 0
-    tensors = {"qkv": qkv, "cosine": cosine, "sine": sine, "bias": bias, "weights": weights, "mixed": mixed}
-    for field, tensor in (
-        *tensors.items(),
-        ("seen", seen),
-        ("grad", grad),
-        ("grad_qkv", grad_qkv),
-        ("largest", largest),
-    ):
-        setattr(call, field, 0 if tensor is None else tensor.data_ptr())
+        turns = (*cosine.shape[-2:], cosine.stride(0) if cosine.shape[0] > 1 else 0)
+    at = [
+        None if tensor is None else tensor.data_ptr()
+        for tensor in (qkv, cosine, sine, bias, weights, mixed, grad, grad_qkv, largest, seen)
+    ]
+    # In the order of the fields.
+    call = _Attention(B, T, H, D, *at[:3], *turns, at[3], strides, scale, divisor, kind, *at[4:])
     if getattr(_library(), name)(ctypes.addressof(call)):
         raise MemoryError("no memory for a head of attention")

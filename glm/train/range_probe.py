@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from glm.precision import count_elements
+from glm.precision import count_all
 from stabilitylab.probes.base import Context, Found, Readings
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
@@ -56,13 +56,10 @@ class GradientRangeProbe:
         """Count the elements of gradients as they were accumulated."""
         if not self._armed:
             return
-        elements, counts = 0, []
-        for gradient in accumulated:
-            elements += gradient.numel()
-            counts.append(count_elements(gradient))
-        if not counts:
+        elements, counts = count_all(accumulated)
+        if counts is None:
             return
-        found = torch.stack(counts).sum(0).double()
+        found = counts.double()
         if self._slots is None:
             self._slots = self._buffer.reserve("sums", len(STATISTICS), found.device)
         self._buffer.put(self._slots, torch.cat([found.new_tensor([float(elements)]), found]))
