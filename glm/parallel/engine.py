@@ -48,6 +48,7 @@ from glm.precision import LossScaler, Policy
 from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
+from glm.train.emulation import Emulation
 from glm.train.engine import Updates, Whole, check_targets, count_targets, rate_factors_of
 from glm.train.qk_clip import clip_queries_and_keys
 from glm.train.update_rules import state_names
@@ -184,6 +185,7 @@ class ParallelEngine(Updates):
             self.optimizer.after_update = lambda: clip_queries_and_keys(
                 self.model, self.optimizer.masters(), threshold, across=_largest
             )
+        self._emulation = Emulation(self.model, config.emulate, config.seed) if config.emulate.is_on else None
         axes = PipeModelDataParallelTopology(
             num_pp=self.topology.pipeline, num_mp=self.topology.tensor, num_dp=self.topology.data
         )
@@ -253,6 +255,9 @@ class ParallelEngine(Updates):
             for i in range(0, len(own), self.micro_rows)
         ]
         feed = self._stages.feed
+        if (emulation := self._emulation) is not None:
+            # A replica's micro-batches are those of one process, so their stochastic rounding draws what it would.
+            feed.begun = lambda number: emulation.begin(step, own.start + number * self.micro_rows)
         feed.begin(micro_batches, scale=self.loss_scale / whole.targets)
         if micro_batches:
             pipeline = self._pipeline

@@ -45,6 +45,7 @@ class Feed:
 
     Attributes:
         around: computes each part of the row; ``glm.parallel.zero`` does more around it.
+        begun: told the number of each micro-batch of the update before it is computed.
     """
 
     def __init__(self, model: Transformer, tensor: dist.ProcessGroup | None) -> None:
@@ -53,6 +54,8 @@ class Feed:
         self.scale = 1.0
         self.losses: list[Tensor] = []
         self.around: Around = _plainly
+        self.begun: Callable[[int], None] | None = None
+        self._number = 0
 
     def begin(self, micro_batches: Sequence[MicroBatch], *, scale: float) -> None:
         """A new update.
@@ -61,10 +64,13 @@ class Feed:
             micro_batches: this replica's.
             scale: factor on each micro-batch's summed loss.
         """
-        self.waiting, self.scale, self.losses = list(micro_batches), scale, []
+        self.waiting, self.scale, self.losses, self._number = list(micro_batches), scale, [], 0
 
     def advance(self, dtype: torch.dtype) -> None:
         """The next micro-batch."""
+        if self.begun is not None:
+            self.begun(self._number)
+        self._number += 1
         self.tokens_BT, self.targets_BT, self.positions, segments_BT, context_BT, keys_B = self.waiting.pop(0)
         self.keys_B = keys_B if self.model.config.dropout else None
         bias_BHTS, self.turned = self.model.surroundings(

@@ -197,15 +197,27 @@ class TrainConfig:
             raise InputError(
                 f"bf16_weights {self.bf16_weights} is for precision bf16 in one process: choose masters, or precision bf16"
             )
-        if self.emulate.is_on and (self.compile or self.parallel.ranks > 1):
-            raise InputError(
-                "emulate works in one process without compile: leave out emulate.*, or the others"
-            )
-        if self.emulate.is_on and self.model.feed_forward.experts.count:
-            raise InputError("emulate rounds linear layers, which experts are not: leave out one of them")
+        if self.emulate.is_on:
+            check_emulation(self)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, default=str)
+
+
+def check_emulation(config: TrainConfig) -> None:
+    """Raises InputError for what emulated products do not go with."""
+    parallel = config.parallel
+    if config.compile:
+        raise InputError(
+            "emulate rounds operands that torch.compile fuses away: leave out compile, or emulate.*"
+        )
+    if parallel.tensor > 1 or parallel.pipeline > 1 or parallel.zero > 1:
+        raise InputError(
+            "emulate takes a format's scales from whole matrices: choose parallel.data alone with parallel.zero 0 or 1, or leave "
+            "out emulate.*"
+        )
+    if config.model.feed_forward.experts.count:
+        raise InputError("emulate rounds linear layers, which experts are not: leave out one of them")
 
 
 def check_rules(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:

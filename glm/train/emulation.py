@@ -20,7 +20,9 @@ alone. Recipes (``stabilitylab.formats`` has the formats and their sources):
 Stochastic rounding is of gradients only. Its numbers are a function of (seed, update, row, layer, product), so a resumed run draws
 what the first would have drawn.
 
-Limits: one process, without torch.compile; linear layers only, so neither experts nor attention's scores.
+Scales and draws are of a micro-batch: replicas that share its size with one process (``batch.micro-rows``) round as it does.
+
+Limits: one process or data parallel, without torch.compile; linear layers only, so neither experts nor attention's scores.
 """
 
 from __future__ import annotations

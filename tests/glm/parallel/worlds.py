@@ -26,6 +26,7 @@ from glm.distributed.config import ParallelConfig
 from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import BatchConfig, TrainConfig
+from glm.train.emulation import EmulationConfig
 from glm.train.engine import Engine, LocalEngine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
@@ -107,6 +108,7 @@ def world(
         model=model,
         batch=BatchConfig(rows=ROWS, micro_rows=micro),
         optimizer=more.pop("optimizer", OptimizerConfig()),
+        emulate=more.pop("emulate", EmulationConfig()),
         parallel=ParallelConfig(tensor=t, pipeline=p, data=d, zero=zero),
     )
     return World(name, config, **more)
@@ -126,6 +128,7 @@ def worlds() -> list[World]:
     ]
     found += [world("gated-221", (2, 2, 1), model=GATED)]
     found += [world("muon-112", (1, 1, 2), optimizer=MUON, zero=0)]
+    found += [world("emulated-112", (1, 1, 2), emulate=EmulationConfig(recipe="nvfp4"))]
     wet = dataclasses.replace(GLM, dropout=0.2)
     found += [world(f"dropout-{_joined(axes)}", axes, model=wet) for axes in TOPOLOGIES[:3]]
     replayed = dataclasses.replace(wet, recompute=True)

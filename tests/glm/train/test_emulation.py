@@ -199,8 +199,8 @@ def test_with_masters_bf16_weights_round_to_nearest():
         ("choose one of", lambda: EmulationConfig(weights="fp3")),
         ("emulate.products", lambda: EmulationConfig(products="forward,sideways")),
         (
-            "one process",
-            lambda: TrainConfig(emulate=EmulationConfig(recipe="fp8"), parallel=ParallelConfig(data=2)),
+            "parallel.data alone",
+            lambda: TrainConfig(emulate=EmulationConfig(recipe="fp8"), parallel=ParallelConfig(tensor=2)),
         ),
         (
             "experts",
