@@ -105,12 +105,13 @@ class TokenData:
         return sum(shard.tokens for shard in self.shards[split])
 
 
-def open_data(path: Path) -> TokenData:
+def open_data(path: str | Path) -> TokenData:
     """Open a folder made by ``glm shards``.
 
     Raises:
         InputError: it is no such folder, a file is missing or cut short, or the tokenizer is not the one of the shards.
     """
+    path = Path(path)
     meta = read_meta(path, what="shards", made_by="glm shards")
     if meta.get("format") != FORMAT:
         raise InputError(f"{path} was made by another version: remove it and make it again with glm shards")

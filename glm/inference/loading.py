@@ -67,7 +67,7 @@ class Prepared(NamedTuple):
 
 
 def open_model(
-    path: Path, *, precision: Precision | None = None, device: torch.device | str = "cpu"
+    path: str | Path, *, precision: Precision | None = None, device: torch.device | str = "cpu"
 ) -> OpenedModel:
     """Open a run, a checkpoint or an export.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +29,22 @@ def test_what_is_loaded(program: str, without: set[str]) -> None:
     asked = f"{program}\nimport sys\nprint(*({without!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", ["stabilitylab", "glm"])
+def test_a_front_door(name: str) -> None:
+    """What ``dir`` lists can be had, type checkers know the same names, and the page of Python's names has them."""
+    door = importlib.import_module(name)
+    assert dir(door) == sorted(door.__all__)
+    assert {*door._PUBLIC, "__version__"} == set(door.__all__)
+    for public in door.__all__:
+        assert getattr(door, public) is not None
+    source = Path(door.__file__ or "")
+    told = {alias.asname for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)
+            for alias in node.names if alias.asname}  # fmt: skip
+    assert told | {"__version__"} == set(door.__all__)
+    page = (source.parents[1] / "docs" / "api.md").read_text()
+    for public in set(door.__all__) - {"__version__"}:
+        assert f"{getattr(door, public).__module__}.{getattr(door, public).__qualname__}\n" in page, public
+    with pytest.raises(AttributeError, match="has no attribute 'Moniter'"):
+        door.Moniter  # noqa: B018

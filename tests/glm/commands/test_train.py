@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -315,3 +317,16 @@ def test_help_is_an_overview_a_group_or_everything(capsys):
     assert all(flag in everything for flag in ("--model.attention.gate", "--optimizer.kind", "--data"))
     with pytest.raises(InputError, match=r"no group of flags 'attention': choose one of model"):
         parse_command(["glm-tiny", "--help", "attention"])
+
+
+def test_from_python_as_the_page_shows_it(data_folder, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "shards").symlink_to(data_folder)
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    steps, losses = zip(*(line.split() for line in capsys.readouterr().out.splitlines()), strict=True)
+    assert steps == tuple(map(str, range(10)))
+    # Warm-up has not moved it far from a guess among the pieces yet.
+    assert all(abs(float(loss) - math.log(1000)) < 0.5 for loss in losses)
