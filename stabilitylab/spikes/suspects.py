@@ -241,7 +241,13 @@ def _nearest(seen: Evidence) -> int:
 def _with_scores(first: ChangeOnset, faults: Sequence[ChangeOnset], heads: Mapping[str, int]) -> Suspect:
     """A query or key that grew is seen in its projection's output, and in the scores as much or more. Where few heads' scores left,
     they are the place; where most did, the projection is."""
-    scores = [one for one in _scores_of(first, faults) if one.ratio > first.ratio / 2]
+    scores = [
+        one
+        for one in _scores_of(first, faults)
+        if one.ratio > first.ratio / 2
+        # What is not finite later on is compared as it left.
+        or (math.isinf(first.ratio) and math.isfinite(one.jump) and one.jump > first.jump / 2)
+    ]
     if not scores:
         return _at(first)
     if 2 * len({one.index for one in scores}) <= heads.get(scores[0].site, 0):

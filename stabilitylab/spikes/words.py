@@ -92,6 +92,8 @@ def _order(one: Diagnosis) -> Iterator[str]:
             )
         elif one.measurements == 0:
             yield "No site that was measured left its baseline: layers were not measured before the onset."
+        elif one.cause == "batch" and one.episode.kind != "hard-batch":
+            yield "The loss rose in one step while every site that was measured stayed where it was: other data, the same state."
         else:
             yield "No site that was measured left its baseline around the onset."
         return

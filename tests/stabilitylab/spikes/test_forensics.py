@@ -303,6 +303,12 @@ def test_what_grew_in_the_step_of_an_overflow_led_to_it(tensor):
     grew = left("activation", "query", math.inf, order=1, jump=1e24)
     suspect = first_suspect(episode, evidence([grew], order, overflow=overflow))
     assert (suspect.cause, suspect.site) == ("activation", "query")
+    # As large a growth of most heads' scores behind it makes it attention's.
+    projection = dataclasses.replace(grew, site="attn.query")
+    heads = [left("attention", "attn", math.inf, index=i, order=2, jump=1e24) for i in range(2)]
+    seen = evidence([projection, *heads], ["attn.query", "attention/attn", "value"], overflow=overflow)
+    suspect = first_suspect(episode, dataclasses.replace(seen, heads={"attn": 2}))
+    assert (suspect.cause, suspect.site) == ("attention", "attn.query")
     for other in (
         dataclasses.replace(grew, jump=math.inf),
         dataclasses.replace(grew, jump=3.0),
