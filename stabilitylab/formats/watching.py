@@ -14,8 +14,8 @@ Limits: a measured step rounds every operand once a format: some two to four tim
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.formats.what_if import FormatError, what_if_format, what_if_values
+from stabilitylab.forward_watch import ForwardHook, ForwardWatch
 
 OPERANDS = ("input", "weight", "gradient")
 
 
-class FormatWatch:
+class FormatWatch(ForwardWatch):
     """Measures while it is entered; keeps what it measured.
 
     Args:
@@ -40,6 +41,7 @@ class FormatWatch:
     """
 
     def __init__(self, model: nn.Module, formats: Sequence[str], *, sites: str = "*") -> None:
+        super().__init__()
         self._formats = {name: what_if_format(name) for name in formats}
         self._modules = {
             path: module
@@ -48,31 +50,19 @@ class FormatWatch:
         }
         if not self._modules:
             raise InputError(f"no layer with a matrix is called {sites!r}: choose another glob of sites")
-        self._handles: list[Any] = []
         self._values: dict[tuple[str, str, str], Tensor] = {}
 
-    def __enter__(self) -> FormatWatch:
+    def _hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
         for path, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._seen(path)))
-        return self
+            yield module, partial(self._look, path)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _seen(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-            if given and isinstance(given[0], Tensor):
-                self._measure(path, "input", given[0])
-            if isinstance(module.weight, Tensor):
-                self._measure(path, "weight", module.weight)
-            if isinstance(out, Tensor) and out.requires_grad:
-                out.register_hook(lambda grad: self._measure(path, "gradient", grad))  # type: ignore[no-untyped-call]
-
-        return hook
+    def _look(self, path: str, module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        if given and isinstance(given[0], Tensor):
+            self._measure(path, "input", given[0])
+        if isinstance(module.weight, Tensor):
+            self._measure(path, "weight", module.weight)
+        if isinstance(out, Tensor) and out.requires_grad:
+            out.register_hook(lambda grad: self._measure(path, "gradient", grad))  # type: ignore[no-untyped-call]
 
     def _measure(self, path: str, operand: str, tensor: Tensor) -> None:
         if not tensor.is_floating_point() or not tensor.numel():

@@ -18,14 +18,17 @@ choices can be dropped, a trainer tells by itself. Nothing is waited for before 
 from __future__ import annotations
 
 import math
-from types import TracebackType
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.forward_watch import ForwardHook, ForwardWatch
 
-class RouterWatch:
+
+class RouterWatch(ForwardWatch):
     """Counts while it is entered; keeps what it counted.
 
     Args:
@@ -33,38 +36,27 @@ class RouterWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self._model = model
-        self._handles: list[Any] = []
         self._loads: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
 
-    def __enter__(self) -> RouterWatch:
+    def _hooks(self) -> Iterator[tuple[nn.Module, ForwardHook]]:
         for path, module in self._model.named_modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 2:
-                self._handles.append(module.register_forward_hook(self._seen(path)))
-        return self
+                yield module, partial(self._count, path)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _seen(self, path: str) -> Any:
-        def hook(module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-            parts = out if isinstance(out, (tuple, list)) else (out,)
-            chosen = [part for part in parts if isinstance(part, Tensor) and part.dtype == torch.int64]
-            if not chosen:
-                return
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            load_E = torch.bincount(chosen[0].detach().flatten(), minlength=weight.shape[0])
-            self._loads[path] = self._loads[path] + load_E if path in self._loads else load_E
-            self._norms[path] = torch.linalg.vector_norm(weight.detach().float())
-
-        return hook
+    def _count(self, path: str, module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        parts = out if isinstance(out, (tuple, list)) else (out,)
+        chosen = [part for part in parts if isinstance(part, Tensor) and part.dtype == torch.int64]
+        if not chosen:
+            return
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        load_E = torch.bincount(chosen[0].detach().flatten(), minlength=weight.shape[0])
+        self._loads[path] = self._loads[path] + load_E if path in self._loads else load_E
+        self._norms[path] = torch.linalg.vector_norm(weight.detach().float())
 
     def readings(self) -> dict[str, float]:
         """By telemetry name; empty where no router was called."""

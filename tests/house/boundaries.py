@@ -22,8 +22,8 @@ FORBIDDEN = {
 # The rooms of a floor, lowest first. A room imports rooms below it, never one above: so there is no circle.
 ROOMS = {
     "stabilitylab": (
-        "errors", "compat", "command_line", "c_compiler", "telemetry", "formats", "statistics", "model_structure", "runs",
-        "figures", "charts", "probes", "logs", "models", "spikes", "attribution", "sinks", "monitoring", "watching",
+        "errors", "compat", "command_line", "c_compiler", "telemetry", "forward_watch", "formats", "statistics", "model_structure",
+        "runs", "figures", "charts", "probes", "logs", "models", "spikes", "attribution", "sinks", "monitoring", "watching",
         "forecast", "report", "outliers", "quantization", "integrations", "laboratory", "demo", "cli",
     ),
     "glm": (
