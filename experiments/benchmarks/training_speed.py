@@ -4,6 +4,7 @@
     --figure memory    peak memory a token of both, and what recomputation saves (``_training_memory.py``)
     --figure builds    a step beside another build's (--former TREE) and GPT-NeoX's, in processor time (``_training_builds.py``);
                        with --against 'FLAGS' what a lever costs over the same step without it
+    --figure levers    what each lever costs, all in turn in one process (``_training_levers.py``); --levers rms,muon: these
     --figure parts     time of data, forward and backward, gradients, update and monitor in our step
 
 Peers take their steps in turn, over the same rows, so that a drifting machine moves all; medians, and the median of the ratios
@@ -28,7 +29,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks._training_builds import measure_builds
+from experiments.benchmarks._training_builds import measure_builds, sized_words
+from experiments.benchmarks._training_levers import measure_levers
 from experiments.benchmarks._training_memory import memory
 from experiments.benchmarks._training_peer import (
     Contestant,
@@ -69,11 +71,12 @@ class Settings:
         former: builds: tree of another build.
         against: builds: more flags of `glm train`, of this build alone.
         turns: builds: rounds, of ``steps`` steps each.
+        levers: levers: which, parted by commas; "": all. With ``preset``, ``rows`` or ``size``, and ``turns``.
         native: builds: use the processor's units for half formats, if it has any.
         every: parts: the monitor's cadence.
     """
 
-    figure: Literal["peer", "memory", "parts", "builds"] = "peer"
+    figure: Literal["peer", "memory", "parts", "builds", "levers"] = "peer"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     steps: int = 5
     seconds: float = 3600.0
@@ -88,6 +91,7 @@ class Settings:
     every: int = 10
     former: Path | None = None
     against: str = ""
+    levers: str = ""
     turns: int = 5
     native: bool = True
 
@@ -105,6 +109,7 @@ def main(arguments: Sequence[str]) -> int:
         "memory": (measure_memory, show_memory),
         "parts": (measure_parts, show_parts),
         "builds": (measure_step, show_step),
+        "levers": (measure_all_levers, show_levers),
     }[settings.figure]
     result = measure(settings)
     if settings.json:
@@ -281,6 +286,29 @@ def show_step(settings: Settings, result: dict[str, Any], console: Console) -> N
             f"{over:.3f}" if over else "",
             f"{result['loss'].get(name, float('nan')):.6f}",
         )
+    console.print(table)
+
+
+def measure_all_levers(settings: Settings) -> dict[str, Any]:
+    """A step with each lever beside the plain one."""
+    words = sized_words(settings.size)
+    if settings.preset:
+        words = [settings.preset, "--batch.rows", str(settings.rows)]
+    return measure_levers(
+        [*words, "--precision", settings.precision],
+        [name for name in settings.levers.split(",") if name],
+        data=settings.data or bilingual(Path("data") / "bilingual"),
+        rounds=settings.turns,
+    )
+
+
+def show_levers(settings: Settings, result: dict[str, Any], console: Console) -> None:
+    table = Table(
+        *("", "ms a step", "over the plain step"),
+        title=f"{settings.preset or settings.size}, {settings.precision}, {result['tokens']:,} tokens",
+    )
+    for name, ms in result["ms"].items():
+        table.add_row(name, f"{ms:.1f}", f"{result['over_plain'][name]:.3f}")
     console.print(table)
 
 

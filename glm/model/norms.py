@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from glm.errors import InputError
 from glm.model.config import ModelConfig, NormKind
 from glm.model.layers import Norm
-from glm.precision import at_least_fp32
+from glm.precision import at_least_fp32, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -51,12 +51,9 @@ class RMSNorm(nn.Module):
             raise InputError("a norm without a gain cannot be scaled: choose model.norm_kind rms")
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_fp32(x)
-        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        if self.weight is not None:
-            gain = at_least_fp32(self.weight)
-            y = y * (gain + self.offset if self.offset else gain)
-        return y.to(x.dtype)
+        gain = None if self.weight is None else at_least_fp32(self.weight)
+        gain = gain + self.offset if gain is not None and self.offset else gain
+        return rms_norm(at_least_fp32(x), gain, self.epsilon).to(x.dtype)
 
 
 class DynamicTanh(nn.Module):

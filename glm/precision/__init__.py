@@ -15,6 +15,7 @@ from glm.precision.matmul import (
     wide_product_of_rows,
 )
 from glm.precision.policy import Policy, Precision
+from glm.precision.rms import rms_norm
 
 __all__ = [
     "GradientRange",
@@ -34,6 +35,7 @@ __all__ = [
     "losses",
     "matmul",
     "multiplies_natively",
+    "rms_norm",
     "softmax_matmul",
     "upcasts",
     "wide_product",

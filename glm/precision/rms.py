@@ -1,0 +1,88 @@
+"""RMSNorm: ``g x / sqrt(mean x^2 + eps)`` over the last dimension, by the compiled kernel (rms.c) or by torch operations.
+
+torch has one fused kernel for LayerNorm on a CPU and none for RMSNorm, whose eight passes made it the slower of the two. Both ways
+compute in fp32 and agree up to rounding; which of them is a matter of the machine, not of the moment.
+
+Limits of the kernel: fp32 on a CPU, no double backward, not under torch.compile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glm.c_compiler import built, switched_off
+
+_log = logging.getLogger("glm")
+_SOURCE = Path(__file__).with_name("rms.c")
+
+
+@functools.cache
+def kernel() -> ctypes.CDLL | None:
+    """The loaded kernel; None where it cannot be had."""
+    if switched_off():
+        return None
+    try:
+        library = ctypes.CDLL(str(built(_SOURCE, ("-std=gnu11", "-ffp-contract=fast"))))
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        library.glm_rms_norm.argtypes = (integer, integer, ctypes.c_float, *(pointer,) * 4)
+        library.glm_rms_norm_backward.argtypes = (integer, integer, *(pointer,) * 6)
+        library.glm_rms_norm.restype = library.glm_rms_norm_backward.restype = None
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        _log.debug("no compiled norm, torch operations train: %s", error)
+        return None
+    return library
+
+
+def rms_norm(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
+    """x [..., C] over its root mean square, times the gain.
+
+    Args:
+        gain: [C] or [1], of x's format; None: 1.
+    """
+    usable = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+    if usable and not torch.compiler.is_compiling() and kernel() is not None:
+        wide = gain if gain is None or len(gain) == x.shape[-1] else gain.expand(x.shape[-1])
+        y: Tensor = _RmsNorm.apply(x, wide, epsilon)  # type: ignore[no-untyped-call]
+        return y
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+    return y if gain is None else y * gain
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain_C: Tensor | None, epsilon: float) -> Tensor:
+        library = kernel()
+        assert library is not None
+        x = x.contiguous()
+        gain_C = None if gain_C is None else gain_C.contiguous()
+        y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1])
+        library.glm_rms_norm(
+            *(inverse.numel(), x.shape[-1], epsilon, x.data_ptr()),
+            *(None if gain_C is None else gain_C.data_ptr(), y.data_ptr(), inverse.data_ptr()),
+        )
+        ctx.save_for_backward(x, gain_C, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, gain_C, inverse = ctx.saved_tensors
+        library = kernel()
+        assert library is not None
+        grad, grad_x = grad.contiguous(), torch.empty_like(x)
+        grad_gain = None if gain_C is None else torch.empty_like(gain_C)
+        library.glm_rms_norm_backward(
+            *(inverse.numel(), x.shape[-1], x.data_ptr(), None if gain_C is None else gain_C.data_ptr()),
+            *(inverse.data_ptr(), grad.data_ptr(), grad_x.data_ptr()),
+            None if grad_gain is None else grad_gain.data_ptr(),
+        )
+        return grad_x, grad_gain, None
