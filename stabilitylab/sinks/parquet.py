@@ -328,14 +328,29 @@ def _columns(keys: Sequence[Key]) -> _Columns:
     return _Columns(codes, words, index, rank)
 
 
-# ``pa.array`` (pyarrow 26) looks whether it was given something of pandas', and loads pandas for that, which takes as long as a
-# short run's steps.
+# ``pa.array`` and ``to_numpy`` (pyarrow 26) look whether they are about something of pandas', and load pandas for that, which takes
+# as long as a short run's steps.
 
 
 def _numbers(values: NDArray[Any]) -> pa.Array:
     """The same memory as an Arrow array."""
     values = np.ascontiguousarray(values)
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def _memory(array: pa.Array) -> NDArray[Any]:
+    """The same memory as a NumPy array; the array has no nulls."""
+    dtype = np.dtype(array.type.to_pandas_dtype())
+    data = array.buffers()[1] if len(array) else b""
+    return np.frombuffer(
+        data, dtype, count=len(array), offset=array.offset * dtype.itemsize * bool(len(array))
+    )
+
+
+def _chunk(table: pa.Table, name: str) -> pa.Array:
+    """A column of a table whose chunks have been combined."""
+    column = table[name]
+    return column.chunk(0) if column.num_chunks else pa.nulls(0, SCHEMA.field(name).type)
 
 
 def _strings(words: Sequence[str]) -> pa.Array:
@@ -365,15 +380,15 @@ def _sorted(table: pa.Table) -> pa.Table:
     table = table.unify_dictionaries().combine_chunks()
     codes = {}
     for name in ("family", "site", "statistic"):
-        column = table[name].chunk(0) if table[name].num_chunks else pa.array([], SCHEMA.field(name).type)
-        codes[name] = (column.indices.to_numpy(), column.dictionary.to_pylist())
+        column = _chunk(table, name)
+        codes[name] = (_memory(column.indices), column.dictionary.to_pylist())
     order = np.lexsort(
         (
-            table["step"].to_numpy(),
-            table["index"].to_numpy(),
+            _memory(_chunk(table, "step")),
+            _memory(_chunk(table, "index")),
             codes["site"][0],
             _alphabetical(codes["statistic"][1])[codes["statistic"][0]],
             _alphabetical(codes["family"][1])[codes["family"][0]],
         )
     )
-    return table.take(pa.array(order))
+    return table.take(_numbers(order))

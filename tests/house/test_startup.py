@@ -11,6 +11,17 @@ from pathlib import Path
 import pytest
 
 TORCH, COMPILER = "torch", "torch._dynamo"
+# Seventy files of telemetry, merged.
+COMPACTION = """
+import tempfile
+from stabilitylab.sinks import ParquetSink
+from stabilitylab.telemetry import Key, Samples
+with tempfile.TemporaryDirectory() as folder:
+    sink = ParquetSink(folder, rows_per_file=1)
+    for step in range(70):
+        sink.write(Samples.of([(step, Key("train", "-", "loss"), 1.0)]), [])
+    sink.close()
+"""
 
 
 @pytest.mark.parametrize(
@@ -22,8 +33,9 @@ TORCH, COMPILER = "torch", "torch._dynamo"
         # The compiler takes as long as the rest of torch, scipy.stats two seconds.
         ("import stabilitylab.monitoring.monitor", {COMPILER, "scipy", "matplotlib"}),
         ("import glm.commands.train", {COMPILER, "scipy.stats", "pandas", "matplotlib", "tensorboard"}),
+        (COMPACTION, {TORCH, "pandas"}),
     ],
-    ids=["help", "spikes", "watch", "monitor", "train"],
+    ids=["help", "spikes", "watch", "monitor", "train", "compaction"],
 )
 def test_what_is_loaded(program: str, without: set[str]) -> None:
     asked = f"{program}\nimport sys\nprint(*({without!r} & set(sys.modules)))"
