@@ -110,6 +110,10 @@ def _what(kind: str, signal: str, data: Mapping[str, Any], *, is_loss: bool) -> 
         return f"{_OUTSIDE[kind]}{several}"
     if kind == "non-finite":
         return f"{name} is {data.get('value', 'not finite')}"
+    if kind == "dead":
+        return f"{name} is exactly 0"
+    if kind == "frozen":
+        return f"{name} repeats itself"
     if kind == "loss-scale-collapse":
         return f"{name} has fallen from {data.get('established', 'its level')}"
     if isinstance(factor := data.get("factor"), (int, float)):

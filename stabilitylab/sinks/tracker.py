@@ -281,12 +281,16 @@ def _weight(loss: float | None) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
+# What a signal does in episodes that are no heights.
+_STATES = {"dead": " is exactly 0", "frozen": " repeats itself"}
+
+
 def told(event: Event) -> tuple[str, str]:
     """Title and sentence of an episode."""
     data = event.data
     signal = str(data.get("signal", "")).rpartition("/")[2].replace("_", " ")
     height, level = data.get("height"), data.get("baseline")
-    text = f"{signal} at step {event.step}"
+    text = f"{signal}{_STATES.get(event.kind, '')} at step {event.step}"
     if isinstance(data.get("onset"), int) and data["onset"] != event.step:
         text += f", since step {data['onset']}"
     if event.kind == "non-finite":

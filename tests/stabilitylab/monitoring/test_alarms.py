@@ -73,6 +73,8 @@ def spike(step: int, phase: str = "onset", kind: str = "spike", **data: Any) -> 
             ),
             "step 7: non-finite: loss is nan; first in layers.3.down (activation gradient)",
         ),
+        (spike(8, kind="dead", height=None, onset=6), "step 8: dead: loss is exactly 0, since step 6"),
+        (spike(8, kind="frozen", height=None), "step 8: frozen: loss repeats itself"),
         (
             Event(step=2, kind="site-departure", data={"metric": "attention/a.b/score_max", "factor": 31.0}),
             "step 2: site-departure: attention/a.b/score_max is 31 times its level",
