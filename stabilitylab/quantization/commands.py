@@ -35,7 +35,6 @@ from stabilitylab.quantization.texts import text_notes, tokenizer_mark
 from stabilitylab.quantization.verification import Twins, Verification
 
 DEFAULT_SCHEMES = (
-    "w8a8-tensor",
     "w8a8-token",
     "mixed",
     "smoothquant",
@@ -43,6 +42,7 @@ DEFAULT_SCHEMES = (
     "int4-row",
     "int4-g128",
     "int4-g64-asym-mse",
+    "int4-g64-asym-mse-gptqo",
 )
 
 

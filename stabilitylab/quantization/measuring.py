@@ -57,14 +57,18 @@ def measured_layers(
         try:
             found = _by_gradients(model, windows, schemes, largest, layers, work, rounded, pace)
         except RuntimeError as error:
-            if calibrated:
+            plain = [scheme for scheme in schemes if not needs_moments(scheme)]
+            if not plain:
                 raise InputError(
                     f"{model.name} cannot be run block by block with gradients ({_first_line(error)}), which schemes that "
                     "round for their inputs need: leave them out of --schemes"
                 ) from error
+            without = ", ".join(scheme.name for scheme in schemes if needs_moments(scheme))
             notes.append(
                 f"gradients cannot be had of this model ({_first_line(error)}): every layer was measured by runs"
+                + (f", without {without}, which need them" if without else "")
             )
+            schemes = plain
     if found is None or sensitivity == "runs":
         total = len(layers) * len(windows)
         with torch.inference_mode(), pace.of("measuring every layer under every scheme", total):

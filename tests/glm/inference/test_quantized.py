@@ -40,7 +40,14 @@ def planned(export, tmp_path_factory):
     (folder / "text").write_text(TEXT, encoding="utf-8")
     command = ["quantize", str(export), "--text", str(folder / "text"), "--plan", str(folder / "plan.json")]
     command += ["--tokens", "32", "--verify-tokens", "32", "--length", "32", "--budget-memory", "0.4"]
-    command += ["--schemes", "smoothquant", "int4-g32-asym", "--apply", str(folder / "out")]
+    command += [
+        "--schemes",
+        "smoothquant",
+        "int4-g32-asym",
+        "int4-g32-asym-gptqo",
+        "--apply",
+        str(folder / "out"),
+    ]
     assert stabilitylab(command) == 0
     return folder
 
@@ -98,6 +105,10 @@ def test_a_plan_is_followed_and_what_it_was_applied_to_opens(export, planned):
         for n in range(2)
         for part in ("attention.query_key_value", "attention.output", "feed_forward.up", "feed_forward.down")
     }
+    assert (
+        plan.planned.schemes["int4-g32-asym-gptqo"] > 0
+    )  # rounded once, for the text, and kept beside the plan
+    assert open_quantized(export, str(planned / "plan.json"), precision="bf16")
     followed = open_quantized(export, str(planned / "plan.json"))
     same(followed, open_quantized(planned / "out", None))
     whole = open_model(export)

@@ -41,6 +41,8 @@ def surgeon(weight, x, round_column, *, order, group=K):
     second = x.double().T @ x.double() / len(x)
     dead = second.diagonal() == 0
     second[dead, dead] = 1.0
+    shrunk = 4 * K / (4 * K + T)
+    second = (1 - shrunk) * second + shrunk * torch.diag(second.diagonal())
     second += 0.01 * second.diagonal().mean() * torch.eye(K, dtype=torch.float64)
     columns = second.diagonal().argsort(descending=True, stable=True).tolist() if order else list(range(K))
     result = torch.zeros_like(left)

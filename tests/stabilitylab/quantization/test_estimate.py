@@ -245,7 +245,11 @@ def test_a_model_without_gradients_is_measured_by_runs(llama_folder, tmp_path):
     console = Console(quiet=True)
     found, notes = ways(model, windows, inputs, ("int8-row",), tmp_path / "plan.json", console=console)
     assert len(found) > 10
-    assert "measured by runs" in notes[0]
+    assert notes[0].endswith("measured by runs")
+    names = ("int8-row-gptq", "int8-row")
+    found, notes = ways(model, windows, inputs, names, tmp_path / "both.json", console=console)
+    assert set(found[0].effects) == {"int8-row"}
+    assert notes[0].endswith("measured by runs, without int8-row-gptq, which need them")
     with pytest.raises(InputError, match="leave them out of --schemes"):
         ways(model, windows, inputs, ("int8-row-gptq",), tmp_path / "other.json", console=console)
 
