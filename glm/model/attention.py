@@ -36,7 +36,15 @@ from glm.model.layers import Linear
 from glm.model.norms import make_norm
 from glm.model.positions import Rotation, rotate
 from glm.model.spectral import make_linear
-from glm.precision import at_least_fp32, attention_scores, fused_attention, has_kernel, matmul, softmax_matmul
+from glm.precision import (
+    at_least_fp32,
+    attention_scores,
+    fused_attention,
+    gated_heads,
+    has_kernel,
+    matmul,
+    softmax_matmul,
+)
 from glm.precision import attention as kernel_attention
 
 
@@ -200,7 +208,7 @@ class Attention(nn.Module):
 
     def _gated(self, mixed_BTC: Tensor, x_BTC: Tensor) -> Tensor:
         assert self.gate is not None
-        gate = torch.sigmoid(self.gate(x_BTC))
+        gate = self.gate(x_BTC)
         if gate.shape[-1] != self.heads:
-            return mixed_BTC * gate
-        return (mixed_BTC.view(*gate.shape, self.head) * gate[..., None]).flatten(-2)
+            return mixed_BTC * torch.sigmoid(gate)
+        return gated_heads(gate, mixed_BTC)

@@ -1,5 +1,6 @@
 """Number formats: which tensor has which, how half operands are multiplied, and how the loss is scaled."""
 
+from glm.precision.gate import gated_heads
 from glm.precision.gradient_range import GradientRange, count_all, gradient_range
 from glm.precision.half_units import multiplies_natively, upcasts
 from glm.precision.kernel import attention, gated_gelu, has_kernel, losses
@@ -29,6 +30,7 @@ __all__ = [
     "count_all",
     "fused_attention",
     "gated_gelu",
+    "gated_heads",
     "gradient_range",
     "has_kernel",
     "linear",

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +17,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from glm.c_compiler import built, switched_off
+from glm.c_compiler import INTEGER, POINTER, loaded
 
-_log = logging.getLogger("glm")
 _SOURCE = Path(__file__).with_name("rms.c")
 
 
 @functools.cache
 def kernel() -> ctypes.CDLL | None:
     """The loaded kernel; None where it cannot be had."""
-    if switched_off():
-        return None
-    try:
-        library = ctypes.CDLL(str(built(_SOURCE, ("-std=gnu11", "-ffp-contract=fast"))))
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        library.glm_rms_norm.argtypes = (integer, integer, ctypes.c_float, *(pointer,) * 4)
-        library.glm_rms_norm_backward.argtypes = (integer, integer, *(pointer,) * 6)
-        library.glm_rms_norm.restype = library.glm_rms_norm_backward.restype = None
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        _log.debug("no compiled norm, torch operations train: %s", error)
-        return None
-    return library
+    return loaded(
+        _SOURCE,
+        {
+            "glm_rms_norm": (*(INTEGER,) * 2, ctypes.c_float, *(POINTER,) * 4),
+            "glm_rms_norm_backward": (*(INTEGER,) * 2, *(POINTER,) * 6),
+        },
+    )
 
 
 def rms_norm(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
