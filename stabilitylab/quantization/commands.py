@@ -30,7 +30,7 @@ from stabilitylab.quantization.rounded import RoundedWeights
 from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
 from stabilitylab.quantization.sensitivity import LayerSensitivity
-from stabilitylab.quantization.tables import outcome_rows
+from stabilitylab.quantization.tables import outcome_rows, whole_model
 from stabilitylab.quantization.texts import text_notes, tokenizer_mark
 from stabilitylab.quantization.verification import Twins, Verification
 
@@ -212,7 +212,14 @@ def make_plan(
             for path, name in advice.assignment.items()
             if name != KEPT and needs_moments(scheme_of(name))
         )
-    notes = [*model.notes, *said, *advice.notes, *text_notes(model, text, verification.loss, told.loss)]
+    share = whole_model(model.module, advice.assignment, outcome.planned, outcome.singles[KEPT])
+    notes = [
+        *model.notes,
+        *said,
+        *share,
+        *advice.notes,
+        *text_notes(model, text, verification.loss, told.loss),
+    ]
     if not fresh:
         notes.append("the text ends with the measured part: plans were verified on that same part")
     elif not third:

@@ -267,3 +267,15 @@ def test_a_cache_that_is_none_is_refused_before_anything_is_measured(
     (tmp_path / "text").write_text(TEXT)
     command = [str(bert_folder), "--plan", tmp_path / "plan.json", "--text", tmp_path / "text"]
     refused(capsys, [*command, "--kv-context", "64"], "keeps no keys and values of past tokens")
+
+
+def test_the_share_of_the_whole_model_is_told(made):
+    """The embedding, tied to the output, is no part of the plan."""
+    plan, model = load_plan(made / "plan.json"), open_text_model(made / "model").module
+    (note,) = (note for note in plan.notes if note.startswith("shares are of the planned layers"))
+    numbers = sum(p.numel() for p in model.parameters())
+    planned = sum(model.get_parameter(f"{path}.weight").numel() for path in plan.layers)
+    share = (plan.planned.bytes + 2 * (numbers - planned)) / (2 * numbers)
+    assert note.endswith(f"takes {share:.3f}")
+    assert "model.embed_tokens.weight the largest" in note
+    assert share > plan.planned.bytes / plan.singles["16-bit"].bytes
