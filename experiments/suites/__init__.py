@@ -18,6 +18,7 @@ SUITES = {
     "egs-frontier-fine": "experiments.suites.egs_frontier_fine",
     "depth-init": "experiments.suites.depth_init",
     "depth-trained": "experiments.suites.depth_trained",
+    "depth-cause": "experiments.suites.depth_cause",
     "scores": "experiments.suites.scores",
     "survival": "experiments.suites.survival",
     "embedding-norm": "experiments.suites.embedding_norm",
