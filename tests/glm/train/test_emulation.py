@@ -19,7 +19,7 @@ from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.update_rules import OptimizerConfig
 from stabilitylab.formats import fake_quantize, rotate
 from tests.glm.train.test_lever_state import batch
-from tests.glm.train.test_update_rules import Net
+from tests.glm.train.update_rules.formulas import Net
 
 SMALL = ModelConfig(vocabulary=31, layers=2, hidden=32, heads=2, length=16, norm="pre")
 
