@@ -13,12 +13,13 @@ Without a capacity no token is dropped. With one, an expert takes the first ceil
 passes it by, and is counted.
 
 Shapes: N tokens, C hidden, E experts, k chosen. Limits: experts are computed one after the other, which waits for their loads on an
-accelerator; no expert parallelism.
+accelerator; replicas have all experts, none is given away (no expert parallelism). Capacity and balance are of a micro-batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,17 @@ class Experts(nn.Module):
             load_E = self.load_E.to(torch.float32)
             self.bias_E += self.bias_rate * torch.sign(load_E.mean() - load_E).to(self.bias_E.dtype)
         self.load_E = self.dropped = None
+
+
+def share_loads(model: nn.Module, summed: Callable[[Tensor], Tensor]) -> None:
+    """Let replicas count together: ``summed`` gives a tensor's sum over all of them. One that had no rows counts none."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            counts = torch.zeros(module.count + 1, dtype=torch.int64, device=module.router.weight.device)
+            if module.load_E is not None and module.dropped is not None:
+                counts[:-1], counts[-1] = module.load_E, module.dropped
+            counts = summed(counts)
+            module.load_E, module.dropped = counts[:-1], counts[-1]
 
 
 def penalties(model: nn.Module) -> Tensor:

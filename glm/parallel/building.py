@@ -85,6 +85,8 @@ def build(
 def _real(module: ModuleT) -> ModuleT:
     """A module on the host instead of the meta device; its matrices are still to be drawn."""
     module.to_empty(device="cpu")
+    for buffer in module.buffers():  # biases of routers begin at 0
+        buffer.zero_()
     for one in module.modules():
         if isinstance(one, NORMS):
             one.reset_parameters()

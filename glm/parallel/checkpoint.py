@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ def begin_save(
     Args:
         folder: of the run's checkpoints.
         checkpoint: this rank's shares; the lead's state is written.
-        shares: of every parameter of the whole model.
+        shares: of every parameter of the whole model; what else ``checkpoint.model`` holds is alike on all ranks, and the first's.
         processes: the ranks.
         background: write in another thread.
 
@@ -73,6 +74,12 @@ def _assembled(
     for key in checkpoint.optimizer:
         moment, _, name = key.partition("/")
         moments.setdefault(name, []).append(moment)
+    if rank == 0:
+        model = {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in checkpoint.model.items()
+            if name not in shares
+        }
     for name, writer in writers(shares).items():
         share = shares[name]
         if rank not in share.ranks():
@@ -107,10 +114,12 @@ def load_newest(
     shares: Mapping[str, Share],
     processes: ProcessGroup,
     moments: Mapping[str, Sequence[str]],
+    copies: Mapping[str, torch.Size] = MappingProxyType({}),
 ) -> tuple[Checkpoint, list[str]]:
     """This rank's shares of the newest checkpoint that is whole, and one line about each newer one that is not.
 
-    The lead verifies every byte; the others read what they need. ``moments`` are the names of what is remembered of each parameter.
+    The lead verifies every byte; the others read what they need. ``moments`` are the names of what is remembered of each parameter,
+    ``copies`` the shapes of what every rank has whole beside its shares.
 
     Raises:
         InputError: there is none, or it is of another model: on every rank.
@@ -126,13 +135,14 @@ def load_newest(
         state, names = checkpoints.read_state(path)
         tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         rank = dist.get_rank()
-        for kind, name, share, whole in _read(path, names, shares, rank, moments):
-            if whole.shape != share.shape:
+        for kind, name, share, whole in _read(path, names, shares, rank, moments, copies):
+            shape = copies[name] if share is None else share.shape
+            if whole.shape != shape:
                 raise InputError(
-                    f"the checkpoint is of another model: {name} is {list(whole.shape)}, "
-                    f"this model's is {list(share.shape)}"
+                    f"the checkpoint is of another model: {name} is {list(whole.shape)}, this model's is {list(shape)}"
                 )
-            tensors[kind][name] = share.share(share.part(whole, rank), rank).clone()
+            own = whole if share is None else share.share(share.part(whole, rank), rank)
+            tensors[kind][name] = own.clone()
     return Checkpoint(step=state.pop("step"), state=state, **tensors), problems
 
 
@@ -142,18 +152,22 @@ def _read(
     shares: Mapping[str, Share],
     rank: int,
     moments: Mapping[str, Sequence[str]],
-) -> Iterator[tuple[str, str, Share, Tensor]]:
-    """Kind, name, share and value of every tensor that a rank holds some of, one at a time.
+    copies: Mapping[str, torch.Size],
+) -> Iterator[tuple[str, str, Share | None, Tensor]]:
+    """Kind, name, share (None: all of it) and value of every tensor that a rank holds some of, one at a time.
 
     Raises InputError where the names are not the model's.
     """
-    wanted = {"model": set(shares), "optimizer": {f"{m}/{name}" for name in shares for m in moments[name]}}
+    wanted = {
+        "model": {*shares, *copies},
+        "optimizer": {f"{m}/{name}" for name in shares for m in moments[name]},
+    }
     for kind, expected in wanted.items():
         files = [safe_open(path / name, "pt") for name in names if name.startswith(kind)]
         held = {name: file for file in files for name in file.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
         if odd := sorted(held.keys() ^ expected):
             raise InputError(f"the checkpoint is of another model: {odd[0]} is in only one of the two")
         for name, file in held.items():
-            share = shares[name.partition("/")[2] if kind == "optimizer" else name]
-            if share.place(rank) is not None:
+            share = shares.get(name.partition("/")[2] if kind == "optimizer" else name)
+            if share is None or share.place(rank) is not None:
                 yield kind, name, share, file.get_tensor(name)  # type: ignore[no-untyped-call]

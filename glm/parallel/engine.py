@@ -38,6 +38,8 @@ from torch import Tensor
 from glm.distributed.process_group import LaunchedProcesses
 from glm.errors import InputError
 from glm.model.dropout import row_keys
+from glm.model.experts import expert_loads, share_loads
+from glm.model.following import follow_all
 from glm.parallel import checkpoint as sharded
 from glm.parallel.building import build, shapes_of
 from glm.parallel.groups import Groups
@@ -112,6 +114,12 @@ def _largest(scores: Tensor) -> Tensor:
     """Of all processes, element by element."""
     dist.all_reduce(scores, dist.ReduceOp.MAX)
     return scores
+
+
+def _summed(counts: Tensor) -> Tensor:
+    """Over all processes, element by element."""
+    dist.all_reduce(counts)
+    return counts
 
 
 def _even_part(rows: int, replicas: int) -> int:
@@ -280,9 +288,21 @@ class ParallelEngine(Updates):
             sums += torch.stack(feed.losses).double().sum(0)
         dist.all_reduce(sums)
         self.optimizer.loss, of_z = (sums / whole.targets).tolist()
-        if self.model.config.z_loss:
+        if self.model.config.feed_forward.experts.count:
+            self.auxiliary = {"auxiliary_loss": of_z}
+        elif self.model.config.z_loss:
             self.auxiliary = {"z_loss": of_z}
         return self.optimizer.loss
+
+    def update(self, learning_rate: float, *, clip: float) -> bool:
+        if not self.model.config.feed_forward.experts.count:
+            return super().update(learning_rate, clip=clip)
+        share_loads(self.model, _summed)
+        loads = expert_loads(self.model)
+        applied = super().update(learning_rate, clip=clip)
+        follow_all(self.model, applied=applied)
+        self.optimizer.guards.told |= loads
+        return applied
 
     def _backward(self, pipeline: Any, buffer_id: int) -> None:
         pipeline._exec_backward_pass(buffer_id)
@@ -295,12 +315,14 @@ class ParallelEngine(Updates):
     # ---------------------------------------------------------------------------------------------------- state
 
     def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """This rank's shares."""
-        return self.optimizer.masters(), self.optimizer.moments()
+        """This rank's shares, and what every rank has alike."""
+        return {**self.optimizer.masters(), **dict(self.model.named_buffers())}, self.optimizer.moments()
 
     def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         """Take back shares of this rank."""
         self.optimizer.load(masters=model, moments=optimizer)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(model[name])
 
     def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> CheckpointWriter:
         return sharded.begin_save(folder, checkpoint, self.shares, self.processes, background=background)
@@ -308,4 +330,5 @@ class ParallelEngine(Updates):
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
         dimensions = {name: len(share.shape) for name, share in self.shares.items()}
         names = {name: state_names(self._rules, name, count) for name, count in dimensions.items()}
-        return sharded.load_newest(folder, self.shares, self.processes, names)
+        copies = {name: buffer.shape for name, buffer in self.model.named_buffers()}
+        return sharded.load_newest(folder, self.shares, self.processes, names, copies)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from glm.model.config import ModelConfig
+from glm.model.experts import penalties
 from glm.model.positions import visible
 from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import vocabulary_losses
@@ -157,6 +158,9 @@ def _end(feed: Feed) -> Callable[[Tensor], Tensor]:
             if feed.tensor is None
             else split_vocabulary_losses(hidden_NC, weight_VC, target_N, z_loss, feed.tensor, cap)
         )
+        if model.config.feed_forward.experts.count:
+            penalty = len(target_N) * penalties(model)
+            total, of_z = total + penalty, of_z + penalty.detach()
         feed.losses.append(torch.stack([total.detach() - of_z, of_z]))
         return total * feed.scale
 

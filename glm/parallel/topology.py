@@ -70,11 +70,11 @@ class Topology:
 def _check_levers(parallel: ParallelConfig, model: ModelConfig) -> None:
     """Raises InputError for what several processes cannot do."""
     attention, tensor = model.attention, parallel.tensor
-    experts = model.feed_forward.experts
-    alone = {
-        "model.feed_forward.experts": experts.count > 0,
-        "model.spectral": model.spectral,
-    }
+    if model.feed_forward.experts.count and (tensor > 1 or parallel.pipeline > 1 or parallel.zero > 1):
+        raise InputError(
+            "model.feed_forward.experts are whole in every process: choose parallel.data alone with parallel.zero 0 or 1"
+        )
+    alone = {"model.spectral": model.spectral}
     if attention.qk_clip and (tensor > 1 or parallel.pipeline > 1 or parallel.zero):
         raise InputError(
             "model.attention.qk_clip scales whole matrices that every process has: choose parallel.zero 0 and parallel.data alone"

@@ -86,6 +86,11 @@ class EmulationConfig:
             raise InputError(
                 f"emulate.products are some of {', '.join(PRODUCTS)}, got {', '.join(unknown) or 'none'}"
             )
+        if not self.is_on and (self.stochastic or self.hadamard or self.sites != "layers.*" or self.spared):
+            raise InputError(
+                "emulate.* rounds nothing without a format: choose emulate.recipe, or one of emulate.activations, weights and "
+                "gradients"
+            )
         for format in self.formats:
             try:
                 scaled_format(format or "bf16")

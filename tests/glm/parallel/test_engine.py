@@ -113,16 +113,26 @@ def distances(a: Checkpoint, b: Checkpoint) -> dict[str, float]:
     }
 
 
+def micro_batches(config: TrainConfig) -> tuple[tuple[int, ...], int, float]:
+    """Sizes in which a batch is the same update, the one that parallel runs are compared in, and by how much weights are moved.
+
+    An emulated format's scales and draws, and experts' capacity and balance, are of a micro-batch: in another size it is another
+    update. Whether a number next to the middle of two falls to the other side is chance: weights moved by more show what it does.
+    """
+    if config.emulate.is_on or config.model.feed_forward.experts.count:
+        own = config.batch.micro_rows
+        return (own,), own, 64 * ROUNDING
+    return (1, 2, 4, 8), 2, ROUNDING
+
+
 def bounds(config: TrainConfig, steps: int) -> dict[str, float]:
     """The largest distance between local runs that sum in another order or round elsewhere, with the margin."""
     # A plain number is rounded by half a unit in its last place whatever is summed how: fp32's of a loss near 8, twice.
     least = {"loss": 8 * 2.0**-23, "norm": 2.0**-22, "weights": 0.0, "moments": 0.0}
-    # An emulated format's scales and draws are of a micro-batch: in others it is not the same update. Whether a number next to the
-    # middle of two falls to the other side is chance: weights moved by more show what it does when some do.
-    sizes, nudge = ((2,), 64 * ROUNDING) if config.emulate.is_on else ((1, 2, 4, 8), ROUNDING)
+    sizes, like, nudge = micro_batches(config)
     runs = [local(config.to_json(), config, steps, micro) for micro in sizes]
     between = [distances(a, b) for i, a in enumerate(runs) for b in runs[:i]]
-    between.append(distances(local(config.to_json(), config, steps, 2, nudge), runs[sizes.index(2)]))
+    between.append(distances(local(config.to_json(), config, steps, like, nudge), runs[sizes.index(like)]))
     return {
         what: max(least[what], MARGIN[config.precision] * max(one[what] for one in between)) for what in least
     }
@@ -138,7 +148,9 @@ LIKE_LOCAL = [one for one in worlds.worlds() if one.steps]
 @pytest.mark.parametrize("one", LIKE_LOCAL, ids=lambda one: one.name)
 def test_a_parallel_run_is_the_local_one_within_rounding(results, one):
     config = alone(one.config)
-    found = distances(read(results, one.name), local(config.to_json(), config, one.steps, 2))
+    found = distances(
+        read(results, one.name), local(config.to_json(), config, one.steps, micro_batches(config)[1])
+    )
     allowed = bounds(config, one.steps)
     assert all(found[what] <= allowed[what] for what in found), (found, allowed)
 
@@ -151,6 +163,20 @@ def test_draws_are_of_the_rows_that_a_replica_has():
     found, allowed = distances(other, same), bounds(config, one.steps)
     assert found["loss"] > allowed["loss"]
     assert found["weights"] > allowed["weights"]
+
+
+def test_replicas_of_experts_count_their_loads_together(results):
+    """The bias that follows from them is the local one to the bit, as it is written and as it is read again."""
+    (one,) = (one for one in LIKE_LOCAL if one.name == "experts-112")
+    config = alone(one.config)
+    same = local(config.to_json(), config, one.steps, 2).model
+    written, again = (read(results, name).model for name in ("experts-112", "again-experts-112"))
+    biases = [name for name in same if name.endswith("bias_E")]
+    assert len(biases) == config.model.layers
+    for name in biases:
+        assert same[name].abs().max() > 0
+        assert torch.equal(written[name], same[name])
+        assert torch.equal(again[name], same[name])
 
 
 def test_dropout_drops(results):

@@ -23,7 +23,7 @@ import torch
 from glm.data.loader import Loader
 from glm.data.shards import open_data
 from glm.distributed.config import ParallelConfig
-from glm.model.config import AttentionConfig, EmbeddingConfig, FeedForwardConfig, ModelConfig
+from glm.model.config import AttentionConfig, EmbeddingConfig, ExpertsConfig, FeedForwardConfig, ModelConfig
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.emulation import EmulationConfig
@@ -68,6 +68,15 @@ GATED = dataclasses.replace(
 )
 # Scores of so small a model are below one; a micro-batch of eight rows leaves the second replica without any.
 CLIPPED = dataclasses.replace(GLM, attention=AttentionConfig(qk_clip=0.05))
+ROUTED = dataclasses.replace(
+    GLM,
+    z_loss=1e-3,
+    feed_forward=FeedForwardConfig(
+        experts=ExpertsConfig(
+            count=4, active=2, shared=1, balance=0.01, router_z=1e-3, bias_rate=1e-3, capacity=1.2
+        )
+    ),
+)
 STABLE = OptimizerConfig(update_clipping=True, zclip=True)
 RULES = OptimizerConfig(
     kind="ademamix",
@@ -128,6 +137,11 @@ def worlds() -> list[World]:
     ]
     found += [world("gated-221", (2, 2, 1), model=GATED)]
     found += [world("muon-112", (1, 1, 2), optimizer=MUON, zero=0)]
+    found += [
+        world("experts-112", (1, 1, 2), model=ROUTED),
+        world("experts-uneven-112", (1, 1, 2), model=ROUTED, micro=8),
+    ]
+    found += [world("again-experts-112", (1, 1, 2), model=ROUTED, zero=0, steps=0, load="experts-112")]
     found += [world("emulated-112", (1, 1, 2), emulate=EmulationConfig(recipe="nvfp4"))]
     wet = dataclasses.replace(GLM, dropout=0.2)
     found += [world(f"dropout-{_joined(axes)}", axes, model=wet) for axes in TOPOLOGIES[:3]]

@@ -198,6 +198,8 @@ def test_with_masters_bf16_weights_round_to_nearest():
     [
         ("choose one of", lambda: EmulationConfig(weights="fp3")),
         ("emulate.products", lambda: EmulationConfig(products="forward,sideways")),
+        ("choose emulate.recipe", lambda: EmulationConfig(stochastic=True)),
+        ("choose emulate.recipe", lambda: EmulationConfig(spared="layers.3.*")),
         (
             "parallel.data alone",
             lambda: TrainConfig(emulate=EmulationConfig(recipe="fp8"), parallel=ParallelConfig(tensor=2)),
