@@ -24,7 +24,7 @@ _WORD = rf"{_NO_NUMBER}[A-Za-z_]"
 _PAIR = re.compile(
     rf"(?<![\w.])({_WORD}[\w/.@-]*(?:\([A-Za-z]\w*\))?(?: {_NO_NUMBER}[A-Za-z(][\w/.()@-]*){{0,3}})"
     rf"['\"]?\)?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
-    rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%)(?=['\"\s,;:|/\])}}(>]|[a-zA-Z]+\b|--|\.\s|\.?$)",
+    rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%|\s*=\s*[-+.\d])(?=['\"\s,;:|/\])}}(>]|[a-zA-Z]+\b|--|\.\s|\.?$)",
     re.IGNORECASE,
 )
 _PLACE = re.compile(
@@ -45,6 +45,9 @@ _LOSS_AT = re.compile(
     r"\b(\w*loss\w*)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@) (?:step|iteration|iter|epoch) (\d+))",
     re.IGNORECASE,
 )
+_SPAN = re.compile(
+    r" (?:over|of|in|for) (?:the )?last \d+(?: \w+)?(?=\s*[:=])"
+)  # "average loss over last 10 = 2.3"
 _STEPS = re.compile(r"(?<![/\w.])(\d+) (?:steps|iterations|updates|iters)\b(?!/)", re.IGNORECASE)
 _ALONE = re.compile(r"\]\s*(\d+)\s*[:|]\s")
 _RATIO = re.compile(r"(?<![\w./])(\d+)/\s?(\d+)(?![\w./])")
@@ -97,6 +100,8 @@ class AnyText(TextFormat):
             line = _NORMS.sub(r"\1=", line)
         if "<" in line or "metricName" in line:
             line = _SPELT_OUT.sub(lambda m: f"{m[1]}: " if m[1] else m[2], line)
+        if "last" in line:
+            line = _SPAN.sub("", line)
         if told := _LOSS_AT.search(line):
             line = line[: told.end(1)] + line[told.end() :]
             values["step"] = float(told[2] or told[3])

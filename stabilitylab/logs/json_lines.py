@@ -55,7 +55,7 @@ class JsonPieces:
         reading = self._reading
         for line in piece.splitlines(keepends=True):
             self.state["line"] += 1
-            text = plain_text(line).strip()
+            text = plain_text(line).strip().removesuffix(",")  # lines out of a list
             if not text:
                 continue
             start = text.find("{")

@@ -43,9 +43,9 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "optimizer_step",
             "current_steps",
             "current_step",
-            "stability_step",
         ),
         *(
+            "stability_step",
             "global_step_max_steps",
             "step",
             "steps",
@@ -53,10 +53,8 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "iterations",
             "iter",
             "iters",
-            "it",
-            "update",
-            "updates",
         ),
+        *("it", "update", "updates"),
         *("num_steps", "batch", "batch_idx"),
         # Of reinforcement learning: steps of the environment before iterations.
         *(

@@ -63,6 +63,8 @@ LINES = [
     "[speed.py:80] {k} : iter_speed 1.2 seconds | Loss: {x:.2f}",
     "Epoch {k} Summary:\n  Loss: {x:.2f}\n  Score: 0.5",
     "Loss at step {k}: {x:.2f}",
+    "iteration {k}: average loss over last 10 = {x:.2f}",
+    '{{"step": {k}, "loss": {x:.2f}}},',
     "Training loss (for one batch) at step {k}: {x:.2f}",
     "loss[{k}] = {x:.2f}",
     "{k} steps, loss: {x:.2f}, 1.2 s/step",
