@@ -54,8 +54,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "iter",
             "iters",
         ),
-        *("it", "update", "updates"),
-        *("num_steps", "batch", "batch_idx"),
+        *("it", "update", "updates", "num_steps", "batch", "batch_idx"),
         # Of reinforcement learning: steps of the environment before iterations.
         *(
             "total_timesteps",
@@ -135,8 +134,7 @@ _LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
     ),
 }
 _MOST_ALIKE = 4  # more of them are a norm for each layer
-# Losses that do not say so.
-_OTHER_LOSSES = frozenset({"xent", "nll", "cross_entropy", "train_xent", "train_nll"})
+_OTHER_LOSSES = frozenset({"xent", "nll", "cross_entropy", "train_xent", "train_nll"})  # that do not say so
 _COUNTERS = frozenset({*_NAMES[STEP], "epoch", "epochs"})
 EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
 _BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel's curve
