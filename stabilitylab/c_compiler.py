@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -42,7 +43,7 @@ def built(source: Path, *flags: Sequence[str]) -> Path:
         raise OSError("no C compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
     words = " ".join([*_ALWAYS, *(word for some in flags for word in some)])
-    key = hashlib.sha256(b"\0".join([source.read_bytes(), version, words.encode(), _processor()])).hexdigest()
+    key = hashlib.sha256(b"\0".join([*_text(source), version, words.encode(), _processor()])).hexdigest()
     folder = _cache()
     target = folder / f"{source.stem}-{key[:24]}.so"
     if target.exists():
@@ -69,6 +70,13 @@ def built(source: Path, *flags: Sequence[str]) -> Path:
             raise OSError(f"{compiler} does not compile {source.name}")
         library.replace(target)
     return target
+
+
+def _text(source: Path) -> list[bytes]:
+    """A file's, and that of the headers beside it that it includes, and they."""
+    text = source.read_bytes()
+    named = re.findall(rb'^#include "([^"]+)"', text, re.MULTILINE)
+    return [text, *(part for name in named for part in _text(source.parent / name.decode()))]
 
 
 def _cache() -> Path:

@@ -43,7 +43,7 @@ _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class _Attention(ctypes.Structure):
-    """One call; the fields are explained in kernel.c."""
+    """One call; the fields are explained in attention.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "width")),

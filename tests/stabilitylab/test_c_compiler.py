@@ -1,0 +1,26 @@
+"""A C file is built anew when it changes, or a header that it includes."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+
+import pytest
+
+from stabilitylab.c_compiler import built
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+
+
+def test_a_changed_header_is_another_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "outer.h").write_text('#include "inner.h"\n')
+    source = tmp_path / "answer.c"
+    source.write_text('#include <math.h>\n#include "outer.h"\nint answer(void) { return ANSWER; }\n')
+    found = []
+    for number in (1, 2, 1):
+        (tmp_path / "inner.h").write_text(f"#define ANSWER {number}\n")
+        path = built(source, ("-std=gnu11",))
+        assert ctypes.CDLL(str(path)).answer() == number
+        found.append(path)
+    assert found[0] == found[2] != found[1]
