@@ -104,7 +104,7 @@ def test_without_torchs_kernels_the_same(name, monkeypatch):
 
 
 def in_a_mapped_file(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers at 8 bytes beyond a multiple of 64, where a safetensors file may put them."""
+    """The same numbers at 8 bytes beyond a multiple of 64, where a file may put them."""
     room = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
     start = -room.data_ptr() % 64 + 8
     placed = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -114,7 +114,7 @@ def in_a_mapped_file(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("rows", [1, 16, 140])
 def test_memory_that_is_not_aligned(name, rows):
-    """torch's int8 kernel reads it with instructions that end the process."""
+    """Wherever weights and activations lie, the products are the same."""
     _, quantized, x = make(name, (64, 64), rows, bias=False)
     expected = quantized(x)
     quantized.release()
