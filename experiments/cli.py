@@ -74,6 +74,9 @@ def run(
         raise InputError(f"{suite} is a study, of its own length: leave --steps out")
     opened = executor_named(executor, parallel, out or Path("runs") / chosen.name)
     out = made(out or Path("runs") / chosen.name)
+    if executor != "local":
+        # A cluster that does not answer is told of before text is made, which takes minutes.
+        opened[0]().shutdown(wait=False)
     if isinstance(chosen, Study):
         keep_freed_memory()
         text = data or chosen.data(Path("data") / chosen.data.__name__)

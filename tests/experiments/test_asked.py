@@ -227,6 +227,22 @@ def test_a_file_in_the_place_of_the_runs_is_one_line(
     assert "taken cannot be made a folder (File exists)" in capsys.readouterr().err
 
 
+def test_a_cluster_that_does_not_answer_is_told_of_before_text_is_made(
+    example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask itself looks for ten seconds."""
+
+    def nobody(address: str) -> None:
+        raise InputError(f"no Dask scheduler answers at {address}")
+
+    monkeypatch.setattr("experiments.executors.Dask", nobody)
+    monkeypatch.setattr("experiments.data.build", lambda *_, **__: pytest.fail("text was made"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(example), "--executor", "dask:127.0.0.1:9"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.splitlines()) == ("", ["error: no Dask scheduler answers at 127.0.0.1:9"])
+
+
 def test_a_suite_without_runs_is_left_out_of_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
