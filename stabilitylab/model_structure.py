@@ -27,7 +27,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
@@ -90,7 +90,6 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 # Layers.
 
 
-@runtime_checkable
 class Conv1D(Protocol):
     """What transformers' ``Conv1D`` has: weight [in, out], bias [out], and ``nf``, the number of outputs."""
 
@@ -99,11 +98,16 @@ class Conv1D(Protocol):
     nf: int
 
 
+def _is_conv1d(module: object) -> TypeGuard[Conv1D]:
+    # Asked one by one: from Python 3.12 on, ``isinstance`` with a protocol does not see what a module keeps as a parameter.
+    return type(module).__name__ == "Conv1D" and all(hasattr(module, one) for one in ("weight", "bias", "nf"))
+
+
 def has_known_layout(module: nn.Module) -> bool:
     """Whether it is a linear layer whose weight can be read as [out, in] and another layer put in its place."""
     if isinstance(module, nn.Linear):
         return type(module).__name__ != "NonDynamicallyQuantizableLinear"
-    return type(module).__name__ == "Conv1D" and isinstance(module, Conv1D) and module.weight.dim() == 2
+    return _is_conv1d(module) and module.weight.dim() == 2
 
 
 def is_linear(module: nn.Module) -> bool:
