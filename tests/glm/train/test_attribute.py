@@ -1,5 +1,6 @@
 """GLM's trainer as a loop that is forked: the same bits as ``glm.train.forks``, and the command around it."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -21,6 +22,7 @@ from glm.train.forks import Change, Forks, trainer_of
 from glm.train.machine import machine, otherwise, threads, threads_of
 from glm.train.schedule import ScheduleConfig
 from stabilitylab.attribution import LoopState, Without
+from stabilitylab.attribution.attribute import BudgetTooSmallError
 from stabilitylab.attribution.forks import Forks as LoopForks
 from stabilitylab.attribution.forks import Usual
 from stabilitylab.attribution.observation import Observation
@@ -118,8 +120,22 @@ def lost(data_folder, tmp_path_factory):
 
 def test_the_command(lost, tmp_path, capsys):
     page = tmp_path / "proof.html"
-    words = [str(lost), "--event", "1", "--budget", "5s", "--processes", "1", "--json", "--html", str(page)]
-    assert attribute_command(words) == 0
+    for seconds in (5, 50, 500):  # what one fork takes depends on the machine
+        words = [
+            str(lost),
+            "--event",
+            "1",
+            "--budget",
+            f"{seconds}s",
+            "--processes",
+            "1",
+            "--json",
+            "--html",
+            str(page),
+        ]
+        with contextlib.suppress(BudgetTooSmallError):
+            assert attribute_command(words) == 0
+            break
     said = capsys.readouterr()
     proof = json.loads(said.out)
     assert proof["repeats"] is True
