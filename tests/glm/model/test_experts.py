@@ -259,10 +259,16 @@ def test_experts_are_drawn_as_dense_layers_are():
     [
         ("between 1 and the count", lambda: ExpertsConfig(count=2, active=3)),
         ("leave one of them out", lambda: dataclasses.replace(config_of(), spectral=True)),
-        ("one process", lambda: checked(ParallelConfig(data=2), config_of())),
+        ("parallel.data alone", lambda: checked(ParallelConfig(tensor=2), config_of())),
+        ("parallel.data alone", lambda: checked(ParallelConfig(data=2, zero=2), config_of())),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(message, make):
     with pytest.raises(InputError, match=message) as refusal:
         make()
     assert "\n" not in str(refusal.value)
+
+
+def test_replicas_may_have_experts():
+    for zero in (0, 1):
+        assert checked(ParallelConfig(data=2, zero=zero), config_of()).data == 2
