@@ -259,7 +259,7 @@ def test_experts_are_drawn_as_dense_layers_are():
     [
         ("between 1 and the count", lambda: ExpertsConfig(count=2, active=3)),
         ("leave one of them out", lambda: dataclasses.replace(config_of(), spectral=True)),
-        ("parallel.data alone", lambda: checked(ParallelConfig(tensor=2), config_of())),
+        ("parallel.data alone", lambda: checked(ParallelConfig(pipeline=2), config_of())),
         ("parallel.data alone", lambda: checked(ParallelConfig(data=2, zero=2), config_of())),
     ],
 )
