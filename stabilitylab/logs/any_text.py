@@ -50,7 +50,8 @@ _SPAN = re.compile(
 )  # "average loss over last 10 = 2.3"
 _STEPS = re.compile(r"(?<![/\w.])(\d+) (?:steps|iterations|updates|iters)\b(?!/)", re.IGNORECASE)
 _ALONE = re.compile(r"\]\s*(\d+)\s*[:|]\s")
-_RATIO = re.compile(r"(?<![\w./])(\d+)/\s?(\d+)(?![\w./])")
+_RATIO = re.compile(r"(?<![\w./])(\d+)(?:/\s?| of )(\d+)(?![\w./])")
+_LEADERS = re.compile(r"\s*\.{3,}:?\s*")  # loss ......... 2.31
 _WITHIN = re.compile(r"[\[(]\s*(\d+)\s*/\s*(\d+)\b")
 # A norm of several groups: the first.
 _NORMS = re.compile(r"(\w*norm)\s*[=:]\s*\{['\"]\w+['\"]:\s*(?=[-+\d.n])", re.IGNORECASE)
@@ -100,6 +101,8 @@ class AnyText(TextFormat):
             line = _NORMS.sub(r"\1=", line)
         if "<" in line or "metricName" in line:
             line = _SPELT_OUT.sub(lambda m: f"{m[1]}: " if m[1] else m[2], line)
+        if "..." in line:
+            line = _LEADERS.sub(": ", line)
         if "last" in line:
             line = _SPAN.sub("", line)
         if told := _LOSS_AT.search(line):
@@ -238,7 +241,7 @@ def _is_of_validation(line: str) -> bool:
 
 ANY_TEXT = AnyText(
     name="text",
-    trigger=re.compile(b"(?i:loss|xent|\\bnll)"),
+    trigger=re.compile(b"(?i:loss|xent|(?:\\b|_)nll)"),
     lines=(),
     finish=_counted_on,
     above=ABOVE,
