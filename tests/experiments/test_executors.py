@@ -20,12 +20,13 @@ from stabilitylab.errors import InputError
 from tests.experiments.test_runner import TINY, weights
 from tests.patience import PATIENCE, wait_until
 
-# Slurm's commands as far as submitit uses them: a job is run at once and in the background, its state is whether it has ended.
+# Slurm's commands as far as submitit uses them: a job is run at once and in the background, its state is whether it has ended. As Slurm
+# does, sbatch keeps the script as it was: submitit renames it right after.
 SLURM = {
     "sbatch": """#!/bin/bash
 cp "${!#}" $FAKE/submitted.sh
 export SLURM_JOB_ID=7 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=here
-(bash "${!#}" >$FAKE/said 2>&1; echo done >$FAKE/done) >/dev/null 2>&1 &
+(bash $FAKE/submitted.sh >$FAKE/said 2>&1; echo done >$FAKE/done) >/dev/null 2>&1 &
 echo Submitted batch job 7
 """,
     "srun": """#!/bin/bash
