@@ -245,7 +245,7 @@ FORMATS: tuple[TextFormat, ...] = (
         "] Iteration {iter}, lr = {lr}",
         source="BVLC/caffe src/caffe/solver.cpp, sgd_solver.cpp",
         version="1.0",
-        trigger="] Iteration ".replace("]", r"\]"),
+        trigger=r"\] Iteration ",
     ),
     text_format(
         "Darknet",
