@@ -1,9 +1,9 @@
-"""``glm plan`` beside 25 published training runs: TFLOP/s a GPU, recomputation counted, as their papers count it.
+"""``glm plan`` beside 28 published training runs: TFLOP/s a GPU, recomputation counted, as their papers count it.
 
     python -m experiments.benchmarks published_runs
 
-Chosen on: the share of a GPU's peak that products reach, on Megatron-LM's ten; what ZeRO-3 gathers between nodes and how much
-transfers and products hold each other up, on ZeRO-3's two runs of 175B with 384 and 768 GPUs. All others are predictions. Where a
+Chosen on: the share of a GPU's peak that products reach, on Megatron-LM's ten; how much transfers and products hold each other up,
+on ZeRO-3's two runs of 175B with 384 and 768 GPUs. All others are predictions. Where a
 paper does not give micro-batch or chunks, the plan's best is taken, since a paper reports its best.
 
 Sources: Narayanan et al. 2104.04473, tables 1 and 2 (PTD with the interleaved schedule; ZeRO-3 in DeepSpeed's version of 2021);
@@ -188,6 +188,9 @@ def published() -> list[Published]:
             ("175B", GPT3, 12, 384, 1536, 153),
             ("175B", GPT3, 12, 768, 1536, 149),
             ("175B", GPT3, 12, 1536, 1536, 141),
+            ("530B", MT_NLG, 35, 560, 2240, 171),
+            ("530B", MT_NLG, 35, 1120, 2240, 167),
+            ("530B", MT_NLG, 35, 2240, 2240, 159),
         )
     ]
     others = [

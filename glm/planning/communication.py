@@ -6,11 +6,13 @@ number, micro-batches of b rows of s tokens, m of them, L/p layers and N paramet
     tensor     per layer and micro-batch 2 all-reduces of e s b h forward, 2 backward, 2 more if recomputed (1909.08053)
                and one each at the embedding and at the output
     pipeline   e s b h forward and again backward per micro-batch and boundary; with v chunks v times as often, in t parts
-    data       all-reduce of e N: a reduce-scatter and an all-gather under ZeRO-1                  (ZeRO, 1910.02054, section 7)
-               ZeRO-2 reduces after every micro-batch, ZeRO-3 gathers the weights twice a micro-batch as well
+    data       a reduce-scatter of N gradients as they are accumulated (fp32 for bf16) and an all-gather of e N
+                                                                                                   (ZeRO, 1910.02054, section 7)
+               ZeRO-2 reduces after every micro-batch, ZeRO-3 gathers the weights twice a micro-batch as well, matrix by matrix
 
 A group lies inside a node or spans nodes. A ring over nodes in which it has k members each leaves a node through the network
-cards of those k GPUs. ZeRO-3's gathers do not: of a node's cards they reach what one gives (``GATHERING``).
+cards of those k GPUs. ZeRO-3's gathers do not: of a node's cards they reach what one gives (2104.04473, table 2: 66 s a micro-batch
+for 3 x 350 GB). However many cards a node has, no run is known that went faster.
 """
 
 from __future__ import annotations
@@ -18,10 +20,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from glm.planning.hardware import GATHERING, HOP, LATENCY, TRANSFER, Cluster
+from glm.planning.hardware import (
+    HOP,
+    LATENCY,
+    RING_START,
+    RING_STEP,
+    RING_STEP_NETWORK,
+    TRANSFER,
+    Cluster,
+)
 from glm.planning.layout import Layout, stage_layers
-from glm.planning.memory import BYTES
+from glm.planning.memory import BYTES, accumulator_bytes
 from glm.planning.shape import Shape
+
+# Gathers of a layer under ZeRO-3: its four matrices, each when its turn comes (DeepSpeed; one that gathers a layer at once starts
+# a quarter as many).
+GATHERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +61,17 @@ def group_rate(cluster: Cluster, ranks: int, stride: int) -> float:
 
 
 def collective_seconds(sent: float, ranks: int, rate: float, count: int = 1) -> float:
-    """Time of ``count`` equal collectives that send ``sent`` bytes together."""
+    """Time of ``count`` equal all-reduces that send ``sent`` bytes together."""
     if ranks == 1:
         return 0.0
     return sent / rate + count * (LATENCY + HOP * math.log2(ranks))
+
+
+def ring_start(cluster: Cluster, ranks: int, stride: int) -> float:
+    """Seconds that an all-gather or reduce-scatter of so many GPUs takes beside its bytes: a step from each to the next."""
+    members = max(1, min(ranks, cluster.per_node // stride))
+    between = math.ceil(ranks / members) - 1
+    return RING_START + between * RING_STEP_NETWORK + (ranks - 1 - between) * RING_STEP
 
 
 def tensor_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str) -> Transfer:
@@ -89,12 +110,14 @@ def data_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, pre
         return Transfer(sent=0.0, seconds=0.0)
     stages = stage_layers(shape.layers, layout.pipeline)
     parameters = max(shape.stage_parameters(layout.tensor, stages, stage) for stage in (0, len(stages) - 1))
-    half = ring_share(d) / 2 * BYTES[precision] * parameters
-    m = layout.micro_batches(rows)
-    # Reduce-scatters of gradients and all-gathers of weights in an update.
-    times = {0: 2, 1: 2, 2: m + 1, 3: 3 * m}[layout.zero]
-    sent = times * half
+    share, m = ring_share(d) / 2 * parameters, layout.micro_batches(rows)
+    # In an update: reduce-scatters of gradients, as wide as what they are added up in, and all-gathers of weights.
+    reduced, gathered = {0: (2, 0), 1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[layout.zero]
+    sent = share * (reduced * accumulator_bytes(precision) + gathered * BYTES[precision])
     rate = group_rate(cluster, d, layout.tensor)
-    if layout.zero == 3 and (d - 1) * layout.tensor >= cluster.per_node:
-        rate = min(rate, cluster.gpu.network * GATHERING)
-    return Transfer(sent=sent, seconds=collective_seconds(sent, d, rate, times))
+    count = reduced + gathered
+    if layout.zero == 3:
+        count *= GATHERS * max(stages)
+        if (d - 1) * layout.tensor >= cluster.per_node:
+            rate = min(rate, cluster.gpu.network * TRANSFER)
+    return Transfer(sent=sent, seconds=sent / rate + count * ring_start(cluster, d, layout.tensor))

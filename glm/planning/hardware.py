@@ -22,15 +22,17 @@ MIB = 2**20
 GIB = 2**30
 # Share of the data sheet's memory, link and network rates that large transfers reach.
 TRANSFER = 0.8
-# Share of one network card's rate, a GPU, at which ZeRO-3 gathers weights between nodes: 175B on 768 GPUs, where nothing else takes
-# time (2104.04473, table 2: 66 s a micro-batch for 3 x 350 GB). However many cards a node has, no run is known that went faster.
-GATHERING = 0.7
-# Of transfers that run behind products, the share of the shorter of both by which they hold each other up (the same table, 384
-# GPUs).
-CONTENTION = 0.25
+# Of transfers that run behind products, the share of the shorter of both by which they hold each other up: between the two runs of
+# ZeRO-3 on which it is chosen (175B on 384 GPUs, products longer, and on 768, gathers longer; 2104.04473, table 2).
+CONTENTION = 0.39
 # Start of a collective: kernel launch and the first hop; each doubling of its size adds a hop.
 LATENCY = 10e-6
 HOP = 5e-6
+# Start of a ring and each of its steps, inside a node and between two (NCCL's model, src/graph/tuning.cc: ring, LL128). All-gathers
+# and reduce-scatters have no other shape, so that theirs grow with the ranks.
+RING_START = 14e-6
+RING_STEP = 1.9e-6
+RING_STEP_NETWORK = 4e-6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,12 @@ COLLECTIVES = 1.0 * GIB
 FRAGMENTED = 0.04
 
 
+def accumulator_bytes(precision: str) -> int:
+    """Of a number in what micro-batches' gradients are added up in: half for fp16, fp32 else (Megatron-LM's main_grad, and
+    DeepSpeed's of bf16)."""
+    return BYTES[precision] if precision == "fp16" else BYTES["fp32"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes of one GPU by component; see the module's docstring."""

@@ -17,9 +17,10 @@ counts, and a share of the shorter of both, since they hold each other up.
 
 MFU counts the model's FLOPs, HFU the recomputed ones too (PaLM, 2204.02311, appendix B; GLM-130B reports 32.5 % and 43.3 %).
 
-Checked on 25 published runs (``python -m experiments.benchmarks published_runs``, and a test): 22 within 10 %. Constants were
-chosen on Megatron-LM's ten and on two of ZeRO-3's; GLM-130B, BLOOM, OPT-175B, PTD 175B and the third of ZeRO-3 come out within 4 %
-unseen; MT-NLG 8 to 13 % too fast, ZeRO-3 at 530B -13 to +11 %.
+Checked on 28 published runs (``python -m experiments.benchmarks published_runs``, and a test): 27 within 10 %. Constants were
+chosen on Megatron-LM's ten and on two of ZeRO-3's; GLM-130B, BLOOM, OPT-175B and PTD come out within 5.3 % unseen, ZeRO-3's other
+four -9 to +7 %, MT-NLG 7 to 12 % too fast: on 2,240, 2,800 and 3,360 GPUs each of its updates takes some 4 s more than planned,
+however many micro-batches it has, and nothing that is published of it says what they go to.
 A trainer whose products add into the accumulator themselves (fused accumulation, later than these runs) saves the first e.
 Limits: efficiency does not depend on the size of a matrix, so models narrower than about 1,000 a GPU come out too fast; stragglers,
 data loading and checkpoints are not in it.
@@ -37,7 +38,7 @@ from glm.planning.communication import (
 )
 from glm.planning.hardware import CONTENTION, TRANSFER, Cluster
 from glm.planning.layout import Layout, bubble, stage_layers
-from glm.planning.memory import BYTES
+from glm.planning.memory import BYTES, accumulator_bytes
 from glm.planning.shape import Shape
 
 # Bytes an attention score moves in a forward pass, in half precision. Eager fp32 softmax: written 2, widened 2 + 4, unscaled 4 + 4,
@@ -104,7 +105,7 @@ def accumulation_bytes(shape: Shape, layout: Layout, precision: str) -> float:
     """Bytes that adding a micro-batch's gradient of a layer to those before it moves."""
     e = BYTES[precision]
     held = shape.layer_parameters(layout.tensor) / (layout.data if layout.zero >= 2 else 1)
-    return held * (e + 2 * (e if precision == "fp16" else BYTES["fp32"]))
+    return held * (e + 2 * accumulator_bytes(precision))
 
 
 def step_time(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str = "fp16") -> StepTime:
