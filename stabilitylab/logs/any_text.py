@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from stabilitylab.logs.languages import in_english
 from stabilitylab.logs.log import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.pattern import ABOVE, NUMBER, TextFormat, Values, number
 
@@ -23,7 +24,7 @@ _NO_NUMBER = r"(?!(?:nan|inf|infinity)\b)"
 _WORD = rf"{_NO_NUMBER}[A-Za-z_]"
 _PAIR = re.compile(
     rf"(?<![\w.])({_WORD}[\w/.@-]*(?:\([A-Za-z]\w*\))?(?: {_NO_NUMBER}[A-Za-z(][\w/.()@-]*){{0,3}})"
-    rf"['\"]?\)?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
+    rf"['\"]?[)\]]?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
     rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%|\s*=\s*[-+.\d])(?=['\"\s,;:|/\])}}(>]|[a-zA-Z]+\b|--|\.\s|\.?$)",
     re.IGNORECASE,
 )
@@ -55,6 +56,9 @@ _LEADERS = re.compile(r"\s*\.{3,}:?\s*")  # loss ......... 2.31
 _WITHIN = re.compile(r"[\[(]\s*(\d+)\s*/\s*(\d+)\b")
 # A norm of several groups: the first.
 _NORMS = re.compile(r"(\w*norm)\s*[=:]\s*\{['\"]\w+['\"]:\s*(?=[-+\d.n])", re.IGNORECASE)
+# |g|=0.9, ||grad||: 0.9, ‖∇L‖ 0.9, η=1e-4
+_BARRED_NORM = re.compile(r"(?:\|{1,2}|‖)(?:g|grad|∇|∇L)(?:\|{1,2}|‖)(?=\s*[:=]?\s*[-+\d.n])", re.IGNORECASE)
+_ETA = re.compile(r"(?<!\w)η(?=\s*[:=]?\s*\d)")
 # Katib's {metricName: loss, metricValue: 2.3}; SageMaker's <loss>=2.3
 _SPELT_OUT = re.compile(r"metricName: ([\w./-]+), metricValue: |<(\w+)>")
 # Words that make a line one of validation, where they stand before its first loss and no training does.
@@ -77,8 +81,32 @@ _OF, _LAST, _EPOCHS, _MOVES = "\0of", "\0last", "\0epochs", "\0moves"
 _NO_LOSS = re.compile(
     r"scale|weight|coef|(?:packet|link|signal|heat|hearing|blood|stop|data)[ -]loss", re.IGNORECASE
 )
+_INFO = b" Info: "
+_INFO_LINES = re.compile("(?m:^(?:\\[|┌) Info: .*$(?:\\n(?:│|└) .*$)*)".encode())
+_INFO_GOES_ON = re.compile("\\r?\\n(?:│|└)[ \\t]+(?=\\w+ = )".encode())
+_FLOAT32 = re.compile(rb"(?<![\w.])([-+]?\d+\.\d+)f(?=[-+]?\d+\b)")
+# "1.23Test loss: 2.3": what is printed without a blank.
+_GLUED = re.compile(r"(?<=\d)(?=[A-Z][a-z]+ ?[A-Za-z]*\s*[:=])")
+# Where a logger was called: trainer:fit:120 -
+_CALLED = re.compile(
+    r"(?<![\w.:])[A-Za-z_][\w.]*:(?!(?:step|iter|iteration|epoch|it|batch|update):)[A-Za-z_<][\w<>]*:\d+"
+    r"(?=\s+[-|]\s|\s*\])"
+)
 # What a loss is called where nothing in the log is called one, best first.
-OTHER_LOSSES = ("total", "cross-entropy", "cross entropy", "ce", "objective", "cost")
+OTHER_LOSSES = (
+    "total",
+    "cross-entropy",
+    "cross entropy",
+    "ce",
+    "objective",
+    "obj",
+    "cost",
+    "mse",
+    "bce",
+    "elbo",
+)
+# Before such a name.
+_OF_WHAT = re.compile(r"^(?:train(?:ing)?|avg|average|mean)[ _]", re.IGNORECASE)
 # Numbers beside a total that it is no sum of.
 _NO_PARTS = frozenset({"lr", "learning_rate", "epoch", "time", "eta", "seconds", "batch_size"})
 
@@ -97,10 +125,18 @@ class AnyText(TextFormat):
         """The numbers of one line; None: it holds no loss."""
         values: Values = {}
         line = _ABSL.sub("", line)
+        if "_" in line or ":" in line:
+            line = _CALLED.sub("", line)
         if "{" in line:
             line = _NORMS.sub(r"\1=", line)
         if "<" in line or "metricName" in line:
             line = _SPELT_OUT.sub(lambda m: f"{m[1]}: " if m[1] else m[2], line)
+        if "|g" in line or "‖" in line or "∇" in line:
+            line = _BARRED_NORM.sub("grad_norm", line)
+        if "η" in line:
+            line = _ETA.sub("lr", line)
+        if _GLUED.search(line):
+            line = _GLUED.sub(" ", line)
         if "..." in line:
             line = _LEADERS.sub(": ", line)
         if "last" in line:
@@ -164,11 +200,28 @@ class OtherText(AnyText):
         counted = any(counter_of(name) or name.startswith("/") for name in values)
         if not counted or is_evaluation(line.partition(" ")[0]):
             return None
+        values = {
+            _OF_WHAT.sub("", n) if _OF_WHAT.sub("", n).lower() in OTHER_LOSSES else n: x
+            for n, x in values.items()
+        }
         small = {name.lower(): name for name in values}
         parts = [x for n, x in values.items() if x and not counter_of(n) and n.lower() not in _NO_PARTS]
         if "total" in small and not (len(parts) > 2 and any(x % 1 for x in parts)):
             del values[small.pop("total")]
         return values if any(name in small for name in OTHER_LOSSES) else None
+
+
+def prepared(chunk: bytes) -> bytes:
+    """The piece with Julia's records of several lines on one: ``@info "Epoch 3" loss lr``, whose Float32 are 2.31f0."""
+    if _INFO not in chunk:
+        return chunk
+    lines = _INFO_LINES.sub(lambda m: _FLOAT32.sub(rb"\1e", m[0]), chunk)
+    return _INFO_GOES_ON.sub(b" | ", lines)
+
+
+def prepared_english(chunk: bytes) -> bytes:
+    """The same of a text in another language."""
+    return in_english(prepared(chunk).decode("utf-8", "replace")).encode()
 
 
 class Evidence:
@@ -222,7 +275,9 @@ def _counted_on(values: Values, before: Values) -> Values:
 
 def _name(said: str) -> str:
     """Without what is no part of it: a logger's level; words before a counter or before "loss"."""
-    said = re.sub(r"(?<=\w)\([A-Za-z]\w*\)?$", "", said).strip("()")  # lr(PiecewiseDecay)
+    if not is_loss(said):  # Loss(gen) and Loss(disc) are two
+        said = re.sub(r"(?<=\w)\([A-Za-z]\w*\)?$", "", said)  # lr(PiecewiseDecay)
+    said = said.strip("()")
     if counter_of(said):
         return "epoch" if said.lower().endswith(("epoch", "epochs")) else said
     last = said.rpartition(" ")[2]
@@ -250,10 +305,10 @@ ANY_TEXT = AnyText(
 # Where nothing at all is called a loss.
 OTHER_TEXT = OtherText(
     name="text",
-    trigger=re.compile(rb"(?i:\b(?:total|ce|cross[- ]entropy|cost|objective)\b)"),
+    trigger=re.compile(rb"(?i:(?:\b|_)(?:total|ce|cross[- ]entropy|cost|objective|obj|mse|bce|elbo)\b)"),
     lines=(),
     finish=_counted_on,
-    words=(b"total", b"ce", b"entropy", b"cost", b"objective"),
+    words=(b"total", b"ce", b"entropy", b"cost", b"obj", b"mse", b"elbo"),
     losses=tuple(spelt for name in OTHER_LOSSES for spelt in (name, name.capitalize(), name.upper())),
 )
 # Where every line says so, it is no more than a logger's name.

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.any_text import ANY_LINE, ANY_TEXT, OTHER_TEXT, Evidence
+from stabilitylab.logs.any_text import ANY_LINE, ANY_TEXT, OTHER_TEXT, Evidence, prepared, prepared_english
 from stabilitylab.logs.console_formats import FORMATS
+from stabilitylab.logs.languages import is_foreign
 from stabilitylab.logs.log import counter_of, is_loss
 from stabilitylab.logs.parts import STEP_ABOVE
 from stabilitylab.logs.pattern import TextFormat, Values, own_formats, pairs, plain_text
@@ -29,6 +31,11 @@ _RANK = re.compile(
 _RANK_WORD = re.compile(r"[rR](?:ank|ANK)|^\[|^\(")
 _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
 _TOLD = "\0told"  # the losses that have had the step above
+_SIGNALS = {
+    "epoch": re.compile(r"^epochs?$"),
+    "rate": re.compile(r"^(?:lr|learning[ _]rate)$"),
+    "norm": re.compile(r"grad.*norm|gnorm|^norm$"),
+}
 _BACK = re.compile(rb"\x08+")
 _LINE_END = re.compile(rb"[\r\n]")
 _ABOVE = 2048  # so many bytes before a record are searched for a counter
@@ -59,21 +66,23 @@ def _any_text(source: Source, most: int | None = None) -> TextFormat | None:
     """Any trainer's lines, where there are some; those of validation among them are left out if there are others."""
     evidence = Evidence()
     seen = 0
+    prepare = prepared_english if is_foreign(source.head().decode("utf-8", errors="replace")) else prepared
+    any_text = replace(ANY_TEXT, prepare=prepare)
     for chunk in islice(source.chunks(), most):
-        for _, values in _records(ANY_TEXT, chunk, {}):
+        for _, values in _records(any_text, chunk, {}):
             if values is None:
                 seen += 1
             elif evidence.suffices(values):
-                return ANY_TEXT
+                return any_text
     if most is not None:
         return None
     if seen >= Evidence.LINES or (seen and not evidence.lines):
-        return ANY_LINE
-    other = Evidence()
+        return replace(ANY_LINE, prepare=prepare)
+    other, other_text = Evidence(), replace(OTHER_TEXT, prepare=prepare)
     for chunk in source.chunks():
-        for _, values in _records(OTHER_TEXT, chunk, {}):
+        for _, values in _records(other_text, chunk, {}):
             if values and other.suffices(values):
-                return OTHER_TEXT
+                return other_text
     return None
 
 
@@ -84,9 +93,23 @@ def _first(source: Source, formats: Sequence[TextFormat], *, enough: int) -> Tex
         for i, one in enumerate(formats):
             found = islice(_records(one, chunk, {}, hits=_HITS), 200)
             total[i] += sum(enough == 1 or values is None or _has_loss(one, values) for _, values in found)
-        if max(total) >= enough or (count == _PREFACE and enough > 1 and _any_text(source, _PREFACE)):
+        if max(total) >= enough:
+            best = formats[total.index(max(total))]
+            return (best.loose and _says_more(chunk, best) and _any_text(source)) or best
+        if count == _PREFACE and enough > 1 and _any_text(source, _PREFACE):
             break
     return formats[total.index(max(total))] if any(total) else None
+
+
+def _says_more(chunk: bytes, one: TextFormat) -> bool:
+    """Whether the same lines hold an epoch, a rate or a norm that the format does not read."""
+    return bool(_kinds(chunk, ANY_TEXT) - _kinds(chunk, one))
+
+
+def _kinds(chunk: bytes, one: TextFormat) -> set[str]:
+    records = islice(_records(one, chunk, {}), 20)
+    names = {name.lower() for _, values in records for name in values or ()}
+    return {kind for kind, seek in _SIGNALS.items() if any(seek.search(name) for name in names)}
 
 
 def _has_loss(one: TextFormat, values: Values) -> bool:
@@ -178,6 +201,8 @@ def _records(
     trigger it is left. ``above``: what the lines between records have counted."""
     if b"\b" in chunk:  # Keras goes back over its bar with backspaces
         chunk = _BACK.sub(b"\n", chunk)
+    if one.prepare is not None:
+        chunk = one.prepare(chunk)
     at = count = looked = 0
     above = {} if above is None else above
     next_hit = _hits(one, chunk)

@@ -82,6 +82,7 @@ FORMATS: tuple[TextFormat, ...] = (
         losses=("loss",),
         finish=_without_placeholder,
         skip="validate step:",
+        loose=True,
     ),
     text_format(
         "OLMo",
@@ -106,6 +107,7 @@ FORMATS: tuple[TextFormat, ...] = (
         "iter {iter}: loss {loss}{?, time {time}ms?}",
         source="karpathy/nanoGPT train.py",
         trigger="iter ",
+        loose=True,
     ),
     text_format(
         "llama2.c",
@@ -113,6 +115,7 @@ FORMATS: tuple[TextFormat, ...] = (
         source="karpathy/llama2.c train.py",
         trigger=r"(?m:^\d+ \| loss )",
         words=(b" | loss ",),
+        loose=True,
     ),
     text_format(
         "llm.c",
@@ -133,6 +136,7 @@ FORMATS: tuple[TextFormat, ...] = (
         source="karpathy/nanochat scripts/base_train.py, chat_sft.py",
         trigger="[Ss]tep ",
         words=(b"step ",),
+        loose=True,
     ),
     text_format(
         "build-nanogpt",
@@ -140,6 +144,7 @@ FORMATS: tuple[TextFormat, ...] = (
         source="karpathy/build-nanogpt train_gpt2.py",
         trigger=r"(?m:^\d+ train )",
         words=(b" train ",),
+        loose=True,
     ),
     text_format(
         "modded-nanogpt",

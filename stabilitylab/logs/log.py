@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.languages import in_english
 from stabilitylab.telemetry import (
     BATCH_SIZE,
     DATA_PHASE,
@@ -87,7 +88,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "crossentropyloss",
         ),
         *("reduced_train_loss", "step_loss", "batch_loss", "smooth_loss", "nll_loss"),
-        *("policy_loss", "pg_loss", "actor_loss", "average_loss"),  # of reinforcement learning the policy's
+        "average_loss",
     ),
     GRADIENT_NORM: (
         *(
@@ -120,6 +121,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     BATCH_SIZE: ("batch_size", "global_batch_size"),
     DATA_PHASE: ("data_phase", "curriculum_step", "curriculum_seqlen", "sequence_length", "seq_length"),
 }
+_POLICY_LOSSES = ("policy_loss", "pg_loss", "actor_loss")  # of reinforcement learning, beside the value's
 # Those that also count behind a path (time/total_timesteps); a "step" may be anything's.
 _STEP_TAILS = frozenset({"total_timesteps", "global_step", "num_updates"})
 # Where none of those names is there: optim/LR (group 0), x/lr0, optim0_lr0, lr-DecoupledAdamW/group0; actor_grad_norm.
@@ -305,19 +307,21 @@ def _loss(
                 f"to judge one: {_paste(named)}"
             )
         raise InputError(f"{source} has no loss column: its columns are {_list(names)}; name one with --loss")
-    for spell in (lambda n: plain[n], _tail):
-        for word in _NAMES[LOSS]:
-            for ending in ("", "_step", "_epoch"):
-                fit = [n for n in found if spell(n) == word + ending]
-                if fit:
-                    return max(fit, key=lambda n: counts[n]) if counts else fit[0]
+    totals = [n for n in found if _TOTAL.search(plain[n])]
+    for words in (_NAMES[LOSS], _POLICY_LOSSES if len(totals) != 1 else ()):
+        for spell in (lambda n: plain[n], _tail):
+            for word in words:
+                for ending in ("", "_step", "_epoch"):
+                    fit = [n for n in found if spell(n) == word + ending]
+                    if fit:
+                        return max(fit, key=lambda n: counts[n]) if counts else fit[0]
     stems = {
         re.sub("_(step|epoch)$", "", plain[n]): n for n in reversed(found) if not plain[n].endswith("_epoch")
     }
     if len(found) == 1 or len(stems) == 1:
         return found[0] if len(found) == 1 else next(iter(stems.values()))
     for narrowed in (
-        [n for n in found if _TOTAL.search(plain[n])],
+        totals,
         [n for n in found if not _AVERAGE.search(plain[n])],
         [n for n in found if _POLICY.search(plain[n])],
     ):
@@ -356,12 +360,17 @@ def _paste(names: Sequence[str], most: int = 6) -> str:
 @lru_cache(4096)
 def is_evaluation(name: str) -> bool:
     """Whether a column is about validation or test rather than training."""
-    return EVALUATION.search(re.sub(r"[^0-9a-z]+", "_", name.lower())) is not None
+    return EVALUATION.search(re.sub(r"[^0-9a-z]+", "_", _english(name).lower())) is not None
 
 
 def is_loss(name: str) -> bool:
     """Whether a name is one of a loss, of training or of anything else."""
-    return "loss" in name.lower() or _tail(name) in _OTHER_LOSSES
+    return "loss" in _english(name).lower() or _tail(name) in _OTHER_LOSSES
+
+
+def _english(name: str) -> str:
+    """A name of another language's letters as it would be in English."""
+    return name if name.isascii() else in_english(name)
 
 
 def counter_of(name: str) -> bool:
@@ -371,7 +380,7 @@ def counter_of(name: str) -> bool:
 
 @lru_cache(4096)
 def _plain(name: str) -> str:
-    plain = re.sub(r"[^0-9a-z]+", "_", name.strip().lower()).strip("_")
+    plain = re.sub(r"[^0-9a-z]+", "_", _english(name).strip().lower()).strip("_")
     for prefix in ("train_", "training_", "precision_"):
         if plain != "training_loss":
             plain = plain.removeprefix(prefix)

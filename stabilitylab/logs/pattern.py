@@ -48,7 +48,7 @@ _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
 # A counter on a line of its own: "Epoch 3/10", "EPOCH: 8", "=== Step 200 ===", "INFO: Step 100 took 0.5 s".
 _GOES_ON = (  # what may follow the number, so that it is none of a sentence's
-    rb"[/\])|,:=*-]|\(|\.{2}|(?:of|per|took|starts|begins|started|finished|complete|done)\b|[ \t]+[A-Za-z]+:?[ \t]*\r?$|$|\r"
+    rb"[/\])|,:=*-]|\(|\.{2}|(?:of|per|took|starts|begins|started|finished|complete|done)\b|[ \t]+[^\s\d,;]{1,40}:?[ \t]*\r?$|$|\r"
 )
 ABOVE = re.compile(
     rb"(?im:(?:^|[\s\]\-|>=*#:])(epoch|step|iteration|iter|update|round)\b\s*[:=#\[(]?\s*(\d+)(?:\.0)?(?=\s*(?:"
@@ -76,6 +76,8 @@ class TextFormat:
         above: finds counters, and what they say, in the lines between records.
         words: in small letters; every line in which the trigger matches holds one. They are found some twenty times faster
             than a trigger that does not begin with a word; none: the trigger is searched for.
+        prepare: what a piece of text goes through first.
+        loose: other trainers print such lines too; where more stands in them, they are read as any trainer's.
     """
 
     name: str
@@ -89,6 +91,8 @@ class TextFormat:
     skip: re.Pattern[str] | None = None
     above: re.Pattern[bytes] | None = None
     words: tuple[bytes, ...] = ()
+    prepare: Callable[[bytes], bytes] | None = None
+    loose: bool = False
 
     def read(self, line: str) -> Values | None:
         """The numbers of one line, none of one of validation; None: it is no record."""
@@ -119,6 +123,7 @@ def text_format(
     finish: Callable[[Values, Values], Values | None] | None = None,
     skip: str | None = None,
     words: tuple[bytes, ...] = (),
+    loose: bool = False,
 ) -> TextFormat:
     """A format of patterns; without a trigger, the longest words of each pattern are looked for."""
     seek = trigger if trigger is not None else "|".join(_longest(line) for line in lines)
@@ -133,6 +138,7 @@ def text_format(
         finish=finish,
         skip=None if skip is None else re.compile(skip),
         words=words,
+        loose=loose,
     )
 
 

@@ -24,6 +24,7 @@ from stabilitylab.logs.huggingface import read_huggingface_console
 from stabilitylab.logs.json_document import read_json_document
 from stabilitylab.logs.json_lines import read_json_lines
 from stabilitylab.logs.labelled import LabelledPieces, UnlabelledSource, is_labelled
+from stabilitylab.logs.languages import EnglishSource, is_foreign
 from stabilitylab.logs.locate import in_folder, is_tensorboard
 from stabilitylab.logs.log import Log
 from stabilitylab.logs.pattern import number
@@ -173,10 +174,11 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
     found = read_huggingface_console(source) or read_console(source)
     if found is None or found.format == "text":
         found = read_boxes(source) or found
-    if (found is None or found.format == "text") and (table := table_in(source)) is not None:
+    text = EnglishSource(source) if is_foreign(head.decode("utf-8", "replace")) else source
+    if (found is None or found.format == "text") and (table := table_in(text)) is not None:
         told = 0 if found is None else sum(1 for _ in islice(found.rows(), table.rows))
         if told < table.rows:
-            return _below(source, table)
+            return _below(text, table)
     header = first.decode("utf-8", errors="replace")
     parted = delimiter_of(header) in ",;\t" and delimiter_of(header) in header
     if found is None and parted and "loss" in header.lower() and not _SAID.search(header):

@@ -24,6 +24,7 @@ _DRAWN = str.maketrans(
 )
 _RULE = re.compile(r"^[\s|+:=-]*$")
 _DASHES = re.compile(rb"\s*-+(?:[ \t]+-+)+[ \t\r]*\n")
+_MARKS = re.compile(r"(?m:(?<=\d)[ \t]+(?:\*|←|✓|✔|★|<-)[^\d\r\n|]*(?=\r?$))".encode())  # 2.31 * best
 _ROWS = 3  # so many make a header one
 
 
@@ -63,7 +64,7 @@ class TableSource(Source):
 
     def __init__(self, source: Source, offset: int) -> None:
         super().__init__(source.path, source.name)
-        self._offset = offset
+        self._inner, self._offset = source, offset
 
     def head(self, size: int = 1 << 16) -> bytes:
         """The first bytes."""
@@ -71,12 +72,12 @@ class TableSource(Source):
 
     def chunks(self) -> Iterator[bytes]:
         """All bytes."""
-        for number_, chunk in enumerate(super().chunks()):
+        for number_, chunk in enumerate(self._inner.chunks()):
             if number_:
-                yield _typed(chunk)
+                yield _MARKS.sub(b"", _typed(chunk))
                 continue
             header, end, rows = chunk[self._offset :].partition(b"\n")
-            yield _joined(_plain(header), end + rows, 0).encode() + end + _typed(rows)
+            yield _joined(_plain(header), end + rows, 0).encode() + end + _MARKS.sub(b"", _typed(rows))
 
 
 def _typed(text: bytes) -> bytes:
@@ -92,9 +93,20 @@ def _joined(header: str, chunk: bytes, at: int) -> str:
     below = _DASHES.match(chunk, at)
     header = header.lstrip("# \t")
     names = re.split(r"\s{2,}", header.strip())
-    if below is None or len(below[0].split()) != len(names) or len(header.split()) == len(names):
+    if len(header.split()) == len(names) or len(names) < 2:
+        return header
+    if below is None:  # none that parts columns: as many numbers as names in the first row tell
+        rows = (_unmarked(_plain(line)).split() for line in chunk[at : at + 4096].splitlines())
+        row = next((row for row in rows if row and number(row[0]) is not None), [])
+        if len(row) != len(names):
+            return header
+    elif len(below[0].split()) != len(names):
         return header
     return "  ".join(name.replace(" ", "_") for name in names)
+
+
+def _unmarked(line: str) -> str:
+    return _MARKS.sub(b"", line.encode()).decode()
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
@@ -132,7 +144,7 @@ def _rows(header: str, chunk: bytes, at: int) -> int:
         at = end
         if not line.strip() or _RULE.match(line):
             continue
-        cells = _cells(line, delimiter)
+        cells = _cells(_unmarked(line), delimiter)
         numbers = sum(number(cell) is not None for cell in cells)
         if len(cells) != width or 2 * numbers < sum(cell != "" for cell in cells):
             break

@@ -38,6 +38,10 @@ TABLES = [
     + many("| {k} | {x:.2f} |"),
     many('{{\n "step": {k},\n "loss": {x:.2f}\n}}'),
     many('{{"log": "step {k} loss {x:.2f}", "pod": "a"}}'),
+    " Epoch    Train loss     Val loss\n----------------------------\n"
+    + many("  {k}    {x:.2f}    9.99 * best"),
+    " Epoch        训练损失        验证损失\n--------------------\n" + many("  {k}    {x:.2f}    9.99"),
+    "步数,损失,学习率\n" + many("{k},{x:.2f},0.1"),
 ]
 LINES = [
     "Iteration {k}, loss = {x:.2f}\nI0 sgd_solver.cpp:106] Iteration {k}, lr = 0.1",  # another's, with Caffe's word
@@ -67,6 +71,24 @@ LINES = [
     "[speed.py:80] {k} : iter_speed 1.2 seconds | Loss: {x:.2f}",
     "Epoch {k} Summary:\n  Loss: {x:.2f}\n  Score: 0.5",
     "Loss at step {k}: {x:.2f}",
+    "Epoch: [{k}]  [Avg Train Loss] {x:.2f}\nEpoch: [{k}]  [Avg Test Loss] 9.99",
+    "[2026-03-01 10:00 INFO ] trainer:__train_epoch:450 - Train epoch: [{k}/60], loss: {x:.2f}",
+    "2026-03-01 10:00 | DEBUG | model:fit:120 - Epoch {k:03d} | Train Loss: {x:.2f} | Val Loss: 9.99",
+    "EPOCH: {k} Trainling Loss: {x:.2f}Test Loss: 9.99",
+    "INFO:root:Epoch {k} Train | Avg Total Loss: {x:.2f}, Policy Loss: 9.99, Value Loss: 0.1",
+    "Epoch {k}/50; training MSE : {x:.2f}",
+    "INFO:x:Epoch {k} results:\nINFO:x:  Train loss: {x:.2f}\nINFO:x:  Val loss: 9.99",
+    "┌ Info: Epoch {k}\n│   train_loss = {x:.2f}f0\n│   val_loss = 9.9f0\n└   lr = 1.0f-5",
+    "第 {k}/9 轮 | 训练损失：{x:.2f}，验证损失：9.99",
+    "轮次 {k}/9\n训练中...\n训练损失: {x:.2f}\n训练准确率: 0.51\n验证损失: 9.99",
+    "2026-03-01 - INFO - 步骤 {k}, 损失: {x:.2f}",
+    "迭代 {k:6d}/900 | 瞬时 Loss: {x:.2f} | 平滑 Loss: 9.9 | LR: 1.00e-04",
+    "エポック {k}/9 - 訓練損失: {x:.2f}, 訓練精度: 0.51, テスト損失: 9.99",
+    "에폭 {k}/9 훈련 손실: {x:.2f} 검증 손실: 9.99",
+    "Época {k}/9 - pérdida: {x:.2f} - pérdida de validación: 9.99",
+    "Époque {k} : perte d'entraînement {x:.2f}, perte de validation 9.99",
+    "Epoche {k}/9 Trainingsverlust: {x:.2f} Validierungsverlust: 9.99",
+    "Эпоха {k}: потери = {x:.2f}",
     "iteration {k}: average loss over last 10 = {x:.2f}",
     '{{"step": {k}, "loss": {x:.2f}}},',
     "Training loss (for one batch) at step {k}: {x:.2f}",
@@ -91,6 +113,44 @@ def test_text_of_other_kinds(tmp_path, text):
     assert steps == [1, 2, 3, 4, 5]
     extra = 1.0 if "GPU_mem" in text else 0.0  # the sum of two
     assert values == pytest.approx([8.9 + extra, 8.8 + extra, 8.7 + extra, 8.6 + extra, 8.5 + extra])
+
+
+@pytest.mark.parametrize("line", ["step {k} loss {x:.3f} lr 0.1", "step {k} loss {x:.2f} lr 0.1"])
+def test_decimal_commas(tmp_path, line):
+    path = tmp_path / "log"
+    path.write_text(many(line, 20).replace(".", ","))
+    _, steps, values = losses(path)
+    assert steps == list(range(1, 21))
+    assert values == pytest.approx([9 - k / 10 for k in range(1, 21)])
+
+
+def test_two_losses_that_brackets_tell_apart_are_asked_for(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(many("Iter {k}: Loss(serv): {x:.2f}, Loss(targ): 0.12, GradN(serv): 1.2"))
+    with pytest.raises(InputError, match="several loss columns"):
+        losses(path)
+
+
+def test_more_than_a_known_format_reads_is_any_trainers(tmp_path):
+    path = tmp_path / "log"
+    lines = [
+        f"Epoch {e} | Step {k}/4 | Loss: {9 - e}.{k} | LR: 1.00e-05" for e in (1, 2) for k in range(1, 5)
+    ]
+    path.write_text("\n".join(lines))
+    log, steps, _ = losses(path)
+    assert steps == list(range(1, 9))
+    assert log.columns["train/-/learning_rate"] == "LR"
+
+
+@pytest.mark.parametrize(
+    "line", ["step {k} loss {x:.2f} |g|=1.234 lr 0.1", "step = {k}; loss = {x:.2f}; ‖∇‖ = 1.2; η = 0.1"]
+)
+def test_norms_between_bars(tmp_path, line):
+    path = tmp_path / "log"
+    path.write_text(many(line))
+    log, _, _ = losses(path)
+    assert log.columns["train/-/gradient_norm"] == "grad_norm"
+    assert log.columns["train/-/learning_rate"] == "lr"
 
 
 def test_stable_baselines_boxes_count_steps_of_the_environment(tmp_path):
