@@ -15,6 +15,10 @@ from experiments.arm import Arm, Suite
 from experiments.suites._proxy import proxy_text
 from experiments.verdicts import Claim
 
+FP16 = {"precision": "fp16", "loss-scale.window": "50"}
+# States in memory are the responder's alone.
+NO_RING = {"checkpoint.ring": "0"}
+
 SUITE = Suite(
     name="demo",
     question=(
@@ -31,41 +35,40 @@ SUITE = Suite(
         "objective.pieces": "2",
         "objective.multitask-share": "0",
         "schedule.warmup": "30",
-        "loss-scale.window": "50",
         "monitor.every": "10",
         "checkpoint.every": "0",
-        "checkpoint.ring": "0",
         "stop-when-lost": "10",
     },
     arms=(
         Arm(
             name="pre-ln",
             summary="norm before each sublayer, fp16",
-            settings={"model.norm": "pre", "precision": "fp16"},
+            settings={"model.norm": "pre", **FP16, **NO_RING},
         ),
         Arm(
             name="deepnorm",
             summary="GLM-130B's DeepNorm, fp16",
-            settings={"model.norm": "deepnorm", "precision": "fp16"},
+            settings={"model.norm": "deepnorm", **FP16, **NO_RING},
         ),
         Arm(
             name="deepnorm-egs",
             summary="DeepNorm, fp16, embedding gradient x 0.1",
             settings={
                 "model.norm": "deepnorm",
-                "precision": "fp16",
+                **FP16,
+                **NO_RING,
                 "model.embedding.gradient-shrink": "0.1",
             },
         ),
         Arm(
             name="deepnorm-bf16",
             summary="DeepNorm in bf16 (a cure: fp32's range)",
-            settings={"model.norm": "deepnorm", "precision": "bf16"},
+            settings={"model.norm": "deepnorm", "precision": "bf16", **NO_RING},
         ),
         Arm(
             name="deepnorm-responder",
             summary="DeepNorm, fp16, goes back at a break and halves the rate (a cure)",
-            settings={"model.norm": "deepnorm", "precision": "fp16", "responder.policy": "lower-rate"},
+            settings={"model.norm": "deepnorm", **FP16, "responder.policy": "lower-rate"},
         ),
     ),
     claims=(

@@ -29,13 +29,17 @@ SUITE = Suite(
         "batch.rows": "8",
         "schedule.warmup": "30",
         "monitor.every": "5",
-        "loss-scale.window": "50",
     },
     arms=tuple(
         Arm(
             name=f"{norm}-{precision}-{rate}",
             summary=f"{said}, {precision}, rate {rate}",
-            settings={"model.norm": norm, "precision": precision, "schedule.peak": rate},
+            settings={
+                "model.norm": norm,
+                "precision": precision,
+                "schedule.peak": rate,
+                **({"loss-scale.window": "50"} if precision == "fp16" else {}),
+            },
         )
         for rate in RATES
         for norm, said in NORMS.items()

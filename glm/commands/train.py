@@ -40,6 +40,7 @@ from glm.train import checkpoint as checkpoints
 from glm.train.config import MAY_CHANGE, TrainConfig, differences, from_json
 from glm.train.engine import Engine, LocalEngine
 from glm.train.events import Callback
+from glm.train.idle_settings import idle_settings, refuse_idle
 from glm.train.loop import Trainer
 from glm.train.lost import EndsWhenLost
 from glm.train.monitoring import MonitorCallback
@@ -106,6 +107,7 @@ def train_command(arguments: Sequence[str]) -> int:
 
 def _train_command(arguments: Sequence[str]) -> int:
     command = parse_command(arguments)
+    refuse_idle(arguments, command.config)
     complete = train(command, console=Console(stderr=True))
     print(f"{'complete' if complete else 'interrupted, continue with --resume'}: {command.out}")
     return 0
@@ -233,10 +235,12 @@ def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool, console: Cons
             f"{run.path} already holds a run: add --resume to continue it, or choose another --out"
         )
     old = from_json(file.read_text(encoding="utf-8"), source=file)
+    # What nothing reads determines nothing: older runs may have been given it.
+    idle = idle_settings(old).keys() & idle_settings(config).keys()
     changed = [
         line
         for line in differences(json.loads(old.to_json()), json.loads(config.to_json()))
-        if line.partition(":")[0].partition(".")[0] not in MAY_CHANGE
+        if (name := line.partition(":")[0]).partition(".")[0] not in MAY_CHANGE and name not in idle
     ]
     if changed:
         raise InputError(

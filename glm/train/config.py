@@ -11,9 +11,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cattrs
+import tyro
 from cattrs.preconf.json import make_converter
 
 from glm.data.config import DataConfig, ObjectiveConfig
@@ -156,7 +157,8 @@ class TrainConfig:
         preset: the name this configuration began from, for the reader.
     """
 
-    preset: str = ""
+    # A command says it in its first word.
+    preset: Annotated[str, tyro.conf.Suppress, tyro.conf.Fixed] = ""
     steps: int = 200
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -11,6 +11,7 @@ stop, cannot be kept does the run fail. Where the launcher is gone nobody would 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.engine import Engine
 from glm.train.events import Callback, StepInfo
+from glm.train.idle_settings import idle_by_hand
 from glm.train.intervention import Intervention
 from glm.train.state_ring import StateRing
 from stabilitylab.runs.folder import RunFolder
@@ -70,6 +72,9 @@ class Trainer:
         self.loader = loader
         self.run = run
         self.callbacks = tuple(callbacks)
+        # With a policy of one's own, the configuration's responder is read for how far to go back.
+        for line in [] if responder is not None else idle_by_hand(config):
+            warnings.warn(line, stacklevel=2)
         self.responder: Policy = Responder(config.responder) if responder is None else responder
         self.intervention = Intervention()
         self.step = 0

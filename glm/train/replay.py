@@ -47,6 +47,7 @@ from glm.train.forks import (
     state_before,
     trainer_of,
 )
+from glm.train.idle_settings import refuse_idle
 from glm.train.machine import machine_of, otherwise, threads, threads_of
 from glm.train.monitoring import MonitorCallback
 from glm.train.replay_report import LATER, LOSS, show, verdict_of, write_report
@@ -203,6 +204,7 @@ def _parse(arguments: Sequence[str]) -> Replay:
     )
     config = config_of(load_run(words.run))
     changed: TrainConfig = parse(TrainConfig, rest, program="glm replay RUN --event N", default=config)
+    refuse_idle(rest, changed)
     return Replay(
         run=words.run,
         event=words.event,

@@ -16,6 +16,8 @@ from experiments.arm import Arm, Suite
 from experiments.asked import checked, load
 from experiments.cli import main
 from experiments.verdicts import Claim, judge_all
+from glm.commands.train import parse_command
+from glm.train.idle_settings import refuse_idle
 from stabilitylab.errors import InputError
 from tests.experiments.test_runner import Here
 from tests.glm.conftest import data_folder, text_files  # noqa: F401 - fixtures
@@ -268,3 +270,16 @@ def test_a_file_may_hold_a_study_and_import_its_neighbours(tmp_path: Path) -> No
 
 def test_every_name_of_the_list_is_checked() -> None:
     assert all(dataclasses.is_dataclass(load(name)) for name in cli.SUITES)
+
+
+def test_no_arm_has_a_flag_without_effect(tmp_path: Path) -> None:
+    """Of each set of flags one arm is tried: values of theirs that others have are the parser's concern."""
+    tried: set[frozenset[str]] = set()
+    for name in cli.SUITES:
+        suite = load(name)
+        for arm in suite.arms if isinstance(suite, Suite) else ():
+            words = suite.command(arm, 0, data=tmp_path, out=tmp_path)[1:]
+            off = {word for word in words if word in ("fp32", "fp16", "bf16", "adamw", "none", "causal")}
+            if (key := frozenset({*(word for word in words if word.startswith("--")), *off})) not in tried:
+                tried.add(key)
+                refuse_idle(words, parse_command(words).config)

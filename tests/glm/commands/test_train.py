@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +169,18 @@ def test_resuming_another_model_is_refused(uninterrupted, data_folder, capsys):
     refused(command, capsys, "model.norm: deepnorm -> pre", "choose another --out")
 
 
+def test_what_lies_idle_in_an_older_run_does_not_keep_it_from_being_resumed(
+    uninterrupted, data_folder, tmp_path
+):
+    out = tmp_path / "older"
+    shutil.copytree(uninterrupted, out)
+    config = json.loads((out / "config.json").read_text())
+    config["optimizer"]["muon"]["per_head"] = True
+    (out / "config.json").write_text(json.dumps(config))
+    assert main(arguments(data_folder, out, "--resume")) == 0
+    assert json.loads((out / "config.json").read_text())["optimizer"]["muon"]["per_head"] is False
+
+
 def test_resuming_on_other_data_is_refused(data_folder, tmp_path, capsys):
     import shutil
 
@@ -204,6 +217,8 @@ def test_an_altered_checkpoint_falls_back_and_says_so(uninterrupted, data_folder
         (["--model.vocabulary", "10"], "leave --model.vocabulary out"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--model.length", "9999999"], "fewer than one row"),
+        (["--optimizer.muon.per-head"], "optimizer.muon.per_head has no effect without optimizer.kind muon"),
+        (["--preset", "glm-small"], "--preset"),
     ],
 )
 def test_wrong_fields_are_named(data_folder, tmp_path, capsys, flags, says):
@@ -307,6 +322,7 @@ def test_help_is_an_overview_a_group_or_everything(capsys):
     assert len(overview.splitlines()) < 80
     assert "--data" in overview
     assert "--model.attention.gate" not in overview
+    assert "--preset" not in overview
     for group in ("model.attention", "optimizer.guard", "emulate"):
         assert f"  {group} " in overview
     attention = helped("model.attention")
