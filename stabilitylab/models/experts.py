@@ -8,20 +8,50 @@ copied, and outliers, quantization and telemetry see them as they see any other 
     y_t = sum over the chosen experts e of  weight_te * down_e(gate(up_e(x_t)))
 
 computed expert by expert, as the "eager" implementation of transformers does. The layout is told by what its decorator
-``use_experts_implementation`` leaves on the module: ``has_gate``, ``has_bias``, ``is_transposed``, ``_apply_gate``.
+``use_experts_implementation`` leaves on the module: ``has_bias``, ``is_transposed`` and ``_apply_gate`` in every release from 5.0
+on; ``has_gate`` and ``has_post_expert_norm`` in later ones, before which all were gated and none was normalized. Experts of another
+layout (Llama 4's) stay as they are, and a note says that nothing looks at them.
 
-Source: Shazeer et al., arXiv:1701.06538, equation 1; the layouts are those of transformers 5.23, ``integrations/moe.py``.
+Source: Shazeer et al., arXiv:1701.06538, equation 1; the layouts are those of transformers 5.0 to 5.24, ``integrations/moe.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_LAYOUT = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How a fused module keeps its experts.
+
+    Attributes:
+        inward: name of the parameter that leads in.
+        bias: both parameters have one.
+        transposed: weights are [experts, in, out].
+        norm: each expert's output is normalized.
+    """
+
+    inward: str
+    bias: bool
+    transposed: bool
+    norm: bool
+
+
+def _layout(module: Any) -> _Layout | None:
+    """What the decorator left on a module; None where it left nothing."""
+    if not (hasattr(module, "has_bias") and hasattr(module, "is_transposed")):
+        return None
+    return _Layout(
+        inward="gate_up_proj" if getattr(module, "has_gate", True) else "up_proj",
+        bias=bool(module.has_bias),
+        transposed=bool(module.is_transposed),
+        norm=bool(getattr(module, "has_post_expert_norm", False)),
+    )
 
 
 class SplitExperts(nn.Module):
@@ -33,16 +63,14 @@ class SplitExperts(nn.Module):
 
     def __init__(self, fused: Any) -> None:
         super().__init__()
-        inward = "gate_up_proj" if fused.has_gate else "up_proj"
-        self.inward = inward
-        transposed = bool(fused.is_transposed)
-        self.add_module(inward, _linears(fused, inward, transposed))
-        self.down_proj = _linears(fused, "down_proj", transposed)
+        layout = _layout(fused)
+        assert layout is not None
+        self.inward = layout.inward
+        self.add_module(layout.inward, _linears(fused, layout.inward, layout.transposed))
+        self.down_proj = _linears(fused, "down_proj", layout.transposed)
         # Bound to the fused module, which knows its activation and its limits; the weights it held are taken from it.
-        self._between: Callable[[Tensor], Tensor] = fused._apply_gate if fused.has_gate else fused.act_fn
-        self._after: Callable[[Tensor], Tensor] | None = (
-            fused.post_expert_norm if fused.has_post_expert_norm else None
-        )
+        self._between: Callable[[Tensor], Tensor] = getattr(fused, _between(layout))
+        self._after: Callable[[Tensor], Tensor] | None = fused.post_expert_norm if layout.norm else None
         if self._after is not None:
             self.post_expert_norm = self._after
         for name in list(fused._parameters):
@@ -87,19 +115,33 @@ def expert_groups(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def unsplit_experts(model: nn.Module) -> dict[str, str]:
+    """Path -> type of what calls itself experts and still holds them in fused parameters, of a layout that is not known here."""
+    return {
+        path: type(module).__name__
+        for path, module in model.named_modules()
+        if "Expert" in type(module).__name__
+        and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    }
+
+
+def _between(layout: _Layout) -> str:
+    """Name of what a fused module computes between its two products."""
+    return "_apply_gate" if layout.inward == "gate_up_proj" else "act_fn"
+
+
 def _is_fused(module: Any) -> bool:
-    if not all(hasattr(module, name) for name in _LAYOUT):
+    layout = _layout(module)
+    if layout is None:
         return False
-    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
-    names += [f"{name}_bias" for name in names] if module.has_bias else []
+    names = [layout.inward, "down_proj"]
+    names += [f"{name}_bias" for name in names] if layout.bias else []
     held = module._parameters
     weights = [held.get(name) for name in names]
     dims = [3, 3, 2, 2][: len(names)]
     fits = all(w is not None and w.dim() == dim for w, dim in zip(weights, dims, strict=True))
     # A parameter besides these takes part in a way that is not known here.
-    return (
-        fits and set(held) == set(names) and hasattr(module, "_apply_gate" if module.has_gate else "act_fn")
-    )
+    return fits and set(held) == set(names) and hasattr(module, _between(layout))
 
 
 def _linears(fused: nn.Module, name: str, transposed: bool) -> nn.ModuleList:

@@ -165,7 +165,13 @@ class Described:
     def tokenizer(self) -> Any:
         import transformers
 
-        return self.read("tokenizer", transformers.AutoTokenizer)
+        tokenizer = self.read("tokenizer", transformers.AutoTokenizer)
+        # Of files that are not there, transformers 5.0 makes one that knows its special tokens only.
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise InputError(
+                f"{self.path}: transformers cannot read its tokenizer (it knows no word of text): add the tokenizer's files"
+            )
+        return tokenizer
 
 
 def describe(path: Path, plain: Path | None = None) -> Described:
@@ -184,6 +190,11 @@ def describe(path: Path, plain: Path | None = None) -> Described:
             import transformers
     except ImportError:
         raise InputError(f"{path} needs transformers to be read: pip install 'stabilitylab[hf]'") from None
+    if int(transformers.__version__.split(".")[0]) < 5:
+        # 4.57 ties a head that the files hold apart, without a word, and reads no rotary scaling from GGUF.
+        raise InputError(
+            f"{path} needs transformers 5 to be read, and {transformers.__version__} is here: pip install 'transformers>=5.0'"
+        )
     with quiet():
         config = _read(path, "config", transformers.AutoConfig, folder, **where)
         if where:

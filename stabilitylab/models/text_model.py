@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from stabilitylab.errors import InputError
 from stabilitylab.model_structure import linear_layers, shared_parameters, weights_outside_layers
+from stabilitylab.models.experts import unsplit_experts
 from stabilitylab.models.layers import fingerprint, first_nonfinite
 from stabilitylab.models.text import NO_TARGET, Window, read_text
 
@@ -144,7 +145,13 @@ def _outside_layers(module: nn.Module) -> tuple[str, ...]:
     share, names = weights_outside_layers(module)
     if not names:
         return ()
+    fused = unsplit_experts(module)
+    told = [
+        f"{len(fused)} layers of experts, among them {path} ({kind}), are fused in a layout that is not known here and stay whole"
+        for path, kind in list(fused.items())[:1]
+    ]
     return (
+        *told,
         f"{len(names)} weights ({share:.1%} of all), among them {names[0]}, lie in no linear layer or embedding: they are "
         "neither measured nor quantized",
     )

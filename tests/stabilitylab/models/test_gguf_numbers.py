@@ -9,7 +9,7 @@ from stabilitylab.models import open_text_model
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
-LETTERS = [*(chr(c) for c in range(33, 127)), "ab"]
+LETTERS = [*(chr(c) for c in range(33, 127)), "ab", "cd"]
 KINDS = {
     "qwen2": {},
     "qwen3": {"head_dim": 32},
@@ -87,7 +87,7 @@ def write(file, model, kind, extra=()):
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("default")
-        writer.add_token_merges(["a b"])
+        writer.add_token_merges(["a b", "c d"])  # of one alone, transformers 5.17 makes a bare string
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3, *[1] * len(LETTERS)])
     writer.add_eos_token_id(1)

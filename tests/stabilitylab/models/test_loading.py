@@ -168,6 +168,7 @@ def test_files_that_cannot_be_read_are_refused(saved, tmp_path):
     shutil.copytree(saved["llama"], wordless)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (wordless / name).unlink()
+    # transformers 5.0 makes one out of nothing, later ones raise.
     with pytest.raises(InputError, match="cannot read its tokenizer"):
         open_text_model(wordless)
 
@@ -175,6 +176,16 @@ def test_files_that_cannot_be_read_are_refused(saved, tmp_path):
         open_text_model(tmp_path / "nowhere")
     with pytest.raises(InputError, match="neither a HuggingFace folder"):
         open_text_model(tmp_path)
+
+
+def test_an_old_transformers_is_refused(saved, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(
+        InputError, match=r"needs transformers 5 to be read, and 4\.57\.1 is here: pip install"
+    ):
+        open_text_model(saved["llama"])
 
 
 def test_encoder_decoders_are_refused(tmp_path):
