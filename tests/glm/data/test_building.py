@@ -255,6 +255,7 @@ def test_tokenizers_that_are_not_ours(tmp_path, capsys):
         sentence_iterator=iter(["some words of a text"] * 50),
         model_writer=foreign,
         vocab_size=16,
+        hard_vocab_limit=False,  # releases of sentencepiece find one piece more or less in so little text
         minloglevel=2,
     )
     (tmp_path / "tokenizer.model").write_bytes(foreign.getvalue())

@@ -117,13 +117,15 @@ def naive_row(pieces, special, length):
 
 def test_rows_of_examples_are_the_definition(task_data):
     objective = ObjectiveConfig(multitask_share=1.0, positions="2d")
-    batch = Loader(task_data, objective, length=64, seed=0).samples(range(60))
+    loader = Loader(task_data, objective, length=64, seed=0)
+    batch = loader.samples(range(60))
     tasks = task_data.tasks["train"]
     offsets, stream = tasks.shard.offsets, tasks.shard.stream
     known = {int(offsets[2 * i]): i for i in range(len(offsets) // 2)}
     examples = open_tasks(task_data.path, "train")
     tokenizer = task_data.tokenizer
-    full = 0
+    cost_RD = loader._pool._cost[loader._pool._draw(0, np.arange(60))]
+    left = []
     for row in range(60):
         pieces = []
         for piece in batch.provenance[row]:
@@ -138,8 +140,13 @@ def test_rows_of_examples_are_the_definition(task_data):
         fields = (batch.tokens_BT, batch.targets_BT, batch.positions[..., 0], batch.positions[..., 1])
         for ours, theirs in zip((*fields, batch.context_BT, batch.segments_BT), expected, strict=True):
             assert ours[row].tolist() == list(theirs)
-        full += int((batch.segments_BT[row] >= 0).sum())
-    assert full / (60 * 64) > 0.8  # room is used
+        used, put = 0, 0
+        for cost in cost_RD[row].tolist():  # first fit
+            if used + cost <= 64:
+                used, put = used + cost, put + 1
+        assert (put, used) == (len(pieces), (batch.segments_BT[row] >= 0).sum())
+        left.append(64 - used)
+    assert np.mean(left) < cost_RD.mean()  # room is used: another example would not fit
 
 
 def test_tasks_have_equal_shares_and_long_examples_stay_out(task_data):
