@@ -21,8 +21,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 .PHONY: demo test test-slow test-oldest test-newest check format docs clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m experiments run demo
-	$(BIN)/python -m experiments report demo
+	$(BIN)/python -m experiments run demo --report
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests

@@ -13,7 +13,7 @@ from experiments.statistics import LEAST_SEEDS, decide
 from experiments.statistics.decision import ALPHA
 from experiments.statistics.proportions import share_bounds
 from experiments.study import Outcome
-from experiments.verdicts import Verdict
+from experiments.verdicts import Verdict, effect_words, seeds_words
 from stabilitylab.charts.look import (
     GRID,
     INK,
@@ -26,7 +26,6 @@ from stabilitylab.charts.look import (
     step_axis,
     words,
 )
-from stabilitylab.figures.style import plain
 
 TONES = {"supported": "#009E73", "against": "#D55E00", "equivalent": "#0072B2", "undecided": "#999999"}
 # Further out an effect is drawn at the edge, with its number where the pointer is.
@@ -40,7 +39,12 @@ def frontier_chart(results: Results) -> Chart:
 
     rates = sorted({rate for by_rate in results.alive.values() for rate in by_rate})
     arms = [arm.name for arm in results.arms if arm.name in results.alive]
-    made = panel("Share of seeds that survived each peak learning rate", x="peak learning rate", height=330)
+    made = panel(
+        "Share of seeds that survived each peak learning rate",
+        x="peak learning rate",
+        y="survived",
+        height=330,
+    )
     made.y_range = Range1d(-0.05, 1.05)
     entries: dict[str, list[Any]] = {}
     apart = min(0.09, 0.6 / max(len(arms), 1))
@@ -100,7 +104,7 @@ def effects_chart(results: Results) -> Chart:
         rows["high"].append(min(high, WIDEST))
         rows["colour"].append(colour)
         rows["claim"].append(words(f"{number}. {verdict.claim.text}"))
-        rows["verdict"].append(f"{one.verdict}, n = {one.n}")
+        rows["verdict"].append(f"{one.verdict}, {seeds_words(verdict)} seeds")
         rows["said"].append(words(effect_words(verdict, results.outcomes[verdict.claim.metric])))
         for beyond, side in ((low < -WIDEST, -1.0), (high > WIDEST, 1.0)):
             if beyond:
@@ -136,8 +140,9 @@ def effects_chart(results: Results) -> Chart:
     made.yaxis[0].major_label_overrides = {i: f"{number}." for i, (number, _) in enumerate(reversed(shown))}
     made.ygrid[0].grid_line_color = GRID
     caption = (
-        "The numbers are the claims' own. The band holds what is too small to matter: an interval within it is equivalent. A "
-        "claim without such a size is in units of the spread between its seeds. Triangles: the interval goes on."
+        "The numbers are the claims' own. Green: supported, orange: against, blue: equivalent, grey: undecided. The band holds "
+        "what is too small to matter: an interval within it is equivalent. A claim without such a size is in units of the spread "
+        "between its seeds. Triangles: the interval goes on."
     )
     return Chart(figure=made, caption=caption)
 
@@ -178,7 +183,7 @@ def alive_chart(results: Results, rate: float | None) -> Chart:
     from bokeh.models import ColumnDataSource, NumeralTickFormatter, Range1d
 
     at = "" if rate is None else f" at a rate of {rate_words(rate)}"
-    made = panel(f"Share of runs still on course{at}", height=260)
+    made = panel(f"Share of runs still on course{at}", y="on course", height=260)
     made.y_range = Range1d(-0.03, 1.05)
     entries: dict[str, list[Any]] = {}
     runs = [one for one in results.runs if one.rate == rate]
@@ -257,25 +262,9 @@ def unit_of(verdict: Verdict, outcome: Metric | Outcome) -> float:
     return spread or abs(verdict.decision.effect) or 1.0
 
 
-def effect_words(verdict: Verdict, outcome: Metric | Outcome) -> str:
-    """The effect with its interval, in words a reader can check: ``+2.5 octaves [+2, +2.5]``; a ratio as a factor."""
-    one = verdict.decision
-    if not one.n:
-        return "no seeds that both arms have"
-    if outcome.scale == "log" and one.law == "t":
-        factor, low, high = (math.exp(min(x, 700.0)) for x in (one.effect, one.low, one.high))
-        return f"x {plain(_short(factor))} [x {plain(_short(low))}, x {plain(_short(high))}]"
-    unit = f" {outcome.unit}" if outcome.unit else ""
-    return f"{one.effect:+.3g}{unit} [{one.low:+.3g}, {one.high:+.3g}]"
-
-
 def rate_words(rate: float) -> str:
     """A peak learning rate as a person reads it: 0.25, 0.0156."""
     return f"{2.0**rate:.3g}"
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.3g}")
 
 
 def _cut(text: str) -> str:

@@ -22,11 +22,11 @@ from experiments.asked import load, made
 from experiments.cells import through
 from experiments.executors import chosen as executor_named
 from experiments.judging import judge
-from experiments.statistics import Decision
+from experiments.results import Results, results_of
 from experiments.study import Study, run_study, shares_of
 from experiments.suites import SUITES
 from experiments.surviving import show_survival
-from experiments.verdicts import Verdict, record
+from experiments.verdicts import effect_words, evidence_words, record, seeds_words
 from experiments.worker import keep_freed_memory
 from stabilitylab.command_line import parse
 from stabilitylab.errors import InputError, run_command
@@ -35,6 +35,9 @@ USAGE = (
     "usage: python -m experiments {run SUITE | report SUITE | verdicts [SUITE ...] | survival STUDY | judge TABLE.csv | list}; "
     "SUITE: a name of the list, or a Python file of your own; each takes --help"
 )
+
+# From so many columns on an effect and its interval stand in one line.
+WIDE = 110
 
 SuiteName = Annotated[str, tyro.conf.Positional]
 SuiteNames = Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -51,6 +54,7 @@ def run(
     budget: str | None = None,
     until_decided: bool = False,
     executor: str = "local",
+    report: bool = False,
 ) -> int:
     """Train every arm with every seed; what is complete already is left alone.
 
@@ -64,6 +68,7 @@ def run(
         budget: no new seed is begun after this time: 90 (seconds), 15m, 2h.
         until_decided: no new seed is begun once every claim is decided.
         executor: local: processes of this machine; or dask:ADDRESS, ray[:ADDRESS], slurm[:KEY=VALUE,...]: see docs/experiments.md.
+        report: write the report at the end, as the command report does.
     """
     chosen = load(suite)
     limit = None if budget is None else seconds(budget)
@@ -92,7 +97,10 @@ def run(
             else through(*opened, asked=suite, data=text),
         )
         console = Console()
-        _show_verdicts(console, [(chosen.name, verdict) for verdict in _verdicts_of(chosen, out)])
+        if report:
+            _report(console, chosen, out)
+        else:
+            _show_verdicts(console, [results_of(chosen, out)])
         _show_shares(console, chosen, out)
         return 0
     whole = chosen
@@ -106,14 +114,17 @@ def run(
     whole = run_adding(
         whole,
         make,
-        lambda part: _verdicts_of(part, out),
+        lambda part: results_of(part, out).verdicts,
         seeds=seeds,
         budget=limit,
         until_decided=until_decided,
         places=parallel or os.cpu_count() or 1,
     )
     console = Console()
-    _show_verdicts(console, [(whole.name, verdict) for verdict in _verdicts_of(whole, out)])
+    if report:
+        _report(console, whole, out)
+        return 0
+    _show_verdicts(console, [results_of(whole, out)])
     console.print(f"runs: {out}", soft_wrap=True)
     console.print(
         f"next: python -m experiments report {suite}"
@@ -123,13 +134,6 @@ def run(
     return 0
 
 
-def _verdicts_of(asked: Suite | Study, out: Path) -> list[Verdict]:
-    """Every claim, from what is in the folder, with whether it holds among all of them."""
-    from experiments.results import results_of
-
-    return results_of(asked, out).verdicts
-
-
 def report(suite: SuiteName, *, out: Path | None = None) -> int:
     """Write report.html into the folder; print the verdicts, the most telling sentence, and where the report lies.
 
@@ -137,23 +141,24 @@ def report(suite: SuiteName, *, out: Path | None = None) -> int:
         suite: name of the suite or study, or a Python file of your own.
         out: where its runs are; by default runs/SUITE.
     """
-    from experiments.report import cause_sentence, telling_sentence, write_report
-    from experiments.results import results_of
-
     asked = load(suite)
     out = out or Path("runs") / asked.name
-    asked = with_found(asked, out)
+    _report(Console(), with_found(asked, out), out)
+    return 0
+
+
+def _report(console: Console, asked: Suite | Study, out: Path) -> None:
+    from experiments.report import cause_sentence, telling_sentence, write_report
+
     results = results_of(asked, out)
     path = write_report(asked, out, results=results)
-    console = Console()
-    _show_verdicts(console, [(results.name, verdict) for verdict in results.verdicts])
+    _show_verdicts(console, [results])
     for sentence in (telling_sentence(results), cause_sentence(results)):
         if sentence:
             console.print(Text(sentence), soft_wrap=True)
     console.print(Text(f"report:      {path}"), soft_wrap=True)
     if results.runs:
         console.print(Text(f"tensorboard: tensorboard --logdir {out}"), soft_wrap=True)
-    return 0
 
 
 def verdicts(suites: SuiteNames = (), /, *, runs: Path = Path("runs"), json: bool = False) -> int:
@@ -164,13 +169,13 @@ def verdicts(suites: SuiteNames = (), /, *, runs: Path = Path("runs"), json: boo
         runs: folder that holds the suites' folders.
         json: print one JSON object a claim.
     """
-    found: list[tuple[str, Verdict]] = []
+    found: list[Results] = []
     for name in suites or SUITES:
         asked = load(name)
         folder = runs / asked.name
         if suites or folder.is_dir():
             try:
-                found += [(asked.name, one) for one in _verdicts_of(with_found(asked, folder), folder)]
+                found.append(results_of(with_found(asked, folder), folder))
             except InputError as error:  # a suite without a complete run yet
                 if suites:
                     raise
@@ -180,8 +185,9 @@ def verdicts(suites: SuiteNames = (), /, *, runs: Path = Path("runs"), json: boo
             f"{runs} holds no runs of a suite: first python -m experiments run {next(iter(SUITES))}"
         )
     if json:
-        for name, verdict in found:
-            print(json_text.dumps({"suite": name, **record(verdict)}, allow_nan=False))
+        for results in found:
+            for verdict in results.verdicts:
+                print(json_text.dumps({"suite": results.name, **record(verdict)}, allow_nan=False))
         return 0
     console = Console()
     _show_verdicts(console, found)
@@ -201,43 +207,46 @@ def _show_shares(console: Console, study: Study, out: Path) -> None:
     console.print(table)
 
 
-def _show_verdicts(console: Console, found: Sequence[tuple[str, Verdict]]) -> None:
-    """A table a suite, narrow enough for eighty columns."""
-    for name in dict.fromkeys(name for name, _ in found):
-        verdicts = [verdict for one, verdict in found if one == name]
+def _show_verdicts(console: Console, found: Sequence[Results]) -> None:
+    """A table a suite, narrow enough for eighty columns, and what its words mean."""
+    between = " " if console.width >= WIDE else "\n"
+    for results in found:
         table = Table(
             Column("claim", ratio=1),
             "verdict",
-            Column("n", justify="right"),
-            "effect, 95 % interval",
+            Column("seeds", justify="right"),
+            "effect [95 %]",
             Column("e-value", justify="right"),
-            title=name,
+            title=results.name,
             title_justify="left",
             box=box.SIMPLE_HEAD,
             expand=True,
+            padding=(0, 1, 0, 0),
         )
-        if not all(verdict.holds for verdict in verdicts):
-            table.caption = "alone: holds at 5 % by itself, not among all claims of its suite (Holm)"
-        for verdict in verdicts:
+        for verdict in results.verdicts:
             one = verdict.decision
             would = one.verdict == "undecided" and math.isfinite(one.detectable)
             table.add_row(
                 Text(verdict.claim.text),
                 one.verdict
                 + ("" if verdict.holds else ",\nalone")
-                + (f"\n(would see {one.detectable:.2g})" if would else ""),
-                str(one.n),
-                _effect(one),
-                f"{one.e_value:.2g}",
+                + (f"\n({one.detectable:.2g} would show)" if would else ""),
+                seeds_words(verdict),
+                effect_words(verdict, results.outcomes[verdict.claim.metric]).replace(" [", f"{between}["),
+                evidence_words(one.e_value),
             )
         console.print(table)
-
-
-def _effect(one: Decision) -> str:
-    if not one.n:
-        return ""
-    bounded = math.isfinite(one.low) or math.isfinite(one.high)
-    return f"{one.effect:+.3g}" + (f" [{one.low:+.3g}, {one.high:+.3g}]" if bounded else ", no bounds yet")
+    verdicts = [verdict for results in found for verdict in results.verdicts]
+    legend = [
+        "seeds: those that the verdict took of those that were run",
+        "e-value: from 20 on decided at 5 %",
+    ]
+    if any(verdict.judgement == "undecided" for verdict in verdicts):
+        legend.append("would show: what so many seeds find with a power of 80 %")
+    if not all(verdict.holds for verdict in verdicts):
+        legend.append("alone: at 5 % by itself, not among all claims of its suite (Holm)")
+    if verdicts:
+        console.print(Text("; ".join(legend), style="dim"))
 
 
 def list_suites() -> int:

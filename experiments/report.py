@@ -19,7 +19,7 @@ from experiments.arm import Arm, Suite
 from experiments.metrics import Metric
 from experiments.results import FRONTIER, Made, Results, results_of
 from experiments.study import Outcome, Study
-from experiments.verdicts import Verdict, words
+from experiments.verdicts import Verdict, effect_words, evidence_words, seeds_words
 from stabilitylab.report import Cell, Page, Part, Said, Section, Statements, Table
 from stabilitylab.report import sections as shown
 from stabilitylab.runs import Run
@@ -28,6 +28,8 @@ TONE = {"supported": "good", "against": "bad", "equivalent": "even", "undecided"
 MOST_BROKEN = 40
 # Layers are looked into in so many runs: one an arm, at the lowest rate.
 MOST_LOOKED_INTO = 8
+# Of so many seeds a cell of the metrics shows each, of more the lowest and the highest.
+FEW = 4
 
 
 def write_report(asked: Suite | Study, out: Path, *, results: Results | None = None) -> Path:
@@ -92,8 +94,13 @@ def cause_sentence(results: Results) -> str:
         return ""
     (what, count), *_ = Counter(what for what, _ in found).most_common(1)
     (where, often), *_ = Counter(site for one, site in found if one == what).most_common(1)
-    at = f", {often} of them in {where}" if where else ""
-    return f"Of {len(broken)} runs that broke, {count} began with {what}{at}."
+    at = f", {'all' if often == count else often} of them in {where}" if where else ""
+    of = (
+        f"All {count} runs that broke"
+        if count == len(broken)
+        else f"Of {len(broken)} runs that broke, {count}"
+    )
+    return f"{of} began with {what}{at}."
 
 
 def cause_of(made: Made) -> tuple[str, str] | None:
@@ -115,6 +122,8 @@ def first_screen(results: Results) -> Section:
     elif results.verdicts:
         parts.append(charts.effects_chart(results))
     parts.append(verdict_statements(results))
+    rows: list[list[Cell | str]] = [[arm.name, arm.summary] for arm in results.arms]
+    parts.append(Table(columns=["arm", "what it is"], rows=rows))
     name = "Which rate is survived, and what is decided" if results.alive else "What is decided"
     return Section(title=name, parts=parts)
 
@@ -133,25 +142,29 @@ def verdict_statements(results: Results) -> Statements:
     return Statements(
         said=said,
         note="Supported, against: the seeds rule out that there is no difference, at 5 % a claim and however often one has looked. "
-        "Equivalent: whatever difference is left is too small to matter. Undecided: more seeds are needed.",
+        "Equivalent: whatever difference is left is too small to matter. Undecided: more seeds are needed; what these would have "
+        "found, they would have with a power of 80 %. In brackets: 95 % intervals.",
     )
 
 
 def verdict_detail(verdict: Verdict, outcome: Metric | Outcome) -> str:
-    """ "deepnorm-bf16 -1 against deepnorm -4, largest rate survived, log2: +2.5 octaves [2, 3], 8 seeds"."""
+    """ "Largest rate survived: deepnorm-bf16 0.5 against deepnorm 0.0625; effect +3 octaves [+3, +3]; 6 of 10 seeds"."""
     claim, one = verdict.claim, verdict.decision
     if not one.n:
         return "No seed has run in both arms."
-    sides = _mean_words(claim.arm, verdict.arm_values)
+    of_rates = claim.metric == FRONTIER
+    sides = _mean_words(claim.arm, verdict.arm_values, of_rates)
     if claim.baseline is not None:
-        sides += f" against {_mean_words(claim.baseline, verdict.baseline_values)}"
+        sides += f" against {_mean_words(claim.baseline, verdict.baseline_values, of_rates)}"
     alone = "" if verdict.holds else "; by itself, not among all claims together"
     seen = (
         ""
         if not math.isfinite(one.detectable) or one.verdict != "undecided"
-        else f"; would have seen {one.detectable:.2g}"
+        else f"; would have found {one.detectable:.2g}"
     )
-    return f"{outcome.title}: {sides}; effect {charts.effect_words(verdict, outcome)}; {one.n} seeds{seen}{alone}"
+    title = outcome.title.removesuffix(", log2") if of_rates else outcome.title
+    effect, seeds = effect_words(verdict, outcome), seeds_words(verdict)
+    return f"{title}: {sides}; effect {effect}; {seeds} seeds{seen}{alone}"
 
 
 def how_sure(results: Results) -> Section:
@@ -159,9 +172,10 @@ def how_sure(results: Results) -> Section:
     rows: list[list[Cell | str]] = [
         [
             Cell(text=f"{number}. {verdict.claim.text}", detail=f"after {verdict.claim.source}"),
-            words(verdict.decision),
-            charts.effect_words(verdict, results.outcomes[verdict.claim.metric]),
-            f"{verdict.decision.e_value:.2g}",
+            verdict.judgement,
+            seeds_words(verdict),
+            effect_words(verdict, results.outcomes[verdict.claim.metric]),
+            evidence_words(verdict.decision.e_value),
             "yes" if verdict.holds else "no",
         ]
         for number, verdict in charts.numbered(results)
@@ -169,7 +183,7 @@ def how_sure(results: Results) -> Section:
     parts: list[Part] = [charts.effects_chart(results)] if results.alive and results.verdicts else []
     if results.verdicts:
         parts.append(charts.evidence_chart(results))
-        columns = ["claim", "verdict", "effect, 95 % interval", "e-value", "holds among all"]
+        columns = ["claim", "verdict", "seeds", "effect, 95 % interval", "e-value", "holds among all"]
         parts.append(Table(columns=columns, rows=rows))
     text = (
         f"Of {len(results.claims)} claims without any effect {0.05 * len(results.claims):.1f} false verdicts would be expected at "
@@ -197,7 +211,7 @@ def broken_section(results: Results) -> Section:
             [
                 arm,
                 "–" if several[0].rate is None else charts.rate_words(several[0].rate),
-                f"{len(several)} of {of}",
+                f"{len(several)}\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}{of}",
                 Cell(
                     text="; ".join(
                         cause + (f" ({n})" if n > 1 else "") for cause, n in causes.most_common(3)
@@ -293,11 +307,14 @@ def arms_section(asked: Suite | Study) -> Section:
 def metric_section(results: Results) -> Section:
     """One row a metric, one column an arm: mean, with the seeds' values below."""
     arms = [arm.name for arm in results.arms if any(arm.name in by_arm for by_arm in results.values.values())]
-    rows: list[list[Cell | str]] = []
+    rows, none = list[list[Cell | str]](), list[str]()
     for name, outcome in results.outcomes.items():
         means = {arm: _mean(results.values.get(name, {}).get(arm, {})) for arm in arms}
         everywhere = getattr(outcome, "everywhere", True)
         if not everywhere and all(math.isnan(mean) for mean in means.values()):
+            continue
+        if all(mean == 0 for mean in means.values()) and outcome.unit != "share":
+            none.append(outcome.title)
             continue
         best = _best(means, outcome)
         rows.append(
@@ -313,13 +330,15 @@ def metric_section(results: Results) -> Section:
                 ),
             ]
         )
-    note = "Large: mean over seeds. Small: each seed. Shaded: the stable end of the row, where one arm stands alone there."
-    at = (
-        f" Runs at the lowest rate; {FRONTIER}s over all."
-        if FRONTIER in results.outcomes and results.runs
-        else ""
+    note = (
+        "Large: mean over seeds. Small: each seed, or the lowest and the highest. Shaded: the stable end of the row, where one arm "
+        "stands alone there."
     )
-    return Section(title="Metrics", parts=[Table(columns=["metric", *arms], rows=rows, note=note + at)])
+    if none:
+        note += f" Nothing in any run: {', '.join(none)}."
+    rates = [made.rate for made in results.runs if made.rate is not None]
+    at = f" at the lowest rate, {charts.rate_words(min(rates))}" if rates else ""
+    return Section(title=f"Metrics{at}", parts=[Table(columns=["metric", *arms], rows=rows, note=note)])
 
 
 def predictions_section(study: Study) -> Section:
@@ -343,8 +362,10 @@ def _mean(by_seed: Mapping[int, float]) -> float:
     return sum(by_seed.values()) / len(by_seed) if by_seed else math.nan
 
 
-def _mean_words(arm: str, by_seed: Mapping[int, float]) -> str:
+def _mean_words(arm: str, by_seed: Mapping[int, float], of_rates: bool) -> str:
     mean = _mean(by_seed)
+    if of_rates and math.isfinite(mean):
+        return f"{arm} {charts.rate_words(mean)}"
     return f"{arm} {mean:.4g}" if math.isfinite(mean) else f"{arm} {mean}"
 
 
@@ -363,8 +384,11 @@ def _number(value: float, outcome: Metric | Outcome) -> str:
 
 
 def _seeds(by_seed: Mapping[int, float], outcome: Metric | Outcome) -> str:
-    values = [_number(value, outcome) for value in by_seed.values()]
-    return " · ".join(values[:12]) + (f" and {len(values) - 12} more" if len(values) > 12 else "")
+    values = sorted(by_seed.values())
+    if len(values) <= FEW:
+        return " · ".join(_number(value, outcome) for value in by_seed.values())
+    lowest, highest = (_number(values[i], outcome) for i in (0, -1))
+    return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
 def _and(names: list[str]) -> str:

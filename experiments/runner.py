@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from experiments import worker
 from experiments.arm import Arm, Suite
@@ -179,15 +180,18 @@ class _Shown:
         self._total, self._done, self._steps = total, done, steps
         self._began, self._before = time.monotonic(), done
         self._bars: dict[str, TaskID] = {}
+        # What a run says gives way where the terminal is narrow; its name does not.
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[said]}"),
-            TimeElapsedColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
         )
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._progress = Progress(
+            *columns, console=self._console, disable=not self._console.is_terminal, expand=True
+        )
         self._overall = self._progress.add_task(
-            f"[bold]{suite.name}", total=total, completed=done, said=f"{total} runs"
+            f"[bold]{suite.name}", total=total, completed=done, said=f"{done} of {total} runs"
         )
 
     def __enter__(self) -> _Shown:
@@ -215,16 +219,15 @@ class _Shown:
             self._progress.remove_task(self._bars.pop(job.name))
         if well is not None:
             self._done += 1
-            self._progress.advance(self._overall)
+        each = (time.monotonic() - self._began) / max(1, self._done - self._before)
+        left = f"{each * (self._total - self._done):,.0f} s left"
+        self._progress.update(
+            self._overall, completed=self._done, said=f"{self._done} of {self._total} runs, {left}"
+        )
         if not self._console.is_terminal:
-            left = (
-                (time.monotonic() - self._began)
-                / max(1, self._done - self._before)
-                * (self._total - self._done)
-            )
             how = {True: "complete", False: "failed", None: "its process died, begun again"}[well]
             self._console.print(
-                f"run {self._done}/{self._total}  {job.name}: {how}  {left:,.0f} s left",
+                f"run {self._done}/{self._total}  {job.name}: {how}  {left}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,

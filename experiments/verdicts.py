@@ -114,6 +114,8 @@ class Judged(Protocol):
     @property
     def margin(self) -> float | None: ...
     @property
+    def unit(self) -> str: ...
+    @property
     def worst(self) -> float | None: ...
 
 
@@ -184,6 +186,44 @@ def plain(decision: Decision) -> dict[str, Any]:
         "law": decision.law,
         "censored": decision.censored,
     }
+
+
+def effect_words(verdict: Verdict, outcome: Judged) -> str:
+    """The effect with its interval, in words a reader can check: ``+2.5 octaves [+2, +2.5]``; a ratio as a factor."""
+    one = verdict.decision
+    if not one.n:
+        return "no seed in both arms"
+    if outcome.scale == "log" and one.law == "t":
+        factor, low, high = (math.exp(min(x, 700.0)) for x in (one.effect, one.low, one.high))
+        return f"x {_factor(factor)} [x {_factor(low)}, x {_factor(high)}]"
+    unit = f" {outcome.unit}" if outcome.unit else ""
+    if not (math.isfinite(one.low) or math.isfinite(one.high)):
+        return f"{_signed(one.effect)}{unit}, no bounds yet"
+    return f"{_signed(one.effect)}{unit} [{_signed(one.low)}, {_signed(one.high)}]"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}" if value else "0"
+
+
+def _factor(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,.5g}" if 1e-3 <= value < 1e5 else f"{value:.2g}"
+
+
+def evidence_words(e_value: float) -> str:
+    """An e-value: ``280``, ``3e6``."""
+    if e_value < 1e4:
+        return f"{float(f'{e_value:.2g}'):g}"
+    digits, _, power = f"{e_value:.0e}".partition("e")
+    return f"{digits}e{int(power)}"
+
+
+def seeds_words(verdict: Verdict) -> str:
+    """How many seeds the verdict took, of those that have run in both arms: ``6 of 10``, or ``10``."""
+    seeds = set(verdict.arm_values)
+    if verdict.claim.baseline is not None:
+        seeds &= verdict.baseline_values.keys()
+    return str(len(seeds)) if verdict.decision.n == len(seeds) else f"{verdict.decision.n} of {len(seeds)}"
 
 
 def words(decision: Decision) -> str:

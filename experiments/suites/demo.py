@@ -88,7 +88,7 @@ SUITE = Suite(
             source="OPT (2205.01068), section 2.5",
         ),
         Claim(
-            text="EGS raises the rate that is survived",
+            text="Shrinking the embedding's gradient (EGS) raises the rate that is survived",
             metric="frontier",
             arm="deepnorm-egs",
             baseline="deepnorm",

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from glm.train.events import Callback, StepInfo
 from glm.train.loop import Trainer
+from stabilitylab.monitoring.sentences import event_line
 from stabilitylab.telemetry import Event
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -73,12 +75,8 @@ class ProgressCallback(Callback):
 
     def event(self, event: Event) -> None:
         if event.kind not in ROUTINE:
-            about = ", ".join(f"{name} {value}" for name, value in event.data.items())
-            self.console.print(
-                f"step {event.step}: {event.kind}" + (f" ({about})" if about else ""),
-                style="yellow",
-                soft_wrap=True,
-            )
+            # Names come from the run: none of them is markup.
+            self.console.print(Text(event_line(event), style="yellow"), soft_wrap=True)
 
     def train_end(self) -> None:
         if self._bar is not None:

@@ -32,7 +32,7 @@ def overview(runs: Runs) -> Section:
         _curve(runs, "train/-/learning_rate", "Learning rate"),
     ]
     seeds = any(len(several) > 1 for several in runs.values())
-    text = "A triangle marks where the detector saw an episode begin; it is shaded for as long as it lasts."
+    text = "A triangle marks where the detector saw an episode begin; it is shaded for as long as it lasts. Crosses: not finite."
     if seeds:
         text += " Thin lines are single seeds, the thick one their mean."
     return Section(

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from stabilitylab.figures.style import plain
-from stabilitylab.monitoring.alarms import TOLD, alarm_line
+from stabilitylab.monitoring.sentences import event_line
 from stabilitylab.report.close_ups import extremes
 from stabilitylab.runs.run import Run
-from stabilitylab.spikes import KINDS
 from stabilitylab.telemetry import Event
 
 # A pipe has no width: names are to arrive whole.
 PIPE_WIDTH = 400
-LONGEST_VALUE = 80
 REPEATED = ("overflow", "checkpoint-lost", "telemetry-lost")
 
 
@@ -67,59 +64,3 @@ def event_lines(events: Sequence[Event]) -> list[str]:
             line += f", and {len(alike) - 1} times more until step {alike[-1].step}"
         lines.append(line)
     return lines
-
-
-def event_line(event: Event) -> str:
-    """What happened, as a person would say it."""
-    data = event.data
-    if event.kind == "response":
-        return f"step {event.step}: {_response(data)}"
-    if event.kind == "rewind":
-        why = f": {data['why']}" if data.get("why") else ""
-        return f"step {event.step}: training went on from here{why}"
-    if event.kind == "overflow" and "site" in data:
-        tensor = str(data.get("tensor", "a number")).replace("_", " ")
-        return f"step {event.step}: overflow: the {tensor} of {data['site']} left the number format"
-    if event.kind == "diagnosis" and isinstance(data.get("sentences"), Sequence):
-        return f"step {event.step}: why: {' '.join(map(str, data['sentences'][:3]))}"
-    if event.kind in TOLD or event.kind in KINDS:
-        if data.get("phase") == "end" and data.get("end") is not None:
-            return f"step {event.step}: {event.kind} that began at step {data.get('onset')} is over, its last step {data['end']}"
-        return alarm_line(event)
-    words = ", ".join(f"{name} {value}" for name, value in _plain(data))
-    return f"step {event.step}: {event.kind.replace('-', ' ')}" + (f": {words}" if words else "")
-
-
-def _response(data: Mapping[str, Any]) -> str:
-    """A decision: "the responder answered the non-finite of train/-/loss since step 34: back to step 34, rate x 0.5"."""
-    reason = data.get("reason")
-    cause = ""
-    if isinstance(reason, Mapping) and "kind" in reason:
-        since = f" since step {reason['onset']}" if "onset" in reason else ""
-        cause = f" the {reason['kind']} of {reason.get('signal', 'the run')}{since}"
-    skipped = int(data.get("skip_batches") or 0)
-    done = [
-        f"back to step {data['back_to']}" if data.get("back_to") is not None else "",
-        f"learning rate x {data['rate_factor']:g}" if data.get("rate_factor") is not None else "",
-        f"embedding gradient x {data['alpha']:g}" if data.get("alpha") is not None else "",
-        f"clip at {data['clip']:g}" if data.get("clip") is not None else "",
-        f"{skipped} {'batch' if skipped == 1 else 'batches'} left out" if skipped else "",
-    ]
-    said = ", ".join(filter(None, done)) or str(data.get("kind", "nothing")).replace("-", " ")
-    return f"the responder answered{cause}: {said}"
-
-
-def _plain(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values without brackets and quotes; what is long is cut, with its length."""
-    for name, value in data.items():
-        words = f"{prefix}{str(name).replace('_', ' ')}"
-        if isinstance(value, Mapping):
-            yield from _plain(value, f"{words} ")
-            continue
-        text = " and ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        text = " ".join(text.split())
-        if value is not None and text:
-            yield (
-                words,
-                text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}… ({len(text)} characters)",
-            )

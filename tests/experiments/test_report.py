@@ -12,10 +12,10 @@ from experiments import charts
 from experiments.arm import Arm, Suite
 from experiments.cli import main
 from experiments.report import cause_sentence, lead, telling_sentence, write_report
-from experiments.results import FRONTIER, results_of
+from experiments.results import FRONTIER, FRONTIER_OUTCOME, results_of
 from experiments.runner import jobs_of
 from experiments.study import Outcome, Study
-from experiments.verdicts import Claim
+from experiments.verdicts import Claim, effect_words, evidence_words, judge, seeds_words
 from stabilitylab.charts.look import library
 from stabilitylab.errors import InputError
 from stabilitylab.runs.folder import RunFolder
@@ -100,7 +100,7 @@ def test_a_suite_with_rates_has_a_frontier(suite_folder: Path) -> None:
         "At a learning rate of 0.25 cure survives in 8 of 8 seeds, plain in 0 of 8."
     )
     assert (
-        cause_sentence(results) == "Of 24 runs that broke, 24 began with an overflow, 24 of them in layers.3."
+        cause_sentence(results) == "All 24 runs that broke began with an overflow, all of them in layers.3."
     )
     assert lead(results).endswith("Of 2 claims 2 are decided.")
 
@@ -117,6 +117,18 @@ def test_the_first_screen_is_the_frontier_and_the_verdicts(suite_folder: Path) -
     for outside in ('src="', 'href="http', "@import ", "url(http", "<link"):
         assert outside not in body
     assert len(html) < 2_500_000
+    # Rates as rates, arms in words, and of eight seeds no list of eight numbers.
+    assert "cure 0.25 against plain 0.0156" in body
+    assert "Metrics at the lowest rate, 0.0156" in body
+    assert body.index("supported</b>") < body.index("what it is") < body.index("<h2>How sure")
+
+
+def test_numbers_are_written_for_a_reader() -> None:
+    assert [evidence_words(x) for x in (0.5, 1, 282.3, 3.14e6, 1.2e73)] == ["0.5", "1", "280", "3e6", "1e73"]
+    values = {seed: float(seed) for seed in range(10)}
+    same = judge(SUITE.claims[0], {"cure": values, "plain": values}, scale="rank", margin=0.5)
+    assert seeds_words(same) == f"{same.decision.n} of 10"
+    assert effect_words(same, FRONTIER_OUTCOME) == "0 octaves [0, 0]"
 
 
 def test_a_study_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
