@@ -43,8 +43,15 @@ _GLUED_STEP = re.compile(r"\b(?:step|iter|it)(\d+)\b", re.IGNORECASE)
 _GLUED_EPOCH = re.compile(r"\b(?:epoch|ep|e)(\d+)\b", re.IGNORECASE)
 _BATCH = re.compile(r"\bbatch\W{1,3}(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
 _LOSS_AT = re.compile(
-    r"\b(\w*loss\w*)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@) (?:step|iteration|iter|epoch) (\d+))",
+    r"\b(\w*loss\w*|cost)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@|on|in|after) (?:step|iteration|iter|epoch) (\d+))",
     re.IGNORECASE,
+)
+# "MSE loss ||y - Q(s, a)||: 2.3": a formula between.
+_LOSS_FAR = re.compile(rf"\b(\w*loss)\b[^:=\n]{{1,40}}:\s*({NUMBER})(?=[\s,;|]|$)", re.IGNORECASE)
+_DASHED = re.compile(r"\b(epoch|step|iter|iteration|batch) - (\d)", re.IGNORECASE)  # Epoch - 3 | loss
+# Minibatch[ 1- 10]: the last of them
+_RANGE = re.compile(
+    r"\b((?:mini)?batch(?:es)?|steps|iterations|iters)(\W{0,6})\d+\s*-\s*(?=\d+\b)", re.IGNORECASE
 )
 _SPAN = re.compile(
     r" (?:over|of|in|for) (?:the )?last \d+(?: \w+)?(?=\s*[:=])"
@@ -97,6 +104,8 @@ OTHER_LOSSES = (
     "total",
     "cross-entropy",
     "cross entropy",
+    "cross_entropy",
+    "crossentropy",
     "ce",
     "objective",
     "obj",
@@ -104,6 +113,7 @@ OTHER_LOSSES = (
     "mse",
     "bce",
     "elbo",
+    "l",
 )
 # Before such a name.
 _OF_WHAT = re.compile(r"^(?:train(?:ing)?|avg|average|mean)[ _]", re.IGNORECASE)
@@ -141,6 +151,10 @@ class AnyText(TextFormat):
             line = _LEADERS.sub(": ", line)
         if "last" in line:
             line = _SPAN.sub("", line)
+        if " - " in line:
+            line = _DASHED.sub(r"\1 \2", line)
+        if "-" in line:
+            line = _RANGE.sub(r"\1\2", line)
         if told := _LOSS_AT.search(line):
             line = line[: told.end(1)] + line[told.end() :]
             values["step"] = float(told[2] or told[3])
@@ -149,6 +163,9 @@ class AnyText(TextFormat):
             if name not in values:
                 values[name] = number(digits, unit)
         losses = [name for name in values if is_loss(name) and not _NO_LOSS.search(name)]
+        if not losses and (far := _LOSS_FAR.search(line)) and not _NO_LOSS.search(far[0]):
+            values[far[1]] = number(far[2])
+            losses = [far[1]]
         if not losses:
             return None
         if all(is_evaluation(name) for name in losses) or (self.strict and _is_of_validation(line)):
@@ -277,12 +294,14 @@ def _name(said: str) -> str:
     """Without what is no part of it: a logger's level; words before a counter or before "loss"."""
     if not is_loss(said):  # Loss(gen) and Loss(disc) are two
         said = re.sub(r"(?<=\w)\([A-Za-z]\w*\)?$", "", said)  # lr(PiecewiseDecay)
-    said = said.strip("()")
+    said = re.sub(r" (?:is|was|of)$", "", said.strip("()"))  # "loss is 2.31"
     if counter_of(said):
         return "epoch" if said.lower().endswith(("epoch", "epochs")) else said
     last = said.rpartition(" ")[2]
     if counter_of(last):
         return "epoch" if last.lower() == "epoch" else last
+    if last.lower() == "ep":
+        return "epoch"
     if last.lower() == "lr":
         return last
     return _LEVEL.sub("", said) if " " in said and not said.lower().startswith("train loss") else said
@@ -305,10 +324,12 @@ ANY_TEXT = AnyText(
 # Where nothing at all is called a loss.
 OTHER_TEXT = OtherText(
     name="text",
-    trigger=re.compile(rb"(?i:(?:\b|_)(?:total|ce|cross[- ]entropy|cost|objective|obj|mse|bce|elbo)\b)"),
+    trigger=re.compile(
+        rb"(?i:(?:\b|_)(?:total|ce|cross[-_ ]?entropy|cost|objective|obj|mse|bce|elbo)\b|\bl[=:])"
+    ),
     lines=(),
     finish=_counted_on,
-    words=(b"total", b"ce", b"entropy", b"cost", b"obj", b"mse", b"elbo"),
+    words=(b"total", b"ce", b"entropy", b"cost", b"obj", b"mse", b"elbo", b"l=", b"l:"),
     losses=tuple(spelt for name in OTHER_LOSSES for spelt in (name, name.capitalize(), name.upper())),
 )
 # Where every line says so, it is no more than a logger's name.

@@ -27,7 +27,9 @@ _RECORD = re.compile(
 _PAIR = re.compile(rf"'([^']+)':\s*'?(?:(\d+)/\d+|({NUMBER}))'?\s*[,}}]", re.IGNORECASE)
 _BAR = re.compile(rb"\s(\d+)/(\d+) \[")
 _BEFORE = 4096
-_TOLD = re.compile(rb"(?:(?i:step|iteration|iter)\W{0,3}\d+\W{1,3}|\[\w+\s+\d+\]\s*)\{(?=')[^{}\r\n]*'loss':")
+_TOLD = re.compile(
+    rb"(?:(?i:step|iteration|iter)\W{0,3}\d+\b[^{}\r\n]{0,40}|\[\w+\s+\d+\]\s*)\{(?=')[^{}\r\n]*'loss':"
+)
 
 
 def read_huggingface_console(source: Source) -> Reading | None:

@@ -55,7 +55,9 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "iter",
             "iters",
         ),
-        *("it", "update", "updates", "num_steps", "batch", "batch_idx"),
+        *("it", "update", "updates", "num_steps", "nupdates", "global_steps", "opt_step", "optimizer_steps"),
+        *("itr", "iter_num", "num_iter", "n_iter", "step_num", "step_count", "learner_steps"),
+        *("batch", "batch_idx", "minibatch"),
         # Of reinforcement learning: steps of the environment before iterations.
         *(
             "total_timesteps",
@@ -136,7 +138,9 @@ _LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
     ),
 }
 _MOST_ALIKE = 4  # more of them are a norm for each layer
-_OTHER_LOSSES = frozenset({"xent", "nll", "cross_entropy", "train_xent", "train_nll"})  # that do not say so
+_OTHER_LOSSES = frozenset(
+    {"xent", "nll", "cross_entropy", "crossentropy", "train_xent", "train_nll"}
+)  # that do not say so
 _COUNTERS = frozenset({*_NAMES[STEP], "epoch", "epochs"})
 EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
 _BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel's curve
@@ -322,6 +326,7 @@ def _loss(
         return found[0] if len(found) == 1 else next(iter(stems.values()))
     for narrowed in (
         totals,
+        [n for n in found if plain[n] != "losses"],  # a list of them
         [n for n in found if not _AVERAGE.search(plain[n])],
         [n for n in found if _POLICY.search(plain[n])],
     ):

@@ -31,6 +31,7 @@ from stabilitylab.logs.pattern import number
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.rows import logs_of
 from stabilitylab.logs.source import Source, standard_input
+from stabilitylab.logs.suggest import suggested_pattern
 from stabilitylab.logs.swanlab import SWANLAB, read_swanlab
 from stabilitylab.logs.table_in_text import Table, TableSource, table_in
 from stabilitylab.logs.trackers import (
@@ -184,9 +185,11 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
     if found is None and parted and "loss" in header.lower() and not _SAID.search(header):
         return read_csv_rows(source)
     if found is None:
+        pattern = suggested_pattern(text.head().decode("utf-8", "replace"))
+        unnamed = " and names no loss" if pattern else ""
         raise InputError(
-            f"{source.name} is no log of a trainer known here (docs/logs.md): describe its lines "
-            "with --pattern 'step {step} loss {loss}'"
+            f"{source.name} is no log of a trainer known here (docs/logs.md){unnamed}: describe its lines "
+            f"with --pattern '{pattern or 'step {step} loss {loss}'}'"
         )
     return found
 
@@ -345,8 +348,8 @@ def _is_table(path: Path, head: bytes) -> bool:
     ):
         return True
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")][:20]
-    if not lines:
-        return True
+    if not lines:  # every line opens with a sign of comments: prose, or a trainer's "### step 3"
+        return False
     delimiter = delimiter_of(lines[0])
     if delimiter in " |" and path.suffix.lower() not in (".csv", ".tsv"):
         return False

@@ -71,6 +71,15 @@ LINES = [
     "[speed.py:80] {k} : iter_speed 1.2 seconds | Loss: {x:.2f}",
     "Epoch {k} Summary:\n  Loss: {x:.2f}\n  Score: 0.5",
     "Loss at step {k}: {x:.2f}",
+    "Epoch - {k} | Train Loss: {x:.2f} | Val Loss: 9.99 | Learning Rate: 0.1",
+    "Epoch 1: Cost on iteration {k} is {x:.2f}",
+    "[step {k:5d}] L={x:.2f} cls=0.51 (1.20 it/s)",
+    "Step {k} MSE Loss ||y - Q(s,a;θ)||²: {x:.2f}, Gradient Norm: 1.2",
+    "epoch:  1 | nupdates:   {k} | lr: 0.100 | train-loss:   {x:.2f} | train-TER: 60.1 | dev-loss: 9.99",
+    " Epoch[ 1 of 10]-Minibatch[{k:4d}-{k:4d}, 2.50%]: CrossEntropy = {x:.2f} * 640; time = 0.1s",
+    "2026-03-01 [info ] DQN_1: epoch=1 step={k} epoch=1 metrics={{'time': 0.1, 'loss': {x:.2f}}} step={k}",
+    "INFO:44k:Losses: [2.1, 2.5, 11.3], step: {k}, lr: 0.1, reference_loss: {x:.2f}",
+    "#### Iter {k}: mse loss {x:.2f} kl 0.1",
     "Epoch: [{k}]  [Avg Train Loss] {x:.2f}\nEpoch: [{k}]  [Avg Test Loss] 9.99",
     "[2026-03-01 10:00 INFO ] trainer:__train_epoch:450 - Train epoch: [{k}/60], loss: {x:.2f}",
     "2026-03-01 10:00 | DEBUG | model:fit:120 - Epoch {k:03d} | Train Loss: {x:.2f} | Val Loss: 9.99",
@@ -129,6 +138,29 @@ def test_two_losses_that_brackets_tell_apart_are_asked_for(tmp_path):
     path.write_text(many("Iter {k}: Loss(serv): {x:.2f}, Loss(targ): 0.12, GradN(serv): 1.2"))
     with pytest.raises(InputError, match="several loss columns"):
         losses(path)
+
+
+def test_epochs_called_ep_count_their_batches_on(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(
+        "".join(
+            f"Ep {e} Batch {k} | Loss: {9 - e}.{k // 100}\n" for e in (1, 2) for k in range(100, 500, 100)
+        )
+    )
+    assert losses(path)[1] == list(range(100, 900, 100))
+
+
+@pytest.mark.parametrize(
+    "line", ["step {k} | lr 0.1 | train {x:.2f} | val 9.99", "[{k:06d}]  train={x:.2f}  val=9.99"]
+)
+def test_a_text_that_names_no_loss_is_told_a_pattern_that_works(tmp_path, line):
+    path = tmp_path / "log"
+    path.write_text(many(line))
+    with pytest.raises(InputError, match="names no loss") as error:
+        losses(path)
+    _, steps, values = losses(path, pattern=str(error.value).split("'")[1])
+    assert steps == [1, 2, 3, 4, 5]
+    assert values == [8.9, 8.8, 8.7, 8.6, 8.5]
 
 
 def test_more_than_a_known_format_reads_is_any_trainers(tmp_path):
