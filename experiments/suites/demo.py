@@ -16,8 +16,6 @@ from experiments.suites._proxy import proxy_text
 from experiments.verdicts import Claim
 
 FP16 = {"precision": "fp16", "loss-scale.window": "50"}
-# States in memory are the responder's alone.
-NO_RING = {"checkpoint.ring": "0"}
 
 SUITE = Suite(
     name="demo",
@@ -37,18 +35,19 @@ SUITE = Suite(
         "schedule.warmup": "30",
         "monitor.every": "10",
         "checkpoint.every": "0",
+        "checkpoint.ring": "0",
         "stop-when-lost": "10",
     },
     arms=(
         Arm(
             name="pre-ln",
             summary="norm before each sublayer, fp16",
-            settings={"model.norm": "pre", **FP16, **NO_RING},
+            settings={"model.norm": "pre", **FP16},
         ),
         Arm(
             name="deepnorm",
             summary="GLM-130B's DeepNorm, fp16",
-            settings={"model.norm": "deepnorm", **FP16, **NO_RING},
+            settings={"model.norm": "deepnorm", **FP16},
         ),
         Arm(
             name="deepnorm-egs",
@@ -56,14 +55,13 @@ SUITE = Suite(
             settings={
                 "model.norm": "deepnorm",
                 **FP16,
-                **NO_RING,
                 "model.embedding.gradient-shrink": "0.1",
             },
         ),
         Arm(
             name="deepnorm-bf16",
             summary="DeepNorm in bf16 (a cure: fp32's range)",
-            settings={"model.norm": "deepnorm", "precision": "bf16", **NO_RING},
+            settings={"model.norm": "deepnorm", "precision": "bf16"},
         ),
         Arm(
             name="deepnorm-responder",

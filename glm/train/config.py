@@ -118,7 +118,7 @@ class CheckpointConfig:
         keep: the newest so many stay.
         asynchronous: training goes on while one is written, from a copy: up to 12 bytes a parameter more memory until it is.
         ring: copies of recent states held in memory, each 12 bytes a parameter. When something breaks, the one before it
-            is written to ``flight/``, for ``glm replay``. 0: none.
+            is written to ``flight/``, for ``glm replay``. 0: none. With a responder as many as its way back takes.
         ring_every: steps between them.
         ring_keep: the newest so many in ``flight/`` stay.
     """

@@ -219,11 +219,6 @@ IDLE = (
     # what is watched, kept and answered
     Condition(("monitor.sites",), "anything that is measured of them: monitor.every, say", _watches),
     Condition(
-        ("checkpoint.ring", "checkpoint.ring_every"),
-        "responder.policy none (a responder keeps states over its rollback_steps)",
-        lambda c: not c.responder.active,
-    ),
-    Condition(
         ("checkpoint.ring_every", "checkpoint.ring_keep"),
         "a checkpoint.ring above 0",
         lambda c: c.checkpoint.ring > 0 or c.responder.active,

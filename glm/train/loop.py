@@ -72,9 +72,6 @@ class Trainer:
         self.loader = loader
         self.run = run
         self.callbacks = tuple(callbacks)
-        # With a policy of one's own, the configuration's responder is read for how far to go back.
-        for line in [] if responder is not None else idle_by_hand(config):
-            warnings.warn(line, stacklevel=2)
         self.responder: Policy = Responder(config.responder) if responder is None else responder
         self.intervention = Intervention()
         self.step = 0
@@ -91,6 +88,10 @@ class Trainer:
     def train(self, *, until: int | None = None) -> bool:
         """Make the remaining updates, or those before ``until``. Returns whether the run is complete (False: it was asked
         to stop)."""
+        # A fork may go without what the run had; a policy of one's own reads what the configuration's does not.
+        if self.step == 0 and until is None and isinstance(self.responder, Responder):
+            for line in idle_by_hand(self.config):
+                warnings.warn(line, stacklevel=2)
         end = self.config.steps if until is None else min(until, self.config.steps)
         try:
             for callback in self.callbacks:
