@@ -4,7 +4,8 @@
     tokenizer.model      of its data
     model.safetensors    the weights under the model's own names; in its header, which data they were trained on
 
-In fp32 the weights are those of the checkpoint, bit for bit; in half precision each is rounded once. A weight beyond fp16's
+In fp32 the weights are those of the checkpoint, bit for bit; in half precision each is rounded once, but for what the model
+remembers beside them (a router's bias, singular vectors). A weight beyond fp16's
 range is an error, not an infinity.
 """
 
@@ -30,9 +31,11 @@ def export_model(source: Path, out: Path, precision: Precision = "fp32") -> int:
     if out.exists():
         raise InputError(f"{out} exists already: give another --out, or remove it")
     model, _, _ = open_model(source)
+    remembered = dict(model.named_buffers())
     tensors = {}
     for name, tensor in model.state_dict().items():
-        tensors[name] = tensor.detach().to(DTYPES[precision]).contiguous()
+        dtype = tensor.dtype if name in remembered else DTYPES[precision]
+        tensors[name] = tensor.detach().to(dtype).contiguous()
         if not tensors[name].isfinite().all():
             raise InputError(
                 f"{name} has weights of up to {float(tensor.abs().max()):,.0f}, beyond fp16's range: export as bf16 or fp32"

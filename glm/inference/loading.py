@@ -29,7 +29,7 @@ from glm.data.tokenizer import Tokenizer
 from glm.errors import InputError
 from glm.model.config import ModelConfig
 from glm.model.transformer import Transformer
-from glm.precision.policy import DTYPES, Precision
+from glm.precision.policy import DTYPES, Precision, cast_parameters
 from glm.train import checkpoint as checkpoints
 from glm.train.config import TrainConfig, from_json
 from stabilitylab.runs.folder import RunFolder
@@ -82,7 +82,7 @@ def open_model(
     config, tokenizer, weights = prepare(Path(path))
     model = build(config.model, read_weights(weights), source=weights)
     if precision is not None:
-        model.to(DTYPES[precision])
+        cast_parameters(model, DTYPES[precision])
     return OpenedModel(model.to(device), tokenizer, config)
 
 

@@ -77,9 +77,11 @@ def open_quantized(
         else:
             refuse_not_finite(name, tensor, prepared.weights)
             owner = model.get_submodule(layer)
-            setattr(
-                owner, kind, nn.Parameter(tensor if dtype is None else tensor.to(dtype), requires_grad=False)
-            )
+            if kind in owner._buffers:  # remembered beside the weights, in a format of its own
+                owner._buffers[kind] = tensor
+            else:
+                own = tensor if dtype is None else tensor.to(dtype)
+                setattr(owner, kind, nn.Parameter(own, requires_grad=False))
     for layer, bias in biases.items():
         refuse_not_finite(f"{layer}.bias", bias, prepared.weights)
         model.get_submodule(layer).register_buffer("bias", bias)

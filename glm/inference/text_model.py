@@ -24,6 +24,7 @@ from glm.data.tokenizer import Tokenizer
 from glm.errors import InputError
 from glm.inference.loading import open_model
 from glm.inference.prompt import Kind, Prompt
+from glm.precision.policy import cast_parameters
 from stabilitylab.models import TextModel, Window
 
 LEAST = 4
@@ -39,7 +40,7 @@ def open_glm(path: Path, dtype: torch.dtype) -> TextModel | None:
         return None
     opened = open_model(path)
     return TextModel.of(
-        opened.model.to(dtype),
+        cast_parameters(opened.model, dtype),
         path=path,
         name=path.resolve().name,
         predicts=True,

@@ -60,5 +60,16 @@ class Policy:
         return self.precision == "fp16"
 
     def cast(self, model: ModuleT) -> ModuleT:
-        """Bring the model's floating-point parameters and buffers into the compute format, in place."""
-        return model.to(self.compute_dtype)
+        """Bring the model's parameters into the compute format, in place."""
+        return cast_parameters(model, self.compute_dtype)
+
+
+def cast_parameters(model: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """Bring a model's floating-point parameters into a format, in place.
+
+    What it remembers beside them stays as it is: a router's bias moves by a thousandth an update, which bf16 rounds off from .5 on.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model

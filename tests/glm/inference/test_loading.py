@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from glm.errors import InputError
 from glm.inference.exporting import export_model
 from glm.inference.loading import open_model, trained_on
+from glm.model.transformer import Transformer
 from glm.train import checkpoint as checkpoints
+from glm.train.config import from_json
 
 
 @pytest.fixture
@@ -54,6 +56,29 @@ def test_half_exports_are_the_weights_rounded_once(run, tmp_path, precision, dty
     assert equal(open_model(run, precision=precision).model.state_dict(), expected)
     wide = open_model(tmp_path / "half", precision="fp32").model.state_dict()
     assert equal(wide, {name: tensor.float() for name, tensor in expected.items()})
+
+
+@pytest.mark.parametrize(
+    "lever", [{"spectral": True}, {"feed_forward": {"experts": {"count": 4, "bias_rate": 1e-3}}}]
+)
+def test_what_a_model_remembers_beside_its_weights_is_not_rounded(exported, tmp_path, lever):
+    config = json.loads((exported / "config.json").read_text())
+    for name, value in lever.items():
+        if isinstance(value, dict):
+            config["model"][name]["experts"] |= value["experts"]
+        else:
+            config["model"][name] = value
+    (exported / "config.json").write_text(json.dumps(config))
+    model = Transformer(from_json(json.dumps(config), source=exported).model, seed=0)
+    remembered = dict(model.named_buffers())
+    for buffer in remembered.values():
+        buffer.uniform_(0.5, 1.0)
+    assert remembered
+    save_file(model.state_dict(), exported / "model.safetensors")
+    export_model(exported, tmp_path / "half", "bf16")
+    for opened in (open_model(tmp_path / "half").model, open_model(exported, precision="bf16").model):
+        assert opened.embedding.weight.dtype == torch.bfloat16
+        assert equal(dict(opened.named_buffers()), remembered)
 
 
 def test_a_run_is_used_without_its_data_and_from_a_checkpoint_in_it(copy, task_data, tmp_path):

@@ -149,6 +149,20 @@ def test_the_bias_moves_towards_an_even_load():
     assert max(largest[-5:]) < 1.5
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_bias_moves_by_its_rate_in_every_precision(precision):
+    """From 1/2 on bf16 rounds a thousandth off, and from 1/32 on a ten-thousandth."""
+    config = TrainConfig(model=config_of(active=1, bias_rate=1e-4), precision=precision)
+    layer = LocalEngine(config).model.layers[0].feed_forward
+    for before in (0.04, 0.6):
+        layer.bias_E.fill_(before)
+        for _ in range(10):
+            layer.load_E = torch.tensor([9, 1, 1, 1])
+            layer.follow(applied=True)
+        expected = before + 1e-3 * torch.tensor([-1.0, 1.0, 1.0, 1.0])
+        torch.testing.assert_close(layer.bias_E, expected, rtol=0, atol=1e-6)
+
+
 def test_loads_are_telemetry():
     layer = experts_of(active=1, balance=0.0)
     shell = torch.nn.Module()
