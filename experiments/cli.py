@@ -20,6 +20,7 @@ from experiments.adding import run_adding, seconds, with_found
 from experiments.arm import Suite
 from experiments.asked import load, made
 from experiments.cells import through
+from experiments.executors import Kept
 from experiments.executors import chosen as executor_named
 from experiments.judging import judge
 from experiments.results import Results, results_of
@@ -77,12 +78,13 @@ def run(
             raise InputError(f"--{flag} must be at least 1, got {number}")
     if isinstance(chosen, Study) and steps is not None:
         raise InputError(f"{suite} is a study, of its own length: leave --steps out")
-    opened = executor_named(executor, parallel, out or Path("runs") / chosen.name)
-    out = made(out or Path("runs") / chosen.name)
-    if executor != "local":
-        # A cluster that does not answer is told of before text is made, which takes minutes.
-        opened[0]().shutdown(wait=False)
+    out = out or Path("runs") / chosen.name
+    opened = executor_named(executor, parallel, out)
+    made(out)
     if isinstance(chosen, Study):
+        if executor != "local":
+            # A cluster that does not answer is told of before text is made, which takes minutes.
+            opened[0]().shutdown(wait=False)
         keep_freed_memory()
         text = data or chosen.data(Path("data") / chosen.data.__name__)
         run_study(
@@ -103,23 +105,21 @@ def run(
             _show_verdicts(console, [results_of(chosen, out)])
         _show_shares(console, chosen, out)
         return 0
-    whole = chosen
-    text = data or whole.data(Path("data") / whole.data.__name__)
+    from experiments.runner import run_suite
 
-    def make(part: Suite) -> None:
-        from experiments.runner import run_suite
-
-        run_suite(part, data=text, out=out, parallel=parallel, steps=steps, executor=executor)
-
-    whole = run_adding(
-        whole,
-        make,
-        lambda part: results_of(part, out).verdicts,
-        seeds=seeds,
-        budget=limit,
-        until_decided=until_decided,
-        places=parallel or os.cpu_count() or 1,
-    )
+    with Kept(*opened) as kept:
+        if executor != "local":
+            kept.opened()
+        text = data or chosen.data(Path("data") / chosen.data.__name__)
+        whole = run_adding(
+            chosen,
+            lambda part: run_suite(part, data=text, out=out, steps=steps, executor=kept),
+            lambda part: results_of(part, out).verdicts,
+            seeds=seeds,
+            budget=limit,
+            until_decided=until_decided,
+            places=parallel or os.cpu_count() or 1,
+        )
     console = Console()
     if report:
         _report(console, whole, out)

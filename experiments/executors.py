@@ -31,6 +31,37 @@ QUEUE = 1_000_000
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
+class Kept:
+    """An executor that lives from one group of runs to the next; one that broke is let go, and another opened.
+
+    Args:
+        opens: makes an executor.
+        most: tasks to hand it at a time.
+    """
+
+    def __init__(self, opens: Callable[[], Executor], most: int) -> None:
+        self._opens, self.most = opens, most
+        self._executor: Executor | None = None
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.let_go(wait=kind is None)
+
+    def opened(self) -> Executor:
+        """The executor, opened if there is none."""
+        if self._executor is None:
+            self._executor = self._opens()
+        return self._executor
+
+    def let_go(self, *, wait: bool) -> None:
+        """End it; what was not begun in it is cancelled."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=wait, cancel_futures=True)
+            self._executor = None
+
+
 def local(parallel: int) -> Executor:
     """``parallel`` processes of this machine."""
     # Spawned, not forked: a fork of a process with threads, which torch has, may hang.

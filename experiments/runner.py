@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from rich.table import Column
 
 from experiments import worker
 from experiments.arm import Arm, Suite
-from experiments.executors import chosen
+from experiments.executors import Kept, chosen
 from stabilitylab.errors import InputError
 from stabilitylab.runs import Run
 from stabilitylab.runs.folder import RunFolder
@@ -79,7 +80,7 @@ def run_suite(
     out: Path,
     parallel: int | None = None,
     steps: int | None = None,
-    executor: str | Callable[[], Executor] = "local",
+    executor: str | Callable[[], Executor] | Kept = "local",
 ) -> None:
     """Run what is not complete yet.
 
@@ -89,7 +90,7 @@ def run_suite(
         out: where the runs go.
         parallel: runs at a time; None: one a core, or what the executor has.
         steps: updates a run instead of the suite's own.
-        executor: a name of ``experiments.executors``, or what opens one.
+        executor: a name of ``experiments.executors``, what opens one, or one that is kept for other runs.
 
     Raises:
         InputError: the folder holds runs of another length: theirs would be compared as if they were of this one. Or a run
@@ -110,12 +111,19 @@ def run_suite(
         job.name: suite.command(job.arm, job.seed, data=data, out=job.out, steps=steps, rate=job.rate)
         for job in waiting
     }
-    opened, most = chosen(executor, parallel, out) if isinstance(executor, str) else (executor, parallel or 1)
     failed: list[Job] = []
     deaths: Counter[str] = Counter()
-    with _Shown(suite, total=len(jobs), done=len(jobs) - len(waiting), steps=asked) as shown:
+    with ExitStack() as ends:
+        if isinstance(executor, Kept):
+            kept = executor
+        else:
+            opens = (
+                chosen(executor, parallel, out) if isinstance(executor, str) else (executor, parallel or 1)
+            )
+            kept = ends.enter_context(Kept(*opens))
+        shown = ends.enter_context(_Shown(suite, total=len(jobs), done=len(jobs) - len(waiting), steps=asked))
         while waiting:
-            waiting, broken = _through(opened, most, waiting, commands, failed, shown)
+            waiting, broken = _through(kept, waiting, commands, failed, shown)
             for job in broken:
                 deaths[job.name] += 1
             failed += [job for job in broken if deaths[job.name] >= DEATHS]
@@ -127,8 +135,7 @@ def run_suite(
 
 
 def _through(
-    opened: Callable[[], Executor],
-    most: int,
+    kept: Kept,
     waiting: list[Job],
     commands: Mapping[str, Sequence[str]],
     failed: list[Job],
@@ -136,10 +143,10 @@ def _through(
 ) -> tuple[list[Job], list[Job]]:
     """Run through one executor until all is done or it breaks. Returns the runs not begun, and those that it broke under."""
     waiting, running, broken = list(waiting), dict[Future[int], Job](), list[Job]()
-    executor = opened()
+    executor = kept.opened()
     try:
         while (waiting and not broken) or running:
-            while waiting and not broken and len(running) < most:
+            while waiting and not broken and len(running) < kept.most:
                 job = waiting.pop(0)
                 try:
                     running[executor.submit(worker.train, _words(job, commands[job.name]), job.log)] = job
@@ -164,7 +171,8 @@ def _through(
                 shown.ends(job, job not in failed)
             shown.look(running.values())
     finally:
-        executor.shutdown(wait=not running, cancel_futures=True)
+        if running or broken:
+            kept.let_go(wait=not running)
     return [job for job in waiting if job not in broken], broken
 
 

@@ -83,6 +83,24 @@ def test_runs_go_on_in_another_executor_when_one_breaks(
     run_suite(TINY, data=data_folder, out=tmp_path, executor=lambda: pytest.fail("nothing to run"))
 
 
+def test_workers_live_from_one_group_of_seeds_to_the_next(data_folder: Path, tmp_path: Path) -> None:
+    opened: list[Here] = []
+
+    def opens() -> Here:
+        opened.append(Here([1 if len(opened) == 1 else 0]))
+        return opened[-1]
+
+    first = dataclasses.replace(TINY, arms=TINY.arms[:1])
+    with executors.Kept(opens, 1) as kept:
+        for seeds in ((0,), (0, 1)):
+            run_suite(dataclasses.replace(first, seeds=seeds), data=data_folder, out=tmp_path, executor=kept)
+        assert len(opened) == 1
+        # One that broke is not used again.
+        opened[0].breaks[0] = 1
+        run_suite(dataclasses.replace(first, seeds=(2,)), data=data_folder, out=tmp_path, executor=kept)
+        assert len(opened) == 3
+
+
 def test_a_run_that_kills_its_process_three_times_is_given_up(data_folder: Path, tmp_path: Path) -> None:
     suite = dataclasses.replace(TINY, arms=TINY.arms[:1])
     with pytest.raises(InputError, match=r"1 of the suite's runs failed: plain, seed 0"):
