@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -122,13 +122,16 @@ def _scores(
 ) -> Harms:
     """Sum over tokens of |dL/dy . D|: the loss on the text's own tokens, or the output's squared size for encoders."""
 
-    def loss(window: Window, output: Tensor, _draw: int) -> Tensor:
-        if not model.predicts or window.targets_BT is None:
-            return 0.5 * output.square().sum()
-        chosen = window.targets_BT >= 0
-        return torch.nn.functional.cross_entropy(
-            output[chosen].float(), window.targets_BT[chosen], reduction="sum"
-        )
+    def loss(window: Window, output: Tensor, _start: int) -> tuple[None, Callable[[int], Tensor]]:
+        def once(_draw: int) -> Tensor:
+            if not model.predicts or window.targets_BT is None:
+                return 0.5 * output.square().sum()
+            chosen = window.targets_BT >= 0
+            return torch.nn.functional.cross_entropy(
+                output[chosen].float(), window.targets_BT[chosen], reduction="sum"
+            )
+
+        return None, once
 
     layers = {path: layer for path, layer in quantizable_layers(model.module).items() if path in largest}
     found: dict[str, list[float]] = {}

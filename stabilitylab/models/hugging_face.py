@@ -32,7 +32,7 @@ from torch import nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.model_structure import stacks
-from stabilitylab.models import gguf_config, gguf_file
+from stabilitylab.models import gguf_config, gguf_file, held
 from stabilitylab.models.dequantized import COMPANION, OF_ACTIVATIONS, plain_folder
 from stabilitylab.models.experts import split_experts
 from stabilitylab.models.room import require_room, surely_fits
@@ -67,8 +67,13 @@ def recognises(path: Path) -> bool:
     return isinstance(config, dict) and ("model_type" in config or "architectures" in config)
 
 
-def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
+def open_folder(path: Path, dtype: torch.dtype, *, hold: bool = False) -> TextModel:
     """Open what ``recognises`` found.
+
+    Args:
+        path: it.
+        dtype: format of weights and activations.
+        hold: keep weights in the file's 16 bits while the model computes in fp32 (``held.py``), where that can be done.
 
     Raises:
         InputError: transformers is missing, or cannot read the files.
@@ -84,17 +89,13 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
     ] = plain_folder(folder) if folder else contextlib.nullcontext((path, {}, ()))
     with plain_or_given as (plain, stored, said), gguf_file.opened_once():
         described = describe(path, plain)
-        _check_room(path, described, dtype)
+        # A copy in a temporary folder is gone before the model is: its pages cannot be kept.
+        narrow = held.format_of(stored) if hold and dtype is torch.float32 and plain == path else None
+        _check_room(path, described, narrow or dtype)
         with quiet():
-            module, info = described.read(
-                "weights",
-                described.loader,
-                config=described.config,
-                dtype=dtype,
-                weights_only=True,
-                output_loading_info=True,
-                **_unpacked(described.where),
-            )
+            module, info = described.weights(narrow or dtype)
+            if narrow is not None:
+                module = described.held(module) or described.weights(dtype)[0]
             tokenizer = described.tokenizer()
         _check_complete(path, module, info)
         _check_floats(path, module, stored)
@@ -102,6 +103,7 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
             gguf_config.mend_module(module, Path(described.folder) / described.where["gguf_file"])
         notes = (*said, *_left_aside(path, module, info["unexpected_keys"], stored))
     prepare(module)
+    _check_reads_text(path, module, described.predicts)
     return TextModel.of(
         module,
         path=path,
@@ -110,6 +112,20 @@ def open_folder(path: Path, dtype: torch.dtype) -> TextModel:
         cut=windows(tokenizer, described.predicts),
         notes=notes,
     )
+
+
+def _check_reads_text(path: Path, module: Any, predicts: bool) -> None:
+    """Encoders of pictures or sound, and those that need them beside a text, are refused."""
+    if predicts:
+        return
+    try:
+        with quiet(), torch.no_grad():
+            module(input_ids=torch.tensor([[0, 0]]))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is a {module.config.model_type}, which does not read text alone ({_first_line(error)}): give an encoder or a "
+            "decoder of text"
+        ) from None
 
 
 def _check_room(path: Path, described: Described, dtype: torch.dtype) -> None:
@@ -161,6 +177,33 @@ class Described:
     def read(self, what: str, loader: Any, **options: Any) -> Any:
         """A part of it, by what reads it. Raises InputError with what is wrong with the files."""
         return _read(self.path, what, loader, self.folder, **options, **self.where)
+
+    def weights(self, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+        """The model in a format, and what transformers says of its loading."""
+        module, info = self.read(
+            "weights",
+            self.loader,
+            config=self.config,
+            dtype=dtype,
+            weights_only=True,
+            output_loading_info=True,
+            **_unpacked(self.where),
+        )
+        return module, info
+
+    def built(self, dtype: torch.dtype) -> Any:
+        """The model without its parameters, its buffers as they are computed in a format."""
+        with held.without_parameters():
+            return self.loader.from_config(self.config, dtype=dtype)
+
+    def held(self, narrow: Any) -> Any:
+        """A model that was read in 16 bits as one that computes in fp32 and holds its weights as they are; None where it cannot."""
+        module = self.built(torch.float32).eval()
+        if not held.transplant(narrow, module):
+            return None
+        prepare(module)
+        held.hold(module)
+        return module if held.computes_wide(module) else None
 
     def tokenizer(self) -> Any:
         import transformers

@@ -24,12 +24,16 @@ from stabilitylab.models.text_model import TextModel
 GROUP = "stabilitylab.models"
 
 
-def open_text_model(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> TextModel:
+def open_text_model(
+    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, hold: bool = False
+) -> TextModel:
     """Open a model for reading text.
 
     Args:
         path: a HuggingFace folder, a GGUF file, or whatever an installed package registers.
         dtype: format of weights and activations.
+        hold: with fp32, keep weights in the 16 bits of their file and widen them while they are multiplied (``held.py``), where
+            that can be done: the same numbers in about the file's memory, but ``module``'s weights are then in 16 bits.
 
     Raises:
         InputError: there is no model, or it cannot be read.
@@ -38,7 +42,7 @@ def open_text_model(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.
     if not path.exists():
         raise InputError(f"{path} does not exist: give a model's folder or GGUF file")
     if hugging_face.recognises(path):
-        return hugging_face.open_folder(path, dtype)
+        return hugging_face.open_folder(path, dtype, hold=hold)
     known = []
     for entry in entry_points(group=GROUP):
         known.append(entry.name)

@@ -25,6 +25,7 @@ from stabilitylab.models.text import NO_TARGET, Window, read_text
 
 DEFAULT_LENGTH = 512
 _ROWS_AT_ONCE = 256
+_NUMBERS_AT_ONCE = 1 << 22
 
 Cut = Callable[[Iterator[str], int, int | None], Iterator[Window]]
 
@@ -174,13 +175,20 @@ def loss_of(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[float, int]:
     with torch.no_grad():
         chosen = targets_BT != NO_TARGET
         target_N = targets_BT[chosen]
+        place_N2 = chosen.nonzero()
         total = 0.0
-        logits_NV = logits_BTV[chosen]
-        for start in range(0, target_N.numel(), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            losses_N = F.cross_entropy(logits_NV[part].float(), target_N[part], reduction="none")
+        for part in rows_at_once(target_N.numel(), logits_BTV.shape[-1]):
+            logits_NV = logits_BTV[place_N2[part, 0], place_N2[part, 1]].float()
+            losses_N = F.cross_entropy(logits_NV, target_N[part], reduction="none")
             total += float(losses_N.double().sum())
         return total, target_N.numel()
+
+
+def rows_at_once(count: int, columns: int) -> Iterator[slice]:
+    """Rows of a matrix as wide as the vocabulary in parts of at most some megabytes, of which there may be several copies."""
+    size = max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // max(1, columns)))
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def output_of(output: object) -> Tensor:

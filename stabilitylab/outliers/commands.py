@@ -58,7 +58,7 @@ def _scan(
     from stabilitylab.outliers.record import scan_record
     from stabilitylab.outliers.scan import scan_outliers
 
-    model = open_text_model(path)
+    model = open_text_model(path, hold=True)
     with _progress() as bar:
         task = bar.add_task("tokens read", total=tokens)
         found: OutlierScan = scan_outliers(

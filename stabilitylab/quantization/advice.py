@@ -169,7 +169,10 @@ class Advisor:
         return sum(self.bytes_of(layer, assignment[layer.path]) for layer in self._layers)
 
     def _seconds(self, assignment: Assignment, batch: int) -> float:
-        return sum(self._latencies[layer.shape][assignment[layer.path]][batch] for layer in self._layers)
+        return sum(self._time(layer, assignment[layer.path], batch) for layer in self._layers)
+
+    def _time(self, layer: LayerSensitivity, name: str, batch: int) -> float:
+        return self._latencies[layer.shape][name][batch] if layer.timed else 0.0
 
     def _harms(self) -> list[list[float]]:
         return [
@@ -180,7 +183,7 @@ class Advisor:
     def _costs(self, budget: Budget) -> list[list[float]]:
         if budget.kind == "latency":
             return [
-                [sum(self._latencies[one.shape][name][budget.batch] for one in unit) for name in self._names]
+                [sum(self._time(one, name, budget.batch) for one in unit) for name in self._names]
                 for unit in self._units
             ]
         return [
@@ -274,16 +277,20 @@ class Advisor:
 def reason(layer: LayerSensitivity, chosen: str, criterion: str) -> str:
     """One line: what the channels look like, and what the chosen scheme and its nearest alternatives do."""
     seen = layer.range
+    one = [f"one matrix with {', '.join(layer.also)}"] if layer.also else []
     if seen.outliers:
         plural = "s" if seen.outliers > 1 else ""
         verb = "hold" if seen.outliers > 1 else "holds"
         parts = [
-            f"{seen.outliers} channel{plural} of {seen.channels} {verb} up to {seen.ratio:.0f}x the median"
+            *one,
+            f"{seen.outliers} channel{plural} of {seen.channels} {verb} up to {seen.ratio:.0f}x the median",
         ]
     else:
-        parts = [f"largest channel of {seen.channels} {seen.ratio:.1f}x the median"]
+        parts = [*one, f"largest channel of {seen.channels} {seen.ratio:.1f}x the median"]
     unit = "nats" if criterion == "loss" else "squared output error"
     effects = layer.effects
+    if chosen == KEPT and not effects:
+        return f"{'; '.join(parts)}: no scheme has a form for it"
     if chosen == KEPT:
         name = min(effects, key=lambda other: effects[other].harm)
         parts.append(f"even {name} costs {effects[name].harm:.2g} {unit}")

@@ -4,16 +4,17 @@
     stage L   what follows the last block:  graph from h_L to the output,    G_L = d f / d h_L
     stage b   block b alone:                graph from h_(b-1) to h_b,        G_(b-1) = (d h_b / d h_(b-1))' G_b
 
-In each stage the layers' inputs x and the gradients d f / d y at their outputs are there, and are let go with the stage: beside the
-model there are the held outputs, G for every draw of f, and one block's graph on one window (checkpointing at every block: Chen et
-al., arXiv:1604.06174). Blocks must speak to each other through their outputs alone, which is tried (restart.py); where they do
-not, the whole model is the only stage.
+In each stage the layers' inputs x and the gradients d f / d y at their outputs are there, and are let go with the stage: beside
+the model there are the held outputs, G for every draw of f, and one block's graph on one window (checkpointing at every block:
+Chen et al., arXiv:1604.06174). Stage L is run a few tokens at a time (pieces.py). Functions of all draws share what does not
+depend on the draw, which goes back once; gradients at layers are kept in bf16. Blocks must speak to each other through their
+outputs alone, which is tried (restart.py); where they do not, the whole model is the only stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,11 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window
+from stabilitylab.models.held import products_of_rows
+from stabilitylab.models.pieces import Pieces, Stop, part_of, stopping
 from stabilitylab.models.text_model import output_of
 from stabilitylab.quantization.restart import Restart
 
-# Of a window and its output [B, T, ...]: a scalar whose gradients are wanted.
-Function = Callable[[Window, Tensor, int], Tensor]
+# Of a window, its output [B, T, ...] and the place of its first token in the text's window: a scalar that all draws share, or None,
+# and what is added to it by the number of the draw. Gradients of the sums are wanted.
+Function = Callable[[Window, Tensor, int], tuple[Tensor | None, Callable[[int], Tensor]]]
 
 
 @dataclass(kw_only=True)
@@ -36,7 +40,7 @@ class Seen:
     Attributes:
         window: number of the window.
         x: what entered, [..., K].
-        gradients: at the output, for each draw; [draws, ..., N].
+        gradients: at the output, for each draw; [draws, ..., N], bf16.
     """
 
     window: int
@@ -49,13 +53,6 @@ class Stage:
     """What was seen of a block's layers, or of those behind the last block: path -> calls."""
 
     calls: dict[str, list[Seen]] = field(default_factory=dict)
-
-
-class _Stop(Exception):  # noqa: N818 - no error: the block that was wanted has run
-    """Carries a block's output out of the model."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.output = output
 
 
 class Backward:
@@ -81,11 +78,18 @@ class Backward:
         self._function, self._draws = function, draws
         self.outputs_square = 0.0  # sum of squares of all outputs, which encoders are measured by
         self._restart = Restart(model)
+        self._pieces = Pieces(model)
         self._held: list[list[Tensor]] = []
         with torch.no_grad():
-            for window in windows:
-                output = self._restart.begin(window)
-                self.outputs_square += float(output.double().square().sum())
+            for number, window in enumerate(windows):
+                if len(self._pieces.parts(window)) > 1:
+                    if not number:
+                        self._restart.begin(part_of(window, slice(0, 8)))
+                    self._restart.hold(window)
+                else:
+                    output = self._restart.begin(window)
+                    if not model.predicts:
+                        self.outputs_square += float(output.double().square().sum())
                 self._held.append([_hidden(held) for held in self._restart.held])
         self._blocks = self._restart.modules
         if not self._blocks:
@@ -110,53 +114,77 @@ class Backward:
 
     def _one(self, stage: Stage, block: int, number: int, window: Window) -> Tensor:
         """Adds one window to a stage; returns the gradients at what entered it, [draws, ...]."""
+        if block == len(self._blocks) and self._blocks:
+            parts = self._pieces.parts(window)
+        else:
+            parts = [slice(0, window.tokens)]
+        found: list[list[Seen]] = []
+        back: list[Tensor] = []
+        paths: list[str] = []
+        for part in parts:
+            calls, at_leaf = self._part(block, number, window, part if len(parts) > 1 else None)
+            paths = [path for path, _ in calls]
+            found.append([seen for _, seen in calls])
+            back.append(at_leaf)
+        for path, pieces in zip(paths, zip(*found, strict=True), strict=True):
+            stage.calls.setdefault(path, []).append(_joined(pieces))
+        return back[0] if len(back) == 1 else torch.cat(back, 2)  # [draws, B, T, C]
+
+    def _part(
+        self, block: int, number: int, window: Window, part: slice | None
+    ) -> tuple[list[tuple[str, Seen]], Tensor]:
+        """Calls of layers on a window, or on some of its tokens, with their gradients; and those at what entered the stage."""
+        piece = window if part is None else part_of(window, part)
         calls: list[tuple[str, Tensor, Tensor]] = []
-        with torch.enable_grad(), self._watching(calls), self._from(block, number) as leaf:
+        rows = products_of_rows(self._model.module) if block == len(self._blocks) else nullcontext()
+        with rows, torch.enable_grad(), self._watching(calls), self._from(block, number, part) as leaf:
+            shared: Tensor | None = None
             try:
-                output = output_of(self._model.module(**window.inputs))
-                stopped = False
-            except _Stop as stop:
-                output, stopped = stop.output, True
-            wanted = [y for _, _, y in calls] + ([] if leaf is None else [leaf])
-            drawn: list[tuple[Tensor | None, ...]] = []
-            for draw in range(self._draws if wanted else 0):
-                to = output if stopped else self._function(window, output, draw)
-                back = self._gradients[number][draw] if stopped else None
-                drawn.append(torch.autograd.grad(to, wanted, back, retain_graph=True, allow_unused=True))
-        for place, (path, x, y) in enumerate(calls):
-            found = [one[place] for one in drawn]
-            stage.calls.setdefault(path, []).append(
-                Seen(
-                    window=number,
-                    x=x,
-                    gradients=torch.stack([torch.zeros_like(y) if g is None else g for g in found]).detach(),
-                )
+                output = output_of(self._model.module(**piece.inputs))
+                of_draw = None
+                wanted = [y for _, _, y in calls] + ([] if leaf is None else [leaf])
+                if wanted:
+                    shared, of_draw = self._function(piece, output, part.start if part else 0)
+            except Stop as stop:
+                output, of_draw = _hidden(stop.output), None
+                wanted = [y for _, _, y in calls] + ([] if leaf is None else [leaf])
+            once: Sequence[Tensor | None] = (
+                [None] * len(wanted) if shared is None else _gradients(shared, wanted)
             )
+            drawn = []
+            for draw in range(self._draws if wanted else 0):
+                to = output if of_draw is None else of_draw(draw)
+                back = self._gradients[number][draw] if of_draw is None else None
+                found = _gradients(to, wanted, back)
+                drawn.append([_sum(one, more) for one, more in zip(found, once, strict=True)])
+        seen = []
+        for place, (path, x, y) in enumerate(calls):
+            if all(one[place] is None for one in drawn):
+                continue  # in front of this stage, or nothing that is looked at depends on it
+            of_all = torch.empty(len(drawn), *y.shape, dtype=torch.bfloat16)
+            for draw, one in enumerate(drawn):
+                given = one[place]
+                of_all[draw] = 0.0 if given is None else given
+            seen.append((path, Seen(window=number, x=x, gradients=of_all)))
         if leaf is None:
-            return torch.zeros(0)
-        return torch.stack([torch.zeros_like(leaf) if one[-1] is None else one[-1] for one in drawn])
+            return seen, torch.zeros(0)
+        at_leaf = [one[-1] for one in drawn]
+        return seen, torch.stack([torch.zeros_like(leaf) if one is None else one for one in at_leaf])
 
     @contextmanager
-    def _from(self, block: int, number: int) -> Iterator[Tensor | None]:
+    def _from(self, block: int, number: int, part: slice | None) -> Iterator[Tensor | None]:
         """The model from what entered a stage on; the leaf is that, or None where it is the input itself."""
         if not self._blocks or block == 0:
-            hooks = [self._blocks[0].register_forward_hook(_stop)] if self._blocks else []
-            try:
+            with stopping(self._blocks[0]) if self._blocks else nullcontext():
                 yield None
-            finally:
-                for hook in hooks:
-                    hook.remove()
             return
-        leaf = self._held[number][block - 1].detach().clone().requires_grad_()
+        held = self._held[number][block - 1].detach()
+        leaf = (held if part is None else held[:, part]).clone().requires_grad_()
         # What the blocks before the last skipped one answer is read by nobody but their followers, which are skipped too.
         answers = [self._shape(index, leaf) for index in range(block)]
-        hooks = [self._blocks[block].register_forward_hook(_stop)] if block < len(self._blocks) else []
-        try:
-            with self._restart.answering(answers):
-                yield leaf
-        finally:
-            for hook in hooks:
-                hook.remove()
+        stop = stopping(self._blocks[block]) if block < len(self._blocks) else nullcontext()
+        with stop, self._restart.answering(answers):
+            yield leaf
 
     def _shape(self, index: int, tensor: Tensor) -> Any:
         """A tensor in the form in which a block returned it."""
@@ -183,8 +211,28 @@ class Backward:
                 hook.remove()
 
 
-def _stop(_module: nn.Module, _arguments: Any, output: Any) -> None:
-    raise _Stop(_hidden(output))
+def _gradients(to: Tensor, wanted: Sequence[Tensor], back: Tensor | None = None) -> Sequence[Tensor | None]:
+    """Gradients at some tensors; None where the scalar does not depend on them."""
+    if not to.requires_grad:
+        return [None] * len(wanted)
+    return torch.autograd.grad(to, wanted, back, retain_graph=True, allow_unused=True)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
+def _joined(pieces: Sequence[Seen]) -> Seen:
+    """One call from calls on the pieces of a window."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Seen(
+        window=pieces[0].window,
+        x=torch.cat([one.x for one in pieces], -2),
+        gradients=torch.cat([one.gradients for one in pieces], -2),
+    )
 
 
 def _hidden(output: Any) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -14,25 +13,26 @@ from rich.table import Table
 from rich.text import Text
 
 from stabilitylab.errors import InputError
-from stabilitylab.models import TextModel, Window, linear_layers, open_text_model
+from stabilitylab.models import TextModel, Window, open_text_model
 from stabilitylab.models.experts import expert_groups
-from stabilitylab.quantization.advice import Advice, Advisor, reason
+from stabilitylab.quantization.advice import Advisor
+from stabilitylab.quantization.assembly import assembled_plan
 from stabilitylab.quantization.calibrated import needs_moments
-from stabilitylab.quantization.exports import save_as
+from stabilitylab.quantization.ends import Ends, measured_ends, output_layers
+from stabilitylab.quantization.exports import WITH_EMBEDDINGS, save_as
 from stabilitylab.quantization.kv_cache import CacheBudget, cache_lines, cache_plan, require_cache
-from stabilitylab.quantization.latency import BATCHES, KEPT, machine, measure_latencies
+from stabilitylab.quantization.latency import BATCHES, KEPT, measure_latencies
 from stabilitylab.quantization.measuring import By, layers_file, measured_layers
 from stabilitylab.quantization.pace import Pace
-from stabilitylab.quantization.plan import Budget, PlannedLayer, QuantizationPlan, load_plan
-from stabilitylab.quantization.ranges import Inputs, layer_inputs
+from stabilitylab.quantization.plan import Budget, QuantizationPlan, load_plan
+from stabilitylab.quantization.ranges import layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers
 from stabilitylab.quantization.rounded import RoundedWeights
-from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
-from stabilitylab.quantization.sensitivity import LayerSensitivity
 from stabilitylab.quantization.tables import outcome_rows, whole_model
 from stabilitylab.quantization.texts import text_notes, tokenizer_mark
 from stabilitylab.quantization.verification import Twins, Verification
+from stabilitylab.quantization.vocabulary import embedding_matrices
 
 DEFAULT_SCHEMES = (
     "w8a8-token",
@@ -65,6 +65,7 @@ def quantize(
     budget_kv: float | None = None,
     apply: Path | None = None,
     format: Literal["stabilitylab", "compressed-tensors", "gguf", "torchao"] = "stabilitylab",
+    embeddings: bool = True,
     html: Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
@@ -92,6 +93,8 @@ def quantize(
         apply: folder to write the quantized model to.
         format: of that folder: stabilitylab's own; compressed-tensors, which transformers and vLLM open; gguf, for llama.cpp and
             transformers; or torchao's own tensors.
+        embeddings: plan embeddings too, with an output that is tied to them; without, and for a format of linear layers alone,
+            they stay as they are.
         html: file to write a report to.
         json_output: print the plan as one JSON object instead of tables.
     """
@@ -109,7 +112,7 @@ def quantize(
     if apply is not None and apply.exists():
         raise InputError(f"{apply} exists already: give another --apply, or remove it")
     existing = _existing(plan, text, budget)
-    opened = open_text_model(model)
+    opened = open_text_model(model, hold=True)
     console = Console(stderr=json_output)
     if existing is None:
         assert text is not None
@@ -124,6 +127,7 @@ def quantize(
             by=sensitivity,
             work=plan,
             cache=None if kv_context is None else CacheBudget(context=kv_context, share=budget_kv),
+            embeddings=embeddings and (apply is None or format in WITH_EMBEDDINGS),
             console=console,
         )
         made.write(plan)
@@ -157,6 +161,7 @@ def make_plan(
     by: By = "gradients",
     work: Path | None = None,
     cache: CacheBudget | None = None,
+    embeddings: bool = True,
     console: Console | None = None,
 ) -> QuantizationPlan:
     """Measure, choose, verify.
@@ -171,6 +176,7 @@ def make_plan(
         length: tokens of a window.
         by: how layers' sensitivities are measured: see ``measured_layers``.
         cache: what keys and values of past tokens may take; None measures none.
+        embeddings: whether they are planned.
         work: the file that the plan will be written to; an interrupted pass leaves what it measured beside it, and is taken up.
         console: where progress is shown.
 
@@ -189,14 +195,32 @@ def make_plan(
     measured, fresh, third = _split(model, text, tokens, verify_tokens, length)
     rounded = None if work is None else RoundedWeights(work.with_suffix(".rounded"))
     pace = Pace(console)
+    matrices = embedding_matrices(model.module)
+    outputs = output_layers(model, matrices)
+    matrices = matrices if embeddings else {}
+    tied = {path: layer for matrix in matrices.values() for path, layer in matrix.outputs.items()}
     with torch.no_grad():
-        inputs = layer_inputs(model, measured, quantizable_layers(model.module))
+        inputs = layer_inputs(model, measured, quantizable_layers(model.module) | tied)
+    outputs = {path: layer for path, layer in outputs.items() if path in inputs.largest}
     sensitivity, said = measured_layers(
-        model, measured, schemes, inputs.largest, sensitivity=by, work=work, rounded=rounded, pace=pace
+        model,
+        measured,
+        schemes,
+        inputs.largest,
+        sensitivity=by,
+        work=work,
+        rounded=rounded,
+        pace=pace,
+        apart=outputs,
     )
+    schemes = [scheme for scheme in schemes if scheme.name in sensitivity[0].effects]
+    first, last = measured_ends(
+        Ends(model, measured, inputs.largest), matrices, list(outputs), schemes, rounded, pace
+    )
+    sensitivity = [*first, *sensitivity, *last]
     with torch.inference_mode(), pace.of("timing layers and verifying whole plans"):
         latencies = measure_latencies(model.module, inputs.samples, inputs.largest, schemes, batches=BATCHES)
-        twins = Twins(model.module, inputs.largest, rounded)
+        twins = Twins(model.module, inputs.largest, rounded, matrices)
         verification = Verification(model, fresh or measured, twins)
         advice = Advisor(sensitivity, latencies, verification, expert_groups(model.module)).advise(budget)
         # What was chosen for its loss on a text looks better there than it is: the outcome is told on another.
@@ -232,7 +256,7 @@ def make_plan(
         )
         if budget.kind == "loss" and outcome.planned.loss > budget.value:
             notes.append(f"on the third text the plan is beyond the {budget.text}: give more --verify-tokens")
-    return _plan(
+    return assembled_plan(
         model,
         budget,
         sensitivity,
@@ -245,6 +269,8 @@ def make_plan(
         notes=notes,
         rounded=rounded,
         cache=kept,
+        matrices=matrices,
+        embeddings=embeddings,
     )
 
 
@@ -324,69 +350,3 @@ def _split(
         else:
             third.append(window)
     return measured, fresh, third
-
-
-def _plan(
-    model: TextModel,
-    budget: Budget,
-    sensitivity: Sequence[LayerSensitivity],
-    latencies: Mapping[tuple[int, int], Mapping[str, Mapping[int, float]]],
-    advice: Advice,
-    inputs: Inputs,
-    *,
-    loss: float | None,
-    tokens: tuple[int, int],
-    told_tokens: int,
-    notes: Sequence[str],
-    rounded: RoundedWeights | None,
-    cache: Mapping[str, Any] | None,
-) -> QuantizationPlan:
-    criterion: Literal["loss", "output error"] = "loss" if model.predicts else "output error"
-    layers, kept = {}, {}
-    for layer in sensitivity:
-        name = advice.assignment[layer.path]
-        scheme = None if name == KEPT else scheme_of(name)
-        smooth = isinstance(scheme, Scheme) and scheme.smooth is not None
-        layers[layer.path] = PlannedLayer(
-            scheme=None if name == KEPT else name,
-            reason=reason(layer, name, criterion),
-            smooth=inputs.largest[layer.path].tolist() if smooth else None,
-        )
-    own = quantizable_layers(model.module)
-    for path in linear_layers(model.module):
-        if path not in layers:
-            why = "its weight is also another module's (tied)"
-            if path in own:
-                why = (
-                    "the output does not depend on it"
-                    if path in inputs.largest
-                    else "the text never reaches it"
-                )
-            kept[path] = f"left as it is: {why}"
-    return QuantizationPlan(
-        model=model.name,
-        fingerprint=model.fingerprint,
-        criterion=criterion,
-        loss=loss,
-        budget=budget,
-        tokens=tokens,
-        told_tokens=told_tokens,
-        machine=machine(),
-        layers=layers,
-        kept=kept,
-        planned=advice.planned,
-        singles=advice.singles,
-        notes=notes,
-        sensitivity={
-            layer.path: {
-                "shape": layer.shape,
-                "range": asdict(layer.range),
-                "effects": {name: asdict(effect) for name, effect in layer.effects.items()},
-            }
-            for layer in sensitivity
-        },
-        latency={f"{shape[0]}x{shape[1]}": times for shape, times in latencies.items()},
-        rounded=None if rounded is None or not rounded.folder.is_dir() else str(rounded.folder),
-        cache=cache,
-        tokenizer=tokenizer_mark(model),
-    )

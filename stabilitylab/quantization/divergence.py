@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stabilitylab.models import TextModel, Window
-
-_ROWS_AT_ONCE = 256
+from stabilitylab.models.text_model import rows_at_once
 
 
 @dataclass(kw_only=True)
@@ -83,8 +82,7 @@ class Yardstick:
             return Divergence(harm=float(off), count=float(self._own.double().square().sum()))
         other_NV = output[self._chosen_BT]
         harm, loss = 0.0, 0.0
-        for start in range(0, len(self._targets_N), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
+        for part in rows_at_once(len(self._targets_N), other_NV.shape[-1]):
             own_nV, targets_n = self._own[part], self._targets_N[part]
             other_nV = torch.log_softmax(other_NV[part].float(), -1)
             harm += float(

@@ -29,12 +29,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window, linear_weight
+from stabilitylab.models.text_model import rows_at_once
 from stabilitylab.quantization.backward import Backward, Seen
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.moments import Moments
@@ -45,7 +47,6 @@ from stabilitylab.quantization.sensitivity import Effect, LayerSensitivity
 
 DRAWS = 16
 _STEADY_DRAWS = 4  # a sum over so many tokens needs no more
-_ROWS_AT_ONCE = 256
 _STEADY = 16  # squares that the steady sum is worth
 
 
@@ -100,7 +101,7 @@ def estimate_sensitivity(
         keep: is given every twin.
         done: is told of every layer.
     """
-    function = _drawn_loss if model.predicts else _drawn_projection
+    function = partial(_drawn_loss, draws) if model.predicts else _drawn_projection
     backward = Backward(model, windows, layers, function, draws)
     found = {layer.path: layer for layer in known}
     for stage in backward:
@@ -206,21 +207,39 @@ def _targets(windows: Sequence[Window]) -> int:
     return sum(int((w.targets_BT >= 0).sum()) for w in windows if w.targets_BT is not None)
 
 
-def _drawn_loss(window: Window, output_BTV: Tensor, draw: int) -> Tensor:
-    """-log p of tokens drawn from the model's own distributions, summed over the positions that have a target."""
+def _drawn_loss(
+    draws: int, window: Window, output_BTV: Tensor, start: int
+) -> tuple[Tensor, Callable[[int], Tensor]]:
+    """-log p of tokens y drawn from the model's own distributions, summed over the positions that have a target:
+
+    sum_t log sum_v exp(z_t[v])  -  sum_t z_t[y_t],    of which the first is the same for all draws.
+    """
     assert window.targets_BT is not None
-    logits_NV = output_BTV[window.targets_BT >= 0]
-    total = output_BTV.new_zeros(())
-    for number, part in enumerate(torch.split(logits_NV, _ROWS_AT_ONCE)):
-        logs = torch.log_softmax(part.float(), -1)
-        seeded = torch.Generator(device=logs.device).manual_seed(7919 * draw + number)
-        drawn = torch.multinomial(logs.detach().exp(), 1, generator=seeded)
-        total = total - logs.gather(-1, drawn).sum()
-    return total
+    place_N2 = (window.targets_BT >= 0).nonzero()
+    logits_NV = output_BTV[place_N2[:, 0], place_N2[:, 1]].float()
+    drawn_SN = torch.empty(draws, len(place_N2), dtype=torch.int64)
+    for part in rows_at_once(len(place_N2), output_BTV.shape[-1]):
+        below_nV = torch.softmax(logits_NV[part].detach(), -1).double().cumsum_(-1)
+        seeded = torch.Generator().manual_seed(7919 * start + part.start)
+        chance_nS = torch.rand(len(below_nV), draws, generator=seeded, dtype=torch.float64)
+        chosen_nS = torch.searchsorted(below_nV, chance_nS.to(below_nV) * below_nV[:, -1:], right=True)
+        drawn_SN[:, part] = chosen_nS.T.clamp(max=output_BTV.shape[-1] - 1).cpu()
+    shared = torch.logsumexp(logits_NV, -1).sum()
+
+    def of_draw(draw: int) -> Tensor:
+        return -logits_NV.gather(-1, drawn_SN[draw].to(logits_NV.device)[:, None]).sum()
+
+    return shared, of_draw
 
 
-def _drawn_projection(_window: Window, output: Tensor, draw: int) -> Tensor:
+def _drawn_projection(
+    _window: Window, output: Tensor, _start: int
+) -> tuple[Tensor | None, Callable[[int], Tensor]]:
     """The output times random signs."""
-    seeded = torch.Generator().manual_seed(7919 * draw)
-    signs = torch.randint(0, 2, output.shape, generator=seeded).to(output) * 2 - 1
-    return (output * signs).sum()
+
+    def of_draw(draw: int) -> Tensor:
+        seeded = torch.Generator().manual_seed(7919 * draw)
+        signs = torch.randint(0, 2, output.shape, generator=seeded).to(output) * 2 - 1
+        return (output * signs).sum()
+
+    return None, of_draw

@@ -19,8 +19,10 @@ from stabilitylab.models.experts import SplitExperts
 from stabilitylab.quantization.format_scheme import FormatLinear
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan
+from stabilitylab.quantization.replacement import quantizable_layers
 
 OWN = "stabilitylab"
+WITH_EMBEDDINGS = (OWN, "gguf")  # formats that hold quantized embeddings as they are written here
 # Of floating-point formats, weights alone: where their codes have a form.
 _FLOATS = {
     "compressed-tensors": (
@@ -80,6 +82,17 @@ def refuse_experts(model: TextModel, format: str) -> None:
         raise InputError(
             f"{model.name} has experts, whose layers are not written as {format}: leave out --format"
         )
+
+
+def refuse_embeddings(model: TextModel, plan: QuantizationPlan, format: str) -> None:
+    """Raises InputError where a plan quantizes an embedding, which only some formats hold."""
+    layers = quantizable_layers(model.module)
+    for path, scheme in plan.schemes.items():
+        if path not in layers:
+            raise InputError(
+                f"{path} is an embedding in {scheme.name}, and {format} as it is written here holds linear layers alone: "
+                f"--format gguf or {OWN} takes it; or make the plan with --no-embeddings"
+            )
 
 
 def save_as(format: str, model: TextModel, plan: QuantizationPlan, out: Path) -> int:

@@ -33,6 +33,7 @@ from stabilitylab.formats import (
 )
 
 _SEARCHED = "-mse"
+_AT_ONCE = 1 << 22  # numbers of a weight that are looked at together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,10 @@ class FormatScheme:
 
 def fingerprint_of_weight(weight: Tensor) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of a weight in float32."""
-    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for part in torch.split(weight.detach(), max(1, _AT_ONCE // max(1, weight.shape[-1]))):
+        digest.update(part.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class FormatLinear(nn.Module):

@@ -37,7 +37,12 @@ from stabilitylab.quantization.format_scheme import FormatLinear
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import quantizable_layers, quantized
-from stabilitylab.quantization.serialization import copy_companions, new_folder, unquantized_tensors
+from stabilitylab.quantization.serialization import (
+    copy_companions,
+    matrices_of,
+    new_folder,
+    unquantized_tensors,
+)
 
 NAME, FILE = "gguf", "model.gguf"
 BLOCK = 32
@@ -165,9 +170,14 @@ def _write_tensors(
         written[name] = kind
 
     written: dict[str, str] = {}
-    layers = quantizable_layers(model.module)
+    layers, matrices = quantizable_layers(model.module), matrices_of(model, plan)
     for path, scheme in plan.schemes.items():
-        twin = quantized(path, layers[path], scheme)
+        # Of an embedding the one matrix: readers multiply with it where a file holds no output.
+        twin: Any = (
+            scheme.layer(matrices[path].weight, name=path)
+            if path in matrices
+            else quantized(path, layers[path], scheme)
+        )
         kind, data = blocks_of(path, twin)
         add(f"{path}.weight", data, kind)
         if twin.bias is not None:

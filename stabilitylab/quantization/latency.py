@@ -3,7 +3,8 @@
 Layers of one shape take the same time, so each shape is timed once: on real rows of the first layer of that shape (how many
 outlier channels there are decides what the mixed scheme does), all schemes in turn, the median of several rounds. Rows are
 repeated where the text gave fewer. How weights were rounded makes no difference to time, so schemes that round for their inputs are
-timed as the schemes that they round to (of AWQ the division of the input is left out).
+timed as the schemes that they round to (of AWQ the division of the input is left out). Of layers as wide as a vocabulary 16,384
+outputs are timed, and the time is taken in proportion.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.models import linear_weight
+from stabilitylab.models.held import is_held
 from stabilitylab.quantization.replacement import quantized
 from stabilitylab.quantization.schemes import LinearScheme, nearest
 
 BATCHES = (1, 32, 256)
+_OUTPUTS = 1 << 14
 KEPT = "16-bit"  # the name of leaving a layer as it is: its weights count two bytes
 
 # (N, K) -> scheme's name or KEPT -> batch -> seconds
@@ -61,15 +65,29 @@ def measure_latencies(
     """
     found: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
     for shape, (path, rows) in samples.items():
-        layer = module.get_submodule(path)
+        layer, times = _part(module.get_submodule(path))
         calls: dict[str, nn.Module] = {KEPT: layer}
         calls |= {scheme.name: quantized(path, layer, nearest(scheme), largest[path]) for scheme in schemes}
         found[shape] = {name: {} for name in calls}
         for batch in batches:
             x_MK = rows.repeat(-(-batch // len(rows)), 1)[:batch].contiguous()
             for name, seconds in _medians(calls, x_MK, rounds).items():
-                found[shape][name][batch] = seconds
+                found[shape][name][batch] = times * seconds
     return found
+
+
+def _part(layer: nn.Module) -> tuple[nn.Module, float]:
+    """A layer of plain floats with at most so many of its outputs, and how many times as many it has."""
+    weight = linear_weight(layer)
+    narrow = is_held(layer)
+    if len(weight) <= _OUTPUTS and not narrow:
+        return layer, 1.0
+    part = weight.detach()[:_OUTPUTS]
+    made = nn.Linear(part.shape[1], part.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(part.float() if narrow else part, requires_grad=False)
+    if isinstance(layer.bias, Tensor):
+        made.bias = nn.Parameter(layer.bias.detach()[:_OUTPUTS], requires_grad=False)
+    return made, len(weight) / len(part)
 
 
 @torch.inference_mode()

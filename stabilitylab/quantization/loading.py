@@ -14,7 +14,6 @@ from stabilitylab.quantization.serialization import (
     header_of,
     holds,
     load_quantized,
-    without_parameters,
 )
 
 
@@ -37,9 +36,8 @@ def open_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
     # What reads a folder of transformers' knows how; only the weights come from elsewhere.
     described = hugging_face.describe(path)
     with hugging_face.quiet():
-        with without_parameters():
-            module = described.loader.from_config(described.config, dtype=dtype)
-            hugging_face.prepare(module)
+        module = described.built(dtype)
+        hugging_face.prepare(module)
         tokenizer = described.tokenizer()
     if getattr(module, "pooler", None) is not None and not holds(path / WEIGHTS, "pooler."):
         module.pooler = None  # the original was opened without: its files lack it and no output needs it

@@ -8,7 +8,7 @@ Where gradients cannot be had (a model that changes tensors in place, or whose o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -43,13 +43,15 @@ def measured_layers(
     work: Path | None,
     rounded: RoundedWeights | None,
     pace: Pace,
+    apart: Container[str] = (),
 ) -> tuple[list[LayerSensitivity], list[str]]:
-    """Sensitivities of the layers that change the output, and notes.
+    """Sensitivities of the layers that change the output, and notes. ``apart`` are layers that are measured elsewhere.
 
     Raises:
         InputError: no layer can be quantized, or none changes the output.
     """
-    layers = reached_layers(model.module, largest)
+    reached = reached_layers(model.module, largest)
+    layers = {path: layer for path, layer in reached.items() if path not in apart}
     notes: list[str] = []
     calibrated = any(needs_moments(scheme) for scheme in schemes)
     found: list[LayerSensitivity] | None = None
@@ -73,7 +75,13 @@ def measured_layers(
         total = len(layers) * len(windows)
         with torch.inference_mode(), pace.of("measuring every layer under every scheme", total):
             found = measure_sensitivity(
-                model, windows, schemes, largest, progress=lambda _done, _total: pace.step(), rounded=rounded
+                model,
+                windows,
+                schemes,
+                largest,
+                progress=lambda _done, _total: pace.step(),
+                rounded=rounded,
+                apart=apart,
             )
     found = [layer for layer in found if any(effect.harm or effect.loss for effect in layer.effects.values())]
     if not found:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window, linear_weight
+from stabilitylab.models.pieces import Pieces
 
 # A channel counts as an outlier from so many times the layer's median channel on.
 OUTLIER_RATIO = 10.0
@@ -79,10 +80,14 @@ def layer_inputs(
         if shape not in found.samples:
             found.samples[shape] = path, x_MK[:rows].clone()
 
+    windows, pieces = list(windows), Pieces(model)
+    if windows:
+        pieces.parts(windows[0])  # tried before anything is seen
     hooks = [layer.register_forward_pre_hook(partial(see, path)) for path, layer in layers.items()]
     try:
         for window in windows:
-            model.run(window)
+            for _ in pieces.outputs(window):
+                pass
     finally:
         for hook in hooks:
             hook.remove()

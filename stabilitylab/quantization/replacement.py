@@ -1,7 +1,8 @@
 """Quantized layers in the place of linear ones, and back.
 
 A layer that stands in a model under several paths is one layer: every path gets its quantized twin. A layer whose weight is also
-something else's (an output projection tied to the embedding) is left as it is: quantizing it would not save a byte.
+something else's (an output projection tied to the embedding) is left as it is here: quantizing it alone would not save a byte. Both
+together are quantized as one matrix (vocabulary.py).
 """
 
 from __future__ import annotations
@@ -95,10 +96,19 @@ def quantize_layers(
     Raises:
         InputError: a path is not a linear layer of the model, or its weights cannot be quantized.
     """
+    # Embeddings are built on this module.
+    from stabilitylab.quantization.vocabulary import embedding_matrices
+
     layers = quantizable_layers(module)
+    matrices = embedding_matrices(module) if schemes.keys() - layers.keys() else {}
     for path, scheme in schemes.items():
+        if path in matrices:
+            meant = matrices[path].scheme(scheme)
+            for place, twin in matrices.pop(path).twins(meant).items() if meant is not None else ():
+                put(module, place, twin)
+            continue
         if path not in layers:
             raise InputError(
-                f"{path} is not a linear layer with a weight of its own here: the plan is for another model"
+                f"{path} is neither a linear layer with a weight of its own nor an embedding here: the plan is for another model"
             )
         put(module, path, quantized(path, layers.pop(path), scheme, (largest or {}).get(path)))

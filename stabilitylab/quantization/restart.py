@@ -9,15 +9,15 @@ unchanged model must give the same output bit for bit, or whole runs are made in
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.model_structure import Stack, linear_layers, stacks
 from stabilitylab.models import TextModel, Window
+from stabilitylab.models.pieces import Stop, answering, largest_stack, stopping
 
 
 class Restart:
@@ -29,7 +29,7 @@ class Restart:
 
     def __init__(self, model: TextModel) -> None:
         self._model = model
-        self._name, self._blocks = _blocks(model.module)
+        self._name, self._blocks = largest_stack(model.module)
         self._held: list[Any] = []
         self._window: Window | None = None
         self._tried = False
@@ -66,13 +66,33 @@ class Restart:
                 self._blocks = []
         return output
 
+    def hold(self, window: Window) -> None:
+        """As ``begin``, without what follows the last block; after a ``begin``, which says whether that is right."""
+        self._window = window
+        if self._blocks:
+            with self._keeping(), torch.no_grad(), stopping(self._blocks[-1]):
+                try:
+                    self._model.module(**window.inputs)
+                except Stop:
+                    return
+
+    @property
+    def _begun(self) -> Window:
+        assert self._window is not None
+        return self._window
+
     def run(self, start: int) -> Tensor:
         """The model's output on the window that was begun, computed from block ``start`` on."""
-        assert self._window is not None
         with self._skipping(start if self._blocks else 0):
-            return self._model.run(self._window)
+            return self._model.run(self._begun)
 
     def _whole(self, window: Window) -> Tensor:
+        with self._keeping():
+            return self._model.run(window)
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """The blocks' outputs are kept; there are no blocks where they are called several times, in another order or not at all."""
         self._held = [None] * len(self._blocks)
         calls: list[int] = []
 
@@ -84,13 +104,12 @@ class Restart:
             block.register_forward_hook(partial(keep, index)) for index, block in enumerate(self._blocks)
         ]
         try:
-            output = self._model.run(window)
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
-        if calls != list(range(len(self._blocks))):
-            self._blocks = []  # called several times, in another order or not at all
-        return output
+            if calls != list(range(len(self._blocks))):
+                self._blocks = []
 
     @contextmanager
     def _skipping(self, count: int) -> Iterator[None]:
@@ -98,30 +117,6 @@ class Restart:
         with self.answering(self._held[:count]):
             yield
 
-    @contextmanager
-    def answering(self, answers: Sequence[Any]) -> Iterator[None]:
+    def answering(self, answers: Sequence[Any]) -> AbstractContextManager[None]:
         """The first blocks answer with these."""
-
-        def answer(index: int, *_arguments: Any, **_named: Any) -> Any:
-            return answers[index]
-
-        skipped = self._blocks[: len(answers)]
-        try:
-            for index, block in enumerate(skipped):
-                block.forward = partial(answer, index)
-            yield
-        finally:
-            for block in skipped:
-                del block.forward
-
-
-def _blocks(module: nn.Module) -> tuple[str, list[nn.Module]]:
-    """Name and blocks of the stack that holds most linear layers; no blocks where there is none of at least two."""
-    largest = max(stacks(module), key=lambda stack: _linear_in(stack), default=None)
-    if largest is None or len(largest.blocks) < 2:
-        return "", []
-    return largest.path, list(largest.blocks.values())
-
-
-def _linear_in(stack: Stack) -> int:
-    return sum(len(linear_layers(block)) for block in stack.blocks.values())
+        return answering(self._blocks, answers)

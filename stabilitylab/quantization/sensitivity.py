@@ -14,7 +14,7 @@ tokens. Held beside the model: one window's outputs of blocks and log-probabilit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -51,12 +51,16 @@ class LayerSensitivity:
         shape: output and input channels.
         range: of its input channels.
         effects: scheme's name -> effect.
+        also: other places of the same matrix: of an embedding, the output that is tied to it.
+        timed: whether it takes time that is worth telling; looking rows up does not.
     """
 
     path: str
     shape: tuple[int, int]
     range: ChannelRange
     effects: Mapping[str, Effect]
+    also: tuple[str, ...] = ()
+    timed: bool = True
 
     @property
     def bytes_16(self) -> int:
@@ -96,6 +100,7 @@ def measure_sensitivity(
     *,
     progress: Progress | None = None,
     rounded: RoundedWeights | None = None,
+    apart: Container[str] = (),
 ) -> list[LayerSensitivity]:
     """Quantize every layer in every way, alone, and see what becomes of the output.
 
@@ -106,11 +111,13 @@ def measure_sensitivity(
         largest: path -> max|x| of each input channel (``ranges.layer_inputs``); layers without are left out.
         progress: called with layers done and layers in all.
         rounded: weights that were rounded for their inputs.
+        apart: paths of layers that are measured elsewhere.
 
     Raises:
         InputError: a layer's weights are not finite, or no layer can be quantized.
     """
-    layers = reached_layers(model.module, largest)
+    reached = reached_layers(model.module, largest)
+    layers = {path: layer for path, layer in reached.items() if path not in apart}
     windows = list(windows)
     restart = Restart(model)
     by_block: dict[int, list[str]] = {}

@@ -1,7 +1,8 @@
 """A quantized model on disk: the original's folder with one safetensors file in the canonical form, and the plan.
 
     model.safetensors    for a quantized layer PATH its buffers PATH.values, PATH.scales, ... (stored.py); everything else under
-                         its own name. Shared tensors once. In the header: layout of each layer, shared names, fingerprint.
+                         its own name. Shared tensors once, an embedding and an output tied to it too. In the header: layout of
+                         each layer, shared names, fingerprint; version 2 where embeddings are quantized.
     plan.json            the plan
     config.json, ...     the original's, except its weights
 
@@ -31,10 +32,11 @@ from stabilitylab.quantization.freed_memory import give_back_memory
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import put, quantizable_layers, quantized
 from stabilitylab.quantization.twin_files import read_tensor, read_twin, twin_layout
+from stabilitylab.quantization.vocabulary import EmbeddingMatrix, embedding_matrices
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 _FORMAT = "stabilitylab-quantized"
-_VERSION = 1
+_VERSION, _WITH_EMBEDDINGS = 1, 2
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
 _NEVER = (*_WEIGHT_FILES, ".index.json", ".py", ".jsonl", ".html", ".lock")
 
@@ -119,13 +121,20 @@ def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.
     header = header_of(path)
     if header is None:
         raise InputError(f"{path} is not a quantized model: stabilitylab quantize --apply writes them")
-    if header.get("version") != _VERSION:
-        raise InputError(f"{path} has version {header.get('version')}, this release reads {_VERSION}")
+    if header.get("version") not in (_VERSION, _WITH_EMBEDDINGS):
+        raise InputError(
+            f"{path} has version {header.get('version')}, this release reads {_VERSION} and {_WITH_EMBEDDINGS}"
+        )
     layers: dict[str, dict[str, Any]] = header["layers"]
     names = _names(path)
     for layer_path, layout in layers.items():
         _check_place(module, layer_path, path)
-        put(module, layer_path, read_twin(path, names, layer_path, layout, dtype))
+        twin: Any = read_twin(path, names, layer_path, layout, dtype)
+        if "embeddings" in layout:
+            for place, stands in _uses(module, layer_path, layout, path).places(twin).items():
+                put(module, place, stands)
+        else:
+            put(module, layer_path, twin)
         give_back_memory()
     owned = tuple(f"{layer_path}." for layer_path in layers)
     for name in sorted(names):
@@ -143,21 +152,36 @@ def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.
     module.eval()
 
 
-@contextmanager
-def without_parameters() -> Iterator[None]:
-    """Modules made inside have parameters on the meta device and buffers in memory: of the first there will be others."""
-    register: Any = nn.Module.register_parameter
+def matrices_of(model: TextModel, plan: QuantizationPlan) -> dict[str, EmbeddingMatrix]:
+    """The embeddings that a plan quantizes."""
+    layers = quantizable_layers(model.module)
+    planned = [path for path in plan.schemes if path not in layers]
+    if not planned:
+        return {}
+    found = embedding_matrices(model.module)
+    lost = next((path for path in planned if path not in found), None)
+    if lost is not None:
+        raise InputError(
+            f"{lost} is neither a linear layer with a weight of its own nor an embedding here: the plan is for another model"
+        )
+    return {path: found[path] for path in planned}
 
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        register(self, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+def _uses(module: nn.Module, path: str, layout: dict[str, Any], file: Path) -> EmbeddingMatrix:
+    """Where an embedding's matrix stands in a model that is being filled."""
+    embeddings, outputs = layout["embeddings"], layout["outputs"]
+    for place in (*embeddings, *outputs):
+        _check_place(module, place, file)
+    at = {place: module.get_submodule(place) for place in (*embeddings, *outputs)}
+    if not all(isinstance(at[place], nn.Embedding) for place in embeddings) or not all(
+        isinstance(at[place], nn.Linear) for place in outputs
+    ):
+        raise InputError(f"{file} holds {path} as an embedding, which the model of its config.json has not")
+    return EmbeddingMatrix(
+        path=path,
+        embeddings={place: at[place] for place in embeddings},  # type: ignore[misc]
+        outputs={place: at[place] for place in outputs},  # type: ignore[misc]
+    )
 
 
 def _names(path: Path) -> set[str]:
@@ -169,9 +193,22 @@ def _names(path: Path) -> set[str]:
 def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor], dict[str, str]]:
     module = model.module
     layers = quantizable_layers(module)
+    matrices = matrices_of(model, plan)
     tensors: dict[str, Tensor] = {}
     layout: dict[str, Any] = {}
     for path, scheme in plan.schemes.items():
+        if path in matrices:
+            twins = matrices[path].twins(scheme)
+            matrix: Any = twins[path]
+            layout[path] = {
+                **twin_layout(path, matrix.matrix, scheme.name),
+                "embeddings": list(matrices[path].embeddings),
+                "outputs": list(matrices[path].outputs),
+            }
+            tensors |= {
+                f"{path}.{name}": tensor.contiguous() for name, tensor in matrix.matrix.state_dict().items()
+            }
+            continue
         smooth = plan.layers[path].smooth
         largest = None if smooth is None else torch.tensor(smooth)
         twin = quantized(path, layers[path], scheme, largest)
@@ -184,7 +221,7 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
     # Names under which a quantized layer stands a second time need no tensor: the layer is put in both places.
     groups = [group for group in shared if not any(name.startswith(owned) for name in group)]
     header = {
-        "version": _VERSION,
+        "version": _WITH_EMBEDDINGS if matrices else _VERSION,
         "layers": layout,
         "shared": groups,
         "fingerprint": model.fingerprint,

@@ -26,7 +26,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.formats import pack_4bit
 from stabilitylab.models import TextModel
 from stabilitylab.models.layers import narrowest
-from stabilitylab.quantization.exports import card, holders, no_form, refuse_experts
+from stabilitylab.quantization.exports import card, holders, no_form, refuse_embeddings, refuse_experts
 from stabilitylab.quantization.format_scheme import FormatLinear
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import quantizable_layers, quantized
@@ -61,6 +61,7 @@ def save_torchao(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
         ) from None
     plan.require(model.fingerprint, model.name)
     refuse_experts(model, NAME)
+    refuse_embeddings(model, plan, NAME)
     layers = quantizable_layers(model.module)
     with new_folder(out) as partial:
         copy_companions(model, partial)

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window
-from stabilitylab.models.text_model import loss_of
+from stabilitylab.models.pieces import Pieces
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
 from stabilitylab.quantization.rounded import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme
+from stabilitylab.quantization.vocabulary import EmbeddingMatrix
 
 
 class Twins:
@@ -24,13 +25,19 @@ class Twins:
         module: the model.
         largest: path -> max|x| of each input channel.
         rounded: weights that were rounded for their inputs.
+        matrices: embeddings that plans may quantize, by path.
     """
 
     def __init__(
-        self, module: nn.Module, largest: Mapping[str, Tensor], rounded: RoundedWeights | None = None
+        self,
+        module: nn.Module,
+        largest: Mapping[str, Tensor],
+        rounded: RoundedWeights | None = None,
+        matrices: Mapping[str, EmbeddingMatrix] | None = None,
     ) -> None:
         self._layers, self._largest, self._rounded = quantizable_layers(module), largest, rounded
-        self._held: dict[str, tuple[str, nn.Module]] = {}
+        self._matrices = matrices or {}
+        self._held: dict[str, tuple[str, dict[str, nn.Module]]] = {}
 
     def of(self, schemes: Mapping[str, LinearScheme]) -> dict[str, nn.Module]:
         """The layers of a plan, path -> scheme. Those of the one before that it does not share are let go first."""
@@ -41,10 +48,15 @@ class Twins:
         }
         for path, scheme in schemes.items():
             if path not in self._held:
-                made = scheme if self._rounded is None else self._rounded.scheme(path, scheme)
-                twin = quantized(path, self._layers[path], made, self._largest.get(path))
-                self._held[path] = scheme.name, twin
-        return {path: twin for path, (_, twin) in self._held.items()}
+                self._held[path] = scheme.name, self._made(path, scheme)
+        return {place: twin for _, twins in self._held.values() for place, twin in twins.items()}
+
+    def _made(self, path: str, scheme: LinearScheme) -> dict[str, nn.Module]:
+        if path in self._matrices:
+            meant = self._matrices[path].scheme(scheme)
+            return {} if meant is None else self._matrices[path].twins(meant)
+        made = scheme if self._rounded is None else self._rounded.scheme(path, scheme)
+        return {path: quantized(path, self._layers[path], made, self._largest.get(path))}
 
 
 class Verification:
@@ -59,6 +71,7 @@ class Verification:
     def __init__(self, model: TextModel, windows: Iterable[Window], twins: Twins) -> None:
         self._model, self._twins = model, twins
         self._windows = list(windows)
+        self._pieces = Pieces(model)
         self._known: dict[tuple[tuple[str, str], ...], float] = {}
         self._own: list[Tensor] = []
         self.tokens = sum(window.tokens for window in self._windows)
@@ -98,7 +111,6 @@ class Verification:
     def _mean_loss(self) -> float:
         total, count = 0.0, 0
         for window in self._windows:
-            assert window.targets_BT is not None
-            loss, targets = loss_of(self._model.run(window), window.targets_BT)
+            loss, targets = self._pieces.loss(window)
             total, count = total + loss, count + targets
         return total / max(count, 1)

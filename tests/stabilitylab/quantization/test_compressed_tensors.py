@@ -13,6 +13,7 @@ from stabilitylab.formats import Quantized, dequantize
 from stabilitylab.models import open_text_model
 from stabilitylab.quantization.commands import make_plan
 from stabilitylab.quantization.compressed_tensors import _packed, save_compressed_tensors
+from stabilitylab.quantization.exports import save_as
 from stabilitylab.quantization.plan import Budget, PlannedLayer, load_plan
 from stabilitylab.quantization.replacement import quantizable_layers
 from stabilitylab.quantization.schemes import scheme_of
@@ -42,7 +43,7 @@ ROUNDED = [
 WITH_ACTIVATIONS = ["w8a8-token", "fp8-e4m3-row/fp8-e4m3-row", "w8a8-tensor", "mxfp8-e4m3/mxfp8-e4m3"]
 
 
-def plan_of(model, tmp_path, schemes):
+def plan_of(model, tmp_path, schemes, *, embeddings=False):
     """A plan whose layers have the schemes in turn."""
     text = tmp_path / "text"
     text.write_text(TEXT)
@@ -54,6 +55,7 @@ def plan_of(model, tmp_path, schemes):
         tokens=32,
         verify_tokens=32,
         length=32,
+        embeddings=embeddings,
     )
     layers = {
         path: PlannedLayer(scheme=schemes[i % len(schemes)], reason="in turn")
@@ -70,7 +72,15 @@ def plan_for(model, tmp_path, name):
     text.write_text(TEXT)
     budget = Budget(kind="memory", value=0.6)
     made = make_plan(
-        model, text, budget, [scheme_of(name)], tokens=32, verify_tokens=32, length=32, work=file
+        model,
+        text,
+        budget,
+        [scheme_of(name)],
+        tokens=32,
+        verify_tokens=32,
+        length=32,
+        work=file,
+        embeddings=False,
     )
     made.write(file)
     return load_plan(file)
@@ -143,4 +153,14 @@ def test_what_has_no_form_is_refused(llama_folder, tmp_path, name):
     plan = plan_of(model, tmp_path, [name])
     with pytest.raises(InputError, match="has no exact form in compressed-tensors"):
         save_compressed_tensors(model, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "torchao"])
+def test_a_quantized_embedding_is_refused(llama_folder, tmp_path, format):
+    pytest.importorskip("torchao" if format == "torchao" else "safetensors")
+    model = open_text_model(llama_folder)
+    plan = plan_of(model, tmp_path, ["int8-row"], embeddings=True)
+    with pytest.raises(InputError, match=r"model.embed_tokens is an embedding in int8-row.*--no-embeddings"):
+        save_as(format, model, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()

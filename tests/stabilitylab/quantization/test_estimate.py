@@ -32,8 +32,10 @@ def layers(model):
     return quantizable_layers(model.module)
 
 
-def square(_window, output, draw):
-    return (output * (draw + 1)).square().sum()
+def square(_window, output, _start):
+    # Half of it shared by all draws.
+    half = 0.5 * output.square().sum()
+    return half, lambda draw: (output * (draw + 1)).square().sum() - half
 
 
 def whole_backward(model, layers, window):
@@ -61,15 +63,21 @@ def test_stage_by_stage_is_the_whole_backward_pass(model, windows, layers):
     for stage in backward:
         assert not found.keys() & stage.calls.keys()
         found |= stage.calls
-    assert found.keys() == layers.keys()
+    # An encoder's output does not depend on its pooler.
+    assert found.keys() == layers.keys() - {"pooler.dense"}
     for number, window in enumerate(windows):
         for path, (x, gradient) in whole_backward(model, layers, window).items():
+            if path not in found:
+                assert not gradient.any()
+                continue
             (call,) = [call for call in found[path] if call.window == number]
             assert torch.equal(call.x, x)
             # The same operators on the same numbers: sums of gradients come in another order.
             scale = gradient.abs().max()
-            assert torch.allclose(call.gradients[0], gradient, rtol=1e-4, atol=1e-5 * scale)
-            assert torch.allclose(call.gradients[1], 4 * gradient, rtol=1e-4, atol=4e-5 * scale)
+            # And they are kept in bf16, half a step of which is 2^-9.
+            for draw, factor in enumerate((1, 4)):
+                kept = call.gradients[draw].float()
+                assert torch.allclose(kept, factor * gradient, rtol=2**-8, atol=factor * 1e-5 * scale)
     assert not any(p.requires_grad for p in model.module.parameters())
 
 
@@ -125,6 +133,7 @@ def test_estimates_rank_as_measurements_do(model, windows, layers, inputs, schem
     with torch.inference_mode():
         measured = measure_sensitivity(model, windows, schemes, inputs.largest)
     estimated = estimate_sensitivity(model, windows, schemes, inputs.largest, layers, draws=8)
+    measured = [layer for layer in measured if layer.path != "pooler.dense"]  # which nothing depends on
     assert [layer.path for layer in estimated] == [layer.path for layer in measured]
     pairs = []
     for one, other in zip(estimated, measured, strict=True):

@@ -53,7 +53,7 @@ def with_plans_weights(model, plan):
     for path, layer in plan.layers.items():
         if layer.scheme is None:
             continue
-        own = quantizable_layers(model.module)[path]
+        own = model.module.get_submodule(path)
         stored = plan.schemes[path].layer(own.weight).stored
         own.weight.data = dequantize(stored) if isinstance(stored, Quantized) else stored.dequantize()
     return model
@@ -67,8 +67,9 @@ def test_gguf_is_opened_by_transformers(tmp_path, kind):
 
     model = open_text_model(write(tmp_path / "model", kind))
     schemes = ["int8-g32", "int4-g32", "mxfp4", "int8-row", "int4-g64-mse", "int4-row"]
-    plan = plan_of(model, tmp_path, schemes)
-    first = next(iter(plan.layers))
+    plan = plan_of(model, tmp_path, schemes, embeddings=True)
+    assert plan.layers["model.embed_tokens"].scheme == "int8-g32"
+    first = next(path for path in plan.layers if path != "model.embed_tokens")
     plan = dataclasses.replace(plan, layers={**plan.layers, first: PlannedLayer(scheme=None, reason="kept")})
     size = save_gguf(model, plan, tmp_path / "out")
     assert size == (tmp_path / "out" / "model.gguf").stat().st_size

@@ -57,13 +57,15 @@ def test_what_was_written_opens_as_what_was_planned(made):
     ]
     assert opened.fingerprint == plan.fingerprint
     module = opened.module
-    assert module.lm_head.weight is module.model.embed_tokens.weight
-    found = [path for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear)]
-    assert found == list(plan.schemes)
-    assert plan.kept == {"lm_head": "left as it is: its weight is also another module's (tied)"}
+    found = {path: layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+    # The embedding's matrix is the output's too, and in the file once.
+    assert torch.equal(found.pop("lm_head").stored.values, found["model.embed_tokens.matrix"].stored.values)
+    assert [path.removesuffix(".matrix") for path in found] == list(plan.schemes)
+    assert not plan.kept
     stored = load_file(made / "out" / "model.safetensors")
-    for path in found:
-        assert torch.equal(module.get_submodule(path).stored.values, stored[f"{path}.values"])
+    assert not any(name.startswith("lm_head") for name in stored)
+    for path, layer in found.items():
+        assert torch.equal(layer.stored.values, stored[f"{path.removesuffix('.matrix')}.values"])
 
 
 def test_the_page_tells_the_plan(made):
@@ -200,7 +202,9 @@ def test_weights_rounded_for_their_inputs_are_written_without_the_text(made, tmp
     loaded = load_plan(plan)
     assert set(loaded.planned.schemes) <= set(names)
     files = list((tmp_path / "plan.rounded").iterdir())
-    assert len(files) == len(loaded.schemes) > 0
+    # The embedding is rounded to nearest, so it needs no file.
+    assert len(files) == len(loaded.schemes) - 1 > 0
+    assert loaded.layers["model.embed_tokens"].scheme in ("int4-g32-asym", "nvfp4-mse")
     assert not (tmp_path / "plan.layers.jsonl").exists()
     assert main([*command, "--apply", str(tmp_path / "again")]) == 0
     written = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -269,9 +273,21 @@ def test_a_cache_that_is_none_is_refused_before_anything_is_measured(
     refused(capsys, [*command, "--kv-context", "64"], "keeps no keys and values of past tokens")
 
 
-def test_the_share_of_the_whole_model_is_told(made):
-    """The embedding, tied to the output, is no part of the plan."""
-    plan, model = load_plan(made / "plan.json"), open_text_model(made / "model").module
+def test_the_share_of_the_whole_model_is_told(made, tmp_path):
+    """Without the embedding, which is tied to the output, the plan is of a part of the model."""
+    assert not any(note.startswith("shares are") for note in load_plan(made / "plan.json").notes)
+    command = [
+        "quantize",
+        str(made / "model"),
+        "--text",
+        str(made / "text"),
+        "--plan",
+        str(tmp_path / "plan.json"),
+    ]
+    options = ["--tokens", "32", "--verify-tokens", "64", "--length", "32", "--schemes", "int8-row"]
+    assert main([*command, *options, "--budget-memory", "0.6", "--no-embeddings"]) == 0
+    plan, model = load_plan(tmp_path / "plan.json"), open_text_model(made / "model").module
+    assert plan.kept.keys() == {"model.embed_tokens", "lm_head"}
     (note,) = (note for note in plan.notes if note.startswith("shares are of the planned layers"))
     numbers = sum(p.numel() for p in model.parameters())
     planned = sum(model.get_parameter(f"{path}.weight").numel() for path in plan.layers)
