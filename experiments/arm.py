@@ -72,7 +72,8 @@ class Suite:
         rate: float | None = None,
     ) -> list[str]:
         """The ``glm train`` arguments of one run, without the program's name. ``rate``: one of ``rates``."""
-        flags = {"heldout.rows": HELDOUT_ROWS, **self.settings, **arm.settings}
+        # A run is to be the same wherever it lands, and many stand side by side: on the CPU, unless settings say otherwise.
+        flags = {"heldout.rows": HELDOUT_ROWS, "device": "cpu", **self.settings, **arm.settings}
         if rate is not None:
             flags["schedule.peak"] = f"{2.0**rate:g}"
         return [

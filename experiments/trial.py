@@ -1,7 +1,7 @@
 """A trial: one short run in this process, kept in memory. What suites of hundreds of runs are made of.
 
-It is the run that ``glm train`` makes of the same flags, step by step and bit for bit, without a folder: the loop, the engine and
-the data are the same objects. What a head-to-head needs of it is small, so it is kept as a few numbers a step:
+It is the run that ``glm train --device cpu`` makes of the same flags, step by step and bit for bit, without a folder: the loop, the
+engine and the data are the same objects. What a head-to-head needs of it is small, so it is kept as a few numbers a step:
 
     loss            nats a target                                  norm      global gradient norm before clipping
     groups          L2 norm of the gradient by parameter group     scale     loss scale;  skipped: nothing was applied

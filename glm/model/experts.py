@@ -63,7 +63,7 @@ class Experts(nn.Module):
         chosen_Nk = ranked_NE.topk(self.active, dim=-1).indices
         weight_Nk = share_NE.gather(-1, chosen_Nk)
         weight_Nk = weight_Nk / weight_Nk.sum(-1, keepdim=True)
-        load_E = torch.bincount(chosen_Nk.flatten(), minlength=self.count)
+        load_E = _loads(chosen_Nk, self.count)
         y_NC = torch.zeros_like(x_NC)
         dropped = 0
         limit = math.ceil(self.capacity * chosen_Nk.numel() / self.count) if self.capacity else None
@@ -83,7 +83,7 @@ class Experts(nn.Module):
 
     def _note(self, load_E: Tensor, dropped: int) -> None:
         self.load_E = load_E if self.load_E is None else self.load_E + load_E
-        count = torch.tensor(dropped)
+        count = load_E.new_full((), dropped)
         self.dropped = count if self.dropped is None else self.dropped + count
 
     def _penalty(self, logits_NE: Tensor, share_NE: Tensor, load_E: Tensor) -> Tensor:
@@ -102,6 +102,13 @@ class Experts(nn.Module):
             load_E = self.load_E.to(torch.float32)
             self.bias_E += self.bias_rate * torch.sign(load_E.mean() - load_E).to(self.bias_E.dtype)
         self.load_E = self.dropped = None
+
+
+def _loads(chosen_Nk: Tensor, experts: int) -> Tensor:
+    """Choices of each expert, [E]."""
+    chosen = chosen_Nk.flatten()
+    load_E = torch.zeros(experts, dtype=torch.int64, device=chosen.device)
+    return load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 def share_loads(model: nn.Module, summed: Callable[[Tensor], Tensor]) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +33,7 @@ from glm.train.config import TrainConfig
 from glm.train.event_options import event_parser, parsed
 from glm.train.fork_loop import ForkLoop
 from glm.train.forks import config_of, data_of, episode_of, state_before
-from glm.train.machine import otherwise, threads, threads_of
+from glm.train.machine import device_of, machine, otherwise, threads, threads_of
 from stabilitylab.attribution import Attribution, Fork, LoopState, attribute
 from stabilitylab.attribution.attribute import BEFORE
 from stabilitylab.attribution.forks import signal_of
@@ -59,6 +60,7 @@ class Asked:
         processes: forks side by side; None: as many as the cores hold at the run's number of threads.
         threads: of each; None: as many as the run had.
         data: where the data lie, if they have moved.
+        device: where forks compute; None: on the kind of device that the run was trained on.
         from_start: train from the beginning where no state was kept.
         json: print the result as JSON.
         html: a page of its own.
@@ -71,6 +73,7 @@ class Asked:
     before: int = BEFORE
     processes: int | None = None
     data: Path | None = None
+    device: str | None = None
     threads: int | None = None
     from_start: bool = False
     json: bool = False
@@ -119,7 +122,8 @@ def _attribute_event(run: Run, asked: Asked, console: Console) -> Attribution:
             f"event {asked.event} of {run.path} is one of {episode.signal}: forks are judged by loss, gradient norm or loss scale"
         )
     folder = asked.data or data_of(run)
-    loop, state = _begun(asked, run, config, episode, folder, console)
+    device = device_of(run, asked.device)
+    loop, state = _begun(asked, run, config, episode, folder, device, console)
     console.print(
         f"event {asked.event}: {episode.kind} at step {episode.onset}; from the state of step {state.index}, "
         f"{asked.processes} forks at a time, {asked.budget:g} s",
@@ -140,11 +144,11 @@ def _attribute_event(run: Run, asked: Asked, console: Console) -> Attribution:
         groups=asked.groups,
         memory=run.path / "attribution" / f"event-{asked.event}.jsonl",
         processes=asked.processes,
-        open_loop=functools.partial(ForkLoop.of_run, asked.run.resolve(), folder.resolve())
+        open_loop=functools.partial(ForkLoop.of_run, asked.run.resolve(), folder.resolve(), device)
         if several
         else None,
         tell=_Progress(console, asked.budget),
-        otherwise=otherwise(run),
+        otherwise=otherwise(run, machine(device)),
     )
     _recorded(asked.run, [proof.event], console)
     return proof
@@ -165,7 +169,13 @@ def _recorded(path: Path, events: Sequence[Event], console: Console) -> None:
 
 
 def _begun(
-    asked: Asked, run: Run, config: TrainConfig, episode: Episode, folder: Path, console: Console
+    asked: Asked,
+    run: Run,
+    config: TrainConfig,
+    episode: Episode,
+    folder: Path,
+    device: torch.device,
+    console: Console,
 ) -> tuple[ForkLoop, LoopState]:
     """The loop, and the newest state from which forks can begin."""
     lost: list[InputError] = []
@@ -184,7 +194,7 @@ def _begun(
             f"{run.path} keeps no {'whole ' * bool(lost)}state from before its event {asked.event} at step "
             f"{episode.onset}: {keeps}, or give --from-start to train up to it"
         )
-    loop = ForkLoop(config, open_data(folder))
+    loop = ForkLoop(config, open_data(folder), device=device)
     if state is not None:
         return loop, LoopState(state.step, state, LoopState.of(loop, state.step).randomness)
     return loop, LoopState.of(loop, 0)
@@ -288,6 +298,7 @@ def parse_attribute(arguments: Sequence[str]) -> Asked:
         processes=words.processes,
         threads=words.threads,
         data=words.data,
+        device=words.device,
         from_start=words.from_start,
         json=words.json,
         html=words.html,

@@ -66,6 +66,10 @@ class Engine(Protocol):
         """The processes that this engine spans. All call the same methods in the same order."""
 
     @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+
+    @property
     def sharded(self) -> Sequence[str]:
         """Globs of the modules of which this process has only a part; see ``stabilitylab.Monitor``."""
 
@@ -270,11 +274,12 @@ class LocalEngine(Updates):
     def forward_backward(self, batch: Batch, step: int, whole: Whole | None = None) -> float:
         targets = whole.targets if whole is not None else count_targets(batch)
         check_targets(targets, step)
-        total = of_z = 0.0
+        # Kept where they are until all micro-batches are on their way: to read one would wait for its backward pass.
+        sums = []
         for first in range(0, batch.tokens_BT.shape[0], self.micro_rows):
             rows = slice(first, first + self.micro_rows)
             tokens, targets_BT, positions, segments, context = (
-                part.to(self.device) for part in _model_inputs(batch, rows)
+                brought(part, self.device) for part in _model_inputs(batch, rows)
             )
             keys_B = row_keys(self.seed, step, range(first, first + len(tokens))) if self._drops else None
             if self._emulation is not None:
@@ -284,8 +289,11 @@ class LocalEngine(Updates):
             )
             (loss_sum * (self.loss_scale / targets)).backward()  # type: ignore[no-untyped-call]
             self.optimizer.accumulate()
-            total += float(loss_sum.detach())
-            of_z += float(z_sum) if self._auxiliary else 0.0
+            sums.append(torch.stack((loss_sum.detach(), z_sum)).double())
+        total = of_z = 0.0
+        for loss_of_rows, z_of_rows in torch.stack(sums).tolist():
+            total += loss_of_rows
+            of_z += z_of_rows if self._auxiliary else 0.0
         if self._auxiliary:
             self.auxiliary = {self._auxiliary: of_z / targets}
         self.optimizer.loss = (total - of_z) / targets
@@ -335,6 +343,11 @@ class LocalEngine(Updates):
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
         return checkpoints.load_newest(folder)
+
+
+def brought(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device, without waiting for what that has still to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def rate_factors_of(model: Transformer) -> dict[str, float]:

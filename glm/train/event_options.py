@@ -10,7 +10,7 @@ from glm.errors import InputError
 
 
 def event_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """A parser that knows the run, ``--event`` and ``--data``; flags are written out in full."""
+    """A parser that knows the run, ``--event``, ``--data`` and ``--device``; flags are written out in full."""
     parser = argparse.ArgumentParser(prog=program, allow_abbrev=False, description=description)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
@@ -20,6 +20,10 @@ def event_parser(program: str, description: str) -> argparse.ArgumentParser:
         help="number of the episode, as `stabilitylab spikes RUN` lists them",
     )
     parser.add_argument("--data", type=Path, help="folder made by `glm shards`, if it has moved since")
+    parser.add_argument(
+        "--device",
+        help="cpu, cuda, ...: where forks compute (the kind of device that the run was trained on)",
+    )
     parser.exit_on_error = False
     return parser
 

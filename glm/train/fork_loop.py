@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from glm.data.batch import NO_TARGET, Batch
@@ -39,7 +40,12 @@ class ForkLoop:
     """
 
     def __init__(
-        self, config: TrainConfig, data: TokenData, *, device: str = "cpu", callbacks: Sequence[Callback] = ()
+        self,
+        config: TrainConfig,
+        data: TokenData,
+        *,
+        device: torch.device | str = "cpu",
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         quiet = dataclasses.replace(config.checkpoint, every=0, ring=0, asynchronous=False)
         config = dataclasses.replace(config, checkpoint=quiet, responder=ResponderConfig())
@@ -54,7 +60,7 @@ class ForkLoop:
         self._next = 0
 
     @classmethod
-    def of_run(cls, run: Path, data: Path, device: str = "cpu") -> ForkLoop:
+    def of_run(cls, run: Path, data: Path, device: torch.device | str = "cpu") -> ForkLoop:
         """The loop of a run of ``glm train``."""
         return cls(config_of(load_run(run)), open_data(data), device=device)
 

@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
+
 from glm.data.loader import Loader
 from glm.data.shards import TokenData, open_data
 from glm.errors import InputError
@@ -188,13 +190,19 @@ class Forks:
     """
 
     def __init__(
-        self, config: TrainConfig, data: TokenData, state: Checkpoint, *, device: str = "cpu"
+        self, config: TrainConfig, data: TokenData, state: Checkpoint, *, device: torch.device | str = "cpu"
     ) -> None:
         self.config, self.data, self.state, self.device = config, data, state.copied(), device
 
     @classmethod
     def of_event(
-        cls, run: Path, event: int, *, before: int = 20, data: Path | None = None, device: str = "cpu"
+        cls,
+        run: Path,
+        event: int,
+        *,
+        before: int = 20,
+        data: Path | None = None,
+        device: torch.device | str = "cpu",
     ) -> Forks:
         """Forks of a run of ``glm train`` from ``before`` steps ahead of an event's onset; events count from 1.
 
@@ -301,13 +309,20 @@ def state_before(
     return None
 
 
-def state_at(run: Run, config: TrainConfig, data: TokenData, step: int, *, device: str = "cpu") -> Checkpoint:
+def state_at(
+    run: Run, config: TrainConfig, data: TokenData, step: int, *, device: torch.device | str = "cpu"
+) -> Checkpoint:
     """The state of ``step``, trained from the newest kept one before it as the original was."""
     return lead_in(config, data, state_before(run, step), step, device=device)
 
 
 def lead_in(
-    config: TrainConfig, data: TokenData, start: Checkpoint | None, step: int, *, device: str = "cpu"
+    config: TrainConfig,
+    data: TokenData,
+    start: Checkpoint | None,
+    step: int,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Checkpoint:
     """Train from ``start``, or the beginning, to ``step``. The detector goes along; nothing is written."""
     watch = MonitorCallback(None, dataclasses.replace(config.monitor, every=0, gradients_every=0, recorder=0))
@@ -318,7 +333,7 @@ def lead_in(
 
 
 def trainer_of(
-    config: TrainConfig, data: TokenData, callbacks: Sequence[Callback], *, device: str = "cpu"
+    config: TrainConfig, data: TokenData, callbacks: Sequence[Callback], *, device: torch.device | str = "cpu"
 ) -> Trainer:
     """A trainer without a folder, on the local engine."""
     loader = Loader(data, config.objective, config.sampling, length=config.model.length, seed=config.seed)

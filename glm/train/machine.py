@@ -1,8 +1,9 @@
-"""What a run's bits depend on beside state, data and code: the number of threads, the version of torch, the processor.
+"""What a run's bits depend on beside state, data and code: the device, the number of threads, the version of torch, the processor.
 
 A sum that several threads share is added in another order than one thread's, and other versions and processors have other
-kernels. Each moves losses by rounding; where training is unstable, that is soon more. So ``run-start`` records them, forks take
-the run's number of threads, and what cannot be taken is named where a control departs.
+kernels. Each moves losses by rounding; where training is unstable, that is soon more. Another device has other dropout masks too.
+So ``run-start`` records them, forks take the run's device and number of threads, and what cannot be taken is named where a control
+departs.
 """
 
 from __future__ import annotations
@@ -14,18 +15,36 @@ from typing import Any
 
 import torch
 
+from glm.device import chosen_device
 from stabilitylab.runs import Run
 
-_WORDS = {"threads": "{} threads", "torch": "torch {}", "machine": "a processor of kind {}"}
+_WORDS = {
+    "device": "the device {}",
+    "threads": "{} threads",
+    "torch": "torch {}",
+    "machine": "a processor of kind {}",
+}
 
 
-def machine() -> dict[str, Any]:
-    """As ``run-start`` records it."""
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """As ``run-start`` records it.
+
+    Args:
+        device: what the model is trained on.
+    """
     return {
         "torch": torch.__version__,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
+        "device": _name(torch.device(device)),
     }
+
+
+def _name(device: torch.device) -> str:
+    """``cpu``, or an accelerator's kind and model: kernels differ from one to the next."""
+    if device.type != "cuda":
+        return device.type
+    return f"{device.type} ({torch.cuda.get_device_name(device)})"
 
 
 def machine_of(run: Run) -> dict[str, Any]:
@@ -34,6 +53,20 @@ def machine_of(run: Run) -> dict[str, Any]:
         if event.kind == "run-start":
             return {name: event.data[name] for name in machine() if name in event.data}
     return {}
+
+
+def device_of(run: Run, asked: str | None = None) -> torch.device:
+    """Where forks of a run compute: as asked; else on the kind of device that the run was trained on, or the CPU where that is
+    not here.
+
+    Raises:
+        InputError: what is asked for cannot be used here.
+    """
+    recorded = machine_of(run).get("device")
+    if asked is not None or not isinstance(recorded, str):  # a run of old took what there was
+        return chosen_device(asked)
+    kind = recorded.partition(" ")[0]
+    return chosen_device(None if kind == "cuda" else "cpu")
 
 
 def threads_of(run: Run) -> int | None:

@@ -94,7 +94,7 @@ class MonitorCallback(Callback):
         if self._pending_state:
             self._monitor.load_state_dict(self._pending_state)
         started = {
-            **machine(),
+            **machine(trainer.engine.device),
             "from_step": trainer.step,
             "data": str(trainer.loader.data.path.resolve()),
         }

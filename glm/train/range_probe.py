@@ -62,7 +62,7 @@ class GradientRangeProbe:
         found = counts.double()
         if self._slots is None:
             self._slots = self._buffer.reserve("sums", len(STATISTICS), found.device)
-        self._buffer.put(self._slots, torch.cat([found.new_tensor([float(elements)]), found]))
+        self._buffer.put(self._slots, torch.cat([found.new_full((1,), float(elements)), found]))
 
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots

@@ -13,7 +13,7 @@
 episodes, as ``stabilitylab spikes RUN`` lists them. The run is taken up from the newest kept state at or before ``before``
 steps ahead of the onset (``flight/``, ``checkpoints/``, else the beginning), trained unchanged up to there, and from there on
 with the change. Data, order and dropout are functions of seed and step, so without a change the fork repeats the original bit
-for bit, and the command says whether it did.
+for bit, on the kind of device that the run was trained on, and the command says whether it did.
 
 A fork is a run folder under ``RUN/replays/event-N/``, named by what was changed, with everything measured at every step.
 All forks of an event are compared in ``RUN/replays/event-N/report.html``.
@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from glm.data.shards import TokenData, open_data
@@ -48,7 +49,7 @@ from glm.train.forks import (
     trainer_of,
 )
 from glm.train.idle_settings import refuse_idle
-from glm.train.machine import machine_of, otherwise, threads, threads_of
+from glm.train.machine import device_of, machine_of, otherwise, threads, threads_of
 from glm.train.monitoring import MonitorCallback
 from glm.train.replay_report import LATER, LOSS, show, verdict_of, write_report
 from stabilitylab.command_line import parse
@@ -74,6 +75,7 @@ class Replay:
         steps: steps trained from there.
         data: folder made by ``glm shards``; None: where the run found it.
         out: the fork's folder; None: under the run's own.
+        device: where it computes; None: on the kind of device that the run was trained on.
         change: what the fork does otherwise.
     """
 
@@ -84,6 +86,7 @@ class Replay:
     data: Path | None
     out: Path | None
     change: Change
+    device: str | None = None
 
 
 def replay_command(arguments: Sequence[str]) -> int:
@@ -126,9 +129,10 @@ def replay(asked: Replay, *, console: Console) -> Run:
             f"event {asked.event}: {episode.kind} at step {episode.onset}; "
             f"from {'the beginning' if start is None else f'the state of step {start.step}'}, change at step {begin}"
         )
+        device = device_of(run, asked.device)
         with threads(threads_of(run)):
-            state = lead_in(original, data, start, begin)
-            _train_fork(asked, data, state, out, change)
+            state = lead_in(original, data, start, begin, device=device)
+            _train_fork(asked, data, state, out, change, device)
         _record_outcome(run, episode, out, change)
     finally:
         out.release()
@@ -212,17 +216,20 @@ def _parse(arguments: Sequence[str]) -> Replay:
         steps=words.steps,
         data=words.data,
         out=words.out,
+        device=words.device,
         change=dataclasses.replace(change, config=changed),
     )
 
 
-def _train_fork(asked: Replay, data: TokenData, state: Checkpoint, out: RunFolder, told: str) -> None:
+def _train_fork(
+    asked: Replay, data: TokenData, state: Checkpoint, out: RunFolder, told: str, device: torch.device
+) -> None:
     assert asked.change.config is not None
     monitor = dataclasses.replace(
         asked.change.config.monitor, every=1, gradients_every=1, recorder=0, tensorboard=False
     )
     config = dataclasses.replace(asked.change.config, monitor=monitor)
-    trainer = trainer_of(config, data, (MonitorCallback(out, monitor),))
+    trainer = trainer_of(config, data, (MonitorCallback(out, monitor),), device=device)
     trainer.restore(state)
     asked.change.apply(trainer)
     out.config.write_text(config.to_json(), encoding="utf-8")

@@ -12,7 +12,7 @@ the model remembers nothing from one to the next, so losses are those of texts o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,12 @@ class Window:
     inputs: Mapping[str, Any]
     tokens: int
     targets_BT: Tensor | None = None
+
+    def on(self, device: torch.device) -> Window:
+        """The same where the model is."""
+        inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.inputs.items()}
+        targets_BT = None if self.targets_BT is None else self.targets_BT.to(device)
+        return replace(self, inputs=inputs, targets_BT=targets_BT)
 
 
 def read_text(text: Iterable[str] | Path) -> Iterator[str]:

@@ -92,10 +92,15 @@ class TextModel:
             notes=(*notes, *_outside_layers(module)),
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; ``module.to("cuda")`` takes it elsewhere."""
+        return next(self.module.parameters()).device
+
     def windows(
         self, text: Iterable[str] | Path, length: int | None = None, limit_tokens: int | None = None
     ) -> Iterator[Window]:
-        """The text in windows, as a stream.
+        """The text in windows, as a stream, each on the device that the model is on by then.
 
         Args:
             text: a UTF-8 file, or strings that follow each other.
@@ -115,7 +120,7 @@ class TextModel:
         count = 0
         for window in self.cut(read_text(text), length, limit_tokens):
             count += 1
-            yield window
+            yield window.on(self.device)
         if not count:
             source = str(text) if isinstance(text, Path) else "the text"
             within = f" within {limit_tokens} tokens" if limit_tokens is not None else ""

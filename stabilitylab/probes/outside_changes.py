@@ -71,8 +71,7 @@ class BetweenSteps:
             apart = _joined([u.before for u in now], device) - _joined(
                 [before for _, before, _ in then], device
             )
-            lengths = torch.tensor([u.sampled for u in now], device=device)
-            outside2 = torch.segment_reduce(apart.square(), "sum", lengths=lengths)
+            outside2 = _sums_of_squares(apart, [u.sampled for u in now])
             norms = [
                 torch.stack([n.to(device) for n in some]) for some in ([n for *_, n in then], _norms(now))
             ]
@@ -87,6 +86,14 @@ class BetweenSteps:
             norms = _norms(updates)
             self._kept = {id(u): (u, u.before, norm) for u, norm in zip(updates, norms, strict=True)}
         self._fresh = True
+
+
+def _sums_of_squares(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Of each of the parts of ``x`` that have these lengths."""
+    if x.device.type != "cpu":
+        # The lengths stay on the host: to bring them over, or to have them checked there, would wait for the device.
+        return torch.stack(torch._foreach_norm(torch.split(x, [*lengths]))).square()
+    return torch.segment_reduce(x.square(), "sum", lengths=torch.tensor(lengths))
 
 
 def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -28,6 +28,14 @@ from torch import Tensor, nn
 from stabilitylab.forward_watch import ForwardHook, ForwardWatch
 
 
+def loads(chosen: Tensor, experts: int) -> Tensor:
+    """How many choices fell on each expert, [experts]. (``bincount`` waits for the device, to learn the largest number.)"""
+    flat = chosen.flatten()
+    return torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(
+        0, flat, torch.ones_like(flat)
+    )
+
+
 class RouterWatch(ForwardWatch):
     """Counts while it is entered; keeps what it counted.
 
@@ -54,7 +62,7 @@ class RouterWatch(ForwardWatch):
             return
         weight = module.weight
         assert isinstance(weight, Tensor)
-        load_E = torch.bincount(chosen[0].detach().flatten(), minlength=weight.shape[0])
+        load_E = loads(chosen[0].detach(), weight.shape[0])
         self._loads[path] = self._loads[path] + load_E if path in self._loads else load_E
         self._norms[path] = torch.linalg.vector_norm(weight.detach().float())
 

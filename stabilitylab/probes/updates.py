@@ -181,7 +181,7 @@ class UpdateProbe(HookingProbe):
                 continue
             gradient: Tensor | None = local_part(given)[0]
             moments = self._moments.read(p, gradient, states.get(p, {}), group)
-            if moments is not None and moments.correction != moments.correction:  # v is no mean of g^2
+            if moments is not None and not moments.is_of_gradients:
                 gradient = None
             if slots.device.type == "cpu" and update.prepare(gradient, moments, buffer.address(slots)):
                 jobs.append(update.address)

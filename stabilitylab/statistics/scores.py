@@ -125,7 +125,11 @@ def fused(
         B, H, T, S = *q_BHTD.shape[:3], k_BKSD.shape[2]
         mask = mask.expand(B, H, T, S)
     ranges = _fused_in_kernel(lse_BHT, q_BHTD, k_BKSD, mask, causal, scale)
-    return ranges if ranges is not None else _fused_in_torch(lse_BHT, q_BHTD, k_BKSD, mask, causal, scale)
+    if ranges is not None:
+        return ranges
+    # Who calls may be under autocast, which would round the products to half.
+    with torch.autocast(q_BHTD.device.type, enabled=False):
+        return _fused_in_torch(lse_BHT, q_BHTD, k_BKSD, mask, causal, scale)
 
 
 def _fused_in_kernel(

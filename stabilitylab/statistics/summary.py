@@ -18,7 +18,7 @@ histogram of the largest magnitudes, at least one in 700 (``tails``). ``over_6rm
 histogram come together.
 
 Two implementations, same results up to rounding: the compiled kernel (kernel.c) for float32, bfloat16 and
-float16 on CPUs; torch operations, without host synchronisation, for the rest. Complex tensors count as their
+float16 on CPUs; torch operations, without host synchronisation (``on_device``), for the rest. Complex tensors count as their
 real and imaginary parts, sparse ones as their values and the implied zeros.
 """
 
@@ -33,8 +33,10 @@ import torch
 from torch import Tensor
 
 from stabilitylab.compat import is_functorch_wrapped
-from stabilitylab.statistics import native
+from stabilitylab.statistics import native, on_device
 from stabilitylab.statistics.buffer import Buffer, Slots
+from stabilitylab.statistics.on_device import SAMPLE
+from stabilitylab.statistics.tails import TAIL_BINS, TAIL_FIRST, TAIL_SHIFT
 
 SUMS = (
     "count",
@@ -53,14 +55,7 @@ SUMS = (
 )
 FIELDS = (*SUMS, "absmax", "tail_from")
 COLUMN = {name: i for i, name in enumerate(FIELDS)}
-SAMPLE = 2048
 BLOCK = 1024
-
-# The tail histogram: 8 bins to the octave from 2^-24 up to 2^16; what lies outside counts in the first or
-# last bin.
-TAIL_BINS = 320
-TAIL_SHIFT = 20
-TAIL_FIRST = (127 - 24) << 3
 
 
 def measurable(x: object) -> bool:
@@ -256,59 +251,7 @@ def summarise(
         found = _summarise_at_hand(x.float(), own, implied, full=full)
         if found is not None:
             return found
-    x = x if own == torch.float64 else x.float()
-    size = x.abs()
-    high = size.amax()
-    scale = torch.where((high > 0) & torch.isfinite(high), high, torch.ones_like(high))
-    # Centred and scaled as in the kernel, for the same reasons; the implied zeros add nothing to any power
-    # sum.
-    centre = x.mean()
-    centre = torch.where(torch.isfinite(centre), centre, torch.zeros_like(centre))
-    y = (x - centre) / scale
-    y2 = y * y
-    unit, k, a = scale.double(), x.numel(), centre.double() / scale.double()
-    t1, t2 = y.sum(dtype=torch.float64), y2.sum(dtype=torch.float64)
-    t3, t4 = (y * y2).sum(dtype=torch.float64), y2.square().sum(dtype=torch.float64)
-    s2 = (t2 + 2 * a * t1 + k * a**2) * unit**2
-    count = x.numel() + implied
-    zero = (size == 0).sum()
-    none = torch.zeros((), dtype=torch.float64, device=x.device)
-    if full:
-        rms = (s2 / count).sqrt()
-        picked = min(SAMPLE, x.numel())
-        at = (torch.arange(picked, dtype=torch.float64, device=x.device) * x.numel() / picked).long()
-        median = size.reshape(-1)[at].median()
-        over_6rms = ((size >= 6 * rms) & (rms > 0)).sum()
-        massive = ((size > 100) & (size >= 1000 * median)).sum()
-    else:
-        over_6rms = massive = none
-    row = torch.stack(
-        [
-            torch.full_like(none, float(count)),
-            torch.isfinite(x).logical_not_().sum().double(),
-            zero.double() + implied,
-            ((size < torch.finfo(own).smallest_normal).sum() - zero).double(),
-            ((size <= 2.0**-25).sum() - zero).double(),
-            ((size <= 2.0**-10).sum() - zero).double(),
-            (size >= 6.0).sum().double(),
-            over_6rms.double(),
-            massive.double(),
-            (t1 + k * a) * unit,
-            s2,
-            (t3 + 3 * a * t2 + 3 * a**2 * t1 + k * a**3) * unit**3,
-            (t4 + 4 * a * t3 + 6 * a**2 * t2 + 4 * a**3 * t1 + k * a**4) * unit**4,
-            high.double(),
-            none,
-        ]
-    )
-    if not full:
-        return row, None, None, None
-    size_RC = size.float().reshape(-1, x.shape[-1] if x.dim() else 1)
-    bits_RC = size_RC.view(torch.int32)
-    bins = (bits_RC >> TAIL_SHIFT).sub_(TAIL_FIRST).clamp_(0, TAIL_BINS - 1).reshape(-1).long()
-    numbers = (size_RC == size_RC).int().reshape(-1)
-    tail = torch.zeros(TAIL_BINS, dtype=torch.int32, device=x.device).scatter_add_(0, bins, numbers)
-    return row, bits_RC.amax(0), size_RC.square().sum(0), tail
+    return on_device.summarise(x, implied, full=full)
 
 
 def _summarise_at_hand(

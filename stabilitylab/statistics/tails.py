@@ -17,9 +17,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.statistics.summary import TAIL_BINS, TAIL_FIRST, TAIL_SHIFT
-
 Array = NDArray[np.float64]
+
+# 8 bins to the octave from 2^-24 up to 2^16; what lies outside counts in the first or last bin.
+TAIL_BINS = 320
+TAIL_SHIFT = 20
+TAIL_FIRST = (127 - 24) << 3
+
 TAIL_SHARES = (1e-3, 1e-4, 1e-5, 1e-6)
 
 # Lower edges of the bins, from the bits of a float32, and the upper edge of the last.

@@ -45,6 +45,11 @@ class Moments:
     correction: float | Tensor
     epsilon: float
 
+    @property
+    def is_of_gradients(self) -> bool:
+        """Whether v is a mean of g^2, whose correction is known. One that is on a device is; to look at it would wait for it."""
+        return isinstance(self.correction, Tensor) or self.correction == self.correction
+
 
 class Update:
     """One parameter before and after a step.
@@ -56,6 +61,7 @@ class Update:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self._lent: tuple[Tensor, int] | None = None
+        self._counts: Tensor | None = None
         n = weight.numel()
         self.stride = max(1, n // max(SAMPLE, n // ONE_IN))
         while math.gcd(self.stride, n) > 1:
@@ -135,33 +141,39 @@ class Update:
 
     def after(self, gradient: Tensor | None, moments: Moments | None) -> Tensor:
         """The kernel's numbers in torch operations, [FIELDS] float64, without host synchronisation."""
-        before = self.before.double()
-        unknown = torch.full((), float("nan"), dtype=torch.float64, device=before.device)
-        moved = (self.sample().double() - before).square().sum()
-        values = [
-            torch.full_like(unknown, float(self.weight.numel())),
-            torch.full_like(unknown, float(self.sampled)),
-            moved,
-            before.square().sum(),
-        ]
-        if moments is None:
-            absent = torch.full_like(unknown, -1.0)
-            values += [unknown, absent, absent, unknown]
-        else:
+        norms = [_length(self.sample() - self.before), _length(self.before)]
+        unknown = torch.full_like(norms[0], math.nan)
+        below = unknown
+        if moments is not None:
             limit = moments.epsilon**2
             unbiased = moments.second.double() / moments.correction
-            if gradient is None:
-                values.append(unknown)
-            else:
+            below = (unbiased < limit).sum().double()
+            norms.append(unknown)
+            if gradient is not None:
                 if gradient.layout is not torch.strided:
                     gradient = gradient.to_dense()
-                values.append((gradient.detach().double().square() / unbiased.clamp_min(limit)).sum())
-            values += [
-                moments.first.double().square().sum(),
-                moments.second.double().square().sum(),
-                (unbiased < limit).sum().double(),
-            ]
-        return torch.stack(values)
+                norms[2] = _length(gradient.detach() / unbiased.clamp_min_(limit).sqrt_())
+            norms += [_length(moments.first), _length(moments.second)]
+        # Whole squares at once: on an accelerator each operation counts.
+        squares = torch.stack(norms).square_()
+        if moments is None:
+            absent = torch.full_like(squares, -1.0)
+            squares = torch.cat([squares, unknown[None], absent])
+        return torch.cat([self._sizes(unknown.device), squares, below[None]])
+
+    def _sizes(self, device: torch.device) -> Tensor:
+        """[2] how many elements there are and how many are sampled, where they are to be; filled once."""
+        if self._counts is None or self._counts.device != device:
+            numbers = (self.weight.numel(), self.sampled)
+            whole = [torch.full((1,), float(n), dtype=torch.float64, device=device) for n in numbers]
+            self._counts = torch.cat(whole)
+        return self._counts
+
+
+def _length(x: Tensor) -> Tensor:
+    """The norm, added up in float64 without a copy in it."""
+    length: Tensor = torch.linalg.vector_norm(x.detach(), dtype=torch.float64)
+    return length
 
 
 def take_before(updates: list[Update]) -> None:

@@ -98,7 +98,8 @@ def test_alarms_are_finite_and_rise_over_their_past():
 
 def test_a_trial_is_the_run_that_glm_train_makes(data_folder: Path, tmp_path: Path):  # noqa: F811
     flags = [word for flag, value in SETTINGS.items() for word in (f"--{flag}", value)]
-    assert glm(["train", "glm-tiny", "--data", str(data_folder), "--out", str(tmp_path / "run"), *flags]) == 0
+    words = ["--device", "cpu", "--data", str(data_folder), "--out", str(tmp_path / "run"), *flags]
+    assert glm(["train", "glm-tiny", *words]) == 0
     made = trial(configured("glm-tiny", SETTINGS, data=data_folder), data=data_folder)
     assert made.loss.tolist() == load_run(tmp_path / "run").series("train/-/loss").tolist()
     assert np.isfinite(made.heldout)

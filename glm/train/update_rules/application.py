@@ -122,7 +122,7 @@ class PastValues:
     def bound(self, deviations: float) -> Tensor:
         """mean + deviations * standard deviation, of at least two values."""
         device = next((v.device for v in self._values if isinstance(v, Tensor)), None)
-        past = torch.stack([torch.as_tensor(v, device=device, dtype=torch.float64) for v in self._values])
+        past = torch.stack([_scalar(v, device) for v in self._values])
         return past.mean() + deviations * past.std()
 
     def state(self) -> list[float]:
@@ -130,6 +130,13 @@ class PastValues:
 
     def load(self, values: list[float]) -> None:
         self._values = [*values]
+
+
+def _scalar(value: Tensor | float, device: torch.device | None) -> Tensor:
+    """In float64, filled where it is to be: to bring it over would wait for the device."""
+    if isinstance(value, Tensor):
+        return value.double()
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 # Updates whose norms are known before one is bounded by them.

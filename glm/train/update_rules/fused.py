@@ -54,7 +54,8 @@ def apply_adamw(
         calls = [(slice(i, i + 1), rate) for i, rate in enumerate(own_rates)]
     else:
         if factor != 1.0:
-            scale = torch.tensor(1.0 / factor, device=masters[0].device)  # the kernel divides by it
+            # The kernel divides by it. (Filled there: to bring it over would wait for the device.)
+            scale = torch.full((), 1.0 / factor, device=masters[0].device)
         calls = [(slice(None), group["lr"])]
     # The kernel multiplies it by the rate, which the other kinds of decay do not.
     share = group["weight_decay"] if decay is None else decay / group["lr"]
@@ -101,7 +102,7 @@ def fused_adamw(
     config: OptimizerConfig,
 ) -> None:
     """AdamW's update t in one pass by torch's kernel: weights and moments move in place, gradients are divided by ``scale``."""
-    step = torch.tensor(float(t), device=weights[0].device)
+    step = torch.full((), float(t), device=weights[0].device)
     torch._fused_adamw_(
         [*weights],
         gradients,

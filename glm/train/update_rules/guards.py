@@ -53,7 +53,7 @@ class AdaGC:
             factor: of the global clip, which is applied while this one begins.
         """
         norms_N = torch.stack([norms[name] for name in gradients]).float()
-        none = norms_N.new_tensor(math.inf)
+        none = norms_N.new_full((), math.inf)
         past_N = torch.stack([self._past.get(name, none).to(norms_N) for name in gradients])
         begins = self._updates < self._warmup
         shares_N = torch.full_like(norms_N, factor)

@@ -19,7 +19,7 @@ from glm.train.attribute import attribute_command, seconds_of
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig
 from glm.train.fork_loop import ForkLoop
 from glm.train.forks import Change, Forks, trainer_of
-from glm.train.machine import machine, otherwise, threads, threads_of
+from glm.train.machine import device_of, machine, machine_of, otherwise, threads, threads_of
 from glm.train.schedule import ScheduleConfig
 from stabilitylab.attribution import LoopState, Without
 from stabilitylab.attribution.attribute import BudgetTooSmallError
@@ -153,6 +153,33 @@ def test_the_command(lost, tmp_path, capsys):
         line for line in again.err.splitlines() if line.partition("without ")[2].rpartition("  ")[0] in first
     ]
     assert {fork["words"] for fork in json.loads(again.out)["forks"]} >= {"updates of all parameters"}
+
+
+def test_forks_compute_where_the_run_did(lost, tmp_path, monkeypatch):
+    run = load_run(lost)
+    assert machine_of(run)["device"].partition(" ")[0] == device_of(run).type
+    other = RunFolder(tmp_path / "other")
+    other.path.mkdir()
+    recorded = {**machine(), "device": "cuda (NVIDIA H200)"}
+    other.append_events([Event(step=0, kind="run-start", data=recorded)])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    there = load_run(other.path)
+    assert device_of(there) == torch.device("cpu")
+    assert otherwise(there) == "the device cpu, the run cuda (NVIDIA H200)"
+    with pytest.raises(InputError, match="--device gpu cannot be used here"):
+        device_of(there, "gpu")
+    seen = []
+
+    def stub(loop, *args, **kwargs):
+        seen.append((loop.model.embedding.weight.device, kwargs["otherwise"]))
+        raise InputError("seen")
+
+    monkeypatch.setattr("glm.train.attribute.attribute", stub)
+    with pytest.raises(InputError, match="seen"):
+        attribute_command([str(lost), "--event", "1", "--device", "cpu"])
+    assert seen[0][0] == torch.device("cpu")
+    with pytest.raises(InputError, match="--device gpu"):
+        attribute_command([str(lost), "--event", "1", "--device", "gpu"])
 
 
 def test_forks_have_the_threads_of_the_run(lost, tmp_path, monkeypatch):

@@ -95,7 +95,8 @@ def test_rows_of_the_embedding(data_folder, tmp_path, monkeypatch, capsys):
     def act(engine, step):
         if step == AT:
             weight = engine.tensors()[0]["embedding.weight"]
-            weight[rows] = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1)) * 20
+            drawn = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1)) * 20
+            weight[rows] = drawn.to(weight)
             engine.optimizer.publish()
 
     in_steps(monkeypatch, act)
@@ -147,7 +148,7 @@ def test_an_overflow_that_one_layer_in_fp32_does_not_have(data_folder, tmp_path,
 def test_scores_that_qk_clip_bounds(data_folder, tmp_path, monkeypatch, capsys):
     path = "layers.1.attention.query_key_value"
     third = torch.cat([torch.full((SMALL.model.hidden,), 1e25), torch.ones(2 * SMALL.model.hidden)])
-    replaced(monkeypatch, path, lambda module, forward, x: forward(x) * third)
+    replaced(monkeypatch, path, lambda module, forward, x: forward(x) * third.to(x.device))
     proof = proven(trained(data_folder, tmp_path / "run", softmax="fused"), capsys, tmp_path)
     # The projection's output and the scores that are made of it: bounding either is a cure.
     assert proof["cause"] in ("attention", "activation")

@@ -15,6 +15,7 @@ from glm.train.checkpoint import load_newest
 from glm.train.config import TrainConfig, from_json
 from glm.train.engine import LocalEngine
 from glm.train.heldout import heldout_loss, heldout_rows
+from glm.train.machine import device_of
 from stabilitylab.runs import load_run
 
 SMALL = {
@@ -41,7 +42,7 @@ def test_a_run_ends_with_its_loss_on_held_out_rows(data_folder: Path, tmp_path: 
     assert series.index.tolist() == [2]
     config = from_json((tmp_path / "judged" / "config.json").read_text(), source=tmp_path)
     # From the weights that the run left on disk.
-    engine = LocalEngine(config)
+    engine = LocalEngine(config, device_of(run))
     state, _ = load_newest(tmp_path / "judged" / "checkpoints")
     engine.load_tensors(state.model, state.optimizer)
     rows = heldout_rows(open_data(data_folder), config.objective, length=64, rows=64)

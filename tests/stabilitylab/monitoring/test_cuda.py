@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from stabilitylab import Monitor
+from stabilitylab.probes.everything import all_probes
+from stabilitylab.probes.formats import FormatProbe
+from stabilitylab.probes.weights import WeightProbe
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording
 
@@ -23,8 +27,10 @@ pytestmark = [
 def no_synchronisation() -> Iterator[None]:
     """Any operation that makes the host wait for the device raises."""
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says of itself that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -38,17 +44,30 @@ def step(model: GPT, optimizer: torch.optim.Optimizer, tokens_BT: torch.Tensor) 
     return loss.detach()
 
 
-def test_no_step_waits_for_the_device() -> None:
+OPTIMIZERS: dict[str, Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters),
+    "fused": lambda parameters: torch.optim.AdamW(parameters, fused=True),
+    "capturable": lambda parameters: torch.optim.AdamW(parameters, capturable=True),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_step_waits_for_the_device(name: str, dtype: torch.dtype) -> None:
     batches = [batch(i).cuda() for i in range(6)]
-    bare = GPT().cuda()
-    optimizer = torch.optim.AdamW(bare.parameters())
+    bare = GPT().cuda().to(dtype)
+    optimizer = OPTIMIZERS[name](bare.parameters())
     step(bare, optimizer, batches[0])
     with no_synchronisation():
         step(bare, optimizer, batches[1])  # else there would be nothing to learn from what follows
 
-    model, sink = GPT().cuda(), Recording()
-    optimizer = torch.optim.AdamW(model.parameters())
-    with Monitor(model, optimizer, every=1, flush_every=1000, sinks=[sink], detector=None) as monitor:
+    model, sink = GPT().cuda().to(dtype), Recording()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    probes = [*all_probes(), WeightProbe(), FormatProbe()]
+    with Monitor(
+        model, optimizer, every=1, flush_every=1000, sinks=[sink], detector=None, probes=probes
+    ) as monitor:
         for i in range(2):  # what is found and laid out once
             monitor.step(i, loss=step(model, optimizer, batches[i]))
         with no_synchronisation():

@@ -206,7 +206,9 @@ def _process(rank: int, work: Callable[[int, Path], None], out: Path) -> None:
 
 def run(work: Callable[[int, Path], None], out: Path) -> Rows:
     """Rank 0's rows; rank 1 must have written nothing."""
-    mp.start_processes(_process, args=(work, out), nprocs=2, start_method="fork")
+    # Forked, ranks need not import everything again; where there is a device, autograd has threads, which do not outlive a fork.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    mp.start_processes(_process, args=(work, out), nprocs=2, start_method=method)
     kept = [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
     assert kept[1] == ({}, [])
     rows: Rows = kept[0][0]

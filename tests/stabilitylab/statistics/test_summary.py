@@ -19,9 +19,10 @@ from torch import Tensor
 from stabilitylab.statistics import moments, native
 from stabilitylab.statistics import summary as summary_module
 from stabilitylab.statistics.buffer import Buffer
-from stabilitylab.statistics.summary import COLUMN, FIELDS, TAIL_BINS, Summary, add_all, measurable
+from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, add_all, measurable
 from stabilitylab.statistics.tails import (
     EDGES,
+    TAIL_BINS,
     TAIL_SHARES,
     channel_kurtosis,
     max_over_median,

@@ -1,0 +1,107 @@
+"""The summary of a tensor where it lies on an accelerator: few operations, none of which is waited for.
+
+A device is done with a layer's activations in some microseconds, and each operation costs the host as much. So all limits are
+counted against at once, and power sums are float64 dot products of x and x^2, which need no centre and no scale to keep their
+digits: rows hold them as float64 in any case.
+
+    counts = sum [|x| <= limit], of all limits          s2 = x . x      s3 = x . x^2      s4 = x^2 . x^2
+
+What is constant is laid out once a device (which waits for it), and a tensor is taken in parts of ``PART`` elements, so that no
+more than 30 bytes times that is held beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabilitylab.statistics.tails import TAIL_BINS, TAIL_FIRST, TAIL_SHIFT
+
+PART = 1 << 25
+SAMPLE = 2048
+# Of the counts of |x| up to infinity, the largest number, 0, below the smallest normal, 2^-25, 2^-10 and below 6: what of each
+# makes count, nonfinite, zero, subnormal, fp16_lost, fp8_lost and over_6; and how often the number of elements.
+_OF_COUNTS = (
+    (0, 0, 0, 0, 0, 0, 0),
+    (0, -1, 0, 0, 0, 0, 0),
+    (0, 0, 1, 0, 0, 0, 0),
+    (0, 0, -1, 1, 0, 0, 0),
+    (0, 0, -1, 0, 1, 0, 0),
+    (0, 0, -1, 0, 0, 1, 0),
+    (1, 0, 0, 0, 0, 0, -1),
+)
+_OF_ELEMENTS = (1, 1, 0, 0, 0, 0, 0)
+_OF_IMPLIED = (1, 0, 1, 0, 0, 0, 0)
+
+
+@functools.cache
+def _constants(device: torch.device, own: torch.dtype) -> tuple[Tensor, ...]:
+    """Limits [7, 1], and in float64 the three tables above and two zeros; an int32 one."""
+    wide, kind = (torch.float64, np.float64) if own == torch.float64 else (torch.float32, np.float32)
+    zero = kind(0)
+    smallest = np.nextafter(kind(torch.finfo(own).smallest_normal), zero)
+    limits = [math.inf, torch.finfo(wide).max, 0.0, smallest, 2.0**-25, 2.0**-10, np.nextafter(kind(6), zero)]
+    tables = [torch.tensor(one, dtype=torch.float64) for one in (_OF_COUNTS, _OF_ELEMENTS, _OF_IMPLIED)]
+    made = [torch.tensor([float(x) for x in limits], dtype=wide)[:, None], *tables, torch.zeros(2).double()]
+    return tuple(one.to(device) for one in (*made, torch.ones(1, dtype=torch.int32)))
+
+
+def summarise(
+    x: Tensor, implied: int = 0, *, full: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As ``summary.summarise``; ``x`` has an element at least."""
+    limits, of_counts, of_elements, of_implied, none, one = _constants(x.device, x.dtype)
+    flat = x.reshape(-1)
+    size = flat.abs()
+    sizes = torch.split(size, PART)
+    parts = [_powers(part) for part in torch.split(flat, PART)]
+    counts = _added([(part <= limits).sum(1) for part in sizes])
+    powers = [_added(list(several)) for several in zip(*parts, strict=True)]
+    high = size.amax()
+    fields = torch.addmv(of_elements, of_counts, counts.double(), beta=flat.numel())
+    if implied:
+        fields = fields + implied * of_implied
+    rest = none
+    if full:
+        rest = _over(size, sizes, (powers[1] / (flat.numel() + implied)).sqrt()).double()
+    ends = [part.reshape(1) for part in (*powers, high.double())]
+    row = torch.cat([fields, rest, *ends, none[:1]])
+    if not full:
+        return row, None, None, None
+    size_RC = size.float().reshape(-1, x.shape[-1] if x.dim() else 1)
+    bits_RC = size_RC.view(torch.int32)
+    tail = torch.zeros(TAIL_BINS, dtype=torch.int32, device=x.device)
+    for bits in torch.split(bits_RC.reshape(-1), PART):
+        bins = (bits >> TAIL_SHIFT).sub_(TAIL_FIRST).clamp_(0, TAIL_BINS - 1).long()
+        tail.scatter_add_(0, bins, one.expand(len(bins)))
+    # NaN has the largest bits of all, and is no magnitude.
+    tail[-1:] += (counts[:1] - flat.numel()).int()
+    squares = torch.linalg.vector_norm(size_RC, dim=0).square()
+    return row, bits_RC.amax(0), squares, tail
+
+
+def _powers(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums of x, x^2, x^3, x^4, in float64."""
+    wide = x.double()
+    square = wide * wide
+    return wide.sum(), torch.dot(wide, wide), torch.dot(wide, square), torch.dot(square, square)
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _over(size: Tensor, sizes: tuple[Tensor, ...], rms: Tensor) -> Tensor:
+    """[2] numbers of elements that are 6 RMS at least, and that are massive."""
+    sample = size
+    if (n := size.numel()) > SAMPLE:
+        sample = size[torch.arange(SAMPLE, device=size.device).mul_(n).div_(SAMPLE, rounding_mode="floor")]
+    # Of nothing but zeros none is 6 RMS.
+    limits = [(6 * rms).clamp_min(1e-300)]
+    limits.append((1000 * sample.double().median()).clamp_min(float(np.nextafter(np.float32(100), np.inf))))
+    limits_L1 = torch.stack(limits)[:, None]
+    return _added([(part >= limits_L1).sum(1) for part in sizes])
