@@ -273,6 +273,8 @@ class Evidence:
 
 def _counted_on(values: Values, before: Values) -> Values:
     """A bar that begins again after it was full is the next epoch's; bars that are always full count nothing."""
+    if _OF not in values and _OF not in before and _LAST not in before:
+        return values
     length, step = values.get(_OF), values.get("step")
     if length is None or step is None:
         values |= {
@@ -324,6 +326,7 @@ ANY_TEXT = AnyText(
 # Where nothing at all is called a loss.
 OTHER_TEXT = OtherText(
     name="text",
+    steady=False,
     trigger=re.compile(
         rb"(?i:(?:\b|_)(?:total|ce|cross[-_ ]?entropy|cost|objective|obj|mse|bce|elbo)\b|\bl[=:])"
     ),

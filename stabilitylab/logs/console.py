@@ -22,6 +22,7 @@ from stabilitylab.logs.languages import is_foreign
 from stabilitylab.logs.log import counter_of, is_loss
 from stabilitylab.logs.parts import STEP_ABOVE
 from stabilitylab.logs.pattern import TextFormat, Values, own_formats, pairs, plain_text
+from stabilitylab.logs.plans import Plans, Said
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
@@ -44,7 +45,7 @@ _PREFACE = 4
 # A format is the file's when so many of its lines are records.
 _ENOUGH = 3
 # A trigger that hits so often without a record is another format's word.
-_HITS = 20_000
+_HITS = 4_000
 
 
 def read_console(source: Source, *, pattern: str | None = None) -> Reading | None:
@@ -135,7 +136,8 @@ class ConsolePieces:
     """
 
     def __init__(self, one: TextFormat, reading: Reading) -> None:
-        self._one, self._reading = one, reading
+        self._one, self._reading, self._step = one, reading, ""
+        self._read = Plans(_reader(one)).read if one.steady else _reader(one)
         # rank -> its record before; the start of a record whose further lines may come with the next piece; rank -> its
         # last record as it was given out
         self.state: dict[str, Any] = {"before": {}, "rest": "", "last": {}, "above": {}}
@@ -155,7 +157,9 @@ class ConsolePieces:
         return self._rows(rest.encode("utf-8", "surrogateescape"))
 
     def _rows(self, piece: bytes) -> Iterator[Row]:
-        for rank, values in _records(self._one, piece, self.state["before"], above=self.state["above"]):
+        state = self.state
+        records = _records(self._one, piece, state["before"], above=state["above"], read=self._read)
+        for rank, values in records:
             if values is None:
                 self._reading.left_out["lines of validation, of the start, or without a loss"] += 1
             elif self._is_repeated(rank, values):
@@ -169,8 +173,10 @@ class ConsolePieces:
         self.state["last"][rank] = values
         if last is None or len(last) != len(values):
             return False
-        step = next((name for name in values if counter_of(name) and name != "epoch"), None)
-        return step is not None and last.get(step) == values[step] and repr(last) == repr(values)
+        if self._step not in values:
+            self._step = next((name for name in values if counter_of(name) and name != "epoch"), "")
+        step = self._step
+        return step in values and last.get(step) == values[step] and repr(last) == repr(values)
 
 
 def _unfinished(one: TextFormat, piece: bytes) -> int:
@@ -196,9 +202,12 @@ def _records(
     *,
     hits: int | None = None,
     above: dict[str, Any] | None = None,
+    read: Callable[[str], Said] | None = None,
 ) -> Iterator[tuple[str, Values | None]]:
     """Records of the lines of ``chunk``; None in place of one that the format leaves out. After so many ``hits`` of the
-    trigger it is left. ``above``: what the lines between records have counted."""
+    trigger it is left. ``above``: what the lines between records have counted. ``read``: what reads a line, where it is
+    not the format itself."""
+    read = read or _reader(one)
     if b"\b" in chunk:  # Keras goes back over its bar with backspaces
         chunk = _BACK.sub(b"\n", chunk)
     if one.prepare is not None:
@@ -206,19 +215,27 @@ def _records(
     at = count = looked = 0
     above = {} if above is None else above
     next_hit = _hits(one, chunk)
+    returns = b"\r" in chunk
     while (count := count + 1) != hits and (hit := next_hit(at)) >= 0:
         # Back to where the line begins, and no further than the last record: every byte is looked at once.
-        start = max(chunk.rfind(end, at, hit) + 1 for end in (b"\n", b"\r")) or at
-        ending = _LINE_END.search(chunk, hit)
-        end = ending.start() if ending else len(chunk)
-        if one.words and not one.trigger.search(chunk, start, end):
+        start = chunk.rfind(b"\n", at, hit) + 1
+        if returns:
+            start = max(start, chunk.rfind(b"\r", at, hit) + 1)
+            ending = _LINE_END.search(chunk, hit)
+            end = ending.start() if ending else len(chunk)
+        else:
+            end = chunk.find(b"\n", hit)
+            end = end if end >= 0 else len(chunk)
+        start = start or at
+        if one.words and not one.trigger.match(chunk, hit, end) and not one.trigger.search(chunk, start, end):
             at = end + 1
             continue
         at = end + 1
         line = plain_text(chunk[start:end])
-        values = one.read(line)
+        values, part = read(line)
         if one.above is not None:
-            _look_above(one.above, chunk, max(looked, start - _ABOVE), start, above)
+            if start - looked > 1:
+                _look_above(one.above, chunk, max(looked, start - _ABOVE), start, above)
             looked = end
         if values is None:
             continue
@@ -226,8 +243,6 @@ def _records(
             _from_above(values, above)
         if one.follow:
             at = _follow(chunk, at, values)
-        rank = _RANK.search(line) if _RANK_WORD.search(line) else None
-        part = (f"process {rank[3]}" if rank[3] else f"rank {rank[1] or rank[2]}") if rank else ""
         if not values:  # a line of validation
             yield part, None
             continue
@@ -238,6 +253,18 @@ def _records(
         yield part, values
     if one.above is not None:  # what stands below the last record is above the next piece's first
         _look_above(one.above, chunk, max(looked, len(chunk) - _ABOVE), len(chunk), above)
+
+
+def _reader(one: TextFormat) -> Callable[[str], Said]:
+    """Reads a line, and which rank has printed it."""
+
+    def read(line: str) -> Said:
+        values = one.read(line)
+        if values is None or not _RANK_WORD.search(line) or (rank := _RANK.search(line)) is None:
+            return values, ""
+        return values, f"process {rank[3]}" if rank[3] else f"rank {rank[1] or rank[2]}"
+
+    return read
 
 
 def _look_above(seek: re.Pattern[bytes], chunk: bytes, start: int, end: int, above: dict[str, Any]) -> None:
@@ -252,13 +279,19 @@ def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:
         search = one.trigger.search
         return lambda at: found.start() if (found := search(chunk, at)) else -1
     small = chunk.lower()
-    places = dict.fromkeys(one.words, 0)
+    places = {word: place for word in one.words if (place := small.find(word)) >= 0}
 
     def after(at: int) -> int:
-        for word, place in places.items():
-            if 0 <= place < at or not at:
-                places[word] = small.find(word, at)
-        return min((place for place in places.values() if place >= 0), default=-1)
+        nearest = -1
+        for word, place in list(places.items()):
+            if place < at:
+                place = places[word] = small.find(word, at)
+                if place < 0:
+                    del places[word]
+                    continue
+            if nearest < 0 or place < nearest:
+                nearest = place
+        return nearest
 
     return after
 
@@ -267,6 +300,8 @@ def _from_above(values: Values, above: dict[str, Any]) -> None:
     """An epoch goes on until the next is announced; a step is that of the losses below it, of each name the first."""
     if "epoch" in above and "epoch" not in values:
         values["epoch"] = above["epoch"]
+    if all(name in ("epoch", _TOLD) for name in above):
+        return
     losses = [name for name in values if is_loss(name)]
     told = above.setdefault(_TOLD, [])
     for name in [name for name in above if name not in ("epoch", _TOLD)]:

@@ -72,7 +72,7 @@ class JsonTableLog(Log):
         held: list[Columns] | None = []
         try:
             for columns in _tables(source, names, left_out):
-                _survey(part, columns)
+                part.add_columns(columns)
                 if held is not None:
                     held.append(columns)
                     held = held if part.rows * len(names) <= MOST_KEPT else None
@@ -166,28 +166,6 @@ def _is_json(line: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _survey(part: Part, columns: Columns) -> None:
-    """What ``Part.add`` learns of rows one by one."""
-    rows = 0
-    for name, (values_N, logged_N) in columns.items():
-        rows = len(values_N)
-        there_N = values_N[logged_N]
-        part.nulls[name] += rows - len(there_N)
-        if not len(there_N):
-            continue
-        part.counts[name] += len(there_N)
-        if not bool(((there_N == np.round(there_N)) & ~np.isnan(there_N)).all()):
-            part.fractions.add(name)
-        first = float(there_N[0])
-        rises_N = np.diff(there_N) if name not in part.last else np.diff(there_N, prepend=part.last[name])
-        part.backward[name] += int((rises_N < 0).sum())
-        part.repeated[name] += int((rises_N == 0).sum())
-        part.first.setdefault(name, first)
-        part.last[name] = float(there_N[-1])
-        part.last_row[name] = part.rows + int(np.flatnonzero(logged_N)[-1])
-    part.rows += rows
 
 
 def _check_steps(blocks: Iterator[Block]) -> None:

@@ -368,6 +368,7 @@ def is_evaluation(name: str) -> bool:
     return EVALUATION.search(re.sub(r"[^0-9a-z]+", "_", _english(name).lower())) is not None
 
 
+@lru_cache(4096)
 def is_loss(name: str) -> bool:
     """Whether a name is one of a loss, of training or of anything else."""
     return "loss" in _english(name).lower() or _tail(name) in _OTHER_LOSSES
@@ -378,6 +379,7 @@ def _english(name: str) -> str:
     return name if name.isascii() else in_english(name)
 
 
+@lru_cache(4096)
 def counter_of(name: str) -> bool:
     """Whether a name is one that counts steps, or epochs."""
     return _plain(name) in _COUNTERS

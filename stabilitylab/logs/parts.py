@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.log import STEP, choose_columns, counter_of, is_evaluation
@@ -26,6 +29,7 @@ _CLOCK = re.compile(
 )
 
 
+_FEW = 32  # rows that are not worth columns
 _INFINITE = (math.inf, -math.inf)
 
 
@@ -67,6 +71,48 @@ class Part:
             loss is not None and norm is not None and math.isfinite(loss) and not math.isfinite(norm)
         )
         self.rows += 1
+
+    def add_all(self, rows: Sequence[Mapping[str, float | None]]) -> None:
+        """``add`` for each: column by column where they hold the same names, which takes a fraction of the time."""
+        names = rows[0].keys() if rows else ()
+        if len(rows) < _FEW or any(row.keys() != names for row in rows):
+            for row in rows:
+                self.add(row)
+            return
+        columns = {}
+        for name in names:
+            column = [row[name] for row in rows]
+            logged_N = (
+                np.array([x is not None for x in column]) if None in column else np.ones(len(rows), bool)
+            )
+            columns[name] = np.array(column, dtype=np.float64), logged_N
+        if "loss" in columns and "grad_norm" in columns:
+            finite_N, norm_N = np.isfinite(columns["loss"][0]), ~np.isfinite(columns["grad_norm"][0])
+            self.filtered += int((finite_N & norm_N & columns["grad_norm"][1]).sum())
+        self.add_columns(columns)
+
+    def add_columns(self, columns: Mapping[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]) -> None:
+        """The same of rows as columns: values, and whether they are there."""
+        rows = 0
+        for name, (values_N, logged_N) in columns.items():
+            rows = len(values_N)
+            there_N = values_N[logged_N]
+            if rows > len(there_N):
+                self.nulls[name] += rows - len(there_N)
+            if not len(there_N):
+                continue
+            self.counts[name] += len(there_N)
+            if name not in self.fractions and not bool((there_N == np.round(there_N)).all()):
+                self.fractions.add(name)
+            rises_N = np.diff(there_N) if name not in self.last else np.diff(there_N, prepend=self.last[name])
+            if back := int((rises_N < 0).sum()):
+                self.backward[name] += back
+            if same := int((rises_N == 0).sum()):
+                self.repeated[name] += same
+            self.first.setdefault(name, float(there_N[0]))
+            self.last[name] = float(there_N[-1])
+            self.last_row[name] = self.rows + int(np.flatnonzero(logged_N)[-1])
+        self.rows += rows
 
 
 def columns_of(

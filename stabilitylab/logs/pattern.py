@@ -77,6 +77,7 @@ class TextFormat:
         words: in small letters; every line in which the trigger matches holds one. They are found some twenty times faster
             than a trigger that does not begin with a word; none: the trigger is searched for.
         prepare: what a piece of text goes through first.
+        steady: what is read of a line does not depend on how large its numbers are (``plans``).
         loose: other trainers print such lines too; where more stands in them, they are read as any trainer's.
     """
 
@@ -93,6 +94,7 @@ class TextFormat:
     words: tuple[bytes, ...] = ()
     prepare: Callable[[bytes], bytes] | None = None
     loose: bool = False
+    steady: bool = True
 
     def read(self, line: str) -> Values | None:
         """The numbers of one line, none of one of validation; None: it is no record."""

@@ -29,6 +29,7 @@ from stabilitylab.logs.reading import Reading, Row
 from stabilitylab.telemetry import LOSS
 
 KEPT = 200_000
+_PILE = 4096  # rows that are looked at together
 MOST_BAD = 0.1  # A larger share of lines that cannot be read is not damage but another format.
 _UNORDERED_SHARE = 0.25
 
@@ -158,14 +159,20 @@ def logs_of(reading: Reading, path: Path, *, loss: str | None, step: str | None)
     """
     parts: dict[str, Part] = {}
     kept: list[Row] | None = []
+    waiting: dict[str, list[Mapping[str, float | None]]] = {}
     for row in reading.rows():
-        if (part := parts.get(row[0])) is None:
-            part = parts[row[0]] = Part()
-        part.add(row[1])
+        if (pile := waiting.get(row[0])) is None:
+            parts[row[0]], pile = Part(), waiting.setdefault(row[0], [])
+        pile.append(row[1])
+        if len(pile) == _PILE:
+            parts[row[0]].add_all(pile)
+            pile.clear()
         if kept is not None:
             kept.append(row)
             if len(kept) > KEPT:
                 kept = None
+    for name, pile in waiting.items():
+        parts[name].add_all(pile)
     rows = sum(part.rows for part in parts.values())
     bad = sum(count for reason, count in reading.left_out.items() if reason.startswith("damaged"))
     if bad > MOST_BAD * (rows + bad):

@@ -50,8 +50,9 @@ def table_in(source: Source) -> Table | None:
     while at >= 0:
         start, end = small.rfind(b"\n", 0, at) + 1, small.find(b"\n", at)
         end = len(chunk) if end < 0 else end
-        header = _joined(_plain(chunk[start:end]), chunk, end)
-        if _is_header(header):
+        line = chunk[start:end]
+        sentence = b":" in line or b"=" in line  # no header; most lines of a log are such
+        if not sentence and _is_header(header := _joined(_plain(line), chunk, end)):
             rows = _rows(header, chunk, end)
             if rows >= _ROWS and (best is None or rows > best.rows):
                 best = Table(start, rows)
