@@ -123,9 +123,9 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
     for path, scheme in plan.schemes.items():
         twin = quantized(path, layers[path], scheme)
         if isinstance(twin, QuantizedLinear):
-            held, group = _integers(path, twin)
+            held, group = _integers(path, twin, scheme.name)
         elif isinstance(twin, FormatLinear):
-            held, group = _floats(path, twin)
+            held, group = _floats(path, twin, scheme.name)
         else:
             raise no_form(path, scheme.name, NAME, twin)
         tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in held.items()}
@@ -135,11 +135,11 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
     return tensors | unquantized_tensors(model.module, plan.schemes), list(groups.values())
 
 
-def _integers(path: str, twin: QuantizedLinear) -> tuple[dict[str, Tensor], _Group]:
+def _integers(path: str, twin: QuantizedLinear, called: str) -> tuple[dict[str, Tensor], _Group]:
     scheme: Scheme = twin.scheme
     stored = twin.stored
     if twin.smooth is not None or scheme.threshold is not None:
-        raise no_form(path, scheme.name, NAME, twin)
+        raise no_form(path, called, NAME, twin)
     if scheme.activations is not None:
         if scheme.activations == "tensor" and scheme.share != "tensor":
             strategy, activations = "channel", {**_TOKEN, "strategy": "tensor"}
@@ -173,7 +173,7 @@ def _integers(path: str, twin: QuantizedLinear) -> tuple[dict[str, Tensor], _Gro
     return held, _Group(format="pack-quantized", weights=weights)
 
 
-def _floats(path: str, twin: FormatLinear) -> tuple[dict[str, Tensor], _Group]:
+def _floats(path: str, twin: FormatLinear, called: str) -> tuple[dict[str, Tensor], _Group]:
     scheme: FormatScheme = twin.scheme
     known = _FLOATS.get(scheme.weights)
     stored = twin.stored
@@ -183,7 +183,7 @@ def _floats(path: str, twin: FormatLinear) -> tuple[dict[str, Tensor], _Group]:
         or stored.scales is None
         or scheme.activations not in (None, known[2])
     ):
-        raise no_form(path, scheme.name, NAME, twin)
+        raise no_form(path, called, NAME, twin)
     format, weights, _, activations = known
     scales = stored.scales
     if scales.dtype == torch.float8_e8m0fnu:
@@ -192,7 +192,7 @@ def _floats(path: str, twin: FormatLinear) -> tuple[dict[str, Tensor], _Group]:
         scales = scales.reshape(1)
     if stored.format.element.bits == 4:
         if twin.in_features % 2:
-            raise no_form(path, scheme.name, NAME, twin)
+            raise no_form(path, called, NAME, twin)
         held = {"weight_packed": pack_4bit(stored.codes), "weight_scale": scales}
         if stored.tensor_scale is not None:
             held["weight_global_scale"] = (1.0 / stored.tensor_scale).reshape(1)

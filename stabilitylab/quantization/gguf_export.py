@@ -178,7 +178,7 @@ def _write_tensors(
             if path in matrices
             else quantized(path, layers[path], scheme)
         )
-        kind, data = blocks_of(path, twin)
+        kind, data = blocks_of(path, twin, scheme.name)
         add(f"{path}.weight", data, kind)
         if twin.bias is not None:
             add(f"{path}.bias", twin.bias.float().numpy(), "F32")
@@ -193,17 +193,17 @@ def _write_tensors(
     return written
 
 
-def blocks_of(path: str, twin: Any) -> tuple[str, Bytes]:
-    """GGUF's type of a quantized layer's weight, and its bytes, [N, bytes of a row].
+def blocks_of(path: str, twin: Any, scheme: str) -> tuple[str, Bytes]:
+    """GGUF's type of a quantized layer's weight, and its bytes, [N, bytes of a row]. ``scheme`` is what the plan calls it.
 
     Raises:
         InputError: there is no type that holds these numbers.
     """
     if NAME not in holders(twin):
-        raise no_form(path, twin.scheme.name if hasattr(twin, "scheme") else type(twin).__name__, NAME, twin)
+        raise no_form(path, scheme, NAME, twin)
     if twin.in_features % BLOCK:
         why = f"{twin.in_features} columns are not whole blocks of {BLOCK}"
-        raise no_form(path, twin.scheme.name, NAME, twin, why)
+        raise no_form(path, scheme, NAME, twin, why)
     if isinstance(twin, FormatLinear):
         stored = twin.stored
         assert stored.scales is not None
@@ -218,9 +218,7 @@ def blocks_of(path: str, twin: Any) -> tuple[str, Bytes]:
     half = scales.half()
     if not torch.equal(half.float(), scales):
         worst = scales[half.float() != scales].abs()
-        raise no_form(
-            path, twin.scheme.name, NAME, twin, f"a scale of {float(worst[0]):.2g} does not fit its fp16"
-        )
+        raise no_form(path, scheme, NAME, twin, f"a scale of {float(worst[0]):.2g} does not fit its fp16")
     codes = weight.codes()
     d = half.contiguous().numpy().view(np.uint8).reshape(twin.out_features, groups, 2)
     if weight.bits == 8:

@@ -1,11 +1,10 @@
 """Keys and values of past tokens in few bits: what that costs in loss, and what it takes at a context length.
 
-    name               keys                                     values                                  source fp8-e4m3
-    as they are, to E4M3                     the same                                vLLM's kv_cache_dtype fp8 int8-token
-    symmetric, a scale a token and head      the same                                LLM.int8()'s vector-wise, of the cache
-    int4-token         zero points, 32 channels of a token      the same                                FlexGen (2303.06865),
-    groups of 32 int8-, int4-,      zero points, 32 tokens of a channel      zero points, 32 channels of a token     KIVI
-    (2402.02750) int2-kivi
+    name                    keys                                   values                                 source
+    fp8-e4m3                as they are, to E4M3                   the same                               vLLM's kv_cache_dtype fp8
+    int8-token              symmetric, a scale a token and head    the same                               LLM.int8()'s vector-wise
+    int4-token              zero points, 32 channels of a token    the same                               FlexGen (2303.06865)
+    int8-, int4-, int2-kivi zero points, 32 tokens of a channel    zero points, 32 channels of a token    KIVI (2402.02750)
 
     code = round((x - low) / s),   s = (high - low) / (2^b - 1),   x^ = low + s code;     symmetric: s = max|x| / (2^(b-1) - 1)
 
@@ -20,7 +19,7 @@ Shapes: B rows, H heads of keys and values, T tokens, D channels of a head.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -106,10 +105,14 @@ class CacheCost:
     Attributes:
         loss: increase in nats per target.
         bytes: of all layers' keys and values at the context asked for.
+        error: standard error of ``loss`` over windows; None where there is one alone.
+        windows: how many.
     """
 
     loss: float
     bytes: int
+    error: float | None = None
+    windows: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,27 +157,37 @@ def cache_plan(
         "context": budget.context,
         "bytes_16": whole,
         "share": budget.share,
-        "formats": {name: {"loss": cost.loss, "bytes": cost.bytes} for name, cost in found.items()},
+        "formats": {name: asdict(cost) for name, cost in found.items()},
         "chosen": chosen,
         "loss": None if told is None else told.loss,
+        "error": None if told is None else told.error,
     }
 
 
 def cache_lines(cache: Mapping[str, Any]) -> list[str]:
     """The same for a terminal."""
     whole = cache["bytes_16"]
-    lines = [f"keys and values of {cache['context']:,} tokens: {whole / 1e6:,.1f} MB in 16 bits"]
+    several = any(cost.get("error") is not None for cost in cache["formats"].values())
+    lines = [
+        f"keys and values of {cache['context']:,} tokens: {whole / 1e6:,.1f} MB in 16 bits"
+        + ("; in brackets the loss's standard error over windows" if several else "")
+    ]
     lines += [
-        f"  {name}: {cost['bytes'] / 1e6:,.1f} MB, {cost['bytes'] / whole:.3f}, {cost['loss']:+.4f} nats"
+        f"  {name}: {cost['bytes'] / 1e6:,.1f} MB, {cost['bytes'] / whole:.3f}, {cost['loss']:+.4f}{_spread(cost)} nats"
         for name, cost in sorted(cache["formats"].items(), key=lambda item: -item[1]["bytes"])
     ]
     if cache["chosen"] is not None:
         lines.append(
-            f"  within {cache['share']:g}: {cache['chosen']}, {cache['loss']:+.4f} nats on the third text"
+            f"  within {cache['share']:g}: {cache['chosen']}, {cache['loss']:+.4f}{_spread(cache)} nats on the third text"
         )
     elif cache["share"] is not None:
         lines.append(f"  within {cache['share']:g}: no format fits")
     return lines
+
+
+def _spread(cost: Mapping[str, Any]) -> str:
+    """A standard error in brackets, where one was told."""
+    return "" if cost.get("error") is None else f" ({cost['error']:.4f})"
 
 
 def affine(x: Tensor, bits: int) -> Tensor:
@@ -219,26 +232,46 @@ def measure_cache_formats(
         InputError: the model has no cache of keys and values of past tokens.
     """
     require_cache(model)
-    layers, own = 0, 0.0
-    heads = channels = 0
+    layers = heads = channels = 0
+    own: list[float] = []
     found: dict[str, CacheCost] = {}
     for one in (None, *formats):
-        total, count, shapes = 0.0, 0, []
+        losses, counts, shapes = [], [], []
         for window in windows:
             logits, cache = _read(model, window, one)
             assert window.targets_BT is not None
             loss, targets = loss_of(logits, window.targets_BT)
-            total, count = total + loss, count + targets
+            losses.append(loss)
+            counts.append(targets)
             shapes = [layer.keys.shape for layer in cache.layers]
-        mean = total / max(count, 1)
         layers = len(shapes)
         heads, channels = shapes[0][1], shapes[0][3]
         if one is None:
-            own = mean
+            own = losses
             continue
         size = sum(one.nbytes(context, shape[1], shape[3]) for shape in shapes)
-        found[one.name] = CacheCost(loss=mean - own, bytes=size)
+        mean, error = mean_over_windows([a - b for a, b in zip(losses, own, strict=True)], counts)
+        found[one.name] = CacheCost(loss=mean, bytes=size, error=error, windows=len(counts))
     return 2 * 2 * layers * context * heads * channels, found
+
+
+def mean_over_windows(increases: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+    """Mean increase a target, and its standard error with windows as what is drawn.
+
+    A ratio of sums, m = sum d / sum n: se^2 = k / (k - 1) sum (d_i - m n_i)^2 / (sum n)^2 for k windows (Cochran, Sampling
+    Techniques, 1977, section 6.3).
+
+    Args:
+        increases: sums over a window's targets.
+        counts: its targets.
+    """
+    whole = max(1, sum(counts))
+    mean = sum(increases) / whole
+    windows = len(counts)
+    if windows < 2:
+        return mean, None
+    square = sum((d - mean * n) ** 2 for d, n in zip(increases, counts, strict=True))
+    return mean, (windows / (windows - 1) * square) ** 0.5 / whole
 
 
 def cheapest_harm(costs: dict[str, CacheCost], limit: float) -> str | None:

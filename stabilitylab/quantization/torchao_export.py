@@ -70,7 +70,7 @@ def save_torchao(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
         state: dict[str, Tensor] = {name: tensor.to(dtype) for name, tensor in others.items()}
         for path, scheme in plan.schemes.items():
             twin = quantized(path, layers[path], scheme)
-            state[f"{path}.weight"] = tensor_of(path, twin, dtype)
+            state[f"{path}.weight"] = tensor_of(path, twin, dtype, scheme.name)
             if twin.bias is not None:
                 state[f"{path}.bias"] = twin.bias.to(dtype)
         tensors, metadata = flatten_tensor_state_dict(state)
@@ -89,8 +89,8 @@ def save_torchao(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
     return size
 
 
-def tensor_of(path: str, twin: Any, dtype: torch.dtype) -> Tensor:
-    """torchao's tensor of a quantized layer's weight [N, K], which computes in ``dtype``.
+def tensor_of(path: str, twin: Any, dtype: torch.dtype, called: str) -> Tensor:
+    """torchao's tensor of a quantized layer's weight [N, K], which computes in ``dtype``; ``called`` is its scheme in the plan.
 
     Raises:
         InputError: there is none.
@@ -100,7 +100,7 @@ def tensor_of(path: str, twin: Any, dtype: torch.dtype) -> Tensor:
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
     if NAME not in holders(twin):
-        raise no_form(path, twin.scheme.name if hasattr(twin, "scheme") else type(twin).__name__, NAME, twin)
+        raise no_form(path, called, NAME, twin)
     rows, columns = twin.out_features, twin.in_features
     made: Tensor
     if isinstance(twin, FormatLinear):
@@ -108,7 +108,7 @@ def tensor_of(path: str, twin: Any, dtype: torch.dtype) -> Tensor:
         assert stored.scales is not None
         if twin.scheme.weights == "nvfp4":
             if columns % 16:
-                raise no_form(path, "nvfp4", NAME, twin, f"{columns} columns are not whole blocks of 16")
+                raise no_form(path, called, NAME, twin, f"{columns} columns are not whole blocks of 16")
             made = NVFP4Tensor(
                 pack_4bit(stored.codes), stored.scales, 16, dtype, per_tensor_scale=stored.tensor_scale
             )
@@ -125,9 +125,7 @@ def tensor_of(path: str, twin: Any, dtype: torch.dtype) -> Tensor:
         made = Int8Tensor(signed, scales, [1, columns], dtype, act_quant_kwargs=by_token)
         return made
     if columns % weight.group:
-        raise no_form(
-            path, scheme.name, NAME, twin, f"groups of {weight.group} do not fill {columns} columns"
-        )
+        raise no_form(path, called, NAME, twin, f"groups of {weight.group} do not fill {columns} columns")
     zeros = torch.zeros_like(scales, dtype=torch.int8)
     if weight.zeros is not None:
         zeros = (weight.zeros.to(torch.int16) - 2 ** (weight.bits - 1)).to(torch.int8)

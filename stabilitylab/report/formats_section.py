@@ -28,7 +28,6 @@ def formats_section(run: Run) -> Section | None:
                     "format",
                     "error now",
                     "limit",
-                    "most likely step",
                     "leaves within (90 %)",
                 ],
                 rows=[_row(one) for one in leaving],
@@ -57,7 +56,7 @@ def _tone(found: Forecast, name: str) -> str:
 
 def _row(one: LayerForecast) -> list[str]:
     interval = f"{_step(one.earliest)} to {_step(one.latest)}"
-    return [one.site, one.format, f"{one.error:.3g}", f"{one.limit:.3g}", _step(one.likely), interval]
+    return [one.site, one.format, f"{one.error:.3g}", f"{one.limit:.3g}", interval]
 
 
 def _step(value: float) -> str:

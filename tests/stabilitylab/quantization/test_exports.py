@@ -222,3 +222,11 @@ def test_what_torchao_cannot_hold_is_refused(llama_folder, tmp_path, name):
     plan = plan_of(model, tmp_path, [name])
     with pytest.raises(InputError, match="no exact form in torchao"):
         save_torchao(model, plan, tmp_path / "out")
+
+
+def test_a_refusal_calls_the_scheme_what_the_plan_calls_it(llama_folder, tmp_path):
+    pytest.importorskip("gguf")
+    model = open_text_model(llama_folder)
+    plan = plan_for(model, tmp_path, "int4-g32-asym-gptqo")
+    with pytest.raises(InputError, match=r"int4-g32-asym-gptqo has no exact form in gguf"):
+        save_gguf(model, plan, tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from stabilitylab.quantization.kv_cache import (
     CacheFormat,
     affine,
     cheapest_harm,
+    mean_over_windows,
     measure_cache_formats,
     symmetric,
 )
@@ -162,3 +164,15 @@ def test_a_budget_takes_the_least_loss():
 def test_models_without_a_cache_are_told(bert_folder):
     with pytest.raises(InputError, match="leave out --kv-context"):
         measure_cache_formats(open_text_model(bert_folder), [], [], 10)
+
+
+def test_the_spread_over_windows_is_a_ratios():
+    """Equal windows: the standard deviation of their means over the root of their number."""
+    increases, counts = [3.0, -1.0, 4.0, 2.0], [10, 10, 10, 10]
+    mean, error = mean_over_windows(increases, counts)
+    means = [d / n for d, n in zip(increases, counts, strict=True)]
+    assert mean == pytest.approx(statistics.mean(means))
+    assert error == pytest.approx(statistics.stdev(means) / 2)
+    assert mean_over_windows([3.0], [10]) == (0.3, None)
+    # A short last window weighs little.
+    assert mean_over_windows([*increases, 50.0], [*counts, 1])[0] == pytest.approx(58 / 41)
