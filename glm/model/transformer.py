@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from glm.errors import InputError
 from glm.model.block import Block
@@ -21,6 +20,7 @@ from glm.model.experts import penalties
 from glm.model.initialise import initialise_block, initialise_embedding
 from glm.model.layers import Linear
 from glm.model.norms import AnyNorm, make_norm
+from glm.model.passes import recomputed
 from glm.model.positions import Rotation, alibi, is_causal, rotation, score_bias, visible
 from glm.model.scaling import width_ratio
 from glm.model.vocabulary_loss import logits, vocabulary_losses
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
             bias_BHTS, turned = self.surroundings(positions, visible_B1TS, x_BTC.dtype, cache)
         for number, layer in enumerate(self.layers):
             if self.config.recompute and self.training and torch.is_grad_enabled():
-                x_BTC = checkpoint(layer, x_BTC, bias_BHTS, turned, None, keys_B, use_reentrant=False)
+                x_BTC = recomputed(layer, x_BTC, bias_BHTS, turned, None, keys_B)
             else:
                 past = None if cache is None else cache.layers[number]
                 x_BTC = layer(x_BTC, bias_BHTS, turned, past, keys_B)

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from glm.model.config import ModelConfig
 from glm.model.experts import penalties
+from glm.model.passes import recomputed
 from glm.model.positions import visible
 from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import vocabulary_losses
@@ -138,8 +138,7 @@ def _layer(feed: Feed, number: int) -> Callable[[Tensor], Tensor]:
         layer = feed.model.layers[number]
         given = x_BTC, feed.bias_BHTS, feed.turned, None, feed.keys_B
         if feed.model.config.recompute:
-            again: Tensor = checkpoint(layer, *given, use_reentrant=False)
-            return again
+            return recomputed(layer, *given)
         out: Tensor = layer(*given)
         return out
 

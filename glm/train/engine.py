@@ -13,7 +13,8 @@ Dropout masks are a function of (seed, step, row): resuming or replaying a step 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +29,7 @@ from glm.errors import InputError
 from glm.model.dropout import row_keys
 from glm.model.experts import expert_loads
 from glm.model.following import follow_all, has_followers
+from glm.model.passes import unnoted
 from glm.model.scaling import rate_factors
 from glm.model.transformer import Transformer
 from glm.precision import LossScaler, Policy
@@ -116,6 +118,9 @@ class Engine(Protocol):
     def levers(self) -> Mapping[str, float]:
         """What guards and the like did in the last update, and the means of auxiliary terms of the loss, by telemetry name."""
 
+    def on_trial(self) -> AbstractContextManager[None]:
+        """Passes made meanwhile leave nothing behind that an update goes by, but gradients."""
+
     def discard(self) -> None:
         """Forget the accumulated gradient without an update."""
 
@@ -182,6 +187,15 @@ class Updates:
     def levers(self) -> Mapping[str, float]:
         guarded = {name: float(value) for name, value in self.optimizer.guards.told.items()}
         return {**guarded, **self.auxiliary}
+
+    @contextmanager
+    def on_trial(self) -> Iterator[None]:
+        before = self.optimizer.loss, self.auxiliary
+        try:
+            with unnoted(self.model):
+                yield
+        finally:
+            self.optimizer.loss, self.auxiliary = before
 
     def discard(self) -> None:
         self.optimizer.zero_grad()

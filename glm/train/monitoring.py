@@ -126,7 +126,8 @@ class MonitorCallback(Callback):
                 # The step's own batch: samples are counted on after the update.
                 rows = trainer.config.batch.rows_at(trainer.samples)
                 batch = trainer.loader.samples(range(trainer.samples, trainer.samples + rows))
-                trainer.engine.forward_backward(batch, trainer.step, trainer.engine.whole(batch, rows))
+                with trainer.engine.on_trial():
+                    trainer.engine.forward_backward(batch, trainer.step, trainer.engine.whole(batch, rows))
 
             probes.append(CurvatureProbe(backward))
         return probes

@@ -216,6 +216,31 @@ def test_the_loss_has_the_penalty_per_target_and_recomputation_changes_nothing()
         torch.testing.assert_close(gradient, gradients[True][name], **EXACT)
 
 
+@pytest.mark.parametrize("capacity", [0.0, 0.6])
+def test_a_recomputed_layer_notes_once(capacity):
+    """Loads, what was dropped, the penalty and with them biases, telemetry and weights are those of a layer that is not."""
+    left, told = {}, {}
+    for recompute in (False, True):
+        model = dataclasses.replace(
+            config_of(active=2, bias_rate=0.01, balance=0.5, capacity=capacity), recompute=recompute
+        )
+        engine = LocalEngine(TrainConfig(model=model, batch=BatchConfig(rows=2, micro_rows=1)))
+        for step in range(3):
+            engine.forward_backward(batch(step), step)
+            layers = [m for m in engine.model.modules() if isinstance(m, Experts)]
+            assert all(int(m.load_E.sum()) == 2 * 16 * 2 for m in layers)
+            left[recompute, step] = [(m.load_E, m.dropped, m.penalty.detach()) for m in layers]
+            engine.gradients()
+            engine.update(0.05, clip=1.0)
+            told[recompute, step] = {name: float(value) for name, value in engine.levers().items()}
+        left[recompute, 3] = [tuple(engine.tensors()[0].values())]
+    for step in range(4):
+        for ours, theirs in zip(left[True, step], left[False, step], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert told.get((True, step)) == told.get((False, step))
+    assert (told[True, 0]["experts/layers.0.feed_forward/dropped"] > 0) == (capacity > 0)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_experts_train_and_go_on_to_the_bit(kind, precision):

@@ -11,13 +11,14 @@ import torch
 from glm.data.loader import Loader
 from glm.data.shards import open_data
 from glm.errors import InputError
-from glm.model.config import ModelConfig
+from glm.model.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, ModelConfig
 from glm.train import events
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig, differences, from_json
 from glm.train.engine import LocalEngine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
 from glm.train.monitoring import MonitorCallback
+from glm.train.update_rules.config import GuardConfig, OptimizerConfig
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
 
@@ -172,6 +173,47 @@ def test_a_batch_ramp_grows_by_micro_batches():
 def test_batches_that_do_not_divide_are_refused(wrong):
     with pytest.raises(InputError, match=r"batch\."):
         BatchConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"feed_forward": FeedForwardConfig(experts=ExpertsConfig(count=4, bias_rate=0.01))},
+        {"attention": AttentionConfig(qk_clip=0.05)},
+        {"z_loss": 0.1},
+    ],
+    ids=["experts", "qk-clip", "skip-step"],
+)
+def test_the_pass_that_measures_curvature_leaves_nothing_that_an_update_goes_by(data, model):
+    """Loads, largest scores, the loss that a guard remembers and that is told."""
+    ends = []
+    for every in (0, 1):
+        watching = MonitorConfig(every=0, gradients_every=0, curvature_every=every, tensorboard=False)
+        config = dataclasses.replace(
+            TINY,
+            precision="fp32",
+            steps=4,
+            monitor=watching,
+            model=dataclasses.replace(TINY.model, **model),
+            optimizer=OptimizerConfig(guard=GuardConfig(skip_step=3.0)),
+        )
+        record = Levers()
+        trained = trainer(config, data, callbacks=[MonitorCallback(None, watching), record])
+        trained.train()
+        ends.append((weights(trained), trained.engine.state_dict(), record.told))
+    assert identical(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]
+
+
+class Levers(Callback):
+    """What the levers told of every step."""
+
+    def __init__(self):
+        self.told = []
+
+    def step_end(self, info):
+        self.told.append({name: float(value) for name, value in info.levers.items()})
+        return ()
 
 
 def test_weights_and_curvature_are_measured_and_change_nothing(data_folder, tmp_path):
