@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks log_reading [FOLDER OF ANOTHER BUILD]
 
-One million rows of CSV and Parquet; consoles of a million lines of which one in a thousand is a record, and of 100,000 that all
-are. Each reading is a process of its own: processor time (user and system) of reading alone, imports left out, and how far its
+One million rows of CSV and Parquet; consoles of a million lines of which one in a thousand is a record, and of 200,000 that all
+are (nanoGPT's, Megatron-LM's, and of no known trainer). Each reading is a process of its own: processor time (user and system) of reading alone, imports left out, and how far its
 resident memory rose above what it was before (Linux). Medians of five; readers take turns.
 """
 
@@ -23,7 +23,7 @@ import pandas as pd
 from stabilitylab.errors import InputError
 
 ROWS = 1_000_000
-RECORDS = 100_000
+RECORDS = 200_000
 REPEATS = 5
 
 _MEASURE = """
@@ -91,11 +91,27 @@ def write_inputs(folder: Path) -> dict[str, tuple[Path, int]]:
     with dense.open("w") as file:
         for k in range(RECORDS):
             file.write(f"iter {k}: loss {2 + k % 7 / 10:.4f}, time 210.11ms, mfu 30.20%\n")
+    megatron, unknown = folder / "megatron.txt", folder / "unknown.txt"
+    with megatron.open("w") as file:
+        for k in range(RECORDS):
+            file.write(
+                f" [2026-11-29 10:00:00] iteration {k:8d}/  500000 | consumed samples: {k * 256:12d} | elapsed time per iteration (ms): "
+                f"512.1 | learning rate: 1.500000E-04 | global batch size:   256 | lm loss: {2 + k % 7 / 10:.6E} | loss scale: 1.0 | "
+                f"grad norm: {1 + k % 5 / 10:.3f} | number of skipped iterations:   0 | number of nan iterations:   0 |\n"
+            )
+    with unknown.open("w") as file:
+        for k in range(RECORDS):
+            file.write(
+                f"2026-11-29 10:00:00,123 - INFO - [step {k}/500000] train loss: {2 + k % 7 / 10:.4f} | lr: 1.50e-04 | "
+                f"grad_norm: {1 + k % 5 / 10:.3f} | tok/s: 12345\n"
+            )
     return {
         "CSV": (csv, ROWS),
         "Parquet": (parquet, ROWS),
         "console, one line in a thousand": (sparse, ROWS),
         "console, every line": (dense, RECORDS),
+        "console, every line, Megatron-LM": (megatron, RECORDS),
+        "console, every line, no known trainer": (unknown, RECORDS),
     }
 
 
@@ -103,13 +119,16 @@ def main(words: Sequence[str] = ()) -> int:
     """Print a line for each kind and reader."""
     here = Path(__file__).parents[2]
     other = Path(words[0]) if words else None
-    if other is not None and not (other / "stabilitylab" / "spikes" / "logs.py").is_file():
-        raise InputError(f"{other} is no build that reads logs in stabilitylab/spikes/logs.py")
+    before = _OURS if other is not None and (other / "stabilitylab/logs/recognise.py").is_file() else _BEFORE
+    if other is not None and before is _BEFORE and not (other / "stabilitylab/spikes/logs.py").is_file():
+        raise InputError(
+            f"{other} is no build that reads logs in stabilitylab/logs or stabilitylab/spikes/logs.py"
+        )
     with tempfile.TemporaryDirectory() as folder:
         for kind, (path, count) in write_inputs(Path(folder)).items():
             readers = {"this build": (_OURS, here)}
-            if other is not None and not kind.startswith("console"):
-                readers["other build"] = (_BEFORE, other)
+            if other is not None and (before is _OURS or not kind.startswith("console")):
+                readers["other build"] = (before, other)
             if kind == "CSV":
                 readers["pandas.read_csv"] = (_PANDAS, here)
             found: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}

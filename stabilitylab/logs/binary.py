@@ -5,6 +5,9 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+from stabilitylab.errors import InputError
+
+_UNKNOWN = "a binary file of a kind that is not read here"
 _STARTS = (
     (b"\x93NUMPY", "a NumPy array"),
     (b"\x89HDF", "an HDF5 file"),
@@ -18,6 +21,19 @@ _STARTS = (
 )
 
 
+class NoLogError(InputError):
+    """A file of a known kind that is no log, and that no waiting turns into one."""
+
+
+def binary_error(name: str, head: bytes) -> InputError:
+    """What to say of a file with these first bytes."""
+    kind = binary_kind(head)
+    if ":" in kind:  # it says what to do itself
+        return NoLogError(f"{name} is {kind}")
+    said = f"{name} is {kind}: export the run as CSV or JSON lines"
+    return InputError(said) if kind == _UNKNOWN else NoLogError(said)
+
+
 def binary_kind(head: bytes) -> str:
     """What these first bytes are of, with its article."""
     for start, kind in _STARTS:
@@ -29,7 +45,7 @@ def binary_kind(head: bytes) -> str:
         return "a model (safetensors)"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it, and give the log in it"
-    return "a binary file of a kind that is not read here"
+    return _UNKNOWN
 
 
 def one_in_zip(path: Path) -> tuple[str | None, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.aim_store import read_aim
-from stabilitylab.logs.binary import binary_kind
+from stabilitylab.logs.binary import binary_error
 from stabilitylab.logs.boxes import read_boxes
 from stabilitylab.logs.console import read_console
 from stabilitylab.logs.csv_rows import delimiter_of, is_blank_table, read_csv_rows
@@ -142,7 +142,7 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
         assert found is not None
         return found
     if b"\0" in head[:4096] or head.startswith(b"\x80"):
-        raise InputError(f"{source.name} is {binary_kind(head)}: export the run as CSV or JSON lines")
+        raise binary_error(source.name, head)
     if is_labelled(head):
         return _labelled(source)
     start = head.lstrip(b"\xef\xbb\xbf \r\n\t")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.binary import one_in_zip
+from stabilitylab.logs.binary import NoLogError, one_in_zip
 
 CHUNK_BYTES = 4 << 20
 LONGEST_LINE = 16 << 20
@@ -118,7 +118,8 @@ class Source:
         if self.compression == "zip":
             name, instead = one_in_zip(self.path)
             if name is None:
-                raise InputError(f"{self.name} is {instead}")
+                damaged = instead.startswith("a damaged")  # or being written
+                raise (InputError if damaged else NoLogError)(f"{self.name} is {instead}")
             return cast(BinaryIO, zipfile.ZipFile(self.path).open(name))
         if self.compression == "zstd":
             import zstandard

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.binary import NoLogError
 from stabilitylab.logs.log import STEP
 from stabilitylab.logs.reading import Pieces, Reading, Row
 from stabilitylab.logs.recognise import open_logs, reading_of
@@ -218,6 +219,8 @@ class DocumentFollower:
             rows = list(self._all())
         except (InputError, OSError) as error:  # half written: the next look will find it whole
             self._failed_since = self._failed_since or time.monotonic()
+            if isinstance(error, NoLogError):
+                raise
             if last or time.monotonic() - self._failed_since > 60:
                 raise InputError(str(error)) from None
             return

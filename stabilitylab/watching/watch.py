@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.binary import NoLogError
 from stabilitylab.logs.locate import Found, locate
 from stabilitylab.spikes.episodes import KINDS
 from stabilitylab.telemetry import DEPARTURES, LOSS, Event
@@ -111,7 +112,7 @@ class Watch:
                     self._take(source, batch)
                     news = True
             except InputError as error:
-                if last:
+                if last or (isinstance(error, NoLogError) and not self.values):
                     raise
                 self._unreadable(error)
             still = time.time() - self._news_at
@@ -185,6 +186,8 @@ class Watch:
             elif found.kind == "W&B" or found.files[-1] != self._source.found.files[-1]:
                 self._change(self._source, found)
             self.problem = None
+        except NoLogError:
+            raise
         except (InputError, OSError) as error:
             missing = isinstance(error, FileNotFoundError)
             said = f"{self.path} is not there yet" if missing else " ".join(str(error).split())

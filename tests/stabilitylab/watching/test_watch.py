@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,43 @@ def test_a_document_is_read_again_and_only_its_new_rows_count(tmp_path):
         watched.look()
     assert watched.rules() == ["spike", "over"]
     assert watched.watch.values == 650
+
+
+WHOLE = {
+    "a list of records": lambda rows: json.dumps([{"step": k, "loss": x} for k, x in rows]),
+    "a list without its end": lambda rows: (
+        "[\n" + "".join(f'{{"step": {k}, "loss": {x}}},\n' for k, x in rows)
+    ),
+    "columns": lambda rows: json.dumps({"step": [k for k, _ in rows], "loss": [x for _, x in rows]}),
+    "lines in a document": lambda rows: json.dumps(
+        {"events": [{"message": f"step {k} loss {x:.4f}"} for k, x in rows]}
+    ),
+    "a table below prose": lambda rows: (
+        "# Report\n\nA day of training.\n\n| step | loss |\n|---:|---:|\n"
+        + "".join(f"| {k} | {x:.4f} |\n" for k, x in rows)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_is_written_as_a_whole_is_watched(kind, tmp_path):
+    path = tmp_path / "log"
+    rows = list(enumerate(losses(640, spike=600)))
+    watched = Watched(path, tmp_path / "state")
+    for end in (100, 300, 605, 640):
+        path.write_text(WHOLE[kind](rows[:end]))
+        watched.look()
+    assert watched.rules() == ["spike", "over"]
+    assert watched.watch.values == 640
+
+
+def test_an_archive_is_refused_at_once(tmp_path):
+    path = tmp_path / "logs.tar.gz"
+    (tmp_path / "train.log").write_text("step 1 loss 2.0\n" * 9)
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(tmp_path / "train.log", "train.log")
+    with pytest.raises(InputError, match=r"is a tar archive: unpack it, and give the log in it$"):
+        Watched(path, tmp_path / "state").look()
 
 
 def test_a_tensorboard_folder(tmp_path):
