@@ -148,7 +148,8 @@ def report(suite: SuiteName, *, out: Path | None = None) -> int:
 
 
 def _report(console: Console, asked: Suite | Study, out: Path) -> None:
-    from experiments.report import cause_sentence, telling_sentence, write_report
+    from experiments.report import write_report
+    from experiments.telling import cause_sentence, telling_sentence
 
     results = results_of(asked, out)
     path = write_report(asked, out, results=results)

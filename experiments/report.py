@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import date
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from experiments.arm import Arm, Suite
 from experiments.metrics import Metric
 from experiments.results import FRONTIER, Made, Results, results_of
 from experiments.study import Outcome, Study
+from experiments.telling import cause_of, lead
 from experiments.verdicts import Verdict, effect_words, evidence_words, seeds_words
 from stabilitylab.report import Cell, Page, Part, Said, Section, Statements, Table
 from stabilitylab.report import sections as shown
@@ -54,64 +55,6 @@ def title(results: Results) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- what comes first
-
-
-def lead(results: Results) -> str:
-    """The most telling sentences: who survives what, what broke, how much is decided."""
-    decided = sum(verdict.judgement != "undecided" for verdict in results.verdicts)
-    said = [telling_sentence(results)] if results.alive else []
-    if cause := cause_sentence(results):
-        said.append(cause)
-    if results.verdicts:
-        said.append(f"Of {len(results.verdicts)} claims {decided} are decided.")
-    return " ".join(said)
-
-
-def telling_sentence(results: Results) -> str:
-    """At which rate the arms differ most, and who survives it: "At a learning rate of 0.25, deepnorm-bf16 survives ..."."""
-    rate = charts.telling_rate(results)
-    if rate is None:
-        return ""
-    shares = {arm: by_rate[rate] for arm, by_rate in results.alive.items() if rate in by_rate}
-    best = max(shares.values(), key=lambda share: share[0] / share[1])
-    worst = min(shares.values(), key=lambda share: share[0] / share[1])
-    at = f"At a learning rate of {charts.rate_words(rate)}"
-    if best[0] / best[1] == worst[0] / worst[1]:
-        return f"{at} every arm survives in {best[0]} of {best[1]} seeds."
-    tops = [arm for arm, share in shares.items() if share == best]
-    lows = [arm for arm, share in shares.items() if share == worst]
-    return (
-        f"{at} {_and(tops)} {'survives' if len(tops) == 1 else 'survive'} in {best[0]} of {best[1]} seeds, "
-        f"{_and(lows)} in {worst[0]} of {worst[1]}."
-    )
-
-
-def cause_sentence(results: Results) -> str:
-    """What broke most often, and where: "Of 50 runs that broke, 48 began with an overflow of the number format, 30 of them ..."."""
-    broken = results.broken
-    found = [cause for made in broken if (cause := cause_of(made)) is not None]
-    if not found:
-        return ""
-    (what, count), *_ = Counter(what for what, _ in found).most_common(1)
-    (where, often), *_ = Counter(site for one, site in found if one == what).most_common(1)
-    at = f", {'all' if often == count else often} of them in {where}" if where else ""
-    of = (
-        f"All {count} runs that broke"
-        if count == len(broken)
-        else f"Of {len(broken)} runs that broke, {count}"
-    )
-    return f"{of} began with {what}{at}."
-
-
-def cause_of(made: Made) -> tuple[str, str] | None:
-    """The first suspect of a run that broke, in words, and its site, as the run recorded them; None where it did not."""
-    for event in made.run.events:
-        if event.kind == "diagnosis":
-            said = " ".join(map(str, event.data.get("sentences", ())))
-            suspect = said.partition("First suspect: ")[2].partition(". ")[0].removesuffix(".")
-            site = str(event.data.get("site") or "")
-            return (suspect or str(event.data.get("cause", ""))).removesuffix(f", {site}"), site
-    return None
 
 
 def first_screen(results: Results) -> Section:
@@ -153,9 +96,10 @@ def verdict_detail(verdict: Verdict, outcome: Metric | Outcome) -> str:
     if not one.n:
         return "No seed has run in both arms."
     of_rates = claim.metric == FRONTIER
-    sides = _mean_words(claim.arm, verdict.arm_values, of_rates)
+    kind = FRONTIER if of_rates else outcome.unit
+    sides = _mean_words(claim.arm, verdict.arm_values, kind)
     if claim.baseline is not None:
-        sides += f" against {_mean_words(claim.baseline, verdict.baseline_values, of_rates)}"
+        sides += f" against {_mean_words(claim.baseline, verdict.baseline_values, kind)}"
     alone = "" if verdict.holds else "; by itself, not among all claims together"
     seen = (
         ""
@@ -173,7 +117,7 @@ def how_sure(results: Results) -> Section:
         [
             Cell(text=f"{number}. {verdict.claim.text}", detail=f"after {verdict.claim.source}"),
             verdict.judgement,
-            seeds_words(verdict),
+            seeds_words(verdict).replace(" ", "\N{NO-BREAK SPACE}"),
             effect_words(verdict, results.outcomes[verdict.claim.metric]),
             evidence_words(verdict.decision.e_value),
             "yes" if verdict.holds else "no",
@@ -287,20 +231,22 @@ def facts(asked: Suite | Study, results: Results) -> dict[str, str]:
             "seeds": ", ".join(map(str, asked.seeds)),
         }
     else:
-        found["seeds"] = f"{results.seeds} of {asked.seeds}"
+        found["seeds"] = f"{results.seeds} ({asked.seeds} planned)"
     return {**found, "preset": asked.preset, "torch": torch.__version__, "date": date.today().isoformat()}
 
 
 def arms_section(asked: Suite | Study) -> Section:
-    """What the arms are."""
+    """What the arms have in common, and each of its own."""
     rows = [
-        [arm.name, arm.summary, " ".join(f"--{k} {v}" for k, v in arm.settings.items())] for arm in asked.arms
+        [arm.name, " ".join(f"--{k} {v}" for k, v in arm.settings.items())]
+        for arm in asked.arms
+        if arm.settings
     ]
     common = " ".join(f"--{k} {v}" for k, v in asked.settings.items())
     return Section(
-        title="Arms",
-        text=(f"All share: {common}.",),
-        parts=[Table(columns=["arm", "what", "settings"], rows=rows)],
+        title="Settings",
+        text=(f"All arms share: {common or 'those of the preset alone'}.",),
+        parts=[Table(columns=["arm", "its own"], rows=rows)] if rows else [],
     )
 
 
@@ -362,11 +308,19 @@ def _mean(by_seed: Mapping[int, float]) -> float:
     return sum(by_seed.values()) / len(by_seed) if by_seed else math.nan
 
 
-def _mean_words(arm: str, by_seed: Mapping[int, float], of_rates: bool) -> str:
+def _mean_words(arm: str, by_seed: Mapping[int, float], kind: str) -> str:
     mean = _mean(by_seed)
-    if of_rates and math.isfinite(mean):
+    if shares := _shares(by_seed.values(), kind):
+        return f"{arm} {shares}"
+    if kind == FRONTIER and math.isfinite(mean):
         return f"{arm} {charts.rate_words(mean)}"
     return f"{arm} {mean:.4g}" if math.isfinite(mean) else f"{arm} {mean}"
+
+
+def _shares(values: Collection[float], unit: str) -> str:
+    """ "34 of 46" of yes and no, else nothing."""
+    yes_or_no = unit == "share" and values and set(values) <= {0.0, 1.0}
+    return f"{sum(values):.0f} of {len(values)}" if yes_or_no else ""
 
 
 def _best(means: Mapping[str, float], outcome: Metric | Outcome) -> set[str]:
@@ -385,11 +339,9 @@ def _number(value: float, outcome: Metric | Outcome) -> str:
 
 def _seeds(by_seed: Mapping[int, float], outcome: Metric | Outcome) -> str:
     values = sorted(by_seed.values())
+    if shares := _shares(values, outcome.unit):
+        return shares
     if len(values) <= FEW:
         return " · ".join(_number(value, outcome) for value in by_seed.values())
     lowest, highest = (_number(values[i], outcome) for i in (0, -1))
     return lowest if lowest == highest else f"{lowest} to {highest}"
-
-
-def _and(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

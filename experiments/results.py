@@ -99,7 +99,7 @@ def load_runs(suite: Suite, out: Path) -> list[Made]:
             )
     if not found:
         raise InputError(
-            f"{out} holds no complete run of {suite.name}: first python -m experiments run {suite.name}"
+            f"{out} holds no complete run of {suite.name}: first run it (python -m experiments run)"
         )
     return found
 
@@ -156,9 +156,7 @@ def frontiers(runs: list[Made], rates: tuple[float, ...]) -> dict[str, dict[int,
 def _of_study(study: Study, out: Path) -> Results:
     values = values_of(out)
     if not values:
-        raise InputError(
-            f"{out} holds no values of {study.name}: first python -m experiments run {study.name}"
-        )
+        raise InputError(f"{out} holds no values of {study.name}: first run it (python -m experiments run)")
     borne = values.get(FRONTIER, {})
     rates = sorted({rate for by_seed in borne.values() for rate in by_seed.values()})
     alive = {

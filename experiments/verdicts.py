@@ -213,7 +213,7 @@ def _factor(value: float) -> str:
 def evidence_words(e_value: float) -> str:
     """An e-value: ``280``, ``3e6``."""
     if e_value < 1e4:
-        return f"{float(f'{e_value:.2g}'):g}"
+        return f"{float(f'{e_value:.2g}'):,g}"
     digits, _, power = f"{e_value:.0e}".partition("e")
     return f"{digits}e{int(power)}"
 

@@ -3,7 +3,7 @@
     python -m experiments.benchmarks quantized_linear [--rounds 9] [--threads 1] [--json]
 
     scheme         peer
-    mixed          bitsandbytes' Linear8bitLt, threshold 6, in evaluation mode (in training mode a CPU takes the weights alone in int8)
+    mixed          bitsandbytes' Linear8bitLt, threshold 6, in evaluation mode (training on a CPU takes the weights alone in int8)
     w8a8-token     torchao's int8 dynamic activations, int8 weights
     int4           int4-g128-asym-mse: torchao's prototype int4 weight-only; both in groups of 64 where 128 does not
                    divide K, both by the same torch kernel on a CPU

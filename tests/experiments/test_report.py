@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 from experiments import charts
 from experiments.arm import Arm, Suite
 from experiments.cli import main
-from experiments.report import cause_sentence, lead, telling_sentence, write_report
+from experiments.report import write_report
 from experiments.results import FRONTIER, FRONTIER_OUTCOME, results_of
 from experiments.runner import jobs_of
 from experiments.study import Outcome, Study
+from experiments.telling import cause_sentence, lead, telling_sentence
 from experiments.verdicts import Claim, effect_words, evidence_words, judge, seeds_words
 from stabilitylab.charts.look import library
 from stabilitylab.errors import InputError
@@ -124,11 +126,37 @@ def test_the_first_screen_is_the_frontier_and_the_verdicts(suite_folder: Path) -
 
 
 def test_numbers_are_written_for_a_reader() -> None:
-    assert [evidence_words(x) for x in (0.5, 1, 282.3, 3.14e6, 1.2e73)] == ["0.5", "1", "280", "3e6", "1e73"]
+    assert [evidence_words(x) for x in (0.5, 1, 282.3, 3140, 3.14e6, 1.2e73)] == [
+        "0.5",
+        "1",
+        "280",
+        "3,100",
+        "3e6",
+        "1e73",
+    ]
     values = {seed: float(seed) for seed in range(10)}
     same = judge(SUITE.claims[0], {"cure": values, "plain": values}, scale="rank", margin=0.5)
     assert seeds_words(same) == f"{same.decision.n} of 10"
     assert effect_words(same, FRONTIER_OUTCOME) == "0 octaves [0, 0]"
+
+
+def test_a_study_of_yes_and_no_is_told_in_counts(tmp_path: Path) -> None:
+    claim = Claim(text="The cure averts it", metric="broke", arm="cure", baseline="plain")
+    study = dataclasses.replace(
+        STUDY, claims=(claim,), outcomes={"broke": Outcome(title="It broke", margin=0.2, unit="share")}
+    )
+    rows = [
+        {"arm": arm, "seed": seed, "seconds": 1.0, "values": {"broke": broke}}
+        for seed in range(1, 13)
+        for arm, broke in (("plain", 1.0), ("cure", 1.0 * (seed == 3)))
+    ]
+    (tmp_path / "values.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    results = results_of(study, tmp_path)
+    assert telling_sentence(results).startswith("The most evidence (e = ")
+    assert "is for: The cure averts it, -0." in telling_sentence(results)
+    body = write_report(study, tmp_path, results=results).read_text().replace(library(), "")
+    assert "It broke: cure 1 of 12 against plain 12 of 12" in body
+    assert "12 (8 planned)" in body
 
 
 def test_a_study_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
