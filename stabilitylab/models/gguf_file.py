@@ -5,6 +5,9 @@ slices of ``numpy.memmap``, whose every slice runs Python code; for each module 
 So while a file is open here, one reader serves all, over a plain array on the same mapped pages, and each table is made once.
 Measured on SmolLM2-135M (49,152 tokens): see experiments/RESULTS.md.
 
+A matrix as large as a vocabulary is dequantized some rows at a time, into the model's own format: gguf and transformers hold it
+in fp32 three times.
+
 Pages of the file that were read count as the process's own until it lets them go, so they are let go tensor by tensor: else the
 whole file stands in memory beside the model that was made of it.
 
@@ -15,6 +18,7 @@ the rest for missing or tied.
 from __future__ import annotations
 
 import functools
+import gc
 import mmap
 import re
 from collections.abc import Iterator
@@ -23,9 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from stabilitylab.errors import InputError
+from stabilitylab.models.freed_memory import give_back_memory
 
+_ROWS = 2048  # dequantized together
+_VOCABULARY = 1 << 15  # rows from which on a matrix is a table of words, which no loader turns around
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -61,8 +70,12 @@ def whole_file(file: Path) -> Path:
 
 
 @contextmanager
-def opened_once() -> Iterator[None]:
-    """While this lasts, gguf's readers and tables of names are made once for each file and architecture."""
+def opened_once(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """While this lasts, gguf's readers and tables of names are made once for each file and architecture.
+
+    Args:
+        dtype: in which the model will be; tables as large as a vocabulary are dequantized to it some rows at a time.
+    """
     try:
         import gguf
     except ImportError:  # transformers will say so
@@ -89,14 +102,60 @@ def opened_once() -> Iterator[None]:
             self._tensors = _LetGo(found)
             self._tensors.file = self._file
 
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    before = gguf.GGUFReader, gguf.get_tensor_name_map, gguf.dequantize, torch.from_numpy
     gguf.GGUFReader = functools.cache(Reader)
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
+    gguf.dequantize = functools.partial(_dequantized, gguf.dequantize, dtype)
+    torch.from_numpy = functools.partial(_from_numpy, torch.from_numpy)
     try:
         with _lazily_let_go():
             yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = before
+        gguf.GGUFReader, gguf.get_tensor_name_map, gguf.dequantize, torch.from_numpy = before
+
+
+def forget_words(file: Path) -> None:
+    """Let go of what an open file says of its tokenizer, once that is made: a quarter of a gigabyte of 262,144 pieces."""
+    import gguf
+
+    fields = gguf.GGUFReader(str(file)).fields
+    for name in [name for name in fields if name.startswith("tokenizer.")]:
+        del fields[name]
+    gc.collect()
+    give_back_memory()
+
+
+class _Dequantized(np.ndarray[Any, Any]):
+    """Numbers that were made for whoever asks, so that copying them copies nothing."""
+
+    tensor: Tensor | None = None  # the numbers themselves, where they are in a format that numpy has not
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func is np.copy:
+            return self
+        return super().__array_function__(func, types, args, kwargs)
+
+
+def _dequantized(dequantize: Any, dtype: torch.dtype, data: Any, kind: Any) -> Any:
+    """As gguf's ``dequantize``, some rows at a time: it makes a list of all rows, and of that one array."""
+    if data.dtype != np.uint8 or data.ndim != 2 or len(data) <= _ROWS:
+        return dequantize(data, kind)
+    first = dequantize(data[:1], kind)
+    narrow = dtype in (torch.bfloat16, torch.float16) and len(data) >= _VOCABULARY
+    wide = np.empty((0 if narrow else len(data), first.shape[1]), dtype=first.dtype)
+    made = torch.empty(len(data), first.shape[1], dtype=dtype) if narrow else torch.from_numpy(wide)
+    for start in range(0, len(data), _ROWS):
+        part = slice(start, start + _ROWS)
+        made[part] = torch.from_numpy(dequantize(data[part], kind))
+    found = wide.view(_Dequantized)
+    found.tensor = made if narrow else None
+    return found
+
+
+def _from_numpy(from_numpy: Any, array: Any) -> Tensor:
+    tensor = getattr(array, "tensor", None)
+    made: Tensor = from_numpy(array) if tensor is None else tensor
+    return made
 
 
 class _LetGo(list[Any]):

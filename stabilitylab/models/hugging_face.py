@@ -87,16 +87,22 @@ def open_folder(path: Path, dtype: torch.dtype, *, hold: bool = False) -> TextMo
     plain_or_given: contextlib.AbstractContextManager[
         tuple[Path, Mapping[str, StoredTensor], tuple[str, ...]]
     ] = plain_folder(folder) if folder else contextlib.nullcontext((path, {}, ()))
-    with plain_or_given as (plain, stored, said), gguf_file.opened_once():
+    with plain_or_given as (plain, stored, said), gguf_file.opened_once(dtype):
         described = describe(path, plain)
         # A copy in a temporary folder is gone before the model is: its pages cannot be kept.
         narrow = held.format_of(stored) if hold and dtype is torch.float32 and plain == path else None
         _check_room(path, described, narrow or dtype)
+        tokenizer = None
+        if described.where:
+            # While nothing else is there: what a file says of its words takes as much as a small model.
+            with quiet():
+                tokenizer = described.tokenizer()
+            gguf_file.forget_words(Path(described.folder) / described.where["gguf_file"])
         with quiet():
             module, info = described.weights(narrow or dtype)
             if narrow is not None:
                 module = described.held(module) or described.weights(dtype)[0]
-            tokenizer = described.tokenizer()
+            tokenizer = tokenizer or described.tokenizer()
         _check_complete(path, module, info)
         _check_floats(path, module, stored)
         if described.where:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, shared_parameters
+from stabilitylab.models.freed_memory import give_back_memory
 from stabilitylab.models.hugging_face import location, quiet, recognises
 from stabilitylab.models.layers import narrowest
-from stabilitylab.quantization.freed_memory import give_back_memory
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import put, quantizable_layers, quantized
 from stabilitylab.quantization.twin_files import read_tensor, read_twin, twin_layout

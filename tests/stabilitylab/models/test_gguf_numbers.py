@@ -143,3 +143,23 @@ def test_pages_that_were_read_are_let_go(tmp_path):
     assert held_pages(file) <= held - 800
     assert int(part.astype(np.int64).sum()) == before
     let_go(np.zeros(4), mapped)  # of other memory: nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_table_of_words_is_dequantized_into_the_models_format(dtype):
+    """What gguf makes of the whole and torch rounds, and copying it on the way copies nothing."""
+    from stabilitylab.models import gguf_file
+
+    rows = gguf_file._VOCABULARY + 100
+    numbers = np.random.default_rng(0).standard_normal((rows, 32), dtype=np.float32)
+    data = gguf.quantize(numbers, gguf.GGMLQuantizationType.Q8_0)
+    expected = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType.Q8_0)).to(dtype)
+    with gguf_file.opened_once(dtype):
+        found = gguf.dequantize(data, gguf.GGMLQuantizationType.Q8_0)
+        assert np.copy(found) is found
+        read = torch.from_numpy(np.copy(found)).to(dtype)
+    assert torch.equal(read, expected)
+    assert read.dtype == dtype
+    # As everywhere else outside.
+    assert isinstance(gguf.dequantize(data[:4], gguf.GGMLQuantizationType.Q8_0), np.ndarray)
+    assert torch.from_numpy.__module__ != gguf_file.__name__
