@@ -29,25 +29,31 @@ _PAIR = re.compile(
     re.IGNORECASE,
 )
 _PLACE = re.compile(
-    r"(?:epoch|\btrain)\W{0,3}(\d+)(?:/\d+\])?\W{0,4}\[\s*(\d[\d,]*)\s*/\s*(\d[\d,]*)\b", re.IGNORECASE
+    r"(?:epoch|\btrain)\W{0,3}(\d+)(?:/\d+\]?)?\W{0,4}\[\s*(\d[\d,]*)\s*/\s*(\d[\d,]*)\b", re.IGNORECASE
 )
 _PAIR_OF_COUNTS = re.compile(r"^\s*\[\s*(\d+),\s*(\d+)\](?!<)")  # PyTorch's CIFAR tutorial: [epoch, batch]
 _ABSL = re.compile(r"^[IWEF]\d{4} [\d:.]+\s+\d+ [\w.]+:\d+\] ")
 _BAR = re.compile(r"\s(\d+)/(\d+) \[\d")
 # A number that opens the line, also in brackets, and is no time of day and no date.
-_OPENS = re.compile(r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:[|,:\])](?!\d)|/(\d+)(?=[\])(,:|\s]))")
+_OPENS = re.compile(
+    r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:(?:st|nd|rd|th)\b|[|,:\])](?!\d)|/(\d+)(?=[\])(,:|\s]))"
+)
 _TWO_PLACES = re.compile(
     r"[\[(]\s*(\d+)\s*/\s*\d+\s*[\])][\s:-]{0,8}[\[(]\s*(\d+)\s*/\s*\d+\b"
 )  # [epoch/epochs][place/length]
 _GLUED_STEP = re.compile(r"\b(?:step|iter|it)(\d+)\b", re.IGNORECASE)
 _GLUED_EPOCH = re.compile(r"\b(?:epoch|ep|e)(\d+)\b", re.IGNORECASE)
-_BATCH = re.compile(r"\bbatch\W{1,3}(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
+_BATCH = re.compile(r"\bbatch\W{1,8}(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
 _LOSS_AT = re.compile(
     r"\b(\w*loss\w*|cost)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@|on|in|after) (?:step|iteration|iter|epoch) (\d+))",
     re.IGNORECASE,
 )
 # "MSE loss ||y - Q(s, a)||: 2.3": a formula between.
 _LOSS_FAR = re.compile(rf"\b(\w*loss)\b[^:=\n]{{1,40}}:\s*({NUMBER})(?=[\s,;|]|$)", re.IGNORECASE)
+# "Step: 12ms" is how long one took
+_TAKEN = re.compile(
+    r"\b(?:step|iter|iteration|batch|it): ?[\d.]+(?:ms|us|µs|s|h|m)(?:\d+\w+)?\b", re.IGNORECASE
+)
 _DASHED = re.compile(r"\b(epoch|step|iter|iteration|batch) - (\d)", re.IGNORECASE)  # Epoch - 3 | loss
 # Minibatch[ 1- 10]: the last of them
 _RANGE = re.compile(
@@ -141,6 +147,8 @@ class AnyText(TextFormat):
             line = _NORMS.sub(r"\1=", line)
         if "<" in line or "metricName" in line:
             line = _SPELT_OUT.sub(lambda m: f"{m[1]}: " if m[1] else m[2], line)
+        if _TAKEN.search(line):
+            line = _TAKEN.sub("", line)
         if "|g" in line or "‖" in line or "∇" in line:
             line = _BARRED_NORM.sub("grad_norm", line)
         if "η" in line:
@@ -172,7 +180,7 @@ class AnyText(TextFormat):
             return {}
         if "epoch" not in values and (batch := _BATCH.search(line)):
             # A batch that is told with its epoch's length; epochs go unnamed.
-            values = {name: x for name, x in values.items() if "batch" not in name.lower()}
+            values = {name: x for name, x in values.items() if "batch" not in name.lower() or is_loss(name)}
             values["step"], values[_OF] = float(batch[1]), float(batch[2])
             return values
         counters = {name.lower() for name in values if counter_of(name)} - {"epoch"}

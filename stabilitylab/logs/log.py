@@ -100,6 +100,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "grad_norm_total",
             "total_grad_norm",
             "gnorm",
+            "gn",
             "norm",
         ),
         *("gradnorm", "raw_grad_norm", "l2_norm_grad_global", "global_norm", "total_norm", "l2_grads"),

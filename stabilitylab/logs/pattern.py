@@ -51,7 +51,7 @@ _GOES_ON = (  # what may follow the number, so that it is none of a sentence's
     rb"[/\])|,:=*-]|\(|\.{2}|(?:of|per|took|starts|begins|started|finished|complete|done)\b|[ \t]+[^\s\d,;]{1,40}:?[ \t]*\r?$|$|\r"
 )
 ABOVE = re.compile(
-    rb"(?im:(?:^|[\s\]\-|>=*#:])(epoch|step|iteration|iter|update|round)\b\s*[:=#\[(]?\s*(\d+)(?:\.0)?(?=\s*(?:"
+    rb"(?im:(?:^|[\s\]\-|>=*#:])(epoch|step|iteration|iter|update|round)\b\s*[:=#]?\s*[\[(]?\s*(\d+)(?:\.0)?(?=\s*(?:"
     + _GOES_ON
     + rb")))"
 )

@@ -71,6 +71,9 @@ LINES = [
     "[speed.py:80] {k} : iter_speed 1.2 seconds | Loss: {x:.2f}",
     "Epoch {k} Summary:\n  Loss: {x:.2f}\n  Score: 0.5",
     "Loss at step {k}: {x:.2f}",
+    "{k}th train Loss: total loss {x:.2f} / pos loss 0.1 / ori loss 0.1",
+    " [=====>....]  Step: 12ms | Tot: 1s12ms | Stage 1 | Loss {x:.2f} | Acc: 50.00% {k}/24 ",
+    "Epoch: [{k}]\n * Train Loss {x:.2f}  Val Acc@1 50.1 Val Loss 9.99",
     "Epoch - {k} | Train Loss: {x:.2f} | Val Loss: 9.99 | Learning Rate: 0.1",
     "Epoch 1: Cost on iteration {k} is {x:.2f}",
     "[step {k:5d}] L={x:.2f} cls=0.51 (1.20 it/s)",
@@ -138,6 +141,25 @@ def test_two_losses_that_brackets_tell_apart_are_asked_for(tmp_path):
     path.write_text(many("Iter {k}: Loss(serv): {x:.2f}, Loss(targ): 0.12, GradN(serv): 1.2"))
     with pytest.raises(InputError, match="several loss columns"):
         losses(path)
+
+
+def test_places_flush_to_the_right_are_places_whatever_their_width(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(many("  batch {k:4d}/24   [##--]  10.0% | batch loss {x:.2f} | running loss 9.99", 24))
+    _, steps, values = losses(path)
+    assert steps == list(range(1, 25))
+    assert values[::10] == pytest.approx([8.9, 7.9, 6.9])
+
+
+def test_samples_of_an_epoch_told_with_its_number_of_epochs(tmp_path):
+    path = tmp_path / "log"
+    lines = [
+        f"Train Epoch: {e}/10 [{k}/768 (10%)]\tLoss: {9 - e}.{k // 64}"
+        for e in (1, 2)
+        for k in range(0, 768, 64)
+    ]
+    path.write_text("\n".join(lines))
+    assert losses(path)[1] == list(range(768, 3 * 768, 64))
 
 
 def test_epochs_called_ep_count_their_batches_on(tmp_path):
