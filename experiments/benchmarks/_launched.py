@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from torch.distributed.run import get_args_parser
+
 from glm.train import checkpoint as checkpoints
 
 _STEP = re.compile(r"step (\d+)/\d+ ")
@@ -126,8 +128,10 @@ class Launched:
         """Start torchrun, with more flags; it continues the run in the folder, or begins it."""
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.shape.ranks)]
         torchrun += ["--max-restarts", str(self.restarts), "--monitor-interval", "0.2"]
-        # A stopped process does not hear SIGTERM: torchrun waits so long before it kills.
-        torchrun += ["--shutdown-timeout", "5", "-m", "experiments.benchmarks._told_training"]
+        # A stopped process does not hear SIGTERM: torchrun waits so long before it kills; that of torch 2.9 half a minute, always.
+        if "--shutdown-timeout" in get_args_parser().format_help():
+            torchrun += ["--shutdown-timeout", "5"]
+        torchrun += ["-m", "experiments.benchmarks._told_training"]
         train = ["train", "glm-tiny", "--data", str(self.data), "--out", str(self.out), "--resume"]
         self._process = subprocess.Popen(
             [sys.executable, "-m", *torchrun, *train, "--monitor.no-tensorboard", *self.shape.flags(), *more],

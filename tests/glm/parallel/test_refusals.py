@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,11 +53,16 @@ def test_what_is_right_is_not_refused(found, case):
     assert [rank["code"] for rank in found[case]] == [0, 0], found[case]
 
 
+def words(rank: dict[str, Any]) -> list[str]:
+    """What a rank says, but for what gloo itself says with torch 2.9."""
+    return [line for line in rank["said"].strip().splitlines() if not line.startswith("[Gloo] Rank")]
+
+
 @pytest.mark.parametrize("case", SAYS)
 def test_wrong_input_is_one_line_of_one_rank_and_2_on_all(found, case):
     first, second = found[case]
-    (line,) = first["said"].strip().splitlines()
+    (line,) = words(first)
     assert line.startswith("error: ")
     assert SAYS[case] in line
-    assert second["said"] == ""
+    assert words(second) == []
     assert (first["code"], second["code"]) == (2, 2)
