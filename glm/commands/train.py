@@ -51,6 +51,7 @@ from stabilitylab.sinks.trackers import names_of
 from stabilitylab.telemetry import Event
 
 SECONDS_TO_SPEAK = 5.0
+_HELP_WIDTH = 100  # characters; tyro begins a second column some way beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +130,26 @@ def parse_command(arguments: Sequence[str]) -> TrainCommand:
     if asked := [place for place, word in enumerate(rest) if word in ("-h", "--help")]:
         group = next((word for word in rest[asked[0] + 1 :] if not word.startswith("-")), None)
         page = io.StringIO()
-        with redirect_stdout(page), contextlib.suppress(SystemExit):
+        with redirect_stdout(page), contextlib.suppress(SystemExit), _one_column():
             parse(TrainCommand, ["--help"], program=program, default=default)
         print(help_text(page.getvalue(), program, group))
         raise SystemExit(0)
     parsed: TrainCommand = parse(TrainCommand, rest, program=program, default=default)
     return parsed
+
+
+@contextmanager
+def _one_column() -> Iterator[None]:
+    """While this lasts, the terminal is said to be so narrow that tyro puts no groups of flags beside each other."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(min(shutil.get_terminal_size().columns, _HELP_WIDTH))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def train(command: TrainCommand, *, console: Console) -> bool:

@@ -157,8 +157,7 @@ class TrainConfig:
         preset: the name this configuration began from, for the reader.
     """
 
-    # A command says it in its first word.
-    preset: Annotated[str, tyro.conf.Suppress, tyro.conf.Fixed] = ""
+    preset: Annotated[str, tyro.conf.Suppress, tyro.conf.Fixed] = ""  # a command says it in its first word
     steps: int = 200
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -50,7 +50,12 @@ def open_text_model(
         if model is not None:
             assert isinstance(model, TextModel)
             return model
-    others = f", nor anything that {', '.join(sorted(known))} opens" if known else ""
+    others = (
+        f", nor anything that {', '.join(sorted(known))} opens"
+        if known
+        # What is only on the path, a clone say, registers nothing, its own runs of glm included.
+        else ", and no package is installed that opens others (in a clone: pip install .)"
+    )
     raise InputError(
         f"{path} is neither a HuggingFace folder (config.json and safetensors) nor a GGUF file{others}: give one of these"
     )

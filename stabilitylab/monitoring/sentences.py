@@ -30,6 +30,8 @@ def event_line(event: Event) -> str:
     if event.kind == "diagnosis" and isinstance(data.get("sentences"), Sequence):
         return f"step {event.step}: why: {' '.join(map(str, data['sentences'][:3]))}"
     if event.kind in TOLD or event.kind in KINDS:
+        if data.get("phase") == "end" and data.get("to_the_end"):
+            return f"step {event.step}: {event.kind} that began at step {data.get('onset')} was not over when the run ended"
         if data.get("phase") == "end" and data.get("end") is not None:
             return f"step {event.step}: {event.kind} that began at step {data.get('onset')} is over, its last step {data['end']}"
         return alarm_line(event)

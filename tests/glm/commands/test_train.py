@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -311,7 +312,10 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
     assert len(losses[0]) == 30
 
 
-def test_help_is_an_overview_a_group_or_everything(capsys):
+@pytest.mark.parametrize("columns", ["60", "240"])
+def test_help_is_an_overview_a_group_or_everything(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+
     def helped(*words):
         with pytest.raises(SystemExit) as stop:
             parse_command(["glm-tiny", "--help", *words])
@@ -319,7 +323,10 @@ def test_help_is_an_overview_a_group_or_everything(capsys):
         return capsys.readouterr().out
 
     overview = helped()
-    assert len(overview.splitlines()) < 80
+    assert len(overview.splitlines()) < 100
+    summaries = re.findall(r"^  [a-z][\w.-]+ +(\S.*)$", overview.partition("groups of flags")[2], re.M)
+    assert len(summaries) == len(set(summaries)) > 20
+    assert os.environ["COLUMNS"] == columns
     assert "--data" in overview
     assert "--model.attention.gate" not in overview
     assert "--preset" not in overview

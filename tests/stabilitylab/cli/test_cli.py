@@ -104,6 +104,8 @@ def test_events_are_told_as_sentences() -> None:
         ),
         Event(step=6, kind="overflow", data={"site": "layers.0", "tensor": "gradient"}),
         Event(step=24, kind="rewind", data={"why": "the responder went back", "to": 28}),
+        Event(step=29, kind="spike", data={"phase": "end", "onset": 26, "end": 28, "to_the_end": False}),
+        Event(step=39, kind="spike", data={"phase": "end", "onset": 36, "end": 39, "to_the_end": True}),
         Event(
             step=34,
             kind="response",
@@ -120,6 +122,8 @@ def test_events_are_told_as_sentences() -> None:
         "step 4: overflow: the activation of layers.3 left the number format, and 2 times more until step 9",
         "step 6: overflow: the gradient of layers.0 left the number format",
         "step 24: training went on from here: the responder went back",
+        "step 29: spike that began at step 26 is over, its last step 28",
+        "step 39: spike that began at step 36 was not over when the run ended",
         "step 34: the responder answered the spike of train/-/loss since step 30: back to step 24, learning rate x 0.5, "
         "1 batch left out",
     ]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from stabilitylab.errors import InputError
-from stabilitylab.models import linear_layers, linear_weight, open_text_model
+from stabilitylab.models import linear_layers, linear_weight, loading, open_text_model
 from tests.stabilitylab.models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -156,7 +156,7 @@ def test_weights_that_do_not_fit_are_refused(saved, tmp_path, tensors, said):
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_cannot_be_read_are_refused(saved, tmp_path):
+def test_files_that_cannot_be_read_are_refused(saved, tmp_path, monkeypatch):
     cut = tmp_path / "cut"
     shutil.copytree(saved["llama"], cut)
     whole = (cut / "model.safetensors").read_bytes()
@@ -175,6 +175,11 @@ def test_files_that_cannot_be_read_are_refused(saved, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         open_text_model(tmp_path / "nowhere")
     with pytest.raises(InputError, match="neither a HuggingFace folder"):
+        open_text_model(tmp_path)
+    monkeypatch.setattr(loading, "entry_points", lambda group: [])
+    with pytest.raises(
+        InputError, match=r"no package is installed that opens others \(in a clone: pip install \.\)"
+    ):
         open_text_model(tmp_path)
 
 
