@@ -24,6 +24,8 @@ def event_line(event: Event) -> str:
     if event.kind == "rewind":
         why = f": {data['why']}" if data.get("why") else ""
         return f"step {event.step}: training went on from here{why}"
+    if event.kind == "recovered" and data.get("problem"):
+        return f"step {event.step}: recovered: {' '.join(str(data['problem']).split())}"
     if event.kind == "overflow" and "site" in data:
         tensor = str(data.get("tensor", "a number")).replace("_", " ")
         return f"step {event.step}: overflow: the {tensor} of {data['site']} left the number format"
