@@ -242,7 +242,7 @@ def _show_verdicts(console: Console, found: Sequence[Results]) -> None:
         "seeds: those that the verdict took of those that were run",
         "e-value: from 20 on decided at 5 %",
     ]
-    if any(verdict.judgement == "undecided" for verdict in verdicts):
+    if any(one.judgement == "undecided" and math.isfinite(one.decision.detectable) for one in verdicts):
         legend.append("would show: what so many seeds find with a power of 80 %")
     if not all(verdict.holds for verdict in verdicts):
         legend.append("alone: at 5 % by itself, not among all claims of its suite (Holm)")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ NAMES = "local, dask:ADDRESS, ray, ray:ADDRESS, slurm, or slurm:KEY=VALUE,..."
 # What a cluster's queue takes: it decides itself how many go at once.
 QUEUE = 1_000_000
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_ANSWER = 10
 
 
 class Kept:
@@ -82,7 +84,7 @@ class Dask(Executor):
         except ImportError:
             raise InputError("--executor dask:... needs Dask: pip install 'stabilitylab[dask]'") from None
         try:
-            self._client = Client(address, timeout="10s", set_as_default=False)
+            self._client = Client(address, timeout=f"{SECONDS_TO_ANSWER}s", set_as_default=False)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"no Dask scheduler answers at {address} ({error}): start one, or give its address"
@@ -112,6 +114,8 @@ class Ray(Executor):
             import ray
         except ImportError:
             raise InputError("--executor ray needs Ray: pip install 'stabilitylab[ray]'") from None
+        if address:
+            knock(address)
         self._ray = ray
         paths = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
         try:
@@ -155,6 +159,19 @@ class Ray(Executor):
         if wait and self._references and not cancel_futures:
             self._ray.wait(self._references, num_returns=len(self._references))
         self._ray.shutdown()
+
+
+def knock(address: str) -> None:
+    """Raise InputError if nobody listens at ``HOST:PORT`` or ``ray://HOST:PORT``, which Ray itself finds out after minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not (host and port.isdigit()):  # "auto", or a form that Ray knows
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address} ({error}): start one with `ray start --head`, or give its address"
+        ) from None
 
 
 def _on_worker(call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import stat
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
@@ -93,6 +94,16 @@ def test_ray(tmp_path: Path) -> None:
     executor = executors.Ray("")
     check(executor, tmp_path)
     executor.shutdown()
+
+
+def test_a_ray_cluster_where_nobody_listens_is_told_of_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "auto"):
+            executors.knock(address)
+    for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}", "127.0.0.1:99999"):
+        with pytest.raises(InputError, match=f"no Ray cluster answers at {address}"):
+            executors.knock(address)
 
 
 @pytest.mark.parametrize(
