@@ -45,7 +45,8 @@ _GLUED_STEP = re.compile(r"\b(?:step|iter|it)(\d+)\b", re.IGNORECASE)
 _GLUED_EPOCH = re.compile(r"\b(?:epoch|ep|e)(\d+)\b", re.IGNORECASE)
 _BATCH = re.compile(r"\bbatch\W{1,8}(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
 _LOSS_AT = re.compile(
-    r"\b(\w*loss\w*|cost)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@|on|in|after) (?:step|iteration|iter|epoch) (\d+))",
+    r"\b(\w*loss\w*|cost)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@|on|in|after) (?:step|iteration|iter|epoch) (\d+)"
+    r"|(?:step|iteration|iter|epoch)\[(\d+)\](?=\s*[:=]))",
     re.IGNORECASE,
 )
 # "MSE loss ||y - Q(s, a)||: 2.3": a formula between.
@@ -89,7 +90,7 @@ _LEVEL = re.compile(
     r"^(?:(?:info|debug|warning|warn|error|root|main|train|trainer)\s+)+(?=\S)", re.IGNORECASE
 )
 # What is remembered of the line before, and no number of the log.
-_OF, _LAST, _EPOCHS, _MOVES = "\0of", "\0last", "\0epochs", "\0moves"
+_OF, _LAST, _EPOCHS, _MOVES, _GAP = "\0of", "\0last", "\0epochs", "\0moves", "\0gap"
 # A loss that is scaled or weighted is none, nor one of packets.
 _NO_LOSS = re.compile(
     r"scale|weight|coef|(?:packet|link|signal|heat|hearing|blood|stop|data)[ -]loss", re.IGNORECASE
@@ -165,7 +166,7 @@ class AnyText(TextFormat):
             line = _RANGE.sub(r"\1\2", line)
         if told := _LOSS_AT.search(line):
             line = line[: told.end(1)] + line[told.end() :]
-            values["step"] = float(told[2] or told[3])
+            values["step"] = float(told[2] or told[3] or told[4])
         for said, digits, unit in _PAIR.findall(_WRAPPED.sub("", line) if "(" in line else line):
             name = _name(said)
             if name not in values:
@@ -287,15 +288,20 @@ def _counted_on(values: Values, before: Values) -> Values:
     if length is None or step is None:
         values |= {
             name: before[name]
-            for name in (_OF, _LAST, _EPOCHS, _MOVES)
+            for name in (_OF, _LAST, _EPOCHS, _MOVES, _GAP)
             if name in before and name not in values
         }
         return {name: value for name, value in values.items() if not name.startswith("\0")}
     last, epochs = before.get(_LAST), before.get(_EPOCHS) or 0.0
     moves = bool(before.get(_MOVES)) or step < length
-    if before.get(_OF) == length and last is not None and last >= length > step and "epoch" not in values:
-        epochs += 1
-    values |= {_LAST: step, _EPOCHS: epochs, _MOVES: float(moves)}
+    gap = before.get(_GAP) or 0.0
+    if last is not None and step < last:
+        # It was full, or the next would have been beyond its end.
+        if before.get(_OF) == length and last + gap >= length > step and "epoch" not in values:
+            epochs += 1
+    elif last is not None:
+        gap = step - last
+    values |= {_LAST: step, _EPOCHS: epochs, _MOVES: float(moves), _GAP: gap}
     kept = {name: value for name, value in values.items() if not name.startswith("\0") and name != "step"}
     return {**kept, "step": step + epochs * length} if moves else kept
 

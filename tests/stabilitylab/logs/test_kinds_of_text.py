@@ -74,6 +74,7 @@ LINES = [
     "{k}th train Loss: total loss {x:.2f} / pos loss 0.1 / ori loss 0.1",
     " [=====>....]  Step: 12ms | Tot: 1s12ms | Stage 1 | Loss {x:.2f} | Acc: 50.00% {k}/24 ",
     "Epoch: [{k}]\n * Train Loss {x:.2f}  Val Acc@1 50.1 Val Loss 9.99",
+    "Train loss epoch[{k}] = {x:.2f}\nVal loss epoch[{k}] = 9.99",
     "Epoch - {k} | Train Loss: {x:.2f} | Val Loss: 9.99 | Learning Rate: 0.1",
     "Epoch 1: Cost on iteration {k} is {x:.2f}",
     "[step {k:5d}] L={x:.2f} cls=0.51 (1.20 it/s)",
@@ -149,6 +150,17 @@ def test_places_flush_to_the_right_are_places_whatever_their_width(tmp_path):
     _, steps, values = losses(path)
     assert steps == list(range(1, 25))
     assert values[::10] == pytest.approx([8.9, 7.9, 6.9])
+
+
+def test_batches_that_end_short_of_their_number_are_the_next_epochs(tmp_path):
+    path = tmp_path / "log"
+    lines = [
+        f"  Batch {k}/1200, Loss: {9 - e}.{k // 100:02d}, LR: 1e-4"
+        for e in (1, 2)
+        for k in range(0, 1200, 100)
+    ]
+    path.write_text("\n".join(lines))
+    assert losses(path)[1] == list(range(0, 2400, 100))
 
 
 def test_samples_of_an_epoch_told_with_its_number_of_epochs(tmp_path):
