@@ -1,8 +1,8 @@
 """Forward passes that are made again, and what passes leave in a model between two updates.
 
 A pass notes what the end of its update goes by: experts their loads, attention its heads' largest scores. A pass made again, since
-its activations were not kept, or at other weights, on trial, is no second one: ``unnoted`` takes back what it noted. Whatever a layer
-remembers from pass to pass has its name in ``NOTES``.
+its activations were not kept, or at other weights, on trial, is no second one: ``unnoted`` takes back what it noted. Whatever a
+layer remembers from pass to pass has its name in ``NOTES``.
 """
 
 from __future__ import annotations

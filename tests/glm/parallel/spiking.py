@@ -55,15 +55,16 @@ class Record(Callback):
 
 def spiking(policy: str, axes: tuple[int, int, int] = (1, 1, 1), micro: int = 4) -> TrainConfig:
     t, p, d = axes
+    own = {"hard_batches": True, "rollback_steps": 3, "cooldown": 2, "rate_factor": 0.3}
+    if policy in ("roll-back", "escalate"):
+        own["skip_batches"] = 5
     return TrainConfig(
         steps=52,
         seed=1,
         model=ModelConfig(vocabulary=1000, layers=1, hidden=32, heads=2, length=64),
         batch=BatchConfig(rows=ROWS, micro_rows=micro),
         schedule=ScheduleConfig(peak=1e-2, warmup=5, shape="constant"),
-        responder=ResponderConfig(
-            policy=policy, hard_batches=True, rollback_steps=3, skip_batches=5, cooldown=2, rate_factor=0.3
-        ),
+        responder=ResponderConfig() if policy == "none" else ResponderConfig(policy=policy, **own),
         parallel=ParallelConfig(tensor=t, pipeline=p, data=d),
     )
 
