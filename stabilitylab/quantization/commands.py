@@ -19,7 +19,13 @@ from stabilitylab.quantization.advice import Advisor
 from stabilitylab.quantization.assembly import assembled_plan
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.ends import Ends, measured_ends, output_layers
-from stabilitylab.quantization.exports import WITH_EMBEDDINGS, save_as
+from stabilitylab.quantization.exports import (
+    INSTEAD,
+    WITH_EMBEDDINGS,
+    held_schemes,
+    require_form,
+    save_as,
+)
 from stabilitylab.quantization.kv_cache import CacheBudget, cache_lines, cache_plan, require_cache
 from stabilitylab.quantization.latency import BATCHES, KEPT, measure_latencies
 from stabilitylab.quantization.measuring import By, layers_file, measured_layers
@@ -112,8 +118,12 @@ def quantize(
     if apply is not None and apply.exists():
         raise InputError(f"{apply} exists already: give another --apply, or remove it")
     existing = _existing(plan, text, budget)
-    opened = open_text_model(model, hold=True)
     console = Console(stderr=json_output)
+    if apply is not None and existing is None:
+        chosen = _menu(format, chosen, given=schemes != DEFAULT_SCHEMES, console=console)
+    opened = open_text_model(model, hold=True)
+    if apply is not None:
+        require_form(format, opened)
     if existing is None:
         assert text is not None
         made = make_plan(
@@ -316,6 +326,24 @@ def _budget(
             return Budget(kind="memory", value=value / 16)
         return Budget(kind=name, value=value, batch=batch)  # type: ignore[arg-type]
     return None
+
+
+def _menu(
+    format: str, schemes: Sequence[LinearScheme], *, given: bool, console: Console
+) -> list[LinearScheme]:
+    """The schemes that the folder's format can hold: told now, and not when the plan is made."""
+    held, others = held_schemes(format, schemes)
+    if others and given:
+        raise InputError(
+            f"--format {format} has no exact form for {', '.join(others)}: leave them out of --schemes; it has for "
+            f"{INSTEAD[format]}"
+        )
+    if others:
+        if format == "gguf":
+            held.append(scheme_of("int4-g32-mse-gptqo"))
+        names = ", ".join(scheme.name for scheme in held)
+        console.print(f"of the schemes {format} holds {names}: the plan chooses among these", highlight=False)
+    return held
 
 
 def _existing(plan: Path, text: Path | None, budget: Budget | None) -> QuantizationPlan | None:

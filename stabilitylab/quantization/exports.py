@@ -10,8 +10,11 @@ the formats that can: nothing is rounded a second time in silence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel
@@ -20,6 +23,7 @@ from stabilitylab.quantization.format_scheme import FormatLinear
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import quantizable_layers
+from stabilitylab.quantization.schemes import LinearScheme, nearest
 
 OWN = "stabilitylab"
 WITH_EMBEDDINGS = (OWN, "gguf")  # formats that hold quantized embeddings as they are written here
@@ -74,6 +78,40 @@ def no_form(path: str, scheme: str, format: str, layer: Any, why: str = "") -> I
         f"{path}: {scheme} has no exact form in {format}{reason}: --format {' or '.join(others)} holds it; or make the plan with "
         f"--schemes of {INSTEAD[format]}"
     )
+
+
+def held_schemes(format: str, schemes: Sequence[LinearScheme]) -> tuple[list[LinearScheme], list[str]]:
+    """Those of some schemes whose numbers a format can hold, and the names of the others; asked before anything is measured."""
+    if format == OWN:
+        return list(schemes), []
+    held, others = [], []
+    for scheme in schemes:
+        try:
+            tried: Any = nearest(scheme).layer(torch.ones(128, 128), largest=torch.ones(128))
+        except InputError:
+            tried = None
+        # AWQ divides the input by factors that no format has a place for.
+        fits = tried is not None and format in holders(tried) and "-awq" not in scheme.name
+        held.append(scheme) if fits else others.append(scheme.name)
+    return held, others
+
+
+def require_form(format: str, model: TextModel) -> None:
+    """Refuse what can be told before the plan is made.
+
+    Raises:
+        InputError: the package that writes the format is missing, or it has no form for a model of this kind.
+    """
+    if format == "gguf":
+        from stabilitylab.quantization.gguf_export import require_gguf
+
+        require_gguf(model)
+    if format == "torchao":
+        from stabilitylab.quantization.torchao_export import require_torchao
+
+        require_torchao()
+    if format != OWN:
+        refuse_experts(model, format)
 
 
 def refuse_experts(model: TextModel, format: str) -> None:

@@ -18,6 +18,7 @@ Source: gguf 0.19 (``quants.py``, ``constants.py``), which the tests open the fi
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,14 +66,11 @@ def save_gguf(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
     Raises:
         InputError: gguf is missing, ``out`` stands already, the plan is for another model, or the model or a scheme has no form.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise InputError("--format gguf needs the package gguf: pip install stabilitylab[hf]") from None
+    config, architecture = require_gguf(model)
+    import gguf
+
     plan.require(model.fingerprint, model.name)
     refuse_experts(model, NAME)
-    config = getattr(model.module, "config", None)
-    architecture = _architecture(model, config)
     with new_folder(out) as partial:
         copy_companions(model, partial)
         writer = gguf.GGUFWriter(str(partial / FILE), architecture)
@@ -99,6 +97,18 @@ def save_gguf(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
         )
         (partial / "QUANTIZATION.md").write_text(card(plan, NAME, notes), encoding="utf-8")
     return size
+
+
+def require_gguf(model: TextModel) -> tuple[Any, str]:
+    """A model's config and GGUF's name of its architecture.
+
+    Raises:
+        InputError: gguf is missing, or the model has no form.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("--format gguf needs the package gguf: pip install stabilitylab[hf]")
+    config = getattr(model.module, "config", None)
+    return config, _architecture(model, config)
 
 
 def _architecture(model: TextModel, config: Any) -> str:

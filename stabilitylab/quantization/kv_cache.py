@@ -32,6 +32,7 @@ from stabilitylab.models import TextModel, Window
 from stabilitylab.models.text_model import loss_of, output_of
 
 _GROUP = 32
+_PIECES = 4  # groups in a window from which on most tokens see a rounded past
 _HALF = torch.float16
 
 
@@ -148,7 +149,9 @@ def cache_plan(
     Returns:
         ``context``, ``bytes_16``, ``share``, ``formats`` (name -> loss and bytes), ``chosen``, its ``loss`` on the third text.
     """
-    whole, found = measure_cache_formats(model, windows, list(CACHE_FORMATS.values()), budget.context)
+    length = max(window.tokens for window in windows)
+    formats = [one for one in CACHE_FORMATS.values() if one.piece is None or length >= _PIECES * one.piece]
+    whole, found = measure_cache_formats(model, windows, formats, budget.context)
     chosen = None if budget.share is None else cheapest_harm(found, budget.share * whole)
     told = found.get(chosen or "")
     if chosen is not None and third:
@@ -157,6 +160,8 @@ def cache_plan(
         "context": budget.context,
         "bytes_16": whole,
         "share": budget.share,
+        "left_out": [name for name in CACHE_FORMATS if name not in found],
+        "window": length,
         "formats": {name: asdict(cost) for name, cost in found.items()},
         "chosen": chosen,
         "loss": None if told is None else told.loss,
@@ -176,6 +181,11 @@ def cache_lines(cache: Mapping[str, Any]) -> list[str]:
         f"  {name}: {cost['bytes'] / 1e6:,.1f} MB, {cost['bytes'] / whole:.3f}, {cost['loss']:+.4f}{_spread(cost)} nats"
         for name, cost in sorted(cache["formats"].items(), key=lambda item: -item[1]["bytes"])
     ]
+    if cache.get("left_out"):
+        lines.append(
+            f"  {', '.join(cache['left_out'])}: not measured, for windows of {cache['window']} tokens are hardly longer than the "
+            f"{_GROUP} that stay unrounded: give a --length of {_PIECES * _GROUP} or more"
+        )
     if cache["chosen"] is not None:
         lines.append(
             f"  within {cache['share']:g}: {cache['chosen']}, {cache['loss']:+.4f}{_spread(cache)} nats on the third text"

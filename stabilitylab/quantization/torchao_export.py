@@ -53,12 +53,9 @@ def save_torchao(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
     Raises:
         InputError: torchao is missing, ``out`` stands already, the plan is for another model, or a scheme has no form in torchao.
     """
-    try:
-        from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-    except ImportError:
-        raise InputError(
-            "--format torchao needs the package torchao, 0.18 or newer: pip install torchao"
-        ) from None
+    require_torchao()
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
     plan.require(model.fingerprint, model.name)
     refuse_experts(model, NAME)
     refuse_embeddings(model, plan, NAME)
@@ -87,6 +84,16 @@ def save_torchao(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
         )
         (partial / "QUANTIZATION.md").write_text(card(plan, NAME, notes), encoding="utf-8")
     return size
+
+
+def require_torchao() -> None:
+    """Raises InputError where torchao is missing, or too old to write its tensors."""
+    try:
+        import torchao.prototype.safetensors.safetensors_support  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "--format torchao needs the package torchao, 0.18 or newer: pip install torchao"
+        ) from None
 
 
 def tensor_of(path: str, twin: Any, dtype: torch.dtype, called: str) -> Tensor:

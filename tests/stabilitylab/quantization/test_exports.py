@@ -6,13 +6,15 @@ import json
 import pytest
 import torch
 
+from stabilitylab.cli import main
 from stabilitylab.errors import InputError
 from stabilitylab.formats import Quantized, dequantize
 from stabilitylab.models import open_text_model
-from stabilitylab.quantization.exports import save_as
+from stabilitylab.quantization.exports import held_schemes, save_as
 from stabilitylab.quantization.gguf_export import save_gguf
 from stabilitylab.quantization.plan import PlannedLayer
 from stabilitylab.quantization.replacement import quantizable_layers
+from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.torchao_export import save_torchao
 from tests.stabilitylab.quantization.folders import TEXT, write_tokenizer
 from tests.stabilitylab.quantization.test_compressed_tensors import plan_for, plan_of
@@ -230,3 +232,38 @@ def test_a_refusal_calls_the_scheme_what_the_plan_calls_it(llama_folder, tmp_pat
     plan = plan_for(model, tmp_path, "int4-g32-asym-gptqo")
     with pytest.raises(InputError, match=r"int4-g32-asym-gptqo has no exact form in gguf"):
         save_gguf(model, plan, tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ["gguf", "compressed-tensors", "torchao"])
+def test_what_a_format_cannot_hold_is_told_before_anything_is_measured(
+    llama_folder, bert_folder, tmp_path, capsys, monkeypatch, format
+):
+    def measured(*_arguments, **_named):
+        raise AssertionError("measured first")
+
+    monkeypatch.setattr("stabilitylab.quantization.commands.make_plan", measured)
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    command = ["quantize", "--text", str(text), "--plan", str(tmp_path / "plan.json"), "--format", format]
+    command += ["--apply", str(tmp_path / "out")]
+    assert main([*command, str(llama_folder), "--schemes", "int8-row", "mixed", "int4-row-awq"]) == 2
+    assert "no exact form for mixed, int4-row-awq: leave them out" in capsys.readouterr().err
+    if format == "gguf":
+        assert main([*command, str(bert_folder), "--schemes", "int8-row"]) == 2
+        assert "is a bert: GGUF is written for" in capsys.readouterr().err
+
+
+def test_schemes_that_are_held_are_those_that_are_written():
+    names = [
+        "int8-row",
+        "int4-g64-asym-mse-gptqo",
+        "mixed",
+        "smoothquant",
+        "w8a8-token",
+        "nvfp4",
+        "mxfp4-had",
+    ]
+    schemes = [scheme_of(name) for name in names]
+    assert [scheme.name for scheme in held_schemes("gguf", schemes)[0]] == ["int8-row"]
+    assert [scheme.name for scheme in held_schemes("torchao", schemes)[0]] == [*names[:2], *names[4:6]]
+    assert held_schemes("stabilitylab", schemes) == (schemes, [])
