@@ -112,12 +112,13 @@ class FormatProbe(HookingProbe):
 
     def _look(self, forward: Callable[[Tensor], None], backward: Function) -> Function:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not self._armed or not counts(module):
+            if not self._armed:
                 return
             with DisableTorchFunction():
                 x, y = tensor_in(args) if args else tensor_in(kwargs), tensor_in(output)
-                if x is not None:
+                if x is not None and counts(module):
                     forward(x)
+                # Under reentrant checkpointing gradients go through the recomputed output alone.
                 if y is not None and y.requires_grad and not y.is_leaf:
                     y.register_hook(backward)  # type: ignore[no-untyped-call]
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.compat import in_backward
 from stabilitylab.forward_watch import ForwardHook, ForwardWatch
 
 
@@ -56,6 +57,8 @@ class RouterWatch(ForwardWatch):
                 yield module, partial(self._count, path)
 
     def _count(self, path: str, module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        if in_backward():  # activations are recomputed: the choices were counted when they were made
+            return
         parts = out if isinstance(out, (tuple, list)) else (out,)
         chosen = [part for part in parts if isinstance(part, Tensor) and part.dtype == torch.int64]
         if not chosen:

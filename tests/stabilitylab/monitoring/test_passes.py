@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stabilitylab import Monitor
+from stabilitylab.probes.everything import all_probes
+from stabilitylab.probes.formats import FormatProbe
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording
 
@@ -55,10 +57,12 @@ def test_activation_recomputation_is_counted_once() -> None:
                 for layer in model.layers:
                     plain = layer.forward
                     layer.forward = partial(checkpoint, plain, use_reentrant=reentrant)
-            with Monitor(model, every=1, sinks=[sink], detector=None) as monitor:
+            probes = [*all_probes(), FormatProbe(("int8-row", "mxfp4"))]
+            with Monitor(model, every=1, sinks=[sink], detector=None, probes=probes) as monitor:
                 next_token_loss(model, batch(0)).backward()
                 monitor.step(0)
             found[recompute] = sink.rows
+        assert any("formats" in name or ":gradient" in name for _, name, _ in found[False])
         assert found[True] == pytest.approx(found[False], rel=1e-6, nan_ok=True)
 
 

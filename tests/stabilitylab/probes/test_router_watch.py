@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from stabilitylab.probes.router_watch import RouterWatch
 
@@ -54,6 +55,43 @@ def test_loads_of_fused_experts(family):
         assert readings[f"experts/{name}/load_entropy"] == pytest.approx(entropy)
         assert readings[f"experts/{name}/dead"] == load.count(0) / 4
         assert readings[f"experts/{name}/router_l2"] == pytest.approx(calls[0][1].norm().item(), rel=1e-5)
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x):
+        share = (x @ self.weight.T).softmax(-1)
+        weight, chosen = share.topk(2)
+        return weight, chosen
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = Router()
+
+    def forward(self, x):
+        weight, chosen = self.router(x)
+        return x + (weight[..., None] * self.router.weight[chosen]).sum(-2)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_choices_of_recomputed_layers_are_counted_once(reentrant):
+    torch.manual_seed(0)
+    model, loads = nn.Sequential(Layer(), Layer()), {}
+    x = torch.randn(2, 6, 8, requires_grad=True)
+    for recompute in (False, True):
+        with RouterWatch(model) as watch:
+            y = x
+            for layer in model:
+                y = checkpoint(layer, y, use_reentrant=reentrant) if recompute else layer(y)
+            y.square().sum().backward()
+        loads[recompute] = {path: load.tolist() for path, load in watch._loads.items()}
+    assert loads[True] == loads[False]
+    assert [sum(load) for load in loads[True].values()] == [2 * 6 * 2] * 2
 
 
 def test_a_model_without_experts_says_nothing():
