@@ -41,7 +41,8 @@ def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Se
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: {program} COMMAND ...; each takes --help\n")
-        print("\n".join(f"  {name:10} {summary}" for name, (_, summary) in commands.items()))
+        width = max(map(len, commands)) + 1
+        print("\n".join(f"  {name:{width}} {summary}" for name, (_, summary) in commands.items()))
         return 0
     if words[0] == "--version":
         # Both programs are parts of one distribution.

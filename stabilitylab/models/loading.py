@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from stabilitylab.command_line import needs_extra
 from stabilitylab.errors import InputError
 from stabilitylab.models import hugging_face
 from stabilitylab.models.text_model import TextModel
@@ -43,19 +44,27 @@ def open_text_model(
         raise InputError(f"{path} does not exist: give a model's folder or GGUF file")
     if hugging_face.recognises(path):
         return hugging_face.open_folder(path, dtype, hold=hold)
-    known = []
+    known, lacking = [], ""
     for entry in entry_points(group=GROUP):
+        try:
+            opens = entry.load()
+        except ModuleNotFoundError as error:
+            lacking += f"; models of {entry.name} cannot be opened here: {needs_extra(entry.name, error)}"
+            continue
         known.append(entry.name)
-        model = entry.load()(path, dtype)
+        model = opens(path, dtype)
         if model is not None:
             assert isinstance(model, TextModel)
             return model
+    # What is only on the path, a clone say, registers nothing, its own runs of glm included.
     others = (
         f", nor anything that {', '.join(sorted(known))} opens"
         if known
-        # What is only on the path, a clone say, registers nothing, its own runs of glm included.
+        else ""
+        if lacking
         else ", and no package is installed that opens others (in a clone: pip install .)"
     )
     raise InputError(
-        f"{path} is neither a HuggingFace folder (config.json and safetensors) nor a GGUF file{others}: give one of these"
+        f"{path} is neither a HuggingFace folder (config.json and safetensors) nor a GGUF file"
+        f"{others}{lacking or ': give one of these'}"
     )

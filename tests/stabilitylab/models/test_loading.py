@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 
@@ -175,6 +176,12 @@ def test_files_that_cannot_be_read_are_refused(saved, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="does not exist"):
         open_text_model(tmp_path / "nowhere")
     with pytest.raises(InputError, match="neither a HuggingFace folder"):
+        open_text_model(tmp_path)
+    entry = EntryPoint("own", "of_a_package_that_is_not_here:open", "stabilitylab.models")
+    monkeypatch.setattr(loading, "entry_points", lambda group: [entry])
+    with pytest.raises(
+        InputError, match="models of own cannot be opened here: No module named 'of_a_package"
+    ):
         open_text_model(tmp_path)
     monkeypatch.setattr(loading, "entry_points", lambda group: [])
     with pytest.raises(
