@@ -39,6 +39,8 @@ USAGE = (
 
 # From so many columns on an effect and its interval stand in one line.
 WIDE = 110
+# TensorBoard's own limit.
+MOST_TICKED = 40
 
 SuiteName = Annotated[str, tyro.conf.Positional]
 SuiteNames = Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -159,7 +161,16 @@ def _report(console: Console, asked: Suite | Study, out: Path) -> None:
             console.print(Text(sentence), soft_wrap=True)
     console.print(Text(f"report:      {path}"), soft_wrap=True)
     if results.runs:
-        console.print(Text(f"tensorboard: tensorboard --logdir {out}"), soft_wrap=True)
+        console.print(Text(f"tensorboard: tensorboard --logdir {out}" + _filter(results)), soft_wrap=True)
+
+
+def _filter(results: Results) -> str:
+    """TensorBoard ticks none of more than forty runs: what to type into its filter to see some that tell."""
+    if len(results.runs) <= MOST_TICKED:
+        return ""
+    worst = next(iter(results.broken), results.runs[0])
+    alike = worst.run.name.removeprefix(worst.arm)
+    return f", then filter its runs by {alike.lstrip('-')} and tick them: of so many it shows none by itself"
 
 
 def verdicts(suites: SuiteNames = (), /, *, runs: Path = Path("runs"), json: bool = False) -> int:

@@ -194,3 +194,5 @@ def test_the_command_prints_the_verdicts_and_where_the_report_is(
     assert "supported" in said
     assert "At a learning rate of 0.25 cure survives in 8 of 8 seeds, plain in 0 of 8." in said
     assert str(suite_folder / "report.html") in said
+    # Of 48 runs TensorBoard shows none by itself.
+    assert "filter its runs by rate0.25-seed0" in said
