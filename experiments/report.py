@@ -31,6 +31,7 @@ MOST_BROKEN = 40
 MOST_LOOKED_INTO = 8
 # Of so many seeds a cell of the metrics shows each, of more the lowest and the highest.
 FEW = 4
+NBSP = "\N{NO-BREAK SPACE}"
 
 
 def write_report(asked: Suite | Study, out: Path, *, results: Results | None = None) -> Path:
@@ -117,7 +118,7 @@ def how_sure(results: Results) -> Section:
         [
             Cell(text=f"{number}. {verdict.claim.text}", detail=f"after {verdict.claim.source}"),
             verdict.judgement,
-            seeds_words(verdict).replace(" ", "\N{NO-BREAK SPACE}"),
+            seeds_words(verdict).replace(" ", NBSP),
             effect_words(verdict, results.outcomes[verdict.claim.metric]),
             evidence_words(verdict.decision.e_value),
             "yes" if verdict.holds else "no",
@@ -155,7 +156,7 @@ def broken_section(results: Results) -> Section:
             [
                 arm,
                 "–" if several[0].rate is None else charts.rate_words(several[0].rate),
-                f"{len(several)}\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}{of}",
+                f"{len(several)}{NBSP}of{NBSP}{of}",
                 Cell(
                     text="; ".join(
                         cause + (f" ({n})" if n > 1 else "") for cause, n in causes.most_common(3)
@@ -263,14 +264,18 @@ def metric_section(results: Results) -> Section:
             none.append(outcome.title)
             continue
         best = _best(means, outcome)
+        title = outcome.title + (f", {outcome.unit}" if outcome.unit else "")
         rows.append(
             [
-                outcome.title + (f", {outcome.unit}" if outcome.unit else ""),
+                Cell(text="Largest rate survived" if name == FRONTIER else title),
                 *(
                     Cell(
-                        text=_number(means[arm], outcome),
+                        text=charts.rate_words(means[arm])
+                        if name == FRONTIER and math.isfinite(means[arm])
+                        else _number(means[arm], outcome),
                         best=arm in best,
-                        detail=_seeds(results.values.get(name, {}).get(arm, {}), outcome),
+                        detail="log2 " * (name == FRONTIER)
+                        + _seeds(results.values.get(name, {}).get(arm, {}), outcome),
                     )
                     for arm in arms
                 ),
@@ -334,7 +339,8 @@ def _best(means: Mapping[str, float], outcome: Metric | Outcome) -> set[str]:
 
 
 def _number(value: float, outcome: Metric | Outcome) -> str:
-    return f"{value:.{getattr(outcome, 'digits', 4)}g}" if math.isfinite(value) else str(value)
+    short = f"{value:.{getattr(outcome, 'digits', 4)}g}"
+    return f"{float(short):,.0f}" if "e+0" in short and abs(value) < 1e6 else short
 
 
 def _seeds(by_seed: Mapping[int, float], outcome: Metric | Outcome) -> str:
@@ -344,4 +350,4 @@ def _seeds(by_seed: Mapping[int, float], outcome: Metric | Outcome) -> str:
     if len(values) <= FEW:
         return " · ".join(_number(value, outcome) for value in by_seed.values())
     lowest, highest = (_number(values[i], outcome) for i in (0, -1))
-    return lowest if lowest == highest else f"{lowest} to {highest}"
+    return lowest if lowest == highest else f"{lowest}{NBSP}to{NBSP}{highest}"
