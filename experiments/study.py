@@ -18,12 +18,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.arm import Arm
 from experiments.statistics import LEAST_SEEDS, Scale
@@ -146,21 +148,46 @@ def run_study(
         if (arm.name, seed) not in done
     ]
     results = (_here(study, data) if through is None else through)(cells)
-    for looked, seed in enumerate(range(study.first, study.first + count), start=1):
-        if budget is not None and time.monotonic() - started > budget:
-            console.print(f"{study.name}: the budget is spent before seed {seed}")
-            break
-        for arm in study.arms:
-            if (arm.name, seed) in done:
-                continue
-            values, spent = next(results)
-            with file.open("a", encoding="utf-8") as stream:
-                line = {"arm": arm.name, "seed": seed, "seconds": round(spent, 2), "values": values}
-                stream.write(json.dumps(line) + "\n")
-        console.print(f"{study.name}: seed {seed} done, {time.monotonic() - started:.0f} s", highlight=False)
-        if until_decided and looked >= LEAST_SEEDS and not undecided_together(judged(study, out)):
-            console.print(f"{study.name}: every claim is decided")
-            break
+    with _bar(console, study.name, total=len(cells)) as tell:
+        for looked, seed in enumerate(range(study.first, study.first + count), start=1):
+            if budget is not None and time.monotonic() - started > budget:
+                console.print(f"{study.name}: the budget is spent before seed {seed}")
+                break
+            for arm in study.arms:
+                if (arm.name, seed) in done:
+                    continue
+                tell(f"{arm.name}, seed {seed}")
+                values, spent = next(results)
+                with file.open("a", encoding="utf-8") as stream:
+                    line = {"arm": arm.name, "seed": seed, "seconds": round(spent, 2), "values": values}
+                    stream.write(json.dumps(line) + "\n")
+            console.print(
+                f"{study.name}: seed {seed} done, {time.monotonic() - started:.0f} s", highlight=False
+            )
+            if until_decided and looked >= LEAST_SEEDS and not undecided_together(judged(study, out)):
+                console.print(f"{study.name}: every claim is decided")
+                break
+
+
+@contextmanager
+def _bar(console: Console, name: str, *, total: int) -> Iterator[Callable[[str], None]]:
+    """On a terminal a bar; what it gives is told of each cell before it is measured."""
+    columns = (
+        TextColumn(f"[bold]{name}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[said]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    begun = 0
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(name, total=total, said="")
+
+        def tell(cell: str) -> None:
+            nonlocal begun
+            progress.update(task, completed=begun, said=f"{begun} of at most {total}: {cell}")
+            begun += 1
+
+        yield tell
 
 
 def _here(study: Study, data: Path) -> Callable[[Sequence[tuple[str, int]]], Iterator[Measured]]:
