@@ -52,14 +52,15 @@ def report(run: RunPath, *, out: Path | None = None) -> int:
     """Write one self-contained HTML page about a run.
 
     Args:
-        run: run folder.
-        out: file to write; by default report.html in the run folder.
+        run: run folder, or a log of any format in docs/logs.md.
+        out: file to write; by default report.html in the run folder, or NAME-report.html beside the log.
     """
     from stabilitylab.report import run_report
-    from stabilitylab.runs import load_run
+    from stabilitylab.report.of_log import run_at
 
-    loaded = load_run(run)
-    print(run_report(loaded).write(_writable(out or loaded.folder.report)))
+    loaded = run_at(run)
+    near = loaded.folder.report if run.is_dir() else run.with_name(f"{run.stem}-report.html")
+    print(run_report(loaded).write(_writable(out or near)))
     return 0
 
 
@@ -67,15 +68,16 @@ def compare(runs: RunPaths, *, out: Path) -> int:
     """Write several runs over each other as one HTML page.
 
     Args:
-        runs: run folders, two or more.
+        runs: run folders and logs, two runs or more; a log may hold several.
         out: file to write.
     """
     from stabilitylab.report import comparison
-    from stabilitylab.runs import load_run
+    from stabilitylab.report.of_log import runs_at
 
-    if len(runs) < 2:
-        raise InputError(f"compare takes two run folders or more, got {len(runs)}")
-    print(comparison([load_run(run) for run in runs]).write(_writable(out)))
+    loaded = [run for path in runs for run in runs_at(path)]
+    if len(loaded) < 2:
+        raise InputError(f"compare takes two run folders or more, got {len(loaded)}: a log may stand for one")
+    print(comparison(loaded).write(_writable(out)))
     return 0
 
 
@@ -83,12 +85,12 @@ def show(run: RunPath) -> int:
     """Print a run's last values and its events.
 
     Args:
-        run: run folder.
+        run: run folder, or a log of any format in docs/logs.md.
     """
+    from stabilitylab.report.of_log import run_at
     from stabilitylab.report.terminal import show_run
-    from stabilitylab.runs import load_run
 
-    show_run(load_run(run))
+    show_run(run_at(run))
     return 0
 
 

@@ -52,7 +52,7 @@ def close_ups(run: Run) -> Section | None:
             chart = curves(
                 {run.name: [window]},
                 title=title + around,
-                unit=unit,
+                unit=unit if run.kind == "folder" else "",
                 log="auto" if metric == LOSS else True,
                 marks={run.name: marks},
             )

@@ -15,18 +15,22 @@ from stabilitylab.figures.style import plain
 from stabilitylab.report.page import Cell, Said, Section, Statements, Table
 from stabilitylab.runs.run import Run
 from stabilitylab.spikes import KINDS, episodes_of
+from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 
 Runs = Mapping[str, Sequence[Run]]
 MOST_ROWS = 200
 MOST_TOLD = 6
 # How a sentence about documents begins: long, and for who looks for them.
 BATCH = "Batch of step "
+_LONG = {LOSS: "The loss", GRADIENT_NORM: "The gradient norm"}
 
 
 def overview(runs: Runs) -> Section:
     """Loss and gradient norm with their episodes marked, loss scale and learning rate."""
+    of_logs = any(run.kind == "log" for several in runs.values() for run in several)
+    unit = "" if of_logs else "nats"
     parts = [
-        _curve(runs, "train/-/loss", "Loss", unit="nats", log="auto", marked=True),
+        _curve(runs, "train/-/loss", "Loss", unit=unit, log="auto", marked=True),
         _curve(runs, "train/-/gradient_norm", _norm_title(runs), log=True, marked=True),
         _curve(runs, "precision/-/loss_scale", "Loss scale", log=True, base=2, stairs=True),
         _curve(runs, "train/-/learning_rate", "Learning rate"),
@@ -44,6 +48,8 @@ def _norm_title(runs: Runs) -> str:
     by_hand = any(
         event.kind == "gradients-changed" for several in runs.values() for r in several for event in r.events
     )
+    if any(run.kind == "log" for several in runs.values() for run in several):
+        return "Gradient norm"  # before or after clipping: it does not say
     return "Gradient norm, after clipping by hand" if by_hand else "Gradient norm, before clipping"
 
 
@@ -77,9 +83,11 @@ def episode_section(runs: Runs) -> Section:
 
 def key_message(run: Run) -> Section:
     """What happened, where it began and what to try: the gravest episodes, in the order in which they came."""
+    kinds = [event for event in run.events if event.kind in KINDS]
+    if kinds and run.kind == "log":
+        return Section(title="What happened", parts=[_of_a_log(run)])
     found = diagnoses(run)
     if not found:
-        kinds = [event for event in run.events if event.kind in KINDS]
         said = Said(
             word="calm", text="No spike, no divergence, nothing that is not finite was found.", tone="good"
         )
@@ -104,6 +112,39 @@ def key_message(run: Run) -> Section:
         )
     note = f"The gravest of {len(found)}; all stand under Causes." if len(found) > len(said_all) else ""
     return Section(title="What happened", parts=[Statements(said=said_all, note=note)])
+
+
+def _of_a_log(run: Run) -> Statements:
+    """The episodes that a log shows; why they came it does not tell."""
+    found = episodes_of(run.events)
+    bad = [one for one in found if one.kind != "hard-batch"] or found
+    said = [
+        Said(
+            word=one.kind.replace("-", " "),
+            text=f"{_LONG.get(one.signal, one.signal)}, "
+            + (
+                f"from step {one.onset} on."
+                if one.end is None or one.to_the_end
+                else f"steps {one.onset} to {one.end}."
+            ),
+            detail=" ".join(
+                [
+                    *(
+                        [f"{one.height:.3g} over its level of {one.level:.4g}."]
+                        if one.height and one.level
+                        else []
+                    ),
+                    *([f"{one.reason[:1].upper()}{one.reason[1:]}."] if one.reason else []),
+                ]
+            ),
+            tone="open" if one.kind == "hard-batch" else "bad",
+        )
+        for one in bad[:MOST_TOLD]
+    ]
+    more = f"{len(found) - len(said)} more stand below. " if len(found) > len(said) else ""
+    return Statements(
+        said=said, note=more + "A log does not tell why: a run that is monitored does (attach)."
+    )
 
 
 def _gravest(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

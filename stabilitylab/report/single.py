@@ -36,7 +36,8 @@ def comparison(runs: Sequence[Run]) -> Page:
     labels = {run.name if len({r.name for r in runs}) == len(runs) else str(run.path): [run] for run in runs}
     page = _report(labels, title="Comparison of " + ", ".join(labels), lead="", facts={})
     first = _outcomes({label: run for label, (run,) in labels.items()})
-    page.sections[:0] = [first, _settings({label: run for label, (run,) in labels.items()})]
+    settings = _settings({label: run for label, (run,) in labels.items()})
+    page.sections[:0] = [first] if all(run.kind == "log" for run in runs) else [first, settings]
     return page
 
 
@@ -44,7 +45,7 @@ def _outcomes(runs: Mapping[str, Run]) -> Section:
     """How each run went, in a sentence, and what it suspects of the first of its episodes."""
     said = []
     for label, run in runs.items():
-        found = sections.diagnoses(run)
+        found = sections.diagnoses(run) if run.kind == "folder" else []
         first = f" {found[0]['sentences'][0]}" if found else ""
         episodes = len(episodes_of(run.events))
         said.append(
@@ -76,9 +77,10 @@ def _settings(runs: Mapping[str, Run]) -> Section:
 
 def _report(runs: sections.Runs, *, title: str, lead: str, facts: dict[str, str]) -> Page:
     page = Page(title=title, lead=lead, facts=facts)
+    page.sections += [sections.overview(runs), sections.episode_section(runs)]
+    if all(run.kind == "log" for several in runs.values() for run in several):
+        return page  # of layers a log tells nothing
     page.sections += [
-        sections.overview(runs),
-        sections.episode_section(runs),
         sections.diagnosis_section(runs),
         sections.gradients(runs),
         sections.residual_stream(runs),
@@ -94,18 +96,19 @@ def _lead(run: Run) -> str:
     loss = run.series("train/-/loss")
     if loss.empty:
         return "This run recorded no loss."
+    unit = " nats" if run.kind == "folder" else ""  # a log's loss may be anything
     steps = f"{len(loss):,} steps recorded, {loss.index[0]} to {loss.index[-1]}"
-    return f"{steps}; the loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g} nats{extremes(loss)}."
+    return f"{steps}; the loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g}{unit}{extremes(loss)}."
 
 
 def _facts(run: Run) -> dict[str, str]:
-    facts = {"folder": str(run.path)}
+    facts = {run.kind: str(run.path)}
     for name in ("preset", "precision", "steps", "seed"):
         if (value := run.config.get(name)) not in (None, ""):
             facts[name] = str(value)
     model: Any = run.config.get("model", {})
     if isinstance(model, dict) and "layers" in model:
         facts["model"] = f"{model['layers']} layers of {model.get('hidden')}, norm {model.get('norm')}"
-    if run.events:
+    if run.events and run.kind == "folder":
         facts["last event"] = datetime.fromtimestamp(run.events[-1].time).strftime("%Y-%m-%d %H:%M")
     return facts

@@ -44,7 +44,13 @@ def load_run(path: str | os.PathLike[str]) -> Run:
 
 
 class Run:
-    """What a run folder holds. Made by ``load_run``; attributes are read when first used."""
+    """What a run folder holds. Made by ``load_run``; attributes are read when first used.
+
+    Attributes:
+        kind: what it was read from: a folder, or a log (``report.of_log``).
+    """
+
+    kind = "folder"
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder

@@ -147,7 +147,7 @@ def test_show_in_a_pipe_cuts_no_name(tmp_path: Path) -> None:
 
 def test_wrong_paths(tmp_path: Path, run_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no such directory" in refusal(capsys, "report", tmp_path / "none")
-    assert "neither telemetry/ nor events.jsonl" in refusal(capsys, "show", tmp_path)
+    assert "neither a run folder nor" in refusal(capsys, "show", tmp_path)
     assert "there is no folder" in refusal(capsys, "report", run_path, "--out", tmp_path / "none" / "x.html")
     assert "has no command 'reprot'" in refusal(capsys, "reprot", run_path)
     with pytest.MonkeyPatch.context() as patch:
