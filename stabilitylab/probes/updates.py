@@ -44,7 +44,7 @@ from stabilitylab.statistics import native
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.summary import measurable
-from stabilitylab.statistics.updates import COLUMN, FIELDS, Update, take_before
+from stabilitylab.statistics.updates import COLUMN, FIELDS, Stepped, Update, after_all, take_before
 from stabilitylab.telemetry import Key
 
 WITHOUT_MOMENTS = ("rms", "weight_rms", "ratio")
@@ -145,10 +145,12 @@ class UpdateProbe(HookingProbe):
         if compared is None:
             return
         places, rows = compared
-        row_of = dict(zip(places, rows, strict=True))
-        for i, entry in enumerate(chosen):
-            own = self._context.buffer.view(entry.slots)[len(FIELDS) :]
-            own.copy_(row_of[i]) if i in row_of else own.zero_()
+        own = [self._context.buffer.view(entry.slots)[len(FIELDS) :] for entry in chosen]
+        with torch.no_grad():
+            torch._foreach_copy_([own[place] for place in places], list(rows.unbind()))
+            known = set(places)
+            if others := [one for i, one in enumerate(own) if i not in known]:
+                torch._foreach_zero_(others)
 
     def _entry(self, p: Tensor) -> _Entry:
         name, (here, is_shard) = self._names[id(p)], local_part(p.detach())
@@ -171,6 +173,9 @@ class UpdateProbe(HookingProbe):
         # Once: several optimizers', or ZeRO's, is put together when it is asked for.
         states = optimizer.state
         seen: list[Update] = []
+        # What is not for the kernel, and where it goes.
+        others: list[Stepped] = []
+        views: list[Tensor] = []
         for p, group in self._listed(optimizer):
             entry = self._updates.get(id(p))
             given = p.grad if p.grad is not None else self._held.get(id(p))
@@ -186,10 +191,13 @@ class UpdateProbe(HookingProbe):
             if slots.device.type == "cpu" and update.prepare(gradient, moments, buffer.address(slots)):
                 jobs.append(update.address)
             else:
-                with torch.no_grad():
-                    buffer.view(slots)[: len(FIELDS)].copy_(update.after(gradient, moments))
+                others.append((update, gradient, moments))
+                views.append(buffer.view(slots)[: len(FIELDS)])
             slots.stamp = buffer.stamp
             seen.append(update)
+        with torch.no_grad():
+            if others:
+                torch._foreach_copy_(views, after_all(others))
         library = native.kernel()
         if jobs and library is not None:
             addresses = (ctypes.c_void_p * len(jobs))(*jobs)

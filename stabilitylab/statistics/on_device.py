@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ from stabilitylab.statistics.tails import TAIL_BINS, TAIL_FIRST, TAIL_SHIFT
 
 PART = 1 << 25
 SAMPLE = 2048
+# Elements up to which tensors are taken together, and of all that are.
+SMALL, TOGETHER = 1 << 20, 1 << 22
 # Of the counts of |x| up to infinity, the largest number, 0, below the smallest normal, 2^-25, 2^-10 and below 6: what of each
 # makes count, nonfinite, zero, subnormal, fp16_lost, fp8_lost and over_6; and how often the number of elements.
 _OF_COUNTS = (
@@ -67,9 +71,9 @@ def summarise(
         fields = fields + implied * of_implied
     rest = none
     if full:
-        rest = _over(size, sizes, (powers[1] / (flat.numel() + implied)).sqrt()).double()
-    ends = [part.reshape(1) for part in (*powers, high.double())]
-    row = torch.cat([fields, rest, *ends, none[:1]])
+        rest = _over(size, sizes, (powers[1] / (flat.numel() + implied)).sqrt())
+    # To be joined makes float64 of all of them.
+    row = torch.cat([fields, rest, *(part.reshape(1) for part in (*powers, high)), none[:1]])
     if not full:
         return row, None, None, None
     size_RC = size.float().reshape(-1, x.shape[-1] if x.dim() else 1)
@@ -79,7 +83,7 @@ def summarise(
         bins = (bits >> TAIL_SHIFT).sub_(TAIL_FIRST).clamp_(0, TAIL_BINS - 1).long()
         tail.scatter_add_(0, bins, one.expand(len(bins)))
     # NaN has the largest bits of all, and is no magnitude.
-    tail[-1:] += (counts[:1] - flat.numel()).int()
+    tail[-1:].add_(counts[:1] - flat.numel())
     squares = torch.linalg.vector_norm(size_RC, dim=0).square()
     return row, bits_RC.amax(0), squares, tail
 
@@ -91,17 +95,58 @@ def _powers(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return wide.sum(), torch.dot(wide, wide), torch.dot(wide, square), torch.dot(square, square)
 
 
+@functools.lru_cache(maxsize=64)
+def _places(elements: int, device: torch.device) -> Tensor:
+    """Of a sample at even distances."""
+    return torch.arange(SAMPLE, device=device).mul_(elements).div_(SAMPLE, rounding_mode="floor")
+
+
 def _added(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def _over(size: Tensor, sizes: tuple[Tensor, ...], rms: Tensor) -> Tensor:
     """[2] numbers of elements that are 6 RMS at least, and that are massive."""
-    sample = size
-    if (n := size.numel()) > SAMPLE:
-        sample = size[torch.arange(SAMPLE, device=size.device).mul_(n).div_(SAMPLE, rounding_mode="floor")]
+    sample = size if size.numel() <= SAMPLE else size[_places(size.numel(), size.device)]
     # Of nothing but zeros none is 6 RMS.
     limits = [(6 * rms).clamp_min(1e-300)]
     limits.append((1000 * sample.double().median()).clamp_min(float(np.nextafter(np.float32(100), np.inf))))
     limits_L1 = torch.stack(limits)[:, None]
     return _added([(part >= limits_L1).sum(1) for part in sizes])
+
+
+def summarise_alike(tensors: Sequence[Tensor]) -> Tensor:
+    """Rows [tensors, FIELDS] of dense tensors of one format and number of elements, without channels and tail.
+
+    Of a few thousand elements each (biases, gains of norms) a hundred cost what one does.
+    """
+    x_SN = torch.stack([x.reshape(-1) for x in tensors])
+    limits, of_counts, of_elements, _, none, _ = _constants(x_SN.device, x_SN.dtype)
+    size_SN = x_SN.abs()
+    counts_7S = (size_SN <= limits[:, :, None]).sum(2).double()
+    wide_SN = x_SN.double()
+    square_SN = wide_SN * wide_SN
+    sums = [one.sum(1) for one in (wide_SN, square_SN, square_SN * wide_SN, square_SN * square_SN)]
+    fields_S7 = torch.addmm(of_elements, counts_7S.T, of_counts.T, beta=x_SN.shape[1])
+    ends_S5 = torch.stack([*sums, size_SN.amax(1).double()], dim=1)
+    several = none.expand(len(tensors), -1)
+    return torch.cat([fields_S7, several, ends_S5, several[:, :1]], dim=1)
+
+
+def alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Places of those that are to be taken together: small ones on an accelerator."""
+    groups: dict[Any, list[int]] = {}
+    for place, x in enumerate(tensors):
+        if is_small(x) and x.layout is torch.strided and x.is_floating_point():
+            groups.setdefault((x.device, x.dtype, x.numel()), []).append(place)
+    most = [max(1, TOGETHER // max(1, key[2])) for key in groups]
+    return [
+        places[first : first + count]
+        for places, count in zip(groups.values(), most, strict=True)
+        for first in range(0, len(places), count)
+    ]
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether operations cost more than what is done in them."""
+    return x.device.type != "cpu" and 0 < x.numel() <= SMALL

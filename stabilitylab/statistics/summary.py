@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -125,6 +126,11 @@ class Summary:
         """Whether a tensor was added in this step."""
         return self.row is not None and self.row.stamp == self._buffer.stamp
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither channels nor tail."""
+        return not self._full
+
     def prepare(self, x: Tensor) -> bool:
         """Set up the kernel's job (``address``) for adding ``x``, which must outlive it. False: not one for
         the kernel."""
@@ -194,6 +200,12 @@ class Summary:
             self._generation = -1
         return channels
 
+    def fresh_row(self) -> Tensor:
+        """Where the row goes, to be written over."""
+        assert self.row is not None
+        self.row.stamp = self._buffer.stamp
+        return self._buffer.view(self.row)
+
     def _point(self) -> None:
         """Tell the kernel where the slots lie."""
         buffer, job = self._buffer, self.job
@@ -219,8 +231,21 @@ def add_all(pairs: Sequence[tuple[Summary, Tensor]]) -> None:
         assert library is not None
         listed = (ctypes.c_void_p * len(addresses))(*addresses)
         library.stabilitylab_summarise(ctypes.addressof(listed), len(addresses), torch.get_num_threads())
-    for summary, x in rest:
+    for summary, x in _add_alike(rest):
         summary.add(x)
+
+
+def _add_alike(pairs: Sequence[tuple[Summary, Tensor]]) -> list[tuple[Summary, Tensor]]:
+    """Take those together that are small and alike, on an accelerator; returns the others."""
+    times = Counter(id(summary) for summary, _ in pairs)
+    new = [(s, x) for s, x in pairs if times[id(s)] == 1 and s.is_plain and not s.seen]
+    taken: set[int] = set()
+    for places in on_device.alike([x for _, x in new]):
+        some = [new[place] for place in places]
+        rows = on_device.summarise_alike([x.detach() for _, x in some])
+        torch._foreach_copy_([summary.fresh_row() for summary, _ in some], list(rows.unbind()))
+        taken |= {id(summary) for summary, _ in some}
+    return [(summary, x) for summary, x in pairs if id(summary) not in taken]
 
 
 def combine(row: Tensor, other: Tensor) -> None:

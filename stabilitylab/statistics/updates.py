@@ -23,12 +23,15 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stabilitylab.statistics import native
+from stabilitylab.statistics.on_device import is_small
 
 FIELDS = ("count", "sampled", "update2", "weight2", "ratio2", "first2", "second2", "below")
 COLUMN = {name: i for i, name in enumerate(FIELDS)}
@@ -159,9 +162,9 @@ class Update:
         if moments is None:
             absent = torch.full_like(squares, -1.0)
             squares = torch.cat([squares, unknown[None], absent])
-        return torch.cat([self._sizes(unknown.device), squares, below[None]])
+        return torch.cat([self.sizes(unknown.device), squares, below[None]])
 
-    def _sizes(self, device: torch.device) -> Tensor:
+    def sizes(self, device: torch.device) -> Tensor:
         """[2] how many elements there are and how many are sampled, where they are to be; filled once."""
         if self._counts is None or self._counts.device != device:
             numbers = (self.weight.numel(), self.sampled)
@@ -174,6 +177,68 @@ def _length(x: Tensor) -> Tensor:
     """The norm, added up in float64 without a copy in it."""
     length: Tensor = torch.linalg.vector_norm(x.detach(), dtype=torch.float64)
     return length
+
+
+Stepped = tuple[Update, Tensor | None, Moments | None]
+
+
+def after_all(stepped: Sequence[Stepped]) -> list[Tensor]:
+    """``Update.after`` of each, [FIELDS]; those of small parameters on an accelerator together."""
+    rows: list[Tensor | None] = [None] * len(stepped)
+    groups: dict[Any, list[int]] = {}
+    for place, (update, gradient, moments) in enumerate(stepped):
+        if (kind := _kind(update, gradient, moments)) is not None:
+            groups.setdefault(kind, []).append(place)
+    for places in groups.values():
+        found = _after_together([stepped[place] for place in places])
+        for place, row in zip(places, found.unbind(), strict=True):
+            rows[place] = row
+    return [
+        one if (one := rows[place]) is not None else update.after(gradient, moments)
+        for place, (update, gradient, moments) in enumerate(stepped)
+    ]
+
+
+def _kind(update: Update, gradient: Tensor | None, moments: Moments | None) -> Any:
+    """Equal for those that can be taken together; None: by itself."""
+    given = [update.weight, *([] if moments is None else [moments.first, moments.second])]
+    if moments is None or gradient is None or not is_small(update.weight):
+        return None
+    given.append(gradient)
+    device = update.weight.device
+    if any(x.layout is not torch.strided or x.device != device or not x.is_floating_point() for x in given):
+        return None
+    # Fused optimizers count steps on the device, each parameter its own.
+    correction = None if isinstance(moments.correction, Tensor) else moments.correction
+    return device, tuple(x.dtype for x in given), moments.epsilon, correction
+
+
+def _after_together(stepped: Sequence[Stepped]) -> Tensor:
+    """[updates, FIELDS] of updates of one kind, lists of tensors at a time."""
+    updates = [update for update, _, _ in stepped]
+    moments = [one for _, _, one in stepped if one is not None]
+    gradients = [gradient.detach().double() for _, gradient, _ in stepped if gradient is not None]
+    firsts, seconds = [one.first.detach() for one in moments], [one.second.detach() for one in moments]
+    epsilon = moments[0].epsilon
+    befores = [update.before for update in updates]
+    lengths = [update.sampled for update in updates]
+    moved = torch.split(torch.cat([u.sample() for u in updates]) - torch.cat(befores), lengths)
+    # sqrt(max(v, eps^2)) = max(sqrt v, eps)
+    sizes = [second.double() for second in seconds]
+    if isinstance(correction := moments[0].correction, float):
+        torch._foreach_div_(sizes, correction)
+    else:
+        sizes = [size / one.correction for size, one in zip(sizes, moments, strict=True)]
+    torch._foreach_sqrt_(sizes)
+    below = torch.stack([(size < epsilon).sum() for size in sizes]).double()
+    torch._foreach_clamp_min_(sizes, epsilon)
+    torch._foreach_div_(gradients, sizes)
+    norms = [
+        torch.stack(torch._foreach_norm(list(some), 2, torch.float64))
+        for some in (moved, befores, gradients, firsts, seconds)
+    ]
+    counts = torch.stack([update.sizes(below.device) for update in updates])
+    return torch.cat([counts, torch.stack(norms, dim=1).square_(), below[:, None]], dim=1)
 
 
 def take_before(updates: list[Update]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from stabilitylab import Monitor
 from stabilitylab.probes.everything import all_probes
 from stabilitylab.probes.formats import FormatProbe
 from stabilitylab.probes.weights import WeightProbe
+from stabilitylab.statistics import on_device
+from stabilitylab.statistics.scores import fused
+from stabilitylab.statistics.updates import Moments, Stepped, Update, after_all, take_before
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording
 
@@ -76,6 +80,47 @@ def test_no_step_waits_for_the_device(name: str, dtype: torch.dtype) -> None:
     for metric in ("train/-/loss", "activation/layers.0/rms", "update/embedding.weight/rms"):
         assert sink.steps(metric) == list(range(6)), metric
     assert sink.steps("attention/layers.0.attention/score_max") == list(range(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_summary_is_that_of_the_cpu(dtype: torch.dtype) -> None:
+    x = (torch.randn(300, 96, generator=torch.Generator().manual_seed(0)) * 40).to(dtype)
+    x[3, 5], x[4, 6] = math.nan, math.inf
+    for given in (x, x[10:], torch.zeros(5, 7, dtype=dtype)):
+        here, there = (on_device.summarise(one, full=True) for one in (given, given.cuda()))
+        for one, other in zip(here, there, strict=True):
+            assert one is not None
+            assert other is not None
+            assert torch.allclose(one.double(), other.cpu().double(), rtol=1e-6, atol=0, equal_nan=True)
+        rows = on_device.summarise_alike([given.cuda(), given.cuda()])
+        assert torch.allclose(
+            rows[:, :7].cpu(), here[0][:7].expand(2, -1), rtol=1e-12, atol=0, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("correction", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
+def test_small_updates_together_are_each_by_itself(correction: float | torch.Tensor) -> None:
+    stepped: list[Stepped] = []
+    for n in (1, 64, 64, 300, 5000):
+        update = Update(torch.randn(n, device="cuda"))
+        first, second, gradient = (torch.randn(n, device="cuda") for _ in range(3))
+        where = correction.cuda() if isinstance(correction, torch.Tensor) else correction
+        moments = Moments(first=first, second=second.square(), correction=where, epsilon=1e-8)
+        stepped.append((update, gradient, moments))
+    take_before([update for update, _, _ in stepped])
+    for update, _, _ in stepped:
+        update.weight.mul_(1.01)
+    apart = [update.after(gradient, moments) for update, gradient, moments in stepped]
+    for one, other in zip(after_all(stepped), apart, strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=0)
+
+
+def test_scores_under_autocast_are_not_rounded() -> None:
+    q, k = (torch.randn(2, 4, 64, 32, device="cuda").bfloat16() * 4 for _ in range(2))
+    lse = (q.float() @ k.float().mT / math.sqrt(32)).logsumexp(-1)
+    plain = fused(lse, q, k)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(fused(lse, q, k).largest, plain.largest)
 
 
 def test_numbers_are_those_of_the_cpu() -> None:

@@ -16,7 +16,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from stabilitylab.statistics import moments, native
+from stabilitylab.statistics import moments, native, on_device
 from stabilitylab.statistics import summary as summary_module
 from stabilitylab.statistics.buffer import Buffer
 from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, add_all, measurable
@@ -289,3 +289,40 @@ def test_that_there_is_no_kernel_is_said_once(
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "measured steps take longer" in record.getMessage()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_small_ones_together_are_each_by_itself(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, where a hundred small tensors cost what one does."""
+    monkeypatch.setattr(native, "kernel", lambda: None)
+    monkeypatch.setattr(summary_module, "_summarise_at_hand", lambda *_, **__: None)
+    monkeypatch.setattr(on_device, "is_small", lambda x: x.numel() <= 100)
+    monkeypatch.setattr(on_device, "TOGETHER", 200)
+    g = torch.Generator().manual_seed(0)
+    tensors = [
+        (torch.randn(n, generator=g) * 10**k).to(dtype) for k, n in enumerate((64, 64, 8, 64, 64, 900))
+    ]
+    tensors += [torch.zeros(64, dtype=dtype), torch.tensor([1.0, math.nan]).to(dtype)]
+    tensors += [torch.tensor([math.inf, 0.0]).to(dtype), torch.randn(8, 8, generator=g).to(dtype).T]
+    rows = []
+    for together in (True, False):
+        buffer = Buffer()
+        made = [Summary(buffer) for _ in tensors]
+        pairs = list(zip(made, tensors, strict=True))
+        if together:
+            add_all([*pairs, (made[2], tensors[2])])  # what comes twice is added twice
+        else:
+            for one, x in [*pairs, pairs[2]]:
+                one.add(x)
+        rows.append(torch.stack([buffer.view(one.row) for one in made if one.row is not None]))
+    assert torch.allclose(rows[0], rows[1], rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_a_large_tensor_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(40, 25, generator=torch.Generator().manual_seed(0)) * 50
+    whole = on_device.summarise(x, full=True)
+    monkeypatch.setattr(on_device, "PART", 130)
+    for one, other in zip(on_device.summarise(x, full=True), whole, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.allclose(one, other, rtol=1e-12, atol=0)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from stabilitylab.statistics.updates import ONE_IN, SAMPLE, Update
+from stabilitylab.statistics import updates as updates_module
+from stabilitylab.statistics.updates import ONE_IN, SAMPLE, Moments, Update, after_all, take_before
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,24 @@ def test_a_sample_is_never_much_larger_than_asked_for(n: int) -> None:
     update = Update(torch.empty(n, device="meta"))
     assert math.gcd(update.stride, n) == 1
     assert min(n, SAMPLE) <= update.sampled <= 8 * max(SAMPLE, n // ONE_IN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_ones_together_are_each_by_itself(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator; with and without moments, their correction a number or on the device, a v that is none."""
+    monkeypatch.setattr(updates_module, "is_small", lambda x: x.numel() <= 4096)
+    g = torch.Generator().manual_seed(0)
+    stepped = []
+    for i, n in enumerate((1, 7, 64, 300, 300, 3000, 9000, 64, 64)):
+        update = Update(torch.randn(n, generator=g).to(dtype))
+        first, second, gradient = (torch.randn(n, generator=g) for _ in range(3))
+        second = second.square() * (1e-20 if i == 4 else 1.0)
+        correction = torch.tensor(0.3) if i in (2, 3) else 0.3
+        moments = Moments(first=first, second=second, correction=correction, epsilon=1e-8)
+        stepped.append((update, None if i == 7 else gradient.to(dtype), None if i == 8 else moments))
+    take_before([update for update, _, _ in stepped])
+    for update, _, _ in stepped:
+        update.weight.add_(torch.randn(update.weight.shape, generator=g).to(dtype), alpha=0.01)
+    apart = [update.after(gradient, moments) for update, gradient, moments in stepped]
+    for one, other in zip(after_all(stepped), apart, strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=0, equal_nan=True)
