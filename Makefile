@@ -47,7 +47,7 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "written: site/index.html"
+	@echo "written: site/index.html (its search needs a server: $(PYTHON) -m http.server --directory site)"
 
 $(VENV)/.made:
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; say which with: make PYTHON=/path/to/python3.11"; exit 2; }
