@@ -23,6 +23,7 @@ from experiments.cells import through
 from experiments.executors import Kept
 from experiments.executors import chosen as executor_named
 from experiments.judging import judge
+from experiments.program import program
 from experiments.results import Results, results_of
 from experiments.study import Study, run_study, shares_of
 from experiments.suites import SUITES
@@ -32,10 +33,14 @@ from experiments.worker import keep_freed_memory
 from stabilitylab.command_line import parse
 from stabilitylab.errors import InputError, run_command
 
-USAGE = (
-    "usage: python -m experiments {run SUITE | report SUITE | verdicts [SUITE ...] | survival STUDY | judge TABLE.csv | list}; "
-    "SUITE: a name of the list, or a Python file of your own; each takes --help"
-)
+COMMANDS = {
+    "run": ("SUITE", "compute the runs that it lacks, until its claims are decided if asked"),
+    "report": ("SUITE", "verdicts, curves and every run of it as one HTML page"),
+    "verdicts": ("[SUITE ...]", "verdicts alone, of one, some or all"),
+    "survival": ("STUDY", "how long each arm's runs live"),
+    "judge": ("TABLE.csv", "runs of your own, one a row: is one group better, or was it the seed?"),
+    "list": ("", "the suites and studies there are"),
+}
 
 # From so many columns on an effect and its interval stand in one line.
 WIDE = 110
@@ -129,8 +134,7 @@ def run(
     _show_verdicts(console, [results_of(whole, out)])
     console.print(f"runs: {out}", soft_wrap=True)
     console.print(
-        f"next: python -m experiments report {suite}"
-        + ("" if out == Path("runs") / whole.name else f" --out {out}"),
+        f"next: {program()} report {suite}" + ("" if out == Path("runs") / whole.name else f" --out {out}"),
         soft_wrap=True,
     )
     return 0
@@ -193,9 +197,7 @@ def verdicts(suites: SuiteNames = (), /, *, runs: Path = Path("runs"), json: boo
                     raise
                 print(f"left out: {error}", file=sys.stderr)
     if not found:
-        raise InputError(
-            f"{runs} holds no runs of a suite: first python -m experiments run {next(iter(SUITES))}"
-        )
+        raise InputError(f"{runs} holds no runs of a suite: first {program()} run {next(iter(SUITES))}")
     if json:
         for results in found:
             for verdict in results.verdicts:
@@ -268,6 +270,20 @@ def list_suites() -> int:
     return 0
 
 
+def usage() -> str:
+    """The commands, one a line."""
+    rows = [f"  {f'{name} {operand}':22}{summary}" for name, (operand, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {program()} COMMAND ...; each takes --help",
+            "",
+            *rows,
+            "",
+            "SUITE, STUDY: a name of the list, or a Python file of your own.",
+        ]
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -280,13 +296,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "judge": judge,
     }
     if not words or words[0] in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
         return 0
 
     def command() -> int:
         if words[0] not in commands:
-            raise InputError(f"there is no command {words[0]!r}. {USAGE}")
-        code: int = parse(commands[words[0]], words[1:], program=f"python -m experiments {words[0]}")
+            raise InputError(f"{program()} has no command {words[0]!r}: choose one of {', '.join(COMMANDS)}")
+        code: int = parse(commands[words[0]], words[1:], program=f"{program()} {words[0]}")
         return code
 
     return run_command(command)

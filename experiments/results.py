@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.arm import Arm, Suite
 from experiments.metrics import METRICS, Metric, measure
+from experiments.program import program
 from experiments.runner import jobs_of
 from experiments.study import Outcome, Study, values_of
 from experiments.study import judged as judged_study
@@ -98,9 +99,7 @@ def load_runs(suite: Suite, out: Path) -> list[Made]:
                 Made(arm=job.arm.name, seed=job.seed, rate=job.rate, run=run, broke=broke, length=len(loss))
             )
     if not found:
-        raise InputError(
-            f"{out} holds no complete run of {suite.name}: first run it (python -m experiments run)"
-        )
+        raise InputError(f"{out} holds no complete run of {suite.name}: first run it ({program()} run)")
     return found
 
 
@@ -156,7 +155,7 @@ def frontiers(runs: list[Made], rates: tuple[float, ...]) -> dict[str, dict[int,
 def _of_study(study: Study, out: Path) -> Results:
     values = values_of(out)
     if not values:
-        raise InputError(f"{out} holds no values of {study.name}: first run it (python -m experiments run)")
+        raise InputError(f"{out} holds no values of {study.name}: first run it ({program()} run)")
     borne = values.get(FRONTIER, {})
     rates = sorted({rate for by_seed in borne.values() for rate in by_seed.values()})
     alive = {

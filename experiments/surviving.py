@@ -17,6 +17,7 @@ from rich.table import Table
 
 from experiments.asked import load
 from experiments.outcomes import Survival, survival
+from experiments.program import program
 from experiments.study import Study, values_of
 from stabilitylab.errors import InputError
 
@@ -42,7 +43,7 @@ def show_survival(study: Name, *, runs: Path = Path("runs"), json: bool = False)
     values = values_of(runs / asked.name)
     if not values:
         raise InputError(
-            f"{runs / asked.name} holds no values of {asked.name}: first python -m experiments run {study}"
+            f"{runs / asked.name} holds no values of {asked.name}: first {program()} run {study}"
         )
     for name, outcome in times.items():
         curves = {

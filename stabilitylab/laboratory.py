@@ -37,9 +37,7 @@ def experiments_command(words: Sequence[str]) -> int:
         laboratory = importlib.import_module("experiments.cli")
     except ModuleNotFoundError as error:
         raise needs_extra("stabilitylab experiments", error) from None
-    if not words or words[0] in ("-h", "--help"):
-        print(laboratory.USAGE.replace("python -m experiments", "stabilitylab experiments"))
-        raise SystemExit(0)
+    importlib.import_module("experiments.program").called_as("stabilitylab experiments")
     code: int = laboratory.main(list(words))
     return code
 

@@ -143,7 +143,7 @@ def test_budgets_are_spoken(text: str, meant: float) -> None:
         (("verdicts", "--runs", "nowhere"), "nowhere holds no runs of a suite"),
         (("verdicts", "quick", "--runs", "nowhere"), "no complete run of quick"),
         (("verdicts", "quack"), "there is no suite 'quack'"),
-        (("say",), "there is no command 'say'"),
+        (("say",), "has no command 'say': choose one of run"),
     ],
 )
 def test_bad_words_are_one_line(
