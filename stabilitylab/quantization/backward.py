@@ -193,15 +193,18 @@ class Backward:
 
     @contextmanager
     def _watching(self, calls: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
-        copies: dict[tuple[int, int, torch.Size], Tensor] = {}
+        copies: dict[tuple[int, int, torch.Size], tuple[Tensor, Tensor]] = {}
 
         def see(path: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if not output.requires_grad:
                 output.requires_grad_()  # before the first block: nothing in front of it has a graph
             x = arguments[0].detach()
-            # Layers with one input share one copy, and so its moments.
+            # Layers with one input share one copy, and so its moments. The input itself is kept too: graphs of weights without
+            # gradients let it go, and another would come to lie in its place.
             mark = x.data_ptr(), x._version, x.shape
-            calls.append((path, copies.setdefault(mark, x.clone()), output))
+            if mark not in copies:
+                copies[mark] = x, x.clone()
+            calls.append((path, copies[mark][1], output))
 
         hooks = [layer.register_forward_hook(partial(see, path)) for path, layer in self._layers.items()]
         try:

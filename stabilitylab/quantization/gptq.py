@@ -48,7 +48,8 @@ def gptq(weight_NK: Tensor, factor: tuple[Tensor, Tensor], grid: Grid) -> Tensor
         grid: opened for every column on return.
     """
     at_K, upper_KK = factor
-    left_KN = weight_NK.detach().to(upper_KK.dtype).T.contiguous()
+    # A copy in any case: of a transposed view (Conv1D's weight) ``contiguous`` would give the model's own numbers.
+    left_KN = weight_NK.detach().to(upper_KK.dtype).T.clone(memory_format=torch.contiguous_format)
     columns = len(left_KN)
     ordered = bool((at_K == torch.arange(columns)).all())
     if not ordered:

@@ -245,3 +245,39 @@ def test_without_moments_it_says_what_is_missing(layer):
     broken[0, 0] = torch.nan
     with pytest.raises(InputError, match="NaN"):
         scheme_of("int4-row-gptq").layer(broken, moments=Moments.of(layer[1]))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "int8-row-gptq",
+            "int4-g32-asym-mse-gptqo",
+            "nvfp4-gptq",
+            "mxfp4-mse-awq",
+            "int4-g32-asym-awq",
+            "int8-row-had",
+        ),
+        *(
+            "w8a8-tensor",
+            "smoothquant",
+            "int4-g32-asym-mse",
+            "fp8-e4m3-block128",
+            "nvfp4-mse",
+            "w8a8-token-gptq-had",
+        ),
+    ],
+)
+def test_the_weight_stays_what_it_was(name, turned):
+    """Of GPT-2's layers schemes are given a transposed view of the model's own numbers."""
+    torch.manual_seed(0)
+    held = torch.randn(64, 96)
+    weight = held.T if turned else held
+    before = held.clone()
+    # Channels in descending order, so that act-order changes none.
+    x = torch.randn(128, weight.shape[1]) * torch.linspace(3, 1, weight.shape[1])
+    scheme = scheme_of(name)
+    given = {"moments": Moments.of(x)} if needs_moments(scheme) else {}
+    scheme.layer(weight, largest=x.abs().amax(0), **given)
+    assert torch.equal(held, before)

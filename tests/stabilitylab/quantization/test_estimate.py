@@ -287,3 +287,14 @@ def test_rounded_weights_are_read_back_and_belong_to_their_layer(model, windows,
         quantized(path, layers[path], kept.scheme(path, schemes[0]))
     kept.keep_only([])
     assert not kept.folder.exists()
+
+
+def test_each_layer_is_seen_with_its_own_input(model, windows, layers):
+    """Also where an earlier layer's input would lie in the same place: graphs of weights without gradients let it go."""
+    path, layer = next(iter(layers.items()))
+    backward = Backward(model, windows[:1], {path: layer}, square, 1)
+    calls = []
+    with torch.enable_grad(), backward._watching(calls):
+        for number in range(8):
+            layer(torch.full((1, 32, layer.weight.shape[1]), float(number)))
+    assert [float(x.mean()) for _, x, _ in calls] == list(range(8))
