@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from experiments import charts
 from experiments.arm import Arm, Suite
 from experiments.metrics import Metric
 from experiments.results import FRONTIER, Made, Results, results_of
-from experiments.study import Outcome, Study
+from experiments.study import Outcome, Study, yes_or_no
 from experiments.telling import cause_of, lead
 from experiments.verdicts import Verdict, effect_words, evidence_words, seeds_words
 from stabilitylab.report import Cell, Page, Part, Said, Section, Statements, Table
@@ -31,6 +31,7 @@ MOST_BROKEN = 40
 MOST_LOOKED_INTO = 8
 # Of so many seeds a cell of the metrics shows each, of more the lowest and the highest.
 FEW = 4
+COUNTED = "counted"
 NBSP = "\N{NO-BREAK SPACE}"
 
 
@@ -97,7 +98,8 @@ def verdict_detail(verdict: Verdict, outcome: Metric | Outcome) -> str:
     if not one.n:
         return "No seed has run in both arms."
     of_rates = claim.metric == FRONTIER
-    kind = FRONTIER if of_rates else outcome.unit
+    counted = outcome.unit == "share" and yes_or_no((verdict.arm_values, verdict.baseline_values))
+    kind = FRONTIER if of_rates else COUNTED if counted else ""
     sides = _mean_words(claim.arm, verdict.arm_values, kind)
     if claim.baseline is not None:
         sides += f" against {_mean_words(claim.baseline, verdict.baseline_values, kind)}"
@@ -256,7 +258,8 @@ def metric_section(results: Results) -> Section:
     arms = [arm.name for arm in results.arms if any(arm.name in by_arm for by_arm in results.values.values())]
     rows, none = list[list[Cell | str]](), list[str]()
     for name, outcome in results.outcomes.items():
-        means = {arm: _mean(results.values.get(name, {}).get(arm, {})) for arm in arms}
+        by_arm = results.values.get(name, {})
+        means = {arm: _mean(by_arm.get(arm, {})) for arm in arms}
         everywhere = getattr(outcome, "everywhere", True)
         if not everywhere and all(math.isnan(mean) for mean in means.values()):
             continue
@@ -264,23 +267,17 @@ def metric_section(results: Results) -> Section:
             none.append(outcome.title)
             continue
         best = _best(means, outcome)
-        title = outcome.title + (f", {outcome.unit}" if outcome.unit else "")
-        rows.append(
-            [
-                Cell(text="Largest rate survived" if name == FRONTIER else title),
-                *(
-                    Cell(
-                        text=charts.rate_words(means[arm])
-                        if name == FRONTIER and math.isfinite(means[arm])
-                        else _number(means[arm], outcome),
-                        best=arm in best,
-                        detail="log2 " * (name == FRONTIER)
-                        + _seeds(results.values.get(name, {}).get(arm, {}), outcome),
-                    )
-                    for arm in arms
-                ),
-            ]
-        )
+        counted = outcome.unit == "share" and yes_or_no(by_arm.values())
+        row: list[Cell | str] = [Cell(text=outcome.title + (f", {outcome.unit}" if outcome.unit else ""))]
+        for arm in arms:
+            text, detail = _number(means[arm], outcome), _seeds(by_arm.get(arm, {}), outcome)
+            if name == FRONTIER and math.isfinite(means[arm]):
+                row[0] = Cell(text="Largest rate survived")
+                text, detail = charts.rate_words(means[arm]), f"log2 {detail}"
+            if counted and arm in by_arm:
+                detail = _count(by_arm[arm])
+            row.append(Cell(text=text, best=arm in best, detail=detail))
+        rows.append(row)
     note = (
         "Large: mean over seeds. Small: each seed, or the lowest and the highest. Shaded: the stable end of the row, where one arm "
         "stands alone there."
@@ -315,17 +312,17 @@ def _mean(by_seed: Mapping[int, float]) -> float:
 
 def _mean_words(arm: str, by_seed: Mapping[int, float], kind: str) -> str:
     mean = _mean(by_seed)
-    if shares := _shares(by_seed.values(), kind):
-        return f"{arm} {shares}"
+    if kind == COUNTED and by_seed:
+        return f"{arm} {_count(by_seed)}"
     if kind == FRONTIER and math.isfinite(mean):
         return f"{arm} {charts.rate_words(mean)}"
     return f"{arm} {mean:.4g}" if math.isfinite(mean) else f"{arm} {mean}"
 
 
-def _shares(values: Collection[float], unit: str) -> str:
-    """ "34 of 46" of yes and no, else nothing."""
-    yes_or_no = unit == "share" and values and set(values) <= {0.0, 1.0}
-    return f"{sum(values):.0f} of {len(values)}" if yes_or_no else ""
+def _count(by_seed: Mapping[int, float]) -> str:
+    """ "34 of 46" of yes and no."""
+    found = [one for one in by_seed.values() if not math.isnan(one)]
+    return f"{sum(found):.0f} of {len(found)}"
 
 
 def _best(means: Mapping[str, float], outcome: Metric | Outcome) -> set[str]:
@@ -345,8 +342,6 @@ def _number(value: float, outcome: Metric | Outcome) -> str:
 
 def _seeds(by_seed: Mapping[int, float], outcome: Metric | Outcome) -> str:
     values = sorted(by_seed.values())
-    if shares := _shares(values, outcome.unit):
-        return shares
     if len(values) <= FEW:
         return " · ".join(_number(value, outcome) for value in by_seed.values())
     lowest, highest = (_number(values[i], outcome) for i in (0, -1))

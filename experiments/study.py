@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,16 +212,21 @@ def shares_of(study: Study, out: Path) -> list[tuple[str, str, int, int, float, 
     values = values_of(out)
     found = []
     for name, outcome in study.outcomes.items():
-        if outcome.unit != "share":
+        if outcome.unit != "share" or not yes_or_no(values.get(name, {}).values()):
             continue
         for arm in study.arms:
             seen = [one for one in values.get(name, {}).get(arm.name, {}).values() if not math.isnan(one)]
-            if seen and set(seen) <= {0.0, 1.0}:
+            if seen:
                 count, of = int(sum(seen)), len(seen)
                 found.append(
                     (outcome.title, arm.name, count, of, *share_bounds(count, of, 0.05, sequential=False))
                 )
     return found
+
+
+def yes_or_no(arms: Iterable[Mapping[int, float]]) -> bool:
+    """Whether all that was measured is yes or no: a share of channels may be 0 in all seeds of one arm, and is no count."""
+    return {one for by_seed in arms for one in by_seed.values() if not math.isnan(one)} <= {0.0, 1.0}
 
 
 def values_of(out: Path) -> dict[str, dict[str, dict[int, float]]]:

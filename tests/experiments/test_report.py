@@ -15,7 +15,7 @@ from experiments.cli import main
 from experiments.report import write_report
 from experiments.results import FRONTIER, FRONTIER_OUTCOME, results_of
 from experiments.runner import jobs_of
-from experiments.study import Outcome, Study
+from experiments.study import Outcome, Study, shares_of
 from experiments.telling import cause_sentence, lead, telling_sentence
 from experiments.verdicts import Claim, effect_words, evidence_words, judge, seeds_words
 from stabilitylab.charts.look import library
@@ -156,6 +156,12 @@ def test_a_study_of_yes_and_no_is_told_in_counts(tmp_path: Path) -> None:
     assert "is for: The cure averts it, -0." in telling_sentence(results)
     body = write_report(study, tmp_path, results=results).read_text().replace(library(), "")
     assert "It broke: cure 1 of 12 against plain 12 of 12" in body
+    assert [row[1:4] for row in shares_of(study, tmp_path)] == [("plain", 12, 12), ("cure", 1, 12)]
+    # A share of something else is none of yes and no, though it be 0 in one arm.
+    rows[1]["values"]["broke"] = 0.25
+    (tmp_path / "values.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert not shares_of(study, tmp_path)
+    assert "12 of 12" not in write_report(study, tmp_path).read_text().replace(library(), "")
     assert "12 (8 planned)" in body
 
 
