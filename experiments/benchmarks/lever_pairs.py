@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from experiments.suites._proxy import proxy_text
 from glm.commands.train import parse_command, train
 from glm.errors import InputError
+from glm.train.idle_settings import refuse_idle
 from stabilitylab.command_line import parse
 from stabilitylab.errors import InputError as Refused
 from stabilitylab.runs import load_run
@@ -60,6 +61,23 @@ LEVERS = tuple(
     --optimizer.guard.update-norm 3 | --precision fp16 | --precision bf16 | --precision bf16 --bf16-weights kahan
     --precision bf16 --bf16-weights stochastic | --emulate.recipe mxfp4 | --emulate.recipe nvfp4
     --emulate.recipe fp8-blocks | --objective.kind causal | --objective.kind span-corruption | --batch.micro-rows 1
+    --model.norm deepnet | --model.norm pre-scaled | --model.norm sandwich-scaled | --model.attention.positions none
+    --model.norm sandwich --model.attention.gate element --precision fp16
+    --model.attention.positions rope2d --objective.positions 2d | --model.embedding.scale sqrt | --model.embedding.std 0.1
+    --model.init gpt2 | --model.init small | --model.init fan-in | --model.logit-cap 5 | --model.no-bias
+    --model.norm pre --model.scaling.kind mup --model.scaling.base-hidden 16
+    --model.norm pre --model.scaling.kind complete-p --model.scaling.base-hidden 16 --model.scaling.base-layers 1
+    --schedule.shape wsd | --schedule.shape inverse-sqrt
+    --schedule.shrink-to 1 --schedule.shrink-to-step 2 --model.embedding.gradient-shrink 0.1
+    --model.embedding.shrink-side both --model.embedding.gradient-shrink 0.1
+    --monitor.weights-every 1 | --monitor.formats-every 1 | --monitor.curvature-every 1 | --monitor.recorder 4
+    --optimizer.muon.scale spectral --optimizer.kind muon | --optimizer.no-decay-embedding
+    --optimizer.rates.embedding 0.1 | --optimizer.kind ademamix --optimizer.slow.warmup 2
+    --emulate.recipe fp8 | --emulate.recipe mxfp8 | --emulate.recipe fp8 --emulate.products forward
+    --model.feed-forward.experts.count 4 --model.feed-forward.experts.shared 1 --model.feed-forward.experts.router-z 1e-3
+    --model.feed-forward.experts.count 4 --model.feed-forward.experts.bias-rate 1e-3 --model.recompute
+    --responder.policy escalate --responder.cooldown 0 | --heldout.rows 2
+    --batch.ramp-from 1 --batch.ramp-samples 4 --batch.micro-rows 1
     """.replace("\n", "|").split("|")
     if line.strip()
 )
@@ -130,6 +148,7 @@ def run(words: Sequence[str], data: Path, out: Path) -> None:
         except SystemExit:
             said_lines = (line.strip(" │") for line in said.getvalue().splitlines())
             raise InputError(" ".join(line for line in said_lines if line.strip("╭╮╰╯─"))) from None
+        refuse_idle(words, command.config)
         train(command, console=Console(file=said))
 
 

@@ -80,7 +80,7 @@ class MonitorConfig:
         tensorboard: write TensorBoard files beside the Parquet ones.
         weights_every: steps between measurements of the weights themselves (norms, largest singular values, angles); 0: never.
         curvature_every: steps between measurements of how much more rate the run would bear, each one more forward and backward
-            pass; 0: never. fp32 in one process only.
+            pass; 0: never. AdamW, fp32, one process only.
         formats_every: steps between measurements of what formats of few bits would cost every linear layer, which
             ``stabilitylab forecast`` extrapolates; 0: never.
         recorder: measure every step, hold the last so many steps, and write them in full when something breaks; 0: off.

@@ -217,6 +217,11 @@ IDLE = (
         lambda c: {"grad-input", "grad-weight"} & {*c.emulate.chosen} != set(),
     ),
     # what is watched, kept and answered
+    Condition(
+        ("monitor.curvature_every",),
+        "optimizer.kind adamw, whose bound it tells",
+        lambda c: c.optimizer.kind == "adamw",
+    ),
     Condition(("monitor.sites",), "anything that is measured of them: monitor.every, say", _watches),
     Condition(
         ("checkpoint.ring_every", "checkpoint.ring_keep"),

@@ -120,7 +120,7 @@ class MonitorCallback(Callback):
             probes.append(WeightProbe())
         if self._config.formats_every:
             probes.append(FormatProbe())
-        if self._config.curvature_every:
+        if self._config.curvature_every and trainer.config.optimizer.kind == "adamw":
 
             def backward() -> None:
                 # The step's own batch: samples are counted on after the update.

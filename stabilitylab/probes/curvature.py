@@ -29,7 +29,8 @@ Family ``curvature``, site = ``-``:
 | threshold | what it may reach at the present rate; NaN where the rate is 0 | 1 / rate | arXiv:2207.14484 |
 | margin | threshold / lambda; infinite where lambda is not positive | 1 | arXiv:2506.04805 |
 
-Limits: the difference of two gradients needs fp32, so half-precision weights are passed over; one process; one optimizer.
+Limits: the difference of two gradients needs fp32, so half-precision weights are passed over; one process; one optimizer, Adam or
+SGD: of others, whose steps have other thresholds, nothing is told.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from stabilitylab.telemetry import RUN_SITE, Key
 
 STATISTICS = ("preconditioned", "threshold", "margin")
 STEP = 1e-3
+ADAMS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 IN_A_ROW = 2
 
 
@@ -199,6 +201,8 @@ def _directions(
             g, state = gradients[name].detach().float(), states.get(p, {})
             second, betas = state.get("exp_avg_sq"), group.get("betas")
             if isinstance(second, Tensor) and betas:
+                if _more_than_adam(state):
+                    return None
                 step = float(state.get("step", group.get("step", 0)))
                 if step < 1:
                     return None
@@ -216,6 +220,16 @@ def _directions(
     if not parameters or not most > 0:
         return None
     return parameters, directions, weighted, (2 + 2 * beta1) / (share * most)
+
+
+def _more_than_adam(state: Mapping[str, Any]) -> bool:
+    """Whether an optimizer remembers tensors that Adam does not: a basis that v is kept in (SOAP), a second momentum (AdEMAMix)."""
+    others = (value for name, value in state.items() if name not in ADAMS)
+    return any(isinstance(value, (Tensor, list, tuple, dict)) and _size(value) > 1 for value in others)
+
+
+def _size(value: Tensor | list[Any] | tuple[Any, ...] | dict[str, Any]) -> int:
+    return value.numel() if isinstance(value, Tensor) else len(value)
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

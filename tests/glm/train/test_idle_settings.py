@@ -266,6 +266,7 @@ def test_what_is_told_to_lie_idle_moves_nothing(base, trace):
 IDLE_ASIDE = {
     "checkpoint.ring_every": {"checkpoint__ring": 0},
     "checkpoint.ring_keep": {"checkpoint__ring": 0},
+    "monitor.curvature_every": {"optimizer__kind": "lion"},
     "monitor.sites": {"monitor__every": 0, "monitor__gradients_every": 0},
     "responder.alpha": {"responder__policy": "clip"},
     "responder.clip": {"responder__policy": "lower-rate"},

@@ -150,6 +150,22 @@ def test_a_quadratic(make, threshold):
         assert math.isclose(found[step, "margin"], threshold / found[step, "preconditioned"], rel_tol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["exp_avg_slow", "Q"])
+def test_of_optimizers_that_step_otherwise_nothing_is_told(name):
+    """AdEMAMix has a second momentum, SOAP a v in another basis: Adam's bound is not theirs."""
+    model, sink = Quadratic([1.0, 4.0, 0.5]), Recording()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    probe = CurvatureProbe(lambda: model().backward())
+    with Monitor(model, optimizer, every=1, probes=[probe], sinks=[sink], detector=None) as monitor:
+        for step in range(4):
+            model().backward()
+            optimizer.step()
+            optimizer.state[model.w][name] = torch.eye(3) if name == "exp_avg_slow" else [torch.eye(3)] * 2
+            optimizer.zero_grad()
+            monitor.step(step)
+    assert {step for step, metric, _ in rows(sink) if metric.startswith("curvature/")} <= {0}
+
+
 def test_curvature_against_exact_hessian_products():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
