@@ -15,8 +15,8 @@ OLDEST_TORCH := torch==2.9.1
 VENV := .venv
 DEV := .[corpus,dask,glm,dev,distributed,hf,slurm]
 BIN := $(VENV)/bin
-# Reports, tests and training pin their own thread counts; pip's chatter helps nobody.
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Reports, tests and training pin their own thread counts; pip's chatter, and setuptools' about editable installs, help nobody.
+PIP := PYTHONWARNINGS=ignore::UserWarning $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: demo test test-slow test-oldest test-newest check format docs clean
 

@@ -3,8 +3,9 @@
     python -m experiments.benchmarks log_reading [FOLDER OF ANOTHER BUILD]
 
 One million rows of CSV and Parquet; consoles of a million lines of which one in a thousand is a record, and of 200,000 that all
-are (nanoGPT's, Megatron-LM's, and of no known trainer). Each reading is a process of its own: processor time (user and system) of reading alone, imports left out, and how far its
-resident memory rose above what it was before (Linux). Medians of five; readers take turns.
+are (nanoGPT's, Megatron-LM's, and of no known trainer). Each reading is a process of its own: processor time (user and system) of
+reading alone, imports left out, and how far its resident memory rose above what it was before (Linux). Medians of five; readers
+take turns.
 """
 
 from __future__ import annotations
@@ -95,8 +96,9 @@ def write_inputs(folder: Path) -> dict[str, tuple[Path, int]]:
     with megatron.open("w") as file:
         for k in range(RECORDS):
             file.write(
-                f" [2026-11-29 10:00:00] iteration {k:8d}/  500000 | consumed samples: {k * 256:12d} | elapsed time per iteration (ms): "
-                f"512.1 | learning rate: 1.500000E-04 | global batch size:   256 | lm loss: {2 + k % 7 / 10:.6E} | loss scale: 1.0 | "
+                f" [2026-11-29 10:00:00] iteration {k:8d}/  500000 | consumed samples: {k * 256:12d} | "
+                "elapsed time per iteration (ms): 512.1 | learning rate: 1.500000E-04 | global batch size:   256 | "
+                f"lm loss: {2 + k % 7 / 10:.6E} | loss scale: 1.0 | "
                 f"grad norm: {1 + k % 5 / 10:.3f} | number of skipped iterations:   0 | number of nan iterations:   0 |\n"
             )
     with unknown.open("w") as file:

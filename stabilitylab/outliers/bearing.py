@@ -123,7 +123,9 @@ def measure_bearing(model: TextModel, window: Window) -> Bearing:
             # Experts are given the tokens that chose them, of whose places nothing is known.
             is_text = x.dim() == 3 and x.shape[1] == length
             rows = x[0] if is_text else x.reshape(-1, x.shape[-1])
-            found[path] = _layer(path, rows[:ROWS].detach().float(), linear_weight(module).detach().float(), is_text)
+            found[path] = _layer(
+                path, rows[:ROWS].detach().float(), linear_weight(module).detach().float(), is_text
+            )
 
         return seen
 
