@@ -39,18 +39,20 @@ _OPENS = re.compile(
     r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:(?:st|nd|rd|th)\b|[|,:\])](?!\d)|/(\d+)(?=[\])(,:|\s]))"
 )
 _TWO_PLACES = re.compile(
-    r"[\[(]\s*(\d+)\s*/\s*\d+\s*[\])][\s:-]{0,8}[\[(]\s*(\d+)\s*/\s*\d+\b"
+    r"[\[(]\s*(\d+)\s*/\s*\d+\s*[\])][\s:-]{0,8}[\[(]\s*(\d+)\s*/\s*\d+\b|(?i:epoch)\W{0,3}(\d+)\W{1,3}\[(\d+)\](?!/)"
 )  # [epoch/epochs][place/length]
 _GLUED_STEP = re.compile(r"\b(?:step|iter|it)(\d+)\b", re.IGNORECASE)
-_GLUED_EPOCH = re.compile(r"\b(?:epoch|ep|e)(\d+)\b", re.IGNORECASE)
+_GLUED_EPOCH = re.compile(r"\b(?:epoch|ep|e)(\d+)(?=\b|_)", re.IGNORECASE)
 _BATCH = re.compile(r"\bbatch\W{1,8}(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
 _LOSS_AT = re.compile(
-    r"\b(\w*loss\w*|cost)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@|on|in|after) (?:step|iteration|iter|epoch) (\d+)"
+    r"\b(\w*loss\w*|cost)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@|on|in|after) (?:step|iteration|iter|epoch)\s+(\d+)"
     r"|(?:step|iteration|iter|epoch)\[(\d+)\](?=\s*[:=]))",
     re.IGNORECASE,
 )
 # "MSE loss ||y - Q(s, a)||: 2.3": a formula between.
-_LOSS_FAR = re.compile(rf"\b(\w*loss)\b[^:=\n]{{1,40}}:\s*({NUMBER})(?=[\s,;|]|$)", re.IGNORECASE)
+_LOSS_FAR = re.compile(
+    rf"\b(\w*loss)\b[^:=\n]{{1,40}}(?::|=|\bis\b)\s*({NUMBER})(?=[\s,;|]|\.?$)", re.IGNORECASE
+)
 # "Step: 12ms" is how long one took
 _TAKEN = re.compile(
     r"\b(?:step|iter|iteration|batch|it): ?[\d.]+(?:ms|us|µs|s|h|m)(?:\d+\w+)?\b", re.IGNORECASE
@@ -63,7 +65,7 @@ _RANGE = re.compile(
 _SPAN = re.compile(
     r" (?:over|of|in|for) (?:the )?last \d+(?: \w+)?(?=\s*[:=])"
 )  # "average loss over last 10 = 2.3"
-_STEPS = re.compile(r"(?<![/\w.])(\d+) (?:steps|iterations|updates|iters)\b(?!/)", re.IGNORECASE)
+_STEPS = re.compile(r"(?<![/\w.])(\d+) (?:\w+ )?(?:steps|iterations|updates|iters)\b(?!/)", re.IGNORECASE)
 _ALONE = re.compile(r"\]\s*(\d+)\s*[:|]\s")
 _RATIO = re.compile(r"(?<![\w./])(\d+)(?:/\s?| of )(\d+)(?![\w./])")
 _LEADERS = re.compile(r"\s*\.{3,}:?\s*")  # loss ......... 2.31
@@ -77,7 +79,8 @@ _ETA = re.compile(r"(?<!\w)η(?=\s*[:=]?\s*\d)")
 _SPELT_OUT = re.compile(r"metricName: ([\w./-]+), metricValue: |<(\w+)>")
 # Words that make a line one of validation, where they stand before its first loss and no training does.
 _OF_VALIDATION = re.compile(
-    r"(?:^|[\s\[(|:])(?:eval|evaluation|evaluating|valid|validation|validate|val|test|testing)\b(?![./_=-]\w)",
+    r"(?:^|[\s\[(|:])(?:eval|evaluation|evaluating|valid|validation|validate|val|test|testing|dev|development)\b(?![./_=-]\w)"
+    r"|^\s*\w+_(?:eval|val|valid|validation|test|dev)\b",
     re.IGNORECASE,
 )
 _OF_TRAINING = re.compile(r"train", re.IGNORECASE)
@@ -122,6 +125,10 @@ OTHER_LOSSES = (
     "elbo",
     "l",
 )
+# "lr 1e-4 | train 2.31 | val 2.40" beside a rate, a norm or an error, and no share of anything: the loss goes unnamed.
+_UNNAMED = re.compile(r"\b(?:lr|norm|\w*mae|\w*mse|ppl|perplexity|bits|bpc|bpb)\b", re.IGNORECASE)
+_SHARE = re.compile(r"acc|f1|auc|score|reward|return|%|top-?1|precision|recall|iou", re.IGNORECASE)
+_VALIDATION = ("val", "valid", "validation", "test", "dev")
 # Before such a name.
 _OF_WHAT = re.compile(r"^(?:train(?:ing)?|avg|average|mean)[ _]", re.IGNORECASE)
 # Numbers beside a total that it is no sum of.
@@ -202,7 +209,7 @@ class AnyText(TextFormat):
         elif not counted and (two := _PAIR_OF_COUNTS.match(line)):
             values["epoch"], values["step"] = float(two[1]), float(two[2])
         elif not counted and (both := _TWO_PLACES.search(line)):
-            values["epoch"], values["step"] = float(both[1]), float(both[2])
+            values["epoch"], values["step"] = float(both[1] or both[3]), float(both[2] or both[4])
         elif not counted and (glued := _GLUED_STEP.search(line)):
             values["step"] = float(glued[1])
         elif not counted and (bar := _BAR.search(line)):
@@ -234,7 +241,11 @@ class OtherText(AnyText):
         parts = [x for n, x in values.items() if x and not counter_of(n) and n.lower() not in _NO_PARTS]
         if "total" in small and not (len(parts) > 2 and any(x % 1 for x in parts)):
             del values[small.pop("total")]
-        return values if any(name in small for name in OTHER_LOSSES) else None
+        if any(name in small for name in OTHER_LOSSES):
+            return values
+        beside = any(name in small for name in _VALIDATION)
+        unnamed = "train" in small and beside and _UNNAMED.search(line) and not _SHARE.search(line)
+        return values if unnamed else None
 
 
 def prepared(chunk: bytes) -> bytes:
@@ -270,7 +281,7 @@ class Evidence:
         goes_on = counter is not None and self._counted is not None and counter > self._counted
         self._counted = counter if counter is not None else self._counted
         for name in values:
-            if is_loss(name) or name.lower() in OTHER_LOSSES:
+            if is_loss(name) or name.lower() in (*OTHER_LOSSES, "train"):
                 seen = self._seen.setdefault(name, [])
                 seen.append(values[name])
                 if len(seen) > 1 and goes_on:
@@ -310,7 +321,9 @@ def _name(said: str) -> str:
     """Without what is no part of it: a logger's level; words before a counter or before "loss"."""
     if not is_loss(said):  # Loss(gen) and Loss(disc) are two
         said = re.sub(r"(?<=\w)\([A-Za-z]\w*\)?$", "", said)  # lr(PiecewiseDecay)
-    said = re.sub(r" (?:is|was|of)$", "", said.strip("()"))  # "loss is 2.31"
+    said = said.strip("()")
+    bare = re.sub(r" (?:is|was|of)$", "", said)  # "loss is 2.31"
+    said = said if counter_of(bare.rpartition(" ")[2]) else bare
     if counter_of(said):
         return "epoch" if said.lower().endswith(("epoch", "epochs")) else said
     last = said.rpartition(" ")[2]
@@ -342,12 +355,14 @@ OTHER_TEXT = OtherText(
     name="text",
     steady=False,
     trigger=re.compile(
-        rb"(?i:(?:\b|_)(?:total|ce|cross[-_ ]?entropy|cost|objective|obj|mse|bce|elbo)\b|\bl[=:])"
+        rb"(?i:(?:\b|_)(?:total|ce|cross[-_ ]?entropy|cost|objective|obj|mse|bce|elbo|train)\b|\bl[=:])"
     ),
     lines=(),
     finish=_counted_on,
-    words=(b"total", b"ce", b"entropy", b"cost", b"obj", b"mse", b"elbo", b"l=", b"l:"),
-    losses=tuple(spelt for name in OTHER_LOSSES for spelt in (name, name.capitalize(), name.upper())),
+    words=(b"total", b"ce", b"entropy", b"cost", b"obj", b"mse", b"elbo", b"l=", b"l:", b"train"),
+    losses=tuple(
+        spelt for name in (*OTHER_LOSSES, "train") for spelt in (name, name.capitalize(), name.upper())
+    ),
 )
 # Where every line says so, it is no more than a logger's name.
 ANY_LINE = replace(ANY_TEXT, strict=False)

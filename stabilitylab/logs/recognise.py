@@ -358,6 +358,8 @@ def _is_table(path: Path, head: bytes) -> bool:
         return True
     if not cells:  # one column: a bare header above bare numbers
         return len(lines) > 1 and all(re.fullmatch(r"\s*[-+\d.eEnaif]+\s*", line) for line in lines[1:])
+    if not any(number(cell.strip()) is not None for line in lines[1:4] for cell in line.split(delimiter)):
+        return False  # sentences with as many commas
     same = sum(line.count(delimiter) == cells for line in lines)
     held = [cell.strip().strip('"') for line in lines[1:] for cell in line.split(delimiter) if cell.strip()]
     # Lines of prose with a comma each are no table: most cells below a header are numbers.
