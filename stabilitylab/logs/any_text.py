@@ -15,8 +15,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from stabilitylab.logs.columns import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.languages import in_english
-from stabilitylab.logs.log import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.pattern import ABOVE, NUMBER, TextFormat, Values, number
 
 # "loss nan grad_norm inf" are two names: a word of a name is no number.

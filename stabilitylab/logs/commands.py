@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from stabilitylab.logs.log import STEP, Log
+from stabilitylab.logs.columns import STEP
+from stabilitylab.logs.log import Log
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.logs.source import remove_temporary
 from stabilitylab.telemetry import LOSS

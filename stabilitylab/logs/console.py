@@ -17,9 +17,9 @@ from typing import Any
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.any_text import ANY_LINE, ANY_TEXT, OTHER_TEXT, Evidence, prepared, prepared_english
+from stabilitylab.logs.columns import counter_of, is_loss
 from stabilitylab.logs.console_formats import FORMATS
 from stabilitylab.logs.languages import is_foreign
-from stabilitylab.logs.log import counter_of, is_loss
 from stabilitylab.logs.parts import STEP_ABOVE
 from stabilitylab.logs.pattern import TextFormat, Values, own_formats, pairs, plain_text
 from stabilitylab.logs.plans import Plans, Said

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from stabilitylab.logs.log import counter_of
+from stabilitylab.logs.columns import counter_of
 from stabilitylab.logs.pattern import NUMBER, Values, number
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import Source

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stabilitylab.logs.log import is_evaluation
+from stabilitylab.logs.columns import is_evaluation
 from stabilitylab.logs.pattern import Values, number, plain_text
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import Source

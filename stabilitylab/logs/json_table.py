@@ -20,8 +20,9 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.columns import STEP
 from stabilitylab.logs.json_lines import MODES, PARTS
-from stabilitylab.logs.log import STEP, Block, Log, whole_steps
+from stabilitylab.logs.log import Block, Log, whole_steps
 from stabilitylab.logs.parts import Part, columns_of, notes_of
 from stabilitylab.logs.reading import Reading
 from stabilitylab.logs.source import LONGEST_LINE, Source

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import STEP, choose_columns, counter_of, is_evaluation
+from stabilitylab.logs.columns import STEP, choose_columns, counter_of, is_evaluation
 from stabilitylab.logs.reading import Reading
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 

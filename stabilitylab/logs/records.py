@@ -14,7 +14,8 @@ from typing import Self
 import numpy as np
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, choose_columns, whole_steps
+from stabilitylab.logs.columns import STEP, choose_columns
+from stabilitylab.logs.log import BLOCK_ROWS, Block, Log, whole_steps
 from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS, LOSS_SCALES, SKIPPED
 
 PEEK = 10_000

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, counter_of, whole_steps
+from stabilitylab.logs.columns import STEP, counter_of
+from stabilitylab.logs.log import BLOCK_ROWS, Block, Log, whole_steps
 from stabilitylab.logs.parts import Part, columns_of, notes_of
 from stabilitylab.logs.reading import Reading, Row
 from stabilitylab.telemetry import LOSS

@@ -13,7 +13,7 @@ from collections import Counter
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.any_text import ANY_TEXT
-from stabilitylab.logs.log import counter_of
+from stabilitylab.logs.columns import counter_of
 from stabilitylab.logs.pattern import NUMBER, compiled
 
 _FEWEST = 3

@@ -15,8 +15,9 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.columns import STEP, choose_columns
 from stabilitylab.logs.csv_rows import RUN_NAMES, delimiter_of
-from stabilitylab.logs.log import BLOCK_ROWS, STEP, Block, Log, choose_columns, whole_steps
+from stabilitylab.logs.log import BLOCK_ROWS, Block, Log, whole_steps
 from stabilitylab.logs.source import Source
 from stabilitylab.telemetry import LOSS
 

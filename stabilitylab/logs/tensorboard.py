@@ -30,7 +30,8 @@ from typing import Any, Self
 import numpy as np
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import EVALUATION, STEP, Block, Log, choose_columns
+from stabilitylab.logs.columns import EVALUATION, STEP, choose_columns
+from stabilitylab.logs.log import Block, Log
 from stabilitylab.logs.records import PEEK, Record, gather
 
 # Name, time, host, process and number; what follows is the writer's own ``filename_suffix``.

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.columns import STEP
 from stabilitylab.logs.commands import left_out_of
-from stabilitylab.logs.log import STEP, Log
+from stabilitylab.logs.log import Log
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.logs.source import remove_temporary
 from stabilitylab.spikes.episodes import KINDS, Episode

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import STEP
+from stabilitylab.logs.columns import STEP
 from stabilitylab.logs.parts import STEP_ABOVE, Part, columns_of
 from stabilitylab.logs.reading import Reading
 from stabilitylab.logs.rows import Steps

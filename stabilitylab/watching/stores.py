@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.columns import STEP, is_evaluation
 from stabilitylab.logs.json_lines import numbers
-from stabilitylab.logs.log import STEP, is_evaluation
 from stabilitylab.logs.pattern import Values, number
 from stabilitylab.logs.reading import Reading, Row
 from stabilitylab.logs.records import RUN_SIGNALS

@@ -1,0 +1,319 @@
+"""Which of a log's columns is the loss, the gradient norm, the step...: by their names, as a person would choose.
+
+Names are compared in lower case with ``/``, ``-`` and blanks as ``_`` and without a leading ``train_``; where none fits
+as a whole, by their last part (``learning/loss``). The names of each signal, best first, are ``_NAMES`` below, and in
+docs/logs.md. Losses are chosen as a person would: training before everything else
+(columns of validation are never the training loss), the total before its parts, ``_step`` before ``_epoch``, a curve before
+the average at the end.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from stabilitylab.errors import InputError
+from stabilitylab.logs.languages import in_english
+from stabilitylab.telemetry import (
+    BATCH_SIZE,
+    DATA_PHASE,
+    GRADIENT_NORM,
+    LEARNING_RATE,
+    LOSS,
+    LOSS_SCALES,
+    SKIPPED,
+)
+
+STEP = "step"
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    STEP: (
+        *(
+            "num_updates",
+            "global_step",
+            "trainer_global_step",
+            "optimizer_step",
+            "current_steps",
+            "current_step",
+        ),
+        *(
+            "stability_step",
+            "global_step_max_steps",
+            "step",
+            "steps",
+            "iteration",
+            "iterations",
+            "iter",
+            "iters",
+        ),
+        *("it", "update", "updates", "num_steps", "nupdates", "global_steps", "opt_step", "optimizer_steps"),
+        *("itr", "iter_num", "num_iter", "n_iter", "step_num", "step_count", "learner_steps"),
+        *("batch", "batch_idx", "minibatch"),
+        # Of reinforcement learning: steps of the environment before iterations.
+        *(
+            "total_timesteps",
+            "timesteps_total",
+            "num_timesteps",
+            "timesteps",
+            "env_steps",
+            "totalenvinteracts",
+        ),
+        *("num_env_steps_sampled_lifetime", "num_env_steps_sampled", "training_iteration", "n_updates"),
+    ),
+    LOSS: (
+        *(
+            "loss",
+            "lm_loss",
+            "training_loss",
+            "total_loss",
+            "loss_total",
+            "loss_train",
+            "loss_train_total",
+            "global_avg_loss",
+        ),
+        *(
+            "avg_loss",
+            "loss_avg",
+            "mean_loss",
+            "loss_mean",
+            "ce_loss",
+            "cross_entropy_loss",
+            "crossentropyloss",
+        ),
+        *("reduced_train_loss", "step_loss", "batch_loss", "smooth_loss", "nll_loss"),
+        "average_loss",
+    ),
+    GRADIENT_NORM: (
+        *(
+            "grad_norm",
+            "gradient_norm",
+            "global_grad_norm",
+            "grad_norm_total",
+            "total_grad_norm",
+            "gnorm",
+            "gn",
+            "norm",
+        ),
+        *("gradnorm", "raw_grad_norm", "l2_norm_grad_global", "global_norm", "total_norm", "l2_grads"),
+        *("grad",),
+    ),
+    LOSS_SCALES[0]: ("loss_scale", "scale", "grad_scale", "scaler_scale"),
+    LEARNING_RATE: (
+        "lr",
+        "learning_rate",
+        "lr_group_0",
+        "lr_group0",
+        "lr_pg0",
+        "lr_adamw",
+        "lr_adam",
+        "lr_sgd",
+    ),
+    SKIPPED: (
+        *("skipped", "overflow", "step_skipped", "skipped_iterations", "number_of_skipped_iterations"),
+        *("skipped_iter", "skipped_steps"),
+    ),
+    BATCH_SIZE: ("batch_size", "global_batch_size"),
+    DATA_PHASE: ("data_phase", "curriculum_step", "curriculum_seqlen", "sequence_length", "seq_length"),
+}
+_POLICY_LOSSES = ("policy_loss", "pg_loss", "actor_loss")  # of reinforcement learning, beside the value's
+# Those that also count behind a path (time/total_timesteps); a "step" may be anything's.
+_STEP_TAILS = frozenset({"total_timesteps", "global_step", "num_updates"})
+# Where none of those names is there: optim/LR (group 0), x/lr0, optim0_lr0, lr-DecoupledAdamW/group0; actor_grad_norm.
+_LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
+    LEARNING_RATE: (
+        re.compile(r"(^|_)(lrs?|learning_rates?|lrate|l_r)\d*(_|$)"),
+        re.compile(r"ratio|mult|scale|min|max|decay|warm|last_layer|peak|init"),
+    ),
+    GRADIENT_NORM: (
+        re.compile(r"(^|_)(grad|gradients?)_?norm(_|$)|(^|_)gnorm(_|$)|(^|_)norm_grad(_|$)"),
+        re.compile(r"layer|block|bias|weight|clipped|ratio|coef|\d$"),
+    ),
+}
+_MOST_ALIKE = 4  # more of them are a norm for each layer
+_OTHER_LOSSES = frozenset(
+    {"xent", "nll", "cross_entropy", "crossentropy", "train_xent", "train_nll"}
+)  # that do not say so
+_COUNTERS = frozenset({*_NAMES[STEP], "epoch", "epochs"})
+EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
+_BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel's curve
+_SCALE = re.compile(r"loss_scal|scale$")
+_SETTING = re.compile(r"(config|hparams?|args|hyperparameters)[/.]")
+# Of several losses: averages beside the loss itself; and beside the policy's whatever else is optimised with it.
+_TOTAL = re.compile(r"(^|_)(total|overall|combined)(_|$)")
+_AVERAGE = re.compile(r"(^|_)(avg|average|mean|running|ema|smoothed|best|min|max|epoch)(_|$)")
+_POLICY = re.compile(r"(^|_)(policy|pg|actor|surrogate)(_|$)")
+# What a store keeps of a step's several values: their mean is the loss, the others are none.
+_STATISTIC = re.compile(r"[/._](num|count|std|min|max|median|sum|variance)$", re.IGNORECASE)
+
+
+def choose_columns(
+    names: Iterable[str],
+    *,
+    source: Path,
+    loss: str | None = None,
+    step: str | None = None,
+    counts: Mapping[str, int] | None = None,
+    fractions: Collection[str] = (),
+) -> dict[str, str]:
+    """Which column is which signal.
+
+    Args:
+        names: the log's own names.
+        source: what messages call the log.
+        loss, step: names that were given.
+        counts: how many values each column holds, where that is known: an average at the end is then no loss
+            curve, and a column that most rows lack does not count steps.
+        fractions: columns that hold numbers which are not whole: they do not count steps, either.
+
+    Raises:
+        InputError: no loss column, or several that could be; the columns there are are named.
+    """
+    names = list(names)
+    plain = {name: _plain(name) for name in names}
+    chosen: dict[str, str] = {}
+    for wanted, given in ((LOSS, loss), (STEP, step)):
+        if given is not None:
+            if given not in plain:
+                raise InputError(f"{source} has no column {given!r}: its columns are {_list(names)}")
+            chosen[wanted] = given
+    if LOSS not in chosen:
+        chosen[LOSS] = _loss(names, plain, source, counts)
+    rows = (counts or {}).get(chosen[LOSS], 0)
+    for signal, usual in _NAMES.items():
+        if signal in chosen or signal == LOSS:
+            continue
+        found = [
+            name
+            for word in usual
+            for name in names
+            if (plain[name] == word or ((signal != STEP or word in _STEP_TAILS) and _tail(name) == word))
+            and not is_evaluation(name)
+            and not _BOUND.search(name)
+            and not _SETTING.match(name)
+            and name not in chosen.values()
+        ]
+        if not found and signal in _LIKE:
+            found = _alike(signal, names, plain)
+        if signal == STEP:
+            found = [n for n in found if n not in fractions or plain[n] == "step"]
+            found = [n for n in found if not counts or counts[n] * 2 > rows]
+        else:
+            # actor/grad_norm beside actor/pg_loss, not critic/grad_norm
+            found.sort(key=lambda name: _group(name) != _group(chosen[LOSS]))
+            found = [n for n in found if not counts or counts[n]]
+        if found:
+            chosen[signal] = found[0]
+    return chosen
+
+
+def _loss(
+    names: Sequence[str], plain: Mapping[str, str], source: Path, counts: Mapping[str, int] | None
+) -> str:
+    """The loss as a person would choose it: of training, in total, of each step."""
+    named = [n for n in names if is_loss(n) and not _BOUND.search(n) and not _SCALE.search(plain[n])]
+    found = [n for n in named if not is_evaluation(n)]
+    found = [n for n in found if not _STATISTIC.search(n)] or found
+    if counts and any(counts[n] for n in found):
+        most = max(counts[n] for n in found)
+        found = [n for n in found if counts[n] * 20 > most]  # an average at the end is no curve
+    if not found:
+        if named:
+            raise InputError(
+                f"{source} has no loss column of training: it holds validation losses only ({_list(named)}); "
+                f"to judge one: {_paste(named)}"
+            )
+        raise InputError(f"{source} has no loss column: its columns are {_list(names)}; name one with --loss")
+    totals = [n for n in found if _TOTAL.search(plain[n])]
+    for words in (_NAMES[LOSS], _POLICY_LOSSES if len(totals) != 1 else ()):
+        for spell in (lambda n: plain[n], _tail):
+            for word in words:
+                for ending in ("", "_step", "_epoch"):
+                    fit = [n for n in found if spell(n) == word + ending]
+                    if fit:
+                        return max(fit, key=lambda n: counts[n]) if counts else fit[0]
+    stems = {
+        re.sub("_(step|epoch)$", "", plain[n]): n for n in reversed(found) if not plain[n].endswith("_epoch")
+    }
+    if len(found) == 1 or len(stems) == 1:
+        return found[0] if len(found) == 1 else next(iter(stems.values()))
+    for narrowed in (
+        totals,
+        [n for n in found if plain[n] != "losses"],  # a list of them
+        [n for n in found if not _AVERAGE.search(plain[n])],
+        [n for n in found if _POLICY.search(plain[n])],
+    ):
+        if len(narrowed) == 1:
+            return narrowed[0]
+    raise InputError(
+        f"{source} has several loss columns: {_list(found)}; name one with --loss: {_paste(found)}"
+    )
+
+
+def _alike(signal: str, names: Sequence[str], plain: Mapping[str, str]) -> list[str]:
+    """Columns that are the signal by a part of their name: none if there are many."""
+    like, unlike = _LIKE[signal]
+    found = [
+        n
+        for n in names
+        if like.search(plain[n])
+        and not unlike.search(plain[n])
+        and not is_evaluation(n)
+        and not _BOUND.search(n)
+        and not _SETTING.match(n)
+    ]
+    return found if signal == LEARNING_RATE or len(found) <= _MOST_ALIKE else []
+
+
+def _group(name: str) -> str:
+    """What stands before a name's last part: ``actor/grad_norm``, ``actor_lr`` -> actor."""
+    before, sign, _ = name.rpartition("/")
+    return before if sign else name.partition("_")[0]
+
+
+def _paste(names: Sequence[str], most: int = 6) -> str:
+    return " or ".join(f"--loss {shlex.quote(name)}" for name in names[:most])
+
+
+@lru_cache(4096)
+def is_evaluation(name: str) -> bool:
+    """Whether a column is about validation or test rather than training."""
+    return EVALUATION.search(re.sub(r"[^0-9a-z]+", "_", _english(name).lower())) is not None
+
+
+@lru_cache(4096)
+def is_loss(name: str) -> bool:
+    """Whether a name is one of a loss, of training or of anything else."""
+    return "loss" in _english(name).lower() or _tail(name) in _OTHER_LOSSES
+
+
+def _english(name: str) -> str:
+    """A name of another language's letters as it would be in English."""
+    return name if name.isascii() else in_english(name)
+
+
+@lru_cache(4096)
+def counter_of(name: str) -> bool:
+    """Whether a name is one that counts steps, or epochs."""
+    return _plain(name) in _COUNTERS
+
+
+@lru_cache(4096)
+def _plain(name: str) -> str:
+    plain = re.sub(r"[^0-9a-z]+", "_", _english(name).strip().lower()).strip("_")
+    for prefix in ("train_", "training_", "precision_"):
+        if plain != "training_loss":
+            plain = plain.removeprefix(prefix)
+    return plain
+
+
+@lru_cache(4096)
+def _tail(name: str) -> str:
+    """The last part of a path (``learning/loss``) or of a tracker's title (``RUN - train/loss``)."""
+    return _plain(re.split(r"/| - |\.", name.strip())[-1])
+
+
+def _list(names: Sequence[str], most: int = 20) -> str:
+    shown = ", ".join(repr(name) for name in names[:most]) or "none"
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
