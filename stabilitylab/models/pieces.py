@@ -6,7 +6,7 @@ window is read up to the last block, and the rest is run on pieces of the result
     hidden(window)                 the last block's output, [B, T, C]
     output(window, hidden, part)   the model's output at some of the tokens, [B, t, V]
 
-A model of 262,144 pieces of text makes 268 MB of logits from 256 tokens, and 34 MB from 32 of them. That a model's end is of
+A model of 262,144 pieces of text makes 268 MB of logits from 256 tokens, and 17 MB from 16 of them. That a model's end is of
 that kind is tried on a few tokens; where it is not, or outputs are small, pieces are whole windows.
 """
 
@@ -24,7 +24,7 @@ from stabilitylab.model_structure import Stack, linear_layers, stacks
 from stabilitylab.models.text import Window
 from stabilitylab.models.text_model import TextModel, loss_of
 
-_NUMBERS = 1 << 23  # of outputs that are made at once: 32 MiB
+_NUMBERS = 1 << 22  # of outputs that are made at once: 16 MiB
 _TRIED = 8  # tokens
 
 

@@ -117,4 +117,4 @@ def _why_kept(path: str, own: Mapping[str, nn.Module], inputs: Inputs, planned: 
         )
     if not planned:
         return "an embedding, or tied to one: embeddings are not planned"
-    return "the model reads its weight itself, so no other matrix can stand there"
+    return "the model reads its weight itself, or does not run on token numbers alone: no other matrix can stand there"

@@ -45,6 +45,10 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
+_LARGEST_BLOCK = 64  # rows of the int4 layout that lie together, at most
+_CODES_AT_ONCE = 1 << 22
+
+
 class PackedInt8:
     """int8 weights with a scale an output channel."""
 
@@ -171,8 +175,13 @@ def _block() -> int:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    return packed
+    """Some rows at a time: the operator takes four bytes a code, of which a vocabulary's matrix has a hundred million."""
+    rows = max(_LARGEST_BLOCK, _CODES_AT_ONCE // max(1, codes.shape[1]) // _LARGEST_BLOCK * _LARGEST_BLOCK)
+    parts = [
+        torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.to(torch.int32), 1)
+        for part in torch.split(codes, rows)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _unpack(packed: Tensor, rows: int, block: int) -> Tensor:

@@ -315,3 +315,11 @@ def test_cuda_kernels_are_in_use():
     device = torch.device("cuda", torch.cuda.current_device())
     assert cuda_int8_agrees(device)
     assert cuda_int4_agrees(device) or torch.cuda.get_device_capability() < (8, 0)
+
+
+@pytest.mark.parametrize("rows", [64, 192, 208])
+def test_codes_are_packed_alike_in_pieces(monkeypatch, rows):
+    codes = torch.randint(0, 16, (rows, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    whole = packed._pack(codes)
+    monkeypatch.setattr(packed, "_CODES_AT_ONCE", 64 * 64)
+    assert torch.equal(packed._pack(codes), whole)
