@@ -127,6 +127,8 @@ def run(
             until_decided=until_decided,
             places=parallel or os.cpu_count() or 1,
         )
+    # Seeds that stand there from an earlier, longer command count as well, as they do for report and verdicts.
+    whole = with_found(whole, out)
     console = Console()
     if report:
         _report(console, whole, out)

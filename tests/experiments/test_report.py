@@ -202,3 +202,19 @@ def test_the_command_prints_the_verdicts_and_where_the_report_is(
     assert str(suite_folder / "report.html") in said
     # Of 48 runs TensorBoard shows none by itself.
     assert "filter its runs by rate0.25-seed0" in said
+
+
+def test_a_run_tells_of_all_seeds_that_are_there(
+    suite_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = dataclasses.replace(SUITE, seeds=(0, 1, 2, 3))
+    monkeypatch.setattr("experiments.cli.load", lambda name: few)
+    monkeypatch.setattr("experiments.runner.run_suite", lambda *_, **__: None)
+    monkeypatch.setenv("COLUMNS", "120")
+    words = ["run", "tiny", "--out", str(suite_folder), "--data", str(suite_folder)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "6 of 8" in said
+    assert f"runs: {suite_folder}" in said
+    assert main([*words, "--report"]) == 0
+    assert f"report:      {suite_folder / 'report.html'}" in capsys.readouterr().out
