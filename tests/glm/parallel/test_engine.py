@@ -334,8 +334,7 @@ def test_a_spike_that_one_process_detects_is_answered_by_all(results, data, poli
     )
     assert [tuple(d) for d in zero["decisions"]] == ours["decisions"]
     kinds = {kind for _, kind in ours["decisions"]}
-    # How far it escalates hangs on the last digits of a torch release.
-    assert {"skip-batch"} < kinds if policy == "escalate" else policy in kinds
+    assert ({"skip-batch", "clip"} if policy == "escalate" else {policy}) <= kinds
     assert ("rewind" in kinds) == (policy != "lower-rate")
     assert [tuple(s[:2]) for s in zero["steps"]] == [s[:2] for s in ours["steps"]]
     rows = [first for _, first, _ in ours["steps"]]
