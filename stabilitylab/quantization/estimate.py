@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window, linear_weight
+from stabilitylab.models.freed_memory import give_back_memory
 from stabilitylab.models.text_model import rows_at_once
 from stabilitylab.quantization.backward import Backward, Seen
 from stabilitylab.quantization.calibrated import needs_moments
@@ -121,6 +122,8 @@ def estimate_sensitivity(
             if done is not None:
                 done(found[path])
         stage.calls.clear()
+        moments.clear()
+        give_back_memory()  # twins of every shape came and went
     count = float(draws) * (2 * _targets(windows) if model.predicts else backward.outputs_square)
     return assembled(
         [found[path] for path in layers if path in found],

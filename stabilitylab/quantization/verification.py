@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window
+from stabilitylab.models.freed_memory import give_back_memory
 from stabilitylab.models.pieces import Pieces
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
 from stabilitylab.quantization.rounded import RoundedWeights
@@ -49,6 +50,7 @@ class Twins:
         for path, scheme in schemes.items():
             if path not in self._held:
                 self._held[path] = scheme.name, self._made(path, scheme)
+        give_back_memory()
         return {place: twin for _, twins in self._held.values() for place, twin in twins.items()}
 
     def _made(self, path: str, scheme: LinearScheme) -> dict[str, nn.Module]:
