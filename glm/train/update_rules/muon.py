@@ -9,7 +9,7 @@ singular values end between .7 and 1.2, not at 1.
 
 A weight of several matrices is taken apart first: query, key and value, the halves of a gated feed-forward, experts; with
 ``per_head`` each head's (GLM-5, 2602.15763: the split keeps one head's scores from growing with another's). Matrices of one shape
-are iterated together.
+are iterated together, on a CPU as many as its cache holds.
 
 Limits: hidden matrices only: an embedding's rows are tokens, of which a step sees some. In fp32 on a CPU without bf16 units, in
 bf16 elsewhere, as the original.
@@ -32,6 +32,8 @@ from glm.train.update_rules.rule import Rule, Tensors
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
+# Numbers that are iterated together on a CPU.
+CACHED = 2**19
 
 
 def muon(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:
@@ -68,7 +70,11 @@ def orthogonalized(matrices: Sequence[Tensor], iterations: int = 5) -> list[Tens
     results: list[Tensor] = [*matrices]
     for (m, n), places in alike.items():
         wide = [_wide(matrices[place]).reshape(-1, m, n) for place in places]
-        image = _newton_schulz(torch.cat(wide), iterations)
+        image = torch.cat(wide)
+        # Few at a time, a processor need not fetch what its cache still holds, nor ask the system for new pages.
+        together = len(image) if image.device.type != "cpu" else max(1, CACHED // (m * n))
+        for part in torch.split(image, together):
+            part.copy_(_newton_schulz(part, iterations))
         for place, part in zip(places, torch.split(image, [len(one) for one in wide]), strict=True):
             matrix = matrices[place]
             tall = matrix.shape[-2] > matrix.shape[-1]
@@ -87,11 +93,14 @@ def _newton_schulz(X_Nmn: Tensor, iterations: int) -> Tensor:
     X_Nmn = X_Nmn / norms.clamp_min(EPSILON)
     in_half = X_Nmn.device.type != "cpu" or multiplies_natively(torch.bfloat16)
     X_Nmn = X_Nmn.bfloat16() if in_half else X_Nmn
+    A_Nmm = X_Nmn.new_empty(*X_Nmn.shape[:-1], X_Nmn.shape[-2])
+    B_Nmm, next_Nmn = torch.empty_like(A_Nmm), torch.empty_like(X_Nmn)
     for _ in range(iterations):
-        A_Nmm = X_Nmn @ X_Nmn.mT
-        B_Nmm = torch.baddbmm(A_Nmm, A_Nmm, A_Nmm, beta=b, alpha=c)
-        X_Nmn = torch.baddbmm(X_Nmn, B_Nmm, X_Nmn, beta=a)
-    return X_Nmn.float()
+        torch.bmm(X_Nmn, X_Nmn.mT, out=A_Nmm)
+        torch.baddbmm(A_Nmm, A_Nmm, A_Nmm, beta=b, alpha=c, out=B_Nmm)
+        torch.baddbmm(X_Nmn, B_Nmm, X_Nmn, beta=a, out=next_Nmn)
+        X_Nmn, next_Nmn = next_Nmn, X_Nmn
+    return X_Nmn
 
 
 def matrix_rows(model: nn.Module, *, per_head: bool) -> dict[str, tuple[int, ...]]:
