@@ -70,3 +70,17 @@ def test_muon_orthogonalizes_each_matrix_of_a_weight():
         optimizer.zero_grad()
         moved = (model.state_dict()[path] - before)[:4] / RATE
         assert (torch.linalg.svdvals(moved).min() > 0.2) == per_head
+
+
+def test_how_many_are_iterated_together_is_the_caches_business(monkeypatch):
+    shapes = [(16, 24), (24, 16), (3, 16, 24), (16, 24), (8, 8)]
+    matrices = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)
+    ]
+    found = []
+    for cached in (1, 1000, 2**30):
+        monkeypatch.setattr("glm.train.update_rules.muon.CACHED", cached)
+        found.append(orthogonalized(matrices))
+    for few, some, whole in zip(*found, strict=True):
+        torch.testing.assert_close(few, whole, rtol=0, atol=1e-6)
+        torch.testing.assert_close(some, whole, rtol=0, atol=1e-6)
