@@ -18,11 +18,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from stabilitylab.integrations import installed_by
 from stabilitylab.model_structure import bare, named_parameters
 from stabilitylab.monitoring.monitor import Monitor
+
+with installed_by("stabilitylab[hf]"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class MonitorCallback(Callback):  # type: ignore[misc]

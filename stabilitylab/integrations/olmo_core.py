@@ -16,10 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from olmo_core.train.callbacks import Callback
-from olmo_core.train.common import TRAIN_CE_LOSS_METRIC
-
+from stabilitylab.integrations import installed_by
 from stabilitylab.monitoring.monitor import Monitor
+
+with installed_by("ai2-olmo-core"):
+    from olmo_core.train.callbacks import Callback
+    from olmo_core.train.common import TRAIN_CE_LOSS_METRIC
 
 
 @dataclass

@@ -28,10 +28,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
+from stabilitylab.integrations import installed_by
 from stabilitylab.monitoring.monitor import Monitor
 from stabilitylab.runs.folder import RunFolder
+
+with installed_by("stabilitylab[hf]"):
+    from transformers import TrainerCallback
 
 _log = logging.getLogger("stabilitylab")
 
