@@ -129,6 +129,8 @@ OTHER_LOSSES = (
 _UNNAMED = re.compile(r"\b(?:lr|norm|\w*mae|\w*mse|ppl|perplexity|bits|bpc|bpb)\b", re.IGNORECASE)
 _SHARE = re.compile(r"acc|f1|auc|score|reward|return|%|top-?1|precision|recall|iou", re.IGNORECASE)
 _VALIDATION = ("val", "valid", "validation", "test", "dev")
+# Beside which a mean square is one part of several.
+_OTHER_PARTS = re.compile(r"\b(?:l1|l2|kl\w*|recon\w*|reg|dur|adv|gan|perc\w*|ssim|lpips)\b", re.IGNORECASE)
 # Before such a name.
 _OF_WHAT = re.compile(r"^(?:train(?:ing)?|avg|average|mean)[ _]", re.IGNORECASE)
 # Numbers beside a total that it is no sum of.
@@ -241,7 +243,8 @@ class OtherText(AnyText):
         parts = [x for n, x in values.items() if x and not counter_of(n) and n.lower() not in _NO_PARTS]
         if "total" in small and not (len(parts) > 2 and any(x % 1 for x in parts)):
             del values[small.pop("total")]
-        if any(name in small for name in OTHER_LOSSES):
+        named = [name for name in OTHER_LOSSES if name in small]
+        if named and not (named[0] in ("mse", "bce") and _OTHER_PARTS.search(line)):
             return values
         beside = any(name in small for name in _VALIDATION)
         unnamed = "train" in small and beside and _UNNAMED.search(line) and not _SHARE.search(line)

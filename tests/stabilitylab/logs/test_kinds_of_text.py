@@ -81,6 +81,7 @@ LINES = [
     "After {k} training steps, loss on training batch is {x:.2f}.",
     "Loss at epoch  {k}  is  {x:.2f}",
     "step {k:4d} | lr 0.1 | train {x:.2f} | val 9.99 | bits/byte 1.1",
+    "  крок {k:>7} │ loss {x:.2f} │ lr 1.0e-04",
     "Epoch - {k} | Train Loss: {x:.2f} | Val Loss: 9.99 | Learning Rate: 0.1",
     "Epoch 1: Cost on iteration {k} is {x:.2f}",
     "[step {k:5d}] L={x:.2f} cls=0.51 (1.20 it/s)",
@@ -201,6 +202,13 @@ def test_a_text_that_names_no_loss_is_told_a_pattern_that_works(tmp_path, line):
     _, steps, values = losses(path, pattern=str(error.value).split("'")[1])
     assert steps == [1, 2, 3, 4, 5]
     assert values == [8.9, 8.8, 8.7, 8.6, 8.5]
+
+
+def test_a_mean_square_that_is_one_part_of_several_is_not_taken(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(many("step {k} l1 0.12, mse {x:.2f}, dur 0.3"))
+    with pytest.raises(InputError, match="is no log of a trainer known here"):
+        losses(path)
 
 
 def test_more_than_a_known_format_reads_is_any_trainers(tmp_path):
