@@ -13,10 +13,10 @@ from glm.data.sharding import build_shards
 from glm.data.special import SpecialTokens
 from glm.data.tokenizer import train_tokenizer
 from glm.inference.loading import open_model
+from glm.presets import PRESETS
 
-SMALL = (
-    "--model.layers 2 --model.hidden 32 --model.heads 2 --model.length 96 --objective.pieces 2 --batch.rows 2"
-)
+SMALL = "--model.layers 2 --model.hidden 32 --model.heads 2 --model.length 96 --batch.rows 2"
+PIECES = ("--objective.pieces", "2")
 QUIET = "--monitor.every 0 --monitor.gradients-every 0 --monitor.no-tensorboard --checkpoint.ring 0"
 PARITY = (
     "{{ number }}是偶数吗？[MASK]。 ||| {{ '是' if number % 2 == 0 else '否' }} ||| 是\n否",
@@ -42,6 +42,7 @@ def task_data(text_files, tmp_path_factory):
 
 def train(data, out, preset="glm-tiny", *more):
     words = ["train", preset, "--data", str(data), "--out", str(out), *SMALL.split(), *QUIET.split()]
+    words += PIECES if PRESETS[preset].objective != "causal" else ()
     assert main([*words, "--steps", "4", "--checkpoint.every", "2", *more]) == 0
     return out
 
