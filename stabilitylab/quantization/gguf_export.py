@@ -106,7 +106,7 @@ def require_gguf(model: TextModel) -> tuple[Any, str]:
         InputError: gguf is missing, or the model has no form.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("--format gguf needs the package gguf: pip install stabilitylab[hf]")
+        raise InputError("--format gguf needs the package gguf: pip install 'stabilitylab[hf]'")
     config = getattr(model.module, "config", None)
     return config, _architecture(model, config)
 
