@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stabilitylab.command_line import needs_extra
 from stabilitylab.errors import InputError
 
 _HERE = Path(__file__).resolve().parent
@@ -33,10 +32,7 @@ def experiments_command(words: Sequence[str]) -> int:
             *filter(None, [os.environ.get("PYTHONPATH")]),
         ]  # for workers, which are processes of their own
     )
-    try:
-        laboratory = importlib.import_module("experiments.cli")
-    except ModuleNotFoundError as error:
-        raise needs_extra("stabilitylab experiments", error) from None
+    laboratory = importlib.import_module("experiments.cli")
     importlib.import_module("experiments.program").called_as("stabilitylab experiments")
     code: int = laboratory.main(list(words))
     return code

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import cli, runner
+from experiments import commands, runner
 from experiments.adding import MOST_SEEDS, first_seeds, run_adding, seconds, with_found
 from experiments.arm import Arm, Suite
 from experiments.asked import checked, load
@@ -269,13 +269,13 @@ def test_a_file_may_hold_a_study_and_import_its_neighbours(tmp_path: Path) -> No
 
 
 def test_every_name_of_the_list_is_checked() -> None:
-    assert all(dataclasses.is_dataclass(load(name)) for name in cli.SUITES)
+    assert all(dataclasses.is_dataclass(load(name)) for name in commands.SUITES)
 
 
 def test_no_arm_has_a_flag_without_effect(tmp_path: Path) -> None:
     """Of each set of flags one arm is tried: values of theirs that others have are the parser's concern."""
     tried: set[frozenset[str]] = set()
-    for name in cli.SUITES:
+    for name in commands.SUITES:
         suite = load(name)
         for arm in suite.arms if isinstance(suite, Suite) else ():
             words = suite.command(arm, 0, data=tmp_path, out=tmp_path)[1:]

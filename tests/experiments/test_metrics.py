@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import metrics
-from experiments.cli import load
+from experiments.asked import load
 from experiments.metrics import METRICS
 from experiments.study import Study
 from experiments.suites import SUITES

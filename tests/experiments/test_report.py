@@ -193,7 +193,7 @@ def test_evidence_grows_with_seeds(suite_folder: Path) -> None:
 def test_the_command_prints_the_verdicts_and_where_the_report_is(
     suite_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.cli.load", lambda name: SUITE)
+    monkeypatch.setattr("experiments.commands.load", lambda name: SUITE)
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["report", "tiny", "--out", str(suite_folder)]) == 0
     said = capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_a_run_tells_of_all_seeds_that_are_there(
     suite_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = dataclasses.replace(SUITE, seeds=(0, 1, 2, 3))
-    monkeypatch.setattr("experiments.cli.load", lambda name: few)
+    monkeypatch.setattr("experiments.commands.load", lambda name: few)
     monkeypatch.setattr("experiments.runner.run_suite", lambda *_, **__: None)
     monkeypatch.setenv("COLUMNS", "120")
     words = ["run", "tiny", "--out", str(suite_folder), "--data", str(suite_folder)]
