@@ -28,7 +28,7 @@ from torch.distributed.run import get_args_parser
 from glm.train import checkpoint as checkpoints
 
 _STEP = re.compile(r"step (\d+)/\d+ ")
-_BACK = re.compile(r"step (\d+): rewind")
+_BACK = re.compile(r"step (\d+): training went on from here")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -238,7 +238,7 @@ def _fill(run: Launched, ranks: Sequence[int], rank: int, since: int, moment: fl
     before, hard = resource.prlimit(ranks[rank], resource.RLIMIT_FSIZE)
     resource.prlimit(ranks[rank], resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        lost, line = run.wait_for(lambda line: "checkpoint-lost" in line.text, since=since)
+        lost, line = run.wait_for(lambda line: "checkpoint lost" in line.text, since=since)
     finally:
         resource.prlimit(ranks[rank], resource.RLIMIT_FSIZE, (before, hard))
     step = run.last_step()

@@ -282,14 +282,18 @@ def idle_settings(config: TrainConfig) -> dict[str, str]:
 
 
 def refuse_idle(words: Sequence[str], config: TrainConfig) -> None:
-    """Raises InputError where a flag among the words of a command line is of a setting that nothing reads.
+    """Raises InputError where a flag among the words of a command line is of a setting that nothing reads; those of several
+    processes may be given to one.
 
     Args:
         words: ``--optimizer.muon.per-head``, ``--batch.rows``, ``4``, ...
         config: what they made.
     """
     idle, given = idle_settings(config), _given(words, config)
-    if said := [told(name, idle[name]) for name in given if name in idle]:
+    # One script starts one process here and many there: its ZeRO stage stands in both.
+    if said := [
+        told(name, idle[name]) for name in given if name in idle and not name.startswith("parallel.")
+    ]:
         raise InputError("; ".join(said))
 
 

@@ -301,7 +301,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stderr.splitlines() if "checkpoint-lost" in line]
+    told = [line for line in done.stderr.splitlines() if "checkpoint lost" in line]
     assert [line.partition(":")[0] for line in told] == ["step 6", "step 9"]
     assert all("File too large" in line for line in told)
     kept = sorted(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir())

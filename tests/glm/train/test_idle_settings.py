@@ -299,6 +299,8 @@ def test_flags_without_effect_are_refused_in_one_line():
     refuse_idle(["--optimizer.muon.no-per-head", "--seed", "1"], config)
     # A preset's own setting may lie idle; what is given may not, however it is written.
     refuse_idle(["--optimizer.kind", "adamw"], changed(config, optimizer__kind="adamw"))
+    # A launch script of several processes also starts one.
+    refuse_idle(["--parallel.zero", "1", "--parallel.timeout=60"], config)
     adamw = changed(config, optimizer__kind="adamw")
     for flag in (
         "--optimizer.muon.per-head",
