@@ -44,26 +44,32 @@ _OF_IMPLIED = (1, 0, 1, 0, 0, 0, 0)
 
 @functools.cache
 def _constants(device: torch.device, own: torch.dtype) -> tuple[Tensor, ...]:
-    """Limits [7, 1], and in float64 the three tables above and two zeros; an int32 one."""
+    """Limits [7, 1], and in float64 the three tables above and two zeros; an int32 one; the limits ascending [7], and where
+    among them each is."""
     wide, kind = (torch.float64, np.float64) if own == torch.float64 else (torch.float32, np.float32)
     zero = kind(0)
     smallest = np.nextafter(kind(torch.finfo(own).smallest_normal), zero)
     limits = [math.inf, torch.finfo(wide).max, 0.0, smallest, 2.0**-25, 2.0**-10, np.nextafter(kind(6), zero)]
     tables = [torch.tensor(one, dtype=torch.float64) for one in (_OF_COUNTS, _OF_ELEMENTS, _OF_IMPLIED)]
     made = [torch.tensor([float(x) for x in limits], dtype=wide)[:, None], *tables, torch.zeros(2).double()]
-    return tuple(one.to(device) for one in (*made, torch.ones(1, dtype=torch.int32)))
+    ascending, order = made[0][:, 0].sort()
+    ones = torch.ones(1, dtype=torch.int32)
+    return tuple(one.to(device) for one in (*made, ones, ascending, order.argsort()))
 
 
 def summarise(
     x: Tensor, implied: int = 0, *, full: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As ``summary.summarise``; ``x`` has an element at least."""
-    limits, of_counts, of_elements, of_implied, none, one = _constants(x.device, x.dtype)
+    limits, of_counts, of_elements, of_implied, none, one, ascending, place = _constants(x.device, x.dtype)
     flat = x.reshape(-1)
     size = flat.abs()
     sizes = torch.split(size, PART)
     parts = [_powers(part) for part in torch.split(flat, PART)]
-    counts = _added([(part <= limits).sum(1) for part in sizes])
+    if x.is_cuda:
+        counts = _added([at_most(part, ascending) for part in sizes])[place]
+    else:
+        counts = _added([(part <= limits).sum(1) for part in sizes])
     powers = [_added(list(several)) for several in zip(*parts, strict=True)]
     high = size.amax()
     fields = torch.addmv(of_elements, of_counts, counts.double(), beta=flat.numel())
@@ -92,6 +98,14 @@ def _powers(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = x.double()
     square = wide * wide
     return wide.sum(), torch.dot(wide, wide), torch.dot(wide, square), torch.dot(square, square)
+
+
+def at_most(x: Tensor, ascending: Tensor) -> Tensor:
+    """[limits] how many elements are not above each of these ascending limits, NaN above all: one pass, not seven."""
+    over = torch.bucketize(x.to(ascending.dtype), ascending, out_int32=True)
+    most = len(ascending) + 1
+    found = torch.histc(over, most, 0, most) if x.is_cuda else torch.bincount(over, minlength=most)
+    return found[:-1].cumsum(0)
 
 
 def _counted(bins: Tensor, one: Tensor) -> Tensor:
@@ -131,7 +145,7 @@ def summarise_alike(tensors: Sequence[Tensor]) -> Tensor:
     Of a few thousand elements each (biases, gains of norms) a hundred cost what one does.
     """
     x_SN = torch.stack([x.reshape(-1) for x in tensors])
-    limits, of_counts, of_elements, _, none, _ = _constants(x_SN.device, x_SN.dtype)
+    limits, of_counts, of_elements, _, none, *_ = _constants(x_SN.device, x_SN.dtype)
     size_SN = x_SN.abs()
     counts_7S = (size_SN <= limits[:, :, None]).sum(2).double()
     wide_SN = x_SN.double()

@@ -93,7 +93,8 @@ def test_a_summary_is_that_of_the_cpu(dtype: torch.dtype) -> None:
             assert other is not None
             if one is here[1]:  # bits of magnitudes: a NaN has several
                 one, other = one.view(torch.float32), other.view(torch.float32)
-            assert torch.allclose(one.double(), other.cpu().double(), rtol=1e-6, atol=0, equal_nan=True)
+            # Squares of channels are sums in the tensor's order, each of at most 300 terms: 300 x 2^-24 = 1.8e-5.
+            assert torch.allclose(one.double(), other.cpu().double(), rtol=2e-5, atol=0, equal_nan=True)
         assert here[3] is not None
         assert there[3] is not None
         assert torch.equal(here[3], there[3].cpu())  # counts are exact

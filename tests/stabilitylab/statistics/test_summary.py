@@ -326,3 +326,12 @@ def test_a_large_tensor_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
         assert one is not None
         assert other is not None
         assert torch.allclose(one, other, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_places_among_limits_are_comparisons(dtype: torch.dtype) -> None:
+    """What a GPU counts by, here beside what the other devices count by."""
+    limits_71, *_, ascending, place = on_device._constants(torch.device("cpu"), dtype)
+    exact = limits_71[:, 0].to(dtype)  # the limits themselves, rounded; some leave the format
+    x = torch.cat([exact, exact * 0.999, exact * 1.001, torch.tensor([math.nan, 1, 1e-6]).to(dtype)]).abs()
+    assert torch.equal(on_device.at_most(x, ascending)[place], (x <= limits_71).sum(1))
