@@ -13,6 +13,8 @@ from torch import Tensor
 from stabilitylab.quantization.stored import StoredWeight
 
 _TILE_ELEMENTS = 1 << 20  # 4 MB of float32
+# An accelerator has no such cache, and each operation costs it more than a tile of that size: 128 MB of bf16.
+_ACCELERATOR_TILE_ELEMENTS = 1 << 26
 _scratch = threading.local()
 
 
@@ -30,9 +32,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype == torch.bfloat16 and bf16_is_fast() else torch.float32
 
 
-def tile_rows(columns: int) -> int:
+def tile_rows(columns: int, device: str = "cpu") -> int:
     """Output channels in a tile; a multiple of 64."""
-    return max(64, _TILE_ELEMENTS // max(columns, 1) // 64 * 64)
+    elements = _TILE_ELEMENTS if device == "cpu" else _ACCELERATOR_TILE_ELEMENTS
+    return max(64, elements // max(columns, 1) // 64 * 64)
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -66,7 +69,7 @@ class TiledWeight:
         rows, columns = self._stored.shape
         x_MK = x_MK.to(compute_dtype(x_MK))
         y_MN = x_MK.new_empty(x_MK.shape[0], rows)
-        tile = tile_rows(columns)
+        tile = tile_rows(columns, x_MK.device.type)
         for first in range(0, rows, tile):
             part = slice(first, first + tile)
             y_MN[:, part] = x_MK @ self._stored.dequantize(x_MK.dtype, part).T
