@@ -61,15 +61,12 @@ def summarise(
     x: Tensor, implied: int = 0, *, full: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As ``summary.summarise``; ``x`` has an element at least."""
-    limits, of_counts, of_elements, of_implied, none, one, ascending, place = _constants(x.device, x.dtype)
+    _, of_counts, of_elements, of_implied, none, one, ascending, place = _constants(x.device, x.dtype)
     flat = x.reshape(-1)
     size = flat.abs()
     sizes = torch.split(size, PART)
     parts = [_powers(part) for part in torch.split(flat, PART)]
-    if x.is_cuda:
-        counts = _added([at_most(part, ascending) for part in sizes])[place]
-    else:
-        counts = _added([(part <= limits).sum(1) for part in sizes])
+    counts = _added([at_most(part, ascending, one) for part in sizes])[place]
     powers = [_added(list(several)) for several in zip(*parts, strict=True)]
     high = size.amax()
     fields = torch.addmv(of_elements, of_counts, counts.double(), beta=flat.numel())
@@ -86,7 +83,7 @@ def summarise(
     bits_RC = size_RC.view(torch.int32)
     tail = torch.zeros(TAIL_BINS, dtype=torch.int32, device=x.device)
     for bits in torch.split(bits_RC.reshape(-1), PART):
-        tail += _counted((bits >> TAIL_SHIFT).sub_(TAIL_FIRST).clamp_(0, TAIL_BINS - 1), one)
+        tail += _counted((bits >> TAIL_SHIFT).sub_(TAIL_FIRST).clamp_(0, TAIL_BINS - 1), TAIL_BINS, one)
     # NaN has the largest bits of all, and is no magnitude.
     tail[-1:].add_(counts[:1] - flat.numel())
     squares = torch.linalg.vector_norm(size_RC, dim=0).square()
@@ -100,23 +97,21 @@ def _powers(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return wide.sum(), torch.dot(wide, wide), torch.dot(wide, square), torch.dot(square, square)
 
 
-def at_most(x: Tensor, ascending: Tensor) -> Tensor:
+def at_most(x: Tensor, ascending: Tensor, one: Tensor) -> Tensor:
     """[limits] how many elements are not above each of these ascending limits, NaN above all: one pass, not seven."""
     over = torch.bucketize(x.to(ascending.dtype), ascending, out_int32=True)
-    most = len(ascending) + 1
-    found = torch.histc(over, most, 0, most) if x.is_cuda else torch.bincount(over, minlength=most)
-    return found[:-1].cumsum(0)
+    return _counted(over, len(ascending) + 1, one)[:-1].cumsum(0)
 
 
-def _counted(bins: Tensor, one: Tensor) -> Tensor:
-    """[TAIL_BINS] how often each int32 bin is there.
+def _counted(bins: Tensor, number: int, one: Tensor) -> Tensor:
+    """[number] how often each int32 bin is there; ``one`` is an int32 one on the device.
 
     Most magnitudes share a few bins, and additions to one address of a GPU's memory wait for each other. ``histc`` there counts in
-    each block's own memory first; bin v of [0, TAIL_BINS) is v exactly. It takes no integers elsewhere.
+    each block's own memory first; bin v of [0, number) is v exactly. It takes no integers elsewhere.
     """
     if bins.is_cuda:
-        return torch.histc(bins, TAIL_BINS, 0, TAIL_BINS)
-    return bins.new_zeros(TAIL_BINS).scatter_add_(0, bins.long(), one.expand(len(bins)))
+        return torch.histc(bins, number, 0, number)
+    return bins.new_zeros(number).scatter_add_(0, bins.long(), one.expand(len(bins)))
 
 
 @functools.lru_cache(maxsize=64)
