@@ -82,7 +82,15 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "cross_entropy_loss",
             "crossentropyloss",
         ),
-        *("reduced_train_loss", "step_loss", "batch_loss", "smooth_loss", "nll_loss"),
+        *(
+            "reduced_train_loss",
+            "reduced_llm_loss",
+            "llm_loss",
+            "step_loss",
+            "batch_loss",
+            "smooth_loss",
+            "nll_loss",
+        ),
         "average_loss",
     ),
     GRADIENT_NORM: (

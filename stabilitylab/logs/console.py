@@ -260,7 +260,12 @@ def _reader(one: TextFormat) -> Callable[[str], Said]:
 
     def read(line: str) -> Said:
         values = one.read(line)
-        if values is None or not _RANK_WORD.search(line) or (rank := _RANK.search(line)) is None:
+        if (
+            one.one_part
+            or values is None
+            or not _RANK_WORD.search(line)
+            or (rank := _RANK.search(line)) is None
+        ):
             return values, ""
         return values, f"process {rank[3]}" if rank[3] else f"rank {rank[1] or rank[2]}"
 

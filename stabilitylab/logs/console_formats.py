@@ -12,17 +12,31 @@ import re
 
 from stabilitylab.logs.pattern import ABOVE, TextFormat, Values, text_format
 
+_MEGATRON_LOSSES = ("lm loss", "lm_loss", "reduced_train_loss")
+
 
 def _megatron(values: Values, before: Values) -> Values:
     """``lm loss`` is printed when it is greater than 0: a NaN is left out, and so is a window of skipped steps."""
     skipped = values.get("number of skipped iterations") or 0.0
     iteration = values.get("iteration")
     window = (iteration or 1.0) - (before.get("iteration") or 0.0)
-    names = [name for name in before if "loss" in name and "scale" not in name] or ["lm loss"]
-    missing = len(values) > 2 and not any("loss" in n and "scale" not in n for n in values)
+    losses = [name for name in before if "loss" in name and "scale" not in name]
+    main = next((name for name in _MEGATRON_LOSSES if name in losses), losses[0] if losses else "lm loss")
+    # One of further tokens or of a router may go on without it: "mtp_1 loss", "z_loss".
+    there = main in values if losses else any("loss" in n and "scale" not in n for n in values)
+    missing = len(values) > 2 and not there
     if missing and (skipped == 0 or (window > 0 and skipped < window)):
-        values[names[0]] = math.nan
+        values[main] = math.nan
     return values
+
+
+def _deepspeed(values: Values, before: Values) -> Values:
+    """The scale that an overflow leaves is that of the steps after it, until the next."""
+    values.setdefault("loss_scale", before.get("loss_scale"))
+    if "steps" not in values:
+        return {}
+    unknown = "loss" not in values or values["loss_scale"] is None
+    return {name: value for name, value in values.items() if not (unknown and name == "loss_scale")}
 
 
 def _without_placeholder(values: Values, before: Values) -> Values:
@@ -49,6 +63,8 @@ def _epochs(values: Values, before: Values) -> Values:
 
 def _yolo(values: Values, before: Values) -> Values:
     """The parts' sum; of YOLOv7, whose fourth column is that sum, the column."""
+    if "sum" in values:
+        return {"epoch": values["epoch"], "sum of the losses": values["sum"]}
     parts = [values.pop(name) for name in "abcde" if name in values]
     known = [part for part in parts if part is not None]
     total = sum(known[:-1])
@@ -62,7 +78,7 @@ FORMATS: tuple[TextFormat, ...] = (
         "iteration {iteration}/ {total} |{pairs}",
         source="NVIDIA/Megatron-LM megatron/training/training.py training_log",
         trigger="iteration",
-        losses=("lm loss", "lm_loss", "reduced_train_loss"),
+        losses=_MEGATRON_LOSSES,
         finish=_megatron,
     ),
     text_format(
@@ -174,6 +190,15 @@ FORMATS: tuple[TextFormat, ...] = (
         version="0.6 to 0.12.2",
         trigger="num_updates=",
     ),
+    text_format(  # before it counted updates
+        "fairseq",
+        "epoch {epoch}{?:?} {place} / {length} loss={loss}{? ({average})?}, {pairs}",
+        source="facebookresearch/fairseq train.py, fairseq/progress_bar.py",
+        version="0.1, 0.2",
+        trigger=r"epoch \d+:?\s+\d+ / \d+ loss=",
+        words=(b"epoch ",),
+        finish=_epochs,
+    ),
     text_format(
         "levanter",
         "Progress on:{*} {step}it/{*}postfix:{*}loss:{loss}",
@@ -239,9 +264,15 @@ FORMATS: tuple[TextFormat, ...] = (
     text_format(
         "DeepSpeed",
         "steps: {steps} loss: {loss} {pairs}",
-        source="deepspeedai/DeepSpeed deepspeed/runtime/pipe/engine.py",
-        version="0.19",
-        trigger="steps: ",
+        "] step={steps}, skipped={skipped}, lr=[{lr}",
+        "OVERFLOW! {*}Skipping step. Attempted loss scale: {*}, reducing to {loss_scale}",
+        source="deepspeedai/DeepSpeed deepspeed/runtime/pipe/engine.py, engine.py _report_progress, fp16/loss_scaler.py",
+        version="0.3 to 0.19",
+        trigger=r"steps: |\] step=\d|OVERFLOW!",
+        words=(b"steps: ", b"] step=", b"overflow!"),
+        losses=("loss",),
+        finish=_deepspeed,
+        one_part=True,
     ),
     text_format(
         "Caffe",
@@ -283,12 +314,17 @@ FORMATS: tuple[TextFormat, ...] = (
     # Under "Epoch GPU_mem box_loss obj_loss cls_loss Instances Size", behind a bar; running means until it is full.
     TextFormat(
         name="YOLO console",
-        source="ultralytics/ultralytics engine/trainer.py 8; ultralytics/yolov5 train.py; WongKinYiu/yolov7 train.py",
-        trigger=re.compile(rb": 100%"),
+        source="ultralytics/ultralytics engine/trainer.py 8; ultralytics/yolov3, yolov5 train.py; WongKinYiu/yolov7 train.py",
+        trigger=re.compile(rb": 100%|(?m:^ +\d+/\d+ +[\d.]+G +\S)"),
         lines=(
             re.compile(
                 r"^\s*(?P<n_epoch>\d+)/\d+\s+(?:0|[\d.]+[GM])\s+(?P<n_a>[\d.]+|nan)\s+(?P<n_b>[\d.]+|nan)"
                 r"(?:\s+(?P<n_c>\d*\.\d+|nan))?(?:\s+(?P<n_d>\d*\.\d+|nan))?(?:\s+(?P<n_e>\d*\.\d+|nan))?\s+\d+\s+\d+: 100%"
+            ),
+            # results.txt: three parts and their sum, the batch's objects, the pictures' size, then validation's numbers
+            re.compile(
+                r"^ +(?P<n_epoch>\d+)/\d+ +[\d.]+G(?: +(?:[\d.e+-]+|nan)){3} +(?P<n_sum>[\d.e+-]+|nan) +\d+ +\d+"
+                r"(?: +(?:[\d.e+-]+|nan)){5,}\s*$"
             ),
         ),
         losses=("sum of the losses",),

@@ -79,6 +79,7 @@ class TextFormat:
         prepare: what a piece of text goes through first.
         steady: what is read of a line does not depend on how large its numbers are (``plans``).
         loose: other trainers print such lines too; where more stands in them, they are read as any trainer's.
+        one_part: lines of the one run name a rank, or none.
     """
 
     name: str
@@ -94,6 +95,7 @@ class TextFormat:
     words: tuple[bytes, ...] = ()
     prepare: Callable[[bytes], bytes] | None = None
     loose: bool = False
+    one_part: bool = False
     steady: bool = True
 
     def read(self, line: str) -> Values | None:
@@ -126,6 +128,7 @@ def text_format(
     skip: str | None = None,
     words: tuple[bytes, ...] = (),
     loose: bool = False,
+    one_part: bool = False,
 ) -> TextFormat:
     """A format of patterns; without a trigger, the longest words of each pattern are looked for."""
     seek = trigger if trigger is not None else "|".join(_longest(line) for line in lines)
@@ -141,6 +144,7 @@ def text_format(
         skip=None if skip is None else re.compile(skip),
         words=words,
         loose=loose,
+        one_part=one_part,
     )
 
 

@@ -1,0 +1,80 @@
+"""Lines and files of trainers that docs/logs.md names, in versions and settings that print them otherwise."""
+
+import math
+
+import pytest
+
+from tests.stabilitylab.logs.told import losses, many, said
+
+MEGATRON = (
+    " iteration {k:8d}/ 100 | learning rate: 1.0E-04 |{loss} mtp_1 loss: 5.4E+00 | loss scale: 1.0 | grad norm: 1.2 |"
+    " number of skipped iterations: {skipped:3d} | number of nan iterations:   0 |"
+)
+YOLO_TEXT = (
+    "      {k}/299     4.91G    {x:.4f}    1.0000    0.5000   {total:.4f}        13       640"
+    "       0.1       0.2     .3  .4  .05  .04  .03"
+)
+FAIRSEQ = (
+    "| epoch 00{k}    100 / 1000 loss={x:.2f} (9.99), wps=12345, wpb= 4000, lr=0.25, clip= 10%, gnorm=1.2345"
+)
+
+
+def test_a_loss_that_megatron_leaves_out_is_nan_beside_one_of_further_tokens(tmp_path):
+    """``mtp_1 loss`` goes on where ``lm loss`` is NaN; a window that was skipped holds none."""
+    lines = [
+        MEGATRON.format(k=k, loss="" if k in (4, 6) else f" lm loss: {9 - k}.0E+00 |", skipped=k == 6)
+        for k in range(1, 8)
+    ]
+    (path := tmp_path / "a.log").write_text("\n".join(lines))
+    log, steps, values = losses(path)
+    assert log.columns["train/-/loss"] == "lm loss"
+    assert math.isnan(values[3])
+    assert steps == list(range(1, 8))
+    assert values[:3] + values[4:] == [8, 7, 6, 4, 2]
+
+
+def test_deepspeeds_console_holds_the_rate_and_the_scale(tmp_path, capsys):
+    overflow = (
+        "[deepspeed] OVERFLOW! Rank 0 Skipping step. Attempted loss scale: 65536, reducing to 32768.0\n"
+    )
+    line = (
+        "[INFO] [logging.py:60:log_dist] [Rank 0] step={k}, skipped=0, lr=[0.001, 0.002], mom=[(0.9, 0.9)]\n"
+    )
+    line += "steps: {k} loss: {x:.4f} iter time (s): 1.234 samples/sec: 25.931"
+    (path := tmp_path / "a.log").write_text(many(line, 3) + overflow + many(line, 9)[len(many(line, 3)) :])
+    (segment,) = said(capsys, path)["segments"]
+    assert (segment["values"], segment["first_step"], segment["last_step"]) == (9, 1, 9)
+    assert {"learning_rate", "loss_scale", "skipped"} < {*segment["signals"]}
+
+
+@pytest.mark.parametrize("line", [FAIRSEQ, FAIRSEQ.replace("    100", ":    100").replace(" (9.99)", "")])
+def test_fairseq_before_it_counted_updates(tmp_path, line):
+    (path := tmp_path / "a.log").write_text(
+        many(line) + "| epoch 005 | train loss 9.99 | train ppl 1010.12\n"
+    )
+    log, steps, values = losses(path)
+    assert log.format == "fairseq"
+    assert steps == [100, 1100, 2100, 3100, 4100]
+    assert values == [8.9, 8.8, 8.7, 8.6, 8.5]
+    assert "train/-/gradient_norm" in log.columns
+
+
+def test_yolos_results_txt_has_no_header(tmp_path):
+    rows = [YOLO_TEXT.format(k=k, x=3 - k / 10, total=4.5 - k / 10) for k in range(6)]
+    (path := tmp_path / "results.txt").write_text("\n".join(rows))
+    _, steps, values = losses(path)
+    assert steps == list(range(6))
+    assert values == pytest.approx([4.5, 4.4, 4.3, 4.2, 4.1, 4.0])
+
+
+def test_rt_detrs_parts_are_summed_too(tmp_path):
+    head = "epoch,time,train/giou_loss,train/cls_loss,train/l1_loss,val/giou_loss,lr/pg0\n"
+    (path := tmp_path / "results.csv").write_text(head + many("{k},1.2,{x:.1f},1,2,9,0.1"))
+    assert losses(path)[2] == pytest.approx([11.9, 11.8, 11.7, 11.6, 11.5])
+
+
+def test_xtuners_loss_is_the_one_of_all_ranks(tmp_path):
+    line = "[XTuner][RANK 0][INFO] Epoch 1 Step {k}/240 data_time: 0.01 lr: 1.0e-05 time: 1.2 "
+    line += "reduced_llm_loss: {x:.4f}, local_loss: 9.99 grad_norm: 1.2"
+    (path := tmp_path / "a.log").write_text(many(line))
+    assert losses(path)[1:] == ([1, 2, 3, 4, 5], [8.9, 8.8, 8.7, 8.6, 8.5])
