@@ -1,7 +1,7 @@
 """The text that suites train on: the default bilingual corpus, at a size that two cores chew in a minute.
 
 It is built with the same three commands that a user gives (``glm corpus``, ``glm tokenizer``, ``glm shards``), which do
-nothing where their output stands already.
+nothing where their output stands already, and then say nothing here either.
 """
 
 from __future__ import annotations
@@ -34,16 +34,18 @@ def build(
         vocabulary: pieces.
         heldout: share of the groups kept out of training; None: the default's.
     """
-    corpus, tokenizer, shards = (str(folder / name) for name in ("corpus", "tokenizer", "shards"))
-    _glm("corpus", "--out", corpus, "--max-characters", str(characters))
+    corpus, tokenizer, shards = (folder / name for name in ("corpus", "tokenizer", "shards"))
+    _glm("corpus", "--max-characters", str(characters), out=corpus)
     pieces = ("--vocabulary", str(vocabulary), "--sample-characters", str(sample))
-    _glm("tokenizer", "--corpus", corpus, "--out", tokenizer, *pieces)
+    _glm("tokenizer", "--corpus", str(corpus), *pieces, out=tokenizer)
     share = () if heldout is None else ("--heldout", str(heldout))
-    _glm("shards", "--corpus", corpus, "--tokenizer", tokenizer, "--out", shards, *share)
-    return folder / "shards"
+    _glm("shards", "--corpus", str(corpus), "--tokenizer", str(tokenizer), *share, out=shards)
+    return shards
 
 
-def _glm(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "glm", *arguments], check=False)
-    if done.returncode:
-        raise InputError(f"`glm {' '.join(arguments)}` failed: see its message above")
+def _glm(*arguments: str, out: Path) -> None:
+    """Run a command that makes a folder; what it says of one that it finds is told once, by the run that made it."""
+    words = [*arguments, "--out", str(out)]
+    said = subprocess.DEVNULL if out.exists() else None
+    if subprocess.run([sys.executable, "-m", "glm", *words], stdout=said, check=False).returncode:
+        raise InputError(f"`glm {' '.join(words)}` failed: see its message above")

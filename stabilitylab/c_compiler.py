@@ -21,6 +21,8 @@ from pathlib import Path
 
 SWITCH = "STABILITYLAB_NATIVE"
 _ALWAYS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+# Where the packages lie: a header that several share is included by its path from there, all others from beside the file.
+_PACKAGES = Path(__file__).parents[1]
 
 
 def switched_off() -> bool:
@@ -54,7 +56,17 @@ def built(source: Path, *flags: Sequence[str]) -> Path:
             # Compiled and linked apart: with -fopenmp the linker would bring in an OpenMP runtime of its own.
             unlinked = Path(scratch) / "unlinked.o"
             compiled = subprocess.run(
-                [compiler, *_ALWAYS, *some, "-c", str(source), "-o", str(unlinked)],
+                [
+                    compiler,
+                    *_ALWAYS,
+                    *some,
+                    "-iquote",
+                    str(_PACKAGES),
+                    "-c",
+                    str(source),
+                    "-o",
+                    str(unlinked),
+                ],
                 capture_output=True,
                 timeout=120,
             )
@@ -73,10 +85,14 @@ def built(source: Path, *flags: Sequence[str]) -> Path:
 
 
 def _text(source: Path) -> list[bytes]:
-    """A file's, and that of the headers beside it that it includes, and they."""
+    """A file's, and that of the headers of ours that it includes, and they."""
     text = source.read_bytes()
     named = re.findall(rb'^#include "([^"]+)"', text, re.MULTILINE)
-    return [text, *(part for name in named for part in _text(source.parent / name.decode()))]
+    places = ((source.parent / name.decode(), _PACKAGES / name.decode()) for name in named)
+    return [
+        text,
+        *(part for beside, shared in places for part in _text(beside if beside.exists() else shared)),
+    ]
 
 
 def _cache() -> Path:

@@ -17,7 +17,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import Block, open_log
+from stabilitylab.logs.log import Block
+from stabilitylab.logs.recognise import open_log
 from stabilitylab.telemetry import LOSS
 
 

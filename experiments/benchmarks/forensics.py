@@ -36,7 +36,8 @@ from scipy.stats import binomtest
 
 from experiments.benchmarks._planted import ARCHITECTURES, PARTS, PLANTED, PLANTS, Plant
 from stabilitylab.runs import Run, load_run
-from stabilitylab.spikes.forensics import Diagnosis, diagnose, explicable
+from stabilitylab.spikes.diagnosis import Diagnosis
+from stabilitylab.spikes.forensics import diagnose, explicable
 from stabilitylab.telemetry import DEPARTURES
 
 WITHIN = 16

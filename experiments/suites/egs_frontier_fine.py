@@ -9,18 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.study import Outcome
 from experiments.suites import egs_frontier
-from experiments.suites.embedding_norm_fine import measure
+from experiments.suites.embedding_norm_fine import finer
 
 STUDY = replace(
-    egs_frontier.STUDY,
-    name="egs-frontier-fine",
-    question="Does shrinking the embedding's gradient raise the rate that a model bears, by eighths of an octave?",
-    first=201,
-    seeds=24,
-    measure=measure,
-    outcomes={"frontier": Outcome(title="Largest rate survived, log2", margin=0.5, unit="octaves")},
+    finer(egs_frontier.STUDY),
     predictions=(
         "2026-11-29, before the runs, after those of egs-frontier: equivalent within half an octave in all four; tied and "
         "unclipped a tenth up, clipped at .1 and untied a tenth down.",

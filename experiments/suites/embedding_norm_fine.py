@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from experiments.study import Cell, Outcome
+from experiments.study import Cell, Outcome, Study
 from experiments.suites import embedding_norm
 from experiments.trial import frontier, trial
 
@@ -27,14 +27,22 @@ def measure(cell: Cell) -> Mapping[str, float]:
     }
 
 
+def finer(study: Study) -> Study:
+    """A study of frontiers on the grid of eighths, on fresh seeds."""
+    return replace(
+        study,
+        name=f"{study.name}-fine",
+        question=f"{study.question.removesuffix('?')}, by eighths of an octave?",
+        first=201,
+        seeds=24,
+        measure=measure,
+        outcomes={"frontier": Outcome(title="Largest rate survived, log2", margin=0.5, unit="octaves")},
+    )
+
+
 STUDY = replace(
-    embedding_norm.STUDY,
-    name="embedding-norm-fine",
+    finer(embedding_norm.STUDY),
     question="Does a norm after the embedding raise the rate that a pre-LN model survives in fp16, by eighths of an octave?",
-    first=201,
-    seeds=24,
-    measure=measure,
-    outcomes={"frontier": Outcome(title="Largest rate survived, log2", margin=0.5, unit="octaves")},
     claims=embedding_norm.STUDY.claims[:1],
     predictions=(
         "2026-11-29, before the runs, after those of embedding-norm: a gain of .1 to .2 octaves, so equivalent within half an "

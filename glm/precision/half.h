@@ -3,18 +3,6 @@
 /* Formats of what is given and kept. */
 enum { FP32, FP16, BF16 };
 
-INLINE uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-INLINE float of_bits(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
 /* The nearest number of a half format, of two as near the even one; NaN stays. */
 INLINE float rounded(float x, int kind) {
     if (kind == FP32) return x;

@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "stabilitylab/formats/float_bits.h"
+
 #ifdef __AVX512F__
 #define LANES 16
 #else
@@ -18,7 +20,6 @@ typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 #define EIGHT 8
 typedef float eight __attribute__((vector_size(4 * EIGHT)));
 typedef float loose8 __attribute__((vector_size(4 * EIGHT), aligned(4), may_alias));
-#define INLINE static inline __attribute__((always_inline))
 /* Rows of a tile: 6 x 4 vectors take 24 registers of AVX-512's 32, 6 x 2 12 of AVX2's 16. One vector across, twice as many: a sum waits
  * for its last addition, so some ten of them must be under way. */
 #define ROWS 6

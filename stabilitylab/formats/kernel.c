@@ -16,7 +16,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "float_bits.h"
+
 #define CHUNK 512 /* columns at hand together, or as many as a block has */
 
 enum { FP32, E8M0, E4M3 };
@@ -27,18 +28,6 @@ typedef struct {
     float largest;                            /* finite number of the element */
     float infinite, nan;                      /* what an infinity and a NaN become */
 } Format;
-
-INLINE uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-INLINE float of_bits(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
 
 /* |x| on the element's numbers, x's sign put back; drawn < 1 is added before the cut, or negative: to nearest, ties to even. */
 INLINE float rounded(float x, const Format *f, float drawn, int stochastic) {

@@ -77,27 +77,6 @@ class Log:
         raise NotImplementedError
 
 
-def open_log(path: Path, *, loss: str | None = None, step: str | None = None) -> Log:
-    """Recognise a log and its columns.
-
-    Args:
-        path: a file or folder.
-        loss: the loss column's own name, where the usual names do not do.
-        step: the step column's.
-
-    Raises:
-        InputError: there is no such file, it is empty, cannot be understood, or has no loss column.
-    """
-    # The readers know this module's names; they are imported when needed, tensorboard and pyarrow with them.
-    from stabilitylab.logs.recognise import open_logs
-
-    logs = open_logs([path], loss=loss, step=step)
-    if len(logs) > 1:
-        names = ", ".join(log.name for log in logs[:8]) + (" and more" if len(logs) > 8 else "")
-        raise InputError(f"{path} holds {len(logs)} runs: {names}; give one of them")
-    return logs[0]
-
-
 def whole_steps(steps_N: NDArray[np.float64], source: str) -> NDArray[np.int64]:
     """Steps as whole numbers. Raises InputError where one is not."""
     odd = np.flatnonzero(~(np.abs(steps_N) < 2**53) | (steps_N != np.round(steps_N)))

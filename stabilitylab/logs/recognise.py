@@ -94,6 +94,24 @@ def open_logs(
     return logs
 
 
+def open_log(path: Path, *, loss: str | None = None, step: str | None = None) -> Log:
+    """Recognise a log and its columns.
+
+    Args:
+        path: a file or folder.
+        loss: the loss column's own name, where the usual names do not do.
+        step: the step column's.
+
+    Raises:
+        InputError: there is no such file, it is empty, cannot be understood, or has no loss column.
+    """
+    logs = open_logs([path], loss=loss, step=step)
+    if len(logs) > 1:
+        names = ", ".join(log.name for log in logs[:8]) + (" and more" if len(logs) > 8 else "")
+        raise InputError(f"{path} holds {len(logs)} runs: {names}; give one of them")
+    return logs[0]
+
+
 def _one(path: Path, *, loss: str | None, step: str | None, pattern: str | None) -> list[Log]:
     if path.is_dir():
         return _folder(path, loss=loss, step=step, pattern=pattern)

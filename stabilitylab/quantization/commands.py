@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
@@ -19,13 +19,8 @@ from stabilitylab.quantization.advice import Advisor
 from stabilitylab.quantization.assembly import assembled_plan
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.ends import Ends, measured_ends, output_layers
-from stabilitylab.quantization.exports import (
-    INSTEAD,
-    WITH_EMBEDDINGS,
-    held_schemes,
-    require_form,
-    save_as,
-)
+from stabilitylab.quantization.export_forms import held_schemes, holds_embeddings, instead
+from stabilitylab.quantization.exports import require_form, require_format, save_as
 from stabilitylab.quantization.kv_cache import CacheBudget, cache_lines, cache_plan, require_cache
 from stabilitylab.quantization.latency import BATCHES, KEPT, measure_latencies
 from stabilitylab.quantization.measuring import By, layers_file, measured_layers
@@ -70,7 +65,7 @@ def quantize(
     kv_context: int | None = None,
     budget_kv: float | None = None,
     apply: Path | None = None,
-    format: Literal["stabilitylab", "compressed-tensors", "gguf", "torchao"] = "stabilitylab",
+    format: str = "stabilitylab",
     embeddings: bool = True,
     html: Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -97,13 +92,14 @@ def quantize(
         kv_context: measure keys and values of past tokens in few bits too, their bytes at so many tokens; needs --text.
         budget_kv: bytes that they may use, as a share of those in 16 bits; the format of least loss within it is named.
         apply: folder to write the quantized model to.
-        format: of that folder: stabilitylab's own; compressed-tensors, which transformers and vLLM open; gguf, for llama.cpp and
-            transformers; or torchao's own tensors.
+        format: of that folder: stabilitylab, our own; compressed-tensors, which transformers and vLLM open; gguf, for llama.cpp
+            and transformers; torchao, its own tensors; or one that you registered.
         embeddings: plan embeddings too, with an output that is tied to them; without, and for a format of linear layers alone,
             they stay as they are.
         html: file to write a report to.
         json_output: print the plan as one JSON object instead of tables.
     """
+    require_format(format)
     budget = _budget(budget_loss, budget_memory, budget_bits, budget_latency, batch)
     if kv_context is None and budget_kv is not None:
         raise InputError("--budget-kv is a share of bytes at a context length: give --kv-context too")
@@ -137,7 +133,7 @@ def quantize(
             by=sensitivity,
             work=plan,
             cache=None if kv_context is None else CacheBudget(context=kv_context, share=budget_kv),
-            embeddings=embeddings and (apply is None or format in WITH_EMBEDDINGS),
+            embeddings=embeddings and (apply is None or holds_embeddings(format)),
             console=console,
         )
         made.write(plan)
@@ -336,7 +332,7 @@ def _menu(
     if others and given:
         raise InputError(
             f"--format {format} has no exact form for {', '.join(others)}: leave them out of --schemes; it has for "
-            f"{INSTEAD[format]}"
+            f"{instead(format)}"
         )
     if others:
         if format == "gguf":

@@ -31,7 +31,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.formats import pack_4bit
 from stabilitylab.models import TextModel
 from stabilitylab.models.layers import narrowest
-from stabilitylab.quantization.exports import card, no_form, refuse_embeddings, refuse_experts
+from stabilitylab.quantization.export_forms import card, no_form, refuse_embeddings, refuse_experts
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stabilitylab.errors import InputError
 from stabilitylab.models import linear_layers, linear_weight, shared_parameters
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.moments import Moments
@@ -81,34 +80,3 @@ def replaced(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
     finally:
         for path, layer in before.items():
             put(module, path, layer)
-
-
-def quantize_layers(
-    module: nn.Module, schemes: Mapping[str, LinearScheme], largest: Mapping[str, Tensor] | None = None
-) -> None:
-    """Quantize layers of a model for good, one after another, each original let go at once.
-
-    Args:
-        module: changed in place.
-        schemes: path -> scheme.
-        largest: path -> max|x| of each input channel, for SmoothQuant.
-
-    Raises:
-        InputError: a path is not a linear layer of the model, or its weights cannot be quantized.
-    """
-    # Embeddings are built on this module.
-    from stabilitylab.quantization.vocabulary import embedding_matrices
-
-    layers = quantizable_layers(module)
-    matrices = embedding_matrices(module) if schemes.keys() - layers.keys() else {}
-    for path, scheme in schemes.items():
-        if path in matrices:
-            meant = matrices[path].scheme(scheme)
-            for place, twin in matrices.pop(path).twins(meant).items() if meant is not None else ():
-                put(module, place, twin)
-            continue
-        if path not in layers:
-            raise InputError(
-                f"{path} is neither a linear layer with a weight of its own nor an embedding here: the plan is for another model"
-            )
-        put(module, path, quantized(path, layers.pop(path), scheme, (largest or {}).get(path)))

@@ -26,7 +26,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.formats import pack_4bit
 from stabilitylab.models import TextModel
 from stabilitylab.models.layers import narrowest
-from stabilitylab.quantization.exports import card, holders, no_form, refuse_embeddings, refuse_experts
+from stabilitylab.quantization.export_forms import card, holders, no_form, refuse_embeddings, refuse_experts
 from stabilitylab.quantization.format_scheme import FormatLinear
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import quantizable_layers, quantized

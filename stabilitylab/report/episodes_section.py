@@ -15,6 +15,7 @@ from stabilitylab.figures.style import plain
 from stabilitylab.report.page import Cell, Said, Section, Statements, Table
 from stabilitylab.runs.run import Run
 from stabilitylab.spikes import KINDS, episodes_of
+from stabilitylab.spikes.forensics import diagnose_run
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 
 Runs = Mapping[str, Sequence[Run]]
@@ -198,8 +199,6 @@ def diagnoses(run: Run) -> list[Mapping[str, Any]]:
     recorded = [event.data for event in run.events if event.kind == "diagnosis"]
     if recorded:
         return recorded
-    from stabilitylab.spikes.forensics import diagnose_run  # forensics reads runs, so it knows this package
-
     return [one.to_json() for one in diagnose_run(run)]
 
 

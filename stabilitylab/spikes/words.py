@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 
 from stabilitylab.spikes.change_onsets import LEAST_VALUES, ChangeOnset
+from stabilitylab.spikes.diagnosis import Diagnosis
 from stabilitylab.spikes.episodes import Episode
-from stabilitylab.spikes.forensics import Diagnosis
 
 _CAUSES = {
     "parameter": "a parameter changed from outside",

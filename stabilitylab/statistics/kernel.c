@@ -21,6 +21,8 @@
 #include <immintrin.h>
 #endif
 
+#include "stabilitylab/formats/float_bits.h"
+
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 /* The layout of a row; summary.py has the same list and a test compares them through the numbers. */
 enum { COUNT, NONFINITE, ZERO, SUBNORMAL, FP16_LOST, FP8_LOST, OVER_6, OVER_6RMS, MASSIVE, S1, S2, S3, S4, SUMS,
@@ -51,16 +53,12 @@ typedef struct {
 
 static float from_half(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3ffu, bits;
-    float value;
     if (exponent == 0) {
-        value = (float)fraction * 0x1p-24f;
-        memcpy(&bits, &value, 4);
-        bits |= sign;
+        bits = bits_of((float)fraction * 0x1p-24f) | sign;
     } else {
         bits = sign | (exponent == 31 ? INFINITE : (exponent + 112u) << 23) | (fraction << 13);
     }
-    memcpy(&value, &bits, 4);
-    return value;
+    return of_bits(bits);
 }
 
 static void load(const void *data, int32_t dtype, int64_t first, int64_t n, float *restrict out) {
@@ -77,17 +75,7 @@ static void load(const void *data, int32_t dtype, int64_t first, int64_t n, floa
     for (; i < n; i++) out[i] = from_half(half[i]);
 }
 
-static inline uint32_t magnitude(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits & 0x7fffffffu;
-}
-
-static inline float value_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
+INLINE uint32_t magnitude(float x) { return bits_of(x) & 0x7fffffffu; }
 
 static int64_t count_from(const float *restrict x, int64_t n, uint32_t from) {
     int32_t c = 0;
@@ -120,7 +108,7 @@ static void add_block(const float *restrict x, int64_t n, uint32_t subnormal, do
             row[FP16_LOST] += (double)(above_zero - count_from(x, n, magnitude(0x1p-25f) + 1));
         if (low < (int32_t)subnormal) row[SUBNORMAL] += (double)(above_zero - count_from(x, n, subnormal));
     }
-    double absmax = (double)value_of((uint32_t)high);
+    double absmax = (double)of_bits((uint32_t)high);
     if ((uint32_t)high > INFINITE || row[ABSMAX] < absmax) row[ABSMAX] = absmax;
     if ((uint32_t)high >= INFINITE) {
         /* No sums to scale: those of a NaN are NaN; of an infinity, what plain summation gives. */
@@ -328,7 +316,7 @@ static uint64_t total(const uint32_t *tail) {
 static float edge_at_or_below(uint32_t bits) {
     if (bits >> TAIL_SHIFT <= TAIL_FIRST || bits > INFINITE) return 0;
     const uint32_t last = TAIL_FIRST + TAIL_BINS - 1, bin = bits >> TAIL_SHIFT;
-    return value_of((bin < last ? bin : last) << TAIL_SHIFT);
+    return of_bits((bin < last ? bin : last) << TAIL_SHIFT);
 }
 
 /* The threshold for the next tensor of this site: the highest edge with one element in 500 above it. */
@@ -336,7 +324,7 @@ static float next_threshold(const uint32_t *tail, uint64_t n) {
     uint64_t count = 0;
     int b = TAIL_BINS;
     while (b > 0 && count < n / 500 + 2) count += tail[--b];
-    return b == 0 ? 0 : value_of((TAIL_FIRST + (uint32_t)b) << TAIL_SHIFT);
+    return b == 0 ? 0 : of_bits((TAIL_FIRST + (uint32_t)b) << TAIL_SHIFT);
 }
 
 static void summarise(Job *job, int threads) {
@@ -375,7 +363,7 @@ static void summarise(Job *job, int threads) {
         const double rms = sqrt(part.row[S2] / (double)n);
         if (6 * rms > 0 && part.row[ABSMAX] >= 6 * rms && rms < 1e37) second.over = magnitude((float)(6 * rms));
         if (part.row[ABSMAX] > 100) {
-            double median = (double)value_of(sampled(job, 0.5));
+            double median = (double)of_bits(sampled(job, 0.5));
             second.massive = median < 0.1 ? magnitude(100.0f) + 1 : median < 1e35 ? magnitude((float)(1000 * median)) : 0;
         }
     }
@@ -404,12 +392,11 @@ void stabilitylab_summarise(Job *const *jobs, int64_t n, int threads) {
 
 /* An integer that orders like x, also below zero, and back. */
 static inline int32_t ordered(float x) {
-    int32_t bits;
-    memcpy(&bits, &x, 4);
+    int32_t bits = (int32_t)bits_of(x);
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-static float unordered(int32_t u) { return value_of((uint32_t)(u ^ ((u >> 31) & 0x7fffffff))); }
+static float unordered(int32_t u) { return of_bits((uint32_t)(u ^ ((u >> 31) & 0x7fffffff))); }
 
 static void score_range(const float *restrict x, int64_t n, int32_t cutoff, int32_t *highest, int32_t *lowest,
                         int32_t *any_nan) {

@@ -2,13 +2,31 @@
 
 from pathlib import Path
 
-from tests.house.boundaries import violations
+from tests.house.boundaries import circles, violations
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_arrows_run_down_only():
     assert violations(ROOT) == []
+
+
+def test_no_files_import_each_other():
+    assert circles(ROOT) == []
+
+
+def test_a_circle_is_found(tmp_path):
+    room = tmp_path / "stabilitylab" / "logs"
+    room.mkdir(parents=True)
+    (room / "__init__.py").write_text("from stabilitylab.logs.c import thing")
+    (room / "a.py").write_text("def f():\n    from stabilitylab.logs.b import thing")
+    (room / "b.py").write_text("from stabilitylab.logs import c")
+    (room / "c.py").write_text("import stabilitylab.logs.a")
+    (room / "d.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from stabilitylab.logs.e import E"
+    )
+    (room / "e.py").write_text("from stabilitylab.logs.d import thing")
+    assert circles(tmp_path) == [[f"stabilitylab.logs.{name}" for name in "abc"]]
 
 
 def test_a_wrong_arrow_is_found(tmp_path):

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import glm.cli
 import stabilitylab.cli
 from stabilitylab import load_run
+from stabilitylab.models import open_text_model
+from stabilitylab.outliers import CRITERIA
+from stabilitylab.quantization.export_forms import REGISTERED
+from stabilitylab.quantization.plan import load_plan
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
@@ -93,3 +99,42 @@ def test_patterns_of_the_page_on_logs(tmp_path, capsys):
         assert stabilitylab.cli.main(["inspect", str(tmp_path / f"{name}.txt"), "--pattern", pattern]) == 0
         assert "40 values, steps 0 to 39; loss (" in (said := capsys.readouterr().out)
         assert "gradient_norm (grad_norm)" in said
+
+
+def test_extensions_are_written_from_the_page_alone(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    from tests.stabilitylab.quantization.folders import TEXT, write_llama
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("stabilitylab.outliers.criteria.CRITERIA", criteria := list(CRITERIA))
+    made: dict[str, object] = {"__name__": "extensions"}
+    try:
+        for code in python_of("extend.md"):
+            exec(compile(code, "docs/extend.md", "exec"), made)
+        shares = load_run("runs/dead").matrix("dead", "share")
+        assert list(shares.index) == ["1"]
+        assert list(shares.columns) == list(range(0, 40, 5))
+        assert ((shares >= 0) & (shares < 1)).all(axis=None)
+        assert load_run("runs/number").series("train/-/temperature").tolist() == [
+            1 / (1 + step) for step in range(40)
+        ]
+        assert made["sink"].largest > 0
+        assert any(one.name == "fp8-range" for one in criteria)
+
+        (tmp_path / "model").mkdir()
+        (tmp_path / "text").write_text(TEXT)
+        command = ["quantize", str(write_llama(tmp_path / "model")), "--text", "text", "--plan", "plan.json"]
+        command += ["--tokens", "32", "--verify-tokens", "64", "--length", "32", "--apply", "out"]
+        assert stabilitylab.cli.main([*command, "--format", "round"]) == 2
+        assert "there is no --format round: give one of" in capsys.readouterr().err
+        command += ["--format", "rounded"]
+        assert stabilitylab.cli.main([*command, "--schemes", "nvfp4"]) == 2
+        assert "it has for int4-row, int8-row" in capsys.readouterr().err
+        assert stabilitylab.cli.main([*command, "--schemes", "int4-row", "int8-row"]) == 0
+        plan, opened = load_plan(Path("plan.json")), open_text_model("model")
+        rounded = load_file("out/rounded.safetensors")
+        for path, scheme in plan.schemes.items():
+            layer = opened.module.get_submodule(path)
+            assert torch.equal(rounded[f"{path}.weight"], scheme.layer(layer.weight).stored.dequantize())
+    finally:
+        REGISTERED.clear()

@@ -12,6 +12,15 @@ from stabilitylab.c_compiler import built
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 
 
+def test_a_header_that_packages_share_is_included_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "bits.c"
+    source.write_text(
+        '#include "stabilitylab/formats/float_bits.h"\nuint32_t one(void) { return bits_of(1.0f); }\n'
+    )
+    assert ctypes.CDLL(str(built(source, ("-std=gnu11",)))).one() == 0x3F800000
+
+
 def test_a_changed_header_is_another_library(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "outer.h").write_text('#include "inner.h"\n')

@@ -22,8 +22,8 @@ from glm.train import checkpoint as checkpoints
 from glm.train.async_checkpoint import CheckpointWriter
 from stabilitylab.cli import main as stabilitylab
 from stabilitylab.models.loading import GROUP
+from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.plan import load_plan
-from stabilitylab.quantization.replacement import quantize_layers
 
 TEXT = "The import statement, 训练[MASK]中断。 The import statement is a statement. " * 20
 

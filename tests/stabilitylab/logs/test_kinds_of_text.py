@@ -159,36 +159,21 @@ def test_places_flush_to_the_right_are_places_whatever_their_width(tmp_path):
     assert values[::10] == pytest.approx([8.9, 7.9, 6.9])
 
 
-def test_batches_that_end_short_of_their_number_are_the_next_epochs(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "places", "steps"),
+    [
+        # Batches that end short of their number are the next epoch's.
+        ("  Batch {k}/1200, Loss: {x:.2f}, LR: 1e-4", range(0, 1200, 100), range(0, 2400, 100)),
+        # Samples of an epoch, told with the number of epochs.
+        ("Train Epoch: {e}/10 [{k}/768 (10%)]\tLoss: {x:.2f}", range(0, 768, 64), range(768, 3 * 768, 64)),
+        ("Ep {e} Batch {k} | Loss: {x:.2f}", range(100, 500, 100), range(100, 900, 100)),
+    ],
+)
+def test_places_in_an_epoch_are_counted_on(tmp_path, line, places, steps):
     path = tmp_path / "log"
-    lines = [
-        f"  Batch {k}/1200, Loss: {9 - e}.{k // 100:02d}, LR: 1e-4"
-        for e in (1, 2)
-        for k in range(0, 1200, 100)
-    ]
-    path.write_text("\n".join(lines))
-    assert losses(path)[1] == list(range(0, 2400, 100))
-
-
-def test_samples_of_an_epoch_told_with_its_number_of_epochs(tmp_path):
-    path = tmp_path / "log"
-    lines = [
-        f"Train Epoch: {e}/10 [{k}/768 (10%)]\tLoss: {9 - e}.{k // 64}"
-        for e in (1, 2)
-        for k in range(0, 768, 64)
-    ]
-    path.write_text("\n".join(lines))
-    assert losses(path)[1] == list(range(768, 3 * 768, 64))
-
-
-def test_epochs_called_ep_count_their_batches_on(tmp_path):
-    path = tmp_path / "log"
-    path.write_text(
-        "".join(
-            f"Ep {e} Batch {k} | Loss: {9 - e}.{k // 100}\n" for e in (1, 2) for k in range(100, 500, 100)
-        )
-    )
-    assert losses(path)[1] == list(range(100, 900, 100))
+    said = [line.format(e=e, k=k, x=9 - e - k / 5000) for e in (1, 2) for k in places]
+    path.write_text("\n".join(said))
+    assert losses(path)[1] == list(steps)
 
 
 @pytest.mark.parametrize(

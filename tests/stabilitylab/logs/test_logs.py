@@ -15,7 +15,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import choose_columns
-from stabilitylab.logs.log import open_log
+from stabilitylab.logs.recognise import open_log
 from stabilitylab.spikes import find_episodes
 from stabilitylab.spikes.commands import spikes
 from stabilitylab.spikes.scan import Outline, scan_log

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import open_log
+from stabilitylab.logs.recognise import open_log
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 
 pytestmark = pytest.mark.filterwarnings("ignore")

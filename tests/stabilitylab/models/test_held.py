@@ -10,26 +10,7 @@ from torch import nn
 from stabilitylab.models import open_text_model
 from stabilitylab.models.held import computes_wide, hold, is_held, look_up, products_of_rows
 from stabilitylab.models.pieces import Pieces
-from tests.stabilitylab.models.tiny import TEXT, bert, gpt2, llama, save
-
-
-def gemma3():
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        sliding_window=16,
-        max_position_embeddings=64,
-    )
-    return Gemma3ForCausalLM(config).eval()
+from tests.stabilitylab.models.tiny import TEXT, bert, gemma3, gpt2, llama, save
 
 
 def in_16_bits(folder, dtype):

@@ -36,7 +36,7 @@ def save(module: Any, folder: Path, *, framed: bool = False) -> Path:
 
 
 def llama(**options: Any) -> Any:
-    """Three layers of width 32, tied embeddings."""
+    """Four layers of width 32, tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -79,3 +79,23 @@ def gpt2() -> Any:
         vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     )
     return GPT2LMHeadModel(config).eval()
+
+
+def gemma3() -> Any:
+    """Two layers of width 32, grouped queries, a scaled embedding."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=16,
+        max_position_embeddings=64,
+    )
+    return Gemma3ForCausalLM(config).eval()

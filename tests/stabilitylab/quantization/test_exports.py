@@ -10,7 +10,8 @@ from stabilitylab.cli import main
 from stabilitylab.errors import InputError
 from stabilitylab.formats import Quantized, dequantize
 from stabilitylab.models import open_text_model
-from stabilitylab.quantization.exports import held_schemes, save_as
+from stabilitylab.quantization.export_forms import held_schemes
+from stabilitylab.quantization.exports import save_as
 from stabilitylab.quantization.gguf_export import save_gguf
 from stabilitylab.quantization.plan import PlannedLayer
 from stabilitylab.quantization.replacement import quantizable_layers

@@ -13,9 +13,9 @@ from stabilitylab.cli import main
 from stabilitylab.errors import InputError
 from stabilitylab.models import open_text_model
 from stabilitylab.quantization import QuantizedLinear
+from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.loading import open_quantized
 from stabilitylab.quantization.plan import load_plan
-from stabilitylab.quantization.replacement import quantize_layers
 from stabilitylab.quantization.serialization import save_quantized
 from tests.stabilitylab.quantization.folders import TEXT, edit_weight, write_llama
 

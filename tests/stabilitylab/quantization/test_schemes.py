@@ -13,10 +13,10 @@ from stabilitylab.cli import main
 from stabilitylab.errors import InputError
 from stabilitylab.formats import dequantize, quantize
 from stabilitylab.models import open_text_model
+from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.format_scheme import FormatLinear
 from stabilitylab.quantization.loading import open_quantized
 from stabilitylab.quantization.plan import load_plan
-from stabilitylab.quantization.replacement import quantize_layers
 from stabilitylab.quantization.schemes import _REGISTERED, register_scheme, scheme_of
 from tests.stabilitylab.quantization.folders import TEXT
 

@@ -12,9 +12,10 @@ from torch import nn
 from stabilitylab.errors import InputError
 from stabilitylab.models import linear_layers, open_text_model
 from stabilitylab.quantization import QuantizedLinear
+from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.latency import KEPT, measure_latencies
 from stabilitylab.quantization.ranges import ChannelRange, layer_inputs
-from stabilitylab.quantization.replacement import put, quantizable_layers, quantize_layers, replaced
+from stabilitylab.quantization.replacement import put, quantizable_layers, replaced
 from stabilitylab.quantization.restart import Restart
 from stabilitylab.quantization.sensitivity import measure_sensitivity, reached_layers
 from stabilitylab.quantization.verification import Twins, Verification

@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from stabilitylab.models import open_text_model
+from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.ends import Ends, output_layers
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.ranges import layer_inputs
-from stabilitylab.quantization.replacement import quantizable_layers, quantize_layers
+from stabilitylab.quantization.replacement import quantizable_layers
 from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.vocabulary import (
     QuantizedEmbedding,
