@@ -19,6 +19,14 @@ def test_every_page_is_in_the_navigation() -> None:
     assert named == {page.name for page in PAGES} | GENERATED
 
 
+def test_prose_is_wrapped() -> None:
+    """At 132 columns; a word that is longer, a table, code and a picture are as long as they are."""
+    whole = re.compile(r"```.*?```|^(?: {4}|\||!\[|:::).*?$", re.S | re.M)
+    for page in (*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "findings/README.md"))):
+        for line in whole.sub("", page.read_text(encoding="utf-8")).splitlines():
+            assert len(line) <= 132 or " " not in line.strip(), f"{page.name}: {line}"
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):

@@ -61,6 +61,24 @@ def test_commands_and_flags_that_pages_name_exist(place, capsys):
     assert not missing, missing
 
 
+def test_flags_of_the_tables_of_techniques_and_terms_exist(capsys):
+    """A cell holds flags, whole or behind the prefix in the column's head, and values of the flag before."""
+    with contextlib.suppress(SystemExit):
+        glm.cli.main(["train", "glm-tiny", "--help", "all"])
+    known, named, prefix = set(FLAG.findall(capsys.readouterr().out)), set(), ""
+    for line in page("techniques.md").splitlines():
+        cell = line.split("|")[2] if line.count("|") > 2 else ""
+        if found := re.search(r"flag(?: \(`(--[a-z-]+\.)`)?", cell):
+            prefix = found[1] or ""
+        elif prefix and cell:
+            named |= {prefix + word for word in re.findall(r"`([a-z_]+(?:\.[a-z_*]+)+)", cell)}
+        named |= set(re.findall(r"--[a-z][\w.*-]*", cell)) - {prefix}
+    named |= set(re.findall(r"`(--[a-z][\w.-]*\w)", page("glossary.md")))
+    assert len(named) > 40
+    for name in (one.replace("_", "-") for one in named):
+        assert any(flag == name or flag.startswith(name.rstrip("*")) for flag in known), name
+
+
 def test_whole_examples_of_attaching_and_of_asking(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     whole = [code for code in python_of("attach.md") if code.startswith("import torch")]

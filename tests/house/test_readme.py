@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.house.boundaries import ROOMS
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -88,3 +90,11 @@ def test_the_tree_is_the_one_that_stands():
             assert (ROOT / package).is_dir()
         elif match := re.match(r"      (\S+) ", line):
             assert (ROOT / package / match[1]).exists(), f"{package}/{match[1]}"
+
+
+@pytest.mark.parametrize("package", ["stabilitylab", "glm"])
+def test_every_room_is_in_the_tree(package):
+    lines = ARCHITECTURE.partition(f"    {package}/ ")[2].partition("\n    experiments/")[0].splitlines()[1:]
+    told = {match[1] for line in lines if (match := re.match(r"      (\w+)/ ", line))}
+    rooms = {room for room in ROOMS[package] if (ROOT / package / room).is_dir()}
+    assert rooms <= told, rooms - told
