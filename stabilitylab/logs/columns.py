@@ -105,7 +105,8 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "norm",
         ),
         *("gradnorm", "raw_grad_norm", "l2_norm_grad_global", "global_norm", "total_norm", "l2_grads"),
-        *("grad",),
+        *("grad_2_0_norm_total", "grad_2_norm_total", "grad_inf_norm_total"),  # Lightning's
+        "grad",
     ),
     LOSS_SCALES[0]: ("loss_scale", "scale", "grad_scale", "scaler_scale"),
     LEARNING_RATE: (

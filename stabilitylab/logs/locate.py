@@ -29,6 +29,7 @@ _NAMED = (
         "train.log",
         "train_inner.log",
         "metrics.jsonl",
+        "wandb-history.jsonl",
         "log_history.json",
     ),
 )
@@ -39,7 +40,8 @@ class Found:
     """What lies at a path.
 
     Attributes:
-        kind: "file", "run folder", "MLflow", "W&B", "swanlab", "Aim", "versions" (Lightning's), "TensorBoard" or "SQLite".
+        kind: "file", "run folder", "MLflow", "W&B", "swanlab", "Aim", "versions" (Lightning's, YOLO's exp, exp2...), "TensorBoard"
+            or "SQLite".
         files: the files of that kind; of "file" the one, of "run folder" and "MLflow" the folder.
     """
 
@@ -97,9 +99,11 @@ def in_folder(path: Path) -> Found:
     if versions:
         return Found("versions", tuple(versions))
     for name in _NAMED:
-        found = [path / name] if (path / name).is_file() else sorted(path.glob(f"*/{name}"))
+        found = [path / name] if (path / name).is_file() else sorted(path.glob(f"*/{name}"), key=_number)
+        if found and name.endswith(".db"):
+            return Found("SQLite", (found[-1],))
         if found:
-            return Found("SQLite" if name.endswith(".db") else "file", (found[-1],))
+            return Found("versions" if len(found) > 1 else "file", tuple(found))
     events = sorted(file for file in path.rglob("*tfevents*") if file.is_file())
     if events:
         return Found("TensorBoard", tuple(events))
@@ -113,9 +117,21 @@ def in_folder(path: Path) -> Found:
     )
 
 
+def version_of(file: Path) -> str:
+    """What one of several runs is called: the folder that its log lies in."""
+    return (file.parent.parent if file.parent.name == "vis_data" else file.parent).name
+
+
 def is_tensorboard(path: Path, head: bytes) -> bool:
     """Whether these are events of TensorBoard."""
     return "tfevents" in path.name or (len(head) > 24 and b"brain.Event:" in head[:64])
+
+
+def _number(file: Path) -> tuple[int, int, str]:
+    """exp, exp2, ..., exp10."""
+    name = version_of(file)
+    found = re.search(r"(?<!\d)(\d{1,4})$", name)
+    return len(file.parts), int(found[1]) if found else -1, name
 
 
 def _checkpoint(file: Path) -> tuple[int, str]:

@@ -25,7 +25,7 @@ from stabilitylab.logs.json_document import read_json_document
 from stabilitylab.logs.json_lines import read_json_lines
 from stabilitylab.logs.labelled import LabelledPieces, UnlabelledSource, is_labelled
 from stabilitylab.logs.languages import EnglishSource, is_foreign
-from stabilitylab.logs.locate import in_folder, is_tensorboard
+from stabilitylab.logs.locate import in_folder, is_tensorboard, version_of
 from stabilitylab.logs.log import Log
 from stabilitylab.logs.pattern import number
 from stabilitylab.logs.reading import Reading, Row, text_rows
@@ -326,10 +326,23 @@ def _folder(path: Path, *, loss: str | None, step: str | None, pattern: str | No
         from stabilitylab.logs.tensorboard import TensorBoardLog
 
         return list(TensorBoardLog.open_runs(path, found.files, loss=loss, step=step))
+    if found.kind != "versions":
+        return [log for file in found.files for log in _one(file, loss=loss, step=step, pattern=pattern)]
     logs: list[Log] = []
+    problem: InputError | None = None
+    refused: list[str] = []
     for file in found.files:
-        some = _one(file, loss=loss, step=step, pattern=pattern)
-        logs += _renamed(some, file.parent.name, len(found.files)) if found.kind == "versions" else some
+        try:
+            logs += _renamed(
+                _one(file, loss=loss, step=step, pattern=pattern), version_of(file), len(found.files)
+            )
+        except InputError as error:
+            problem = problem or error
+            refused.append(version_of(file))
+    if not logs and problem is not None:
+        raise problem
+    for name in refused:
+        logs[-1].left_out[f"runs that cannot be read: {name}"] += 1
     return logs
 
 

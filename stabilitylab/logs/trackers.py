@@ -86,10 +86,10 @@ def _mlflow_values(
 ) -> Iterator[tuple[str, float, float]]:
     for file in files or sorted(one for one in folder.rglob("*") if one.is_file()):
         name = file.relative_to(folder).as_posix()
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        for count, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines()):
             words = line.split()
             value = number(words[1]) if len(words) >= 2 else None
-            step = number(words[2]) if len(words) >= 3 else 0.0
+            step = number(words[2]) if len(words) >= 3 else float(count)  # before 1.0 there were no steps
             if value is None or step is None:
                 reading.damage(
                     "lines of a metric", f"metric {name!r}: {line[:40]!r} is not 'timestamp value step'"

@@ -10,7 +10,7 @@ from typing import Any
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.binary import NoLogError
-from stabilitylab.logs.locate import Found, locate
+from stabilitylab.logs.locate import Found, locate, version_of
 from stabilitylab.spikes.episodes import KINDS
 from stabilitylab.telemetry import DEPARTURES, LOSS, Event
 from stabilitylab.watching.alerts import Alert, of_event, of_silence, plain
@@ -220,11 +220,11 @@ class Watch:
 
     def _opened(self, found: Found) -> Source | None:
         saved = self._saved["source"] if self._saved else None
-        state, prefix = None, found.files[-1].parent.name if found.kind == "versions" else ""
+        state, prefix = None, version_of(found.files[-1]) if found.kind == "versions" else ""
         if saved is not None and saved["kind"] == found.kind:
             state, prefix = saved["state"], saved["prefix"]
             if found.kind == "versions" and saved["file"] != str(found.files[-1]):
-                state, prefix = None, found.files[-1].parent.name
+                state, prefix = None, version_of(found.files[-1])
         follower = follower_of(found, self.path, self.options, state, saved["follower"] if saved else None)
         self._saved = None if follower is not None else self._saved
         return None if follower is None else Source(found, follower, prefix)
@@ -239,7 +239,7 @@ class Watch:
             follower = follower_of(found, self.path, self.options)
             if follower is not None:
                 source.follower.close()
-                prefix = found.files[-1].parent.name if found.kind == "versions" else found.files[-1].name
+                prefix = version_of(found.files[-1]) if found.kind == "versions" else found.files[-1].name
                 self._source = Source(found, follower, prefix)
 
     # ------------------------------------------------------------------------------------------------ what it says

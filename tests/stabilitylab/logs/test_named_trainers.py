@@ -78,3 +78,38 @@ def test_xtuners_loss_is_the_one_of_all_ranks(tmp_path):
     line += "reduced_llm_loss: {x:.4f}, local_loss: 9.99 grad_norm: 1.2"
     (path := tmp_path / "a.log").write_text(many(line))
     assert losses(path)[1:] == ([1, 2, 3, 4, 5], [8.9, 8.8, 8.7, 8.6, 8.5])
+
+
+def test_several_runs_in_a_folder_are_told_apart(tmp_path, capsys):
+    """YOLO's exp, exp2, exp10; MMEngine's folder a start. One that holds nothing is named."""
+    for name, x in (("exp", 3), ("exp2", 2), ("exp10", 1)):
+        (file := tmp_path / "train" / name / "results.csv").parent.mkdir(parents=True)
+        file.write_text(
+            "epoch,train/box_loss,train/cls_loss,lr/pg0\n" + "".join(f"{k},{x},{x},.1\n" for k in range(3))
+        )
+    (empty := tmp_path / "train" / "exp3" / "results.csv").parent.mkdir()
+    empty.write_text("\n")
+    told = said(capsys, tmp_path / "train")
+    assert [segment["name"] for segment in told["segments"]] == ["exp", "exp2", "exp10"]
+    assert told["left_out"] == [{"reason": "runs that cannot be read: exp3", "count": 1}]
+    for stamp in ("20260102_030405", "20260103_030405"):
+        (file := tmp_path / "work" / stamp / "vis_data" / "scalars.json").parent.mkdir(parents=True)
+        file.write_text(many('{{"lr": 0.1, "loss": {x}, "step": {k}}}'))
+    told = said(capsys, tmp_path / "work")
+    assert [(s["name"], s["values"]) for s in told["segments"]] == [
+        ("20260102_030405", 5),
+        ("20260103_030405", 5),
+    ]
+
+
+def test_a_store_of_before_there_were_steps(tmp_path):
+    """MLflow before 1.0 wrote ``timestamp value``."""
+    (folder := tmp_path / "mlruns" / "0" / "run" / "metrics").mkdir(parents=True)
+    (folder / "loss").write_text("1 3.0\n2 2.5\n3 2.0\n")
+    assert losses(tmp_path / "mlruns")[1:] == ([0, 1, 2], [3.0, 2.5, 2.0])
+
+
+def test_lightnings_norm_of_all_gradients(tmp_path):
+    head = "epoch,grad_2.0_norm/layer.0,grad_2.0_norm/layer.1,grad_2.0_norm_total,step,train_loss\n"
+    (path := tmp_path / "metrics.csv").write_text(head + many("0,1,1,1.4,{k},{x:.1f}"))
+    assert losses(path)[0].columns["train/-/gradient_norm"] == "grad_2.0_norm_total"
