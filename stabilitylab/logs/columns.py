@@ -140,6 +140,7 @@ _LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
         re.compile(r"layer|block|bias|weight|clipped|ratio|coef|\d$"),
     ),
 }
+_MOST_OFFERED = 8  # more columns are listed, and none proposed
 _MOST_ALIKE = 4  # more of them are a norm for each layer
 _OTHER_LOSSES = frozenset(
     {"xent", "nll", "cross_entropy", "crossentropy", "train_xent", "train_nll"}
@@ -152,6 +153,7 @@ _SETTING = re.compile(r"(config|hparams?|args|hyperparameters)[/.]")
 # Of several losses: averages beside the loss itself; and beside the policy's whatever else is optimised with it.
 _TOTAL = re.compile(r"(^|_)(total|overall|combined)(_|$)")
 _AVERAGE = re.compile(r"(^|_)(avg|average|mean|running|ema|smoothed|best|min|max|epoch)(_|$)")
+_BEST = re.compile(r"(^|_)(best|min|max|lowest)(_|$)")
 _POLICY = re.compile(r"(^|_)(policy|pg|actor|surrogate)(_|$)")
 # What a store keeps of a step's several values: their mean is the loss, the others are none.
 _STATISTIC = re.compile(r"[/._](num|count|std|min|max|median|sum|variance)$", re.IGNORECASE)
@@ -206,7 +208,9 @@ def choose_columns(
         if not found and signal in _LIKE:
             found = _alike(signal, names, plain)
         if signal == STEP:
-            found = [n for n in found if n not in fractions or plain[n] == "step"]
+            # a "step" that is a fraction counts nothing beside another counter: it is how far one goes
+            alone = not any(counter_of(n) and n not in fractions for n in names)
+            found = [n for n in found if n not in fractions or (plain[n] == "step" and alone)]
             found = [n for n in found if not counts or counts[n] * 2 > rows]
         else:
             # actor/grad_norm beside actor/pg_loss, not critic/grad_norm
@@ -224,6 +228,8 @@ def _loss(
     named = [n for n in names if is_loss(n) and not _BOUND.search(n) and not _SCALE.search(plain[n])]
     found = [n for n in named if not is_evaluation(n)]
     found = [n for n in found if not _STATISTIC.search(n)] or found
+    if len(found) < len(named):  # "best loss" beside one of validation is the best of those
+        found = [n for n in found if not _BEST.search(plain[n])]
     if counts and any(counts[n] for n in found):
         most = max(counts[n] for n in found)
         found = [n for n in found if counts[n] * 20 > most]  # an average at the end is no curve
@@ -233,7 +239,11 @@ def _loss(
                 f"{source} has no loss column of training: it holds validation losses only ({_list(named)}); "
                 f"to judge one: {_paste(named)}"
             )
-        raise InputError(f"{source} has no loss column: its columns are {_list(names)}; name one with --loss")
+        others = [n for n in names if not counter_of(n) and not is_evaluation(n)]
+        such = f": {_paste(others, 3)}" if 0 < len(others) <= _MOST_OFFERED else ""
+        raise InputError(
+            f"{source} has no loss column: its columns are {_list(names)}; name one with --loss{such}"
+        )
     totals = [n for n in found if _TOTAL.search(plain[n])]
     for words in (_NAMES[LOSS], _POLICY_LOSSES if len(totals) != 1 else ()):
         for spell in (lambda n: plain[n], _tail):

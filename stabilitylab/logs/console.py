@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.any_text import ANY_LINE, ANY_TEXT, OTHER_TEXT, Evidence, prepared, prepared_english
+from stabilitylab.logs.any_text import ANY_LINE, ANY_TEXT, Evidence, prepared, prepared_english
 from stabilitylab.logs.columns import counter_of, is_loss
 from stabilitylab.logs.console_formats import FORMATS
 from stabilitylab.logs.languages import is_foreign
@@ -79,11 +79,6 @@ def _any_text(source: Source, most: int | None = None) -> TextFormat | None:
         return None
     if seen >= Evidence.LINES or (seen and not evidence.lines):
         return replace(ANY_LINE, prepare=prepare)
-    other, other_text = Evidence(), replace(OTHER_TEXT, prepare=prepare)
-    for chunk in source.chunks():
-        for _, values in _records(other_text, chunk, {}):
-            if values and other.suffices(values):
-                return other_text
     return None
 
 

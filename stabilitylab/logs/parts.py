@@ -44,11 +44,14 @@ class Part:
     last: dict[str, float] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
     backward: Counter[str] = field(default_factory=Counter)
+    resets: Counter[str] = field(default_factory=Counter)  # those of them at which an epoch begins
     repeated: Counter[str] = field(default_factory=Counter)
     last_row: dict[str, int] = field(default_factory=dict)
     filtered: int = 0  # rows with a finite loss beside a norm that is not
 
     def add(self, values: Mapping[str, float | None]) -> None:
+        epoch = values.get("epoch")
+        begins = epoch is not None and epoch > self.last.get("epoch", math.inf)
         for name, value in values.items():
             if value is None:
                 self.nulls[name] += 1
@@ -62,6 +65,7 @@ class Part:
             elif value <= before:
                 if value < before:
                     self.backward[name] += 1
+                    self.resets[name] += begins
                 else:
                     self.repeated[name] += 1
             self.last[name] = value
@@ -94,6 +98,7 @@ class Part:
     def add_columns(self, columns: Mapping[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]) -> None:
         """The same of rows as columns: values, and whether they are there."""
         rows = 0
+        begins_N = self._begins(columns)
         for name, (values_N, logged_N) in columns.items():
             rows = len(values_N)
             there_N = values_N[logged_N]
@@ -107,12 +112,23 @@ class Part:
             rises_N = np.diff(there_N) if name not in self.last else np.diff(there_N, prepend=self.last[name])
             if back := int((rises_N < 0).sum()):
                 self.backward[name] += back
+                if begins_N is not None and len(there_N) == rows == len(rises_N) + (name not in self.last):
+                    self.resets[name] += int(((rises_N < 0) & begins_N[rows - len(rises_N) :]).sum())
             if same := int((rises_N == 0).sum()):
                 self.repeated[name] += same
             self.first.setdefault(name, float(there_N[0]))
             self.last[name] = float(there_N[-1])
             self.last_row[name] = self.rows + int(np.flatnonzero(logged_N)[-1])
         self.rows += rows
+
+    def _begins(
+        self, columns: Mapping[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]
+    ) -> NDArray[np.bool_] | None:
+        """In which of the rows an epoch begins."""
+        if "epoch" not in columns or not columns["epoch"][1].all():
+            return None
+        epochs_N = columns["epoch"][0]
+        return np.diff(epochs_N, prepend=self.last.get("epoch", epochs_N[0])) > 0
 
 
 def columns_of(
@@ -166,7 +182,7 @@ def _counting(part: Part, columns: Mapping[str, str]) -> str | None:
             and part.last_row[name] >= part.last_row[loss]
             and name not in (*columns.values(), STEP_ABOVE)
             and name not in part.fractions
-            and not part.backward[name]
+            and part.backward[name] == part.resets[name]
             and not part.repeated[name]
             and not _CLOCK.search(name)
             and math.isfinite(part.last[name])

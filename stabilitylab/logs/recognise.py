@@ -29,9 +29,9 @@ from stabilitylab.logs.locate import in_folder, is_tensorboard, version_of
 from stabilitylab.logs.log import Log
 from stabilitylab.logs.pattern import number
 from stabilitylab.logs.reading import Reading, Row, text_rows
+from stabilitylab.logs.record_lines import read_record_lines
 from stabilitylab.logs.rows import logs_of
 from stabilitylab.logs.source import Source, standard_input
-from stabilitylab.logs.suggest import suggested_pattern
 from stabilitylab.logs.swanlab import SWANLAB, read_swanlab
 from stabilitylab.logs.table_in_text import Table, TableSource, table_in
 from stabilitylab.logs.trackers import (
@@ -200,14 +200,15 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
             return _below(text, table)
     header = first.decode("utf-8", errors="replace")
     parted = delimiter_of(header) in ",;\t" and delimiter_of(header) in header
-    if found is None and parted and "loss" in header.lower() and not _SAID.search(header):
+    names = parted and "loss" in header.lower() and not header.lstrip()[:1].isdigit()
+    if found is None and names and not _SAID.search(header):
         return read_csv_rows(source)
+    if found is None or found.format == "text":
+        found = read_record_lines(source, found) or found
     if found is None:
-        pattern = suggested_pattern(text.head().decode("utf-8", "replace"))
-        unnamed = " and names no loss" if pattern else ""
         raise InputError(
-            f"{source.name} is no log of a trainer known here (docs/logs.md){unnamed}: describe its lines "
-            f"with --pattern '{pattern or 'step {step} loss {loss}'}'"
+            f"{source.name} is no log of a trainer known here (docs/logs.md): describe its lines "
+            "with --pattern 'step {step} loss {loss}'"
         )
     return found
 
@@ -385,6 +386,8 @@ def _is_table(path: Path, head: bytes) -> bool:
     if delimiter in " |" and path.suffix.lower() not in (".csv", ".tsv"):
         return False
     cells = lines[0].count(delimiter)
+    if _SAID.search(lines[0]):
+        return False
     if path.suffix.lower() in (".csv", ".tsv"):
         return True
     if not cells:  # one column: a bare header above bare numbers

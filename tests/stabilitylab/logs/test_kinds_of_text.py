@@ -176,26 +176,6 @@ def test_places_in_an_epoch_are_counted_on(tmp_path, line, places, steps):
     assert losses(path)[1] == list(steps)
 
 
-@pytest.mark.parametrize(
-    "line", ["step {k} | train {x:.2f} | val 9.99", "[{k:06d}]  train={x:.2f}  val=9.99"]
-)
-def test_a_text_that_names_no_loss_is_told_a_pattern_that_works(tmp_path, line):
-    path = tmp_path / "log"
-    path.write_text(many(line))
-    with pytest.raises(InputError, match="names no loss") as error:
-        losses(path)
-    _, steps, values = losses(path, pattern=str(error.value).split("'")[1])
-    assert steps == [1, 2, 3, 4, 5]
-    assert values == [8.9, 8.8, 8.7, 8.6, 8.5]
-
-
-def test_a_mean_square_that_is_one_part_of_several_is_not_taken(tmp_path):
-    path = tmp_path / "log"
-    path.write_text(many("step {k} l1 0.12, mse {x:.2f}, dur 0.3"))
-    with pytest.raises(InputError, match="is no log of a trainer known here"):
-        losses(path)
-
-
 def test_more_than_a_known_format_reads_is_any_trainers(tmp_path):
     path = tmp_path / "log"
     lines = [

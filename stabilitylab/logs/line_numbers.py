@@ -1,0 +1,207 @@
+"""What stands in a line of any text: each number by the words before it, and which of them counts.
+
+    2026-03-01 10:00:01 | INFO | step 12/300 | loss 2.31 | grad norm 0.9      step 12, loss 2.31, grad norm 0.9
+    Epoch: [1][ 20/100]  Loss 2.3e+00 (2.4e+00)  lr: 1e-4                     step 120, Loss 2.3, lr 1e-4
+    [Epoch 0/3] loss: 2.31:  12%|#    | 24/200 [00:12<01:30, 1.9it/s]         epoch 0, loss 2.31, step 24 (the bar's)
+    17 | loss 2.31 | lr 5e-4 | 100ms                                          step 17, ...
+
+A name is up to four words, parted from its number by ``:``, ``=``, a bracket or blanks. The step is a counter's number (``step``,
+``iteration``, ``it``, ``batch``...), or the place within an epoch, or the bar's, or a number that opens the line.
+"""
+
+from __future__ import annotations
+
+import re
+
+from stabilitylab.logs.columns import counter_of, is_loss
+from stabilitylab.logs.pattern import NUMBER, Values, number
+
+# The length of what the step is a place in: no number of the log.
+OF = "\0of"
+# "loss nan grad_norm inf" are two names: a word of a name is no number.
+_NO_NUMBER = r"(?!(?:nan|inf|infinity)\b)"
+_WORD = rf"{_NO_NUMBER}[A-Za-z_]"
+_PAIR = re.compile(
+    rf"(?<![\w.])({_WORD}[\w/.@-]*(?:\([A-Za-z]\w*\))?(?: {_NO_NUMBER}[A-Za-z(][\w/.()@-]*){{0,3}})"
+    rf"['\"]?[)\]]?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
+    rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%|\s*=\s*[-+.\d])(?=['\"\s,;:|/\])}}(>]|[a-zA-Z]+\b|--|\.\s|\.{{2,}}|\.?$)",
+    re.IGNORECASE,
+)
+_PLACE = re.compile(
+    r"(?:epoch|\btrain)\W{0,3}(\d+)(?:/\d+\]?)?\W{0,4}\[\s*(\d[\d,]*)\s*/\s*(\d[\d,]*)\b", re.IGNORECASE
+)
+_PAIR_OF_COUNTS = re.compile(r"^\s*\[\s*(\d+),\s*(\d+)\](?!<)")  # PyTorch's CIFAR tutorial: [epoch, batch]
+_ABSL = re.compile(r"^[IWEF]\d{4} [\d:.]+\s+\d+ [\w.]+:\d+\] ")
+_BAR = re.compile(r"\s(\d+)/(\d+) \[\d")
+# A number that opens the line, also in brackets, and is no time of day and no date.
+_OPENS = re.compile(
+    r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:(?:st|nd|rd|th)\b|[|,:\])](?!\d)|/(\d+)(?=[\])(,:|\s]))"
+)
+_TWO_PLACES = re.compile(
+    r"[\[(]\s*(\d+)\s*/\s*\d+\s*[\])][\s:-]{0,8}[\[(]\s*(\d+)\s*/\s*\d+\b|(?i:epoch)\W{0,3}(\d+)\W{1,3}\[(\d+)\](?!/)"
+)  # [epoch/epochs][place/length]
+_GLUED_STEP = re.compile(r"\b(?:step|iter|it)(\d+)\b", re.IGNORECASE)
+_GLUED_EPOCH = re.compile(r"\b(?:epoch|ep|e)(\d+)(?=\b|_)", re.IGNORECASE)
+_BATCH = re.compile(r"\bbatch\W{1,8}(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
+_LOSS_AT = re.compile(
+    r"\b(\w*loss\w*|cost)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@|on|in|after) (?:step|iteration|iter|epoch)\s+(\d+)"
+    r"|(?:step|iteration|iter|epoch)\[(\d+)\](?=\s*[:=]))",
+    re.IGNORECASE,
+)
+# "Step: 12ms" is how long one took
+_TAKEN = re.compile(
+    r"\b(?:step|iter|iteration|batch|it): ?[\d.]+(?:ms|us|µs|s|h|m)(?:\d+\w+)?\b", re.IGNORECASE
+)
+_DASHED = re.compile(r"\b(epoch|step|iter|iteration|batch) - (\d)", re.IGNORECASE)  # Epoch - 3 | loss
+# Minibatch[ 1- 10]: the last of them
+_RANGE = re.compile(
+    r"\b((?:mini)?batch(?:es)?|steps|iterations|iters)(\W{0,6})\d+\s*-\s*(?=\d+\b)", re.IGNORECASE
+)
+_SPAN = re.compile(
+    r" (?:over|of|in|for) (?:the )?last \d+(?: \w+)?(?=\s*[:=])"
+)  # "average loss over last 10 = 2.3"
+_STEPS = re.compile(r"(?<![/\w.])(\d+) (?:\w+ )?(?:steps|iterations|updates|iters)\b(?!/)", re.IGNORECASE)
+_ALONE = re.compile(r"\]\s*(\d+)\s*[:|]\s")
+_RATIO = re.compile(r"(?<![\w./])(\d+)(?:/\s?| of )(\d+)(?![\w./])")
+_LEADERS = re.compile(r"\s*\.{3,}:?\s*")  # loss ......... 2.31
+_WITHIN = re.compile(r"[\[(]\s*(\d+)\s*/\s*(\d+)\b")
+# A norm of several groups: the first.
+_NORMS = re.compile(r"(\w*norm)\s*[=:]\s*\{['\"]\w+['\"]:\s*(?=[-+\d.n])", re.IGNORECASE)
+# |g|=0.9, ||grad||: 0.9, ‖∇L‖ 0.9, η=1e-4
+_BARRED_NORM = re.compile(r"(?:\|{1,2}|‖)(?:g|grad|∇|∇L)(?:\|{1,2}|‖)(?=\s*[:=]?\s*[-+\d.n])", re.IGNORECASE)
+_ETA = re.compile(r"(?<!\w)η(?=\s*[:=]?\s*\d)")
+# Katib's {metricName: loss, metricValue: 2.3}; SageMaker's <loss>=2.3
+_SPELT_OUT = re.compile(r"metricName: ([\w./-]+), metricValue: |<(\w+)>")
+_WRAPPED = re.compile(
+    r"\b(?:(?:np|numpy|torch|jnp)\.)?(?:float\d*|int\d*|bfloat16|tensor|array|FloatTensor)\(\[?",
+    re.IGNORECASE,
+)
+_LEVEL = re.compile(
+    r"^(?:(?:info|debug|warning|warn|error|root|main|train|trainer)\s+)+(?=\S)", re.IGNORECASE
+)
+# "1.23Test loss: 2.3": what is printed without a blank.
+_GLUED = re.compile(r"(?<=\d)(?=[A-Z][a-z]+ ?[A-Za-z]*\s*[:=])")
+# GradNorm: avg=0.9 max=2.1
+_OF_EACH = re.compile(r"\b([A-Za-z_]\w*):[ ]+(?=(?:avg|mean|max|min|std|cur)\s*[=:])", re.IGNORECASE)
+_OF_COUNTED = re.compile(r"\b(?:for|per|this|of|in|over|each)\b", re.IGNORECASE)
+# A count behind a word of other letters: 评估 3:
+_OTHER_COUNT = re.compile(r"[^\W\d_A-Za-z]\s*(\d+)\s*[:/|,]")
+# "MSE loss ||y - Q(s, a)||: 2.3": a formula between.
+_LOSS_FAR = re.compile(
+    rf"\b((?:[A-Za-z_][\w-]* ){{0,3}}\w*loss)\b[^:=\n]{{1,40}}(?::|=|\bis\b)\s*({NUMBER})(?=[\s,;|]|\.?$)",
+    re.IGNORECASE,
+)
+# A loss that is scaled or weighted is none, nor one of packets.
+NO_LOSS = re.compile(
+    r"scale|weight|coef|(?:packet|link|signal|heat|hearing|blood|stop|data)[ -]loss", re.IGNORECASE
+)
+# Where a logger was called: trainer:fit:120 -
+_CALLED = re.compile(
+    r"(?<![\w.:])[A-Za-z_][\w.]*:(?!(?:step|iter|iteration|epoch|it|batch|update):)[A-Za-z_<][\w<>]*:\d+"
+    r"(?=\s+[-|]\s|\s*\])"
+)
+
+
+def named(line: str) -> tuple[str, Values]:
+    """The line without what stands in the way, and its numbers by name."""
+    values: Values = {}
+    line = _ABSL.sub("", line)
+    if "_" in line or ":" in line:
+        line = _CALLED.sub("", line)
+    if "{" in line:
+        line = _NORMS.sub(r"\1=", line)
+    if "<" in line or "metricName" in line:
+        line = _SPELT_OUT.sub(lambda m: f"{m[1]}: " if m[1] else m[2], line)
+    if _TAKEN.search(line):
+        line = _TAKEN.sub("", line)
+    if "|g" in line or "‖" in line or "∇" in line:
+        line = _BARRED_NORM.sub("grad_norm", line)
+    if "η" in line:
+        line = _ETA.sub("lr", line)
+    if _GLUED.search(line):
+        line = _GLUED.sub(" ", line)
+    if "=" in line or ": " in line:
+        line = _OF_EACH.sub(r"\1 ", line)
+    if "..." in line:
+        line = _LEADERS.sub(": ", line)
+    if "last" in line:
+        line = _SPAN.sub("", line)
+    if " - " in line:
+        line = _DASHED.sub(r"\1 \2", line)
+    if "-" in line:
+        line = _RANGE.sub(r"\1\2", line)
+    if told := _LOSS_AT.search(line):
+        line = line[: told.end(1)] + line[told.end() :]
+        values["step"] = float(told[2] or told[3] or told[4])
+    for said, digits, unit in _PAIR.findall(_WRAPPED.sub("", line) if "(" in line else line):
+        name = _name(said)
+        if name not in values:
+            values[name] = number(digits, unit)
+    if not any(is_loss(name) and not NO_LOSS.search(name) for name in values):
+        far = _LOSS_FAR.search(line)
+        if far is not None and not NO_LOSS.search(far[0]):
+            values[far[1]] = number(far[2])
+    return line, values
+
+
+def placed(line: str, values: Values) -> Values:
+    """The same numbers with a step, where the line tells its place."""
+    if "epoch" not in values and (batch := _BATCH.search(line)):
+        # A batch that is told with its epoch's length; epochs go unnamed.
+        values = {name: x for name, x in values.items() if "batch" not in name.lower() or is_loss(name)}
+        values["step"], values[OF] = float(batch[1]), float(batch[2])
+        return values
+    counters = {name.lower() for name in values if counter_of(name)} - {"epoch"}
+    counted = bool(counters)
+    if counters <= {"batch", "steps"}:  # whether they count is told by all lines together
+        for place_, length_ in _RATIO.findall(line):
+            values.setdefault(f"/{length_}", float(place_))
+        if not counted and (alone := _ALONE.search(line)):
+            values.setdefault("#", float(alone[1]))
+        if not counted and not line.isascii() and (other := _OTHER_COUNT.search(line)):
+            values.setdefault("#", float(other[1]))
+    if "epoch" not in values and (epoch_ := _GLUED_EPOCH.search(line)):
+        values["epoch"] = float(epoch_[1])
+    if place := _PLACE.search(line):
+        values = {name: value for name, value in values.items() if name.lower() != "epoch"}
+        epoch, at, length = (float(text.replace(",", "")) for text in place.groups())
+        values["step"] = epoch * length + at
+    elif not counted and (steps := _STEPS.search(line)):
+        values["step"] = float(steps[1])
+    elif not counted and (two := _PAIR_OF_COUNTS.match(line)):
+        values["epoch"], values["step"] = float(two[1]), float(two[2])
+    elif not counted and (both := _TWO_PLACES.search(line)):
+        values["epoch"], values["step"] = float(both[1] or both[3]), float(both[2] or both[4])
+    elif not counted and (glued := _GLUED_STEP.search(line)):
+        values["step"] = float(glued[1])
+    elif not counted and (bar := _BAR.search(line)):
+        values["step"], values[OF] = float(bar[1]), float(bar[2])
+    elif not counted and (within := _WITHIN.search(line)):
+        values["step"], values[OF] = float(within[1]), float(within[2])
+    elif not counted and (opens := _OPENS.match(line)):
+        values["step"], values[OF] = float(opens[1]), number(opens[2] or "")
+    return values
+
+
+def _name(said: str) -> str:
+    """Without what is no part of it: a logger's level; words before a counter or before "loss"."""
+    if not is_loss(said):  # Loss(gen) and Loss(disc) are two
+        said = re.sub(r"(?<=\w)\([A-Za-z]\w*\)?$", "", said)  # lr(PiecewiseDecay)
+    said = said.strip("()")
+    bare = re.sub(r" (?:is|was|of)$", "", said)  # "loss is 2.31"
+    if is_loss(said) and _OF_COUNTED.search(said):  # "loss for this batch" is no batch
+        return said
+    said = said if counter_of(bare.rpartition(" ")[2]) else bare
+    if counter_of(said):
+        return "epoch" if said.lower().endswith(("epoch", "epochs")) else said
+    last = said.rpartition(" ")[2]
+    if counter_of(last):
+        return "epoch" if last.lower() == "epoch" else last
+    if last.lower() == "ep":
+        return "epoch"
+    if last.lower() == "lr":
+        return last
+    if " " not in said or said.lower().startswith("train loss"):
+        return said
+    bare = _LEVEL.sub("", said)
+    return bare if is_loss(bare) or not said.lower().startswith("train") else said
