@@ -8,11 +8,30 @@
     torch._dynamo.utils.counters                 how many frames have been compiled           test_compiled.py
     torch._dynamo.external_utils.wrap_inline     what stands for a container's forward pass   test_compiled.py
     torch._C._dynamo.eval_frame.reset_code       a frame is traced again                      test_compiled.py
+    torch._dynamo.config.recompile_limit         a graph a layer                              glm's test_presets.py
+    torch.utils._python_dispatch                 TorchDispatchMode: operators as they run     probes' test_attention.py
     torch.distributed.tensor.DTensor             public; here since it is slow to import      test_ranks.py
     torch.optim.Optimizer.*.__wrapped__          an optimizer without torch's compiler        glm's test_startup.py
 
 All of them are in torch 2.9.1, the oldest supported, to 2.15. Two of the modules take as long to import as the rest of torch
 together, so they are looked at only where somebody else has imported them: what nobody has imported, nobody has used.
+
+Operators that torch itself is built of stand where their numbers are made, each with a twin in public operations:
+
+    operator                                     used in                                      compared in
+    torch._foreach_*                             statistics, probes, glm/train/update_rules   test_updates.py, test_formulas.py
+    torch._fused_adamw_                          glm/train/update_rules/fused.py              test_formulas.py
+    torch._int_mm                                quantization/kernels/cuda.py                 test_cuda.py, and before use
+    aten._weight_int4pack_mm,
+    aten._convert_weight_to_int4pack             quantization/kernels/cuda.py                 the same
+    aten._weight_int8pack_mm,
+    aten._weight_int4pack_mm_for_cpu,
+    aten._convert_weight_to_int4pack_for_cpu     quantization/kernels/packed.py               test_linear.py, and before use
+    torch._make_per_channel_quantized_tensor     quantization/kernels/fbgemm.py               the same
+    mkldnn._linear_pointwise                     glm/precision/matmul.py                      test_fp32_products.py
+    torch._softmax_backward_data                 glm/precision/matmul.py                      test_matmul.py
+
+A test says so where another stands anywhere else.
 """
 
 from __future__ import annotations
@@ -25,6 +44,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 DisableTorchFunction = torch._C.DisableTorchFunction
 
@@ -68,6 +88,12 @@ def trace_again(codes: Iterable[CodeType | None]) -> None:
     for code in (*codes, *inlined):
         if code is not None:
             reset_code(code)
+
+
+def allow_graphs(count: int) -> None:
+    """Let a function be compiled so many times: a graph a module that it belongs to."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, count)
 
 
 def is_dtensor(x: object) -> bool:

@@ -30,7 +30,7 @@ from glm.distributed.rendezvous import meet
 from glm.errors import InputError
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 PORT = "29500"
 

@@ -39,7 +39,7 @@ from glm.precision.half_units import HALF_DTYPES, upcasts
 from glm.precision.kernel import sums_weights, weight_gradient
 
 # Read once, at import: inside a compiled model it is a constant.
-ONEDNN = bool(torch._C._has_mkldnn)
+ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -42,6 +42,7 @@ from glm.train.gradient_summary import GradientSummary
 from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.qk_clip import clip_queries_and_keys, forget_scores
 from glm.train.update_rules.groups import role_of
+from stabilitylab.compat import allow_graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +272,7 @@ class LocalEngine(Updates):
 
     def _compile(self) -> None:
         # Scores are scaled by a constant of their layer, so each layer may be a graph of its own, in training and evaluation.
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(self.model.layers) + 2)
+        allow_graphs(2 * len(self.model.layers) + 2)
         for layer in self.model.layers:
             layer.compile()
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from stabilitylab.compat import TorchDispatchMode
 from stabilitylab.model_structure import has_known_layout, linear_layers, linear_weight, token_embeddings
 from stabilitylab.models.weight_files import StoredTensor
 

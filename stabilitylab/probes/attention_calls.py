@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from stabilitylab.compat import TorchDispatchMode
 from stabilitylab.probes.compiled import observe, observe_attention
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention

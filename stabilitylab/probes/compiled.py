@@ -41,7 +41,7 @@ watchers: dict[int, Watcher] = {}
 _numbers = itertools.count()
 
 _library = torch.library.Library("stabilitylab", "DEF")  # type: ignore[no-untyped-call]
-_TAGS = (torch._C.Tag.cudagraph_unsafe,) if hasattr(torch._C.Tag, "cudagraph_unsafe") else ()
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 for _signature in (
     "observe(Tensor x, Tensor(a!) state) -> ()",
     "observe_attention(Tensor lse, Tensor query, Tensor key, Tensor? mask, bool causal, float? scale,"

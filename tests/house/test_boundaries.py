@@ -1,7 +1,9 @@
 """The floors hold, and the test that says so can fail."""
 
+import re
 from pathlib import Path
 
+import stabilitylab.compat
 from tests.house.boundaries import circles, violations
 
 ROOT = Path(__file__).parents[2]
@@ -49,4 +51,31 @@ def test_a_wrong_arrow_is_found(tmp_path):
         "glm/train/bad.py",
         "glm/attic/bad.py",
         "stabilitylab/sinks/bad.py",
+    }
+
+
+PRIVATE = re.compile(r"\b(?:torch|aten|mkldnn)(?:\.[A-Za-z]\w*)*\.(_[A-Za-z]\w*)")
+
+
+def private_names(text: str) -> set[str]:
+    """Names of torch that begin with an underscore."""
+    return set(PRIVATE.findall(text))
+
+
+def test_private_interfaces_of_torch_are_told_in_one_place():
+    told = private_names(stabilitylab.compat.__doc__)
+    assert "_C" in told
+    for floor in ("stabilitylab", "glm"):
+        for file in sorted((ROOT / floor).rglob("*.py")):
+            if file.name != "compat.py":
+                used = private_names(file.read_text(encoding="utf-8"))
+                families = {re.sub(r"^_foreach_\w+", "_foreach_", name) for name in used}
+                assert families <= told - {"_C", "_dynamo", "_python_dispatch"}, file
+
+
+def test_a_private_interface_is_found():
+    assert private_names("x = torch._C._foo(1); torch.ops.aten._bar(y)\nfrom torch.utils._baz import Z") == {
+        "_C",
+        "_bar",
+        "_baz",
     }
