@@ -94,7 +94,8 @@ def _first(source: Source, formats: Sequence[TextFormat], *, enough: int) -> Tex
             return (best.loose and _says_more(chunk, best) and _any_text(source)) or best
         if count == _PREFACE and enough > 1 and _any_text(source, _PREFACE):
             break
-    return formats[total.index(max(total))] if any(total) else None
+    best = formats[total.index(max(total))]
+    return best if max(total) >= min(best.least, enough) else None
 
 
 def _says_more(chunk: bytes, one: TextFormat) -> bool:

@@ -61,6 +61,20 @@ def _epochs(values: Values, before: Values) -> Values:
     return values
 
 
+def _keras(values: Values, before: Values) -> Values:
+    """A bar holds means of the epoch so far: its last one counts, once."""
+    if values.get("place") != values.get("length"):
+        values.pop("epoch", None)
+        return {}
+    if (
+        "epoch" in values
+        and values["epoch"] == before.get("epoch")
+        and values.get("loss") == before.get("loss")
+    ):
+        return {}
+    return {name: value for name, value in values.items() if name not in ("place", "length")}
+
+
 def _yolo(values: Values, before: Values) -> Values:
     """The parts' sum; of YOLOv7, whose fourth column is that sum, the column."""
     if "sum" in values:
@@ -310,6 +324,23 @@ FORMATS: tuple[TextFormat, ...] = (
         "{step} {*} ms run,{*} {loss} loss, {*}{lr} LR",
         source="tinygrad/tinygrad examples/hlb_cifar10.py, mlperf",
         trigger=" ms run,",
+    ),
+    TextFormat(
+        name="Keras",
+        source="keras-team/keras keras/src/utils/progbar.py; keras/utils/generic_utils.py Progbar",
+        version="1 to 3.15",
+        trigger=re.compile(rb"\d+/\d+[^\r\n]* - loss: "),
+        lines=(
+            re.compile(
+                r"^\s*(?P<n_place>\d+)/(?P<n_length>\d+) *(?:\[[=>.]+\]|━+)?[ -]*(?:ETA: )?\d[\w:.]*"
+                r"(?: \d+[mun]?s/(?:step|epoch|sample))?(?: - \d+[mun]?s/(?:step|epoch|sample))? - (?P<pairs_>.*)"
+            ),
+        ),
+        losses=("loss",),
+        finish=_keras,
+        least=3,
+        above=ABOVE,
+        words=(b" - loss: ",),
     ),
     # Under "Epoch GPU_mem box_loss obj_loss cls_loss Instances Size", behind a bar; running means until it is full.
     TextFormat(

@@ -4,14 +4,16 @@
     {'loss': '2.31', 'grad_norm': '1.2', 'learning_rate': '2e-05', 'epoch': '0.5'}  transformers 5
 
 Source: transformers/trainer_callback.py, PrinterCallback and ProgressCallback; TRL, ms-swift and LLaMA-Factory print the
-same. The dict holds no step; the bar before it does (``120/300 [``), and is believed where it rises from record to
-record. DeepSpeed's lines about its loss scale (deepspeed/runtime/fp16/loss_scaler.py, 0.19) belong to the record before.
+same. The dict holds no step; a bar does (``120/300 [``), and is believed where it rises from record to record. tqdm draws its
+bar anew below what it writes, and shows the step there; the bar above may be some steps behind, and counts where none was drawn
+anew. DeepSpeed's lines about its loss scale (deepspeed/runtime/fp16/loss_scaler.py, 0.19) belong to the record before.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +28,7 @@ _RECORD = re.compile(
 )
 _PAIR = re.compile(rf"'([^']+)':\s*'?(?:(\d+)/\d+|({NUMBER}))'?\s*[,}}]", re.IGNORECASE)
 _BAR = re.compile(rb"\s(\d+)/(\d+) \[")
+_DRAWN_ANEW = re.compile(rb"\s*(?:\w+:)?\s*\d+%\|[^|\r\n]*\|\s(\d+)/(\d+) \[")
 _BEFORE = 4096
 _TOLD = re.compile(
     rb"(?:(?i:step|iteration|iter)\W{0,3}\d+\b[^{}\r\n]{0,40}|\[\w+\s+\d+\]\s*)\{(?=')[^{}\r\n]*'loss':"
@@ -35,22 +38,23 @@ _TOLD = re.compile(
 def read_huggingface_console(source: Source) -> Reading | None:
     """The printed records; None: there are none."""
     first = list(itertools.islice(_records(source), 2000))
-    if not any("loss" in values or "train_loss" in values for values, _ in first):
+    if not any("loss" in values or "train_loss" in values for values, *_ in first):
         return None
     if _TOLD.search(source.head()):
         return None  # another trainer's dictionary, behind its own step
-    bars = [bar for values, bar in first if "loss" in values]
-    believed = None not in bars and all(a < b for a, b in itertools.pairwise(bars))  # type: ignore[operator]
-    scale = next((values["attempted"] for values, _ in first if "attempted" in values), None)
+    bars = [bar for values, bar, _ in first if "loss" in values]
+    anew = _is_drawn_anew(bars, [below for values, _, below in first if "loss" in values])
+    believed = anew or _rises(bars)
+    scale = next((values["attempted"] for values, *_ in first if "attempted" in values), None)
     reading = Reading(
         format="HuggingFace Trainer console",
         rows=lambda: text_rows(source, reading),
-        pieces=lambda: HuggingFacePieces(reading, believed, scale),
+        pieces=lambda: HuggingFacePieces(reading, believed, scale, anew),
         step="step",
         losses=("loss",),
     )
     if not believed and not any(
-        counter_of(name) and name != "epoch" for values, _ in first for name in values
+        counter_of(name) and name != "epoch" for values, *_ in first for name in values
     ):
         reading.notes.append("the records hold no step, and no bar tells it: they are counted from 0")
     return reading
@@ -63,16 +67,28 @@ class HuggingFacePieces:
         reading: where what is left out is counted.
         believed: whether the bars tell the steps.
         scale: the loss scale of the start: what the first overflow was attempted with; None: there is none.
+        anew: it is the bars below the records that tell them.
     """
 
-    def __init__(self, reading: Reading, believed: bool, scale: float | None) -> None:
-        self._reading, self._believed = reading, believed
-        self.state: dict[str, Any] = {"count": -1, "scale": scale, "bar": None, "held": None}
+    def __init__(self, reading: Reading, believed: bool, scale: float | None, anew: bool) -> None:
+        self._reading, self._believed, self._anew = reading, believed, anew
+        self.state: dict[str, Any] = {"count": -1, "scale": scale, "bar": None, "held": None, "rest": ""}
 
     def take(self, piece: bytes) -> Iterator[Row]:
         """The records; where a loss scale is spoken of, the last is held back for the lines that belong to it."""
+        if self._anew:
+            piece = self.state["rest"].encode("utf-8", "surrogateescape") + piece
+            cut = _without_bar(piece)
+            self.state["rest"] = piece[cut:].decode("utf-8", "surrogateescape")
+            piece = piece[:cut]
+        yield from self._rows(piece)
+        if self.state["scale"] is None:
+            yield from self._held()
+
+    def _rows(self, piece: bytes) -> Iterator[Row]:
         state = self.state
-        for values, bar in _records_in(piece, state):
+        for values, above, below in _records_in(piece, state):
+            bar = below if self._anew and below is not None else above
             if "loss" in values:
                 if state["held"] is not None:
                     yield "", state["held"]
@@ -92,36 +108,77 @@ class HuggingFacePieces:
             else:
                 summary = "train_runtime" in values or "train_loss" in values
                 self._reading.left_out["the closing summary" if summary else "rows of evaluation"] += 1
-        if state["scale"] is None:
-            yield from self.end()
 
     def end(self) -> Iterator[Row]:
         """The last record."""
+        rest, self.state["rest"] = self.state["rest"], ""
+        yield from self._rows(rest.encode("utf-8", "surrogateescape"))
+        yield from self._held()
+
+    def _held(self) -> Iterator[Row]:
         held, self.state["held"] = self.state["held"], None
         if held is not None:
             yield "", held
 
 
-def _records(source: Source) -> Iterator[tuple[Values, int | None]]:
-    """The numbers of each record and the last progress bar before it."""
+def _rises(bars: list[int | None]) -> bool:
+    return None not in bars and all(a < b for a, b in itertools.pairwise(bars))  # type: ignore[operator]
+
+
+def _is_drawn_anew(above: list[int | None], below: list[int | None]) -> bool:
+    """Whether the bars below the records tell their steps, not those above: a Trainer logs every so many steps."""
+    while below and below[-1] is None:  # of the last there may be none
+        above, below = above[:-1], below[:-1]
+    if not below or not _rises(below):
+        return False
+    return not _rises(above) or above[0] == 0 or _regularity(below) > _regularity(above)
+
+
+def _regularity(bars: list[int | None]) -> tuple[float, int]:
+    """How often the commonest distance occurs, and how many of them are its multiples."""
+    told = [bar for bar in bars if bar is not None]
+    distances = Counter(b - a for a, b in itertools.pairwise(told)).most_common(1)
+    if not distances:
+        return 0.0, 0
+    ((distance, times),) = distances
+    return times / (len(told) - 1), sum(bar % distance == 0 for bar in told)
+
+
+def _without_bar(piece: bytes) -> int:
+    """Where the last record begins, if its bar may follow; else the piece's length."""
+    start = -1
+    for found in _RECORD.finditer(piece):
+        start = found.start() if not _DRAWN_ANEW.match(piece, found.end()) and found["scale"] is None else -1
+    tail = piece[found.end() :] if start >= 0 else b""  # type: ignore[possibly-undefined]
+    return start if start >= 0 and not tail.strip() else len(piece)
+
+
+def _records(source: Source) -> Iterator[tuple[Values, int | None, int | None]]:
+    """The numbers of each record, the last progress bar above it and the one right below."""
     state: dict[str, Any] = {"bar": None}
     for chunk in source.chunks():
         yield from _records_in(chunk, state)
 
 
-def _records_in(chunk: bytes, state: dict[str, Any]) -> Iterator[tuple[Values, int | None]]:
+def _records_in(chunk: bytes, state: dict[str, Any]) -> Iterator[tuple[Values, int | None, int | None]]:
     at = 0
     for found in _RECORD.finditer(chunk):
         if found["scale"] is not None:
             reached = number((found["next"] or found["scale"]).decode())
             attempted = number(found["scale"].decode())
-            yield {"loss_scale": reached, "attempted": attempted, "skipped": 1.0}, state["bar"]
+            yield {"loss_scale": reached, "attempted": attempted, "skipped": 1.0}, state["bar"], None
             continue
         # Only the last few bars before a record matter; there may be thousands.
         bars = _BAR.findall(chunk, max(at, found.start() - _BEFORE), found.start())
         state["bar"] = int(bars[-1][0]) if bars else state["bar"]
         at = found.end()
         text = found[0].decode("utf-8", errors="replace")
-        yield {name: number(ratio or value) for name, ratio, value in _PAIR.findall(text)}, state["bar"]
+        anew = _DRAWN_ANEW.match(chunk, at)
+        below = int(anew[1]) if anew else None
+        yield (
+            {name: number(ratio or value) for name, ratio, value in _PAIR.findall(text)},
+            state["bar"],
+            below,
+        )
     bars = _BAR.findall(chunk, max(at, len(chunk) - _BEFORE))
     state["bar"] = int(bars[-1][0]) if bars else state["bar"]

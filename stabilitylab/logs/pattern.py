@@ -80,6 +80,7 @@ class TextFormat:
         steady: what is read of a line does not depend on how large its numbers are (``plans``).
         loose: other trainers print such lines too; where more stands in them, they are read as any trainer's.
         one_part: lines of the one run name a rank, or none.
+        least: a file with fewer records is read as any trainer's.
     """
 
     name: str
@@ -96,6 +97,7 @@ class TextFormat:
     prepare: Callable[[bytes], bytes] | None = None
     loose: bool = False
     one_part: bool = False
+    least: int = 1
     steady: bool = True
 
     def read(self, line: str) -> Values | None:

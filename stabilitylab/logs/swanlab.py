@@ -3,15 +3,20 @@
     Record.scalar = 13: key = 1, step = 2 (absent: 0), value = 5: number = 1 (a double; absent: 0)
 
 The file of an offline run (``mode="offline"``) and of one that is synchronised. Read off files that swanlab 0.10.3 wrote and its
-``swanlab/proto``; only scalars are decoded, so no generated code is needed.
+``swanlab/proto``; only scalars are decoded, so no generated code is needed. 0.6 kept JSON in it and called it ``backup.swanlab``
+(read off files that 0.6.12 wrote):
+
+    {"model_type": "Scalar", "data": {"metric": {"index": 5, "data": 2.3}, "key": "loss", "step": 5}}
 """
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 
 from stabilitylab.logs.pattern import Values
+from stabilitylab.logs.pattern import number as as_number
 from stabilitylab.logs.reading import Reading, Row
 from stabilitylab.logs.source import Source
 from stabilitylab.logs.trackers import fields, leveldb_records
@@ -26,7 +31,8 @@ def read_swanlab(sources: list[Source]) -> Reading:
     def rows() -> Iterator[Row]:
         reading.left_out.clear()
         for source in sources:
-            part = source.path.stem if len(sources) > 1 else ""
+            name = source.path.parent.name if source.path.stem == "backup" else source.path.stem
+            part = name if len(sources) > 1 else ""
             row: Values = {}
             for record in leveldb_records(source, reading):
                 found = scalar(record)
@@ -46,6 +52,8 @@ def read_swanlab(sources: list[Source]) -> Reading:
 
 def scalar(record: bytes) -> tuple[str, float, float] | None:
     """Key, step and value of a record; None: it is of another kind."""
+    if record.startswith(b"{"):
+        return _json_scalar(record)
     for number, body in fields(record):
         if number != _RECORD_SCALAR or not isinstance(body, bytes):
             continue
@@ -63,3 +71,14 @@ def scalar(record: bytes) -> tuple[str, float, float] | None:
         if key and value is not None:
             return key, step, value
     return None
+
+
+def _json_scalar(record: bytes) -> tuple[str, float, float] | None:
+    try:
+        said = json.loads(record)
+        if said["model_type"] != "Scalar":
+            return None
+        value = as_number(str(said["data"]["metric"]["data"]))
+        return None if value is None else (str(said["data"]["key"]), float(said["data"]["step"]), value)
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,5 +1,6 @@
 """Lines and files of trainers that docs/logs.md names, in versions and settings that print them otherwise."""
 
+import json
 import math
 
 import pytest
@@ -113,3 +114,61 @@ def test_lightnings_norm_of_all_gradients(tmp_path):
     head = "epoch,grad_2.0_norm/layer.0,grad_2.0_norm/layer.1,grad_2.0_norm_total,step,train_loss\n"
     (path := tmp_path / "metrics.csv").write_text(head + many("0,1,1,1.4,{k},{x:.1f}"))
     assert losses(path)[0].columns["train/-/gradient_norm"] == "grad_2.0_norm_total"
+
+
+BAR = "  4%|4         | {}/48 [00:00<00:02, 18.02it/s]\n"
+
+
+@pytest.mark.parametrize("interval", [2, 4])
+def test_the_bar_below_a_printed_record_tells_its_step(tmp_path, interval):
+    """tqdm draws anew below what it writes; above, it was last drawn up to a tenth of a second ago (transformers 5.23)."""
+    steps = range(interval, 49, interval)
+    record = "                       \n{{'loss': '{}', 'grad_norm': '1.2', 'epoch': '0.1'}}\n\n"
+    text = BAR.format(0) + "".join(
+        (BAR.format(step - 1) if step % 8 else "") + record.format(9 - step / 10) + BAR.format(step)
+        for step in steps
+    )
+    (path := tmp_path / "a.log").write_text(text)
+    assert losses(path)[1:] == (list(steps), pytest.approx([9 - step / 10 for step in steps]))
+
+
+def test_bars_that_the_next_step_draws_stand_above_their_record(tmp_path):
+    (path := tmp_path / "a.log").write_text(
+        "".join(BAR.format(k) + f"{{'loss': {9 - k / 10}, 'epoch': 0.1}}\n" for k in range(1, 6))
+    )
+    assert losses(path)[1] == [1, 2, 3, 4, 5]
+
+
+def test_of_keras_bars_the_last_of_each_epoch_counts(tmp_path):
+    bar = "\x1b[1m{}/8\x1b[0m \x1b[32m━━\x1b[0m\x1b[37m━━\x1b[0m \x1b[1m0s\x1b[0m 50ms/step - loss: {} - mae: 1.2"
+    text = "".join(
+        f"Epoch {k}/4\n\n{bar.format(1, 9.9)}"
+        + "\b" * 60
+        + f"\n{bar.format(8, 5 - k)} - val_loss: 1.5 - learning_rate: 0.1\n"
+        for k in range(1, 5)
+    )
+    (path := tmp_path / "a.log").write_text(text)
+    log, steps, values = losses(path)
+    assert log.format == "Keras"
+    assert (steps, values) == ([1, 2, 3, 4], [4, 3, 2, 1])
+
+
+def test_swanlab_kept_json_in_its_file(tmp_path):
+    """0.6: LevelDB's blocks around JSON; a NaN is a word."""
+
+    def record(key, step, value):
+        data = {"metric": {"index": step, "data": value}, "key": key, "step": step, "epoch": 1}
+        body = json.dumps({"model_type": "Scalar", "data": data}).encode()
+        return bytes(4) + len(body).to_bytes(2, "little") + b"\x01" + body
+
+    (path := tmp_path / "run-1" / "backup.swanlab").parent.mkdir()
+    rows = [(0, 3.0), (5, "NaN"), (10, 2.0)]
+    path.write_bytes(
+        b":SWL"
+        + bytes(3)
+        + b"".join(record("train/loss", *row) + record("train/lr", row[0], 0.1) for row in rows)
+    )
+    log, steps, values = losses(tmp_path)
+    assert (steps, values[0], values[2]) == ([0, 5, 10], 3.0, 2.0)
+    assert math.isnan(values[1])
+    assert "train/-/learning_rate" in log.columns
