@@ -11,9 +11,9 @@ anew. DeepSpeed's lines about its loss scale (deepspeed/runtime/fp16/loss_scaler
 
 from __future__ import annotations
 
+import collections
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,9 +26,14 @@ _RECORD = re.compile(
     rb"\{(?=')[^{}\r\n]*'(?:loss|grad_norm|train_loss|eval_loss|learning_rate)':[^{}\r\n]*\}"
     rb"|OVERFLOW! Rank \d+ Skipping step\. Attempted loss scale: (?P<scale>[\d.e+]+)(?:[^\r\n]*reducing to (?P<next>[\d.e+]+))?"
 )
-_PAIR = re.compile(rf"'([^']+)':\s*'?(?:(\d+)/\d+|({NUMBER}))'?\s*[,}}]", re.IGNORECASE)
+# Also np.float64(1.2), tensor(1.2, device='cuda:0').
+_PAIR = re.compile(
+    rf"'([^']+)':\s*'?(?:[A-Za-z][\w.]*\()?(?:(\d+)/\d+|({NUMBER}))'?(?:(?:, \w+=[^(){{}},]*)*\))?\s*[,}}]",
+    re.IGNORECASE,
+)
 _BAR = re.compile(rb"\s(\d+)/(\d+) \[")
-_DRAWN_ANEW = re.compile(rb"\s*(?:\w+:)?\s*\d+%\|[^|\r\n]*\|\s(\d+)/(\d+) \[")
+# On the next line, behind whatever a logger or launcher puts before it.
+_DRAWN_ANEW = re.compile(rb"\s*[^\r\n|{}]{0,80}?\d+%\|[^|\r\n]*\|\s(\d+)/(\d+) \[")
 _BEFORE = 4096
 _TOLD = re.compile(
     rb"(?:(?i:step|iteration|iter)\W{0,3}\d+\b[^{}\r\n]{0,40}|\[\w+\s+\d+\]\s*)\{(?=')[^{}\r\n]*'loss':"
@@ -137,7 +142,7 @@ def _is_drawn_anew(above: list[int | None], below: list[int | None]) -> bool:
 def _regularity(bars: list[int | None]) -> tuple[float, int]:
     """How often the commonest distance occurs, and how many of them are its multiples."""
     told = [bar for bar in bars if bar is not None]
-    distances = Counter(b - a for a, b in itertools.pairwise(told)).most_common(1)
+    distances = collections.Counter(b - a for a, b in itertools.pairwise(told)).most_common(1)
     if not distances:
         return 0.0, 0
     ((distance, times),) = distances
@@ -146,11 +151,9 @@ def _regularity(bars: list[int | None]) -> tuple[float, int]:
 
 def _without_bar(piece: bytes) -> int:
     """Where the last record begins, if its bar may follow; else the piece's length."""
-    start = -1
-    for found in _RECORD.finditer(piece):
-        start = found.start() if not _DRAWN_ANEW.match(piece, found.end()) and found["scale"] is None else -1
-    tail = piece[found.end() :] if start >= 0 else b""  # type: ignore[possibly-undefined]
-    return start if start >= 0 and not tail.strip() else len(piece)
+    last = next(iter(collections.deque(_RECORD.finditer(piece), maxlen=1)), None)
+    waits = last is not None and last["scale"] is None and not piece[last.end() :].strip()
+    return last.start() if last is not None and waits else len(piece)
 
 
 def _records(source: Source) -> Iterator[tuple[Values, int | None, int | None]]:

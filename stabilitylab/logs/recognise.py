@@ -45,7 +45,7 @@ from stabilitylab.logs.trackers import (
 from stabilitylab.logs.wrapped import DocumentSource, UnwrappedSource, UnwrappingPieces, key_of
 
 # Numbers with their names beside them: a sentence, and no header of a table.
-_SAID = re.compile(r"[:=]\s*[-+]?\d")
+_SAID = re.compile(r"(?<!\d)[:=]\s*[-+]?\d")  # not metrics/mAP_0.5:0.95
 _DOCUMENT_BYTES = 256 << 20
 _LONG_LINES = 1 << 16  # shorter files of JSON lines are read as fast a line at a time
 

@@ -172,3 +172,32 @@ def test_swanlab_kept_json_in_its_file(tmp_path):
     assert (steps, values[0], values[2]) == ([0, 5, 10], 3.0, 2.0)
     assert math.isnan(values[1])
     assert "train/-/learning_rate" in log.columns
+
+
+def test_yolov5s_padded_header_names_a_range(tmp_path):
+    names = ["epoch", "train/box_loss", "train/obj_loss", "metrics/mAP_0.5:0.95", "val/box_loss", "x/lr0"]
+    lines = [names, *([str(k), str(3 - k / 10), "1", ".1", "9", ".1"] for k in range(6))]
+    (path := tmp_path / "results.csv").write_text(
+        "\n".join(",".join(f"{c:>20}" for c in line) for line in lines)
+    )
+    assert losses(path)[2] == pytest.approx([4 - k / 10 for k in range(6)])
+
+
+@pytest.mark.parametrize("norm", ["np.float64(1.2)", "tensor(1.2, device='cuda:0')", "'1.2'"])
+def test_printed_norms_that_are_no_plain_numbers(tmp_path, norm):
+    stamp = "2026-01-02 03:04:05 "
+    record = "{{'loss': {}, 'grad_norm': {}, 'learning_rate': 0.1, 'epoch': 0.1}}\n"
+    text = "".join(stamp + record.format(9 - k, norm) + stamp + BAR.format(k * 5) for k in range(1, 7))
+    (path := tmp_path / "a.log").write_text(text)
+    log, steps, values = losses(path)
+    assert (steps, values) == ([5, 10, 15, 20, 25, 30], [8, 7, 6, 5, 4, 3])
+    assert "train/-/gradient_norm" in log.columns
+    assert "train/-/learning_rate" in log.columns
+
+
+def test_richs_bar_is_a_place_in_the_epoch(tmp_path):
+    line = "Epoch {e}/2 ━━━━━━ {k}/80 0:00:04 • 0:00:00 9.91it/s v_num: 0.000 train_loss: {x}\n"
+    (path := tmp_path / "a.log").write_text(
+        "".join(line.format(e=e, k=k, x=9 - e - k / 80) for e in range(3) for k in (40, 80))
+    )
+    assert losses(path)[1] == [40, 80, 120, 160, 200, 240]

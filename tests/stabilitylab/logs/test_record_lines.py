@@ -67,7 +67,9 @@ NO_LOSSES = [
 def test_what_could_be_several_or_none(tmp_path, line):
     path = tmp_path / "log"
     path.write_text(many(line))
-    with pytest.raises(InputError, match=r"--loss|is no log of a trainer known here|holds no values") as refusal:
+    with pytest.raises(
+        InputError, match=r"--loss|is no log of a trainer known here|holds no values"
+    ) as refusal:
         open_logs([path])
     assert "\n" not in str(refusal.value)
 
