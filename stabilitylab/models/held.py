@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from stabilitylab.compat import TorchDispatchMode
 from stabilitylab.model_structure import has_known_layout, linear_layers, linear_weight, token_embeddings
+from stabilitylab.models.freed_memory import let_go_of_pages
 from stabilitylab.models.weight_files import StoredTensor
 
 NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -73,6 +74,7 @@ def _product(x: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
     for start in range(0, len(weight_NK), rows):
         part = slice(start, start + rows)
         y[..., part] = F.linear(x, weight_NK[part].float(), None if bias is None else bias[part])
+        let_go_of_pages([weight_NK[part]])
     return y
 
 
@@ -109,10 +111,13 @@ class _Product(torch.autograd.Function):
 def _linear(self: Any, x: Tensor) -> Tensor:
     if x.dtype != torch.float32:
         raise RuntimeError(f"a layer that computes in float32 was given {x.dtype}")
+    weight = linear_weight(self)
     if torch.is_grad_enabled() and x.requires_grad:
-        found: Tensor = _Product.apply(x, linear_weight(self), self.bias)  # type: ignore[no-untyped-call]
+        found: Tensor = _Product.apply(x, weight, self.bias)  # type: ignore[no-untyped-call]
         return found
-    return _product(x, linear_weight(self), self.bias)
+    y = _product(x, weight, self.bias)
+    let_go_of_pages([self.weight])
+    return y
 
 
 def look_up(table: nn.Module, ids: Tensor, rows_of: Callable[[Tensor], Tensor]) -> Tensor:

@@ -8,7 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from stabilitylab.models.freed_memory import let_go_of_pages
+
 _SAMPLE = 64
+_AT_ONCE = 1 << 24
 
 
 def first_nonfinite(module: nn.Module) -> str | None:
@@ -17,13 +20,22 @@ def first_nonfinite(module: nn.Module) -> str | None:
     Infinite buffers are usual (masks), so of those only NaN counts.
     """
     for name, parameter in module.named_parameters():
-        # Both ends in one pass and no temporary: a NaN anywhere makes both NaN.
-        if parameter.numel() and not bool(torch.isfinite(torch.stack(parameter.detach().aminmax())).all()):
-            return name
+        for part in _parts(parameter.detach()):
+            # Both ends in one pass and no temporary: a NaN anywhere makes both NaN.
+            if part.numel() and not bool(torch.isfinite(torch.stack(part.aminmax())).all()):
+                return name
+            let_go_of_pages([part])
     for name, buffer in module.named_buffers():
         if buffer.is_floating_point() and bool(torch.isnan(buffer).any()):
             return name
     return None
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Rows that are looked at together."""
+    if tensor.dim() < 2 or tensor.numel() <= _AT_ONCE:
+        return (tensor,)
+    return torch.split(tensor, max(1, _AT_ONCE * len(tensor) // tensor.numel()))
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -45,6 +57,7 @@ def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
         values = flat[at.round().long()].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
         digest.update(values.numpy().tobytes())
+        let_go_of_pages([parameter])
     return digest.hexdigest()[:16]
 
 

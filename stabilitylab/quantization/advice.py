@@ -274,6 +274,13 @@ class Advisor:
         return best
 
 
+def most_verified(budget: Budget) -> int:
+    """How many readings of a text a plan takes at most: of proposals and rivals on the second, of the model itself and of what was
+    verified on the third, and of the model on the second."""
+    proposals = _RIVALS + _TRIES if budget.kind == "loss" else 1 + _RIVALS
+    return 1 + proposals + _RIVALS + 1 + 1 + 2 * _RIVALS
+
+
 def reason(layer: LayerSensitivity, chosen: str, criterion: str) -> str:
     """One line: what the channels look like, and what the chosen scheme and its nearest alternatives do."""
     seen = layer.range

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window
+from stabilitylab.models.freed_memory import let_go_of_pages
 from stabilitylab.models.held import products_of_rows
 from stabilitylab.models.pieces import Pieces, Stop, part_of, stopping
 from stabilitylab.models.text_model import output_of
@@ -110,6 +111,7 @@ class Backward:
             if self._held:
                 for held in self._held:
                     del held[block:]
+            let_go_of_pages(self._model.module.parameters())
             yield stage
 
     def _one(self, stage: Stage, block: int, number: int, window: Window) -> Tensor:
@@ -151,25 +153,29 @@ class Backward:
             once: Sequence[Tensor | None] = (
                 [None] * len(wanted) if shared is None else _gradients(shared, wanted)
             )
-            drawn = []
+            # Each draw's go to their place before the next one's are made: together they are a block's largest tensors.
+            of_all: list[Tensor | None] = [None] * len(wanted)
             for draw in range(self._draws if wanted else 0):
                 to = output if of_draw is None else of_draw(draw)
                 back = self._gradients[number][draw] if of_draw is None else None
-                found = _gradients(to, wanted, back)
-                drawn.append([_sum(one, more) for one, more in zip(found, once, strict=True)])
-        seen = []
-        for place, (path, x, y) in enumerate(calls):
-            if all(one[place] is None for one in drawn):
-                continue  # in front of this stage, or nothing that is looked at depends on it
-            of_all = torch.empty(len(drawn), *y.shape, dtype=torch.bfloat16)
-            for draw, one in enumerate(drawn):
-                given = one[place]
-                of_all[draw] = 0.0 if given is None else given
-            seen.append((path, Seen(window=number, x=x, gradients=of_all)))
+                for place, (one, more) in enumerate(zip(_gradients(to, wanted, back), once, strict=True)):
+                    given = _sum(one, more)
+                    if given is not None:
+                        dtype = torch.bfloat16 if place < len(calls) else given.dtype
+                        kept = of_all[place]
+                        if kept is None:
+                            kept = of_all[place] = torch.zeros(self._draws, *given.shape, dtype=dtype)
+                        kept[draw] = given
+        # Without any: in front of this stage, or nothing that is looked at depends on it.
+        seen = [
+            (path, Seen(window=number, x=x, gradients=kept))
+            for (path, x, _), kept in zip(calls, of_all, strict=False)
+            if kept is not None
+        ]
         if leaf is None:
             return seen, torch.zeros(0)
-        at_leaf = [one[-1] for one in drawn]
-        return seen, torch.stack([torch.zeros_like(leaf) if one is None else one for one in at_leaf])
+        at_leaf = of_all[-1] if of_all else None
+        return seen, leaf.new_zeros(self._draws, *leaf.shape) if at_leaf is None else at_leaf
 
     @contextmanager
     def _from(self, block: int, number: int, part: slice | None) -> Iterator[Tensor | None]:

@@ -15,7 +15,7 @@ from rich.text import Text
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, open_text_model
 from stabilitylab.models.experts import expert_groups
-from stabilitylab.quantization.advice import Advisor
+from stabilitylab.quantization.advice import Advisor, most_verified
 from stabilitylab.quantization.assembly import assembled_plan
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.ends import Ends, measured_ends, output_layers
@@ -23,7 +23,7 @@ from stabilitylab.quantization.export_forms import held_schemes, holds_embedding
 from stabilitylab.quantization.exports import require_form, require_format, save_as
 from stabilitylab.quantization.kv_cache import CacheBudget, cache_lines, cache_plan, require_cache
 from stabilitylab.quantization.latency import BATCHES, KEPT, measure_latencies
-from stabilitylab.quantization.measuring import By, layers_file, measured_layers
+from stabilitylab.quantization.measuring import By, begun, layers_file, measured_layers
 from stabilitylab.quantization.pace import Pace
 from stabilitylab.quantization.plan import Budget, QuantizationPlan, load_plan
 from stabilitylab.quantization.ranges import layer_inputs
@@ -32,7 +32,7 @@ from stabilitylab.quantization.rounded import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
 from stabilitylab.quantization.tables import outcome_rows, whole_model
 from stabilitylab.quantization.texts import text_notes, tokenizer_mark
-from stabilitylab.quantization.verification import Twins, Verification
+from stabilitylab.quantization.verification import Twins, Verification, block_count
 from stabilitylab.quantization.vocabulary import embedding_matrices
 
 DEFAULT_SCHEMES = (
@@ -137,7 +137,6 @@ def quantize(
             console=console,
         )
         made.write(plan)
-        layers_file(plan).unlink(missing_ok=True)
     else:
         made = existing
         made.require(opened.fingerprint, opened.name, tokenizer_mark(opened))
@@ -152,6 +151,8 @@ def quantize(
 
         plan_page(made).write(html)
         console.print(f"written: {html}", highlight=False)
+    # Until all is written: the same command takes an interrupted one up.
+    layers_file(plan).unlink(missing_ok=True)
     return 0
 
 
@@ -208,29 +209,40 @@ def make_plan(
     with torch.no_grad():
         inputs = layer_inputs(model, measured, quantizable_layers(model.module) | tied)
     outputs = {path: layer for path, layer in outputs.items() if path in inputs.largest}
+    so_far = begun(model, measured, schemes, work)
     sensitivity, said = measured_layers(
         model,
         measured,
         schemes,
         inputs.largest,
         sensitivity=by,
-        work=work,
+        so_far=so_far,
         rounded=rounded,
         pace=pace,
         apart=outputs,
     )
     schemes = [scheme for scheme in schemes if scheme.name in sensitivity[0].effects]
     first, last = measured_ends(
-        Ends(model, measured, inputs.largest), matrices, list(outputs), schemes, rounded, pace
+        Ends(model, measured, inputs.largest), matrices, list(outputs), schemes, rounded, pace, so_far
     )
     sensitivity = [*first, *sensitivity, *last]
-    with torch.inference_mode(), pace.of("timing layers and verifying whole plans"):
-        latencies = measure_latencies(model.module, inputs.samples, inputs.largest, schemes, batches=BATCHES)
-        twins = Twins(model.module, inputs.largest, rounded, matrices)
-        verification = Verification(model, fresh or measured, twins)
+    if so_far.latencies is None:
+        with torch.inference_mode(), pace.of("timing layers"):
+            so_far.add_latencies(
+                measure_latencies(model.module, inputs.samples, inputs.largest, schemes, batches=BATCHES)
+            )
+    latencies = so_far.latencies
+    assert latencies is not None
+    twins = Twins(model.module, inputs.largest, rounded, matrices)
+    stretch = pace.of(
+        "verifying whole plans, blocks of at most so many", most_verified(budget) * block_count(model)
+    )
+    with torch.inference_mode(), stretch:
+        second = fresh or measured
+        verification = Verification(model, second, twins, so_far.losses(second), pace.step)
         advice = Advisor(sensitivity, latencies, verification, expert_groups(model.module)).advise(budget)
         # What was chosen for its loss on a text looks better there than it is: the outcome is told on another.
-        told = Verification(model, third, twins) if third else verification
+        told = Verification(model, third, twins, so_far.losses(third), pace.step) if third else verification
         outcome = advice.told_on(told)
     kept = None
     if cache is not None:
@@ -345,7 +357,8 @@ def _menu(
 def _existing(plan: Path, text: Path | None, budget: Budget | None) -> QuantizationPlan | None:
     """The plan to apply, where none is to be made."""
     if text is not None:
-        if plan.exists():
+        # Where a command was interrupted after the plan was there, it is taken up.
+        if plan.exists() and not layers_file(plan).exists():
             raise InputError(f"{plan} exists already: give another --plan, or leave out --text to apply it")
         return None
     if not plan.exists():

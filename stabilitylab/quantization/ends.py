@@ -11,7 +11,8 @@ model. So these few layers are measured: with all uses of a matrix quantized, th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from stabilitylab.model_structure import blocks
 from stabilitylab.models import TextModel, Window, linear_layers, linear_weight
+from stabilitylab.models.freed_memory import give_back_memory, let_go_of_pages
 from stabilitylab.models.pieces import Pieces, part_of
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.divergence import Divergence, Yardstick
@@ -26,7 +28,8 @@ from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.pace import Pace
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
-from stabilitylab.quantization.rounded import RoundedWeights
+from stabilitylab.quantization.resuming import SoFar
+from stabilitylab.quantization.rounded import RoundedWeights, dear
 from stabilitylab.quantization.schemes import LinearScheme
 from stabilitylab.quantization.sensitivity import Effect, LayerSensitivity
 from stabilitylab.quantization.vocabulary import EmbeddingMatrix, rows_of
@@ -70,11 +73,16 @@ class Ends:
     def __init__(self, model: TextModel, windows: Sequence[Window], largest: Mapping[str, Tensor]) -> None:
         self._model, self._windows, self._largest = model, windows, largest
         self._pieces = Pieces(model)
-        with torch.inference_mode():
-            self._own = [self._pieces.hidden(window) for window in windows]
+
+    @cached_property
+    def _own(self) -> list[Any]:
+        """The last block's outputs in the model as it is."""
+        return [self._pieces.hidden(window) for window in self._windows]
 
     @torch.inference_mode()
-    def embedding(self, matrix: EmbeddingMatrix, schemes: Sequence[LinearScheme]) -> LayerSensitivity:
+    def embedding(
+        self, matrix: EmbeddingMatrix, schemes: Sequence[LinearScheme], rounded: RoundedWeights | None = None
+    ) -> LayerSensitivity:
         """Of an embedding's matrix, with all its uses."""
         effects: dict[str, Effect] = {}
         known: dict[str, Effect] = {}
@@ -85,11 +93,15 @@ class Ends:
                 effects[scheme.name] = Effect(error=0.0, harm=0.0, loss=0.0, bytes=2 * rows * columns)
                 continue
             if meant.name not in known:
-                twins = matrix.twins(meant)
-                made: Any = twins[matrix.path]
-                known[meant.name] = self._effect(
-                    twins, _error(matrix.weight, made.matrix), made.nbytes, from_start=True
-                )
+                made = matrix.made(meant)
+                if (
+                    rounded is not None
+                ):  # rows are looked up in the file's pages, and memory holds the output's kernel alone
+                    made = rounded.filed(matrix.path, meant, made, matrix.weight)
+                error = _error(matrix.weight, made)
+                known[meant.name] = self._effect(matrix.places(made), error, made.nbytes, from_start=True)
+                del made
+                give_back_memory()
             effects[scheme.name] = known[meant.name]
         output = next(iter(matrix.outputs), None)
         largest = self._largest.get(output) if output is not None else None
@@ -113,10 +125,11 @@ class Ends:
         weight = linear_weight(layer)
         moments = self._moments(path, layer) if any(needs_moments(scheme) for scheme in schemes) else None
         effects = {}
+        bias = layer.bias if isinstance(layer.bias, Tensor) else None
         for scheme in schemes:
             twin = quantized(path, layer, scheme, self._largest[path], moments)
-            if rounded is not None:
-                rounded.keep(path, scheme, twin, weight)
+            if rounded is not None and dear(scheme):
+                twin = rounded.filed(path, scheme, twin, weight, bias)
             effects[scheme.name] = self._effect({path: twin}, None, twin.nbytes, from_start=False)
         return LayerSensitivity(
             path=path,
@@ -166,18 +179,29 @@ def measured_ends(
     schemes: Sequence[LinearScheme],
     rounded: RoundedWeights | None,
     pace: Pace,
+    so_far: SoFar,
 ) -> tuple[list[LayerSensitivity], list[LayerSensitivity]]:
-    """Sensitivities of embeddings, and of output projections."""
+    """Sensitivities of embeddings, and of output projections; those that an interrupted pass measured are as they were."""
     if not matrices and not outputs:
         return [], []
-    with pace.of("measuring embedding and output", len(matrices) + len(outputs)):
-        first, last = [], []
-        for matrix in matrices.values():
-            first.append(ends.embedding(matrix, schemes))
+    known = dict(so_far.ends)
+    total = len(matrices) + len(outputs)
+    with pace.of(
+        "measuring embedding and output", total, sum(path in known for path in [*matrices, *outputs])
+    ):
+
+        def one(path: str, measure: Callable[[], LayerSensitivity]) -> LayerSensitivity:
+            if path in known:
+                return known[path]
+            found = measure()
+            so_far.add_end(found)
             pace.step()
-        for path in outputs:
-            last.append(ends.output(path, schemes, rounded))
-            pace.step()
+            return found
+
+        first = [
+            one(path, partial(ends.embedding, matrix, schemes, rounded)) for path, matrix in matrices.items()
+        ]
+        last = [one(path, partial(ends.output, path, schemes, rounded)) for path in outputs]
     return first, last
 
 
@@ -189,6 +213,7 @@ def _error(weight: Tensor, made: Any) -> float:
     off = square = 0.0
     start = 0
     for part in _split(weight):
+        let_go_of_pages([part])
         rows = torch.arange(start, start + len(part), device=weight.device)
         start += len(part)
         off += float((rows_of(made, rows) - part.float()).double().square().sum())

@@ -196,6 +196,7 @@ def _layer(
             off_of.append(off.flatten())
         if keep is not None:
             keep(path, scheme, twin)
+        del twin
     # Of all schemes in one product: the gradients of many draws are the larger part, and read once.
     whole: dict[int, Tensor] = {}
     for call, off_of in zip(calls, offs, strict=True):

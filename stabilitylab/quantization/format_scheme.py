@@ -31,6 +31,7 @@ from stabilitylab.formats import (
     scaled_format,
     unpack_4bit,
 )
+from stabilitylab.models.freed_memory import let_go_of_pages
 
 _SEARCHED = "-mse"
 _AT_ONCE = 1 << 22  # numbers of a weight that are looked at together
@@ -95,6 +96,7 @@ def fingerprint_of_weight(weight: Tensor) -> str:
     digest = hashlib.sha256()
     for part in torch.split(weight.detach(), max(1, _AT_ONCE // max(1, weight.shape[-1]))):
         digest.update(part.float().cpu().contiguous().numpy().tobytes())
+        let_go_of_pages([part])
     return digest.hexdigest()[:16]
 
 

@@ -22,6 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stabilitylab.quantization.factors import Factor
+
 _BLOCK = 128
 
 
@@ -39,17 +41,17 @@ class Grid(Protocol):
         """A column's nearest numbers on the grid."""
 
 
-def gptq(weight_NK: Tensor, factor: tuple[Tensor, Tensor], grid: Grid) -> Tensor:
+def gptq(weight_NK: Tensor, factor: Factor, grid: Grid) -> Tensor:
     """The rounded weight, [N, K], each number on the grid.
 
     Args:
         weight_NK: any floating format.
-        factor: of the input's second moment (``Moments.factor``): the order of the columns, and U.
+        factor: of the input's second moment (``Moments.factor``).
         grid: opened for every column on return.
     """
-    at_K, upper_KK = factor
+    at_K = factor.order
     # A copy in any case: of a transposed view (Conv1D's weight) ``contiguous`` would give the model's own numbers.
-    left_KN = weight_NK.detach().to(upper_KK.dtype).T.clone(memory_format=torch.contiguous_format)
+    left_KN = weight_NK.detach().to(factor.dtype).T.clone(memory_format=torch.contiguous_format)
     columns = len(left_KN)
     ordered = bool((at_K == torch.arange(columns)).all())
     if not ordered:
@@ -58,8 +60,8 @@ def gptq(weight_NK: Tensor, factor: tuple[Tensor, Tensor], grid: Grid) -> Tensor
         left_KN = left_KN[at_K]
     rounded_KN = torch.empty_like(left_KN)
     places = at_K.tolist()
-    for first in range(0, columns, _BLOCK):
-        last = min(first + _BLOCK, columns)
+    for first, last, upper_bK in factor.blocks(_BLOCK):
+        size = last - first
         errors_kN = torch.empty_like(left_KN[first:last])
         for k in range(first, last):
             if ordered and k % grid.group == 0:
@@ -67,15 +69,18 @@ def gptq(weight_NK: Tensor, factor: tuple[Tensor, Tensor], grid: Grid) -> Tensor
                 end = min(k + grid.group, columns)
                 part_gN = left_KN[k:end].clone()
                 if end > last:
-                    part_gN[last - k :] -= upper_KK[first:k, last:end].T @ errors_kN[: k - first]
+                    part_gN[last - k :] -= (
+                        upper_bK[: k - first, size : end - first].T @ errors_kN[: k - first]
+                    )
                 grid.open(k, part_gN.T)
             rounded_KN[k] = grid.round(left_KN[k], places[k])
-            error_N = (left_KN[k] - rounded_KN[k]) / upper_KK[k, k]
+            own_b = upper_bK[k - first]
+            error_N = (left_KN[k] - rounded_KN[k]) / own_b[k - first]
             errors_kN[k - first] = error_N
             if k + 1 < last:
-                left_KN[k + 1 : last].addr_(upper_KK[k, k + 1 : last], error_N, alpha=-1)
+                left_KN[k + 1 : last].addr_(own_b[k + 1 - first : size], error_N, alpha=-1)
         if last < columns:
-            left_KN[last:].addmm_(upper_KK[first:last, last:].T, errors_kN, alpha=-1)
+            left_KN[last:].addmm_(upper_bK[:, size:].T, errors_kN, alpha=-1)
     if not ordered:
         back_KN = torch.empty_like(rounded_KN)
         back_KN[at_K] = rounded_KN

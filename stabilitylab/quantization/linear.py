@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
+from stabilitylab.models.freed_memory import let_go_of_pages
 from stabilitylab.quantization.kernels import IntegerKernel, WeightKernel, integer_kernel, weight_kernel
 from stabilitylab.quantization.scheme import INT8_RANGE, Scheme
 from stabilitylab.quantization.stored import StoredWeight, quantize_weight
@@ -134,6 +135,7 @@ class QuantizedLinear(nn.Module):
                 weight_kernel(stored) if self.scheme.activations is None else integer_kernel(stored)
             )
             # The kernel holds the codes from here on; release() brings them back.
+            let_go_of_pages([self.values])
             self.values = self.values.new_empty(0)
 
     def release(self) -> None:

@@ -20,8 +20,8 @@ from stabilitylab.models import TextModel, Window, linear_weight
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.estimate import DRAWS, EstimatedLayer, estimate_sensitivity
 from stabilitylab.quantization.pace import Pace
-from stabilitylab.quantization.resuming import LayersSoFar, mark_of
-from stabilitylab.quantization.rounded import RoundedWeights
+from stabilitylab.quantization.resuming import SoFar, mark_of
+from stabilitylab.quantization.rounded import RoundedWeights, dear
 from stabilitylab.quantization.schemes import LinearScheme
 from stabilitylab.quantization.sensitivity import LayerSensitivity, measure_sensitivity, reached_layers
 
@@ -29,8 +29,20 @@ By = Literal["gradients", "runs"]
 
 
 def layers_file(plan: Path) -> Path:
-    """Where an interrupted pass keeps what it measured."""
+    """Where an interrupted plan keeps what it measured."""
     return plan.with_suffix(".layers.jsonl")
+
+
+def begun(
+    model: TextModel, windows: Sequence[Window], schemes: Sequence[LinearScheme], work: Path | None
+) -> SoFar:
+    """What an interrupted plan measured before.
+
+    Args:
+        model, windows, schemes: what is measured.
+        work: the plan's file; None keeps nothing.
+    """
+    return SoFar(None if work is None else layers_file(work), mark_of(model, windows, schemes, DRAWS))
 
 
 def measured_layers(
@@ -40,7 +52,7 @@ def measured_layers(
     largest: dict[str, Tensor],
     *,
     sensitivity: By,
-    work: Path | None,
+    so_far: SoFar,
     rounded: RoundedWeights | None,
     pace: Pace,
     apart: Container[str] = (),
@@ -57,7 +69,7 @@ def measured_layers(
     found: list[LayerSensitivity] | None = None
     if sensitivity == "gradients" or calibrated:
         try:
-            found = _by_gradients(model, windows, schemes, largest, layers, work, rounded, pace)
+            found = _by_gradients(model, windows, schemes, largest, layers, so_far, rounded, pace)
         except RuntimeError as error:
             plain = [scheme for scheme in schemes if not needs_moments(scheme)]
             if not plain:
@@ -97,20 +109,18 @@ def _by_gradients(
     schemes: Sequence[LinearScheme],
     largest: dict[str, Tensor],
     layers: dict[str, nn.Module],
-    work: Path | None,
+    so_far: SoFar,
     rounded: RoundedWeights | None,
     pace: Pace,
 ) -> list[LayerSensitivity]:
-    so_far = None if work is None else LayersSoFar(layers_file(work), mark_of(model, windows, schemes, DRAWS))
-    known = [] if so_far is None else so_far.known
+    known = so_far.known
 
     def keep(path: str, scheme: LinearScheme, twin: nn.Module) -> None:
-        if rounded is not None:
+        if rounded is not None and dear(scheme):
             rounded.keep(path, scheme, twin, linear_weight(layers[path]))
 
     def done(layer: EstimatedLayer) -> None:
-        if so_far is not None:
-            so_far.add(layer)
+        so_far.add(layer)
         pace.step()
 
     with pace.of("measuring every layer under every scheme", len(layers), len(known)):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.formats import rotate
+from stabilitylab.quantization.factors import Factor, RowsFactor, WholeFactor
 
 _DAMPING = 0.01  # GPTQ's: a share of the mean of the diagonal, added to it
 _WORTH_ONE = 4.0  # tokens of running text, of one that is drawn alone
@@ -35,9 +36,11 @@ class Moments:
 
     def __init__(self, columns: int, dtype: torch.dtype = torch.float32) -> None:
         self.count = 0
-        self._second_KK = torch.zeros(columns, columns, dtype=dtype)
+        # Fewer rows than columns are kept as they are: S would be larger than they.
+        self._rows: list[Tensor] = []
+        self._sum_KK: Tensor | None = None
         self._size_K = torch.zeros(columns, dtype=dtype)
-        self._factors: dict[bool, tuple[Tensor, Tensor]] = {}
+        self._factors: dict[bool, Factor] = {}
 
     @classmethod
     def of(cls, x: Tensor, dtype: torch.dtype = torch.float32) -> Moments:
@@ -48,16 +51,32 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """Add rows [..., K]."""
-        x_MK = x.detach().reshape(-1, x.shape[-1]).to(self._second_KK)
+        x_MK = x.detach().reshape(-1, x.shape[-1]).to(self._size_K)
         self.count += len(x_MK)
-        self._second_KK.addmm_(x_MK.T, x_MK)
         self._size_K += x_MK.abs().sum(0)
         self._factors.clear()
+        if self._sum_KK is not None:
+            self._sum_KK.addmm_(x_MK.T, x_MK)
+            return
+        self._rows.append(x_MK.clone())
+        if self.count >= len(self._size_K):
+            self._sum_KK = self._summed()
+            self._rows.clear()
+
+    def _summed(self) -> Tensor:
+        """S T, a copy."""
+        if self._sum_KK is not None:
+            return self._sum_KK.clone()
+        columns = len(self._size_K)
+        found = torch.zeros(columns, columns, dtype=self._size_K.dtype)
+        for x_MK in self._rows:
+            found.addmm_(x_MK.T, x_MK)
+        return found
 
     @property
     def second(self) -> Tensor:
         """S, [K, K]."""
-        return self._second_KK / max(self.count, 1)
+        return self._summed().div_(max(self.count, 1))
 
     @property
     def mean(self) -> Tensor:
@@ -66,20 +85,24 @@ class Moments:
 
     def rotated(self, signs: Tensor) -> Moments:
         """Of x R: S becomes R' S R; |x| is taken to be that of Gaussian channels, which a rotation makes of any."""
-        made = Moments(len(self._size_K), self._second_KK.dtype)
+        made = Moments(len(self._size_K), self._size_K.dtype)
         made.count = self.count
-        made._second_KK = rotate(rotate(self._second_KK, signs).T.contiguous(), signs)
-        variance_K = made._second_KK.diagonal().clamp(min=0) / max(self.count, 1)
+        made._sum_KK = rotate(rotate(self._summed(), signs).T.contiguous(), signs)
+        variance_K = made._sum_KK.diagonal().clamp(min=0) / max(self.count, 1)
         made._size_K = (variance_K * 2 / torch.pi).sqrt() * self.count
         return made
 
     def output_error(self, off_NK: Tensor) -> Tensor:
         """tr(D S D'): the mean squared error of the output, summed over its channels, of a weight that is off by D."""
-        off = off_NK.to(self._second_KK)
+        off = off_NK.to(self._size_K)
+        if self._sum_KK is None:
+            return sum(((off @ x_MK.T).square().sum() for x_MK in self._rows), off.new_zeros(())) / max(
+                self.count, 1
+            )
         return (off @ self.second * off).sum()
 
-    def factor(self, *, order: bool) -> tuple[Tensor, Tensor]:
-        """The order of the columns [K] and U [K, K], upper triangular, with U' U = (S + damping)^-1 in that order.
+    def factor(self, *, order: bool) -> Factor:
+        """U with U' U = (S + damping)^-1, correlations shrunk, for columns in some order.
 
         Layers with one input share their moments, so what was factored once is kept.
 
@@ -90,22 +113,40 @@ class Moments:
             self._factors[order] = self._factored(order)
         return self._factors[order]
 
-    def _factored(self, order: bool) -> tuple[Tensor, Tensor]:
+    def _factored(self, order: bool) -> Factor:
+        columns = len(self._size_K)
+        kept = self.count / (_WORTH_ONE * columns + self.count)  # 1 - r
+        if self._sum_KK is not None or not self.count:
+            return self._of_the_sum(order, kept)
+        square_K = torch.zeros_like(self._size_K)
+        for x_MK in self._rows:
+            square_K += x_MK.square().sum(0)
+        diagonal_K, at_K = _ordered(square_K / self.count, order)
+        own_K = torch.where(square_K[at_K] == 0, 1.0, (1 - kept) * diagonal_K)
+        own_K += _DAMPING * float(diagonal_K.mean())
+        y_TK = torch.cat(self._rows)[:, at_K].mul_((kept / self.count) ** 0.5)
+        return RowsFactor(at_K, y_TK, own_K)
+
+    def _of_the_sum(self, order: bool, kept: float) -> Factor:
         second = self.second
-        # A channel that the text never used is rounded to nearest, and nothing else is changed for its sake.
-        diagonal = second.diagonal()
-        diagonal.masked_fill_(diagonal == 0, 1.0)
-        kept_K, columns = diagonal.clone(), _WORTH_ONE * len(second)
-        second.mul_(self.count / (columns + self.count)).diagonal().copy_(kept_K)
-        at_K = torch.argsort(diagonal, descending=True, stable=True) if order else torch.arange(len(second))
-        second = second[at_K][:, at_K]
-        damping = _DAMPING * float(second.diagonal().mean())
+        diagonal_K, at_K = _ordered(second.diagonal(), order)
+        second = second.mul_(kept)[at_K[:, None], at_K]
+        second.diagonal().copy_(diagonal_K)
+        damping = _DAMPING * float(diagonal_K.mean())
         while True:
             second.diagonal().add_(damping)
-            lower, failed = torch.linalg.cholesky_ex(second)
+            upper, failed = torch.linalg.cholesky_ex(second)
             if not failed:
-                inverse = torch.cholesky_inverse(lower)
-                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+                upper = torch.cholesky_inverse(upper)  # under one name: each is as large as S
+                upper, failed = torch.linalg.cholesky_ex(upper, upper=True)
                 if not failed:
-                    return at_K, upper
+                    return WholeFactor(at_K, upper)
             damping *= 10
+
+
+def _ordered(diagonal_K: Tensor, order: bool) -> tuple[Tensor, Tensor]:
+    """S[k, k] and the columns' numbers in the order in which they are rounded. A channel that the text never used counts 1: it is
+    rounded to nearest, and nothing else is changed for its sake."""
+    diagonal_K = torch.where(diagonal_K == 0, 1.0, diagonal_K)
+    at_K = torch.argsort(diagonal_K, descending=True, stable=True) if order else torch.arange(len(diagonal_K))
+    return diagonal_K[at_K], at_K

@@ -1,80 +1,160 @@
-"""Layers measured so far, in a file that an interrupted plan is taken up from.
+"""What was measured so far, in a file that an interrupted plan is taken up from.
 
-    {"mark": ...}                        what was measured: model, text, schemes; another mark begins anew
-    {"path": ..., "schemes": {...}}      a layer, a line each, written when it is done
+    {"mark": ...}                              what was measured on: model, text, schemes; another mark begins anew
+    {"path": ..., "schemes": {...}}            a layer, a line each, written when it is done
+    {"end": {...}}                             an embedding or output (ends.py)
+    {"latencies": {...}}                       of all shapes
+    {"text": ..., "plan": ..., "loss": ...}    a whole plan on a text, both by their marks
 
-The last line may be cut off, where a machine went down; it is measured again.
+The last line may be cut off, where a machine went down; it is measured again. Numbers come back as they were, to the bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stabilitylab.models import TextModel, Window
 from stabilitylab.quantization.estimate import Estimated, EstimatedLayer
+from stabilitylab.quantization.latency import Latencies
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.schemes import LinearScheme
+from stabilitylab.quantization.sensitivity import Effect, LayerSensitivity
 from stabilitylab.quantization.texts import mark_of_windows
 
 
-class LayersSoFar:
+class SoFar:
     """Reads what is there and adds to it.
 
     Args:
-        file: made when a layer is added.
+        file: made when something is added; None keeps nothing.
         mark: of what is measured (``mark_of``).
+
+    Attributes:
+        known: layers.
+        ends: path -> embedding or output.
+        latencies: of all shapes; None where they were not measured.
     """
 
-    def __init__(self, file: Path, mark: str) -> None:
+    def __init__(self, file: Path | None, mark: str) -> None:
         self._file, self._mark = file, mark
-        self.known = self._read()
+        self._begun = False
+        self.known: list[EstimatedLayer] = []
+        self.ends: dict[str, LayerSensitivity] = {}
+        self.latencies: Latencies | None = None
+        self._losses: dict[tuple[str, str], float] = {}
+        self._read()
 
     def add(self, layer: EstimatedLayer) -> None:
         """Write a layer down."""
-        fresh = not self.known and not self._same_mark()
-        with self._file.open("w" if fresh else "a", encoding="utf-8") as out:
-            if fresh:
+        self._write(dataclasses.asdict(layer))
+
+    def add_end(self, end: LayerSensitivity) -> None:
+        """Write an embedding or output down."""
+        self.ends[end.path] = end
+        self._write({"end": dataclasses.asdict(end)})
+
+    def add_latencies(self, latencies: Latencies) -> None:
+        """Write times down."""
+        self.latencies = latencies
+        self._write({"latencies": {f"{rows}x{columns}": of for (rows, columns), of in latencies.items()}})
+
+    def losses(self, windows: Sequence[Window]) -> MutableMapping[str, float]:
+        """Losses on a text by marks of plans; what is set is written down."""
+        text = mark_of_windows(windows)
+        return _Losses(self, text, {plan: loss for (one, plan), loss in self._losses.items() if one == text})
+
+    def _write(self, data: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        with self._file.open("a" if self._begun else "w", encoding="utf-8") as out:
+            if not self._begun:
                 out.write(json.dumps({"mark": self._mark}) + "\n")
-            out.write(json.dumps(dataclasses.asdict(layer)) + "\n")
+            out.write(json.dumps(data) + "\n")
+        self._begun = True
 
-    def finish(self) -> None:
-        """The plan is written: the file has done its service."""
-        self._file.unlink(missing_ok=True)
-
-    def _lines(self) -> list[str]:
+    def _read(self) -> None:
         try:
-            return self._file.read_text(encoding="utf-8", errors="replace").split("\n")
+            lines = [] if self._file is None else self._file.read_text("utf-8", errors="replace").split("\n")
         except OSError:
-            return []
-
-    def _same_mark(self) -> bool:
-        lines = self._lines()
-        return bool(lines) and lines[0] == json.dumps({"mark": self._mark})
-
-    def _read(self) -> list[EstimatedLayer]:
-        if not self._same_mark():
-            return []
-        found = {}
-        whole = self._lines()[1:]
-        for line in whole:
+            return
+        if not lines or lines[0] != json.dumps({"mark": self._mark}):
+            return
+        self._begun = True
+        layers = {}
+        for line in lines[1:]:
             try:
                 data = json.loads(line)
-                found[data["path"]] = EstimatedLayer(
-                    path=data["path"],
-                    shape=(data["shape"][0], data["shape"][1]),
-                    range=ChannelRange(**data["range"]),
-                    schemes={name: Estimated(**sums) for name, sums in data["schemes"].items()},
-                )
-            except (ValueError, KeyError, TypeError):
+                if "end" in data:
+                    self.ends[data["end"]["path"]] = _end(data["end"])
+                elif "latencies" in data:
+                    self.latencies = _latencies(data["latencies"])
+                elif "loss" in data:
+                    self._losses[data["text"], data["plan"]] = float(data["loss"])
+                else:
+                    layers[data["path"]] = _layer(data)
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
-        if whole and whole[-1]:
+        self.known = list(layers.values())
+        if lines[-1] and self._file is not None:
             # What is added next must not continue a line that was cut off.
             with self._file.open("a", encoding="utf-8") as out:
                 out.write("\n")
-        return list(found.values())
+
+
+class _Losses(MutableMapping[str, float]):
+    def __init__(self, so_far: SoFar, text: str, known: dict[str, float]) -> None:
+        self._so_far, self._text, self._known = so_far, text, known
+
+    def __getitem__(self, plan: str) -> float:
+        return self._known[plan]
+
+    def __setitem__(self, plan: str, loss: float) -> None:
+        self._known[plan] = loss
+        self._so_far._write({"text": self._text, "plan": plan, "loss": loss})
+
+    def __delitem__(self, plan: str) -> None:
+        del self._known[plan]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def _layer(data: dict[str, Any]) -> EstimatedLayer:
+    return EstimatedLayer(
+        path=data["path"],
+        shape=(data["shape"][0], data["shape"][1]),
+        range=ChannelRange(**data["range"]),
+        schemes={name: Estimated(**sums) for name, sums in data["schemes"].items()},
+    )
+
+
+def _end(data: dict[str, Any]) -> LayerSensitivity:
+    return LayerSensitivity(
+        path=data["path"],
+        shape=(data["shape"][0], data["shape"][1]),
+        range=ChannelRange(**data["range"]),
+        effects={name: Effect(**effect) for name, effect in data["effects"].items()},
+        also=tuple(data["also"]),
+        timed=data["timed"],
+    )
+
+
+def _latencies(data: dict[str, Any]) -> Latencies:
+    found = {}
+    for shape, schemes in data.items():
+        rows, columns = shape.split("x")
+        found[int(rows), int(columns)] = {
+            name: {int(batch): float(seconds) for batch, seconds in times.items()}
+            for name, times in schemes.items()
+        }
+    return found
 
 
 def mark_of(model: TextModel, windows: Sequence[Window], schemes: Sequence[LinearScheme], draws: int) -> str:

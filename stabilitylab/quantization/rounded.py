@@ -1,8 +1,9 @@
-"""Weights that were rounded for a text's inputs, kept on disk: whole plans are verified and applied without rounding them again.
+"""Quantized weights kept on disk: whole plans are verified and applied without rounding again, out of the files' own pages.
 
     FOLDER/<digest of layer and scheme>.safetensors    buffers of the quantized layer, its layout in the header
 
-A plan's folder stands beside it and is called as it is, with ``.rounded`` in place of ``.json``.
+A plan's folder stands beside it and is called as it is, with ``.rounded`` in place of ``.json``. Of what is in it when a plan is
+made, only weights that were rounded for a text's inputs stay: all others can be made again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from stabilitylab.quantization.twin_files import read_twin, twin_layout
 
 _HEADER = "stabilitylab-rounded"
 _PREFIX = "layer"
+_PARTIAL = "partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,12 @@ class RoundedScheme:
         return twin.to(weight.device)
 
 
+def dear(scheme: LinearScheme) -> bool:
+    """Whether rounding takes so long that a layer is kept from the first time on: for its inputs, or with searched scales."""
+    inner = getattr(scheme, "inner", scheme)
+    return needs_moments(scheme) or bool(getattr(inner, "search", False))
+
+
 class RoundedWeights:
     """A folder of them.
 
@@ -85,15 +93,33 @@ class RoundedWeights:
         self.folder = folder
 
     def keep(self, path: str, scheme: LinearScheme, twin: Any, weight: Tensor) -> None:
-        """Keep a layer, whole or not at all; layers that can be made again from their weight are not kept."""
-        if not needs_moments(scheme):
-            return
+        """Keep a layer, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{_PREFIX}.{name}": tensor.contiguous() for name, tensor in twin.state_dict().items()}
         header = {**twin_layout(path, twin, scheme.name), "weight": fingerprint_of_weight(weight)}
-        partial = self.folder / "partial"
+        partial = self.folder / _PARTIAL
         save_file(tensors, partial, metadata={_HEADER: json.dumps(header)})
         os.replace(partial, self._file(path, scheme.name))
+
+    def found(self, path: str, scheme: LinearScheme, weight: Tensor, bias: Tensor | None = None) -> Any:
+        """A layer that was kept; None where there is none of this weight."""
+        file = self._file(path, scheme.name)
+        if not file.is_file():
+            return None
+        try:
+            return RoundedScheme(name=scheme.name, file=file).layer(weight, bias=bias, name=path)
+        except InputError:
+            return None
+
+    def filed(
+        self, path: str, scheme: LinearScheme, twin: Any, weight: Tensor, bias: Tensor | None = None
+    ) -> Any:
+        """A layer that was made, in a file's pages; as it is where it has no form on disk, or the disk is full."""
+        try:
+            self.keep(path, scheme, twin, weight)
+        except (InputError, OSError, SafetensorError):
+            return twin
+        return self.found(path, scheme, weight, bias) or twin
 
     def scheme(self, path: str, scheme: LinearScheme) -> LinearScheme:
         """What makes a layer of this scheme: the file where it was kept, else the scheme itself."""
@@ -106,8 +132,8 @@ class RoundedWeights:
         wanted = {self._file(path, name) for path, name in chosen}
         if not self.folder.is_dir():
             return
-        for file in self.folder.glob("*.safetensors"):
-            if file not in wanted:
+        for file in self.folder.iterdir():
+            if file.name == _PARTIAL or (file.suffix == ".safetensors" and file not in wanted):
                 file.unlink()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.errors import InputError
+from stabilitylab.models.freed_memory import let_go_of_pages
 from stabilitylab.quantization.scheme import INT8_RANGE, Scheme
 
 _CHUNK = 1 << 20  # weights that are looked at together, which bounds the memory beside the result
@@ -103,23 +104,28 @@ def quantize_weight(
     weight = weight.detach()
     rows, columns = weight.shape
     group = scheme.share if isinstance(scheme.share, int) else max(columns, 1)
-    values, scales, zeros = [], [], []
+    values: Tensor | None = None  # made once, so that codes are never held twice
+    scales, zeros, done = [], [], 0
     digest = hashlib.sha256()
     one_scale = _largest(weight, smooth) / INT8_RANGE if scheme.share == "tensor" else None
     for part in torch.split(weight, max(1, _CHUNK // max(columns, 1))):
-        part = part.float()
+        given, part = part, part.float()
+        let_go_of_pages([given])
         digest.update(part.cpu().contiguous().numpy().tobytes())
         if not bool(part.isfinite().all()):
             raise InputError(f"{name} holds NaN or infinity: mend the model before it is quantized")
         part = part if smooth is None else part * smooth.to(part)
         codes, scale, zero = affine_rows(part, scheme, group, one_scale)
-        values.append(
-            pack_nibbles(codes) if scheme.bits == 4 else (codes.to(torch.int16) - 128).to(torch.int8)
-        )
+        held = pack_nibbles(codes) if scheme.bits == 4 else (codes.to(torch.int16) - 128).to(torch.int8)
+        if values is None:
+            values = held.new_empty(rows, held.shape[1])
+        values[done : done + len(held)] = held
+        done += len(held)
         scales.append(scale)
         zeros.append(zero)
+    assert values is not None  # of no rows there is one part, of no rows
     return StoredWeight(
-        values=torch.cat(values),
+        values=values,
         scales=scales[0] if scheme.share == "tensor" else torch.cat(scales),
         zeros=torch.cat(zeros) if scheme.asymmetric else None,
         bits=scheme.bits,

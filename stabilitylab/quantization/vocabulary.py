@@ -131,8 +131,11 @@ class EmbeddingMatrix:
 
     def twins(self, scheme: LinearScheme) -> dict[str, nn.Module]:
         """Path -> what stands there when it is quantized; ``scheme`` is one that ``scheme()`` returned."""
-        made = scheme.layer(self.weight, name=self.path)
-        return self.places(made)
+        return self.places(self.made(scheme))
+
+    def made(self, scheme: LinearScheme) -> Any:
+        """The quantized matrix, as a linear layer."""
+        return scheme.layer(self.weight, name=self.path)
 
     def places(self, made: QuantizedLinear | FormatLinear) -> dict[str, nn.Module]:
         """The same from the quantized matrix."""

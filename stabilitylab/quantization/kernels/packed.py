@@ -80,12 +80,12 @@ class PackedInt4:
         self._shape = rows, columns = stored.shape
         one_a_row = stored.scales.shape[1] == 1
         self._group = _row_group(columns) if one_a_row else stored.group
-        codes = padded(stored.codes(), columns=self._group, rows=64)
-        self._packed = _pack(codes)
+        self._packed = _packed(stored, self._group)
+        width = -(-columns // self._group) * self._group
         scales = stored.scales.float()
         zeros = torch.full_like(scales, 8.0) if stored.zeros is None else stored.zeros.float()
         both = torch.stack([scales, (8.0 - zeros) * scales], -1).to(torch.bfloat16)
-        both = both.expand(rows, codes.shape[1] // self._group, 2)
+        both = both.expand(rows, width // self._group, 2)
         self._scales = F.pad(both, (0, 0, 0, 0, 0, -rows % 64), value=1.0).transpose(0, 1).contiguous()
 
     def __call__(self, x_MK: Tensor) -> Tensor:
@@ -174,14 +174,22 @@ def _block() -> int:
     return next((block for block in (32, 64) if torch.equal(_unpack(packed, 128, block), codes)), 0)
 
 
+def _packed(stored: StoredWeight, group: int) -> Tensor:
+    """In the kernel's layout, columns and rows padded. Some rows at a time: the operator takes four bytes a code, of which a
+    vocabulary's matrix has a hundred million."""
+    count, columns = stored.shape
+    width = -(-columns // group) * group
+    packed = torch.empty(count + -count % _LARGEST_BLOCK, width // 2, dtype=torch.uint8)
+    rows = max(_LARGEST_BLOCK, _CODES_AT_ONCE // max(1, width) // _LARGEST_BLOCK * _LARGEST_BLOCK)
+    for start in range(0, count, rows):
+        codes = padded(stored.codes(slice(start, start + rows)), columns=group, rows=_LARGEST_BLOCK)
+        packed[start : start + len(codes)] = _pack(codes)
+    return packed
+
+
 def _pack(codes: Tensor) -> Tensor:
-    """Some rows at a time: the operator takes four bytes a code, of which a vocabulary's matrix has a hundred million."""
-    rows = max(_LARGEST_BLOCK, _CODES_AT_ONCE // max(1, codes.shape[1]) // _LARGEST_BLOCK * _LARGEST_BLOCK)
-    parts = [
-        torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.to(torch.int32), 1)
-        for part in torch.split(codes, rows)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    found: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    return found
 
 
 def _unpack(packed: Tensor, rows: int, block: int) -> Tensor:

@@ -18,6 +18,7 @@ from stabilitylab.formats.number_format import decode, encode
 from stabilitylab.quantization import Scheme, quantize_weight
 from stabilitylab.quantization.awq import awq_scales
 from stabilitylab.quantization.calibrated import CalibratedScheme, needs_moments
+from stabilitylab.quantization.factors import RowsFactor
 from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.schemes import scheme_of
 
@@ -170,6 +171,34 @@ def test_awq_takes_the_best_exponent(layer):
     best = min(tried, key=error)
     assert not torch.equal(best, tried[0])
     assert torch.allclose(awq_scales(weight, Moments.of(x), rounded), best, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("rows", [1, 17, 64])
+def test_rows_of_the_factor_are_those_of_the_whole_one(rows, order):
+    """Fewer rows than columns: U from a diagonal and what the rows span, against inverse and Cholesky factor in float64."""
+    columns = 90
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
+    x *= torch.linspace(0.1, 5, columns)
+    x[:, 7] = 0
+    second = x.T @ x / rows
+    diagonal = torch.where(second.diagonal() == 0, 1.0, second.diagonal())
+    matrix = second * rows / (rows + 4 * columns)
+    matrix.diagonal().copy_(diagonal + 0.01 * diagonal.mean())
+    made = {
+        dtype: Moments.of(x.to(dtype), dtype).factor(order=order) for dtype in (torch.float64, torch.float32)
+    }
+    at = made[torch.float64].order
+    assert at.tolist() == (
+        torch.argsort(diagonal, descending=True, stable=True).tolist() if order else list(range(columns))
+    )
+    whole = torch.linalg.cholesky(torch.linalg.inv(matrix[at][:, at]), upper=True)
+    for dtype, factor in made.items():
+        assert isinstance(factor, RowsFactor)
+        found = torch.zeros(columns, columns, dtype=dtype)
+        for first, last, part in factor.blocks(32):
+            found[first:last, first:] = part
+        assert torch.allclose(found.double(), whole, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
 
 
 def test_moments_are_those_of_all_rows(layer):

@@ -16,11 +16,11 @@ from stabilitylab.models import open_text_model
 from stabilitylab.models.text_model import output_of
 from stabilitylab.quantization.backward import Backward
 from stabilitylab.quantization.estimate import Estimated, EstimatedLayer, assembled, estimate_sensitivity
-from stabilitylab.quantization.measuring import layers_file, measured_layers
+from stabilitylab.quantization.measuring import begun, layers_file, measured_layers
 from stabilitylab.quantization.pace import Pace
 from stabilitylab.quantization.ranges import layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers, quantized
-from stabilitylab.quantization.resuming import LayersSoFar, mark_of
+from stabilitylab.quantization.resuming import SoFar, mark_of
 from stabilitylab.quantization.rounded import RoundedWeights
 from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.sensitivity import measure_sensitivity
@@ -165,13 +165,14 @@ def test_harm_keeps_the_level_of_its_kind(inputs):
 
 
 def ways(model, windows, inputs, names, plan, **named):
+    schemes = [scheme_of(name) for name in names]
     return measured_layers(
         model,
         windows,
-        [scheme_of(name) for name in names],
+        schemes,
         inputs.largest,
         sensitivity="gradients",
-        work=plan,
+        so_far=begun(model, windows, schemes, plan),
         rounded=RoundedWeights(plan.with_suffix(".rounded")),
         pace=Pace(named.get("console")),
     )
@@ -210,16 +211,16 @@ def test_another_text_or_menu_begins_anew(model, windows, inputs, tmp_path):
     schemes = [scheme_of("int8-row")]
     file = tmp_path / "plan.layers.jsonl"
     layer = EstimatedLayer(path="a", shape=(1, 2), range=next(iter_ranges(inputs)))
-    LayersSoFar(file, mark_of(model, windows, schemes, 4)).add(layer)
-    assert LayersSoFar(file, mark_of(model, windows, schemes, 4)).known == [layer]
+    SoFar(file, mark_of(model, windows, schemes, 4)).add(layer)
+    assert SoFar(file, mark_of(model, windows, schemes, 4)).known == [layer]
     for other in (
         mark_of(model, windows[:1], schemes, 4),
         mark_of(model, windows, [scheme_of("int4-row")], 4),
         mark_of(model, windows, schemes, 5),
     ):
-        assert LayersSoFar(file, other).known == []
-    begun = LayersSoFar(file, "anew")
-    begun.add(layer)
+        assert SoFar(file, other).known == []
+    anew = SoFar(file, "anew")
+    anew.add(layer)
     assert json.loads(file.read_text().splitlines()[0]) == {"mark": "anew"}
 
 

@@ -16,6 +16,7 @@ from stabilitylab.quantization import QuantizedLinear
 from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.loading import open_quantized
 from stabilitylab.quantization.plan import load_plan
+from stabilitylab.quantization.resuming import SoFar
 from stabilitylab.quantization.serialization import save_quantized
 from tests.stabilitylab.quantization.folders import TEXT, edit_weight, write_llama
 
@@ -298,3 +299,72 @@ def test_the_share_of_the_whole_model_is_told(made, tmp_path):
     assert note.endswith(f"takes {share:.3f}")
     assert "model.embed_tokens.weight the largest" in note
     assert share > plan.planned.bytes / plan.singles["16-bit"].bytes
+
+
+class Killed(BaseException):
+    """As a kill: nothing that handles errors sees it."""
+
+
+def test_a_plan_that_is_killed_in_any_phase_is_taken_up(tmp_path, monkeypatch):
+    """After every few numbers that were written down, and before the model is written: the plan is that of an undisturbed run, and
+    nothing was measured twice."""
+    write_llama(tmp_path, tied=True, layers=2)
+    (tmp_path / "text").write_text(TEXT)
+    allowed, written = [1 << 30], []
+    write = SoFar._write
+
+    def counted(self, data):
+        write(self, data)
+        written.append("".join(key for key in ("end", "latencies", "plan") if key in data) or data["path"])
+        allowed[0] -= 1
+        if allowed[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(SoFar, "_write", counted)
+
+    def command(name):
+        arguments = [
+            "quantize",
+            str(tmp_path),
+            "--text",
+            str(tmp_path / "text"),
+            "--plan",
+            str(tmp_path / name),
+        ]
+        arguments += ["--budget-memory", "0.4", "--tokens", "32", "--verify-tokens", "32", "--length", "32"]
+        arguments += ["--schemes", "int8-row", "int4-g32-asym-gptqo"]
+        return main([*arguments, "--apply", str(tmp_path / f"{name}.out")])
+
+    assert command("whole.json") == 0
+    whole, count = load_plan(tmp_path / "whole.json"), len(written)
+    assert {"end", "latencies", "plan"} < set(written)
+    written.clear()
+    for step in (3, 9, 3, 1, 1, 1):
+        allowed[0] = step
+        with pytest.raises(Killed):
+            command("plan.json")
+        with (tmp_path / "plan.layers.jsonl").open("a") as file:
+            file.write('{"path": "cut o')
+    allowed[0] = 1 << 30
+    with monkeypatch.context() as killing:
+
+        def kill(*_arguments):
+            raise Killed
+
+        killing.setattr("stabilitylab.quantization.commands.save_as", kill)
+        with pytest.raises(Killed):
+            command("plan.json")
+    assert command("plan.json") == 0
+    again = load_plan(tmp_path / "plan.json")
+    assert len(written) == count
+    for name in ("layers", "kept", "sensitivity", "loss", "notes", "tokens", "told_tokens"):
+        assert getattr(again, name) == getattr(whole, name), name
+    assert again.planned.loss == whole.planned.loss
+    assert {name: one.loss for name, one in again.singles.items()} == {
+        name: one.loss for name, one in whole.singles.items()
+    }
+    files = [
+        sorted(file.name for file in (tmp_path / f"{one}.rounded").iterdir()) for one in ("whole", "plan")
+    ]
+    assert files[0] == files[1]
+    assert not (tmp_path / "plan.layers.jsonl").exists()
