@@ -19,6 +19,11 @@ def test_every_page_is_in_the_navigation() -> None:
     assert named == {page.name for page in PAGES} | GENERATED
 
 
+def test_every_finding_is_told_among_the_surprises() -> None:
+    told = set(re.findall(r"`findings/(\w+\.sh)`", (DOCS / "surprises.md").read_text(encoding="utf-8")))
+    assert told == {script.name for script in (ROOT / "findings").glob("*.sh")}
+
+
 def test_prose_is_wrapped() -> None:
     """At 132 columns; a word that is longer, a table, code and a picture are as long as they are."""
     whole = re.compile(r"```.*?```|^(?: {4}|\||!\[|:::).*?$", re.S | re.M)
@@ -37,7 +42,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     """`glm/model/block.py`, `examples/own_probe.py`: prose goes out of date when a file moves."""
     named = re.findall(
-        r"`((?:stabilitylab|glm|experiments|examples|tests)/[\w/.]+)`", page.read_text("utf-8")
+        r"`((?:stabilitylab|glm|experiments|examples|tests|findings)/[\w/.]+)`", page.read_text("utf-8")
     )
     for name in named:
         assert (ROOT / name).exists(), name
