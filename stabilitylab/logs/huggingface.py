@@ -35,6 +35,7 @@ _BAR = re.compile(rb"\s(\d+)/(\d+) \[")
 # On the next line, behind whatever a logger or launcher puts before it.
 _DRAWN_ANEW = re.compile(rb"\s*[^\r\n|{}]{0,80}?\d+%\|[^|\r\n]*\|\s(\d+)/(\d+) \[")
 _BEFORE = 4096
+_FEW_FALLS = 8  # records and more between two restarts
 _TOLD = re.compile(
     rb"(?:(?i:step|iteration|iter)\W{0,3}\d+\b[^{}\r\n]{0,40}|\[\w+\s+\d+\]\s*)\{(?=')[^{}\r\n]*'loss':"
 )
@@ -127,7 +128,12 @@ class HuggingFacePieces:
 
 
 def _rises(bars: list[int | None]) -> bool:
-    return None not in bars and all(a < b for a, b in itertools.pairwise(bars))  # type: ignore[operator]
+    """From record to record, or falls back where a run goes on from a checkpoint."""
+    told = [bar for bar in bars if bar is not None]
+    if len(told) < len(bars) or not told:
+        return False
+    falls = sum(a > b for a, b in itertools.pairwise(told))
+    return falls * _FEW_FALLS <= len(told) and not any(a == b for a, b in itertools.pairwise(told))
 
 
 def _is_drawn_anew(above: list[int | None], below: list[int | None]) -> bool:

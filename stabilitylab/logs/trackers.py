@@ -131,7 +131,8 @@ def read_sqlite(source: Source) -> Reading:
     if {"run_uuid", "key", "value", "step"} <= columns:
         reading = Reading(format="MLflow SQLite", rows=lambda: _mlflow_rows(path), step="step")
     elif {"run_name", "step", "metrics"} <= columns:
-        reading = Reading(format="trackio", rows=lambda: _trackio_rows(path, reading), step="step")
+        # Its own step counts calls; what a Trainer logs beside it, train/global_step, updates.
+        reading = Reading(format="trackio", rows=lambda: _trackio_rows(path, reading))
     else:
         named = ", ".join(sorted(tables)[:8]) or "none"
         raise InputError(

@@ -205,7 +205,7 @@ class SqliteFollower(_Store):
         if {"run_uuid", "key", "value", "step"} <= columns:
             self.reading.format, self._rows = "MLflow SQLite", self._mlflow
         elif {"run_name", "step", "metrics"} <= columns:
-            self.reading.format, self._rows = "trackio", self._trackio
+            self.reading.format, self._rows, self.reading.step = "trackio", self._trackio, None
         else:
             raise InputError(
                 f"{path} is a SQLite database, but not MLflow's or trackio's: export the run as CSV"

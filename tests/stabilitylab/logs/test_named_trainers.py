@@ -2,6 +2,7 @@
 
 import json
 import math
+import sqlite3
 
 import pytest
 
@@ -201,3 +202,24 @@ def test_richs_bar_is_a_place_in_the_epoch(tmp_path):
         "".join(line.format(e=e, k=k, x=9 - e - k / 80) for e in range(3) for k in (40, 80))
     )
     assert losses(path)[1] == [40, 80, 120, 160, 200, 240]
+
+
+def test_a_resumed_trainers_bars_fall_back(tmp_path):
+    steps = [*range(10, 210, 10), *range(160, 260, 10)]
+    text = "".join(f"{{'loss': {9 - s / 100}, 'epoch': 0.1}}\n" + BAR.format(s) for s in steps)
+    (path := tmp_path / "a.log").write_text(text)
+    assert losses(path)[1] == steps
+
+
+def test_trackios_own_step_counts_calls(tmp_path):
+    """Beside it a Trainer logs its updates."""
+    database = sqlite3.connect(path := tmp_path / "lab.db")
+    database.execute(
+        "create table metrics (id integer, timestamp text, run_name text, step integer, metrics text)"
+    )
+    for k in range(6):
+        metrics = {"train/loss": 3 - k / 10, "train/global_step": 5 * (k + 1), "train/epoch": 0.1}
+        database.execute("insert into metrics values (?, '', 'a', ?, ?)", (k, k, json.dumps(metrics)))
+    database.commit()
+    database.close()
+    assert losses(path)[1] == [5, 10, 15, 20, 25, 30]
