@@ -84,7 +84,7 @@ def curves(
             shown += _line(made, middle, f"{label}, mean", colour, stairs=stairs, mode=mode)
         shown += _marks(
             made,
-            several,
+            lines[label],  # not what is drawn: an onset may be no extreme
             (marks or {}).get(label, ()),
             colour if len(drawn) > 1 else ALARM,
             edge,

@@ -35,8 +35,11 @@ DARK = {
     COLOURS[5]: "#ff7f2a",
 }
 HEIGHT = 300
+# A scale of logarithms that marks each digit of each power crowds at its upper ends: then only 1, 2 and 5 are named.
 _PLAIN = """
 const a = Math.abs(tick)
+const round = t => [1, 2, 5].includes(Number((t / 10 ** Math.floor(Math.log10(t) + 1e-9)).toPrecision(6)))
+if (LOG && ticks.length > 6 && !round(tick) && ticks.filter(round).length > 1) return ''
 if (tick !== 0 && (a < 1e-3 || a >= 1e6)) return tick.toExponential(2).replace(/\\.?0+e/, 'e').replace('e+', 'e')
 return Number(tick.toPrecision(6)).toLocaleString('en')
 """
@@ -128,6 +131,7 @@ def panel(title: str, *, x: str = "step", y: str = "", height: int = HEIGHT, **o
     made.toolbar.logo = None
     made.toolbar.autohide = True
     made.min_border_right = 12
+    made.min_border_left = 62  # so that steps of one chart stand above the same steps of the next
     for axis in (*made.xaxis, *made.yaxis):
         axis.axis_label_text_color = axis.major_label_text_color = INK
         axis.axis_label_text_font_style, axis.axis_label_text_font_size = "normal", "12px"
@@ -152,9 +156,10 @@ def hover(
 
 def number_axis(axis: Any, *, base: int = 10) -> None:
     """Marks that read 0.5, 20, 3,000; powers of two as such."""
-    from bokeh.models import CustomJSTickFormatter, LogTicker
+    from bokeh.models import CustomJSTickFormatter, LogAxis, LogTicker
 
-    axis.formatter = CustomJSTickFormatter(code=_POWER_OF_TWO if base == 2 else _PLAIN)
+    plain = _PLAIN.replace("LOG", "true" if isinstance(axis, LogAxis) else "false")
+    axis.formatter = CustomJSTickFormatter(code=_POWER_OF_TWO if base == 2 else plain)
     if base == 2:
         axis.ticker = LogTicker(base=2, desired_num_ticks=6)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from stabilitylab.charts.curves import curves
 from stabilitylab.charts.look import Chart
@@ -14,7 +15,7 @@ from stabilitylab.figures.curves import Mark
 from stabilitylab.figures.style import plain
 from stabilitylab.report.page import Cell, Said, Section, Statements, Table
 from stabilitylab.runs.run import Run
-from stabilitylab.spikes import KINDS, episodes_of
+from stabilitylab.spikes import KINDS, Episode, episodes_of
 from stabilitylab.spikes.forensics import diagnose_run
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 
@@ -23,6 +24,17 @@ MOST_ROWS = 200
 MOST_TOLD = 6
 # How a sentence about documents begins: long, and for who looks for them.
 BATCH = "Batch of step "
+STATES, GRAVEST = ("spike", "divergence"), ("non-finite", "divergence", "dead", "spike")
+_NOUNS = {
+    "non-finite": ("stretch that is not finite", "stretches that are not finite"),
+    "divergence": ("divergence", "divergences"),
+    "dead": ("dead loss", "dead losses"),
+    "spike": ("spike", "spikes"),
+    "frozen": ("frozen loss", "frozen losses"),
+    "loss-scale-collapse": ("collapse of the loss scale", "collapses of the loss scale"),
+    "hard-batch": ("hard batch", "hard batches"),
+}
+AFTER = 64  # values after an episode of which the level is that to which the loss came back
 _LONG = {LOSS: "The loss", GRADIENT_NORM: "The gradient norm"}
 
 
@@ -98,21 +110,52 @@ def key_message(run: Run) -> Section:
             )
         return Section(title="What happened", parts=[Statements(said=[said])])
     said_all = []
+    loss = run.series(LOSS)
+    ended = {
+        (one.kind, one.onset): outcome(one, loss) for one in episodes_of(run.events) if one.signal == LOSS
+    }
     for data in _gravest(found):
         first, *seen = data["sentences"]
         plain_seen = [s for s in seen if not s.startswith((BATCH, "Try: "))]
         advice = str(data.get("advice") or "")
         kind = str(data["episode"]["kind"])
+        became = ended.get((kind, data["episode"]["onset"]), "")
         said_all.append(
             Said(
                 word=kind.replace("-", " "),
                 text="S" + str(first).removeprefix(f"{kind} at s"),
-                detail=" ".join([*plain_seen[:2], advice]),
+                detail=" ".join(filter(None, [became, *plain_seen[:2], advice])),
                 tone="open" if kind == "hard-batch" else "bad",
             )
         )
     note = f"The gravest of {len(found)}; all stand under Causes." if len(found) > len(said_all) else ""
     return Section(title="What happened", parts=[Statements(said=said_all, note=note)])
+
+
+def outcome(one: Episode, loss: pd.Series[float]) -> str:
+    """What became of the loss: "From 2.13 up to 6.68; it stayed there, 6.63 after step 96,310." Nothing of a batch or two."""
+    if one.kind not in STATES or one.level is None or one.height is None or not np.isfinite(one.height):
+        return ""
+    said = f"From {one.level:.4g} up to {one.level + one.height:.4g}"
+    if one.end is None:
+        return f"{said}, and going on."
+    if one.to_the_end:
+        return f"{said}, and not over when the run ended."
+    after = loss.loc[one.end + 1 :].iloc[:AFTER]
+    after = after[np.isfinite(after)]
+    if len(after) < 4:
+        return f"{said}, until step {one.end:,}."
+    level = float(after.median())
+    if level - one.level > 0.5 * one.height:
+        return f"{said}; it stayed there, at {level:.4g} from step {one.end:,} on."
+    return f"{said}; over at step {one.end:,}, then {level:.4g}."
+
+
+def counted(episodes: Sequence[Episode]) -> str:
+    """ "1 divergence, 2 spikes, 1 hard batch", the gravest first; empty where there is none."""
+    kinds = Counter(one.kind for one in episodes)
+    order = dict.fromkeys(kind for kind in (*GRAVEST, *KINDS) if kind in kinds)
+    return ", ".join(f"{kinds[kind]} {_NOUNS.get(kind, (kind, kind))[kinds[kind] > 1]}" for kind in order)
 
 
 def _of_a_log(run: Run) -> Statements:

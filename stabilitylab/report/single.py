@@ -9,6 +9,7 @@ from typing import Any
 from stabilitylab.report import sections
 from stabilitylab.report.attribution_section import attribution_section
 from stabilitylab.report.close_ups import close_ups, extremes
+from stabilitylab.report.episodes_section import counted
 from stabilitylab.report.formats_section import formats_section
 from stabilitylab.report.page import Page, Said, Section, Statements, Table
 from stabilitylab.runs.config import flat
@@ -97,8 +98,10 @@ def _lead(run: Run) -> str:
     if loss.empty:
         return "This run recorded no loss."
     unit = " nats" if run.kind == "folder" else ""  # a log's loss may be anything
+    happened = counted(episodes_of(run.events))
     steps = f"{len(loss):,} steps recorded, {loss.index[0]} to {loss.index[-1]}"
-    return f"{steps}; the loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g}{unit}{extremes(loss)}."
+    before = f"{happened}. " if happened else ""
+    return f"{before}{steps}; the loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g}{unit}{extremes(loss)}."
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -108,7 +111,8 @@ def _facts(run: Run) -> dict[str, str]:
             facts[name] = str(value)
     model: Any = run.config.get("model", {})
     if isinstance(model, dict) and "layers" in model:
-        facts["model"] = f"{model['layers']} layers of {model.get('hidden')}, norm {model.get('norm')}"
+        norm = f", norm {model['norm']}" if model.get("norm") else ""
+        facts["model"] = f"{model['layers']} layers of {model.get('hidden')}{norm}"
     if run.events and run.kind == "folder":
         facts["last event"] = datetime.fromtimestamp(run.events[-1].time).strftime("%Y-%m-%d %H:%M")
     return facts

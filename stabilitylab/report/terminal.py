@@ -1,4 +1,4 @@
-"""A run on the terminal: its last values as a table, its events as sentences, one a line."""
+"""A run on the terminal: what happened, why and what to try; then its events, one a line; its last values as a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from rich.text import Text
 from stabilitylab.figures.style import plain
 from stabilitylab.monitoring.sentences import event_line
 from stabilitylab.report.close_ups import extremes
+from stabilitylab.report.episodes_section import counted, key_message
+from stabilitylab.report.page import Statements
 from stabilitylab.runs.run import Run
+from stabilitylab.spikes import episodes_of
 from stabilitylab.telemetry import Event
 
 # A pipe has no width: names are to arrive whole.
@@ -24,19 +27,30 @@ def show_run(run: Run) -> None:
     console = Console()
     if not console.is_terminal and "COLUMNS" not in console._environ:
         console = Console(width=PIPE_WIDTH)
-    console.print(_table(run))
     loss = run.series("train/-/loss")
+    said = [counted(episodes_of(run.events))]
     if len(loss):
-        said = f"The loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g}{extremes(loss)}."
-        console.print(said, highlight=False, soft_wrap=True)
-    for line in event_lines(run.events):
-        # Names come from the run: none of them is markup.
+        said.append(f"The loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g}{extremes(loss)}")
+    # Names come from the run: none of them is markup.
+    lines = [f"{run.path}: {'. '.join(filter(None, said))}.", *_key_message(run), ""]
+    lines += event_lines([event for event in run.events if event.kind != "diagnosis"])
+    for line in lines:
         console.print(Text(line), highlight=False, soft_wrap=True)
+    console.print()
+    console.print(_table(run))
+
+
+def _key_message(run: Run) -> list[str]:
+    """The statements with which its page begins."""
+    (statements,) = key_message(run).parts
+    assert isinstance(statements, Statements)
+    lines = [f"{one.word}: {one.text} {one.detail}".rstrip() for one in statements.said]
+    return [*lines, *([statements.note] if statements.note else [])]
 
 
 def _table(run: Run) -> Table:
     metrics = run.metrics
-    table = Table("metric", "steps", "first", "last", "largest", "not finite", title=Text(str(run.path)))
+    table = Table("metric", "steps", "first", "last", "largest", "not finite")
     scalars = metrics[metrics["family"].isin(["train", "precision"]) & (metrics["size"] == 0)]
     for family, site, statistic in scalars[["family", "site", "statistic"]].itertuples(index=False):
         series = run.series(f"{family}/{site}/{statistic}")

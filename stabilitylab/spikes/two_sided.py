@@ -58,7 +58,14 @@ def second_look(
         begin = end
     bursts = [one for one in found if one.kind == "non-finite"]
     found = [one for one in found if not any(_is_part_of(one, burst) for burst in bursts)]
-    found = [_came_back(one, steps_N, values_N) if one.signal == signal else one for one in found]
+    # One whose slow rise was seen to have begun earlier is no matter of its first values.
+    as_told = {(one.signal, one.onset) for one in episodes}
+    found = [
+        _came_back(one, steps_N, values_N)
+        if one.signal == signal and (one.signal, one.onset) in as_told
+        else one
+        for one in found
+    ]
     found = _with_period(sorted(found, key=lambda one: one.onset))
     return [with_end_level(one, steps_N, values_N) if one.signal == signal else one for one in found]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import signal
 import sys
 import threading
@@ -127,16 +129,20 @@ def _watch(
         found: list[Alert] = []
 
         def say(alert: Alert) -> None:
-            screen.say(alert)
             if alert.rule in ends:
                 found.append(alert)
+            screen.say(alert)
 
         watched = Watch(
             path=path, options=options, memory=memory, say=say, hooks=tuple(hooks), posts=webhook is not None
         )
         try:
             with _ended_by_signals(stop), screen.showing(watched):
-                _look(watched, screen, stop, every=every, once=once, found=found, is_over=is_over)
+                # Where nobody looks any more, hooks and --fail-on are what is left to watch for.
+                others = bool(hooks or ends)
+                _look(
+                    watched, screen, stop, every=every, once=once, found=found, is_over=is_over, others=others
+                )
         finally:
             watched.close()
         if found or (once and memory.has_told(ends)):
@@ -158,8 +164,9 @@ def _look(
     once: bool,
     found: list[Alert],
     is_over: Callable[[], bool],
+    others: bool,
 ) -> None:
-    while not stop.asked:
+    while not stop.asked and (others or not screen.is_gone):
         last = once or is_over()  # asked before the look: what came before the end is seen
         watched.look(last=last)
         screen.refresh(watched)
@@ -184,7 +191,8 @@ class _Stop:
 
 @contextlib.contextmanager
 def _ended_by_signals(stop: _Stop) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the watch in order. Signals are for the main thread only."""
+    """Ctrl-C, SIGTERM and the end of the terminal's session end the watch in order (``nohup`` is heeded). Signals are for the
+    main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -192,7 +200,10 @@ def _ended_by_signals(stop: _Stop) -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         stop.asked = True
 
-    before = {one: signal.signal(one, end) for one in (signal.SIGINT, signal.SIGTERM)}
+    asks = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        asks.append(signal.SIGHUP)
+    before = {one: signal.signal(one, end) for one in asks}
     try:
         yield
     finally:
@@ -201,11 +212,16 @@ def _ended_by_signals(stop: _Stop) -> Iterator[None]:
 
 
 class _Screen:
-    """Lines on standard output, and on a terminal a panel under them."""
+    """Lines on standard output, and on a terminal a panel under them.
+
+    A terminal that is closed, or a pipe whose reader has left, is an OSError at any write. What is written then goes nowhere,
+    and ``is_gone`` says so: whether the watch goes on is not the screen's to decide.
+    """
 
     def __init__(self, *, live: bool) -> None:
         from rich.console import Console
 
+        self.is_gone = False
         self._console = Console(highlight=False, soft_wrap=True)
         self._wants = live
         self._live: object | None = None
@@ -217,15 +233,37 @@ class _Screen:
 
     def note(self, text: str) -> None:
         """What went wrong with telling others, from any thread."""
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)
 
     def _line(self, text: str) -> None:
-        with self._lock:
+        def write() -> None:
             if self._live is not None:
                 self._console.print(text, markup=False)
             else:
                 print(text, flush=True)
+
+        with self._lock:
+            self._written(write)
+
+    def _written(self, write: Callable[[], object]) -> None:
+        """Write, if anybody is there."""
+        try:
+            try:
+                write()
+            except (
+                BlockingIOError
+            ):  # somebody else has made the terminal that is shared one that does not wait
+                with contextlib.suppress(OSError, ValueError):
+                    os.set_blocking(sys.stdout.fileno(), True)
+                write()
+        except OSError:
+            self.is_gone = True
+            # What is still held back for it would be written at the end of the process, and fail there.
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, sys.stdout.fileno())
+                os.close(nowhere)
 
     @contextlib.contextmanager
     def showing(self, watched: Watch) -> Iterator[None]:
@@ -237,26 +275,42 @@ class _Screen:
 
         from stabilitylab.watching.panel import panel
 
-        with Live(
+        live = Live(
             panel(watched, width=self._console.width),
             console=self._console,
             auto_refresh=False,
             transient=False,
-        ) as live:
-            self._live = live
-            try:
-                yield
-            finally:
-                self._live = None
+        )
+        self._written(live.start)
+        self._live = live
+        try:
+            yield
+        finally:
+            self._live = None
+            self._written(live.stop)
 
     def refresh(self, watched: Watch) -> None:
-        """Draw the panel anew."""
+        """Draw the panel anew; where there is none, look whether somebody still reads: a quiet log writes nothing for days."""
         if self._live is None:
+            self.is_gone |= _has_no_reader()
             return
         from rich.live import Live
 
         from stabilitylab.watching.panel import panel
 
-        assert isinstance(self._live, Live)
+        live = self._live
+        assert isinstance(live, Live)
         with self._lock:
-            self._live.update(panel(watched, width=self._console.width), refresh=True)
+            self._written(lambda: live.update(panel(watched, width=self._console.width), refresh=True))
+
+
+def _has_no_reader() -> bool:
+    """Whether standard output is a pipe, or a terminal, whose other end is closed."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    try:
+        asked = select.poll()
+        asked.register(sys.stdout.fileno(), 0)
+        return any(state & (select.POLLERR | select.POLLHUP) for _, state in asked.poll(0))
+    except (OSError, ValueError):
+        return False

@@ -203,9 +203,10 @@ class SqliteFollower(_Store):
         with closing(connected(path)) as database:
             columns = {row[1] for row in database.execute('PRAGMA table_info("metrics")')}
         if {"run_uuid", "key", "value", "step"} <= columns:
-            self.reading.format, self._rows = "MLflow SQLite", self._mlflow
+            self.reading.format, self._rows, self._number = "MLflow SQLite", self._mlflow, "rowid"
         elif {"run_name", "step", "metrics"} <= columns:
-            self.reading.format, self._rows, self.reading.step = "trackio", self._trackio, None
+            self.reading.format, self._rows, self._number = "trackio", self._trackio, "id"
+            self.reading.step = None
         else:
             raise InputError(
                 f"{path} is a SQLite database, but not MLflow's or trackio's: export the run as CSV"
@@ -216,17 +217,23 @@ class SqliteFollower(_Store):
         return [self.path, self.path.with_name(self.path.name + "-wal")]
 
     def poll(self, *, last: bool = False) -> Iterator[Batch]:
+        turn = ""
         try:
             with closing(connected(self.path)) as database:
-                rows = self._rows(database)
+                (highest,) = database.execute(f"SELECT max({self._number}) FROM metrics").fetchone()
+                if (highest or 0) < self.state["row"]:  # another database has taken its place
+                    self.state["row"], turn = 0, "truncated"
+                rows, row = self._rows(database)
         except sqlite3.DatabaseError:  # locked, or being replaced: the next look will do
             return
-        if rows:
-            yield Batch(rows)
+        self.state["row"] = row
+        if rows or turn:
+            yield Batch(rows, turn=turn)
 
-    def _mlflow(self, database: sqlite3.Connection) -> list[Row]:
+    def _mlflow(self, database: sqlite3.Connection) -> tuple[list[Row], int]:
         names = {}
         rows: list[Row] = []
+        read = self.state["row"]
         try:
             names = dict(database.execute("SELECT run_uuid, name FROM runs"))
         except sqlite3.DatabaseError:
@@ -235,24 +242,25 @@ class SqliteFollower(_Store):
             "SELECT rowid, run_uuid, key, step, value, is_nan FROM metrics WHERE rowid > ? ORDER BY rowid",
             (self.state["row"],),
         ):
-            self.state["row"] = row
+            read = row
             part = f"{names[run]} ({run[:8]})" if names.get(run) else run
             rows.append((part, {STEP: float(step), key: math.nan if bad else infinite(float(value))}))
-        return by_step(rows)
+        return by_step(rows), read
 
-    def _trackio(self, database: sqlite3.Connection) -> list[Row]:
+    def _trackio(self, database: sqlite3.Connection) -> tuple[list[Row], int]:
         rows: list[Row] = []
+        read = self.state["row"]
         for row, run, step, blob in database.execute(
             "SELECT id, run_name, step, metrics FROM metrics WHERE id > ? ORDER BY id", (self.state["row"],)
         ):
-            self.state["row"] = row
+            read = row
             try:
                 values = numbers(unwrapped(json.loads(blob)))
             except (ValueError, TypeError):
                 self.reading.left_out["rows that are not JSON"] += 1
                 continue
             rows.append((str(run), {**values, STEP: float(step)}))
-        return rows
+        return rows, read
 
 
 class MlflowFilesFollower(_Store):
@@ -320,13 +328,17 @@ class RunFollower(_Store):
         for event in batch.events:
             if event.kind == "rewind":
                 self.state["step"] = min(self.state["step"], event.step - 1)
-        folder = self.path / "telemetry"
-        stamp = [folder.stat().st_mtime_ns, len(list(folder.glob("*.parquet")))] if folder.is_dir() else None
-        if stamp is not None and stamp != self.state["telemetry"]:
-            batch.rows = list(self._new_rows())
-            self.state["telemetry"] = stamp
-        if batch.rows or batch.events:
+        if batch.events:  # before the telemetry is looked at: these will not be read again
             yield batch
+        folder = self.path / "telemetry"
+        if not folder.is_dir():
+            return
+        stamp = [folder.stat().st_mtime_ns, len(list(folder.glob("*.parquet")))]
+        if stamp != self.state["telemetry"]:
+            rows = list(self._new_rows())
+            self.state["telemetry"] = stamp
+            if rows:
+                yield Batch(rows)
 
     def _new_rows(self) -> Iterator[Row]:
         from stabilitylab.runs import load_run

@@ -25,6 +25,8 @@ from stabilitylab.watching.stores import is_abandoned
 SAVE_SECONDS = 5.0
 LOCATE_SECONDS = 10.0
 FLUSH_SECONDS = 3.0
+# A file that is replaced just now, or a network's that does not answer, is no finding until it has lasted so long.
+UNREACHABLE_SECONDS = 60.0
 # What of a run folder's own events is passed on, besides the detector's.
 KINDS_OF_RUNS = frozenset(KINDS) | DEPARTURES | {"telemetry-lost"}
 # So much text of no known format is not only a trainer's preface.
@@ -73,15 +75,19 @@ class Watch:
     _news_at: float = 0.0
     _began: float = 0.0
     _dirty: bool = False
+    _place: str = ""
+    _unreachable_since: float | None = None
 
     def __post_init__(self) -> None:
         self._began = self._news_at = time.time()
+        # Now: the folder in which the watch was begun may be gone when it is asked again.
+        self._place = str(self.path.resolve())
         self._saved = self.memory.load()
         if self._saved is None:
             self._is_quiet = self.options.new_only
             return
         saved = self._saved
-        if saved["path"] != str(self.path.resolve()):
+        if saved["path"] != self._place:
             raise InputError(
                 f"{self.memory.folder} is the state of a watch of {saved['path']}: give --state another folder"
             )
@@ -111,10 +117,13 @@ class Watch:
                 for batch in source.follower.poll(last=last):
                     self._take(source, batch)
                     news = True
+                self._unreachable_since = None
             except InputError as error:
                 if last or (isinstance(error, NoLogError) and not self.values):
                     raise
                 self._unreadable(error)
+            except OSError as error:
+                self._unreachable(error, last=last)
             still = time.time() - self._news_at
             if not news and isinstance(source.follower, TextFollower) and still > FLUSH_SECONDS:
                 for batch in source.follower.flush():
@@ -133,7 +142,7 @@ class Watch:
         began = time.monotonic()
         self.memory.save(
             {
-                "path": str(self.path.resolve()),
+                "path": self._place,
                 "asked": self._asked(),
                 "values": self.values,
                 "open": self._open,
@@ -174,12 +183,14 @@ class Watch:
 
     def _follow(self, *, last: bool) -> Source | None:
         now = time.monotonic()
-        if self._source is not None and (not self.path.is_dir() or now - self._located_at < LOCATE_SECONDS):
+        if self._source is not None and now - self._located_at < LOCATE_SECONDS:
             return self._source
         if self._source is None and now < self._retry_at and not last:
             return None
         self._located_at = now
         try:
+            if self._source is not None and not self.path.is_dir():
+                return self._source
             found = locate(self.path)
             if self._source is None:
                 self._source = self._opened(found)
@@ -203,7 +214,21 @@ class Watch:
         return self._source
 
     def _is_long(self) -> bool:
-        return self.path.is_file() and self.path.stat().st_size > _UNKNOWN_BYTES
+        try:
+            return self.path.is_file() and self.path.stat().st_size > _UNKNOWN_BYTES
+        except OSError:
+            return False
+
+    def _unreachable(self, error: OSError, *, last: bool) -> None:
+        """A file went away between two looks at it, or its disk does not answer: the next look tries again."""
+        said = f"{error.filename or self.path}: {(error.strerror or type(error).__name__).lower()}"
+        if last:
+            raise InputError(said) from None
+        self.problem = plain(said)
+        now = time.monotonic()
+        self._unreachable_since = self._unreachable_since or now
+        if now - self._unreachable_since > UNREACHABLE_SECONDS:
+            self._unreadable(InputError(said))
 
     def _unreadable(self, error: InputError) -> None:
         """Said once; a log that is mended, or a trainer that begins at last, is read all the same."""

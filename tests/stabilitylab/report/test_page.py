@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,14 @@ from stabilitylab.figures.maps import heat_map
 from stabilitylab.figures.style import plain, thinned
 from stabilitylab.report import Cell, Page, Picture, Said, Section, Statements, Table, comparison, run_report
 from stabilitylab.report import layers_section as layers
+from stabilitylab.report.episodes_section import counted, outcome
 from stabilitylab.report.page import picture_html
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.runs.places import Places
 from stabilitylab.sinks import ParquetSink
-from stabilitylab.telemetry import Event, Key, Samples
+from stabilitylab.spikes import Episode
+from stabilitylab.telemetry import LOSS, Event, Key, Samples
 from tests.patience import wait_until
 from tests.stabilitylab import story
 from tests.stabilitylab.browser import CHROMEDRIVER, CHROMIUM, Browser, browser
@@ -424,8 +427,38 @@ def test_episodes_are_shown_from_near(tmp_path: Path) -> None:
         ("non finite", "Step 8000. First suspect: not visible in what was measured."),
     ]
     assert page.lead == (
-        "10,000 steps recorded, 0 to 9999; the loss went from 4 to 3 nats, its highest 21.8 at step 5,003; 1 value is not finite."
+        "1 stretch that is not finite, 2 spikes. 10,000 steps recorded, 0 to 9999; "
+        "the loss went from 4 to 3 nats, its highest 21.8 at step "
+        "5,003; 1 value is not finite."
     )
+
+
+def test_what_became_of_the_loss_is_said() -> None:
+    loss = pd.Series(np.r_[np.full(100, 2.0), np.full(20, 6.0), np.full(80, 2.1)])
+    spike = Episode(kind="spike", onset=100, peak=110, end=119, height=4.0, signal=LOSS, level=2.0)
+    assert outcome(spike, loss) == "From 2 up to 6; over at step 119, then 2.1."
+    divergence = replace(spike, kind="divergence", end=109)
+    assert outcome(divergence, loss.iloc[:116]) == "From 2 up to 6; it stayed there, at 6 from step 109 on."
+    assert (
+        outcome(replace(divergence, to_the_end=True), loss)
+        == "From 2 up to 6, and not over when the run ended."
+    )
+    assert outcome(replace(divergence, end=None), loss) == "From 2 up to 6, and going on."
+    assert outcome(replace(spike, kind="hard-batch"), loss) == ""
+    assert counted([spike, divergence, spike]) == "1 divergence, 2 spikes"
+
+
+def test_a_mark_stands_on_its_curve_though_the_onset_is_no_extreme(tmp_path: Path) -> None:
+    """What is drawn of 10,000 values are extremes; the triangle of an onset that is none stood at the upper edge."""
+    values = pd.Series(3 + 0.01 * np.random.default_rng(0).standard_normal(10_000), name="loss")
+    values.iloc[5_000:5_020] = np.linspace(3.2, 9, 20)
+    chart = charts.curves({"run": [values]}, title="Loss", marks={"run": [Mark(5_000, 5_019, "spike")]})
+    heights = [
+        r.data_source.data["y"]
+        for r in chart.figure.renderers
+        if getattr(r.glyph, "marker", "") == "inverted_triangle"
+    ]
+    assert heights == [[pytest.approx(3.2)]]
 
 
 def test_a_comparison_says_which_settings_differ(tmp_path: Path) -> None:

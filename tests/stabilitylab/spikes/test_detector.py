@@ -395,3 +395,18 @@ def test_noise_alone_makes_no_spikes(noise, seed):
     found = kinds(find_episodes(None, curve))
     assert found.count("spike") + found.count("divergence") <= 1
     assert found.count("hard-batch") <= 2
+
+
+def test_a_slow_rise_for_good_is_a_divergence_wherever_it_is_seen_to_begin():
+    """Up by 4.5 within 1,350 values and never back: an onset that the second look puts earlier, among values that are still low,
+    once made it a spike that was over before the rise."""
+    steps_N = np.arange(100_000)
+    begins = 92_000
+    curve_N = 2.1 + 8 * np.exp(-steps_N / 4_000) + 1.5 * np.exp(-steps_N / 25_000)
+    curve_N *= 1 + 0.006 * np.random.default_rng(2).standard_normal(len(steps_N))
+    curve_N[begins:] += np.minimum(4.5, (steps_N[begins:] - begins) / 300)
+    (found,) = find_episodes(steps_N, curve_N)
+    assert found.kind == "divergence"
+    assert begins - 500 < found.onset < begins + 100
+    assert found.onset <= found.peak <= found.end
+    assert found.end_level == pytest.approx(6.63, abs=0.02)

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import tarfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from stabilitylab.sinks import ParquetSink
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.telemetry import LOSS, Event, Key, Samples
 from stabilitylab.watching.rules import RULES
+from stabilitylab.watching.stores import RunFollower
 from tests.stabilitylab.watching import growing
 from tests.stabilitylab.watching.growing import Watched, losses, megatron
 
@@ -413,3 +415,79 @@ def test_a_run_that_was_killed_is_lost_and_one_that_waits_is_silent(tmp_path):
     watched.look()
     watched.watch.last_value -= 61
     assert [rule for rule, _ in watched.look()] == ["run-lost"]
+
+
+# ------------------------------------------------------------------------------------------------ files that go away
+
+
+def test_what_vanishes_between_two_looks_is_looked_for_again(tmp_path, monkeypatch):
+    """A run folder whose telemetry cannot be reached just now: nothing is lost, and only what lasts is told."""
+    run = RunFolder(tmp_path / "run")
+    run.claim()
+    sink = ParquetSink(run.telemetry)
+    sink.write(Samples.of([(k, Key("train", "-", "loss"), 2.0) for k in range(50)]), [])
+    sink.flush()
+    run.append_events([Event(step=10, kind="telemetry-lost", data={"reason": "full"})])
+    watched = Watched(run.path, tmp_path / "state")
+    where = RunFollower._new_rows
+
+    def gone(self):
+        raise FileNotFoundError(2, "No such file or directory", "part-000001.parquet")
+
+    monkeypatch.setattr(RunFollower, "_new_rows", gone)
+    assert watched.look() == [("telemetry-lost", 10)]  # read before the telemetry failed, and not read again
+    assert watched.look() == []
+    assert watched.watch.problem == "part-000001.parquet: no such file or directory"
+    watched.watch._unreachable_since -= 61.0
+    assert [rule for rule, _ in watched.look()] == ["unreadable"]
+    assert watched.look() == []
+    monkeypatch.setattr(RunFollower, "_new_rows", where)
+    watched.look()
+    assert watched.watch.values == 50
+    assert watched.watch.problem is None
+    sink.close()
+    run.release()
+
+
+def test_a_folder_that_may_not_be_entered_is_waited_for(log, tmp_path, monkeypatch):
+    """``is_dir`` raises where the network's file system does not answer, or rights were taken away."""
+    watched = Watched(log, tmp_path / "state")
+    append(log, "".join(megatron(k, x) for k, x in enumerate(losses(100))))
+    watched.look()
+    assert watched.watch.values == 100
+    is_dir = Path.is_dir
+
+    def stale(self):
+        if self == log:
+            raise OSError(116, "Stale file handle", str(self))
+        return is_dir(self)
+
+    monkeypatch.setattr(Path, "is_dir", stale)
+    watched.watch._located_at = -1e9
+    append(log, megatron(100, 2.0))
+    assert watched.look() == []
+    assert watched.watch.values == 101  # an open file is read all the same
+
+
+@pytest.mark.parametrize("kind", ["mlflow", "trackio"])
+def test_a_database_made_anew_is_read_from_its_start(kind, tmp_path):
+    path = tmp_path / "runs.db"
+
+    def make(curve):
+        path.unlink(missing_ok=True)
+        with closing(sqlite3.connect(path)) as database, database:
+            if kind == "mlflow":
+                database.execute("CREATE TABLE metrics (key, value, timestamp, run_uuid, step, is_nan)")
+                rows = [("loss", x, k, "0123456789", k, 0) for k, x in enumerate(curve)]
+                database.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", rows)
+            else:
+                database.execute("CREATE TABLE metrics (id INTEGER PRIMARY KEY, run_name, step, metrics)")
+                pairs = [("mine", k, json.dumps({"loss": x})) for k, x in enumerate(curve)]
+                database.executemany("INSERT INTO metrics (run_name, step, metrics) VALUES (?, ?, ?)", pairs)
+
+    make(losses(800))
+    watched = Watched(path, tmp_path / "state")
+    assert watched.look() == []
+    make(losses(700, spike=600, seed=1))
+    assert [rule for rule, _ in watched.look()] == ["truncated", "restarted", "spike", "over"]
+    assert watched.watch.values == 1500

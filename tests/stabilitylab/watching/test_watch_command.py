@@ -7,11 +7,14 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from stabilitylab.cli import main
+from stabilitylab.watching import commands
+from stabilitylab.watching.alerts import Alert
 from tests.patience import PATIENCE, wait_until
 from tests.stabilitylab.watching.growing import losses, megatron
 from tests.stabilitylab.watching.test_hooks import Server
@@ -184,3 +187,101 @@ def test_standard_input_is_watched_until_it_ends(broken):
             process.stdin.write(text[text.index("     700/") :].encode())
         assert b"non-finite" in process.stdout.read()
         assert process.wait(PATIENCE) == 3
+
+
+def beginning(log, tmp_path, *, stdout, folder=None, **options):
+    """The command as a process that no closed terminal ends, its errors kept."""
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    command = [sys.executable, "-m", "stabilitylab", "watch", str(log), "--every", "0.1"]
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    with (tmp_path / "errors").open("wb") as errors:
+        return subprocess.Popen(
+            [*command, "--state", str(tmp_path / "state"), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=errors,
+            env=environment,
+            cwd=folder,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        )
+
+
+def read_until(master, words):
+    seen = b""
+
+    def shown():
+        nonlocal seen
+        if select.select([master], [], [], 0.05)[0]:
+            seen += os.read(master, 65536)
+        return words in seen
+
+    wait_until(shown, 0.01)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_closed_terminal_ends_a_watch_that_tells_nobody_else(tmp_path, others):
+    log, told = tmp_path / "train.log", tmp_path / "told"
+    log.write_text("".join(megatron(k, x) for k, x in enumerate(losses(400))))
+    master, slave = pty.openpty()
+    hooks = {"exec": f"touch {told}"} if others else {}
+    process = beginning(log, tmp_path, stdout=slave, **hooks)
+    os.close(slave)
+    read_until(master, b"steady")
+    os.close(master)
+    with log.open("a") as file:
+        file.write(megatron(400, None))
+    if others:
+        wait_until(told.exists, 0.1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=PATIENCE) == 0
+    assert (tmp_path / "errors").read_bytes() == b""
+
+
+def test_a_reader_that_has_left_ends_a_quiet_watch(tmp_path):
+    log = tmp_path / "train.log"
+    log.write_text("".join(megatron(k, x) for k, x in enumerate(losses(100))))
+    read, write = os.pipe()
+    process = beginning(log, tmp_path, stdout=write)
+    os.close(write)
+    wait_until((tmp_path / "state" / "alerts.jsonl").exists, 0.1)
+    os.close(read)
+    assert process.wait(timeout=PATIENCE) == 0
+    assert (tmp_path / "errors").read_bytes() == b""
+
+
+def test_the_folder_in_which_a_watch_began_may_go_away(tmp_path):
+    log, folder = tmp_path / "train.log", tmp_path / "here"
+    folder.mkdir()
+    log.write_text("".join(megatron(k, x) for k, x in enumerate(losses(100))))
+    process = beginning("../train.log", tmp_path, stdout=subprocess.PIPE, folder=folder)
+    wait_until((tmp_path / "state" / "state.json").exists, 0.1)
+    folder.rmdir()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    assert (tmp_path / "errors").read_bytes() == b""
+
+
+def test_an_output_that_does_not_wait_is_made_to(monkeypatch):
+    """Any process on a terminal can make it non-blocking for all: a write then fails instead of waiting."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    seen = []
+
+    def slowly():
+        time.sleep(0.5)
+        with os.fdopen(read) as pipe:
+            seen.append(pipe.read())
+
+    reader = threading.Thread(target=slowly)
+    reader.start()
+    with os.fdopen(write, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        screen = commands._Screen(live=False)
+        text = "x" * 1000
+        for number in range(300):  # 300 kB, where a pipe holds 64
+            screen.say(Alert(id=str(number), rule="spike", text=f"{text} {number}.", path="log"))
+        assert not screen.is_gone
+    reader.join(PATIENCE)
+    assert all(f"x {number}.\n" in seen[0] for number in range(300))
