@@ -32,6 +32,13 @@ _RANK = re.compile(
 _RANK_WORD = re.compile(r"[rR](?:ank|ANK)|^\[|^\(")
 _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
 _TOLD = "\0told"  # the losses that have had the step above
+_HEADED = "\0headed"  # whether a heading of validation stands above
+# "Validation:", "--- Test results ---", "Val Epoch [3/10]" on a line of its own; the first group is training's.
+_HEADING = re.compile(
+    rb"(?im:^(?:[\d:.,/ T-]+ )?(?:\[?[A-Z]+\]?[ :-]+)?[ \t=*#>-]{0,40}"
+    rb"(?:(train(?:ing)?)|valid(?:ation)?|val|test(?:ing)?|eval(?:uation|uating)?)\b"
+    rb"(?: (?:set|phase|results?|metrics?|summary|stats|performance))*[ :.=*#-]*(?:epoch\W*\d+(?:\W*\d+)?)?[\])]?[ \t:.=*#-]*\r?$)"
+)
 _SIGNALS = {
     "epoch": re.compile(r"^epochs?$"),
     "rate": re.compile(r"^(?:lr|learning[ _]rate)$"),
@@ -233,6 +240,8 @@ def _records(
             if start - looked > 1:
                 _look_above(one.above, chunk, max(looked, start - _ABOVE), start, above)
             looked = end
+            if values and above.get(_HEADED) and not any(counter_of(name) for name in values):
+                values = {}
         if values is None:
             continue
         if one.above is not None and values:
@@ -272,6 +281,9 @@ def _look_above(seek: re.Pattern[bytes], chunk: bytes, start: int, end: int, abo
     for counter, said in seek.findall(chunk, start, end):
         above[counter.decode().lower()] = float(said)
         above.pop(_TOLD, None)
+        above[_HEADED] = False
+    for heading in _HEADING.finditer(chunk, start, end):
+        above[_HEADED] = heading[1] is None
 
 
 def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:
@@ -301,11 +313,11 @@ def _from_above(values: Values, above: dict[str, Any]) -> None:
     """An epoch goes on until the next is announced; a step is that of the losses below it, of each name the first."""
     if "epoch" in above and "epoch" not in values:
         values["epoch"] = above["epoch"]
-    if all(name in ("epoch", _TOLD) for name in above):
+    if all(name in ("epoch", _TOLD, _HEADED) for name in above):
         return
     losses = [name for name in values if is_loss(name)]
     told = above.setdefault(_TOLD, [])
-    for name in [name for name in above if name not in ("epoch", _TOLD)]:
+    for name in [name for name in above if name not in ("epoch", _TOLD, _HEADED)]:
         if any(loss in told for loss in losses):
             del above[name]
         else:

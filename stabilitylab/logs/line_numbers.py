@@ -52,6 +52,9 @@ _LOSS_AT = re.compile(
 _TAKEN = re.compile(
     r"\b(?:step|iter|iteration|batch|it): ?[\d.]+(?:ms|us|µs|s|h|m)(?:\d+\w+)?\b", re.IGNORECASE
 )
+_DASHED_TO = re.compile(
+    r"\b(epoch|step|iter|iteration|batch)-(\d+)(?![\w.-])", re.IGNORECASE
+)  # Batch-3/Epoch-1
 _DASHED = re.compile(r"\b(epoch|step|iter|iteration|batch) - (\d)", re.IGNORECASE)  # Epoch - 3 | loss
 # Minibatch[ 1- 10]: the last of them
 _RANGE = re.compile(
@@ -63,6 +66,7 @@ _SPAN = re.compile(
 _STEPS = re.compile(r"(?<![/\w.])(\d+) (?:\w+ )?(?:steps|iterations|updates|iters)\b(?!/)", re.IGNORECASE)
 _ALONE = re.compile(r"\]\s*(\d+)\s*[:|]\s")
 _RATIO = re.compile(r"(?<![\w./])(\d+)(?:/\s?| of )(\d+)(?![\w./])")
+_PARTED = re.compile(r"\.\.(?=[A-Za-z])")  # seconds..Epoch 3/10..
 _LEADERS = re.compile(r"\s*\.{3,}:?\s*")  # loss ......... 2.31
 _WITHIN = re.compile(r"[\[(]\s*(\d+)\s*/\s*(\d+)\b")
 # A norm of several groups: the first.
@@ -124,11 +128,14 @@ def named(line: str) -> tuple[str, Values]:
         line = _OF_EACH.sub(r"\1 ", line)
     if "..." in line:
         line = _LEADERS.sub(": ", line)
+    if ".." in line:
+        line = _PARTED.sub(" ", line)
     if "last" in line:
         line = _SPAN.sub("", line)
     if " - " in line:
         line = _DASHED.sub(r"\1 \2", line)
     if "-" in line:
+        line = _DASHED_TO.sub(r"\1 \2", line)
         line = _RANGE.sub(r"\1\2", line)
     if told := _LOSS_AT.search(line):
         line = line[: told.end(1)] + line[told.end() :]

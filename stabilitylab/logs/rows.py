@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import STEP, counter_of
@@ -33,6 +35,7 @@ KEPT = 200_000
 _PILE = 4096  # rows that are looked at together
 MOST_BAD = 0.1  # A larger share of lines that cannot be read is not damage but another format.
 _UNORDERED_SHARE = 0.25
+_ENDS = 3  # values that tell where a run begins and where it ends
 
 
 @dataclass(slots=True)
@@ -41,7 +44,7 @@ class Steps:
 
     Attributes:
         counter: the column that counts; None: rows are counted.
-        epoch: the column of epochs, in each of which the counter begins again; None: it does not.
+        epoch: the column of epochs, in each of which the counter begins again; None: it does not; "": it does, and none tells.
         order: whether a step that falls back means anything.
         piece: the number of the run within the part that the last row belongs to.
         before: the last row's step.
@@ -68,7 +71,11 @@ class Steps:
         if step is None:
             return None
         before = self.before
-        if self.epoch is not None:
+        if self.epoch == "" and before is not None and step + self.offset <= before:
+            self.offset = before + (self.gap or 1.0) - (self.first or 0.0)
+        if self.epoch == "":
+            step += self.offset
+        elif self.epoch is not None:
             epoch = values.get(self.epoch)
             if before is not None and step + self.offset <= before and epoch != self.epoch_before:
                 self.offset = before + (self.gap or 1.0) - step
@@ -249,13 +256,37 @@ def _pieces(
         notes=(*reading.notes, *notes_of(part, columns)),
     )
     count = 1 + max((piece for piece, _ in log.pieces()), default=0) if part.backward[counter] else 1
+    if count > 1 and _goes_on(log):
+        return [replace(log, epoch="")]
     if count == 1:
         return [log]
     label = f"{name} " if name else ""
     return [_renamed(log, f"{label}run {i + 1}", i) for i in range(count)]
 
 
-def _renamed(log: RowLog, name: str, piece: int) -> RowLog:
-    from dataclasses import replace
+def _goes_on(log: RowLog) -> bool:
+    """Whether runs in which the counter begins again are epochs of one: they count alike, and each begins where the loss had got
+    to, far from where the first began."""
+    steps: dict[int, list[NDArray[np.int64]]] = {}
+    losses: dict[int, list[NDArray[np.float64]]] = {}
+    for piece, block in log.pieces():
+        there_N = block.logged[LOSS]
+        steps.setdefault(piece, []).append(block.steps[there_N])
+        losses.setdefault(piece, []).append(block.values[LOSS][there_N])
+    counted = [np.concatenate(steps[piece]) for piece in sorted(steps)]
+    told = [np.concatenate(losses[piece]) for piece in sorted(losses)]
+    if any(len(one) < _ENDS for one in told) or any(one[0] != counted[0][0] for one in counted):
+        return False
+    if any(one[-1] != counted[0][-1] for one in counted[1:-1]) or counted[-1][-1] > counted[0][-1]:
+        return False
+    first = float(np.median(told[0][:_ENDS]))
+    for before, after in pairwise(told):
+        end, begin = float(np.median(before[-_ENDS:])), float(np.median(after[:_ENDS]))
+        noise = float(np.median(np.abs(np.diff(before))))
+        if not (first - end > 4 * noise and begin - end < 0.3 * (first - end)):
+            return False
+    return True
 
+
+def _renamed(log: RowLog, name: str, piece: int) -> RowLog:
     return replace(log, name=name, piece=piece)

@@ -36,6 +36,8 @@ LINES = [
     "{k} tensor({x:.4f})",
     "{k} tensor({x:.4f}, grad_fn=<MseLossBackward0>)",
     "Epoch: [0][{k}/80]\nLoss {x:.4f} ({x:.4f})\tLoss Side Branch 0.1 (0.1)\nTop-1 accuracy (0.1)",
+    "seconds..Epoch {k}/24.. Epoch Training loss: {x:.3f}.. Epoch validation loss: 9.990.. validation accuracy: 0.1",
+    "Epoch {k}\nTraining:\n  Loss: {x:.3f}\n  Acc: 0.10\nValidation:\n  Loss: 9.990\n  Acc: 0.10",
     "Epoch:  {k}  -----------\nMSE: train:  {x:.2f} , validation:  9.99 ",
 ]
 
@@ -55,6 +57,7 @@ NO_LOSSES = [
     "Epoch {k}  : Validation Error = {x:f}",
     "Iter {k}/24: Iter best={x:.3f}, Overall={x:.2f}",
     "Loss Test {x:.4f} Min Loss {x:.3f}\nSaving Model",
+    "Validation: Epoch [{k}/24]\nLoss {x:.4f}\nAccuracy 0.1\n",
     "Validation Epoch {k}, Average Loss: {x:.4f}",
     "fold {k}: rmse 0.3{k}",
     "step {k} l1 0.12, mse {x:.2f}, dur 0.3",
@@ -121,6 +124,27 @@ def test_records_over_lines_as_they_grow(tmp_path):
         state = pieces.state
     taken += pieces.end()
     assert taken == rows
+
+
+def epochs(first, fall):
+    """Three times eight steps; the second and third begin at ``first`` of the loss before."""
+    lines = []
+    for e in range(3):
+        start = 9.0 if e == 0 or first else 9.0 - fall * e
+        lines += [f"INFO Iter: {100 * k}/800, LR: 1e-4, Loss: {start - fall * k / 8:.3f}" for k in range(8)]
+    return "\n".join(lines)
+
+
+def test_a_counter_that_begins_again_while_the_loss_goes_on_counts_epochs(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(epochs(False, 1.0))
+    assert losses(path)[1] == list(range(0, 2400, 100))
+
+
+def test_a_loss_that_begins_again_too_is_another_run(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(epochs(True, 1.0))
+    assert [log.name for log in open_logs([path])] == ["run 1", "run 2", "run 3"]
 
 
 def test_places_that_begin_again_with_the_epoch_go_on(tmp_path):
