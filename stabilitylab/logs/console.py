@@ -21,7 +21,7 @@ from stabilitylab.logs.columns import counter_of, is_loss
 from stabilitylab.logs.console_formats import FORMATS
 from stabilitylab.logs.languages import is_foreign
 from stabilitylab.logs.parts import STEP_ABOVE
-from stabilitylab.logs.pattern import TextFormat, Values, own_formats, pairs, plain_text
+from stabilitylab.logs.pattern import TextFormat, Values, next_place, own_formats, pairs, plain_text
 from stabilitylab.logs.plans import Plans, Said
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
@@ -39,6 +39,7 @@ _HEADING = re.compile(
     rb"(?:(train(?:ing)?)|valid(?:ation)?|val|test(?:ing)?|eval(?:uation|uating)?)\b"
     rb"(?: (?:set|phase|results?|metrics?|summary|stats|performance))*[ :.=*#-]*(?:epoch\W*\d+(?:\W*\d+)?)?[\])]?[ \t:.=*#-]*\r?$)"
 )
+_MAY_HEAD = (b"train", b"val", b"test")  # and evaluation
 _SIGNALS = {
     "epoch": re.compile(r"^epochs?$"),
     "rate": re.compile(r"^(?:lr|learning[ _]rate)$"),
@@ -282,6 +283,9 @@ def _look_above(seek: re.Pattern[bytes], chunk: bytes, start: int, end: int, abo
         above[counter.decode().lower()] = float(said)
         above.pop(_TOLD, None)
         above[_HEADED] = False
+    between = chunk[start:end].lower()
+    if not any(word in between for word in _MAY_HEAD):
+        return
     for heading in _HEADING.finditer(chunk, start, end):
         above[_HEADED] = heading[1] is None
 
@@ -291,22 +295,7 @@ def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:
     if not one.words:
         search = one.trigger.search
         return lambda at: found.start() if (found := search(chunk, at)) else -1
-    small = chunk.lower()
-    places = {word: place for word in one.words if (place := small.find(word)) >= 0}
-
-    def after(at: int) -> int:
-        nearest = -1
-        for word, place in list(places.items()):
-            if place < at:
-                place = places[word] = small.find(word, at)
-                if place < 0:
-                    del places[word]
-                    continue
-            if nearest < 0 or place < nearest:
-                nearest = place
-        return nearest
-
-    return after
+    return next_place(one.words, chunk)
 
 
 def _from_above(values: Values, above: dict[str, Any]) -> None:

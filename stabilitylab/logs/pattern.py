@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -239,6 +239,26 @@ def number(text: str, unit: str = "") -> float | None:
         value *= _UNITS[unit.upper()]
     # Stores without infinities write the largest number of their type in their place.
     return value if -3.4028234e38 < value < 3.4028234e38 or value != value else math.copysign(math.inf, value)
+
+
+def next_place(words: Sequence[bytes], chunk: bytes) -> Callable[[int], int]:
+    """Gives the first place from one on at which one of the words, in small letters, stands; -1: there is none."""
+    small = chunk.lower()
+    places = {word: place for word in words if (place := small.find(word)) >= 0}
+
+    def after(at: int) -> int:
+        nearest = -1
+        for word, place in list(places.items()):
+            if place < at:
+                place = places[word] = small.find(word, at)
+                if place < 0:
+                    del places[word]
+                    continue
+            if nearest < 0 or place < nearest:
+                nearest = place
+        return nearest
+
+    return after
 
 
 def without_colours(text: bytes) -> bytes:

@@ -26,14 +26,15 @@ from stabilitylab.logs.any_text import counted_on, is_of_validation, prepared, p
 from stabilitylab.logs.columns import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.languages import is_foreign
 from stabilitylab.logs.line_numbers import named, placed
-from stabilitylab.logs.pattern import NUMBER, Values, number, plain_text
+from stabilitylab.logs.pattern import NUMBER, Values, next_place, number, plain_text
 from stabilitylab.logs.plans import Plans, Said
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import Source
 
 _LEARNED_FROM = 400  # records
-_LEARNED_LINES = 20_000
-_COMPARED_LINES = 2_000
+_LEARNED_LINES = 8_000
+_COMPARED_LINES = 1_000
+_NOISE = 20  # a column that is so many times as frequent as the loss is of other lines
 _FEWEST = 3
 _HAS_NUMBER = re.compile(rb"\d")
 _DECIMAL = re.compile(r"(?<![\w.,/-])[-+]?\d+\.\d+(?:[eE][-+]?\d+)?(?![\w.%/])")
@@ -85,17 +86,15 @@ class Layout:
     """How a text's records stand in its lines.
 
     Attributes:
-        loss: the column that is the loss; None: it says so itself.
         names: of the columns that recur.
         leads: the counters that open a record.
-        seek: finds a line that may hold one of them.
+        words: in small letters; a line that holds none of them is another's; none: any line may hold a column.
         prepare: what the text goes through first.
     """
 
-    loss: str | None
     names: frozenset[str]
     leads: frozenset[str]
-    seek: re.Pattern[bytes]
+    words: tuple[bytes, ...]
     prepare: Callable[[bytes], bytes]
 
 
@@ -109,15 +108,15 @@ def read_record_lines(source: Source, beside: Reading | None) -> Reading | None:
     """
     prepare = prepared_english if is_foreign(source.head().decode("utf-8", "replace")) else prepared
     most = _LEARNED_LINES if beside is None else _COMPARED_LINES
-    rows, order = _first_rows(source, prepare, None, most)
+    rows, order, unsaid = _first_rows(source, prepare, None, most)
     if beside is None:
         if (loss := _loss_of(rows)) is None:
             return None
     else:
-        rows, order = _first_rows(source, prepare, _layout(rows, order, "", prepare), most)
+        rows, order, unsaid = _first_rows(source, prepare, _layout(rows, order, unsaid, "", prepare), most)
         if (loss := _missed(rows, beside)) is None:
             return None
-    layout = _layout(rows, order, loss, prepare)
+    layout = _layout(rows, order, unsaid, loss, prepare)
     reading = Reading(
         format="text",
         rows=lambda: text_rows(source, reading),
@@ -128,18 +127,29 @@ def read_record_lines(source: Source, beside: Reading | None) -> Reading | None:
 
 
 def _layout(
-    rows: Sequence[Values], order: Mapping[str, int], loss: str, prepare: Callable[[bytes], bytes]
+    rows: Sequence[Values],
+    order: Mapping[str, int],
+    unsaid: set[str],
+    loss: str,
+    prepare: Callable[[bytes], bytes],
 ) -> Layout:
     """Of a text that begins with these records. ``loss``: which column it is; "": it says so itself."""
     count = Counter(name for row in rows for name in row)
     of_loss = count[loss] if loss else max((count[n] for n in count if is_loss(n)), default=0)
-    names = frozenset(n for n in count if 2 * count[n] >= of_loss or is_loss(n) or counter_of(n))
+    names = frozenset(
+        n
+        for n in count
+        if not of_loss
+        or 2 * count[n] >= of_loss >= count[n] / _NOISE
+        or n == loss
+        or is_loss(n)
+        or counter_of(n)
+    )
     opens = min((order[n] for n in order if n == loss or (not loss and is_loss(n))), default=0)
     leads = frozenset(n for n in names if _counts(n) and order[n] <= opens)
-    words = {re.escape(w) for n in names for w in re.findall(r"[^\W\d_]+", n)[-1:]} or {"."}
-    words |= {r"\d[/)\]:|]", r"^\s*\[?\s*\d"}
-    seek = re.compile("|".join(sorted(words)).encode(), re.IGNORECASE)
-    return Layout(loss or None, names, leads, seek, prepare)
+    # a number that counts by where it stands may be in any line
+    words = set() if unsaid & names else {_word_of(n) for n in names}
+    return Layout(names, leads, tuple(sorted(words)), prepare)
 
 
 class RecordPieces:
@@ -153,8 +163,9 @@ class RecordPieces:
     def take(self, piece: bytes) -> Iterator[Row]:
         """The records that are complete."""
         layout = self._layout
-        for line in (layout.prepare(piece) if layout else piece).splitlines():
-            if layout.seek.search(line) if layout else _HAS_NUMBER.search(line):
+        piece = layout.prepare(piece) if layout else piece
+        for line in _lines_with(layout.words, piece) if layout and layout.words else piece.splitlines():
+            if _HAS_NUMBER.search(line):
                 values, _ = self._read(plain_text(line))
                 if values:
                     yield from self._join(values)
@@ -181,6 +192,15 @@ class RecordPieces:
             yield "", row
 
 
+def _lines_with(words: Sequence[bytes], piece: bytes) -> Iterator[bytes]:
+    """The lines in which one of the words stands."""
+    after, at = next_place(words, piece), 0
+    while (hit := after(at)) >= 0:
+        start, end = piece.rfind(b"\n", 0, hit) + 1, piece.find(b"\n", hit)
+        at = end = len(piece) if end < 0 else end
+        yield from piece[start:end].splitlines()  # a bar's states are parted by returns
+
+
 def _opens(name: str, x: float | None, held: Values, layout: Layout | None) -> bool:
     """Whether a number is another record's than what is held."""
     if name in held:
@@ -204,22 +224,27 @@ def _read(line: str) -> Said:
 
 def _first_rows(
     source: Source, prepare: Callable[[bytes], bytes], layout: Layout | None, most: int
-) -> tuple[list[Values], dict[str, int]]:
-    """Records of the beginning, and where each name came first."""
-    pieces, lines = RecordPieces(layout), 0
+) -> tuple[list[Values], dict[str, int], set[str]]:
+    """Records of the beginning, where each name came first, and which names do not stand in their lines."""
+    pieces, lines, counted = RecordPieces(layout), 0, 0
     rows: list[Values] = []
     order: dict[str, int] = {}
+    unsaid: set[str] = set()
     for chunk in source.chunks():
         for line in prepare(chunk).splitlines():
             lines += 1
             for _, values in pieces.take(line):
                 rows.append(dict(values))
+                counted += any(_counts(name) for name in values)
             for name in pieces.state["held"]:
-                order.setdefault(name, lines)
-            if len(rows) > _LEARNED_FROM or lines > most:
-                return rows, order
+                if name not in order:
+                    order[name] = lines
+                    if _word_of(name) not in line.lower():
+                        unsaid.add(name)
+            if counted > _LEARNED_FROM or lines > most:
+                return rows, order, unsaid
     rows += [dict(values) for _, values in pieces.end()]
-    return rows, order
+    return rows, order, unsaid
 
 
 def _loss_of(rows: Sequence[Values]) -> str | None:
@@ -229,12 +254,7 @@ def _loss_of(rows: Sequence[Values]) -> str | None:
         for name, x in row.items():
             if x is not None:
                 columns.setdefault(name, []).append(x)
-    most = max((len(c) for n, c in columns.items() if not _counts(n)), default=0)
-    likely = {
-        n: c
-        for n, c in columns.items()
-        if not _counts(n) and len(c) >= _FEWEST and 20 * len(c) > most and _is_measured(c)
-    }
+    likely = {n: c for n, c in columns.items() if not _counts(n) and len(c) >= _FEWEST and _is_measured(c)}
     said = {n: spoken(n) for n in likely}
     could = [n for n in likely if not _NO_LOSS.search(said[n]) and not _is_complement(n, columns)]
     counted = any(_is_counter(n, c) and len(c) >= _FEWEST for n, c in columns.items())
@@ -310,6 +330,12 @@ def _missed(rows: Sequence[Values], beside: Reading) -> str | None:
 
     steps = counted(rows) and not counted(single)
     return "" if kinds(ours) - kinds(theirs) or steps else None
+
+
+def _word_of(name: str) -> bytes:
+    """A name's last word, in small letters; of a place the name itself."""
+    words = re.findall(r"[^\W\d_]+", name)
+    return (words[-1].lower() if words else name).encode()
 
 
 def spoken(name: str) -> str:
