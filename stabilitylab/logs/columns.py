@@ -212,6 +212,7 @@ def choose_columns(
             alone = not any(counter_of(n) and n not in fractions for n in names)
             found = [n for n in found if n not in fractions or (plain[n] == "step" and alone)]
             found = [n for n in found if not counts or counts[n] * 2 > rows]
+            found.sort(key=lambda name: name == "_step")  # W&B's own counts calls of log()
         else:
             # actor/grad_norm beside actor/pg_loss, not critic/grad_norm
             found.sort(key=lambda name: _group(name) != _group(chosen[LOSS]))

@@ -223,3 +223,11 @@ def test_trackios_own_step_counts_calls(tmp_path):
     database.commit()
     database.close()
     assert losses(path)[1] == [5, 10, 15, 20, 25, 30]
+
+
+def test_a_counter_comes_before_the_calls_that_wandb_counts(tmp_path):
+    """nanoGPT and nanochat log ``iter`` and ``step`` beside it."""
+    for name in ("iter", "step", "train/step"):
+        line = '{{"_step": {k}, "_runtime": 1, "{name}": {k}00, "loss": {x}}}'
+        (path := tmp_path / "h.jsonl").write_text(many(line, name=name))
+        assert losses(path)[1] == [100, 200, 300, 400, 500]
