@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from experiments.benchmarks._monitor_arms import GPT, VOCABULARY
 from experiments.benchmarks._training_levers import LEVERS, PLAIN
+from experiments.benchmarks.probe_cost import Nowhere
 from glm.commands.train import parse_command
 from glm.data.batch import Batch
 from glm.errors import InputError
@@ -95,7 +96,7 @@ def _watched(
         watch = (
             None
             if every is None
-            else Monitor(model, optimizer, every=every, sinks=[_Nowhere()], detector=None)
+            else Monitor(model, optimizer, every=every, sinks=[Nowhere()], detector=None)
         )
         arms[name] = model, optimizer, watch
     steps = dict.fromkeys(arms, 0)
@@ -131,16 +132,6 @@ def _watched(
         if watch is not None:
             watch.close()
     return {name: round(value, 4) for name, value in found.items()}
-
-
-class _Nowhere:
-    """A sink that keeps nothing: what is timed is measuring, not writing."""
-
-    def write(self, samples: object, events: object) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 # ------------------------------------------------------------------------------------------------------------- glm train

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from stabilitylab.attribution.executors import InThisProcess, SideBySide, Trains
 from stabilitylab.attribution.forks import Fork, Forks, Usual, signal_of
+from stabilitylab.attribution.kept_forks import KeptForks, about
 from stabilitylab.attribution.loop import Loop, LoopState
-from stabilitylab.attribution.memory import Memory, about
 from stabilitylab.attribution.narrowing import Narrowing
 from stabilitylab.attribution.observation import QUIET, Observation
 from stabilitylab.attribution.proof import CHANGES, Attribution, conclude
@@ -226,12 +226,12 @@ class _Search:
         """Train what is not known yet; None where the budget ended before."""
         unknown = {w.key: w for w in several if w.key not in self.trained}
         for key, without in list(unknown.items()):
-            if (known := self._memory.get(without)) is not None:
+            if (known := self._kept.get(without)) is not None:
                 self.trained[key] = known
                 del unknown[key]
         for fork in self._trains.train(list(unknown.values()), self.in_time):
             self.trained[fork.without.key] = fork
-            self._memory.add(fork)
+            self._kept.add(fork)
             if self._told is not None:
                 self._told(fork)
         # What a search would have asked next, and next, after the budget had ended says nothing more.
@@ -267,7 +267,7 @@ class _Search:
         narrowing = Narrowing(self.forks, self.seen, self.of, self.ask, self._groups)
         if not self.of.shows:
             return self._attribution("unknown")
-        self._memory = Memory(
+        self._kept = KeptForks(
             self._memory_file,
             about(self.of.begin, self.of.onset, tuple(self.control), tuple(self.forks.subject.parameters)),
         )

@@ -12,7 +12,7 @@ from stabilitylab.attribution.verdicts import Verdict
 from stabilitylab.attribution.without import Without
 
 
-class Memory:
+class KeptForks:
     """Forks by key, and the file that holds them.
 
     Args:
