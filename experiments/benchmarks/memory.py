@@ -11,7 +11,8 @@ With N parameters, e bytes a number in the compute format, V x h the output matr
     activations  what a micro-batch keeps for its backward pass: ``glm.planning.memory.layer_activations`` a layer, and the
                  final norm's input. Half products computed in fp32 by hand keep the rounded softmax only, and without the
                  compiled kernel q, k, v together, with it nothing of what a gated GELU has between; fp32 without the compiled
-                 kernel keeps q, k, v, and what the softmax has mixed, twice
+                 kernel keeps q, k, v, and what the softmax has mixed, twice. fp32 computes inputs of matrices again
+                 (``glm.precision.recomputed``): those that LayerNorm makes, and with the kernel gated GELU
     loss         peak of the vocabulary loss beyond its operands: gradients 4 V h + 4 n h, a chunk of logits twice (once in the
                  compiled kernel), and in half precision fp32 copies of both operands, or of one and a product; where half
                  products are native, of a chunk of the logits' gradient a half and two fp32 copies as well, else an fp32 copy
@@ -128,6 +129,11 @@ def formula(config: TrainConfig) -> dict[str, float]:
         layer -= 4 * config.batch.micro * shape.heads * shape.length**2
     elif e == 4 and not compiled and shape.softmax != "fused" and not shape.head_norms:
         layer += 3 * e * tokens * shape.hidden
+    if e == 4:
+        if model.norm in ("pre", "sandwich", "deepnorm", "deepnet") and model.norm_kind == "layer":
+            layer -= (1 if shape.norms == 1 else 2) * e * tokens * shape.hidden
+        if compiled and model.feed_forward.kind == "geglu":
+            layer -= 2 * e * tokens * shape.inner
     matrix, targets = shape.vocabulary * shape.hidden, tokens
     chunk = min(targets, max(1, CHUNK_ELEMENTS // shape.vocabulary)) * shape.vocabulary
     loss = 4 * matrix + 4 * targets * shape.hidden + (4 if compiled else 8) * chunk

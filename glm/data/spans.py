@@ -18,7 +18,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 from glm.data.config import ObjectiveConfig
 from glm.data.random import uniform
@@ -26,6 +25,14 @@ from glm.data.random import uniform
 Ints = NDArray[np.int64]
 
 LEAST_ROOM = 3  # [MASK], sop, and the one token that is masked
+
+# The distribution function at 1, 2, ... for the commonest mean, as SciPy computes it, which takes long to import.
+_OF_THREE = (
+    (0.15718708947377208, 0.3929677236844302, 0.6287483578950883, 0.8055838335530819, 0.9116851189478782, 0.9647357616452762)
+    + (0.9874717513727325, 0.9959977475205286, 0.9988397462364607, 0.9996923458512402, 0.9999248730189074, 0.9999830048108242)
+    + (0.9999964198397281, 0.9999992944887789, 0.9999998694185891, 0.9999999772179285, 0.9999999962413414, 0.9999999994119102)
+    + (0.9999999999125263, 0.9999999999876187, 0.9999999999983462, 0.999999999999809, 1.0)
+)  # fmt: skip
 
 # Which stream of draws is for what; each has room for 2^20 draws a sample.
 _LENGTHS, _PLACES, _ORDER, _SINGLE = (np.int64(n) << 20 for n in (1, 2, 3, 5))
@@ -117,15 +124,22 @@ def _span_lengths(u: NDArray[np.float64], mean: float) -> Ints:
 
 @lru_cache(maxsize=8)
 def _quantiles(mean: float) -> tuple[NDArray[np.float64], Ints]:
+    cumulative = np.array(_OF_THREE) if mean == 3.0 else _distribution(mean)
+    edges = np.arange(4097) / 4096
+    return cumulative, np.minimum(np.searchsorted(cumulative, edges, side="right"), len(cumulative) - 1)
+
+
+def _distribution(mean: float) -> NDArray[np.float64]:
     # scipy.stats computes just this, and takes two seconds to import.
+    from scipy import special
+
     last = int(np.ceil(special.pdtrik(1 - 1e-12, mean)))
     last -= int(special.pdtr(max(last - 1, 0), mean) >= 1 - 1e-12)
     values = np.arange(1, last + 2)
     weight = np.exp(special.xlogy(values, mean) - special.gammaln(values + 1) - mean)
-    cumulative = (weight / weight.sum()).cumsum()
+    cumulative: NDArray[np.float64] = (weight / weight.sum()).cumsum()
     cumulative[-1] = 1.0
-    edges = np.arange(4097) / 4096
-    return cumulative, np.minimum(np.searchsorted(cumulative, edges, side="right"), len(values) - 1)
+    return cumulative
 
 
 def _choose_slots(u_QK: NDArray[np.float64], slots_Q: Ints, count_Q: Ints) -> Ints:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from glm.precision import linear
+from glm.precision import linear, with_recipe
 
 
 class Linear(nn.Linear):
@@ -39,6 +40,12 @@ class Norm(nn.LayerNorm):
     def set_gain(self, gain: float) -> None:
         """The same gain for every channel."""
         self.weight.fill_(gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+        return with_recipe(norm(x, self.weight, self.bias), norm, x, self.weight, self.bias)
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -16,6 +16,7 @@ from glm.precision.matmul import (
     wide_product_of_rows,
 )
 from glm.precision.policy import Policy, Precision
+from glm.precision.recomputed import with_recipe
 from glm.precision.rms import rms_norm
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "upcasts",
     "wide_product",
     "wide_product_of_rows",
+    "with_recipe",
 ]

@@ -40,16 +40,22 @@ INLINE float normal(float x) {
     return 0.5f * (1 + (t < 1 ? near : far));
 }
 
-/* raised [N, 2 I] = [a, b] -> y [N, I] = a b F(b), and F(b) for the way back. */
+/* raised [N, 2 I] = [a, b] -> y [N, I] = a b F(b), and F(b) unless it is NULL. */
 void glm_gated_gelu(int64_t N, int64_t I, const float *raised, float *y, float *cumulated) {
 #pragma omp parallel for
     for (int64_t n = 0; n < N; n++) {
         const float *a = raised + 2 * n * I, *b = a + I;
-        float *into = y + n * I, *f = cumulated + n * I;
+        float *into = y + n * I;
+        if (cumulated) {
+            float *f = cumulated + n * I;
 #pragma omp simd
-        for (int64_t i = 0; i < I; i++) {
-            f[i] = normal(b[i]);
-            into[i] = a[i] * (b[i] * f[i]);
+            for (int64_t i = 0; i < I; i++) {
+                f[i] = normal(b[i]);
+                into[i] = a[i] * (b[i] * f[i]);
+            }
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < I; i++) into[i] = a[i] * (b[i] * normal(b[i]));
         }
     }
 }

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from glm.c_compiler import SWITCH, built, switched_off
 from glm.precision.half_units import upcasts
+from glm.precision.recomputed import with_recipe
 
 _log = logging.getLogger("glm")
 _SOURCE = Path(__file__).with_name("kernel.c")
@@ -151,9 +152,12 @@ def weight_gradient(grad_NO: Tensor, x_NI: Tensor, *, bias: bool) -> tuple[Tenso
 
 def gated_gelu(raised: Tensor) -> Tensor:
     """``a gelu(b)``, [a, b] = raised [..., 2 I]: [..., I]. ``has_kernel(..., half=True)`` must hold."""
-    kind = _GatedGelu if raised.dtype == torch.float32 else _HalfGelu
-    result: Tensor = kind.apply(raised)  # type: ignore[no-untyped-call]
-    return result
+    if raised.dtype != torch.float32:
+        rounded: Tensor = _HalfGelu.apply(raised)  # type: ignore[no-untyped-call]
+        return rounded
+    again = _GateAgain()
+    gated: Tensor = _GatedGelu.apply(raised, again)  # type: ignore[no-untyped-call]
+    return with_recipe(gated, again, raised)
 
 
 def losses(logits_NV: Tensor, target_N: Tensor, z_loss: float) -> Tensor:
@@ -168,28 +172,56 @@ def losses(logits_NV: Tensor, target_N: Tensor, z_loss: float) -> Tensor:
     return loss_N
 
 
+def _gate(raised: Tensor, cumulated: Tensor | None = None) -> Tensor:
+    """``a gelu(b)``; ``cumulated`` is filled with the normal distribution's F(b)."""
+    inner = raised.shape[-1] // 2
+    gated = raised.new_empty(*raised.shape[:-1], inner)
+    into = None if cumulated is None else cumulated.data_ptr()
+    _library().glm_gated_gelu(gated.numel() // inner, inner, raised.data_ptr(), gated.data_ptr(), into)
+    return gated
+
+
+def _gate_and_cumulated(raised: Tensor) -> tuple[Tensor, Tensor]:
+    cumulated = raised.new_empty(*raised.shape[:-1], raised.shape[-1] // 2)
+    return _gate(raised, cumulated), cumulated
+
+
+class _GateAgain:
+    """Gated GELU on the way back, first for the layer behind it, then for its own gradient: computed once for both."""
+
+    def __init__(self) -> None:
+        self._cumulated: Tensor | None = None
+
+    def __call__(self, raised: Tensor) -> Tensor:
+        gated, self._cumulated = _gate_and_cumulated(raised.contiguous())
+        return gated
+
+    def cumulated(self, raised: Tensor) -> Tensor:
+        """F(b)."""
+        found, self._cumulated = self._cumulated, None
+        return _gate_and_cumulated(raised)[1] if found is None else found
+
+
 class _GatedGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, raised: Tensor) -> Tensor:
+    def forward(ctx: Any, raised: Tensor, again: _GateAgain) -> Tensor:
         raised = raised.contiguous()
-        inner = raised.shape[-1] // 2
-        gated, cumulated = (raised.new_empty(*raised.shape[:-1], inner) for _ in range(2))
-        rows = gated.numel() // inner
-        _library().glm_gated_gelu(rows, inner, raised.data_ptr(), gated.data_ptr(), cumulated.data_ptr())
-        ctx.save_for_backward(raised, cumulated)
-        return gated
+        ctx.save_for_backward(raised)
+        ctx.again = again
+        return _gate(raised)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raised, cumulated = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (raised,) = ctx.saved_tensors
+        cumulated = ctx.again.cumulated(raised)
         grad, into = grad.contiguous(), torch.empty_like(raised)
         inner = cumulated.shape[-1]
         _library().glm_gated_gelu_backward(
             *(cumulated.numel() // inner, inner, raised.data_ptr(), cumulated.data_ptr()),
             *(grad.data_ptr(), into.data_ptr()),
         )
-        return into
+        return into, None
 
 
 class _HalfGelu(torch.autograd.Function):

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from glm.precision.half_units import HALF_DTYPES, upcasts
 from glm.precision.kernel import sums_weights, weight_gradient
+from glm.precision.recomputed import Recipe, recipe_of
 
 # Read once, at import: inside a compiled model it is a constant.
 ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
@@ -52,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         result: Tensor = _UpcastLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     if _is_onednns(x) and weight.dtype == x.dtype:
-        product: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        product: Tensor = _OneDnnLinear.apply(x, weight, bias, recipe_of(x))  # type: ignore[no-untyped-call]
         return product
     return F.linear(x, weight, bias)
 
@@ -156,27 +157,29 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe | None) -> Tensor:
+        ctx.make = None if recipe is None else recipe.make
+        ctx.save_for_backward(weight, *((x,) if recipe is None else recipe.given))
         return _onednn(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        weight, *given = ctx.saved_tensors
         grad_NO = grad_y.reshape(-1, weight.shape[0])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _onednn(grad_NO, weight.t()).view(x.shape)
+            grad_x = _onednn(grad_NO, weight.t()).view(*grad_y.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
+            x = given[0] if ctx.make is None else ctx.make(*given)
             x_NI = x.reshape(-1, weight.shape[1])
             if sums_weights(grad_NO, x_NI):
-                return grad_x, *weight_gradient(grad_NO, x_NI, bias=ctx.needs_input_grad[2])
+                return grad_x, *weight_gradient(grad_NO, x_NI, bias=ctx.needs_input_grad[2]), None
             # x' g rather than g' x: the kernels like the longer side in their vectors.
             grad_weight = _onednn(x_NI.t(), grad_NO.t()).t()
         if ctx.needs_input_grad[2]:
             grad_bias = grad_NO.sum(0)
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None
 
 
 class _UpcastLinear(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glm.c_compiler import INTEGER, POINTER, loaded
+from glm.precision.recomputed import with_recipe
 
 _SOURCE = Path(__file__).with_name("rms.c")
 
@@ -44,23 +45,33 @@ def rms_norm(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
     if usable and not torch.compiler.is_compiling() and kernel() is not None:
         wide = gain if gain is None or len(gain) == x.shape[-1] else gain.expand(x.shape[-1])
         y: Tensor = _RmsNorm.apply(x, wide, epsilon)  # type: ignore[no-untyped-call]
-        return y
+        return with_recipe(y, functools.partial(_again, epsilon), x, wide)
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
     return y if gain is None else y * gain
+
+
+def _rms_norm(x: Tensor, gain_C: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm of contiguous x, and the inverse root mean squares."""
+    library = kernel()
+    assert library is not None
+    y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1])
+    library.glm_rms_norm(
+        *(inverse.numel(), x.shape[-1], epsilon, x.data_ptr()),
+        *(None if gain_C is None else gain_C.data_ptr(), y.data_ptr(), inverse.data_ptr()),
+    )
+    return y, inverse
+
+
+def _again(epsilon: float, x: Tensor, gain_C: Tensor | None) -> Tensor:
+    return _rms_norm(x.contiguous(), None if gain_C is None else gain_C.contiguous(), epsilon)[0]
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain_C: Tensor | None, epsilon: float) -> Tensor:
-        library = kernel()
-        assert library is not None
         x = x.contiguous()
         gain_C = None if gain_C is None else gain_C.contiguous()
-        y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1])
-        library.glm_rms_norm(
-            *(inverse.numel(), x.shape[-1], epsilon, x.data_ptr()),
-            *(None if gain_C is None else gain_C.data_ptr(), y.data_ptr(), inverse.data_ptr()),
-        )
+        y, inverse = _rms_norm(x, gain_C, epsilon)
         ctx.save_for_backward(x, gain_C, inverse)
         return y
 

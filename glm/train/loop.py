@@ -98,6 +98,7 @@ class Trainer:
                 callback.train_start(self)
             while self.step < end and not self._stops():
                 self._one_step()
+            _give_back_memory()
             self._save_last()
             complete = self.lost or self.step >= self.config.steps
             self.tell(
@@ -328,3 +329,11 @@ class Trainer:
             if (own := saved["callbacks"].get(callback.state_name)) is not None:
                 callback.load_state_dict(own)
         self._saved_at = self.step
+
+
+def _give_back_memory() -> None:
+    """What steps needed, before what closes a run imports and draws: together they would be a tiny run's largest size."""
+    # Imported here: a run that begins does without the models' package.
+    from stabilitylab.models.freed_memory import give_back_memory
+
+    give_back_memory()

@@ -101,6 +101,11 @@ def test_a_layers_activations_are_what_autograd_saves(name, precision):
         # On a CPU without the compiled kernel the softmax's gradient takes what it is less by from the result, which is kept
         # beside the copy that the output projection reads; and v is a view of the q, k, v product, which stays whole.
         odd += BYTES[precision] * hidden * (0 if config.attention.qk_norm else 3)
+    if precision == "fp32":
+        # What a norm, or the kernel's gated GELU, gives a matrix is computed again; post-norm's first matrix gets what comes in.
+        odd -= BYTES[precision] * hidden * (1 if config.parallel_block or config.norm == "post" else 2)
+        if kernel() is not None and config.feed_forward.kind == "geglu":
+            odd -= 2 * BYTES[precision] * rows * config.length * shape_of(config).inner
     if has_kernel(x_BTC, half=True) and precision == "fp16":
         # The compiled kernel keeps the q, k, v product whole and the attention output, no scores, and of a gated GELU what it is
         # computed from alone.
