@@ -55,7 +55,7 @@ _FAMILIES = tuple(
     )
 )
 _TOTAL = re.compile(r"\b(?:total|overall|combined)\b")
-_MEAN = re.compile(r"\b(?:total|sum|mean|avg|average|running|value)\b")
+_SUM = re.compile(r"\b(?:total|sum|value)\b")
 _TRAIN = re.compile(r"\b(?:train|training|tr|trn)\b")
 # What no loss is called, or what is a share of something that rises.
 _NO_LOSS = re.compile(
@@ -289,7 +289,7 @@ def _loss_of(rows: Sequence[Values]) -> str | None:
             return plain[0]
         if fit:
             return ""
-    falling = [n for n in could if (_TRAIN.search(said[n]) or _MEAN.search(said[n])) and _falls(likely[n])]
+    falling = [n for n in could if (_TRAIN.search(said[n]) or _SUM.search(said[n])) and _falls(likely[n])]
     return falling[0] if len(falling) == 1 else ""
 
 

@@ -14,8 +14,9 @@ one is read once to learn its columns and once more for every segment.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,7 @@ KEPT = 200_000
 _PILE = 4096  # rows that are looked at together
 MOST_BAD = 0.1  # A larger share of lines that cannot be read is not damage but another format.
 _UNORDERED_SHARE = 0.25
+_ROUND = re.compile(r"\b(?:round|cycle|sweep|pass)s?$", re.IGNORECASE)  # not fold, seed: those are runs
 _ENDS = 3  # values that tell where a run begins and where it ends
 
 
@@ -237,6 +239,8 @@ def _pieces(
         and part.last.get("epoch", 0) > part.first.get("epoch", 0)
         else None
     )
+    if epoch is None and part.backward[counter] and held is not None:
+        epoch = next((n for n in part.counts if _is_outer(n, counter, part, held, name)), None)
     if reading.format.startswith("HuggingFace") and part.filtered:
         reading.notes.append(
             f"the gradient norm is not finite in {part.filtered:,} rows whose loss is: "
@@ -262,6 +266,21 @@ def _pieces(
         return [log]
     label = f"{name} " if name else ""
     return [_renamed(log, f"{label}run {i + 1}", i) for i in range(count)]
+
+
+def _is_outer(outer: str, counter: str, part: Part, held: Sequence[Row], name: str) -> bool:
+    """Whether a column counts rounds in each of which the counter begins again."""
+    if not _ROUND.search(outer) or outer in part.fractions or part.backward[outer]:
+        return False
+    before: tuple[float, float] | None = None
+    for where, row in held:
+        step, round_ = row.get(counter), row.get(outer)
+        if where != name or step is None or round_ is None:
+            continue
+        if before is not None and step < before[0] and round_ <= before[1]:
+            return False
+        before = step, round_
+    return before is not None
 
 
 def _goes_on(log: RowLog) -> bool:

@@ -38,6 +38,7 @@ LINES = [
     "Epoch: [0][{k}/80]\nLoss {x:.4f} ({x:.4f})\tLoss Side Branch 0.1 (0.1)\nTop-1 accuracy (0.1)",
     "seconds..Epoch {k}/24.. Epoch Training loss: {x:.3f}.. Epoch validation loss: 9.990.. validation accuracy: 0.1",
     "Epoch {k}\nTraining:\n  Loss: {x:.3f}\n  Acc: 0.10\nValidation:\n  Loss: 9.990\n  Acc: 0.10",
+    "{k}# Epoch finished ! Loss: {x:.2f}, IOU: 0.3",
     "Epoch:  {k}  -----------\nMSE: train:  {x:.2f} , validation:  9.99 ",
 ]
 
@@ -58,6 +59,7 @@ NO_LOSSES = [
     "Iter {k}/24: Iter best={x:.3f}, Overall={x:.2f}",
     "Loss Test {x:.4f} Min Loss {x:.3f}\nSaving Model",
     "Validation: Epoch [{k}/24]\nLoss {x:.4f}\nAccuracy 0.1\n",
+    "[TRS] iter={k} batch_mean={x:.4f} batch_max=12.1{k} global_best=12.1{k}",
     "Validation Epoch {k}, Average Loss: {x:.4f}",
     "fold {k}: rmse 0.3{k}",
     "step {k} l1 0.12, mse {x:.2f}, dur 0.3",
@@ -133,6 +135,15 @@ def epochs(first, fall):
         start = 9.0 if e == 0 or first else 9.0 - fall * e
         lines += [f"INFO Iter: {100 * k}/800, LR: 1e-4, Loss: {start - fall * k / 8:.3f}" for k in range(8)]
     return "\n".join(lines)
+
+
+def test_epochs_of_rounds_count_on(tmp_path):
+    path = tmp_path / "log"
+    lines = [
+        f"Client 3 - Round {r} - Epoch {e}/3 - Loss: {3 - r / 9:.2f}{e}" for r in range(3) for e in (1, 2, 3)
+    ]
+    path.write_text("\n".join(lines))
+    assert losses(path)[1] == list(range(1, 10))
 
 
 def test_a_counter_that_begins_again_while_the_loss_goes_on_counts_epochs(tmp_path):
