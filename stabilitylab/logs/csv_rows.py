@@ -74,9 +74,11 @@ def read_csv_rows(source: Source) -> Reading:
     names = [cell.strip() for cell in cells]
     runs = {m["run"] for name in names if (m := _WANDB.match(name))}
     form = "W&B panel export" if runs and any(n.endswith("__MIN") for n in names) else "CSV"
-    parts = [n for n in names if re.fullmatch(r"train/(box|obj|cls|dfl|seg|pose|kobj|angle)(_loss|_om)?", n)]
-    if {"lr/pg0", "x/lr0"} & {*names}:  # RT-DETR's and those of later tasks: giou, l1, rle, sem
-        parts = [n for n in names if re.fullmatch(r"train/\w+_(loss|om)", n)]
+    parts = [
+        n for n in names if re.fullmatch(r"train/(box|obj|cls|dfl|seg|pose|kobj|angle)(_loss|_om|_oo)?", n)
+    ]
+    if {"lr/pg0", "x/lr0"} & {*names}:  # RT-DETR's and later ones'; YOLOv10's of both heads
+        parts = [n for n in names if re.fullmatch(r"train/\w+_(loss|om|oo)", n)]
     if len(parts) > 1:
         form = "YOLO results"
     several = form.startswith("W&B") and len(runs) > 1

@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stabilitylab.errors import InputError
 from stabilitylab.logs.json_lines import NAMED_BY, numbers, part_of
 from stabilitylab.logs.pattern import Values
 from stabilitylab.logs.reading import Reading, Row
@@ -30,7 +31,11 @@ Records = list[Mapping[str, Any]]
 
 
 def read_json_document(source: Source) -> Reading | None:
-    """The document's records; None: it is no single document, or holds none."""
+    """The document's records; None: it is no single document, or one line that holds none.
+
+    Raises:
+        InputError: it is a document of several lines that holds none.
+    """
     text = b"".join(source.chunks())[:_LARGEST].decode("utf-8-sig", errors="replace")
     cut = False
     try:
@@ -55,6 +60,11 @@ def read_json_document(source: Source) -> Reading | None:
         reading.step = "step"
     else:
         found = _longest(document)
+        if found is None and "\n" in text.strip():
+            raise InputError(
+                f"{source.name} is one JSON document that holds no record a step: it is no log; "
+                "give the file that does, such as trainer_state.json"
+            )
         if found is None:
             return None
         reading = _reading("JSON document", found)

@@ -6,6 +6,7 @@ import sqlite3
 
 import pytest
 
+from stabilitylab.errors import InputError
 from tests.stabilitylab.logs.told import losses, many, said
 
 MEGATRON = (
@@ -231,3 +232,17 @@ def test_a_counter_comes_before_the_calls_that_wandb_counts(tmp_path):
         line = '{{"_step": {k}, "_runtime": 1, "{name}": {k}00, "loss": {x}}}'
         (path := tmp_path / "h.jsonl").write_text(many(line, name=name))
         assert losses(path)[1] == [100, 200, 300, 400, 500]
+
+
+def test_yolov10_sums_both_heads(tmp_path):
+    head = "epoch,train/box_om,train/cls_om,train/dfl_om,train/box_oo,train/cls_oo,train/dfl_oo,val/box_om,lr/pg0\n"
+    (path := tmp_path / "results.csv").write_text(head + many("{k},{x},1,1,2,2,2,9,0.1"))
+    assert losses(path)[2] == pytest.approx([16.9, 16.8, 16.7, 16.6, 16.5])
+
+
+def test_a_trainers_results_are_no_log(tmp_path):
+    (path := tmp_path / "all_results.json").write_text('{\n    "epoch": 3.0,\n    "train_loss": 2.2\n}\n')
+    with pytest.raises(
+        InputError, match=r"all_results.json is one JSON document .* it is no log; give .*trainer_state"
+    ):
+        losses(path)
