@@ -27,9 +27,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, TypeGuard
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stabilitylab.errors import InputError
 
@@ -106,14 +109,37 @@ def _is_conv1d(module: object) -> TypeGuard[Conv1D]:
 def has_known_layout(module: nn.Module) -> bool:
     """Whether it is a linear layer whose weight can be read as [out, in] and another layer put in its place."""
     if isinstance(module, nn.Linear):
-        return type(module).__name__ != "NonDynamicallyQuantizableLinear"
+        kind: Any = type(module)
+        return kind.__name__ != "NonDynamicallyQuantizableLinear" and _returns_product(kind)
     return _is_conv1d(module) and module.weight.dim() == 2
+
+
+@cache
+def _returns_product(kind: Any) -> bool:
+    """Whether a kind of ``nn.Linear`` returns x W' + b and nothing else: one of six outputs is made and tried."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    drawn = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(shape, generator=drawn) for shape in ((6, 4), (6,), (3, 4)))
+    tried = object.__new__(kind)
+    nn.Module.__init__(tried)
+    tried.in_features, tried.out_features = 4, 6
+    tried.weight, tried.bias = nn.Parameter(weight), nn.Parameter(bias)
+    try:
+        with torch.no_grad():
+            y: object = kind.forward(tried.eval(), x)
+    except Exception:  # whatever it needs besides a weight and a bias makes it another layer
+        return False
+    expected = F.linear(x, weight, bias)
+    return (
+        isinstance(y, Tensor) and y.shape == expected.shape and bool(torch.allclose(y, expected, atol=1e-5))
+    )
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer, or calls itself one."""
     if isinstance(module, nn.Linear):
-        return has_known_layout(module)
+        return type(module).__name__ != "NonDynamicallyQuantizableLinear"
     return type(module).__name__.endswith("Linear") or type(module).__name__ == "Conv1D"
 
 

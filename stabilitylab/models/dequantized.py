@@ -12,8 +12,10 @@ such a model is false. So tensors that are no floats are either understood here 
                                                  or P_global_scale                              code x scale / global
 
 ``_scale_inv`` multiplies too, whatever its name says (DeepSeek-V3). Of two codes in a byte the lower half is the first. A scale
-of one dimension belongs to rows; a scale smaller than its weight belongs to blocks, as many numbers wide as fit. The plain copy
-is made tensor by tensor in a temporary folder, in 16 bits where that changes no bit, so memory holds one tensor at a time.
+of one dimension belongs to rows; a scale smaller than its weight belongs to blocks, of the size that the config says
+(``weight_block_size``, compressed-tensors' ``block_structure`` and ``group_size``). Where it says none, several sizes make as
+many blocks: the power of two among them is taken, and a note says so. The plain copy is made tensor by tensor in a temporary
+folder, in 16 bits where that changes no bit, so memory holds one tensor at a time.
 
 Sources: OCP 8-bit Floating Point (OFP8) 1.0; OCP Microscaling Formats (MX) 1.0; DeepSeek-V3 (arXiv:2412.19437), section 3.3;
 the files of gpt-oss, ModelOpt, compressed-tensors.
@@ -27,7 +29,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,7 +50,7 @@ COMPANION = re.compile(
     r"(_scale|_scale_inv|_scale_2|_global_scale|_zero_point|[._]scales|[._]qweight|[._]qzeros|[._]g_idx|\.absmax|\.quant_map"
     r"|\.nested_absmax|\.nested_quant_map|\.SCB|\.weight_format|_shape|\.codes|\.codebooks|_packed|_blocks|\.quant_state\..*)$"
 )
-OF_ACTIVATIONS = re.compile(r"(input|output|act|activation|[qkv])(_global)?_(scale|zero_point|amax)$")
+OF_ACTIVATIONS = re.compile(r"(input|output|act|activation|[qkv])(_global)?_(scale(_ub)?|zero_point|amax)$")
 _SHARD_BYTES = 1 << 30
 
 
@@ -61,6 +63,7 @@ class Codes:
         format: "fp8", "mxfp8", "int8", "mxfp4" or "nvfp4".
         codes, scale: where they are.
         second: nvfp4's scale of the tensor; None elsewhere.
+        block: rows and columns of a block, as the config says; None where it says nothing.
     """
 
     name: str
@@ -68,6 +71,25 @@ class Codes:
     codes: StoredTensor
     scale: StoredTensor
     second: StoredTensor | None = None
+    block: tuple[int, int] | None = None
+
+    @property
+    def supposed(self) -> tuple[int, ...]:
+        """Sizes of its blocks that nobody says, where other sizes would make as many; none where there is no doubt."""
+        return tuple(
+            size
+            for dim, size in enumerate(self.sizes)
+            if self.block is None and size and 1 < self.scale.shape[dim] < self.codes.shape[dim]
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of each dimension that share a scale; 0 where it does not fit. Not asked of two codes in a byte."""
+        have, want = self.scale.shape, self.codes.shape
+        if len(have) != len(want) or self.format in ("mxfp4", "nvfp4"):
+            return ()
+        told = (*[None] * (len(want) - 2), *(self.block or (None, None)))[-len(want) :]
+        return tuple(_block_of(*sizes) for sizes in zip(have, want, told, strict=True))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -103,11 +125,14 @@ def plain_folder(folder: Path) -> Iterator[tuple[Path, Mapping[str, StoredTensor
         _without_quantization(plain / "config.json")
         _write(plain, stored, found)
         kinds = sorted({one.format for one in found})
-        yield (
-            plain,
-            stored_tensors(plain),
-            (f"{len(found)} weights stored in {' and '.join(kinds)} are read as code x scale",),
-        )
+        notes = [f"{len(found)} weights stored in {' and '.join(kinds)} are read as code x scale"]
+        if supposed := [one for one in found if one.supposed]:
+            sizes = " x ".join(map(str, supposed[0].supposed))
+            notes.append(
+                f"{len(supposed)} of them have scales of blocks whose size its config does not say: it is taken to be {sizes}, "
+                f"as of {supposed[0].name}"
+            )
+        yield plain, stored_tensors(plain), tuple(notes)
 
 
 def _refuse_unknown_method(folder: Path) -> None:
@@ -139,7 +164,12 @@ def understood(folder: Path, stored: Mapping[str, StoredTensor]) -> list[Codes]:
     Raises:
         InputError: some are, in a way that is not in the table above.
     """
-    found = [one for tensor in stored.values() if (one := _recognise(tensor, stored)) is not None]
+    block = _told_block(folder)
+    found = [
+        replace(one, block=(1, 32) if one.format == "mxfp8" else block)
+        for tensor in stored.values()
+        if (one := _recognise(tensor, stored)) is not None
+    ]
     known = {name for one in found for name in one.parts}
     for tensor in stored.values():
         if tensor.is_matrix_of_codes and tensor.name not in known:
@@ -243,19 +273,56 @@ def _spread(scale: Tensor, shape: torch.Size, one: Codes) -> Tensor:
     blocks = scale.dim() == len(shape)
     if not blocks:  # one dimension belongs to rows (of experts: to experts)
         scale = scale.reshape(*scale.shape, *[1] * (len(shape) - scale.dim()))
+    told = (*[None] * (len(shape) - 2), *(one.block or (None, None)))[-len(shape) :]
     for dim, (have, want) in enumerate(zip(scale.shape, shape, strict=True)):
         if have in (1, want):
             continue
-        block = next((b for b in _BLOCKS if blocks and -(-want // b) == have), None)
-        if block is None and blocks and want % have == 0:
-            block = want // have
-        if block is None:
+        block = _block_of(have, want, told[dim]) if blocks else 0
+        if not block:
+            said = f" in blocks of {told[dim]}" if blocks and told[dim] else ""
             raise InputError(
                 f"{one.scale.file.parent}: {one.scale.name} {tuple(one.scale.shape)} does not fit {one.codes.name} "
-                f"{tuple(one.codes.shape)}: use an intact checkpoint"
+                f"{tuple(one.codes.shape)}{said}: use an intact checkpoint"
             )
         scale = scale.repeat_interleave(block, dim).narrow(dim, 0, want)
     return scale
+
+
+def _block_of(have: int, want: int, told: int | None = None) -> int:
+    """How many of ``want`` numbers share one of ``have`` scales; 0 where that cannot be."""
+    if have in (1, want):
+        return want // have
+    if told:
+        return told if -(-want // told) == have else 0
+    usual = next((size for size in _BLOCKS if -(-want // size) == have), 0)
+    return usual or (want // have if want % have == 0 else 0)
+
+
+def _told_block(folder: Path) -> tuple[int, int] | None:
+    """Rows and columns of a block of scales, as a folder's config says; None where it says nothing, or several sizes."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    told = config.get("quantization_config") or text.get("quantization_config")
+    if not isinstance(told, dict):
+        return None
+    groups = told.get("config_groups")
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    said = {_pair(told.get("weight_block_size"))}
+    for one in weights:
+        if isinstance(one, dict):
+            width = one.get("group_size")
+            said.add(_pair(one.get("block_structure") or ([1, width] if width else None)))
+    said.discard(None)
+    return said.pop() if len(said) == 1 else None
+
+
+def _pair(told: object) -> tuple[int, int] | None:
+    if isinstance(told, list) and len(told) == 2 and all(isinstance(n, int) and n > 0 for n in told):
+        return told[0], told[1]
+    return None
 
 
 def _without_quantization(config: Path) -> None:

@@ -9,8 +9,9 @@ copied, and outliers, quantization and telemetry see them as they see any other 
 
 computed expert by expert, as the "eager" implementation of transformers does. The layout is told by what its decorator
 ``use_experts_implementation`` leaves on the module: ``has_bias``, ``is_transposed`` and ``_apply_gate`` in every release from 5.0
-on; ``has_gate`` and ``has_post_expert_norm`` in later ones, before which all were gated and none was normalized. Experts of another
-layout (Llama 4's) stay as they are, and a note says that nothing looks at them.
+on; ``has_gate`` and ``has_post_expert_norm`` in later ones, before which all were gated and none was normalized. Llama 4's, which
+are without it, are known by their name: every expert is given every token, those of others as zeros. Experts of another layout
+(DBRX's, JetMoE's) stay as they are, and a note says that nothing looks at them.
 
 Source: Shazeer et al., arXiv:1701.06538, equation 1; the layouts are those of transformers 5.0 to 5.24, ``integrations/moe.py``.
 """
@@ -34,16 +35,20 @@ class _Layout:
         bias: both parameters have one.
         transposed: weights are [experts, in, out].
         norm: each expert's output is normalized.
+        every: every expert is given a row for every token, one after another, and chooses nothing (Llama 4).
     """
 
     inward: str
     bias: bool
     transposed: bool
     norm: bool
+    every: bool = False
 
 
 def _layout(module: Any) -> _Layout | None:
-    """What the decorator left on a module; None where it left nothing."""
+    """What the decorator left on a module; None where it left nothing and the module's kind is not known."""
+    if type(module).__name__ == "Llama4TextExperts":
+        return _Layout(inward="gate_up_proj", bias=False, transposed=True, norm=False, every=True)
     if not (hasattr(module, "has_bias") and hasattr(module, "is_transposed")):
         return None
     return _Layout(
@@ -58,7 +63,7 @@ class SplitExperts(nn.Module):
     """The experts of one layer, each a linear layer up and one down.
 
     Takes what the fused module takes: hidden states [tokens, width], for each token the numbers of its experts and their weights,
-    both [tokens, chosen]; returns [tokens, width].
+    both [tokens, chosen]; returns [tokens, width]. Where every expert has a row for every token, [experts x tokens, width] alone.
     """
 
     def __init__(self, fused: Any) -> None:
@@ -69,17 +74,26 @@ class SplitExperts(nn.Module):
         self.add_module(layout.inward, _linears(fused, layout.inward, layout.transposed))
         self.down_proj = _linears(fused, "down_proj", layout.transposed)
         # Bound to the fused module, which knows its activation and its limits; the weights it held are taken from it.
-        self._between: Callable[[Tensor], Tensor] = getattr(fused, _between(layout))
+        self._between: Callable[[Tensor], Tensor] = _between(fused, layout)
         self._after: Callable[[Tensor], Tensor] | None = fused.post_expert_norm if layout.norm else None
         if self._after is not None:
             self.post_expert_norm = self._after
         for name in list(fused._parameters):
             fused._parameters[name] = None
 
-    def forward(self, hidden_TC: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        result_TC = torch.zeros_like(hidden_TC)
+    def forward(
+        self, hidden_TC: Tensor, chosen_TK: Tensor | None = None, weight_TK: Tensor | None = None
+    ) -> Tensor:
         inward = self.get_submodule(self.inward)
         assert isinstance(inward, nn.ModuleList)
+        if chosen_TK is None or weight_TK is None:
+            rows = hidden_TC.view(len(inward), -1, hidden_TC.shape[-1])
+            made = [
+                down(self._between(up(row_TC)))
+                for row_TC, up, down in zip(rows, inward, self.down_proj, strict=True)
+            ]
+            return torch.cat(made)
+        result_TC = torch.zeros_like(hidden_TC)
         for expert in torch.unique(chosen_TK).tolist():
             if not 0 <= expert < len(inward):  # masked tokens are sent to an expert beyond the last
                 continue
@@ -125,9 +139,17 @@ def unsplit_experts(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _between(layout: _Layout) -> str:
-    """Name of what a fused module computes between its two products."""
-    return "_apply_gate" if layout.inward == "gate_up_proj" else "act_fn"
+def _between(fused: Any, layout: _Layout) -> Any:
+    """What a fused module computes between its two products; None where it is not known."""
+    if not layout.every:
+        return getattr(fused, "_apply_gate" if layout.inward == "gate_up_proj" else "act_fn", None)
+
+    def gated(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, -1)
+        product: Tensor = up * fused.act_fn(gate)
+        return product
+
+    return gated
 
 
 def _is_fused(module: Any) -> bool:
@@ -141,7 +163,7 @@ def _is_fused(module: Any) -> bool:
     dims = [3, 3, 2, 2][: len(names)]
     fits = all(w is not None and w.dim() == dim for w, dim in zip(weights, dims, strict=True))
     # A parameter besides these takes part in a way that is not known here.
-    return fits and set(held) == set(names) and hasattr(module, _between(layout))
+    return fits and set(held) == set(names) and _between(module, layout) is not None
 
 
 def _linears(fused: nn.Module, name: str, transposed: bool) -> nn.ModuleList:

@@ -153,6 +153,18 @@ def _unpacked(where: Mapping[str, Any]) -> dict[str, Any]:
     return {"quantization_config": config(dequantize=True)} if where and config is not None else {}
 
 
+def kept_wide(module: Any, dtype: torch.dtype) -> frozenset[str]:
+    """Parameters and buffers that transformers leaves in fp32 when it opens a model in 16 bits: the class names their parts.
+
+    Source: ``PreTrainedModel._get_dtype_plan``, transformers 5.
+    """
+    parts = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ()) if dtype.itemsize == 2 else set()
+    if dtype is torch.float16:
+        parts |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    names = (name for found in (module.named_parameters(), module.named_buffers()) for name, _ in found)
+    return frozenset(name for name in names if any(f".{part}." in f".{name}." for part in parts))
+
+
 def prepare(module: Any) -> None:
     """Make a model as transformers builds it ready for reading windows, in place."""
     # Keys and values of past tokens are of no use to windows that are read at once.
@@ -248,7 +260,12 @@ def describe(path: Path, plain: Path | None = None) -> Described:
         config = _read(path, "config", transformers.AutoConfig, folder, **where)
         if where:
             gguf_config.mend_config(config, Path(folder) / where["gguf_file"])
-        if getattr(config, "is_encoder_decoder", False):
+        named = getattr(config, "architectures", None) or ()
+        # T5's encoder on its own, say: AutoModel would look for the decoder too.
+        encodes = any(name.endswith("EncoderModel") for name in named) and (
+            type(config) in transformers.AutoModelForTextEncoding._model_mapping
+        )
+        if getattr(config, "is_encoder_decoder", False) and not encodes:
             raise InputError(
                 f"{path} is an encoder-decoder model, which needs two texts: give an encoder or a decoder"
             )
@@ -259,6 +276,8 @@ def describe(path: Path, plain: Path | None = None) -> Described:
             if sees
             else transformers.AutoModelForCausalLM
             if predicts
+            else transformers.AutoModelForTextEncoding
+            if encodes
             else transformers.AutoModel
         )
     return Described(path=path, folder=folder, where=where, config=config, predicts=predicts, loader=loader)

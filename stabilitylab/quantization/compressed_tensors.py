@@ -31,7 +31,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.formats import pack_4bit
 from stabilitylab.models import TextModel
 from stabilitylab.models.layers import narrowest
-from stabilitylab.quantization.export_forms import card, no_form, refuse_embeddings, refuse_experts
+from stabilitylab.quantization.export_forms import card, no_form, refuse_embeddings, refuse_layers
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan
@@ -103,7 +103,7 @@ def save_compressed_tensors(model: TextModel, plan: QuantizationPlan, out: Path)
         InputError: ``out`` stands already, the plan is for another model, or a scheme has no form in compressed-tensors.
     """
     plan.require(model.fingerprint, model.name)
-    refuse_experts(model, NAME)
+    refuse_layers(model, NAME)
     refuse_embeddings(model, plan, NAME)
     with new_folder(out) as partial:
         copy_companions(model, partial)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel
@@ -149,11 +150,19 @@ def held_schemes(format: str, schemes: Sequence[LinearScheme]) -> tuple[list[Lin
     return held, others
 
 
-def refuse_experts(model: TextModel, format: str) -> None:
-    """Raises InputError where a model has experts that were taken apart: their layers are no layers of the file."""
+def refuse_layers(model: TextModel, format: str) -> None:
+    """Raises InputError where a model's layers have no form in a format whatever their scheme: experts that were taken apart,
+    which are no layers of the file, and weights that lie the other way round."""
     if any(isinstance(module, SplitExperts) for module in model.module.modules()):
         raise InputError(
             f"{model.name} has experts, whose layers are not written as {format}: leave out --format"
+        )
+    layers = quantizable_layers(model.module)
+    turned = [path for path, layer in layers.items() if not isinstance(layer, nn.Linear)]
+    if turned:
+        raise InputError(
+            f"{model.name} has layers whose weights are [in, out] ({turned[0]}, {len(turned)} in all), which {format} has no form "
+            "for: leave out --format"
         )
 
 

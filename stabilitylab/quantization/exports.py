@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel
-from stabilitylab.quantization.export_forms import OWN, REGISTERED, formats, refuse_experts
+from stabilitylab.quantization.export_forms import OWN, REGISTERED, formats, refuse_layers
 from stabilitylab.quantization.plan import QuantizationPlan
 
 
@@ -38,7 +38,7 @@ def require_form(format: str, model: TextModel) -> None:
 
         require_torchao()
     if format != OWN and format not in REGISTERED:
-        refuse_experts(model, format)
+        refuse_layers(model, format)
 
 
 def save_as(format: str, model: TextModel, plan: QuantizationPlan, out: Path) -> int:

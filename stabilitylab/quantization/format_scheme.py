@@ -32,6 +32,7 @@ from stabilitylab.formats import (
     unpack_4bit,
 )
 from stabilitylab.models.freed_memory import let_go_of_pages
+from stabilitylab.quantization.weight_on_paper import HasWeightOnPaper
 
 _SEARCHED = "-mse"
 _AT_ONCE = 1 << 22  # numbers of a weight that are looked at together
@@ -100,7 +101,7 @@ def fingerprint_of_weight(weight: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-class FormatLinear(nn.Module):
+class FormatLinear(HasWeightOnPaper, nn.Module):
     """y = x^ W^' + b, with the weights stored as codes and scales.
 
     Args:
@@ -137,6 +138,7 @@ class FormatLinear(nn.Module):
         self.register_buffer("tensor_scale", stored.tensor_scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("smooth", None if smooth is None else smooth.detach().float())
+        self.register_buffer("computes", torch.empty(0, device=stored.codes.device), persistent=False)
         self.eval()
 
     @property

@@ -33,7 +33,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.formats import pack_4bit
 from stabilitylab.models import TextModel
 from stabilitylab.models.layers import narrowest
-from stabilitylab.quantization.export_forms import card, holders, no_form, refuse_experts
+from stabilitylab.quantization.export_forms import card, holders, no_form, refuse_layers
 from stabilitylab.quantization.format_scheme import FormatLinear
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan
@@ -70,7 +70,7 @@ def save_gguf(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
     import gguf
 
     plan.require(model.fingerprint, model.name)
-    refuse_experts(model, NAME)
+    refuse_layers(model, NAME)
     with new_folder(out) as partial:
         copy_companions(model, partial)
         writer = gguf.GGUFWriter(str(partial / FILE), architecture)

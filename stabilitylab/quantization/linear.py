@@ -26,9 +26,10 @@ from stabilitylab.models.freed_memory import let_go_of_pages
 from stabilitylab.quantization.kernels import IntegerKernel, WeightKernel, integer_kernel, weight_kernel
 from stabilitylab.quantization.scheme import INT8_RANGE, Scheme
 from stabilitylab.quantization.stored import StoredWeight, quantize_weight
+from stabilitylab.quantization.weight_on_paper import HasWeightOnPaper
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(HasWeightOnPaper, nn.Module):
     """A linear layer with quantized weights. Made by ``from_linear`` or from a stored weight.
 
     Args:
@@ -62,6 +63,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("zeros", stored.zeros)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("smooth", None if smooth is None else smooth.detach().float())
+        self.register_buffer("computes", torch.empty(0, device=stored.scales.device), persistent=False)
         self._kernel: WeightKernel | IntegerKernel | None = None
         self.eval()
 

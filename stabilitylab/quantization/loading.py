@@ -37,11 +37,12 @@ def open_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
     described = hugging_face.describe(path)
     with hugging_face.quiet():
         module = described.built(dtype)
+        wide = hugging_face.kept_wide(module, dtype)
         hugging_face.prepare(module)
         tokenizer = described.tokenizer()
     if getattr(module, "pooler", None) is not None and not holds(path / WEIGHTS, "pooler."):
         module.pooler = None  # the original was opened without: its files lack it and no output needs it
-    load_quantized(module, path / WEIGHTS, dtype=dtype)
+    load_quantized(module, path / WEIGHTS, dtype=dtype, wide=wide)
     return TextModel(
         module=module.requires_grad_(False),
         name=header["name"],

@@ -11,12 +11,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stabilitylab.models import linear_layers, linear_weight, shared_parameters
+from stabilitylab.models.held import is_held
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.schemes import LinearScheme
+from stabilitylab.quantization.weight_on_paper import HasWeightOnPaper
 
 
 def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -63,6 +66,9 @@ def quantized(
 def put(module: nn.Module, path: str, layer: nn.Module) -> None:
     """Set a layer in the place of the one at a path, wherever else that one stands too."""
     before = module.get_submodule(path)
+    if isinstance(layer, HasWeightOnPaper):
+        dtype = torch.float32 if is_held(before) else getattr(before.weight, "dtype", torch.float32)
+        layer.computes = layer.computes.to(dtype)
     for name, found in list(module.named_modules(remove_duplicate=False)):
         if found is before:
             parent, _, leaf = name.rpartition(".")

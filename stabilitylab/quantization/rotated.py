@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.formats import rotate, rotation_signs
+from stabilitylab.quantization.weight_on_paper import HasWeightOnPaper
 
 _SEED = 0
 _LARGEST = 1024
 
 
-class RotatedLinear(nn.Module):
+class RotatedLinear(HasWeightOnPaper, nn.Module):
     """y = layer(x R), the layer's weights being W R.
 
     Args:
@@ -35,6 +37,7 @@ class RotatedLinear(nn.Module):
         self.layer, self.scheme = layer, scheme
         self.out_features, self.in_features = layer.out_features, layer.in_features
         self.register_buffer("signs", signs_for(self.in_features, "the layer"), persistent=False)
+        self.register_buffer("computes", torch.empty(0), persistent=False)
 
     @property
     def nbytes(self) -> int:

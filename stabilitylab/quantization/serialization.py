@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,16 @@ def holds(path: Path, prefix: str) -> bool:
     return any(name.startswith(prefix) for name in _names(path))
 
 
-def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
+def load_quantized(
+    module: nn.Module, path: Path, *, dtype: torch.dtype = torch.float32, wide: Container[str] = ()
+) -> None:
     """Fill a model, built with its parameters on the meta device (``without_parameters``), from a quantized weights file.
 
     Args:
         module: filled in place.
         path: the weights file.
-        dtype: format of what is not quantized.
+        dtype: format of parameters that are not quantized; buffers keep the one that the module computes them in.
+        wide: names of what stays in fp32 whatever the format.
 
     Raises:
         InputError: the file is not a quantized model's, or does not fit the module.
@@ -139,7 +142,7 @@ def load_quantized(module: nn.Module, path: Path, *, dtype: torch.dtype = torch.
     owned = tuple(f"{layer_path}." for layer_path in layers)
     for name in sorted(names):
         if not name.startswith(owned):
-            _set(module, name, read_tensor(path, name), dtype, path)
+            _set(module, name, read_tensor(path, name), torch.float32 if name in wide else dtype, path)
     for first, *others in header["shared"]:
         for name in others:
             parent, _, leaf = name.rpartition(".")
@@ -242,10 +245,12 @@ def _set(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, path:
     parent, _, leaf = name.rpartition(".")
     _check_place(module, parent, path)
     owner = module.get_submodule(parent)
-    if tensor.is_floating_point():
-        tensor = tensor.to(dtype)
     place: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
     before = place.get(leaf)
+    if tensor.is_floating_point():
+        # A buffer may be computed in a wider format than the parameters are in; the files have its shortest exact one.
+        own = dtype if before is None or place is owner._parameters else before.dtype
+        tensor = tensor.to(torch.promote_types(own, dtype))
     if before is None or before.shape != tensor.shape:
         raise InputError(
             f"{path}: {name} of shape {list(tensor.shape)} does not fit the model of its config.json"

@@ -26,7 +26,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.formats import pack_4bit
 from stabilitylab.models import TextModel
 from stabilitylab.models.layers import narrowest
-from stabilitylab.quantization.export_forms import card, holders, no_form, refuse_embeddings, refuse_experts
+from stabilitylab.quantization.export_forms import card, holders, no_form, refuse_embeddings, refuse_layers
 from stabilitylab.quantization.format_scheme import FormatLinear
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import quantizable_layers, quantized
@@ -57,7 +57,7 @@ def save_torchao(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     plan.require(model.fingerprint, model.name)
-    refuse_experts(model, NAME)
+    refuse_layers(model, NAME)
     refuse_embeddings(model, plan, NAME)
     layers = quantizable_layers(model.module)
     with new_folder(out) as partial:

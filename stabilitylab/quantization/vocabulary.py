@@ -30,6 +30,7 @@ from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.replacement import replaced
 from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.schemes import LinearScheme, RotatedScheme, nearest
+from stabilitylab.quantization.weight_on_paper import WeightOnPaper
 
 
 class QuantizedEmbedding(nn.Module):
@@ -56,6 +57,12 @@ class QuantizedEmbedding(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the stored numbers."""
         return self.matrix.nbytes
+
+    @property
+    def weight(self) -> WeightOnPaper:
+        """For models that ask for its format."""
+        shape = torch.Size((self.num_embeddings, self.embedding_dim))
+        return WeightOnPaper(dtype=self.dtype, device=self.matrix.weight.device, shape=shape)
 
     def forward(self, ids: Tensor) -> Tensor:
         """As the embedding's.
@@ -181,11 +188,14 @@ def _multiplies(owner: nn.Module) -> bool:
 
 
 class _Weightless(nn.Module):
-    """Calls a module of the model, and has none of its attributes."""
+    """Calls a module of the model, and has none of its attributes but what its weight looks like."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, "_inner", inner)
+        like: Any = inner.weight
+        dtype = torch.float32 if is_held(inner) else like.dtype
+        self.weight = WeightOnPaper(dtype=dtype, device=like.device, shape=like.shape)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         inner: Any = self._inner

@@ -210,3 +210,37 @@ def test_of_several_tables_the_tokens_is_told() -> None:
         structure.token_embeddings(Model(type_of_word=nn.Embedding(9, 4), pos=nn.Embedding(5, 4)))
     ) == ["type_of_word"]
     assert structure.token_embeddings(Model(net=nn.Linear(3, 3))) == {}
+
+
+class Scaled(nn.Linear):
+    """Another way to write the same product."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + (0 if self.bias is None else self.bias)
+
+
+class Choosing(nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = super().forward(x)
+        return logits, logits.argmax(-1)
+
+
+class Grouped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.flip(0), self.bias)
+
+
+class Needy(nn.Linear):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * mask
+
+
+def test_subclasses_of_linear_count_where_they_return_the_product() -> None:
+    model = nn.ModuleDict(
+        {kind.__name__: kind(4, 3) for kind in (nn.Linear, Scaled, Choosing, Grouped, Needy)}
+    )
+    assert list(structure.linear_layers(model)) == ["Linear", "Scaled"]
+    assert all(structure.is_linear(layer) for layer in model.values())
+    share, names = structure.weights_outside_layers(model)
+    assert names == ["Choosing.weight", "Grouped.weight", "Needy.weight"]
+    assert share == 36 / 75

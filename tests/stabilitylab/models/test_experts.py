@@ -13,6 +13,9 @@ from stabilitylab.model_structure import linear_layers, stacks, weights_outside_
 from stabilitylab.models import open_text_model
 from stabilitylab.models.experts import SplitExperts, split_experts
 from stabilitylab.outliers.scan import scan_outliers
+from stabilitylab.quantization.commands import make_plan
+from stabilitylab.quantization.plan import Budget
+from stabilitylab.quantization.schemes import scheme_of
 from tests.stabilitylab.models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -83,21 +86,45 @@ def test_a_mixture_is_measured_expert_by_expert(tmp_path, text):
 
 
 def test_experts_that_stay_fused_are_told_of(tmp_path):
-    options = {
-        "num_local_experts": 4,
-        "intermediate_size_mlp": 24,
-        "head_dim": 8,
-        "interleave_moe_layer_step": 1,
-    }
-    config = transformers.Llama4TextConfig(**{**SMALL, **options})
-    path = tiny.save(transformers.Llama4ForCausalLM(config), tmp_path / "moe")
+    config = transformers.JetMoeConfig(**SMALL, num_local_experts=4, kv_channels=8)
+    path = tiny.save(transformers.JetMoeForCausalLM(config), tmp_path / "moe")
     model = open_text_model(path)
-    assert any(
-        note.startswith(
-            "2 layers of experts, among them model.layers.0.feed_forward.experts (Llama4TextExperts), are fused"
-        )
-        for note in model.notes
+    assert any("layers of experts" in note and "(JetMoeParallelExperts)" in note for note in model.notes)
+
+
+@pytest.mark.parametrize("kind", ["Llama4", "Phimoe"])
+def test_routers_that_return_a_choice_are_no_linear_layers(tmp_path, text, kind):
+    """Llama 4's and Phi-MoE's are subclasses of ``nn.Linear``; Llama 4's experts are fused without transformers' decorator."""
+    options = {"num_local_experts": 4, "head_dim": 8}
+    if kind == "Llama4":
+        options |= {"intermediate_size_mlp": 24, "interleave_moe_layer_step": 1}
+    config = getattr(transformers, {"Llama4": "Llama4TextConfig"}.get(kind, f"{kind}Config"))
+    torch.manual_seed(0)
+    own = getattr(transformers, f"{kind}ForCausalLM")(config(**{**SMALL, **options})).eval()
+    with torch.no_grad():
+        for parameter in own.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model = open_text_model(tiny.save(own, tmp_path / "moe"))
+    window = next(model.windows(text, 24, 24))
+    with torch.no_grad():
+        torch.testing.assert_close(model.run(window), own(**window.inputs).logits, rtol=2e-5, atol=2e-5)
+    layers = linear_layers(model.module)
+    assert not any("router" in path for path in layers)
+    assert any("router.weight" in note for note in model.notes)
+    assert len([path for path in layers if ".experts." in path]) == 2 * 2 * 4
+    # Every layer's gradient and input are seen, and a scheme can stand in the place of each.
+    plan = make_plan(
+        model,
+        text,
+        Budget(kind="memory", value=0.6),
+        [scheme_of("int8-row")],
+        tokens=48,
+        verify_tokens=24,
+        length=24,
     )
+    planned = {path for path, layer in plan.layers.items() if layer.scheme == "int8-row"}
+    assert len([path for path in planned if ".experts." in path]) == 2 * 2 * 4
 
 
 def test_experts_of_another_layout_stay_and_are_counted():

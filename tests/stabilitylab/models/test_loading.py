@@ -208,6 +208,23 @@ def test_encoder_decoders_are_refused(tmp_path):
         open_text_model(tmp_path)
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_the_encoder_of_one_alone_is_opened(tmp_path, told):
+    """Its config may still call it an encoder-decoder model, as those of text-to-image models do."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=32, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8)
+    own = T5EncoderModel(config).eval()
+    folder = tiny.save(own, tmp_path / "t5", framed=True)
+    held = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**held, "is_encoder_decoder": told}))
+    model = open_text_model(folder)
+    window = next(model.windows([tiny.TEXT], 16, 16))
+    with torch.no_grad():
+        assert torch.equal(model.run(window), own(**window.inputs).last_hidden_state)
+
+
 def test_gguf_files_that_cannot_be_read_are_refused(tmp_path):
     gguf = pytest.importorskip("gguf")
     for name in ("one", "two"):

@@ -47,7 +47,11 @@ def spread(scale: Tensor, block: int) -> Tensor:
 def per_tensor(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     scale = w.abs().max() / 448
     codes, static = (w / scale).to(E4M3), name.replace(".weight", ".input_scale")
-    return {name: codes, f"{name}_scale": scale.reshape(1), static: torch.ones(1)}, codes.float() * scale
+    bound = name.replace(".weight", ".input_scale_ub")  # fbgemm's
+    return (
+        {name: codes, f"{name}_scale": scale.reshape(1), static: torch.ones(1), bound: torch.ones(1)},
+        codes.float() * scale,
+    )
 
 
 def per_row(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -95,6 +99,42 @@ def test_codes_with_scales_are_read_as_numbers(saved, tmp_path, store):
         assert torch.equal(read, store(name, weight)[1] if coded else weight), name
         assert torch.equal(read, weight) != coded, name
     assert any("are read as code x scale" in note for note in model.notes)
+
+
+@pytest.mark.parametrize("said", ["fp8", "compressed-tensors", None])
+def test_blocks_are_as_large_as_the_config_says(saved, tmp_path, said):
+    """Of 48 columns 2 blocks may be of 24 to 47 numbers: by its shape a scale does not say which."""
+    size = 40
+    configs = {
+        "fp8": {"quant_method": "fp8", "weight_block_size": [size, size]},
+        "compressed-tensors": {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"weights": {"strategy": "block", "block_structure": [size, size]}}},
+        },
+    }
+
+    def blocks(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        scale = torch.exp2(-10 - torch.arange(-(-len(w) // size) * -(-w.shape[1] // size)).float())
+        scale = scale.view(-(-len(w) // size), -1)
+        whole = spread(scale, size)[: len(w), : w.shape[1]]
+        codes = (w / whole).clamp(-448, 448).to(E4M3)
+        return {name: codes, f"{name}_scale_inv": scale}, codes.float() * whole
+
+    path = stored_as(saved["llama"], tmp_path / "m", lambda n, w: blocks(n, w)[0], configs.get(said or ""))
+    model = open_text_model(path)
+    told = [note for note in model.notes if "size its config does not say" in note]
+    assert bool(told) == (said is None)
+    if said is not None:
+        for name, weight in open_text_model(saved["llama"]).module.named_parameters():
+            if "layers" in name and weight.dim() == 2:
+                assert torch.equal(model.module.get_parameter(name), blocks(name, weight)[1]), name
+    else:
+        assert "it is taken to be 32" in told[0]
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"does not fit .* in blocks of 16: use an intact checkpoint"):
+        open_text_model(path)
 
 
 def test_four_bit_codes_are_those_of_the_specification():

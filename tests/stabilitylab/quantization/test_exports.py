@@ -254,6 +254,29 @@ def test_what_a_format_cannot_hold_is_told_before_anything_is_measured(
         assert "is a bert: GGUF is written for" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("format", ["compressed-tensors", "torchao"])
+def test_layers_whose_weights_lie_the_other_way_are_refused(tmp_path, format, capsys, monkeypatch):
+    """GPT-2's Conv1D: the libraries' readers know nn.Linear alone, and would find a weight of another shape."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torchao" if format == "torchao" else "safetensors")
+    monkeypatch.setattr("stabilitylab.quantization.commands.make_plan", None)
+    folder, text = tmp_path / "gpt2", tmp_path / "text"
+    words = write_tokenizer(folder)
+    config = transformers.GPT2Config(
+        vocab_size=words, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    text.write_text(TEXT)
+    command = ["quantize", str(folder), "--text", str(text), "--plan", str(tmp_path / "plan.json")]
+    assert (
+        main([*command, "--format", format, "--apply", str(tmp_path / "out"), "--schemes", "int8-row"]) == 2
+    )
+    said = capsys.readouterr().err
+    assert "transformer.h.0.attn.c_attn, 8 in all), which" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_schemes_that_are_held_are_those_that_are_written():
     names = [
         "int8-row",
