@@ -99,7 +99,14 @@ def open_folder(path: Path, dtype: torch.dtype, *, hold: bool = False) -> TextMo
                 tokenizer = described.tokenizer()
             gguf_file.forget_words(Path(described.folder) / described.where["gguf_file"])
         with quiet():
-            module, info = described.weights(narrow or dtype)
+            try:
+                module, info = described.weights(narrow or dtype)
+            except InputError:
+                if (found := _mismatched(described, stored)) is None:
+                    raise
+                raise InputError(
+                    f"{path}: {found}: they do not belong together; give the whole, intact checkpoint"
+                ) from None
             if narrow is not None:
                 module = described.held(module) or described.weights(dtype)[0]
             tokenizer = tokenizer or described.tokenizer()
@@ -305,7 +312,22 @@ def _read(path: Path, what: str, loader: Any, folder: str, **options: Any) -> An
 def _first_line(error: BaseException) -> str:
     said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    first = " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else type(error).__name__
+    return first[:300]
+
+
+def _mismatched(described: Described, stored: Mapping[str, StoredTensor]) -> str | None:
+    """Which weight of the files has another shape than the config says, in words; None where none is found by its name."""
+    try:
+        with quiet(), torch.device("meta"):
+            built = described.loader.from_config(described.config)
+    except _UNREADABLE:
+        return None
+    for name, parameter in built.named_parameters():
+        one = stored.get(name)
+        if one is not None and one.shape != tuple(parameter.shape):
+            return f"{name} is {one.shape} in the files and {tuple(parameter.shape)} by its config"
+    return None
 
 
 def _predicts(config: Any, transformers: Any) -> bool:

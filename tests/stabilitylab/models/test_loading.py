@@ -208,6 +208,18 @@ def test_encoder_decoders_are_refused(tmp_path):
         open_text_model(tmp_path)
 
 
+def test_a_weight_of_another_shape_is_named(tmp_path, saved):
+    folder = shutil.copytree(saved["llama"], tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=rf"{name} is \(47, 32\) in the files and \(48, 32\) by its config: .*give the whole"
+    ):
+        open_text_model(folder)
+
+
 @pytest.mark.parametrize("told", [False, True])
 def test_the_encoder_of_one_alone_is_opened(tmp_path, told):
     """Its config may still call it an encoder-decoder model, as those of text-to-image models do."""
