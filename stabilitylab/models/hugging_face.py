@@ -20,6 +20,7 @@ import json
 import logging
 import pickle
 import re
+import struct
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,14 +44,18 @@ from stabilitylab.models.weight_files import FLOATS, StoredTensor
 # What transformers raises over files that it cannot read; anything else is a defect.
 _UNREADABLE = (
     AttributeError,
+    EOFError,
     ImportError,
+    IndexError,
     KeyError,
     OSError,
+    OverflowError,
     RuntimeError,
     TypeError,
     ValueError,
     SafetensorError,
     pickle.UnpicklingError,
+    struct.error,
 )
 # A tokenizer without a limit of its own says 1e30.
 _NO_LIMIT = 10**9

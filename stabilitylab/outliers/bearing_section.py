@@ -67,6 +67,22 @@ def bearing_section(found: Bearing) -> Section:
     )
 
 
+def decision_sentence(found: Bearing) -> str:
+    """Which formats the model bears, for the first line of the page."""
+    several = len(found.layers)
+    bearing = {name: sum(layer.bears(name) for layer in found.layers) for name in FORMATS}
+    whole = [_NAMES[name] for name, count in bearing.items() if count == several]
+    broken = [
+        f"{_NAMES[name]} breaks {several - count}" for name, count in bearing.items() if count < several
+    ]
+    first = f"All {several} linear layers bear {_listed(whole)}" if whole else f"Of {several} linear layers"
+    return "; ".join([first, *broken]) + "."
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
 _CAPTION = "Layers in the model's order. White is what normal numbers have, dark blue eight times as much; the limit is twice."
 
 

@@ -54,7 +54,7 @@ def _scan(
 ) -> None:
     from stabilitylab.models import open_text_model
     from stabilitylab.outliers.bearing import FORMATS, measure_bearing
-    from stabilitylab.outliers.bearing_section import bearing_record, bearing_section
+    from stabilitylab.outliers.bearing_section import bearing_record, bearing_section, decision_sentence
     from stabilitylab.outliers.record import scan_record
     from stabilitylab.outliers.scan import scan_outliers
 
@@ -72,7 +72,8 @@ def _scan(
     if html is not None:
         from stabilitylab.outliers.page import outlier_page
 
-        outlier_page(found, decision=[bearing_section(bearing)]).write(html)
+        decided = decision_sentence(bearing)
+        outlier_page(found, decided=decided, decision=[bearing_section(bearing)]).write(html)
     if json:
         print(dumps({**scan_record(found), "formats": bearing_record(bearing)}, allow_nan=False))
         return

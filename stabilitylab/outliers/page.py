@@ -18,14 +18,16 @@ MOST_LISTED = 32
 BRIGHTEST = 100.0
 
 
-def outlier_page(scan: OutlierScan, *, decision: Sequence[Section] = ()) -> Page:
+def outlier_page(scan: OutlierScan, *, decided: str = "", decision: Sequence[Section] = ()) -> Page:
     """The report of a scan.
 
     Args:
+        decided: which formats the model bears, in a sentence that opens the page.
         decision: sections on what to do about it, put first.
     """
     worst = scan.worst(1)[0]
     lead = (
+        f"{decided}{' ' if decided else ''}"
         "To run a model in 8-bit arithmetic, every activation is divided by a scale and rounded to one of 255 steps. The largest "
         "value sets the scale: where one channel is tens of times larger than the rest, the rest lose their digits. Such channels "
         f"are outliers. {scan.model} has its most prominent one in {words.place(worst.site)}: channel {worst.channel} reaches "

@@ -67,25 +67,32 @@ class CacheFormat:
             return round_to(values_BHTD, E4M3).to(values_BHTD.dtype)
         return symmetric(values_BHTD, self.bits) if self.keys == "head" else affine(values_BHTD, self.bits)
 
-    def nbytes(self, tokens: int, heads: int, channels: int) -> int:
-        """Of keys and values of one layer, scales included, at a context of so many tokens."""
-        numbers = tokens * heads * channels
+    def nbytes(self, tokens: int, heads: int, channels: int, of_values: int | None = None) -> int:
+        """Of keys and values of one layer, scales included, at a context of so many tokens.
+
+        Args:
+            tokens, heads: as they are.
+            channels: of a head's keys.
+            of_values: of a head's values, where those are others (DeepSeek).
+        """
+        width = channels if of_values is None else of_values
         if self.keys == "none":
-            return 2 * numbers
+            return tokens * heads * (channels + width)
         if self.keys == "head":
-            return 2 * (-(-numbers * self.bits // 8) + 2 * tokens * heads)
-        groups = tokens * heads * -(-channels // _GROUP)
-        values = -(-numbers * self.bits // 8) + 4 * groups
-        if self.keys == "token":
-            return 2 * values
-        # The last group of tokens is full at most once in 32: till then its keys stay in 16 bits.
-        whole = tokens // _GROUP * _GROUP
-        keys = -(-whole * heads * channels * self.bits // 8) + 4 * whole // _GROUP * heads * channels
-        left = (tokens - whole) * heads * channels
-        rounded_values = -(-whole * heads * channels * self.bits // 8) + 4 * whole * heads * -(
-            -channels // _GROUP
-        )
-        return keys + rounded_values + 4 * left
+            return (
+                self._codes(tokens * heads * channels)
+                + self._codes(tokens * heads * width)
+                + 4 * tokens * heads
+            )
+        # The last group of tokens is full at most once in 32: till then it stays in 16 bits.
+        whole = tokens if self.keys == "token" else tokens // _GROUP * _GROUP
+        scales = whole * -(-width // _GROUP)
+        scales += whole * -(-channels // _GROUP) if self.keys == "token" else whole // _GROUP * channels
+        codes = self._codes(whole * heads * channels) + self._codes(whole * heads * width)
+        return codes + 4 * heads * scales + 2 * (tokens - whole) * heads * (channels + width)
+
+    def _codes(self, numbers: int) -> int:
+        return -(-numbers * self.bits // 8)
 
 
 CACHE_FORMATS = {
@@ -242,7 +249,7 @@ def measure_cache_formats(
         InputError: the model has no cache of keys and values of past tokens.
     """
     require_cache(model)
-    layers = heads = channels = 0
+    whole = 0
     own: list[float] = []
     found: dict[str, CacheCost] = {}
     for one in (None, *formats):
@@ -253,16 +260,16 @@ def measure_cache_formats(
             loss, targets = loss_of(logits, window.targets_BT)
             losses.append(loss)
             counts.append(targets)
-            shapes = [layer.keys.shape for layer in cache.layers]
-        layers = len(shapes)
-        heads, channels = shapes[0][1], shapes[0][3]
+            # Heads, and channels of a head's keys and values.
+            shapes = [(*layer.keys.shape[1::2], layer.values.shape[3]) for layer in cache.layers]
         if one is None:
             own = losses
+            whole = sum(2 * context * heads * (keys + values) for heads, keys, values in shapes)
             continue
-        size = sum(one.nbytes(context, shape[1], shape[3]) for shape in shapes)
+        size = sum(one.nbytes(context, *shape) for shape in shapes)
         mean, error = mean_over_windows([a - b for a, b in zip(losses, own, strict=True)], counts)
         found[one.name] = CacheCost(loss=mean, bytes=size, error=error, windows=len(counts))
-    return 2 * 2 * layers * context * heads * channels, found
+    return whole, found
 
 
 def mean_over_windows(increases: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
@@ -294,7 +301,10 @@ def require_cache(model: TextModel) -> None:
     """Raises InputError where a model has no cache of keys and values that could be quantized here."""
     config: Any = getattr(model.module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    windows = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
+    # Of a model that names no kinds of layers all have a window if one has (Mistral), as transformers' own cache takes it.
+    one_kind = ["sliding_attention" if windows else "full_attention"]
+    kinds = set(getattr(text, "layer_types", None) or one_kind)
     if not model.predicts or text is None or getattr(text, "is_encoder_decoder", False):
         raise InputError(
             f"{model.name} keeps no keys and values of past tokens that could be quantized: leave out --kv-context"

@@ -1,6 +1,7 @@
 """Planted outliers are found as what they are, and what a remedy would change is what it changes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -93,6 +94,12 @@ def test_the_command_tells_it(folder, tmp_path, capsys):
     assert "fp8-e4m3-tensor: All 22 layers bear it as they are." in told
     page = (tmp_path / "p.html").read_text()
     assert page.index("Which formats each layer bears") < page.index("How many outliers")
+    # The decision is the first thing that is read.
+    lead = re.search(r"All 22 linear layers bear ([^.]*)\.", page)
+    assert lead is not None
+    assert "FP8 E4M3, one scale a tensor" in lead[1]
+    assert "int8, one scale a tensor breaks" in lead[1]
+    assert lead.start() < page.index("To run a model in 8-bit arithmetic")
     assert main(["outliers", str(folder), "--text", str(text), "--tokens", "128", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["formats"]
     assert len(rows) == 22

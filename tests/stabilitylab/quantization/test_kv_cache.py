@@ -19,9 +19,10 @@ from stabilitylab.quantization.kv_cache import (
     cheapest_harm,
     mean_over_windows,
     measure_cache_formats,
+    require_cache,
     symmetric,
 )
-from tests.stabilitylab.quantization.folders import TEXT
+from tests.stabilitylab.quantization.folders import TEXT, write_tokenizer
 
 
 def half(number):
@@ -79,6 +80,38 @@ def test_bytes_are_counted():
     assert CACHE_FORMATS["int4-kivi"].nbytes(96, heads, channels) == 2 * 96 * heads * (32 + 8)
     more = CACHE_FORMATS["int4-kivi"].nbytes(97, heads, channels)
     assert more == 2 * 96 * heads * (32 + 8) + 2 * 2 * heads * channels
+    # Values of another width: a cache of both is half of twice each.
+    for one in CACHE_FORMATS.values():
+        apart = one.nbytes(97, heads, channels) + one.nbytes(97, heads, 32)
+        if one.keys != "channel":
+            assert 2 * one.nbytes(97, heads, channels, 32) == apart
+    assert CACHE_FORMATS["int4-kivi"].nbytes(96, heads, 64, 32) == 96 * heads * (32 + 8 + 16 + 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_values_may_be_narrower_than_keys_and_windows_are_refused(tmp_path):
+    import transformers
+
+    few = {
+        "vocab_size": write_tokenizer(tmp_path), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "eos_token_id": 0, "bos_token_id": 0,
+    }  # fmt: skip
+    config = transformers.DeepseekV3Config(
+        **few, first_k_dense_replace=2, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=8,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
+    model = open_text_model(tmp_path)
+    windows = list(model.windows([TEXT], 16, 16))
+    whole, found = measure_cache_formats(model, windows, [CACHE_FORMATS["fp8-e4m3"]], 1000)
+    # transformers 5.23 keeps what keys and values are made of, releases before it both of them.
+    assert whole in (2 * 2 * 1000 * (16 + 8), 2 * 2 * 1000 * 4 * (24 + 8))
+    assert found["fp8-e4m3"].bytes == whole // 2
+    # Mistral says nothing of its layers but a window that all of them have.
+    config = transformers.MistralConfig(**few, sliding_window=8, num_key_value_heads=2)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="layers of sliding_attention, whose cache is of another kind"):
+        require_cache(open_text_model(tmp_path))
 
 
 def by_hand(model, window, format):
