@@ -67,8 +67,8 @@ def put(module: nn.Module, path: str, layer: nn.Module) -> None:
     """Set a layer in the place of the one at a path, wherever else that one stands too."""
     before = module.get_submodule(path)
     if isinstance(layer, HasWeightOnPaper):
-        dtype = torch.float32 if is_held(before) else getattr(before.weight, "dtype", torch.float32)
-        layer.computes = layer.computes.to(dtype)
+        dtype = None if is_held(before) else getattr(getattr(before, "weight", None), "dtype", None)
+        layer.computes = layer.computes.to(dtype or torch.float32)
     for name, found in list(module.named_modules(remove_duplicate=False)):
         if found is before:
             parent, _, leaf = name.rpartition(".")

@@ -9,10 +9,10 @@ import torch
 
 from stabilitylab.models import open_text_model
 from stabilitylab.models.held import without_parameters
+from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.loading import open_quantized
 from stabilitylab.quantization.plan import PlannedLayer
-from stabilitylab.quantization.replacement import quantize_layers
 from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.serialization import load_quantized, save_quantized
 from tests.stabilitylab.quantization.folders import TEXT, write_tokenizer
