@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from stabilitylab.watching.memory import Memory
+from stabilitylab.watching.kept_state import KeptState
 from stabilitylab.watching.opening import Options
 from stabilitylab.watching.watch import Watch
 
@@ -38,7 +38,7 @@ def main(words: Sequence[str] = ()) -> int:
         for length in LENGTHS:
             file = Path(folder) / f"{length}.log"
             file.write_text("".join(map(line, range(1, length + 1))))
-            memories.append(Memory(Path(folder) / f"state-{length}"))
+            memories.append(KeptState(Path(folder) / f"state-{length}"))
             options = Options(silent_after=0.0)
             watches.append(Watch(path=file, options=options, memory=memories[-1], say=lambda alert: None))
             began = time.process_time()

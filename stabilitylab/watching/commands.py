@@ -19,7 +19,7 @@ import tyro
 from stabilitylab.errors import InputError
 from stabilitylab.watching.alerts import Alert
 from stabilitylab.watching.hooks import Command, Hook, Webhook
-from stabilitylab.watching.memory import Memory, default_folder
+from stabilitylab.watching.kept_state import KeptState, default_folder
 from stabilitylab.watching.opening import Options
 from stabilitylab.watching.piped import piped
 from stabilitylab.watching.rules import rules_named
@@ -116,7 +116,7 @@ def _watch(
     plain: bool,
 ) -> int:
     screen = _Screen(live=not plain and not once and sys.stdout.isatty())
-    memory = Memory(memory_in)
+    memory = KeptState(memory_in)
     hooks: list[Hook] = []
     try:
         if exec is not None:

@@ -17,7 +17,7 @@ from stabilitylab.watching.alerts import Alert, of_event, of_silence, plain
 from stabilitylab.watching.followers import Batch, DocumentFollower, TextFollower
 from stabilitylab.watching.hooks import Hook
 from stabilitylab.watching.judge import PATIENCE, Judge
-from stabilitylab.watching.memory import Memory
+from stabilitylab.watching.kept_state import KeptState
 from stabilitylab.watching.opening import Options, Source, follower_of
 from stabilitylab.watching.rules import ALERTS
 from stabilitylab.watching.stores import is_abandoned
@@ -53,7 +53,7 @@ class Watch:
 
     path: Path
     options: Options
-    memory: Memory
+    memory: KeptState
     say: Callable[[Alert], object]
     hooks: tuple[Hook, ...] = ()
     posts: bool = False

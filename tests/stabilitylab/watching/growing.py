@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from stabilitylab.watching.alerts import Alert
-from stabilitylab.watching.memory import Memory
+from stabilitylab.watching.kept_state import KeptState
 from stabilitylab.watching.opening import Options
 from stabilitylab.watching.watch import Watch
 
@@ -43,7 +43,7 @@ class Watched:
         OPEN.append(self)
 
     def begin(self) -> None:
-        self.memory = Memory(self.state)
+        self.memory = KeptState(self.state)
         self.watch = Watch(
             path=self.path,
             options=Options(**self.options),  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ def default_folder(path: Path, asked: dict[str, Any]) -> Path:
     return Path(home) / "stabilitylab" / "watch" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-class Memory:
+class KeptState:
     """A folder of one watch.
 
     Args:
