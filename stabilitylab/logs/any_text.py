@@ -129,7 +129,7 @@ def is_of_validation(line: str, strict: bool = True) -> bool:
     said = _OF_VALIDATION.search(before)
     if said is None or _OF_TRAINING.search(before):
         return False
-    return strict or "valid" in said[0].lower()
+    return strict or re.search(r"\bval", said[0], re.IGNORECASE) is not None
 
 
 ANY_TEXT = AnyText(

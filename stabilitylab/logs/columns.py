@@ -132,7 +132,7 @@ _STEP_TAILS = frozenset({"total_timesteps", "global_step", "num_updates"})
 # Where none of those names is there: optim/LR (group 0), x/lr0, optim0_lr0, lr-DecoupledAdamW/group0; actor_grad_norm.
 _LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
     LEARNING_RATE: (
-        re.compile(r"(^|_)(lrs?|learning_rates?|lrate|l_r)\d*(_|$)"),
+        re.compile(r"(^|_)(lrs?|lrc|learning_?rates?|lrate|l_r)\d*(_|$)"),
         re.compile(r"ratio|mult|scale|min|max|decay|warm|last_layer|peak|init"),
     ),
     GRADIENT_NORM: (
@@ -263,6 +263,7 @@ def _loss(
         [n for n in found if plain[n] != "losses"],  # a list of them
         [n for n in found if not _AVERAGE.search(plain[n])],
         [n for n in found if _POLICY.search(plain[n])],
+        [n for n in found if re.search(r"(^|_)(tr|trn)(_|$)", plain[n])],
     ):
         if len(narrowed) == 1:
             return narrowed[0]

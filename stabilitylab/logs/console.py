@@ -33,11 +33,13 @@ _RANK_WORD = re.compile(r"[rR](?:ank|ANK)|^\[|^\(")
 _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
 _TOLD = "\0told"  # the losses that have had the step above
 _HEADED = "\0headed"  # whether a heading of validation stands above
+_NEXT = 2  # and nothing stands between
 # "Validation:", "--- Test results ---", "Val Epoch [3/10]" on a line of its own; the first group is training's.
 _HEADING = re.compile(
     rb"(?im:^(?:[\d:.,/ T-]+ )?(?:\[?[A-Z]+\]?[ :-]+)?[ \t=*#>-]{0,40}"
     rb"(?:(train(?:ing)?)|valid(?:ation)?|val|test(?:ing)?|eval(?:uation|uating)?)\b"
-    rb"(?: (?:set|phase|results?|metrics?|summary|stats|performance))*[ :.=*#-]*(?:epoch\W*\d+(?:\W*\d+)?)?[\])]?[ \t:.=*#-]*\r?$)"
+    rb"(?: (?:set|phase|results?|metrics?|summary|stats|performance|error))*[ :.=*#-]*"
+    rb"(?:epoch\W*\d+(?:\W*\d+)?)?[\])]?[ \t:.=*#-]*\r?$)"
 )
 _MAY_HEAD = (b"train", b"val", b"test")  # and evaluation
 _SIGNALS = {
@@ -241,7 +243,8 @@ def _records(
             if start - looked > 1:
                 _look_above(one.above, chunk, max(looked, start - _ABOVE), start, above)
             looked = end
-            if values and above.get(_HEADED) and not any(counter_of(name) for name in values):
+            headed = above.get(_HEADED)
+            if values and headed and (headed == _NEXT or not any(counter_of(name) for name in values)):
                 values = {}
         if values is None:
             continue
@@ -287,7 +290,7 @@ def _look_above(seek: re.Pattern[bytes], chunk: bytes, start: int, end: int, abo
     if not any(word in between for word in _MAY_HEAD):
         return
     for heading in _HEADING.finditer(chunk, start, end):
-        above[_HEADED] = heading[1] is None
+        above[_HEADED] = heading[1] is None and (chunk[heading.end() : end].isspace() + 1)
 
 
 def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:

@@ -22,7 +22,7 @@ OF = "\0of"
 _NO_NUMBER = r"(?!(?:nan|inf|infinity)\b)"
 _WORD = rf"{_NO_NUMBER}[A-Za-z_]"
 _PAIR = re.compile(
-    rf"(?<![\w.])({_WORD}[\w/.@-]*(?:\([A-Za-z]\w*\))?(?: {_NO_NUMBER}[A-Za-z(][\w/.()@-]*){{0,3}})"
+    rf"(?<![\w.])({_WORD}[\w/.@-]*(?:\([A-Za-z]\w*\))?(?: {_NO_NUMBER}(?:[A-Za-z]|\([A-Za-z])[\w/.()@-]*){{0,3}})"
     rf"['\"]?[)\]]?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
     rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%|\s*=\s*[-+.\d])(?=['\"\s,;:|/\])}}(>]|[a-zA-Z]+\b|--|\.\s|\.{{2,}}|\.?$)",
     re.IGNORECASE,
@@ -66,6 +66,7 @@ _SPAN = re.compile(
 _STEPS = re.compile(r"(?<![/\w.])(\d+) (?:\w+ )?(?:steps|iterations|updates|iters)\b(?!/)", re.IGNORECASE)
 _ALONE = re.compile(r"\]\s*(\d+)\s*[:|]\s")
 _RATIO = re.compile(r"(?<![\w./])(\d+)(?:/\s?| of )(\d+)(?![\w./])")
+_LOSS_PERCENT = re.compile(r"(\btrain(?:ing)? loss\s*[:=]\s*\d+\.\d+)\s?%", re.IGNORECASE)
 _PARTED = re.compile(r"\.\.(?=[A-Za-z])")  # seconds..Epoch 3/10..
 _LEADERS = re.compile(r"\s*\.{3,}:?\s*")  # loss ......... 2.31
 _WITHIN = re.compile(r"[\[(]\s*(\d+)\s*/\s*(\d+)\b")
@@ -128,6 +129,8 @@ def named(line: str) -> tuple[str, Values]:
         line = _OF_EACH.sub(r"\1 ", line)
     if "..." in line:
         line = _LEADERS.sub(": ", line)
+    if "%" in line:
+        line = _LOSS_PERCENT.sub(r"\1", line)
     if ".." in line:
         line = _PARTED.sub(" ", line)
     if "last" in line:

@@ -36,6 +36,7 @@ _LEARNED_LINES = 8_000
 _COMPARED_LINES = 1_000
 _NOISE = 20  # a column that is so many times as frequent as the loss is of other lines
 _FEWEST = 3
+_SAID_LOSS = re.compile(rb"loss[\w ]*['\"]?\s*[:=(\[]\s*[-+\d.]", re.IGNORECASE)
 _HAS_NUMBER = re.compile(rb"\d")
 _DECIMAL = re.compile(r"(?<![\w.,/-])[-+]?\d+\.\d+(?:[eE][-+]?\d+)?(?![\w.%/])")
 # 3 2.31, 3 tensor(2.31): what print(epoch, loss) prints
@@ -112,6 +113,8 @@ def read_record_lines(source: Source, beside: Reading | None) -> Reading | None:
     if beside is None:
         if (loss := _loss_of(rows)) is None:
             return None
+        if loss and len(_SAID_LOSS.findall(source.head())) >= _FEWEST:
+            loss = ""  # something that is called so, and is not read, stands beside it
     else:
         rows, order, unsaid = _first_rows(source, prepare, _layout(rows, order, unsaid, "", prepare), most)
         if (loss := _missed(rows, beside)) is None:

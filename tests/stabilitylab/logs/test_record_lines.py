@@ -38,6 +38,8 @@ LINES = [
     "Epoch: [0][{k}/80]\nLoss {x:.4f} ({x:.4f})\tLoss Side Branch 0.1 (0.1)\nTop-1 accuracy (0.1)",
     "seconds..Epoch {k}/24.. Epoch Training loss: {x:.3f}.. Epoch validation loss: 9.990.. validation accuracy: 0.1",
     "Epoch {k}\nTraining:\n  Loss: {x:.3f}\n  Acc: 0.10\nValidation:\n  Loss: 9.990\n  Acc: 0.10",
+    "Step {k}/9 - loss_tr={x:.4e} loss_val=9.99 loss_te=9.99",
+    "Epoch {k} Train Loss: {x:.3f}% | Train Error: 0.4{k} |Accuracy: 51.{k}%",
     "{k}# Epoch finished ! Loss: {x:.2f}, IOU: 0.3",
     "Epoch:  {k}  -----------\nMSE: train:  {x:.2f} , validation:  9.99 ",
 ]
@@ -60,6 +62,9 @@ NO_LOSSES = [
     "Loss Test {x:.4f} Min Loss {x:.3f}\nSaving Model",
     "Validation: Epoch [{k}/24]\nLoss {x:.4f}\nAccuracy 0.1\n",
     "[TRS] iter={k} batch_mean={x:.4f} batch_max=12.1{k} global_best=12.1{k}",
+    "Test Error:\nacc: 51.{k}%, avg loss: {x:f}\n",
+    " Validation : \n  [epoch {k}/24]--> Accuracy: 51.{k}%, --> Avg loss: {x:f}",
+    "[val] mean_loss={x:.4f} mean_dice=0.3{k}",
     "Validation Epoch {k}, Average Loss: {x:.4f}",
     "fold {k}: rmse 0.3{k}",
     "step {k} l1 0.12, mse {x:.2f}, dur 0.3",
