@@ -249,10 +249,12 @@ def make_plan(
         with pace.of("measuring keys and values in few bits"):
             kept = cache_plan(model, fresh or measured, third, cache)
     if rounded is not None:
+        chosen = {path: scheme_of(name) for path, name in advice.assignment.items() if name != KEPT}
+        meant = {
+            path: matrices[path].scheme(one) if path in matrices else one for path, one in chosen.items()
+        }
         rounded.keep_only(
-            (path, name)
-            for path, name in advice.assignment.items()
-            if name != KEPT and needs_moments(scheme_of(name))
+            (path, one.name) for path, one in meant.items() if one is not None and needs_moments(one)
         )
     share = whole_model(model.module, advice.assignment, outcome.planned, outcome.singles[KEPT])
     notes = [

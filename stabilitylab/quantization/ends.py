@@ -87,13 +87,16 @@ class Ends:
         effects: dict[str, Effect] = {}
         known: dict[str, Effect] = {}
         rows, columns = matrix.weight.shape
+        moments: Moments | None = None
         for scheme in schemes:
             meant = matrix.scheme(scheme)
             if meant is None:
                 effects[scheme.name] = Effect(error=0.0, harm=0.0, loss=0.0, bytes=2 * rows * columns)
                 continue
             if meant.name not in known:
-                made = matrix.made(meant)
+                if needs_moments(meant) and moments is None:
+                    moments = self._moments(*next(iter(matrix.outputs.items())))
+                made = matrix.made(meant, moments)
                 if (
                     rounded is not None
                 ):  # rows are looked up in the file's pages, and memory holds the output's kernel alone

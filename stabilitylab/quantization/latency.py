@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.models import linear_weight
+from stabilitylab.models.freed_memory import give_back_memory
 from stabilitylab.models.held import is_held
 from stabilitylab.quantization.replacement import quantized
 from stabilitylab.quantization.schemes import LinearScheme, nearest
@@ -73,6 +74,8 @@ def measure_latencies(
             x_MK = rows.repeat(-(-batch // len(rows)), 1)[:batch].contiguous()
             for name, seconds in _medians(calls, x_MK, rounds).items():
                 found[shape][name][batch] = times * seconds
+        calls.clear()
+        give_back_memory()  # twins of this shape
     return found
 
 

@@ -88,6 +88,8 @@ class Twins:
             meant = matrix.scheme(scheme)
             if meant is None:
                 return {}
+            if self._rounded is not None and needs_moments(meant):
+                return matrix.places(self._rounded.scheme(path, meant).layer(matrix.weight, name=path))
             return matrix.places(self._kept(path, meant, matrix.weight, lambda: matrix.made(meant)))
         layer = self._layers[path]
         if self._rounded is not None and needs_moments(scheme):

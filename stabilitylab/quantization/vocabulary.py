@@ -3,12 +3,14 @@
     lookup      rows of the quantized matrix, dequantized; whatever else the embedding does (scales, say) stays
     output      the same codes and scales as a linear layer of V outputs
 
-One decision is made for all uses, its harm measured with all of them in place. Rows are rounded to nearest: a lookup has no inputs
-that a rounding could be made for, no activations, no channels whose range could be moved. So a plan's schemes mean for a matrix
+One decision is made for all uses, its harm measured with all of them in place. A lookup has no inputs that a rounding could be made
+for, no activations, no channels whose range could be moved; a tied output has inputs, and what GPTQ adds to the rows' own error
+matters less than what it takes off the logits' (SmolLM2-135M: experiments/RESULTS.md). So a plan's schemes mean for a matrix
 
-    ...-gptq, -gptqo, -awq, -had    the scheme that they round to, unrotated
-    mixed, smoothquant              w8a8-token
-    of other packages               nothing: the matrix stays as it is
+    ...-gptq, -gptqo        where an output is tied to it, rounded for the output's inputs; else the scheme that they round to
+    ...-awq, -had           the scheme that they round to, unrotated
+    mixed, smoothquant      w8a8-token
+    of other packages       nothing: the matrix stays as it is
 
 Only matrices that embeddings and linear layers alone hold are taken, and only where a model runs without their weights being there:
 one that multiplies with ``embedding.weight`` itself would go on using the numbers that the plan counts as gone.
@@ -25,9 +27,12 @@ from torch import Tensor, nn
 from stabilitylab.formats import Quantized, dequantize
 from stabilitylab.model_structure import token_embeddings
 from stabilitylab.models.held import is_held, look_up, multiplies
+from stabilitylab.quantization.calibrated import CalibratedScheme, needs_moments
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme
 from stabilitylab.quantization.linear import QuantizedLinear
+from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.replacement import replaced
+from stabilitylab.quantization.rounded import RoundedScheme
 from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.schemes import LinearScheme, RotatedScheme, nearest
 from stabilitylab.quantization.weight_on_paper import WeightOnPaper
@@ -126,6 +131,11 @@ class EmbeddingMatrix:
 
     def scheme(self, scheme: LinearScheme) -> LinearScheme | None:
         """What a scheme means for it; None leaves it as it is. See the head of the module."""
+        if isinstance(scheme, RoundedScheme):
+            return scheme
+        if isinstance(scheme, CalibratedScheme) and scheme.method != "awq" and self.outputs:
+            inner: Any = self.scheme(scheme.inner)
+            return replace(scheme, inner=inner)
         found = nearest(scheme)
         if isinstance(found, RotatedScheme):
             found = found.inner
@@ -140,8 +150,11 @@ class EmbeddingMatrix:
         """Path -> what stands there when it is quantized; ``scheme`` is one that ``scheme()`` returned."""
         return self.places(self.made(scheme))
 
-    def made(self, scheme: LinearScheme) -> Any:
-        """The quantized matrix, as a linear layer."""
+    def made(self, scheme: LinearScheme, moments: Moments | None = None) -> Any:
+        """The quantized matrix, as a linear layer; ``moments`` of the output's inputs, for schemes that round for them."""
+        if needs_moments(scheme):
+            calibrated: Any = scheme
+            return calibrated.layer(self.weight, name=self.path, moments=moments)
         return scheme.layer(self.weight, name=self.path)
 
     def places(self, made: QuantizedLinear | FormatLinear) -> dict[str, nn.Module]:

@@ -11,9 +11,12 @@ from stabilitylab.models import open_text_model
 from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.ends import Ends, output_layers
 from stabilitylab.quantization.linear import QuantizedLinear
+from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.ranges import layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers
+from stabilitylab.quantization.rounded import RoundedWeights
 from stabilitylab.quantization.schemes import scheme_of
+from stabilitylab.quantization.verification import Twins
 from stabilitylab.quantization.vocabulary import (
     QuantizedEmbedding,
     embedding_matrices,
@@ -101,7 +104,8 @@ def test_an_output_of_its_own_is_measured_and_rounded_for_its_inputs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("int4-g64-asym-mse-gptqo", "int4-g64-asym-mse"),
+        ("int4-g64-asym-mse-gptqo", "int4-g64-asym-mse-gptqo"),
+        ("mixed-gptq", "w8a8-token-gptq"),
         ("mixed", "w8a8-token"),
         ("smoothquant", "w8a8-token"),
         ("nvfp4-mse-awq", "nvfp4-mse"),
@@ -110,7 +114,43 @@ def test_an_output_of_its_own_is_measured_and_rounded_for_its_inputs(tmp_path):
 )
 def test_what_schemes_mean_for_a_matrix(opened, name, meant):
     (matrix,) = embedding_matrices(opened.module).values()
+    # Without an output there are no inputs to round for.
+    meant = meant if matrix.outputs else meant.removesuffix("-gptqo").removesuffix("-gptq")
     assert matrix.scheme(scheme_of(name)).name == meant
+
+
+def test_a_tied_matrix_is_rounded_for_its_outputs_inputs(tmp_path):
+    """The rows' own error grows, the logits' shrinks: against float64 with the numbers in the parameter that both ends read."""
+    model = open_text_model(write_llama(tmp_path, tied=True))
+    windows = list(model.windows([TEXT], 32, 64))
+    ((path, matrix),) = embedding_matrices(model.module).items()
+    inputs = layer_inputs(model, windows, quantizable_layers(model.module) | matrix.outputs)
+    schemes = [scheme_of(name) for name in ("int4-g32-asym", "int4-g32-asym-gptqo")]
+    rounded = RoundedWeights(tmp_path / "rounded")
+    found = Ends(model, windows, inputs.largest).embedding(matrix, schemes, rounded)
+    nearest, own = (found.effects[scheme.name] for scheme in schemes)
+    assert own.bytes == nearest.bytes
+    assert own.error > nearest.error
+    seen = []
+    hook = model.module.lm_head.register_forward_pre_hook(
+        lambda _module, arguments: seen.append(arguments[0])
+    )
+    for window in windows:
+        model.run(window)
+    hook.remove()
+    x = torch.cat([one.flatten(0, -2) for one in seen])
+    expected = schemes[1].layer(matrix.weight, moments=Moments.of(x))
+    kept = rounded.scheme(path, schemes[1]).layer(matrix.weight)
+    assert torch.equal(kept.stored.values, expected.stored.values)
+    off = [
+        x.double() @ (made.stored.dequantize().double() - matrix.weight.double()).T
+        for made in (kept, schemes[0].layer(matrix.weight))
+    ]
+    assert off[0].square().sum() < 0.8 * off[1].square().sum()
+    # Twins of a plan come from the file, at both places.
+    twins = Twins(model.module, inputs.largest, rounded, {path: matrix}).of({path: schemes[1]})
+    assert torch.equal(twins["lm_head"].stored.values, expected.stored.values)
+    assert torch.equal(twins[path].matrix.stored.values, expected.stored.values)
 
 
 def test_both_places_get_the_same_numbers(tmp_path):
