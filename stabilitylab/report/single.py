@@ -9,7 +9,7 @@ from typing import Any
 from stabilitylab.report import sections
 from stabilitylab.report.attribution_section import attribution_section
 from stabilitylab.report.close_ups import close_ups, extremes
-from stabilitylab.report.episodes_section import counted
+from stabilitylab.report.episodes_section import GRAVEST, counted
 from stabilitylab.report.formats_section import formats_section
 from stabilitylab.report.page import Page, Said, Section, Statements, Table
 from stabilitylab.runs.config import flat
@@ -47,7 +47,8 @@ def _outcomes(runs: Mapping[str, Run]) -> Section:
     said = []
     for label, run in runs.items():
         found = sections.diagnoses(run) if run.kind == "folder" else []
-        first = f" {found[0]['sentences'][0]}" if found else ""
+        # Of several the gravest: a hard batch that came first says nothing of the divergence that ended the run.
+        first = f" {min(found, key=_gravity)['sentences'][0]}" if found else ""
         episodes = len(episodes_of(run.events))
         said.append(
             Said(
@@ -58,6 +59,11 @@ def _outcomes(runs: Mapping[str, Run]) -> Section:
             )
         )
     return Section(title="What happened", parts=[Statements(said=said)])
+
+
+def _gravity(diagnosis: Mapping[str, Any]) -> int:
+    kind = diagnosis["episode"]["kind"]
+    return GRAVEST.index(kind) if kind in GRAVEST else len(GRAVEST) + (kind == "hard-batch")
 
 
 def _settings(runs: Mapping[str, Run]) -> Section:

@@ -200,6 +200,9 @@ class TrackerSink:
         for step, title, text, critical in alerts:
             if self._guard(lambda s=step, t=title, x=text, c=critical: self.alert(s, t, x, critical=c)):
                 self._next_alert = time.monotonic() + ALERT_SECONDS
+            else:  # of all that is sent, this is what must arrive
+                with self._lock:
+                    self._alerts.insert(0, (step, title, text, critical))
         if self._pictures:
             self._draw(last=last)
 

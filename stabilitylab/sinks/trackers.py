@@ -11,9 +11,11 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from stabilitylab.errors import InputError
 from stabilitylab.runs.config import flat
@@ -21,6 +23,8 @@ from stabilitylab.sinks.base import Sink
 
 NAMES = ("wandb", "mlflow", "trackio")
 PROJECT = "stabilitylab"
+BEGIN_SECONDS = 30.0
+T = TypeVar("T")
 _log = logging.getLogger("stabilitylab")
 
 
@@ -94,13 +98,38 @@ def _mlflow(title: str | None, config: Mapping[str, Any], folder: Path | None) -
     if (active := mlflow.active_run()) is not None:
         return MlflowSink(active.info.run_id, client=client)
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-    experiment = client.get_experiment_by_name(name)
-    identity = experiment.experiment_id if experiment is not None else client.create_experiment(name)
-    run = client.create_run(identity, run_name=title)
-    params = [Param(key, str(value)[:500]) for key, value in flat(config).items()][:100]
-    if params:
-        client.log_batch(run.info.run_id, params=params)
-    return MlflowSink(run.info.run_id, client=client, owned=True)
+
+    def begin() -> str:
+        experiment = client.get_experiment_by_name(name)
+        identity = experiment.experiment_id if experiment is not None else client.create_experiment(name)
+        run = client.create_run(identity, run_name=title)
+        params = [Param(key, str(value)[:500]) for key, value in flat(config).items()][:100]
+        if params:
+            client.log_batch(run.info.run_id, params=params)
+        return str(run.info.run_id)
+
+    # By default MLflow tries a server that does not answer for some four minutes.
+    return MlflowSink(_within(BEGIN_SECONDS, begin), client=client, owned=True)
+
+
+def _within(seconds: float, begin: Callable[[], T]) -> T:
+    """What ``begin`` returns, from a thread that is left behind where it takes longer."""
+    done: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((begin(), None))
+        except Exception as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, name="stabilitylab-tracker-begins", daemon=True).start()
+    try:
+        begun, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return cast(T, begun)
 
 
 def _trackio(title: str | None, config: Mapping[str, Any], folder: Path | None) -> Sink:

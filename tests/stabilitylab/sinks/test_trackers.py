@@ -17,6 +17,7 @@ import torch
 from stabilitylab import Monitor
 from stabilitylab.errors import InputError
 from stabilitylab.logs.recognise import open_logs
+from stabilitylab.sinks import trackers
 from stabilitylab.sinks.tracker import EPISODE, KEYS, ROWS, TrackerSink, thinned
 from stabilitylab.sinks.trackers import names_of
 from stabilitylab.telemetry import LOSS, Event, Key, Samples
@@ -47,6 +48,8 @@ class Kept(TrackerSink):
         self.pictures.update(pictures)
 
     def alert(self, step, title, text, *, critical):
+        if self.broken:
+            raise ConnectionError("no route to https://key@host")
         self.alerts.append((step, title, text, critical))
 
     def end(self, episodes):
@@ -138,6 +141,21 @@ def test_a_failing_tracker_is_said_once_loses_nothing_and_costs_no_time(caplog):
     assert "ConnectionError" in told[0].getMessage()
 
 
+def test_an_alert_that_could_not_be_sent_is_sent_again():
+    """A tracker that is away for a while is away just then often enough: the spike has to be told when it is back."""
+    sink = Kept(seconds=0.02, pictures=False)
+    sink.broken = True
+    with contextlib.suppress(RuntimeError):
+        sink.write(samples([1]), [spike(1)])
+    wait_until(lambda: sink._failures >= 2)
+    assert sink.alerts == []
+    sink.broken = False
+    wait_until(lambda: sink.alerts)
+    with contextlib.suppress(RuntimeError):  # the failure, which the monitor says
+        sink.close()
+    assert [(step, title) for step, title, *_ in sink.alerts] == [(1, "spike")]
+
+
 def test_a_hanging_tracker_is_left_behind(monkeypatch, caplog):
     monkeypatch.setattr("stabilitylab.sinks.tracker.CLOSE_SECONDS", 0.3)
     sink = Kept(seconds=0.01, pictures=False)
@@ -149,6 +167,22 @@ def test_a_hanging_tracker_is_left_behind(monkeypatch, caplog):
             monitor.step(step, loss=2.0)
     assert "no answer within 0.3 s" in caplog.text
     sink.hung.set()
+
+
+def test_a_tracker_that_does_not_begin_keeps_no_training_waiting(monkeypatch, caplog):
+    """MLflow tries a server that is down for four minutes before it says so."""
+    answers = threading.Event()
+
+    def hangs(*_):
+        return trackers._within(0.1, answers.wait)
+
+    monkeypatch.setitem(trackers._OPEN, "mlflow", hangs)
+    assert trackers.open_trackers(["mlflow"], None) == []
+    assert "mlflow cannot begin a run (TimeoutError: no answer within 0.1 s)" in caplog.text
+    answers.set()
+    assert trackers._within(10.0, answers.wait) is True
+    with pytest.raises(ZeroDivisionError):
+        trackers._within(10.0, lambda: 1 // 0)
 
 
 def test_a_kind_that_changes_is_told_and_many_are_told_as_one():
