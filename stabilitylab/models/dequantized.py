@@ -5,6 +5,7 @@ such a model is false. So tensors that are no floats are either understood here 
 
     format     codes                             scale                                          value
     fp8        P E4M3 or E5M2                    P_scale, P_scale_inv: one, a row, a block      code x scale
+               L._weight_qdata (torchao)         L._weight_scale: one, a row, a block           code x scale, for L.weight
     mxfp8      P E4M3 or E5M2                    P_scale E8M0 or its exponent in a byte         code x 2^(e - 127)
     int8       P int8                            P_scale, without zero points                   code x scale
     mxfp4      P_blocks, 2 codes a byte          P_scales, a byte 32 codes                      code x 2^(e - 127)
@@ -204,6 +205,14 @@ def _recognise(tensor: StoredTensor, stored: Mapping[str, StoredTensor]) -> Code
             return Codes(name=base, format="mxfp4", codes=tensor, scale=scale)
         return None
     base = name.removesuffix("_packed")
+    if name.endswith("._weight_qdata") and tensor.dtype in _FP8:  # as torchao flattens its tensors
+        layer = name.removesuffix("_weight_qdata")
+        scale = stored.get(f"{layer}_weight_scale")
+        others = [n for n in stored if n.startswith(f"{layer}_weight_")]
+        known = scale is not None and scale.dtype in FLOATS and len(others) == 2
+        return (
+            Codes(name=f"{layer}weight", format="fp8", codes=tensor, scale=scale) if known and scale else None
+        )
     scale = beside("_scale", "_scale_inv")
     if not tensor.is_matrix_of_codes or scale is None:
         return None

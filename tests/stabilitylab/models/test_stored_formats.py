@@ -67,6 +67,12 @@ def per_block(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return {name: codes, f"{name}_scale_inv": scale}, codes.float() * spread(scale, 16)
 
 
+def torchaos(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    scale = w.abs().amax(1, keepdim=True) / 448
+    codes, layer = (w / scale).to(E4M3), name.removesuffix("weight")
+    return {f"{layer}_weight_qdata": codes, f"{layer}_weight_scale": scale}, codes.float() * scale
+
+
 def int8_rows(name: str, w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     scale = w.abs().amax(1, keepdim=True) / 127
     codes = (w / scale).round().to(torch.int8)
@@ -83,6 +89,7 @@ STORES = {
     "fp8 a tensor": per_tensor,
     "fp8 a row": per_row,
     "fp8 a block": per_block,
+    "fp8 of torchao": torchaos,
     "int8": int8_rows,
     "mxfp8": mx_fp8,
 }
