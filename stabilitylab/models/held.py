@@ -104,6 +104,8 @@ class _Product(torch.autograd.Function):
             part = slice(start, start + rows)
             one = y[..., part] @ ctx.weight[part].float()
             x = one if x is None else x.add_(one)
+            if len(ctx.weight) > rows:
+                let_go_of_pages([ctx.weight[part]])
         assert x is not None
         return x, None, None
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stabilitylab.errors import InputError
 from stabilitylab.formats import dequantize
+from stabilitylab.models.freed_memory import let_go_of_pages
 from stabilitylab.quantization.awq import awq_scales
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme, fingerprint_of_weight
 from stabilitylab.quantization.gptq import gptq
@@ -26,9 +27,10 @@ from stabilitylab.quantization.grids import FormatGrid, IntegerGrid
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.scheme import Scheme
-from stabilitylab.quantization.stored import quantize_weight
+from stabilitylab.quantization.stored import joined, quantize_weight
 
 Method = Literal["gptq", "gptqo", "awq"]
+_AT_ONCE = 1 << 24  # numbers of a weight that are rounded together
 METHODS: tuple[Method, ...] = ("gptq", "gptqo", "awq")
 
 
@@ -92,8 +94,13 @@ class CalibratedScheme:
         factor = moments.factor(order=self.method == "gptqo")
         mark = fingerprint_of_weight(weight)
         if isinstance(self.inner, Scheme):
-            grid = IntegerGrid(self.inner, (weight.shape[0], weight.shape[1]))
-            return QuantizedLinear(grid.stored(gptq(weight, factor, grid), mark), self.inner, bias=bias)
+            # Rows have nothing to do with each other; of a vocabulary's matrix GPTQ holds some at a time, in fp32.
+            parts = []
+            for part in torch.split(weight, max(1, _AT_ONCE // max(1, weight.shape[1]))):
+                grid = IntegerGrid(self.inner, (part.shape[0], part.shape[1]))
+                parts.append(grid.stored(gptq(part, factor, grid), mark))
+                let_go_of_pages([part])
+            return QuantizedLinear(joined(parts), self.inner, bias=bias)
         places = FormatGrid(self.inner.quantize(weight))
         return FormatLinear(
             places.stored(gptq(weight, factor, places)), self.inner, bias=bias, fingerprint=mark

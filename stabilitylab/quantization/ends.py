@@ -216,9 +216,9 @@ def _error(weight: Tensor, made: Any) -> float:
     off = square = 0.0
     start = 0
     for part in _split(weight):
-        let_go_of_pages([part])
         rows = torch.arange(start, start + len(part), device=weight.device)
         start += len(part)
         off += float((rows_of(made, rows) - part.float()).double().square().sum())
         square += float(part.double().square().sum())
+        let_go_of_pages([part])
     return math.sqrt(off / square) if square else 0.0

@@ -20,7 +20,8 @@ by up to 45 % are tried in each group and the one of least squared error is kept
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -132,6 +133,20 @@ def quantize_weight(
         shape=(rows, columns),
         group=group,
         fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def joined(parts: Sequence[StoredWeight]) -> StoredWeight:
+    """Rows that were quantized one after another, with scales of their own."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return replace(
+        parts[0],
+        values=torch.cat([part.values for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
+        shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
     )
 
 

@@ -173,6 +173,18 @@ def test_awq_takes_the_best_exponent(layer):
     assert torch.allclose(awq_scales(weight, Moments.of(x), rounded), best, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["int4-g32-asym-mse-gptqo", "int8-row-gptq"])
+def test_rows_may_be_rounded_some_at_a_time(layer, name, monkeypatch):
+    weight, x = layer
+    moments = Moments.of(x, torch.float64)
+    whole = scheme_of(name).layer(weight, moments=moments).stored
+    monkeypatch.setattr("stabilitylab.quantization.calibrated._AT_ONCE", 7 * K)
+    parts = scheme_of(name).layer(weight, moments=moments).stored
+    assert parts.shape == whole.shape
+    assert parts.fingerprint == whole.fingerprint
+    assert torch.equal(parts.dequantize(), whole.dequantize())
+
+
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("rows", [1, 17, 64])
 def test_rows_of_the_factor_are_those_of_the_whole_one(rows, order):
