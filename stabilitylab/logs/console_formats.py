@@ -77,8 +77,6 @@ def _keras(values: Values, before: Values) -> Values:
 
 def _yolo(values: Values, before: Values) -> Values:
     """The parts' sum; of YOLOv7, whose fourth column is that sum, the column."""
-    if "sum" in values:
-        return {"epoch": values["epoch"], "sum of the losses": values["sum"]}
     parts = [values.pop(name) for name in "abcde" if name in values]
     known = [part for part in parts if part is not None]
     total = sum(known[:-1])
@@ -346,20 +344,30 @@ FORMATS: tuple[TextFormat, ...] = (
     TextFormat(
         name="YOLO console",
         source="ultralytics/ultralytics engine/trainer.py 8; ultralytics/yolov3, yolov5 train.py; WongKinYiu/yolov7 train.py",
-        trigger=re.compile(rb": 100%|(?m:^ +\d+/\d+ +[\d.]+G +\S)"),
+        trigger=re.compile(rb": 100%"),
         lines=(
             re.compile(
                 r"^\s*(?P<n_epoch>\d+)/\d+\s+(?:0|[\d.]+[GM])\s+(?P<n_a>[\d.]+|nan)\s+(?P<n_b>[\d.]+|nan)"
                 r"(?:\s+(?P<n_c>\d*\.\d+|nan))?(?:\s+(?P<n_d>\d*\.\d+|nan))?(?:\s+(?P<n_e>\d*\.\d+|nan))?\s+\d+\s+\d+: 100%"
             ),
-            # results.txt: three parts and their sum, the batch's objects, the pictures' size, then validation's numbers
+        ),
+        losses=("sum of the losses",),
+        finish=_yolo,
+    ),
+    # Three parts and their sum, the batch's objects, the pictures' size, then validation's numbers; no header.
+    TextFormat(
+        name="YOLO results.txt",
+        source="ultralytics/yolov3, yolov5 train.py; WongKinYiu/yolov7 train.py",
+        version="2019 to 2022",
+        trigger=re.compile(rb"(?m:^ +\d+/\d+ +[\d.]+G +\S)"),
+        lines=(
             re.compile(
                 r"^ +(?P<n_epoch>\d+)/\d+ +[\d.]+G(?: +(?:[\d.e+-]+|nan)){3} +(?P<n_sum>[\d.e+-]+|nan) +\d+ +\d+"
                 r"(?: +(?:[\d.e+-]+|nan)){5,}\s*$"
             ),
         ),
-        losses=("sum of the losses",),
-        finish=_yolo,
+        losses=("sum",),
+        words=(b"g  ",),
     ),
     # Its header is three lines high: Epoch, Iteration, time, accuracy or error, loss, rate.
     TextFormat(
