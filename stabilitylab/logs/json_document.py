@@ -60,7 +60,7 @@ def read_json_document(source: Source) -> Reading | None:
         reading.step = "step"
     else:
         found = _longest(document)
-        if found is None and "\n" in text.strip():
+        if found is None and not cut and "\n" in text.strip():
             raise InputError(
                 f"{source.name} is one JSON document that holds no record a step: it is no log; "
                 "give the file that does, such as trainer_state.json"

@@ -246,3 +246,11 @@ def test_a_trainers_results_are_no_log(tmp_path):
         InputError, match=r"all_results.json is one JSON document .* it is no log; give .*trainer_state"
     ):
         losses(path)
+
+
+def test_a_configuration_printed_in_a_log_is_no_document(tmp_path):
+    """LLaMA-Factory's running_log.txt opens with a bracket and holds the model's configuration as JSON."""
+    line = "[INFO|2026-01-02 03:04:05] logging.py:157 >> {{'loss': {x:.4f}, 'learning_rate': 2.5e-06, 'epoch': 0.{k}}}\n"
+    config = '[INFO|2026-01-02 03:04:04] parser.py:1 >> Model config {\n  "layers": [{"a": 1}, {"a": 2}],\n  "bos": 1\n}\n\n'
+    (path := tmp_path / "running_log.txt").write_text(config + many(line))
+    assert losses(path)[2] == [8.9, 8.8, 8.7, 8.6, 8.5]
