@@ -40,6 +40,7 @@ def close_ups(run: Run) -> Section | None:
     parts: list[Chart] = []
     for first, last in places:
         around = f", steps {first:,} to {last:,}"
+        named = _named(episodes, first, last)
         for metric, title, unit in _SHOWN:
             window = series[metric].loc[first:last]
             if not len(window):
@@ -51,7 +52,7 @@ def close_ups(run: Run) -> Section | None:
             ]
             chart = curves(
                 {run.name: [window]},
-                title=title + around,
+                title=f"{named}: {title.lower()}{around}",
                 unit=unit if run.kind == "folder" else "",
                 log="auto" if metric == LOSS else True,
                 marks={run.name: marks},
@@ -87,6 +88,13 @@ def _suspects(run: Run, found: Sequence[Mapping[str, Any]], first: int, last: in
         return None
     title = f"What left its baseline, over its median before, steps {first:,} to {last:,}"
     return curves(lines, title=title, unit="times", log=True)
+
+
+def _named(episodes: Sequence[Episode], first: int, last: int) -> str:
+    """ "Spike at step 61,235": the gravest that begins in a window, whose charts bear its name."""
+    inside = [one for one in episodes if first <= one.onset <= last]
+    one = min(inside, key=lambda e: (e.kind == "hard-batch", -_height(e)))
+    return f"{one.kind.replace('-', ' ').capitalize()} at step {one.onset:,}"
 
 
 def _places(episodes: Sequence[Episode]) -> list[tuple[int, int]]:

@@ -418,7 +418,10 @@ def test_episodes_are_shown_from_near(tmp_path: Path) -> None:
     near = page.sections[1]
     assert near.title == "Episodes from near"
     titles = [part.title for part in near.parts if isinstance(part, Chart)]
-    assert titles == ["Loss, steps 4,900 to 5,110", "Loss, steps 7,900 to 8,100"]
+    assert titles == [
+        "Spike at step 5,000: loss, steps 4,900 to 5,110",
+        "Non finite at step 8,000: loss, steps 7,900 to 8,100",
+    ]
     (told,) = page.sections[0].parts
     assert isinstance(told, Statements)
     assert [(one.word, one.text.partition(",")[0]) for one in told.said] == [
