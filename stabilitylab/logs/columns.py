@@ -246,6 +246,8 @@ def _loss(
             f"{source} has no loss column: its columns are {_list(names)}; name one with --loss{such}"
         )
     totals = [n for n in found if _TOTAL.search(plain[n])]
+    if len(totals) == 1 and _has_parts(found, plain):
+        return totals[0]
     for words in (_NAMES[LOSS], _POLICY_LOSSES if len(totals) != 1 else ()):
         for spell in (lambda n: plain[n], _tail):
             for word in words:
@@ -270,6 +272,15 @@ def _loss(
     raise InputError(
         f"{source} has several loss columns: {_list(found)}; name one with --loss: {_paste(found)}"
     )
+
+
+def _has_parts(found: Sequence[str], plain: Mapping[str, str]) -> bool:
+    """Whether a plain loss stands beside another term, so that a total is of both.
+
+    ``loss`` and ``total_loss`` alone say no such thing: the second is as often the sum since the epoch began.
+    """
+    terms = [n for n in found if not _TOTAL.search(plain[n]) and not _AVERAGE.search(plain[n])]
+    return len(terms) > 1 and any(plain[n] == "loss" for n in terms)
 
 
 def _alike(signal: str, names: Sequence[str], plain: Mapping[str, str]) -> list[str]:

@@ -82,6 +82,23 @@ def test_wandb_panels_lightning_and_yolo(tmp_path):
     assert losses(path)[1:] == ([0, 1], [3.0, 2.0])
 
 
+@pytest.mark.parametrize(
+    ("header", "chosen"),
+    [
+        ("step,loss,aux_loss,total_loss", "total_loss"),
+        ("step,loss,load_balance_loss,loss_total", "loss_total"),
+        (
+            "step,loss,avg_loss,total_loss",
+            "loss",
+        ),  # the sum since the epoch began, whose mean stands beside it
+    ],
+)
+def test_a_total_beside_its_parts(tmp_path, header, chosen):
+    path = tmp_path / "log.csv"
+    path.write_text(f"{header}\n" + "".join(f"{k},{3 - k / 10},0.1,{3.1 - k / 10}\n" for k in range(9)))
+    assert losses(path)[0].columns[LOSS] == chosen
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, zstandard.compress])
 def test_compressed_and_several_files(tmp_path, pack):
     (tmp_path / "log.1").write_bytes(pack(many("iter {k}: loss {x}").encode()))
