@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stabilitylab.errors import InputError
 from stabilitylab.formats import dequantize
-from stabilitylab.models.freed_memory import let_go_of_pages
+from stabilitylab.models.freed_memory import give_back_memory, let_go_of_pages
 from stabilitylab.quantization.awq import awq_scales
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme, fingerprint_of_weight
 from stabilitylab.quantization.gptq import gptq
@@ -30,7 +30,8 @@ from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.stored import joined, quantize_weight
 
 Method = Literal["gptq", "gptqo", "awq"]
-_AT_ONCE = 1 << 24  # numbers of a weight that are rounded together
+_WHOLE = 1 << 25  # numbers up to which a weight is rounded whole; larger ones
+_AT_ONCE = 1 << 22  # in parts of so many, of which a dozen fp32 copies come and go
 METHODS: tuple[Method, ...] = ("gptq", "gptqo", "awq")
 
 
@@ -96,10 +97,13 @@ class CalibratedScheme:
         if isinstance(self.inner, Scheme):
             # Rows have nothing to do with each other; of a vocabulary's matrix GPTQ holds some at a time, in fp32.
             parts = []
-            for part in torch.split(weight, max(1, _AT_ONCE // max(1, weight.shape[1]))):
+            rows = len(weight) if weight.numel() <= _WHOLE else max(1, _AT_ONCE // weight.shape[1])
+            for part in torch.split(weight, max(1, rows)):
                 grid = IntegerGrid(self.inner, (part.shape[0], part.shape[1]))
                 parts.append(grid.stored(gptq(part, factor, grid), mark))
                 let_go_of_pages([part])
+                if rows < len(weight):
+                    give_back_memory()
             return QuantizedLinear(joined(parts), self.inner, bias=bias)
         places = FormatGrid(self.inner.quantize(weight))
         return FormatLinear(

@@ -178,6 +178,7 @@ def test_rows_may_be_rounded_some_at_a_time(layer, name, monkeypatch):
     weight, x = layer
     moments = Moments.of(x, torch.float64)
     whole = scheme_of(name).layer(weight, moments=moments).stored
+    monkeypatch.setattr("stabilitylab.quantization.calibrated._WHOLE", 7 * K)
     monkeypatch.setattr("stabilitylab.quantization.calibrated._AT_ONCE", 7 * K)
     parts = scheme_of(name).layer(weight, moments=moments).stored
     assert parts.shape == whole.shape
