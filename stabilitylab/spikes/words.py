@@ -102,12 +102,11 @@ def _order(one: Diagnosis) -> Iterator[str]:
         first = next((d for d in one.departures if d.name == one.site), first)
     others = [d for d in one.departures if d is not first]
     ago = f"at step {first.step}, {_ago(first.step, one.episode)}"
-    seen = (
-        f"{_times(first.ratio)}, {first.sigmas:.0f} deviations; "
-        f"measured every {one.resolution or max(1, first.step - first.since)} steps"
-    )
+    every = one.resolution or max(1, first.step - first.since)
+    often = "every step" if every == 1 else f"every {every} steps"
+    seen = f"{_times(first.ratio)}, {first.sigmas:.0f} deviations; measured {often}"
     together = bool(others) and all(d.step == first.step for d in others)
-    listed = "; ".join(f"{_what(d)} ({_times(d.ratio)})" for d in others[:3])
+    listed = "; ".join(f"{_lower(_what(d))} ({_times(d.ratio)})" for d in others[:3])
     if together and one.cause == "batch":
         yield f"{_what(first)} left its baseline {ago} ({seen}), together with the others: {listed}."
     elif together:
@@ -118,7 +117,7 @@ def _order(one: Diagnosis) -> Iterator[str]:
         if others:
             yield (
                 "Then: "
-                + "; ".join(f"{_what(d)} at step {d.step} ({_times(d.ratio)})" for d in others[:3])
+                + "; ".join(f"{_lower(_what(d))} at step {d.step} ({_times(d.ratio)})" for d in others[:3])
                 + "."
             )
 
