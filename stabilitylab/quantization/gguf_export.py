@@ -1,4 +1,4 @@
-"""A planned model of the llama family as a GGUF file, which llama.cpp, transformers and gguf-py open: ``--format gguf``.
+"""A planned model of the llama family as a GGUF file, which llama.cpp 0.5.0, transformers and gguf-py open: ``--format gguf``.
 
     scheme                          type of the tensor    block
     int8-gG, int8-row               Q8_0                  fp16 scale, 32 int8                       34 bytes for 32 weights
@@ -19,7 +19,6 @@ Source: gguf 0.19 (``quants.py``, ``constants.py``), which the tests open the fi
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from stabilitylab.models import TextModel
 from stabilitylab.models.layers import narrowest
 from stabilitylab.quantization.export_forms import card, holders, no_form, refuse_layers
 from stabilitylab.quantization.format_scheme import FormatLinear
+from stabilitylab.quantization.gguf_tokenizer import write_tokenizer
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import quantizable_layers, quantized
@@ -49,9 +49,8 @@ NAME, FILE = "gguf", "model.gguf"
 BLOCK = 32
 # transformers' model type -> GGUF's architecture.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-# How llama.cpp is told to cut text into words before merging; of others it takes its default.
-_WORDS = {"qwen2": "qwen2", "qwen3": "qwen2"}
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
+# llama.cpp's number of a file whose tensors are mostly of that type.
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, "MXFP4": 38}
 Bytes = NDArray[np.uint8]
 
 
@@ -78,11 +77,9 @@ def save_gguf(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
             _describe(writer, model, config)
             written = _write_tensors(gguf, writer, model, plan, config, architecture)
             counts = {kind: list(written.values()).count(kind) for kind in ("Q8_0", "Q4_0", "MXFP4")}
-            most = max(counts, key=lambda kind: counts[kind])
-            file_type = {"Q8_0": 7, "Q4_0": 2, "MXFP4": 38}[most] if counts[most] else 1
-            writer.add_file_type(file_type)
+            writer.add_file_type(_file_type(written, counts))
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            tokenizer = _write_tokenizer(writer, partial / "tokenizer.json", config)
+            tokenizer = write_tokenizer(writer, model, partial, config)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -92,11 +89,27 @@ def save_gguf(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
         plan.write(partial / "plan.json")
         told = ", ".join(f"{count} tensors {kind}" for kind, count in counts.items() if count)
         notes = (
-            f'Open it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file="{FILE}"), or llama.cpp with {FILE}.',
+            f'Open it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file="{FILE}"{_told(config, architecture)}), '
+            f"or llama.cpp with {FILE}.",
             f"{told or 'no tensor is quantized'}; the file has {size:,} bytes. {tokenizer}",
         )
         (partial / "QUANTIZATION.md").write_text(card(plan, NAME, notes), encoding="utf-8")
     return size
+
+
+def _told(config: Any, architecture: str) -> str:
+    """What transformers 5.23 must be told: by itself it reads neither llama's biases nor the width of qwen3's heads from such a
+    file; of a kind that is written as another (mistral) it takes no config."""
+    return ", config=AutoConfig.from_pretrained(FOLDER)" if config.model_type == architecture else ""
+
+
+def _file_type(written: Mapping[str, str], quantized: Mapping[str, int]) -> int:
+    """The number of the most frequent quantized type; of matrices that none quantizes, the widest."""
+    most = max(quantized, key=lambda kind: quantized[kind])
+    if quantized[most]:
+        return _FILE_TYPES[most]
+    plain = {kind for name, kind in written.items() if "norm" not in name and not name.endswith(".bias")}
+    return _FILE_TYPES[next((kind for kind in ("F32", "BF16", "F16") if kind in plain), "F32")]
 
 
 def require_gguf(model: TextModel) -> tuple[Any, str]:
@@ -248,44 +261,3 @@ def _halves(codes: Tensor) -> Bytes:
 def _rows(head: Bytes, body: Bytes) -> Bytes:
     joined = np.concatenate([head, body], axis=-1)
     return np.ascontiguousarray(joined.reshape(joined.shape[0], -1))
-
-
-def _write_tokenizer(writer: Any, file: Path, config: Any) -> str:
-    """The tokenizer, where it is one of bytes and merges; a sentence for the card."""
-    left = "No tokenizer is in the file: use tokenizer.json beside it."
-    if not file.is_file():
-        return left
-    held = json.loads(file.read_text(encoding="utf-8"))
-    inner = held.get("model") or {}
-    if inner.get("type") != "BPE" or "ByteLevel" not in json.dumps(
-        [held.get("pre_tokenizer"), held.get("decoder")]
-    ):
-        return left
-    tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
-    kinds = [_UNUSED] * config.vocab_size
-    added = {
-        one["content"]: (one["id"], _CONTROL if one.get("special") else _NORMAL)
-        for one in held.get("added_tokens", [])
-    }
-    for token, (number, kind) in {
-        **{token: (number, _NORMAL) for token, number in inner["vocab"].items()},
-        **added,
-    }.items():
-        if number < config.vocab_size:
-            tokens[number], kinds[number] = token, kind
-    words = _WORDS.get(config.model_type)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words or "default")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in inner["merges"]])
-    for name in ("bos", "eos", "pad"):
-        number = getattr(config, f"{name}_token_id", None)
-        if isinstance(number, int):
-            getattr(writer, f"add_{name}_token_id")(number)
-    if words:
-        return "The tokenizer is in the file."
-    return (
-        "The tokenizer is in the file, but not how it cuts text into words, of which llama.cpp takes its default: where that "
-        "differs, use tokenizer.json."
-    )
