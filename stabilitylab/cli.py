@@ -36,6 +36,10 @@ COMMANDS = {
         "stabilitylab.quantization.commands",
         "a quantization scheme for every layer of a model, measured, and applied",
     ),
+    "rotate": (
+        "stabilitylab.quantization.rotation_command",
+        "an equivalent model with its outlier channels spread, a rotation folded into its weights",
+    ),
     "experiments": ("stabilitylab.laboratory", "head-to-head experiments on stability, and their verdicts"),
 }
 
