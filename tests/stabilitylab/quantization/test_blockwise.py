@@ -63,8 +63,9 @@ def test_one_blocks_layers_are_there_at_once(model, windows, inputs, tmp_path, m
         init(self, *args, **named)
         made.append(type(self))
         alive.add(self)
-        gc.collect()
-        most[0] = max(most[0], len(alive))
+        if len(alive) > most[0]:  # a sweep of a whole suite's objects takes a third of a second
+            gc.collect()
+            most[0] = max(most[0], len(alive))
 
     monkeypatch.setattr(QuantizedLinear, "__init__", counted)
     schemes = schemes_of(model)
