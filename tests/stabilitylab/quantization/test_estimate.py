@@ -207,6 +207,22 @@ def test_an_interrupted_pass_is_taken_up(model, windows, inputs, tmp_path, monke
     assert kept == sorted(file.name for file in (tmp_path / "other.rounded").iterdir())
 
 
+def test_a_pass_that_is_whole_is_not_run_again(model, windows, layers, inputs, monkeypatch):
+    """Where only what comes after the layers is left, the pass backward has nothing to tell."""
+    if not model.predicts:
+        pytest.skip("its count is of the pass itself")
+    schemes, raw = [scheme_of("int4-row")], []
+    whole = estimate_sensitivity(model, windows, schemes, inputs.largest, layers, draws=2, done=raw.append)
+    seen = {layer.path for layer in raw}
+    reached = {path: layer for path, layer in layers.items() if path in seen}
+
+    def run(self):
+        raise AssertionError("run again")
+
+    monkeypatch.setattr(Backward, "__iter__", run)
+    assert estimate_sensitivity(model, windows, schemes, inputs.largest, reached, draws=2, known=raw) == whole
+
+
 def test_another_text_or_menu_begins_anew(model, windows, inputs, tmp_path):
     schemes = [scheme_of("int8-row")]
     file = tmp_path / "plan.layers.jsonl"
