@@ -4,7 +4,8 @@
     torch._C._current_graph_task_id              whether a backward pass is running           test_passes.py
     torch._C.DisableTorchFunction                hooks that no tensor subclass can answer     test_lives.py
     torch._C._functorch.is_functorch_wrapped_    tensors inside vmap and grad, left alone     test_lives.py
-    torch._dynamo.eval_frame.OptimizedModule     what torch.compile returns                   test_compiled.py
+    torch._dynamo.eval_frame.OptimizedModule,
+    its _initialize                              what torch.compile returns, all of them      test_compiled.py
     torch._dynamo.utils.counters                 how many frames have been compiled           test_compiled.py
     torch._dynamo.external_utils.wrap_inline     what stands for a container's forward pass   test_compiled.py
     torch._C._dynamo.eval_frame.reset_code       a frame is traced again                      test_compiled.py
@@ -36,11 +37,15 @@ A test says so where another stands anywhere else.
 
 from __future__ import annotations
 
+import functools
+import gc
 import inspect
 import sys
+import threading
 from collections.abc import Iterable
 from types import CodeType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -68,6 +73,49 @@ def optimized_module() -> type | None:
     """The type of what ``torch.compile`` makes of a module; None where nothing can have been compiled."""
     found = compiler()
     return None if found is None else found.eval_frame.OptimizedModule
+
+
+# What torch.compile has made of modules and is still there, from the first question on.
+_made: WeakSet[Any] = WeakSet()
+_asked = False
+_making = threading.RLock()
+
+
+def optimized_modules() -> list[Any]:
+    """All that ``torch.compile`` has made of modules and is still there.
+
+    Nothing in torch lists them. The first question looks among all objects of the process, tenths of a second in a large one; from
+    then on each is noted as it is made.
+    """
+    global _asked
+    kind = optimized_module()
+    if kind is None:
+        return []
+    with _making:
+        if not _asked:
+            _asked = _note_what_is_made(kind)
+            # By type alone: looking at attributes of foreign objects may run their code.
+            there = [x for x in gc.get_objects() if type(x) is kind]
+            if not _asked:
+                return there
+            _made.update(there)
+        return list(_made)
+
+
+def _note_what_is_made(kind: Any) -> bool:
+    """Have a module be noted when it is set up, newly or from a pickle. False where torch does so in another way."""
+    own = getattr(kind, "_initialize", None)
+    if own is None:
+        return False
+
+    @functools.wraps(own)
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _making:
+            _made.add(self)
+        return own(self, *args, **kwargs)
+
+    kind._initialize = initialize
+    return True
 
 
 def compiled_frames() -> int:

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread a process (two test processes share two cores), Agg figures, no network."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,3 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector of cycles from walking through what stays to the end: thousands of tests and all that is imported."""
+    gc.collect()
+    gc.freeze()

@@ -14,7 +14,7 @@ Gradients take the same way: ``WatchGradient`` is an identity whose backward pas
 of fused attention, with what its kernel returned and was given: ``observe_attention``.
 
 A model may be compiled under another name than the one that the monitor was given (``fast = torch.compile(model)``), or later.
-``is_compiled`` looks among all objects for such a wrapper, whenever ``frames`` says that something has been compiled.
+``is_compiled`` looks among all such wrappers of the process, whenever ``frames`` says that something has been compiled.
 
 Limits. The operator keeps the compiler from fusing across it, and with half precision what is fused is
 rounded less
@@ -24,7 +24,6 @@ not). CUDA graphs replay kernels without asking anybody: the operators are marke
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -113,9 +112,7 @@ def is_compiled(model: nn.Module) -> bool:
     if any(isinstance(m, wrapper) or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
         return True
     inside = {id(module) for module in modules}
-    # By type alone: looking at attributes of foreign objects may run their code.
-    wrappers: list[Any] = [x for x in gc.get_objects() if type(x) is wrapper]
-    return any(id(x._modules.get("_orig_mod")) in inside for x in wrappers)
+    return any(id(x._modules.get("_orig_mod")) in inside for x in compat.optimized_modules())
 
 
 def frames() -> int:

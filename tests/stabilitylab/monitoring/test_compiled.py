@@ -3,14 +3,17 @@ run."""
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from stabilitylab import Monitor
-from stabilitylab.probes.compiled import watchers
+from stabilitylab.probes.compiled import is_compiled, watchers
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording
 
@@ -141,6 +144,35 @@ def test_the_compiled_model_may_have_another_name(order: str, every: int) -> Non
     assert not counters["graph_break"]
     for metric in ("activation/1/rms", "activation_gradient/0/rms", "gradient/2.weight/l2"):
         assert sink.steps(metric)[-3:] == list(range(0, 8, every))[-3:], metric
+
+
+def test_what_is_compiled_is_known_without_a_search() -> None:
+    """Made anew, from a copy or from a pickle, in any thread; and forgotten with its last name."""
+    model = TwoNames()
+    assert not is_compiled(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gc.get_objects", lambda: pytest.fail("all objects were searched again"))
+        fast = torch.compile(model, backend="eager")
+        assert is_compiled(model)
+        assert not is_compiled(TwoNames())
+        other = copy.deepcopy(fast)
+        assert is_compiled(other._orig_mod)  # type: ignore[attr-defined]
+        with ThreadPoolExecutor(1) as pool:
+            third = pool.submit(torch.compile, TwoNames(), backend="eager").result()
+        assert is_compiled(third._orig_mod)
+        del fast
+        gc.collect()
+        assert not is_compiled(model)
+
+
+def test_where_nothing_is_noted_all_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that sets its modules up in another way."""
+    monkeypatch.setattr("stabilitylab.compat._asked", False)
+    monkeypatch.setattr("stabilitylab.compat._note_what_is_made", lambda kind: False)
+    model = TwoNames()
+    assert not is_compiled(model)
+    fast = torch.compile(model, backend="eager")
+    assert is_compiled(model), fast
 
 
 @pytest.mark.slow
