@@ -22,6 +22,8 @@ _OF_VALIDATION = re.compile(
     r"|^\s*\w+_(?:eval|val|valid|validation|test|dev)\b",
     re.IGNORECASE,
 )
+# What follows them where they are no logger's name.
+_OF_WHAT = re.compile(r" (?:epoch|set|loss|error|results?|metrics|avg|average|mean)\b", re.IGNORECASE)
 _OF_TRAINING = re.compile(r"train", re.IGNORECASE)
 _LOSS = re.compile(r"loss|xent|nll", re.IGNORECASE)
 _INFO = b" Info: "
@@ -129,7 +131,8 @@ def is_of_validation(line: str, strict: bool = True) -> bool:
     said = _OF_VALIDATION.search(before)
     if said is None or _OF_TRAINING.search(before):
         return False
-    return strict or re.search(r"\bval", said[0], re.IGNORECASE) is not None
+    surely = re.search(r"\bval", said[0], re.IGNORECASE) or _OF_WHAT.match(line, said.end())
+    return strict or surely is not None
 
 
 ANY_TEXT = AnyText(

@@ -151,7 +151,8 @@ _BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel
 _SCALE = re.compile(r"loss_scal|scale$")
 _SETTING = re.compile(r"(config|hparams?|args|hyperparameters)[/.]")
 # Of several losses: averages beside the loss itself; and beside the policy's whatever else is optimised with it.
-_TOTAL = re.compile(r"(^|_)(total|overall|combined)(_|$)")
+_TOTAL = re.compile(r"(^|_)(total|overall|combined|all)(_|$)")
+_ELBO = re.compile(r"(^|_)elbo(_|$)")
 _AVERAGE = re.compile(r"(^|_)(avg|average|mean|running|ema|smoothed|best|min|max|epoch)(_|$)")
 _BEST = re.compile(r"(^|_)(best|min|max|lowest)(_|$)")
 _POLICY = re.compile(r"(^|_)(policy|pg|actor|surrogate)(_|$)")
@@ -245,6 +246,9 @@ def _loss(
         raise InputError(
             f"{source} has no loss column: its columns are {_list(names)}; name one with --loss{such}"
         )
+    bounds = [n for n in names if _ELBO.search(plain[n]) and n not in named and not is_evaluation(n)]
+    if bounds and not any("loss" in plain[n] for n in found):  # a likelihood is a part of it
+        found += bounds
     totals = [n for n in found if _TOTAL.search(plain[n])]
     if len(totals) == 1 and _has_parts(found, plain):
         return totals[0]

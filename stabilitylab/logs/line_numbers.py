@@ -35,7 +35,7 @@ _ABSL = re.compile(r"^[IWEF]\d{4} [\d:.]+\s+\d+ [\w.]+:\d+\] ")
 _BAR = re.compile(r"\s(\d+)/(\d+) \[\d")
 # A number that opens the line, also in brackets, and is no time of day and no date.
 _OPENS = re.compile(
-    r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:(?:st|nd|rd|th)\b|[|,:\])#](?!\d)|/(\d+)(?=[\])(,:|\s]))"
+    r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:(?:st|nd|rd|th)\b|[|,:\])#](?!\d)|/(\d+)(?=[\])(,:|\s]|\.\s))"
 )
 _TWO_PLACES = re.compile(
     r"[\[(]\s*(\d+)\s*/\s*\d+\s*[\])][\s:-]{0,8}[\[(]\s*(\d+)\s*/\s*\d+\b|(?i:epoch)\W{0,3}(\d+)\W{1,3}\[(\d+)\](?!/)"
@@ -45,6 +45,7 @@ _GLUED_EPOCH = re.compile(r"\b(?:epoch|ep|e)(\d+)(?=\b|_)", re.IGNORECASE)
 _BATCH = re.compile(r"\bbatch\W{1,8}(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
 _LOSS_AT = re.compile(
     r"\b(\w*loss\w*|cost)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@|on|in|after) (?:step|iteration|iter|epoch)\s+(\d+)"
+    r"(?:,?(?: and)? (?:step|iteration|iter|batch|minibatch)(?: (?:index|number|idx))?\s+(\d+))?"
     r"|(?:step|iteration|iter|epoch)\[(\d+)\](?=\s*[:=]))",
     re.IGNORECASE,
 )
@@ -96,6 +97,19 @@ _LOSS_FAR = re.compile(
     rf"\b((?:[A-Za-z_][\w-]* ){{0,3}}\w*loss)\b[^:=\n]{{1,40}}(?::|=|\bis\b)\s*({NUMBER})(?=[\s,;|]|\.?$)",
     re.IGNORECASE,
 )
+# "0.4 s loss: 2.3": a unit is no word of the name behind it.
+_UNIT = re.compile(
+    r"(?<=\d) ?(ms|us|s|sec|secs|seconds|GB|GiB|MB|MiB|(?:it|tok|tokens|samples|images|img|imgs|steps)/s(?:ec)?)"
+    r"(?= (?:\w+[ _-]){0,3}\w*loss\b)",
+    re.IGNORECASE,
+)
+# Loss D/G: 0.3/1.2, loss(s|e): 0.3|1.2: as many numbers as names.
+_PAIRED = re.compile(
+    rf"(?P<stem>\bloss\w*)?(?P<open>[ _]?[ (\[])?\b(?P<a>[A-Za-z]\w*) ?(?P<sign>[/|]) ?(?P<b>[A-Za-z]\w*)[)\]]?"
+    rf"(?P<tail> loss(?:es)?)?"
+    rf"\s*[:=]\s*(?P<x>{NUMBER}) ?(?P=sign) ?(?P<y>{NUMBER})(?![\w./|])",
+    re.IGNORECASE,
+)
 # A loss that is scaled or weighted is none, nor one of packets.
 NO_LOSS = re.compile(
     r"scale|weight|coef|(?:packet|link|signal|heat|hearing|blood|stop|data)[ -]loss", re.IGNORECASE
@@ -127,6 +141,10 @@ def named(line: str) -> tuple[str, Values]:
         line = _GLUED.sub(" ", line)
     if "=" in line or ": " in line:
         line = _OF_EACH.sub(r"\1 ", line)
+    if "/" in line or "|" in line:
+        line = _PAIRED.sub(_parted, line)
+    if _UNIT.search(line):
+        line = _UNIT.sub(r"\1,", line)
     if "..." in line:
         line = _LEADERS.sub(": ", line)
     if "%" in line:
@@ -142,7 +160,9 @@ def named(line: str) -> tuple[str, Values]:
         line = _RANGE.sub(r"\1\2", line)
     if told := _LOSS_AT.search(line):
         line = line[: told.end(1)] + line[told.end() :]
-        values["step"] = float(told[2] or told[3] or told[4])
+        if told[4]:  # "at epoch 3, batch 20"
+            values["epoch"] = float(told[3])
+        values["step"] = float(told[2] or told[4] or told[3] or told[5])
     for said, digits, unit in _PAIR.findall(_WRAPPED.sub("", line) if "(" in line else line):
         name = _name(said)
         if name not in values:
@@ -191,6 +211,15 @@ def placed(line: str, values: Values) -> Values:
     elif not counted and (opens := _OPENS.match(line)):
         values["step"], values[OF] = float(opens[1]), number(opens[2] or "")
     return values
+
+
+def _parted(both: re.Match[str]) -> str:
+    """Two names and their two numbers, one after the other; whatever is no loss as it was."""
+    stem, tail = both["stem"] or "", both["tail"] or ""
+    if not is_loss(f"{stem}{both['a']}{both['b']}{tail}"):
+        return both[0]
+    before = f"{stem} " if stem else both["open"] or ""
+    return f"{before}{both['a']}{tail}: {both['x']}, {before}{both['b']}{tail}: {both['y']}"
 
 
 def _name(said: str) -> str:

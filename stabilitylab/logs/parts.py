@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import STEP, choose_columns, counter_of, is_evaluation
+from stabilitylab.logs.columns import STEP, choose_columns, counter_of, is_evaluation, is_loss
 from stabilitylab.logs.reading import Reading
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 
@@ -27,7 +27,9 @@ _CLOCK = re.compile(
     r"time|elapsed|second|duration|eta|date|byte|mem|epoch|\bpid\b|(^|[_ /])(ms|s|t|min|hours?)$",
     re.IGNORECASE,
 )
-
+_AMOUNT = re.compile(r"^(?:steps|iterations|iters|updates)$", re.IGNORECASE)
+_AMOUNTS = 0.25  # of the rows in which it falls
+_BARE_TOTAL = re.compile(r"\b(?:total|overall)\b", re.IGNORECASE)
 
 _FEW = 32  # rows that are not worth columns
 _INFINITE = (math.inf, -math.inf)
@@ -136,10 +138,14 @@ def columns_of(
 ) -> dict[str, str]:
     names = list(dict.fromkeys([*part.counts, *part.nulls]))
     if loss is None:
-        loss = next((name for name in reading.losses if part.counts[name]), None)
+        loss = next((name for name in reading.losses if part.counts[name]), None) or _bare_total(part)
     own_step = reading.step if step is None and reading.step in part.counts else step
     columns = choose_columns(
-        [name for name in names if name in (step, reading.step) or not _stands_still(part, name)],
+        [
+            n
+            for n in names
+            if n in (step, reading.step) or not (_stands_still(part, n) or _is_amount(part, n))
+        ],
         source=path,
         loss=loss,
         step=own_step,
@@ -171,6 +177,27 @@ def columns_of(
 def _stands_still(part: Part, name: str) -> bool:
     """Whether it is a counter by its name that does not count: "Train steps: 100" in each line."""
     return counter_of(name) and part.counts[name] > 2 and part.repeated[name] == part.counts[name] - 1
+
+
+def _is_amount(part: Part, name: str) -> bool:
+    """Whether it is how many there were, each time: "steps=21" beside "iter 3"."""
+    return (
+        _AMOUNT.search(name) is not None
+        and part.backward[name] - part.resets[name] > _AMOUNTS * part.counts[name]
+        and any(counter_of(n) and not part.backward[n] for n in part.counts if n != name)
+    )
+
+
+def _bare_total(part: Part) -> str | None:
+    """A ``total`` that is called no loss, beside the losses that it is of: never below them, and falling at times."""
+    losses = [n for n in part.counts if is_loss(n) and not is_evaluation(n)]
+    totals = [n for n in part.counts if _BARE_TOTAL.fullmatch(n)]
+    if len(totals) != 1 or len(losses) < 2 or any(_BARE_TOTAL.search(n) for n in losses):
+        return None
+    total = totals[0]
+    of = [n for n in losses if part.counts[n] == part.counts[total]]
+    above = all(seen[total] >= seen[n] for seen in (part.first, part.last) for n in of)
+    return total if of == losses and above and total in part.fractions and part.backward[total] else None
 
 
 def _counting(part: Part, columns: Mapping[str, str]) -> str | None:

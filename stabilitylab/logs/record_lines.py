@@ -43,6 +43,8 @@ _DECIMAL = re.compile(r"(?<![\w.,/-])[-+]?\d+\.\d+(?:[eE][-+]?\d+)?(?![\w.%/])")
 _BARE = re.compile(
     rf"\s*(\d+)(?:\s*[,:;]\s*|\s+)(?:\w+[.\w]*\()?({NUMBER})(?:, [\w=<>' ]+)?\)?\s*$", re.IGNORECASE
 )
+# 2.31, tensor(2.31, grad_fn=<MseLossBackward0>) on a line of its own
+_LONE = re.compile(r"\s*(?:\w+[.\w]*\(\[?)?([-+]?\d+\.\d+(?:[eE][-+]?\d+)?)\]?(?:, [\w=<>':, ]+)?\)?\s*$")
 _ALONE = "value"  # what a number is called that has no name
 # What a loss is called where nothing is called one, best first; each a family of which one column is taken.
 _FAMILIES = tuple(
@@ -58,6 +60,8 @@ _FAMILIES = tuple(
 _TOTAL = re.compile(r"\b(?:total|overall|combined)\b")
 _SUM = re.compile(r"\b(?:total|sum|value)\b")
 _TRAIN = re.compile(r"\b(?:train|training|tr|trn)\b")
+_BOUND = re.compile(r"\belbo\b")  # of which a likelihood is a part
+_PER = re.compile(r"\bbits per \w+")
 # What no loss is called, or what is a share of something that rises.
 _NO_LOSS = re.compile(
     r"\b(?:lrs?|rate|learning|norms?|gn|grads?|gradients?|time|times|sec|secs|seconds|ms|eta|speed|mem|memory|gpu|tok|tokens|"
@@ -222,6 +226,8 @@ def _read(line: str) -> Said:
         values[_ALONE] = number(alone[0])
     elif not values and (bare := _BARE.match(line)):
         values = {"step": float(bare[1]), _ALONE: number(bare[2])}
+    elif not values and (lone := _LONE.match(line)):
+        values = {_ALONE: number(lone[1])}
     return {n: x for n, x in values.items() if not is_evaluation(n)}, ""
 
 
@@ -259,8 +265,15 @@ def _loss_of(rows: Sequence[Values]) -> str | None:
                 columns.setdefault(name, []).append(x)
     likely = {n: c for n, c in columns.items() if not _counts(n) and len(c) >= _FEWEST and _is_measured(c)}
     said = {n: spoken(n) for n in likely}
-    could = [n for n in likely if not _NO_LOSS.search(said[n]) and not _is_complement(n, columns)]
+    rising = {n for n in likely if _BOUND.search(said[n]) and _rises(likely[n])}  # whose negative is the loss
+    could = [
+        n
+        for n in likely
+        if not _NO_LOSS.search(_PER.sub("", said[n])) and not _is_complement(n, columns) and n not in rising
+    ]
     counted = any(_is_counter(n, c) and len(c) >= _FEWEST for n, c in columns.items())
+    if rising and counted and not could:
+        return ""
     if not could or not (counted or any(_SIGNALS["norm"].search(s) for s in said.values())):
         return None
     totals = [n for n in could if _TOTAL.search(said[n])]
@@ -282,6 +295,8 @@ def _loss_of(rows: Sequence[Values]) -> str | None:
         fit = [n for n in could if family.search(said[n])]
         fit = [n for n in fit if _TRAIN.search(said[n])] or fit
         plain = [n for n in fit if all(said[n] in said[other] for other in fit)]
+        if fit and not number_ and any(_BOUND.search(spoken(n)) for n in columns):
+            return ""
         if (
             fit
             and _A_PART.search(said[fit[0]])
@@ -380,6 +395,11 @@ def _goes_on(column: Sequence[float]) -> bool:
 def _falls(column: Sequence[float]) -> bool:
     third = max(len(column) // 3, 1)
     return len(column) > _FEWEST and median(column[-third:]) < median(column[:third]) and min(column) >= 0
+
+
+def _rises(column: Sequence[float]) -> bool:
+    third = max(len(column) // 3, 1)
+    return median(column[-third:]) > median(column[:third])
 
 
 def _exceeds(row: Values, part: str, total: str) -> bool:

@@ -58,6 +58,10 @@ LINES = [
     "[gen] gen {k} | solved 1/9 | loss {x:.2f}",
     "stage1 recon {k}/240 | loss {x:.2f}",
     "pass {k} of 240 :: objective={x:.2f} grad=1.14",
+    "loss at epoch 1, batch index {k}: {x:.2f}",
+    "{k}/10. loss: {x:.2f}\n{k}/10. y_loss: 0.1",
+    "Train: epoch: 0: iter: {k} avg_batch_time: 0.405 s loss:{x:.2f} loss_avg:9.9{k}",
+    "Update {k} | Loss Actor/Critic: {x:.2f}/0.1{k} | Ent: 0.1",
     "[{k:06d}] train_ppl 27.3 train_nll {x:.2f} tok/s 9349",
     "--- update #{k} ---\n  loss ........ {x:.2f}",
     "chunk {k:4d} of 5000, running loss.....: {x:.2f}",
@@ -211,6 +215,22 @@ def test_batches_that_begin_again_are_the_next_epochs(tmp_path):
     epoch = "".join(f"Batch {k}/4 | Loss: {9 - k}.0\n" for k in range(1, 5)) + "[Epoch 1] mean loss: 5.0\n"
     path.write_text(epoch * 3)
     assert losses(path, loss="Loss")[1] == list(range(1, 13))
+
+
+TOTALS = [
+    "step {k} | acoustic cur_all_loss: {x:.3f} loss_ce: 0.1{k} loss_ctc: 0.5",
+    "iter {k} epoch 1: policy_loss=0.1{k} value_loss=0.5{k} total={x:.2f} (steps={s}, buffer=5000)",
+]
+
+
+@pytest.mark.parametrize("line", TOTALS)
+def test_a_total_may_be_called_all_or_no_loss_and_steps_may_be_an_amount(tmp_path, line):
+    path = tmp_path / "log"
+    said = [line.format(k=k, x=9 - k / 10, s=20 + k * 7 % 4) for k in range(1, 6)]
+    path.write_text("\n".join(said))
+    _, steps, values = losses(path)
+    assert steps == [1, 2, 3, 4, 5]
+    assert values == pytest.approx([8.9, 8.8, 8.7, 8.6, 8.5])
 
 
 def test_of_several_losses_the_total(tmp_path):

@@ -42,6 +42,9 @@ LINES = [
     "Epoch {k} Train Loss: {x:.3f}% | Train Error: 0.4{k} |Accuracy: 51.{k}%",
     "{k}# Epoch finished ! Loss: {x:.2f}, IOU: 0.3",
     "Epoch:  {k}  -----------\nMSE: train:  {x:.2f} , validation:  9.99 ",
+    "Epoch {k}, mean bits_per_dim: {x:.4f}",
+    "{x:.4f}\n[ CPUFloatType{{}} ]\nepoch {k}",
+    "Epoch {k}\ntensor({x:.4f}, grad_fn=<MseLossBackward0>)",
 ]
 
 
@@ -70,6 +73,12 @@ NO_LOSSES = [
     "step {k} l1 0.12, mse {x:.2f}, dur 0.3",
     "[{k}/160] KL: 0.1{k}, Recon: {x:.4f}",
     "it {k}/24, J_KL = 0.2{k}, J_pred = {x:.2f}",
+    "Test epoch {k}: Average losses: Loss: {x:.3f} | PSNR: 20.{k}",
+    "Iteration {k}/24, ELBO: -{x:.2f} (time: 0.4s)",  # it rises: its negative is the loss
+    "in epoch {k} mean elbo is -{x}\nin epoch {k} mean kl is 0.1\nin epoch {k} mean nll is {x}",
+    "iter {k} | nll {x:.2f} | elbo -9.9{k}",
+    "[{k}/100] f: {x:e} | |g|: 1.{k}e+00 | alpha: 0.1",
+    "step {k} loss D/G: 0.3{k}/{x:.2f}",
 ]
 
 
