@@ -130,8 +130,9 @@ def _even_part(rows: int, replicas: int) -> int:
 def _join_deepspeed() -> None:
     """Let DeepSpeed use the groups that there are, without its word on everything and without compiling an operator."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Its all-reduce in shared memory is compiled on first use, under a lock that a killed process leaves behind for good.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its all-reduce in shared memory is compiled on first use, under a lock that a killed process leaves behind for good. It alone
+    # asks for this table, which DeepSpeed 0.19 fills on first use by calling a compiler, a tenth of a second of each process.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     with redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist.get_backend(), verbose=False)
 

@@ -35,8 +35,8 @@ from glm.train.fork_loop import ForkLoop
 from glm.train.forks import config_of, data_of, episode_of, state_before
 from glm.train.machine import device_of, machine, otherwise, threads, threads_of
 from stabilitylab.attribution import Attribution, Fork, LoopState, attribute
-from stabilitylab.attribution.attribute import BEFORE
 from stabilitylab.attribution.forks import signal_of
+from stabilitylab.attribution.search import BEFORE
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Episode

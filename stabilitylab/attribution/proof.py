@@ -23,12 +23,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stabilitylab.attribution.forks import Fork
-from stabilitylab.attribution.verdicts import HALVES, PREVENTS, Yardstick
+from stabilitylab.attribution.verdicts import EVENT, HALVES, PREVENTS, Yardstick
 from stabilitylab.attribution.without import Without
 from stabilitylab.spikes.episodes import Episode
 from stabilitylab.telemetry import Event
 
-EVENT = "attribution"
 NOUNS = {
     "non-finite": "loss of finite numbers",
     "dead": "dead loss",

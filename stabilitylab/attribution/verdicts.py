@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# The kind of event in which a run keeps what forks proved.
+EVENT = "attribution"
 PREVENTS, HALVES, NOTHING, FAILED = "prevents", "halves", "nothing", "failed"
 PAST, WATCHED = 16, 24
 _PREVENTED, _HALVED, _OF_NOISE, _OF_BASE = 0.25, 0.5, 4.0, 0.1

@@ -1,7 +1,7 @@
 """Charts of values over steps and over depth. Seeds are thin and their mean thick; what is not finite is a cross at the upper edge.
 
 A curve has as many points as a screen can tell apart: of each stretch of steps its lowest, its highest and one that is not finite
-(``figures.style.thinned``), so a spike of one step in 100,000 is drawn at its height.
+(``figures.numbers.thinned``), so a spike of one step in 100,000 is drawn at its height.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from stabilitylab.charts.look import (
     step_axis,
     words,
 )
-from stabilitylab.figures.curves import Lines, Mark, logarithmic, mean_of_seeds, together
-from stabilitylab.figures.style import ALARM, positive, thinned
+from stabilitylab.figures.lines import Lines, Mark, logarithmic, mean_of_seeds, together
+from stabilitylab.figures.numbers import positive, thinned
+from stabilitylab.figures.palette import ALARM
 
 # Points of all curves of a chart together, and the fewest of one.
 POINTS, FEWEST = 24_000, 60

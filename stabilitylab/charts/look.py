@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stabilitylab.figures.style import ALARM, COLOURS
+from stabilitylab.figures.palette import ALARM, COLOURS
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure as BokehFigure

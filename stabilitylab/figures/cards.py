@@ -21,8 +21,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from matplotlib.transforms import IdentityTransform
 from numpy.typing import NDArray
 
-from stabilitylab.figures.maps import BROKEN, Cells, cells, named_sites
-from stabilitylab.figures.style import ON_WHITE, plain, shortened
+from stabilitylab.figures.cells import BROKEN, Cells, cells, named_sites
+from stabilitylab.figures.numbers import plain
+from stabilitylab.figures.style import ON_WHITE, shortened
 
 SMALL, NAMES, LARGE = 8.0, 9.0, 10.0
 # TensorBoard shrinks what is wider than its card: few names in larger letters can be read there, thirty cannot.

@@ -6,8 +6,8 @@ edge. Figures are plain matplotlib figures, so that a notebook can go on working
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -17,28 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from stabilitylab.figures.style import (
-    ALARM,
-    STYLE,
-    colours,
-    legend,
-    log_axis,
-    panel,
-    plain,
-    positive,
-    say_not_recorded,
-    thinned,
-)
-
-Lines = Mapping[str, Sequence["pd.Series[float]"]]
-
-
-class Mark(NamedTuple):
-    """An episode to show on a curve: first step, last step (None: still open), and its kind."""
-
-    onset: int
-    end: int | None
-    text: str
+from stabilitylab.figures.lines import Lines, Mark, logarithmic, mean_of_seeds, together
+from stabilitylab.figures.numbers import plain, positive, thinned
+from stabilitylab.figures.palette import ALARM, colours
+from stabilitylab.figures.style import STYLE, legend, log_axis, panel, say_not_recorded
 
 
 def curves(
@@ -185,27 +167,6 @@ def dots(
         axes.set_ylabel(unit)
         legend(figure, axes, columns=len(arms))
         return figure
-
-
-def together(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    """All values of several arrays, none of none."""
-    return np.concatenate([np.empty(0), *arrays])
-
-
-def mean_of_seeds(several: Sequence[pd.Series[float]]) -> pd.Series[float]:
-    """Mean of seeds at each step; not finite where one of them is not."""
-    frame = pd.concat([s.rename(i) for i, s in enumerate(several) if len(s)], axis=1)
-    recorded = pd.concat([s.notna().rename(i) | True for i, s in enumerate(several) if len(s)], axis=1)
-    broken = recorded.notna() & ~np.isfinite(frame)
-    return frame.mean(axis=1).mask(broken.any(axis=1))
-
-
-def logarithmic(log: bool | str, values: np.ndarray) -> bool:
-    """Whether the value axis is logarithmic."""
-    if not log or not positive(values):
-        return False
-    finite = values[np.isfinite(values)]
-    return log is True or bool(finite.max() > 30 * np.median(finite))
 
 
 def _cross(axes: Axes, places: Any, colour: str) -> bool:

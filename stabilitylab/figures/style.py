@@ -1,8 +1,7 @@
 """One quiet look for all figures.
 
-Lines are coloured in Okabe and Ito's order, which colour-blind readers tell apart. Axes and text have one grey on a
-transparent ground; a page replaces that grey by its own ink (page.py), so that one figure serves light and dark mode. Text is
-sized for a figure shown at about 1.6 times its size on a desk and at its own on a phone.
+Axes and text have one grey on a transparent ground; a page replaces that grey by its own ink (page.py), so that one figure serves
+light and dark mode. Text is sized for a figure shown at about 1.6 times its size on a desk and at its own on a phone.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,10 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-INK = "#7f7f7e"
-ALARM = "#D55E00"
-FP16_MAX = 65504.0
+from stabilitylab.figures.numbers import plain
+from stabilitylab.figures.palette import INK
+
 WIDTH = 6.4
 
 STYLE: dict[str, Any] = {
@@ -65,11 +61,6 @@ ON_WHITE: dict[str, Any] = {
     **STYLE,
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), "#3c3c3c"),
 }
-
-
-def colours() -> Iterator[str]:
-    """The palette, over and over."""
-    return cycle(COLOURS)
 
 
 def panel(height: float = 2.7) -> tuple[Figure, Axes]:
@@ -160,35 +151,3 @@ def log_axis(axis: Any, *, base: int = 10) -> None:
     axis.set_major_locator(LogLocator(subs=subs, numticks=9))
     axis.set_major_formatter(FuncFormatter(lambda v, _: plain(v)))
     axis.set_minor_formatter(NullFormatter())
-
-
-def plain(value: float) -> str:
-    """A number as people write it: 0.002, 1.5, 65,504, 3e-09, inf."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e6:
-        return f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
-    return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
-
-
-def positive(values: np.ndarray) -> bool:
-    """Whether a logarithmic axis can show every finite value, and there is one."""
-    finite = values[np.isfinite(values)]
-    return bool(finite.size) and bool((finite > 0).all())
-
-
-def thinned(series: pd.Series[float], points: int = 2000) -> pd.Series[float]:
-    """At most about ``points`` values of a curve: of each stretch of steps its lowest, its highest and one that is not finite.
-
-    No spike and no NaN is lost by drawing fewer points than were recorded.
-    """
-    if len(series) <= points:
-        return series
-    values = series.to_numpy(dtype=float)
-    stretch = np.arange(len(values)) * (points // 3) // len(values)
-    frame = pd.DataFrame({"stretch": stretch, "value": np.where(np.isfinite(values), values, np.nan)})
-    grouped = frame.dropna().groupby("stretch")["value"]
-    bad = pd.Series(np.flatnonzero(~np.isfinite(values)))
-    first_bad = bad.groupby(stretch[bad.to_numpy()]).first()
-    keep = np.unique(np.concatenate([grouped.idxmin(), grouped.idxmax(), first_bad, [0, len(values) - 1]]))
-    return series.iloc[keep.astype(int)]

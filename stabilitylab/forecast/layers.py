@@ -20,7 +20,6 @@ import pandas as pd
 
 from stabilitylab.errors import InputError
 from stabilitylab.forecast.trend import Trend, trends
-from stabilitylab.formats import gaussian_error, what_if_format
 from stabilitylab.runs.run import Run
 
 FAMILY, STATISTIC = "format", "_error"
@@ -168,6 +167,11 @@ def _told(site: str, name: str, trend: Trend, limit: float) -> LayerForecast:
 
 @cache
 def _usual(name: str) -> float:
+    from stabilitylab.formats import (
+        gaussian_error,
+        what_if_format,
+    )  # torch: only for runs that recorded formats
+
     return gaussian_error(what_if_format(name))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stabilitylab.figures.style import plain
+from stabilitylab.figures.numbers import plain
 from stabilitylab.outliers.criteria import CRITERIA, GLM_SHARE, OPT_SHARE, Found
 from stabilitylab.outliers.scan import OutlierScan
 from stabilitylab.outliers.sites import Site

@@ -9,7 +9,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from stabilitylab.figures.style import COLOURS, INK, STYLE, WIDTH, colours, log_axis, panel
+from stabilitylab.figures.palette import COLOURS, INK, colours
+from stabilitylab.figures.style import STYLE, WIDTH, log_axis, panel
 from stabilitylab.quantization.frontier import frontier
 from stabilitylab.quantization.latency import KEPT
 from stabilitylab.quantization.plan import QuantizationPlan

@@ -10,7 +10,7 @@ import pandas as pd
 
 from stabilitylab.charts.curves import curves
 from stabilitylab.charts.look import Chart
-from stabilitylab.figures.curves import Mark
+from stabilitylab.figures.lines import Mark
 from stabilitylab.report.episodes_section import diagnoses
 from stabilitylab.report.page import Section
 from stabilitylab.runs.run import Run

@@ -11,8 +11,8 @@ import pandas as pd
 
 from stabilitylab.charts.curves import curves
 from stabilitylab.charts.look import Chart
-from stabilitylab.figures.curves import Mark
-from stabilitylab.figures.style import plain
+from stabilitylab.figures.lines import Mark
+from stabilitylab.figures.numbers import plain
 from stabilitylab.report.page import Cell, Said, Section, Statements, Table
 from stabilitylab.runs.run import Run
 from stabilitylab.spikes import KINDS, Episode, episodes_of

@@ -11,7 +11,7 @@ import pandas as pd
 from stabilitylab.charts.curves import by_depth, curves, layer_curves
 from stabilitylab.charts.look import Chart
 from stabilitylab.charts.maps import heat_map
-from stabilitylab.figures.style import FP16_MAX, plain, positive
+from stabilitylab.figures.numbers import FP16_MAX, plain, positive
 from stabilitylab.report.page import Section, Table
 from stabilitylab.runs.places import Places
 from stabilitylab.runs.run import Run

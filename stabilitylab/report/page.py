@@ -14,15 +14,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
-import matplotlib as mpl
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from stabilitylab.charts.look import DARK, LIGHT, Chart, library
 from stabilitylab.errors import InputError
-from stabilitylab.figures.style import ALARM, COLOURS, INK, STYLE, save
+from stabilitylab.figures.palette import ALARM, COLOURS, INK
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SVG_BYTES = 200_000
 # Colours of figures that a page's style sheet may set: they need another shade on dark ground.
@@ -164,6 +166,10 @@ class Page:
 
 def picture_html(figure: Figure) -> Markup:
     """A figure as inline SVG in the page's own ink, or as PNG where that is smaller."""
+    import matplotlib as mpl  # only pages of figures load it
+
+    from stabilitylab.figures.style import STYLE, save
+
     title = "; ".join(axes.get_title("left") or axes.get_title() for axes in figure.axes).strip("; ")
     vector = io.StringIO()
     with mpl.rc_context(STYLE):  # the same figure gives the same file

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stabilitylab.figures.style import plain
+from stabilitylab.figures.numbers import plain
 from stabilitylab.monitoring.sentences import event_line
 from stabilitylab.report.close_ups import extremes
 from stabilitylab.report.episodes_section import counted, key_message

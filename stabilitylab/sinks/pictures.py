@@ -92,7 +92,8 @@ class Sketch:
         import pandas as pd
 
         from stabilitylab.figures.cards import map_card
-        from stabilitylab.figures.curves import Mark, curves
+        from stabilitylab.figures.curves import curves
+        from stabilitylab.figures.lines import Mark
         from stabilitylab.figures.style import ON_WHITE
 
         drawn = {}

@@ -30,12 +30,13 @@ with tempfile.TemporaryDirectory() as folder:
         ("import stabilitylab.cli, glm.cli", {TORCH, "pandas", "numpy"}),
         ("import stabilitylab.logs.commands, stabilitylab.spikes.commands", {TORCH, "matplotlib"}),
         ("import stabilitylab.watching.commands, stabilitylab.watching.watch", {TORCH, "pandas"}),
+        ("import stabilitylab.report.of_log, stabilitylab.report.terminal", {TORCH, "matplotlib", "scipy"}),
         # The compiler takes as long as the rest of torch, SciPy's functions alone a tenth of a short run.
         ("import stabilitylab.monitoring.monitor", {COMPILER, "scipy", "matplotlib"}),
         ("import glm.commands.train", {COMPILER, "scipy", "pandas", "matplotlib", "tensorboard"}),
         (COMPACTION, {TORCH, "pandas"}),
     ],
-    ids=["help", "spikes", "watch", "monitor", "train", "compaction"],
+    ids=["help", "spikes", "watch", "report", "monitor", "train", "compaction"],
 )
 def test_what_is_loaded(program: str, without: set[str]) -> None:
     asked = f"{program}\nimport sys\nprint(*({without!r} & set(sys.modules)))"

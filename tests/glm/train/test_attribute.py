@@ -22,10 +22,10 @@ from glm.train.forks import Change, Forks, trainer_of
 from glm.train.machine import device_of, machine, machine_of, otherwise, threads, threads_of
 from glm.train.schedule import ScheduleConfig
 from stabilitylab.attribution import LoopState, Without
-from stabilitylab.attribution.attribute import BudgetTooSmallError
 from stabilitylab.attribution.forks import Forks as LoopForks
 from stabilitylab.attribution.forks import Usual
 from stabilitylab.attribution.observation import Observation
+from stabilitylab.attribution.search import BudgetTooSmallError
 from stabilitylab.attribution.verdicts import Yardstick
 from stabilitylab.report import run_report
 from stabilitylab.runs import load_run

@@ -157,7 +157,7 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path):
 
 def test_a_budget_that_ends_before_a_wider_search(monkeypatch):
     """What the first forks proved is told all the same."""
-    module = importlib.import_module("stabilitylab.attribution.attribute")
+    module = importlib.import_module("stabilitylab.attribution.search")
     original, made = module._Search._control, []
 
     def too_small(self, *args):

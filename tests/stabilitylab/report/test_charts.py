@@ -15,7 +15,7 @@ import pytest
 from stabilitylab.charts import curves as charts
 from stabilitylab.charts.look import Chart, library, words
 from stabilitylab.charts.maps import heat_map
-from stabilitylab.figures.curves import Mark
+from stabilitylab.figures.lines import Mark
 
 EMPTY = pd.Series(dtype=float)
 NAN, INF = math.nan, math.inf

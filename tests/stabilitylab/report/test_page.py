@@ -18,9 +18,9 @@ from stabilitylab.charts.look import Chart, library
 from stabilitylab.charts.maps import heat_map as chart_map
 from stabilitylab.errors import InputError
 from stabilitylab.figures import curves as figures
-from stabilitylab.figures.curves import Mark
+from stabilitylab.figures.lines import Mark
 from stabilitylab.figures.maps import heat_map
-from stabilitylab.figures.style import plain, thinned
+from stabilitylab.figures.numbers import plain, thinned
 from stabilitylab.report import Cell, Page, Picture, Said, Section, Statements, Table, comparison, run_report
 from stabilitylab.report import layers_section as layers
 from stabilitylab.report.episodes_section import counted, outcome
