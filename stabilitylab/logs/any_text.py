@@ -24,6 +24,14 @@ _OF_VALIDATION = re.compile(
 )
 # What follows them where they are no logger's name.
 _OF_WHAT = re.compile(r" (?:epoch|set|loss|error|results?|metrics|avg|average|mean)\b", re.IGNORECASE)
+# "Validation:", "--- Test results ---", "Val Epoch [3/10]" on a line of its own; the first group is training's.
+HEADING = re.compile(
+    rb"(?im:^(?:[\d:.,/ T-]+ )?(?:\[?[A-Z]+\]?[ :-]+)?[ \t=*#>-]{0,40}"
+    rb"(?:(train(?:ing)?)|valid(?:ation)?|val|test(?:ing)?|eval(?:uation|uating)?)\b"
+    rb"(?: (?:set|phase|results?|metrics?|summary|stats|performance|error))*[ :.=*#-]*"
+    rb"(?:epoch\W*\d+(?:\W*\d+)?)?[\])]?[ \t:.=*#-]*\r?$)"
+)
+MAY_HEAD = (b"train", b"val", b"test")  # and evaluation
 _OF_TRAINING = re.compile(r"train", re.IGNORECASE)
 _LOSS = re.compile(r"loss|xent|nll", re.IGNORECASE)
 _INFO = b" Info: "

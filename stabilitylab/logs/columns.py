@@ -155,6 +155,11 @@ _TOTAL = re.compile(r"(^|_)(total|overall|combined|all)(_|$)")
 _ELBO = re.compile(r"(^|_)elbo(_|$)")
 _AVERAGE = re.compile(r"(^|_)(avg|average|mean|running|ema|smoothed|best|min|max|epoch)(_|$)")
 _BEST = re.compile(r"(^|_)(best|min|max|lowest)(_|$)")
+_OF_TARGETS = frozenset({"ce_loss", "cross_entropy_loss", "crossentropyloss", "nll_loss"})
+# Terms that steady a model, beside which the cross-entropy is the loss.
+_SMALL_TERM = re.compile(
+    r"(^|_)(z|zloss|aux\w*|router|balanc\w*|load|lb|moe|mtp|reg\w*|penalty|entropy)(_|$)"
+)
 _POLICY = re.compile(r"(^|_)(policy|pg|actor|surrogate)(_|$)")
 # What a store keeps of a step's several values: their mean is the loss, the others are none.
 _STATISTIC = re.compile(r"[/._](num|count|std|min|max|median|sum|variance)$", re.IGNORECASE)
@@ -257,7 +262,7 @@ def _loss(
             for word in words:
                 for ending in ("", "_step", "_epoch"):
                     fit = [n for n in found if spell(n) == word + ending]
-                    if fit:
+                    if fit and not (word in _OF_TARGETS and _has_other_terms(found, fit, plain)):
                         return max(fit, key=lambda n: counts[n]) if counts else fit[0]
     stems = {
         re.sub("_(step|epoch)$", "", plain[n]): n for n in reversed(found) if not plain[n].endswith("_epoch")
@@ -275,6 +280,13 @@ def _loss(
             return narrowed[0]
     raise InputError(
         f"{source} has several loss columns: {_list(found)}; name one with --loss: {_paste(found)}"
+    )
+
+
+def _has_other_terms(found: Sequence[str], fit: Sequence[str], plain: Mapping[str, str]) -> bool:
+    """Whether a cross-entropy stands beside another term that is trained as much (a distillation, an overlap)."""
+    return any(
+        n not in fit and not _AVERAGE.search(plain[n]) and not _SMALL_TERM.search(plain[n]) for n in found
     )
 
 

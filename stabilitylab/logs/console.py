@@ -16,7 +16,15 @@ from itertools import islice
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.any_text import ANY_LINE, ANY_TEXT, Evidence, prepared, prepared_english
+from stabilitylab.logs.any_text import (
+    ANY_LINE,
+    ANY_TEXT,
+    HEADING,
+    MAY_HEAD,
+    Evidence,
+    prepared,
+    prepared_english,
+)
 from stabilitylab.logs.columns import counter_of, is_loss
 from stabilitylab.logs.console_formats import FORMATS
 from stabilitylab.logs.languages import is_foreign
@@ -34,14 +42,6 @@ _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
 _TOLD = "\0told"  # the losses that have had the step above
 _HEADED = "\0headed"  # whether a heading of validation stands above
 _NEXT = 2  # and nothing stands between
-# "Validation:", "--- Test results ---", "Val Epoch [3/10]" on a line of its own; the first group is training's.
-_HEADING = re.compile(
-    rb"(?im:^(?:[\d:.,/ T-]+ )?(?:\[?[A-Z]+\]?[ :-]+)?[ \t=*#>-]{0,40}"
-    rb"(?:(train(?:ing)?)|valid(?:ation)?|val|test(?:ing)?|eval(?:uation|uating)?)\b"
-    rb"(?: (?:set|phase|results?|metrics?|summary|stats|performance|error))*[ :.=*#-]*"
-    rb"(?:epoch\W*\d+(?:\W*\d+)?)?[\])]?[ \t:.=*#-]*\r?$)"
-)
-_MAY_HEAD = (b"train", b"val", b"test")  # and evaluation
 _SIGNALS = {
     "epoch": re.compile(r"^epochs?$"),
     "rate": re.compile(r"^(?:lr|learning[ _]rate)$"),
@@ -287,9 +287,9 @@ def _look_above(seek: re.Pattern[bytes], chunk: bytes, start: int, end: int, abo
         above.pop(_TOLD, None)
         above[_HEADED] = False
     between = chunk[start:end].lower()
-    if not any(word in between for word in _MAY_HEAD):
+    if not any(word in between for word in MAY_HEAD):
         return
-    for heading in _HEADING.finditer(chunk, start, end):
+    for heading in HEADING.finditer(chunk, start, end):
         above[_HEADED] = heading[1] is None and (chunk[heading.end() : end].isspace() + 1)
 
 

@@ -29,7 +29,7 @@ _CLOCK = re.compile(
 )
 _AMOUNT = re.compile(r"^(?:steps|iterations|iters|updates)$", re.IGNORECASE)
 _AMOUNTS = 0.25  # of the rows in which it falls
-_BARE_TOTAL = re.compile(r"\b(?:total|overall)\b", re.IGNORECASE)
+_BARE_TOTAL = re.compile(r"(?:train(?:ing)?[ _/])?(?:total|overall)\b", re.IGNORECASE)
 
 _FEW = 32  # rows that are not worth columns
 _INFINITE = (math.inf, -math.inf)
@@ -192,7 +192,9 @@ def _bare_total(part: Part) -> str | None:
     """A ``total`` that is called no loss, beside the losses that it is of: never below them, and falling at times."""
     losses = [n for n in part.counts if is_loss(n) and not is_evaluation(n)]
     totals = [n for n in part.counts if _BARE_TOTAL.fullmatch(n)]
-    if len(totals) != 1 or len(losses) < 2 or any(_BARE_TOTAL.search(n) for n in losses):
+    # beside one that is called "loss" a total may be the sum since the epoch began
+    alone = len(losses) < 2 and any("loss" in n.lower() for n in losses)
+    if len(totals) != 1 or not losses or alone or any(_BARE_TOTAL.search(n) for n in losses):
         return None
     total = totals[0]
     of = [n for n in losses if part.counts[n] == part.counts[total]]

@@ -17,12 +17,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from stabilitylab.logs.any_text import counted_on, is_of_validation, prepared, prepared_english
+from stabilitylab.logs.any_text import (
+    HEADING,
+    MAY_HEAD,
+    counted_on,
+    is_of_validation,
+    prepared,
+    prepared_english,
+)
 from stabilitylab.logs.columns import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.languages import is_foreign
 from stabilitylab.logs.line_numbers import named, placed
@@ -45,6 +52,7 @@ _BARE = re.compile(
 )
 # 2.31, tensor(2.31, grad_fn=<MseLossBackward0>) on a line of its own
 _LONE = re.compile(r"\s*(?:\w+[.\w]*\(\[?)?([-+]?\d+\.\d+(?:[eE][-+]?\d+)?)\]?(?:, [\w=<>':, ]+)?\)?\s*$")
+_NEXT = 2  # a heading, and nothing stands between
 _ALONE = "value"  # what a number is called that has no name
 # What a loss is called where nothing is called one, best first; each a family of which one column is taken.
 _FAMILIES = tuple(
@@ -54,14 +62,14 @@ _FAMILIES = tuple(
         "objective|obj|cost|costs|criterion",
         "bce|elbo|l|free energy",
         "mse|rmse|mae|error|err|errors|recon|reconstruction|residual|misfit|deviance|impurity",
-        "ppl|perplexity|pplx|bpc|bpd|bpb|bits per \\w+",
+        "ppl|perplexity|pplx|bpc|bpd|bpb|bits per \\w+|bits (?:dim|char|byte|token|word)|nats",
     )
 )
 _TOTAL = re.compile(r"\b(?:total|overall|combined)\b")
 _SUM = re.compile(r"\b(?:total|sum|value)\b")
 _TRAIN = re.compile(r"\b(?:train|training|tr|trn)\b")
 _BOUND = re.compile(r"\belbo\b")  # of which a likelihood is a part
-_PER = re.compile(r"\bbits per \w+")
+_PER = re.compile(r"\bbits (?:per )?\w+")
 # What no loss is called, or what is a share of something that rises.
 _NO_LOSS = re.compile(
     r"\b(?:lrs?|rate|learning|norms?|gn|grads?|gradients?|time|times|sec|secs|seconds|ms|eta|speed|mem|memory|gpu|tok|tokens|"
@@ -95,12 +103,14 @@ class Layout:
         leads: the counters that open a record.
         words: in small letters; a line that holds none of them is another's; none: any line may hold a column.
         prepare: what the text goes through first.
+        headed: whether headings part it into training and validation.
     """
 
     names: frozenset[str]
     leads: frozenset[str]
     words: tuple[bytes, ...]
     prepare: Callable[[bytes], bytes]
+    headed: bool = False
 
 
 def read_record_lines(source: Source, beside: Reading | None) -> Reading | None:
@@ -124,6 +134,9 @@ def read_record_lines(source: Source, beside: Reading | None) -> Reading | None:
         if (loss := _missed(rows, beside)) is None:
             return None
     layout = _layout(rows, order, unsaid, loss, prepare)
+    if HEADING.search(prepare(source.head())):
+        words = layout.words and (*layout.words, *MAY_HEAD)
+        layout = replace(layout, headed=True, words=words)
     reading = Reading(
         format="text",
         rows=lambda: text_rows(source, reading),
@@ -165,17 +178,28 @@ class RecordPieces:
     def __init__(self, layout: Layout | None) -> None:
         self._layout = layout
         self._read = Plans(_read).read
-        self.state: dict[str, Any] = {"held": {}, "epoch": None, "before": {}}
+        self.state: dict[str, Any] = {"held": {}, "epoch": None, "before": {}, "headed": 0}
 
     def take(self, piece: bytes) -> Iterator[Row]:
         """The records that are complete."""
         layout = self._layout
         piece = layout.prepare(piece) if layout else piece
+        headed = layout is None or layout.headed
         for line in _lines_with(layout.words, piece) if layout and layout.words else piece.splitlines():
-            if _HAS_NUMBER.search(line):
+            if headed and (heading := HEADING.match(line)):
+                self.state["headed"] = 0 if heading[1] else _NEXT
+            elif _HAS_NUMBER.search(line):
                 values, _ = self._read(plain_text(line))
-                if values:
+                if values and not self._is_of_validation(values):
                     yield from self._join(values)
+
+    def _is_of_validation(self, values: Values) -> bool:
+        """Whether a heading of validation is above: until a counter comes that does not stand right below it."""
+        above: int = self.state["headed"]
+        counts = any(_counts(name) for name in values)
+        if above and counts != (above == _NEXT):
+            self.state["headed"] = 0 if counts else 1
+        return above == _NEXT or (above > 0 and not counts)
 
     def _join(self, values: Values) -> Iterator[Row]:
         layout, held = self._layout, self.state["held"]

@@ -43,6 +43,8 @@ LINES = [
     "{k}# Epoch finished ! Loss: {x:.2f}, IOU: 0.3",
     "Epoch:  {k}  -----------\nMSE: train:  {x:.2f} , validation:  9.99 ",
     "Epoch {k}, mean bits_per_dim: {x:.4f}",
+    "Iter: {k}/24, Bits/dim: {x:.3f}",
+    "Epoch {k} | train_total: {x:.2f} | train_nll: 0.1{k} | val_total: 9.99 | val_nll: 9.9",
     "{x:.4f}\n[ CPUFloatType{{}} ]\nepoch {k}",
     "Epoch {k}\ntensor({x:.4f}, grad_fn=<MseLossBackward0>)",
 ]
@@ -79,6 +81,7 @@ NO_LOSSES = [
     "iter {k} | nll {x:.2f} | elbo -9.9{k}",
     "[{k}/100] f: {x:e} | |g|: 1.{k}e+00 | alpha: 0.1",
     "step {k} loss D/G: 0.3{k}/{x:.2f}",
+    "Epoch: {k}/24 - CE_Loss: {x:.4f} | KD_Loss: 0.1{k} | ACC: 0.2",
 ]
 
 
@@ -123,6 +126,13 @@ def test_numbers_below_a_counter_are_one_record(tmp_path):
 def test_a_counter_may_stand_behind_its_numbers(tmp_path):
     path = tmp_path / "log"
     path.write_text(many("error 9.1{k}\ncost: {x:.2f}\ndone with epoch {k}"))
+    assert losses(path)[1:] == ([1, 2, 3, 4, 5], [8.9, 8.8, 8.7, 8.6, 8.5])
+
+
+def test_what_a_heading_of_validation_stands_above_is_left_out(tmp_path):
+    path = tmp_path / "log"
+    said = many("Epoch 1, Iter: {k}/5, Bits/dim: {x:.2f}")
+    path.write_text("Training...\n" + said + "Testing...\n" + many("Iter: {k}/5, Bits/dim: 1.{k}"))
     assert losses(path)[1:] == ([1, 2, 3, 4, 5], [8.9, 8.8, 8.7, 8.6, 8.5])
 
 
