@@ -12,6 +12,7 @@ from stabilitylab.attribution.narrowing import standing_out
 from stabilitylab.attribution.proof import Conclusion
 from stabilitylab.errors import InputError
 from stabilitylab.telemetry import Event
+from tests.patience import PATIENCE
 from tests.stabilitylab.attribution.loops import LENGTH, TOKENS, Loop, run
 
 AT, BEGIN = 30, 22
@@ -23,7 +24,12 @@ def proven(loop, onset=AT, **fields):
         if step == BEGIN:
             state = LoopState.of(loop, step)
         losses.append(loop.train_step(step))
-    fields = {"original": dict(enumerate(losses)), "watched": 12, "budget": 60.0, "thorough": False} | fields
+    fields = {
+        "original": dict(enumerate(losses)),
+        "watched": 12,
+        "budget": PATIENCE,
+        "thorough": False,
+    } | fields
     return attribute(loop, onset, begin=BEGIN, state=state, **fields)
 
 
