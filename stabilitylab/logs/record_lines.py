@@ -260,6 +260,7 @@ def _first_rows(
 ) -> tuple[list[Values], dict[str, int], set[str]]:
     """Records of the beginning, where each name came first, and which names do not stand in their lines."""
     pieces, lines, counted = RecordPieces(layout), 0, 0
+    place: Values = {}
     rows: list[Values] = []
     order: dict[str, int] = {}
     unsaid: set[str] = set()
@@ -268,7 +269,8 @@ def _first_rows(
             lines += 1
             for _, values in pieces.take(line):
                 rows.append(dict(values))
-                counted += any(_counts(name) for name in values)
+                before, place = place, {n: x for n, x in values.items() if _counts(n)}
+                counted += place != before  # an epoch that goes on is no record's
             for name in pieces.state["held"]:
                 if name not in order:
                     order[name] = lines

@@ -4,7 +4,8 @@
 environment variables (``alerts``). It has a minute; its failure is one line.
 
 *Webhook.* A POST of JSON, with a time-out and retries after 1, 2 and 4 seconds where the server fails, is too busy or cannot
-be reached; another answer is final. No redirects are followed. An address holds its secret, so messages name the host only,
+be reached; another answer is final. What was given up is tried once more after a minute, then after ever longer, and as soon as the
+server has taken something else. No redirects are followed. An address holds its secret, so messages name the host only,
 and ``env:NAME`` takes it from the environment, out of sight of the list of processes.
 """
 
@@ -25,6 +26,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +36,8 @@ from stabilitylab.watching.alerts import Alert, plain
 COMMAND_SECONDS = 60.0
 WEBHOOK_SECONDS = 10.0
 PAUSES = (1.0, 2.0, 4.0)
+LATE_SECONDS = (60.0, 900.0)  # after which what was given up is tried again: at first, at the longest
+_MOST_LATE = 1000
 _LONGEST_PAUSE = 30.0
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -44,10 +48,17 @@ class Hook:
     Args:
         say: takes a line about what went wrong.
         done: takes each alert that needs no further try.
+        late: seconds after which what was given up is tried again, at first and at the longest.
     """
 
-    def __init__(self, say: Callable[[str], object], done: Callable[[Alert], object] | None = None) -> None:
-        self._say, self._done = say, done
+    def __init__(
+        self,
+        say: Callable[[str], object],
+        done: Callable[[Alert], object] | None = None,
+        *,
+        late: tuple[float, float] = LATE_SECONDS,
+    ) -> None:
+        self._say, self._done, self._late = say, done, late
         self._queue: queue.SimpleQueue[Alert | None] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._thread = threading.Thread(
@@ -67,16 +78,44 @@ class Hook:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while (alert := self._queue.get()) is not None:
+        given_up: deque[Alert] = deque(maxlen=_MOST_LATE)
+        pause, longest = self._late
+        while True:
             try:
-                if self.deliver(alert) and self._done is not None:
-                    self._done(alert)
-            except Exception as error:  # the watch goes on, whatever became of its messenger
-                self._say(f"{type(self).__name__.lower()}: {type(error).__name__}: {error}")
+                alert = self._queue.get(timeout=pause if given_up else None)
+            except queue.Empty:
+                if self._tried(self.deliver_late, given_up[0]):
+                    given_up.popleft()
+                    pause = 0.0  # the next one at once
+                else:
+                    pause = min(2 * pause, longest) or self._late[0]
+                continue
+            if alert is None:
+                return
+            if not self._tried(self.deliver, alert):
+                given_up.append(alert)
+                pause = pause or self._late[0]
+            elif given_up:
+                pause = 0.0
+
+    def _tried(self, deliver: Callable[[Alert], bool], alert: Alert) -> bool:
+        """Whether nothing is left to be tried."""
+        try:
+            if not deliver(alert):
+                return False
+            if self._done is not None:
+                self._done(alert)
+        except Exception as error:  # the watch goes on, whatever became of its messenger
+            self._say(f"{type(self).__name__.lower()}: {type(error).__name__}: {error}")
+        return True
 
     def deliver(self, alert: Alert) -> bool:
         """Whether no further try is needed."""
         raise NotImplementedError
+
+    def deliver_late(self, alert: Alert) -> bool:
+        """The same of what was given up before, without a word."""
+        return self.deliver(alert)
 
 
 class Command(Hook):
@@ -165,6 +204,7 @@ class Webhook(Hook):
         *,
         seconds: float = WEBHOOK_SECONDS,
         pauses: tuple[float, ...] = PAUSES,
+        late: tuple[float, float] = LATE_SECONDS,
     ) -> None:
         if url.startswith("env:"):
             name, url = url[4:], os.environ.get(url[4:], "")
@@ -181,7 +221,7 @@ class Webhook(Hook):
         self.shown = f"{parts.scheme}://{host}" + (f":{port}" if port else "")
         self._url, self._seconds, self._pauses = url.strip(), seconds, pauses
         self._opener = urllib.request.build_opener(_NoRedirects)
-        super().__init__(say, done)
+        super().__init__(say, done, late=late)
 
     def deliver(self, alert: Alert) -> bool:
         body = json.dumps(alert.slack()).encode()
@@ -200,6 +240,10 @@ class Webhook(Hook):
             if last or self._ending.wait(max(self._pauses[count], pause)):
                 break
         return False
+
+    def deliver_late(self, alert: Alert) -> bool:
+        reason, again, _ = self._post(json.dumps(alert.slack()).encode())
+        return reason is None or not again
 
     def _post(self, body: bytes) -> tuple[str | None, bool, float]:
         """What went wrong (None: nothing), whether another try may help, and after how many seconds."""

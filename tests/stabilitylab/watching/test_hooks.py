@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -108,6 +109,28 @@ def test_a_failing_server_is_tried_again_and_a_refusing_one_is_not(serve):
     server = serve(404)
     said, done, _ = post(server)
     assert (len(server.taken), done) == (1, [ALERT])
+
+
+def test_what_was_given_up_is_posted_once_the_server_is_back(serve):
+    server = serve(500, 500, 500, 200)
+    said, done = [], []
+    hook = Webhook(server.url, said.append, done.append, pauses=(), late=(0.02, 0.02))
+    hook.tell(ALERT)
+    wait_until(lambda: done)
+    assert hook.close(PATIENCE)
+    assert (done, len(server.taken), len(said)) == ([ALERT], 4, 1)
+
+
+def test_what_was_given_up_follows_what_the_server_has_taken(serve):
+    server = serve(500, 200)
+    done = []
+    hook = Webhook(server.url, [].append, done.append, pauses=(), late=(PATIENCE, PATIENCE))
+    later = replace(ALERT, id="a/2")
+    hook.tell(ALERT)
+    hook.tell(later)
+    wait_until(lambda: len(done) == 2)
+    assert hook.close(PATIENCE)
+    assert done == [later, ALERT]
 
 
 def test_too_many_messages_wait_as_long_as_they_are_told(serve):
