@@ -95,9 +95,12 @@ def _any_text(source: Source, most: int | None = None) -> TextFormat | None:
 def _first(source: Source, formats: Sequence[TextFormat], *, enough: int) -> TextFormat | None:
     """The format with the most records in the first piece of the file that holds enough of one; or the best of all."""
     total = [0] * len(formats)
+    others: list[TextFormat] = []  # those whose trigger is another format's word
     for count, chunk in enumerate(source.chunks()):
         for i, one in enumerate(formats):
-            found = islice(_records(one, chunk, {}, hits=_HITS), 200)
+            if total[i] == 0 and one in others:
+                continue
+            found = islice(_records(one, chunk, {}, hits=_HITS, spent=others), 200)
             total[i] += sum(enough == 1 or values is None or _has_loss(one, values) for _, values in found)
         if max(total) >= enough:
             best = formats[total.index(max(total))]
@@ -207,12 +210,13 @@ def _records(
     before: dict[str, Values],
     *,
     hits: int | None = None,
+    spent: list[TextFormat] | None = None,
     above: dict[str, Any] | None = None,
     read: Callable[[str], Said] | None = None,
 ) -> Iterator[tuple[str, Values | None]]:
     """Records of the lines of ``chunk``; None in place of one that the format leaves out. After so many ``hits`` of the
-    trigger it is left. ``above``: what the lines between records have counted. ``read``: what reads a line, where it is
-    not the format itself."""
+    trigger it is left, and the format comes into ``spent``. ``above``: what the lines between records have counted. ``read``: what
+    reads a line, where it is not the format itself."""
     read = read or _reader(one)
     if b"\b" in chunk:  # Keras goes back over its bar with backspaces
         chunk = _BACK.sub(b"\n", chunk)
@@ -260,6 +264,8 @@ def _records(
             before[part] = values
             values = done
         yield part, values
+    if count == hits and spent is not None:
+        spent.append(one)
     if one.above is not None:  # what stands below the last record is above the next piece's first
         _look_above(one.above, chunk, max(looked, len(chunk) - _ABOVE), len(chunk), above)
 

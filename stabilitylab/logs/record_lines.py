@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -190,7 +191,7 @@ class RecordPieces:
                 self.state["headed"] = 0 if heading[1] else _NEXT
             elif _HAS_NUMBER.search(line):
                 values, _ = self._read(plain_text(line))
-                if values and not self._is_of_validation(values):
+                if values and not (headed and self._is_of_validation(values)):
                     yield from self._join(values)
 
     def _is_of_validation(self, values: Values) -> bool:
@@ -203,7 +204,7 @@ class RecordPieces:
 
     def _join(self, values: Values) -> Iterator[Row]:
         layout, held = self._layout, self.state["held"]
-        if layout:
+        if layout and not values.keys() <= layout.names:
             values = {n: x for n, x in values.items() if n in layout.names or n.startswith("\0")}
         again = any(_opens(n, x, held, layout) for n, x in values.items())
         if again:
@@ -388,6 +389,7 @@ def spoken(name: str) -> str:
     return re.sub(r"[^\w%]+|_", " ", parted).strip().lower()
 
 
+@lru_cache(4096)
 def _counts(name: str) -> bool:
     return counter_of(name) or name == "#" or name.startswith(("/", "\0"))
 
