@@ -18,7 +18,7 @@ from stabilitylab.logs.pattern import ABOVE, TextFormat, Values
 
 # Words that make a line one of validation, where they stand before its first loss and no training does.
 _OF_VALIDATION = re.compile(
-    r"(?:^|[\s\[(|:])(?:eval|evaluation|evaluating|valid|validation|validate|val|test|testing|dev|development)\b(?![./_=-]\w)"
+    r"(?:^|[\s\[(|:])(?:eval|evaluation|evaluating|valid|validation|validate|validating|val|test|testing|dev|development)\b(?![./_=-]\w)"
     r"|^\s*\w+_(?:eval|val|valid|validation|test|dev)\b",
     re.IGNORECASE,
 )

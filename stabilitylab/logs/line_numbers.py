@@ -21,9 +21,13 @@ OF = "\0of"
 # "loss nan grad_norm inf" are two names: a word of a name is no number.
 _NO_NUMBER = r"(?!(?:nan|inf|infinity)\b)"
 _WORD = rf"{_NO_NUMBER}[A-Za-z_]"
+# "loss after 500" is no loss of 500.
+_NO_PREPOSITION = "".join(
+    rf"(?<!\b{word})" for word in ("after", "before", "at", "in", "on", "of", "for", "over", "by")
+)
 _PAIR = re.compile(
     rf"(?<![\w.])({_WORD}[\w/.@-]*(?:\([A-Za-z]\w*\))?(?: {_NO_NUMBER}(?:[A-Za-z]|\([A-Za-z])[\w/.()@-]*){{0,3}})"
-    rf"['\"]?[)\]]?(?:\s*[:=]\s*|\s*[\[(]\s*|\s+)"
+    rf"['\"]?[)\]]?(?:\s*[:=]\s*|\s*[\[(]\s*|{_NO_PREPOSITION}\s+)"
     rf"['\"]?[#\[(]?\s*({NUMBER})((?-i:[KMGT])(?!\w))?(?!\s?%|\s*=\s*[-+.\d])(?=['\"\s,;:|/\])}}(>]|[a-zA-Z]+\b|--|\.\s|\.{{2,}}|\.?$)",
     re.IGNORECASE,
 )
@@ -43,10 +47,14 @@ _TWO_PLACES = re.compile(
 _GLUED_STEP = re.compile(r"\b(?:step|iter|it)(\d+)\b", re.IGNORECASE)
 _GLUED_EPOCH = re.compile(r"\b(?:epoch|ep|e)(\d+)(?=\b|_)", re.IGNORECASE)
 _BATCH = re.compile(r"\bbatch\W{1,8}(\d+)\s*/\s*(\d+)\b", re.IGNORECASE)
+# "loss at epoch 3, batch 20: 2.3", "loss after 500 of 900 iterations: 2.3", "loss[12] = 2.3"
+_COUNTED = r"(?:steps?|iterations?|iters?|epochs?|(?:mini[ -]?)?batch(?:es)?|updates?|episodes?|rounds?)"
 _LOSS_AT = re.compile(
-    r"\b(\w*loss\w*|cost)(?: \([^)]*\))? ?(?:\[(\d+)\]|(?:at|@|on|in|after) (?:step|iteration|iter|epoch)\s+(\d+)"
-    r"(?:,?(?: and)? (?:step|iteration|iter|batch|minibatch)(?: (?:index|number|idx))?\s+(\d+))?"
-    r"|(?:step|iteration|iter|epoch)\[(\d+)\](?=\s*[:=]))",
+    rf"\b(?P<loss>\w*loss\w*|cost)(?: \([^)]*\))? ?(?:\[(?P<at>\d+)\]"
+    rf"|(?:at|@|on|in|after|for) (?:the )?(?:{_COUNTED}\s+#?(?P<n>\d+)"
+    rf"|(?P<m>\d+)(?:st|nd|rd|th)?(?: (?:of|out of) \d+|/\d+)? {_COUNTED}\b)"
+    rf"(?:,?(?: and)? {_COUNTED}(?: (?:index|number|idx))?\s+(?P<then>\d+))?"
+    r"|(?:step|iteration|iter|epoch)\[(?P<of>\d+)\](?=\s*[:=]))",
     re.IGNORECASE,
 )
 # "Step: 12ms" is how long one took
@@ -159,10 +167,10 @@ def named(line: str) -> tuple[str, Values]:
         line = _DASHED_TO.sub(r"\1 \2", line)
         line = _RANGE.sub(r"\1\2", line)
     if told := _LOSS_AT.search(line):
-        line = line[: told.end(1)] + line[told.end() :]
-        if told[4]:  # "at epoch 3, batch 20"
-            values["epoch"] = float(told[3])
-        values["step"] = float(told[2] or told[4] or told[3] or told[5])
+        line = line[: told.end("loss")] + line[told.end() :]
+        if told["then"]:
+            values["epoch"] = float(told["n"] or told["m"])
+        values["step"] = float(told["at"] or told["then"] or told["n"] or told["m"] or told["of"])
     for said, digits, unit in _PAIR.findall(_WRAPPED.sub("", line) if "(" in line else line):
         name = _name(said)
         if name not in values:

@@ -81,6 +81,8 @@ NO_LOSSES = [
     "iter {k} | nll {x:.2f} | elbo -9.9{k}",
     "[{k}/100] f: {x:e} | |g|: 1.{k}e+00 | alpha: 0.1",
     "step {k} loss D/G: 0.3{k}/{x:.2f}",
+    "Validating Batch [{k}/24] Loss: {x:.4f} | loss_cls: 0.1",
+    "step {k}: the loss after {k}00 games fell",
     "Epoch: {k}/24 - CE_Loss: {x:.4f} | KD_Loss: 0.1{k} | ACC: 0.2",
 ]
 
