@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from stabilitylab.errors import InputError, run_command
 # Packages that only some commands need -> the extra that installs them.
 _EXTRAS = {"cattrs": "glm", "scipy": "glm", "sentencepiece": "glm"}
 _BOX = re.compile(r"[╭╮╰╯│─┌┐└┘]+")
+# How often a waiting OpenMP thread looks again before it sleeps: GNU's own number for more threads than cores.
+_SPINS = "1000"
 
 
 def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Sequence[str] | None) -> int:
@@ -48,7 +51,19 @@ def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Se
         # Both programs are parts of one distribution.
         print(f"{program} {__version__}")
         return 0
+    sleep_while_waiting()
     return run_command(lambda: _command(program, commands, words[0], words[1:]))
+
+
+def sleep_while_waiting() -> None:
+    """Lets OpenMP's threads sleep soon where they wait for each other; what they compute stays the same, bit for bit.
+
+    GNU's runtime looks some 300,000 times first, which it cuts short only where it has more threads than the machine cores. On
+    cores that other programs use as well, the thread that is waited for may have none, and those that wait burn the time that it
+    needs. The runtime reads its variables once, when torch loads it; what the user has set stands.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def _command(
