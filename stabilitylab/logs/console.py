@@ -248,7 +248,7 @@ def _records(
                 _look_above(one.above, chunk, max(looked, start - _ABOVE), start, above)
             looked = end
             headed = above.get(_HEADED)
-            if values and headed and (headed == _NEXT or not any(counter_of(name) for name in values)):
+            if values and headed and _is_below(headed, values):
                 values = {}
         if values is None:
             continue
@@ -297,6 +297,13 @@ def _look_above(seek: re.Pattern[bytes], chunk: bytes, start: int, end: int, abo
         return
     for heading in HEADING.finditer(chunk, start, end):
         above[_HEADED] = heading[1] is None and (chunk[heading.end() : end].isspace() + 1)
+
+
+def _is_below(heading: int, values: Values) -> bool:
+    """Whether a record belongs to the heading of validation above it: one that names training does not."""
+    if any("train" in name.lower() for name in values if is_loss(name)):
+        return False
+    return heading == _NEXT or not any(counter_of(name) for name in values)
 
 
 def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:

@@ -200,7 +200,8 @@ class RecordPieces:
         counts = any(_counts(name) for name in values)
         if above and counts != (above == _NEXT):
             self.state["headed"] = 0 if counts else 1
-        return above == _NEXT or (above > 0 and not counts)
+        below = above == _NEXT or (above > 0 and not counts)
+        return below and not any("train" in name.lower() for name in values if not _counts(name))
 
     def _join(self, values: Values) -> Iterator[Row]:
         layout, held = self._layout, self.state["held"]

@@ -220,6 +220,12 @@ def test_batches_that_begin_again_are_the_next_epochs(tmp_path):
     assert losses(path, loss="Loss")[1] == list(range(1, 13))
 
 
+def test_what_names_training_is_not_below_a_heading_of_validation(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(many("Train loss: {x:.2f}\nStart testing\n{{'AP': 0.1}}"))
+    assert losses(path)[2] == [8.9, 8.8, 8.7, 8.6, 8.5]
+
+
 TOTALS = [
     "step {k} | acoustic cur_all_loss: {x:.3f} loss_ce: 0.1{k} loss_ctc: 0.5",
     "iter {k} epoch 1: policy_loss=0.1{k} value_loss=0.5{k} total={x:.2f} (steps={s}, buffer=5000)",
