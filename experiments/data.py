@@ -6,10 +6,13 @@ nothing where their output stands already, and then say nothing here either.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
 
+from glm.cli import main
 from stabilitylab.errors import InputError
 
 MAX_CHARACTERS = 12_000_000
@@ -46,6 +49,10 @@ def build(
 def _glm(*arguments: str, out: Path) -> None:
     """Run a command that makes a folder; what it says of one that it finds is told once, by the run that made it."""
     words = [*arguments, "--out", str(out)]
-    said = subprocess.DEVNULL if out.exists() else None
-    if subprocess.run([sys.executable, "-m", "glm", *words], stdout=said, check=False).returncode:
+    if out.exists():
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = main(words)
+    else:  # what building takes of memory and threads goes with its process
+        code = subprocess.run([sys.executable, "-m", "glm", *words], check=False).returncode
+    if code:
         raise InputError(f"`glm {' '.join(words)}` failed: see its message above")
