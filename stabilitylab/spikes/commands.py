@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.any_text import ANY_TEXT
 from stabilitylab.logs.columns import STEP
 from stabilitylab.logs.commands import left_out_of
 from stabilitylab.logs.log import Log
@@ -167,6 +168,11 @@ def _show(scan: Scan, log: Log) -> None:
 def _notes(scan: Scan, log: Log) -> list[str]:
     """Sentences about the log as a whole."""
     notes = list(getattr(log, "notes", ()))
+    if log.format == ANY_TEXT.name:
+        read = ", ".join(f"{signal.rpartition('/')[2]} from {name!r}" for signal, name in log.columns.items())
+        notes.append(
+            f"no known trainer wrote this text; read are {read}: --loss, --step or --pattern read another"
+        )
     if STEP not in log.columns and log.path.is_file() and "tfevents" not in log.path.name:
         notes.append("no step column: steps are row numbers, from 0")
     if scan.sorted:

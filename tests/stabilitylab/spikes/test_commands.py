@@ -24,6 +24,15 @@ def test_notes_go_beside_json(tmp_path, capsys):
     assert told.err == "note: 1 losses are exactly 0, the first at step 300: a filter for NaN writes that\n"
 
 
+def test_what_was_read_of_unknown_text_is_told(tmp_path, capsys):
+    rows = enumerate(falling(40))
+    (tmp_path / "mine.log").write_text("".join(f"[{i:04d}] obj {loss:.4f} | lr 1e-3\n" for i, loss in rows))
+    spikes((tmp_path / "mine.log",), json=True)
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: no known trainer wrote this text; read are loss from 'obj', step from ")
+    assert "learning_rate from 'lr': --loss, --step or --pattern read another" in note
+
+
 def test_a_run_is_told_as_it_was_recorded(tmp_path, capsys):
     """The curve shows a spike at 200 only; what the run recorded, and acted on, is another one."""
     make_run(tmp_path / "run", episodes=[200], record_events=False)
