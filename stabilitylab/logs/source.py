@@ -162,14 +162,16 @@ _temporary: list[Path] = []
 
 
 def standard_input() -> Path:
-    """Standard input as a file that goes away with the process."""
-    with tempfile.NamedTemporaryFile(delete=False, prefix="stdin-") as copy:
+    """Standard input as a file, under the name by which it is told of, that goes away with the process."""
+    path = Path(tempfile.mkdtemp(prefix="stabilitylab-")) / "standard-input"
+    _temporary.append(path.parent)
+    with path.open("wb") as copy:
         shutil.copyfileobj(sys.stdin.buffer, copy)
-    _temporary.append(Path(copy.name))
-    return Path(copy.name)
+    return path
 
 
 def remove_temporary() -> None:
     """Delete what was copied out of standard input or a compressed file."""
     while _temporary:
-        _temporary.pop().unlink(missing_ok=True)
+        copy = _temporary.pop()
+        shutil.rmtree(copy) if copy.is_dir() else copy.unlink(missing_ok=True)

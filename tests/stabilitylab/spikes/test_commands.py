@@ -1,6 +1,10 @@
 """What ``stabilitylab spikes`` prints: notes beside JSON, and the episodes that a run recorded."""
 
+import io
 import json
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 
@@ -31,6 +35,15 @@ def test_what_was_read_of_unknown_text_is_told(tmp_path, capsys):
     (note,) = capsys.readouterr().err.splitlines()
     assert note.startswith("note: no known trainer wrote this text; read are loss from 'obj', step from ")
     assert "learning_rate from 'lr': --loss, --step or --pattern read another" in note
+
+
+def test_standard_input_is_told_by_its_name_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    text = "step,loss\n" + "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(falling(400)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spikes((Path("-"),))
+    assert "standard-input: " in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_is_told_as_it_was_recorded(tmp_path, capsys):
