@@ -5,6 +5,7 @@ scale and how the scale is stored; ``reference`` is the float64 oracle.
 """
 
 from stabilitylab.formats.hadamard import rotate, rotation_signs, unrotate
+from stabilitylab.formats.in_parts import quantize_rows, row_parts, some_rows
 from stabilitylab.formats.number_format import (
     BF16,
     E2M1,
@@ -58,11 +59,14 @@ __all__ = [
     "number_format",
     "pack_4bit",
     "quantize",
+    "quantize_rows",
     "quantize_searched",
     "rotate",
     "rotation_signs",
     "round_to",
+    "row_parts",
     "scaled_format",
+    "some_rows",
     "unpack_4bit",
     "unrotate",
     "what_if",

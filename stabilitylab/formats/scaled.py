@@ -208,6 +208,19 @@ def _scales(
     if kind.scale == "none" or not x.numel():
         return None, None
     largest = block_maxima(x, kind.block) if whole is None or kind.block != (None, None) else whole
+    return scales_of(largest, kind, whole)
+
+
+def scales_of(
+    largest: Tensor, kind: ScaledFormat, whole: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scales of every block as they are stored, and of the tensor.
+
+    Args:
+        largest: magnitude of each block, ``block_maxima``.
+        kind: a format that has scales.
+        whole: as in ``_scales``.
+    """
     element = kind.element
     if kind.scale == "fp32":
         scale = largest / element.largest

@@ -27,10 +27,16 @@ from stabilitylab.formats.scaled import (
 _FACTORS = (1.5, *(1.0 - 0.05 * step for step in range(1, 10)))
 
 
-def quantize_searched(x: Tensor, format: ScaledFormat | str) -> Quantized:
-    """x [..., K] in a scaled format with searched scales. Formats without scales have nothing to search: they are rounded."""
+def quantize_searched(x: Tensor, format: ScaledFormat | str, *, like: Quantized | None = None) -> Quantized:
+    """x [..., K] in a scaled format with searched scales. Formats without scales have nothing to search: they are rounded.
+
+    Args:
+        x: floating.
+        format: it, or its name.
+        like: has the usual scales, from which the search starts; None: x's own.
+    """
     kind = scaled_format(format) if isinstance(format, str) else format
-    best = quantize(x, kind)
+    best = quantize(x, kind, like=like)
     if best.scales is None:
         return best
     usual, chosen = best.scales, best.scales.float()

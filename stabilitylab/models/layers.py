@@ -20,15 +20,22 @@ def first_nonfinite(module: nn.Module) -> str | None:
     Infinite buffers are usual (masks), so of those only NaN counts.
     """
     for name, parameter in module.named_parameters():
-        for part in _parts(parameter.detach()):
-            # Both ends in one pass and no temporary: a NaN anywhere makes both NaN.
-            if part.numel() and not bool(torch.isfinite(torch.stack(part.aminmax())).all()):
-                return name
-            let_go_of_pages([part])
+        if not is_finite(parameter):
+            return name
     for name, buffer in module.named_buffers():
         if buffer.is_floating_point() and bool(torch.isnan(buffer).any()):
             return name
     return None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or an infinity; told without a copy, its pages let go on the way."""
+    for part in _parts(tensor.detach()):
+        # Both ends in one pass and no temporary: a NaN anywhere makes both NaN.
+        if part.numel() and not bool(torch.isfinite(torch.stack(part.aminmax())).all()):
+            return False
+        let_go_of_pages([part])
+    return True
 
 
 def _parts(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ besides the weight are the moments of its input (moments.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,16 +19,18 @@ import torch
 from torch import Tensor
 
 from stabilitylab.errors import InputError
-from stabilitylab.formats import dequantize
+from stabilitylab.formats import dequantize, row_parts, some_rows
 from stabilitylab.models.freed_memory import give_back_memory, let_go_of_pages
+from stabilitylab.models.layers import is_finite
 from stabilitylab.quantization.awq import awq_scales
+from stabilitylab.quantization.factors import Factor
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme, fingerprint_of_weight
 from stabilitylab.quantization.gptq import gptq
 from stabilitylab.quantization.grids import FormatGrid, IntegerGrid
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.scheme import Scheme
-from stabilitylab.quantization.stored import joined, quantize_weight
+from stabilitylab.quantization.stored import StoredWeight, joined, quantize_weight
 
 Method = Literal["gptq", "gptqo", "awq"]
 _WHOLE = 1 << 25  # numbers up to which a weight is rounded whole; larger ones
@@ -88,27 +91,33 @@ class CalibratedScheme:
                 "weights beside it"
             )
         weight = weight.detach()
-        if not bool(torch.isfinite(weight).all()):
+        if not is_finite(weight):
             raise InputError(f"{name} holds NaN or infinity: mend the model before it is quantized")
         if self.method == "awq":
             return self._scaled(weight, bias, moments, name)
         factor = moments.factor(order=self.method == "gptqo")
         mark = fingerprint_of_weight(weight)
         if isinstance(self.inner, Scheme):
-            # Rows have nothing to do with each other; of a vocabulary's matrix GPTQ holds some at a time, in fp32.
-            parts = []
-            rows = len(weight) if weight.numel() <= _WHOLE else max(1, _AT_ONCE // weight.shape[1])
-            for part in torch.split(weight, max(1, rows)):
-                grid = IntegerGrid(self.inner, (part.shape[0], part.shape[1]))
-                parts.append(grid.stored(gptq(part, factor, grid), mark))
-                let_go_of_pages([part])
-                if rows < len(weight):
-                    give_back_memory()
-            return QuantizedLinear(joined(parts), self.inner, bias=bias)
-        places = FormatGrid(self.inner.quantize(weight))
-        return FormatLinear(
-            places.stored(gptq(weight, factor, places)), self.inner, bias=bias, fingerprint=mark
-        )
+            stored = joined(self._rounded_rows(weight, self.inner, factor, mark), len(weight))
+            return QuantizedLinear(stored, self.inner, bias=bias)
+        usual = self.inner.quantize(weight)
+        # Rounded to nearest, codes are what scales were taken by; each part's are put in their place.
+        for rows in row_parts(weight.shape[0], weight.shape[1], usual.format):
+            places = FormatGrid(some_rows(usual, rows))
+            usual.codes[rows] = places.stored(gptq(weight[rows], factor, places)).codes
+            let_go_of_pages([weight[rows]])
+        return FormatLinear(usual, self.inner, bias=bias, fingerprint=mark)
+
+    @staticmethod
+    def _rounded_rows(weight: Tensor, inner: Scheme, factor: Factor, mark: str) -> Iterator[StoredWeight]:
+        """Rows have nothing to do with each other; of a vocabulary's matrix GPTQ holds some at a time, in fp32."""
+        rows = len(weight) if weight.numel() <= _WHOLE else max(1, _AT_ONCE // weight.shape[1])
+        for part in torch.split(weight, max(1, rows)):
+            grid = IntegerGrid(inner, (part.shape[0], part.shape[1]))
+            yield grid.stored(gptq(part, factor, grid), mark)
+            let_go_of_pages([part])
+            if rows < len(weight):
+                give_back_memory()
 
     def _scaled(
         self, weight: Tensor, bias: Tensor | None, moments: Moments, name: str

@@ -97,11 +97,13 @@ class Ends:
                 if needs_moments(meant) and moments is None:
                     moments = self._moments(*next(iter(matrix.outputs.items())))
                 made = matrix.made(meant, moments)
+                give_back_memory()  # searched scales leave holes
                 if (
                     rounded is not None
                 ):  # rows are looked up in the file's pages, and memory holds the output's kernel alone
                     made = rounded.filed(matrix.path, meant, made, matrix.weight)
                 error = _error(matrix.weight, made)
+                give_back_memory()
                 known[meant.name] = self._effect(matrix.places(made), error, made.nbytes, from_start=True)
                 del made
                 give_back_memory()
@@ -109,7 +111,7 @@ class Ends:
         output = next(iter(matrix.outputs), None)
         largest = self._largest.get(output) if output is not None else None
         if largest is None:
-            largest = torch.stack([part.float().abs().amax(0) for part in _split(matrix.weight)]).amax(0)
+            largest = _largest(matrix.weight)
         return LayerSensitivity(
             path=matrix.path,
             shape=(rows, columns),
@@ -187,6 +189,7 @@ def measured_ends(
     """Sensitivities of embeddings, and of output projections; those that an interrupted pass measured are as they were."""
     if not matrices and not outputs:
         return [], []
+    give_back_memory()  # what gradients of the layers left
     known = dict(so_far.ends)
     total = len(matrices) + len(outputs)
     with pace.of(
@@ -210,6 +213,16 @@ def measured_ends(
 
 def _split(weight: Tensor) -> tuple[Tensor, ...]:
     return torch.split(weight, max(1, _AT_ONCE // max(1, weight.shape[1])))
+
+
+def _largest(weight: Tensor) -> Tensor:
+    """max |w| of each column."""
+    found = torch.zeros(weight.shape[1], device=weight.device)
+    for part in _split(weight):
+        ends = torch.aminmax(part, dim=0)
+        found = torch.maximum(found, torch.maximum(ends.max, -ends.min).float())
+        let_go_of_pages([part])
+    return found
 
 
 def _error(weight: Tensor, made: Any) -> float:

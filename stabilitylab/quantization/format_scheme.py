@@ -13,7 +13,7 @@ times are not those of a machine that has it.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,14 @@ from stabilitylab.formats import (
     dequantize,
     fake_quantize,
     pack_4bit,
-    quantize,
-    quantize_searched,
+    quantize_rows,
+    row_parts,
     scaled_format,
+    some_rows,
     unpack_4bit,
 )
 from stabilitylab.models.freed_memory import let_go_of_pages
+from stabilitylab.models.layers import is_finite
 from stabilitylab.quantization.weight_on_paper import HasWeightOnPaper
 
 _SEARCHED = "-mse"
@@ -82,14 +84,16 @@ class FormatScheme:
         name: str = "the layer",
     ) -> FormatLinear:
         """A linear layer of W [N, K] in this scheme. Raises InputError where a weight is not finite."""
-        if not bool(torch.isfinite(weight).all()):
+        if not is_finite(weight):
             raise InputError(f"{name} holds NaN or infinity: mend the model before it is quantized")
         stored = self.quantize(weight.detach())
         return FormatLinear(stored, self, bias=bias, fingerprint=fingerprint_of_weight(weight))
 
     def quantize(self, weight: Tensor) -> Quantized:
         """W in the weights' format."""
-        return (quantize_searched if self.search else quantize)(weight, self.weights)
+        return quantize_rows(
+            weight, self.weights, search=self.search, seen=lambda part: let_go_of_pages([part])
+        )
 
 
 def fingerprint_of_weight(weight: Tensor) -> str:
@@ -110,6 +114,7 @@ class FormatLinear(HasWeightOnPaper, nn.Module):
         bias: [N], or None.
         smooth: [K], what the columns of the weights were multiplied with, and x is divided by; or None.
         fingerprint: of the float32 weights that it was made from.
+        columns: K, where codes of 4 bits lie two in a byte already; None: each has a byte.
     """
 
     codes: Tensor
@@ -126,13 +131,16 @@ class FormatLinear(HasWeightOnPaper, nn.Module):
         bias: Tensor | None = None,
         smooth: Tensor | None = None,
         fingerprint: str = "",
+        columns: int | None = None,
     ) -> None:
         super().__init__()
         self.scheme = scheme
         self.format = stored.format
-        self.out_features, self.in_features = stored.codes.shape
+        self.out_features = len(stored.codes)
+        self.in_features = stored.codes.shape[1] if columns is None else columns
         self.group, self.fingerprint = 0, fingerprint
-        packs = self.format.element.bits == 4 and self.in_features % 2 == 0
+        whole = stored.codes.shape[1] == self.in_features
+        packs = self.format.element.bits == 4 and self.in_features % 2 == 0 and whole
         self.register_buffer("codes", pack_4bit(stored.codes) if packs else stored.codes)
         self.register_buffer("scales", stored.scales)
         self.register_buffer("tensor_scale", stored.tensor_scale)
@@ -145,12 +153,26 @@ class FormatLinear(HasWeightOnPaper, nn.Module):
     def stored(self) -> Quantized:
         """Codes, a byte each, and scales."""
         packed = self.codes.shape[1] != self.in_features
-        return Quantized(
-            codes=unpack_4bit(self.codes) if packed else self.codes,
-            scales=self.scales,
-            tensor_scale=self.tensor_scale,
-            format=self.format,
+        return replace(self._held, codes=unpack_4bit(self.codes)) if packed else self._held
+
+    def beside(self, bias: Tensor | None) -> FormatLinear:
+        """Another layer of the same numbers, which are not copied."""
+        return FormatLinear(
+            self._held, self.scheme, bias=bias, fingerprint=self.fingerprint, columns=self.in_features
         )
+
+    @property
+    def _held(self) -> Quantized:
+        """Codes as they lie here, and scales."""
+        return Quantized(
+            codes=self.codes, scales=self.scales, tensor_scale=self.tensor_scale, format=self.format
+        )
+
+    def rows(self, rows: slice | Tensor) -> Quantized:
+        """Some rows, as ``some_rows`` takes them."""
+        packed = self.codes.shape[1] != self.in_features
+        found = some_rows(self._held, rows)
+        return replace(found, codes=unpack_4bit(found.codes)) if packed else found
 
     @property
     def nbytes(self) -> int:
@@ -185,7 +207,15 @@ class FormatLinear(HasWeightOnPaper, nn.Module):
             x if self.scheme.activations is None else fake_quantize(x, self.scheme.activations).to(x.dtype)
         )
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(rounded, dequantize(self.stored).to(x.dtype), bias).to(given)
+        parts = list(row_parts(self.out_features, self.in_features, self.format))
+        if len(parts) == 1:
+            return F.linear(rounded, dequantize(self.stored).to(x.dtype), bias).to(given)
+        y = rounded.new_empty(*rounded.shape[:-1], self.out_features)
+        for rows in parts:
+            weight = dequantize(self.rows(rows)).to(x.dtype)
+            y[..., rows] = F.linear(rounded, weight, None if bias is None else bias[rows])
+            let_go_of_pages([self.codes[rows]])
+        return y.to(given)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"

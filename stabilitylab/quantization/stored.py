@@ -20,7 +20,7 @@ by up to 45 % are tried in each group and the one of least squared error is kept
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,18 +136,34 @@ def quantize_weight(
     )
 
 
-def joined(parts: Sequence[StoredWeight]) -> StoredWeight:
-    """Rows that were quantized one after another, with scales of their own."""
-    if len(parts) == 1:
-        return parts[0]
-    zeros = [part.zeros for part in parts if part.zeros is not None]
-    return replace(
-        parts[0],
-        values=torch.cat([part.values for part in parts]),
-        scales=torch.cat([part.scales for part in parts]),
-        zeros=torch.cat(zeros) if zeros else None,
-        shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
-    )
+def joined(parts: Iterable[StoredWeight], rows: int) -> StoredWeight:
+    """Rows that are quantized one after another, with scales of their own.
+
+    Args:
+        parts: each is let go of before the next is asked for.
+        rows: of all of them.
+    """
+    whole: StoredWeight | None = None
+    done = 0
+    for part in parts:
+        if part.shape[0] == rows:
+            return part
+        if whole is None:
+            whole = replace(
+                part,
+                values=part.values.new_empty(rows, *part.values.shape[1:]),
+                scales=part.scales.new_empty(rows, *part.scales.shape[1:]),
+                zeros=None if part.zeros is None else part.zeros.new_empty(rows, *part.zeros.shape[1:]),
+                shape=(rows, part.shape[1]),
+            )
+        at = slice(done, done + part.shape[0])
+        whole.values[at], whole.scales[at] = part.values, part.scales
+        if whole.zeros is not None and part.zeros is not None:
+            whole.zeros[at] = part.zeros
+        done = at.stop
+    if whole is None or done != rows:
+        raise ValueError(f"{done} of {rows} rows were given")
+    return whole
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

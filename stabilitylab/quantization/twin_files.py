@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
-from stabilitylab.formats import Quantized, scaled_format, unpack_4bit
+from stabilitylab.formats import Quantized, scaled_format
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.rotated import RotatedLinear
@@ -93,13 +93,18 @@ def _unrotated(
     rows, columns = layout["shape"]
     if isinstance(scheme, FormatScheme) and (codes := get("codes")) is not None:
         stored = Quantized(
-            codes=unpack_4bit(codes) if codes.shape[1] != columns else codes,
+            codes=codes,
             scales=get("scales"),
             tensor_scale=get("tensor_scale"),
             format=scaled_format(scheme.weights),
         )
         return FormatLinear(
-            stored, scheme, bias=bias, smooth=get("smooth"), fingerprint=layout["fingerprint"]
+            stored,
+            scheme,
+            bias=bias,
+            smooth=get("smooth"),
+            fingerprint=layout["fingerprint"],
+            columns=columns,
         )
     values, scales = get("values"), get("scales")
     if not isinstance(scheme, Scheme) or values is None or scales is None:

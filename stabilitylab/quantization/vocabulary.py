@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.formats import Quantized, dequantize
+from stabilitylab.formats import dequantize
 from stabilitylab.model_structure import token_embeddings
 from stabilitylab.models.held import is_held, look_up, multiplies
 from stabilitylab.quantization.calibrated import CalibratedScheme, needs_moments
@@ -92,22 +92,7 @@ def rows_of(matrix: QuantizedLinear | FormatLinear, rows: Tensor) -> Tensor:
     if isinstance(matrix, QuantizedLinear):
         some: Any = rows
         return matrix.stored.dequantize(torch.float32, some)
-    stored = matrix.stored
-    height, width = stored.format.block
-    scales = stored.scales
-    if scales is not None and scales.numel() > 1:
-        at = rows // (height or 1)
-        # Not every format of a byte can be indexed.
-        bytes_of = scales.view(torch.uint8) if scales.itemsize == 1 else scales
-        scales = bytes_of[at].view(scales.dtype)
-        height = 1
-    part = Quantized(
-        codes=stored.codes[rows],
-        scales=scales,
-        tensor_scale=stored.tensor_scale,
-        format=replace(stored.format, block=(height, width)),
-    )
-    return dequantize(part)
+    return dequantize(matrix.rows(rows))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,7 +154,7 @@ def _beside(made: QuantizedLinear | FormatLinear, bias: Tensor | None) -> nn.Mod
     """Another layer of the same numbers."""
     if isinstance(made, QuantizedLinear):
         return QuantizedLinear(made.stored, made.scheme, bias=bias)
-    return FormatLinear(made.stored, made.scheme, bias=bias, fingerprint=made.fingerprint)
+    return made.beside(bias)
 
 
 def embedding_matrices(module: nn.Module) -> dict[str, EmbeddingMatrix]:

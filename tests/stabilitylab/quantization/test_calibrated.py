@@ -173,17 +173,45 @@ def test_awq_takes_the_best_exponent(layer):
     assert torch.allclose(awq_scales(weight, Moments.of(x), rounded), best, rtol=1e-6)
 
 
+def _some_rows_at_a_time(monkeypatch, rows):
+    for place in ("stabilitylab.quantization.calibrated", "stabilitylab.formats.in_parts"):
+        monkeypatch.setattr(f"{place}._WHOLE", rows * K)
+        monkeypatch.setattr(f"{place}._AT_ONCE", rows * K)
+
+
 @pytest.mark.parametrize("name", ["int4-g32-asym-mse-gptqo", "int8-row-gptq"])
 def test_rows_may_be_rounded_some_at_a_time(layer, name, monkeypatch):
     weight, x = layer
     moments = Moments.of(x, torch.float64)
     whole = scheme_of(name).layer(weight, moments=moments).stored
-    monkeypatch.setattr("stabilitylab.quantization.calibrated._WHOLE", 7 * K)
-    monkeypatch.setattr("stabilitylab.quantization.calibrated._AT_ONCE", 7 * K)
+    _some_rows_at_a_time(monkeypatch, 7)
     parts = scheme_of(name).layer(weight, moments=moments).stored
     assert parts.shape == whole.shape
     assert parts.fingerprint == whole.fingerprint
     assert torch.equal(parts.dequantize(), whole.dequantize())
+
+
+@pytest.mark.parametrize(
+    "name", ["nvfp4-gptqo", "nvfp4-mse-gptq", "mxfp4-gptqo", "fp8-e4m3-row-gptq", "nvfp4"]
+)
+def test_rows_of_floats_may_be_rounded_and_multiplied_some_at_a_time(layer, name, monkeypatch):
+    weight, x = layer
+    moments = Moments.of(x, torch.float64) if "gptq" in name else None
+
+    def made():
+        scheme = scheme_of(name)
+        return scheme.layer(weight, moments=moments) if moments else scheme.layer(weight)
+
+    whole = made()
+    expected = whole(x)
+    _some_rows_at_a_time(monkeypatch, 7)
+    parts = made()
+    assert parts.fingerprint == whole.fingerprint
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.scales.float(), whole.scales.float())
+    # Products of fewer rows may be added up in another order.
+    bound = 2 * K * torch.finfo(torch.float32).eps * x.abs() @ dequantize(whole.stored).abs().T
+    assert ((parts(x) - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("order", [False, True])
