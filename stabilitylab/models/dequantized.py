@@ -41,7 +41,8 @@ from torch import Tensor
 from stabilitylab.errors import InputError
 from stabilitylab.formats import E2M1, decode, unpack_4bit
 from stabilitylab.models.layers import narrowest
-from stabilitylab.models.weight_files import FLOATS, StoredTensor, stored_tensors
+from stabilitylab.models.quantization_config import refuse_what_is_not_read, told_quantization
+from stabilitylab.models.weight_files import FLOATS, StoredTensor, stored_tensors, unnamed_files
 
 _FP8 = {"F8_E4M3", "F8_E5M2"}
 _EXPONENTS = {"U8", "F8_E8M0"}
@@ -110,9 +111,10 @@ def plain_folder(folder: Path) -> Iterator[tuple[Path, Mapping[str, StoredTensor
     """
     stored = stored_tensors(folder)
     found = understood(folder, stored)
+    refuse_what_is_not_read(folder, codes=bool(found))
+    aside = unnamed_files(folder)
     if not found:
-        _refuse_unknown_method(folder)
-        yield folder, stored, ()
+        yield folder, stored, aside
         return
     with tempfile.TemporaryDirectory(prefix="stabilitylab-") as name:
         plain = Path(name)
@@ -126,7 +128,7 @@ def plain_folder(folder: Path) -> Iterator[tuple[Path, Mapping[str, StoredTensor
         _without_quantization(plain / "config.json")
         _write(plain, stored, found)
         kinds = sorted({one.format for one in found})
-        notes = [f"{len(found)} weights stored in {' and '.join(kinds)} are read as code x scale"]
+        notes = [*aside, f"{len(found)} weights stored in {' and '.join(kinds)} are read as code x scale"]
         if supposed := [one for one in found if one.supposed]:
             sizes = " x ".join(map(str, supposed[0].supposed))
             notes.append(
@@ -134,29 +136,6 @@ def plain_folder(folder: Path) -> Iterator[tuple[Path, Mapping[str, StoredTensor
                 f"as of {supposed[0].name}"
             )
         yield plain, stored_tensors(plain), tuple(notes)
-
-
-def _refuse_unknown_method(folder: Path) -> None:
-    """Weights that lie there as floats may still mean others, where a method says so that nobody here knows: transformers only
-    warns."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    told = config.get("quantization_config") or text.get("quantization_config")
-    method = told.get("quant_method") if isinstance(told, dict) else None
-    if not isinstance(method, str):
-        return
-    try:
-        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
-    except ImportError:
-        return
-    if method not in KNOWN:
-        raise InputError(
-            f"{folder} says that it is quantized by {method!r}, which is not known here: give the checkpoint in bf16; if its "
-            "weights are plain, take quantization_config out of its config.json"
-        )
 
 
 def understood(folder: Path, stored: Mapping[str, StoredTensor]) -> list[Codes]:
@@ -309,13 +288,8 @@ def _block_of(have: int, want: int, told: int | None = None) -> int:
 
 def _told_block(folder: Path) -> tuple[int, int] | None:
     """Rows and columns of a block of scales, as a folder's config says; None where it says nothing, or several sizes."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    told = config.get("quantization_config") or text.get("quantization_config")
-    if not isinstance(told, dict):
+    told = told_quantization(folder)
+    if told is None:
         return None
     groups = told.get("config_groups")
     weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []

@@ -19,10 +19,9 @@ import io
 import json
 import logging
 import pickle
-import re
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from stabilitylab.errors import InputError
-from stabilitylab.model_structure import stacks
 from stabilitylab.models import gguf_config, gguf_file, held
-from stabilitylab.models.dequantized import COMPANION, OF_ACTIVATIONS, plain_folder
+from stabilitylab.models.dequantized import plain_folder
 from stabilitylab.models.experts import split_experts
+from stabilitylab.models.left_aside import left_aside, other_frequencies, own_code
 from stabilitylab.models.room import require_room, surely_fits
 from stabilitylab.models.text import TokenWindows
 from stabilitylab.models.text_model import TextModel
-from stabilitylab.models.weight_files import FLOATS, StoredTensor
+from stabilitylab.models.weight_files import FLOATS, StoredTensor, pickled_tensors, require_weights
 
 # What transformers raises over files that it cannot read; anything else is a defect.
 _UNREADABLE = (
@@ -96,6 +95,9 @@ def open_folder(path: Path, dtype: torch.dtype, *, hold: bool = False) -> TextMo
         described = describe(path, plain)
         # A copy in a temporary folder is gone before the model is: its pages cannot be kept.
         narrow = held.format_of(stored) if hold and dtype is torch.float32 and plain == path else None
+        if folder and not stored:
+            require_weights(folder)
+            stored = pickled_tensors(folder)
         _check_room(path, described, narrow or dtype)
         tokenizer = None
         if described.where:
@@ -119,7 +121,12 @@ def open_folder(path: Path, dtype: torch.dtype, *, hold: bool = False) -> TextMo
         _check_floats(path, module, stored)
         if described.where:
             gguf_config.mend_module(module, Path(described.folder) / described.where["gguf_file"])
-        notes = (*said, *_left_aside(path, module, info["unexpected_keys"], stored))
+        notes = (
+            *said,
+            *left_aside(path, module, info["unexpected_keys"], stored),
+            *other_frequencies(module, stored),
+            *own_code(module),
+        )
     prepare(module)
     _check_reads_text(path, module, described.predicts)
     return TextModel.of(
@@ -127,7 +134,7 @@ def open_folder(path: Path, dtype: torch.dtype, *, hold: bool = False) -> TextMo
         path=path,
         predicts=described.predicts,
         longest=longest(module, tokenizer),
-        cut=windows(tokenizer, described.predicts),
+        cut=windows(tokenizer, described.predicts, _words(module), path),
         notes=notes,
     )
 
@@ -272,6 +279,8 @@ def describe(path: Path, plain: Path | None = None) -> Described:
         config = _read(path, "config", transformers.AutoConfig, folder, **where)
         if where:
             gguf_config.mend_config(config, Path(folder) / where["gguf_file"])
+        else:
+            _read_as_floats(config)
         named = getattr(config, "architectures", None) or ()
         # T5's encoder on its own, say: AutoModel would look for the decoder too.
         encodes = any(name.endswith("EncoderModel") for name in named) and (
@@ -295,6 +304,13 @@ def describe(path: Path, plain: Path | None = None) -> Described:
     return Described(path=path, folder=folder, where=where, config=config, predicts=predicts, loader=loader)
 
 
+def _read_as_floats(config: Any) -> None:
+    """What is read is floats by now, whatever a config says: transformers would go by it."""
+    for part in (config, getattr(config, "text_config", None)):
+        if part is not None and hasattr(part, "quantization_config"):
+            del part.quantization_config
+
+
 def location(path: Path) -> tuple[str, dict[str, Any]]:
     """The folder, and the name of the GGUF file in it where it is one."""
     if path.is_file():
@@ -315,7 +331,15 @@ def _read(path: Path, what: str, loader: Any, folder: str, **options: Any) -> An
 
 
 def _first_line(error: BaseException) -> str:
-    said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    said = str(error)
+    if isinstance(error, KeyError) and error.args:
+        # A name that is not in a table, or a sentence.
+        said = str(error.args[0])
+        said = (
+            said
+            if " " in said
+            else f"{said!r} is missing or unknown: mend the config, or install a newer transformers"
+        )
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     first = " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else type(error).__name__
     return first[:300]
@@ -376,45 +400,6 @@ def _check_floats(path: Path, module: Any, stored: Mapping[str, StoredTensor]) -
             )
 
 
-def _left_aside(
-    path: Path, module: Any, unexpected: Iterable[str], stored: Mapping[str, StoredTensor]
-) -> tuple[str, ...]:
-    """A note on what the files hold and the opened model does not.
-
-    Raises:
-        InputError: it belongs inside a block, or to a number format: then what was opened is not what the files mean.
-    """
-    unexpected = sorted(unexpected)
-    inside = tuple(f"{block}." for stack in stacks(module) for block in stack.blocks)
-    prefix = getattr(module, "base_model_prefix", "")
-    for name in unexpected:
-        # A bare encoder is opened without the prefix that a checkpoint with heads has.
-        bare = name if not prefix or hasattr(module, prefix) else name.removeprefix(f"{prefix}.")
-        quantized = COMPANION.search(name) and not OF_ACTIVATIONS.search(name)
-        if quantized or bare.startswith(inside):
-            raise InputError(
-                f"{path} holds {len(unexpected)} weights that transformers did not understand, among them {name}: "
-                + (
-                    "give the checkpoint in bf16, or dequantize it with the library that wrote it"
-                    if quantized
-                    else "its config and its weights do not belong together; give the whole, intact checkpoint"
-                )
-            )
-    # Some it leaves aside by rule and does not name: layers that predict further tokens, towers of other senses.
-    rules = [re.compile(rule) for rule in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    aside = {name for name in stored if any(rule.search(name) for rule in rules)} | (
-        set(unexpected) & stored.keys()
-    )
-    matrices = sorted(name for name in aside if len(stored[name].shape) > 1)
-    if not matrices:
-        return ()
-    share = sum(stored[name].size for name in matrices) / sum(one.size for one in stored.values())
-    return (
-        f"{len(matrices)} weights of the files ({share:.1%} of their numbers), among them {matrices[0]}, are no part of the "
-        "opened model",
-    )
-
-
 def longest(module: Any, tokenizer: Any) -> int | None:
     """The most tokens that the position embedding and the tokenizer allow."""
     limits = [limit for limit in (tokenizer.model_max_length,) if limit < _NO_LIMIT]
@@ -429,12 +414,34 @@ def longest(module: Any, tokenizer: Any) -> int | None:
     return min(limits, default=None)
 
 
-def windows(tokenizer: Any, predicts: bool) -> TokenWindows:
-    """How this tokenizer cuts text, and what it puts around it."""
+def _words(module: Any) -> int | None:
+    """Rows of the token embedding; None where there is none by that name."""
+    try:
+        return len(module.get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def windows(
+    tokenizer: Any, predicts: bool, words: int | None = None, path: Path | None = None
+) -> TokenWindows:
+    """How this tokenizer cuts text, and what it puts around it.
+
+    Args:
+        tokenizer: of the model.
+        predicts: the model is a decoder.
+        words: that the model has; a text with others is refused.
+        path: of the model, for what is said.
+    """
 
     def encode(text: str) -> list[int]:
         # verbose=False: texts longer than the model takes are what we cut.
         tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if words is not None and (beyond := max(tokens, default=0)) >= words:
+            raise InputError(
+                f"{path}: its tokenizer gives token {beyond}, and the model has {words:,} words: they do not belong together; put "
+                "the model's own tokenizer there"
+            )
         return tokens
 
     bare = encode("a")

@@ -21,6 +21,7 @@ from stabilitylab.command_line import needs_extra
 from stabilitylab.errors import InputError
 from stabilitylab.models import hugging_face
 from stabilitylab.models.text_model import TextModel
+from stabilitylab.models.weight_files import refuse_almost_known
 
 GROUP = "stabilitylab.models"
 
@@ -64,6 +65,7 @@ def open_text_model(
         if lacking
         else ", and no package is installed that opens others (in a clone: pip install .)"
     )
+    refuse_almost_known(path)
     raise InputError(
         f"{path} is neither a HuggingFace folder (config.json and safetensors) nor a GGUF file"
         f"{others}{lacking or ': give one of these'}"

@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import re
 import struct
+import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stabilitylab.errors import InputError
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 
 
@@ -82,7 +91,7 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
     Raises:
         InputError: both are there, or a file is missing.
     """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    whole, index = folder / _WHOLE, folder / _INDEX
     if not index.is_file():
         return ([whole] if whole.is_file() else []), set()
     try:
@@ -109,8 +118,121 @@ def _header(file: Path) -> dict[str, Any]:
             if length > _LONGEST_HEADER:
                 raise ValueError
             header = json.loads(opened.read(length))
-        return {name: dict(entry) for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, struct.error, TypeError, AttributeError):
+        found = {name: dict(entry) for name, entry in header.items() if name != "__metadata__"}
+        ends = 8 + length + max((int(entry["data_offsets"][1]) for entry in found.values()), default=0)
+        size = file.stat().st_size
+    except (OSError, ValueError, struct.error, TypeError, AttributeError, KeyError, IndexError):
         raise InputError(
-            f"{file.parent}: cannot read its weights ({file.name} is no safetensors file)"
+            f"{file.parent}: cannot read its weights ({file.name} is no safetensors file): give the whole, intact checkpoint"
         ) from None
+    if size != ends:
+        what = (
+            f"is cut off: {size:,} bytes of {ends:,}"
+            if size < ends
+            else f"has {size - ends:,} bytes too many"
+        )
+        raise InputError(f"{file.parent}: {file.name} {what}; give the whole, intact checkpoint")
+    return found
+
+
+def unnamed_files(folder: Path) -> tuple[str, ...]:
+    """A note on parts of a checkpoint that no index names: they are not read."""
+    read = {file.name for file in _files(folder)[0]}
+    if not read:
+        return ()
+    names = sorted(file.name for file in folder.glob("*.safetensors") if _SHARD.search(file.name))
+    left = [name for name in names if name not in read]
+    if not left:
+        return ()
+    many = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+    return (f"{left[0]}{many} is a part of a checkpoint that no index of this folder names: it is not read",)
+
+
+def require_weights(folder: Path) -> None:
+    """Raises InputError where a folder has none under a name that is looked for, with what there is instead."""
+    if any((folder / name).is_file() for name in (_WHOLE, _INDEX, _PICKLED, _PICKLED_INDEX)):
+        return
+    others = sorted(
+        file.name
+        for kind in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+        for file in folder.glob(kind)
+    )
+    there = (
+        f"holds {others[0]}" + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+        if others
+        else "holds no weights"
+    )
+    way = (
+        "give the .gguf file itself"
+        if others and others[0].endswith(".gguf")
+        else (
+            f"of parts give {_INDEX} too; a whole file is called {_WHOLE}"
+            if others
+            else "give the whole checkpoint"
+        )
+    )
+    raise InputError(f"{folder} {there}, and no {_WHOLE} or {_INDEX}: {way}")
+
+
+def refuse_almost_known(folder: Path) -> None:
+    """Raises InputError for a folder that is nearly one of transformers, with what it is instead or lacks."""
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} holds an adapter alone (adapter_config.json), and no model: merge it into its base first (peft's "
+            "merge_and_unload), and give the merged folder"
+        )
+    config = folder / "config.json"
+    if config.is_file():
+        try:
+            held = json.loads(config.read_text(encoding="utf-8"))
+            wrong = (
+                "says no model_type and no architectures" if isinstance(held, dict) else "is no JSON object"
+            )
+        except (OSError, ValueError) as error:
+            wrong = f"cannot be read ({str(error).splitlines()[0]})"
+        raise InputError(f"{config} {wrong}: give the model's own config.json")
+
+
+def pickled_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a folder's pickled weights, by name, as ``stored_tensors`` tells those of safetensors; no number is read.
+
+    Empty where there are none, or what there is cannot be read: whoever loads them says why.
+    """
+    index = folder / _PICKLED_INDEX
+    try:
+        names = [_PICKLED]
+        if not (folder / _PICKLED).is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / Path(str(name)).name for name in names]
+        held = [(file, _on_paper(file)) for file in files]
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+    ):
+        return {}
+    return {
+        name: StoredTensor(name=name, dtype=_called(tensor.dtype), shape=tuple(tensor.shape), file=file)
+        for file, tensors in held
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _on_paper(file: Path) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a pickle that is no checkpoint: whoever loads it refuses it
+        found = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+    return found if isinstance(found, dict) else {}
+
+
+def _called(dtype: torch.dtype) -> str:
+    """A number format by safetensors' name; those that are no floats of weights need no more than another one."""
+    known = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    whole = {torch.int64: "I64", torch.bool: "BOOL"}
+    return known.get(dtype) or whole.get(dtype) or str(dtype).removeprefix("torch.")

@@ -49,7 +49,7 @@ def _facts(scan: OutlierScan) -> dict[str, str]:
     return {
         "model": f"{scan.model}, fingerprint {scan.fingerprint}",
         "text": scan.text,
-        "tokens": f"{scan.tokens:,} in {scan.windows:,} windows of up to {scan.length}",
+        "tokens": f"{scan.tokens:,} in {scan.windows:,} window{'s'[: scan.windows != 1]} of up to {scan.length}",
         "sites": f"{len(scan.inputs)} linear inputs, {len(scan.residual_stream)} blocks",
     }
 

@@ -55,9 +55,10 @@ def _before_after(plan: QuantizationPlan, what: str) -> Section:
     best = plan.best_single
     if best is not None:
         name, outcome = best
+        unit = " nats per token" if plan.criterion == "loss" else ", relative error of the output"
         text.append(
-            f"The best single scheme that takes no more bytes than the plan is {name}: {outcome.loss:.4f} against the plan's "
-            f"{plan.planned.loss:.4f}."
+            f"The best single scheme that takes no more bytes than the plan is {name}: {outcome.loss:+.4f} against the plan's "
+            f"{plan.planned.loss:+.4f}{unit}."
         )
     text += [f"Note: {note}." for note in plan.notes]
     table = Table(columns=["", "megabytes", "of 16-bit", *batches, what], rows=rows)

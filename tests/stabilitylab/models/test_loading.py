@@ -165,7 +165,7 @@ def test_files_that_cannot_be_read_are_refused(saved, tmp_path, monkeypatch):
     shutil.copytree(saved["llama"], cut)
     whole = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="cannot read its weights"):
+    with pytest.raises(InputError, match="cut off: 65,988 bytes of 131,976"):
         open_text_model(cut)
 
     wordless = tmp_path / "wordless"

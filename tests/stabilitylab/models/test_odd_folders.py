@@ -1,6 +1,7 @@
 """Folders that are not as they should be: refused in one line that names the thing, or read rightly; nothing wrongly in silence."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -89,9 +90,73 @@ def packed(folder, method):
     set_config(folder, quantization_config={"quant_method": method, "bits": 4, "group_size": 32})
 
 
+def cut(file, count=100):
+    file.write_bytes(file.read_bytes()[:-count])
+
+
+def only_pickled(folder, part="", to=lambda t: t, **more):
+    held = tensors(folder)
+    (folder / WHOLE).unlink()
+    held = {n: to(t) if part and part in n else t for n, t in held.items()}
+    torch.save({**held, **more}, folder / "pytorch_model.bin")
+
+
+def with_more(folder, **more):
+    write(folder, {**tensors(folder), **{name.replace("__", "."): tensor for name, tensor in more.items()}})
+
+
+def bare_adapter(folder):
+    adapted(folder)
+    (folder / "config.json").unlink()
+    (folder / WHOLE).rename(folder / "adapter_model.safetensors")
+
+
+def told(folder, **config):
+    """E4M3 codes with a scale each, and what a config says beside them."""
+    scaled(folder, 0.01)
+    set_config(folder, quantization_config={"quant_method": "compressed-tensors", **config})
+
+
+def rotation(location):
+    return {
+        "config_groups": {"R4": {"type": "hadamard", "apply": [{"targets": ["x"], "location": location}]}}
+    }
+
+
+def unindexed(folder, *, index=False):
+    sharded(folder)
+    write(
+        folder, {"model.layers.9.mlp.up_proj.weight": torch.ones(64, 32)}, "model-00003-of-00003.safetensors"
+    )
+    if not index:
+        (folder / INDEX).unlink()
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (lambda f: cut(f / WHOLE), "model.safetensors is cut off: 123,108 bytes of 123,208; give the whole"),
+        (lambda f: (sharded(f), cut(f / "model-00002-of-00002.safetensors")), "00002.safetensors is cut off"),
+        (lambda f: (f / WHOLE).write_bytes((f / WHOLE).read_bytes() + b"abc"), "has 3 bytes too many"),
+        (unindexed, "model-00001-of-00002.safetensors and 2 more, and no model.safetensors or .*index.json"),
+        (lambda f: (f / WHOLE).rename(f / "consolidated.safetensors"), "a whole file is called model.safetensors"),
+        (bare_adapter, "holds an adapter alone .* merge it into its base first"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json is no JSON object"),
+        (lambda f: only_pickled(f, "mlp", lambda t: (100 * t).to(torch.int8)), "as int8, which is no number format"),
+        (lambda f: only_pickled(f, "mlp", lambda t: t.to(torch.float8_e4m3fn)), "as float8_e4m3fn, which is no"),
+        (lambda f: only_pickled(f, "mlp", lambda t: t > 0), "as BOOL, which is no number format"),
+        (lambda f: with_more(f, lm_head__bias=torch.ones(34)), "among them lm_head.bias: .* do not belong together"),
+        (lambda f: with_more(f, model__norm__bias=torch.ones(32)), "among them model.norm.bias"),
+        (lambda f: told(f, transform_config=rotation("input")), "inputs of its layers are transformed .*R4"),
+        (lambda f: told(f, sparsity_config={"format": "sparse-24-bitmask"}), "stored sparse"),
+        *(
+            (lambda f, m=m: set_config(f, quantization_config={"quant_method": m, "bits": 4}), f"by '{m}', and .* plain")
+            for m in ("gptq", "awq", "bitsandbytes", "hqq", "aqlm", "quanto", "torchao", "bitnet", "fp_quant")
+        ),
+        (lambda f: set_config(f, quantization_config={"load_in_8bit": True}), "and not by what"),
+        (lambda f: set_config(f, quantization_config=[4]), r"no object \(\[4\]\)"),
+        (lambda f: set_config(f, hidden_act="magic"), "'magic' is missing or unknown: mend the config"),
         (lambda f: sharded(f, lost=True), "lacks model-00002-of-00002.safetensors, which its index names"),
         (lambda f: sharded(f, promised=["nowhere.weight"]), r"lacks nowhere.weight, which its index promises"),
         (lambda f: sharded(f, twice=True), "both hold lm_head.weight, and which is meant is not said"),
@@ -130,6 +195,12 @@ def test_it_is_refused_in_one_line(sound, tmp_path, spoil, said):
         lambda f: set_config(f, tie_word_embeddings=True),  # and yet the files hold a head of their own
         lambda f: torch.save({n: 2 * t for n, t in tensors(f).items()}, f / "pytorch_model.bin"),
         lambda f: write(f, {**tensors(f), "tower.weight": torch.ones(9, 9)}),
+        only_pickled,
+        lambda f: set_config(f, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        lambda f: set_config(
+            f, quantization_config={"quant_method": "compressed-tensors", "format": "dense"}
+        ),
+        lambda f: with_more(f, model__rotary_emb__inv_freq=1e4 ** -(torch.arange(0, 8, 2) / 8)),
     ],
 )
 def test_it_is_read_rightly(sound, tmp_path, change):
@@ -146,4 +217,43 @@ def test_layers_that_the_config_does_not_know_are_counted(sound, tmp_path):
     folder = tmp_path / "odd"
     shutil.copytree(sound, folder)
     set_config(folder, num_hidden_layers=2)
-    assert "7 weights of the files (30.7% of their numbers)" in open_text_model(folder).notes[0]
+    assert "9 weights of the files (30.9% of their numbers)" in open_text_model(folder).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: unindexed(f, index=True), "model-00003-of-00003.safetensors is a part .* that no index"),
+        (lambda f: only_pickled(f, tower=torch.ones(9, 9)), "1 weights of the files .* among them tower"),
+        (lambda f: with_more(f, model__embed_norm__weight=torch.ones(32)), "among them model.embed_norm.weight"),
+        (lambda f: with_more(f, model__rotary_emb__inv_freq=torch.ones(4)), "other rotary frequencies"),
+        (lambda f: set_config(f, auto_map={"AutoModelForCausalLM": "m.M"}), "auto_map .* is not run.*LlamaForC"),
+        (lambda f: set_config(f, architectures=["MineForCausalLM"]), "calls it MineForCausalLM, which .* has not"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_said(sound, tmp_path, change, said):
+    folder = tmp_path / "odd"
+    shutil.copytree(sound, folder)
+    change(folder)
+    (note,) = open_text_model(folder).notes
+    assert re.search(said, note), note
+
+
+def test_a_rotation_that_is_in_the_weights_already_is_no_hindrance(sound, tmp_path):
+    folder = tmp_path / "odd"
+    shutil.copytree(sound, folder)
+    told(folder, transform_config=rotation("weight_input"), sparsity_config={"format": "dense"})
+    assert "stored in fp8" in open_text_model(folder).notes[0]
+
+
+def test_another_models_tokenizer_is_told_of_where_a_text_uses_its_words(sound, tmp_path):
+    folder = tmp_path / "odd"
+    shutil.copytree(sound, folder)
+    file = folder / "tokenizer.json"
+    held = json.loads(file.read_text())
+    held["model"]["vocab"]["q"] = 4000
+    file.write_text(json.dumps(held))
+    model = open_text_model(folder)
+    assert len(list(model.windows(["the fox\n" * 20], 32, 32))) == 1
+    with pytest.raises(InputError, match="gives token 4000, and the model has 34 words"):
+        list(model.windows([TEXT], 32, 32))
