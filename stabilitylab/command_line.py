@@ -56,14 +56,23 @@ def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Se
 
 
 def sleep_while_waiting() -> None:
-    """Lets OpenMP's threads sleep soon where they wait for each other; what they compute stays the same, bit for bit.
+    """On a machine whose cores are all busy already, lets OpenMP's threads sleep soon where they wait for each other.
 
-    GNU's runtime looks some 300,000 times first, which it cuts short only where it has more threads than the machine cores. On
-    cores that other programs use as well, the thread that is waited for may have none, and those that wait burn the time that it
-    needs. The runtime reads its variables once, when torch loads it; what the user has set stands.
+    What they compute stays the same, bit for bit. GNU's runtime looks some 300,000 times first, which it cuts short only where it
+    has more threads itself than the machine cores. On cores that other programs use as well, the thread that is waited for may have
+    none, and those that wait burn the time that it needs; on free cores looking is the quicker way (RESULTS.md has both).
+    The runtime reads its variables once, when torch loads it; what the user has set stands.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
+    if _is_busy() and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+
+
+def _is_busy() -> bool:
+    """Whether as many processes as the machine has cores wanted one in the last minute."""
+    try:
+        return os.getloadavg()[0] >= (os.cpu_count() or 1)
+    except (AttributeError, OSError):  # Windows has no such number
+        return False
 
 
 def _command(
