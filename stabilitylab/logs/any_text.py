@@ -32,6 +32,7 @@ HEADING = re.compile(
     rb"(?:epoch\W*\d+(?:\W*\d+)?)?[\])]?[ \t:.=*#-]*\r?$)"
 )
 MAY_HEAD = (b"train", b"val", b"test")  # and evaluation
+RIGHT_ABOVE = 2  # a heading of validation is above, and nothing stands between
 _OF_TRAINING = re.compile(r"train", re.IGNORECASE)
 _LOSS = re.compile(r"loss|xent|nll", re.IGNORECASE)
 _INFO = b" Info: "

@@ -21,6 +21,7 @@ from stabilitylab.logs.any_text import (
     ANY_TEXT,
     HEADING,
     MAY_HEAD,
+    RIGHT_ABOVE,
     Evidence,
     prepared,
     prepared_english,
@@ -41,7 +42,6 @@ _RANK_WORD = re.compile(r"[rR](?:ank|ANK)|^\[|^\(")
 _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
 _TOLD = "\0told"  # the losses that have had the step above
 _HEADED = "\0headed"  # whether a heading of validation stands above
-_NEXT = 2  # and nothing stands between
 _SIGNALS = {
     "epoch": re.compile(r"^epochs?$"),
     "rate": re.compile(r"^(?:lr|learning[ _]rate)$"),
@@ -303,7 +303,7 @@ def _is_below(heading: int, values: Values) -> bool:
     """Whether a record belongs to the heading of validation above it: one that names training does not."""
     if any("train" in name.lower() for name in values if is_loss(name)):
         return False
-    return heading == _NEXT or not any(counter_of(name) for name in values)
+    return heading == RIGHT_ABOVE or not any(counter_of(name) for name in values)
 
 
 def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:

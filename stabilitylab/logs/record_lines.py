@@ -26,6 +26,7 @@ from typing import Any
 from stabilitylab.logs.any_text import (
     HEADING,
     MAY_HEAD,
+    RIGHT_ABOVE,
     counted_on,
     is_of_validation,
     prepared,
@@ -53,7 +54,6 @@ _BARE = re.compile(
 )
 # 2.31, tensor(2.31, grad_fn=<MseLossBackward0>) on a line of its own
 _LONE = re.compile(r"\s*(?:\w+[.\w]*\(\[?)?([-+]?\d+\.\d+(?:[eE][-+]?\d+)?)\]?(?:, [\w=<>':, ]+)?\)?\s*$")
-_NEXT = 2  # a heading, and nothing stands between
 _ALONE = "value"  # what a number is called that has no name
 # What a loss is called where nothing is called one, best first; each a family of which one column is taken.
 _FAMILIES = tuple(
@@ -188,7 +188,7 @@ class RecordPieces:
         headed = layout is None or layout.headed
         for line in _lines_with(layout.words, piece) if layout and layout.words else piece.splitlines():
             if headed and (heading := HEADING.match(line)):
-                self.state["headed"] = 0 if heading[1] else _NEXT
+                self.state["headed"] = 0 if heading[1] else RIGHT_ABOVE
             elif _HAS_NUMBER.search(line):
                 values, _ = self._read(plain_text(line))
                 if values and not (headed and self._is_of_validation(values)):
@@ -198,9 +198,9 @@ class RecordPieces:
         """Whether a heading of validation is above: until a counter comes that does not stand right below it."""
         above: int = self.state["headed"]
         counts = any(_counts(name) for name in values)
-        if above and counts != (above == _NEXT):
+        if above and counts != (above == RIGHT_ABOVE):
             self.state["headed"] = 0 if counts else 1
-        below = above == _NEXT or (above > 0 and not counts)
+        below = above == RIGHT_ABOVE or (above > 0 and not counts)
         return below and not any("train" in name.lower() for name in values if not _counts(name))
 
     def _join(self, values: Values) -> Iterator[Row]:
