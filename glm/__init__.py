@@ -6,8 +6,9 @@ over ``open_data``; a ``Callback`` hears its steps. ``open_model`` and ``fill`` 
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from stabilitylab.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from glm.data.loader import Loader as Loader
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from glm.train.loop import Trainer as Trainer
     from stabilitylab import __version__ as __version__
 
-# name -> the module that has it; imported on first use: the command's help must not load torch.
+# Name -> the module that has it; imported on first use: the command's help must not load torch.
 _PUBLIC = {
     "Callback": "glm.train.events",
     "InputError": "glm.errors",
@@ -57,12 +58,4 @@ __all__ = [
     "open_model",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, __all__, _PUBLIC)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from stabilitylab.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from stabilitylab.errors import InputError as InputError
@@ -23,22 +24,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# name -> module and name in it; imported on first use: reading a run folder must not load torch.
+# Name -> the module that has it (``module:name`` where it is called otherwise there); imported on first use: reading a run folder
+# must not load torch.
 _PUBLIC = {
-    "Criterion": ("stabilitylab.outliers.criteria", "Criterion"),
-    "Event": ("stabilitylab.telemetry", "Event"),
-    "InputError": ("stabilitylab.errors", "InputError"),
-    "Key": ("stabilitylab.telemetry", "Key"),
-    "Monitor": ("stabilitylab.monitoring.monitor", "Monitor"),
-    "Policy": ("stabilitylab.spikes.responses", "Policy"),
-    "Probe": ("stabilitylab.probes.base", "Probe"),
-    "Run": ("stabilitylab.runs.run", "Run"),
-    "Schedule": ("stabilitylab.monitoring.schedule", "Schedule"),
-    "Scheme": ("stabilitylab.quantization.scheme", "Scheme"),
-    "Sink": ("stabilitylab.sinks.base", "Sink"),
-    "SpikeDetector": ("stabilitylab.spikes.detector", "SpikeDetector"),
-    "find_spikes": ("stabilitylab.spikes.offline", "find_episodes"),
-    "load_run": ("stabilitylab.runs.run", "load_run"),
+    "Criterion": "stabilitylab.outliers.criteria",
+    "Event": "stabilitylab.telemetry",
+    "InputError": "stabilitylab.errors",
+    "Key": "stabilitylab.telemetry",
+    "Monitor": "stabilitylab.monitoring.monitor",
+    "Policy": "stabilitylab.spikes.responses",
+    "Probe": "stabilitylab.probes.base",
+    "Run": "stabilitylab.runs.run",
+    "Schedule": "stabilitylab.monitoring.schedule",
+    "Scheme": "stabilitylab.quantization.scheme",
+    "Sink": "stabilitylab.sinks.base",
+    "SpikeDetector": "stabilitylab.spikes.detector",
+    "find_spikes": "stabilitylab.spikes.offline:find_episodes",
+    "load_run": "stabilitylab.runs.run",
 }
 
 __all__ = [
@@ -59,13 +61,4 @@ __all__ = [
     "load_run",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name in _PUBLIC:
-        module, attribute = _PUBLIC[name]
-        return getattr(importlib.import_module(module), attribute)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, __all__, _PUBLIC)

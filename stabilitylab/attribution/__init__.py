@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from stabilitylab.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from stabilitylab.attribution.forks import Fork as Fork
@@ -15,21 +16,13 @@ if TYPE_CHECKING:
 
 # Name -> the module that has it, imported on first use: a report tells what forks proved, and must not load torch.
 _PUBLIC = {
-    "Attribution": "proof",
-    "Fork": "forks",
-    "Loop": "loop",
-    "LoopState": "loop",
-    "Without": "without",
-    "attribute": "search",
+    "Attribution": "stabilitylab.attribution.proof",
+    "Fork": "stabilitylab.attribution.forks",
+    "Loop": "stabilitylab.attribution.loop",
+    "LoopState": "stabilitylab.attribution.loop",
+    "Without": "stabilitylab.attribution.without",
+    "attribute": "stabilitylab.attribution.search",
 }
 __all__ = ["Attribution", "Fork", "Loop", "LoopState", "Without", "attribute"]
 
-
-def __getattr__(name: str) -> object:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, __all__, _PUBLIC)

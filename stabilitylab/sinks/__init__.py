@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from stabilitylab.lazy_names import lazy_names
 from stabilitylab.sinks.base import Sink
 from stabilitylab.sinks.in_memory import MemorySink
 from stabilitylab.sinks.parquet import ParquetSink
@@ -25,8 +25,4 @@ _LATER = {
 
 __all__ = ["MemorySink", "MlflowSink", "ParquetSink", "Sink", "TensorBoardSink", "TrackioSink", "WandbSink"]
 
-
-def __getattr__(name: str) -> object:
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(__name__, __all__, _LATER)
