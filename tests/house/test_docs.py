@@ -27,7 +27,10 @@ def test_every_finding_is_told_among_the_surprises() -> None:
 def test_prose_is_wrapped() -> None:
     """At 132 columns; a word that is longer, a table, code and a picture are as long as they are."""
     whole = re.compile(r"```.*?```|^(?: {4}|\||!\[|:::).*?$", re.S | re.M)
-    for page in (*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "findings/README.md"))):
+    for page in (
+        *PAGES,
+        *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "findings/README.md")),
+    ):
         for line in whole.sub("", page.read_text(encoding="utf-8")).splitlines():
             assert len(line) <= 132 or " " not in line.strip(), f"{page.name}: {line}"
 
@@ -46,3 +49,31 @@ def test_files_that_are_named_exist(page: Path) -> None:
     )
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+# https://keepachangelog.com/en/1.1.0, in its order.
+HEADINGS = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+
+
+def changelog_faults(text: str) -> list[str]:
+    """Headings of a changelog's releases that are none of the standard ones, twice there, or out of order."""
+    faults = []
+    for release in re.split(r"^## ", text, flags=re.M)[1:]:
+        headings = re.findall(r"^#{3,} (.*)", release, flags=re.M)
+        if headings != [name for name in HEADINGS if name in headings]:
+            faults.append(f"{release.splitlines()[0]}: {', '.join(headings)}")
+    return faults
+
+
+def test_the_changelog_keeps_its_headings() -> None:
+    assert changelog_faults((ROOT / "CHANGELOG.md").read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "headings", [("Changed", "Added"), ("Added", "Decisions"), ("Fixed", "Fixed")], ids="-".join
+)
+def test_a_heading_out_of_order_is_found(headings: tuple[str, str]) -> None:
+    text = "# Changelog\n\n## [1]\n\n### Added\n- x\n\n## [0]\n" + "".join(
+        f"\n### {name}\n- y\n" for name in headings
+    )
+    assert changelog_faults(text) == [f"[0]: {', '.join(headings)}"]
