@@ -20,7 +20,7 @@ COMMANDS = {
         "runs of your own, one a row: is one group better, or was it the seed?",
         "judging:judge",
     ),
-    "list": ("", "the suites and studies there are", "commands:list_suites"),
+    "list": ("", "the suites and studies there are", "listing:list_suites"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The commands of ``python -m experiments``: run a suite, report it, list what there is."""
+"""The commands of ``python -m experiments`` on suites: run one, report it, judge all there are."""
 
 from __future__ import annotations
 
@@ -251,10 +251,3 @@ def _show_verdicts(console: Console, found: Sequence[Results]) -> None:
         legend.append("alone: at 5 % by itself, not among all claims of its suite (Holm)")
     if verdicts:
         console.print(Text("; ".join(legend), style="dim"))
-
-
-def list_suites() -> int:
-    """Name every suite and its question."""
-    for name in SUITES:
-        print(f"{name}: {load(name).question}")
-    return 0

@@ -14,6 +14,7 @@ from experiments.suites.embedding_norm_fine import finer
 
 STUDY = replace(
     finer(egs_frontier.STUDY),
+    question="Does shrinking the embedding's gradient raise the rate that a model bears, by eighths of an octave?",
     predictions=(
         "2026-11-29, before the runs, after those of egs-frontier: equivalent within half an octave in all four; tied and "
         "unclipped a tenth up, clipped at .1 and untied a tenth down.",

@@ -28,11 +28,10 @@ def measure(cell: Cell) -> Mapping[str, float]:
 
 
 def finer(study: Study) -> Study:
-    """A study of frontiers on the grid of eighths, on fresh seeds."""
+    """A study of frontiers on the grid of eighths, on fresh seeds; its question is for whoever asks."""
     return replace(
         study,
         name=f"{study.name}-fine",
-        question=f"{study.question.removesuffix('?')}, by eighths of an octave?",
         first=201,
         seeds=24,
         measure=measure,

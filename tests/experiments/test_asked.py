@@ -15,6 +15,7 @@ from experiments.adding import MOST_SEEDS, first_seeds, run_adding, seconds, wit
 from experiments.arm import Arm, Suite
 from experiments.asked import checked, load
 from experiments.cli import main
+from experiments.listing import question_in
 from experiments.verdicts import Claim, judge_all
 from glm.commands.train import parse_command
 from glm.train.idle_settings import refuse_idle
@@ -270,6 +271,19 @@ def test_a_file_may_hold_a_study_and_import_its_neighbours(tmp_path: Path) -> No
 
 def test_every_name_of_the_list_is_checked() -> None:
     assert all(dataclasses.is_dataclass(load(name)) for name in commands.SUITES)
+
+
+def test_the_list_tells_every_suites_question(capsys: pytest.CaptureFixture[str]) -> None:
+    """It reads them from the source; the suites themselves say the same."""
+    assert main(["list"]) == 0
+    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert told == {name: load(name).question for name in commands.SUITES}
+
+
+def test_a_question_that_is_computed_is_not_told() -> None:
+    assert question_in("SUITE = Suite(name='a', question='Is ' 'it?')") == "Is it?"
+    with pytest.raises(LookupError):
+        question_in("SUITE = Suite(name='a', question=asked())")
 
 
 def test_no_arm_has_a_flag_without_effect(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_the_instrument_needs_nothing_of_training(installed: Path, tmp_path: Pat
     done = run(installed, tmp_path, str(program), "stabilitylab", "spikes", "log.csv")
     assert done.returncode == 0, done.stderr
     assert "60 loss values" in done.stdout
-    for words in (("glm", "train", "glm-tiny"), ("stabilitylab", "experiments", "list")):
+    for words in (("glm", "train", "glm-tiny"), ("stabilitylab", "experiments", "verdicts")):
         done = run(installed, tmp_path, str(program), *words)
         assert done.returncode == 2
         assert done.stderr.strip().endswith("pip install 'stabilitylab[glm]'")

@@ -35,13 +35,17 @@ with tempfile.TemporaryDirectory() as folder:
         ("import stabilitylab.monitoring.monitor", {COMPILER, "scipy", "matplotlib"}),
         ("import glm.commands.train", {COMPILER, "scipy", "pandas", "matplotlib", "tensorboard"}),
         (COMPACTION, {TORCH, "pandas"}),
+        (
+            "from experiments.cli import main\nmain(['list'])",
+            {TORCH, "numpy", "scipy", "pandas", "matplotlib"},
+        ),
     ],
-    ids=["help", "spikes", "watch", "report", "monitor", "train", "compaction"],
+    ids=["help", "spikes", "watch", "report", "monitor", "train", "compaction", "list"],
 )
 def test_what_is_loaded(program: str, without: set[str]) -> None:
-    asked = f"{program}\nimport sys\nprint(*({without!r} & set(sys.modules)))"
+    asked = f"{program}\nimport sys\nprint('loaded:', *({without!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    assert done.stdout.splitlines()[-1] == "loaded:"
 
 
 @pytest.mark.parametrize("name", ["stabilitylab", "glm"])
