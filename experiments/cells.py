@@ -21,12 +21,12 @@ from experiments.study import Measured, Study
 from stabilitylab.errors import InputError
 
 DEATHS = 3
-Cells = Sequence[tuple[str, int]]
+ArmSeeds = Sequence[tuple[str, int]]
 
 
 def through(
     opened: Callable[[], Executor], most: int, *, asked: str, data: Path
-) -> Callable[[Cells], Iterator[Measured]]:
+) -> Callable[[ArmSeeds], Iterator[Measured]]:
     """What ``run_study`` measures cells by, given arm and seed of each.
 
     Args:
@@ -38,7 +38,7 @@ def through(
     path = Path(asked)
     named = str(path.resolve()) if path.is_file() else asked
 
-    def measured(cells: Cells) -> Iterator[Measured]:
+    def measured(cells: ArmSeeds) -> Iterator[Measured]:
         waiting, running = deque(cells), deque[tuple[tuple[str, int], Future[Measured]]]()
         deaths: dict[tuple[str, int], int] = {}
         executor = opened()

@@ -21,15 +21,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.statistics.decision import Decision, decide
+from experiments.statistics.decision import ClaimDecision, decide
 from experiments.verdicts import plain, words
 from stabilitylab.errors import InputError
 
-Table = Annotated[Path, tyro.conf.Positional]
+TablePath = Annotated[Path, tyro.conf.Positional]
 
 
 def judge(
-    table: Table,
+    table: TablePath,
     *,
     arm: str,
     baseline: str,
@@ -114,7 +114,7 @@ def _dumps(body: Mapping[str, object]) -> str:
     return json_text.dumps(body, allow_nan=False)
 
 
-def _sentence(decision: Decision, arm: str, baseline: str, column: str, better: str) -> str:
+def _sentence(decision: ClaimDecision, arm: str, baseline: str, column: str, better: str) -> str:
     said = words(decision)
     if decision.verdict == "supported":
         return f"{said}: {arm} is better ({better} {column}) than {baseline}"

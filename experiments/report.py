@@ -21,7 +21,7 @@ from experiments.results import FRONTIER, Made, Results, results_of
 from experiments.study import Outcome, Study, yes_or_no
 from experiments.telling import cause_of, lead
 from experiments.verdicts import Verdict, effect_words, evidence_words, seeds_words
-from stabilitylab.report import Cell, Page, Part, Said, Section, Statements, Table
+from stabilitylab.report import Content, Page, Said, Section, Statements, Table, TableCell
 from stabilitylab.report import sections as shown
 from stabilitylab.runs import Run
 
@@ -61,13 +61,13 @@ def title(results: Results) -> str:
 
 def first_screen(results: Results) -> Section:
     """The frontier and the verdicts."""
-    parts: list[Part] = []
+    parts: list[Content] = []
     if results.alive:
         parts.append(charts.frontier_chart(results))
     elif results.verdicts:
         parts.append(charts.effects_chart(results))
     parts.append(verdict_statements(results))
-    rows: list[list[Cell | str]] = [[arm.name, arm.summary] for arm in results.arms]
+    rows: list[list[TableCell | str]] = [[arm.name, arm.summary] for arm in results.arms]
     parts.append(Table(columns=["arm", "what it is"], rows=rows))
     name = "Which rate is survived, and what is decided" if results.alive else "What is decided"
     return Section(title=name, parts=parts)
@@ -116,9 +116,9 @@ def verdict_detail(verdict: Verdict, outcome: Metric | Outcome) -> str:
 
 def how_sure(results: Results) -> Section:
     """Effects on one scale, evidence over seeds, and the claims in numbers."""
-    rows: list[list[Cell | str]] = [
+    rows: list[list[TableCell | str]] = [
         [
-            Cell(text=f"{number}. {verdict.claim.text}", detail=f"after {verdict.claim.source}"),
+            TableCell(text=f"{number}. {verdict.claim.text}", detail=f"after {verdict.claim.source}"),
             verdict.judgement,
             seeds_words(verdict).replace(" ", NBSP),
             effect_words(verdict, results.outcomes[verdict.claim.metric]),
@@ -127,7 +127,7 @@ def how_sure(results: Results) -> Section:
         ]
         for number, verdict in charts.numbered(results)
     ]
-    parts: list[Part] = [charts.effects_chart(results)] if results.alive and results.verdicts else []
+    parts: list[Content] = [charts.effects_chart(results)] if results.alive and results.verdicts else []
     if results.verdicts:
         parts.append(charts.evidence_chart(results))
         columns = ["claim", "verdict", "seeds", "effect, 95 % interval", "e-value", "holds among all"]
@@ -150,7 +150,7 @@ def broken_section(results: Results) -> Section:
     groups: dict[tuple[float, str], list[Made]] = {}
     for made in broken:
         groups.setdefault((made.rate or 0.0, made.arm), []).append(made)
-    rows: list[list[Cell | str]] = []
+    rows: list[list[TableCell | str]] = []
     for (_, arm), several in sorted(groups.items()):
         causes = Counter(", ".join(filter(None, cause_of(made) or ("not told",))) for made in several)
         of = sum(one.arm == arm and one.rate == several[0].rate for one in results.runs)
@@ -159,7 +159,7 @@ def broken_section(results: Results) -> Section:
                 arm,
                 "–" if several[0].rate is None else charts.rate_words(several[0].rate),
                 f"{len(several)}{NBSP}of{NBSP}{of}",
-                Cell(
+                TableCell(
                     text="; ".join(
                         cause + (f" ({n})" if n > 1 else "") for cause, n in causes.most_common(3)
                     ),
@@ -256,7 +256,7 @@ def arms_section(asked: Suite | Study) -> Section:
 def metric_section(results: Results) -> Section:
     """One row a metric, one column an arm: mean, with the seeds' values below."""
     arms = [arm.name for arm in results.arms if any(arm.name in by_arm for by_arm in results.values.values())]
-    rows, none = list[list[Cell | str]](), list[str]()
+    rows, none = list[list[TableCell | str]](), list[str]()
     for name, outcome in results.outcomes.items():
         by_arm = results.values.get(name, {})
         means = {arm: _mean(by_arm.get(arm, {})) for arm in arms}
@@ -268,15 +268,17 @@ def metric_section(results: Results) -> Section:
             continue
         best = _best(means, outcome)
         counted = outcome.unit == "share" and yes_or_no(by_arm.values())
-        row: list[Cell | str] = [Cell(text=outcome.title + (f", {outcome.unit}" if outcome.unit else ""))]
+        row: list[TableCell | str] = [
+            TableCell(text=outcome.title + (f", {outcome.unit}" if outcome.unit else ""))
+        ]
         for arm in arms:
             text, detail = _number(means[arm], outcome), _seeds(by_arm.get(arm, {}), outcome)
             if name == FRONTIER and math.isfinite(means[arm]):
-                row[0] = Cell(text="Largest rate survived")
+                row[0] = TableCell(text="Largest rate survived")
                 text, detail = charts.rate_words(means[arm]), f"log2 {detail}"
             if counted and arm in by_arm:
                 detail = _count(by_arm[arm])
-            row.append(Cell(text=text, best=arm in best, detail=detail))
+            row.append(TableCell(text=text, best=arm in best, detail=detail))
         rows.append(row)
     note = (
         "Large: mean over seeds. Small: each seed, or the lowest and the highest. Shaded: the stable end of the row, where one arm "

@@ -20,7 +20,7 @@ from experiments.runner import jobs_of
 from experiments.study import Outcome, Study, values_of
 from experiments.study import judged as judged_study
 from experiments.trial import collapse_onset
-from experiments.verdicts import Claim, Values, Verdict, judge_all
+from experiments.verdicts import Claim, SeedValues, Verdict, judge_all
 from stabilitylab.errors import InputError
 from stabilitylab.runs import Run, load_run
 
@@ -62,7 +62,7 @@ class Results:
     question: str
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
-    values: Values
+    values: SeedValues
     outcomes: Mapping[str, Metric | Outcome]
     verdicts: list[Verdict]
     alive: Mapping[str, Mapping[float, tuple[int, int]]]

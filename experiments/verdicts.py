@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from experiments.statistics import Scale
-from experiments.statistics.decision import ALPHA, Decision, Word, decide
+from experiments.statistics.decision import ALPHA, ClaimDecision, Word, decide
 from experiments.statistics.multiple import holm
 
-Values = Mapping[str, Mapping[str, Mapping[int, float]]]
+SeedValues = Mapping[str, Mapping[str, Mapping[int, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Verdict:
     """
 
     claim: Claim
-    decision: Decision
+    decision: ClaimDecision
     arm_values: Mapping[int, float]
     baseline_values: Mapping[int, float]
     holds: bool = True
@@ -120,7 +120,7 @@ class Judged(Protocol):
 
 
 def judge_all(
-    claims: Sequence[Claim], values: Values, how: Mapping[str, Judged], *, sequential: bool = True
+    claims: Sequence[Claim], values: SeedValues, how: Mapping[str, Judged], *, sequential: bool = True
 ) -> list[Verdict]:
     """The verdict on every claim, and whether it holds among all of them.
 
@@ -173,7 +173,7 @@ def record(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def plain(decision: Decision) -> dict[str, Any]:
+def plain(decision: ClaimDecision) -> dict[str, Any]:
     """A decision as strict JSON can hold it: numbers without end are null."""
     return {
         "verdict": decision.verdict,
@@ -226,7 +226,7 @@ def seeds_words(verdict: Verdict) -> str:
     return str(len(seeds)) if verdict.decision.n == len(seeds) else f"{verdict.decision.n} of {len(seeds)}"
 
 
-def words(decision: Decision) -> str:
+def words(decision: ClaimDecision) -> str:
     """The verdict as a sentence's end: ``undecided (n = 6, would have seen 0.12)``."""
     if decision.verdict != "undecided":
         return f"{decision.verdict} (n = {decision.n})"

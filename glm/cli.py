@@ -19,7 +19,7 @@ COMMANDS = {
     "generate": ("glm.commands.inference", "fill the blanks of a text, or continue it"),
     "evaluate": ("glm.commands.inference", "held-out perplexity and zero-shot tasks of a trained model"),
     "export": ("glm.commands.inference", "a trained model as safetensors, with its tokenizer"),
-    "plan": ("glm.commands.plan", "memory, time and failures of a model on a cluster, on paper"),
+    "plan": ("glm.commands.planning", "memory, time and failures of a model on a cluster, on paper"),
 }
 
 

@@ -33,7 +33,7 @@ from glm.train.events import Callback
 from glm.train.loop import Trainer
 from glm.train.monitoring import MonitorCallback
 from glm.train.optimizer import MixedPrecisionAdamW
-from glm.train.schedule import ScheduleConfig
+from glm.train.rate_schedule import ScheduleConfig
 from glm.train.update_rules import OptimizerConfig
 from stabilitylab import Monitor
 from stabilitylab.runs import Run, load_run

@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import Block
+from stabilitylab.logs.log import RowBlock
 from stabilitylab.logs.recognise import open_log
 from stabilitylab.telemetry import LOSS
 
@@ -59,7 +59,7 @@ def real_curves(folder: Path) -> list[Curve]:
         raise InputError(f"{table} lacks the column {sorted(missing)[0]!r}")
     curves = []
     for name, own in labels.groupby("file", sort=False):
-        block = Block.concatenate(list(open_log(folder / str(name)).blocks()))
+        block = RowBlock.concatenate(list(open_log(folder / str(name)).blocks()))
         events = []
         events_of = own[own["kind"] != "healthy"]
         for kind, first, last in zip(

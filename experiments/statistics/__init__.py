@@ -21,7 +21,7 @@ is pure functions of arrays.
 
 from experiments.statistics.bootstrap import median_interval
 from experiments.statistics.choice import LEAST_SEEDS, Scale
-from experiments.statistics.decision import Decision, decide
+from experiments.statistics.decision import ClaimDecision, decide
 from experiments.statistics.multiple import holm
 
-__all__ = ["LEAST_SEEDS", "Decision", "Scale", "decide", "holm", "median_interval"]
+__all__ = ["LEAST_SEEDS", "ClaimDecision", "Scale", "decide", "holm", "median_interval"]

@@ -35,7 +35,7 @@ FAR = 400
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
+class ClaimDecision:
     """What the runs say.
 
     Attributes:
@@ -62,7 +62,7 @@ class Decision:
     censored: int = 0
 
 
-NOTHING = Decision(
+NOTHING = ClaimDecision(
     verdict="undecided",
     n=0,
     effect=math.nan,
@@ -86,7 +86,7 @@ def decide(
     sequential: bool = True,
     zeros: bool = False,
     alpha: float = ALPHA,
-) -> Decision:
+) -> ClaimDecision:
     """Judge an arm against a baseline.
 
     Args:
@@ -135,7 +135,7 @@ def decide(
         # Two one-sided tests at alpha are an interval of level 1 - 2 alpha within the margin.
         narrow = law.look(min(2 * alpha, 1.0), sequential=False)
         within = margin is not None and -margin < narrow.low and narrow.high < margin
-        return Decision(
+        return ClaimDecision(
             verdict=_word(within, found.sign, direction) if n >= LEAST_SEEDS else "undecided",
             n=n,
             effect=found.effect,
@@ -162,7 +162,7 @@ def decide(
             word = _word(within, side if log_e >= -math.log(alpha) else 0, direction)
     assert stake is not None
     last = stake.look(alpha)
-    return Decision(
+    return ClaimDecision(
         verdict=word,
         n=seen,
         effect=last.effect,

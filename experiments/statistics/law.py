@@ -9,7 +9,7 @@ POWER = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
+class InterimLook:
     """One look at the data. Effects are arm minus baseline, in the unit of the values that the law was given.
 
     Attributes:
@@ -36,7 +36,7 @@ class Law(Protocol):
     def bet(self) -> tuple[float, int]:
         """Natural logarithm of the e-value against "no difference", and the side on which the arm lies: +1, -1 or 0."""
 
-    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+    def look(self, alpha: float, *, sequential: bool) -> InterimLook:
         """The evidence at level ``alpha``; ``sequential``: valid at every look, else at this one alone."""
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special, stats
 
-from experiments.statistics.law import POWER, Evidence
+from experiments.statistics.law import POWER, InterimLook
 
 MIXTURE = 0.25
 # Turner, Ly and Grünwald's default prior of a group's rate, Beta(0.18, 0.18).
@@ -99,14 +99,14 @@ class PairedRates:
         _, discordant, wins = self._counts()
         return share_log_e(wins, discordant), int(np.sign(2 * wins - discordant))
 
-    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+    def look(self, alpha: float, *, sequential: bool) -> InterimLook:
         n, discordant, wins = self._counts()
         decided = discordant > 0 and rejects_half(wins, discordant, alpha, sequential=sequential)
         few, many = share_bounds(discordant, n, alpha, sequential=sequential)
         low, high = (
             (2 * theta - 1) for theta in share_bounds(wins, discordant, alpha, sequential=sequential)
         )
-        return Evidence(
+        return InterimLook(
             effect=float(np.mean(self.differences)),
             # Each end with the share of discordant pairs that makes the interval longest.
             low=low * (many if low < 0 else few),
@@ -153,7 +153,7 @@ class UnpairedRates:
         effect = float(np.mean(self.arm) - np.mean(self.baseline))
         return two_rates_log_e(self.arm, self.baseline), int(np.sign(effect))
 
-    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+    def look(self, alpha: float, *, sequential: bool) -> InterimLook:
         ka, kb, na, nb = int(self.arm.sum()), int(self.baseline.sum()), len(self.arm), len(self.baseline)
         effect = ka / na - kb / nb
         log_e, side = self.bet()
@@ -171,7 +171,7 @@ class UnpairedRates:
             high = effect + math.hypot(ah - ka / na, kb / nb - bl)
             table = [[ka, na - ka], [kb, nb - kb]]
             decided = float(stats.fisher_exact(np.array(table)).pvalue) <= alpha
-        return Evidence(effect=effect, low=low, high=high, sign=side if decided else 0, log_e=log_e)
+        return InterimLook(effect=effect, low=low, high=high, sign=side if decided else 0, log_e=log_e)
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
         """By the normal approximation at the baseline's rate, with the boundary of the average pair."""

@@ -24,7 +24,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.statistics import orders
-from experiments.statistics.law import POWER, Evidence
+from experiments.statistics.law import POWER, InterimLook
 from experiments.statistics.proportions import detectable_share, least_wins, rejects_half, share_log_e
 
 # Beyond these the enumerated null gives way to the normal one with the variance corrected for ties.
@@ -42,13 +42,13 @@ class Signs:
         wins, n = self._counts()
         return share_log_e(wins, n), int(np.sign(2 * wins - n))
 
-    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+    def look(self, alpha: float, *, sequential: bool) -> InterimLook:
         wins, n = self._counts()
         rejected = rejects_half(wins, n, alpha, sequential=sequential)
         lows, ordered, highs = (np.sort(_filled(self.differences, tie)) for tie in (-math.inf, 0.0, math.inf))
         least = least_wins(len(ordered), alpha, sequential=sequential)
         bounded = least <= len(ordered)
-        return Evidence(
+        return InterimLook(
             effect=median(ordered),
             low=float(lows[len(ordered) - least]) if bounded else -math.inf,
             high=float(highs[least - 1]) if bounded else math.inf,
@@ -80,7 +80,7 @@ class SignedRanks:
     def bet(self) -> tuple[float, int]:
         return Signs(self.differences).bet()
 
-    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+    def look(self, alpha: float, *, sequential: bool) -> InterimLook:
         if sequential:
             return Signs(self.differences).look(alpha, sequential=True)
         d = _filled(self.differences, 0.0)
@@ -90,7 +90,7 @@ class SignedRanks:
         out = _most_outside(len(self.differences), alpha)
         lows = np.sort(_walsh(self.differences, tie=-math.inf))
         highs = np.sort(_walsh(self.differences, tie=math.inf))
-        return Evidence(
+        return InterimLook(
             effect=median(averages),
             low=float(lows[out]) if out >= 0 else -math.inf,
             high=float(highs[len(highs) - 1 - out]) if out >= 0 else math.inf,
@@ -123,17 +123,17 @@ class RankSum:
         # Each direction carries half of the bet.
         return max(above, below) - math.log(2), int(np.sign(above - below))
 
-    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+    def look(self, alpha: float, *, sequential: bool) -> InterimLook:
         effect = median(np.sort(self._shifts(tie=0.0)))
         log_e, side = self.bet()
         if sequential:
             low, high = self._sequence(alpha)
             sign = side if log_e >= -math.log(alpha) else 0
-            return Evidence(effect=effect, low=low, high=high, sign=sign, log_e=log_e)
+            return InterimLook(effect=effect, low=low, high=high, sign=sign, log_e=log_e)
         p, centre = rank_sum_p(self.arm, self.baseline)
         out = _most_below(len(self.arm), len(self.baseline), alpha)
         lows, highs = np.sort(self._shifts(tie=-math.inf)), np.sort(self._shifts(tie=math.inf))
-        return Evidence(
+        return InterimLook(
             effect=effect,
             low=float(lows[out]) if out >= 0 else -math.inf,
             high=float(highs[len(highs) - 1 - out]) if out >= 0 else math.inf,

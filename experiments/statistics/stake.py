@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from experiments.statistics.law import Evidence, Law
+from experiments.statistics.law import InterimLook, Law
 from experiments.statistics.ranks import RankSum
 
 FITTING = 0.75
@@ -43,7 +43,7 @@ class Stake:
                 log_e, side = own + math.log(share), its
         return log_e, side
 
-    def look(self, alpha: float) -> Evidence:
+    def look(self, alpha: float) -> InterimLook:
         """The evidence with its interval."""
         looks = [law.look(share * alpha, sequential=True) for law, share in self.parts]
         low, high = max(look.low for look in looks), min(look.high for look in looks)
@@ -51,7 +51,7 @@ class Stake:
             low, high = looks[0].low, looks[0].high
         log_e, side = self.bet()
         sign = side if log_e >= -math.log(alpha) else 0
-        return Evidence(effect=looks[0].effect, low=low, high=high, sign=sign, log_e=log_e)
+        return InterimLook(effect=looks[0].effect, low=low, high=high, sign=sign, log_e=log_e)
 
     def within(self, margin: float, alpha: float) -> bool:
         """Whether the interval lies between ``-margin`` and ``margin``."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
-from experiments.statistics.law import POWER, Evidence
+from experiments.statistics.law import POWER, InterimLook
 
 # Variance of the effect, in standard deviations, under the mixture. 4: an effect of 2 sd is typical of what a treatment that
 # matters does to a stable outcome, and with it four seeds can decide (g must pass 1.6 for that); for an effect of half an sd
@@ -65,7 +65,7 @@ class PairedT:
         mean, error, n = self._moments()
         return log_e_value(_statistic(mean, error), n - 1, n), int(np.sign(mean))
 
-    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+    def look(self, alpha: float, *, sequential: bool) -> InterimLook:
         mean, error, _ = self._moments()
         half = _times(self._critical(alpha, sequential), error)
         return _evidence(mean, half, self.bet()[0])
@@ -99,7 +99,7 @@ class UnpairedT:
         log_e = min(log_e_value(_statistic(effect, error), nu, information) for error, nu in self._errors())
         return log_e, int(np.sign(effect))
 
-    def look(self, alpha: float, *, sequential: bool) -> Evidence:
+    def look(self, alpha: float, *, sequential: bool) -> InterimLook:
         half = max(_times(self._critical(alpha, nu, sequential), error) for error, nu in self._errors())
         return _evidence(self._effect(), half, self.bet()[0])
 
@@ -138,9 +138,9 @@ class UnpairedT:
         return float(stats.t.isf(alpha / 2, min(len(self.arm), len(self.baseline)) - 1))
 
 
-def _evidence(effect: float, half: float, log_e: float) -> Evidence:
+def _evidence(effect: float, half: float, log_e: float) -> InterimLook:
     sign = int(np.sign(effect)) if abs(effect) > half else 0
-    return Evidence(effect=effect, low=effect - half, high=effect + half, sign=sign, log_e=log_e)
+    return InterimLook(effect=effect, low=effect - half, high=effect + half, sign=sign, log_e=log_e)
 
 
 def _statistic(effect: float, error: float) -> float:

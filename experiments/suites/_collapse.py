@@ -15,9 +15,9 @@ from experiments.suites._proxy import PROXY
 from experiments.trial import Trial, group_of, trial
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
-from glm.train.forks import Change
 from glm.train.intervention import Intervention
 from glm.train.loop import Trainer
+from glm.train.replay_forks import Change
 from glm.train.state_ring import StateRing
 
 CLIMB = {**PROXY, "precision": "fp16", "steps": "240", "schedule.warmup": "240", "schedule.peak": "1.5"}
@@ -55,8 +55,8 @@ def comes_again(
     """Whether a fork from ``before`` steps ahead collapses as well, by ``GRACE`` steps after the original did.
 
     Args:
-        withheld: which groups stand still, weights and moments (``glm.train.forks``), up to ``until`` steps after the original's
-            collapse.
+        withheld: which groups stand still, weights and moments (``glm.train.replay_forks``), up to ``until`` steps after the
+            original's collapse.
         intervention: what is changed from the fork's first step, given its number.
         watched: steps after the original's collapse at which the fork ends; the grace grows with it.
     """

@@ -18,7 +18,7 @@ from experiments.trial import heldout_loss, heldout_rows, trial
 from experiments.verdicts import Claim
 from glm.train.config import TrainConfig
 from stabilitylab.outliers.criteria import CRITERIA
-from stabilitylab.outliers.scan import Watch
+from stabilitylab.outliers.scan import ChannelWatch
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
 from stabilitylab.quantization.scheme import Scheme
 
@@ -31,7 +31,7 @@ def shares(cell: Cell, model: torch.nn.Module) -> dict[str, float]:
     """Share that each criterion marks, over the inputs of linear layers."""
     batch = heldout_rows(cell.data, TrainConfig(objective=cell.config.objective, model=cell.config.model))
     model.eval()
-    with Watch(model) as watch:
+    with ChannelWatch(model) as watch:
         model.hidden(  # type: ignore[operator]
             batch.tokens_BT[:16], batch.positions[:16], batch.segments_BT[:16], batch.context_BT[:16]
         )

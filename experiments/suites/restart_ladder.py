@@ -29,7 +29,7 @@ from experiments.verdicts import Claim
 from glm.data.config import DataConfig
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
-from glm.train.schedule import ScheduleConfig
+from glm.train.rate_schedule import ScheduleConfig
 from glm.train.state_ring import StateRing
 
 SHIFT, RAMP, END = 64, 64, 192

@@ -23,8 +23,8 @@ from experiments.study import Cell, Outcome, Study
 from experiments.suites._proxy import PROXY, proxy_text
 from experiments.trial import Floats, Trial, heldout_loss, running_median, trial
 from experiments.verdicts import Claim
-from glm.train.forks import Change
 from glm.train.loop import Trainer
+from glm.train.replay_forks import Change
 from glm.train.state_ring import StateRing
 
 JUMP, BACK = 0.6, 0.2

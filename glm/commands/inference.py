@@ -15,7 +15,7 @@ from rich.console import Console
 
 from glm.device import chosen_device
 from glm.inference.decoding import DecodingConfig, Timing
-from glm.inference.evaluation import Part, evaluate_model
+from glm.inference.evaluation import EvaluationPart, evaluate_model
 from glm.inference.exporting import export_model
 from glm.inference.generation import fill
 from glm.inference.loading import OpenedModel, open_model
@@ -97,7 +97,7 @@ def evaluate(
     model: ModelPath,
     *,
     data: Path,
-    parts: tuple[Part, ...] | None = None,
+    parts: tuple[EvaluationPart, ...] | None = None,
     rows: int = 64,
     examples: int | None = None,
     normalise: Normalise = "length",

@@ -34,7 +34,7 @@ _GENERATED = np.int64(4) << 20  # the stream of draws of [gMASK] lengths; those 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class SampleArrays:
     """Samples as arrays, [R rows, T]: what ``Batch`` holds, still in numpy. ``intra`` is the 2-D form's second position."""
 
     tokens: Ints
@@ -47,7 +47,7 @@ class Rows:
 
 def mask_pieces(
     stream: NDArray[np.unsignedinteger], first_Q: Ints, spans: Spans, room: int, special: SpecialTokens
-) -> Rows:
+) -> SampleArrays:
     """Lay out [MASK] pieces, each padded to ``room`` tokens: rows of the result are pieces.
 
     Args:
@@ -106,7 +106,7 @@ def mask_pieces(
     intra = np.zeros(Q * room, np.int64)
     intra[generated_at] = generated_at - np.repeat(sop, run_length) + 1
 
-    return Rows(
+    return SampleArrays(
         tokens=tokens,
         targets=targets.reshape(Q, room),
         positions=positions.reshape(Q, room),
@@ -124,7 +124,7 @@ def gmask_rows(
     length: int,
     config: ObjectiveConfig,
     special: SpecialTokens,
-) -> Rows:
+) -> SampleArrays:
     """[gMASK] rows of ``length`` tokens, from ``length - 1`` source tokens each."""
     n = length - 1
     least = max(1, int(np.ceil(config.gmask_least * n)))
@@ -140,7 +140,7 @@ def gmask_rows(
     targets = np.where(
         generated_RT, stream[first_R[:, None] + (place_T - 1).clip(0)].astype(np.int64), NO_TARGET
     )
-    return Rows(
+    return SampleArrays(
         tokens=tokens,
         targets=targets,
         positions=np.broadcast_to(place_T, tokens.shape).copy(),
@@ -150,11 +150,11 @@ def gmask_rows(
     )
 
 
-def causal_rows(stream: NDArray[np.unsignedinteger], first_R: Ints, length: int) -> Rows:
+def causal_rows(stream: NDArray[np.unsignedinteger], first_R: Ints, length: int) -> SampleArrays:
     """Next-token rows, from ``length + 1`` source tokens each."""
     place_T = np.arange(length)
     text = stream[first_R[:, None] + np.arange(length + 1)].astype(np.int64)
-    return Rows(
+    return SampleArrays(
         tokens=text[:, :-1],
         targets=text[:, 1:],
         positions=np.broadcast_to(place_T, (len(first_R), length)).copy(),

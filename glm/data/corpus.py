@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from glm.data import documentation_tasks, packages
-from glm.data.building import build_once, progress_bar
+from glm.data.build_once import build_once, progress_bar
 from glm.data.documents import Corpus, Document, DocumentWriter, fingerprint
 from glm.data.files import find_files, find_tasks, read_documents, read_task_records
 from glm.data.tasks import TaskExample, TaskWriter

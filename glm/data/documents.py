@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from glm.data.records import RecordWriter
+from glm.data.record_writer import RecordWriter
 from glm.errors import InputError
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("text", "language", "source", "group")])

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm.data.batch import NO_TARGET, PADDING_SEGMENT, Provenance
-from glm.data.blanks import Rows
+from glm.data.blanks import SampleArrays
 from glm.data.random import uniform
 from glm.data.shards import TaskShard
 from glm.data.spans import Ints
@@ -59,7 +59,7 @@ class TaskPool:
         mean = float(np.mean([cost[examples].mean() for examples in self._examples]))
         self._draws = int(np.clip(2 * length / mean, 4, _MOST_DRAWS))
 
-    def rows(self, seed: int, sample_R: Ints) -> tuple[Rows, list[tuple[Provenance, ...]]]:
+    def rows(self, seed: int, sample_R: Ints) -> tuple[SampleArrays, list[tuple[Provenance, ...]]]:
         """One row for each sample, a pure function of (seed, sample)."""
         R, T = len(sample_R), self._length
         example_RD = self._draw(seed, sample_R)
@@ -99,7 +99,7 @@ class TaskPool:
         tokens[flat], targets[flat] = text, np.where(answer, wanted, NO_TARGET)
         positions[flat], intra[flat] = np.where(answer, mask_x, x), np.where(answer, x - prompt + 1, 0)
         context[flat], segments[flat] = ~answer, np.repeat(piece_Q, cost_Q)
-        rows = Rows(
+        rows = SampleArrays(
             tokens=tokens.reshape(R, T),
             targets=targets.reshape(R, T),
             positions=positions.reshape(R, T),

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from glm.data.batch import NO_TARGET, PADDING_SEGMENT, Batch, Provenance
-from glm.data.blanks import Rows, causal_rows, gmask_rows, mask_pieces
+from glm.data.blanks import SampleArrays, causal_rows, gmask_rows, mask_pieces
 from glm.data.config import DataConfig, ObjectiveConfig
 from glm.data.instructions import TaskPool
 from glm.data.mixture import Mixture
@@ -173,7 +173,7 @@ class Loader:
             sample_R = np.where(sample_R >= first, sample_R + (last - first), sample_R)
         return sample_R
 
-    def _build(self, sample_R: Ints) -> tuple[Rows, list[tuple[Provenance, ...]]]:
+    def _build(self, sample_R: Ints) -> tuple[SampleArrays, list[tuple[Provenance, ...]]]:
         text_RS, provenance = self._read(sample_R)
         if self.objective.kind == "causal":
             return causal_rows(text_RS.ravel(), self._begins(len(sample_R)), self.length), provenance
@@ -213,9 +213,9 @@ class Loader:
     def _begins(self, rows: int) -> Ints:
         return np.arange(rows, dtype=np.int64) * (self.length + 1)
 
-    def _empty(self, rows: int) -> Rows:
+    def _empty(self, rows: int) -> SampleArrays:
         shape = (rows, self.length)
-        return Rows(
+        return SampleArrays(
             tokens=np.full(shape, self.special.pad, np.int64),
             targets=np.full(shape, NO_TARGET, np.int64),
             positions=np.zeros(shape, np.int64),
@@ -226,7 +226,7 @@ class Loader:
 
     def _add_blanks(
         self,
-        rows: Rows,
+        rows: SampleArrays,
         text_RS: NDArray[np.unsignedinteger[Any]],
         sample_R: Ints,
         whole_R: NDArray[np.bool_],
@@ -257,7 +257,7 @@ class Loader:
             _place(rows, made, which, room * objective.pieces)
 
 
-def _place(rows: Rows, made: Rows, which: Ints, width: int) -> None:
+def _place(rows: SampleArrays, made: SampleArrays, which: Ints, width: int) -> None:
     """Put made rows (or pieces, several to a row) into their places."""
-    for field in fields(Rows):
+    for field in fields(SampleArrays):
         getattr(rows, field.name)[which, :width] = getattr(made, field.name).reshape(len(which), width)

@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from glm.data.building import build_once, progress_bar
+from glm.data.build_once import build_once, progress_bar
 from glm.data.documents import Corpus, fingerprint
 from glm.data.shards import FORMAT, SPLITS, TokenData, open_data, sha256
 from glm.data.tasks import TaskExample, TaskWriter, read_tasks

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from glm.data.records import RecordWriter
+from glm.data.record_writer import RecordWriter
 from glm.data.shards import SPLITS, check_sha256, open_data
 from glm.data.special import MASK
 from glm.data.tokenizer import Tokenizer

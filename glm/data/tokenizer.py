@@ -19,7 +19,7 @@ from typing import Any
 
 import sentencepiece as spm
 
-from glm.data.building import build_once, progress_bar
+from glm.data.build_once import build_once, progress_bar
 from glm.data.documents import Corpus, fingerprint, read_meta
 from glm.data.special import EOP, EOS, GMASK, MASK, PAD, SOP, UNKNOWN, SpecialTokens
 from glm.errors import InputError

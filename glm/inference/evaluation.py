@@ -31,8 +31,8 @@ from glm.inference.loading import OpenedModel, trained_on
 from glm.inference.multiple_choice import Normalise, TaskResult, answer_tasks
 from glm.inference.perplexity import Perplexity, perplexities
 
-Part = Literal["perplexity", "last-words", "tasks"]
-PARTS: tuple[Part, ...] = ("perplexity", "last-words", "tasks")
+EvaluationPart = Literal["perplexity", "last-words", "tasks"]
+PARTS: tuple[EvaluationPart, ...] = ("perplexity", "last-words", "tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def evaluate_model(
     model: Path,
     data: Path,
     *,
-    parts: Sequence[Part] | None = None,
+    parts: Sequence[EvaluationPart] | None = None,
     rows: int,
     examples: int | None,
     normalise: Normalise,

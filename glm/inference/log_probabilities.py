@@ -20,7 +20,7 @@ from glm.data.batch import PADDING_SEGMENT
 from glm.data.tokenizer import Tokenizer
 from glm.errors import InputError
 from glm.inference.loading import OpenedModel
-from glm.inference.prompt import Layout, Prompt, read_prompt
+from glm.inference.prompt import Prompt, PromptRow, read_prompt
 from glm.precision import at_least_fp32
 
 # Tokens of a batch, padding included: enough that the matrix products are large, little enough for any memory.
@@ -55,7 +55,7 @@ class TargetScore:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
     number: int
-    layout: Layout
+    layout: PromptRow
     scored: tuple[int, ...]
 
 

@@ -35,7 +35,7 @@ Kind = Literal["mask", "gmask", "causal"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class PromptRow:
     """Tokens of one row.
 
     Attributes:
@@ -85,7 +85,7 @@ class Prompt:
         """How many stretches of text are to be generated."""
         return max(1, len(self.blanks))
 
-    def layout(self, filled: Sequence[Sequence[int]] = (), target: Sequence[int] = ()) -> Layout:
+    def layout(self, filled: Sequence[Sequence[int]] = (), target: Sequence[int] = ()) -> PromptRow:
         """The row up to where the token behind ``target`` is predicted.
 
         Args:
@@ -100,7 +100,7 @@ class Prompt:
             positions += [self.place(number, index) for index in range(1 - len(opened), len(span) + 1)]
             tokens += [*opened, *span]
         context = 0 if self.kind == "causal" else len(self.context)
-        return Layout(tokens=tuple(tokens), positions=tuple(positions), context=context)
+        return PromptRow(tokens=tuple(tokens), positions=tuple(positions), context=context)
 
     def place(self, span: int, index: int) -> tuple[int, int]:
         """Position and place in the span of a span's token: its sop is token 0, its text begins at 1."""

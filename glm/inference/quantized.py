@@ -23,7 +23,7 @@ from glm.inference.loading import OpenedModel, find_files, parts_of, prepare, re
 from glm.model.transformer import Transformer
 from glm.precision.policy import DTYPES, Precision
 from stabilitylab.models.freed_memory import give_back_memory
-from stabilitylab.models.layers import fingerprint_of
+from stabilitylab.models.weight_checks import fingerprint_of
 from stabilitylab.quantization.plan import QuantizationPlan, load_plan
 from stabilitylab.quantization.replacement import put
 from stabilitylab.quantization.scheme import Scheme

@@ -7,7 +7,9 @@ from typing import Literal
 
 from glm.errors import InputError
 
-Norm = Literal["pre", "post", "sandwich", "deepnorm", "deepnet", "reordered", "pre-scaled", "sandwich-scaled"]
+NormPlacement = Literal[
+    "pre", "post", "sandwich", "deepnorm", "deepnet", "reordered", "pre-scaled", "sandwich-scaled"
+]
 NormKind = Literal["layer", "rms", "rms-plain", "rms-single", "rms-centred", "dyt"]
 
 
@@ -218,7 +220,7 @@ class ModelConfig:
     layers: int = 8
     hidden: int = 128
     heads: int = 4
-    norm: Norm = "deepnorm"
+    norm: NormPlacement = "deepnorm"
     norm_kind: NormKind = "layer"
     dropout: float = 0.0
     z_loss: float = 0.0

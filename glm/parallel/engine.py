@@ -46,7 +46,7 @@ from glm.parallel.groups import Groups
 from glm.parallel.optimizer import ShardedAdamW
 from glm.parallel.partition import shares
 from glm.parallel.topology import checked
-from glm.precision import LossScaler, Policy
+from glm.precision import LossScaler, PrecisionPolicy
 from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
@@ -164,7 +164,7 @@ class ParallelEngine(Updates):
         self.seed = config.seed
         self.micro_rows = config.batch.micro_rows or _even_part(config.batch.rows, self.topology.data)
         self.stage, self.replica, self.tensor_rank = self.topology.coordinates(self.rank)
-        self.policy = Policy(precision=config.precision)
+        self.policy = PrecisionPolicy(precision=config.precision)
         self.scaler = LossScaler(config.loss_scale) if self.policy.scales_loss else None
         groups = Groups(self.topology, self.rank, timedelta(seconds=config.parallel.timeout))
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from glm.parallel.buckets import BUCKET, Bucket, Coming
 from glm.parallel.partition import Share, unit_of
-from glm.precision import Policy
+from glm.precision import PrecisionPolicy
 from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.update_rules import OptimizerConfig
 
@@ -59,7 +59,7 @@ class ShardedAdamW(MixedPrecisionAdamW):
         self,
         model: nn.Module,
         config: OptimizerConfig,
-        policy: Policy,
+        policy: PrecisionPolicy,
         *,
         shares: Mapping[str, Share],
         rank: int,

@@ -39,7 +39,7 @@ GATHERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfer:
+class Communication:
     """Bytes one GPU sends in an update, and seconds if nothing else ran."""
 
     sent: float
@@ -74,7 +74,9 @@ def ring_start(cluster: Cluster, ranks: int, stride: int) -> float:
     return RING_START + between * RING_STEP_NETWORK + (ranks - 1 - between) * RING_STEP
 
 
-def tensor_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str) -> Transfer:
+def tensor_transfer(
+    shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str
+) -> Communication:
     """All-reduces inside the tensor group, of the stage with the most layers."""
     t = layout.tensor
     layers = max(stage_layers(shape.layers, layout.pipeline))
@@ -82,15 +84,17 @@ def tensor_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, p
     count = layout.micro_batches(rows) * (layers * (6 if layout.recompute else 4) + ends)
     message = BYTES[precision] * layout.micro * shape.length * shape.hidden
     sent = count * ring_share(t) * message
-    return Transfer(
+    return Communication(
         sent=sent, seconds=collective_seconds(sent, t, group_rate(cluster, t, 1), count) if t > 1 else 0.0
     )
 
 
-def pipeline_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str) -> Transfer:
+def pipeline_transfer(
+    shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str
+) -> Communication:
     """Activations and their gradients between stages, of a stage in the middle."""
     if layout.pipeline == 1:
-        return Transfer(sent=0.0, seconds=0.0)
+        return Communication(sent=0.0, seconds=0.0)
     count = 2 * layout.micro_batches(rows) * layout.chunks
     parts = layout.tensor if layout.chunks > 1 else 1
     sent = float(count * BYTES[precision] * layout.micro * shape.length * shape.hidden) / parts
@@ -100,14 +104,14 @@ def pipeline_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int,
         if layout.gpus <= cluster.per_node and apart < cluster.per_node
         else cluster.gpu.network
     )
-    return Transfer(sent=sent, seconds=sent / (rate * TRANSFER) + count * (LATENCY + HOP))
+    return Communication(sent=sent, seconds=sent / (rate * TRANSFER) + count * (LATENCY + HOP))
 
 
-def data_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str) -> Transfer:
+def data_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str) -> Communication:
     """Gradients (and under ZeRO the weights back) between replicas, of the stage with the most parameters."""
     d = layout.data
     if d == 1:
-        return Transfer(sent=0.0, seconds=0.0)
+        return Communication(sent=0.0, seconds=0.0)
     stages = stage_layers(shape.layers, layout.pipeline)
     parameters = max(shape.stage_parameters(layout.tensor, stages, stage) for stage in (0, len(stages) - 1))
     share, m = ring_share(d) / 2 * parameters, layout.micro_batches(rows)
@@ -120,4 +124,4 @@ def data_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, pre
         count *= GATHERS * max(stages)
         if (d - 1) * layout.tensor >= cluster.per_node:
             rate = min(rate, cluster.gpu.network * TRANSFER)
-    return Transfer(sent=sent, seconds=sent / rate + count * ring_start(cluster, d, layout.tensor))
+    return Communication(sent=sent, seconds=sent / rate + count * ring_start(cluster, d, layout.tensor))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from glm.planning.hardware import Cluster, find_gpu
 from glm.planning.reliability import Reliability, reliability
-from glm.planning.search import TrainingPlan, search
 from glm.planning.shape import Shape
+from glm.planning.topology_search import TrainingPlan, search
 
 NODES = (128, 512, 2_048, 8_192, 12_288)
 OTHER_GPUS = ("A100-80G", "H100-80G")

@@ -31,7 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from glm.planning.communication import (
-    Transfer,
+    Communication,
     data_transfer,
     pipeline_transfer,
     tensor_transfer,
@@ -54,9 +54,9 @@ class StepTime:
 
     products: float
     kernels: float
-    tensor: Transfer
-    pipeline: Transfer
-    data: Transfer
+    tensor: Communication
+    pipeline: Communication
+    data: Communication
     exposed_data: float
     waiting: float
     optimizer: float

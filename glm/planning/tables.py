@@ -9,9 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from glm.planning.hardware import GIB, Cluster
-from glm.planning.inference import Serving
 from glm.planning.scenarios import Scenario
-from glm.planning.search import Search, TrainingPlan
+from glm.planning.serving import Serving
+from glm.planning.topology_search import Search, TrainingPlan
 
 MINUTE, HOUR, DAY = 60.0, 3_600.0, 86_400.0
 

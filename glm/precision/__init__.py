@@ -15,7 +15,7 @@ from glm.precision.matmul import (
     wide_product,
     wide_product_of_rows,
 )
-from glm.precision.policy import Policy, Precision
+from glm.precision.policy import Precision, PrecisionPolicy
 from glm.precision.recomputed import with_recipe
 from glm.precision.rms import rms_norm
 
@@ -23,8 +23,8 @@ __all__ = [
     "GradientRange",
     "LossScaleConfig",
     "LossScaler",
-    "Policy",
     "Precision",
+    "PrecisionPolicy",
     "at_least_fp32",
     "attention",
     "attention_scores",

@@ -30,7 +30,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class PrecisionPolicy:
     """The number formats of a run, derived from the precision's name."""
 
     precision: Precision = "fp32"

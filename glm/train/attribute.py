@@ -32,8 +32,8 @@ from glm.errors import InputError
 from glm.train.config import TrainConfig
 from glm.train.event_options import event_parser, parsed
 from glm.train.fork_loop import ForkLoop
-from glm.train.forks import config_of, data_of, episode_of, state_before
 from glm.train.machine import device_of, machine, otherwise, threads, threads_of
+from glm.train.replay_forks import config_of, data_of, episode_of, state_before
 from stabilitylab.attribution import Attribution, Fork, LoopState, attribute
 from stabilitylab.attribution.forks import signal_of
 from stabilitylab.attribution.search import BEFORE

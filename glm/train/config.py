@@ -24,9 +24,9 @@ from glm.model.config import ModelConfig
 from glm.precision.loss_scale import LossScaleConfig
 from glm.train.emulation import EmulationConfig
 from glm.train.heldout import HeldoutConfig
-from glm.train.schedule import ScheduleConfig
+from glm.train.rate_schedule import ScheduleConfig
 from glm.train.update_rules import OptimizerConfig
-from glm.train.weight_rounding import Kept
+from glm.train.weight_rounding import MasterRounding
 from stabilitylab.spikes import ResponderConfig
 
 
@@ -162,7 +162,7 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     stop_when_lost: int = 0
-    bf16_weights: Kept = "masters"
+    bf16_weights: MasterRounding = "masters"
     compile: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -42,7 +42,7 @@ from glm.precision import linear, wide_product, wide_product_of_rows
 from stabilitylab.errors import InputError as FormatError
 from stabilitylab.formats import fake_quantize, rotate, rotation_signs, scaled_format
 
-Recipe = Literal["none", "fp8", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4"]
+EmulationRecipe = Literal["none", "fp8", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4"]
 PRODUCTS = ("forward", "grad-input", "grad-weight")
 # Activations, weights, gradients; whether gradients are rounded stochastically, and rotated.
 RECIPES: dict[str, tuple[str, str, str, bool, bool]] = {
@@ -70,7 +70,7 @@ class EmulationConfig:
         hadamard: operands of the weight gradient are rotated; None: as the recipe does.
     """
 
-    recipe: Recipe = "none"
+    recipe: EmulationRecipe = "none"
     activations: str = ""
     weights: str = ""
     gradients: str = ""

@@ -32,7 +32,7 @@ from glm.model.following import follow_all, has_followers
 from glm.model.passes import unnoted
 from glm.model.scaling import rate_factors
 from glm.model.transformer import Transformer
-from glm.precision import LossScaler, Policy
+from glm.precision import LossScaler, PrecisionPolicy
 from glm.train import checkpoint as checkpoints
 from glm.train.async_checkpoint import CheckpointWriter
 from glm.train.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ from glm.train.emulation import Emulation
 from glm.train.gradient_summary import GradientSummary
 from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.qk_clip import clip_queries_and_keys, forget_scores
-from glm.train.update_rules.groups import role_of
+from glm.train.update_rules.parameter_groups import role_of
 from stabilitylab.compat import allow_graphs
 
 
@@ -245,7 +245,7 @@ class LocalEngine(Updates):
         self.seed = config.seed
         self._drops = config.model.dropout > 0
         self.micro_rows = config.batch.micro
-        self.policy = Policy(precision=config.precision)
+        self.policy = PrecisionPolicy(precision=config.precision)
         # The masters take the initial weights in fp32, so that every precision begins from the same point.
         self.model = Transformer(config.model, config.seed).to(self.device)
         self.optimizer = MixedPrecisionAdamW(

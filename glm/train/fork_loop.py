@@ -23,8 +23,8 @@ from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.engine import LocalEngine
 from glm.train.events import Callback, StepInfo
-from glm.train.forks import config_of, trainer_of
 from glm.train.optimizer import MixedPrecisionAdamW
+from glm.train.replay_forks import config_of, trainer_of
 from stabilitylab.runs import load_run
 from stabilitylab.spikes import ResponderConfig
 from stabilitylab.telemetry import Event

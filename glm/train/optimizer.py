@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from glm.errors import InputError
-from glm.precision import Policy
+from glm.precision import PrecisionPolicy
 from glm.train.gradient_summary import GradientSummary
 from glm.train.update_rules import RULES, OptimizerConfig
 from glm.train.update_rules.adam import MOMENTS
@@ -44,11 +44,11 @@ from glm.train.update_rules.application import (
     take_off,
 )
 from glm.train.update_rules.fused import apply_adamw, renewed, stable_rates
-from glm.train.update_rules.groups import grouped
 from glm.train.update_rules.guards import Guards
 from glm.train.update_rules.muon import matrix_rows
+from glm.train.update_rules.parameter_groups import grouped
 from glm.train.update_rules.zclip import ZClip
-from glm.train.weight_rounding import Kept, round_weights
+from glm.train.weight_rounding import MasterRounding, round_weights
 from stabilitylab.compat import plain
 
 COMPENSATION = "compensation"
@@ -73,11 +73,11 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         self,
         model: nn.Module,
         config: OptimizerConfig,
-        policy: Policy,
+        policy: PrecisionPolicy,
         *,
         peak: float = 1.0,
         factors: Mapping[str, float] | None = None,
-        kept: Kept = "masters",
+        kept: MasterRounding = "masters",
         seed: int = 0,
     ) -> None:
         self.config, self.policy = config, policy

@@ -9,11 +9,11 @@
     glm replay RUN --event 3 --optimizer.clip 0.3
     glm replay RUN --event 3 --renew-second-moments '*'
 
-(``glm.train.forks`` says what each does, and trains many forks in one process.) An event's number is its place among the run's
-episodes, as ``stabilitylab spikes RUN`` lists them. The run is taken up from the newest kept state at or before ``before``
-steps ahead of the onset (``flight/``, ``checkpoints/``, else the beginning), trained unchanged up to there, and from there on
-with the change. Data, order and dropout are functions of seed and step, so without a change the fork repeats the original bit
-for bit, on the kind of device that the run was trained on, and the command says whether it did.
+(``glm.train.replay_forks`` says what each does, and trains many forks in one process.) An event's number is its place among the
+run's episodes, as ``stabilitylab spikes RUN`` lists them. The run is taken up from the newest kept state at or before ``before``
+steps ahead of the onset (``flight/``, ``checkpoints/``, else the beginning), trained unchanged up to there, and from there on with
+the change. Data, order and dropout are functions of seed and step, so without a change the fork repeats the original bit for bit,
+on the kind of device that the run was trained on, and the command says whether it did.
 
 A fork is a run folder under ``RUN/replays/event-N/``, named by what was changed, with everything measured at every step.
 All forks of an event are compared in ``RUN/replays/event-N/report.html``.
@@ -39,7 +39,10 @@ from glm.errors import InputError
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig, differences
 from glm.train.event_options import event_parser, parsed
-from glm.train.forks import (
+from glm.train.idle_settings import refuse_idle
+from glm.train.machine import device_of, machine_of, otherwise, threads, threads_of
+from glm.train.monitoring import MonitorCallback
+from glm.train.replay_forks import (
     Change,
     config_of,
     data_of,
@@ -48,15 +51,12 @@ from glm.train.forks import (
     state_before,
     trainer_of,
 )
-from glm.train.idle_settings import refuse_idle
-from glm.train.machine import device_of, machine_of, otherwise, threads, threads_of
-from glm.train.monitoring import MonitorCallback
 from glm.train.replay_report import LATER, LOSS, show, verdict_of, write_report
 from stabilitylab.command_line import parse
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Episode
-from stabilitylab.spikes.outcomes import OUTCOME, treatment_of
+from stabilitylab.spikes.treatment_outcomes import OUTCOME, treatment_of
 from stabilitylab.telemetry import Event
 
 UNCHANGED = "unchanged"
@@ -240,8 +240,8 @@ def _train_fork(
 
 
 def _record_outcome(original: Run, episode: Episode, out: RunFolder, change: str) -> None:
-    """Say in the fork whether what it changed helped, for the advice on later events (``stabilitylab.spikes.outcomes``); not where
-    it ends within ten steps of the onset, which is too soon to say."""
+    """Say in the fork whether what it changed helped, for the advice on later events (``treatment_outcomes.py``); not where it
+    ends within ten steps of the onset, which is too soon to say."""
     fork = load_run(out.path)
     loss = fork.series(LOSS)
     if change == UNCHANGED or not len(loss) or int(loss.index.max()) < episode.onset + LATER:

@@ -21,14 +21,14 @@ from torch import Tensor
 from glm.model.dropout import row_keys
 from stabilitylab.formats import BF16, round_to
 
-Kept = Literal["masters", "stochastic", "kahan"]
+MasterRounding = Literal["masters", "stochastic", "kahan"]
 
 
 @torch.no_grad()
 def round_weights(
     weights: Sequence[Tensor],
     compensations: Sequence[Tensor],
-    kept: Kept,
+    kept: MasterRounding,
     *,
     seed: int,
     update: int,

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
+from stabilitylab.attribution.fork_verdicts import Yardstick
 from stabilitylab.attribution.forks import Fork, Forks, Usual
 from stabilitylab.attribution.loop import Loop, LoopState
-from stabilitylab.attribution.verdicts import Yardstick
 from stabilitylab.attribution.without import Without
 
 

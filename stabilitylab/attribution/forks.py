@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stabilitylab.attribution import verdicts
+from stabilitylab.attribution import fork_verdicts
 from stabilitylab.attribution.acts import (
     Act,
     BoundUpdates,
@@ -32,11 +32,16 @@ from stabilitylab.attribution.acts import (
     ScaleRate,
     ShrinkGradient,
 )
-from stabilitylab.attribution.layers import BoundOutputGradients, BoundOutputs, BoundScores, FullPrecision
+from stabilitylab.attribution.fork_verdicts import ForkVerdict, Yardstick
 from stabilitylab.attribution.loop import Loop, LoopState, Subject
+from stabilitylab.attribution.module_acts import (
+    BoundOutputGradients,
+    BoundOutputs,
+    BoundScores,
+    FullPrecision,
+)
 from stabilitylab.attribution.observation import Observation
 from stabilitylab.attribution.outside import KeepSettings, PutBack
-from stabilitylab.attribution.verdicts import Verdict, Yardstick
 from stabilitylab.attribution.without import Without
 from stabilitylab.errors import InputError
 
@@ -70,14 +75,14 @@ class Fork:
     Attributes:
         without: what.
         values: the signal from the fork's first step on; shorter where it was decided early.
-        verdict: see ``verdicts.py``.
+        verdict: see ``fork_verdicts.py``.
         seconds: that it took.
         error: why it could not be trained; "" if it could.
     """
 
     without: Without
     values: tuple[float, ...]
-    verdict: Verdict
+    verdict: ForkVerdict
     seconds: float
     error: str = ""
 
@@ -121,14 +126,14 @@ class Forks:
         values: list[float] = []
         try:
             self._train(
-                without, self._act(without), of.end, lambda seen: verdicts.is_decided(of, seen), values
+                without, self._act(without), of.end, lambda seen: fork_verdicts.is_decided(of, seen), values
             )
         except InputError:
             raise
         except Exception as error:
             # What an intervention makes impossible (a row too few, a kernel without fp32) costs its own fork, whatever a loop
             # raises then.
-            failed = Verdict(word=verdicts.FAILED, height=math.nan, area=math.nan)
+            failed = ForkVerdict(word=fork_verdicts.FAILED, height=math.nan, area=math.nan)
             said = " ".join(str(error).split())[:200]
             return Fork(
                 without=without, values=(), verdict=failed, seconds=time.perf_counter() - began, error=said
@@ -136,7 +141,7 @@ class Forks:
         return Fork(
             without=without,
             values=tuple(values),
-            verdict=verdicts.verdict(of, values),
+            verdict=fork_verdicts.verdict(of, values),
             seconds=time.perf_counter() - began,
         )
 

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from stabilitylab.attribution.fork_verdicts import ForkVerdict
 from stabilitylab.attribution.forks import Fork
-from stabilitylab.attribution.verdicts import Verdict
 from stabilitylab.attribution.without import Without
 
 
@@ -68,7 +68,7 @@ def _fork(line: dict[str, Any]) -> Fork:
     return Fork(
         without=Without.from_json(line["without"]),
         values=tuple(map(float, line["values"])),
-        verdict=Verdict(word=word, height=float(height), area=float(area)),
+        verdict=ForkVerdict(word=word, height=float(height), area=float(area)),
         seconds=line["seconds"],
         error=line["error"],
     )

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.attribution.acts import Act, Optimizer
-from stabilitylab.attribution.layers import AttentionCalls, first_tensor, largest_scores, rms_of
 from stabilitylab.attribution.loop import Subject
-from stabilitylab.attribution.outside import Snapshots, settings_of
+from stabilitylab.attribution.module_acts import AttentionCalls, first_tensor, largest_scores, rms_of
+from stabilitylab.attribution.outside import LastUpdate, settings_of
 from stabilitylab.model_structure import blocks, is_embedding, is_linear, is_norm, named_modules
 
 QUIET, GREW, JUMP, LOUD = 3, 3.0, 1.5, 10.0
@@ -58,7 +58,7 @@ class Observation(Act):
         self._factor: float | None = None
         self._running: list[str] = []
         self._mode = AttentionCalls(self._scored)
-        self._snapshots: Snapshots | None = None
+        self._snapshots: LastUpdate | None = None
         self._subject: Subject | None = None
 
     @property
@@ -67,7 +67,7 @@ class Observation(Act):
         return self._mode
 
     def install(self, subject: Subject) -> None:
-        self._subject, self._snapshots = subject, Snapshots(subject)
+        self._subject, self._snapshots = subject, LastUpdate(subject)
         chosen = {id(block) for block in blocks(subject.model).values()}
         for path, module in named_modules(subject.model):
             if not path:

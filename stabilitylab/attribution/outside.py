@@ -20,7 +20,7 @@ from stabilitylab.attribution.loop import Subject
 _COUNTERS = ("step", "params")
 
 
-class Snapshots:
+class LastUpdate:
     """Weights and optimizer state as the last update left them."""
 
     def __init__(self, subject: Subject) -> None:
@@ -90,10 +90,10 @@ class PutBack(Act):
     ) -> None:
         super().__init__()
         self._weights, self._moments, self._rows = tuple(weights), tuple(moments), tuple(rows)
-        self._snapshots: Snapshots | None = None
+        self._snapshots: LastUpdate | None = None
 
     def install(self, subject: Subject) -> None:
-        self._snapshots = Snapshots(subject)
+        self._snapshots = LastUpdate(subject)
 
     def forward(self, subject: Subject) -> None:
         if subject.acts and self._snapshots is not None:

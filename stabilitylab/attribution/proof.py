@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stabilitylab.attribution.fork_verdicts import EVENT, HALVES, PREVENTS, Yardstick
 from stabilitylab.attribution.forks import Fork
-from stabilitylab.attribution.verdicts import EVENT, HALVES, PREVENTS, Yardstick
 from stabilitylab.attribution.without import Without
 from stabilitylab.spikes.episodes import Episode
 from stabilitylab.telemetry import Event

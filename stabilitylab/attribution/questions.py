@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stabilitylab.attribution.fork_verdicts import Yardstick
 from stabilitylab.attribution.forks import Forks
-from stabilitylab.attribution.groups import embedding_weights
 from stabilitylab.attribution.observation import Observation
-from stabilitylab.attribution.verdicts import Yardstick
+from stabilitylab.attribution.parameter_globs import embedding_weights
 from stabilitylab.attribution.without import Without
 
 # Batches before the onset that are left out each by itself; the first of them is there to be compared with.

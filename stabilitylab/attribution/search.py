@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from stabilitylab.attribution.executors import InThisProcess, SideBySide, Trains
+from stabilitylab.attribution.fork_verdicts import WATCHED, Yardstick, yardstick
 from stabilitylab.attribution.forks import Fork, Forks, Usual, signal_of
 from stabilitylab.attribution.kept_forks import KeptForks, about
 from stabilitylab.attribution.loop import Loop, LoopState
@@ -28,7 +29,6 @@ from stabilitylab.attribution.narrowing import Narrowing
 from stabilitylab.attribution.observation import QUIET, Observation
 from stabilitylab.attribution.proof import CHANGES, Attribution, conclude
 from stabilitylab.attribution.questions import rounds
-from stabilitylab.attribution.verdicts import WATCHED, Yardstick, yardstick
 from stabilitylab.attribution.without import Without
 from stabilitylab.errors import InputError
 from stabilitylab.spikes.episodes import Episode

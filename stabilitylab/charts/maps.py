@@ -21,7 +21,7 @@ from stabilitylab.charts.look import (
     step_axis,
     words,
 )
-from stabilitylab.figures.cells import BROKEN, cells
+from stabilitylab.figures.map_cells import BROKEN, cells
 
 WIDEST_NAME = 26
 

@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from matplotlib.transforms import IdentityTransform
 from numpy.typing import NDArray
 
-from stabilitylab.figures.cells import BROKEN, Cells, cells, named_sites
+from stabilitylab.figures.map_cells import BROKEN, Cells, cells, named_sites
 from stabilitylab.figures.numbers import plain
 from stabilitylab.figures.style import ON_WHITE, shortened
 

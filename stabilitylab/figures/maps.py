@@ -1,7 +1,7 @@
 """Maps: sites down, steps across, the value as colour.
 
 Layer 0 lies at the bottom. A cell that is not finite is red with a cross, one that was not recorded stays empty. Which cells there
-are: cells.py.
+are: map_cells.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from stabilitylab.figures.cells import BROKEN, cells, named_sites
+from stabilitylab.figures.map_cells import BROKEN, cells, named_sites
 from stabilitylab.figures.palette import ALARM
 from stabilitylab.figures.style import STYLE, WIDTH, log_axis, panel, say_not_recorded
 

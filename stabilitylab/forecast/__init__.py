@@ -1,6 +1,6 @@
 """When layers will leave number formats, extrapolated from what a run has recorded so far."""
 
-from stabilitylab.forecast.layers import FACTOR, Forecast, LayerForecast, forecast_run
+from stabilitylab.forecast.layer_forecast import FACTOR, Forecast, LayerForecast, forecast_run
 from stabilitylab.forecast.trend import Trend, trends
 
 __all__ = ["FACTOR", "Forecast", "LayerForecast", "Trend", "forecast_run", "trends"]

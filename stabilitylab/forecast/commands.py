@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stabilitylab.errors import InputError
-from stabilitylab.forecast.layers import FACTOR, Forecast, LayerForecast, forecast_run
+from stabilitylab.forecast.layer_forecast import FACTOR, Forecast, LayerForecast, forecast_run
 from stabilitylab.runs import load_run
 
 

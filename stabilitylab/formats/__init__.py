@@ -4,6 +4,7 @@
 scale and how the scale is stored; ``reference`` is the float64 oracle.
 """
 
+from stabilitylab.formats.format_watch import FormatWatch
 from stabilitylab.formats.hadamard import rotate, rotation_signs, unrotate
 from stabilitylab.formats.in_parts import quantize_rows, row_parts, some_rows
 from stabilitylab.formats.number_format import (
@@ -33,7 +34,6 @@ from stabilitylab.formats.scaled import (
     scaled_format,
 )
 from stabilitylab.formats.searched import quantize_searched
-from stabilitylab.formats.watching import FormatWatch
 from stabilitylab.formats.what_if import FormatError, gaussian_error, what_if, what_if_format, what_if_sums
 
 __all__ = [

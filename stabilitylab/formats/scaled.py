@@ -50,7 +50,7 @@ from stabilitylab.formats.number_format import (
 )
 
 # Rows and columns that share a scale; None: all of them.
-Block = tuple[int | None, int | None]
+BlockShape = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class ScaledFormat:
 
     name: str
     element: NumberFormat
-    block: Block = (None, None)
+    block: BlockShape = (None, None)
     scale: Literal["none", "fp32", "e8m0", "e4m3"] = "none"
     round_up: bool = False
 
@@ -97,7 +97,7 @@ class Quantized:
 
 
 def _fp8(element: NumberFormat) -> list[ScaledFormat]:
-    blocks: dict[str, Block] = {
+    blocks: dict[str, BlockShape] = {
         "tensor": (None, None),
         "row": (1, None),
         "tile128": (1, 128),
@@ -261,7 +261,7 @@ def _multiplied(
     return _per_block(values, kind.block, wide if tensor_scale is None else tensor_scale * wide)
 
 
-def block_maxima(x: Tensor, block: Block) -> Tensor:
+def block_maxima(x: Tensor, block: BlockShape) -> Tensor:
     """max |x| of every block, [row blocks, column blocks]; NaN where something in it is."""
     matrix = _matrix(x)
     rows, columns = _size(block, matrix)
@@ -270,14 +270,14 @@ def block_maxima(x: Tensor, block: Block) -> Tensor:
     return _blocks(matrix.abs(), rows, columns).amax((1, 3))
 
 
-def block_sums(x: Tensor, block: Block) -> Tensor:
+def block_sums(x: Tensor, block: BlockShape) -> Tensor:
     """Sum of every block, [row blocks, column blocks]."""
     matrix = _matrix(x)
     rows, columns = _size(block, matrix)
     return _blocks(matrix, rows, columns).sum((1, 3))
 
 
-def _per_block(x: Tensor, block: Block, factors: Tensor, *, divide: bool = False) -> Tensor:
+def _per_block(x: Tensor, block: BlockShape, factors: Tensor, *, divide: bool = False) -> Tensor:
     """Every block of x times, or divided by, its factor."""
     matrix = _matrix(x)
     if factors.numel() == 1:
@@ -294,7 +294,7 @@ def _matrix(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
 
 
-def _size(block: Block, matrix: Tensor) -> tuple[int, int]:
+def _size(block: BlockShape, matrix: Tensor) -> tuple[int, int]:
     rows, columns = block
     return rows or max(1, matrix.shape[0]), columns or max(1, matrix.shape[1])
 

@@ -26,7 +26,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.formats.number_format import NumberFormat, round_to
 from stabilitylab.formats.scaled import (
     SCALED_FORMATS,
-    Block,
+    BlockShape,
     ScaledFormat,
     _divided,
     _multiplied,
@@ -60,7 +60,7 @@ class FormatError:
 def what_if_format(name: str) -> ScaledFormat:
     """The format of that name, integers too. Raises InputError with the names there are."""
     if match := _INTEGER.fullmatch(name):
-        block: Block = (1, int(match["width"])) if match["width"] else (1, None)
+        block: BlockShape = (1, int(match["width"])) if match["width"] else (1, None)
         block = (None, None) if match["share"] == "tensor" else block
         return ScaledFormat(name=name, element=_INTEGERS[int(match["bits"])], block=block, scale="fp32")
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.pattern import Values
+from stabilitylab.logs.pattern import LineValues
 from stabilitylab.logs.reading import Reading, Row
 
 
@@ -61,11 +61,11 @@ def read_aim(folder: Path) -> Reading:
     return Reading(format="Aim", rows=rows, step="step")
 
 
-def _rows(repository: Any, run: str) -> dict[float, Values]:
+def _rows(repository: Any, run: str) -> dict[float, LineValues]:
     """Step -> values of one run."""
     meta = repository.request_tree("meta", run, read_only=True).subtree("meta")
     series = repository.request_tree("seqs", run, read_only=True).subtree("seqs")
-    rows: dict[float, Values] = {}
+    rows: dict[float, LineValues] = {}
     for context, named in meta.subtree(("chunks", run, "traces")).collect().items():
         subset = meta["contexts", context].get("subset")
         for name, told in named.items():

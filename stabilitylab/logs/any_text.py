@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from stabilitylab.logs.columns import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.languages import in_english
 from stabilitylab.logs.line_numbers import NO_LOSS, OF, named, placed
-from stabilitylab.logs.pattern import ABOVE, TextFormat, Values
+from stabilitylab.logs.pattern import ABOVE, LineValues, TextFormat
 
 # Words that make a line one of validation, where they stand before its first loss and no training does.
 _OF_VALIDATION = re.compile(
@@ -53,7 +53,7 @@ class AnyText(TextFormat):
 
     strict: bool = True
 
-    def read(self, line: str) -> Values | None:
+    def read(self, line: str) -> LineValues | None:
         """The numbers of one line; None: it holds no loss."""
         line, values = named(line)
         losses = [name for name in values if is_loss(name) and not NO_LOSS.search(name)]
@@ -77,7 +77,7 @@ def prepared_english(chunk: bytes) -> bytes:
     return in_english(prepared(chunk).decode("utf-8", "replace")).encode()
 
 
-class Evidence:
+class LogSigns:
     """Whether lines with a loss in them are a log: a sentence, a setting or a trace of the stack names one, too.
 
     Three lines of one loss that takes two values at least, or two lines whose counter goes on.
@@ -90,7 +90,7 @@ class Evidence:
         self._seen: dict[str, list[float | None]] = {}
         self._counted: float | None = None
 
-    def suffices(self, values: Values) -> bool:
+    def suffices(self, values: LineValues) -> bool:
         """Take one line's numbers; whether there is enough now."""
         self.lines += 1
         counter = next((values[n] for n in values if counter_of(n)), None)
@@ -107,7 +107,7 @@ class Evidence:
         return False
 
 
-def counted_on(values: Values, before: Values) -> Values:
+def counted_on(values: LineValues, before: LineValues) -> LineValues:
     """A bar that begins again after it was full is the next epoch's; bars that are always full count nothing."""
     if OF not in values and OF not in before and _LAST not in before:
         return values

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from stabilitylab.logs.columns import counter_of, is_loss
-from stabilitylab.logs.pattern import Values, number, plain_text
+from stabilitylab.logs.pattern import LineValues, number, plain_text
 from stabilitylab.logs.reading import Reading, Row, text_rows
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 
 _ROW = re.compile(r"^\s*[|│┃](\s*)([A-Za-z][^|│┃]*?)\s*[|│┃]\s*([^|│┃]*?)\s*[|│┃]\s*$")
 # Ray: one cell, the number parted by blanks
@@ -29,7 +29,7 @@ _BARS = (b"|", "│".encode(), "┃".encode())
 _SEEK = re.compile(rb"[\r\n][ \t]*(?:\||\xe2\x94[\x82\x83])[^\r\n]*[lL][oO][sS][sS]")
 
 
-def read_boxes(source: Source) -> Reading | None:
+def read_boxes(source: LogFile) -> Reading | None:
     """The boxes; None: fewer than two of them hold a loss."""
     reading = Reading(
         format="boxes",
@@ -83,7 +83,7 @@ class BoxPieces:
 
     def end(self) -> Iterator[Row]:
         """The last box."""
-        held: Values = self.state["held"]
+        held: LineValues = self.state["held"]
         self.state = {"held": {}, "heading": ""}
         if any(is_loss(name) or counter_of(name) for name in held):
             yield "", held

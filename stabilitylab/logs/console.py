@@ -22,18 +22,18 @@ from stabilitylab.logs.any_text import (
     HEADING,
     MAY_HEAD,
     RIGHT_ABOVE,
-    Evidence,
+    LogSigns,
     prepared,
     prepared_english,
 )
 from stabilitylab.logs.columns import counter_of, is_loss
 from stabilitylab.logs.console_formats import FORMATS
 from stabilitylab.logs.languages import is_foreign
-from stabilitylab.logs.parts import STEP_ABOVE
-from stabilitylab.logs.pattern import TextFormat, Values, next_place, own_formats, pairs, plain_text
-from stabilitylab.logs.plans import Plans, Said
+from stabilitylab.logs.pattern import LineValues, TextFormat, next_place, own_formats, pairs, plain_text
+from stabilitylab.logs.plans import Plans, ReadLine
 from stabilitylab.logs.reading import Reading, Row, text_rows
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.segment_columns import STEP_ABOVE
+from stabilitylab.logs.source import LogFile
 
 _RANK = re.compile(
     r"^\[(?:rank|default)\s?(\d+)\]:|\brank(?:[= ]|: )?(\d+)[\]:, ]|^\(\w+ pid=(\d+)", re.IGNORECASE
@@ -58,7 +58,7 @@ _ENOUGH = 3
 _HITS = 4_000
 
 
-def read_console(source: Source, *, pattern: str | None = None) -> Reading | None:
+def read_console(source: LogFile, *, pattern: str | None = None) -> Reading | None:
     """The file as a text log; None: no format's records are in it.
 
     Raises:
@@ -73,9 +73,9 @@ def read_console(source: Source, *, pattern: str | None = None) -> Reading | Non
     return None if found is None else _reading(source, found)
 
 
-def _any_text(source: Source, most: int | None = None) -> TextFormat | None:
+def _any_text(source: LogFile, most: int | None = None) -> TextFormat | None:
     """Any trainer's lines, where there are some; those of validation among them are left out if there are others."""
-    evidence = Evidence()
+    evidence = LogSigns()
     seen = 0
     prepare = prepared_english if is_foreign(source.head().decode("utf-8", errors="replace")) else prepared
     any_text = replace(ANY_TEXT, prepare=prepare)
@@ -87,12 +87,12 @@ def _any_text(source: Source, most: int | None = None) -> TextFormat | None:
                 return any_text
     if most is not None:
         return None
-    if seen >= Evidence.LINES or (seen and not evidence.lines):
+    if seen >= LogSigns.LINES or (seen and not evidence.lines):
         return replace(ANY_LINE, prepare=prepare)
     return None
 
 
-def _first(source: Source, formats: Sequence[TextFormat], *, enough: int) -> TextFormat | None:
+def _first(source: LogFile, formats: Sequence[TextFormat], *, enough: int) -> TextFormat | None:
     """The format with the most records in the first piece of the file that holds enough of one; or the best of all."""
     total = [0] * len(formats)
     others: list[TextFormat] = []  # those whose trigger is another format's word
@@ -122,11 +122,11 @@ def _kinds(chunk: bytes, one: TextFormat) -> set[str]:
     return {kind for kind, seek in _SIGNALS.items() if any(seek.search(name) for name in names)}
 
 
-def _has_loss(one: TextFormat, values: Values) -> bool:
+def _has_loss(one: TextFormat, values: LineValues) -> bool:
     return any(is_loss(name) or name in one.losses for name in values)
 
 
-def _reading(source: Source, one: TextFormat) -> Reading:
+def _reading(source: LogFile, one: TextFormat) -> Reading:
     reading = Reading(
         format=one.name,
         rows=lambda: text_rows(source, reading),
@@ -176,7 +176,7 @@ class ConsolePieces:
             else:
                 yield rank, values
 
-    def _is_repeated(self, rank: str, values: Values) -> bool:
+    def _is_repeated(self, rank: str, values: LineValues) -> bool:
         """Whether two loggers have printed one record: the same numbers at the same step, one after the other."""
         last = self.state["last"].get(rank)
         self.state["last"][rank] = values
@@ -207,13 +207,13 @@ def _unfinished(one: TextFormat, piece: bytes) -> int:
 def _records(
     one: TextFormat,
     chunk: bytes,
-    before: dict[str, Values],
+    before: dict[str, LineValues],
     *,
     hits: int | None = None,
     spent: list[TextFormat] | None = None,
     above: dict[str, Any] | None = None,
-    read: Callable[[str], Said] | None = None,
-) -> Iterator[tuple[str, Values | None]]:
+    read: Callable[[str], ReadLine] | None = None,
+) -> Iterator[tuple[str, LineValues | None]]:
     """Records of the lines of ``chunk``; None in place of one that the format leaves out. After so many ``hits`` of the
     trigger it is left, and the format comes into ``spent``. ``above``: what the lines between records have counted. ``read``: what
     reads a line, where it is not the format itself."""
@@ -270,10 +270,10 @@ def _records(
         _look_above(one.above, chunk, max(looked, len(chunk) - _ABOVE), len(chunk), above)
 
 
-def _reader(one: TextFormat) -> Callable[[str], Said]:
+def _reader(one: TextFormat) -> Callable[[str], ReadLine]:
     """Reads a line, and which rank has printed it."""
 
-    def read(line: str) -> Said:
+    def read(line: str) -> ReadLine:
         values = one.read(line)
         if (
             one.one_part
@@ -299,7 +299,7 @@ def _look_above(seek: re.Pattern[bytes], chunk: bytes, start: int, end: int, abo
         above[_HEADED] = heading[1] is None and (chunk[heading.end() : end].isspace() + 1)
 
 
-def _is_below(heading: int, values: Values) -> bool:
+def _is_below(heading: int, values: LineValues) -> bool:
     """Whether a record belongs to the heading of validation above it: one that names training does not."""
     if any("train" in name.lower() for name in values if is_loss(name)):
         return False
@@ -314,7 +314,7 @@ def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:
     return next_place(one.words, chunk)
 
 
-def _from_above(values: Values, above: dict[str, Any]) -> None:
+def _from_above(values: LineValues, above: dict[str, Any]) -> None:
     """An epoch goes on until the next is announced; a step is that of the losses below it, of each name the first."""
     if "epoch" in above and "epoch" not in values:
         values["epoch"] = above["epoch"]
@@ -330,7 +330,7 @@ def _from_above(values: Values, above: dict[str, Any]) -> None:
     told += losses
 
 
-def _follow(chunk: bytes, at: int, values: Values) -> int:
+def _follow(chunk: bytes, at: int, values: LineValues) -> int:
     """Take the indented lines from ``at`` on into ``values``; returns where they end."""
     while at < len(chunk):
         end = chunk.find(b"\n", at)

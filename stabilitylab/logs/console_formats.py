@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import re
 
-from stabilitylab.logs.pattern import ABOVE, TextFormat, Values, text_format
+from stabilitylab.logs.pattern import ABOVE, LineValues, TextFormat, text_format
 
 _MEGATRON_LOSSES = ("lm loss", "lm_loss", "reduced_train_loss")
 
 
-def _megatron(values: Values, before: Values) -> Values:
+def _megatron(values: LineValues, before: LineValues) -> LineValues:
     """``lm loss`` is printed when it is greater than 0: a NaN is left out, and so is a window of skipped steps."""
     skipped = values.get("number of skipped iterations") or 0.0
     iteration = values.get("iteration")
@@ -30,7 +30,7 @@ def _megatron(values: Values, before: Values) -> Values:
     return values
 
 
-def _deepspeed(values: Values, before: Values) -> Values:
+def _deepspeed(values: LineValues, before: LineValues) -> LineValues:
     """The scale that an overflow leaves is that of the steps after it, until the next."""
     values.setdefault("loss_scale", before.get("loss_scale"))
     if "steps" not in values:
@@ -39,21 +39,21 @@ def _deepspeed(values: Values, before: Values) -> Values:
     return {name: value for name, value in values.items() if not (unknown and name == "loss_scale")}
 
 
-def _without_placeholder(values: Values, before: Values) -> Values:
+def _without_placeholder(values: LineValues, before: LineValues) -> LineValues:
     """Pipeline ranks without a loss print -1."""
     if values.get("loss") == -1.0:
         values["loss"] = None
     return values
 
 
-def _thousands(values: Values, before: Values) -> Values:
+def _thousands(values: LineValues, before: LineValues) -> LineValues:
     """``1.2kit``."""
     if (thousands := values.pop("thousands", None)) is not None:
         values["step"] = float(round(thousands * 1000))
     return values
 
 
-def _epochs(values: Values, before: Values) -> Values:
+def _epochs(values: LineValues, before: LineValues) -> LineValues:
     """Epoch and place in it as one count."""
     epoch, place, length = values.get("epoch"), values.get("place"), values.get("length")
     if epoch is not None and place is not None and length is not None:
@@ -61,7 +61,7 @@ def _epochs(values: Values, before: Values) -> Values:
     return values
 
 
-def _keras(values: Values, before: Values) -> Values:
+def _keras(values: LineValues, before: LineValues) -> LineValues:
     """A bar holds means of the epoch so far: its last one counts, once."""
     if values.get("place") != values.get("length"):
         values.pop("epoch", None)
@@ -75,7 +75,7 @@ def _keras(values: Values, before: Values) -> Values:
     return {name: value for name, value in values.items() if name not in ("place", "length")}
 
 
-def _yolo(values: Values, before: Values) -> Values:
+def _yolo(values: LineValues, before: LineValues) -> LineValues:
     """The parts' sum; of YOLOv7, whose fourth column is that sum, the column."""
     parts = [values.pop(name) for name in "abcde" if name in values]
     known = [part for part in parts if part is not None]

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.pattern import Values, number, without_colours
+from stabilitylab.logs.pattern import LineValues, number, without_colours
 from stabilitylab.logs.reading import Reading, Row, text_rows
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 
 NULLS = frozenset(("", "null", "none", "n/a", "na", "-", "<na>"))
 _METRIC_NAMES = ("metric", "metric_name", "metric.name", "metricname", "key", "tag", "variable", "name")
@@ -57,7 +57,7 @@ def is_blank_table(lines: Sequence[str]) -> bool:
     )
 
 
-def read_csv_rows(source: Source) -> Reading:
+def read_csv_rows(source: LogFile) -> Reading:
     """Every row under the header that stands above it.
 
     Raises:
@@ -157,7 +157,7 @@ class CsvPieces:
             if len(cells) != len(names):
                 reading.left_out["rows of too few or too many cells"] += 1
                 continue
-            values: Values = {}
+            values: LineValues = {}
             for name, cell in zip(names, cells, strict=True):
                 if name == self._of_run:
                     continue
@@ -199,9 +199,9 @@ def _lines(text: Sequence[str], delimiter: str) -> Iterator[list[str]]:
     return csv.reader(text, delimiter=delimiter)
 
 
-def _side_by_side(values: Values) -> Iterator[Row]:
+def _side_by_side(values: LineValues) -> Iterator[Row]:
     shared = {name: value for name, value in values.items() if not _WANDB.match(name)}
-    runs: dict[str, Values] = {}
+    runs: dict[str, LineValues] = {}
     for name, value in values.items():
         if (found := _WANDB.match(name)) and not name.endswith(("__MIN", "__MAX")):
             runs.setdefault(found["run"], {})[found["metric"]] = value
@@ -229,7 +229,7 @@ def _null(cell: str) -> bool:
     return cell.strip().lower() in NULLS
 
 
-def _first_line(source: Source) -> str:
+def _first_line(source: LogFile) -> str:
     lines: list[str] = []
     for line in _text(source):
         if line.strip():
@@ -249,7 +249,7 @@ def _first_line(source: Source) -> str:
     raise InputError(f"{source.name} is empty: a log needs a header and at least one row")
 
 
-def _text(source: Source) -> Iterator[str]:
+def _text(source: LogFile) -> Iterator[str]:
     for number_, chunk in enumerate(source.chunks()):
         yield from _decoded(chunk, first=not number_)
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from stabilitylab.logs.columns import counter_of
-from stabilitylab.logs.pattern import NUMBER, Values, number
+from stabilitylab.logs.pattern import NUMBER, LineValues, number
 from stabilitylab.logs.reading import Reading, Row, text_rows
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 
 _RECORD = re.compile(
     rb"\{(?=')[^{}\r\n]*'(?:loss|grad_norm|train_loss|eval_loss|learning_rate)':[^{}\r\n]*\}"
@@ -41,7 +41,7 @@ _TOLD = re.compile(
 )
 
 
-def read_huggingface_console(source: Source) -> Reading | None:
+def read_huggingface_console(source: LogFile) -> Reading | None:
     """The printed records; None: there are none."""
     first = list(itertools.islice(_records(source), 2000))
     if not any("loss" in values or "train_loss" in values for values, *_ in first):
@@ -162,14 +162,14 @@ def _without_bar(piece: bytes) -> int:
     return last.start() if last is not None and waits else len(piece)
 
 
-def _records(source: Source) -> Iterator[tuple[Values, int | None, int | None]]:
+def _records(source: LogFile) -> Iterator[tuple[LineValues, int | None, int | None]]:
     """The numbers of each record, the last progress bar above it and the one right below."""
     state: dict[str, Any] = {"bar": None}
     for chunk in source.chunks():
         yield from _records_in(chunk, state)
 
 
-def _records_in(chunk: bytes, state: dict[str, Any]) -> Iterator[tuple[Values, int | None, int | None]]:
+def _records_in(chunk: bytes, state: dict[str, Any]) -> Iterator[tuple[LineValues, int | None, int | None]]:
     at = 0
     for found in _RECORD.finditer(chunk):
         if found["scale"] is not None:

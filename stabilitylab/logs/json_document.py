@@ -21,16 +21,16 @@ from typing import Any
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.json_lines import NAMED_BY, numbers, part_of
-from stabilitylab.logs.pattern import Values
+from stabilitylab.logs.pattern import LineValues
 from stabilitylab.logs.reading import Reading, Row
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 
 _LARGEST = 1 << 30
 _BETWEEN = re.compile(r"[\s,]*")
 Records = list[Mapping[str, Any]]
 
 
-def read_json_document(source: Source) -> Reading | None:
+def read_json_document(source: LogFile) -> Reading | None:
     """The document's records; None: it is no single document, or one line that holds none.
 
     Raises:
@@ -129,7 +129,7 @@ def _salvaged(text: str) -> Records:
 
 
 def _golden(document: Mapping[str, Any]) -> Records:
-    rows: dict[float, Values] = {}
+    rows: dict[float, LineValues] = {}
     for name, entry in document.items():
         if not (isinstance(entry, dict) and "values" in entry):
             continue

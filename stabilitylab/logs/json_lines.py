@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stabilitylab.logs.columns import is_evaluation
-from stabilitylab.logs.pattern import Values, number, plain_text
+from stabilitylab.logs.pattern import LineValues, number, plain_text
 from stabilitylab.logs.reading import Reading, Row, text_rows
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 
 MODES = ("mode", "split", "phase", "stage", "type", "event", "kind")
 PARTS = ("rank", "run", "run_name", "run_id", "local_rank", "process_index")
@@ -24,7 +24,7 @@ NAMED_BY = ("key", "metric", "metric_name", "metricName", "name", "tag")
 _RATIO = re.compile(r"^(\d+)/\d+$")
 
 
-def read_json_lines(source: Source, *, among_text: bool = False) -> Reading:
+def read_json_lines(source: LogFile, *, among_text: bool = False) -> Reading:
     """Every line that holds an object; ``among_text``: lines without one are no damage."""
     reading = Reading(
         format="JSON lines",
@@ -119,9 +119,9 @@ def part_of(record: Mapping[str, Any]) -> str | None:
     return ""
 
 
-def numbers(record: Mapping[str, Any], before: str = "") -> Values:
+def numbers(record: Mapping[str, Any], before: str = "") -> LineValues:
     """The numbers of a record, by name; ``None`` where a name stands without one."""
-    values: Values = {}
+    values: LineValues = {}
     for name, value in record.items():
         if value is None:
             values[before + name] = None

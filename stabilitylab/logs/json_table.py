@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import STEP
 from stabilitylab.logs.json_lines import MODES, PARTS
-from stabilitylab.logs.log import Block, Log, whole_steps
-from stabilitylab.logs.parts import Part, columns_of, notes_of
+from stabilitylab.logs.log import Log, RowBlock, whole_steps
 from stabilitylab.logs.reading import Reading
-from stabilitylab.logs.source import LONGEST_LINE, Source
-from stabilitylab.logs.tables import floats_of
+from stabilitylab.logs.segment_columns import SegmentColumns, columns_of, notes_of
+from stabilitylab.logs.source import LONGEST_LINE, LogFile
+from stabilitylab.logs.table_files import floats_of
 from stabilitylab.telemetry import LOSS
 
 MOST_KEPT = 16_000_000  # numbers; longer logs are read a second time
@@ -50,15 +50,15 @@ class JsonTableLog(Log):
         kept: its blocks, where they are few.
     """
 
-    source: Source
+    source: LogFile
     names: tuple[str, ...]
     notes: tuple[str, ...]
-    kept: tuple[Block, ...] | None
+    kept: tuple[RowBlock, ...] | None
 
     @classmethod
     def open_clean(
         cls,
-        source: Source,
+        source: LogFile,
         head: bytes,
         reading: Reading,
         *,
@@ -69,7 +69,7 @@ class JsonTableLog(Log):
         names = _names(head)
         if names is None:
             return None
-        path, part, left_out = source.path, Part(), Counter[str]()
+        path, part, left_out = source.path, SegmentColumns(), Counter[str]()
         held: list[Columns] | None = []
         try:
             for columns in _tables(source, names, left_out):
@@ -101,19 +101,19 @@ class JsonTableLog(Log):
             return None
         return replace(log, kept=kept)
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         if self.kept is not None:
             yield from self.kept
             return
         for columns in _tables(self.source, self.names, Counter()):
             yield from self._blocks(columns)
 
-    def _blocks(self, columns: Columns) -> Iterator[Block]:
+    def _blocks(self, columns: Columns) -> Iterator[RowBlock]:
         steps_N, keep_N = columns[self.columns[STEP]]
         signals = {signal: columns[name] for signal, name in self.columns.items() if signal != STEP}
         keep_N = keep_N & np.logical_or.reduce([logged for _, logged in signals.values()])
         if keep_N.any():
-            yield Block(
+            yield RowBlock(
                 whole_steps(steps_N[keep_N], f"{self.path}, {self.columns[STEP]!r}"),
                 {signal: values[keep_N] for signal, (values, _) in signals.items()},
                 {signal: logged[keep_N] for signal, (_, logged) in signals.items()},
@@ -133,7 +133,7 @@ def _names(head: bytes) -> tuple[str, ...] | None:
     return tuple(record) if plain and record and not record.keys() & {*MODES, *PARTS} else None
 
 
-def _tables(source: Source, names: tuple[str, ...], left_out: Counter[str]) -> Iterator[Columns]:
+def _tables(source: LogFile, names: tuple[str, ...], left_out: Counter[str]) -> Iterator[Columns]:
     """The file's columns, some ten thousand lines at a time."""
     schema = pa.schema([(name, pa.float64()) for name in names])
     parse = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
@@ -169,7 +169,7 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _check_steps(blocks: Iterator[Block]) -> None:
+def _check_steps(blocks: Iterator[RowBlock]) -> None:
     """Raises OddTableError where a step comes again: what belongs to one is put together elsewhere."""
     last = -math.inf
     losses = 0

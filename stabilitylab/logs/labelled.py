@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from stabilitylab.logs.reading import Pieces, Row
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.reading import LinePieces, Row
+from stabilitylab.logs.source import LogFile
 
 _LABEL = re.compile(rb"^(?:\s*(\d{1,5}): |\[\d+,(\d+)\]<std(?:out|err)>: ?)")
 _FEWEST = 8
@@ -45,7 +45,7 @@ def by_label(piece: bytes) -> dict[str, bytes]:
     return {rank: b"".join(lines) for rank, lines in out.items()}
 
 
-class UnlabelledSource(Source):
+class UnlabelledSource(LogFile):
     """A source without its labels: what a format is recognised by."""
 
     def head(self, size: int = 1 << 16) -> bytes:
@@ -65,9 +65,9 @@ class LabelledPieces:
         make: makes one.
     """
 
-    def __init__(self, make: Callable[[], Pieces]) -> None:
+    def __init__(self, make: Callable[[], LinePieces]) -> None:
         self._make = make
-        self._ranks: dict[str, Pieces] = {}
+        self._ranks: dict[str, LinePieces] = {}
 
     @property
     def state(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class LabelledPieces:
         for rank, pieces in self._ranks.items():
             yield from _named(rank, pieces.end())
 
-    def _of(self, rank: str) -> Pieces:
+    def _of(self, rank: str) -> LinePieces:
         if rank not in self._ranks:
             self._ranks[rank] = self._make()
         return self._ranks[rank]

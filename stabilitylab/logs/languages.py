@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 
 _EAST_ASIAN = {
     **dict.fromkeys(("损失", "損失", "ロス", "손실"), "loss"),
@@ -113,10 +113,10 @@ def _translated(found: re.Match[str]) -> str:
     return f"{before}{words}{after}"
 
 
-class EnglishSource(Source):
+class EnglishSource(LogFile):
     """A source whose text is put into English."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: LogFile) -> None:
         super().__init__(source.path, source.name)
         self._inner = source
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 
 from stabilitylab.logs.columns import counter_of, is_loss
-from stabilitylab.logs.pattern import NUMBER, Values, number
+from stabilitylab.logs.pattern import NUMBER, LineValues, number
 
 # The length of what the step is a place in: no number of the log.
 OF = "\0of"
@@ -129,9 +129,9 @@ _CALLED = re.compile(
 )
 
 
-def named(line: str) -> tuple[str, Values]:
+def named(line: str) -> tuple[str, LineValues]:
     """The line without what stands in the way, and its numbers by name."""
-    values: Values = {}
+    values: LineValues = {}
     line = _ABSL.sub("", line)
     if "_" in line or ":" in line:
         line = _CALLED.sub("", line)
@@ -182,7 +182,7 @@ def named(line: str) -> tuple[str, Values]:
     return line, values
 
 
-def placed(line: str, values: Values) -> Values:
+def placed(line: str, values: LineValues) -> LineValues:
     """The same numbers with a step, where the line tells its place."""
     if "epoch" not in values and (batch := _BATCH.search(line)):
         # A batch that is told with its epoch's length; epochs go unnamed.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.aim_store import aim_repository
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 from stabilitylab.logs.swanlab import SWANLAB
 from stabilitylab.logs.trackers import SQLITE, WANDB, mlflow_runs
 
@@ -36,7 +36,7 @@ _NAMED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LocatedLog:
     """What lies at a path.
 
     Attributes:
@@ -49,7 +49,7 @@ class Found:
     files: tuple[Path, ...]
 
 
-def locate(path: Path) -> Found:
+def locate(path: Path) -> LocatedLog:
     """Which files are the log at ``path``.
 
     Raises:
@@ -57,61 +57,61 @@ def locate(path: Path) -> Found:
     """
     if path.is_dir():
         return in_folder(path)
-    head = Source(path).head()
+    head = LogFile(path).head()
     if is_tensorboard(path, head):
-        return Found("TensorBoard", (path,))
+        return LocatedLog("TensorBoard", (path,))
     if head.startswith(SQLITE):
-        return Found("SQLite", (path,))
+        return LocatedLog("SQLite", (path,))
     if head.startswith(WANDB):
-        return Found("W&B", (path,))
+        return LocatedLog("W&B", (path,))
     if head.startswith(SWANLAB):
-        return Found("swanlab", (path,))
-    return Found("file", (path,))
+        return LocatedLog("swanlab", (path,))
+    return LocatedLog("file", (path,))
 
 
-def in_folder(path: Path) -> Found:
+def in_folder(path: Path) -> LocatedLog:
     """The log in a folder. Raises InputError as ``locate`` does."""
     if (path / "telemetry").is_dir() or (path / "events.jsonl").is_file():
-        return Found("run folder", (path,))
+        return LocatedLog("run folder", (path,))
     state = path / "trainer_state.json"
     if not state.is_file():
         # The latest checkpoint holds the history of all before it.
         found = sorted(path.glob("checkpoint-*/trainer_state.json"), key=_checkpoint)
         state = found[-1] if found else state
     if state.is_file():
-        return Found("file", (state,))
+        return LocatedLog("file", (state,))
     if mlflow_runs(path):
-        return Found("MLflow", (path,))
+        return LocatedLog("MLflow", (path,))
     offline = sorted(
         {*path.glob("*.wandb"), *path.glob("*run-*/*.wandb"), *path.glob("wandb/*run-*/*.wandb")}
     )
     offline = [file for file in offline if file.stat().st_size and not file.parent.is_symlink()]
     if offline:
-        return Found("W&B", tuple(offline))
+        return LocatedLog("W&B", tuple(offline))
     offline = sorted(
         {*path.glob("*.swanlab"), *path.glob("run-*/*.swanlab"), *path.glob("swanlog/run-*/*.swanlab")}
     )
     if offline:
-        return Found("swanlab", tuple(offline))
+        return LocatedLog("swanlab", tuple(offline))
     if (repository := aim_repository(path)) is not None:
-        return Found("Aim", (repository,))
+        return LocatedLog("Aim", (repository,))
     versions = sorted(path.rglob("version_*/metrics.csv"), key=_checkpoint)
     if versions:
-        return Found("versions", tuple(versions))
+        return LocatedLog("versions", tuple(versions))
     for name in _NAMED:
         found = [path / name] if (path / name).is_file() else sorted(path.glob(f"*/{name}"), key=_number)
         if found and name.endswith(".db"):
-            return Found("SQLite", (found[-1],))
+            return LocatedLog("SQLite", (found[-1],))
         if found:
-            return Found("versions" if len(found) > 1 else "file", tuple(found))
+            return LocatedLog("versions" if len(found) > 1 else "file", tuple(found))
     events = sorted(file for file in path.rglob("*tfevents*") if file.is_file())
     if events:
-        return Found("TensorBoard", tuple(events))
+        return LocatedLog("TensorBoard", tuple(events))
     alone = [
         f for f in path.iterdir() if f.suffix in (".csv", ".tsv", ".jsonl", ".log", ".txt", ".db", ".parquet")
     ]
     if len(alone) == 1:
-        return Found("SQLite" if alone[0].suffix == ".db" else "file", (alone[0],))
+        return LocatedLog("SQLite" if alone[0].suffix == ".db" else "file", (alone[0],))
     raise InputError(
         f"{path} is neither a run folder nor one of a trainer or tracker known here (docs/logs.md): give a log file"
     )

@@ -20,7 +20,7 @@ BLOCK_ROWS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class RowBlock:
     """Consecutive rows of a log.
 
     Attributes:
@@ -36,16 +36,16 @@ class Block:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def take(self, order_N: NDArray[np.intp]) -> Block:
+    def take(self, order_N: NDArray[np.intp]) -> RowBlock:
         """The rows in another order."""
-        return Block(
+        return RowBlock(
             self.steps[order_N],
             {name: values[order_N] for name, values in self.values.items()},
             {name: logged[order_N] for name, logged in self.logged.items()},
         )
 
     @classmethod
-    def concatenate(cls, blocks: Sequence[Block]) -> Block:
+    def concatenate(cls, blocks: Sequence[RowBlock]) -> RowBlock:
         """All rows one after the other; the blocks are of one log."""
         return cls(
             np.concatenate([block.steps for block in blocks]),
@@ -72,7 +72,7 @@ class Log:
     format: str = ""
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         """The rows that hold a step and at least one signal, in the order of the log."""
         raise NotImplementedError
 

@@ -56,7 +56,7 @@ ABOVE = re.compile(
     + rb")))"
 )
 
-Values = dict[str, float | None]
+LineValues = dict[str, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class TextFormat:
     lines: tuple[re.Pattern[str], ...]
     follow: bool = False
     losses: tuple[str, ...] = ()
-    finish: Callable[[Values, Values], Values | None] | None = None
+    finish: Callable[[LineValues, LineValues], LineValues | None] | None = None
     skip: re.Pattern[str] | None = None
     above: re.Pattern[bytes] | None = None
     words: tuple[bytes, ...] = ()
@@ -100,14 +100,14 @@ class TextFormat:
     least: int = 1
     steady: bool = True
 
-    def read(self, line: str) -> Values | None:
+    def read(self, line: str) -> LineValues | None:
         """The numbers of one line, none of one of validation; None: it is no record."""
         if self.skip is not None and self.skip.search(line):
             return {}
         for pattern in self.lines:
             found = pattern.search(line)
             if found:
-                values: Values = {}
+                values: LineValues = {}
                 for group, text in found.groupdict().items():
                     if text is not None:
                         if group == "pairs_":
@@ -126,7 +126,7 @@ def text_format(
     trigger: str | None = None,
     follow: bool = False,
     losses: tuple[str, ...] = (),
-    finish: Callable[[Values, Values], Values | None] | None = None,
+    finish: Callable[[LineValues, LineValues], LineValues | None] | None = None,
     skip: str | None = None,
     words: tuple[bytes, ...] = (),
     loose: bool = False,
@@ -215,9 +215,9 @@ def own_formats(given: str) -> list[TextFormat]:
     return found
 
 
-def pairs(text: str) -> Values:
+def pairs(text: str) -> LineValues:
     """``name: number`` and ``name=number`` wherever they stand; of one name the first."""
-    values: Values = {}
+    values: LineValues = {}
     for name, value, unit in _PAIR.findall(text):
         values.setdefault(name.strip(), number(value, unit))
     if "|" in text:

@@ -16,9 +16,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stabilitylab.logs.pattern import Values, number
+from stabilitylab.logs.pattern import LineValues, number
 
-Said = tuple[Values | None, str]  # what stands in a line, and which part of the log it belongs to
+ReadLine = tuple[LineValues | None, str]  # what stands in a line, and which part of the log it belongs to
 
 _TOKEN = re.compile(
     r"(?<![\w./])(?<!\d,)(?<!/ )(?<!of )\d+(?:,\d{3})*(?!\d)(?:\.\d+)?(?:[eE][-+]?\d+)?", re.ASCII
@@ -53,7 +53,7 @@ class Plan:
     part: str
     record: bool
 
-    def read(self, texts: tuple[str, ...]) -> Said:
+    def read(self, texts: tuple[str, ...]) -> ReadLine:
         """The values of a line whose groups these are."""
         if not self.record:
             return None, self.part
@@ -75,13 +75,13 @@ class Plans:
         read: gives the values of a line and its part of the log.
     """
 
-    def __init__(self, read: Callable[[str], Said]) -> None:
+    def __init__(self, read: Callable[[str], ReadLine]) -> None:
         self._read = read
         self._recent: list[Plan] = []
         self._made = self._seen = 0
         self._shapes: dict[str, Plan | None] = {}
 
-    def read(self, line: str) -> Said:
+    def read(self, line: str) -> ReadLine:
         """What the format reads in the line."""
         for plan in self._recent:
             if found := plan.line.fullmatch(line):
@@ -117,12 +117,12 @@ def _is_locked(found: re.Match[str]) -> bool:
     return bool(_JOINED.fullmatch(before) or _JOINED.fullmatch(after[::-1]))
 
 
-def _plan(read: Callable[[str], Said], line: str) -> Plan | None:
+def _plan(read: Callable[[str], ReadLine], line: str) -> Plan | None:
     """The plan of a line; None: what stands in it depends on the numbers themselves."""
     tokens = list(_TOKEN.finditer(line))
     values, part = read(line)
     draw = random.Random(len(line))
-    trials: list[tuple[list[str], Values | None]] = [([t[0] for t in tokens], values)]
+    trials: list[tuple[list[str], LineValues | None]] = [([t[0] for t in tokens], values)]
     for _ in range(_TRIALS):
         texts = [_another(token, draw) for token in tokens]
         there, where = read(_filled(line, tokens, texts, draw))

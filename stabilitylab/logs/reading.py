@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 
 Row = tuple[str, Mapping[str, float | None]]
 
 
-class Pieces(Protocol):
+class LinePieces(Protocol):
     """A text log taken in pieces that end with a line, in order: all of it at once, or as it grows.
 
     Attributes:
@@ -50,7 +50,7 @@ class Reading:
     left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     example: str = ""
-    pieces: Callable[[], Pieces] | None = None
+    pieces: Callable[[], LinePieces] | None = None
 
     def damage(self, reason: str, example: str) -> None:
         """Count a record that cannot be read."""
@@ -58,7 +58,7 @@ class Reading:
         self.example = self.example or example
 
 
-def text_rows(source: Source, reading: Reading) -> Iterator[Row]:
+def text_rows(source: LogFile, reading: Reading) -> Iterator[Row]:
     """All rows of a text that is read in pieces."""
     assert reading.pieces is not None
     reading.left_out.clear()

@@ -31,9 +31,9 @@ from stabilitylab.logs.pattern import number
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.record_lines import read_record_lines
 from stabilitylab.logs.rows import logs_of
-from stabilitylab.logs.source import Source, standard_input
+from stabilitylab.logs.source import LogFile, standard_input
 from stabilitylab.logs.swanlab import SWANLAB, read_swanlab
-from stabilitylab.logs.table_in_text import Table, TableSource, table_in
+from stabilitylab.logs.table_in_text import TableSource, TableStart, table_in
 from stabilitylab.logs.trackers import (
     SQLITE,
     WANDB,
@@ -115,16 +115,16 @@ def open_log(path: Path, *, loss: str | None = None, step: str | None = None) ->
 def _one(path: Path, *, loss: str | None, step: str | None, pattern: str | None) -> list[Log]:
     if path.is_dir():
         return _folder(path, loss=loss, step=step, pattern=pattern)
-    source = Source(path)
+    source = LogFile(path)
     head = source.head()
     if not head.strip():
         raise InputError(f"{path} is empty: a log needs a header and at least one row")
     if head.startswith(b"PAR1"):
-        from stabilitylab.logs.tables import ParquetLog
+        from stabilitylab.logs.table_files import ParquetLog
 
         return [ParquetLog.open(source.on_disk(), loss=loss, step=step)]
     if head.startswith((b"ARROW1", b"FEA1")):
-        from stabilitylab.logs.tables import ArrowLog
+        from stabilitylab.logs.table_files import ArrowLog
 
         return [ArrowLog.open(source.on_disk(), loss=loss, step=step)]
     if is_tensorboard(path, head):
@@ -132,7 +132,7 @@ def _one(path: Path, *, loss: str | None, step: str | None, pattern: str | None)
 
         return [TensorBoardLog.open_files(path, [source.on_disk()], loss=loss, step=step)]
     if pattern is None and _is_table(path, head):
-        from stabilitylab.logs.tables import CsvLog
+        from stabilitylab.logs.table_files import CsvLog
 
         clean = CsvLog.open_clean(source, loss=loss, step=step)
         if clean is not None:
@@ -147,7 +147,7 @@ def _one(path: Path, *, loss: str | None, step: str | None, pattern: str | None)
     return list(logs_of(_text(source, head, pattern), path, loss=loss, step=step))
 
 
-def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
+def _text(source: LogFile, head: bytes, pattern: str | None) -> Reading:
     """The reader of one file of records."""
     if head.startswith(SQLITE):
         return read_sqlite(source)
@@ -213,12 +213,12 @@ def _text(source: Source, head: bytes, pattern: str | None) -> Reading:
     return found
 
 
-def _below(source: Source, table: Table) -> Reading:
+def _below(source: LogFile, table: TableStart) -> Reading:
     """A table, without what stands above it."""
     return replace(read_csv_rows(TableSource(source, table.offset)), format="table in text", pieces=None)
 
 
-def _wrapped(source: Source, key: str) -> Reading:
+def _wrapped(source: LogFile, key: str) -> Reading:
     """What a program printed, out of the JSON that a container has put around it."""
     inside = UnwrappedSource(source, key)
     inner = _text(inside, inside.head(), None)
@@ -231,7 +231,7 @@ def _wrapped(source: Source, key: str) -> Reading:
     return outer
 
 
-def _labelled(source: Source) -> Reading:
+def _labelled(source: LogFile) -> Reading:
     """Ranks, each behind its launcher's label."""
     inside = UnlabelledSource(source.path, source.name)
     inner = _text(inside, inside.head(), None)
@@ -242,7 +242,7 @@ def _labelled(source: Source) -> Reading:
     return outer
 
 
-def _known_lines(source: Source, head: bytes) -> Reading:
+def _known_lines(source: LogFile, head: bytes) -> Reading:
     reading = read_json_lines(source, among_text=not head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"))
     if b'"num_updates"' in head or _fairseq(source):
         reading.format, reading.step = "fairseq", "num_updates"
@@ -263,7 +263,7 @@ def _known_lines(source: Source, head: bytes) -> Reading:
     return reading
 
 
-def _fairseq(source: Source) -> bool:
+def _fairseq(source: LogFile) -> bool:
     """fairseq's and metaseq's console with JSON in it; the first record may come after pages of configuration."""
     for count, chunk in enumerate(source.chunks()):
         if re.search(rb"train_inner[^\r\n]*\{\"", chunk):
@@ -288,7 +288,7 @@ def _chained(files: Sequence[Path], pattern: str | None) -> Reading:
     """Several files as one log, in the order given."""
     readings = []
     for path in files:
-        source = Source(path)
+        source = LogFile(path)
         readings.append(_text(source, source.head(), pattern))
     first = readings[0]
 
@@ -319,10 +319,10 @@ def _folder(path: Path, *, loss: str | None, step: str | None, pattern: str | No
     if found.kind == "Aim":
         return list(logs_of(read_aim(found.files[0]), path, loss=loss, step=step))
     if found.kind == "W&B":
-        sources = [Source(file) for file in found.files]
+        sources = [LogFile(file) for file in found.files]
         return list(logs_of(read_wandb(sources), path, loss=loss, step=step))
     if found.kind == "swanlab":
-        return list(logs_of(read_swanlab([Source(f) for f in found.files]), path, loss=loss, step=step))
+        return list(logs_of(read_swanlab([LogFile(f) for f in found.files]), path, loss=loss, step=step))
     if found.kind == "TensorBoard":
         from stabilitylab.logs.tensorboard import TensorBoardLog
 
@@ -353,7 +353,7 @@ def reading_of(path: Path, pattern: str | None = None) -> Reading | None:
     Raises:
         InputError: it cannot be understood.
     """
-    source = Source(path)
+    source = LogFile(path)
     head = source.head()
     if not head.strip() or head.startswith(b"PAR1"):
         return None
@@ -367,7 +367,7 @@ def _renamed(logs: list[Log], name: str, count: int) -> list[Log]:
 
 
 def _binary(path: Path) -> bool:
-    head = Source(path).head()
+    head = LogFile(path).head()
     return head.startswith((b"PAR1", SQLITE, WANDB, SWANLAB)) or is_tensorboard(path, head)
 
 

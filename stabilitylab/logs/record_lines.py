@@ -35,10 +35,10 @@ from stabilitylab.logs.any_text import (
 from stabilitylab.logs.columns import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.languages import is_foreign
 from stabilitylab.logs.line_numbers import named, placed
-from stabilitylab.logs.pattern import NUMBER, Values, next_place, number, plain_text
-from stabilitylab.logs.plans import Plans, Said
+from stabilitylab.logs.pattern import NUMBER, LineValues, next_place, number, plain_text
+from stabilitylab.logs.plans import Plans, ReadLine
 from stabilitylab.logs.reading import Reading, Row, text_rows
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 
 _LEARNED_FROM = 400  # records
 _LEARNED_LINES = 8_000
@@ -96,7 +96,7 @@ _SIGNALS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RecordLayout:
     """How a text's records stand in its lines.
 
     Attributes:
@@ -114,7 +114,7 @@ class Layout:
     headed: bool = False
 
 
-def read_record_lines(source: Source, beside: Reading | None) -> Reading | None:
+def read_record_lines(source: LogFile, beside: Reading | None) -> Reading | None:
     """The text as records over lines; None: nothing in it recurs that could be a loss.
 
     Args:
@@ -148,12 +148,12 @@ def read_record_lines(source: Source, beside: Reading | None) -> Reading | None:
 
 
 def _layout(
-    rows: Sequence[Values],
+    rows: Sequence[LineValues],
     order: Mapping[str, int],
     unsaid: set[str],
     loss: str,
     prepare: Callable[[bytes], bytes],
-) -> Layout:
+) -> RecordLayout:
     """Of a text that begins with these records. ``loss``: which column it is; "": it says so itself."""
     count = Counter(name for row in rows for name in row)
     of_loss = count[loss] if loss else max((count[n] for n in count if is_loss(n)), default=0)
@@ -170,13 +170,13 @@ def _layout(
     leads = frozenset(n for n in names if _counts(n) and order[n] <= opens)
     # a number that counts by where it stands may be in any line
     words = set() if unsaid & names else {_word_of(n) for n in names}
-    return Layout(names, leads, tuple(sorted(words)), prepare)
+    return RecordLayout(names, leads, tuple(sorted(words)), prepare)
 
 
 class RecordPieces:
     """Records out of the lines that hold their columns."""
 
-    def __init__(self, layout: Layout | None) -> None:
+    def __init__(self, layout: RecordLayout | None) -> None:
         self._layout = layout
         self._read = Plans(_read).read
         self.state: dict[str, Any] = {"held": {}, "epoch": None, "before": {}, "headed": 0}
@@ -194,7 +194,7 @@ class RecordPieces:
                 if values and not (headed and self._is_of_validation(values)):
                     yield from self._join(values)
 
-    def _is_of_validation(self, values: Values) -> bool:
+    def _is_of_validation(self, values: LineValues) -> bool:
         """Whether a heading of validation is above: until a counter comes that does not stand right below it."""
         above: int = self.state["headed"]
         counts = any(_counts(name) for name in values)
@@ -203,7 +203,7 @@ class RecordPieces:
         below = above == RIGHT_ABOVE or (above > 0 and not counts)
         return below and not any("train" in name.lower() for name in values if not _counts(name))
 
-    def _join(self, values: Values) -> Iterator[Row]:
+    def _join(self, values: LineValues) -> Iterator[Row]:
         layout, held = self._layout, self.state["held"]
         if layout and not values.keys() <= layout.names:
             values = {n: x for n, x in values.items() if n in layout.names or n.startswith("\0")}
@@ -234,14 +234,14 @@ def _lines_with(words: Sequence[bytes], piece: bytes) -> Iterator[bytes]:
         yield from piece[start:end].splitlines()  # a bar's states are parted by returns
 
 
-def _opens(name: str, x: float | None, held: Values, layout: Layout | None) -> bool:
+def _opens(name: str, x: float | None, held: LineValues, layout: RecordLayout | None) -> bool:
     """Whether a number is another record's than what is held."""
     if name in held:
         return held[name] != x or not _counts(name)
     return bool(held) and _counts(name) and (layout is None or name in layout.leads)
 
 
-def _read(line: str) -> Said:
+def _read(line: str) -> ReadLine:
     """The numbers of a line; of one of validation the counters."""
     line, values = named(line)
     values = placed(line, values)
@@ -258,12 +258,12 @@ def _read(line: str) -> Said:
 
 
 def _first_rows(
-    source: Source, prepare: Callable[[bytes], bytes], layout: Layout | None, most: int
-) -> tuple[list[Values], dict[str, int], set[str]]:
+    source: LogFile, prepare: Callable[[bytes], bytes], layout: RecordLayout | None, most: int
+) -> tuple[list[LineValues], dict[str, int], set[str]]:
     """Records of the beginning, where each name came first, and which names do not stand in their lines."""
     pieces, lines, counted = RecordPieces(layout), 0, 0
-    place: Values = {}
-    rows: list[Values] = []
+    place: LineValues = {}
+    rows: list[LineValues] = []
     order: dict[str, int] = {}
     unsaid: set[str] = set()
     for chunk in source.chunks():
@@ -284,7 +284,7 @@ def _first_rows(
     return rows, order, unsaid
 
 
-def _loss_of(rows: Sequence[Values]) -> str | None:
+def _loss_of(rows: Sequence[LineValues]) -> str | None:
     """The column that is the loss; "": several could be; None: none could."""
     columns: dict[str, list[float]] = {}
     for row in rows:
@@ -339,7 +339,7 @@ def _loss_of(rows: Sequence[Values]) -> str | None:
     return falling[0] if len(falling) == 1 else ""
 
 
-def _missed(rows: Sequence[Values], beside: Reading) -> str | None:
+def _missed(rows: Sequence[LineValues], beside: Reading) -> str | None:
     """What reading line by line misses: the name of a total, "" for a signal or the steps; None: nothing, or records are lost."""
     told = sum(is_loss(n) for row in rows for n in row)
     single: list[Mapping[str, float | None]] = []
@@ -431,7 +431,7 @@ def _rises(column: Sequence[float]) -> bool:
     return median(column[-third:]) > median(column[:third])
 
 
-def _exceeds(row: Values, part: str, total: str) -> bool:
+def _exceeds(row: LineValues, part: str, total: str) -> bool:
     a, b = row.get(part), row.get(total)
     return a is not None and b is not None and a > b
 

@@ -15,15 +15,15 @@ import numpy as np
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import STEP, choose_columns
-from stabilitylab.logs.log import BLOCK_ROWS, Block, Log, whole_steps
+from stabilitylab.logs.log import BLOCK_ROWS, Log, RowBlock, whole_steps
 from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS, LOSS_SCALES, SKIPPED
 
 PEEK = 10_000
 
-Record = tuple[float, dict[str, float]]
+LoggedRecord = tuple[float, dict[str, float]]
 
 
-def gather(records: Iterator[Record], columns: Mapping[str, str], source: Path) -> Iterator[Block]:
+def gather(records: Iterator[LoggedRecord], columns: Mapping[str, str], source: Path) -> Iterator[RowBlock]:
     """Records into blocks; neighbours of one step are one row."""
     signals = [signal for signal in columns if signal != STEP]
     wanted = {columns[signal]: signal for signal in signals}
@@ -43,7 +43,7 @@ def gather(records: Iterator[Record], columns: Mapping[str, str], source: Path) 
                 break
         if not rows:
             return
-        yield Block(
+        yield RowBlock(
             whole_steps(np.array(steps), f"{source}, {columns.get(STEP, STEP)!r}"),
             {s: np.array([row.get(s, 0.0) for row in rows], dtype=np.float64) for s in signals},
             {s: np.array([s in row for row in rows], dtype=np.bool_) for s in signals},
@@ -71,7 +71,7 @@ class RunLog(Log):
             raise InputError(f"{path} has recorded no {LOSS}: name another metric with --loss")
         return cls(path=path, columns=columns, format="stabilitylab run folder")
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         from stabilitylab.runs import load_run
 
         run = load_run(self.path)
@@ -83,4 +83,4 @@ class RunLog(Log):
         }
         logged = {signal: np.isin(steps_N, one.index.to_numpy()) for signal, one in series.items()}
         if len(steps_N):
-            yield Block(steps_N, values, logged)
+            yield RowBlock(steps_N, values, logged)

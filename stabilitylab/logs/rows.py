@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import STEP, counter_of
-from stabilitylab.logs.log import BLOCK_ROWS, Block, Log, whole_steps
-from stabilitylab.logs.parts import Part, columns_of, notes_of
+from stabilitylab.logs.log import BLOCK_ROWS, Log, RowBlock, whole_steps
 from stabilitylab.logs.reading import Reading, Row
+from stabilitylab.logs.segment_columns import SegmentColumns, columns_of, notes_of
 from stabilitylab.telemetry import LOSS
 
 KEPT = 200_000
@@ -114,12 +114,12 @@ class RowLog(Log):
     notes: tuple[str, ...] = ()
     piece: int | None = None
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         for piece, block in self.pieces():
             if self.piece is None or piece == self.piece:
                 yield block
 
-    def pieces(self) -> Iterator[tuple[int, Block]]:
+    def pieces(self) -> Iterator[tuple[int, RowBlock]]:
         """Blocks with the number of the run within the part that they belong to."""
         signals = [signal for signal in self.columns if signal != STEP]
         wanted = {self.columns[signal]: signal for signal in signals}
@@ -153,8 +153,8 @@ class RowLog(Log):
         if rows:
             yield piece, self._block(steps, rows, signals)
 
-    def _block(self, steps: list[float], rows: list[dict[str, float]], signals: list[str]) -> Block:
-        return Block(
+    def _block(self, steps: list[float], rows: list[dict[str, float]], signals: list[str]) -> RowBlock:
+        return RowBlock(
             whole_steps(np.array(steps), f"{self.path}, {self.columns.get(STEP, STEP)!r}"),
             {s: np.array([row.get(s, 0.0) for row in rows], dtype=np.float64) for s in signals},
             {s: np.array([s in row for row in rows], dtype=np.bool_) for s in signals},
@@ -167,12 +167,12 @@ def logs_of(reading: Reading, path: Path, *, loss: str | None, step: str | None)
     Raises:
         InputError: there is no such segment; what there is is named.
     """
-    parts: dict[str, Part] = {}
+    parts: dict[str, SegmentColumns] = {}
     kept: list[Row] | None = []
     waiting: dict[str, list[Mapping[str, float | None]]] = {}
     for row in reading.rows():
         if (pile := waiting.get(row[0])) is None:
-            parts[row[0]], pile = Part(), waiting.setdefault(row[0], [])
+            parts[row[0]], pile = SegmentColumns(), waiting.setdefault(row[0], [])
         pile.append(row[1])
         if len(pile) == _PILE:
             parts[row[0]].add_all(pile)
@@ -220,7 +220,7 @@ def _pieces(
     reading: Reading,
     path: Path,
     name: str,
-    part: Part,
+    part: SegmentColumns,
     columns: dict[str, str],
     held: tuple[Row, ...] | None,
 ) -> list[RowLog]:
@@ -268,7 +268,7 @@ def _pieces(
     return [_renamed(log, f"{label}run {i + 1}", i) for i in range(count)]
 
 
-def _is_outer(outer: str, counter: str, part: Part, held: Sequence[Row], name: str) -> bool:
+def _is_outer(outer: str, counter: str, part: SegmentColumns, held: Sequence[Row], name: str) -> bool:
     """Whether a column counts rounds in each of which the counter begins again."""
     if not _ROUND.search(outer) or outer in part.fractions or part.backward[outer]:
         return False

@@ -34,7 +34,7 @@ _COMPRESSED = {
 }
 
 
-class Source:
+class LogFile:
     """One file, again and again from its start.
 
     Attributes:

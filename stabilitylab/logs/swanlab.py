@@ -15,17 +15,17 @@ import json
 import struct
 from collections.abc import Iterator
 
-from stabilitylab.logs.pattern import Values
+from stabilitylab.logs.pattern import LineValues
 from stabilitylab.logs.pattern import number as as_number
 from stabilitylab.logs.reading import Reading, Row
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 from stabilitylab.logs.trackers import fields, leveldb_records
 
 SWANLAB = b":SWL"
 _RECORD_SCALAR, _KEY, _STEP, _VALUE = 13, 1, 2, 5
 
 
-def read_swanlab(sources: list[Source]) -> Reading:
+def read_swanlab(sources: list[LogFile]) -> Reading:
     """Each file a part; what was logged in one call is a row."""
 
     def rows() -> Iterator[Row]:
@@ -33,7 +33,7 @@ def read_swanlab(sources: list[Source]) -> Reading:
         for source in sources:
             name = source.path.parent.name if source.path.stem == "backup" else source.path.stem
             part = name if len(sources) > 1 else ""
-            row: Values = {}
+            row: LineValues = {}
             for record in leveldb_records(source, reading):
                 found = scalar(record)
                 if found is None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stabilitylab.logs.pattern import number
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 
 _DRAWN = str.maketrans(
     dict.fromkeys("│┃║", "|") | dict.fromkeys("─━═╌", "-") | dict.fromkeys("┼╇╪┿╂├┤┡┩╞╡┌┬┐└┴┘┏┳┓┗┻┛╭╮╰╯", "+")
@@ -29,7 +29,7 @@ _ROWS = 3  # so many make a header one
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class TableStart:
     """Where a table begins.
 
     Attributes:
@@ -41,10 +41,10 @@ class Table:
     rows: int
 
 
-def table_in(source: Source) -> Table | None:
+def table_in(source: LogFile) -> TableStart | None:
     """The longest table in the first piece of the text."""
     chunk = next(source.chunks(), b"")
-    best: Table | None = None
+    best: TableStart | None = None
     small = chunk.lower()
     at = small.find(b"loss")
     while at >= 0:
@@ -55,15 +55,15 @@ def table_in(source: Source) -> Table | None:
         if not sentence and _is_header(header := _joined(_plain(line), chunk, end)):
             rows = _rows(header, chunk, end)
             if rows >= _ROWS and (best is None or rows > best.rows):
-                best = Table(start, rows)
+                best = TableStart(start, rows)
         at = small.find(b"loss", end)
     return best
 
 
-class TableSource(Source):
+class TableSource(LogFile):
     """A source from a table's header on, its drawn lines as signs that can be typed."""
 
-    def __init__(self, source: Source, offset: int) -> None:
+    def __init__(self, source: LogFile, offset: int) -> None:
         super().__init__(source.path, source.name)
         self._inner, self._offset = source, offset
 

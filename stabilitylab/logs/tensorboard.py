@@ -31,8 +31,8 @@ import numpy as np
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import EVALUATION, STEP, choose_columns
-from stabilitylab.logs.log import Block, Log
-from stabilitylab.logs.records import PEEK, Record, gather
+from stabilitylab.logs.log import Log, RowBlock
+from stabilitylab.logs.records import PEEK, LoggedRecord, gather
 
 # Name, time, host, process and number; what follows is the writer's own ``filename_suffix``.
 _SUFFIX = re.compile(r"tfevents\.\d+\..*?\.\d+\.\d+(\D.*)?$")
@@ -119,7 +119,7 @@ class TensorBoardLog(Log):
             else ()
         )
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         wanted = tuple(self.columns.values())
         writers = [_standing(files, wanted) for files in self.files]
         # Several writers' steps go up side by side; of one alone they are taken in the order of the file.
@@ -208,7 +208,7 @@ def _tags(writers: Sequence[Sequence[Path]]) -> list[str]:
     return [tag for tag in found if not tag.startswith(("hparam/", "_hparams_"))]
 
 
-def _standing(files: Sequence[Path], wanted: Sequence[str]) -> Iterator[Record]:
+def _standing(files: Sequence[Path], wanted: Sequence[str]) -> Iterator[LoggedRecord]:
     """One writer's values of these tags, what was superseded left out."""
     number = {tag: i for i, tag in enumerate(wanted)}
     steps, values, tags = array("d"), array("d"), array("b")

@@ -23,9 +23,9 @@ from typing import Any
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.json_lines import numbers
-from stabilitylab.logs.pattern import Values, number
+from stabilitylab.logs.pattern import LineValues, number
 from stabilitylab.logs.reading import Reading, Row
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 
 SQLITE = b"SQLite format 3\x00"
 WANDB = b":W&B"
@@ -100,7 +100,7 @@ def _mlflow_values(
 
 def _by_step(part: str, values: Iterator[tuple[str, float, float]]) -> Iterator[Row]:
     """Metrics that were stored one after the other, as rows; a step logged twice gives two rows."""
-    rows: dict[tuple[float, int], Values] = {}
+    rows: dict[tuple[float, int], LineValues] = {}
     seen: dict[tuple[str, float], int] = {}
     for name, step, value in values:
         turn = seen[name, step] = seen.get((name, step), -1) + 1
@@ -112,7 +112,7 @@ def _by_step(part: str, values: Iterator[tuple[str, float, float]]) -> Iterator[
 # ------------------------------------------------------------------------------------------------ SQLite
 
 
-def read_sqlite(source: Source) -> Reading:
+def read_sqlite(source: LogFile) -> Reading:
     """MLflow's or trackio's database.
 
     Raises:
@@ -198,7 +198,7 @@ def unwrapped(record: Any) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------- W&B
 
 
-def read_wandb(sources: list[Source]) -> Reading:
+def read_wandb(sources: list[LogFile]) -> Reading:
     """The histories of offline runs, each a part."""
 
     def rows() -> Iterator[Row]:
@@ -214,7 +214,7 @@ def read_wandb(sources: list[Source]) -> Reading:
     return reading
 
 
-def leveldb_records(source: Source, reading: Reading) -> Iterator[bytes]:
+def leveldb_records(source: LogFile, reading: Reading) -> Iterator[bytes]:
     """The records of LevelDB's log: blocks of 32 KiB; a record is checksum (4 bytes), length (2), type (1: whole, 2-4: pieces)."""
     data = b"".join(source.chunks())
     at, pieces = _HEADER, b""
@@ -237,7 +237,7 @@ def leveldb_records(source: Source, reading: Reading) -> Iterator[bytes]:
             yield pieces
 
 
-def history(record: bytes) -> Values:
+def history(record: bytes) -> LineValues:
     """What a W&B record holds of the history; empty where it is of another kind."""
     values: dict[str, Any] = {}
     for field, body in fields(record):

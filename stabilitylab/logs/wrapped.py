@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from stabilitylab.logs.json_lines import numbers
-from stabilitylab.logs.reading import Pieces, Row
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.reading import LinePieces, Row
+from stabilitylab.logs.source import LogFile
 
 KEYS = ("log", "message", "msg", "textPayload", "MESSAGE", "event")
 _LOOKED_AT = 50
@@ -53,10 +53,10 @@ def unwrapped(piece: bytes, key: str) -> bytes:
     return "".join(text if keeps or text.endswith("\n") else f"{text}\n" for text in out).encode()
 
 
-class UnwrappedSource(Source):
+class UnwrappedSource(LogFile):
     """A source as the program wrote it, before it was put into JSON."""
 
-    def __init__(self, source: Source, key: str) -> None:
+    def __init__(self, source: LogFile, key: str) -> None:
         super().__init__(source.path, source.name)
         self.key = key
 
@@ -70,15 +70,15 @@ class UnwrappedSource(Source):
             yield unwrapped(chunk, self.key)
 
 
-class DocumentSource(Source):
+class DocumentSource(LogFile):
     """The lines that one JSON document holds in a list of objects, oldest first as they stand."""
 
-    def __init__(self, source: Source, lines: bytes) -> None:
+    def __init__(self, source: LogFile, lines: bytes) -> None:
         super().__init__(source.path, source.name)
         self._lines = lines
 
     @classmethod
-    def of(cls, source: Source) -> DocumentSource | None:
+    def of(cls, source: LogFile) -> DocumentSource | None:
         """The document's lines; None: its objects are records themselves, or there are none."""
         try:
             document = json.loads(b"".join(source.chunks()))
@@ -131,7 +131,7 @@ def _lines_of(document: Any, depth: int = 0) -> bytes | None:
 class UnwrappingPieces:
     """A reader of pieces behind its JSON."""
 
-    def __init__(self, inner: Pieces, key: str) -> None:
+    def __init__(self, inner: LinePieces, key: str) -> None:
         self._inner, self._key = inner, key
 
     @property

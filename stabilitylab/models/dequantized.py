@@ -40,8 +40,8 @@ from torch import Tensor
 
 from stabilitylab.errors import InputError
 from stabilitylab.formats import E2M1, decode, unpack_4bit
-from stabilitylab.models.layers import narrowest
 from stabilitylab.models.quantization_config import refuse_what_is_not_read, told_quantization
+from stabilitylab.models.weight_checks import narrowest
 from stabilitylab.models.weight_files import FLOATS, StoredTensor, stored_tensors, unnamed_files
 
 _FP8 = {"F8_E4M3", "F8_E5M2"}

@@ -6,7 +6,7 @@ head, everything else as the bare encoder, whose output is the last hidden state
 
 Nothing is read wrongly in silence. Codes with scales beside them become numbers first (``dequantized.py``) or are refused; a
 weight that the loader did not understand inside a block is an error; what lies outside the opened model (heads, towers, layers
-that predict further tokens) is counted in a note. Fused experts are taken apart into linear layers (``experts.py``).
+that predict further tokens) is counted in a note. Fused experts are taken apart into linear layers (``fused_experts.py``).
 
 Limits: encoder-decoder models need a second text and are refused. A GGUF file's weights are dequantized, so they lie on their
 file's grid: fair for studying activations, biased for judging another quantization of the weights.
@@ -33,7 +33,7 @@ from torch import nn
 from stabilitylab.errors import InputError
 from stabilitylab.models import gguf_config, gguf_file, held
 from stabilitylab.models.dequantized import plain_folder
-from stabilitylab.models.experts import split_experts
+from stabilitylab.models.fused_experts import split_experts
 from stabilitylab.models.left_aside import left_aside, other_frequencies, own_code
 from stabilitylab.models.room import require_room, surely_fits
 from stabilitylab.models.text import TokenWindows

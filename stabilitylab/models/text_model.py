@@ -19,15 +19,15 @@ from torch.nn import functional as F
 
 from stabilitylab.errors import InputError
 from stabilitylab.model_structure import linear_layers, shared_parameters, weights_outside_layers
-from stabilitylab.models.experts import unsplit_experts
-from stabilitylab.models.layers import fingerprint, first_nonfinite
+from stabilitylab.models.fused_experts import unsplit_experts
 from stabilitylab.models.text import NO_TARGET, Window, read_text
+from stabilitylab.models.weight_checks import fingerprint, first_nonfinite
 
 DEFAULT_LENGTH = 512
 _ROWS_AT_ONCE = 256
 _NUMBERS_AT_ONCE = 1 << 22
 
-Cut = Callable[[Iterator[str], int, int | None], Iterator[Window]]
+CutText = Callable[[Iterator[str], int, int | None], Iterator[Window]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class TextModel:
     predicts: bool
     longest: int | None
     shared: tuple[tuple[str, ...], ...]
-    cut: Cut
+    cut: CutText
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -64,7 +64,7 @@ class TextModel:
         path: Path,
         predicts: bool,
         longest: int | None,
-        cut: Cut,
+        cut: CutText,
         name: str = "",
         notes: tuple[str, ...] = (),
     ) -> TextModel:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stabilitylab.statistics import moments
+from stabilitylab.statistics import power_sums
 
 Array = NDArray[np.float64]
 
@@ -161,7 +161,7 @@ class ChannelStatistics:
     def kurtosis(self) -> float:
         """m4 / m2^2 of all values (Gaussian: 3); NaN where they are all equal."""
         sums = (self._s1, self._s2, self._s3, self._s4)
-        return float(moments.kurtosis(np.asarray(float(self.values)), *map(np.asarray, sums)))
+        return float(power_sums.kurtosis(np.asarray(float(self.values)), *map(np.asarray, sums)))
 
     @property
     def nbytes(self) -> int:

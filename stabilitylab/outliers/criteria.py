@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.outliers.channels import ChannelStatistics
-from stabilitylab.outliers.sites import Site
+from stabilitylab.outliers.scan_sites import Site
 
-Seen = Sequence[tuple[Site, ChannelStatistics]]
+SitesSeen = Sequence[tuple[Site, ChannelStatistics]]
 Marks = NDArray[np.bool_]
 
 GLM_SHARE = 0.30
@@ -44,7 +44,7 @@ LAYERS, POSITIONS = 0.25, 0.06
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class MarkedShare:
     """How many of how many a criterion marks. ``share`` is None where there is nothing to judge."""
 
     marked: int
@@ -71,10 +71,10 @@ class Criterion:
     marks: Literal["dimensions", "values"]
     rule: str
     source: str
-    measure: Callable[[Seen], Found]
+    measure: Callable[[SitesSeen], MarkedShare]
 
 
-def three_part(seen: Seen) -> Found:
+def three_part(seen: SitesSeen) -> MarkedShare:
     """LLM.int8()'s rule. Dimensions of one width recur from layer to layer: the residual stream's, and those of the inputs made
     from it by a norm. In every layer a dimension takes the site where it is largest.
 
@@ -82,15 +82,17 @@ def three_part(seen: Seen) -> Found:
     narrowest one (the feed-forward contraction) are left out, as in the paper.
     """
     layers, mask_C = _recurring(seen)
-    return Found(marked=int(mask_C.sum()), total=len(mask_C)) if layers else Found(marked=0, total=0)
+    return (
+        MarkedShare(marked=int(mask_C.sum()), total=len(mask_C)) if layers else MarkedShare(marked=0, total=0)
+    )
 
 
-def three_part_mask(seen: Seen) -> Marks:
+def three_part_mask(seen: SitesSeen) -> Marks:
     """The dimensions that ``three_part`` marks; empty where no layers recur."""
     return _recurring(seen)[1]
 
 
-def _recurring(seen: Seen) -> tuple[int, Marks]:
+def _recurring(seen: SitesSeen) -> tuple[int, Marks]:
     inside = [(site.layer, one) for site, one in seen if site.layer is not None and one.positions]
     if not inside:
         return 0, np.zeros(0, dtype=bool)
@@ -130,21 +132,21 @@ def times_median(k: float) -> Callable[[ChannelStatistics], Marks]:
     return mark
 
 
-def dimensions(mark: Callable[[ChannelStatistics], Marks]) -> Callable[[Seen], Found]:
+def dimensions(mark: Callable[[ChannelStatistics], Marks]) -> Callable[[SitesSeen], MarkedShare]:
     """Marked channels of all sites, out of all their channels."""
 
-    def measure(seen: Seen) -> Found:
+    def measure(seen: SitesSeen) -> MarkedShare:
         marks = [mark(one) for _, one in seen if one.positions]
-        return Found(marked=sum(int(m.sum()) for m in marks), total=sum(len(m) for m in marks))
+        return MarkedShare(marked=sum(int(m.sum()) for m in marks), total=sum(len(m) for m in marks))
 
     return measure
 
 
-def values(count: Callable[[ChannelStatistics], NDArray[np.int64]]) -> Callable[[Seen], Found]:
+def values(count: Callable[[ChannelStatistics], NDArray[np.int64]]) -> Callable[[SitesSeen], MarkedShare]:
     """Marked values of all sites, out of all their values."""
 
-    def measure(seen: Seen) -> Found:
-        return Found(
+    def measure(seen: SitesSeen) -> MarkedShare:
+        return MarkedShare(
             marked=sum(int(count(one).sum()) for _, one in seen), total=sum(one.values for _, one in seen)
         )
 
@@ -218,7 +220,7 @@ def register_criterion(criterion: Criterion) -> None:
     CRITERIA.append(criterion)
 
 
-def reading(found: Found) -> str:
+def reading(found: MarkedShare) -> str:
     """Whose published share a share is like, within a factor of 3: GLM-130B's, OPT's and BLOOM's, or neither's."""
     share = found.share
     if share is None:

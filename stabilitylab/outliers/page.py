@@ -10,7 +10,7 @@ from stabilitylab.outliers import words
 from stabilitylab.outliers.criteria import CRITERIA, reading, three_part_mask
 from stabilitylab.outliers.figures import channel_map, depth_figures, recurring_roles
 from stabilitylab.outliers.scan import OutlierScan
-from stabilitylab.report.page import Cell, Page, Picture, Section, Table
+from stabilitylab.report.page import Page, Picture, Section, Table, TableCell
 
 MOST_MAPS = 8
 MOST_LISTED = 32
@@ -56,12 +56,12 @@ def _facts(scan: OutlierScan) -> dict[str, str]:
 
 def criteria_section(scan: OutlierScan) -> Section:
     """Every criterion side by side, and which of them give the published shares."""
-    rows: list[Sequence[Cell | str]] = []
+    rows: list[Sequence[TableCell | str]] = []
     for criterion in CRITERIA:
         found, branch = criterion.measure(scan.inputs), criterion.measure(scan.residual_stream)
         rows.append(
             [
-                Cell(text=criterion.name, detail=f"{criterion.rule}; {criterion.source}"),
+                TableCell(text=criterion.name, detail=f"{criterion.rule}; {criterion.source}"),
                 criterion.marks,
                 words.share(found),
                 words.share(branch),

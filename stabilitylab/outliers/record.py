@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from stabilitylab.outliers import words
-from stabilitylab.outliers.criteria import CRITERIA, Found, reading
+from stabilitylab.outliers.criteria import CRITERIA, MarkedShare, reading
 from stabilitylab.outliers.scan import OutlierScan
 
 
@@ -80,5 +80,5 @@ def number(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _found(found: Found) -> dict[str, float | int | None]:
+def _found(found: MarkedShare) -> dict[str, float | int | None]:
     return {"share": found.share, "marked": found.marked, "total": found.total}

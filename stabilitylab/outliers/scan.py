@@ -24,7 +24,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel
 from stabilitylab.outliers.channels import ChannelStatistics
 from stabilitylab.outliers.criteria import GLM_SHARE, OPT_SHARE
-from stabilitylab.outliers.sites import Site, sites_of
+from stabilitylab.outliers.scan_sites import Site, sites_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def scan_outliers(
         InputError: the text gives no tokens, or an activation is not finite.
     """
     read = count = longest = 0
-    with Watch(model.module) as watch:
+    with ChannelWatch(model.module) as watch:
         for window in model.windows(text, length, tokens):
             model.run(window)
             watch.next_window()
@@ -183,7 +183,7 @@ def scan_outliers(
     )
 
 
-class Watch:
+class ChannelWatch:
     """Hooks on every site of a model, for as long as the context lasts."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -196,7 +196,7 @@ class Watch:
         self._alias: set[str] = set()
         self.shared: dict[str, list[str]] = {}
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ChannelWatch:
         for site, module in self._sites:
             if site.is_input:
                 self._handles.append(

@@ -34,7 +34,7 @@ from stabilitylab.figures.curves import by_depth, curves
 from stabilitylab.figures.maps import heat_map
 from stabilitylab.outliers import words
 from stabilitylab.outliers.record import number
-from stabilitylab.report.page import Cell, Page, Picture, Section, Table
+from stabilitylab.report.page import Page, Picture, Section, Table, TableCell
 from stabilitylab.runs.places import Places
 from stabilitylab.runs.run import Run
 
@@ -171,8 +171,8 @@ def run_page(found: RunOutliers) -> Page:
         "channel is tens of times larger than the rest, the rest lose their digits. This page shows how such outliers came about "
         f"while {found.name} was trained, from what its monitor recorded at {len(steps)} steps."
     )
-    rows: list[Sequence[Cell | str]] = [
-        [Cell(text=statistic, detail=meaning), first, last, largest, where]
+    rows: list[Sequence[TableCell | str]] = [
+        [TableCell(text=statistic, detail=meaning), first, last, largest, where]
         for statistic, meaning, first, last, largest, where in _rows(found)
     ]
     table = Table(

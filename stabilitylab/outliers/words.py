@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from stabilitylab.figures.numbers import plain
-from stabilitylab.outliers.criteria import CRITERIA, GLM_SHARE, OPT_SHARE, Found
+from stabilitylab.outliers.criteria import CRITERIA, GLM_SHARE, OPT_SHARE, MarkedShare
 from stabilitylab.outliers.scan import OutlierScan
-from stabilitylab.outliers.sites import Site
+from stabilitylab.outliers.scan_sites import Site
 
 
-def share(found: Found) -> str:
+def share(found: MarkedShare) -> str:
     """``2.6 %``, ``1 in 12,000``, ``none``, or a dash where the criterion does not apply."""
     return "–" if found.share is None else fraction(found.share)
 

@@ -15,7 +15,7 @@ Family ``activation_gradient``, site = module path:
 | zero_fraction | share of elements equal to 0 | 1 | definition |
 | subnormal_fraction | share below the format's smallest normal number, not 0 | 1 | IEEE 754-2019, 3.4 |
 | fp16_underflow_fraction | share of nonzero elements that fp16 rounds to 0: abs(x) <= 2^-25 | 1 | arXiv:1710.03740, 3.2 |
-| fp16_headroom_bits | log2(65504 / absmax), loss scale included | bit | formats.py |
+| fp16_headroom_bits | log2(65504 / absmax), loss scale included | bit | headroom.py |
 | nonfinite_fraction | share of NaN and infinite elements | 1 | IEEE 754-2019, 3.4 |
 
 ``absmax`` and ``rms`` are of the true gradient, with the loss scale divided out; the shares and the headroom
@@ -36,7 +36,7 @@ from stabilitylab.probes.base import Found, KeyTable, Readings
 from stabilitylab.probes.compiled import WatchGradient
 from stabilitylab.probes.hooking import Function, HookingProbe
 from stabilitylab.probes.sites import tensor_in, watched
-from stabilitylab.statistics import formats, moments
+from stabilitylab.statistics import headroom, power_sums
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.summary import COLUMN, Summary, measurable
 
@@ -118,12 +118,12 @@ class ActivationGradientProbe(HookingProbe):
         with np.errstate(divide="ignore", invalid="ignore"):
             values = [
                 column["absmax"] / scale,
-                moments.rms(count, column["s2"]) / scale,
-                moments.kurtosis(count, *(column[f"s{k}"] for k in (1, 2, 3, 4))),
+                power_sums.rms(count, column["s2"]) / scale,
+                power_sums.kurtosis(count, *(column[f"s{k}"] for k in (1, 2, 3, 4))),
                 column["zero"] / count,
                 column["subnormal"] / count,
                 column["fp16_lost"] / (count - column["zero"]),
-                formats.headroom_bits(column["absmax"]),
+                headroom.headroom_bits(column["absmax"]),
                 column["nonfinite"] / count,
             ]
         return Readings(self._keys.keys(gathered.sites), np.stack(values, axis=1).ravel())

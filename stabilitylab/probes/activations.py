@@ -25,11 +25,11 @@ Family ``activation``, site = module path or ``<path>:input``:
 | outlier_fraction | share of elements with abs(x) >= 6 | 1 | LLM.int8(), arXiv:2208.07339, section 3.1 |
 | outlier_6rms_fraction | share with abs(x) >= 6 RMS of its micro-batch | 1 | Bondarenko et al., arXiv:2109.12948 |
 | massive_fraction | share with abs(x) > 100 and >= 1,000 medians (of a 2,048 sample) | 1 | arXiv:2402.17762 |
-| fp16_headroom_bits | log2(65504 / absmax) | bit | formats.py |
-| fp8_e4m3_headroom_bits | log2(448 / absmax) | bit | formats.py |
-| fp8_e5m2_headroom_bits | log2(57344 / absmax) | bit | formats.py |
-| fp16_underflow_fraction | share of nonzero elements that fp16 rounds to 0: abs(x) <= 2^-25 | 1 | formats.py |
-| fp8_underflow_fraction | share of nonzero elements that E4M3 rounds to 0, unscaled: abs(x) <= 2^-10 | 1 | formats.py |
+| fp16_headroom_bits | log2(65504 / absmax) | bit | headroom.py |
+| fp8_e4m3_headroom_bits | log2(448 / absmax) | bit | headroom.py |
+| fp8_e5m2_headroom_bits | log2(57344 / absmax) | bit | headroom.py |
+| fp16_underflow_fraction | share of nonzero elements that fp16 rounds to 0: abs(x) <= 2^-25 | 1 | headroom.py |
+| fp8_underflow_fraction | share of nonzero elements that E4M3 rounds to 0, unscaled: abs(x) <= 2^-10 | 1 | headroom.py |
 | zero_fraction | share of elements equal to 0 | 1 | definition |
 | nonfinite_fraction | share of NaN and infinite elements | 1 | IEEE 754-2019, 3.4 |
 """
@@ -49,7 +49,7 @@ from stabilitylab.probes.base import Found, KeyTable, Readings
 from stabilitylab.probes.compiled import observe
 from stabilitylab.probes.hooking import Function, HookingProbe
 from stabilitylab.probes.sites import counts, tensor_in, watched
-from stabilitylab.statistics import formats, moments
+from stabilitylab.statistics import headroom, power_sums
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered, Numbers
 from stabilitylab.statistics.summary import COLUMN, Summary, measurable
@@ -79,7 +79,7 @@ STATISTICS = (
 )
 
 
-class Site:
+class SummarizedTensor:
     """One tensor in the forward pass, its summary, and the site whose summary it shares if it is the same
     tensor.
 
@@ -93,7 +93,7 @@ class Site:
     def __init__(self, path: str, summary: Summary) -> None:
         self.path = path
         self.summary = summary
-        self.alias: Site | None = None
+        self.alias: SummarizedTensor | None = None
         self.stamp = -1
         self.broken = False
         self.own_only = False
@@ -106,11 +106,11 @@ class ActivationProbe(HookingProbe):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sites: list[Site] = []
-        self._hooked: list[tuple[nn.Module, Site | None, Site | None]] = []
+        self._sites: list[SummarizedTensor] = []
+        self._hooked: list[tuple[nn.Module, SummarizedTensor | None, SummarizedTensor | None]] = []
         self._keys = KeyTable("activation", STATISTICS)
         # The tensors summarised in this step, by id, so that the same one is not summarised twice.
-        self._known: dict[int, tuple[weakref.ref[Tensor], int, Site]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, SummarizedTensor]] = {}
         # The summaries of this step in the order in which the forward pass came to them.
         self.order: list[tuple[str, Summary]] = []
 
@@ -123,8 +123,8 @@ class ActivationProbe(HookingProbe):
             if inside is not None or out is not None:
                 self._hooked.append((module, inside, out))
 
-    def _site(self, path: str) -> Site:
-        self._sites.append(Site(path, Summary(self._context.buffer, full=True)))
+    def _site(self, path: str) -> SummarizedTensor:
+        self._sites.append(SummarizedTensor(path, Summary(self._context.buffer, full=True)))
         return self._sites[-1]
 
     def _begin(self, measured: bool) -> None:
@@ -137,7 +137,7 @@ class ActivationProbe(HookingProbe):
             hook = self._traceable(self._guarded(self._look(inside, out)), operators(*states))
             self._after_forward(module, hook, with_kwargs=True)
 
-    def _state_of(self, site: Site | None) -> Tensor | None:
+    def _state_of(self, site: SummarizedTensor | None) -> Tensor | None:
         if site is None:
             return None
 
@@ -147,7 +147,7 @@ class ActivationProbe(HookingProbe):
 
         return self._state(self._guarded(watcher))
 
-    def _look(self, inside: Site | None, out: Site | None) -> Function:
+    def _look(self, inside: SummarizedTensor | None, out: SummarizedTensor | None) -> Function:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not self._armed or not counts(module):
                 return
@@ -164,7 +164,7 @@ class ActivationProbe(HookingProbe):
 
         return hook
 
-    def _observe(self, site: Site, x: Tensor) -> None:
+    def _observe(self, site: SummarizedTensor, x: Tensor) -> None:
         stamp = self._context.buffer.stamp
         self._context.passed(site.path)
         known = self._known.get(id(x))
@@ -216,7 +216,7 @@ def operators(inside: Tensor | None, out: Tensor | None) -> Function:
     return hook
 
 
-def statistics(numbers: Sequence[Numbers]) -> moments.Array:
+def statistics(numbers: Sequence[Numbers]) -> power_sums.Array:
     """The table's statistics, [sites, STATISTICS].
 
     Args:
@@ -240,17 +240,17 @@ def statistics(numbers: Sequence[Numbers]) -> moments.Array:
         return np.column_stack(
             [
                 absmax,
-                moments.rms(count, column["s2"]),
-                moments.mean(count, column["s1"]),
-                moments.kurtosis(count, *(column[f"s{k}"] for k in (1, 2, 3, 4))),
+                power_sums.rms(count, column["s2"]),
+                power_sums.mean(count, column["s1"]),
+                power_sums.kurtosis(count, *(column[f"s{k}"] for k in (1, 2, 3, 4))),
                 spread,
                 tail_quantiles(tail, count, absmax, column["tail_from"]),
                 column["over_6"] / count,
                 column["over_6rms"] / count,
                 column["massive"] / count,
-                formats.headroom_bits(absmax, formats.FP16_MAX),
-                formats.headroom_bits(absmax, formats.FP8_E4M3_MAX),
-                formats.headroom_bits(absmax, formats.FP8_E5M2_MAX),
+                headroom.headroom_bits(absmax, headroom.FP16_MAX),
+                headroom.headroom_bits(absmax, headroom.FP8_E4M3_MAX),
+                headroom.headroom_bits(absmax, headroom.FP8_E5M2_MAX),
                 column["fp16_lost"] / (count - column["zero"]),
                 column["fp8_lost"] / (count - column["zero"]),
                 column["zero"] / count,

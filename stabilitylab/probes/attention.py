@@ -26,7 +26,7 @@ Family ``attention``, site = the attention module's path, index = head:
 | score_max_sampled | exact maximum of the rows looked at: equal to score_max where that is exact | score | scores.py |
 | score_min | smallest unmasked score; fused: of the sampled rows | score | scores.py |
 | entropy | mean entropy of the attention weights of sampled rows | nat | Zhai et al., arXiv:2303.06296 |
-| fp16_headroom_bits | log2(65504 / max(abs(score_max), abs(score_min))) | bit | formats.py |
+| fp16_headroom_bits | log2(65504 / max(abs(score_max), abs(score_min))) | bit | headroom.py |
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from stabilitylab.probes.compiled import observe
 from stabilitylab.probes.hooking import HookingProbe
 from stabilitylab.probes.sites import counts
 from stabilitylab.statistics.buffer import Slots
-from stabilitylab.statistics.formats import headroom_bits
 from stabilitylab.statistics.gathering import Gathered
-from stabilitylab.statistics.scores import Scores, fused, materialised
+from stabilitylab.statistics.headroom import headroom_bits
+from stabilitylab.statistics.scores import ScoreRanges, fused, materialised
 from stabilitylab.statistics.summary import measurable
 from stabilitylab.telemetry import Key
 
@@ -244,7 +244,7 @@ class AttentionProbe(HookingProbe):
         lse_BHT = lse.reshape(*query.shape[:2], -1)
         self._record(path, fused(lse_BHT, query, key, mask=mask, causal=causal, scale=scale))
 
-    def _record(self, path: str, scores: Scores) -> None:
+    def _record(self, path: str, scores: ScoreRanges) -> None:
         """Write one call's ranges; calls of one module in one step combine."""
         if not self._context.wanted(path):
             return

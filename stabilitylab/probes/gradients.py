@@ -32,11 +32,11 @@ from torch import Tensor
 
 from stabilitylab.compat import is_dtensor
 from stabilitylab.probes.base import Context, Found, KeyTable, Readings
-from stabilitylab.statistics import moments
-from stabilitylab.statistics.batch import Batch
+from stabilitylab.statistics import power_sums
 from stabilitylab.statistics.buffer import Slots
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, measurable
+from stabilitylab.statistics.summary_batch import SummaryBatch
 from stabilitylab.telemetry import GRADIENT_NORM, Key
 
 STATISTICS = (
@@ -60,7 +60,7 @@ class GradientProbe:
     def __init__(self) -> None:
         self._summaries: dict[str, Summary] = {}
         # By the names taken together: of several optimizers each one's.
-        self._batches: dict[tuple[str, ...], Batch] = {}
+        self._batches: dict[tuple[str, ...], SummaryBatch] = {}
         self._full = KeyTable("gradient", STATISTICS)
         self._short = KeyTable("gradient", ("l2", "share"))
         self._norms: dict[str, float] = {}
@@ -102,7 +102,7 @@ class GradientProbe:
             if len(self._batches) >= BATCHES:
                 self._batches.clear()
             summaries = [self._summaries[name] for name in names]
-            self._batches[together] = Batch(self._context.buffer, summaries)
+            self._batches[together] = SummaryBatch(self._context.buffer, summaries)
         if not self._batches[together].take(tensors):
             self._found = None
         self._norms |= {name: float(norm) for name, norm in norms.items() if name not in gradients}
@@ -173,7 +173,7 @@ def local_part(gradient: Tensor) -> tuple[Tensor, bool]:
     return (local.new_empty(0) if any(copies) else local), True
 
 
-def statistics(gathered: Gathered) -> tuple[moments.Array, moments.Array]:
+def statistics(gathered: Gathered) -> tuple[power_sums.Array, power_sums.Array]:
     """The table's statistics [parameters, STATISTICS], and (l2, share) [norms, 2] of those with a norm
     alone."""
     rows = gathered.rows() if gathered.sites else np.empty((0, len(FIELDS)))
@@ -186,8 +186,8 @@ def statistics(gathered: Gathered) -> tuple[moments.Array, moments.Array]:
         full = [
             l2,
             column["absmax"] / scale,
-            moments.mean(count, column["s1"]) / scale,
-            np.sqrt(moments.variance(count, column["s1"], column["s2"])) / scale,
+            power_sums.mean(count, column["s1"]) / scale,
+            np.sqrt(power_sums.variance(count, column["s1"], column["s2"])) / scale,
             column["zero"] / count,
             column["subnormal"] / count,
             column["nonfinite"] / count,

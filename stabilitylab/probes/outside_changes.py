@@ -36,7 +36,7 @@ HALVED = 0.5**2  # of the squared norm of second moments
 MOST = 16
 SLACK = 0.8
 
-Event = tuple[str, Mapping[str, Any]]
+EventData = tuple[str, Mapping[str, Any]]
 
 
 class BetweenSteps:
@@ -123,7 +123,7 @@ class OutsideChanges:
         second: NDArray[Any],
         settings: Sequence[tuple[str, float, float]],
         beta2: float,
-    ) -> list[Event]:
+    ) -> list[EventData]:
         """What changed between the last step and this one.
 
         Args:
@@ -134,7 +134,7 @@ class OutsideChanges:
             settings: of the optimizer, that jumped: name, before, after.
             beta2: the least of all groups', 0.5 where none is known.
         """
-        found: list[Event] = [
+        found: list[EventData] = [
             ("optimizer-changed", {"setting": setting, "before": before, "after": after})
             for setting, before, after in settings
         ]
@@ -170,7 +170,7 @@ def _has_moved(outside2: float, then2: float, now2: float) -> bool:
     return not apart <= LEAST * math.sqrt(then2)
 
 
-def _told(kind: str, changes: Sequence[tuple[str, float]], of: int) -> list[Event]:
+def _told(kind: str, changes: Sequence[tuple[str, float]], of: int) -> list[EventData]:
     """One event a step, of the first site in the optimizer's order, with how many others did the same."""
     if not changes:
         return []

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.probes.gradients import local_part
-from stabilitylab.statistics.updates import Moments
+from stabilitylab.statistics.updates import AdamMoments
 
 SECOND, FIRST = "exp_avg_sq", "exp_avg"
 ALIKE = 0.5  # of 1 - beta2^t: from there on the bias is no more than a factor of sqrt(2) in an RMS
@@ -52,7 +52,7 @@ class SecondMoments:
 
     def read(
         self, p: Tensor, gradient: Tensor | None, state: Mapping[str, Any], group: Mapping[str, Any]
-    ) -> Moments | None:
+    ) -> AdamMoments | None:
         """A parameter's moments after the step; None if there are none. Their correction is NaN where v is no mean of g^2."""
         found, betas = _found(p, state), group.get("betas")
         if found is None or not betas:
@@ -62,7 +62,7 @@ class SecondMoments:
         grown = None if step is None else 1.0 - beta2**step
         kind = self._kind(p, gradient, second, group, beta2, grown)
         correction = math.nan if kind is None else 1.0 if grown is None or not kind else grown
-        return Moments(
+        return AdamMoments(
             first=first, second=second, correction=correction, epsilon=float(group.get("eps") or 1e-8)
         )
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from stabilitylab.model_structure import token_embeddings
 from stabilitylab.models import TextModel, linear_layers
-from stabilitylab.quantization.advice import Advice, reason
 from stabilitylab.quantization.latency import KEPT, Latencies, machine
 from stabilitylab.quantization.plan import Budget, PlannedLayer, QuantizationPlan
+from stabilitylab.quantization.plan_search import Advice, reason
 from stabilitylab.quantization.ranges import Inputs
 from stabilitylab.quantization.replacement import quantizable_layers
 from stabilitylab.quantization.rounded import RoundedWeights

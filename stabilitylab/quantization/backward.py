@@ -35,7 +35,7 @@ Function = Callable[[Window, Tensor, int], tuple[Tensor | None, Callable[[int], 
 
 
 @dataclass(kw_only=True)
-class Seen:
+class LayerCall:
     """One call of a layer.
 
     Attributes:
@@ -53,7 +53,7 @@ class Seen:
 class Stage:
     """What was seen of a block's layers, or of those behind the last block: path -> calls."""
 
-    calls: dict[str, list[Seen]] = field(default_factory=dict)
+    calls: dict[str, list[LayerCall]] = field(default_factory=dict)
 
 
 class Backward:
@@ -120,7 +120,7 @@ class Backward:
             parts = self._pieces.parts(window)
         else:
             parts = [slice(0, window.tokens)]
-        found: list[list[Seen]] = []
+        found: list[list[LayerCall]] = []
         back: list[Tensor] = []
         paths: list[str] = []
         for part in parts:
@@ -134,7 +134,7 @@ class Backward:
 
     def _part(
         self, block: int, number: int, window: Window, part: slice | None
-    ) -> tuple[list[tuple[str, Seen]], Tensor]:
+    ) -> tuple[list[tuple[str, LayerCall]], Tensor]:
         """Calls of layers on a window, or on some of its tokens, with their gradients; and those at what entered the stage."""
         piece = window if part is None else part_of(window, part)
         calls: list[tuple[str, Tensor, Tensor]] = []
@@ -168,7 +168,7 @@ class Backward:
                         kept[draw] = given
         # Without any: in front of this stage, or nothing that is looked at depends on it.
         seen = [
-            (path, Seen(window=number, x=x, gradients=kept))
+            (path, LayerCall(window=number, x=x, gradients=kept))
             for (path, x, _), kept in zip(calls, of_all, strict=False)
             if kept is not None
         ]
@@ -233,11 +233,11 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one + other
 
 
-def _joined(pieces: Sequence[Seen]) -> Seen:
+def _joined(pieces: Sequence[LayerCall]) -> LayerCall:
     """One call from calls on the pieces of a window."""
     if len(pieces) == 1:
         return pieces[0]
-    return Seen(
+    return LayerCall(
         window=pieces[0].window,
         x=torch.cat([one.x for one in pieces], -2),
         gradients=torch.cat([one.gradients for one in pieces], -2),

@@ -21,7 +21,7 @@ from torch import Tensor
 from stabilitylab.errors import InputError
 from stabilitylab.formats import dequantize, row_parts, some_rows
 from stabilitylab.models.freed_memory import give_back_memory, let_go_of_pages
-from stabilitylab.models.layers import is_finite
+from stabilitylab.models.weight_checks import is_finite
 from stabilitylab.quantization.awq import awq_scales
 from stabilitylab.quantization.factors import Factor
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme, fingerprint_of_weight

@@ -14,8 +14,7 @@ from rich.text import Text
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, open_text_model
-from stabilitylab.models.experts import expert_groups
-from stabilitylab.quantization.advice import Advisor, most_verified
+from stabilitylab.models.fused_experts import expert_groups
 from stabilitylab.quantization.assembly import assembled_plan
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.ends import Ends, measured_ends, output_layers
@@ -26,6 +25,7 @@ from stabilitylab.quantization.latency import BATCHES, KEPT, measure_latencies
 from stabilitylab.quantization.measuring import By, begun, layers_file, measured_layers
 from stabilitylab.quantization.pace import Pace
 from stabilitylab.quantization.plan import Budget, QuantizationPlan, load_plan
+from stabilitylab.quantization.plan_search import Advisor, most_verified
 from stabilitylab.quantization.ranges import layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers
 from stabilitylab.quantization.rounded import RoundedWeights

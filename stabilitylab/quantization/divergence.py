@@ -55,7 +55,7 @@ class Divergence:
         return self.loss / self.count if self.count else 0.0
 
 
-class Yardstick:
+class ReferenceOutput:
     """The model's own output on one window, against which others are held.
 
     Args:

@@ -23,7 +23,7 @@ from stabilitylab.models import TextModel, Window, linear_layers, linear_weight
 from stabilitylab.models.freed_memory import give_back_memory, let_go_of_pages
 from stabilitylab.models.pieces import Pieces, part_of
 from stabilitylab.quantization.calibrated import needs_moments
-from stabilitylab.quantization.divergence import Divergence, Yardstick
+from stabilitylab.quantization.divergence import Divergence, ReferenceOutput
 from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.pace import Pace
 from stabilitylab.quantization.ranges import ChannelRange
@@ -168,7 +168,7 @@ class Ends:
                 before = self._pieces.output(window, own, part)
                 with replaced(self._model.module, twins):
                     after = self._pieces.output(window, hidden, part)
-                sums.add(Yardstick(self._model, piece, before).harm(after))
+                sums.add(ReferenceOutput(self._model, piece, before).harm(after))
                 if error is None:
                     off += float((after - before).double().square().sum())
                     square += float(before.double().square().sum())

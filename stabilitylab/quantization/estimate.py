@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from stabilitylab.models import TextModel, Window, linear_weight
 from stabilitylab.models.freed_memory import give_back_memory
 from stabilitylab.models.text_model import rows_at_once
-from stabilitylab.quantization.backward import Backward, Seen
+from stabilitylab.quantization.backward import Backward, LayerCall
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.ranges import ChannelRange
@@ -174,7 +174,7 @@ def _kind(path: str) -> str:
 def _layer(
     path: str,
     layer: nn.Module,
-    calls: Sequence[Seen],
+    calls: Sequence[LayerCall],
     schemes: Sequence[LinearScheme],
     largest: Tensor,
     moments: Moments | None,

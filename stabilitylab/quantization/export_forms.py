@@ -16,7 +16,7 @@ from torch import nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel
-from stabilitylab.models.experts import SplitExperts
+from stabilitylab.models.fused_experts import SplitExperts
 from stabilitylab.quantization.format_scheme import FormatLinear
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.plan import QuantizationPlan

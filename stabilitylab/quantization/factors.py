@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Block = tuple[int, int, Tensor]  # first and last column + 1; rows of U, from their first column on
+ColumnBlock = tuple[int, int, Tensor]  # first and last column + 1; rows of U, from their first column on
 
 
 class Factor(Protocol):
@@ -38,7 +38,7 @@ class Factor(Protocol):
     def dtype(self) -> torch.dtype:
         """Of U."""
 
-    def blocks(self, size: int) -> Iterator[Block]:
+    def blocks(self, size: int) -> Iterator[ColumnBlock]:
         """Of ``size`` rows each, one after another."""
 
 
@@ -53,7 +53,7 @@ class WholeFactor:
     def __init__(self, order: Tensor, upper_KK: Tensor) -> None:
         self.order, self.dtype, self._upper_KK = order, upper_KK.dtype, upper_KK
 
-    def blocks(self, size: int) -> Iterator[Block]:
+    def blocks(self, size: int) -> Iterator[ColumnBlock]:
         columns = len(self._upper_KK)
         for first in range(0, columns, size):
             last = min(first + size, columns)
@@ -73,7 +73,7 @@ class RowsFactor:
         self.order, self.dtype = order, y_TK.dtype
         self._y_TK, self._d_K = y_TK, d_K.double()
 
-    def blocks(self, size: int) -> Iterator[Block]:
+    def blocks(self, size: int) -> Iterator[ColumnBlock]:
         y_TK, d_K, columns = self._y_TK, self._d_K, len(self._d_K)
         m_TT = torch.eye(len(y_TK), dtype=torch.float64)
         for first in range(0, columns, size):

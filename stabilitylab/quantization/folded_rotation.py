@@ -34,7 +34,7 @@ from stabilitylab.compat import TorchDispatchMode
 from stabilitylab.errors import InputError
 from stabilitylab.formats import rotation_signs
 from stabilitylab.formats.hadamard import hadamard_matrix
-from stabilitylab.models.experts import SplitExperts
+from stabilitylab.models.fused_experts import SplitExperts
 
 # Kinds of model -> the weight of a norm that changes nothing: Gemma multiplies by 1 + its weight.
 _UNIT = {

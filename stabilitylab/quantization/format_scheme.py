@@ -33,7 +33,7 @@ from stabilitylab.formats import (
     unpack_4bit,
 )
 from stabilitylab.models.freed_memory import let_go_of_pages
-from stabilitylab.models.layers import is_finite
+from stabilitylab.models.weight_checks import is_finite
 from stabilitylab.quantization.weight_on_paper import HasWeightOnPaper
 
 _SEARCHED = "-mse"

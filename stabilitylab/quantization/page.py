@@ -15,7 +15,7 @@ from stabilitylab.quantization.frontier import frontier
 from stabilitylab.quantization.latency import KEPT
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.tables import outcome_rows
-from stabilitylab.report.page import Cell, Page, Picture, Section, Table
+from stabilitylab.report.page import Page, Picture, Section, Table, TableCell
 
 
 def plan_page(plan: QuantizationPlan) -> Page:
@@ -44,8 +44,8 @@ def plan_page(plan: QuantizationPlan) -> Page:
 
 def _before_after(plan: QuantizationPlan, what: str) -> Section:
     batches = [f"ms at batch {batch}" for batch in plan.planned.seconds]
-    rows: list[Sequence[Cell | str]] = [
-        [Cell(text=cell, best=row[0] == "the plan") if at else cell for at, cell in enumerate(row)]
+    rows: list[Sequence[TableCell | str]] = [
+        [TableCell(text=cell, best=row[0] == "the plan") if at else cell for at, cell in enumerate(row)]
         for row in outcome_rows(plan)
     ]
     text = [
@@ -151,7 +151,7 @@ def _outlier_curve(plan: QuantizationPlan) -> Figure:
 
 
 def _decisions(plan: QuantizationPlan) -> Section:
-    rows: list[Sequence[Cell | str]] = []
+    rows: list[Sequence[TableCell | str]] = []
     for path, layer in plan.layers.items():
         measured = plan.sensitivity[path]
         effect = measured["effects"].get(

@@ -45,7 +45,7 @@ class Budget:
         if not (math.isfinite(self.value) and self.value >= 0):
             raise InputError(f"a budget of {self.value} for {self.kind} must be a number of at least 0")
 
-    def allows(self, outcome: Outcome, kept: Outcome) -> bool:
+    def allows(self, outcome: PlanFigures, kept: PlanFigures) -> bool:
         """Whether an outcome keeps to it, given that of the model as it is."""
         if self.kind == "loss":
             return outcome.loss <= self.value
@@ -64,7 +64,7 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class PlanFigures:
     """A whole model's figures.
 
     Attributes:
@@ -132,8 +132,8 @@ class QuantizationPlan:
     machine: str
     layers: Mapping[str, PlannedLayer]
     kept: Mapping[str, str]
-    planned: Outcome
-    singles: Mapping[str, Outcome]
+    planned: PlanFigures
+    singles: Mapping[str, PlanFigures]
     notes: Sequence[str]
     sensitivity: Mapping[str, Any]
     latency: Mapping[str, Any]
@@ -154,7 +154,7 @@ class QuantizationPlan:
         return {path: weights.scheme(path, scheme) for path, scheme in found.items()}
 
     @property
-    def best_single(self) -> tuple[str, Outcome] | None:
+    def best_single(self) -> tuple[str, PlanFigures] | None:
         """The single scheme of least loss that takes no more bytes than the plan and keeps the budget; None if there is none."""
         within = {
             name: outcome
@@ -237,9 +237,9 @@ def load_plan(path: Path) -> QuantizationPlan:
     return plan
 
 
-def _outcome(data: dict[str, Any]) -> Outcome:
+def _outcome(data: dict[str, Any]) -> PlanFigures:
     seconds = {int(batch): value for batch, value in data["seconds"].items()}
-    return Outcome(
+    return PlanFigures(
         bytes=data["bytes"],
         seconds=seconds,
         loss=data["loss"],

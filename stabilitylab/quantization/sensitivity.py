@@ -3,7 +3,7 @@
 For every linear layer and scheme, on windows of text:
 
     error    ||y_q - y|| / ||y||, y the layer's output on its real input
-    harm     divergence per target, or squared relative error of an encoder's output (harm.py), with only this layer quantized
+    harm     divergence per target, or squared relative error of an encoder's output (divergence.py), with only this layer quantized
     loss     increase per target, likewise
     bytes    of the stored weights, beside 2 a weight in 16 bits
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, linear_weight
-from stabilitylab.quantization.divergence import Divergence, Yardstick
+from stabilitylab.quantization.divergence import Divergence, ReferenceOutput
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
 from stabilitylab.quantization.restart import Restart
@@ -126,7 +126,7 @@ def measure_sensitivity(
     sums = {path: {scheme.name: _Sums() for scheme in schemes} for path in layers}
     done, total = 0, len(layers) * len(windows)
     for window in windows:
-        yardstick = Yardstick(model, window, restart.begin(window))
+        yardstick = ReferenceOutput(model, window, restart.begin(window))
         for block, paths in sorted(by_block.items()):
             inputs = _inputs(restart, block, {path: layers[path] for path in paths})
             for path in paths:

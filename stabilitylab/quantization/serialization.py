@@ -28,7 +28,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, shared_parameters
 from stabilitylab.models.freed_memory import give_back_memory
 from stabilitylab.models.hugging_face import location, quiet, recognises
-from stabilitylab.models.layers import narrowest
+from stabilitylab.models.weight_checks import narrowest
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import put, quantizable_layers, quantized
 from stabilitylab.quantization.twin_files import read_tensor, read_twin, twin_layout

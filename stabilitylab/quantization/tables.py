@@ -7,7 +7,7 @@ from collections.abc import Container
 from torch import nn
 
 from stabilitylab.quantization.latency import KEPT
-from stabilitylab.quantization.plan import Outcome, QuantizationPlan
+from stabilitylab.quantization.plan import PlanFigures, QuantizationPlan
 
 _MOST = 0.98  # of a model's numbers: what is left are norms and biases
 
@@ -23,7 +23,7 @@ def outcome_rows(plan: QuantizationPlan) -> list[list[str]]:
 
 
 def whole_model(
-    module: nn.Module, layers: Container[str], planned: Outcome, kept: Outcome
+    module: nn.Module, layers: Container[str], planned: PlanFigures, kept: PlanFigures
 ) -> tuple[str, ...]:
     """A note on what the plan's share is of the whole model, where embeddings and the like are a part worth telling.
 
@@ -45,7 +45,7 @@ def whole_model(
     )
 
 
-def _row(name: str, outcome: Outcome, whole: int, plan: QuantizationPlan) -> list[str]:
+def _row(name: str, outcome: PlanFigures, whole: int, plan: QuantizationPlan) -> list[str]:
     return [
         name,
         f"{outcome.bytes / 1e6:,.2f}",

@@ -25,7 +25,7 @@ from torch import Tensor
 from stabilitylab.errors import InputError
 from stabilitylab.formats import pack_4bit
 from stabilitylab.models import TextModel
-from stabilitylab.models.layers import narrowest
+from stabilitylab.models.weight_checks import narrowest
 from stabilitylab.quantization.export_forms import card, holders, no_form, refuse_embeddings, refuse_layers
 from stabilitylab.quantization.format_scheme import FormatLinear
 from stabilitylab.quantization.plan import QuantizationPlan

@@ -1,17 +1,17 @@
 """A run shown: one self-contained HTML page."""
 
-from stabilitylab.report.page import Cell, Page, Part, Picture, Said, Section, Statements, Table
+from stabilitylab.report.page import Content, Page, Picture, Said, Section, Statements, Table, TableCell
 from stabilitylab.report.single import comparison, run_report
 
 __all__ = [
-    "Cell",
+    "Content",
     "Page",
-    "Part",
     "Picture",
     "Said",
     "Section",
     "Statements",
     "Table",
+    "TableCell",
     "comparison",
     "run_report",
 ]

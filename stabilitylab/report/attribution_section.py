@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stabilitylab.attribution.verdicts import EVENT
+from stabilitylab.attribution.fork_verdicts import EVENT
 from stabilitylab.errors import InputError
 from stabilitylab.report.page import Page, Section, Table
 from stabilitylab.runs.run import Run

@@ -13,7 +13,7 @@ from stabilitylab.charts.curves import curves
 from stabilitylab.charts.look import Chart
 from stabilitylab.figures.lines import Mark
 from stabilitylab.figures.numbers import plain
-from stabilitylab.report.page import Cell, Said, Section, Statements, Table
+from stabilitylab.report.page import Said, Section, Statements, Table, TableCell
 from stabilitylab.runs.run import Run
 from stabilitylab.spikes import KINDS, Episode, episodes_of
 from stabilitylab.spikes.forensics import diagnose_run
@@ -68,7 +68,7 @@ def _norm_title(runs: Runs) -> str:
 
 def episode_section(runs: Runs) -> Section:
     """Every episode that the detector reported."""
-    rows: list[Sequence[Cell | str]] = []
+    rows: list[Sequence[TableCell | str]] = []
     for label, several in runs.items():
         for run in several:
             for episode in episodes_of(run.events):
@@ -208,7 +208,7 @@ def _gravest(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def diagnosis_section(runs: Runs) -> Section:
     """Why each episode happened, as far as the telemetry tells."""
-    rows: list[Sequence[Cell | str]] = []
+    rows: list[Sequence[TableCell | str]] = []
     for several in runs.values():
         for run in several:
             for data in diagnoses(run):
@@ -219,7 +219,7 @@ def diagnosis_section(runs: Runs) -> Section:
                         run.name,
                         str(data["episode"]["onset"]),
                         str(data["cause"]),
-                        Cell(text=" ".join(seen), detail=" ".join(batches)),
+                        TableCell(text=" ".join(seen), detail=" ".join(batches)),
                     ]
                 )
     if not rows:

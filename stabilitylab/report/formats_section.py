@@ -6,7 +6,7 @@ import math
 
 from stabilitylab.charts.curves import curves
 from stabilitylab.forecast import Forecast, LayerForecast, forecast_run
-from stabilitylab.report.page import Part, Said, Section, Statements, Table
+from stabilitylab.report.page import Content, Said, Section, Statements, Table
 from stabilitylab.runs.run import Run
 
 _MOST = 12
@@ -18,7 +18,7 @@ def formats_section(run: Run) -> Section | None:
     if found is None:
         return None
     said = [Said(word=name, text=found.sentence(name), tone=_tone(found, name)) for name in found.formats]
-    parts: list[Part] = [Statements(said=said)]
+    parts: list[Content] = [Statements(said=said)]
     leaving = [one for one in found.layers if not one.has_left and one.earliest <= found.until][:_MOST]
     if leaving:
         parts.append(

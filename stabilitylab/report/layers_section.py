@@ -17,8 +17,8 @@ from stabilitylab.runs.places import Places
 from stabilitylab.runs.run import Run
 
 Runs = Mapping[str, Sequence[Run]]
-Part = Table | Chart
-Grid = tuple[pd.DataFrame, pd.DataFrame]  # values, and where they were recorded
+TableOrChart = Table | Chart
+RecordedGrid = tuple[pd.DataFrame, pd.DataFrame]  # values, and where they were recorded
 
 FP16_LIMIT = (FP16_MAX, "largest fp16 number, 65,504")
 
@@ -26,7 +26,7 @@ FP16_LIMIT = (FP16_MAX, "largest fp16 number, 65,504")
 def gradients(runs: Runs) -> Section:
     """The embedding's share of the gradient, and where in the model the gradient is."""
     share = {label: [_embedding_share(run) for run in several] for label, several in runs.items()}
-    parts: list[Part] = []
+    parts: list[TableOrChart] = []
     if any(len(series) for several in share.values() for series in several):
         chart = curves(share, title="The embedding's share of the squared gradient norm", unit="share")
         parts.append(chart)
@@ -49,7 +49,7 @@ def residual_stream(runs: Runs) -> Section:
     chart = by_depth(
         peaks, title="Largest |value| on the residual stream, over all measured steps", limit=FP16_LIMIT
     )
-    parts: list[Part] = [dataclasses.replace(chart, caption="Each point is the output of one block.")]
+    parts: list[TableOrChart] = [dataclasses.replace(chart, caption="Each point is the output of one block.")]
     parts += _maps(
         {label: several[0] for label, several in grids.items() if several}, "Largest |value|, layer by step"
     )
@@ -69,7 +69,7 @@ def attention(runs: Runs) -> Section:
     together = np.concatenate([s.to_numpy() for several in lines.values() for s in several])
     title = "Largest attention score, over layers and heads"
     chart = curves(lines, title=title, log=positive(together), limit=FP16_LIMIT)
-    parts: list[Part] = [chart]
+    parts: list[TableOrChart] = [chart]
     if len(runs) == 1:
         (several,) = runs.values()
         heads = {"head": [head for run in several for head in _heads(run)]}
@@ -124,7 +124,7 @@ def updates(runs: Runs) -> Section:
     if not any(lines.values()):
         return _section("Updates", [], "")
     chart = curves(lines, title="Update size over weight size (RMS), median over parameters", log=True)
-    parts: list[Part] = [chart]
+    parts: list[TableOrChart] = [chart]
     largest = {
         label: _per_layer(several[0], runs[label][0].places, join="max")
         for label, several in grids.items()
@@ -151,7 +151,7 @@ def outliers(runs: Runs) -> Section:
     return _section("Activation outliers", [chart], text)
 
 
-def block_grid(run: Run, statistic: str = "absmax") -> Grid:
+def block_grid(run: Run, statistic: str = "absmax") -> RecordedGrid:
     """A statistic of every block's output: rows the blocks by depth, columns the steps."""
     values, known = _grid(run, "activation", statistic)
     places = run.places
@@ -171,7 +171,7 @@ def embedding_site(run: Run) -> str | None:
     return next((site for site in sites if run.places.is_embedding(site)), None)
 
 
-def _section(title: str, parts: Sequence[Part], text: str) -> Section:
+def _section(title: str, parts: Sequence[TableOrChart], text: str) -> Section:
     if not parts:
         return Section(title=title, text=("This was not recorded.",))
     return Section(title=title, text=(text,) if text else (), parts=parts)
@@ -182,24 +182,24 @@ def _embedding_share(run: Run) -> pd.Series[float]:
     return run.series(f"gradient/{site}/share") if site else pd.Series(dtype=float)
 
 
-def _grid(run: Run, family: str, statistic: str) -> Grid:
+def _grid(run: Run, family: str, statistic: str) -> RecordedGrid:
     return run.matrix(family, statistic, index="max"), run.recorded(family, statistic)
 
 
-def _update_ratio(run: Run) -> Grid:
+def _update_ratio(run: Run) -> RecordedGrid:
     """Update over weight. Over weights that are all zero (biases, at first) it is infinite, and says nothing: left out."""
     values, known = _grid(run, "update", "ratio")
     from_zero = run.matrix("update", "weight_rms").reindex_like(values) == 0
     return values.mask(from_zero), known & ~from_zero
 
 
-def _peak(grid: Grid) -> pd.Series[float]:
+def _peak(grid: RecordedGrid) -> pd.Series[float]:
     """Each site's largest value over the steps; NaN where one that was recorded is NaN."""
     values, known = grid
     return values.max(axis=1).mask((values.isna() & known).any(axis=1))
 
 
-def _over_sites(grid: Grid) -> pd.Series[float]:
+def _over_sites(grid: RecordedGrid) -> pd.Series[float]:
     """The largest value over sites at each step; NaN where one that was recorded is NaN."""
     return _peak((grid[0].T, grid[1].T))
 
@@ -214,7 +214,7 @@ def _heads(run: Run) -> Iterable[pd.Series[float]]:
     return [largest.loc[head].reindex(order) for head in largest.index.get_level_values(0).unique()]
 
 
-def _per_layer(grid: Grid, places: Places, join: str = "norm") -> Grid:
+def _per_layer(grid: RecordedGrid, places: Places, join: str = "norm") -> RecordedGrid:
     """One row a block: norms joined as the root of their squares' sum, or the largest of them."""
     values, known = grid
     groups = np.array([places.block_of(str(site)) for site in values.index], dtype=object)
@@ -227,13 +227,13 @@ def _per_layer(grid: Grid, places: Places, join: str = "norm") -> Grid:
     return joined.mask(broken).reindex(order), known.groupby(groups).any().reindex(order)
 
 
-def _maps(grids: Mapping[str, Grid], title: str, *, log: bool = True) -> list[Part]:
+def _maps(grids: Mapping[str, RecordedGrid], title: str, *, log: bool = True) -> list[TableOrChart]:
     """One map a label, on one colour scale."""
     values = [grid[0].to_numpy(dtype=float).ravel() for grid in grids.values()]
     every = np.concatenate([np.empty(0), *values])
     every = every[np.isfinite(every) & ((every > 0) | (not log))]
     limits = (float(every.min()), float(every.max())) if every.size else None
-    pictures: list[Part] = []
+    pictures: list[TableOrChart] = []
     for label, (matrix, known) in grids.items():
         if matrix.size:
             name = title if len(grids) == 1 else f"{title}: {label}"

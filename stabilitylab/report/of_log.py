@@ -24,7 +24,7 @@ from stabilitylab.runs.folder import RunFolder
 from stabilitylab.runs.parts import SCHEMA
 from stabilitylab.runs.places import Places
 from stabilitylab.runs.run import Run
-from stabilitylab.spikes.scan import scan_log
+from stabilitylab.spikes.log_scan import scan_log
 from stabilitylab.telemetry import SCALAR, Event
 
 

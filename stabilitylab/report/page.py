@@ -32,7 +32,7 @@ _PAGE_COLOURS = {INK: "currentColor", COLOURS[0]: "var(--blue)", ALARM: "var(--a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class TableCell:
     """One cell: its text, whether it is the best of its row, and a second, smaller line."""
 
     text: str
@@ -51,7 +51,7 @@ class Table:
     """
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell | str]]
+    rows: Sequence[Sequence[TableCell | str]]
     note: str = ""
 
 
@@ -88,7 +88,7 @@ class Statements:
     note: str = ""
 
 
-Part = Table | Picture | Chart | Statements
+Content = Table | Picture | Chart | Statements
 
 
 @dataclass(kw_only=True)
@@ -103,7 +103,7 @@ class Section:
 
     title: str
     text: Sequence[str] = ()
-    parts: Sequence[Part] = ()
+    parts: Sequence[Content] = ()
 
 
 @dataclass(kw_only=True)
@@ -200,7 +200,7 @@ def _environment() -> jinja2.Environment:
     environment.tests["table"] = lambda part: isinstance(part, Table)
     environment.tests["chart"] = lambda part: isinstance(part, Chart)
     environment.tests["statements"] = lambda part: isinstance(part, Statements)
-    environment.tests["cell"] = lambda cell: isinstance(cell, Cell)
+    environment.tests["cell"] = lambda cell: isinstance(cell, TableCell)
     return environment
 
 

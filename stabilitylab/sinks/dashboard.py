@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.runs.places import Places
-from stabilitylab.sinks.pictures import Grid, Sketch
+from stabilitylab.sinks.pictures import MapGrid, Sketch
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.telemetry import SCALAR, Event, Key, Samples
 
@@ -89,9 +89,9 @@ class StepMap:
         """Forget steps from ``step`` on (a stretch that begins before it stays)."""
         self._cells = {start: cell for start, cell in self._cells.items() if start < step}
 
-    def grid(self) -> Grid:
+    def grid(self) -> MapGrid:
         """What is held, to be drawn. Adding to the map changes it."""
-        return Grid(rows=list(self._rows), cells=self._cells)
+        return MapGrid(rows=list(self._rows), cells=self._cells)
 
     def _widen(self) -> None:
         self._stretch *= 2

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Cells = Mapping[int, Mapping[str, float]]
+ValuesByStep = Mapping[int, Mapping[str, float]]
 CARD = 4.9  # inches
 _MARKER = b"\0stabilitylab pictures\0"
 _log = logging.getLogger("stabilitylab")
@@ -36,7 +36,7 @@ EPISODE_COLUMNS = ("onset", "kind", "peak", "end", "height", "signal")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class MapGrid:
     """Values by row (a layer) and step, those that were recorded.
 
     Attributes:
@@ -45,7 +45,7 @@ class Grid:
     """
 
     rows: Sequence[str]
-    cells: Cells
+    cells: ValuesByStep
 
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Values, and where there are any: rows as they stand, columns the first step of each stretch."""
@@ -77,7 +77,7 @@ class Sketch:
     loss: tuple[str, Mapping[int, float]] | None = None
     marks: Sequence[tuple[int, int | None, str]] = ()
     listed: tuple[str, str, Sequence[Sequence[str]]] = ("", "", ())
-    maps: Mapping[str, tuple[Grid, bool]] = field(default_factory=dict)
+    maps: Mapping[str, tuple[MapGrid, bool]] = field(default_factory=dict)
 
     def draw(self) -> dict[str, bytes]:
         """Tag -> PNG, in the order of looking."""

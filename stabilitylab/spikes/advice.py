@@ -3,7 +3,7 @@
 ``glm replay`` runs an event again from before it with one thing changed, so whether an advice helps is a matter of minutes. The
 advice is the field's: PaLM left batches out (2204.02311, section 5.1), OPT-175B lowered rate and clipping bound (2205.01068,
 section 2.5), ViT-22B normed queries and keys (2302.05442), Gemma 2 capped scores (2408.00118), StableAdamW bounds updates where v
-lags behind (2304.13013). Where the same was tried in recorded runs, the line says how often it helped (``outcomes.py``).
+lags behind (2304.13013). Where the same was tried in recorded runs, the line says how often it helped (``treatment_outcomes.py``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from stabilitylab.runs import Run
-from stabilitylab.spikes.outcomes import TRIED, record_of
 from stabilitylab.spikes.suspects import Suspect
+from stabilitylab.spikes.treatment_outcomes import TRIED, record_of
 
 _TRY = {
     "learning-rate": (

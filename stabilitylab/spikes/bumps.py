@@ -43,7 +43,7 @@ END_FACTOR = 1.5
 SAMPLED = 65_536
 
 Vector = NDArray[np.float64]
-Span = tuple[int, int, str]  # first and last index, kind
+BumpSpan = tuple[int, int, str]  # first and last index, kind
 
 
 def centred_median(values_N: Vector, width: int) -> Vector:
@@ -110,7 +110,7 @@ def sample(values_N: Vector) -> Vector:
     return np.ascontiguousarray(values_N[: 16 * every].reshape(16, every)[:, :piece]).ravel()
 
 
-def coarse_excursions(values_N: Vector, width: int) -> list[Span]:
+def coarse_excursions(values_N: Vector, width: int) -> list[BumpSpan]:
     """Excursions of medians of ``width`` values: what rises too slowly for single values and fours."""
     count = len(values_N) // width
     if count < LEAST_BLOCKS:
@@ -130,7 +130,7 @@ def coarse_excursions(values_N: Vector, width: int) -> list[Span]:
     return found
 
 
-def joined(spans: list[Span], more: list[Span]) -> list[Span]:
+def joined(spans: list[BumpSpan], more: list[BumpSpan]) -> list[BumpSpan]:
     """``spans`` and those of ``more`` that overlap no state among them; one that holds several of them takes their place."""
     for first, last, kind in more:
         inside = [one for one in spans if one[0] <= last and one[1] >= first]
@@ -140,7 +140,7 @@ def joined(spans: list[Span], more: list[Span]) -> list[Span]:
     return spans
 
 
-def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> list[Span]:
+def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> list[BumpSpan]:
     n = len(values_N)
     half = int(np.clip(n // 5, 5, 25))
     trend_N, scale_N = _trend(values_N, half)
@@ -162,7 +162,7 @@ def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> 
     seeds = np.flatnonzero((residual_N > limit_N) | ((four_N > limit4_N) & (residual_N > 0)))
     out_N = residual_N > np.maximum(BACK_SIGMAS * scale_N, 0.25 * floor_N)
     even = sparse and is_even(residual_N / positive_N)
-    spans: list[Span] = []
+    spans: list[BumpSpan] = []
     for seed in seeds.tolist():
         if spans and seed <= spans[-1][1]:
             continue

@@ -19,7 +19,7 @@ from stabilitylab.logs.log import Log
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.logs.source import remove_temporary
 from stabilitylab.spikes.episodes import KINDS, Episode
-from stabilitylab.spikes.scan import Scan, scan_log
+from stabilitylab.spikes.log_scan import Scan, scan_log
 
 
 def spikes(

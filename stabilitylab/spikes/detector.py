@@ -41,7 +41,7 @@ from stabilitylab.spikes.excursion import Excursions
 from stabilitylab.spikes.loss_scale_collapse import ScaleWatch
 from stabilitylab.spikes.reasons import REASONS, Reasons
 from stabilitylab.spikes.stillness import HOLE, Burst, Stillness, burst_event, is_finite
-from stabilitylab.spikes.verdict import Change
+from stabilitylab.spikes.verdict import Transition
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES, SKIPPED, Event
 
 # Numbers of a step that say nothing of its health.
@@ -167,7 +167,7 @@ class SpikeDetector:
     # -------------------------------------------------------------------------------------------------
     # signals
 
-    def tell(self, step: int, changes: Sequence[Change], *, over: bool = True) -> list[Event]:
+    def tell(self, step: int, changes: Sequence[Transition], *, over: bool = True) -> list[Event]:
         """The events of what happened to the loss at ``step``; ``over``: an end is one that was seen."""
         return [self._loss_event(step, change, over) for change in changes]
 
@@ -205,7 +205,7 @@ class SpikeDetector:
             self._still = None
         events += self.tell(step, self._loss.update(step, value))
 
-    def _loss_event(self, step: int, change: Change, over: bool) -> Event:
+    def _loss_event(self, step: int, change: Transition, over: bool) -> Event:
         now = change.excursion
         if change.phase == "onset":
             self._precursors = self._leads(now.onset)
@@ -246,9 +246,9 @@ class SpikeDetector:
             told = name in self._open or self.loss in self._open
             if name == self.gradient_norm and strong and not told:
                 now.kind, now.told = "spike", step
-                events.append(self._event(step, name, Change("onset", now), {}))
+                events.append(self._event(step, name, Transition("onset", now), {}))
 
-    def _companion_change(self, step: int, name: str, change: Change, events: list[Event]) -> None:
+    def _companion_change(self, step: int, name: str, change: Transition, events: list[Event]) -> None:
         """Only an excursion that was told goes on being told."""
         if name in self._open and change.phase != "onset":
             if change.excursion.kind == "hard-batch":
@@ -311,7 +311,7 @@ class SpikeDetector:
         return Event(step=step, kind="loss-scale-collapse", data=data)
 
     def _event(
-        self, step: int, name: str, change: Change, extra: Mapping[str, Any], *, over: bool = True
+        self, step: int, name: str, change: Transition, extra: Mapping[str, Any], *, over: bool = True
     ) -> Event:
         now = change.excursion
         if change.phase == "onset":

@@ -48,9 +48,9 @@ from stabilitylab.spikes.verdict import (
     HARD_STEPS,
     KEEPS_DIVERGENCE,
     KEPT_VALUES,
-    Change,
     Open,
     Smoothing,
+    Transition,
     is_noise,
     verdict_at_end,
 )
@@ -90,7 +90,7 @@ class Excursions:
         self.smoothing = Smoothing()
         self.snapshots = Snapshots()
 
-    def update(self, step: int, value: float) -> list[Change]:
+    def update(self, step: int, value: float) -> list[Transition]:
         """Take a finite value. A second one for the same step is ignored."""
         gap = False
         if self.last_step is not None:
@@ -113,7 +113,7 @@ class Excursions:
         if self.last_step is not None and step > self.last_step:
             self.last_step = step
 
-    def finish(self) -> list[Change]:
+    def finish(self) -> list[Transition]:
         """The log ends here: give the verdict on what is still open."""
         return [] if self.open is None else [self._close(verdict_at_end(self.open))]
 
@@ -128,7 +128,7 @@ class Excursions:
 
     # ------------------------------------------------------------------------------------------------- quiet
 
-    def _judge(self, step: int, value: float, gap: bool) -> list[Change]:
+    def _judge(self, step: int, value: float, gap: bool) -> list[Transition]:
         base = self.baseline
         residual = value - base.level
         if base.known:
@@ -174,7 +174,7 @@ class Excursions:
         self.recent.append(value)
         self.recent_steps.append(step)
 
-    def end_block(self, step: int) -> list[Change]:
+    def end_block(self, step: int) -> list[Transition]:
         """A block of ordinary values is full: is its mean out? If not, learn from it."""
         if block_is_out(self.baseline, self.recent, self.block):
             return [self._begin_at_mean(step, list(self.block), list(self.block_steps))]
@@ -196,26 +196,26 @@ class Excursions:
         self.block, self.block_steps, self.over = [], [], 0
         self.learning = learning or (self.learning and not self.baseline.known)
 
-    def _begin(self, step: int, value: float) -> Change:
+    def _begin(self, step: int, value: float) -> Transition:
         now = at_value(self.baseline, step, value, self.recent, self.recent_steps, self.inside)
         if now.onset < step:
             self._keep_block_before(now.onset)
         self.open = now
-        return Change("onset", now)
+        return Transition("onset", now)
 
     def _keep_block_before(self, onset: int) -> None:
         """What of the block came before ``onset`` stays to be learned from."""
         kept = [(s, x) for s, x in zip(self.block_steps, self.block, strict=True) if s < onset]
         self.block, self.block_steps = [x for _, x in kept], [s for s, _ in kept]
 
-    def _begin_at_mean(self, step: int, values: list[float], steps: list[int]) -> Change:
+    def _begin_at_mean(self, step: int, values: list[float], steps: list[int]) -> Transition:
         self.open = at_mean(self.baseline, step, values, steps)
         if self._is_smoothed(self.open):
             self.open.kind, self.open.smoothed = "hard-batch", True
         self._keep_block_before(self.open.onset)
-        return Change("onset", self.open)
+        return Transition("onset", self.open)
 
-    def _watch_creep(self, step: int) -> list[Change]:
+    def _watch_creep(self, step: int) -> list[Transition]:
         base = self.baseline
         crept = base.creep()
         if crept < END_SHARE:
@@ -227,11 +227,11 @@ class Excursions:
             return []
         self.open = at_creep(base, step, self.creep_onset)
         self.creep_onset = None
-        return [Change("onset", self.open)]
+        return [Transition("onset", self.open)]
 
     # ------------------------------------------------------------------------------------------------- out
 
-    def _follow(self, now: Open, step: int, value: float, gap: bool) -> list[Change]:
+    def _follow(self, now: Open, step: int, value: float, gap: bool) -> list[Transition]:
         base = self.baseline
         residual = value - now.level
         now.age += 1
@@ -265,7 +265,7 @@ class Excursions:
             if is_noise(now, self.baseline):
                 return [self._close("hard-batch", back=True)]
             now.kind, now.told = "spike", step
-            return [Change("change", now)]
+            return [Transition("change", now)]
         if now.age >= FIRST_CHECK and now.age & (now.age - 1) == 0:
             return self._check(now)
         return []
@@ -278,7 +278,7 @@ class Excursions:
             and self.smoothing.explains(now.residuals, self.baseline)
         )
 
-    def _check(self, now: Open) -> list[Change]:
+    def _check(self, now: Open) -> list[Transition]:
         """At ages 64, 128, 256, ...: is it coming back?"""
         latest = median(now.residuals[-FIRST_CHECK // 2 :])
         before, now.at_check = now.at_check, latest
@@ -300,10 +300,10 @@ class Excursions:
             return [change]
         if stays and now.kind != "divergence":
             now.kind, now.told = "divergence", self.last_step or 0
-            return [Change("change", now)]
+            return [Transition("change", now)]
         return []
 
-    def _close(self, kind: str, *, back: bool = False) -> Change:
+    def _close(self, kind: str, *, back: bool = False) -> Transition:
         assert self.open is not None
         closed, self.open = self.open, None
         if kind == "divergence" and closed.kind != kind:
@@ -333,7 +333,7 @@ class Excursions:
         if closed.crept_until is not None:
             self._forget_block(learning=True)
         self.inside = closed.inside
-        return Change("end", closed)
+        return Transition("end", closed)
 
     # -------------------------------------------------------------------------------------------------
     # history

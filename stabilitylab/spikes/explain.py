@@ -9,7 +9,7 @@ from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes.episodes import Episode
 from stabilitylab.spikes.forensics import diagnose, explicable
-from stabilitylab.spikes.outcomes import OUTCOME, outcomes
+from stabilitylab.spikes.treatment_outcomes import OUTCOME, outcomes
 from stabilitylab.telemetry import DEPARTURES, Event
 
 # A run that breaks a hundred times is not understood by reading a hundred diagnoses: the gravest are explained.

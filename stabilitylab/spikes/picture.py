@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stabilitylab.spikes.scan import Scan
+from stabilitylab.spikes.log_scan import Scan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,7 @@ import numpy as np
 from stabilitylab.spikes import baseline
 from stabilitylab.spikes.baseline import MAD
 from stabilitylab.spikes.bumps import (
-    Span,
+    BumpSpan,
     Vector,
     centred_median,
     correlation,
@@ -35,7 +35,7 @@ RISE_SIGMAS = 8.0
 BLOCKS = 48
 
 
-def step_up(values_N: Vector) -> Span | None:
+def step_up(values_N: Vector) -> BumpSpan | None:
     n = len(values_N)
     w = int(np.clip(n // 6, 5, 16))
     if n < 4 * w:
@@ -69,7 +69,7 @@ def step_up(values_N: Vector) -> Span | None:
     return first, n - 1, "divergence"
 
 
-def slow_rise(values_N: Vector) -> Span | None:
+def slow_rise(values_N: Vector) -> BumpSpan | None:
     n = len(values_N)
     width = max(4, n // BLOCKS)
     count = n // width

@@ -82,7 +82,7 @@ class Open:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Transition:
     """What an update did: ``phase`` "onset", "change" or "end" of an excursion, as it stands then."""
 
     phase: str

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabilitylab.statistics.transfer import REGIONS, Place
+from stabilitylab.statistics.transfer import REGIONS, PacketSlice
 
 MAXIMA = frozenset({"maxima", "bits"})
 
@@ -135,14 +135,14 @@ class Buffer:
         """The bytes of each device, in the order in which they make up a packet."""
         return [arena.storage for arena in self._arenas.values()]
 
-    def place(self, slots: Slots) -> Place:
+    def place(self, slots: Slots) -> PacketSlice:
         """Where the slots will lie in the packet."""
         before = 0
         for device, arena in self._arenas.items():
             if device == slots.device:
                 start, _ = arena.layout[slots.region]
                 offset = slots.offset * REGIONS[slots.region].itemsize
-                return Place(slots.region, before + start + offset, slots.length)
+                return PacketSlice(slots.region, before + start + offset, slots.length)
             before += arena.storage.numel()
         raise KeyError(slots.device)
 

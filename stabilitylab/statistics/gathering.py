@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from stabilitylab.statistics.buffer import MAXIMA
 from stabilitylab.statistics.summary import FIELDS, SUMS
-from stabilitylab.statistics.transfer import Place, Seen
+from stabilitylab.statistics.transfer import PacketSlice, Seen
 
 Numbers = tuple[NDArray[Any] | None, ...]
 Packet = NDArray[np.uint8]
@@ -42,7 +42,9 @@ class Gathered:
         self._seen = seen
         first, packet = seen[0]
         self.extra = first.extra
-        self.scale = float(first.scale.read(packet)[0]) if isinstance(first.scale, Place) else first.scale
+        self.scale = (
+            float(first.scale.read(packet)[0]) if isinstance(first.scale, PacketSlice) else first.scale
+        )
 
     @cached_property
     def _joined(self) -> dict[str, tuple[int, Numbers]]:
@@ -75,7 +77,7 @@ def _join(seen: Sequence[tuple[Seen, Packet]]) -> dict[str, tuple[int, Numbers]]
     """Site by site in the order in which they came: first ranks with the same shard, then the shards. And how
     many lie side by side."""
     parts: dict[str, dict[int, Numbers]] = {}
-    of: dict[str, tuple[tuple[Place | None, ...], bool]] = {}
+    of: dict[str, tuple[tuple[PacketSlice | None, ...], bool]] = {}
     for one, packet in seen:
         for site, places, split in zip(one.sites, one.places, one.split, strict=True):
             of.setdefault(site, (places, split))
@@ -93,7 +95,7 @@ def _join(seen: Sequence[tuple[Seen, Packet]]) -> dict[str, tuple[int, Numbers]]
     return joined
 
 
-def _over(how: Any, places: tuple[Place | None, ...], a: Numbers, b: Numbers) -> Numbers:
+def _over(how: Any, places: tuple[PacketSlice | None, ...], a: Numbers, b: Numbers) -> Numbers:
     return tuple(
         None if place is None or x is None or y is None else how(place.region, x, y)
         for place, x, y in zip(places, a, b, strict=True)

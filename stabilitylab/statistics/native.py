@@ -34,7 +34,7 @@ _SLOWER = "torch operations measure on this processor, and measured steps take l
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class Job(ctypes.Structure):
+class TensorJob(ctypes.Structure):
     """One tensor for the kernel; the fields are explained in kernel.c."""
 
     _fields_ = (
@@ -52,7 +52,7 @@ class Job(ctypes.Structure):
     )
 
 
-class Update(ctypes.Structure):
+class UpdateJob(ctypes.Structure):
     """One parameter's update for the kernel; the fields are explained in kernel.c."""
 
     _fields_ = (
@@ -70,7 +70,7 @@ class Update(ctypes.Structure):
     )
 
 
-class Attention(ctypes.Structure):
+class AttentionJob(ctypes.Structure):
     """One attention call for the kernel; the fields are explained in kernel.c."""
 
     _fields_ = (

@@ -35,7 +35,7 @@ ROUNDING = 1e-5  # of a length in float32, and of a score
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class ScoreRanges:
     """What one attention call says of its scores, each [H].
 
     ``largest`` bounds the maximum from above and ``sampled`` from below (equal where exact); ``smallest`` is
@@ -69,12 +69,12 @@ def sample_rows(rows: int, device: torch.device) -> Tensor:
     return (torch.arange(1, count + 1, device=device) * rows) // count - 1
 
 
-def materialised(scores_BHTS: Tensor) -> Scores:
+def materialised(scores_BHTS: Tensor) -> ScoreRanges:
     """Exact range of scores that are there in full."""
     largest_H, smallest_H = _range(scores_BHTS)
     rows = sample_rows(scores_BHTS.shape[2], scores_BHTS.device)
     entropy_H = entropy(scores_BHTS[0][:, rows]).mean(-1)
-    return Scores(largest_H, largest_H, smallest_H, entropy_H)
+    return ScoreRanges(largest_H, largest_H, smallest_H, entropy_H)
 
 
 def _range(scores_BHTS: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def fused(
     mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
-) -> Scores:
+) -> ScoreRanges:
     """Range of scores from the log-sum-exp of a fused kernel and a few rows recomputed.
 
     Args:
@@ -134,7 +134,7 @@ def fused(
 
 def _fused_in_kernel(
     lse_BHT: Tensor, q_BHTD: Tensor, k_BKSD: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> Scores | None:
+) -> ScoreRanges | None:
     """What the compiled kernel finds; None if these tensors are not for it."""
     library, dtype = native.kernel(), native.DTYPES.get(q_BHTD.dtype)
     if (
@@ -149,7 +149,7 @@ def _fused_in_kernel(
         return None
     B, H, T, D = q_BHTD.shape
     out = torch.empty(4, H, dtype=torch.float64)
-    job = native.Attention(
+    job = native.AttentionJob(
         query=q_BHTD.data_ptr(),
         key=k_BKSD.data_ptr(),
         batch=B,
@@ -177,12 +177,12 @@ def _fused_in_kernel(
         job.mask_is_bool = mask.dtype == torch.bool
     if library.stabilitylab_attention(ctypes.addressof(job)):
         return None
-    return Scores(out[0], out[1], out[2].neg(), out[3])
+    return ScoreRanges(out[0], out[1], out[2].neg(), out[3])
 
 
 def _fused_in_torch(
     lse_BHT: Tensor, q_BHTD: Tensor, k_BKSD: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> Scores:
+) -> ScoreRanges:
     """The same in torch operations, without host synchronisation."""
     B, H, T, _ = q_BHTD.shape
     S, device = k_BKSD.shape[2], q_BHTD.device
@@ -220,7 +220,7 @@ def _fused_in_torch(
     bound_H = torch.maximum(exact_H, top.values[:, -1]) if B * T > 1 else exact_H
     seen_HRS = torch.cat([rows_HRS, top_row_HS[:, None]], dim=1)
     smallest_H = _smallest(seen_HRS, seen_HRS > cutoff).amin((-1, -2))
-    return Scores(torch.maximum(bound_H, sampled_H), sampled_H, smallest_H, entropy(rows_HRS).mean(-1))
+    return ScoreRanges(torch.maximum(bound_H, sampled_H), sampled_H, smallest_H, entropy(rows_HRS).mean(-1))
 
 
 def _scores(q_HRD: Tensor, k_HSD: Tensor, scale: float) -> Tensor:

@@ -111,7 +111,7 @@ class Summary:
         self._buffer = buffer
         self._full = full
         self._generation = -1
-        self.job = native.Job(tail_from=math.nan)
+        self.job = native.TensorJob(tail_from=math.nan)
         # The job's address for the kernel, which takes a list of them; and the address of a list of this one.
         self.address = ctypes.addressof(self.job)
         self._pointer = ctypes.c_void_p(self.address)

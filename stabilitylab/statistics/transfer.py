@@ -40,7 +40,7 @@ _NUMPY: dict[torch.dtype, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class PacketSlice:
     """Where some numbers of one region lie in a packet: first byte, and how many numbers."""
 
     region: str
@@ -68,10 +68,10 @@ class Seen:
     """
 
     sites: tuple[str, ...]
-    places: tuple[tuple[Place | None, ...], ...]
+    places: tuple[tuple[PacketSlice | None, ...], ...]
     split: tuple[bool, ...]
     shard: int = 0
-    scale: float | Place = 1.0
+    scale: float | PacketSlice = 1.0
     extra: Any = None
 
     def index(self, position: int) -> tuple[NDArray[np.intp], Any]:

@@ -40,7 +40,7 @@ ONE_IN = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moments:
+class AdamMoments:
     """Adam's state for one parameter: moments m and v, 1 - beta2^t, epsilon."""
 
     first: Tensor
@@ -70,7 +70,7 @@ class Update:
         while math.gcd(self.stride, n) > 1:
             self.stride -= 1
         self.sampled = (n + self.stride - 1) // self.stride
-        self.job = native.Update(
+        self.job = native.UpdateJob(
             n=n,
             stride=self.stride,
             sampled=self.sampled,
@@ -122,7 +122,7 @@ class Update:
         """The sampled weights as they are now."""
         return self.weight.detach().reshape(-1)[:: self.stride]
 
-    def prepare(self, gradient: Tensor | None, moments: Moments | None, out: int) -> bool:
+    def prepare(self, gradient: Tensor | None, moments: AdamMoments | None, out: int) -> bool:
         """Set up the kernel's job for after the step; False if one of the tensors is not one for the
         kernel."""
         job = self.job
@@ -142,7 +142,7 @@ class Update:
         job.out = out
         return self.native
 
-    def after(self, gradient: Tensor | None, moments: Moments | None) -> Tensor:
+    def after(self, gradient: Tensor | None, moments: AdamMoments | None) -> Tensor:
         """The kernel's numbers in torch operations, [FIELDS] float64, without host synchronisation."""
         norms = [_length(self.sample() - self.before), _length(self.before)]
         unknown = torch.full_like(norms[0], math.nan)
@@ -179,7 +179,7 @@ def _length(x: Tensor) -> Tensor:
     return length
 
 
-Stepped = tuple[Update, Tensor | None, Moments | None]
+Stepped = tuple[Update, Tensor | None, AdamMoments | None]
 
 
 def after_all(stepped: Sequence[Stepped]) -> list[Tensor]:
@@ -199,7 +199,7 @@ def after_all(stepped: Sequence[Stepped]) -> list[Tensor]:
     ]
 
 
-def _kind(update: Update, gradient: Tensor | None, moments: Moments | None) -> Any:
+def _kind(update: Update, gradient: Tensor | None, moments: AdamMoments | None) -> Any:
     """Equal for those that can be taken together; None: by itself."""
     given = [update.weight, *([] if moments is None else [moments.first, moments.second])]
     if moments is None or gradient is None or not is_small(update.weight):

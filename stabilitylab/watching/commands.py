@@ -18,8 +18,8 @@ import tyro
 
 from stabilitylab.errors import InputError
 from stabilitylab.watching.alerts import Alert
-from stabilitylab.watching.hooks import Command, Hook, Webhook
 from stabilitylab.watching.kept_state import KeptState, default_folder
+from stabilitylab.watching.notifiers import Command, Notifier, Webhook
 from stabilitylab.watching.opening import Options
 from stabilitylab.watching.piped import piped
 from stabilitylab.watching.rules import rules_named
@@ -117,7 +117,7 @@ def _watch(
 ) -> int:
     screen = _Screen(live=not plain and not once and sys.stdout.isatty())
     memory = KeptState(memory_in)
-    hooks: list[Hook] = []
+    hooks: list[Notifier] = []
     try:
         if exec is not None:
             hooks.append(Command(exec, screen.note))

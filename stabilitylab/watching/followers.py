@@ -21,9 +21,9 @@ from typing import Any, Protocol
 from stabilitylab.errors import InputError
 from stabilitylab.logs.binary import NoLogError
 from stabilitylab.logs.columns import STEP
-from stabilitylab.logs.reading import Pieces, Reading, Row
+from stabilitylab.logs.reading import LinePieces, Reading, Row
 from stabilitylab.logs.recognise import open_logs, reading_of
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 from stabilitylab.telemetry import Event
 from stabilitylab.watching.tail import Tail
 
@@ -33,7 +33,7 @@ _PROBATION = 20
 
 
 @dataclass(slots=True)
-class Batch:
+class NewRows:
     """What one look brought.
 
     Attributes:
@@ -62,7 +62,7 @@ class Follower(Protocol):
     @property
     def state(self) -> dict[str, Any]: ...
 
-    def poll(self, *, last: bool = False) -> Iterator[Batch]:
+    def poll(self, *, last: bool = False) -> Iterator[NewRows]:
         """What is new since the last call. ``last``: nothing more will be asked for."""
 
     def changed(self) -> float | None:
@@ -88,7 +88,7 @@ class TextFollower:
         self.path, self._pattern = path, pattern
         self._tail = Tail(path, state["tail"] if state else None)
         self._rows = state["rows"] if state else 0
-        self._pieces: Pieces | None = None
+        self._pieces: LinePieces | None = None
         self._saved = state
         self.reading = reading
         if state and reading.format != state["format"]:
@@ -112,19 +112,19 @@ class TextFollower:
     def close(self) -> None:
         self._tail.close()
 
-    def poll(self, *, last: bool = False) -> Iterator[Batch]:
-        batch = Batch()
+    def poll(self, *, last: bool = False) -> Iterator[NewRows]:
+        batch = NewRows()
         for piece in self._tail.read(unfinished=last):
             if isinstance(piece, str):
                 batch.rows += self._end()
                 if batch.rows:
                     yield batch
-                batch = Batch(turn=piece)
+                batch = NewRows(turn=piece)
                 self._look_again()
                 continue
             doubtful = self._rows < (_PROBATION if self.reading.format == "text" else 1)
             if doubtful and self._is_another():
-                yield Batch(anew=True)
+                yield NewRows(anew=True)
                 yield from self.poll(last=last)
                 return
             assert self._pieces is not None
@@ -133,16 +133,16 @@ class TextFollower:
                 self._rows += len(some)
                 batch.rows += some
                 yield batch
-                batch = Batch()
+                batch = NewRows()
         if last:
             batch.rows += self._end()
         if batch.rows or batch.turn:
             yield batch
 
-    def flush(self) -> Iterator[Batch]:
+    def flush(self) -> Iterator[NewRows]:
         """The log has been still for a while: what was held back for lines that have not come."""
         if rows := self._end():
-            yield Batch(rows)
+            yield NewRows(rows)
 
     def _end(self) -> list[Row]:
         assert self._pieces is not None
@@ -207,7 +207,7 @@ class DocumentFollower:
     def close(self) -> None:
         """Nothing is held open."""
 
-    def poll(self, *, last: bool = False) -> Iterator[Batch]:
+    def poll(self, *, last: bool = False) -> Iterator[NewRows]:
         try:
             found = self.path.stat()
         except OSError:
@@ -225,7 +225,7 @@ class DocumentFollower:
                 raise InputError(str(error)) from None
             return
         self._stamp, self._failed_since = stamp, None
-        batch, count, begun = Batch(), Counter[str](), set[str]()
+        batch, count, begun = NewRows(), Counter[str](), set[str]()
         for part, values in rows:
             if part not in begun:
                 begun.add(part)
@@ -282,7 +282,7 @@ def growing_text(path: Path, pattern: str | None) -> Reading | None:
         InputError: it cannot be understood.
     """
     with path.open("rb") as file:
-        if file.read(2) in (b"\xff\xfe", b"\xfe\xff") or Source(path).compression is not None:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff") or LogFile(path).compression is not None:
             return None
     found = reading_of(path, pattern)
     return found if found is not None and found.pieces is not None else None

@@ -21,9 +21,9 @@ import numpy as np
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import STEP
-from stabilitylab.logs.parts import STEP_ABOVE, Part, columns_of
 from stabilitylab.logs.reading import Reading
 from stabilitylab.logs.rows import Steps
+from stabilitylab.logs.segment_columns import STEP_ABOVE, SegmentColumns, columns_of
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.offline import feed
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, Event
@@ -51,7 +51,7 @@ class Judge:
 
     def __init__(self, name: str, path: Path, *, loss: str | None, step: str | None) -> None:
         self.name, self._path, self._loss, self._step = name, path, loss, step
-        self._part = Part()
+        self._part = SegmentColumns()
         self._known: set[str] = set()
         self.columns: dict[str, str] = {}
         self._steps = Steps(None)
@@ -241,7 +241,7 @@ class Judge:
         """Go on where ``state_dict`` was taken."""
         saved = dict(state["part"])
         counters: dict[str, Any] = {name: Counter(saved[name]) for name in ("counts", "nulls", "backward")}
-        self._part = Part(**{**saved, **counters, "fractions": set(saved["fractions"])})
+        self._part = SegmentColumns(**{**saved, **counters, "fractions": set(saved["fractions"])})
         self._known = {*self._part.counts, *self._part.nulls}
         self.columns = dict(state["columns"])
         self._steps = Steps(**state["steps"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.locate import Found
+from stabilitylab.logs.locate import LocatedLog
 from stabilitylab.watching.followers import DocumentFollower, Follower, TextFollower, growing_text
 from stabilitylab.watching.stores import (
     MlflowFilesFollower,
@@ -39,16 +39,20 @@ class Options:
 
 
 @dataclass(slots=True)
-class Source:
+class Followed:
     """What is being followed."""
 
-    found: Found
+    found: LocatedLog
     follower: Follower
     prefix: str = ""
 
 
 def follower_of(
-    found: Found, path: Path, options: Options, state: dict[str, Any] | None = None, kind: str | None = None
+    found: LocatedLog,
+    path: Path,
+    options: Options,
+    state: dict[str, Any] | None = None,
+    kind: str | None = None,
 ) -> Follower | None:
     """A follower of what was found at ``path``; None: there is nothing in it yet.
 

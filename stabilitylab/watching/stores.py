@@ -22,13 +22,13 @@ from typing import Any
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import STEP, is_evaluation
 from stabilitylab.logs.json_lines import numbers
-from stabilitylab.logs.pattern import Values, number
+from stabilitylab.logs.pattern import LineValues, number
 from stabilitylab.logs.reading import Reading, Row
 from stabilitylab.logs.records import RUN_SIGNALS
 from stabilitylab.logs.tensorboard import event_files, scalars, suffix_of
 from stabilitylab.logs.trackers import connected, history, infinite, mlflow_name, mlflow_runs, unwrapped
 from stabilitylab.telemetry import LOSS, Event, Key
-from stabilitylab.watching.followers import Batch
+from stabilitylab.watching.followers import NewRows
 from stabilitylab.watching.tail import Tail
 
 _BLOCK, _HEADER = 32768, 7
@@ -36,7 +36,7 @@ _BLOCK, _HEADER = 32768, 7
 
 def by_step(rows: list[Row]) -> list[Row]:
     """Values that a store holds one by one, as rows: of one part by their steps; a value logged twice gives two rows."""
-    joined: dict[tuple[str, float, int], Values] = {}
+    joined: dict[tuple[str, float, int], LineValues] = {}
     seen: dict[tuple[str, str, float], int] = {}
     for part, values in rows:
         step = values[STEP] or 0.0
@@ -82,7 +82,7 @@ class TensorBoardFollower(_Store):
     def files(self) -> list[Path]:
         return event_files(self.path)
 
-    def poll(self, *, last: bool = False) -> Iterator[Batch]:
+    def poll(self, *, last: bool = False) -> Iterator[NewRows]:
         found: dict[str, list[list[Row]]] = {}
         for file in self.files():
             offset = self.state["files"].get(str(file), 0)
@@ -102,7 +102,7 @@ class TensorBoardFollower(_Store):
                 found.setdefault(part, []).append(rows)
         together = [row for files in found.values() for row in _joined(files)]
         if together:
-            yield Batch(together)
+            yield NewRows(together)
 
     def _part(self, file: Path) -> str | None:
         inside = file.parent.relative_to(self.path).as_posix() if self.path.is_dir() else "."
@@ -119,12 +119,12 @@ def _joined(files: list[list[Row]]) -> list[Row]:
     return rows
 
 
-def _records(content: bytes) -> tuple[int, list[tuple[int, Values]]]:
+def _records(content: bytes) -> tuple[int, list[tuple[int, LineValues]]]:
     """How many bytes whole records take, and their scalars, those of one step together."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event as Record
 
-    at, found = 0, list[tuple[int, Values]]()
+    at, found = 0, list[tuple[int, LineValues]]()
     while at + 12 <= len(content):
         length = int.from_bytes(content[at : at + 8], "little")
         end = at + 12 + length + 4
@@ -160,8 +160,8 @@ class WandbFollower(_Store):
     def files(self) -> list[Path]:
         return self._files
 
-    def poll(self, *, last: bool = False) -> Iterator[Batch]:
-        batch = Batch()
+    def poll(self, *, last: bool = False) -> Iterator[NewRows]:
+        batch = NewRows()
         for file in self._files:
             begin = self.state["files"].get(str(file), _HEADER)
             try:
@@ -216,7 +216,7 @@ class SqliteFollower(_Store):
     def files(self) -> list[Path]:
         return [self.path, self.path.with_name(self.path.name + "-wal")]
 
-    def poll(self, *, last: bool = False) -> Iterator[Batch]:
+    def poll(self, *, last: bool = False) -> Iterator[NewRows]:
         turn = ""
         try:
             with closing(connected(self.path)) as database:
@@ -228,7 +228,7 @@ class SqliteFollower(_Store):
             return
         self.state["row"] = row
         if rows or turn:
-            yield Batch(rows, turn=turn)
+            yield NewRows(rows, turn=turn)
 
     def _mlflow(self, database: sqlite3.Connection) -> tuple[list[Row], int]:
         names = {}
@@ -279,7 +279,7 @@ class MlflowFilesFollower(_Store):
             f for run in mlflow_runs(self.path) for f in sorted((run / "metrics").rglob("*")) if f.is_file()
         ]
 
-    def poll(self, *, last: bool = False) -> Iterator[Batch]:
+    def poll(self, *, last: bool = False) -> Iterator[NewRows]:
         rows: list[Row] = []
         for run in mlflow_runs(self.path):
             folder, part = run / "metrics", mlflow_name(run)
@@ -292,7 +292,7 @@ class MlflowFilesFollower(_Store):
                 tail.close()  # there may be hundreds
                 self.state["tails"][str(file)] = tail.state
         if rows := by_step(rows):
-            yield Batch(rows)
+            yield NewRows(rows)
 
 
 def _mlflow_lines(piece: bytes) -> Iterator[tuple[float, float]]:
@@ -318,8 +318,8 @@ class RunFollower(_Store):
     def files(self) -> list[Path]:
         return [self.path / "events.jsonl", self.path / "telemetry"]
 
-    def poll(self, *, last: bool = False) -> Iterator[Batch]:
-        batch = Batch()
+    def poll(self, *, last: bool = False) -> Iterator[NewRows]:
+        batch = NewRows()
         for piece in self._events.read():
             if isinstance(piece, bytes):
                 batch.events += _events(piece)
@@ -338,14 +338,14 @@ class RunFollower(_Store):
             rows = list(self._new_rows())
             self.state["telemetry"] = stamp
             if rows:
-                yield Batch(rows)
+                yield NewRows(rows)
 
     def _new_rows(self) -> Iterator[Row]:
         from stabilitylab.runs import load_run
 
         run = load_run(self.path)
         wanted = dict.fromkeys((self._loss, *RUN_SIGNALS))
-        joined: dict[int, Values] = {}
+        joined: dict[int, LineValues] = {}
         for metric in wanted:
             key = Key.parse(metric)
             rows = run.near(key.family, key.statistic, self.state["step"] + 1, 1 << 62)

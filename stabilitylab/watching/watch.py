@@ -10,15 +10,15 @@ from typing import Any
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.binary import NoLogError
-from stabilitylab.logs.locate import Found, locate, version_of
+from stabilitylab.logs.locate import LocatedLog, locate, version_of
 from stabilitylab.spikes.episodes import KINDS
 from stabilitylab.telemetry import DEPARTURES, LOSS, Event
 from stabilitylab.watching.alerts import Alert, of_event, of_silence, plain
-from stabilitylab.watching.followers import Batch, DocumentFollower, TextFollower
-from stabilitylab.watching.hooks import Hook
+from stabilitylab.watching.followers import DocumentFollower, NewRows, TextFollower
 from stabilitylab.watching.judge import PATIENCE, Judge
 from stabilitylab.watching.kept_state import KeptState
-from stabilitylab.watching.opening import Options, Source, follower_of
+from stabilitylab.watching.notifiers import Notifier
+from stabilitylab.watching.opening import Followed, Options, follower_of
 from stabilitylab.watching.rules import ALERTS
 from stabilitylab.watching.stores import is_abandoned
 
@@ -55,7 +55,7 @@ class Watch:
     options: Options
     memory: KeptState
     say: Callable[[Alert], object]
-    hooks: tuple[Hook, ...] = ()
+    hooks: tuple[Notifier, ...] = ()
     posts: bool = False
     judges: dict[str, Judge] = field(default_factory=dict)
     values: int = 0
@@ -63,7 +63,7 @@ class Watch:
     problem: str | None = None
     is_over: bool = False
     told: list[Alert] = field(default_factory=list)
-    _source: Source | None = None
+    _source: Followed | None = None
     _open: dict[str, str] = field(default_factory=dict)
     _is_recorded: bool = False
     _is_silent: bool = False
@@ -181,7 +181,7 @@ class Watch:
 
     # ------------------------------------------------------------------------------------------ what is followed
 
-    def _follow(self, *, last: bool) -> Source | None:
+    def _follow(self, *, last: bool) -> Followed | None:
         now = time.monotonic()
         if self._source is not None and now - self._located_at < LOCATE_SECONDS:
             return self._source
@@ -243,7 +243,7 @@ class Watch:
             )
         )
 
-    def _opened(self, found: Found) -> Source | None:
+    def _opened(self, found: LocatedLog) -> Followed | None:
         saved = self._saved["source"] if self._saved else None
         state, prefix = None, version_of(found.files[-1]) if found.kind == "versions" else ""
         if saved is not None and saved["kind"] == found.kind:
@@ -252,9 +252,9 @@ class Watch:
                 state, prefix = None, version_of(found.files[-1])
         follower = follower_of(found, self.path, self.options, state, saved["follower"] if saved else None)
         self._saved = None if follower is not None else self._saved
-        return None if follower is None else Source(found, follower, prefix)
+        return None if follower is None else Followed(found, follower, prefix)
 
-    def _change(self, source: Source, found: Found) -> None:
+    def _change(self, source: Followed, found: LocatedLog) -> None:
         """The folder holds another latest file: the next checkpoint, a new version, one run more."""
         if found.kind == "W&B" == source.found.kind:
             source.found, source.follower._files = found, list(found.files)  # type: ignore[attr-defined]
@@ -265,7 +265,7 @@ class Watch:
             if follower is not None:
                 source.follower.close()
                 prefix = version_of(found.files[-1]) if found.kind == "versions" else found.files[-1].name
-                self._source = Source(found, follower, prefix)
+                self._source = Followed(found, follower, prefix)
 
     # ------------------------------------------------------------------------------------------------ what it says
 
@@ -274,7 +274,7 @@ class Watch:
             self.judges[name] = Judge(name, self.path, loss=self.options.loss, step=self.options.step)
         return self.judges[name]
 
-    def _take(self, source: Source, batch: Batch) -> None:
+    def _take(self, source: Followed, batch: NewRows) -> None:
         if batch.anew:
             self.judges.clear()
             self._open.clear()
@@ -311,7 +311,7 @@ class Watch:
             if not self._is_recorded:
                 self._hear(found, name, judge.columns)
 
-    def _settle(self, source: Source, *, last: bool) -> None:
+    def _settle(self, source: Followed, *, last: bool) -> None:
         """Rows have come, and no loss among them: wait, or say what would be said of a finished log."""
         if any(judge.columns for judge in self.judges.values()) or not self.judges:
             self.problem = None if self.judges else self.problem
@@ -379,7 +379,7 @@ class Watch:
         said = f"the {event.kind} of {name} since step {onset} is over, at step {end}"
         self._notice("over", f"{segment}/{piece}/over/{signal}/{onset}", said, segment, event.step)
 
-    def _listen(self, source: Source | None, *, news: bool) -> None:
+    def _listen(self, source: Followed | None, *, news: bool) -> None:
         """Silence is a finding."""
         now = time.time()
         if news:

@@ -18,7 +18,7 @@ from experiments.suites.restart_ladder import RAMP, ROWS, SHIFT, mixture
 from experiments.suites.spike_harm import STUDY, heldout_after, recovered_spike
 from experiments.trial import heldout_loss, trial
 from glm.data.mixture import WINDOW, Mixture
-from glm.train.forks import Change
+from glm.train.replay_forks import Change
 from glm.train.state_ring import StateRing
 from tests.glm.conftest import data_folder, text_files  # noqa: F401 - fixtures
 

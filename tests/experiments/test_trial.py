@@ -15,7 +15,7 @@ from experiments.suites.lead_rank import rank_before
 from experiments.trial import GRID, collapse_onset, configured, frontier, group_of, trial
 from experiments.verdicts import Claim
 from glm.cli import main as glm
-from glm.train.forks import Change
+from glm.train.replay_forks import Change
 from glm.train.state_ring import StateRing
 from stabilitylab.runs import load_run
 from tests.glm.conftest import data_folder, text_files  # noqa: F401 - fixtures

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 from glm.train.update_rules.adam import ADAM_ATAN2, ADAMW, ADEMAMIX, LION
 from glm.train.update_rules.config import Kind, OptimizerConfig
-from glm.train.update_rules.groups import kind_of, role_of
 from glm.train.update_rules.muon import MUON
-from glm.train.update_rules.rule import Rule, State, Tensors
+from glm.train.update_rules.parameter_groups import kind_of, role_of
+from glm.train.update_rules.rule import State, Tensors, UpdateRule
 from glm.train.update_rules.soap import SOAP
 
-RULES: Mapping[Kind, Rule] = {
+RULES: Mapping[Kind, UpdateRule] = {
     "adamw": ADAMW,
     "adam-atan2": ADAM_ATAN2,
     "ademamix": ADEMAMIX,
@@ -24,4 +24,4 @@ def state_names(config: OptimizerConfig, name: str, dimensions: int) -> tuple[st
     return RULES[kind_of(config, role_of(name, dimensions))].names
 
 
-__all__ = ["RULES", "Kind", "OptimizerConfig", "Rule", "State", "Tensors", "state_names"]
+__all__ = ["RULES", "Kind", "OptimizerConfig", "State", "Tensors", "UpdateRule", "state_names"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from glm.train.update_rules.config import OptimizerConfig
-from glm.train.update_rules.rule import Rule, Tensors
+from glm.train.update_rules.rule import Tensors, UpdateRule
 
 # 4 / pi: the slope of 1.27 atan2(x, 1) at 0 is near Adam's, and its bound near 2.
 ATAN2_FACTOR = 1.27
@@ -84,7 +84,7 @@ def lion(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ADAMW = Rule(names=MOMENTS, directions=adamw)
-ADAM_ATAN2 = Rule(names=MOMENTS, directions=adam_atan2)
-ADEMAMIX = Rule(names=(*MOMENTS, "exp_avg_slow"), directions=ademamix)
-LION = Rule(names=("exp_avg",), directions=lion)
+ADAMW = UpdateRule(names=MOMENTS, directions=adamw)
+ADAM_ATAN2 = UpdateRule(names=MOMENTS, directions=adam_atan2)
+ADEMAMIX = UpdateRule(names=(*MOMENTS, "exp_avg_slow"), directions=ademamix)
+LION = UpdateRule(names=("exp_avg",), directions=lion)

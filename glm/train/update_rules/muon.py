@@ -28,7 +28,7 @@ from glm.model.experts import Experts
 from glm.model.feed_forward import FeedForward
 from glm.precision import multiplies_natively
 from glm.train.update_rules.config import MuonConfig, OptimizerConfig
-from glm.train.update_rules.rule import Rule, Tensors
+from glm.train.update_rules.rule import Tensors, UpdateRule
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
@@ -121,4 +121,4 @@ def matrix_rows(model: nn.Module, *, per_head: bool) -> dict[str, tuple[int, ...
     return found
 
 
-MUON = Rule(names=("momentum",), directions=muon, of_matrices=True)
+MUON = UpdateRule(names=("momentum",), directions=muon, of_matrices=True)

@@ -39,7 +39,7 @@ class Tensors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class UpdateRule:
     """An update rule.
 
     Attributes:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glm.train.update_rules.config import OptimizerConfig
-from glm.train.update_rules.rule import Rule, State, Tensors
+from glm.train.update_rules.rule import State, Tensors, UpdateRule
 
 REFRESH = 10
 
@@ -79,7 +79,7 @@ def _refresh(state: State) -> None:
         basis.copy_(torch.linalg.qr(sorted_columns)[0])
 
 
-SOAP = Rule(
+SOAP = UpdateRule(
     names=("exp_avg", "exp_avg_sq", "left", "right", "left_basis", "right_basis"),
     directions=soap,
     of_matrices=True,

@@ -6,7 +6,7 @@ missing, depending on processor, device and version of torch. Which kernel and f
 not on a stopwatch, so that the same machine gives the same numbers every time.
 """
 
-from stabilitylab.quantization.kernels.choice import (
+from stabilitylab.quantization.kernels.dispatch import (
     IntegerKernel,
     WeightKernel,
     integer_kernel,

@@ -28,7 +28,7 @@ from glm.model.spectral import SpectralLinear
 from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import vocabulary_loss
 from glm.parallel.topology import checked
-from glm.precision import Policy
+from glm.precision import PrecisionPolicy
 from glm.train.engine import rate_factors_of
 from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.qk_clip import clip_queries_and_keys
@@ -333,7 +333,9 @@ def activations(kind, width, layers=2):
         scaling=scaling,
     )
     model = Transformer(config, seed=3)
-    optimizer = MixedPrecisionAdamW(model, OptimizerConfig(), Policy(), factors=rate_factors_of(model))
+    optimizer = MixedPrecisionAdamW(
+        model, OptimizerConfig(), PrecisionPolicy(), factors=rate_factors_of(model)
+    )
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 31, (4, 16), generator=generator)
     place, zeros = torch.arange(16).expand(4, 16), torch.zeros(4, 16, dtype=torch.int64)

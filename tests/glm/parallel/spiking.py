@@ -15,7 +15,7 @@ from glm.train.engine import Engine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
 from glm.train.monitoring import MonitorCallback
-from glm.train.schedule import ScheduleConfig
+from glm.train.rate_schedule import ScheduleConfig
 from stabilitylab.spikes import ResponderConfig
 
 POLICIES = ("lower-rate", "skip-batch", "roll-back", "escalate")

@@ -19,12 +19,12 @@ from glm.model.positions import rotation, score_bias, visible
 from glm.model.transformer import Transformer
 from glm.planning.communication import group_rate, ring_share
 from glm.planning.hardware import GIB, TRANSFER, parse_cluster
-from glm.planning.inference import weight_bytes
 from glm.planning.layout import Layout, bubble, stage_layers
 from glm.planning.memory import BYTES, layer_activations, training_memory
 from glm.planning.reliability import daly_interval, goodput, young_interval
-from glm.planning.search import divisors, layouts, search
+from glm.planning.serving import weight_bytes
 from glm.planning.shape import shape_of
+from glm.planning.topology_search import divisors, layouts, search
 from glm.precision.half_units import upcasts
 from glm.precision.kernel import has_kernel, kernel
 from glm.presets import PRESETS

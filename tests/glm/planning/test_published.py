@@ -10,12 +10,12 @@ from experiments.benchmarks.published_runs import MEGATRON, gpt, published
 from glm.errors import InputError
 from glm.planning.communication import data_transfer
 from glm.planning.hardware import GIB, TRANSFER, parse_cluster
-from glm.planning.inference import serving, serving_plans, weight_bytes
 from glm.planning.layout import Layout, bubble
 from glm.planning.reliability import GPU_HOURS_PER_FAILURE, reliability
-from glm.planning.search import require_plans, search
+from glm.planning.serving import serving, serving_plans, weight_bytes
 from glm.planning.shape import shape_of
 from glm.planning.step_time import accumulation_bytes, step_time
+from glm.planning.topology_search import require_plans, search
 from glm.presets import PRESETS
 
 GLM = shape_of(PRESETS["glm-130b"].model)

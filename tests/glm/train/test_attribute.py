@@ -1,4 +1,4 @@
-"""GLM's trainer as a loop that is forked: the same bits as ``glm.train.forks``, and the command around it."""
+"""GLM's trainer as a loop that is forked: the same bits as ``glm.train.replay_forks``, and the command around it."""
 
 import dataclasses
 import itertools
@@ -19,14 +19,13 @@ from glm.model.config import ModelConfig
 from glm.train.attribute import attribute_command, seconds_of
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig
 from glm.train.fork_loop import ForkLoop
-from glm.train.forks import Change, Forks, trainer_of
 from glm.train.machine import device_of, machine, machine_of, otherwise, threads, threads_of
-from glm.train.schedule import ScheduleConfig
+from glm.train.rate_schedule import ScheduleConfig
+from glm.train.replay_forks import Change, ReplayForks, trainer_of
 from stabilitylab.attribution import LoopState, Without
-from stabilitylab.attribution.forks import Forks as LoopForks
-from stabilitylab.attribution.forks import Usual
+from stabilitylab.attribution.fork_verdicts import Yardstick
+from stabilitylab.attribution.forks import Forks, Usual
 from stabilitylab.attribution.observation import Observation
-from stabilitylab.attribution.verdicts import Yardstick
 from stabilitylab.report import run_report
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
@@ -51,14 +50,14 @@ def both(request, data_folder):
     trainer.advance(BEGIN)
     state = trainer.state().copied()
     loop = ForkLoop(config, data)
-    ours = LoopForks(loop, LoopState(BEGIN, state, LoopState.of(loop, 0).randomness))
+    ours = Forks(loop, LoopState(BEGIN, state, LoopState.of(loop, 0).randomness))
     seen = Observation(BEGIN, BEGIN + 2)
     control = ours.control(STEPS, seen)
     ours.usual = Usual.of(seen)
     ours.yardstick = Yardstick(
         begin=BEGIN, onset=BEGIN, end=BEGIN + STEPS, base=0, noise=1, height=1e3, area=1e3
     )
-    return Forks(config, data, state), ours, control
+    return ReplayForks(config, data, state), ours, control
 
 
 def test_the_watched_control_is_the_original(both):

@@ -17,11 +17,11 @@ from glm.data.loader import Loader
 from glm.model.config import AttentionConfig
 from glm.train.config import CheckpointConfig
 from glm.train.engine import LocalEngine
-from glm.train.schedule import ScheduleConfig
+from glm.train.rate_schedule import ScheduleConfig
 from stabilitylab.report import run_report
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
-from stabilitylab.spikes.scan import listed_episodes
+from stabilitylab.spikes.log_scan import listed_episodes
 from tests.glm.train.test_attribute import SMALL, lost  # noqa: F401  a fixture
 
 AT, ROW, ROWS = 81, 2, 4

@@ -11,7 +11,7 @@ from glm.distributed.config import ParallelConfig
 from glm.errors import InputError
 from glm.model.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, ModelConfig
 from glm.model.layers import Linear
-from glm.precision import Policy
+from glm.precision import PrecisionPolicy
 from glm.train.config import BatchConfig, TrainConfig
 from glm.train.emulation import PRODUCTS, RECIPES, Emulation, EmulationConfig
 from glm.train.engine import LocalEngine
@@ -153,7 +153,7 @@ def moved(kept, steps=200):
         for parameter in model.parameters():
             parameter.fill_(1.0)
     config = OptimizerConfig(kind="lion", weight_decay=0.0, clip=0.0)
-    optimizer = MixedPrecisionAdamW(model, config, Policy(precision="bf16"), kept=kept, seed=5)
+    optimizer = MixedPrecisionAdamW(model, config, PrecisionPolicy(precision="bf16"), kept=kept, seed=5)
     for _ in range(steps):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)

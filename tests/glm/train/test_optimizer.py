@@ -12,7 +12,7 @@ from torch import nn
 from glm.errors import InputError
 from glm.model.config import ModelConfig
 from glm.model.transformer import Transformer
-from glm.precision import Policy
+from glm.precision import PrecisionPolicy
 from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.update_rules import OptimizerConfig
 from glm.train.update_rules.zclip import DEVIATIONS as ZCLIP_DEVIATIONS
@@ -67,7 +67,7 @@ def test_adamw_is_torchs_in_float64(clip):
     others = [p for p in exact.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, foreach=False)
-    ours = MixedPrecisionAdamW(model, OptimizerConfig(), Policy(precision="fp32"))
+    ours = MixedPrecisionAdamW(model, OptimizerConfig(), PrecisionPolicy(precision="fp32"))
     for gradients in gradients_of(model):
         for name, parameter in exact.named_parameters():
             parameter.grad = gradients[name].double()
@@ -84,8 +84,8 @@ def test_adamw_is_torchs_in_float64(clip):
 def test_half_weights_are_the_rounded_masters():
     for precision, scale in (("fp16", 4.0), ("bf16", 1.0)):
         model = small_model()
-        optimizer = MixedPrecisionAdamW(model, OptimizerConfig(), Policy(precision=precision))
-        half = Policy(precision=precision).compute_dtype
+        optimizer = MixedPrecisionAdamW(model, OptimizerConfig(), PrecisionPolicy(precision=precision))
+        half = PrecisionPolicy(precision=precision).compute_dtype
         for gradients in gradients_of(model, steps=3):
             # Gradients that the half format holds exactly, so that masters move as in fp32.
             held = {name: g.div(1000).to(half).float() for name, g in gradients.items()}
@@ -97,7 +97,9 @@ def test_half_weights_are_the_rounded_masters():
 
 def test_matrices_decay_and_vectors_do_not():
     model = Transformer(ModelConfig(vocabulary=11, layers=2, hidden=8, heads=2, length=8))
-    optimizer = MixedPrecisionAdamW(model, OptimizerConfig(weight_decay=0.5), Policy(precision="fp32"))
+    optimizer = MixedPrecisionAdamW(
+        model, OptimizerConfig(weight_decay=0.5), PrecisionPolicy(precision="fp32")
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     give(optimizer, model, {name: torch.zeros_like(p) for name, p in before.items()}, rate=0.1)
     for name, parameter in model.named_parameters():
@@ -111,7 +113,7 @@ def test_matrices_decay_and_vectors_do_not():
 def test_stable_adamw_is_its_formula():
     model = small_model()
     config = OptimizerConfig(update_clipping=True)
-    optimizer = MixedPrecisionAdamW(model, config, Policy(precision="fp32"))
+    optimizer = MixedPrecisionAdamW(model, config, PrecisionPolicy(precision="fp32"))
     w = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     m = {name: torch.zeros_like(x) for name, x in w.items()}
     v = {name: torch.zeros_like(x) for name, x in w.items()}
@@ -138,7 +140,7 @@ def test_stable_adamw_is_its_formula():
 def test_zclip_bounds_a_norm_by_its_past():
     """Until a mean over the past is an exponential one (33 norms), it and the deviation are the plain ones."""
     model = nn.Linear(4, 1, bias=False)
-    optimizer = MixedPrecisionAdamW(model, OptimizerConfig(zclip=True), Policy(precision="fp32"))
+    optimizer = MixedPrecisionAdamW(model, OptimizerConfig(zclip=True), PrecisionPolicy(precision="fp32"))
     direction = torch.tensor([[0.5, 0.5, 0.5, 0.5]])  # of norm 1
     norms = np.random.default_rng(0).uniform(0.9, 1.1, size=30)
     seen = []
@@ -158,7 +160,7 @@ def test_zclip_bounds_a_norm_by_its_past():
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     model = small_model()
-    optimizer = MixedPrecisionAdamW(model, OptimizerConfig(zclip=True), Policy(precision="fp32"))
+    optimizer = MixedPrecisionAdamW(model, OptimizerConfig(zclip=True), PrecisionPolicy(precision="fp32"))
     first, second = gradients_of(model, steps=2)
     give(optimizer, model, first)
     before = {name: p.detach().clone() for name, p in optimizer.masters().items()}
@@ -176,7 +178,7 @@ def test_saved_state_goes_on_exactly(config):
 
     def optimizer_at(step):
         model = small_model()
-        optimizer = MixedPrecisionAdamW(model, config, Policy(precision="fp32"))
+        optimizer = MixedPrecisionAdamW(model, config, PrecisionPolicy(precision="fp32"))
         for gradients in history[:step]:
             give(optimizer, model, gradients, clip=1.0)
         return model, optimizer
@@ -197,7 +199,7 @@ def test_saved_state_goes_on_exactly(config):
 def test_groups_tell_instruments_what_torchs_would():
     model = small_model()
     config = OptimizerConfig(beta1=0.8, beta2=0.9, epsilon=1e-6)
-    optimizer = MixedPrecisionAdamW(model, config, Policy(precision="bf16"))
+    optimizer = MixedPrecisionAdamW(model, config, PrecisionPolicy(precision="bf16"))
     for gradients in gradients_of(model, steps=3):
         give(optimizer, model, gradients, rate=0.5)
     for group in optimizer.param_groups:
@@ -206,7 +208,7 @@ def test_groups_tell_instruments_what_torchs_would():
 
 def test_what_was_accumulated_is_shown_as_it_lies():
     model = small_model()
-    optimizer = MixedPrecisionAdamW(model, OptimizerConfig(), Policy(precision="bf16"))
+    optimizer = MixedPrecisionAdamW(model, OptimizerConfig(), PrecisionPolicy(precision="bf16"))
     for _ in range(2):  # two micro-batches
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1.0)
@@ -214,7 +216,7 @@ def test_what_was_accumulated_is_shown_as_it_lies():
     summary = optimizer.gradients(1.0)
     assert all(g.dtype == torch.float32 and (g == 2.0).all() for g in summary.accumulated.values())
     fp16 = small_model()
-    optimizer = MixedPrecisionAdamW(fp16, OptimizerConfig(), Policy(precision="fp16"))
+    optimizer = MixedPrecisionAdamW(fp16, OptimizerConfig(), PrecisionPolicy(precision="fp16"))
     for parameter in fp16.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
     summary = optimizer.gradients(4.0)

@@ -19,8 +19,8 @@ from glm.model.config import (
     ExpertsConfig,
     FeedForwardConfig,
     ModelConfig,
-    Norm,
     NormKind,
+    NormPlacement,
 )
 from glm.model.positions import rotation, score_bias, visible
 from glm.presets import PRESETS
@@ -28,7 +28,7 @@ from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig
 from glm.train.engine import LocalEngine
 from glm.train.events import Callback
 from glm.train.loop import Trainer
-from glm.train.schedule import ScheduleConfig
+from glm.train.rate_schedule import ScheduleConfig
 from glm.train.update_rules import Kind, OptimizerConfig
 from glm.train.update_rules.config import GuardConfig
 
@@ -132,7 +132,7 @@ def alpha_ramp(config):
 
 
 LEVERS = {
-    **{f"norm {kind}": model(norm=kind) for kind in typing.get_args(Norm)},
+    **{f"norm {kind}": model(norm=kind) for kind in typing.get_args(NormPlacement)},
     **{f"positions {kind}": attention(positions=kind) for kind in ("rope", "alibi", "learned", "none")},
     "positions rope2d": two_dimensional,
     **{f"softmax {kind}": attention(softmax=kind) for kind in ("fp32", "compute", "pb-relax", "fused")},

@@ -19,10 +19,10 @@ from glm.train import checkpoint as checkpoints
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig
 from glm.train.engine import LocalEngine
 from glm.train.events import Callback
-from glm.train.forks import episode_of
 from glm.train.loop import FLIGHT, Trainer
 from glm.train.monitoring import MonitorCallback
 from glm.train.replay import replay_command
+from glm.train.replay_forks import episode_of
 from glm.train.replay_report import verdict
 from stabilitylab import Monitor
 from stabilitylab.logs.recognise import open_logs
@@ -30,8 +30,8 @@ from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Episode, ResponderConfig, episodes_of
 from stabilitylab.spikes.advice import _TRY, OF_OPTIMIZER, command
-from stabilitylab.spikes.outcomes import tally
-from stabilitylab.spikes.scan import scan_log
+from stabilitylab.spikes.log_scan import scan_log
+from stabilitylab.spikes.treatment_outcomes import tally
 from stabilitylab.telemetry import Event
 
 ONSET = 22

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import Block
+from stabilitylab.logs.log import RowBlock
 from stabilitylab.logs.pattern import compiled, pairs
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES
@@ -263,7 +263,7 @@ def test_nan_and_infinity_are_values_in_any_spelling(tmp_path, line):
     rows = [(1, 2.5, 1.0), (2, "nan", "inf"), (3, "NaN", "Infinity"), (4, "inf", "nan"), (5, "-inf", "NAN")]
     path.write_text("".join(line.format(*row) + "\n" for row in rows))
     (log,) = open_logs([path])
-    block = Block.concatenate(list(log.blocks()))
+    block = RowBlock.concatenate(list(log.blocks()))
     assert [str(x) for x in block.values[LOSS]] == ["2.5", "nan", "nan", "inf", "-inf"]
     assert [str(x) for x in block.values[GRADIENT_NORM]] == ["1.0", "inf", "inf", "nan", "nan"]
 

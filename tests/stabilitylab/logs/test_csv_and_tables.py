@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import Block
+from stabilitylab.logs.log import RowBlock
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.telemetry import LOSS
 from tests.stabilitylab.logs.told import losses, many
@@ -104,7 +104,7 @@ def test_compressed_and_several_files(tmp_path, pack):
     (tmp_path / "log.1").write_bytes(pack(many("iter {k}: loss {x}").encode()))
     (tmp_path / "log.2").write_text("iter 6: loss 2.0\niter 7: loss 2.0\niter 8: loss 1.9\n")
     (log,) = open_logs([tmp_path / "log.1", tmp_path / "log.2"])
-    assert Block.concatenate(list(log.blocks())).steps.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert RowBlock.concatenate(list(log.blocks())).steps.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_what_the_refusal_suggests_works(tmp_path):

@@ -9,7 +9,7 @@ from stabilitylab.logs.json_lines import read_json_lines
 from stabilitylab.logs.json_table import JsonTableLog
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.logs.rows import logs_of
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.source import LogFile
 
 ROWS = 2_500  # over 64 KiB of text
 
@@ -59,7 +59,7 @@ def test_a_table_is_read_as_it_is_line_by_line(tmp_path, monkeypatch, changed, e
     monkeypatch.setattr("stabilitylab.logs.json_table.MOST_KEPT", 16_000_000 if kept else 0)
     path = written(tmp_path / "log.jsonl", records(**changed), end)
     (fast,) = open_logs([path])
-    (slow,) = logs_of(read_json_lines(Source(path)), path, loss=None, step=None)
+    (slow,) = logs_of(read_json_lines(LogFile(path)), path, loss=None, step=None)
     assert isinstance(fast, JsonTableLog)
     assert (fast.columns, fast.format, fast.name) == (slow.columns, slow.format, slow.name)
     assert tuple(fast.notes) == tuple(slow.notes)
@@ -84,5 +84,5 @@ def test_a_table_is_read_as_it_is_line_by_line(tmp_path, monkeypatch, changed, e
 )
 def test_what_is_no_table_is_left_to_the_reader_of_lines(tmp_path, changed):
     path = written(tmp_path / "log.jsonl", records(**changed))
-    source = Source(path)
+    source = LogFile(path)
     assert JsonTableLog.open_clean(source, source.head(), read_json_lines(source)) is None

@@ -18,7 +18,7 @@ from stabilitylab.logs.columns import choose_columns
 from stabilitylab.logs.recognise import open_log
 from stabilitylab.spikes import find_episodes
 from stabilitylab.spikes.commands import spikes
-from stabilitylab.spikes.scan import Outline, scan_log
+from stabilitylab.spikes.log_scan import Outline, scan_log
 from tests.stabilitylab.spikes.curves import bump, falling
 
 

@@ -3,7 +3,7 @@
 import json
 
 from stabilitylab.logs.commands import inspect
-from stabilitylab.logs.log import Block
+from stabilitylab.logs.log import RowBlock
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.telemetry import LOSS
 
@@ -20,5 +20,5 @@ def said(capsys, *paths, **options):
 
 def losses(path, **options):
     (log,) = open_logs([path], **options)
-    block = Block.concatenate(list(log.blocks()))
+    block = RowBlock.concatenate(list(log.blocks()))
     return log, block.steps.tolist(), block.values[LOSS][block.logged[LOSS]].tolist()

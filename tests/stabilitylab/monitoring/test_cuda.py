@@ -17,7 +17,7 @@ from stabilitylab.probes.formats import FormatProbe
 from stabilitylab.probes.weights import WeightProbe
 from stabilitylab.statistics import on_device
 from stabilitylab.statistics.scores import fused
-from stabilitylab.statistics.updates import Moments, Stepped, Update, after_all, take_before
+from stabilitylab.statistics.updates import AdamMoments, Stepped, Update, after_all, take_before
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording
 
@@ -111,7 +111,7 @@ def test_small_updates_together_are_each_by_itself(correction: float | torch.Ten
         update = Update(torch.randn(n, device="cuda"))
         first, second, gradient = (torch.randn(n, device="cuda") for _ in range(3))
         where = correction.cuda() if isinstance(correction, torch.Tensor) else correction
-        moments = Moments(first=first, second=second.square(), correction=where, epsilon=1e-8)
+        moments = AdamMoments(first=first, second=second.square(), correction=where, epsilon=1e-8)
         stepped.append((update, gradient, moments))
     take_before([update for update, _, _ in stepped])
     for update, _, _ in stepped:

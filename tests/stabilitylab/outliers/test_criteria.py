@@ -10,8 +10,8 @@ import torch
 
 from stabilitylab.outliers import criteria
 from stabilitylab.outliers.channels import ChannelStatistics
-from stabilitylab.outliers.criteria import CRITERIA, Found, reading, three_part_mask
-from stabilitylab.outliers.sites import RESIDUAL_STREAM, Site
+from stabilitylab.outliers.criteria import CRITERIA, MarkedShare, reading, three_part_mask
+from stabilitylab.outliers.scan_sites import RESIDUAL_STREAM, Site
 
 MEASURE = {criterion.name: criterion.measure for criterion in CRITERIA}
 
@@ -43,7 +43,7 @@ def test_the_three_part_rule_needs_all_three_parts():
         layers.append(site(layer, 9 * calm(channels=64), role="down"))  # of another width: left out
         layers.append(site(layer, calm(), role=RESIDUAL_STREAM))
     assert np.flatnonzero(three_part_mask(layers)).tolist() == [0]
-    assert MEASURE["llm.int8"](layers) == Found(marked=1, total=50)
+    assert MEASURE["llm.int8"](layers) == MarkedShare(marked=1, total=50)
 
 
 def test_the_three_part_rule_does_not_apply_without_layers():
@@ -57,10 +57,10 @@ def test_dimensions_by_the_other_rules():
     x = calm()
     x[1, 0], x[1, 1], x[1, 2], x[1, 3] = 3.0, 9.99, 10.0, 100.0
     one = [site(0, x), site(1, calm())]
-    assert MEASURE["3x-median"](one) == Found(marked=4, total=100)
-    assert MEASURE["10x-median"](one) == Found(marked=2, total=100)
-    assert MEASURE["100x-median"](one) == Found(marked=1, total=100)
-    assert MEASURE["over-6"](one) == Found(marked=3, total=100)
+    assert MEASURE["3x-median"](one) == MarkedShare(marked=4, total=100)
+    assert MEASURE["10x-median"](one) == MarkedShare(marked=2, total=100)
+    assert MEASURE["100x-median"](one) == MarkedShare(marked=1, total=100)
+    assert MEASURE["over-6"](one) == MarkedShare(marked=3, total=100)
 
 
 def test_three_sigma_goes_by_rms():
@@ -69,7 +69,7 @@ def test_three_sigma_goes_by_rms():
     rms = x.double().pow(2).mean(0).sqrt().numpy()
     expected = int((rms > rms.mean() + 3 * rms.std()).sum())
     assert expected == 1
-    assert MEASURE["3-sigma"]([site(0, x)]) == Found(marked=1, total=50)
+    assert MEASURE["3-sigma"]([site(0, x)]) == MarkedShare(marked=1, total=50)
 
 
 def test_values():
@@ -77,9 +77,9 @@ def test_values():
     x[5:8, 9] = 6.0
     x[9, 9] = 2000.0
     found = [site(0, x)]
-    assert MEASURE["values-over-6"](found) == Found(marked=4, total=5000)
-    assert MEASURE["massive"](found) == Found(marked=1, total=5000)
-    assert MEASURE["values-6-sigma"](found) == Found(marked=1, total=5000)
+    assert MEASURE["values-over-6"](found) == MarkedShare(marked=4, total=5000)
+    assert MEASURE["massive"](found) == MarkedShare(marked=1, total=5000)
+    assert MEASURE["values-6-sigma"](found) == MarkedShare(marked=1, total=5000)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_values():
     ],
 )
 def test_a_share_is_read_within_a_factor_of_three(marked, said):
-    assert reading(Found(marked=marked, total=10_000)) == said
-    assert reading(Found(marked=0, total=0)) == "–"
+    assert reading(MarkedShare(marked=marked, total=10_000)) == said
+    assert reading(MarkedShare(marked=0, total=0)) == "–"
 
 
 def test_the_table_of_criteria_is_what_is_applied():

@@ -6,7 +6,7 @@ import pytest
 
 from stabilitylab.cli import main
 from stabilitylab.models import open_text_model
-from stabilitylab.models.experts import expert_groups
+from stabilitylab.models.fused_experts import expert_groups
 from stabilitylab.quantization.plan import load_plan
 from tests.stabilitylab.quantization.folders import TEXT, write_tokenizer
 

@@ -13,7 +13,7 @@ from stabilitylab.cli import main
 from stabilitylab.errors import InputError
 from stabilitylab.formats import rotate as rotate_rows
 from stabilitylab.models import open_text_model
-from stabilitylab.models.experts import split_experts
+from stabilitylab.models.fused_experts import split_experts
 from stabilitylab.quantization import folded_rotation
 from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.plan import load_plan

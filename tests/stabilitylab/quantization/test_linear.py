@@ -94,7 +94,7 @@ def test_without_torchs_kernels_the_same(name, monkeypatch):
         (packed, "packed_int8_agrees"),
         (packed, "packed_int4_agrees"),
     ):
-        monkeypatch.setattr(f"stabilitylab.quantization.kernels.choice.{what}", lambda: None)
+        monkeypatch.setattr(f"stabilitylab.quantization.kernels.dispatch.{what}", lambda: None)
         assert hasattr(module, what)
     for rows in (1, 20):
         _, quantized, x = make(name, (40, 100), rows)

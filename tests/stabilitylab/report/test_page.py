@@ -21,7 +21,17 @@ from stabilitylab.figures import curves as figures
 from stabilitylab.figures.lines import Mark
 from stabilitylab.figures.maps import heat_map
 from stabilitylab.figures.numbers import plain, thinned
-from stabilitylab.report import Cell, Page, Picture, Said, Section, Statements, Table, comparison, run_report
+from stabilitylab.report import (
+    Page,
+    Picture,
+    Said,
+    Section,
+    Statements,
+    Table,
+    TableCell,
+    comparison,
+    run_report,
+)
 from stabilitylab.report import layers_section as layers
 from stabilitylab.report.episodes_section import counted, outcome
 from stabilitylab.report.page import picture_html
@@ -173,7 +183,7 @@ def test_odd_values_can_be_drawn(name: str) -> None:
 
 
 def test_a_page_escapes_what_comes_from_runs() -> None:
-    table = Table(columns=[EVIL], rows=[[EVIL, Cell(text=EVIL, detail=EVIL, best=True)]], note=EVIL)
+    table = Table(columns=[EVIL], rows=[[EVIL, TableCell(text=EVIL, detail=EVIL, best=True)]], note=EVIL)
     lines = {EVIL: [pd.Series([1.0, 2.0])], "b": [pd.Series([1.0, math.nan])]}
     picture = Picture(figure=figures.curves(lines, title=EVIL), caption=EVIL)
     chart = charts.curves(lines, title=EVIL, unit=EVIL, caption=EVIL, marks={EVIL: [Mark(0, 1, EVIL)]})

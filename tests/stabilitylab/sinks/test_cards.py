@@ -11,7 +11,7 @@ import pytest
 from matplotlib.colors import LogNorm, to_rgb
 
 from stabilitylab.figures.cards import map_card
-from stabilitylab.figures.cells import BROKEN, named_sites
+from stabilitylab.figures.map_cells import BROKEN, named_sites
 from stabilitylab.figures.style import save_pixels, tidy
 
 

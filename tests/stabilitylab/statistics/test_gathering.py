@@ -7,10 +7,10 @@ import torch
 
 from stabilitylab.probes.base import Found, Placing
 from stabilitylab.statistics import native
-from stabilitylab.statistics.batch import Batch
 from stabilitylab.statistics.buffer import Buffer
 from stabilitylab.statistics.gathering import Gathered
 from stabilitylab.statistics.summary import COLUMN, Summary, add_all
+from stabilitylab.statistics.summary_batch import SummaryBatch
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def test_a_batch_is_what_its_tensors_are_one_by_one() -> None:
     has moved."""
     buffer, alone = Buffer(), Buffer()
     summaries = [Summary(buffer, region="replicated") for _ in range(3)]
-    batch = Batch(buffer, summaries)
+    batch = SummaryBatch(buffer, summaries)
     plain = [(5, 3), (7,), ()]
     kinds = [lambda x: x, lambda x: x, lambda x: x.bfloat16(), lambda x: x.t() if x.dim() == 2 else x]
     kinds += [lambda x: x, lambda x: x, lambda x: x.double(), lambda x: x, lambda x: x]

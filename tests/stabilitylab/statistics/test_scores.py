@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.statistics import native
-from stabilitylab.statistics.scores import Scores, fused, materialised, sample_rows
+from stabilitylab.statistics.scores import ScoreRanges, fused, materialised, sample_rows
 
 B, H, T, S, D = 3, 4, 19, 23, 8
 
@@ -105,7 +105,7 @@ def test_both_implementations_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(native, "kernel", lambda: None)
             other = fused(lse, q, k, scale=0.5)
-        for name in Scores.__dataclass_fields__:
+        for name in ScoreRanges.__dataclass_fields__:
             assert torch.allclose(getattr(one, name).float(), getattr(other, name).float(), rtol=1e-5), (
                 dtype,
                 name,

@@ -16,7 +16,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from stabilitylab.statistics import moments, native, on_device
+from stabilitylab.statistics import native, on_device, power_sums
 from stabilitylab.statistics import summary as summary_module
 from stabilitylab.statistics.buffer import Buffer
 from stabilitylab.statistics.summary import COLUMN, FIELDS, Summary, add_all, measurable
@@ -261,11 +261,11 @@ def test_moments_equal_scipy(implementation: str) -> None:
         row, _ = summary_of(x)
         n, *sums = (np.array([row[k]]) for k in ("count", "s1", "s2", "s3", "s4"))
         x64 = x.double().numpy().ravel()
-        assert moments.rms(n, sums[1])[0] == pytest.approx(np.sqrt(np.mean(x64**2)), rel=1e-6)
+        assert power_sums.rms(n, sums[1])[0] == pytest.approx(np.sqrt(np.mean(x64**2)), rel=1e-6)
         # "shifted" has |mean|/std = 300: its fourth moment loses 300^4 of float64's precision, 2e-6 is left.
-        assert moments.variance(n, *sums[:2])[0] == pytest.approx(np.var(x64), rel=1e-5)
+        assert power_sums.variance(n, *sums[:2])[0] == pytest.approx(np.var(x64), rel=1e-5)
         expected = scipy.stats.kurtosis(x64, fisher=False)
-        assert moments.kurtosis(n, *sums)[0] == pytest.approx(expected, rel=1e-4)
+        assert power_sums.kurtosis(n, *sums)[0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_edges_cover_fp16_in_eighths_of_an_octave() -> None:

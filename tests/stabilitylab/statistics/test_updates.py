@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stabilitylab.statistics import updates as updates_module
-from stabilitylab.statistics.updates import ONE_IN, SAMPLE, Moments, Update, after_all, take_before
+from stabilitylab.statistics.updates import ONE_IN, SAMPLE, AdamMoments, Update, after_all, take_before
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_small_ones_together_are_each_by_itself(dtype: torch.dtype, monkeypatch:
         first, second, gradient = (torch.randn(n, generator=g) for _ in range(3))
         second = second.square() * (1e-20 if i == 4 else 1.0)
         correction = torch.tensor(0.3) if i in (2, 3) else 0.3
-        moments = Moments(first=first, second=second, correction=correction, epsilon=1e-8)
+        moments = AdamMoments(first=first, second=second, correction=correction, epsilon=1e-8)
         stepped.append((update, None if i == 7 else gradient.to(dtype), None if i == 8 else moments))
     take_before([update for update, _, _ in stepped])
     for update, _, _ in stepped:

@@ -17,7 +17,7 @@ from stabilitylab.watching import commands
 from stabilitylab.watching.alerts import Alert
 from tests.patience import PATIENCE, wait_until
 from tests.stabilitylab.watching.growing import losses, megatron
-from tests.stabilitylab.watching.test_hooks import Server
+from tests.stabilitylab.watching.test_notifiers import Server
 
 
 @pytest.fixture

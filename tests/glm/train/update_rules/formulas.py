@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from glm.precision import Policy
+from glm.precision import PrecisionPolicy
 from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.update_rules.config import SlowMomentumConfig
 from glm.train.update_rules.muon import COEFFICIENTS
@@ -46,7 +46,7 @@ def history(steps=STEPS, seed=1):
 
 def trained(config, *, steps=STEPS, rates=None, peak=RATE, policy="fp32", losses=None):
     model = Net()
-    optimizer = MixedPrecisionAdamW(model, config, Policy(precision=policy), peak=peak)
+    optimizer = MixedPrecisionAdamW(model, config, PrecisionPolicy(precision=policy), peak=peak)
     applied = []
     for step, gradients in enumerate(history(steps)):
         for name, parameter in model.named_parameters():

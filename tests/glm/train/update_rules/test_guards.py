@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from glm.precision import Policy
+from glm.precision import PrecisionPolicy
 from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.update_rules import OptimizerConfig
 from glm.train.update_rules.config import GuardConfig
@@ -71,7 +71,7 @@ def test_spam_is_its_formula():
     # A spike of one element is cut at sqrt(5000 v), v before it.
     model = Net()
     optimizer = MixedPrecisionAdamW(
-        model, dataclasses.replace(config, guard=GuardConfig(spam="spam")), Policy()
+        model, dataclasses.replace(config, guard=GuardConfig(spam="spam")), PrecisionPolicy()
     )
     for step in range(30):
         for parameter in model.parameters():
@@ -143,7 +143,7 @@ def test_a_step_left_out_changes_nothing_and_is_no_overflow():
     losses = list(3 + 0.01 * rng.standard_normal(70))
     losses[69] = 10.0
     model = Net()
-    optimizer = MixedPrecisionAdamW(model, config, Policy())
+    optimizer = MixedPrecisionAdamW(model, config, PrecisionPolicy())
     for loss in losses:
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -162,7 +162,7 @@ def test_a_step_left_out_changes_nothing_and_is_no_overflow():
 def test_the_norm_of_an_update_is_bounded_by_its_past():
     config = OptimizerConfig(kind="lion", clip=0.0, weight_decay=0.0, guard=GuardConfig(update_norm=2.0))
     model = Net()
-    optimizer = MixedPrecisionAdamW(model, config, Policy())
+    optimizer = MixedPrecisionAdamW(model, config, PrecisionPolicy())
     norms = []
     for step in range(30):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}

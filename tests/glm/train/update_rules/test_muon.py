@@ -7,7 +7,7 @@ import torch
 
 from glm.model.config import ModelConfig
 from glm.model.transformer import Transformer
-from glm.precision import Policy
+from glm.precision import PrecisionPolicy
 from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.update_rules import OptimizerConfig
 from glm.train.update_rules.config import MuonConfig
@@ -59,7 +59,7 @@ def test_muon_orthogonalizes_each_matrix_of_a_weight():
     # A head's update has the singular values of a head's matrix, whatever the others' gradients are.
     for per_head in (False, True):
         config = OptimizerConfig(kind="muon", muon=MuonConfig(per_head=per_head), weight_decay=0.0)
-        optimizer = MixedPrecisionAdamW(model, config, Policy())
+        optimizer = MixedPrecisionAdamW(model, config, PrecisionPolicy())
         before = model.state_dict()[path].clone()
         for name, parameter in model.named_parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)

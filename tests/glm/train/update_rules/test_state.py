@@ -8,7 +8,7 @@ import torch
 from glm.distributed.config import ParallelConfig
 from glm.errors import InputError
 from glm.model.config import AttentionConfig, ModelConfig
-from glm.precision import Policy
+from glm.precision import PrecisionPolicy
 from glm.train.config import TrainConfig
 from glm.train.optimizer import MixedPrecisionAdamW
 from glm.train.update_rules import RULES, OptimizerConfig
@@ -46,7 +46,7 @@ def test_a_saved_state_goes_on_to_the_bit(config, policy):
 
     steps = history(40)
     one = Net()
-    first = MixedPrecisionAdamW(one, config, Policy(precision=policy))
+    first = MixedPrecisionAdamW(one, config, PrecisionPolicy(precision=policy))
     on(one, first, steps[:20])
     weights, kept = (
         {n: t.detach().clone() for n, t in d.items()} for d in (first.masters(), first.moments())
@@ -54,7 +54,7 @@ def test_a_saved_state_goes_on_to_the_bit(config, policy):
     counters = first.counters()
     on(one, first, steps[20:])
     two = Net()
-    second = MixedPrecisionAdamW(two, config, Policy(precision=policy))
+    second = MixedPrecisionAdamW(two, config, PrecisionPolicy(precision=policy))
     second.load(masters=weights, moments=kept)
     second.load_counters(counters)
     on(two, second, steps[20:])

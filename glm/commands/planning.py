@@ -10,10 +10,9 @@ from rich.console import Console
 
 from glm.errors import InputError
 from glm.planning.hardware import parse_cluster
-from glm.planning.inference import serving_plans
 from glm.planning.reliability import GPU_HOURS_PER_FAILURE, RESTART_SECONDS, reliability
 from glm.planning.scenarios import scenarios
-from glm.planning.search import require_plans, search
+from glm.planning.serving import serving_plans
 from glm.planning.shape import Shape, shape_of
 from glm.planning.tables import (
     duration,
@@ -25,6 +24,7 @@ from glm.planning.tables import (
     serving_values,
     time_table,
 )
+from glm.planning.topology_search import require_plans, search
 from glm.presets import PRESETS
 
 # The columns of a plan need this much; a narrower terminal wraps them.

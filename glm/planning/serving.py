@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from glm.errors import InputError
 from glm.planning.hardware import GIB, HOP, LATENCY, TRANSFER, Cluster
 from glm.planning.memory import reserved
-from glm.planning.search import divisors, refusal
 from glm.planning.shape import Shape
+from glm.planning.topology_search import divisors, refusal
 
 BITS = {"fp16": 16, "int8": 8, "int4": 4}
 

@@ -13,7 +13,7 @@ from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes.advice import told_now
 from stabilitylab.spikes.explain import write_diagnoses
-from stabilitylab.spikes.outcomes import WITHIN, outcomes, tally, treatment_of
+from stabilitylab.spikes.treatment_outcomes import WITHIN, outcomes, tally, treatment_of
 from stabilitylab.telemetry import Event
 
 AT = 100

@@ -16,7 +16,7 @@ from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, Train
 from glm.train.engine import LocalEngine
 from glm.train.loop import Trainer
 from glm.train.monitoring import MonitorCallback
-from glm.train.schedule import ScheduleConfig
+from glm.train.rate_schedule import ScheduleConfig
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.telemetry import Event

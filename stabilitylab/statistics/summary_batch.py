@@ -20,10 +20,10 @@ from stabilitylab.statistics.summary import Summary, add_all
 
 _STRIDED, _CPU = torch.strided, torch.device("cpu")
 _PLAIN = (Tensor, torch.nn.Parameter)
-_JOB: Any = np.dtype(native.Job)
+_JOB: Any = np.dtype(native.TensorJob)
 
 
-class Batch:
+class SummaryBatch:
     """Summaries that are taken together, each of one tensor a step: a second call in a step replaces the
     first.
 

@@ -14,7 +14,7 @@ import pytest
 from stabilitylab.errors import InputError
 from stabilitylab.telemetry import Event
 from stabilitylab.watching.alerts import Alert, of_event
-from stabilitylab.watching.hooks import Command, Webhook
+from stabilitylab.watching.notifiers import Command, Webhook
 from tests.patience import PATIENCE, wait_until
 
 ALERT = Alert(

@@ -42,7 +42,7 @@ _LONGEST_PAUSE = 30.0
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-class Hook:
+class Notifier:
     """Hands alerts to somebody, one after the other, in a thread of its own.
 
     Args:
@@ -118,7 +118,7 @@ class Hook:
         return self.deliver(alert)
 
 
-class Command(Hook):
+class Command(Notifier):
     """Runs a program for each alert.
 
     Args:
@@ -185,7 +185,7 @@ class Command(Hook):
             self._running.wait()
 
 
-class Webhook(Hook):
+class Webhook(Notifier):
     """Posts each alert.
 
     Args:

@@ -11,7 +11,7 @@ import transformers
 
 from stabilitylab.model_structure import linear_layers, stacks, weights_outside_layers
 from stabilitylab.models import open_text_model
-from stabilitylab.models.experts import SplitExperts, split_experts
+from stabilitylab.models.fused_experts import SplitExperts, split_experts
 from stabilitylab.outliers.scan import scan_outliers
 from stabilitylab.quantization.commands import make_plan
 from stabilitylab.quantization.plan import Budget

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from stabilitylab.errors import InputError
-from stabilitylab.quantization.advice import Advisor, reason
 from stabilitylab.quantization.latency import KEPT
-from stabilitylab.quantization.plan import Budget, Outcome, PlannedLayer, QuantizationPlan, load_plan
+from stabilitylab.quantization.plan import Budget, PlanFigures, PlannedLayer, QuantizationPlan, load_plan
+from stabilitylab.quantization.plan_search import Advisor, reason
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.sensitivity import Effect, LayerSensitivity, measure_sensitivity
 from stabilitylab.quantization.verification import Twins, Verification
@@ -121,7 +121,7 @@ def test_reasons_are_told_in_numbers():
 
 
 def plan(**changes):
-    outcome = Outcome(bytes=100, seconds={1: 0.5, 32: 1.0}, loss=0.01, schemes={"mixed": 1})
+    outcome = PlanFigures(bytes=100, seconds={1: 0.5, 32: 1.0}, loss=0.01, schemes={"mixed": 1})
     fields = {
         "model": "mine",
         "fingerprint": "0123456789abcdef",

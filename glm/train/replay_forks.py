@@ -1,6 +1,6 @@
 """Many forks of one state: what a step would have done, had one thing been otherwise.
 
-    forks = Forks.of_event(run, 1, before=20)             # or Forks(config, data, trainer.state())
+    forks = ReplayForks.of_event(run, 1, before=20)       # or ReplayForks(config, data, trainer.state())
     control = forks.train(Change(), steps=60)
     without = forks.train(Change(hold=("layers.0.attention",)), steps=60)
 
@@ -42,7 +42,7 @@ from glm.train.loop import FLIGHT, Trainer
 from glm.train.monitoring import MonitorCallback
 from stabilitylab.runs import Run, load_run
 from stabilitylab.spikes import Episode, episodes_of
-from stabilitylab.spikes.scan import listed_episodes
+from stabilitylab.spikes.log_scan import listed_episodes
 from stabilitylab.telemetry import LOSS, Event
 
 _SHOWN = 40
@@ -148,7 +148,7 @@ def groups_of(names: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fork:
+class ReplayFork:
     """What came of a change.
 
     Attributes:
@@ -179,7 +179,7 @@ class Fork:
         return episodes_of(self.events)
 
 
-class Forks:
+class ReplayForks:
     """Trains forks of one state in this process, one after the other. Nothing is written.
 
     Args:
@@ -203,7 +203,7 @@ class Forks:
         before: int = 20,
         data: Path | None = None,
         device: torch.device | str = "cpu",
-    ) -> Forks:
+    ) -> ReplayForks:
         """Forks of a run of ``glm train`` from ``before`` steps ahead of an event's onset; events count from 1.
 
         Raises:
@@ -215,7 +215,7 @@ class Forks:
         opened = open_data(data or data_of(original))
         return cls(config, opened, state_at(original, config, opened, begin, device=device), device=device)
 
-    def train(self, change: Change, *, steps: int, callbacks: Sequence[Callback] = ()) -> Fork:
+    def train(self, change: Change, *, steps: int, callbacks: Sequence[Callback] = ()) -> ReplayFork:
         """Train ``steps`` updates with a change; ``callbacks`` watch as they would in a run.
 
         Raises:
@@ -228,7 +228,7 @@ class Forks:
         trainer.restore(self.state)
         change.apply(trainer)
         trainer.train(until=self.state.step + steps)
-        return Fork(
+        return ReplayFork(
             change=change,
             steps=tuple(watch.steps),
             events=tuple(watch.noticed),

@@ -1,6 +1,6 @@
 """From sensitivities to a plan: choose, apply it whole, measure, and take back what did not hold.
 
-Choosing assumes that harms add up (harm.py says why they should). So the choice is only a proposal:
+Choosing assumes that harms add up (divergence.py says why they should). So the choice is only a proposal:
 
     memory, latency    the proposal, and improvements of the two best single schemes that fit, are verified; the best one wins
     loss               proposals under a shrinking or growing allowance are verified until the loss increase fits closely
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from stabilitylab.errors import InputError
 from stabilitylab.quantization.knapsack import choose
 from stabilitylab.quantization.latency import KEPT, Latencies
-from stabilitylab.quantization.plan import Budget, Outcome
+from stabilitylab.quantization.plan import Budget, PlanFigures
 from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.sensitivity import LayerSensitivity
 from stabilitylab.quantization.verification import Verification
@@ -46,14 +46,14 @@ class Advice:
     """
 
     assignment: Assignment
-    planned: Outcome
-    singles: Mapping[str, Outcome]
+    planned: PlanFigures
+    singles: Mapping[str, PlanFigures]
     notes: Sequence[str]
 
     def told_on(self, verification: Verification) -> Advice:
         """The same with losses measured on another text."""
 
-        def again(outcome: Outcome, schemes: Mapping[str, str]) -> Outcome:
+        def again(outcome: PlanFigures, schemes: Mapping[str, str]) -> PlanFigures:
             if not outcome.verified or set(schemes.values()) == {KEPT}:
                 return outcome
             chosen = {path: scheme_of(name) for path, name in schemes.items() if name != KEPT}
@@ -99,24 +99,24 @@ class Advisor:
         """Bytes of a layer's weights."""
         return layer.bytes_16 if name == KEPT else layer.effects[name].bytes
 
-    def outcome(self, assignment: Assignment) -> Outcome:
+    def outcome(self, assignment: Assignment) -> PlanFigures:
         """Figures of an assignment, its loss verified."""
         schemes = {path: scheme_of(name) for path, name in assignment.items() if name != KEPT}
-        return Outcome(
+        return PlanFigures(
             bytes=self._bytes(assignment),
             seconds={batch: self._seconds(assignment, batch) for batch in self._batches},
             loss=self._verification.measure(schemes),
             schemes=dict(Counter(assignment.values()).most_common()),
         )
 
-    def estimated(self, assignment: Assignment) -> Outcome:
+    def estimated(self, assignment: Assignment) -> PlanFigures:
         """Figures of an assignment, its loss the sum of its harms."""
         harm = sum(
             layer.effects[assignment[layer.path]].harm
             for layer in self._layers
             if assignment[layer.path] != KEPT
         )
-        return Outcome(
+        return PlanFigures(
             bytes=self._bytes(assignment),
             seconds={batch: self._seconds(assignment, batch) for batch in self._batches},
             loss=math.sqrt(harm) if self._squared else harm,
@@ -198,7 +198,9 @@ class Advisor:
             for one in unit
         }
 
-    def _within_cost(self, budget: Budget, singles: Mapping[str, Outcome], notes: list[str]) -> Assignment:
+    def _within_cost(
+        self, budget: Budget, singles: Mapping[str, PlanFigures], notes: list[str]
+    ) -> Assignment:
         """Least harm within bytes or time."""
         costs, harms = self._costs(budget), self._harms()
         whole = sum(row[self._names.index(KEPT)] for row in costs)
@@ -232,7 +234,9 @@ class Advisor:
             )
         return candidates[best]
 
-    def _within_loss(self, budget: Budget, singles: Mapping[str, Outcome], notes: list[str]) -> Assignment:
+    def _within_loss(
+        self, budget: Budget, singles: Mapping[str, PlanFigures], notes: list[str]
+    ) -> Assignment:
         """Fewest bytes within a verified loss increase."""
         costs, harms = self._costs(budget), self._harms()
         goal = budget.value**2 if self._squared else budget.value

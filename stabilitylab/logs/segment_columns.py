@@ -36,7 +36,7 @@ _INFINITE = (math.inf, -math.inf)
 
 
 @dataclass(slots=True)
-class Part:
+class SegmentColumns:
     """What the rows of one segment have shown: which columns hold what."""
 
     rows: int = 0
@@ -134,7 +134,7 @@ class Part:
 
 
 def columns_of(
-    reading: Reading, part: Part, path: Path, *, loss: str | None, step: str | None
+    reading: Reading, part: SegmentColumns, path: Path, *, loss: str | None, step: str | None
 ) -> dict[str, str]:
     names = list(dict.fromkeys([*part.counts, *part.nulls]))
     if loss is None:
@@ -174,12 +174,12 @@ def columns_of(
     return columns
 
 
-def _stands_still(part: Part, name: str) -> bool:
+def _stands_still(part: SegmentColumns, name: str) -> bool:
     """Whether it is a counter by its name that does not count: "Train steps: 100" in each line."""
     return counter_of(name) and part.counts[name] > 2 and part.repeated[name] == part.counts[name] - 1
 
 
-def _is_amount(part: Part, name: str) -> bool:
+def _is_amount(part: SegmentColumns, name: str) -> bool:
     """Whether it is how many there were, each time: "steps=21" beside "iter 3"."""
     return (
         _AMOUNT.search(name) is not None
@@ -188,7 +188,7 @@ def _is_amount(part: Part, name: str) -> bool:
     )
 
 
-def _bare_total(part: Part) -> str | None:
+def _bare_total(part: SegmentColumns) -> str | None:
     """A ``total`` that is called no loss, beside the losses that it is of: never below them, and falling at times."""
     losses = [n for n in part.counts if is_loss(n) and not is_evaluation(n)]
     totals = [n for n in part.counts if _BARE_TOTAL.fullmatch(n)]
@@ -202,7 +202,7 @@ def _bare_total(part: Part) -> str | None:
     return total if of == losses and above and total in part.fractions and part.backward[total] else None
 
 
-def _counting(part: Part, columns: Mapping[str, str]) -> str | None:
+def _counting(part: SegmentColumns, columns: Mapping[str, str]) -> str | None:
     """A column by another name that counts (``gen 3``, ``round: 12``, ``40/300``): whole numbers that rise in every row."""
     loss = columns[LOSS]
     for name in part.counts:
@@ -220,12 +220,12 @@ def _counting(part: Part, columns: Mapping[str, str]) -> str | None:
     return None
 
 
-def _others(part: Part, loss: str) -> str:
+def _others(part: SegmentColumns, loss: str) -> str:
     others = [n for n in part.counts if "loss" in n.lower() and n != loss and not is_evaluation(n)]
     return "; try " + " or ".join(f"--loss {n!r}" for n in others[:6]) if others else ""
 
 
-def notes_of(part: Part, columns: Mapping[str, str]) -> list[str]:
+def notes_of(part: SegmentColumns, columns: Mapping[str, str]) -> list[str]:
     loss, norm = columns[LOSS], columns.get(GRADIENT_NORM)
     notes = []
     if part.nulls[loss] and any(part.counts[n] > part.counts[loss] for n in columns.values() if n != loss):

@@ -10,7 +10,7 @@ from glm.data.shards import open_data
 from glm.errors import InputError
 from glm.model.config import ModelConfig
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig
-from glm.train.forks import Change, Forks, groups_of, matching, trainer_of
+from glm.train.replay_forks import Change, ReplayForks, groups_of, matching, trainer_of
 from glm.train.update_rules.adam import MOMENTS
 
 BEGIN = 4
@@ -34,13 +34,13 @@ def begun(data_folder, precision):
 @pytest.fixture(scope="module", params=["fp32", "bf16", "fp16"])
 def forks(request, data_folder):
     trainer = begun(data_folder, request.param)
-    return Forks(trainer.config, trainer.loader.data, trainer.state())
+    return ReplayForks(trainer.config, trainer.loader.data, trainer.state())
 
 
 @pytest.fixture(scope="module")
 def fp32(data_folder):
     trainer = begun(data_folder, "fp32")
-    return Forks(trainer.config, trainer.loader.data, trainer.state())
+    return ReplayForks(trainer.config, trainer.loader.data, trainer.state())
 
 
 def tensors(state):
@@ -55,7 +55,7 @@ def moved(forks, fork):
 
 def test_many_forks_leave_the_control_as_the_original_to_the_bit(data_folder):
     original = begun(data_folder, "fp32")
-    forks = Forks(original.config, original.loader.data, original.state())
+    forks = ReplayForks(original.config, original.loader.data, original.state())
     original.advance(BEGIN + 6)
     first = forks.train(Change(), steps=6)
     changes = [

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.log import Block, Log
+from stabilitylab.logs.log import Log, RowBlock
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of
@@ -140,8 +140,8 @@ def listed_episodes(folder: Path) -> list[Episode]:
     return recorded or scan_log(open_logs((folder,))[0]).episodes
 
 
-def _sorted_blocks(log: Log) -> Iterator[Block]:
-    blocks: list[Block] = []
+def _sorted_blocks(log: Log) -> Iterator[RowBlock]:
+    blocks: list[RowBlock] = []
     rows = 0
     for block in log.blocks():
         rows += len(block)
@@ -151,7 +151,7 @@ def _sorted_blocks(log: Log) -> Iterator[Block]:
                 f"(over {SORTABLE:,} rows): sort it by step first"
             )
         blocks.append(block)
-    whole = Block.concatenate(blocks)
+    whole = RowBlock.concatenate(blocks)
     yield whole.take(np.argsort(whole.steps, kind="stable"))
 
 
@@ -170,7 +170,7 @@ class _Scanner:
         self.losses: list[NDArray[np.float64]] = []
         self.recorded = _recorded(log)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: RowBlock) -> None:
         if self.last_step is not None:
             self.backward += int(block.steps[0] < self.last_step)
         self.backward += int((np.diff(block.steps) < 0).sum())

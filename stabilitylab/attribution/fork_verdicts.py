@@ -48,7 +48,7 @@ class Yardstick:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ForkVerdict:
     """What a fork did to the event.
 
     Attributes:
@@ -104,15 +104,15 @@ def yardstick(values: Sequence[float], begin: int, onset: int, past: Sequence[fl
     return Yardstick(begin=begin, onset=onset, end=end, base=base, noise=noise, height=height, area=area)
 
 
-def verdict(of: Yardstick, values: Sequence[float]) -> Verdict:
+def verdict(of: Yardstick, values: Sequence[float]) -> ForkVerdict:
     """Judge a fork's signal from step ``of.begin`` on."""
     y = np.asarray(values, dtype=np.float64)
     height, area = _rise(y, of.base, of.noise)
     if not math.isfinite(of.height):
         if not math.isfinite(height):
-            return Verdict(word=NOTHING, height=math.nan, area=_share(area, of.area))
+            return ForkVerdict(word=NOTHING, height=math.nan, area=_share(area, of.area))
         small = height <= max(_OF_NOISE * of.noise, _OF_BASE * abs(of.base))
-        return Verdict(
+        return ForkVerdict(
             word=PREVENTS if small else HALVES, height=0.0 if small else math.nan, area=_share(area, of.area)
         )
     tall, wide = _share(height, of.height), _share(area, of.area)
@@ -122,7 +122,7 @@ def verdict(of: Yardstick, values: Sequence[float]) -> Verdict:
         word = HALVES
     else:
         word = NOTHING
-    return Verdict(word=word, height=tall, area=wide)
+    return ForkVerdict(word=word, height=tall, area=wide)
 
 
 def is_decided(of: Yardstick, values: Sequence[float]) -> bool:

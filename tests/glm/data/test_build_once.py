@@ -145,7 +145,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
 HOLD = """
     import sys, time
     from pathlib import Path
-    from glm.data.building import build_once
+    from glm.data.build_once import build_once
     def work(folder):
         print("working", flush=True)
         time.sleep(600)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import STEP, choose_columns
 from stabilitylab.logs.csv_rows import RUN_NAMES, delimiter_of
-from stabilitylab.logs.log import BLOCK_ROWS, Block, Log, whole_steps
-from stabilitylab.logs.source import Source
+from stabilitylab.logs.log import BLOCK_ROWS, Log, RowBlock, whole_steps
+from stabilitylab.logs.source import LogFile
 from stabilitylab.telemetry import LOSS
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ class _TableLog(Log):
     def _batches(self) -> Iterator[pa.RecordBatch]:
         raise NotImplementedError
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         row = 0
         for batch in self._batches():
             yield from self._block(batch, row)
             row += batch.num_rows
 
-    def _block(self, batch: pa.RecordBatch, row: int) -> Iterator[Block]:
+    def _block(self, batch: pa.RecordBatch, row: int) -> Iterator[RowBlock]:
         count = batch.num_rows
         numbers = {
             signal: _numbers(batch.column(name), f"{self.path}, column {name!r}", row)
@@ -55,7 +55,7 @@ class _TableLog(Log):
             steps_N, keep_N = np.arange(row, row + count, dtype=np.float64), np.ones(count, dtype=np.bool_)
         keep_N = keep_N & np.logical_or.reduce([logged for _, logged in numbers.values()])
         if keep_N.any():
-            yield Block(
+            yield RowBlock(
                 whole_steps(steps_N[keep_N], f"{self.path}, column {self.columns.get(STEP)!r}"),
                 {signal: values[keep_N] for signal, (values, _) in numbers.items()},
                 {signal: logged[keep_N] for signal, (_, logged) in numbers.items()},
@@ -67,11 +67,11 @@ class CsvLog(_TableLog):
     """Comma-, semicolon- or tab-separated text with one clean header, also compressed."""
 
     delimiter: str
-    source: Source
-    kept: tuple[Block, ...] | None = None
+    source: LogFile
+    kept: tuple[RowBlock, ...] | None = None
 
     @classmethod
-    def open_clean(cls, source: Source, *, loss: str | None = None, step: str | None = None) -> Self | None:
+    def open_clean(cls, source: LogFile, *, loss: str | None = None, step: str | None = None) -> Self | None:
         """The file, where it is one table without oddities; None: ``csv_rows`` has to read it.
 
         Raises:
@@ -106,7 +106,7 @@ class CsvLog(_TableLog):
 
     def _surveyed(self) -> Self | None:
         """Read to the end once: itself with its blocks kept, where they are few; None where anything is odd."""
-        kept: list[Block] | None = []
+        kept: list[RowBlock] | None = []
         rows = with_loss = 0
         last: int | None = None
         try:
@@ -127,7 +127,7 @@ class CsvLog(_TableLog):
             return None
         return replace(self, kept=None if kept is None else tuple(kept))
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[RowBlock]:
         if self.kept is not None:
             return iter(self.kept)
         return _TableLog.blocks(self)

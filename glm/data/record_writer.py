@@ -9,10 +9,10 @@ from typing import Generic, Self, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-Record = TypeVar("Record")
+RecordT = TypeVar("RecordT")
 
 
-class RecordWriter(Generic[Record]):
+class RecordWriter(Generic[RecordT]):
     """Writes objects whose attributes are a schema's columns; a context manager.
 
     Args:
@@ -24,9 +24,9 @@ class RecordWriter(Generic[Record]):
     def __init__(self, path: Path, schema: pa.Schema, *, batch: int) -> None:
         self._writer = pq.ParquetWriter(path, schema, compression="zstd")
         self._schema, self._batch = schema, batch
-        self._held: list[Record] = []
+        self._held: list[RecordT] = []
 
-    def add(self, record: Record) -> None:
+    def add(self, record: RecordT) -> None:
         self._held.append(record)
         if len(self._held) >= self._batch:
             self._write()

@@ -1,4 +1,4 @@
-"""The choice of a kernel, and what a kernel is."""
+"""Kernel dispatch: what a kernel is, and which one a layer gets."""
 
 from __future__ import annotations
 
