@@ -124,7 +124,7 @@ def parse(
                 description=description,
                 default=tyro.MISSING_NONPROP if default is None else default,
                 args=list(arguments),
-                config=(tyro.conf.ConsolidateSubcommandArgs,),
+                config=(tyro.conf.ConsolidateSubcommandArgs, tyro.conf.HelptextFromCommentsOff),
             )
     except SystemExit as stop:
         if stop.code == 2:

@@ -17,8 +17,6 @@ from experiments.asked import checked, load
 from experiments.cli import main
 from experiments.listing import question_in
 from experiments.verdicts import Claim, judge_all
-from glm.commands.train import parse_command
-from glm.train.idle_settings import refuse_idle
 from stabilitylab.errors import InputError
 from tests.experiments.test_runner import Here
 from tests.glm.conftest import data_folder, text_files  # noqa: F401 - fixtures
@@ -284,16 +282,3 @@ def test_a_question_that_is_computed_is_not_told() -> None:
     assert question_in("SUITE = Suite(name='a', question='Is ' 'it?')") == "Is it?"
     with pytest.raises(LookupError):
         question_in("SUITE = Suite(name='a', question=asked())")
-
-
-def test_no_arm_has_a_flag_without_effect(tmp_path: Path) -> None:
-    """Of each set of flags one arm is tried: values of theirs that others have are the parser's concern."""
-    tried: set[frozenset[str]] = set()
-    for name in commands.SUITES:
-        suite = load(name)
-        for arm in suite.arms if isinstance(suite, Suite) else ():
-            words = suite.command(arm, 0, data=tmp_path, out=tmp_path)[1:]
-            off = {word for word in words if word in ("fp32", "fp16", "bf16", "adamw", "none", "causal")}
-            if (key := frozenset({*(word for word in words if word.startswith("--")), *off})) not in tried:
-                tried.add(key)
-                refuse_idle(words, parse_command(words).config)

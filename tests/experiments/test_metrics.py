@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import metrics
-from experiments.asked import load
 from experiments.metrics import METRICS
-from experiments.study import Study
-from experiments.suites import SUITES
-from glm.commands.train import parse_command
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks import ParquetSink
@@ -112,28 +108,6 @@ def test_what_breaks_first(tmp_path: Path, broken: float) -> None:
     )
     assert METRICS["norm_lead"].measure(load_run(folder)) == 5.0
     assert METRICS["survived"].measure(load_run(folder)) == 75
-
-
-@pytest.mark.parametrize("name", SUITES)
-def test_every_arm_is_a_command_that_parses(name: str, tmp_path: Path) -> None:
-    suite = load(name)  # which refuses claims of arms or metrics that there are none of
-    if isinstance(suite, Study):
-        places = {"data": str(tmp_path), "out": str(tmp_path / "run")}
-        for arm in suite.arms:
-            flags = {**suite.settings, **arm.settings, **places}
-            parse_command(
-                [
-                    suite.preset,
-                    *(word for flag, value in flags.items() for word in (f"--{flag}", value) if word),
-                ]
-            )
-        return
-    for arm in suite.arms:
-        command = suite.command(
-            arm, 0, data=tmp_path, out=tmp_path / "run", rate=max(suite.rates, default=None)
-        )
-        assert command[0] == "train"
-        parse_command(command[1:])
 
 
 def test_an_overflow_that_the_scaler_catches_breaks_nothing(tmp_path: Path) -> None:

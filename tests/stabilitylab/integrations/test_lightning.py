@@ -9,40 +9,48 @@ import pytest
 import torch
 from torch import Tensor
 
-lightning = pytest.importorskip("lightning.pytorch")
-
-from stabilitylab.integrations.lightning import MonitorCallback  # noqa: E402
-from tests.stabilitylab.gpt import GPT, next_token_loss  # noqa: E402
-from tests.stabilitylab.recording import Recording  # noqa: E402
+from tests.stabilitylab.gpt import GPT, next_token_loss
+from tests.stabilitylab.recording import Recording
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 
-class Module(lightning.LightningModule):  # type: ignore[misc]
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = GPT()
-        self.norms: list[float] = []
-        self.losses: list[float] = []
-
-    def training_step(self, tokens: Tensor, index: int) -> Tensor:
-        loss = next_token_loss(self.model, tokens)
-        self.losses.append(loss.item())
-        return loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        norms = torch._foreach_norm([p.grad for p in self.parameters() if p.grad is not None])
-        self.norms.append(torch.stack(norms).norm().item())
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+@pytest.fixture(scope="module")
+def lightning() -> Any:
+    """Imported where it is used: it takes two seconds, which a process that runs other tests has no use for."""
+    return pytest.importorskip("lightning.pytorch")
 
 
-def fit(folder: Path, sink: Recording | None, accumulation: int) -> Any:
+def module_of(lightning: Any) -> Any:
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = GPT()
+            self.norms: list[float] = []
+            self.losses: list[float] = []
+
+        def training_step(self, tokens: Tensor, index: int) -> Tensor:
+            loss = next_token_loss(self.model, tokens)
+            self.losses.append(loss.item())
+            return loss
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            norms = torch._foreach_norm([p.grad for p in self.parameters() if p.grad is not None])
+            self.norms.append(torch.stack(norms).norm().item())
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    return Module()
+
+
+def fit(lightning: Any, folder: Path, sink: Recording | None, accumulation: int) -> Any:
     lightning.seed_everything(0, verbose=False)
-    module = Module()
+    from stabilitylab.integrations.lightning import MonitorCallback
+
+    module = module_of(lightning)
     tokens = torch.randint(64, (32, 17), generator=torch.Generator().manual_seed(0))
     trainer = lightning.Trainer(
         max_steps=3,
@@ -62,9 +70,11 @@ def fit(folder: Path, sink: Recording | None, accumulation: int) -> Any:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_steps_losses_and_gradients_are_the_trainers(tmp_path: Path, accumulation: int) -> None:
+def test_steps_losses_and_gradients_are_the_trainers(
+    lightning: Any, tmp_path: Path, accumulation: int
+) -> None:
     sink = Recording()
-    module, bare = fit(tmp_path, sink, accumulation), fit(tmp_path, None, accumulation)
+    module, bare = fit(lightning, tmp_path, sink, accumulation), fit(lightning, tmp_path, None, accumulation)
     for name, value in bare.state_dict().items():
         assert torch.equal(value, module.state_dict()[name]), name
     assert sink.steps("train/-/loss") == [0, 1, 2]
