@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stabilitylab.watching.kept_state import KeptState
-from stabilitylab.watching.opening import Options
+from stabilitylab.watching.options import Options
 from stabilitylab.watching.watch import Watch
 
 LENGTHS = (1_000, 300_000)

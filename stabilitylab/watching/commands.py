@@ -20,7 +20,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.watching.alerts import Alert
 from stabilitylab.watching.kept_state import KeptState, default_folder
 from stabilitylab.watching.notifiers import Command, Notifier, Webhook
-from stabilitylab.watching.opening import Options
+from stabilitylab.watching.options import Options
 from stabilitylab.watching.piped import piped
 from stabilitylab.watching.rules import rules_named
 from stabilitylab.watching.watch import Watch

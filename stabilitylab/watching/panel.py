@@ -71,7 +71,7 @@ def panel(watch: Watch, *, width: int, now: float | None = None) -> RenderableTy
     if len(watch.judges) > len(shown):
         lines.append(Text(f"and {len(watch.judges) - len(shown)} more segments", style="dim"))
     lines.append(_stability(watch, shown))
-    for alert in watch.told[-EVENTS:]:
+    for alert in watch.announcer.told[-EVENTS:]:
         lines.append(Text(alert.line(), style=_STYLES[alert.severity], overflow="ellipsis", no_wrap=True))
     step = max((judge.curves[LOSS].step for judge in shown), default=-1)
     title = plain(str(watch.path)) + (f", step {step:,}" if step >= 0 else "")
@@ -88,7 +88,7 @@ def _stability(watch: Watch, shown: Sequence[Judge]) -> Text:
     """One word on how the run is, and what it is measured by."""
     if watch.problem or not shown:
         return Text(plain(watch.problem or "waiting for values"), style="dim")
-    is_open = watch.open_episodes
+    is_open = watch.announcer.open_episodes
     if is_open:
         worst = Text(f"not steady: {', '.join(is_open[:4])}", style="bold red")
     else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ from stabilitylab.errors import InputError
 from stabilitylab.logs.binary import NoLogError
 from stabilitylab.logs.locate import LocatedLog, locate, version_of
 from stabilitylab.spikes.episodes import KINDS
-from stabilitylab.telemetry import DEPARTURES, LOSS, Event
-from stabilitylab.watching.alerts import Alert, of_event, of_silence, plain
+from stabilitylab.telemetry import DEPARTURES, LOSS
+from stabilitylab.watching.alerts import Alert, of_silence, plain
+from stabilitylab.watching.announcer import Announcer
+from stabilitylab.watching.follower_choice import Followed, follower_of
 from stabilitylab.watching.followers import DocumentFollower, NewRows, TextFollower
 from stabilitylab.watching.judge import PATIENCE, Judge
 from stabilitylab.watching.kept_state import KeptState
 from stabilitylab.watching.notifiers import Notifier
-from stabilitylab.watching.opening import Followed, Options, follower_of
-from stabilitylab.watching.rules import ALERTS
+from stabilitylab.watching.options import Options
 from stabilitylab.watching.stores import is_abandoned
 
 SAVE_SECONDS = 5.0
@@ -41,9 +42,8 @@ class Watch:
         path: what is watched.
         options: how.
         memory: what was said, and where it stood.
-        say: takes each alert that is new.
-        hooks: are given alerts, not notices.
-        posts: whether one of the hooks is a webhook, which says when it has delivered.
+        say, hooks, posts: as ``Announcer`` has them.
+        announcer: says what is found.
         judges: segment -> its judge.
         values: rows taken so far.
         last_value: seconds since 1970, of the latest value; None: there has been none.
@@ -54,20 +54,18 @@ class Watch:
     path: Path
     options: Options
     memory: KeptState
-    say: Callable[[Alert], object]
-    hooks: tuple[Notifier, ...] = ()
-    posts: bool = False
+    say: InitVar[Callable[[Alert], object]]
+    hooks: InitVar[tuple[Notifier, ...]] = ()
+    posts: InitVar[bool] = False
+    announcer: Announcer = field(init=False)
     judges: dict[str, Judge] = field(default_factory=dict)
     values: int = 0
     last_value: float | None = None
     problem: str | None = None
     is_over: bool = False
-    told: list[Alert] = field(default_factory=list)
     _source: Followed | None = None
-    _open: dict[str, str] = field(default_factory=dict)
     _is_recorded: bool = False
     _is_silent: bool = False
-    _is_quiet: bool = False
     _saved: Mapping[str, Any] | None = None
     _saved_at: float = 0.0
     _located_at: float = 0.0
@@ -78,13 +76,16 @@ class Watch:
     _place: str = ""
     _unreachable_since: float | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, say: Callable[[Alert], object], hooks: tuple[Notifier, ...], posts: bool) -> None:
+        self.announcer = Announcer(
+            path=self.path, tell=self.options.tell, memory=self.memory, say=say, hooks=hooks, posts=posts
+        )
         self._began = self._news_at = time.time()
         # Now: the folder in which the watch was begun may be gone when it is asked again.
         self._place = str(self.path.resolve())
         self._saved = self.memory.load()
         if self._saved is None:
-            self._is_quiet = self.options.new_only
+            self.announcer.is_quiet = self.options.new_only
             return
         saved = self._saved
         if saved["path"] != self._place:
@@ -94,7 +95,7 @@ class Watch:
         if saved["asked"] != self._asked():
             self._saved = None  # another loss, or another run: from the start
             return
-        self.values, self._open = saved["values"], dict(saved["open"])
+        self.values, self.announcer.open = saved["values"], dict(saved["open"])
         self._is_recorded, self._is_silent = saved["recorded"], saved["silent"]
         for name, state in saved["judges"].items():
             self._judge(name).load_state_dict(state)
@@ -130,7 +131,7 @@ class Watch:
                     self._take(source, batch)
             self._settle(source, last=last)
         self._listen(source, news=news)
-        self._is_quiet = self._is_quiet and not news and source is None
+        self.announcer.is_quiet = self.announcer.is_quiet and not news and source is None
         self._dirty |= news
         if self._dirty and time.monotonic() - self._saved_at > SAVE_SECONDS:
             self.save()
@@ -145,7 +146,7 @@ class Watch:
                 "path": self._place,
                 "asked": self._asked(),
                 "values": self.values,
-                "open": self._open,
+                "open": self.announcer.open,
                 "recorded": self._is_recorded,
                 "silent": self._is_silent,
                 "judges": {name: judge.state_dict() for name, judge in self.judges.items()},
@@ -169,15 +170,6 @@ class Watch:
         self.save()
         if self._source is not None:
             self._source.follower.close()
-
-    @property
-    def open_episodes(self) -> list[str]:
-        """What goes on now: kind and segment of each."""
-        return [
-            kind + (f" in {segment}" if (segment := key.split("/", 1)[0]) else "")
-            for key, kind in self._open.items()
-            if kind in ALERTS
-        ]
 
     # ------------------------------------------------------------------------------------------ what is followed
 
@@ -234,7 +226,7 @@ class Watch:
         """Said once; a log that is mended, or a trainer that begins at last, is read all the same."""
         said = plain(" ".join(str(error).split()))
         self.problem = said
-        self._tell(
+        self.announcer.announce(
             Alert(
                 id=f"unreadable/{said}",
                 rule="unreadable",
@@ -277,24 +269,24 @@ class Watch:
     def _take(self, source: Followed, batch: NewRows) -> None:
         if batch.anew:
             self.judges.clear()
-            self._open.clear()
+            self.announcer.open.clear()
             self.values = 0
             return
         if batch.turn:
             for judge in self.judges.values():
                 judge.turn()
             what = "another file has taken its name" if batch.turn == "rotated" else "it begins anew"
-            self._notice(batch.turn, f"{batch.turn}/{self.values}/{len(batch.rows)}", what)
+            self.announcer.notice(batch.turn, f"{batch.turn}/{self.values}/{len(batch.rows)}", what)
         if batch.events:
             self._is_recorded |= any(event.kind in KINDS for event in batch.events)
-            self._hear(((0, event) for event in batch.events if event.kind in KINDS_OF_RUNS), "", {})
+            self.announcer.hear(((0, event) for event in batch.events if event.kind in KINDS_OF_RUNS), "", {})
             for event in batch.events:
                 self.is_over = event.kind == "run-end" or (
                     self.is_over and event.kind in ("diagnosis", "checkpoint")
                 )
             if self.is_over:
                 step = batch.events[-1].step
-                self._notice("run-ended", f"run-ended/{step}", "the run is over", step=step)
+                self.announcer.notice("run-ended", f"run-ended/{step}", "the run is over", step=step)
         parts: dict[str, list[Mapping[str, float | None]]] = {}
         for part, values in batch.rows:
             parts.setdefault(f"{source.prefix} {part}".strip(), []).append(values)
@@ -306,10 +298,12 @@ class Watch:
             found = judge.take(rows, source.follower.reading)
             for step, before in judge.restarts:
                 said = f"steps went back from {before} to {step}"
-                self._notice("restarted", f"{name}/restarted/{judge.piece}/{before}/{step}", said, name, step)
+                self.announcer.notice(
+                    "restarted", f"{name}/restarted/{judge.piece}/{before}/{step}", said, name, step
+                )
             judge.restarts.clear()
             if not self._is_recorded:
-                self._hear(found, name, judge.columns)
+                self.announcer.hear(found, name, judge.columns)
 
     def _settle(self, source: Followed, *, last: bool) -> None:
         """Rows have come, and no loss among them: wait, or say what would be said of a finished log."""
@@ -326,59 +320,6 @@ class Watch:
         if last or self.values > PATIENCE:
             raise error
 
-    def _hear(self, found: Iterable[tuple[int, Event]], segment: str, columns: Mapping[str, str]) -> None:
-        new: list[tuple[int, Event]] = []  # what is to be told together
-        for piece, event in found:
-            data = event.data
-            key = f"{segment}/{piece}/{data.get('signal', data.get('site'))}/{data.get('episode')}"
-            is_end = data.get("phase") == "end"
-            before = self._open.get(key)
-            is_told = before == event.kind
-            if is_end:
-                self._open.pop(key, None)
-                is_told = before is None or before == event.kind or event.kind not in ALERTS
-            elif data.get("episode") is not None:
-                self._open[key] = event.kind
-            # NaN is in all signals at once, and is one thing that happened.
-            joins = event.kind == "non-finite" and not is_end and not is_told
-            if new and not (joins and new[0][1].step == event.step):
-                self._tell_events(new, segment, columns)
-                new = []
-            if joins:
-                new.append((piece, event))
-            elif not is_told:
-                self._tell_events([(piece, event)], segment, columns)
-            if is_end and before is not None and not data.get("to_the_end"):
-                self._over(piece, event, segment, columns)
-        if new:
-            self._tell_events(new, segment, columns)
-
-    def _tell_events(
-        self, together: list[tuple[int, Event]], segment: str, columns: Mapping[str, str]
-    ) -> None:
-        alerts = [
-            of_event(event, path=str(self.path), segment=segment, piece=piece, columns=columns)
-            for piece, event in together
-        ]
-        first = alerts[0]
-        if len(alerts) > 1:
-            names = [str(alert.facts.get("signal")) for alert in alerts]
-            facts = {**first.facts, "signal": ", ".join(names)}
-            text = first.text.replace(f" {names[0]} is", f" {', '.join(names)} is", 1)
-            for other in alerts[1:]:
-                self.memory.is_new(other)
-            first = replace(first, facts=facts, text=text)
-        self._tell(first)
-
-    def _over(self, piece: int, event: Event, segment: str, columns: Mapping[str, str]) -> None:
-        signal = str(event.data.get("signal"))
-        name = plain(columns.get(signal, signal.rpartition("/")[2]))
-        onset, end = event.data.get("onset"), event.data.get("end")
-        if event.kind == "hard-batch" and "hard-batch" not in self.options.tell:
-            return
-        said = f"the {event.kind} of {name} since step {onset} is over, at step {end}"
-        self._notice("over", f"{segment}/{piece}/over/{signal}/{onset}", said, segment, event.step)
-
     def _listen(self, source: Followed | None, *, news: bool) -> None:
         """Silence is a finding."""
         now = time.time()
@@ -389,7 +330,7 @@ class Watch:
             self._news_at = now
             if self._is_silent and now - self.last_value < self.options.silent_after:
                 self._is_silent = False
-                self._notice("speaking-again", f"speaking/{self.values}", "values again")
+                self.announcer.notice("speaking-again", f"speaking/{self.values}", "values again")
         elif (
             self.last_value is None and source is not None and (seen := source.follower.changed()) is not None
         ):
@@ -401,26 +342,6 @@ class Watch:
             self._is_silent = self._dirty = True
             step = max((judge.curves[LOSS].step for judge in self.judges.values()), default=-1)
             lost = is_abandoned(source and source.follower)
-            self._tell(of_silence(str(self.path), self.values, round(now - since), step, self.problem, lost))
-
-    def _notice(self, rule: str, name: str, text: str, segment: str = "", step: int | None = None) -> None:
-        said = f"{rule}: {text}" if step is None else f"step {step}: {rule}: {text}"
-        self._tell(
-            Alert(
-                id=name, rule=rule, text=said, path=plain(str(self.path)), segment=plain(segment), step=step
+            self.announcer.announce(
+                of_silence(str(self.path), self.values, round(now - since), step, self.problem, lost)
             )
-        )
-
-    def _tell(self, alert: Alert) -> None:
-        if alert.rule == "hard-batch" and "hard-batch" not in self.options.tell:
-            return
-        loud = (alert.rule in ALERTS or alert.rule in self.options.tell) and not self._is_quiet
-        quiet = self._is_quiet
-        if not self.memory.is_new(alert, posted=loud and self.posts, quiet=quiet) or quiet:
-            return
-        self.told.append(alert)
-        del self.told[:-200]
-        self.say(alert)
-        if loud:
-            for hook in self.hooks:
-                hook.tell(alert)

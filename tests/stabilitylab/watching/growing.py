@@ -9,7 +9,7 @@ import numpy as np
 
 from stabilitylab.watching.alerts import Alert
 from stabilitylab.watching.kept_state import KeptState
-from stabilitylab.watching.opening import Options
+from stabilitylab.watching.options import Options
 from stabilitylab.watching.watch import Watch
 
 
@@ -28,6 +28,11 @@ def losses(count: int, *, spike: int | None = None, seed: int = 0) -> list[float
 def megatron(step: int, loss: float | None) -> str:
     said = "" if loss is None else f" lm loss: {loss:.6E} |"
     return f" iteration {step:8d}/    9000 |{said} loss scale: 1.0 | grad norm: 1.000 |\n"
+
+
+def append(file: Path, text: str) -> None:
+    with file.open("a") as opened:
+        opened.write(text)
 
 
 OPEN: list[Watched] = []

@@ -1,4 +1,4 @@
-"""Which follower reads what lies at a path, and what was asked of it."""
+"""Which follower reads what lies at a path."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from stabilitylab.errors import InputError
 from stabilitylab.logs.locate import LocatedLog
 from stabilitylab.watching.followers import DocumentFollower, Follower, TextFollower, growing_text
+from stabilitylab.watching.options import Options
 from stabilitylab.watching.stores import (
     MlflowFilesFollower,
     RunFollower,
@@ -16,26 +17,6 @@ from stabilitylab.watching.stores import (
     TensorBoardFollower,
     WandbFollower,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What was asked of a watch.
-
-    Attributes:
-        loss, step, run, pattern: as for ``spikes``.
-        tell: notices that are said as alerts are.
-        silent_after: seconds without a value that are a silence; 0: never.
-        new_only: what stands in the log when the watch first begins is learned from and not told.
-    """
-
-    loss: str | None = None
-    step: str | None = None
-    run: str | None = None
-    pattern: str | None = None
-    tell: frozenset[str] = frozenset()
-    silent_after: float = 600.0
-    new_only: bool = False
 
 
 @dataclass(slots=True)
