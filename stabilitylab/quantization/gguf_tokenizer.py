@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stabilitylab.models import TextModel
-from stabilitylab.models.hugging_face import location
+from stabilitylab.models.description import location
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _BYTES_ALONE, _GPT2_WORDS = ("ByteLevel", False), ("ByteLevel", True)

@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 
 from stabilitylab.errors import InputError
-from stabilitylab.models import TextModel, hugging_face, shared_parameters
+from stabilitylab.models import TextModel, shared_parameters
+from stabilitylab.models.description import describe, kept_wide, prepare, quiet
+from stabilitylab.models.hugging_face import recognises
+from stabilitylab.models.tokenization import longest, windows
 from stabilitylab.quantization.serialization import (
     WEIGHTS,
     header_of,
@@ -31,14 +34,14 @@ def open_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
     header = header_of(path / WEIGHTS)
     if header is None:
         raise InputError(f"{path} is not a quantized model: stabilitylab quantize --apply writes them")
-    if not hugging_face.recognises(path):
+    if not recognises(path):
         raise InputError(f"{path} is no transformers model: open it with the program that it came from")
     # What reads a folder of transformers' knows how; only the weights come from elsewhere.
-    described = hugging_face.describe(path)
-    with hugging_face.quiet():
+    described = describe(path)
+    with quiet():
         module = described.built(dtype)
-        wide = hugging_face.kept_wide(module, dtype)
-        hugging_face.prepare(module)
+        wide = kept_wide(module, dtype)
+        prepare(module)
         tokenizer = described.tokenizer()
     if getattr(module, "pooler", None) is not None and not holds(path / WEIGHTS, "pooler."):
         module.pooler = None  # the original was opened without: its files lack it and no output needs it
@@ -49,7 +52,7 @@ def open_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
         path=path,
         fingerprint=header["fingerprint"],
         predicts=described.predicts,
-        longest=hugging_face.longest(module, tokenizer),
+        longest=longest(module, tokenizer),
         shared=shared_parameters(module),
-        cut=hugging_face.windows(tokenizer, described.predicts),
+        cut=windows(tokenizer, described.predicts),
     )

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, shared_parameters
+from stabilitylab.models.description import location, quiet
 from stabilitylab.models.freed_memory import give_back_memory
-from stabilitylab.models.hugging_face import location, quiet, recognises
+from stabilitylab.models.hugging_face import recognises
 from stabilitylab.models.weight_checks import narrowest
 from stabilitylab.quantization.plan import QuantizationPlan
 from stabilitylab.quantization.replacement import put, quantizable_layers, quantized
