@@ -21,14 +21,18 @@ from stabilitylab.errors import InputError
 from tests.experiments.test_runner import Here
 from tests.glm.conftest import data_folder, text_files  # noqa: F401 - fixtures
 
-PAGE = Path(__file__).parents[2] / "docs" / "own-suite.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "own-suite.md"
+EXAMPLE = ROOT / "examples" / "own_suite.py"
 SMALL = ("model.layers", "1"), ("model.hidden", "16"), ("model.heads", "2"), ("batch.rows", "2")
 
 
 @pytest.fixture
 def example(tmp_path: Path) -> Path:
-    """The page's file, on a smaller model."""
-    (text,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    """The page's file, which is the example's, on a smaller model."""
+    (shown,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    text = EXAMPLE.read_text(encoding="utf-8")
+    assert text.endswith(f'"""\n\n{shown}')
     small = "".join(f'"{flag}": "{value}", ' for flag, value in SMALL)
     file = tmp_path / "gated.py"
     file.write_text(text.replace('settings={"monitor.every"', f'settings={{{small}"monitor.every"'))
