@@ -1,8 +1,8 @@
 """Seeds added to a suite one after another, until its claims are decided or the time is up.
 
-The first four seeds come at once, since no verdict rests on fewer; then one at a time, or as many as fill the places at which
-runs are made. Under a budget the first ones come so too: it is overrun by one group's runs at the most. The verdicts hold at
-every look (``experiments.statistics``), so one may stop at any.
+The first four seeds come at once, since no verdict rests on fewer; then one at a time, or as many as fill the places at which runs
+are made. Under a budget the first ones come so too: it is overrun by one group's runs at the most. The verdicts hold at every look
+(``experiments.statistics``), so one may stop at any.
 """
 
 from __future__ import annotations

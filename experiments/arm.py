@@ -1,8 +1,8 @@
 """An experiment is a question, arms that differ in one thing each, and seeds that every arm shares.
 
-An arm is a list of command-line settings on top of a preset, so each of its runs can be repeated by hand with one
-``glm train`` command. Arms with the same seed see the same initial weights (as far as their shapes agree) and the same
-batches in the same order; differences between them are therefore taken seed by seed.
+An arm is a list of command-line settings on top of a preset, so each of its runs can be repeated by hand with one ``glm train``
+command. Arms with the same seed see the same initial weights (as far as their shapes agree) and the same batches in the same order;
+differences between them are therefore taken seed by seed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The text that suites train on: the default bilingual corpus, at a size that two cores chew in a minute.
 
-It is built with the same three commands that a user gives (``glm corpus``, ``glm tokenizer``, ``glm shards``), which do
-nothing where their output stands already, and then say nothing here either.
+It is built with the same three commands that a user gives (``glm corpus``, ``glm tokenizer``, ``glm shards``), which do nothing
+where their output stands already, and then say nothing here either.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
     muon,0,3.2776                ...
 
 An empty cell, ``nan``, ``inf`` or ``-inf`` is a run that died: worse than any number. Groups are compared as groups, or seed by
-seed with ``--paired``. ``--sequential`` says that one looked after every run and would have stopped; the guarantee then holds
-for that.
+seed with ``--paired``. ``--sequential`` says that one looked after every run and would have stopped; the guarantee then holds for
+that.
 """
 
 from __future__ import annotations

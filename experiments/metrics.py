@@ -182,8 +182,8 @@ def _loss_breaks(run: Run) -> int | None:
 
 
 def _norm_breaks(run: Run) -> int | None:
-    """First step whose gradient norm is over four times the median of the 50 before it (25 at least), or not a number. A step
-    that the loss scaler left out is routine, and none."""
+    """First step whose gradient norm is over four times the median of the 50 before it (25 at least), or not a number. A step that
+    the loss scaler left out is routine, and none."""
     norm, skipped = run.series("train/-/gradient_norm"), run.series("train/-/skipped")
     norm = norm[~norm.index.isin(skipped.index[skipped == 1])].replace(math.inf, math.nan)
     usual = norm.rolling(MEMORY, min_periods=MEMORY // 2).median().shift(1)

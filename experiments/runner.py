@@ -1,9 +1,9 @@
 """Run a suite: every arm with every seed, through an executor, resumable run by run.
 
 A run that is complete is left alone, one that was interrupted is resumed from its checkpoint, so the same command can be given
-again after anything. Where processes of the executor die (killed, out of memory) another one is opened and their runs go on;
-a run that was in one three times is given up. A run whose training fails does not stop the others: it is named at the end, with
-its last line. On a terminal bars show what goes on; elsewhere there is one line for each run that ends.
+again after anything. Where processes of the executor die (killed, out of memory) another one is opened and their runs go on; a run
+that was in one three times is given up. A run whose training fails does not stop the others: it is named at the end, with its last
+line. On a terminal bars show what goes on; elsewhere there is one line for each run that ends.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@ for the rate that the arm bears, fork a state, or read initial weights, and leav
 
 So a study that was cut off goes on where it was, and its numbers can be judged by anything that reads JSON. Seeds are the outer
 loop: whenever it stops, arms have the same seeds. They begin at 1, or beyond the seeds of a study whose results were seen before:
-seed 0 is for trying a study out. Predictions stand in the
-study's file, which is committed before it is run.
+seed 0 is for trying a study out. Predictions stand in the study's file, which is committed before it is run.
 """
 
 from __future__ import annotations

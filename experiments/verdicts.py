@@ -1,11 +1,11 @@
 """Claims, and what the measured values say of them.
 
 A claim is "arm a has less (or more) of a metric than arm b", or than nothing; it and the margin of its metric are written down
-before its runs. Its verdict is supported, against, equivalent or undecided (``experiments.statistics.decision``), by values
-taken seed by seed, at every look. A result against a claim is printed as large as one for it.
+before its runs. Its verdict is supported, against, equivalent or undecided (``experiments.statistics.decision``), by values taken
+seed by seed, at every look. A result against a claim is printed as large as one for it.
 
-A suite makes many claims. Each one's own verdict has the level 5 %; ``family`` says which hold together (Holm), and by chance
-alone a suite of m claims without any effect is expected to have m times 5 % false ones at most.
+A suite makes many claims. Each one's own verdict has the level 5 %; ``family`` says which hold together (Holm), and by chance alone
+a suite of m claims without any effect is expected to have m times 5 % false ones at most.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A worker: a process that trains one run of a suite after another, so that start-up is paid once and not a run.
 
-A run in it is ``glm train`` with the same words, in the same interpreter, with one thread: the same bits as the command alone
-(a test says so). Runs share nothing: weights, batches and masks are functions of the seed, and what a run writes is its folder.
+A run in it is ``glm train`` with the same words, in the same interpreter, with one thread: the same bits as the command alone (a
+test says so). Runs share nothing: weights, batches and masks are functions of the seed, and what a run writes is its folder.
 
-Memory that a step frees is kept for the next one (glibc's ``mallopt``): given back and taken again, pages are cleared by the
-kernel at every tensor, an eighth of the time of a small model. A worker whose parent is gone ends, so that nobody is left behind.
+Memory that a step frees is kept for the next one (glibc's ``mallopt``): given back and taken again, pages are cleared by the kernel
+at every tensor, an eighth of the time of a small model. A worker whose parent is gone ends, so that nobody is left behind.
 """
 
 from __future__ import annotations

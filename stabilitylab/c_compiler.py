@@ -1,7 +1,7 @@
 """C source built by the system's compiler at first use, and loaded from there ever after.
 
-What is built lies in the user's cache folder under a name made of the source, the compiler, the flags and the processor, so a
-home that several machines share holds one for each. Who calls has a twin in torch operations for where there is no compiler.
+What is built lies in the user's cache folder under a name made of the source, the compiler, the flags and the processor, so a home
+that several machines share holds one for each. Who calls has a twin in torch operations for where there is no compiler.
 
 The threads of what is built are torch's own OpenMP pool: its runtime is already loaded with global visibility, and nothing is
 linked with one, so that it is found and no second pool is started.

@@ -1,8 +1,8 @@
 """Command lines generated from types, with every refusal on one line.
 
-tyro builds the parser from a dataclass or a function. Its own error is a box of several lines; people who read logs, and
-programs that read stderr, want one line that names the thing and the way out. ``parse`` keeps tyro's words and its exit
-code (2) and drops the box.
+tyro builds the parser from a dataclass or a function. Its own error is a box of several lines; people who read logs, and programs
+that read stderr, want one line that names the thing and the way out. ``parse`` keeps tyro's words and its exit code (2) and drops
+the box.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _SPINS = "1000"
 def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Sequence[str] | None) -> int:
     """The whole of a program whose first word is a command; returns the exit code.
 
-    A command's function has its name and is called with its parsed arguments; or it is called ``NAME_command`` and parses
-    its words itself. Its module is imported only when it is called, so that help and errors are quick.
+    A command's function has its name and is called with its parsed arguments; or it is called ``NAME_command`` and parses its words
+    itself. Its module is imported only when it is called, so that help and errors are quick.
 
     Args:
         program: its name.
@@ -60,8 +60,8 @@ def sleep_while_waiting() -> None:
 
     What they compute stays the same, bit for bit. GNU's runtime looks some 300,000 times first, which it cuts short only where it
     has more threads itself than the machine cores. On cores that other programs use as well, the thread that is waited for may have
-    none, and those that wait burn the time that it needs; on free cores looking is the quicker way (RESULTS.md has both).
-    The runtime reads its variables once, when torch loads it; what the user has set stands.
+    none, and those that wait burn the time that it needs; on free cores looking is the quicker way (RESULTS.md has both). The
+    runtime reads its variables once, when torch loads it; what the user has set stands.
     """
     if _is_busy() and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

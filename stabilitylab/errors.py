@@ -1,8 +1,8 @@
 """The one error that users see: what was given, where, and what to do.
 
 Anything that comes from outside (a path, a column, a config field, a checkpoint) can be wrong. Code that notices raises
-``InputError``; a command line turns it into one line on stderr and exit code 2, without a traceback. Every other
-exception is a defect of ours and keeps its traceback.
+``InputError``; a command line turns it into one line on stderr and exit code 2, without a traceback. Every other exception is a
+defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations

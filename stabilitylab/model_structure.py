@@ -1,8 +1,8 @@
 """What a model is made of, told once for everybody: stacks of blocks, embeddings, linear layers, tied weights.
 
-The residual stream is what flows from block to block, so its sites are the blocks' outputs. A *stack* is a numbered
-container (``ModuleList``, ``Sequential``, a ``ModuleDict`` or module whose children are called 0, 1, ...) that lies in no
-block of another, and its *blocks* are
+The residual stream is what flows from block to block, so its sites are the blocks' outputs. A *stack* is a numbered container
+(``ModuleList``, ``Sequential``, a ``ModuleDict`` or module whose children are called 0, 1, ...) that lies in no block of another,
+and its *blocks* are
 
     the members that hold weights and are no single layer; of a container that runs its members itself, where such
     members repeat their type, only those that do (stem and head stand beside them)
@@ -158,8 +158,8 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer whose weight's layout is known, by path, in the model's own order; one used under several
-    paths comes once."""
+    """Every linear layer whose weight's layout is known, by path, in the model's own order; one used under several paths comes
+    once."""
     return {path: layer for path, layer in module.named_modules() if has_known_layout(layer)}
 
 

@@ -1,8 +1,8 @@
 """What a measurement is: its name, the samples of a flush, and events.
 
-A metric is ``family/site/statistic``. The *family* says what was measured (gradient, attention, activation, update,
-precision, train), the *site* where, as the module or parameter path that the model itself uses, or ``-`` for the run as
-a whole, the *statistic* how it was summarised:
+A metric is ``family/site/statistic``. The *family* says what was measured (gradient, attention, activation, update, precision,
+train), the *site* where, as the module or parameter path that the model itself uses, or ``-`` for the run as a whole, the
+*statistic* how it was summarised:
 
     gradient/layers.3.attention.query_key_value.weight/l2
     attention/layers.3.attention/score_max                  one value a head, told apart by the index
@@ -10,8 +10,8 @@ a whole, the *statistic* how it was summarised:
     precision/-/loss_scale
     train/-/loss
 
-A ``Key`` is a metric and an index (-1 for a scalar). Samples are tidy columns (step, key, value); an ``Event`` is one
-line of ``events.jsonl``. The folder that holds them is ``stabilitylab.runs.folder``.
+A ``Key`` is a metric and an index (-1 for a scalar). Samples are tidy columns (step, key, value); an ``Event`` is one line of
+``events.jsonl``. The folder that holds them is ``stabilitylab.runs.folder``.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Key:
 class Samples:
     """The numbers of one flush, as tidy columns of equal length: ``value[i]`` was seen for ``keys[key[i]]`` at ``step[i]``.
 
-    ``keys`` is the same tuple object from flush to flush as long as the set of metrics is unchanged, so a sink can
-    cache by its identity. Values are float64 and may be NaN or infinite: what was seen is recorded.
+    ``keys`` is the same tuple object from flush to flush as long as the set of metrics is unchanged, so a sink can cache by its
+    identity. Values are float64 and may be NaN or infinite: what was seen is recorded.
     """
 
     keys: tuple[Key, ...]
@@ -114,12 +114,12 @@ class Event:
     """Something that happened at a step: a spike, a response, a checkpoint, a rewind.
 
     Kinds that the project writes: ``run-start``, ``run-end``, ``interrupted``, ``checkpoint``, ``rewind``, the detector's
-    ``hard-batch``, ``spike``, ``divergence``, ``non-finite``, ``loss-scale-collapse``, ``dead``, ``frozen``, their
-    ``diagnosis``, the responder's ``response`` and what came of it or of a replay (``outcome``), ``recovered`` (a damaged
-    checkpoint was passed over), ``parameters-joined`` (an optimizer was given more of them), ``DEPARTURES`` (a site far out
-    of its baseline; weights, moments or settings that no update moved), ``gradients-changed`` (a loop clips by hand, so
-    gradients are recorded after it), ``attribution`` (what forks proved), ``at-risk`` (the rate's margin is used up; where it
-    was asked for), and ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training went on).
+    ``hard-batch``, ``spike``, ``divergence``, ``non-finite``, ``loss-scale-collapse``, ``dead``, ``frozen``, their ``diagnosis``,
+    the responder's ``response`` and what came of it or of a replay (``outcome``), ``recovered`` (a damaged checkpoint was passed
+    over), ``parameters-joined`` (an optimizer was given more of them), ``DEPARTURES`` (a site far out of its baseline; weights,
+    moments or settings that no update moved), ``gradients-changed`` (a loop clips by hand, so gradients are recorded after it),
+    ``attribution`` (what forks proved), ``at-risk`` (the rate's margin is used up; where it was asked for), and ``checkpoint-lost``
+    and ``telemetry-lost`` (one could not be written; training went on).
     """
 
     step: int

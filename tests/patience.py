@@ -1,7 +1,7 @@
 """How long a test waits for what must come: until it comes. No test measures speed by a clock on the wall.
 
-On a loaded machine a process may stand still for seconds at any place. So a wait ends by what is waited for, and
-``PATIENCE`` only ends what hangs for good.
+On a loaded machine a process may stand still for seconds at any place. So a wait ends by what is waited for, and ``PATIENCE`` only
+ends what hangs for good.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One arm of the benchmark of monitors: a small GPT in training in a process of its own, perhaps watched.
 
-A process an arm: some monitors change torch for everybody in theirs, and what a monitor puts off to a thread
-is charged to its own arm alone. The parent says when to take a turn of some steps; the answer is the wall time of
-the steps, and the processor time of the whole process until its monitor has nothing left to do.
+A process an arm: some monitors change torch for everybody in theirs, and what a monitor puts off to a thread is charged to its own
+arm alone. The parent says when to take a turn of some steps; the answer is the wall time of the steps, and the processor time of
+the whole process until its monitor has nothing left to do.
 """
 
 from __future__ import annotations

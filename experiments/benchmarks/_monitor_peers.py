@@ -1,9 +1,7 @@
-"""Other monitors on the benchmark's model, each through its own public interface, writing into a folder of
-its own.
+"""Other monitors on the benchmark's model, each through its own public interface, writing into a folder of its own.
 
-Matched to ours as far as each tool goes: statistics of every parameter's gradient, and on top of that
-statistics of the activations of every linear and norm layer. What a tool records differs (``RECORDS``); none
-of them records all of ours.
+Matched to ours as far as each tool goes: statistics of every parameter's gradient, and on top of that statistics of the activations
+of every linear and norm layer. What a tool records differs (``RECORDS``); none of them records all of ours.
 """
 
 from __future__ import annotations
@@ -116,8 +114,7 @@ class WandbPeer(Peer):
 
 
 class InspectPeer(Peer):
-    """nvdlfw-inspect 0.2.2's log_tensor_stats, called from hooks of ours on gradients and, with ``modules``,
-    activations."""
+    """nvdlfw-inspect 0.2.2's log_tensor_stats, called from hooks of ours on gradients and, with ``modules``, activations."""
 
     def __init__(self, *args: Any, modules: bool = False) -> None:
         super().__init__(*args)

@@ -1,7 +1,7 @@
 """Runs with one thing done to them at a known step, for the benchmark of forensics.
 
-A *plant* is given a ``Subject`` (weights by name, optimizer, the paths of parts that both architectures have) at its step, or
-holds a hook that acts from then on, or spoils the batch. Two ways to train:
+A *plant* is given a ``Subject`` (weights by name, optimizer, the paths of parts that both architectures have) at its step, or holds
+a hook that acts from then on, or spoils the batch. Two ways to train:
 
     plain, mixture, encoder-decoder   the models of ``_planted_models.py``, AdamW, clipping, ``Monitor`` in a loop of ten lines
     glm                               GLM's own block (DeepNorm, GeGLU, fused projections, tied embedding) in ``glm train``'s loop

@@ -4,8 +4,8 @@
     Mixture          RMSNorm, SwiGLU, grouped queries, four experts of which a router takes two, blocks in a ModuleList of experts
     EncoderDecoder   an encoder that sees both ways, a decoder with cross-attention, one table for both
 
-``mean_loss`` of tokens [B, T + 1] is what is trained; all are registered in an order that is not the one of execution.
-``parts`` names, for each, where the roles that plants act on lie: in the second block (the decoder's, the first expert's).
+``mean_loss`` of tokens [B, T + 1] is what is trained; all are registered in an order that is not the one of execution. ``parts``
+names, for each, where the roles that plants act on lie: in the second block (the decoder's, the first expert's).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Curves with known events: real logs from a folder, and synthetic ones.
 
-A folder holds CSV logs (step, loss) and ``events.csv``: ``file,kind,first_step,last_step,height``, where a
-file with kind ``healthy`` has none. Events are given here by the index of the value, so that a step which
-occurs twice is no trouble.
+A folder holds CSV logs (step, loss) and ``events.csv``: ``file,kind,first_step,last_step,height``, where a file with kind
+``healthy`` has none. Events are given here by the index of the value, so that a step which occurs twice is no trouble.
 """
 
 from __future__ import annotations
@@ -98,8 +97,7 @@ def _trend(rng: np.random.Generator, n: int) -> NDArray[np.float64]:
 
 
 def _noisy(rng: np.random.Generator, n: int, *, heavy: bool = False) -> tuple[NDArray[np.float64], float]:
-    """A curve without events, and the deviation of its noise: Gaussian, or Student's t with 4 degrees of
-    freedom."""
+    """A curve without events, and the deviation of its noise: Gaussian, or Student's t with 4 degrees of freedom."""
     sigma = float(np.exp(rng.uniform(math.log(0.01), math.log(0.12))))
     noise = rng.standard_t(4, n) / math.sqrt(2) if heavy else rng.standard_normal(n)
     return _trend(rng, n) + sigma * noise, sigma

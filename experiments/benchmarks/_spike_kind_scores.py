@@ -1,9 +1,9 @@
 """The kinds of ``_spike_kinds.py`` scored: recall, false alarms, delay, and which kind was called which.
 
-An *event of the state* (spike, divergence, non-finite, dead, frozen) is found where an alarm falls between 5 values before
-its first and 5 after its last. An alarm outside of every event is *false*, wherever it is; per 10,000 values. A hard batch
-is called a spike where an alarm lies within 2 values of it. For the finished log (``find_episodes``) an alarm is the onset
-of an episode that is no hard batch, and an event's *kind* that of the gravest episode that overlaps it.
+An *event of the state* (spike, divergence, non-finite, dead, frozen) is found where an alarm falls between 5 values before its
+first and 5 after its last. An alarm outside of every event is *false*, wherever it is; per 10,000 values. A hard batch is called a
+spike where an alarm lies within 2 values of it. For the finished log (``find_episodes``) an alarm is the onset of an episode that
+is no hard batch, and an event's *kind* that of the gravest episode that overlaps it.
 """
 
 from __future__ import annotations

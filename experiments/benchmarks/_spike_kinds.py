@@ -1,9 +1,9 @@
 """Curves of every kind that a detector was once seen to fail at, each drawn anew for a seed.
 
-A family is a function of a generator; lengths, noise (1 to 30 % of the level, log-uniform), its colour (white, AR(1)
-of .5 and .9, Student's t with 3 or 4 degrees of freedom) and all positions and heights are drawn. Heights are counted in
-standard deviations of the noise, so an event is one that the noise allows to be seen: 10 to 40 of them for a spike, 8 to 40
-for what lasts. Indices, not steps, say where an event is.
+A family is a function of a generator; lengths, noise (1 to 30 % of the level, log-uniform), its colour (white, AR(1) of .5 and .9,
+Student's t with 3 or 4 degrees of freedom) and all positions and heights are drawn. Heights are counted in standard deviations of
+the noise, so an event is one that the noise allows to be seen: 10 to 40 of them for a spike, 8 to 40 for what lasts. Indices, not
+steps, say where an event is.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Logs composed at random: a shape of fall, a noise, and what happens to it, each drawn for itself.
 
-The families of ``_spike_kinds.py`` each stand for one kind of trouble; what a run shows is a mixture that nobody foresaw. Here
-a fall (eight shapes), a noise (twelve colours and distributions, .4 to 30 % of the level) and an event (eight shapes, 9 to
-40 deviations and a twentieth of the level high at least, or none) are combined, in logs of 50 to 3,000 values, so that what is
-tuned to a family does not help. The family is the length; a third are healthy. An event of which most
-is left at the end is a divergence, whatever its shape: the fall may take a step back.
+The families of ``_spike_kinds.py`` each stand for one kind of trouble; what a run shows is a mixture that nobody foresaw. Here a
+fall (eight shapes), a noise (twelve colours and distributions, .4 to 30 % of the level) and an event (eight shapes, 9 to 40
+deviations and a twentieth of the level high at least, or none) are combined, in logs of 50 to 3,000 values, so that what is tuned
+to a family does not help. The family is the length; a third are healthy. An event of which most is left at the end is a divergence,
+whatever its shape: the fall may take a step back.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Steps of this build, of another one, and of GPT-NeoX, alternated, in processor time.
 
 Each build has a process of its own (``_build_worker``). With a preset both train that. Without one they train the benchmark's
-``Size`` by GPT-NeoX's recipe (``_training_peer``), and the peer takes its turns in this process; not in fp16, for which its
-Trainer wants an accelerator. A step is forward, backward, norms, clipping and update; batches are built before. Ratios are of
-medians of a round, then the median over rounds.
+``Size`` by GPT-NeoX's recipe (``_training_peer``), and the peer takes its turns in this process; not in fp16, for which its Trainer
+wants an accelerator. A step is forward, backward, norms, clipping and update; batches are built before. Ratios are of medians of a
+round, then the median over rounds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Peak memory of a training step, each measurement in a process of its own.
 
-The process builds model and optimizer and makes a step, so that every buffer exists; then the kernel forgets its resident peak,
-and a second step is made. Two batch sizes tell what a token costs from what is there anyway:
+The process builds model and optimizer and makes a step, so that every buffer exists; then the kernel forgets its resident peak, and
+a second step is made. Two batch sizes tell what a token costs from what is there anyway:
 
     bytes a token = (peak(2 r rows) - peak(r rows)) / (r T)
 

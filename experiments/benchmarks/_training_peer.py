@@ -1,10 +1,10 @@
 """Training steps of our model and of HuggingFace transformers' GPT-NeoX, of equal size, over the same rows.
 
-Both: L layers of width h with a feed-forward of 4h, GELU, rotary positions, pre-LN in parallel blocks, biases, untied
-embeddings, dropout off; next-token targets at every position; mean loss, gradient norm clipped at 1, AdamW on fp32 weights with
-betas .9/.95 and decay .1, torch's fused kernel. GPT-NeoX turns a quarter of each head's dimensions, ours all, and has a second norm
-in a block: 0.02 % of the parameters. In bf16 ours has bf16 weights beside fp32 masters; GPT-NeoX is under autocast, the way
-transformers' Trainer does it.
+Both: L layers of width h with a feed-forward of 4h, GELU, rotary positions, pre-LN in parallel blocks, biases, untied embeddings,
+dropout off; next-token targets at every position; mean loss, gradient norm clipped at 1, AdamW on fp32 weights with betas .9/.95
+and decay .1, torch's fused kernel. GPT-NeoX turns a quarter of each head's dimensions, ours all, and has a second norm in a block:
+0.02 % of the parameters. In bf16 ours has bf16 weights beside fp32 masters; GPT-NeoX is under autocast, the way transformers'
+Trainer does it.
 
 ``glm`` is GLM's own recipe at the same width and depth (DeepNorm, GeGLU, tied embeddings, fp32 softmax) on blank-infilling rows.
 """

@@ -10,8 +10,8 @@ that is not the first. With a(t) the bytes allocated since the update began:
             pass: the plan's activations
     peak    largest a, less what is held before and counted as states: the plan's activations, gradients and working memory
 
-In fp16 on a CPU without half-precision units, products are computed in fp32 by hand; the plan is about accelerators, so fp32 is
-the comparison that can be had here.
+In fp16 on a CPU without half-precision units, products are computed in fp32 by hand; the plan is about accelerators, so fp32 is the
+comparison that can be had here.
 """
 
 from __future__ import annotations

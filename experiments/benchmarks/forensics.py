@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks forensics [--seeds 10] [--clean 50] [--only NAME] [--arch NAME] [--runs FOLDER] [--json]
 
-Every plant of ``_planted.py`` is done to a run at step 90 of 112, on two architectures (``--arch`` names others), watched
-with every=1, and with every=10 and a recorder of 64 steps. Of what is told (the diagnoses that a run writes when it ends), the
-first whose onset lies within 16 steps from the plant on counts, that is:
+Every plant of ``_planted.py`` is done to a run at step 90 of 112, on two architectures (``--arch`` names others), watched with
+every=1, and with every=10 and a recorder of 64 steps. Of what is told (the diagnoses that a run writes when it ends), the first
+whose onset lies within 16 steps from the plant on counts, that is:
 
     cause        the word that the table in ``stabilitylab/spikes/suspects.py`` has for what was planted
     site         the module in which it was planted; for causes that have a place
@@ -12,8 +12,8 @@ first whose onset lies within 16 steps from the plant on counts, that is:
 
 Nothing told counts as wrong. Of runs without a plant every diagnosis and every departure is false.
 
-With ``--runs`` the run folders stay, and one that is there is not trained again but explained anew: so a benchmark that was
-stopped goes on where it was, and a changed rule is judged on the same runs in minutes.
+With ``--runs`` the run folders stay, and one that is there is not trained again but explained anew: so a benchmark that was stopped
+goes on where it was, and a changed rule is judged on the same runs in minutes.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m experiments.benchmarks format_forecast [--runs 8] [--steps 1200] [--json]
 
 A GPT of 4 layers of 64 learns the bigrams of a random grammar; rate and decay vary with the seed, so that outliers grow in some
-runs and not in others. At a quarter of the run the forecast is made; at half of it and at its end every linear layer's
-input and weight are rounded whole, as a quantizer would, on rows that were not trained on. Asked of every operand and format that
-was not left yet when the forecast was made: has it left now?
+runs and not in others. At a quarter of the run the forecast is made; at half of it and at its end every linear layer's input and
+weight are rounded whole, as a quantizer would, on rows that were not trained on. Asked of every operand and format that was not
+left yet when the forecast was made: has it left now?
 
     right      share of operands of which the forecast says so correctly: left where the whole 90 % interval lies before that step
     covered    share whose answer the 90 % interval allows

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks log_reading [FOLDER OF ANOTHER BUILD]
 
-One million rows of CSV and Parquet; consoles of a million lines of which one in a thousand is a record, and of 200,000 that all
-are (nanoGPT's, Megatron-LM's, and of no known trainer). Each reading is a process of its own: processor time (user and system) of
+One million rows of CSV and Parquet; consoles of a million lines of which one in a thousand is a record, and of 200,000 that all are
+(nanoGPT's, Megatron-LM's, and of no known trainer). Each reading is a process of its own: processor time (user and system) of
 reading alone, imports left out, and how far its resident memory rose above what it was before (Linux). Medians of five; readers
 take turns.
 """

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks log_watching
 
-A Megatron console, all of whose lines are records, is watched from its start; then lines are appended, one to a look, after
-1,000 and after 300,000 lines. Processor time (user and system) a look, median, the idle look beside it; alternated.
+A Megatron console, all of whose lines are records, is watched from its start; then lines are appended, one to a look, after 1,000
+and after 300,000 lines. Processor time (user and system) a look, median, the idle look beside it; alternated.
 """
 
 from __future__ import annotations

@@ -1,22 +1,20 @@
-"""What a monitor costs: mean step time with it over without it, beside the other monitors at the same
-cadence.
+"""What a monitor costs: mean step time with it over without it, beside the other monitors at the same cadence.
 
-Every arm trains its own copy of one GPT (pre-norm, tied embedding, AdamW, fp32) on the same random tokens, in
-a process of its own and on one thread. Arms take turns of ``--steps`` steps, in an order that is drawn anew
-every round; a turn's time is divided by the bare model's in the same round, and the median over rounds is
-reported: neighbours on a shared machine then disturb both sides of a ratio. A process is faster or slower than its
-twin by some percent as long as it lives, so all start anew ``--restarts`` times. ``low`` and ``high`` hold the median
-with 95 % (bootstrap over restarts and rounds), and ``bare again`` is a second bare process: what it shows is the error of
-the instrument itself. ``wall``: the training thread's. ``processor``: time of all threads of the
-process until the monitor has caught up, so that work put off to a thread is counted; wandb writes in a process
-of its own, whose time is not. ``close``: once a run, processor time.
+Every arm trains its own copy of one GPT (pre-norm, tied embedding, AdamW, fp32) on the same random tokens, in a process of its own
+and on one thread. Arms take turns of ``--steps`` steps, in an order that is drawn anew every round; a turn's time is divided by the
+bare model's in the same round, and the median over rounds is reported: neighbours on a shared machine then disturb both sides of a
+ratio. A process is faster or slower than its twin by some percent as long as it lives, so all start anew ``--restarts`` times.
+``low`` and ``high`` hold the median with 95 % (bootstrap over restarts and rounds), and ``bare again`` is a second bare process:
+what it shows is the error of the instrument itself. ``wall``: the training thread's. ``processor``: time of all threads of the
+process until the monitor has caught up, so that work put off to a thread is counted; wandb writes in a process of its own, whose
+time is not. ``close``: once a run, processor time.
 
     python -m experiments.benchmarks monitor_overhead [--model small|large] [--rounds 12] [--paired | --depth] [--json]
 
-Small: 4 layers, width 128, batch 8 x 128 tokens. Large: 8 layers, width 512, batch 4 x 128. The peers are
-optional: ``pip install trainscope==1.8.1 mindstudio-probe==26.2.0 nvdlfw-inspect==0.2.2 wandb``; those not
-installed are left out. ``--paired`` measures ours alone, on a machine that is not quiet: ``--rounds`` pairs of
-steps of one process, one of them measured; ``--depth`` the same from 4 to 96 layers of width 64.
+Small: 4 layers, width 128, batch 8 x 128 tokens. Large: 8 layers, width 512, batch 4 x 128. The peers are optional: ``pip install
+trainscope==1.8.1 mindstudio-probe==26.2.0 nvdlfw-inspect==0.2.2 wandb``; those not installed are left out. ``--paired`` measures
+ours alone, on a machine that is not quiet: ``--rounds`` pairs of steps of one process, one of them measured; ``--depth`` the same
+from 4 to 96 layers of width 64.
 """
 
 from __future__ import annotations
@@ -150,8 +148,8 @@ def arms(suite: str, with_peers: bool) -> list[str]:
 
 
 def paired(shape: tuple[int, int, int], rows: int, pairs: int, *, gradients_only: bool) -> dict[str, float]:
-    """One process, one model, every second step measured: processor time of the training thread in a measured step
-    over that in the step after it. What neighbours on the machine do falls on both."""
+    """One process, one model, every second step measured: processor time of the training thread in a measured step over that in the
+    step after it. What neighbours on the machine do falls on both."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = GPT(*shape)

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks page_opening RUN/report.html ...
 
-Prints for each page its bytes, the charts on it, the wall time until the load event and until the first screen's charts are
-drawn, and the processor time of the page's process by then, which other work on the machine does not change. Needs chromium and
+Prints for each page its bytes, the charts on it, the wall time until the load event and until the first screen's charts are drawn,
+and the processor time of the page's process by then, which other work on the machine does not change. Needs chromium and
 chromedriver, and a clone (it drives them as the tests do).
 """
 

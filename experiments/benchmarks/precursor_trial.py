@@ -17,8 +17,8 @@ frontier. Each precursor is a score by step:
     combined, trend                         the same on those, the levels, the foreseen margin and its slope
 
 An *alarm* is a score over a threshold, none within ``QUIET`` steps of the last. It is right where the collapse's onset follows
-within ``HORIZON`` steps, false where none does; after the onset none counts. For each half of the runs the threshold is set on
-that half, so that there are as many false alarms as the rate allows, and judged on the other: both halves are judged once.
+within ``HORIZON`` steps, false where none does; after the onset none counts. For each half of the runs the threshold is set on that
+half, so that there are as many false alarms as the rate allows, and judged on the other: both halves are judged once.
 
 ``--frontier N`` compares the margin with the bisected frontier of N configurations (``_trial_frontier.py``). The event ``at-risk``
 (a margin below 1 twice in a row) is counted in the steps before anything grows and in those of survivors. ``--norms`` judges the

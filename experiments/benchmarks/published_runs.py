@@ -3,8 +3,8 @@
     python -m experiments.benchmarks published_runs
 
 Chosen on: the share of a GPU's peak that products reach, on Megatron-LM's ten; how much transfers and products hold each other up,
-on ZeRO-3's two runs of 175B with 384 and 768 GPUs. All others are predictions. Where a
-paper does not give micro-batch or chunks, the plan's best is taken, since a paper reports its best.
+on ZeRO-3's two runs of 175B with 384 and 768 GPUs. All others are predictions. Where a paper does not give micro-batch or chunks,
+the plan's best is taken, since a paper reports its best.
 
 Sources: Narayanan et al. 2104.04473, tables 1 and 2 (PTD with the interleaved schedule; ZeRO-3 in DeepSpeed's version of 2021);
 Smith et al. 2201.11990 (MT-NLG, 1,920 rows); BLOOM 2211.05100; OPT 2205.01068 (992 rows taken for its 2M tokens); GLM-130B

@@ -1,7 +1,7 @@
 """Runs an hour of a small model: long-lived workers of this build against another build's way, alternated.
 
-A run is 4 layers of 64, rows of 128, 8 rows, 200 steps, monitored every tenth with TensorBoard. A round has two of each,
-side by side:
+A run is 4 layers of 64, rows of 128, 8 rows, 200 steps, monitored every tenth with TensorBoard. A round has two of each, side by
+side:
 
     former    `python -m glm train` in the tree given by --former, one process a run, one thread
     now       `glm train` in workers of this build that live from round to round (``experiments.worker``)

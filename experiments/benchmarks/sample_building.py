@@ -3,9 +3,9 @@
     python -m experiments.benchmarks sample_building [--data DIR] [--length 2048] [--rows 16] [--repeats 15] [--json]
 
 The twin draws the same kinds of rows at the same shares with Python's own loops and lists: what one writes first. Both turn
-memory-mapped tokens into the tensors of a ``Batch``. A training step is forward, backward and update of glm-tiny and glm-small
-in fp32 with the same rows, in the same process. Everything is interleaved, one thread, medians; rates count the thread's time
-on its core.
+memory-mapped tokens into the tensors of a ``Batch``. A training step is forward, backward and update of glm-tiny and glm-small in
+fp32 with the same rows, in the same process. Everything is interleaved, one thread, medians; rates count the thread's time on its
+core.
 """
 
 from __future__ import annotations

@@ -2,15 +2,14 @@
 
     python -m experiments.benchmarks spike_detection [FOLDER] [--json]
 
-Each detector sees a curve value by value. An alarm is a flagged value, or for ours the value at which an
-episode is first called spike, divergence or non-finite; flags within 10 values of one another are one alarm.
-An event is *found* when an alarm falls between 5 values before its first and 5 after its last; the *delay* is
-counted from its first value. An alarm on a healthy curve is *false*. A hard batch is *called a spike* when an
-alarm falls on it or within 2 values.
+Each detector sees a curve value by value. An alarm is a flagged value, or for ours the value at which an episode is first called
+spike, divergence or non-finite; flags within 10 values of one another are one alarm. An event is *found* when an alarm falls
+between 5 values before its first and 5 after its last; the *delay* is counted from its first value. An alarm on a healthy curve is
+*false*. A hard batch is *called a spike* when an alarm falls on it or within 2 values.
 
-Curves are synthetic (every family of ``_spike_curves.py``) and, given a FOLDER with ``events.csv``, real. With ``--kinds``
-each kind that a detector was once seen to fail at is scored for itself (``_spike_kinds.py``), for the finished log, for the
-online detector, and for the other rules; ``--first-seed`` and ``--salt`` draw curves that were not looked at before.
+Curves are synthetic (every family of ``_spike_curves.py``) and, given a FOLDER with ``events.csv``, real. With ``--kinds`` each
+kind that a detector was once seen to fail at is scored for itself (``_spike_kinds.py``), for the finished log, for the online
+detector, and for the other rules; ``--first-seed`` and ``--salt`` draw curves that were not looked at before.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m experiments.benchmarks topologies --ranks 2
 
 Every way of laying so many processes out as tensor x pipeline x data trains the same rows of a small GLM, each process on one
-thread, over gloo on this machine. The plan gets what this machine measures a moment before: rate of a product of the model's
-size, of a copy in memory, and of an all-reduce between two processes.
+thread, over gloo on this machine. The plan gets what this machine measures a moment before: rate of a product of the model's size,
+of a copy in memory, and of an all-reduce between two processes.
 
     work    processor seconds of a step, all processes together: what nobody waits in. Beside it the plan's products, kernels,
             transfers (which here are copies that a core makes) and optimizer of all processes, without bubble
@@ -12,8 +12,8 @@ size, of a copy in memory, and of an all-reduce between two processes.
             them out, and is not compared
 
 Agreement is Kendall's tau-b over the topologies (Kendall 1945): 1 is the same order, 0 none. With two or three of them tau is
-coarse: every figure is printed. Limits: gloo's copies cost processor time, a GPU's transfers do not; start of a collective is
-the planner's 10 us, gloo's is some 100.
+coarse: every figure is printed. Limits: gloo's copies cost processor time, a GPU's transfers do not; start of a collective is the
+planner's 10 us, gloo's is some 100.
 """
 
 from __future__ import annotations

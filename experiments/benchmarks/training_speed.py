@@ -7,8 +7,8 @@
     --figure levers    what each lever costs, all in turn in one process (``_training_levers.py``); --levers rms,muon: these
     --figure parts     time of data, forward and backward, gradients, update and monitor in our step
 
-Peers take their steps in turn, over the same rows, so that a drifting machine moves all; medians, and the median of the ratios
-of neighbouring steps. What is compared is written in ``_training_peer.py``.
+Peers take their steps in turn, over the same rows, so that a drifting machine moves all; medians, and the median of the ratios of
+neighbouring steps. What is compared is written in ``_training_peer.py``.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import numpy as np
 
 
 def median_interval(ratios: np.ndarray) -> tuple[float, float]:
-    """Holds the median of ``ratios`` [restarts, rounds] with 95 %: percentiles of the medians of 2,000 resamples, of
-    restarts and of each one's rounds."""
+    """Holds the median of ``ratios`` [restarts, rounds] with 95 %: percentiles of the medians of 2,000 resamples, of restarts and
+    of each one's rounds."""
     dice, (restarts, rounds) = np.random.default_rng(0), ratios.shape
     lives = dice.integers(restarts, size=(2000, restarts, 1))
     drawn = ratios[lives, dice.integers(rounds, size=(2000, restarts, rounds))]

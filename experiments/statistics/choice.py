@@ -116,8 +116,8 @@ def kind_of(a: np.ndarray, b: np.ndarray | None, *, scale: Scale, paired: bool) 
 
 
 def _grid_step(values: np.ndarray, *, log: bool) -> float:
-    """The largest step of which all differences between values are multiples, whatever their unit; at least what float32
-    resolves, which is how fine a loss is. Of logarithms, the step at the median value."""
+    """The largest step of which all differences between values are multiples, whatever their unit; at least what float32 resolves,
+    which is how fine a loss is. Of logarithms, the step at the median value."""
     distinct = np.unique(np.exp(values) if log else values)
     size = float(np.median(np.exp(values))) if log else 1.0
     least = float(np.max(np.abs(distinct))) * 2.0**-23

@@ -40,5 +40,5 @@ class Law(Protocol):
         """The evidence at level ``alpha``; ``sequential``: valid at every look, else at this one alone."""
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
-        """The true effect that these many runs would have decided with a power of 80 %, given the spread that they
-        have; infinite where none would."""
+        """The true effect that these many runs would have decided with a power of 80 %, given the spread that they have; infinite
+        where none would."""

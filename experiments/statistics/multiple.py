@@ -1,8 +1,8 @@
 """Many claims at once: Holm's step-down (1979), which holds the chance of one false verdict or more in a family at alpha.
 
-The i-th smallest of m p-values is compared with alpha / (m - i + 1), and the first that fails ends it. An e-value's inverse is
-a p-value (Markov), and the inverse of an e-process' largest value so far is one at every look (Ville): so Holm's guarantee,
-too, holds while seeds are added.
+The i-th smallest of m p-values is compared with alpha / (m - i + 1), and the first that fails ends it. An e-value's inverse is a
+p-value (Markov), and the inverse of an e-process' largest value so far is one at every look (Ville): so Holm's guarantee, too,
+holds while seeds are added.
 """
 
 from __future__ import annotations

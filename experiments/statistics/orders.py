@@ -1,15 +1,14 @@
 """The order of all values of two groups as an e-process: exact for any distribution, and it may be looked at after every run.
 
-If the hazard of the arm's values is theta times that of the baseline's (Lehmann 1953), the order of N values x_(1) < ... <
-x_(N) has the probability (Savage 1956; Cox 1972)
+If the hazard of the arm's values is theta times that of the baseline's (Lehmann 1953), the order of N values x_(1) < ... < x_(N)
+has the probability (Savage 1956; Cox 1972)
 
     P_theta = prod_j w_j / sum_{i >= j} w_i        w = theta for the arm's values, 1 for the baseline's
 
-and 1 / C(N, na) where all are alike. The ratio is a martingale as runs come in, in any order of arms, under every distribution
-that both arms have in common (the safe logrank test: Grünwald, Ly, Pérez-Ortiz and ter Schure, arXiv:2011.06931). It is mixed
-over theta and over both ends of the scale, since proportional hazards weigh the small values. Tied values count with the mean
-over their orders, which is the expectation over a random breaking of ties, and thus a martingale still. Infinite values are
-ties at the end.
+and 1 / C(N, na) where all are alike. The ratio is a martingale as runs come in, in any order of arms, under every distribution that
+both arms have in common (the safe logrank test: Grünwald, Ly, Pérez-Ortiz and ter Schure, arXiv:2011.06931). It is mixed over theta
+and over both ends of the scale, since proportional hazards weigh the small values. Tied values count with the mean over their
+orders, which is the expectation over a random breaking of ties, and thus a martingale still. Infinite values are ties at the end.
 """
 
 from __future__ import annotations

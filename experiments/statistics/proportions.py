@@ -1,15 +1,15 @@
 """Shares: how often the arm wins a pair, how many runs of a group survive.
 
-k successes among n at the null share 1/2 (or any theta), once: the binomial test and Clopper and Pearson's interval (1934).
-At every look: the likelihood ratio of a Beta(a, a) mixture,
+k successes among n at the null share 1/2 (or any theta), once: the binomial test and Clopper and Pearson's interval (1934). At
+every look: the likelihood ratio of a Beta(a, a) mixture,
 
     E = B(a + k, a + n - k) / B(a, a) / (theta^k (1 - theta)^(n - k)),
 
 a martingale under theta whatever n does (Ville 1939; Robbins 1970). With a = 1/4 six wins of six decide at 5 %.
 
 Pairs of yes and no: those that agree say nothing of the difference; the others are a share with null 1/2 (McNemar 1947). The
-difference of rates is then (share of discordant pairs) x (2 theta - 1), and its interval combines the intervals of both.
-Two groups: Fisher's exact test once; at every look two Bernoulli streams, each block of one run an arm betting on the means so far
+difference of rates is then (share of discordant pairs) x (2 theta - 1), and its interval combines the intervals of both. Two
+groups: Fisher's exact test once; at every look two Bernoulli streams, each block of one run an arm betting on the means so far
 against their average (Turner, Ly and Grünwald, arXiv:2106.02693), exact for every common rate.
 """
 

@@ -180,8 +180,8 @@ class RankSum:
         return above(self.arm, self.baseline, steps), above(-self.arm, -self.baseline, -steps[::-1])
 
     def _sequence(self, alpha: float) -> tuple[float, float]:
-        """The shifts that neither direction's bet rejects at half the level. Either bet is monotone in the shift, and
-        constant between two of the finite differences a_i - b_j, so each end is found by bisection among those."""
+        """The shifts that neither direction's bet rejects at half the level. Either bet is monotone in the shift, and constant
+        between two of the finite differences a_i - b_j, so each end is found by bisection among those."""
         steps = self._shifts(tie=math.nan)
         steps = np.unique(steps[np.isfinite(steps)])
         goal = math.log(2 / alpha)

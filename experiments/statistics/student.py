@@ -1,18 +1,18 @@
 """Student's t: for one look, and as an e-process for every look.
 
-With m the information in runs (n for n differences, na nb / (na + nb) for two groups), nu the degrees of freedom and t the
-usual statistic, the effect in standard deviations gets the prior N(0, g), the unknown scale its right Haar prior 1 / sigma:
+With m the information in runs (n for n differences, na nb / (na + nb) for two groups), nu the degrees of freedom and t the usual
+statistic, the effect in standard deviations gets the prior N(0, g), the unknown scale its right Haar prior 1 / sigma:
 
     E = (1 + m g)^(-1/2) [ (1 + t^2 / nu) / (1 + t^2 / (nu (1 + m g))) ]^((nu + 1) / 2)
 
-(Lai 1976; Wang and Ramdas, arXiv:2310.03722). For normal data E is a martingale whatever the scale is, as long as one looks
-only at scale-free statistics. It grows in |t|, so that {mu: E(mu) < 1 / alpha} is an interval mean +- t* s / sqrt(m) with t* in
-closed form. Heavy tails of identical arms make t smaller, not larger (Efron 1969), hence E conservative; data on a coarse grid,
-whose sd may be 0 by chance, are not for this law, and ``decision`` does not give it any.
+(Lai 1976; Wang and Ramdas, arXiv:2310.03722). For normal data E is a martingale whatever the scale is, as long as one looks only at
+scale-free statistics. It grows in |t|, so that {mu: E(mu) < 1 / alpha} is an interval mean +- t* s / sqrt(m) with t* in closed
+form. Heavy tails of identical arms make t smaller, not larger (Efron 1969), hence E conservative; data on a coarse grid, whose sd
+may be 0 by chance, are not for this law, and ``decision`` does not give it any.
 
-The groups' variances may differ, and neither way of estimating is right for both cases. The interval for one look has
-min(na, nb) - 1 degrees of freedom, with which the level holds for any two variances (Mickey and Brown 1966). The e-process is the
-smaller of that with the pooled variance, exact where the variances are equal, and that with Welch's.
+The groups' variances may differ, and neither way of estimating is right for both cases. The interval for one look has min(na, nb) -
+1 degrees of freedom, with which the level holds for any two variances (Mickey and Brown 1966). The e-process is the smaller of that
+with the pooled variance, exact where the variances are equal, and that with Welch's.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from scipy import optimize, stats
 from experiments.statistics.law import POWER, InterimLook
 
 # Variance of the effect, in standard deviations, under the mixture. 4: an effect of 2 sd is typical of what a treatment that
-# matters does to a stable outcome, and with it four seeds can decide (g must pass 1.6 for that); for an effect of half an sd
-# this costs some 15 % more seeds than the best g.
+# matters does to a stable outcome, and with it four seeds can decide (g must pass 1.6 for that); for an effect of half an sd this
+# costs some 15 % more seeds than the best g.
 PRIOR_VARIANCE = 4.0
 
 

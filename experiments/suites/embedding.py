@@ -1,8 +1,8 @@
 """The embedding's gradient: does shrinking it calm a run, and on which side?
 
-With tied matrices the embedding gets two gradients, from the look-up and from the output projection. GLM-130B shrank the
-first (EGS, alpha 0.1). Adam divides by the gradient's own scale, so that a constant factor changes an update only through
-clipping and epsilon: what EGS can do, it does through the global norm.
+With tied matrices the embedding gets two gradients, from the look-up and from the output projection. GLM-130B shrank the first
+(EGS, alpha 0.1). Adam divides by the gradient's own scale, so that a constant factor changes an update only through clipping and
+epsilon: what EGS can do, it does through the global norm.
 """
 
 from __future__ import annotations

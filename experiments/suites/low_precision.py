@@ -1,8 +1,8 @@
 """Which of a block's products bear which low format, and do the known cures mend those that do not?
 
 Operands of linear layers are rounded by emulation (``glm.train.emulation``), everything else is fp32. Whole runs do not decide it:
-two that differ by rounding alone end some .03 nats apart after 80 updates, which is what a format costs. So a seed is one model,
-4 layers of 64 trained 120 updates in fp32, and all its arms are asked of that very state, on the same rows:
+two that differ by rounding alone end some .03 nats apart after 80 updates, which is what a format costs. So a seed is one model, 4
+layers of 64 trained 120 updates in fp32, and all its arms are asked of that very state, on the same rows:
 
     added         held-out loss of these weights under the format, less that without: the forward products
     noise         sqrt(sum |d|^2 / sum |g*|^2), d = g - g*: the gradient g under the format against fp32's g*, 8 batches

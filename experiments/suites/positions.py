@@ -1,7 +1,7 @@
 """GLM-130B's ladder of architecture choices: learned positions, ALiBi, RoPE, RoPE with GeGLU.
 
-The paper trained 110M models and measured test perplexity: 24.58 (base), 24.14 (ALiBi), 22.95 (RoPE), 22.31 (RoPE and
-GeGLU). Here the same ladder at 1.9M parameters, each row seen once, so that the loss of the last steps is a test loss.
+The paper trained 110M models and measured test perplexity: 24.58 (base), 24.14 (ALiBi), 22.95 (RoPE), 22.31 (RoPE and GeGLU). Here
+the same ladder at 1.9M parameters, each row seen once, so that the loss of the last steps is a test loss.
 """
 
 from __future__ import annotations

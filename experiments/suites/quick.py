@@ -1,9 +1,9 @@
 """Four ways to keep a small GLM stable in fp16, on real bilingual text: what does each change, in ten minutes?
 
 The seed of the project says: pre-LN lets the residual stream grow without bound in deep layers; DeepNorm (post-LN) bounds it;
-spikes come with abnormal gradients of the embedding, and shrinking that gradient (EGS) removes them; BLOOM's embedding
-norm stabilises too. At this size nothing need collapse; what can be seen is how large the residual stream, the attention
-scores and the embedding's gradient become, and what the loss pays.
+spikes come with abnormal gradients of the embedding, and shrinking that gradient (EGS) removes them; BLOOM's embedding norm
+stabilises too. At this size nothing need collapse; what can be seen is how large the residual stream, the attention scores and the
+embedding's gradient become, and what the loss pays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``glm train``: a preset with any field overridden, into a run folder, resumable.
 
-A run folder belongs to one configuration: a second run into it is refused, and ``--resume`` continues only what is the
-same in everything that determines its numbers.
+A run folder belongs to one configuration: a second run into it is refused, and ``--resume`` continues only what is the same in
+everything that determines its numbers.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def train_command(arguments: Sequence[str]) -> int:
     """Parse ``PRESET [flags]`` and train. Returns the exit code."""
     if speaks():
         return _train_command(arguments)
-    # Of several processes one speaks: the others would say the same, and are told to stop when it has spoken. Nothing is there
-    # to save before training begins, which has a handler of its own.
+    # Of several processes one speaks: the others would say the same, and are told to stop when it has spoken. Nothing is there to
+    # save before training begins, which has a handler of its own.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

@@ -1,12 +1,12 @@
 """A batch of rows, and who may see whom in it.
 
-Shapes: B rows, T tokens a row. A row holds one or several pieces (samples) side by side; ``segments_BT`` says which piece
-a token belongs to, -1 is padding. Query i sees key j of the same row
+Shapes: B rows, T tokens a row. A row holds one or several pieces (samples) side by side; ``segments_BT`` says which piece a token
+belongs to, -1 is padding. Query i sees key j of the same row
 
     <=>  segments[i] == segments[j]  and  (j <= i  or  context[j])
 
-that is: causal, plus the whole of the piece's context, block-diagonal over pieces. Padding sees padding before it and
-nothing else sees it.
+that is: causal, plus the whole of the piece's context, block-diagonal over pieces. Padding sees padding before it and nothing else
+sees it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Blank infilling: many pieces of text become many samples at once, and no target is ever cut.
 
-[MASK] (short blanks; GLM, 2103.10360, section 2.1). Spans s_1..s_k of n source tokens (``spans``) are masked out, each becomes
-one [MASK]; behind the corrupted text every span follows, in shuffled order:
+[MASK] (short blanks; GLM, 2103.10360, section 2.1). Spans s_1..s_k of n source tokens (``spans``) are masked out, each becomes one
+[MASK]; behind the corrupted text every span follows, in shuffled order:
 
     input   a [MASK] b [MASK] c   sop s..   sop s..        n - S + k   and   S + k   tokens, S = sum s_i
     target  .        .        .   s..  eop  s..  eop
@@ -10,11 +10,11 @@ so a sample takes n + 2k tokens, and ``spans`` has chosen n and k such that they
 
 [gMASK] (one long blank): g uniform in [0.2 n, n], n = T - 1:   input  prefix [gMASK] sop t_1 .. t_g-1,   target  t_1 .. t_g.
 
-Positions, 1-D as in GLM-130B: context tokens count up, a span's tokens all carry the position of their [MASK]; in [gMASK] rows
-they count on. 2-D adds the place inside the span, 0 in the context.
+Positions, 1-D as in GLM-130B: context tokens count up, a span's tokens all carry the position of their [MASK]; in [gMASK] rows they
+count on. 2-D adds the place inside the span, 0 in the context.
 
-Shapes: Q pieces, K the largest number of spans, P tokens of room a piece. Everything is done for all pieces together: a piece
-is a sequence of *runs* (stretches of source, or single special tokens), and runs are expanded with ``numpy.repeat``.
+Shapes: Q pieces, K the largest number of spans, P tokens of room a piece. Everything is done for all pieces together: a piece is a
+sequence of *runs* (stretches of source, or single special tokens), and runs are expanded with ``numpy.repeat``.
 """
 
 from __future__ import annotations

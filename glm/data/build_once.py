@@ -1,9 +1,9 @@
 """Making a product once: complete or absent, and not again if it stands.
 
-Corpus, tokenizer and shards are folders made from inputs and settings. The work goes into ``NAME.partial`` beside the
-folder's place; ``meta.json`` is written last and the folder renamed, so what has the name is complete. A second call with
-the same inputs and settings finds their fingerprint in ``meta.json`` and does nothing; with others it refuses, since the
-product of another call is not ours to overwrite.
+Corpus, tokenizer and shards are folders made from inputs and settings. The work goes into ``NAME.partial`` beside the folder's
+place; ``meta.json`` is written last and the folder renamed, so what has the name is complete. A second call with the same inputs
+and settings finds their fingerprint in ``meta.json`` and does nothing; with others it refuses, since the product of another call is
+not ours to overwrite.
 """
 
 from __future__ import annotations

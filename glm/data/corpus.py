@@ -1,7 +1,7 @@
 """Building a corpus: from the default packages, or from the user's files.
 
-Every source (a package, a file) becomes one Parquet file of documents, or one a task; a build that was killed takes up after
-the last source that it finished.
+Every source (a package, a file) becomes one Parquet file of documents, or one a task; a build that was killed takes up after the
+last source that it finished.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@
 | topic-en | the service | an operation's description | names of four services |
 | required-en | whether a parameter must be given | its name and description | yes, no |
 
-Wrong choices come from the same service, so that the subject alone does not give the answer away. A description is used once,
-in the first service that has it: what a held-out service shares with others is therefore either in training or in its tasks,
-not in both. The tasks that answer yes or no have as many of each, up to chance.
+Wrong choices come from the same service, so that the subject alone does not give the answer away. A description is used once, in
+the first service that has it: what a held-out service shares with others is therefore either in training or in its tasks, not in
+both. The tasks that answer yes or no have as many of each, up to chance.
 
-Limits: the alignment of the two languages is by service, version, class and parameter; where one language's documentation has
-moved on, a pair is loose.
+Limits: the alignment of the two languages is by service, version, class and parameter; where one language's documentation has moved
+on, a pair is loose.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     input   prompt with [MASK]   sop a_1 .. a_n        target  .   a_1 .. a_n eop        loss on the answer only
 
-Each task has an equal share whatever its size, and each example of a task the same chance; examples are drawn with replacement.
-A row takes examples, in the order drawn, that still fit; none is cut. Examples longer than a row are not drawn: ``too_long`` says
-how many there are.
+Each task has an equal share whatever its size, and each example of a task the same chance; examples are drawn with replacement. A
+row takes examples, in the order drawn, that still fit; none is cut. Examples longer than a row are not drawn: ``too_long`` says how
+many there are.
 
 Shapes: R rows, D draws a row, Q pieces, T tokens a row.
 """

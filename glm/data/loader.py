@@ -3,8 +3,8 @@
 The tokens of a split are cut into blocks of one row each; epoch e goes through all of them in an order that the seed and e
 determine, from an offset that shifts with e (``stream``). A mixture has such a stream for each component, and gives sample i a
 component and a number within it (``mixture``). A row is built from its block with random draws that depend on (seed, i) alone:
-blank infilling (``blanks``), or at its share multi-task examples instead (``instructions``). No state is kept: any worker, any
-rank and any resumed run builds the same row, and a row can be named, passed over and built again.
+blank infilling (``blanks``), or at its share multi-task examples instead (``instructions``). No state is kept: any worker, any rank
+and any resumed run builds the same row, and a row can be named, passed over and built again.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Which component of a mixture each sample comes from, and how many of that component came before it.
 
-Samples go by windows of 1,024. A window gives each component a whole number of them, as near as possible to its weight with
-what earlier windows owe carried over (largest remainder), and shuffles them. So after any number of windows a component has
-had its share to within about one sample, and
+Samples go by windows of 1,024. A window gives each component a whole number of them, as near as possible to its weight with what
+earlier windows owe carried over (largest remainder), and shuffles them. So after any number of windows a component has had its
+share to within about one sample, and
 
     component(i), rank(i)      are functions of (seed, i, weights) alone:
 
-rank counts the component's earlier samples, which is the number of its next row. Weights may move linearly over a range of
-samples (the mix ramp that GLM-130B took after its collapse at 22.8k steps). The counts of windows are summed up from the
-beginning when first needed, some 20 ms for each million samples.
+rank counts the component's earlier samples, which is the number of its next row. Weights may move linearly over a range of samples
+(the mix ramp that GLM-130B took after its collapse at 22.8k steps). The counts of windows are summed up from the beginning when
+first needed, some 20 ms for each million samples.
 
 Shapes: C components, M windows, R samples.
 """

@@ -6,9 +6,9 @@
 | tencentcloud-sdk-python-intl-en | the same services in English, aligned by service, class and parameter |
 | botocore | English: documentation of another cloud's services |
 
-pip downloads the wheels; they are read as archives. Nothing is installed (the first two would overwrite each other) and
-nothing in them is executed. Versions are pinned, so that everyone trains on the same text. What is held out together is a
-service: its sentences resemble each other. All three are under the Apache licence 2.0.
+pip downloads the wheels; they are read as archives. Nothing is installed (the first two would overwrite each other) and nothing in
+them is executed. Versions are pinned, so that everyone trains on the same text. What is held out together is a service: its
+sentences resemble each other. All three are under the Apache licence 2.0.
 
 Limits: the domain is API documentation. For anything else give your own files.
 """

@@ -2,12 +2,12 @@
 
     bits(seed, i, j) = mix(mix(seed + i g) + j g'),   mix = the finaliser of SplitMix64
 
-so that sample i is the same whichever worker builds it, in whatever order, before or after a resume. ``shuffled`` is a
-permutation of 0..n-1 in O(1) memory: a four-round Feistel network on the next even power of two, walked until it falls
-inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+so that sample i is the same whichever worker builds it, in whatever order, before or after a resume. ``shuffled`` is a permutation
+of 0..n-1 in O(1) memory: a four-round Feistel network on the next even power of two, walked until it falls inside (Black and
+Rogaway 2002, "Ciphers with arbitrary finite domains").
 
-Source of the finaliser's constants: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014).
-Limits: not for cryptography; 2^-64 bias in ``uniform``.
+Source of the finaliser's constants: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014). Limits: not for
+cryptography; 2^-64 bias in ``uniform``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tokenizing a corpus into shards, documents and tasks alike.
 
 A group (a service, a book, a document of the user's) is held out as a whole, by the hash of its name, so no sentence of it is
-trained on, neither as text nor in a task. Each source and language has shards of its own, which mixtures weight; from the
-64th pair on they share one.
+trained on, neither as text nor in a task. Each source and language has shards of its own, which mixtures weight; from the 64th pair
+on they share one.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@
     tokenizer.model       the tokenizer that made them
     meta.json             sizes, SHA-256 of every file, vocabulary
 
-Sizes are checked when the folder is opened. A shard's checksum is checked when it is first read, once a process, at the speed
-of SHA-256 (about a second a gigabyte), rather than on opening, where a large corpus would take minutes.
+Sizes are checked when the folder is opened. A shard's checksum is checked when it is first read, once a process, at the speed of
+SHA-256 (about a second a gigabyte), rather than on opening, where a large corpus would take minutes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Which tokens of a piece are masked: span lengths, places and order, so that everything always fits.
 
-[MASK] (short blanks; GLM, 2103.10360, section 2.1; shares and special cases as GLM-130B, 2210.02414, section 2.2). A piece has
-room for P tokens; k spans with S tokens in all, out of a text of n, take n + 2k of them (``blanks``). Lengths are drawn first,
-from Poisson(3) without its zero, until S >= 15 % of n; n is then the largest text for which that many spans fit, n + 2k <= P,
-and no smaller number of spans would do. Hence nothing need be cut, whatever is drawn. (Fixed n = 500 in rows of 512, as
-published code has it, loses about a third of the targets.) Two pieces in a hundred have one single span.
+[MASK] (short blanks; GLM, 2103.10360, section 2.1; shares and special cases as GLM-130B, 2210.02414, section 2.2). A piece has room
+for P tokens; k spans with S tokens in all, out of a text of n, take n + 2k of them (``blanks``). Lengths are drawn first, from
+Poisson(3) without its zero, until S >= 15 % of n; n is then the largest text for which that many spans fit, n + 2k <= P, and no
+smaller number of spans would do. Hence nothing need be cut, whatever is drawn. (Fixed n = 500 in rows of 512, as published code has
+it, loses about a third of the targets.) Two pieces in a hundred have one single span.
 
 Places are uniform over all that leave a token between each two spans; the order of generation is a random permutation.
 
@@ -145,8 +145,8 @@ def _distribution(mean: float) -> NDArray[np.float64]:
 def _choose_slots(u_QK: NDArray[np.float64], slots_Q: Ints, count_Q: Ints) -> Ints:
     """Sorted distinct slots, uniform over all subsets; what lies beyond a piece's count is meaningless.
 
-    Floyd's algorithm (Bentley and Floyd 1987) takes, for k = 0, 1, ..., a number of 0..largest + k, or largest + k itself
-    where the number is taken already. Columns first, so that each step is one pass over contiguous memory.
+    Floyd's algorithm (Bentley and Floyd 1987) takes, for k = 0, 1, ..., a number of 0..largest + k, or largest + k itself where the
+    number is taken already. Columns first, so that each step is one pass over contiguous memory.
     """
     K = u_QK.shape[1]
     k_K1 = np.arange(K)[:, None]

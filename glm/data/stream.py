@@ -1,7 +1,7 @@
 """Several shards read as one stream of tokens, cut into blocks of one row each.
 
-A row that lies across the end of one shard and the beginning of the next is put together from both, so that no text is lost
-however small the shards are.
+A row that lies across the end of one shard and the beginning of the next is put together from both, so that no text is lost however
+small the shards are.
 
 Shapes: R rows of S tokens.
 """

@@ -2,11 +2,11 @@
 
     input   prompt with [MASK]   sop a_1 .. a_n        target  .   a_1 .. a_n eop
 
-Multi-task instruction pre-training (GLM-130B, 2210.02414, section 2.3; ExT5, 2111.10952) trains on 5 % of such tokens. The
-examples of held-out groups are never trained on: they are the zero-shot tasks that ``glm evaluate`` scores.
+Multi-task instruction pre-training (GLM-130B, 2210.02414, section 2.3; ExT5, 2111.10952) trains on 5 % of such tokens. The examples
+of held-out groups are never trained on: they are the zero-shot tasks that ``glm evaluate`` scores.
 
-On disk: Parquet, one row an example. The prompt is kept as what stands before and after its [MASK], so that no text can be
-taken for it.
+On disk: Parquet, one row an example. The prompt is kept as what stands before and after its [MASK], so that no text can be taken
+for it.
 """
 
 from __future__ import annotations

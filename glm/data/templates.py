@@ -6,9 +6,9 @@ A template has two or three parts, divided by ``|||``:
     这条评论是[MASK]的。 ||| {{ label }} ||| 正面
     负面
 
-the prompt with one [MASK] (put at the end where it is missing), the answer, and the choices, one a line. Source: the form of
-Sanh et al. (2110.08207), which GLM-130B takes its prompts from. The template is divided before it is filled in, so no text in
-a record can be taken for a part or a mask.
+the prompt with one [MASK] (put at the end where it is missing), the answer, and the choices, one a line. Source: the form of Sanh
+et al. (2110.08207), which GLM-130B takes its prompts from. The template is divided before it is filled in, so no text in a record
+can be taken for a part or a mask.
 
 Templates are run in Jinja's sandbox: no attribute of Python's is within reach, nothing is included, and a name that the record
 lacks is an error, not an empty string.

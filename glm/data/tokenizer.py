@@ -1,8 +1,8 @@
 """The tokenizer: SentencePiece with byte fallback and GLM's special tokens at fixed numbers.
 
-Unigram pieces (Kudo 2018) trained on a sample of the corpus; whatever the pieces cannot spell is spelt in bytes, so no text
-is lost. In a vocabulary too small for the text's alphabet only the commonest characters are pieces. The special tokens are
-control symbols: they never come out of encoding text, even where the text spells them.
+Unigram pieces (Kudo 2018) trained on a sample of the corpus; whatever the pieces cannot spell is spelt in bytes, so no text is
+lost. In a vocabulary too small for the text's alphabet only the commonest characters are pieces. The special tokens are control
+symbols: they never come out of encoding text, even where the text spells them.
 """
 
 from __future__ import annotations

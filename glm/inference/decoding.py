@@ -11,8 +11,8 @@ not generated. Of equal tokens the one of the lower number is taken.
 
 Shapes: W rows (beams), V vocabulary.
 
-Limits: beam search stops when W texts have ended and the best that has not counts, at its present length, no more than the worst
-of them; a longer one might still have overtaken with alpha > 0.
+Limits: beam search stops when W texts have ended and the best that has not counts, at its present length, no more than the worst of
+them; a longer one might still have overtaken with alpha > 0.
 """
 
 from __future__ import annotations

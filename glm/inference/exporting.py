@@ -5,8 +5,7 @@
     model.safetensors    the weights under the model's own names; in its header, which data they were trained on
 
 In fp32 the weights are those of the checkpoint, bit for bit; in half precision each is rounded once, but for what the model
-remembers beside them (a router's bias, singular vectors). A weight beyond fp16's
-range is an error, not an infinity.
+remembers beside them (a router's bias, singular vectors). A weight beyond fp16's range is an error, not an infinity.
 """
 
 from __future__ import annotations

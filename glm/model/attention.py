@@ -1,7 +1,7 @@
 """Attention, and the ways of keeping its scores in range.
 
-S = q k' / sqrt(D) per head, plus a bias that is -inf where a query may not look, then P = softmax(S), output P v. At scale S
-leaves fp16's range, so:
+S = q k' / sqrt(D) per head, plus a bias that is -inf where a query may not look, then P = softmax(S), output P v. At scale S leaves
+fp16's range, so:
 
     fp32        q / (sqrt(D) (l + 1)) k' in the compute format, x (l + 1) and softmax in fp32: GLM-130B's "FP32 softmax with
                 query-key layer scaling"; l is the layer's number, from 0
@@ -10,8 +10,8 @@ leaves fp16's range, so:
                 on it is fp32, whose softmax takes the maximum off by itself
     fused       scaled_dot_product_attention: S is never held; a purely causal batch goes without a mask
 
-QK-norm (Henry et al., 2010.04245) norms each head's q and k, with ``v_norm`` v as well (2410.16682); a soft cap bounds S by
-c tanh(S / c) (Gemma 2, 2408.00118); ``clip_qkv`` cuts q, k and v off (MPT, OLMo). For QK-clip (Kimi K2, 2507.20534) each head's
+QK-norm (Henry et al., 2010.04245) norms each head's q and k, with ``v_norm`` v as well (2410.16682); a soft cap bounds S by c
+tanh(S / c) (Gemma 2, 2408.00118); ``clip_qkv`` cuts q, k and v off (MPT, OLMo). For QK-clip (Kimi K2, 2507.20534) each head's
 largest score is kept here, and ``glm.train.qk_clip`` acts on it. What comes out of the heads may be changed:
 
     gate       o <- o sigmoid(G x), G of one number a head, or one an element      (Qiu et al., 2505.06708)

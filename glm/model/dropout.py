@@ -4,8 +4,8 @@
 
 A row's mask is drawn by itself, so it is the same however the update's rows are split into micro-batches and replicas; a place is a
 site of the whole model (0 the embedding, then two a layer), so it is the same in whichever pipeline stage a layer lies; and where
-tensor ranks hold the same activations they drop the same ones without a word between them. Recomputed activations get the keys
-that they had. A resumed run draws what the first would have drawn.
+tensor ranks hold the same activations they drop the same ones without a word between them. Recomputed activations get the keys that
+they had. A resumed run draws what the first would have drawn.
 
 ``mix`` is SplitMix64's finaliser (Steele, Lea and Flood 2014). The numbers are torch's own generator's, as in ``F.dropout``.
 

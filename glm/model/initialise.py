@@ -10,8 +10,8 @@
 The embedding's own deviation may be given; under muP gpt2's falls with the width (``glm.model.scaling``). A gate of attention is
 drawn as other matrices are, learned sinks are 0, the output norms of a depth-scaled sandwich have gains of 1 / sqrt(L).
 
-Each tensor is drawn in fp32 from a generator of its own, a function of (seed, the tensor's name in the model): models that have
-a tensor of the same name and shape share it, whatever else differs (tied or not, the feed-forward's kind, how positions enter, how
+Each tensor is drawn in fp32 from a generator of its own, a function of (seed, the tensor's name in the model): models that have a
+tensor of the same name and shape share it, whatever else differs (tied or not, the feed-forward's kind, how positions enter, how
 many layers there are, where the norms stand; a gain scales the same draw), and a rank draws only what it holds. It is the same in
 every precision and under any sharding, since fans are those of the whole matrix.
 

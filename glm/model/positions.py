@@ -5,14 +5,14 @@ RoPE (Su et al., 2104.09864, equation 34), rotate-half form over all D dimension
     x' = x cos(p w) + rotate_half(x) sin(p w),   w_i = base^(-2i/D),   rotate_half([a, b]) = [-b, a]
 
 2-D RoPE turns the first half of the dimensions by the position in the text, the second by the place in the span (GLM's
-two-dimensional positions). ALiBi (Press et al., 2108.12409) adds -m_h |i - j| to the scores, m_h = 2^(-8 h / H). Who may see
-whom is added to the scores too, as 0 or -inf: one addition serves both.
+two-dimensional positions). ALiBi (Press et al., 2108.12409) adds -m_h |i - j| to the scores, m_h = 2^(-8 h / H). Who may see whom
+is added to the scores too, as 0 or -inf: one addition serves both.
 
-Shapes: B rows, T positions (queries), S positions that can be seen (keys; S = T unless a cache goes before), H heads,
-D dimensions a head, G groups of dimensions that turn together (1, or 2 in 2-D), R = D / 2G turned pairs of a group.
+Shapes: B rows, T positions (queries), S positions that can be seen (keys; S = T unless a cache goes before), H heads, D dimensions
+a head, G groups of dimensions that turn together (1, or 2 in 2-D), R = D / 2G turned pairs of a group.
 
-Limits: angles are in fp32, to 2^-24 p w relative; at position 2047 that is 1e-4 radian, less than what a half-precision cosine
-is rounded by.
+Limits: angles are in fp32, to 2^-24 p w relative; at position 2047 that is 1e-4 radian, less than what a half-precision cosine is
+rounded by.
 """
 
 from __future__ import annotations

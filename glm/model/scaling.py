@@ -11,8 +11,8 @@ With m = hidden / base hidden and l = layers / base layers, under AdamW:
     | embedding, output projection, norms, biases: rate | rate | rate | rate |
 
 (Yang et al., 2203.03466, table 8; Dey et al., CompleteP, 2505.01618, table 1 with alpha = 1.) "As drawn" is the base's: init gpt2
-(.02), or fan-in and xavier, whose deviation falls with the width by itself. With the head's size kept, as here, attention's
-1 / sqrt(head) needs no change.
+(.02), or fan-in and xavier, whose deviation falls with the width by itself. With the head's size kept, as here, attention's 1 /
+sqrt(head) needs no change.
 
 Limits: AdamW's epsilon is left alone (it should fall with m l where gradients come near it); a tied matrix is both ends' at once,
 so widths want untied ones; pre-norm only.

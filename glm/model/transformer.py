@@ -1,8 +1,8 @@
 """The transformer: embedding, layers, final norm, and the loss at the positions that have a target.
 
 Shapes: B rows, T tokens, C hidden, V vocabulary, N target positions. Module paths are what telemetry calls its sites:
-``embedding``, ``layers.3.attention.query_key_value``, ``layers.3.feed_forward.down``, ``final_norm``; the output of
-``layers.3`` is the residual stream after it.
+``embedding``, ``layers.3.attention.query_key_value``, ``layers.3.feed_forward.down``, ``final_norm``; the output of ``layers.3`` is
+the residual stream after it.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ For N target positions with hidden states h_n, output matrix W and targets t_n (
 
 With a cap c (Gemma 2) a logit is c tanh(z / c), and its gradient is multiplied by 1 - tanh^2.
 
-Only positions with a target are projected. They go through in chunks; each chunk's gradient with respect to h and W is formed
-at once, while its logits are at hand, so the backward pass has nothing to recompute and memory is one chunk of logits. (The idea
-of Liger's fused linear cross-entropy, 2410.10989, on any device.) Log-softmax is in fp32 whatever the compute format; the
-gradients are kept in fp32 until the loss's own gradient, loss scale included, has multiplied them, so none underflows early.
+Only positions with a target are projected. They go through in chunks; each chunk's gradient with respect to h and W is formed at
+once, while its logits are at hand, so the backward pass has nothing to recompute and memory is one chunk of logits. (The idea of
+Liger's fused linear cross-entropy, 2410.10989, on any device.) Log-softmax is in fp32 whatever the compute format; the gradients
+are kept in fp32 until the loss's own gradient, loss scale included, has multiplied them, so none underflows early.
 
 Where half products are native, the logits' gradient is an operand, hence half. Its elements are probabilities, and in fp16 those
 below 2^-25 would be 0 before any loss scale can lift them. They are rounded multiplied by LIFT, products are accumulated and kept

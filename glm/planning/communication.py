@@ -10,9 +10,9 @@ number, micro-batches of b rows of s tokens, m of them, L/p layers and N paramet
                                                                                                    (ZeRO, 1910.02054, section 7)
                ZeRO-2 reduces after every micro-batch, ZeRO-3 gathers the weights twice a micro-batch as well, matrix by matrix
 
-A group lies inside a node or spans nodes. A ring over nodes in which it has k members each leaves a node through the network
-cards of those k GPUs. ZeRO-3's gathers do not: of a node's cards they reach what one gives (2104.04473, table 2: 66 s a micro-batch
-for 3 x 350 GB). However many cards a node has, no run is known that went faster.
+A group lies inside a node or spans nodes. A ring over nodes in which it has k members each leaves a node through the network cards
+of those k GPUs. ZeRO-3's gathers do not: of a node's cards they reach what one gives (2104.04473, table 2: 66 s a micro-batch for 3
+x 350 GB). However many cards a node has, no run is known that went faster.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from glm.planning.layout import Layout, stage_layers
 from glm.planning.memory import BYTES, accumulator_bytes
 from glm.planning.shape import Shape
 
-# Gathers of a layer under ZeRO-3: its four matrices, each when its turn comes (DeepSpeed; one that gathers a layer at once starts
-# a quarter as many).
+# Gathers of a layer under ZeRO-3: its four matrices, each when its turn comes (DeepSpeed; one that gathers a layer at once starts a
+# quarter as many).
 GATHERS = 4
 
 

@@ -3,9 +3,9 @@
 Rates are bytes/s and FLOP/s of one GPU: ``flops`` the dense fp16/bf16 peak with fp32 accumulation, ``link`` one direction of the
 links inside a node, ``network`` one direction of the links between nodes (a card of 200 Gbit/s a GPU for A100, 400 for H100).
 
-Of these peaks a fraction is reached. For matrix products it is one constant a GPU generation: 0.67 for A100, which reproduces
-the ten end-to-end rates of Megatron-LM from 1.7B to 1T on 32 to 3,072 GPUs (Narayanan et al., 2104.04473, table 1) to 5 %. All
-others are set to 0.6 without such evidence: their times are estimates. Memory, links and network reach 0.8 of theirs.
+Of these peaks a fraction is reached. For matrix products it is one constant a GPU generation: 0.67 for A100, which reproduces the
+ten end-to-end rates of Megatron-LM from 1.7B to 1T on 32 to 3,072 GPUs (Narayanan et al., 2104.04473, table 1) to 5 %. All others
+are set to 0.6 without such evidence: their times are estimates. Memory, links and network reach 0.8 of theirs.
 
 Limits: one kind of GPU and network; no contention between jobs, no oversubscribed switches, no power throttling beyond what the
 constants hold.

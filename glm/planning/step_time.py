@@ -20,10 +20,9 @@ MFU counts the model's FLOPs, HFU the recomputed ones too (PaLM, 2204.02311, app
 Checked on 28 published runs (``python -m experiments.benchmarks published_runs``, and a test): 27 within 10 %. Constants were
 chosen on Megatron-LM's ten and on two of ZeRO-3's; GLM-130B, BLOOM, OPT-175B and PTD come out within 5.3 % unseen, ZeRO-3's other
 four -9 to +7 %, MT-NLG 7 to 12 % too fast: on 2,240, 2,800 and 3,360 GPUs each of its updates takes some 4 s more than planned,
-however many micro-batches it has, and nothing that is published of it says what they go to.
-A trainer whose products add into the accumulator themselves (fused accumulation, later than these runs) saves the first e.
-Limits: efficiency does not depend on the size of a matrix, so models narrower than about 1,000 a GPU come out too fast; stragglers,
-data loading and checkpoints are not in it.
+however many micro-batches it has, and nothing that is published of it says what they go to. A trainer whose products add into the
+accumulator themselves (fused accumulation, later than these runs) saves the first e. Limits: efficiency does not depend on the size
+of a matrix, so models narrower than about 1,000 a GPU come out too fast; stragglers, data loading and checkpoints are not in it.
 """
 
 from __future__ import annotations

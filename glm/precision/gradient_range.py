@@ -6,8 +6,8 @@ Per tensor, over the *scaled* gradient as backward left it:
     zero        g = 0: below half the smallest subnormal, or truly zero
     subnormal   0 < |g| < smallest normal (2^-14 in fp16, 2^-126 in bf16): represented, with fewer significant bits
 
-Source: the histogram argument of Micikevicius et al. (1710.03740, figure 3), as counts.
-Limits: an exact zero and an underflow look alike; embedding rows of tokens that did not occur are exact zeros.
+Source: the histogram argument of Micikevicius et al. (1710.03740, figure 3), as counts. Limits: an exact zero and an underflow look
+alike; embedding rows of tokens that did not occur are exact zeros.
 """
 
 from __future__ import annotations

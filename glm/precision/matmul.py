@@ -1,19 +1,19 @@
 """Products of half-precision operands with fp32 accumulation, on any machine.
 
-A tensor core multiplies half operands, accumulates in fp32 and rounds the result to half once. A CPU with the matching
-instructions (AMX, AVX512-BF16, AVX512-FP16) does the same natively. One without them falls into scalar code that is
-several times slower than its own fp32 product. There we do by hand what the tensor core does: upcast the operands,
-multiply in fp32, round once. The rule looks at CPU capability flags, never at timings, so the same machine always takes
-the same path and a run can be repeated bit for bit.
+A tensor core multiplies half operands, accumulates in fp32 and rounds the result to half once. A CPU with the matching instructions
+(AMX, AVX512-BF16, AVX512-FP16) does the same natively. One without them falls into scalar code that is several times slower than
+its own fp32 product. There we do by hand what the tensor core does: upcast the operands, multiply in fp32, round once. The rule
+looks at CPU capability flags, never at timings, so the same machine always takes the same path and a run can be repeated bit for
+bit.
 
 Rounding: with unit roundoff u of the half format and v = 2^-24 of fp32, a product over n terms satisfies
 |y - exact| <= u |y| + n v sum |a_i b_i| to first order, plus half the smallest subnormal where y is tiny.
 
 ``attention_scores`` and ``softmax_matmul`` are the two halves of attention under the same rule: the softmax is in fp32, and what it
-weighs the values with is an operand, hence half. Upcast, its backward pass keeps those half weights and nothing else of the
-scores' size. On a CPU whatever has the size of the scores costs as much as the products, so it is passed over as seldom as can
-be: constants are multiplied into queries and keys, and what the softmax takes off its gradient is a product of outputs
-(FlashAttention, 2205.14135, appendix B.4):
+weighs the values with is an operand, hence half. Upcast, its backward pass keeps those half weights and nothing else of the scores'
+size. On a CPU whatever has the size of the scores costs as much as the products, so it is passed over as seldom as can be:
+constants are multiplied into queries and keys, and what the softmax takes off its gradient is a product of outputs (FlashAttention,
+2205.14135, appendix B.4):
 
     S = c q k' + bias,  Y = P V,  P = softmax(S)
     dV = P' dY,   dP = dY V',   dS = P * (dP - sum_j P dP),   sum_j P dP = sum_d dY Y,   dq = c dS k,   dk = dS' (c q)
@@ -22,8 +22,8 @@ fp32 products of matrices on a CPU are oneDNN's, whose kernels use the widest ve
 does so on its own maker's only: for the matrices of a small model on an AMD CPU it takes one and a half to three times as long.
 Gradients of weights, sums over all tokens, are the compiled kernel's where there is one (``kernel``).
 
-Limits: on other devices and on capable CPUs the products are the plain torch calls, so the result is whatever that
-library rounds. Double backward is supported in fp64 on a CPU only, and on other devices.
+Limits: on other devices and on capable CPUs the products are the plain torch calls, so the result is whatever that library rounds.
+Double backward is supported in fp64 on a CPU only, and on other devices.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
 | fp16 | fp16 | fp32 | fp16 | dynamic |
 | bf16 | bf16 | fp32 | fp32 | none |
 
-Source: mixed precision training (Micikevicius et al., 1710.03740) as GLM-130B ran it (2210.02414, section 3). bf16
-accumulates in fp32 because eight significant bits lose what a micro-batch adds. Between micro-batches that is 18 bytes a parameter
-where fp16 has 16, 12.5 % more; at the end of a backward pass, when the half gradient is there too, 25 %. The paper says about
-15 %, without the account (``python -m experiments.benchmarks memory``).
+Source: mixed precision training (Micikevicius et al., 1710.03740) as GLM-130B ran it (2210.02414, section 3). bf16 accumulates in
+fp32 because eight significant bits lose what a micro-batch adds. Between micro-batches that is 18 bytes a parameter where fp16 has
+16, 12.5 % more; at the end of a backward pass, when the half gradient is there too, 25 %. The paper says about 15 %, without the
+account (``python -m experiments.benchmarks memory``).
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     glm attribute RUN --event 3 [--budget 10m] [--json] [--html OUT]
 
 An event's number is its place among the run's episodes, as ``stabilitylab spikes RUN`` lists them. From the newest kept state
-before it (``flight/``, ``checkpoints/``) the run is trained on unchanged to a few steps ahead of the onset; the control from
-there repeats the run to the last bit, and the command says whether it did. Then forks go without the update of a parameter
-group, without a batch, at half the rate, in fp32, ... (``stabilitylab/attribution/without.py`` has the table), side by side
-over the cores, and the answer is narrowed down within the budget. Forks are kept in ``RUN/attribution/``: the same command goes
-on where it was broken off.
+before it (``flight/``, ``checkpoints/``) the run is trained on unchanged to a few steps ahead of the onset; the control from there
+repeats the run to the last bit, and the command says whether it did. Then forks go without the update of a parameter group, without
+a batch, at half the rate, in fp32, ... (``stabilitylab/attribution/without.py`` has the table), side by side over the cores, and
+the answer is narrowed down within the budget. Forks are kept in ``RUN/attribution/``: the same command goes on where it was broken
+off.
 
 The result is an event ``attribution`` in ``events.jsonl`` and a section of the run's report.
 """

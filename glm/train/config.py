@@ -1,7 +1,7 @@
 """Everything that determines a run's numbers, in one frozen value.
 
-``config.json`` of a run folder is exactly this. Where the data lies and where the run goes are not part of it: they may
-move. The command line is generated from it (``--model.norm deepnorm``, ``--precision fp16``).
+``config.json`` of a run folder is exactly this. Where the data lies and where the run goes are not part of it: they may move. The
+command line is generated from it (``--model.norm deepnorm``, ``--precision fp16``).
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ def check_rules(optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
         )
 
 
-# What a resumed run may change: how long, how often it is looked at and saved, what is done about spikes, and how many
-# processes it has.
+# What a resumed run may change: how long, how often it is looked at and saved, what is done about spikes, and how many processes it
+# has.
 MAY_CHANGE = frozenset(
     {"steps", "stop_when_lost", "monitor", "checkpoint", "responder", "preset", "parallel", "heldout"}
 )

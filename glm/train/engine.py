@@ -135,8 +135,8 @@ class Engine(Protocol):
         """Let the next update forget the past of these parameters' second moments."""
 
     def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """The fp32 weights and the moments, by name: of several processes, what this one keeps of them. They are live: copy
-        what must outlast the next update."""
+        """The fp32 weights and the moments, by name: of several processes, what this one keeps of them. They are live: copy what
+        must outlast the next update."""
 
     def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         """Take weights and moments as ``tensors`` gave them. Raises InputError if they belong to another model."""
@@ -151,8 +151,8 @@ class Engine(Protocol):
         """Write a checkpoint here and now, then remove all but the newest ``keep``. Raises OSError as ``begin_save``."""
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
-        """The newest checkpoint that is whole, its tensors as ``load_tensors`` takes them, and one line about each newer one
-        that is damaged. Raises InputError where there is none."""
+        """The newest checkpoint that is whole, its tensors as ``load_tensors`` takes them, and one line about each newer one that
+        is damaged. Raises InputError where there is none."""
 
     def state_dict(self) -> dict[str, Any]:
         """The rest of the engine's state, as JSON can hold it."""

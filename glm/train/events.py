@@ -12,9 +12,8 @@ The loop is this, and ``glm/train/loop.py`` is held to it by a test:
         responder
     train_end
 
-A ``Callback`` observes and never changes training: a watched run equals an unwatched one bit for bit. It may hand back
-what it noticed (``step_end`` returns events); acting on it is the responder's business, and each of its decisions is an
-event on disk.
+A ``Callback`` observes and never changes training: a watched run equals an unwatched one bit for bit. It may hand back what it
+noticed (``step_end`` returns events); acting on it is the responder's business, and each of its decisions is an event on disk.
 """
 
 from __future__ import annotations

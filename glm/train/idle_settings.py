@@ -4,8 +4,8 @@
     --loss-scale.window 500             without --precision fp16
 
 change nothing, and who gives them believes that they do. So what is given on a command line and has no effect is refused, with what
-it belongs to; what a preset holds may lie idle (``glm train glm-5-like --optimizer.kind adamw`` trains, its ``per_head`` unread).
-A configuration that is built in Python does not say what of it was given: where it has no preset's name, a run that begins warns of
+it belongs to; what a preset holds may lie idle (``glm train glm-5-like --optimizer.kind adamw`` trains, its ``per_head`` unread). A
+configuration that is built in Python does not say what of it was given: where it has no preset's name, a run that begins warns of
 what is not as it is by default.
 
 ``IDLE`` is the whole of it: fields, when they are read, and what they need. A test walks every field of a configuration: with what

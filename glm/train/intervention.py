@@ -1,7 +1,7 @@
 """What the responder, or a replay, has changed about training so far: the state between a decision and its expiry.
 
-A decision (``stabilitylab.spikes.Decision``) is carried out by the loop; what lasts longer than a step is kept here, saved
-in checkpoints, and applied on top of the schedules:
+A decision (``stabilitylab.spikes.Decision``) is carried out by the loop; what lasts longer than a step is kept here, saved in
+checkpoints, and applied on top of the schedules:
 
     learning rate   x rate_factor
     EGS alpha       min(schedule, alpha)
@@ -9,8 +9,8 @@ in checkpoints, and applied on top of the schedules:
     data position   jumps ahead by so many batches when a given step is reached
     updates         not made to some parameters, up to a given step
 
-Sources: OPT-175B lowered its rate and clip bound by hand (2205.01068, section 2.5); GLM-130B lowered alpha; PaLM went back
-about 100 steps and skipped 200-500 batches (2204.02311, section 5.1).
+Sources: OPT-175B lowered its rate and clip bound by hand (2205.01068, section 2.5); GLM-130B lowered alpha; PaLM went back about
+100 steps and skipped 200-500 batches (2204.02311, section 5.1).
 """
 
 from __future__ import annotations

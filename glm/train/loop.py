@@ -1,7 +1,7 @@
 """The training loop: the pseudocode at the head of ``glm/train/events.py``, and the state that a checkpoint holds.
 
-Everything that a step depends on is either in the configuration, a function of (seed, step or sample index), or in the
-state saved here: so a run that was killed and resumed ends with the weights of one that was not, bit for bit.
+Everything that a step depends on is either in the configuration, a function of (seed, step or sample index), or in the state saved
+here: so a run that was killed and resumed ends with the weights of one that was not, bit for bit.
 
 A checkpoint that cannot be written, on a full disk say, costs only itself: it is told of (``checkpoint-lost``), the older ones
 stay, training goes on, and the next one is tried when it is due. Only where the last state of a run, or of one that is asked to
@@ -86,8 +86,8 @@ class Trainer:
         self._writing: CheckpointWriter | None = None
 
     def train(self, *, until: int | None = None) -> bool:
-        """Make the remaining updates, or those before ``until``. Returns whether the run is complete (False: it was asked
-        to stop)."""
+        """Make the remaining updates, or those before ``until``. Returns whether the run is complete (False: it was asked to
+        stop)."""
         # A fork may go without what the run had; a policy of one's own reads what the configuration's does not.
         if self.step == 0 and until is None and isinstance(self.responder, Responder):
             for line in idle_by_hand(self.config):

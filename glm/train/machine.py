@@ -1,8 +1,8 @@
 """What a run's bits depend on beside state, data and code: the device, the number of threads, the version of torch, the processor.
 
-A sum that several threads share is added in another order than one thread's, and other versions and processors have other
-kernels. Each moves losses by rounding; where training is unstable, that is soon more. Another device has other dropout masks too.
-So ``run-start`` records them, forks take the run's device and number of threads, and what cannot be taken is named where a control
+A sum that several threads share is added in another order than one thread's, and other versions and processors have other kernels.
+Each moves losses by rounding; where training is unstable, that is soon more. Another device has other dropout masks too. So
+``run-start`` records them, forks take the run's device and number of threads, and what cannot be taken is named where a control
 departs.
 """
 
@@ -56,8 +56,8 @@ def machine_of(run: Run) -> dict[str, Any]:
 
 
 def device_of(run: Run, asked: str | None = None) -> torch.device:
-    """Where forks of a run compute: as asked; else on the kind of device that the run was trained on, or the CPU where that is
-    not here.
+    """Where forks of a run compute: as asked; else on the kind of device that the run was trained on, or the CPU where that is not
+    here.
 
     Raises:
         InputError: what is asked for cannot be used here.

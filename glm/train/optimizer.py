@@ -5,13 +5,13 @@ For gradient g (unscaled, clipped by min(1, clip / |g|) over all parameters toge
     m = b1 m + (1 - b1) g                v = b2 v + (1 - b2) g^2
     w = w - rate wd w - rate / c  m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-(Loshchilov and Hutter, 1711.05101.) w are fp32 masters; a half-precision model's weights are those, rounded, after every update.
-c is 1, or with ``update_clipping`` max(1, RMS_t), RMS_t = sqrt(mean(g^2 / max(v, eps^2))) per tensor: StableAdamW (2304.13013,
+(Loshchilov and Hutter, 1711.05101.) w are fp32 masters; a half-precision model's weights are those, rounded, after every update. c
+is 1, or with ``update_clipping`` max(1, RMS_t), RMS_t = sqrt(mean(g^2 / max(v, eps^2))) per tensor: StableAdamW (2304.13013,
 section 3.4). Other rules, guards and kinds of decay are in ``glm.train.update_rules``, functions that know nothing of masters,
 groups, ranks and checkpoints.
 
-Parameters that are ``withheld`` keep master, weight and all moments to the last bit; the others are updated as they would be,
-by the same clipping factor. Renewed second moments forget their past: v is set so that this update's v / (1 - b2^t) is g^2.
+Parameters that are ``withheld`` keep master, weight and all moments to the last bit; the others are updated as they would be, by
+the same clipping factor. Renewed second moments forget their past: v is set so that this update's v / (1 - b2^t) is g^2.
 
 Norms are computed once a step, per tensor; the global one follows from them, and telemetry gets them for nothing. A gradient that
 is not finite is not applied. AdamW's update is torch's fused kernel: one pass over weight, gradient and moments, clipping included.

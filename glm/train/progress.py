@@ -1,7 +1,7 @@
 """What a person sees while a run trains: loss, gradient norm, learning rate, tokens/s, time left.
 
-On a terminal a bar that redraws; elsewhere (a log file, a batch job) one line every few seconds, whose beginning
-``step N/TOTAL`` others may read.
+On a terminal a bar that redraws; elsewhere (a log file, a batch job) one line every few seconds, whose beginning ``step N/TOTAL``
+others may read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where the gradient lies in the format that it was accumulated in, before the loss scale is taken out.
 
-Only the trainer has these gradients, so it hands them over (``take``). Counts are ``glm.precision.gradient_range``'s,
-merging is the monitor's: they travel in its one collective.
+Only the trainer has these gradients, so it hands them over (``take``). Counts are ``glm.precision.gradient_range``'s, merging is
+the monitor's: they travel in its one collective.
 
 Family ``precision``, site ``-``:
 

@@ -15,8 +15,8 @@ steps ahead of the onset (``flight/``, ``checkpoints/``, else the beginning), tr
 the change. Data, order and dropout are functions of seed and step, so without a change the fork repeats the original bit for bit,
 on the kind of device that the run was trained on, and the command says whether it did.
 
-A fork is a run folder under ``RUN/replays/event-N/``, named by what was changed, with everything measured at every step.
-All forks of an event are compared in ``RUN/replays/event-N/report.html``.
+A fork is a run folder under ``RUN/replays/event-N/``, named by what was changed, with everything measured at every step. All forks
+of an event are compared in ``RUN/replays/event-N/report.html``.
 
 Limits: a responder acts in the fork as it did in the run, but it can go back no further than where the fork began.
 """
@@ -240,8 +240,8 @@ def _train_fork(
 
 
 def _record_outcome(original: Run, episode: Episode, out: RunFolder, change: str) -> None:
-    """Say in the fork whether what it changed helped, for the advice on later events (``treatment_outcomes.py``); not where it
-    ends within ten steps of the onset, which is too soon to say."""
+    """Say in the fork whether what it changed helped, for the advice on later events (``treatment_outcomes.py``); not where it ends
+    within ten steps of the onset, which is too soon to say."""
     fork = load_run(out.path)
     loss = fork.series(LOSS)
     if change == UNCHANGED or not len(loss) or int(loss.index.max()) < episode.onset + LATER:

@@ -14,8 +14,8 @@ A ``Change`` is a configuration, or one of these:
     rate_factor            multiply the scheduled rate
     renew_second_moments   let v be what the next gradient alone makes it: an update of size one where v was stale
 
-What is held keeps master, weight and moments to the last bit, weight decay included; the global norm and the clipping
-factor are those of all gradients, so that in the fork's first step the other parameters move exactly as they did.
+What is held keeps master, weight and moments to the last bit, weight decay included; the global norm and the clipping factor are
+those of all gradients, so that in the fork's first step the other parameters move exactly as they did.
 
 Limit: the local engine.
 """

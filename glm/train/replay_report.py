@@ -70,8 +70,8 @@ def _rise(run: Run, fork: Run, episode: Episode) -> float:
 def verdict(episode: Episode, found: Sequence[Episode], *, rise: float) -> str:
     """Whether an event like ``episode`` is among those found: "came", "milder", "later" or "prevented".
 
-    Like it: of the same signal or kind. Milder: ``rise``, the loss's rise as a share of the original's, is below a half.
-    Later: it began 10 steps or more after the original.
+    Like it: of the same signal or kind. Milder: ``rise``, the loss's rise as a share of the original's, is below a half. Later: it
+    began 10 steps or more after the original.
     """
     alike = [one for one in found if one.signal == episode.signal or one.kind == episode.kind]
     if not alike:

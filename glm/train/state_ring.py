@@ -1,8 +1,8 @@
 """A ring of recent states in memory, to go back to when something fires.
 
-Rolling back n steps needs the state of n steps ago. Checkpoints on disk are too far apart, so while a responder is active
-the loop keeps copies of its state every ``every`` steps, the newest ``size`` of them. One copy is the fp32 weights and two
-moments: 12 bytes a parameter.
+Rolling back n steps needs the state of n steps ago. Checkpoints on disk are too far apart, so while a responder is active the loop
+keeps copies of its state every ``every`` steps, the newest ``size`` of them. One copy is the fp32 weights and two moments: 12 bytes
+a parameter.
 """
 
 from __future__ import annotations

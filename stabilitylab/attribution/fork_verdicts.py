@@ -6,10 +6,10 @@ scale)
     base     median of the last 16 values before the onset                noise    1.4826 MAD of their differences / sqrt 2
     height   max(y) - base from the onset on                              area     sum of max(y - base - 2 noise, 0)
 
-A fork ``prevents`` the event where height and area are at most a quarter of the control's, or its height is within 4 noise of
-the base; it ``halves`` it where both are at most a half; else it does ``nothing``. All of the fork's steps count, so an event
-that comes earlier is not prevented. Where the control is not finite a fork that stays finite prevents it if it rises by less
-than a tenth of the base, else halves it.
+A fork ``prevents`` the event where height and area are at most a quarter of the control's, or its height is within 4 noise of the
+base; it ``halves`` it where both are at most a half; else it does ``nothing``. All of the fork's steps count, so an event that
+comes earlier is not prevented. Where the control is not finite a fork that stays finite prevents it if it rises by less than a
+tenth of the base, else halves it.
 
 A fork is decided, and ends, as soon as its height is over the half of the control's.
 """

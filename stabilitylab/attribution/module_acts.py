@@ -1,7 +1,7 @@
 """What modules may not do in a fork: exceed the usual size of their outputs, gradients or scores, or compute in half precision.
 
-A bound scales the whole tensor, so directions stay; elements that are no numbers become 0. In the control nothing is scaled, and
-in a fork nothing is until the bound is passed.
+A bound scales the whole tensor, so directions stay; elements that are no numbers become 0. In the control nothing is scaled, and in
+a fork nothing is until the bound is passed.
 """
 
 from __future__ import annotations

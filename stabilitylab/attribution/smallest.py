@@ -1,9 +1,9 @@
 """The smallest set that still does it: delta debugging.
 
-Of a set for which a test holds, ``smallest`` finds a subset for which it holds and no member of which can be left out, by
-halving: the parts of a partition are tested, then what is left without each part, then a finer partition. (Zeller and
-Hildebrandt, Simplifying and isolating failure-inducing input, IEEE TSE 28(2), 2002, algorithm ddmin: 1-minimal; some 2 log2 n
-tests where one member does it, n^2 + 3 n at worst.)
+Of a set for which a test holds, ``smallest`` finds a subset for which it holds and no member of which can be left out, by halving:
+the parts of a partition are tested, then what is left without each part, then a finer partition. (Zeller and Hildebrandt,
+Simplifying and isolating failure-inducing input, IEEE TSE 28(2), 2002, algorithm ddmin: 1-minimal; some 2 log2 n tests where one
+member does it, n^2 + 3 n at worst.)
 
 Tests that do not depend on each other are asked together, so that they can be made side by side.
 """

@@ -1,10 +1,10 @@
 """One look for all charts, and what a page embeds of them.
 
-A chart is Bokeh's JSON; its library is embedded in the page once (1.3 MB), so a page needs no network. Colours that must differ
-on dark ground stand in the JSON as stand-ins, and the page's script puts the reader's in their place before drawing.
+A chart is Bokeh's JSON; its library is embedded in the page once (1.3 MB), so a page needs no network. Colours that must differ on
+dark ground stand in the JSON as stand-ins, and the page's script puts the reader's in their place before drawing.
 
-Names come from runs: Bokeh shows hovered values as text, and takes ``$$`` for TeX, which it would fetch a library for; so labels
-go through ``words``.
+Names come from runs: Bokeh shows hovered values as text, and takes ``$$`` for TeX, which it would fetch a library for; so labels go
+through ``words``.
 """
 
 from __future__ import annotations

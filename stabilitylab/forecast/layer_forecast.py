@@ -4,9 +4,8 @@ A layer's operand bears a format as long as the relative error that the format m
 
     limit = ``factor`` x error of the format on normal numbers               factor 2: a bit lost
 
-so a limit asks the same of every format: how much worse than numbers without outliers. An operand is forecast to leave by a
-step where its whole interval lies before that step; where the interval holds "never", or a later step, it is only told that it
-may.
+so a limit asks the same of every format: how much worse than numbers without outliers. An operand is forecast to leave by a step
+where its whole interval lies before that step; where the interval holds "never", or a later step, it is only told that it may.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ The band is every law whose slope lies within b - w and b + w, and a limit L is 
 
     T (L / y(T))^(1 / (b + w))   and   T (L / y(T))^(1 / (b - w)),       never, where that slope is not positive.
 
-Assumption: from T on slopes err as they did from T / 2 to T. A change of the recipe to come (a decay of the rate, other data)
-is not in it. It holds for as long ahead as the past is long, in log t: to some 4 T; beyond, it is no forecast.
+Assumption: from T on slopes err as they did from T / 2 to T. A change of the recipe to come (a decay of the rate, other data) is
+not in it. It holds for as long ahead as the past is long, in log t: to some 4 T; beyond, it is no forecast.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ A format of E exponent and M mantissa bits with bias b holds, for exponent field
 
     f > 0   (1 + k / 2^M) 2^(f - b)            f = 0   k / 2^M 2^(1 - b)              and each with its sign
 
-so between 2^e and 2^(e+1), e >= 1 - b, its numbers are multiples of a step 2^(e-M), and below that of 2^(1-b-M). Rounding is
-that of x / step to an integer k: to nearest, ties to even (IEEE 754), or stochastically, up with the probability of what is left
-(Gupta et al., 1502.02551), so that the mean over draws is x. The code is then (e - 1 + b) 2^M + k, sign apart: the hidden bit in
-k carries into the exponent by itself.
+so between 2^e and 2^(e+1), e >= 1 - b, its numbers are multiples of a step 2^(e-M), and below that of 2^(1-b-M). Rounding is that
+of x / step to an integer k: to nearest, ties to even (IEEE 754), or stochastically, up with the probability of what is left (Gupta
+et al., 1502.02551), so that the mean over draws is x. The code is then (e - 1 + b) 2^M + k, sign apart: the hidden bit in k carries
+into the exponent by itself.
 
     name   E M b   largest   infinity, NaN         source
     e4m3   4 3 7   448       no, one a sign        FP8 (2209.05433), table 1; torch.float8_e4m3fn

@@ -13,11 +13,11 @@
     nvfp4, nvfp4-2d                      E2M1         1 x 16; 16 x 16        E4M3 x one fp32 a tensor  NVIDIA, 2509.25149, C
 
 E8M0 is a power of two: 2^(floor(log2 A) - e), e the element's largest exponent, so that up to 1/4 of A is cut off for E4M3; the
-names with ``-up`` take 2^ceil(log2(A / largest)) instead, which cuts nothing off (NVIDIA's, 2506.08027). NVFP4's tensor scale is
-t = A_tensor / (448 * 6), its block scale A / 6 / t in E4M3, and x is multiplied by (1 / t) / block scale, as torchao does.
+names with ``-up`` take 2^ceil(log2(A / largest)) instead, which cuts nothing off (NVIDIA's, 2506.08027). NVFP4's tensor scale is t
+= A_tensor / (448 * 6), its block scale A / 6 / t in E4M3, and x is multiplied by (1 / t) / block scale, as torchao does.
 
-A block in which something is not finite is NaN altogether (MX, section 6.3: its scale is), so that an overflow cannot hide.
-A block of zeros has scale 1 (E8M0: its smallest), and an NVFP4 block whose scale falls below E4M3's numbers is zero.
+A block in which something is not finite is NaN altogether (MX, section 6.3: its scale is), so that an overflow cannot hide. A block
+of zeros has scale 1 (E8M0: its smallest), and an NVFP4 block whose scale falls below E4M3's numbers is zero.
 
 Shapes: a tensor [..., K] is the matrix [R, K]; blocks at the edge are cut short. Limits: scales and quotients are in fp32, where
 the machines have them too; a quotient next to the middle of two numbers may fall to the other side in float64.

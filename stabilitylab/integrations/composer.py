@@ -5,9 +5,9 @@
     Trainer(..., callbacks=[MonitorCallback(out="runs/mine", every=10)])
 
 Composer's loop is: ``fit_start``; for each batch ``before_loss``, ``after_loss``, ``after_backward`` for each micro-batch, then
-``after_train_batch``, the optimizer's step and ``batch_end``. Clipping is an algorithm of its own that comes before the
-callbacks, and uses torch's: the monitor notices it by itself. The step's number is ``state.timestamp.batch``, which has counted
-up when a batch ends, less 1; the loss is the mean over the micro-batches, of this rank.
+``after_train_batch``, the optimizer's step and ``batch_end``. Clipping is an algorithm of its own that comes before the callbacks,
+and uses torch's: the monitor notices it by itself. The step's number is ``state.timestamp.batch``, which has counted up when a
+batch ends, less 1; the loss is the mean over the micro-batches, of this rank.
 
 Only the names of the events and of the state's fields are used, so any loop with the same will do:
 ``callback.run_event(event, state, logger)`` as well as a method an event. Source: composer 0.32, ``core/event.py``,

@@ -6,17 +6,17 @@
     ...                                  # engine.backward(loss), engine.step(), as ever
     monitor.close()
 
-``engine.step`` of the engine given is replaced by one that reads the gradients before an update and tells the
-monitor of it afterwards, ``engine.backward`` by one that keeps the loss: the mean over the micro-batches of a step,
-of this rank. The step's number is the engine's ``global_steps`` before it counts up. Gradients are reduced, not
-clipped, with the loss scale divided out. Under ZeRO each rank reads the part of a gradient, of the fp32 weights and of
-the moments that its optimizer steps on (``deepspeed_fragments``), and the sums are added in the monitor's one
-collective; nothing is put together for it. All ranks must call ``watch``; rank 0 writes.
+``engine.step`` of the engine given is replaced by one that reads the gradients before an update and tells the monitor of it
+afterwards, ``engine.backward`` by one that keeps the loss: the mean over the micro-batches of a step, of this rank. The step's
+number is the engine's ``global_steps`` before it counts up. Gradients are reduced, not clipped, with the loss scale divided out.
+Under ZeRO each rank reads the part of a gradient, of the fp32 weights and of the moments that its optimizer steps on
+(``deepspeed_fragments``), and the sums are added in the monitor's one collective; nothing is put together for it. All ranks must
+call ``watch``; rank 0 writes.
 
-Limits. ZeRO-0 to -3 without pipeline or tensor parallelism, and without an optimizer that is swapped out to a disk.
-The sample of a large parameter's update is taken of each rank's part, so it is another one than without ZeRO.
-Embedding rows are not seen where a rank holds parts of them. An optimizer that keeps neither the model's parameters nor
-ZeRO's flat ones, as half precision's without ZeRO, has no statistics of updates.
+Limits. ZeRO-0 to -3 without pipeline or tensor parallelism, and without an optimizer that is swapped out to a disk. The sample of a
+large parameter's update is taken of each rank's part, so it is another one than without ZeRO. Embedding rows are not seen where a
+rank holds parts of them. An optimizer that keeps neither the model's parameters nor ZeRO's flat ones, as half precision's without
+ZeRO, has no statistics of updates.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@
     trainer = Trainer(max_steps=1000, callbacks=[MonitorCallback(out="runs/mine", every=10)])
     trainer.fit(module, data)
 
-The step's number is the Trainer's ``global_step`` before it counts up. Gradients are read in
-``on_before_optimizer_step``, which Lightning calls when they are unscaled and before it clips them. The loss
-is what ``training_step`` returned, averaged over the micro-batches of a step, the learning rate the one that the step has
-used.
+The step's number is the Trainer's ``global_step`` before it counts up. Gradients are read in ``on_before_optimizer_step``, which
+Lightning calls when they are unscaled and before it clips them. The loss is what ``training_step`` returned, averaged over the
+micro-batches of a step, the learning rate the one that the step has used.
 
 Limits: with several optimizers Lightning counts each one's steps, and the numbers of the monitor's steps are its.
 """

@@ -11,8 +11,7 @@ by ones that tell it of the last micro-batch's gradients, before clipping, and o
 mean (torchtitan divides by the tokens of all ranks). All ranks must call ``watch``; rank 0 writes. FSDP2's sharded gradients are
 merged as they are (DTensor).
 
-Limits: without a pipeline, whose ranks hold other layers and, but for the last, no loss. Source: torchtitan 0.3,
-``trainer.py``.
+Limits: without a pipeline, whose ranks hold other layers and, but for the last, no loss. Source: torchtitan 0.3, ``trainer.py``.
 """
 
 from __future__ import annotations

@@ -5,18 +5,18 @@
     trainer = Trainer(model, args, train_dataset=data, callbacks=[MonitorCallback(out="runs/mine", every=10)])
     trainer.train()
 
-The step's number is the Trainer's ``global_step`` before it counts up, so steps begin at 0 and a resumed run
-goes on where it stopped. The loss of every step is taken from the model's own output, micro-batches put
-together as the Trainer does: added where it divides by the number of items in the whole batch, else averaged.
+The step's number is the Trainer's ``global_step`` before it counts up, so steps begin at 0 and a resumed run goes on where it
+stopped. The loss of every step is taken from the model's own output, micro-batches put together as the Trainer does: added where it
+divides by the number of items in the whole batch, else averaged.
 
-The Trainer has no event between the backward pass and clipping; the monitor notices torch's clipping itself. Where the
-Trainer clips by other means (FSDP, DeepSpeed), gradients are read clipped, in the optimizer's step. The learning rate is the
-one that the step has used.
+The Trainer has no event between the backward pass and clipping; the monitor notices torch's clipping itself. Where the Trainer
+clips by other means (FSDP, DeepSpeed), gradients are read clipped, in the optimizer's step. The learning rate is the one that the
+step has used.
 
-The Trainer does not say that training was interrupted (Ctrl-C in a notebook, out of memory): what was seen is written
-when ``train`` is called again, or the process ends. A second ``train`` that resumes from a checkpoint goes on in the same
-folder, and what the first recorded after the checkpoint is superseded (``rewind``). One that begins at step 0 is another
-run: where the folder holds one already, it is written beside it, into ``mine-2``, and that is said.
+The Trainer does not say that training was interrupted (Ctrl-C in a notebook, out of memory): what was seen is written when
+``train`` is called again, or the process ends. A second ``train`` that resumes from a checkpoint goes on in the same folder, and
+what the first recorded after the checkpoint is superseded (``rewind``). One that begins at step 0 is another run: where the folder
+holds one already, it is written beside it, into ``mine-2``, and that is said.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     repo/.aim/meta/chunks/RUN     contexts, and of each metric its name and the version of its steps
     repo/.aim/seqs/chunks/RUN     the values; version 1: the index is the step; version 2: steps stand beside them
 
-Each run's own database is asked. Aim itself asks an index, which does not hold a run that has just been closed until Aim's page
-or ``aim storage reindex`` makes it. Aim's measurements of the machine (``__system__...``) are left out.
+Each run's own database is asked. Aim itself asks an index, which does not hold a run that has just been closed until Aim's page or
+``aim storage reindex`` makes it. Aim's measurements of the machine (``__system__...``) are left out.
 """
 
 from __future__ import annotations

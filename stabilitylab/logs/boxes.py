@@ -6,8 +6,8 @@
     |    n_updates    | 18      |
     -----------------------------
 
-A box is a record; it ends at a line that is neither row nor rule, or where a name comes again (rules between all rows are
-none between boxes). Sources: stable_baselines3/common/logger.py HumanOutputFormat (2.x), spinup/utils/logx.py.
+A box is a record; it ends at a line that is neither row nor rule, or where a name comes again (rules between all rows are none
+between boxes). Sources: stable_baselines3/common/logger.py HumanOutputFormat (2.x), spinup/utils/logx.py.
 """
 
 from __future__ import annotations

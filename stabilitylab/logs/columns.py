@@ -1,10 +1,9 @@
 """Which of a log's columns is the loss, the gradient norm, the step...: by their names, as a person would choose.
 
-Names are compared in lower case with ``/``, ``-`` and blanks as ``_`` and without a leading ``train_``; where none fits
-as a whole, by their last part (``learning/loss``). The names of each signal, best first, are ``_NAMES`` below, and in
-docs/logs.md. Losses are chosen as a person would: training before everything else
-(columns of validation are never the training loss), the total before its parts, ``_step`` before ``_epoch``, a curve before
-the average at the end.
+Names are compared in lower case with ``/``, ``-`` and blanks as ``_`` and without a leading ``train_``; where none fits as a whole,
+by their last part (``learning/loss``). The names of each signal, best first, are ``_NAMES`` below, and in docs/logs.md. Losses are
+chosen as a person would: training before everything else (columns of validation are never the training loss), the total before its
+parts, ``_step`` before ``_epoch``, a curve before the average at the end.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Text logs: what trainers print, found between whatever else is printed.
 
-The formats are a table (``console_formats``). The one whose records come first in a file is the file's; from then on only
-its trigger is looked for, in megabytes at once, so that a line in thousands costs little. Where no format of a known
-trainer occurs, lines with a step and a loss in them are taken (``any trainer``).
+The formats are a table (``console_formats``). The one whose records come first in a file is the file's; from then on only its
+trigger is looked for, in megabytes at once, so that a line in thousands costs little. Where no format of a known trainer occurs,
+lines with a step and a loss in them are taken (``any trainer``).
 
 Which rank printed a line is told by its prefix: ``[rank3]:``, ``[default7]:``, ``rank=3``.
 """
@@ -147,8 +147,8 @@ class ConsolePieces:
     def __init__(self, one: TextFormat, reading: Reading) -> None:
         self._one, self._reading, self._step = one, reading, ""
         self._read = Plans(_reader(one)).read if one.steady else _reader(one)
-        # rank -> its record before; the start of a record whose further lines may come with the next piece; rank -> its
-        # last record as it was given out
+        # rank -> its record before; the start of a record whose further lines may come with the next piece; rank -> its last record
+        # as it was given out
         self.state: dict[str, Any] = {"before": {}, "rest": "", "last": {}, "above": {}}
 
     def take(self, piece: bytes) -> Iterator[Row]:
@@ -214,9 +214,9 @@ def _records(
     above: dict[str, Any] | None = None,
     read: Callable[[str], ReadLine] | None = None,
 ) -> Iterator[tuple[str, LineValues | None]]:
-    """Records of the lines of ``chunk``; None in place of one that the format leaves out. After so many ``hits`` of the
-    trigger it is left, and the format comes into ``spent``. ``above``: what the lines between records have counted. ``read``: what
-    reads a line, where it is not the format itself."""
+    """Records of the lines of ``chunk``; None in place of one that the format leaves out. After so many ``hits`` of the trigger it
+    is left, and the format comes into ``spent``. ``above``: what the lines between records have counted. ``read``: what reads a
+    line, where it is not the format itself."""
     read = read or _reader(one)
     if b"\b" in chunk:  # Keras goes back over its bar with backspaces
         chunk = _BACK.sub(b"\n", chunk)

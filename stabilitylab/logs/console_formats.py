@@ -1,8 +1,8 @@
 """What the text logs of known trainers look like: one entry a trainer, with the place where the line is printed.
 
-nanoGPT, nanochat, llm.c, modded-nanogpt, minimind and OLMo-core were read in their sources on 2026-11-29 (the branch's head,
-unless a version is given); the others follow lines that users have shown, and name the place that prints them. Order matters
-where one format's line fits another's pattern: the more particular first.
+nanoGPT, nanochat, llm.c, modded-nanogpt, minimind and OLMo-core were read in their sources on 2026-11-29 (the branch's head, unless
+a version is given); the others follow lines that users have shown, and name the place that prints them. Order matters where one
+format's line fits another's pattern: the more particular first.
 """
 
 from __future__ import annotations

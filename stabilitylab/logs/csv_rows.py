@@ -1,8 +1,8 @@
 """CSV that is not one clean table: what resumed, appended, exported and hand-edited files look like.
 
-A header again in the middle (Keras' ``CSVLogger(append=True)``), one that grew a column, comments, padded cells (YOLOv5),
-a decimal comma with semicolons, UTF-16, W&B's panel export with several runs side by side. A row whose number of cells is
-not the header's is left out and counted. Clean files are read by ``tables``, many times faster.
+A header again in the middle (Keras' ``CSVLogger(append=True)``), one that grew a column, comments, padded cells (YOLOv5), a decimal
+comma with semicolons, UTF-16, W&B's panel export with several runs side by side. A row whose number of cells is not the header's is
+left out and counted. Clean files are read by ``tables``, many times faster.
 """
 
 from __future__ import annotations

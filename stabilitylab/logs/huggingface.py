@@ -3,10 +3,10 @@
     {'loss': 2.31, 'grad_norm': 1.2, 'learning_rate': 2e-05, 'epoch': 0.5}          transformers 4
     {'loss': '2.31', 'grad_norm': '1.2', 'learning_rate': '2e-05', 'epoch': '0.5'}  transformers 5
 
-Source: transformers/trainer_callback.py, PrinterCallback and ProgressCallback; TRL, ms-swift and LLaMA-Factory print the
-same. The dict holds no step; a bar does (``120/300 [``), and is believed where it rises from record to record. tqdm draws its
-bar anew below what it writes, and shows the step there; the bar above may be some steps behind, and counts where none was drawn
-anew. DeepSpeed's lines about its loss scale (deepspeed/runtime/fp16/loss_scaler.py, 0.19) belong to the record before.
+Source: transformers/trainer_callback.py, PrinterCallback and ProgressCallback; TRL, ms-swift and LLaMA-Factory print the same. The
+dict holds no step; a bar does (``120/300 [``), and is believed where it rises from record to record. tqdm draws its bar anew below
+what it writes, and shows the step there; the bar above may be some steps behind, and counts where none was drawn anew. DeepSpeed's
+lines about its loss scale (deepspeed/runtime/fp16/loss_scaler.py, 0.19) belong to the record before.
 """
 
 from __future__ import annotations

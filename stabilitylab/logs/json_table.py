@@ -1,8 +1,8 @@
 """JSON lines that are a table: every line an object of the same names with numbers or null, as most trackers write them.
 
-Arrow parses those some ten times faster than a line at a time. Anything else (text, lists, objects within objects, a
-name that comes later, ranks, steps that repeat or go back) is for ``json_lines.py``: ``open_clean`` then gives None. What is
-read, and what is said of it, is the same; a test holds both together.
+Arrow parses those some ten times faster than a line at a time. Anything else (text, lists, objects within objects, a name that
+comes later, ranks, steps that repeat or go back) is for ``json_lines.py``: ``open_clean`` then gives None. What is read, and what
+is said of it, is the same; a test holds both together.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     0: step 1 loss 2.31             Slurm
     [1,0]<stdout>: step 1 loss 2.31  Open MPI
 
-The label is taken off, and what is below is read as a file of its own for each rank. Labels are believed where nearly every
-line of the start has one and they come again: a number that opens a line may as well be its step.
+The label is taken off, and what is below is read as a file of its own for each rank. Labels are believed where nearly every line of
+the start has one and they come again: a number that opens a line may as well be its step.
 """
 
 from __future__ import annotations

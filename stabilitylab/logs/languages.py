@@ -3,8 +3,8 @@
     第 3 轮 | 训练损失：2.31，学习率：1e-4        epoch 3 | train loss: 2.31, lr: 1e-4
     Époque 3 : perte 2,31                         epoch 3 : loss 2.31
 
-Words of a table, the punctuation of East Asian text, and decimal commas where the text has hardly a decimal point. A text is
-taken to be of another language when such words, or such numbers, come again and again in its beginning.
+Words of a table, the punctuation of East Asian text, and decimal commas where the text has hardly a decimal point. A text is taken
+to be of another language when such words, or such numbers, come again and again in its beginning.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a log is to those who judge it: steps and signals in blocks.
 
-An empty cell or ``null`` is a value that was not logged; ``nan`` and ``inf`` are values that were. Without a step column
-the row number is the step. Which column is which signal is told in ``columns``.
+An empty cell or ``null`` is a value that was not logged; ``nan`` and ``inf`` are values that were. Without a step column the row
+number is the step. Which column is which signal is told in ``columns``.
 """
 
 from __future__ import annotations

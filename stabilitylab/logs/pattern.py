@@ -9,8 +9,7 @@ r"""A pattern for one line of a text log, in the words of the log itself.
     a blank      any number of blanks, or none
     the rest     stands for itself; upper and lower case are one
 
-A line matches wherever the pattern occurs in it; colours (ANSI codes) are taken out before. A file of several formats is
-TOML:
+A line matches wherever the pattern occurs in it; colours (ANSI codes) are taken out before. A file of several formats is TOML:
 
     [mytrainer]
     line = ["it {step} l={loss}", "it {step} |{pairs}"]    # the first that matches counts; one text will do

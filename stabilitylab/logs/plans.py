@@ -2,11 +2,11 @@ r"""Lines that differ in their numbers only are read by one regular expression.
 
     [step 10/300] loss: 2.31 | lr: 1e-4           [step (\d+)/300] loss: (\d+\.\d+) | lr: (\d+)e-(\d+)
 
-A log repeats one line; to find out anew what stands in it costs twenty times what its numbers cost. A plan is made of a line
-by trial: its numbers are exchanged for others drawn at random, of the same shape, and what the format reads then tells which
-number became which value. A plan is kept only where that is the same in every trial, so that it says of a line what the
-format would say; any other line is read by the format itself. A number that belongs to a word (``loss1``) or is the length
-of something (``3/100``) stands for itself.
+A log repeats one line; to find out anew what stands in it costs twenty times what its numbers cost. A plan is made of a line by
+trial: its numbers are exchanged for others drawn at random, of the same shape, and what the format reads then tells which number
+became which value. A plan is kept only where that is the same in every trial, so that it says of a line what the format would say;
+any other line is read by the format itself. A number that belongs to a word (``loss1``) or is the length of something (``3/100``)
+stands for itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a path is, told by its content: the one way from paths to logs.
 
-Files: Parquet, TensorBoard, SQLite and W&B by their first bytes; then one JSON document, JSON a line, text of a known
-trainer, CSV. Folders: a run folder, a Trainer's output or checkpoint, a tracker's store, Lightning's versions, TensorBoard,
-or a folder that holds one log.
+Files: Parquet, TensorBoard, SQLite and W&B by their first bytes; then one JSON document, JSON a line, text of a known trainer, CSV.
+Folders: a run folder, a Trainer's output or checkpoint, a tracker's store, Lightning's versions, TensorBoard, or a folder that
+holds one log.
 """
 
 from __future__ import annotations

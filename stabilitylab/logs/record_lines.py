@@ -6,8 +6,8 @@
       lr: 1e-4                            until it counts on or a name comes again
     epoch 3: 2.31                         one number beside a counter
 
-What recurs is learned from the beginning of the text: which lines hold a column, whether counters stand before or behind
-their numbers, and which column is the loss (``loss_column.py``).
+What recurs is learned from the beginning of the text: which lines hold a column, whether counters stand before or behind their
+numbers, and which column is the loss (``loss_column.py``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Logs that come as records, one small set of numbers at a time; run folders.
 
-Which column is the loss is settled by the first records; what appears later under another name is not looked
-at.
+Which column is the loss is settled by the first records; what appears later under another name is not looked at.
 """
 
 from __future__ import annotations

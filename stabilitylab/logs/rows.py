@@ -1,15 +1,15 @@
 """Rows of named numbers, as every reader of records gives them, and how they become logs.
 
-A reader gives ``Row``s: the part of the log they belong to (a run, a rank; "" where it does not say) and the numbers
-under the log's own names, ``None`` where a name stood without a value. Here they are parted into segments:
+A reader gives ``Row``s: the part of the log they belong to (a run, a rank; "" where it does not say) and the numbers under the
+log's own names, ``None`` where a name stood without a value. Here they are parted into segments:
 
     parts that the reader names                              one segment each
     a step that falls back to the start of counting          a new run or phase
     a step that falls back further on                        a restart of the same run: no new segment
     a counter that begins again with every epoch             counted on
 
-Columns are chosen by what all rows of a segment hold. A log of up to ``KEPT`` rows is read once and kept; a longer
-one is read once to learn its columns and once more for every segment.
+Columns are chosen by what all rows of a segment hold. A log of up to ``KEPT`` rows is read once and kept; a longer one is read once
+to learn its columns and once more for every segment.
 """
 
 from __future__ import annotations

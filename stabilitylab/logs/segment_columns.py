@@ -1,7 +1,7 @@
 """What the rows of one segment have shown, and which of its columns is which signal.
 
-A column that is a counter by its name and stands still counts nothing; where no column has such a name, whole numbers that
-rise in every row do. What is odd about the segment as a whole is said in sentences.
+A column that is a counter by its name and stands still counts nothing; where no column has such a name, whole numbers that rise in
+every row do. What is odd about the segment as a whole is said in sentences.
 """
 
 from __future__ import annotations

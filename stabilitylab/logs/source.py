@@ -1,8 +1,8 @@
 """Where a log's bytes come from: a plain or compressed file, standard input.
 
-Compression is told by the first bytes, not by the name: gzip, bzip2, xz, zstd, and a zip archive of one file. Text is UTF-8
-unless it opens with the mark of UTF-16 (what a redirect in Windows PowerShell 5 writes). Standard input is copied to a
-temporary file first, because a log is read more than once.
+Compression is told by the first bytes, not by the name: gzip, bzip2, xz, zstd, and a zip archive of one file. Text is UTF-8 unless
+it opens with the mark of UTF-16 (what a redirect in Windows PowerShell 5 writes). Standard input is copied to a temporary file
+first, because a log is read more than once.
 """
 
 from __future__ import annotations

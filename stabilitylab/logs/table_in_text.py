@@ -5,9 +5,8 @@
     | ---: | ---: |                       rules
     | 1    | 2.31 |                       rows of as many cells, most of them numbers
 
-Cells are parted by bars (also drawn ones), tabs, commas, semicolons or blanks; where names hold blanks and a rule of dashes
-below parts the columns (spaCy, tabulate), their blanks become ``_``. From the header on it is read as a file of
-its own.
+Cells are parted by bars (also drawn ones), tabs, commas, semicolons or blanks; where names hold blanks and a rule of dashes below
+parts the columns (spaCy, tabulate), their blanks become ``_``. From the header on it is read as a file of its own.
 """
 
 from __future__ import annotations

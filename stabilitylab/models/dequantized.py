@@ -1,7 +1,7 @@
 """Checkpoints of codes with scales beside them, rewritten as plain numbers before anything opens them.
 
-A loader that does not know a checkpoint's number format may take codes for weights without a word, and everything measured on
-such a model is false. So tensors that are no floats are either understood here or refused:
+A loader that does not know a checkpoint's number format may take codes for weights without a word, and everything measured on such
+a model is false. So tensors that are no floats are either understood here or refused:
 
     format     codes                             scale                                          value
     fp8        P E4M3 or E5M2                    P_scale, P_scale_inv: one, a row, a block      code x scale
@@ -12,14 +12,14 @@ such a model is false. So tensors that are no floats are either understood here 
     nvfp4      P or P_packed, 2 codes a byte     P_scale E4M3 a 16 codes, P_scale_2             code x scale x scale_2
                                                  or P_global_scale                              code x scale / global
 
-``_scale_inv`` multiplies too, whatever its name says (DeepSeek-V3). Of two codes in a byte the lower half is the first. A scale
-of one dimension belongs to rows; a scale smaller than its weight belongs to blocks, of the size that the config says
-(``weight_block_size``, compressed-tensors' ``block_structure`` and ``group_size``). Where it says none, several sizes make as
-many blocks: the power of two among them is taken, and a note says so. The plain copy is made tensor by tensor in a temporary
-folder, in 16 bits where that changes no bit, so memory holds one tensor at a time.
+``_scale_inv`` multiplies too, whatever its name says (DeepSeek-V3). Of two codes in a byte the lower half is the first. A scale of
+one dimension belongs to rows; a scale smaller than its weight belongs to blocks, of the size that the config says
+(``weight_block_size``, compressed-tensors' ``block_structure`` and ``group_size``). Where it says none, several sizes make as many
+blocks: the power of two among them is taken, and a note says so. The plain copy is made tensor by tensor in a temporary folder, in
+16 bits where that changes no bit, so memory holds one tensor at a time.
 
-Sources: OCP 8-bit Floating Point (OFP8) 1.0; OCP Microscaling Formats (MX) 1.0; DeepSeek-V3 (arXiv:2412.19437), section 3.3;
-the files of gpt-oss, ModelOpt, compressed-tensors.
+Sources: OCP 8-bit Floating Point (OFP8) 1.0; OCP Microscaling Formats (MX) 1.0; DeepSeek-V3 (arXiv:2412.19437), section 3.3; the
+files of gpt-oss, ModelOpt, compressed-tensors.
 """
 
 from __future__ import annotations

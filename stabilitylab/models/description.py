@@ -1,7 +1,7 @@
 """What files say of their model before a weight is read, and how transformers then builds it.
 
-Which class builds it follows from the config: its architectures where it names some, else what there is for its model type.
-Nothing of the folder's own code is run, nothing is fetched, and what transformers cannot read is told as the files' fault.
+Which class builds it follows from the config: its architectures where it names some, else what there is for its model type. Nothing
+of the folder's own code is run, nothing is fetched, and what transformers cannot read is told as the files' fault.
 """
 
 from __future__ import annotations

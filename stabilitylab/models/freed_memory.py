@@ -5,8 +5,8 @@ glibc keeps what is freed for the next request, and small tensors that stay betw
 
 Pages of a mapped file count as the process's own from the first reading on, so a model that is read layer by layer grows to the
 size of its file. The file's pages can be let go (``MADV_DONTNEED``): the next reading gets the same numbers, from the system's
-cache as long as there is room. A page that was written to exists nowhere else and would be lost, so the system is asked first
-which pages still are the file's (``/proc/self/pagemap``: Linux' documentation, admin-guide/mm/pagemap).
+cache as long as there is room. A page that was written to exists nowhere else and would be lost, so the system is asked first which
+pages still are the file's (``/proc/self/pagemap``: Linux' documentation, admin-guide/mm/pagemap).
 """
 
 from __future__ import annotations

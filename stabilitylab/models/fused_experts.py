@@ -1,9 +1,9 @@
 """Fused experts taken apart: of a mixture's one three-dimensional parameter, a linear layer for each expert.
 
 transformers 5 keeps the experts of a layer in parameters ``gate_up_proj`` [experts, 2 x inner, width] and ``down_proj`` [experts,
-width, inner] (or ``up_proj`` where nothing gates), which no linear layer holds: whatever looks for linear layers misses the
-larger part of such a model. Here each expert becomes two ``nn.Linear`` whose weights are views of the fused tensors, so nothing is
-copied, and outliers, quantization and telemetry see them as they see any other layer:
+width, inner] (or ``up_proj`` where nothing gates), which no linear layer holds: whatever looks for linear layers misses the larger
+part of such a model. Here each expert becomes two ``nn.Linear`` whose weights are views of the fused tensors, so nothing is copied,
+and outliers, quantization and telemetry see them as they see any other layer:
 
     y_t = sum over the chosen experts e of  weight_te * down_e(gate(up_e(x_t)))
 

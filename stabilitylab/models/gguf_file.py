@@ -5,14 +5,14 @@ slices of ``numpy.memmap``, whose every slice runs Python code; for each module 
 So while a file is open here, one reader serves all, over a plain array on the same mapped pages, and each table is made once.
 Measured on SmolLM2-135M (49,152 tokens): see experiments/RESULTS.md.
 
-A matrix as large as a vocabulary is dequantized some rows at a time, into the model's own format: gguf and transformers hold it
-in fp32 three times.
+A matrix as large as a vocabulary is dequantized some rows at a time, into the model's own format: gguf and transformers hold it in
+fp32 three times.
 
 Pages of the file that were read count as the process's own until it lets them go, so they are let go tensor by tensor: else the
 whole file stands in memory beside the model that was made of it.
 
-A model split over several files (``NAME-00001-of-00003.gguf``) is refused as a whole: loaders look at one part and take
-the rest for missing or tied.
+A model split over several files (``NAME-00001-of-00003.gguf``) is refused as a whole: loaders look at one part and take the rest
+for missing or tied.
 """
 
 from __future__ import annotations

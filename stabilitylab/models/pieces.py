@@ -6,8 +6,8 @@ window is read up to the last block, and the rest is run on pieces of the result
     hidden(window)                 the last block's output, [B, T, C]
     output(window, hidden, part)   the model's output at some of the tokens, [B, t, V]
 
-A model of 262,144 pieces of text makes 268 MB of logits from 256 tokens, and 17 MB from 16 of them. That a model's end is of
-that kind is tried on a few tokens; where it is not, or outputs are small, pieces are whole windows.
+A model of 262,144 pieces of text makes 268 MB of logits from 256 tokens, and 17 MB from 16 of them. That a model's end is of that
+kind is tried on a few tokens; where it is not, or outputs are small, pieces are whole windows.
 """
 
 from __future__ import annotations

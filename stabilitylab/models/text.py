@@ -1,12 +1,11 @@
 """Text to windows: read in blocks, tokenised block by block, cut into pieces that the model takes at once.
 
-A file of any size passes through; no more than a block and a window are held. Blocks end before a line that is not empty,
-so that tokens do not straddle them: tokens are those of the whole text, except where a tokenizer joins words over line
-breaks.
+A file of any size passes through; no more than a block and a window are held. Blocks end before a line that is not empty, so that
+tokens do not straddle them: tokens are those of the whole text, except where a tokenizer joins words over line breaks.
 
 What a tokenizer puts around a text (``[CLS]`` ... ``[SEP]``, ``<s>``) it puts around every window: that is how the model was
-trained, and massive activations sit on just these tokens (Sun et al., arXiv:2402.17762, section 3). Windows do not overlap and
-the model remembers nothing from one to the next, so losses are those of texts of that length.
+trained, and massive activations sit on just these tokens (Sun et al., arXiv:2402.17762, section 3). Windows do not overlap and the
+model remembers nothing from one to the next, so losses are those of texts of that length.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A model that reads text, wherever it came from: its module, and how to feed it.
 
-Whoever opens one (``hugging_face.py``; other packages through entry points) says how text becomes windows; everything else is
-the same for all: the output is a tensor of logits or hidden states, and the loss is the mean negative log-likelihood of the
-targets, computed in float32 from the logits whatever format the model runs in.
+Whoever opens one (``hugging_face.py``; other packages through entry points) says how text becomes windows; everything else is the
+same for all: the output is a tensor of logits or hidden states, and the loss is the mean negative log-likelihood of the targets,
+computed in float32 from the logits whatever format the model runs in.
 
 Shapes: B rows (always 1), T tokens, V vocabulary.
 """

@@ -53,9 +53,9 @@ def fingerprint(module: nn.Module) -> str:
 def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """16 hexadecimal digits over parameter names, shapes, and 64 evenly spaced values of each parameter, in order of names.
 
-    Values count in bfloat16, so that the same model opened in float32 and in bfloat16 is the same model. (Opened in
-    float16 it may differ: values are then rounded twice.) Two fine-tunings of one model differ, unless every sampled value
-    agrees to 8 bits. Parameters may come one by one, so a model need not fit into memory.
+    Values count in bfloat16, so that the same model opened in float32 and in bfloat16 is the same model. (Opened in float16 it may
+    differ: values are then rounded twice.) Two fine-tunings of one model differ, unless every sampled value agrees to 8 bits.
+    Parameters may come one by one, so a model need not fit into memory.
     """
     digest = hashlib.sha256()
     for name, parameter in parameters:

@@ -6,8 +6,8 @@
     step 500: parameter-changed: weights moved without an update; first in layers.1.feed_forward.0.weight
 
 The logger is ``stabilitylab``, at WARNING, so that without any setting the line is on standard error;
-``logging.getLogger("stabilitylab").setLevel(logging.ERROR)`` is silence. An episode is told when it begins and when it turns
-into another kind, not when it ends; hard batches, which recover by themselves, are not told.
+``logging.getLogger("stabilitylab").setLevel(logging.ERROR)`` is silence. An episode is told when it begins and when it turns into
+another kind, not when it ends; hard batches, which recover by themselves, are not told.
 
 An ``on_event`` that raises is said once and goes on being called: training does not die of its instruments.
 """

@@ -1,19 +1,19 @@
 """Gradient clipping, noticed the moment before it happens, and gradients changed by other means, noticed afterwards.
 
-The commonest loop is backward, ``clip_grad_norm_``, step, and the gradient that tells of a run that explodes is the one
-before the second of these. ``from torch.nn.utils import clip_grad_norm_`` has bound the function before any monitor exists,
-so that to replace it in its module is not enough. But what torch clips with are wrappers that one decorator has made, and a
-wrapper finds its function in a cell:
+The commonest loop is backward, ``clip_grad_norm_``, step, and the gradient that tells of a run that explodes is the one before the
+second of these. ``from torch.nn.utils import clip_grad_norm_`` has bound the function before any monitor exists, so that to replace
+it in its module is not enough. But what torch clips with are wrappers that one decorator has made, and a wrapper finds its function
+in a cell:
 
     clip_grad_norm_ -> _get_total_norm(gradients, 2) -> norm
                     -> _clip_grads_with_norm_(parameters, max_norm, norm)         the cells' contents are exchanged
     clip_grad_value_(parameters, value)                                           for as long as somebody watches
 
-So it is seen by whatever name it is called, also from within accelerate, Lightning, the Trainer and torchtitan, and the norm
-that torch has worked out comes for free at every step.
+So it is seen by whatever name it is called, also from within accelerate, Lightning, the Trainer and torchtitan, and the norm that
+torch has worked out comes for free at every step.
 
-Who clips by hand is not seen; ``Untouched`` then says that a gradient is no longer what the backward pass has left, by its
-version counter and address. It does not know what a reduction by hand is from a clipping, and is for one process only.
+Who clips by hand is not seen; ``Untouched`` then says that a gradient is no longer what the backward pass has left, by its version
+counter and address. It does not know what a reduction by hand is from a clipping, and is for one process only.
 
 Limits: where torch were to build these functions otherwise, nothing is seen before the optimizer's step, and that is all.
 """

@@ -1,8 +1,8 @@
 """Full resolution around an alarm without writing everything: a sink in front of a sink.
 
-Every step is measured. Rows of steps that are due by the usual cadence go on at once; the others of the last ``keep`` steps
-are held in memory. When an episode begins that is graver than a hard batch, what is held is written, and for ``after``
-steps everything goes on. So the disk has the run at the usual cadence, and each alarm with every step before and after it.
+Every step is measured. Rows of steps that are due by the usual cadence go on at once; the others of the last ``keep`` steps are
+held in memory. When an episode begins that is graver than a hard batch, what is held is written, and for ``after`` steps everything
+goes on. So the disk has the run at the usual cadence, and each alarm with every step before and after it.
 
     Monitor(model, optimizer, every=1, sinks=[FlightRecorder(ParquetSink(folder), keep=64, every=10)])
 

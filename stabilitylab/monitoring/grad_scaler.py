@@ -1,13 +1,12 @@
 """torch's GradScaler, asked without waiting for the device.
 
-GradScaler multiplies the loss, and with it every gradient of the backward pass, by a scale that it changes at
-the end of a step only. So the scale of a backward pass is the one at the end of the step before, and whether
-it is still in the gradients is known from the scaler's own bookkeeping: it is divided out by ``unscale_`` or
-inside ``scaler.step``.
+GradScaler multiplies the loss, and with it every gradient of the backward pass, by a scale that it changes at the end of a step
+only. So the scale of a backward pass is the one at the end of the step before, and whether it is still in the gradients is known
+from the scaler's own bookkeeping: it is divided out by ``unscale_`` or inside ``scaler.step``.
 
-Where ``scaler.step`` finds the gradients non-finite it leaves the optimizer's step out, and with it the optimizer's
-hooks. So ``watch`` has ``scaler.step`` of this one scaler tell when it is done, and ``scaler.unscale_`` when it has changed
-the gradients; ``release`` gives it back its own.
+Where ``scaler.step`` finds the gradients non-finite it leaves the optimizer's step out, and with it the optimizer's hooks. So
+``watch`` has ``scaler.step`` of this one scaler tell when it is done, and ``scaler.unscale_`` when it has changed the gradients;
+``release`` gives it back its own.
 """
 
 from __future__ import annotations
@@ -97,8 +96,8 @@ class ScalerState:
     def evened(
         self, gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], bool]:
-        """Gradients that all hold the scale, or none of them, and whether they do; asked within a step. Of several
-        optimizers those that are not yet unscaled are replaced by unscaled copies."""
+        """Gradients that all hold the scale, or none of them, and whether they do; asked within a step. Of several optimizers those
+        that are not yet unscaled are replaced by unscaled copies."""
         holders = self._holders()
         # Of several optimizers each is read when it steps, and they are to agree.
         if self._scaler is None or not holders or len(self._optimizers) == 1:
@@ -120,8 +119,8 @@ class ScalerState:
         return [o for o in self._optimizers if states[id(o)]["stage"] is OptState.READY]
 
     def watch(self, *, decided: Callable[[], None], unscaled: Callable[[], None]) -> None:
-        """Call ``decided`` whenever the scaler has made, or left out, an optimizer's step, and ``unscaled`` when it has
-        divided the scale out of gradients."""
+        """Call ``decided`` whenever the scaler has made, or left out, an optimizer's step, and ``unscaled`` when it has divided the
+        scale out of gradients."""
         if self._scaler is None:
             return
         self._told = {"step": decided, "unscale_": unscaled}

@@ -9,14 +9,14 @@
             optimizer.zero_grad()
             monitor.step(step, loss=loss)
 
-What the loop's optimizer, scaler and clipping show it need not say: the rate that was used, the loss scale, the gradient
-norm before clipping (``loop_values``).
+What the loop's optimizer, scaler and clipping show it need not say: the rate that was used, the loss scale, the gradient norm
+before clipping (``loop_values``).
 
-It observes and never changes training: weights, random numbers and kernels are those of the run without it.
-Steps count optimizer updates from 0.
+It observes and never changes training: weights, random numbers and kernels are those of the run without it. Steps count optimizer
+updates from 0.
 
-A loop that dies without ``close`` loses nothing: what is left is written when the process ends, or the monitor is
-collected as garbage. After ``close`` every call does nothing.
+A loop that dies without ``close`` loses nothing: what is left is written when the process ends, or the monitor is collected as
+garbage. After ``close`` every call does nothing.
 """
 
 from __future__ import annotations
@@ -348,8 +348,8 @@ class Monitor:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the monitor holds on the model's devices; on a CPU, steps that are not yet delivered come
-        on top, each with a copy."""
+        """Memory that the monitor holds on the model's devices; on a CPU, steps that are not yet delivered come on top, each with a
+        copy."""
         return self._probe_set.nbytes
 
     @property

@@ -1,11 +1,11 @@
 """The optimizers of a run, seen as one: read, hooked, never called.
 
-Some runs have one optimizer, some have one for the matrices and another for the rest (Muon and AdamW), some one inside
-a wrapper that forwards to it (accelerate's). What is read of an optimizer is ``param_groups`` and ``state``, and what is
-hooked are its steps; ``Optimizers`` offers these four over all of them.
+Some runs have one optimizer, some have one for the matrices and another for the rest (Muon and AdamW), some one inside a wrapper
+that forwards to it (accelerate's). What is read of an optimizer is ``param_groups`` and ``state``, and what is hooked are its
+steps; ``Optimizers`` offers these four over all of them.
 
-Parameters may join later (``add_param_group``: adapters, layers thawed one after the other). ``joined`` names them, so
-that a norm over "all parameters" stays one.
+Parameters may join later (``add_param_group``: adapters, layers thawed one after the other). ``joined`` names them, so that a norm
+over "all parameters" stays one.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Optimizers:
         return Handles([optimizer.register_step_post_hook(hook) for optimizer in self.each])
 
     def joined(self, model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters that joined an optimizer since the last call and are not among the ``named`` ones: by the model's
-        name, or where the model does not know them, by their place in the optimizer."""
+        """Parameters that joined an optimizer since the last call and are not among the ``named`` ones: by the model's name, or
+        where the model does not know them, by their place in the optimizer."""
         if all(id(p) in self.known for p in self._parameters()):
             return {}
         seen = {id(p) for p in named.values()}

@@ -205,8 +205,8 @@ class ProbeSet:
             self._take(parameters)
 
     def _take(self, parameters: Sequence[Tensor], *, at_the_step: bool = False) -> None:
-        """Read these parameters' gradients, and at an optimizer's step of those that no optimizer has, unless they were
-        read before."""
+        """Read these parameters' gradients, and at an optimizer's step of those that no optimizer has, unless they were read
+        before."""
         found, named = self._gradients(), self._context.parameters
         mine = {id(p) for p in parameters}
         if at_the_step:

@@ -1,20 +1,17 @@
 """Several processes training one model: their telemetry becomes one, in one collective a measured step.
 
-Every rank packs what its probes found into bytes: a header, then the buffer. One all-gather carries them to
-all; rank 0 puts them together by the names of the sites (``statistics.gathering``) and is the only one that
-judges and writes.
+Every rank packs what its probes found into bytes: a header, then the buffer. One all-gather carries them to all; rank 0 puts them
+together by the names of the sites (``statistics.gathering``) and is the only one that judges and writes.
 
     header   int64: hash of the manifest, bytes used, step of the last alarm (-1 for none)
 
-The *manifest* says which bytes belong to which site. There is one for every set of probes that measure together
-(gradients every step, the rest every tenth), and others only when other sites are seen, which is rare. Every
-rank sees from the headers that a manifest has come up that it has not seen before, and then all exchange
-manifests once and remember them. The alarm travels along so that all ranks measure more densely from the same step on: a rank that
-measured alone would wait for the others for ever.
+The *manifest* says which bytes belong to which site. There is one for every set of probes that measure together (gradients every
+step, the rest every tenth), and others only when other sites are seen, which is rare. Every rank sees from the headers that a
+manifest has come up that it has not seen before, and then all exchange manifests once and remember them. The alarm travels along so
+that all ranks measure more densely from the same step on: a rank that measured alone would wait for the others for ever.
 
-All ranks must call ``Monitor.step`` with the same steps. Source of the idea of one packed collective:
-OLMo-core's and ZClip's batched metric reduction; theirs carry finished numbers, so means of kurtoses; ours
-carries sums.
+All ranks must call ``Monitor.step`` with the same steps. Source of the idea of one packed collective: OLMo-core's and ZClip's
+batched metric reduction; theirs carry finished numbers, so means of kurtoses; ours carries sums.
 """
 
 from __future__ import annotations
@@ -114,8 +111,7 @@ class RankGather:
 
 
 def _same(a: Manifest, b: Manifest) -> bool:
-    """Whether two manifests hold the same objects: a probe that finds the same as before gives the same
-    ``Seen``."""
+    """Whether two manifests hold the same objects: a probe that finds the same as before gives the same ``Seen``."""
     return len(a) == len(b) and all(x[0] == y[0] and x[1] is y[1] for x, y in zip(a, b, strict=True))
 
 

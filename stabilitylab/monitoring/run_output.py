@@ -1,5 +1,4 @@
-"""Where a monitored run goes on disk: the run folder's sinks, and at the end the explanation of its
-episodes."""
+"""Where a monitored run goes on disk: the run folder's sinks, and at the end the explanation of its episodes."""
 
 from __future__ import annotations
 
@@ -70,8 +69,8 @@ class RunOutput:
             self.sinks.append(TensorBoardSink(self.run.tensorboard, places=Places(self._structure)))
 
     def supersedes(self, step: int) -> Event | None:
-        """The first step. Where the folder holds a run that went on beyond it, this one takes its place from here on: its
-        events, like its telemetry, are superseded."""
+        """The first step. Where the folder holds a run that went on beyond it, this one takes its place from here on: its events,
+        like its telemetry, are superseded."""
         if self.last_held is None or self.last_held < step:
             return None
         _log.warning(

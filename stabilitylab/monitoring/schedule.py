@@ -1,8 +1,8 @@
 """When to measure: every n-th step, each probe at its own cadence, and every step for a while after an event.
 
-Steps 0, n, 2n, ... are measured. What happens around a spike is what one wants to see closely, so for
-``dense_steps`` steps after an event of a kind in ``dense_after`` everything is measured every step; the event
-cannot be foreseen, so the steps before it are there at the usual cadence only.
+Steps 0, n, 2n, ... are measured. What happens around a spike is what one wants to see closely, so for ``dense_steps`` steps after
+an event of a kind in ``dense_after`` everything is measured every step; the event cannot be foreseen, so the steps before it are
+there at the usual cadence only.
 """
 
 from __future__ import annotations

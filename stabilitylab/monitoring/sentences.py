@@ -1,7 +1,7 @@
 """Events as sentences, one line each, for a terminal and a log.
 
-step 34: the responder answered the non-finite of train/-/loss since step 34: back to step 34, learning rate x 0.5
-step 32: overflow: the output of layers.3.feed_forward.down left the number format
+step 34: the responder answered the non-finite of train/-/loss since step 34: back to step 34, learning rate x 0.5 step 32:
+overflow: the output of layers.3.feed_forward.down left the number format
 """
 
 from __future__ import annotations

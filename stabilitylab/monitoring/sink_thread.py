@@ -1,10 +1,9 @@
 """From the monitor to the sinks, in a thread of its own: training never waits for a disk.
 
-The monitor posts each flush; one thread turns it into ``Samples`` and hands it to every sink in order. A sink
-that raises loses that flush and no more: the loss is an event ``telemetry-lost`` (once when it begins, once
-with the total when the sink works again or the run ends), the other sinks and the training go on. Should the
-sinks fall behind by ``LIMIT`` steps, further samples are dropped and reported the same way; events are
-never dropped.
+The monitor posts each flush; one thread turns it into ``Samples`` and hands it to every sink in order. A sink that raises loses
+that flush and no more: the loss is an event ``telemetry-lost`` (once when it begins, once with the total when the sink works again
+or the run ends), the other sinks and the training go on. Should the sinks fall behind by ``LIMIT`` steps, further samples are
+dropped and reported the same way; events are never dropped.
 """
 
 from __future__ import annotations
@@ -144,8 +143,7 @@ class SinkThread:
         return self._waiting
 
     def wait(self) -> None:
-        """Return when everything posted so far has been written, and is on disk where a sink can
-        ``flush``."""
+        """Return when everything posted so far has been written, and is on disk where a sink can ``flush``."""
         if self._thread.is_alive():
             done = threading.Event()
             self._queue.put(done)

@@ -2,10 +2,10 @@
 
 A head's scores that grow thirtyfold, or one parameter's gradient, may leave the loss where it is: softmax bounds the one, Adam and
 clipping the other. Of every site the logarithm y of a positive statistic (``FOLLOWED``, the update left out: it follows the rate)
-has a running level and a running mean deviation d (``spikes/site_levels.py``), and a site has left where y - level >
-max(SIGMAS d, ln FACTOR), and where that much remains when the rise that three sites in four of its family share is taken off: a
-hard batch moves them all. A rise of ``ANY`` is told whoever shares it, for no batch does that. Told is the first site in the order
-of execution, with how many left with it, and for ``QUIET`` steps no further one. The event itself never acts.
+has a running level and a running mean deviation d (``spikes/site_levels.py``), and a site has left where y - level > max(SIGMAS d,
+ln FACTOR), and where that much remains when the rise that three sites in four of its family share is taken off: a hard batch moves
+them all. A rise of ``ANY`` is told whoever shares it, for no batch does that. Told is the first site in the order of execution,
+with how many left with it, and for ``QUIET`` steps no further one. The event itself never acts.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The detector is given the step's own numbers and, of measured steps, the largest attention score of the whole model
 (``attention/-/score_max``) and the RMS of its update over the learning rate (``update/-/rms_over_rate``).
 
-On a CPU a step's numbers are there when it ends. On an accelerator they are still on their way, and the step
-waits in line until they have come; the training thread asks at the end of each step and never waits.
+On a CPU a step's numbers are there when it ends. On an accelerator they are still on their way, and the step waits in line until
+they have come; the training thread asks at the end of each step and never waits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What the training loop hands over at a step's end: its number, and values of its own under names of their own.
 
-A step number that is none is a mistake in the loop's code, seen at the first step, and an ``InputError``. A value that
-is none may turn up in the middle of a long run, and training does not die of its instruments: NaN is recorded, and
-said once by name.
+A step number that is none is a mistake in the loop's code, seen at the first step, and an ``InputError``. A value that is none may
+turn up in the middle of a long run, and training does not die of its instruments: NaN is recorded, and said once by name.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ class Values:
         self._said: set[str] = set()
 
     def numbers(self, given: Mapping[str, Any]) -> dict[str, float | Tensor]:
-        """By name, floats, and tensors of one element that are on an accelerator: those are read when they have
-        arrived. None is left out."""
+        """By name, floats, and tensors of one element that are on an accelerator: those are read when they have arrived. None is
+        left out."""
         return {self._name(name): self._number(name, v) for name, v in given.items() if v is not None}
 
     def _name(self, name: str) -> str:

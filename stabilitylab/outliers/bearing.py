@@ -10,9 +10,9 @@ again: the first of these whose absence lets the rest be borne, else the one tha
     tokens         rows whose largest is ``STEADY`` times the median row's
     spread         none of these alone: large values lie in many places
 
-Remedies, by the same error: a rotation of the input and the weight by a Hadamard matrix with random signs (QuaRot, 2404.00456),
-and SmoothQuant's scaling of channels with exponent .5 (2211.10438). Of the input the first ``ROWS`` positions of one window are
-looked at, of the weight a sample of rows under the scale of all. An expert is a layer of its own, named by its path.
+Remedies, by the same error: a rotation of the input and the weight by a Hadamard matrix with random signs (QuaRot, 2404.00456), and
+SmoothQuant's scaling of channels with exponent .5 (2211.10438). Of the input the first ``ROWS`` positions of one window are looked
+at, of the weight a sample of rows under the scale of all. An expert is a layer of its own, named by its path.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ The activation is a matrix of positions R by channels C. Of it stay, added up wi
     over_6_sigma     each channel's positions at least 6 standard deviations from the mean of its window's tensor
     massive          each channel's positions with |x| > 100 and |x| >= 1,000 medians of |x| in its window's tensor
 
-Maxima and counts are exact, sums are float32 within a window and float64 across, shifted by c so that a mean far from zero
-does not drown the spread. The kurtosis is m4 / m2^2 of all values (Gaussian: 3). The three counts look only at channels
-whose extremes can reach the threshold, which are few; the median, needed where something exceeds 100, comes from at most
-65,536 values at even distances.
+Maxima and counts are exact, sums are float32 within a window and float64 across, shifted by c so that a mean far from zero does not
+drown the spread. The kurtosis is m4 / m2^2 of all values (Gaussian: 3). The three counts look only at channels whose extremes can
+reach the threshold, which are few; the median, needed where something exceeds 100, comes from at most 65,536 values at even
+distances.
 """
 
 from __future__ import annotations

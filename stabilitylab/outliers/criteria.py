@@ -1,8 +1,8 @@
 """What counts as an outlier: each criterion with its rule and its source. They differ by orders of magnitude.
 
-GLM-130B's paper (arXiv:2210.02414, appendix) speaks of outliers in about 30 % of the dimensions where OPT and BLOOM have about
-0.1 %, and names no threshold; the same appendix has 99.98 % of the dimensions below 6. So a share says nothing without its
-criterion, and a report states all of them side by side.
+GLM-130B's paper (arXiv:2210.02414, appendix) speaks of outliers in about 30 % of the dimensions where OPT and BLOOM have about 0.1
+%, and names no threshold; the same appendix has 99.98 % of the dimensions below 6. So a share says nothing without its criterion,
+and a report states all of them side by side.
 
 Two kinds: those that mark *dimensions* (channels of a site; a quantizer treats them one by one), and those that count
 *values*. An absolute threshold depends on the scale of the model's activations, which norms and weights are free to choose;
@@ -78,8 +78,8 @@ def three_part(seen: SitesSeen) -> MarkedShare:
     """LLM.int8()'s rule. Dimensions of one width recur from layer to layer: the residual stream's, and those of the inputs made
     from it by a norm. In every layer a dimension takes the site where it is largest.
 
-    The share of positions is taken over all layers and positions together. Sites of another width than the most frequent
-    narrowest one (the feed-forward contraction) are left out, as in the paper.
+    The share of positions is taken over all layers and positions together. Sites of another width than the most frequent narrowest
+    one (the feed-forward contraction) are left out, as in the paper.
     """
     layers, mask_C = _recurring(seen)
     return (

@@ -19,8 +19,8 @@ MOST_CHANNELS = 96
 def channel_map(scan: OutlierScan, role: str, *, highest: float | None = None) -> Figure:
     """Channel maximum over the site's median channel, layers up and the most prominent channels across.
 
-    Channels stand in one order for all layers, the one that is largest in any layer first, so a channel that stands out
-    everywhere is a vertical line. Outliers are few: all channels at once would make them a hair's breadth wide.
+    Channels stand in one order for all layers, the one that is largest in any layer first, so a channel that stands out everywhere
+    is a vertical line. Outliers are few: all channels at once would make them a hair's breadth wide.
 
     Args:
         role: which place in the block.

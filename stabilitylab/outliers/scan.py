@@ -1,8 +1,8 @@
 """Reading a text through a model and keeping, of every activation that passes, its channels' statistics.
 
-The text is a stream of windows; hooks add each activation to its site's ``ChannelStatistics`` and let it go. Memory is the
-model's own for one window plus about 64 bytes a channel and site, whatever the length of the text. Layers that read the same
-tensor (query, key and value) are found in the first window and measured once, under the first one's name.
+The text is a stream of windows; hooks add each activation to its site's ``ChannelStatistics`` and let it go. Memory is the model's
+own for one window plus about 64 bytes a channel and site, whatever the length of the text. Layers that read the same tensor (query,
+key and value) are found in the first window and measured once, under the first one's name.
 """
 
 from __future__ import annotations

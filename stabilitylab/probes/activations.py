@@ -1,12 +1,12 @@
 """Activations: inputs and outputs of linear and norm layers, and the residual stream after every block.
 
-Seen through forward hooks that exist only while a step is measured. A site is a module's output under the
-module's path, or the input of a linear or norm layer under ``<path>:input``. Where a module returns several
-tensors the first floating-point one counts. The same tensor met again (a norm's output is the next layer's
-input) is summarised once and reported under both names. The last dimension is taken for the channels.
+Seen through forward hooks that exist only while a step is measured. A site is a module's output under the module's path, or the
+input of a linear or norm layer under ``<path>:input``. Where a module returns several tensors the first floating-point one counts.
+The same tensor met again (a norm's output is the next layer's input) is summarised once and reported under both names. The last
+dimension is taken for the channels.
 
-Counted are forward passes in training mode or with gradients on; the second forward pass of activation
-recomputation runs inside the backward pass and is left out. Micro-batches of one step combine.
+Counted are forward passes in training mode or with gradients on; the second forward pass of activation recomputation runs inside
+the backward pass and is left out. Micro-batches of one step combine.
 
 Family ``activation``, site = module path or ``<path>:input``:
 
@@ -80,12 +80,11 @@ STATISTICS = (
 
 
 class SummarizedTensor:
-    """One tensor in the forward pass, its summary, and the site whose summary it shares if it is the same
-    tensor.
+    """One tensor in the forward pass, its summary, and the site whose summary it shares if it is the same tensor.
 
-    ``alias`` holds for a step: it is found in the step's first forward pass, and a later micro-batch that
-    contradicts it voids the site for the step (``broken``), for then its first part was never summarised by
-    itself; from the next step on the site keeps a summary of its own.
+    ``alias`` holds for a step: it is found in the step's first forward pass, and a later micro-batch that contradicts it voids the
+    site for the step (``broken``), for then its first part was never summarised by itself; from the next step on the site keeps a
+    summary of its own.
     """
 
     __slots__ = ("alias", "broken", "own_only", "path", "stamp", "summary")

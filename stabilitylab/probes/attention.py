@@ -124,8 +124,7 @@ class AttentionProbe(HookingProbe):
         if self._context.compiled:
             self._follow(model)
             return
-        # The model's forward pass may be entered by another method than forward: then its blocks are the way
-        # in.
+        # The model's forward pass may be entered by another method than forward: then its blocks are the way in.
         for module in (model, *blocks(model).values()):
             self._before_forward(module, self._enter)
             self._after_forward(module, self._exit, always_call=True)

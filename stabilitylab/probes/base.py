@@ -17,8 +17,7 @@ Two methods are optional. ``name_parameters()``, of a probe that goes by paramet
 ``context.parameters``. ``companions(gathered, numbers)``: of a measured step, numbers of the whole model that the detector judges
 beside the step's own ``numbers``, by metric name (``attention/-/score_max``).
 
-Nothing a probe does may change what the model computes: no random numbers, no in-place change, no other
-kernel.
+Nothing a probe does may change what the model computes: no random numbers, no in-place change, no other kernel.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ from stabilitylab.telemetry import Key
 
 @dataclass(frozen=True)
 class Readings:
-    """One probe's numbers of one step. ``keys`` is the same object as long as the set of metrics is
-    unchanged."""
+    """One probe's numbers of one step. ``keys`` is the same object as long as the set of metrics is unchanged."""
 
     keys: tuple[Key, ...]
     values: NDArray[np.float64]
@@ -213,8 +211,8 @@ class Probe(Protocol):
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
-        """Take the gradients by parameter name, each ``scale`` times the true one; called on measured steps, of several
-        optimizers once each.
+        """Take the gradients by parameter name, each ``scale`` times the true one; called on measured steps, of several optimizers
+        once each.
 
         ``norms`` are true L2 norms of parameters whose gradients themselves are gone.
         """
@@ -223,8 +221,7 @@ class Probe(Protocol):
         """What was found in the step that ends; None for nothing."""
 
     def finish(self, gathered: Gathered) -> Readings:
-        """Readings from what was found. Runs in the delivery thread: it must not touch what ``collect``
-        does."""
+        """Readings from what was found. Runs in the delivery thread: it must not touch what ``collect`` does."""
 
     def detach(self) -> None:
         """Remove every handle."""

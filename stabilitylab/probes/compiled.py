@@ -1,25 +1,23 @@
 """Watching inside ``torch.compile``: hooks that are traced into the graph as operators, without breaking it.
 
-Dynamo traces forward hooks. A hook that counted anything itself would break the graph; ours, when traced,
-leave an operator behind that takes the tensor and a *state*: an integer tensor that holds the number of a
-site, and that the operator claims to write, so that nobody removes or reorders it. When the compiled graph
-runs, the operator asks the table of ``watchers`` who wants the tensor, and does nothing if nobody does: after
-an unmeasured step, or once the monitor is closed. So the graph is compiled once and stays one graph, whether
-a step is measured or not.
+Dynamo traces forward hooks. A hook that counted anything itself would break the graph; ours, when traced, leave an operator behind
+that takes the tensor and a *state*: an integer tensor that holds the number of a site, and that the operator claims to write, so
+that nobody removes or reorders it. When the compiled graph runs, the operator asks the table of ``watchers`` who wants the tensor,
+and does nothing if nobody does: after an unmeasured step, or once the monitor is closed. So the graph is compiled once and stays
+one graph, whether a step is measured or not.
 
-The number travels in a tensor and not as a constant because a graph compiled for one block is used again for
-all that are alike: the state is an input of the graph and comes from the hook of the block at hand.
+The number travels in a tensor and not as a constant because a graph compiled for one block is used again for all that are alike:
+the state is an input of the graph and comes from the hook of the block at hand.
 
-Gradients take the same way: ``WatchGradient`` is an identity whose backward pass holds the operator. So do calls
-of fused attention, with what its kernel returned and was given: ``observe_attention``.
+Gradients take the same way: ``WatchGradient`` is an identity whose backward pass holds the operator. So do calls of fused
+attention, with what its kernel returned and was given: ``observe_attention``.
 
 A model may be compiled under another name than the one that the monitor was given (``fast = torch.compile(model)``), or later.
 ``is_compiled`` looks among all such wrappers of the process, whenever ``frames`` says that something has been compiled.
 
-Limits. The operator keeps the compiler from fusing across it, and with half precision what is fused is
-rounded less
-often: a compiled watched model may differ from a compiled unwatched one in the last bit (in float32 it does
-not). CUDA graphs replay kernels without asking anybody: the operators are marked as unsafe for them.
+Limits. The operator keeps the compiler from fusing across it, and with half precision what is fused is rounded less often: a
+compiled watched model may differ from a compiled unwatched one in the last bit (in float32 it does not). CUDA graphs replay kernels
+without asking anybody: the operators are marked as unsafe for them.
 """
 
 from __future__ import annotations

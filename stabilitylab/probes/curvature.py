@@ -9,8 +9,8 @@ A quadratic is stable under the update with first-moment coefficient b1 and rate
     threshold = (2 + 2 b1) / ((1 - b1) eta)           38 / eta at b1 = .9      margin = threshold / lambda
 
 (Cohen et al., Adaptive gradient methods at the edge of stability, 2207.14484; that spikes follow when it is passed: 2506.04805.)
-"This run bears 1.6 times its rate": the margin is 1.6. Below 1 for more than a few steps the direction grows from step to step.
-For SGD P = 1 and, momentum m <- b1 m + (1 - dampening) g, threshold = (2 + 2 b1) / ((1 - dampening) eta). Parameters with a rate of
+"This run bears 1.6 times its rate": the margin is 1.6. Below 1 for more than a few steps the direction grows from step to step. For
+SGD P = 1 and, momentum m <- b1 m + (1 - dampening) g, threshold = (2 + 2 b1) / ((1 - dampening) eta). Parameters with a rate of
 their own count with it. lambda is a Rayleigh quotient, at most the largest eigenvalue of P^-1 H: the margin is an upper bound.
 
 One more forward and backward pass of the same batch, at shifted weights, is needed where a step is measured. ``backward`` makes it:

@@ -1,8 +1,8 @@
 """Which tokens carry the gradient: the rows of each embedding's gradient with the largest norms.
 
-A spike of the embedding's gradient often sits in a few rows: rare tokens, or one that the batch repeats. Of
-each ``nn.Embedding`` the ``TOP`` rows with the largest norm are recorded, largest first, index = place in
-that order. Where ZeRO spreads the gradient over ranks in flat pieces no rank has rows of it, and none is told.
+A spike of the embedding's gradient often sits in a few rows: rare tokens, or one that the batch repeats. Of each ``nn.Embedding``
+the ``TOP`` rows with the largest norm are recorded, largest first, index = place in that order. Where ZeRO spreads the gradient
+over ranks in flat pieces no rank has rows of it, and none is told.
 
 Family ``gradient``, site = path of the embedding's weight:
 
@@ -44,8 +44,7 @@ class EmbeddingRowProbe:
         self._scale: float | Slots = 1.0
 
     def attach(self, context: Context) -> None:
-        """Find the embeddings among the parameters, by name: a half-precision model's masters are other
-        tensors."""
+        """Find the embeddings among the parameters, by name: a half-precision model's masters are other tensors."""
         self._context = context
         self.name_parameters()
 

@@ -2,8 +2,8 @@
 
 Operands are a layer's input, its weight and the gradient of its output: the three that a product in a format takes. Of each,
 ``ROWS`` rows are looked at, from the middles of equal stretches (so not the first token, whose state is often massive and which
-every scale of the whole tensor knows anyway), with the largest magnitude of the whole tensor, which scales of a tensor are made
-of. Micro-batches: the first of a step. Training is not changed, and nothing is rounded but copies.
+every scale of the whole tensor knows anyway), with the largest magnitude of the whole tensor, which scales of a tensor are made of.
+Micro-batches: the first of a step. Training is not changed, and nothing is rounded but copies.
 
 Family ``format``, site = module path with ``:input``, ``:weight`` or ``:gradient``:
 

@@ -1,9 +1,8 @@
-"""Gradients of every parameter: how large, how spread, how much of the whole, and whether the format still
-holds them.
+"""Gradients of every parameter: how large, how spread, how much of the whole, and whether the format still holds them.
 
-Read where the gradient is final: reduced over ranks, unscaled, not yet clipped. A parameter without a
-gradient (frozen, unused) has no row; a parameter under several names (tied) is counted once, under its first
-name. Of a parameter whose trainer hands over the norm alone, L2 and share are recorded.
+Read where the gradient is final: reduced over ranks, unscaled, not yet clipped. A parameter without a gradient (frozen, unused) has
+no row; a parameter under several names (tied) is counted once, under its first name. Of a parameter whose trainer hands over the
+norm alone, L2 and share are recorded.
 
 Family ``gradient``, site = parameter path:
 
@@ -83,8 +82,8 @@ class GradientProbe:
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
-        """Summarise these gradients, each in its own slots, in one call; with several calls in a step they add up, and of
-        the same gradient the last counts."""
+        """Summarise these gradients, each in its own slots, in one call; with several calls in a step they add up, and of the same
+        gradient the last counts."""
         self._scale = scale
         names, tensors = [], []
         for name, gradient in gradients.items():
@@ -114,8 +113,7 @@ class GradientProbe:
 
     @property
     def order(self) -> list[tuple[str, Summary]]:
-        """The parameters of this step in the order in which the backward pass came to them: from the last to
-        the first."""
+        """The parameters of this step in the order in which the backward pass came to them: from the last to the first."""
         return [(name, self._summaries[name]) for name in reversed(self._seen)]
 
     def collect(self) -> Found | None:
@@ -157,8 +155,7 @@ class GradientProbe:
 def local_part(gradient: Tensor) -> tuple[Tensor, bool]:
     """This rank's part of a gradient, and whether other ranks hold other parts.
 
-    Of a DTensor that is copied over some dimensions of its mesh, the first copy counts: the others give
-    nothing.
+    Of a DTensor that is copied over some dimensions of its mesh, the first copy counts: the others give nothing.
     """
     if not is_dtensor(gradient):
         return gradient, False
@@ -174,8 +171,7 @@ def local_part(gradient: Tensor) -> tuple[Tensor, bool]:
 
 
 def statistics(gathered: Gathered) -> tuple[power_sums.Array, power_sums.Array]:
-    """The table's statistics [parameters, STATISTICS], and (l2, share) [norms, 2] of those with a norm
-    alone."""
+    """The table's statistics [parameters, STATISTICS], and (l2, share) [norms, 2] of those with a norm alone."""
     rows = gathered.rows() if gathered.sites else np.empty((0, len(FIELDS)))
     norms, scale = np.array(list(gathered.extra.values()), dtype=np.float64), gathered.scale
     column = {field: rows[:, i] for field, i in COLUMN.items()}

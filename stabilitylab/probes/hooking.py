@@ -1,8 +1,8 @@
 """Probes that hook: what they share of attaching, arming, detaching, of errors and of compiled models.
 
 Hooks exist while a step is measured and cost nothing otherwise. Those on modules of a compiled model are traced into its graphs
-once and must stay: there ``_armed`` says whether what passes is looked at. A hook that raises is reported and not raised, and
-one in a pass that is not the training's sees nothing (``Context.guarded``); a copy of the model is not watched (``Hook``).
+once and must stay: there ``_armed`` says whether what passes is looked at. A hook that raises is reported and not raised, and one
+in a pass that is not the training's sees nothing (``Context.guarded``); a copy of the model is not watched (``Hook``).
 
 A probe of one's own says what it finds in ``_find``, and where it hooks in ``_hook``:
 

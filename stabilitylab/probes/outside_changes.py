@@ -1,15 +1,15 @@
 """Changes that no update made: weights that moved between two steps, settings of the optimizer that jumped, moments that fell.
 
-Between the end of one optimizer step and the beginning of the next nothing moves a weight in ordinary training. So of two
-measured steps that follow each other
+Between the end of one optimizer step and the beginning of the next nothing moves a weight in ordinary training. So of two measured
+steps that follow each other
 
     ||w before step t|| against ||w after step t - 1||      all elements: a row, a single weight, a NaN
     sample before t against sample after t - 1              one element in 512: what a norm does not see, a change of sign
 
 must agree. Adam's second moment v = beta2 v + (1 - beta2) g^2 falls by beta2 at most, so one that falls by more was changed, and
 the settings of a parameter group (beta1, beta2, weight decay, epsilon, ...; the rate is recorded anyway) stay or move by little. A
-parameter's change is told after ``CALM`` steps without one: what a loop does regularly (weights normalised after every step) is
-its habit.
+parameter's change is told after ``CALM`` steps without one: what a loop does regularly (weights normalised after every step) is its
+habit.
 
 Told as events ``parameter-changed`` (site, factor of its norm), ``moments-changed`` (site, factor) and ``optimizer-changed``
 (setting, before, after): one of each kind a step, with the number of parameters that changed and the first of them.
@@ -58,8 +58,8 @@ class BetweenSteps:
         return [update for update, *_ in self._kept.values()]
 
     def compare(self, updates: Sequence[Update]) -> tuple[list[int], Tensor] | None:
-        """Places in ``updates`` of those that were kept, and for each [FIELDS] from then to now, on the device; None if
-        there is nothing to compare with."""
+        """Places in ``updates`` of those that were kept, and for each [FIELDS] from then to now, on the device; None if there is
+        nothing to compare with."""
         kept, self._kept = self._kept, {}
         places = [i for i, update in enumerate(updates) if id(update) in kept]
         if not places:
@@ -200,8 +200,8 @@ def least_beta2(settings: Mapping[str, float]) -> float:
 
 
 def jumps(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[tuple[str, float, float], ...]:
-    """Settings that are half as large again as they were, or less than two thirds; of a beta, 1 - beta counts. One that
-    several groups share is told once."""
+    """Settings that are half as large again as they were, or less than two thirds; of a beta, 1 - beta counts. One that several
+    groups share is told once."""
     found: dict[tuple[str, float, float], None] = {}
     for name, now in after.items():
         then = before.get(name, now)

@@ -1,8 +1,8 @@
 """Where numbers leave the format: the first tensor that went non-finite, in the order of computation.
 
-Looks at what the other probes have counted in the same step: activations in the order in which the forward
-pass came to them, then gradients of activations in the order of the backward pass, then gradients of
-parameters. Nothing is measured twice, and nothing is seen in a step that the others do not measure.
+Looks at what the other probes have counted in the same step: activations in the order in which the forward pass came to them, then
+gradients of activations in the order of the backward pass, then gradients of parameters. Nothing is measured twice, and nothing is
+seen in a step that the others do not measure.
 
 Family ``precision``, site ``-`` unless said otherwise:
 
@@ -13,8 +13,8 @@ Family ``precision``, site ``-`` unless said otherwise:
 | nonfinite_gradients | parameters whose gradient has one | 1 | gradients.py |
 | first_overflow | at the site of the first: 1 activation, 2 gradient of one, 3 of a parameter | 1 | see above |
 
-``loss_scale`` and ``skipped`` are recorded from what the trainer reports. The first overflow is also an event
-``overflow`` with ``site`` and ``tensor``.
+``loss_scale`` and ``skipped`` are recorded from what the trainer reports. The first overflow is also an event ``overflow`` with
+``site`` and ``tensor``.
 """
 
 from __future__ import annotations

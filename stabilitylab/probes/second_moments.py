@@ -6,8 +6,8 @@ pytorch-optimizer has it, heavyball's) keep that divided out, by a beta2 that gr
     share = (v_t - v_(t-1)) / (g^2 - v_(t-1))        of an element; v_0 = 0
 
 the first kind has 1 - beta2 and the second (1 - beta2) / (1 - beta2^t), exactly, in every element and for any gradient. Where the
-quartiles over elements are near neither (another basis, scale or gradient), it is no v that g^2 may be divided by; where
-none has moved (yet), it is none in that step. After some 1 / (1 - beta2) steps the kinds are alike, and nothing is asked.
+quartiles over elements are near neither (another basis, scale or gradient), it is no v that g^2 may be divided by; where none has
+moved (yet), it is none in that step. After some 1 / (1 - beta2) steps the kinds are alike, and nothing is asked.
 
 Moments are found by name, ``exp_avg_sq`` and ``exp_avg``, alone or inside another name, one level down or two (heavyball:
 ``state[0]["update_by_adam_exp_avg_sq_0"]``), where they have as many elements as the parameter.

@@ -18,8 +18,7 @@ from stabilitylab.statistics.summary import measurable
 
 
 def tensor_in(value: Any) -> Tensor | None:
-    """The first measurable tensor in a module's input or output: a tensor, or inside a sequence, mapping or
-    dataclass."""
+    """The first measurable tensor in a module's input or output: a tensor, or inside a sequence, mapping or dataclass."""
     if isinstance(value, Tensor):
         return value if measurable(value) else None
     parts: Iterable[Any]
@@ -39,8 +38,8 @@ def tensor_in(value: Any) -> Tensor | None:
 
 
 def watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Path, module, and whether it is a linear or norm layer (else an embedding or a block: its output alone counts), of
-    all whose activations are watched."""
+    """Path, module, and whether it is a linear or norm layer (else an embedding or a block: its output alone counts), of all whose
+    activations are watched."""
     residual_stream = {id(block) for block in blocks(model).values()}
     for path, module in named_modules(model):
         layer = is_linear(module) or is_norm(module)
@@ -49,11 +48,10 @@ def watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def counts(module: nn.Module) -> bool:
-    """Whether a forward pass running now is one of training, and not the second one of activation
-    recomputation.
+    """Whether a forward pass running now is one of training, and not the second one of activation recomputation.
 
-    Recomputation happens inside the backward pass, where the autograd engine has a graph task; an evaluation
-    runs without gradients in evaluation mode.
+    Recomputation happens inside the backward pass, where the autograd engine has a graph task; an evaluation runs without gradients
+    in evaluation mode.
     """
     training = module.training or torch.is_grad_enabled()
     return training and not in_backward() and not torch.is_inference_mode_enabled()

@@ -1,8 +1,8 @@
 """What the optimizer does with the gradients: how far each parameter moves, and whether Adam's scale fits.
 
-Weights are sampled in the optimizer's step pre-hook and compared in its post-hook (``statistics.updates``).
-Adam's moments are read from the optimizer's state where it holds some (``second_moments.py``); other optimizers have
-the first three statistics only, and where v is no mean of g^2 those that compare it with g^2 or epsilon are left out.
+Weights are sampled in the optimizer's step pre-hook and compared in its post-hook (``statistics.updates``). Adam's moments are read
+from the optimizer's state where it holds some (``second_moments.py``); other optimizers have the first three statistics only, and
+where v is no mean of g^2 those that compare it with g^2 or epsilon are left out.
 
 Family ``update``, site = parameter path:
 
@@ -261,8 +261,8 @@ class UpdateProbe(HookingProbe):
         return Readings(self._joined[1], np.concatenate(parts), events)
 
     def companions(self, gathered: Gathered, numbers: Mapping[str, float]) -> dict[str, float]:
-        """RMS of the change of all weights over the learning rate, each parameter's sample standing for all of
-        it; for the detector, which is not to take a rise of the rate for one of the gradient."""
+        """RMS of the change of all weights over the learning rate, each parameter's sample standing for all of it; for the
+        detector, which is not to take a rise of the rate for one of the gradient."""
         rate, rows = numbers.get("learning_rate", 0.0), gathered.rows()
         count, sampled, squares = (rows[:, COLUMN[name]] for name in ("count", "sampled", "update2"))
         if not rate > 0 or not len(rows) or not gathered.extra[-1]:

@@ -18,8 +18,8 @@ Family ``weight``, site = parameter path:
 | cos_update_gradient | cosine of the update and the gradient: -1 where it goes straight down | 1 | definition |
 | group_l2 | Euclidean norm of all weights of a group; the site is the group | weight | ``model_structure.parameter_groups`` |
 
-The gradient is the one that the optimizer is given. Not among ``all_probes()``: ask for it, ``probes=[*all_probes(),
-WeightProbe()]``. Limits: no parameter of which a rank has a part only.
+The gradient is the one that the optimizer is given. Not among ``all_probes()``: ask for it,
+``probes=[*all_probes(), WeightProbe()]``. Limits: no parameter of which a rank has a part only.
 """
 
 from __future__ import annotations

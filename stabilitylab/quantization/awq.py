@@ -2,9 +2,9 @@
 
     y = (W diag(s)) (x / s),    s_k = (mean |x_k|)^a,  divided by sqrt(max s * min s),    a in {0, .1, ..., 1}
 
-The exponent with the least output error tr(D S D'), D = round(W diag(s)) diag(1 / s) - W, is taken (Lin et al.,
-arXiv:2306.00978, section 3.2); a = 0 leaves the layer as it is, so by that measure nothing is lost. Where the original folds
-1 / s into the layer before, the layer here divides its input.
+The exponent with the least output error tr(D S D'), D = round(W diag(s)) diag(1 / s) - W, is taken (Lin et al., arXiv:2306.00978,
+section 3.2); a = 0 leaves the layer as it is, so by that measure nothing is lost. Where the original folds 1 / s into the layer
+before, the layer here divides its input.
 
 The search looks at no more than some rows of W: the error is a sum over rows, and one exponent is looked for.
 """

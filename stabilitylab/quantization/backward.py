@@ -4,11 +4,11 @@
     stage L   what follows the last block:  graph from h_L to the output,    G_L = d f / d h_L
     stage b   block b alone:                graph from h_(b-1) to h_b,        G_(b-1) = (d h_b / d h_(b-1))' G_b
 
-In each stage the layers' inputs x and the gradients d f / d y at their outputs are there, and are let go with the stage: beside
-the model there are the held outputs, G for every draw of f, and one block's graph on one window (checkpointing at every block:
-Chen et al., arXiv:1604.06174). Stage L is run a few tokens at a time (pieces.py). Functions of all draws share what does not
-depend on the draw, which goes back once; gradients at layers are kept in bf16. Blocks must speak to each other through their
-outputs alone, which is tried (restart.py); where they do not, the whole model is the only stage.
+In each stage the layers' inputs x and the gradients d f / d y at their outputs are there, and are let go with the stage: beside the
+model there are the held outputs, G for every draw of f, and one block's graph on one window (checkpointing at every block: Chen et
+al., arXiv:1604.06174). Stage L is run a few tokens at a time (pieces.py). Functions of all draws share what does not depend on the
+draw, which goes back once; gradients at layers are kept in bf16. Blocks must speak to each other through their outputs alone, which
+is tried (restart.py); where they do not, the whole model is the only stage.
 """
 
 from __future__ import annotations

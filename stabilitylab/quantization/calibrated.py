@@ -4,9 +4,9 @@
     SCHEME-gptqo        the same, columns of large activations first ("act-order")                    gptq.py
     SCHEME-awq          channels scaled up before rounding where their activations are large         awq.py
 
-SCHEME is any of this package with scales of its own for groups, rows or blocks: int4-g64-asym-mse, w8a8-token, nvfp4, mxfp4,
-.... The stored form is SCHEME's (and for AWQ a factor a channel), so kernels, files and exports know it already. What is needed
-besides the weight are the moments of its input (moments.py).
+SCHEME is any of this package with scales of its own for groups, rows or blocks: int4-g64-asym-mse, w8a8-token, nvfp4, mxfp4, ....
+The stored form is SCHEME's (and for AWQ a factor a channel), so kernels, files and exports know it already. What is needed besides
+the weight are the moments of its input (moments.py).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ For a model that predicts tokens, per target t with distributions p (the model's
     divergence       sum_v p[v] (log p[v] - log q[v])     Kullback-Leibler: its expectation where p is right, never negative
 
 For an encoder the squared relative error of the output, sum |y_q - y|^2 / sum |y|^2. Divergence and squared error are both
-quadratic in a small disturbance, so those of independent disturbances add up: that is what a plan relies on, and why it is
-made from them and not from loss increases, whose noise of either sign would be chosen for its luck.
+quadratic in a small disturbance, so those of independent disturbances add up: that is what a plan relies on, and why it is made
+from them and not from loss increases, whose noise of either sign would be chosen for its luck.
 
 Shapes: N targets, V vocabulary.
 """

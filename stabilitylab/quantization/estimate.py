@@ -4,9 +4,9 @@ To second order, a layer's output being off by D_t at token t moves the model's 
 
     divergence    1/2 E[(sum_t g_t . D_t)^2],    g_t = d log p(y) / d y_t    for tokens y drawn from p itself       (Fisher)
 
-and an encoder's output by E[(sum_t g_t . D_t)^2] for g_t = d (v . output) / d y_t with random signs v (Gauss and Newton). D_t
-is what the layer itself is off by on its real input, so every scheme costs a rounding of the weight and a product, and no run
-of the model.
+and an encoder's output by E[(sum_t g_t . D_t)^2] for g_t = d (v . output) / d y_t with random signs v (Gauss and Newton). D_t is
+what the layer itself is off by on its real input, so every scheme costs a rounding of the weight and a product, and no run of the
+model.
 
     harm_rows     E[sum_t (g_t . D_t)^2]        errors of different tokens taken as unrelated
     harm_whole    E[(sum_t g_t . D_t)^2]        as it stands
@@ -16,8 +16,8 @@ common: W is off by the same at every token (it is half of the truth for value p
 
     harm    (n whole + m f rows) / (n + m),    f = sum whole / sum rows over layers of one kind,    n = windows x draws,    m = 16
 
-with layers of one kind those whose paths differ in numbers only. Draws cost a pass backward each and the roundings stay the
-same, so there are many of them. Measured on SmolLM2-135M this ranks best (experiments/RESULTS.md).
+with layers of one kind those whose paths differ in numbers only. Draws cost a pass backward each and the roundings stay the same,
+so there are many of them. Measured on SmolLM2-135M this ranks best (experiments/RESULTS.md).
 
 Source: Fisher as curvature of the divergence: Martens, arXiv:1412.1193, section 5; for choosing bits: HAWQ-V2 (1911.03852) takes
 traces of the Hessian, ModelOpt's auto_quantize a gradient score. Limits: small disturbances; what saturates is overestimated.

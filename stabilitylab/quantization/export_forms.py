@@ -151,8 +151,8 @@ def held_schemes(format: str, schemes: Sequence[LinearScheme]) -> tuple[list[Lin
 
 
 def refuse_layers(model: TextModel, format: str) -> None:
-    """Raises InputError where a model's layers have no form in a format whatever their scheme: experts that were taken apart,
-    which are no layers of the file, and weights that lie the other way round."""
+    """Raises InputError where a model's layers have no form in a format whatever their scheme: experts that were taken apart, which
+    are no layers of the file, and weights that lie the other way round."""
     if any(isinstance(module, SplitExperts) for module in model.module.modules()):
         raise InputError(
             f"{model.name} has experts, whose layers are not written as {format}: leave out --format"

@@ -10,10 +10,10 @@ Inside attention, values of each head of d numbers are turned too, since a mixtu
 v_proj becomes R' W_v (its bias b R) and o_proj W_o R, R the same for every head and so for grouped queries. Norms of q and k, per
 head, are behind the turned products and see what they saw. An output tied to the embedding is untied: the last gain is in it alone.
 
-Q = D (C x H): random signs, Sylvester's H of the largest power of two in the size, and for the odd rest m Hartley's orthogonal
-C[i, j] = (cos + sin)(2 pi i j / m) / sqrt(m). No entry is beyond sqrt(2 / size), so a steady channel of size a is spread to at
-most a sqrt(2 / size). What down_proj reads stays as it was: behind the gate only a rotation in every call could turn it (-had). And
-what a gain held down weighs in full again: the stream is rounded with its massive channels, where -had turns norm(x) g.
+Q = D (C x H): random signs, Sylvester's H of the largest power of two in the size, and for the odd rest m Hartley's orthogonal C[i,
+j] = (cos + sin)(2 pi i j / m) / sqrt(m). No entry is beyond sqrt(2 / size), so a steady channel of size a is spread to at most a
+sqrt(2 / size). What down_proj reads stays as it was: behind the gate only a rotation in every call could turn it (-had). And what a
+gain held down weighs in full again: the stream is rounded with its massive channels, where -had turns norm(x) g.
 
 A norm on what a layer writes (Gemma 2 and 3, OLMo 2) stands between the writer and the stream, and its gain does not commute with
 Q; LayerNorm takes a mean besides. Such models are refused, as is any with a weight that is not accounted for.

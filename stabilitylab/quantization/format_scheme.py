@@ -3,8 +3,8 @@
     WEIGHTS                     weights in that format, activations as they come        nvfp4, mxfp4, fp8-e4m3-row
     WEIGHTS/ACTIVATIONS         both, multiplied as floats                              fp8-e4m3-row/fp8-e4m3-row, nvfp4/nvfp4
 
-The formats are those of ``stabilitylab.formats``: FP8 with a scale a tensor, a row (of activations: a token), a tile of 1 x 128
-or a block of 128 x 128; MXFP8, MXFP6, MXFP4; NVFP4 with its two levels of scales. Activation scales are taken at run time.
+The formats are those of ``stabilitylab.formats``: FP8 with a scale a tensor, a row (of activations: a token), a tile of 1 x 128 or
+a block of 128 x 128; MXFP8, MXFP6, MXFP4; NVFP4 with its two levels of scales. Activation scales are taken at run time.
 
 Limits: products are emulated, the rounded numbers multiplied in the input's own format, so errors are those of the format, and
 times are not those of a machine that has it.

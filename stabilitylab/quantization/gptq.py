@@ -4,12 +4,12 @@ Of W [N, K] with inputs of second moment S, for k = 1 ... K, with q(.) rounding 
 
     Q[:, k] = q(W[:, k])        e = (W[:, k] - Q[:, k]) / U[k, k]        W[:, j] -= e U[k, j]  for j > k
 
-which is the optimal brain surgeon's step for each row, so that tr((W - Q) S (W - Q)') is less than by rounding to nearest
-(Frantar et al., arXiv:2210.17323, algorithm 1). Columns may come in order of S[k, k], largest first ("act-order"): those that
-matter most are then rounded while there is most freedom left.
+which is the optimal brain surgeon's step for each row, so that tr((W - Q) S (W - Q)') is less than by rounding to nearest (Frantar
+et al., arXiv:2210.17323, algorithm 1). Columns may come in order of S[k, k], largest first ("act-order"): those that matter most
+are then rounded while there is most freedom left.
 
-A scale that columns share is taken from the weights as they are when the first of its columns is reached; in another order,
-where a group's columns come scattered, from the weights as they were.
+A scale that columns share is taken from the weights as they are when the first of its columns is reached; in another order, where a
+group's columns come scattered, from the weights as they were.
 
 Columns are worked on in blocks, changes to the columns after a block applied at once. W is held transposed, so that a column is
 contiguous.

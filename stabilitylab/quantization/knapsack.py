@@ -2,10 +2,10 @@
 
     minimise  sum_l harm[l][choice l]    subject to    sum_l cost[l][choice l] <= budget
 
-Solved by dynamic programming over the non-dominated partial choices (Nemhauser and Ullmann, 1969; Kellerer, Pferschy and
-Pisinger, Knapsack Problems, 2004, section 11.5): after each layer only those are kept to which no other is both cheaper and less
-harmful. Exact while no more than ``FRONT`` of them remain, which is so where layers share few shapes (sums of bytes coincide);
-beyond, the least harmful in each 1/FRONT of the range of costs is kept. Costs are never rounded, so a result always fits.
+Solved by dynamic programming over the non-dominated partial choices (Nemhauser and Ullmann, 1969; Kellerer, Pferschy and Pisinger,
+Knapsack Problems, 2004, section 11.5): after each layer only those are kept to which no other is both cheaper and less harmful.
+Exact while no more than ``FRONT`` of them remain, which is so where layers share few shapes (sums of bytes coincide); beyond, the
+least harmful in each 1/FRONT of the range of costs is kept. Costs are never rounded, so a result always fits.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@
 
     code = round((x - low) / s),   s = (high - low) / (2^b - 1),   x^ = low + s code;     symmetric: s = max|x| / (2^(b-1) - 1)
 
-Keys have channels that are large at every token, values have none, hence KIVI's two directions. A group of tokens can be
-rounded only when all are there: until then they stay as they are (at most 32, KIVI's residual), so the text is read in pieces
-of 32 tokens, each of which sees itself unrounded and what came before rounded. The other formats are rounded as they enter. s
-and low are kept in fp16.
+Keys have channels that are large at every token, values have none, hence KIVI's two directions. A group of tokens can be rounded
+only when all are there: until then they stay as they are (at most 32, KIVI's residual), so the text is read in pieces of 32 tokens,
+each of which sees itself unrounded and what came before rounded. The other formats are rounded as they enter. s and low are kept in
+fp16.
 
 Shapes: B rows, H heads of keys and values, T tokens, D channels of a head.
 """

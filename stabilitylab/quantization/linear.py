@@ -6,9 +6,9 @@
     SmoothQuant      as W8A8 of x / s with weights W diag(s)
     AWQ              any of these of x / s with weights W diag(s), s from awq.py
 
-For inference only. The output has the input's format; inside, W8A8 is float32 and integers. A channel of O is multiplied with
-its dequantized weights where there are few of them; where there are more channels than twice the tokens, x_O goes through the
-integer product as two digits, 127 * 508 steps to its largest value (finer than fp16, in which LLM.int8() keeps it).
+For inference only. The output has the input's format; inside, W8A8 is float32 and integers. A channel of O is multiplied with its
+dequantized weights where there are few of them; where there are more channels than twice the tokens, x_O goes through the integer
+product as two digits, 127 * 508 steps to its largest value (finer than fp16, in which LLM.int8() keeps it).
 
 The weights are buffers in the canonical form (stored.py). The first call on a device hands them to a kernel in its own layout;
 ``state_dict``, a move to another device, and copying take them back first.

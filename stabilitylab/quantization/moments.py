@@ -5,8 +5,8 @@
 
 S is half the Hessian of the squared output error with regard to each row of W (GPTQ, arXiv:2210.17323, section 3).
 
-Channels of the few tokens of one text go together more than those of other texts will, and rounding that relies on it is
-rounding for that text. So GPTQ is given S with correlations shrunk,
+Channels of the few tokens of one text go together more than those of other texts will, and rounding that relies on it is rounding
+for that text. So GPTQ is given S with correlations shrunk,
 
     S[j, k] (1 - r)  for j other than k,    r = 4 K / (4 K + T)
 

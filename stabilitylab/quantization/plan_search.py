@@ -213,8 +213,8 @@ class Advisor:
                 "raise it or allow other schemes"
             )
         candidates = [self._proposal(choice)]
-        # From one scheme everywhere, only what harms a layer less than that scheme: where harms do not quite add up, this
-        # still cannot be worse in any layer.
+        # From one scheme everywhere, only what harms a layer less than that scheme: where harms do not quite add up, this still
+        # cannot be worse in any layer.
         fitting = [
             index
             for index, name in enumerate(self._names)

@@ -14,8 +14,8 @@
     ...-mse          scales that minimise the squared   as they come                     clipping by search: OMSE (1902.06822)
                      error of the group's weights
 
-Where both sides are int8, s = max / 127.5 and codes stop at 127: every value, the largest too, is within half a step of its
-code, and steps are 0.4 % finer than with 127 (as torchao does; error .0728 against .0730 with outliers in 3 of 2,048 channels).
+Where both sides are int8, s = max / 127.5 and codes stop at 127: every value, the largest too, is within half a step of its code,
+and steps are 0.4 % finer than with 127 (as torchao does; error .0728 against .0730 with outliers in 3 of 2,048 channels).
 
 A scheme is its name: ``Scheme.parse("int4-g64-asym-mse")`` and ``scheme.name`` are inverse to each other. Limits: weights are
 rounded to nearest (no second-order correction as in GPTQ), activations are scaled by what they are at run time.

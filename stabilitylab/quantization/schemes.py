@@ -12,8 +12,8 @@ A scheme of one's own is whatever has a ``name`` and makes a layer:
         def layer(self, weight, *, bias=None, largest=None, name="the layer"):   # W [N, K], max|x| of each channel or None
             return HalvedLinear(weight, bias)                                    # a module with ``nbytes``
 
-``register_scheme(Halved())`` makes it known to ``stabilitylab quantize --schemes halved``, plans and reports. Only the schemes
-of this package can be written by ``--apply``.
+``register_scheme(Halved())`` makes it known to ``stabilitylab quantize --schemes halved``, plans and reports. Only the schemes of
+this package can be written by ``--apply``.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ For every linear layer and scheme, on windows of text:
     loss     increase per target, likewise
     bytes    of the stored weights, beside 2 a weight in 16 bits
 
-The model is restarted at the layer's block (restart.py), so a text of T tokens costs about layers x schemes / 2 runs over T
-tokens. Held beside the model: one window's outputs of blocks and log-probabilities, one block's layer inputs, one quantized layer.
+The model is restarted at the layer's block (restart.py), so a text of T tokens costs about layers x schemes / 2 runs over T tokens.
+Held beside the model: one window's outputs of blocks and log-probabilities, one block's layer inputs, one quantized layer.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ Symmetric (absmax; GLM-130B, section 5): scale = max|w| / (2^(b-1) - 1), (W8A8: 
 code - zero in -(2^(b-1) - 1) ... 2^(b-1) - 1.
 Asymmetric (Jacob et al., 1712.05877): scale = (max - min) / (2^b - 1) over a range that holds 0, so 0 stays 0.
 
-The scale is rounded up to its stored format before the weights are rounded with it, so every weight is at most half a
-step from its code. A group of zeros has scale 1: it stays zero and divides nothing by zero. With ``search``, ranges shrunk
-by up to 45 % are tried in each group and the one of least squared error is kept.
+The scale is rounded up to its stored format before the weights are rounded with it, so every weight is at most half a step from its
+code. A group of zeros has scale 1: it stays zero and divides nothing by zero. With ``search``, ranges shrunk by up to 45 % are
+tried in each group and the one of least squared error is kept.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One page, one file: sections of text, tables and figures as self-contained HTML.
 
-Nothing is loaded from elsewhere: charts bring their library along. Text from runs (names, paths, event data) is escaped by
-jinja2. Figures are inline SVG, or PNG where a map has so many cells that SVG would be larger.
+Nothing is loaded from elsewhere: charts bring their library along. Text from runs (names, paths, event data) is escaped by jinja2.
+Figures are inline SVG, or PNG where a map has so many cells that SVG would be larger.
 """
 
 from __future__ import annotations

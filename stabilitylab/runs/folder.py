@@ -5,8 +5,8 @@ Whoever reads a run reads its folder and nothing else:
     config.json   model_structure.json   telemetry/*.parquet   events.jsonl   tensorboard/   checkpoints/
     report.html
 
-History can be rewritten: a resumed or rolled-back run goes back to step s and trains on from there. That is the event
-``rewind`` with ``step = s``: everything recorded earlier for steps >= s is superseded, and every reader drops it.
+History can be rewritten: a resumed or rolled-back run goes back to step s and trains on from there. That is the event ``rewind``
+with ``step = s``: everything recorded earlier for steps >= s is superseded, and every reader drops it.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class RunFolder:
     def claim(self) -> None:
         """Make the folder and take the right to write into it, until this process ends or ``release`` is called.
 
-        Raises InputError when another process is writing there: two runs in one folder would mix their histories. Also
-        where the folder cannot be made.
+        Raises InputError when another process is writing there: two runs in one folder would mix their histories. Also where the
+        folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -175,8 +175,8 @@ _CLAIMED: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 
 def _leave_claims() -> None:
-    """A forked process (a data loader's worker) has inherited the open lock, not the right to write: were it to keep the
-    file open, a run that is killed would stay locked for as long as its workers live."""
+    """A forked process (a data loader's worker) has inherited the open lock, not the right to write: were it to keep the file open,
+    a run that is killed would stay locked for as long as its workers live."""
     for run in list(_CLAIMED):
         run._forget()
 

@@ -1,8 +1,8 @@
 """Telemetry on disk: a folder of complete Parquet files, and which of their rows still stand.
 
-Every file ``part-NNNNNN.parquet`` appears by renaming a finished ``*.tmp``, so whatever a killed run leaves under that
-name can be read. Numbers grow, and names are never used twice. What a file is to the others stands in its own footer
-(the key ``stabilitylab`` of the schema's metadata, as JSON):
+Every file ``part-NNNNNN.parquet`` appears by renaming a finished ``*.tmp``, so whatever a killed run leaves under that name can be
+read. Numbers grow, and names are never used twice. What a file is to the others stands in its own footer (the key ``stabilitylab``
+of the schema's metadata, as JSON):
 
     segment     history this file belongs to: 0 at first, one more for each ``rewind`` and for each reopening
     from_step   step from which this segment rewrote history (null in segment 0)
@@ -172,8 +172,8 @@ def read_rows(
     below: int | None = None,
     steps: tuple[int, int] | None = None,
 ) -> pa.Table:
-    """The rows of a part, of one family or statistic where given, with step < ``below`` and within ``steps`` (both ends
-    included) where given.
+    """The rows of a part, of one family or statistic where given, with step < ``below`` and within ``steps`` (both ends included)
+    where given.
 
     Raises FileNotFoundError when the file has been merged into another meanwhile, InputError when it is damaged.
     """

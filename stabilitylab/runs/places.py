@@ -1,11 +1,10 @@
 """Where in a model a site is: in which stack and block, whether it is the embedding, and when a step comes to it.
 
 A run that was monitored says so itself, in ``model_structure.json``: what ``stabilitylab.model_structure`` told of the model, and
-``order``, the sites in the order in which the first measured forward pass came to them. Of sites that are not in it, and of
-runs without one, paths are read by conventions: the outermost number in a path is the block's (``layers.3``,
-``transformer.h.3``), the token embedding is called so (``embedding.weight``, ``model.embed_tokens.weight``,
-``transformer.wte.weight``, ``shared.weight``). A model that follows none of them keeps every parameter as a row of its own, and
-has no embedding share to show.
+``order``, the sites in the order in which the first measured forward pass came to them. Of sites that are not in it, and of runs
+without one, paths are read by conventions: the outermost number in a path is the block's (``layers.3``, ``transformer.h.3``), the
+token embedding is called so (``embedding.weight``, ``model.embed_tokens.weight``, ``transformer.wte.weight``, ``shared.weight``). A
+model that follows none of them keeps every parameter as a row of its own, and has no embedding share to show.
 """
 
 from __future__ import annotations

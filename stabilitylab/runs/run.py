@@ -1,8 +1,8 @@
 """A run read back: its configuration, its events and its telemetry, as pandas objects.
 
-Nothing is read before it is asked for, and then only what is needed: a metric's rows lie together in the files, and row
-groups of other families and statistics are skipped. What was read is kept, so the next metric of the same family and
-statistic costs nothing. Superseded history (see telemetry.py, ``rewind``) never shows.
+Nothing is read before it is asked for, and then only what is needed: a metric's rows lie together in the files, and row groups of
+other families and statistics are skipped. What was read is kept, so the next metric of the same family and statistic costs nothing.
+Superseded history (see telemetry.py, ``rewind``) never shows.
 
 Non-finite values are values. Where numbers are reduced (the largest over heads), a NaN makes the result NaN.
 """
@@ -190,8 +190,8 @@ class Run:
         steps: tuple[int, int] | None = None,
         reduce: Callable[[pa.Table], pa.Table] = lambda table: table,
     ) -> pa.Table:
-        """Standing rows of all files, oldest first, sites in the order of first appearance; of each file what ``reduce``
-        leaves of them."""
+        """Standing rows of all files, oldest first, sites in the order of first appearance; of each file what ``reduce`` leaves of
+        them."""
         for attempt in range(5):
             try:
                 parts = list_parts(self.folder.telemetry)

@@ -1,7 +1,7 @@
 """Where numbers go. A sink has two methods; anything that has them is one.
 
-The monitor calls ``write`` once a flush, with the samples and the events since the last one, and ``close`` at the end.
-A sink that raises loses what it was given: the monitor reports ``telemetry-lost`` and training goes on.
+The monitor calls ``write`` once a flush, with the samples and the events since the last one, and ``close`` at the end. A sink that
+raises loses what it was given: the monitor reports ``telemetry-lost`` and training goes on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """One TensorBoard event file, written record by record, and the protocol buffers that go into it.
 
-TensorBoard's own writers queue events in a thread and lose what the disk does not take without a word. Sinks already run
-beside the training, so this one writes at once: an error surfaces where it happens, and what was half written is taken back,
-which keeps every later record readable. One record holds all scalars of a step: a tenth of the time that one record for each
-takes.
+TensorBoard's own writers queue events in a thread and lose what the disk does not take without a word. Sinks already run beside the
+training, so this one writes at once: an error surfaces where it happens, and what was half written is taken back, which keeps every
+later record readable. One record holds all scalars of a step: a tenth of the time that one record for each takes.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
 """Telemetry into a folder of Parquet files: tidy, compressed, readable after a kill at any moment.
 
-Columns: step, family, site, statistic, index, value (see telemetry.py; how files relate to each other is told in
-parts.py). ``write`` only puts arrays on a queue; one thread sorts, encodes, compresses and writes. So the training step
-never waits for the disk, and an error of the thread surfaces at the next ``write`` or at ``close``.
+Columns: step, family, site, statistic, index, value (see telemetry.py; how files relate to each other is told in parts.py).
+``write`` only puts arrays on a queue; one thread sorts, encodes, compresses and writes. So the training step never waits for the
+disk, and an error of the thread surfaces at the next ``write`` or at ``close``.
 
-A file is written when ``rows_per_file`` have gathered, when the oldest row is ``seconds`` old at a flush, after a
-``checkpoint`` event (a run resumed from it then misses nothing), when an alarm begins and for some steps after it every
-second (whoever looks at a spike may well end the run), and at ``close``. 64 files of one level are merged into
-one of the next, so a run of any length keeps few files; ``close`` merges what remains.
+A file is written when ``rows_per_file`` have gathered, when the oldest row is ``seconds`` old at a flush, after a ``checkpoint``
+event (a run resumed from it then misses nothing), when an alarm begins and for some steps after it every second (whoever looks at a
+spike may well end the run), and at ``close``. 64 files of one level are merged into one of the next, so a run of any length keeps
+few files; ``close`` merges what remains.
 
-A ``rewind`` takes effect before the samples of the same ``write``: whoever holds samples of the abandoned history
-writes them first. Opening a folder that already holds telemetry starts a new segment, which supersedes older rows from
-its ``rewind``'s step on, or, where no such event comes, from the first step written: a resumed run comes out right
-even if nobody says that it was resumed.
+A ``rewind`` takes effect before the samples of the same ``write``: whoever holds samples of the abandoned history writes them
+first. Opening a folder that already holds telemetry starts a new segment, which supersedes older rows from its ``rewind``'s step
+on, or, where no such event comes, from the first step written: a resumed run comes out right even if nobody says that it was
+resumed.
 
-Size after ``close``: 3.8 MB per million values (3.8 bytes a value, where the six plain columns would take 32). Measured
-on 1,107 metrics of a 24-layer model for 903 steps, float32 statistics that follow log-normal random walks, so that the
-mantissas are noise and take 3 of the 3.8 bytes; smoother or constant metrics take less. A test holds it below 4.5.
+Size after ``close``: 3.8 MB per million values (3.8 bytes a value, where the six plain columns would take 32). Measured on 1,107
+metrics of a 24-layer model for 903 steps, float32 statistics that follow log-normal random walks, so that the mantissas are noise
+and take 3 of the 3.8 bytes; smoother or constant metrics take less. A test holds it below 4.5.
 """
 
 from __future__ import annotations

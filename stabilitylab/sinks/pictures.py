@@ -1,10 +1,10 @@
 """The dashboard's pictures: the loss with its spikes, the spikes as a list, and layer x step maps, as PNG files.
 
 Drawing takes a second of pure Python. In the training process that second is taken from the training thread, whichever thread
-draws, since one interpreter runs one thread at a time. So pictures of a run that goes on are drawn by a process of its own, of
-the lowest priority, which knows matplotlib and not torch: ``Artist.begin`` hands it the numbers, ``Artist.finished`` looks
-whether it is done. Numbers and pictures pass through unnamed temporary files; neither side waits for the other. What else that
-process prints (a ``sitecustomize`` on the path, a library's greeting) goes the same way: the pictures begin behind a marker.
+draws, since one interpreter runs one thread at a time. So pictures of a run that goes on are drawn by a process of its own, of the
+lowest priority, which knows matplotlib and not torch: ``Artist.begin`` hands it the numbers, ``Artist.finished`` looks whether it
+is done. Numbers and pictures pass through unnamed temporary files; neither side waits for the other. What else that process prints
+(a ``sitecustomize`` on the path, a library's greeting) goes the same way: the pictures begin behind a marker.
 """
 
 from __future__ import annotations

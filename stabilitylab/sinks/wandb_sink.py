@@ -1,8 +1,8 @@
 """Weights & Biases: numbers in the run's history, pictures, alerts.
 
-Numbers have their own axis (``stability/step``), so they mix with nothing. W&B counts one step a committed row, and drops what
-is logged for a step below it: into somebody else's run rows are therefore put beside those that its owner commits, one of
-ours to one of theirs, and committed by ourselves only where the owner has logged nothing for ``OWNER_SECONDS``.
+Numbers have their own axis (``stability/step``), so they mix with nothing. W&B counts one step a committed row, and drops what is
+logged for a step below it: into somebody else's run rows are therefore put beside those that its owner commits, one of ours to one
+of theirs, and committed by ourselves only where the owner has logged nothing for ``OWNER_SECONDS``.
 
 Source: wandb 0.31, ``sdk/wandb_run.py`` (``Run.log``, ``define_metric``, ``alert``).
 """

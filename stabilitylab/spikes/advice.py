@@ -77,8 +77,8 @@ def advice(run: Run, suspect: Suspect, number: int | None) -> str:
 
 
 def told_now(run: Run, diagnosis: Mapping[str, Any]) -> list[str]:
-    """The sentences of a recorded diagnosis, its advice with the record as it stands now (replays may have been
-    made since) and the run's path from here."""
+    """The sentences of a recorded diagnosis, its advice with the record as it stands now (replays may have been made since) and the
+    run's path from here."""
     sentences = [str(one) for one in diagnosis["sentences"]]
     line = diagnosis.get("advice")
     if not line or line not in sentences or diagnosis.get("outside") is not None:

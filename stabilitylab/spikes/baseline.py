@@ -12,30 +12,28 @@ Ordinary values are taken in by blocks of 16, x_1 ... x_16. A block moves
     creep     a slow mean of levels, and the lowest that it has been: 8 deviations and 15 % over it a loss has left, or at twice
               that level with 5.5 deviations (the slow mean of an AR(1) of .9 ranges over some 4.3 in 20,000 values)
 
-The level that a residual is taken from is the one of the block *before*, as it is when a value is judged. So a scale
-is that of the very statistic it is used for: where neighbours are correlated (an AR(1) of .9, an averaged log) the
-mean of four scatters as much as one value, and its scale says so. Counting the upper half only, and from the line of
-the fall where the block lies lower, keeps a falling trend out. The first two blocks are learned from as a whole (the
-second one's deviation about a straight line), and a value before is judged only if it is half as high again (before the
-eighth three times as high, or twice and 30 deviations off) as any of the last three and 10 deviations off. The first blocks'
-scales shrink fast: they were
-learned on the steepest fall.
+The level that a residual is taken from is the one of the block *before*, as it is when a value is judged. So a scale is that of the
+very statistic it is used for: where neighbours are correlated (an AR(1) of .9, an averaged log) the mean of four scatters as much
+as one value, and its scale says so. Counting the upper half only, and from the line of the fall where the block lies lower, keeps a
+falling trend out. The first two blocks are learned from as a whole (the second one's deviation about a straight line), and a value
+before is judged only if it is half as high again (before the eighth three times as high, or twice and 30 deviations off) as any of
+the last three and 10 deviations off. The first blocks' scales shrink fast: they were learned on the steepest fall.
 
 A single value is
 
     r <= band  = max(3 k s1, 2/3 floor)      ordinary
     r >  limit = max(7 k^2 s1, floor)        out: an excursion begins
 
-and an excursion begins too where the mean of four residuals, each clipped at the limit of ordinary, exceeds 7 s4, or
-that of a block 7 s16. Seven deviations are the rarity that OLMo 2's spike score uses (2501.00656, section 3.1). The
-tail factor k is 1 in Gaussian noise; where more than one value in a hundred lies over the band, each multiplies k by
-1.1 (a quantile by stochastic approximation, Robbins and Monro 1951), and a tail that is heavy at 3 s goes on being
-heavy beyond, hence k^2: a single value tells little there, means of four still do. It counts where it is the noise's own:
-where noise reaches as far down (the same quantile below the block's middle), or leans up, its shoulders (1.5 to 3 s) fuller
-above than below by half or more. Even noise with high values out is even noise with spikes.
+and an excursion begins too where the mean of four residuals, each clipped at the limit of ordinary, exceeds 7 s4, or that of a
+block 7 s16. Seven deviations are the rarity that OLMo 2's spike score uses (2501.00656, section 3.1). The tail factor k is 1 in
+Gaussian noise; where more than one value in a hundred lies over the band, each multiplies k by 1.1 (a quantile by stochastic
+approximation, Robbins and Monro 1951), and a tail that is heavy at 3 s goes on being heavy beyond, hence k^2: a single value tells
+little there, means of four still do. It counts where it is the noise's own: where noise reaches as far down (the same quantile
+below the block's middle), or leans up, its shoulders (1.5 to 3 s) fuller above than below by half or more. Even noise with high
+values out is even noise with spikes.
 
-``floor`` is the smallest rise worth a word whatever the noise: 3 % of the level of a loss for a single value, .6 of it
-for means; a factor of 2 of a norm. It vanishes with the level, so a loss around zero is judged by its noise alone.
+``floor`` is the smallest rise worth a word whatever the noise: 3 % of the level of a loss for a single value, .6 of it for means; a
+factor of 2 of a norm. It vanishes with the level, so a loss around zero is judged by its noise alone.
 """
 
 from __future__ import annotations

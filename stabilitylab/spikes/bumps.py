@@ -1,18 +1,18 @@
 """Excursions over a running median, as only the values on both sides show them.
 
-A running median T of 2h + 1 values lets a monotone fall pass unchanged: e = x - T. Their scale s is the median absolute
-deviation in the neighbourhood (times 1.48), that of their means of four likewise, so each is measured by the scatter of its
-own statistic. Out is e > max(7 k^2 s, floor), k from quantiles of e / s over those of a Gaussian, or a mean of four over
-7 k^2 of its own deviations; an excursion lasts while e > 2.5 s, and is more than a hard batch where at least three values
-stand over 4 s. This finds what the first 32 values, a short log, or a steep fall hide.
+A running median T of 2h + 1 values lets a monotone fall pass unchanged: e = x - T. Their scale s is the median absolute deviation
+in the neighbourhood (times 1.48), that of their means of four likewise, so each is measured by the scatter of its own statistic.
+Out is e > max(7 k^2 s, floor), k from quantiles of e / s over those of a Gaussian, or a mean of four over 7 k^2 of its own
+deviations; an excursion lasts while e > 2.5 s, and is more than a hard batch where at least three values stand over 4 s. This finds
+what the first 32 values, a short log, or a steep fall hide.
 
-What rises over a hundred values is no news to a median of fifty. So the same is done with the medians of 4 and of 16
-neighbours, where it is as sharp as a jump is to single values; each scale is judged by its own scatter, so that a wave
-is the noise of its scale. There a rise of 8 % counts, and only one out of what was before it.
+What rises over a hundred values is no news to a median of fifty. So the same is done with the medians of 4 and of 16 neighbours,
+where it is as sharp as a jump is to single values; each scale is judged by its own scatter, so that a wave is the noise of its
+scale. There a rise of 8 % counts, and only one out of what was before it.
 
-In a log of every fifth step one value out may have lasted for steps, and is a spike, if the noise is *even*: if it reaches
-down no further than a Gaussian's, and its shoulders (1.5 to 3 s) are as full above as below. Otherwise it is noise that
-throws values out, and the value a hard batch.
+In a log of every fifth step one value out may have lasted for steps, and is a spike, if the noise is *even*: if it reaches down no
+further than a Gaussian's, and its shoulders (1.5 to 3 s) are as full above as below. Otherwise it is noise that throws values out,
+and the value a hard batch.
 """
 
 from __future__ import annotations

@@ -1,24 +1,23 @@
 """Which site left its own baseline, and when: departures around a step.
 
-For each site the logarithm y of a positive statistic (a norm, a maximum) is followed over the ``WINDOW`` steps before the
-onset. Its baseline is a straight line through the medians of the window's halves, but no lower than the second of them (a
-falling norm that levels off has not left anything), its noise 1.4826 times the median absolute deviation from the line. It
-is *out* where
+For each site the logarithm y of a positive statistic (a norm, a maximum) is followed over the ``WINDOW`` steps before the onset.
+Its baseline is a straight line through the medians of the window's halves, but no lower than the second of them (a falling norm
+that levels off has not left anything), its noise 1.4826 times the median absolute deviation from the line. It is *out* where
 
     y - baseline > max(5 noise, ln 2)
 
-(5, since some thousand sites are looked at for a dozen steps: a Gaussian passes that once in 3.5 million.)
-The medians are blind to a departure that takes up less than half of the window's second half, so a site that left early
-is measured against what it was before it did. A *departure* is the run of values out that touches the steps from 8 before
-the onset (StableAdamW, 2304.13013, section 3.4: loss spikes follow within 1 to 8 steps) to 3 after it, followed back to
-its beginning; a single value inside does not interrupt it. Non-finite values are out.
+(5, since some thousand sites are looked at for a dozen steps: a Gaussian passes that once in 3.5 million.) The medians are blind to
+a departure that takes up less than half of the window's second half, so a site that left early is measured against what it was
+before it did. A *departure* is the run of values out that touches the steps from 8 before the onset (StableAdamW, 2304.13013,
+section 3.4: loss spikes follow within 1 to 8 steps) to 3 after it, followed back to its beginning; a single value inside does not
+interrupt it. Non-finite values are out.
 
 With fewer than ``USUAL_VALUES`` measurements in the window its noise is known badly: then max(8 noise, ln 3), and with fewer than
 ``LEAST_VALUES`` nothing is said.
 
-Sites are seen at the steps they were measured at; between two measurements a departure cannot be placed. Within one step the
-order is that of execution, which the run recorded (``Places.order``): forward passes in that order, backward ones in the reverse,
-then the update.
+Sites are seen at the steps they were measured at; between two measurements a departure cannot be placed. Within one step the order
+is that of execution, which the run recorded (``Places.order``): forward passes in that order, backward ones in the reverse, then
+the update.
 """
 
 from __future__ import annotations

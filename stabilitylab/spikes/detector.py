@@ -6,8 +6,8 @@
             ...
     detector.finish()
 
-It works from the loss alone. Each value costs microseconds, and memory does not grow with the run. What
-may come with the loss makes its verdicts better:
+It works from the loss alone. Each value costs microseconds, and memory does not grow with the run. What may come with the loss
+makes its verdicts better:
 
 - *companions* (gradient norm, update RMS, attention maxima, any other positive number) are judged by their
   logarithm against their own baseline. One that left it before the loss did makes the episode a spike where
@@ -23,10 +23,10 @@ may come with the loss makes its verdicts better:
 - ``skipped``: an overflow that a loss scaler (scale above 1) catches is routine: its non-finite norm is not
   an event.
 
-NaN is a value and makes the event ``non-finite``; a value that was not logged is left out of ``values``.
-Neither enters a baseline nor interrupts the watch. A loss that is exactly 0 while the norm is not finite is what a NaN
-filter wrote, and part of the same burst. Values of one step may come in several calls; the second value of a signal at
-a step is ignored; a step that goes back is a restart: what it supersedes is forgotten (see ``excursion.py``).
+NaN is a value and makes the event ``non-finite``; a value that was not logged is left out of ``values``. Neither enters a baseline
+nor interrupts the watch. A loss that is exactly 0 while the norm is not finite is what a NaN filter wrote, and part of the same
+burst. Values of one step may come in several calls; the second value of a signal at a step is ignored; a step that goes back is a
+restart: what it supersedes is forgotten (see ``excursion.py``).
 """
 
 from __future__ import annotations

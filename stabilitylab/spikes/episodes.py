@@ -11,9 +11,8 @@
 | loss-scale-collapse | the loss scale fell to a sixteenth of one that had been established, without growing
 once |
 
-An episode is told in events of its kind, which share ``data["episode"]``: ``phase`` "onset" when it begins
-(with the kind that is likely then), "change" when the kind turns out to be another, "end" when it is over.
-``episodes_of`` folds them.
+An episode is told in events of its kind, which share ``data["episode"]``: ``phase`` "onset" when it begins (with the kind that is
+likely then), "change" when the kind turns out to be another, "end" when it is over. ``episodes_of`` folds them.
 """
 
 from __future__ import annotations
@@ -65,8 +64,7 @@ class Episode:
 
 
 def episodes_of(events: Iterable[Event]) -> list[Episode]:
-    """One episode for each one told by ``events``, in the order of their onsets, with the latest known kind
-    and extent."""
+    """One episode for each one told by ``events``, in the order of their onsets, with the latest known kind and extent."""
     latest: dict[tuple[int, str], Event] = {}
     for event in events:
         if event.kind in KINDS and "episode" in event.data:

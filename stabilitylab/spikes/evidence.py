@@ -88,8 +88,8 @@ def gather(run: Run, episode: Episode, departures: Sequence[ChangeOnset]) -> Evi
 
 
 def _counts(event: Event, episode: Episode) -> bool:
-    """Growing the loss scale overflows gradients as a matter of routine; an activation that does, or an episode that is
-    about numbers, is another thing."""
+    """Growing the loss scale overflows gradients as a matter of routine; an activation that does, or an episode that is about
+    numbers, is another thing."""
     if episode.kind in ("loss-scale-collapse", "non-finite"):
         return True
     return event.data.get("tensor") == "activation"
@@ -98,8 +98,8 @@ def _counts(event: Event, episode: Episode) -> bool:
 def _rate_change(run: Run, onset: int) -> tuple[int, float] | None:
     """The latest jump of the learning rate within 64 steps before the onset, as (step, factor).
 
-    A warm-up from zero multiplies its first rates by 2, 3/2, ...: a jump counts only if it is more than half as large
-    again as the step before it was.
+    A warm-up from zero multiplies its first rates by 2, 3/2, ...: a jump counts only if it is more than half as large again as the
+    step before it was.
     """
     rate = run.series(LEARNING_RATE)
     rate = rate[(rate.index <= onset) & (rate.index >= onset - LEAD_STEPS - 2) & (rate > 0)]

@@ -3,16 +3,16 @@
     learning --(32 values)--> quiet --(a value, a mean of four or of a block over its limit; a crept-up mean)--> out
     out      --(ordinary values in a row: two, and one more for each sixteen that were out)--> quiet
 
-While an excursion is open the baseline rests, so an excursion can hide nothing that follows; what turns out to have
-been no excursion of the state (a hard batch, or noise that has grown to either side) is learned from afterwards, so
-the baseline never rests on noise that it does not know. What begins one: ``onsets.py``; what it is called, and when that
-changes: ``verdict.py``. A divergence that has settled (its median within a tenth since half its age, its noise as before)
-is closed, and the baseline learns the new level.
+While an excursion is open the baseline rests, so an excursion can hide nothing that follows; what turns out to have been no
+excursion of the state (a hard batch, or noise that has grown to either side) is learned from afterwards, so the baseline never
+rests on noise that it does not know. What begins one: ``onsets.py``; what it is called, and when that changes: ``verdict.py``. A
+divergence that has settled (its median within a tenth since half its age, its noise as before) is closed, and the baseline learns
+the new level.
 
-Steps that go back are a restart: what began at or after the step where the run goes on is superseded and dropped
-without a word, and the baseline is restored as it was there, from snapshots that grow sparser with age. After a gap of
-more than 16 usual intervals an excursion is judged by the first value after it, and the level is learned anew where
-the loss has fallen; a value over the old limit is still out: there is no blind time after a restart.
+Steps that go back are a restart: what began at or after the step where the run goes on is superseded and dropped without a word,
+and the baseline is restored as it was there, from snapshots that grow sparser with age. After a gap of more than 16 usual intervals
+an excursion is judged by the first value after it, and the level is learned anew where the loss has fallen; a value over the old
+limit is still out: there is no blind time after a restart.
 """
 
 from __future__ import annotations
@@ -118,8 +118,7 @@ class Excursions:
         return [] if self.open is None else [self._close(verdict_at_end(self.open))]
 
     def _learn_interval(self, gone: int) -> None:
-        """The usual interval between values: a mean over about 16, or a new gap once it has been seen
-        twice."""
+        """The usual interval between values: a mean over about 16, or a new gap once it has been seen twice."""
         if not self.interval or gone == self.odd_gap:
             self.interval = float(gone)
         else:

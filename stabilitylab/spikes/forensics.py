@@ -4,8 +4,8 @@ Sites are ranked by when they left their own baseline (``change_onsets.py``), wi
 read off the earliest ones, and off what changed from outside, by the rules and under the names of ``suspects.py``. What to try
 about it is in ``advice.py``.
 
-What is close in time is not thereby the cause: the sentences say what was seen, in which order, and how finely it was
-measured. The same batch from another state may do no harm (PaLM, 2204.02311, section 5.1).
+What is close in time is not thereby the cause: the sentences say what was seen, in which order, and how finely it was measured. The
+same batch from another state may do no harm (PaLM, 2204.02311, section 5.1).
 
 A departure that the loss does not show (``site-departure`` and the changes from outside) is explained like an episode, under its
 own kind.
@@ -39,8 +39,8 @@ def diagnose_run(run: Run, *, describe_batch: Callable[[int], list[str]] | None 
 
 
 def explicable(events: Iterable[Event]) -> list[Episode]:
-    """The episodes, and as such the departures of sites that the loss does not show: none within 64 steps before an
-    episode or in it."""
+    """The episodes, and as such the departures of sites that the loss does not show: none within 64 steps before an episode or in
+    it."""
     events = list(events)
     told = episodes_of(events)
     quiet: list[Episode] = []

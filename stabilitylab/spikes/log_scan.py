@@ -1,8 +1,8 @@
 """A log read from end to end: its episodes, scores, and an outline for a picture, in bounded memory.
 
-Logs are taken as they come, and a step that goes back is a restart. When more than a quarter of the steps go
-back, the log is not in order rather than restarted: it is then sorted by step, if it has at most ``SORTABLE``
-rows. Up to as many losses are kept for the second look to both sides (``two_sided.py``).
+Logs are taken as they come, and a step that goes back is a restart. When more than a quarter of the steps go back, the log is not
+in order rather than restarted: it is then sorted by step, if it has at most ``SORTABLE`` rows. Up to as many losses are kept for
+the second look to both sides (``two_sided.py``).
 
 A run folder's recorded episodes are the truth for it: what was acted on, and told elsewhere, is what is told here.
 """
@@ -87,8 +87,7 @@ class Outline:
         while len(self._step) > self.most:
             even = len(self._step) // 2 * 2
             if even < len(self._step):
-                # The odd bin out is put back as a value of its own; its extremes are what a picture needs of
-                # it.
+                # The odd bin out is put back as a value of its own; its extremes are what a picture needs of it.
                 self._pending[0] = (
                     np.concatenate([self._step[-1:], self._step[-1:], self._pending[0][0]]),
                     np.concatenate([self._low[-1:], self._high[-1:], self._pending[0][1]]),

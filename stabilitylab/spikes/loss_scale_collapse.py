@@ -1,13 +1,12 @@
 """The collapse of a dynamic loss scale, told apart from its routine.
 
-A dynamic scale is halved at an overflow and doubled after a window without one. Routine is a search from the
-start value down to one that fits, and later a halving now and then that a doubling makes good. Not routine:
-four halvings of a scale that had been established, without one doubling between them: no window passed.
-GLM-130B's scale fell so some 30 steps before the loss broke away (2210.02414, section 3.3), OPT-175B's ran to
-zero with its divergences (2205.01068, section 2.5).
+A dynamic scale is halved at an overflow and doubled after a window without one. Routine is a search from the start value down to
+one that fits, and later a halving now and then that a doubling makes good. Not routine: four halvings of a scale that had been
+established, without one doubling between them: no window passed. GLM-130B's scale fell so some 30 steps before the loss broke away
+(2210.02414, section 3.3), OPT-175B's ran to zero with its divergences (2205.01068, section 2.5).
 
-A scale is *established* when it grew to its value (it passed a window), or held for 16 values at the start.
-After a restart or a gap of more than 16 usual intervals in which it did not grow, the watch begins anew.
+A scale is *established* when it grew to its value (it passed a window), or held for 16 values at the start. After a restart or a
+gap of more than 16 usual intervals in which it did not grow, the watch begins anew.
 """
 
 from __future__ import annotations

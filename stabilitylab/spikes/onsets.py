@@ -1,9 +1,9 @@
 """What begins an excursion: the questions that a quiet signal's next value is asked.
 
-A value, a mean of four or of a block over its limit; on a fall, where the level lags behind, a value or a mean of four
-that stands as high above the values right before it. In the first 256 values, where the scales still hold the steepest fall,
-three values in a row that all stand over the four before them, by ``UP_SIGMAS`` of what neighbours differ by. One wild value is
-no such thing, whatever the tail, and what correlated neighbours wander by in three values is in the scale.
+A value, a mean of four or of a block over its limit; on a fall, where the level lags behind, a value or a mean of four that stands
+as high above the values right before it. In the first 256 values, where the scales still hold the steepest fall, three values in a
+row that all stand over the four before them, by ``UP_SIGMAS`` of what neighbours differ by. One wild value is no such thing,
+whatever the tail, and what correlated neighbours wander by in three values is in the scale.
 """
 
 from __future__ import annotations

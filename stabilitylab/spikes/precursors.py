@@ -5,8 +5,7 @@ of the loss scale two halvings without a doubling between. Where a precursor has
 (``site_levels.py``: ``SITE_SIGMAS`` deviations and a factor of ``SITE_FACTOR``), since the largest of them all would hide the one
 that moves; the first that leaves is the alarm, and none follows within ``QUIET`` steps.
 
-An *episode* is a spike, a divergence or non-finite values
-of the loss. An alarm is
+An *episode* is a spike, a divergence or non-finite values of the loss. An alarm is
 
     right      when an episode begins 1 to ``horizon`` steps after the alarm did
     a result   when it begins in an episode, or within ``horizon`` steps of its end: it is left out
@@ -15,8 +14,8 @@ of the loss. An alarm is
     precision = right / (right + wrong)        recall = episodes with an alarm 1 to horizon steps before / all
     lead      = steps from the first such alarm to the onset; the median over the episodes that had one
 
-A signal that is measured every tenth step can lead by no less than it was measured. Small numbers of episodes give coarse
-figures: the counts stand beside them.
+A signal that is measured every tenth step can lead by no less than it was measured. Small numbers of episodes give coarse figures:
+the counts stand beside them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """What a log itself says of why its loss stepped: a changed learning rate, batch size, or phase of the data.
 
-A rate that changes by half or more from one value to the next, a batch size (sequences or tokens a step) by a
-twentieth or more, a number of the data's phase that is another one: each is noted with its step, and an episode that
-begins within 64 steps after it carries it as its reason. Not proof of a cause; but who reads of a spike should read
-that in the same line.
+A rate that changes by half or more from one value to the next, a batch size (sequences or tokens a step) by a twentieth or more, a
+number of the data's phase that is another one: each is noted with its step, and an episode that begins within 64 steps after it
+carries it as its reason. Not proof of a cause; but who reads of a spike should read that in the same line.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What to do about an episode: a policy, its escalation, and the limits on both. Pure decisions; the loop
-acts.
+"""What to do about an episode: a policy, its escalation, and the limits on both. Pure decisions; the loop acts.
 
 | policy | decision | after |
 | --- | --- | --- |
@@ -11,16 +10,15 @@ acts.
 | roll-back | back ``rollback_steps``, leave out ``skip_batches`` | PaLM: 100, 200-500 (2204.02311, 5.1) |
 | escalate | the rungs of ``LADDER`` one after the other | |
 
-A decision is taken at the onset of an episode, or when it turns out worse than thought, but not within
-``cooldown`` steps of the run's beginning or of the last decision; only a loss that is not finite does not
-wait, nor what turns out graver than what was answered. What begins in a cooldown and still goes on when that
-is over is answered then. Under ``escalate`` an
-episode within ``memory`` steps of the last decision takes the next rung, later ones begin at the first. After
-``budget`` decisions the responder says so once and stands aside: a run that needs more needs a person.
+A decision is taken at the onset of an episode, or when it turns out worse than thought, but not within ``cooldown`` steps of the
+run's beginning or of the last decision; only a loss that is not finite does not wait, nor what turns out graver than what was
+answered. What begins in a cooldown and still goes on when that is over is answered then. Under ``escalate`` an episode within
+``memory`` steps of the last decision takes the next rung, later ones begin at the first. After ``budget`` decisions the responder
+says so once and stands aside: a run that needs more needs a person.
 
-An episode at a spot that was gone back from before shows that going back was not enough. The second decision
-there goes back ``rollback_steps`` further, leaves twice as many batches out and lowers the rate by ``rate_factor``
-as well, the third doubles that; after ``AT_ONE_SPOT`` decisions the spot is left to itself, and the budget kept.
+An episode at a spot that was gone back from before shows that going back was not enough. The second decision there goes back
+``rollback_steps`` further, leaves twice as many batches out and lowers the rate by ``rate_factor`` as well, the third doubles that;
+after ``AT_ONE_SPOT`` decisions the spot is left to itself, and the budget kept.
 
 A policy of one's own is any object with the methods of ``Policy``: ``glm.train.loop.Trainer(..., responder=mine)``.
 
@@ -28,8 +26,8 @@ A policy of one's own is any object with the methods of ``Policy``: ``glm.train.
 leaves no target, a log that repeats a value or updates that are left out: no batch, rate or older state makes that right, and going
 back would train the same steps again for nothing.
 
-A non-finite loss means that the state cannot be trusted: whatever the policy, the decision then also goes
-back to before the onset and leaves its batch out.
+A non-finite loss means that the state cannot be trusted: whatever the policy, the decision then also goes back to before the onset
+and leaves its batch out.
 """
 
 from __future__ import annotations
@@ -155,8 +153,7 @@ class Policy(Protocol):
 
 
 class Responder:
-    """Takes decisions; keeps what escalation, cooldown and budget need. It must outlive the rollbacks it
-    orders.
+    """Takes decisions; keeps what escalation, cooldown and budget need. It must outlive the rollbacks it orders.
 
     Args:
         config: policy and limits.

@@ -1,17 +1,15 @@
 """Spike score: the share of values that stand far out of their neighbourhood.
 
-OLMo 2 (2501.00656, section 3.1) counts the values at least 7 standard deviations from the rolling mean of the
-last 1,000:
+OLMo 2 (2501.00656, section 3.1) counts the values at least 7 standard deviations from the rolling mean of the last 1,000:
 
     score = (1/N) |{t : |x_t - mean(x_{t-W..t-1})| >= k std(x_{t-W..t-1})}|        W = 1000, k = 7
 
-The current value is not part of its window here, for otherwise a window of W values could not reach more than
-(W - 1)/sqrt(W) deviations and short windows none at all. Windows are shorter at the start, but have at least
-``MINIMUM`` values.
+The current value is not part of its window here, for otherwise a window of W values could not reach more than (W - 1)/sqrt(W)
+deviations and short windows none at all. Windows are shorter at the start, but have at least ``MINIMUM`` values.
 
-On a falling curve the trend inflates the deviation and hides spikes. ``detrend=True`` scores the residuals
-over a running median of the last 31 values instead, which a straight trend passes and a spike of fewer than
-16 does not move; of constant offset from the lag the rolling mean takes care. Both count hard batches too.
+On a falling curve the trend inflates the deviation and hides spikes. ``detrend=True`` scores the residuals over a running median of
+the last 31 values instead, which a straight trend passes and a spike of fewer than 16 does not move; of constant offset from the
+lag the rolling mean takes care. Both count hard batches too.
 """
 
 from __future__ import annotations

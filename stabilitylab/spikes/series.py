@@ -1,7 +1,7 @@
 """What long logs need at speed, compiled (``series.c``), with a twin for where nothing can be: running medians and the like.
 
-The library is built by the system's compiler at first use. Without one, pandas and the detector's own code do the same
-some four times slower; what is found is the same, to the bit where it is learned from values.
+The library is built by the system's compiler at first use. Without one, pandas and the detector's own code do the same some four
+times slower; what is found is the same, to the bit where it is learned from values.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
 """Logs that were smoothed before they were written: noticed, and undone.
 
-Many trainers log an exponential mean y_t = a y_{t-1} + (1 - a) x_t instead of the loss x. A hard batch then rises at once
-and decays by the factor a a value, and looks like a spike of the run's state. Undone,
+Many trainers log an exponential mean y_t = a y_{t-1} + (1 - a) x_t instead of the loss x. A hard batch then rises at once and
+decays by the factor a a value, and looks like a spike of the run's state. Undone,
 
     x_t = (y_t - a y_{t-1}) / (1 - a)
 
-it is one value again. The factor is the slope of u_t on u_{t-1}, u the log about a running median, by least absolute
-deviations (a weighted median of u_t / u_{t-1}): hard batches decay by exactly a and weigh most. Correlated noise alone is
-no smoothing, and undoing it would be wrong. A log counts as smoothed only if a is at least .5, its quiet values are
-correlated by nearly as much, and what is undone shows it:
-at least eight values stand alone, ten deviations high, few stand as far below (where a plateau ends, one does), and most of
-the excursions of the log begin at such values.
+it is one value again. The factor is the slope of u_t on u_{t-1}, u the log about a running median, by least absolute deviations (a
+weighted median of u_t / u_{t-1}): hard batches decay by exactly a and weigh most. Correlated noise alone is no smoothing, and
+undoing it would be wrong. A log counts as smoothed only if a is at least .5, its quiet values are correlated by nearly as much, and
+what is undone shows it: at least eight values stand alone, ten deviations high, few stand as far below (where a plateau ends, one
+does), and most of the excursions of the log begin at such values.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 *Non-finite* values that come again within 32 finite ones are one burst (one rank in four, every second value). A value
 at the end of float32's or float64's range counts as infinite: stores that cannot hold infinity write it so.
 
-A loss is *dead* that is exactly 0 three times in a row, far below its level: HuggingFace's NaN filter and unset buffers
-write zeros; a run does not learn everything within one step. It is *frozen* that repeats one value so often that chance
-does not explain it. Where neighbours are equal with probability p (values printed with few decimals), a run of n equal
-ones has probability p^n: frozen is below 1e-12, at least 16, and over four times the longest run before.
+A loss is *dead* that is exactly 0 three times in a row, far below its level: HuggingFace's NaN filter and unset buffers write
+zeros; a run does not learn everything within one step. It is *frozen* that repeats one value so often that chance does not explain
+it. Where neighbours are equal with probability p (values printed with few decimals), a run of n equal ones has probability p^n:
+frozen is below 1e-12, at least 16, and over four times the longest run before.
 """
 
 from __future__ import annotations

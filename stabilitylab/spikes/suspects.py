@@ -26,8 +26,8 @@ less than a fifth of the largest rise, on the log scale, is passed over.
 Updates follow rate and gradients, and under Adam rise by themselves where gradients agree from step to step: they mean the
 optimizer only where they left alone, or a third of them before all else, or one by more than Adam can move by itself while its
 gradient stood. A rate that is too high moves all of them together: sites follow over some steps, each by degrees, while a fault of
-one place shows there at once. An optimizer that bounds its update by its own second
-moment (StableAdamW) moves most in the step after; that is later than the gradient, and so no matter.
+one place shows there at once. An optimizer that bounds its update by its own second moment (StableAdamW) moves most in the step
+after; that is later than the gradient, and so no matter.
 """
 
 from __future__ import annotations

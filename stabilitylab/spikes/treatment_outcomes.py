@@ -7,8 +7,8 @@
 What is not known yet (a run that ended sooner) is not recorded. A run's outcomes are those of its own, of its forks under
 ``replays/``, and of the runs that lie beside it: a suite's arms, or whatever a person keeps in one folder.
 
-An outcome's ``treatment`` is a policy's word (skip-batch, lower-rate, clip, ...) or the name of the setting that a fork changed;
-a fork that changed several things says nothing of any one of them and is counted under all their names joined.
+An outcome's ``treatment`` is a policy's word (skip-batch, lower-rate, clip, ...) or the name of the setting that a fork changed; a
+fork that changed several things says nothing of any one of them and is counted under all their names joined.
 """
 
 from __future__ import annotations

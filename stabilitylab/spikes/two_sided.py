@@ -1,9 +1,9 @@
 """A second look at a finished log, to both sides: what a detector that sees value by value cannot know.
 
-Excursions over a running median (``bumps.py``), steps up for good and slow rises (``rises.py``) join what the first pass
-found. What overlaps an episode of the first pass is that episode; a hard batch that turns out to have been longer is a
-spike. A divergence that falls back at once within 512 values was a long spike with a flat top. In a sparse log, a
-single value that the noise itself explains is no spike.
+Excursions over a running median (``bumps.py``), steps up for good and slow rises (``rises.py``) join what the first pass found.
+What overlaps an episode of the first pass is that episode; a hard batch that turns out to have been longer is a spike. A divergence
+that falls back at once within 512 values was a long spike with a flat top. In a sparse log, a single value that the noise itself
+explains is no spike.
 """
 
 from __future__ import annotations

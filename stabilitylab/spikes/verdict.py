@@ -59,8 +59,8 @@ class Open:
     first: float = 0.0  # median of the first 64
     at_check: float = 0.0
     stayed: int = 0  # the greatest age at which it had not come back by half
-    # A mean that crept up is followed by its mean, as its single values may well be ordinary: the height at which it is
-    # back. None for excursions that began with values out.
+    # A mean that crept up is followed by its mean, as its single values may well be ordinary: the height at which it is back. None
+    # for excursions that began with values out.
     crept_until: float | None = None
     smoothed: bool = False  # it has decayed so far as one value does in a smoothed log
 
@@ -92,8 +92,8 @@ class Transition:
 def lasted(step: int, inside: int, values: int, *, even: bool) -> int:
     """For how many steps the loss may have been out since ``inside``.
 
-    In a log of every fifth step, for all of them, if the noise is ``even``; else as many as there were values out, for noise
-    that throws single values out does so in a sparse log, too.
+    In a log of every fifth step, for all of them, if the noise is ``even``; else as many as there were values out, for noise that
+    throws single values out does so in a sparse log, too.
     """
     return step - inside if even else min(step - inside, values)
 
@@ -132,9 +132,9 @@ class Smoothing:
         """Whether what is out is what one or two wild values leave in an exponential mean.
 
         The factor a is the correlation of neighbours until decays have shown it, by the ratio q of the deviation from second
-        differences to that about the level: of an AR(1), q^2 = (1 - a)(3 - a)/3, so a = 2 - sqrt(1 + 3 q^2). Then u_k = r_k -
-        a r_{k-1} is what each step adds; beyond the peak it must be the noise of steps, sqrt(1 - a^2) of the deviation, but for
-        what is not known of a.
+        differences to that about the level: of an AR(1), q^2 = (1 - a)(3 - a)/3, so a = 2 - sqrt(1 + 3 q^2). Then u_k = r_k - a
+        r_{k-1} is what each step adds; beyond the peak it must be the noise of steps, sqrt(1 - a^2) of the deviation, but for what
+        is not known of a.
         """
         scale = baseline.scale1
         if not baseline.known or not scale > 0.0 or len(residuals) < 3:

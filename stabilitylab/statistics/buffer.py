@@ -1,7 +1,6 @@
 """The preallocated buffer of each device: every probe's numbers of one step, leaving it in one transfer.
 
-A buffer has *regions*, told apart by number type and by how parts of one number combine (micro-batches,
-ranks):
+A buffer has *regions*, told apart by number type and by how parts of one number combine (micro-batches, ranks):
 
     region      numbers  parts of one number
     rows        float64  tensor summaries of FIELDS numbers each: sums add, the rest are maxima
@@ -16,8 +15,8 @@ ranks):
     bits        int32    larger wins (per channel: a magnitude's bits, which order as the magnitude does)
     tail        int32    add (histogram counts)
 
-A probe reserves ``Slots`` in a region once. Within a step the first write overwrites and later ones combine,
-so nothing is cleared between steps; ``stamp`` tells whose numbers are of this step.
+A probe reserves ``Slots`` in a region once. Within a step the first write overwrites and later ones combine, so nothing is cleared
+between steps; ``stamp`` tells whose numbers are of this step.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
 """From packets to arrays: what one probe saw, of one rank or of several put together.
 
-Data-parallel ranks see the same sites with other samples, tensor-parallel ones the same sites with other
-channels or heads, and pipeline ranks other sites. All three are joined by name. A site that several ranks saw
-is combined number by number as its region says, exactly as micro-batches are: sums add, maxima win, of what
-all hold alike the first counts. Of *shards* (a gradient of which each tensor rank holds a part, reduced
-already over the data ranks) different ones add up and of the same one the first counts.
+Data-parallel ranks see the same sites with other samples, tensor-parallel ones the same sites with other channels or heads, and
+pipeline ranks other sites. All three are joined by name. A site that several ranks saw is combined number by number as its region
+says, exactly as micro-batches are: sums add, maxima win, of what all hold alike the first counts. Of *shards* (a gradient of which
+each tensor rank holds a part, reduced already over the data ranks) different ones add up and of the same one the first counts.
 
-Of a site that is *split* (``Seen.split``) heads and channels are laid side by side, in the order of the
-shards; of any other they fall on each other, head on head.
+Of a site that is *split* (``Seen.split``) heads and channels are laid side by side, in the order of the shards; of any other they
+fall on each other, head on head.
 """
 
 from __future__ import annotations
@@ -74,8 +73,8 @@ class Gathered:
 
 
 def _join(seen: Sequence[tuple[Seen, Packet]]) -> dict[str, tuple[int, Numbers]]:
-    """Site by site in the order in which they came: first ranks with the same shard, then the shards. And how
-    many lie side by side."""
+    """Site by site in the order in which they came: first ranks with the same shard, then the shards. And how many lie side by
+    side."""
     parts: dict[str, dict[int, Numbers]] = {}
     of: dict[str, tuple[tuple[PacketSlice | None, ...], bool]] = {}
     for one, packet in seen:

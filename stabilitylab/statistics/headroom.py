@@ -1,10 +1,10 @@
 """Room left in a number format.
 
-Headroom in bits is ``log2(limit / max|x|)``: how many more doublings fit before overflow. Zero at the limit,
-negative beyond it, infinite for an all-zero tensor, NaN where the maximum is NaN.
+Headroom in bits is ``log2(limit / max|x|)``: how many more doublings fit before overflow. Zero at the limit, negative beyond it,
+infinite for an all-zero tensor, NaN where the maximum is NaN.
 
-Limits: IEEE 754 binary16 and bfloat16; FP8 E4M3 and E5M2 as in Micikevicius et al., "FP8 formats for deep
-learning" (arXiv:2209.05433), table 1 (E4M3 in its finite-only variant, largest value 448).
+Limits: IEEE 754 binary16 and bfloat16; FP8 E4M3 and E5M2 as in Micikevicius et al., "FP8 formats for deep learning"
+(arXiv:2209.05433), table 1 (E4M3 in its finite-only variant, largest value 448).
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ _OF_IMPLIED = (1, 0, 1, 0, 0, 0, 0)
 
 @functools.cache
 def _constants(device: torch.device, own: torch.dtype) -> tuple[Tensor, ...]:
-    """Limits [7, 1], and in float64 the three tables above and two zeros; an int32 one; the limits ascending [7], and where
-    among them each is."""
+    """Limits [7, 1], and in float64 the three tables above and two zeros; an int32 one; the limits ascending [7], and where among
+    them each is."""
     wide, kind = (torch.float64, np.float64) if own == torch.float64 else (torch.float32, np.float32)
     zero = kind(0)
     smallest = np.nextafter(kind(torch.finfo(own).smallest_normal), zero)

@@ -1,21 +1,20 @@
 """Ranges of attention scores, per head, from materialised scores or from what a fused kernel returns.
 
-Shapes: B batch, H heads, T queries, S keys, D head dimension, K key heads (grouped-query attention: K divides
-H), R sampled rows. A score is q.k * scale plus whatever the mask adds; masked entries are -inf or the lowest
-numbers of the format, and do not count.
+Shapes: B batch, H heads, T queries, S keys, D head dimension, K key heads (grouped-query attention: K divides H), R sampled rows. A
+score is q.k * scale plus whatever the mask adds; masked entries are -inf or the lowest numbers of the format, and do not count.
 
-A fused kernel never forms the scores but returns L, the log-sum-exp of each row. With n keys in row i, and by Cauchy
-and Schwarz where nothing is added to q.k,
+A fused kernel never forms the scores but returns L, the log-sum-exp of each row. With n keys in row i, and by Cauchy and Schwarz
+where nothing is added to q.k,
 
     row maximum m_i <= L_i <= m_i + log n          m_i <= C_i = |scale| |q_i| max_j |k_j|
 
-so U_i = min(L_i, C_i) bounds it: L where scores are large, C where they are near 0 and L is log n. Let t be the row of
-the largest U, with exact maximum m_t, and U' the second largest U. Then the largest score M obeys
+so U_i = min(L_i, C_i) bounds it: L where scores are large, C where they are near 0 and L is log n. Let t be the row of the largest
+U, with exact maximum m_t, and U' the second largest U. Then the largest score M obeys
 
     m_t <= M <= max(m_t, U')
 
-The right side is ``score_max``: it never understates, is exact whenever the two sides agree (they do when
-scores are large and rows peaked, which is when one wants to know), and else exceeds M by at most log S.
+The right side is ``score_max``: it never understates, is exact whenever the two sides agree (they do when scores are large and rows
+peaked, which is when one wants to know), and else exceeds M by at most log S.
 """
 
 from __future__ import annotations
@@ -38,9 +37,8 @@ ROUNDING = 1e-5  # of a length in float32, and of a score
 class ScoreRanges:
     """What one attention call says of its scores, each [H].
 
-    ``largest`` bounds the maximum from above and ``sampled`` from below (equal where exact); ``smallest`` is
-    the minimum, of the sampled rows only under a fused kernel; ``entropy`` the mean entropy in nats of the
-    sampled rows' weights.
+    ``largest`` bounds the maximum from above and ``sampled`` from below (equal where exact); ``smallest`` is the minimum, of the
+    sampled rows only under a fused kernel; ``entropy`` the mean entropy in nats of the sampled rows' weights.
     """
 
     largest: Tensor

@@ -1,8 +1,7 @@
 """What is known of one tensor after one pass: counts, power sums, the largest magnitude, channels, the tail.
 
-All of it combines exactly over micro-batches and ranks, so this is what leaves the device; every statistic
-that people read is computed from it on the host (``moments``, ``tails``, ``formats``). Of each tensor a row
-of ``FIELDS``, float64:
+All of it combines exactly over micro-batches and ranks, so this is what leaves the device; every statistic that people read is
+computed from it on the host (``moments``, ``tails``, ``formats``). Of each tensor a row of ``FIELDS``, float64:
 
     count      elements                          over_6     |x| >= 6: LLM.int8() (arXiv:2208.07339), section
     3.1
@@ -13,13 +12,12 @@ of ``FIELDS``, float64:
     fp16_lost  0 < |x| <= 2^-25: 0 in fp16       absmax     largest |x|; NaN if any is NaN
     fp8_lost   0 < |x| <= 2^-10: 0 in E4M3       tail_from  the histogram is complete from this magnitude on
 
-and, where asked for, of each channel (last dimension) the largest magnitude and the sum of squares, and a
-histogram of the largest magnitudes, at least one in 700 (``tails``). ``over_6rms``, ``massive`` and the
-histogram come together.
+and, where asked for, of each channel (last dimension) the largest magnitude and the sum of squares, and a histogram of the largest
+magnitudes, at least one in 700 (``tails``). ``over_6rms``, ``massive`` and the histogram come together.
 
-Two implementations, same results up to rounding: the compiled kernel (kernel.c) for float32, bfloat16 and
-float16 on CPUs; torch operations, without host synchronisation (``on_device``), for the rest. Complex tensors count as their
-real and imaginary parts, sparse ones as their values and the implied zeros.
+Two implementations, same results up to rounding: the compiled kernel (kernel.c) for float32, bfloat16 and float16 on CPUs; torch
+operations, without host synchronisation (``on_device``), for the rest. Complex tensors count as their real and imaginary parts,
+sparse ones as their values and the implied zeros.
 """
 
 from __future__ import annotations
@@ -132,8 +130,7 @@ class Summary:
         return not self._full
 
     def prepare(self, x: Tensor) -> bool:
-        """Set up the kernel's job (``address``) for adding ``x``, which must outlive it. False: not one for
-        the kernel."""
+        """Set up the kernel's job (``address``) for adding ``x``, which must outlive it. False: not one for the kernel."""
         dtype = native.DTYPES.get(x.dtype)
         if (
             dtype is None
@@ -194,8 +191,7 @@ class Summary:
                 self.tail = buffer.reserve("tail", TAIL_BINS, device)
             self._generation = -1
         elif self.bits is not None and self.bits.length != channels:
-            # The width changed from one call to the next: it is no channel. Extremes and squares are given
-            # up.
+            # The width changed from one call to the next: it is no channel. Extremes and squares are given up.
             self.bits = self.squares = None
             self._generation = -1
         return channels

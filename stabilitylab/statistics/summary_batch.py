@@ -1,8 +1,7 @@
 """Many tensors summarised together step after step: what is the same each step is worked out once.
 
-With a few hundred small gradients the kernel is done before Python has told it what to do. So the kernel's
-jobs are kept in one array, and of a step that brings tensors of the same kind (it nearly always does) only
-the addresses of the data are put in.
+With a few hundred small gradients the kernel is done before Python has told it what to do. So the kernel's jobs are kept in one
+array, and of a step that brings tensors of the same kind (it nearly always does) only the addresses of the data are put in.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ _JOB: Any = np.dtype(native.TensorJob)
 
 
 class SummaryBatch:
-    """Summaries that are taken together, each of one tensor a step: a second call in a step replaces the
-    first.
+    """Summaries that are taken together, each of one tensor a step: a second call in a step replaces the first.
 
     Args:
         buffer: where the summaries' numbers go.

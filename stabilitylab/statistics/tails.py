@@ -1,15 +1,14 @@
 """The largest magnitudes: quantiles from a histogram, channels that stand out.
 
-The tail of |x| is kept as counts in bins of an eighth of an octave (``summary``): narrow enough to place a
-quantile to within 12.5 % whatever the distribution, and a few hundred integers a site. Counts add up exactly over
-micro-batches and ranks, which quantiles do not.
+The tail of |x| is kept as counts in bins of an eighth of an octave (``summary``): narrow enough to place a quantile to within 12.5
+% whatever the distribution, and a few hundred integers a site. Counts add up exactly over micro-batches and ranks, which quantiles
+do not.
 
-Inside a bin the tail is taken for Pareto's: the number N of elements from x on falls as a power of x, through
-what is known at the bin's edges; the last bin ends at the maximum, which one element reaches. This is exact
-for power-law tails and off by a term of second order for others: with h = 1/8 the width of a bin relative to
-x and a = -d log N / d log x, the error of log x is at most |da/d log x| h^2 / (8 a): 0.4 % for a Gaussian at
-any height (there da/d log x = 2a). What remains is chance, where few elements share a bin: about
-1/(2 a sqrt(r)) at the r-th largest element. Magnitudes of 2^16 and more share the last bin.
+Inside a bin the tail is taken for Pareto's: the number N of elements from x on falls as a power of x, through what is known at the
+bin's edges; the last bin ends at the maximum, which one element reaches. This is exact for power-law tails and off by a term of
+second order for others: with h = 1/8 the width of a bin relative to x and a = -d log N / d log x, the error of log x is at most
+|da/d log x| h^2 / (8 a): 0.4 % for a Gaussian at any height (there da/d log x = 2a). What remains is chance, where few elements
+share a bin: about 1/(2 a sqrt(r)) at the r-th largest element. Magnitudes of 2^16 and more share the last bin.
 """
 
 from __future__ import annotations
@@ -72,8 +71,7 @@ def max_over_median(largest_SC: Array) -> Array:
 
 
 def channel_kurtosis(square_SC: Array) -> Array:
-    """mean(s^4)/mean(s^2)^2 over channels, s the RMS of a channel: 1 if all carry alike, C if one carries
-    all.
+    """mean(s^4)/mean(s^2)^2 over channels, s the RMS of a channel: 1 if all carry alike, C if one carries all.
 
     Source: He et al., arXiv:2405.19279, section 2. Only the ratios of ``square_SC`` [sites, channels] matter.
     """

@@ -1,11 +1,9 @@
 """From the device to the host: a step's numbers cross as one *packet* of bytes, and nobody waits for it.
 
-On an accelerator the copy goes to pinned memory behind the work already queued, and an event tells when it
-has arrived: the training thread goes on queueing meanwhile. On a CPU the numbers are copied at once, for the
-next step will overwrite them.
+On an accelerator the copy goes to pinned memory behind the work already queued, and an event tells when it has arrived: the
+training thread goes on queueing meanwhile. On a CPU the numbers are copied at once, for the next step will overwrite them.
 
-``Seen`` says what of a packet belongs to which site. It is plain data, so that one rank can read another's
-packet.
+``Seen`` says what of a packet belongs to which site. It is plain data, so that one rank can read another's packet.
 """
 
 from __future__ import annotations
@@ -75,8 +73,8 @@ class Seen:
     extra: Any = None
 
     def index(self, position: int) -> tuple[NDArray[np.intp], Any]:
-        """Where in the packet, taken as numbers of the type given beside, every site's place at ``position``
-        lies: [sites, n]; all must have one of the same length."""
+        """Where in the packet, taken as numbers of the type given beside, every site's place at ``position`` lies: [sites, n]; all
+        must have one of the same length."""
         known: dict[int, tuple[NDArray[np.intp], Any]] = self.__dict__.setdefault("_index", {})
         if position not in known:
             places = [place for places in self.places if (place := places[position]) is not None]

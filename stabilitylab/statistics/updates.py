@@ -1,22 +1,19 @@
 """What an optimizer's step did to one parameter, summed up in one pass.
 
-The change of the weights is measured, not computed from a formula, so it holds for every optimizer, with
-weight decay, clipping and skipped steps: weights at equal distances are copied before the step and compared
-afterwards. A parameter of no more than ``SAMPLE`` elements is sampled whole, a larger one at ``SAMPLE`` or
-one element in ``ONE_IN``, whichever is more; the distance shares no factor with the number of elements, so that the
-sample goes through all columns of a matrix instead of a few. The standard error of an RMS of n Gaussian numbers is
-1/sqrt(2n): 4 % at 256, 1.6 % at 2,048 (of a million weights); where one column holds most of the sum, as a massive
-channel's does, n counts its own elements in the sample alone, a ``ONE_IN``-th of its rows. The copies take a
-five-hundredth of a large model and live during the optimizer's step only, when the activations are gone: they add
-nothing to the peak.
+The change of the weights is measured, not computed from a formula, so it holds for every optimizer, with weight decay, clipping and
+skipped steps: weights at equal distances are copied before the step and compared afterwards. A parameter of no more than ``SAMPLE``
+elements is sampled whole, a larger one at ``SAMPLE`` or one element in ``ONE_IN``, whichever is more; the distance shares no factor
+with the number of elements, so that the sample goes through all columns of a matrix instead of a few. The standard error of an RMS
+of n Gaussian numbers is 1/sqrt(2n): 4 % at 256, 1.6 % at 2,048 (of a million weights); where one column holds most of the sum, as a
+massive channel's does, n counts its own elements in the sample alone, a ``ONE_IN``-th of its rows. The copies take a five-hundredth
+of a large model and live during the optimizer's step only, when the activations are gone: they add nothing to the peak.
 
     count, sampled, sum of (w' - w)^2, sum of w^2     of the sample
     sum of g^2 / max(v, eps^2)                        of all elements, v free of its initial bias
     sum of m^2, sum of v^2                            of all elements; -1 where there is no such moment
     number of elements with v < eps^2                 v free of its initial bias
 
-The ratio is StableAdamW's: RMS_t = sqrt(mean(g^2 / max(v, eps^2))), Wortsman et al., arXiv:2304.13013,
-algorithm 2.
+The ratio is StableAdamW's: RMS_t = sqrt(mean(g^2 / max(v, eps^2))), Wortsman et al., arXiv:2304.13013, algorithm 2.
 """
 
 from __future__ import annotations
@@ -90,8 +87,8 @@ class Update:
         )
 
     def follow(self, weight: Tensor) -> bool:
-        """Compare with ``weight`` from now on: the optimizer may have put its result into other memory. False if that
-        cannot be compared with what was sampled."""
+        """Compare with ``weight`` from now on: the optimizer may have put its result into other memory. False if that cannot be
+        compared with what was sampled."""
         if (weight.dtype, weight.shape, weight.device) != (
             self.weight.dtype,
             self.weight.shape,
@@ -123,8 +120,7 @@ class Update:
         return self.weight.detach().reshape(-1)[:: self.stride]
 
     def prepare(self, gradient: Tensor | None, moments: AdamMoments | None, out: int) -> bool:
-        """Set up the kernel's job for after the step; False if one of the tensors is not one for the
-        kernel."""
+        """Set up the kernel's job for after the step; False if one of the tensors is not one for the kernel."""
         job = self.job
         job.weight = self.weight.data_ptr()
         job.first = job.second = job.gradient = None

@@ -176,8 +176,8 @@ def _look(
 
 
 class _Stop:
-    """Whether a signal has asked for the end. No ``threading.Event``: a handler that runs inside its ``wait`` would wait for
-    the lock that the interrupted code holds."""
+    """Whether a signal has asked for the end. No ``threading.Event``: a handler that runs inside its ``wait`` would wait for the
+    lock that the interrupted code holds."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -191,8 +191,8 @@ class _Stop:
 
 @contextlib.contextmanager
 def _ended_by_signals(stop: _Stop) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and the end of the terminal's session end the watch in order (``nohup`` is heeded). Signals are for the
-    main thread only."""
+    """Ctrl-C, SIGTERM and the end of the terminal's session end the watch in order (``nohup`` is heeded). Signals are for the main
+    thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -214,8 +214,8 @@ def _ended_by_signals(stop: _Stop) -> Iterator[None]:
 class _Screen:
     """Lines on standard output, and on a terminal a panel under them.
 
-    A terminal that is closed, or a pipe whose reader has left, is an OSError at any write. What is written then goes nowhere,
-    and ``is_gone`` says so: whether the watch goes on is not the screen's to decide.
+    A terminal that is closed, or a pipe whose reader has left, is an OSError at any write. What is written then goes nowhere, and
+    ``is_gone`` says so: whether the watch goes on is not the screen's to decide.
     """
 
     def __init__(self, *, live: bool) -> None:

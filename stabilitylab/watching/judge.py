@@ -1,12 +1,12 @@
 """The rows of one segment, judged as they come: columns chosen, steps counted, the online detector fed.
 
-Columns are chosen by ``logs`` as for a finished log, as soon as there are rows with a loss; loss and step then stay, and
-signals that appear later join. Where nothing is certain (several losses) rows are held until it is, and at most
-``PATIENCE`` of them: then the watch ends with the sentence that ``spikes`` would say.
+Columns are chosen by ``logs`` as for a finished log, as soon as there are rows with a loss; loss and step then stay, and signals
+that appear later join. Where nothing is certain (several losses) rows are held until it is, and at most ``PATIENCE`` of them: then
+the watch ends with the sentence that ``spikes`` would say.
 
-A step that goes back is a restart of the run; one that falls back to the start of counting begins another run, with a
-detector of its own. A file that was written anew (Lightning writes its CSV again when a column is added) repeats the rows
-that were judged: they are passed over.
+A step that goes back is a restart of the run; one that falls back to the start of counting begins another run, with a detector of
+its own. A file that was written anew (Lightning writes its CSV again when a column is added) repeats the rows that were judged:
+they are passed over.
 """
 
 from __future__ import annotations

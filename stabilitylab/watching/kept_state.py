@@ -3,12 +3,12 @@
     FOLDER/state.json     followers and judges, replaced as a whole every few seconds
     FOLDER/alerts.jsonl   one line an alert before it is said, and one when a webhook has taken it
 
-After a kill the log is read again from the last state on. The detector is a function of what it reads, so the alerts of
-that stretch come again with the same ids, and what ``alerts.jsonl`` holds is not said again; a webhook that had not taken
-one is tried again. Neither file holds the address of a webhook, or a command.
+After a kill the log is read again from the last state on. The detector is a function of what it reads, so the alerts of that
+stretch come again with the same ids, and what ``alerts.jsonl`` holds is not said again; a webhook that had not taken one is tried
+again. Neither file holds the address of a webhook, or a command.
 
-By default FOLDER lies in ``$XDG_STATE_HOME/stabilitylab/watch`` (``~/.local/state``), named by the log's path and by what
-was asked of it.
+By default FOLDER lies in ``$XDG_STATE_HOME/stabilitylab/watch`` (``~/.local/state``), named by the log's path and by what was asked
+of it.
 """
 
 from __future__ import annotations

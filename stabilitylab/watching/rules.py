@@ -1,7 +1,7 @@
 """What a watch may say: one rule each, with an id that stays the same from version to version (docs/watch.md).
 
-An alert calls the hooks and can end the watch (``--fail-on``); a notice is a line and no more. What is an alert for a run
-folder only comes from what the run's own monitor has recorded.
+An alert calls the hooks and can end the watch (``--fail-on``); a notice is a line and no more. What is an alert for a run folder
+only comes from what the run's own monitor has recorded.
 """
 
 from __future__ import annotations

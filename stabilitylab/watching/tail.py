@@ -5,8 +5,8 @@
     shorter than what was read,
     or other bytes where reading ended  cut or written anew: from the start
 
-Where reading ended is known by its offset and the last bytes before it (the mark), which a file must hold at that place to
-count as the same. So it is found again after a restart, also under another name beside it (``log.1``).
+Where reading ended is known by its offset and the last bytes before it (the mark), which a file must hold at that place to count as
+the same. So it is found again after a restart, also under another name beside it (``log.1``).
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from stabilitylab.errors import InputError
 from tests.experiments.test_runner import TINY, weights
 from tests.patience import PATIENCE, wait_until
 
-# Slurm's commands as far as submitit uses them: a job is run at once and in the background, its state is whether it has ended.
-# As Slurm does, sbatch keeps the script as it was: submitit renames it right after.
+# Slurm's commands as far as submitit uses them: a job is run at once and in the background, its state is whether it has ended. As
+# Slurm does, sbatch keeps the script as it was: submitit renames it right after.
 SLURM = {
     "sbatch": """#!/bin/bash
 cp "${!#}" $FAKE/submitted.sh

@@ -10,8 +10,8 @@
                                                                                                       (OLMo-core, SkipStepOptimizer)
 
 Norms that are 0, of tensors that had no gradient, are no past: AdaGC as published freezes such a tensor for good. Values that are
-left out enter skip-step's past at the bound, and non-finite ones not at all, so that one of them neither hides the next nor
-closes the door for 128 updates. All of it is decided from the loss and the norms that the step has on the host already.
+left out enter skip-step's past at the bound, and non-finite ones not at all, so that one of them neither hides the next nor closes
+the door for 128 updates. All of it is decided from the loss and the norms that the step has on the host already.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A kernel takes the canonical form (stored.py) into whatever layout it wants and can give it back. It is used only where a small
 problem, made to break it, has shown in this process that it agrees with the reference: kernels saturate, want shapes, or are
-missing, depending on processor, device and version of torch. Which kernel and from how many rows on is a rule on capabilities,
-not on a stopwatch, so that the same machine gives the same numbers every time.
+missing, depending on processor, device and version of torch. Which kernel and from how many rows on is a rule on capabilities, not
+on a stopwatch, so that the same machine gives the same numbers every time.
 """
 
 from stabilitylab.quantization.kernels.dispatch import (

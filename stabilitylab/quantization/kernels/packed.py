@@ -1,12 +1,12 @@
 """Weight-only products on CPUs with torch's own int8 and int4 kernels for few rows, tiles of dequantized weights for many.
 
-``_weight_int8pack_mm`` and ``_weight_int4pack_mm_for_cpu`` take bf16 activations, accumulate in fp32 and return bf16, whatever
-the model computes in: about 0.002 of relative error beside 0.008 (int8) and 0.1 (int4) from the weights. From ``few_rows`` rows
-on the weights are dequantized tile by tile instead, in the model's own precision.
+``_weight_int8pack_mm`` and ``_weight_int4pack_mm_for_cpu`` take bf16 activations, accumulate in fp32 and return bf16, whatever the
+model computes in: about 0.002 of relative error beside 0.008 (int8) and 0.1 (int4) from the weights. From ``few_rows`` rows on the
+weights are dequantized tile by tile instead, in the model's own precision.
 
-Traps: the int8 kernel returns wrong numbers unless K is a multiple of 16, the int4 kernel wants N a
-multiple of 16 and K of the group; columns and rows are padded here. Both are given memory that lies as torch's own does: anything
-else is copied first. With fp32 activations both are slower than fp32.
+Traps: the int8 kernel returns wrong numbers unless K is a multiple of 16, the int4 kernel wants N a multiple of 16 and K of the
+group; columns and rows are padded here. Both are given memory that lies as torch's own does: anything else is copied first. With
+fp32 activations both are slower than fp32.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from stabilitylab.quantization.stored import StoredWeight, pack_nibbles, quantiz
 def few_rows(bits: int) -> int:
     """Up to how many rows the packed kernels beat dequantized tiles.
 
-    Measured, on layers of 576 x 1536 to 2048 x 8192. Without native bf16 int8 is level from 16 to 24 rows and int4, whose tiles
-    are dearer to make, from 120 to 140 on one and on two threads; with it both are at about 64.
+    Measured, on layers of 576 x 1536 to 2048 x 8192. Without native bf16 int8 is level from 16 to 24 rows and int4, whose tiles are
+    dearer to make, from 120 to 140 on one and on two threads; with it both are at about 64.
     """
     if bf16_is_fast():
         return 64
@@ -72,8 +72,8 @@ class PackedInt8:
 class PackedInt4:
     """int4 weights with a scale a row or a group, with or without zero points.
 
-    The kernel's own layout is the only copy held: a block of B rows (32 with AVX2, 64 with AVX-512) lies as [K, B/2] bytes,
-    the first half of the block's rows in the low nibbles, the second in the high ones.
+    The kernel's own layout is the only copy held: a block of B rows (32 with AVX2, 64 with AVX-512) lies as [K, B/2] bytes, the
+    first half of the block's rows in the low nibbles, the second in the high ones.
     """
 
     def __init__(self, stored: StoredWeight) -> None:

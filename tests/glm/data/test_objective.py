@@ -164,8 +164,8 @@ def test_visibility_arrays_say_what_the_definition_says(data):
         tokens, segments = batch.tokens_BT[row].tolist(), batch.segments_BT[row].tolist()
         context, targets = batch.context_BT[row].tolist(), batch.targets_BT[row].tolist()
         for i in range(64):
-            # A position with a target must not see its own target's place: the token that it predicts lies behind it, outside
-            # any context.
+            # A position with a target must not see its own target's place: the token that it predicts lies behind it, outside any
+            # context.
             if targets[i] != NO_TARGET:
                 assert not context[i]
             for j in range(64):

@@ -98,8 +98,8 @@ def test_a_layers_activations_are_what_autograd_saves(name, precision):
     hidden = rows * config.length * config.hidden
     odd = 0
     if precision == "fp32" and config.attention.softmax != "fused" and kernel() is None:
-        # On a CPU without the compiled kernel the softmax's gradient takes what it is less by from the result, which is kept
-        # beside the copy that the output projection reads; and v is a view of the q, k, v product, which stays whole.
+        # On a CPU without the compiled kernel the softmax's gradient takes what it is less by from the result, which is kept beside
+        # the copy that the output projection reads; and v is a view of the q, k, v product, which stays whole.
         odd += BYTES[precision] * hidden * (0 if config.attention.qk_norm else 3)
     if precision == "fp32":
         # What a norm, or the kernel's gated GELU, gives a matrix is computed again; post-norm's first matrix gets what comes in.

@@ -30,8 +30,8 @@ def test_glm_130b_as_trained_is_feasible_and_near_the_top():
     chosen, best = found.plans[place], found.plans[0]
     assert place < 10
     assert chosen.memory.total < 40 * GIB
-    # Those before it keep activations to within 3 GiB of the card, or send tensors between nodes; among topologies that
-    # recompute, as the run did, it is within 1 % of the quickest.
+    # Those before it keep activations to within 3 GiB of the card, or send tensors between nodes; among topologies that recompute,
+    # as the run did, it is within 1 % of the quickest.
     quickest = next(plan for plan in found.plans if plan.layout.recompute)
     assert chosen.time.seconds < 1.01 * quickest.time.seconds
     assert chosen.time.seconds < 1.25 * best.time.seconds

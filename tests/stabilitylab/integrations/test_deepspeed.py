@@ -1,5 +1,4 @@
-"""Under the real DeepSpeed, two processes on gloo: what the monitor says is what one plain process with all the
-data has."""
+"""Under the real DeepSpeed, two processes on gloo: what the monitor says is what one plain process with all the data has."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Under torch.compile: one graph and no break more than the bare model, and the numbers of the uncompiled
-run."""
+"""Under torch.compile: one graph and no break more than the bare model, and the numbers of the uncompiled run."""
 
 from __future__ import annotations
 
@@ -119,8 +118,8 @@ class TwoNames(nn.Module):
 )
 @pytest.mark.parametrize("every", [1, 2])
 def test_the_compiled_model_may_have_another_name(order: str, every: int) -> None:
-    """``fast = torch.compile(model)``, and the monitor was given ``model``: nothing breaks and, from the second measured step
-    at the latest, everything is seen."""
+    """``fast = torch.compile(model)``, and the monitor was given ``model``: nothing breaks and, from the second measured step at
+    the latest, everything is seen."""
     torch.manual_seed(0)
     model = TwoNames()
     optimizer, sink, x = torch.optim.SGD(model.parameters(), lr=0.1), Recording(), torch.randn(4, 8)

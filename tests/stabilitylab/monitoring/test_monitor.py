@@ -1,5 +1,4 @@
-"""The monitor end to end: what arrives in a sink, that training is untouched, and that nothing is left
-behind."""
+"""The monitor end to end: what arrives in a sink, that training is untouched, and that nothing is left behind."""
 
 from __future__ import annotations
 

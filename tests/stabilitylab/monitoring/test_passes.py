@@ -115,8 +115,8 @@ def test_shared_tied_and_frozen_parameters() -> None:
         name.split("/")[1] for step, name, _ in sink.rows if step and name.startswith("activation/")
     }
     assert activations == {"embedding", "output", "output:input", "frozen", "frozen:input"}
-    # The shared layer ran twice: both outputs are in its statistics, but its first input is the embedding's
-    # output, so that its inputs have numbers of their own from the second step on.
+    # The shared layer ran twice: both outputs are in its statistics, but its first input is the embedding's output, so that its
+    # inputs have numbers of their own from the second step on.
     assert sink.site(0, "frozen")["absmax"] > 0
 
 

@@ -41,8 +41,7 @@ class Alarm:
 
 
 def data_parallel(rank: int, out: Path) -> None:
-    """Each rank takes half of the rows of every batch. The alarm of rank 0 makes both measure more
-    densely."""
+    """Each rank takes half of the rows of every batch. The alarm of rank 0 makes both measure more densely."""
     torch.manual_seed(0)
     model = DistributedDataParallel(GPT())
     sink = Recording()

@@ -1,7 +1,6 @@
 """Each probe's numbers against float64 computed aside, on a small GPT.
 
-Powers and partial sums are float32 inside the summary (see test_summary): 1e-5 relative, of the magnitudes
-summed.
+Powers and partial sums are float32 inside the summary (see test_summary): 1e-5 relative, of the magnitudes summed.
 """
 
 from __future__ import annotations

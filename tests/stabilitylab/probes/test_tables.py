@@ -1,5 +1,4 @@
-"""Every probe's docstring table lists exactly what the probe emits, with a meaning, a unit and a source for
-each."""
+"""Every probe's docstring table lists exactly what the probe emits, with a meaning, a unit and a source for each."""
 
 from __future__ import annotations
 

@@ -144,8 +144,8 @@ def test_a_gguf_files_own_tokenizer_is_kept(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_biases_go_along(tmp_path):
-    """llama.cpp turns neighbours where transformers turns halves: row 2 i + h of a head is its row i + 4 h. transformers reads
-    them where it is given the config, as the card says."""
+    """llama.cpp turns neighbours where transformers turns halves: row 2 i + h of a head is its row i + 4 h. transformers reads them
+    where it is given the config, as the card says."""
     model = write(tmp_path / "model", attention_bias=True, mlp_bias=True)
     _, tensors = exported(model, tmp_path)
     state = model.module.state_dict()

@@ -44,8 +44,7 @@ def test_two_by_two_ranks() -> None:
 
 
 def test_a_batch_is_what_its_tensors_are_one_by_one() -> None:
-    """The same kind again, another dtype, strides, a float64 that the kernel does not take, a buffer that
-    has moved."""
+    """The same kind again, another dtype, strides, a float64 that the kernel does not take, a buffer that has moved."""
     buffer, alone = Buffer(), Buffer()
     summaries = [Summary(buffer, region="replicated") for _ in range(3)]
     batch = SummaryBatch(buffer, summaries)

@@ -1,7 +1,6 @@
 """Ranges of attention scores against the full product in float64, by both implementations.
 
-The kernel's log-sum-exp and our rows are float32: scores are compared to 1e-5 of their magnitude, entropies
-to 1e-5.
+The kernel's log-sum-exp and our rows are float32: scores are compared to 1e-5 of their magnitude, entropies to 1e-5.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The one-pass summary against float64, in its implementations: the compiled kernel and its torch twins.
 
-Tolerances. Counts and largest magnitudes are exact. The kernel rounds x - c, its powers and partial sums of
-4,096 elements to float32: a relative error of a few 2^-24 per operation on sums of like sign, 1e-5 with room.
-A sum of cancelling terms has that error relative to the sum of magnitudes, which is what is compared for odd
-powers.
+Tolerances. Counts and largest magnitudes are exact. The kernel rounds x - c, its powers and partial sums of 4,096 elements to
+float32: a relative error of a few 2^-24 per operation on sums of like sign, 1e-5 with room. A sum of cancelling terms has that
+error relative to the sum of magnitudes, which is what is compared for odd powers.
 """
 
 from __future__ import annotations
