@@ -38,8 +38,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from experiments.benchmarks._presets import preset
 from glm.data.batch import Batch
+from glm.model.chunks import CHUNK_ELEMENTS
 from glm.model.transformer import Transformer
-from glm.model.vocabulary_loss import CHUNK_ELEMENTS, vocabulary_loss
+from glm.model.vocabulary_loss import vocabulary_loss
 from glm.planning.memory import BYTES, layer_activations
 from glm.planning.shape import shape_of
 from glm.precision import PrecisionPolicy, upcasts

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm.model.chunks import CHUNK_ELEMENTS
 from glm.precision import (
     at_least_fp32,
     has_kernel,
@@ -36,8 +37,6 @@ from glm.precision import (
     wide_product_of_rows,
 )
 
-# Logits of a chunk: about 16 MB in fp32, which stays near the caches and is small beside the model.
-CHUNK_ELEMENTS = 1 << 22
 # Power of two, so that it costs no rounding.
 LIFT = 2.0**12
 

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glm.model.vocabulary_loss import CHUNK_ELEMENTS, LIFT, capped
+from glm.model.chunks import CHUNK_ELEMENTS
+from glm.model.vocabulary_loss import LIFT, capped
 from glm.precision import at_least_fp32, upcasts, wide_product
 
 

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from glm.model.vocabulary_loss import CHUNK_ELEMENTS
+from glm.model.chunks import CHUNK_ELEMENTS
 from glm.planning.hardware import GIB, Gpu
 from glm.planning.layout import Layout, stage_layers
 from glm.planning.shape import Shape

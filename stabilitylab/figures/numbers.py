@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FP16_MAX = 65504.0
 
@@ -32,6 +35,8 @@ def thinned(series: pd.Series[float], points: int = 2000) -> pd.Series[float]:
     """
     if len(series) <= points:
         return series
+    import pandas as pd
+
     values = series.to_numpy(dtype=float)
     stretch = np.arange(len(values)) * (points // 3) // len(values)
     frame = pd.DataFrame({"stretch": stretch, "value": np.where(np.isfinite(values), values, np.nan)})

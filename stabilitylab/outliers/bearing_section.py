@@ -106,28 +106,3 @@ def _map(found: Bearing) -> Figure:
         bar.ax.set_yticklabels(["1x", "2x", "4x", "8x"])
         axes.set_title("Error over that on normal numbers")
     return figure
-
-
-def bearing_record(found: Bearing) -> list[dict[str, Any]]:
-    """Plain data for JSON."""
-    return [
-        {
-            "layer": layer.path,
-            "formats": {
-                name: {
-                    "error": _short(layer.plain[name]),
-                    "rotated": _short(layer.rotated[name]),
-                    "smoothed": _short(layer.smoothed[name]),
-                    "borne": layer.bears(name),
-                    "cause": layer.broken[name].cause if name in layer.broken else None,
-                    "detail": layer.broken[name].detail if name in layer.broken else None,
-                }
-                for name in FORMATS
-            },
-        }
-        for layer in found.layers
-    ]
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.6g}") if np.isfinite(value) else None

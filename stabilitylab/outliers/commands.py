@@ -54,8 +54,7 @@ def _scan(
 ) -> None:
     from stabilitylab.models import open_text_model
     from stabilitylab.outliers.bearing import FORMATS, measure_bearing
-    from stabilitylab.outliers.bearing_section import bearing_record, bearing_section, decision_sentence
-    from stabilitylab.outliers.record import scan_record
+    from stabilitylab.outliers.record import bearing_record, scan_record
     from stabilitylab.outliers.scan import scan_outliers
 
     model = open_text_model(path, hold=True)
@@ -70,6 +69,7 @@ def _scan(
         )
     bearing = measure_bearing(model, next(model.windows(text, length, tokens)))
     if html is not None:
+        from stabilitylab.outliers.bearing_section import bearing_section, decision_sentence
         from stabilitylab.outliers.page import outlier_page
 
         decided = decision_sentence(bearing)

@@ -1,4 +1,4 @@
-"""A scan as JSON: everything the page shows, and each channel's maximum. NaN and infinity become null.
+"""A scan, and which formats bear it, as JSON: all that the page shows, each channel's maximum. NaN and infinity become null.
 
 ``elsewhere`` leaves the first position of every window out.
 """
@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from stabilitylab.outliers import words
+from stabilitylab.outliers.bearing import FORMATS, Bearing
 from stabilitylab.outliers.criteria import CRITERIA, MarkedShare, reading
 from stabilitylab.outliers.scan import OutlierScan
 
@@ -73,6 +74,27 @@ def scan_record(scan: OutlierScan) -> dict[str, Any]:
         "not_reached": list(scan.skipped),
         "notes": list(scan.notes),
     }
+
+
+def bearing_record(found: Bearing) -> list[dict[str, Any]]:
+    """Plain data for JSON."""
+    return [
+        {
+            "layer": layer.path,
+            "formats": {
+                name: {
+                    "error": number(layer.plain[name]),
+                    "rotated": number(layer.rotated[name]),
+                    "smoothed": number(layer.smoothed[name]),
+                    "borne": layer.bears(name),
+                    "cause": layer.broken[name].cause if name in layer.broken else None,
+                    "detail": layer.broken[name].detail if name in layer.broken else None,
+                }
+                for name in FORMATS
+            },
+        }
+        for layer in found.layers
+    ]
 
 
 def number(value: float) -> float | None:

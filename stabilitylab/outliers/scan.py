@@ -12,10 +12,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -25,6 +24,9 @@ from stabilitylab.models import TextModel
 from stabilitylab.outliers.channels import ChannelStatistics
 from stabilitylab.outliers.criteria import GLM_SHARE, OPT_SHARE
 from stabilitylab.outliers.scan_sites import Site, sites_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,8 @@ class OutlierScan:
 
     def by_depth(self, statistic: Callable[[ChannelStatistics], float]) -> dict[str, pd.Series[float]]:
         """Role -> the statistic by layer, for places that recur."""
+        import pandas as pd
+
         found = {}
         for role, seen in self.roles().items():
             if len(seen) > 1:

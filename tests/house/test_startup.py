@@ -34,13 +34,21 @@ with tempfile.TemporaryDirectory() as folder:
         # The compiler takes as long as the rest of torch, SciPy's functions alone a tenth of a short run.
         ("import stabilitylab.monitoring.monitor", {COMPILER, "scipy", "matplotlib"}),
         ("import glm.commands.train", {COMPILER, "scipy", "pandas", "matplotlib", "tensorboard"}),
+        (
+            "from glm.cli import main\nmain(['plan', 'glm-10b', '--gpus', '8xA100-40G', '--batch', '64'])",
+            {TORCH, "pandas"},
+        ),
+        (
+            "import stabilitylab.outliers.commands, stabilitylab.outliers.record, stabilitylab.outliers.terminal",
+            {"pandas", "matplotlib"},
+        ),
         (COMPACTION, {TORCH, "pandas"}),
         (
             "from experiments.cli import main\nmain(['list'])",
             {TORCH, "numpy", "scipy", "pandas", "matplotlib"},
         ),
     ],
-    ids=["help", "spikes", "watch", "report", "monitor", "train", "compaction", "list"],
+    ids=["help", "spikes", "watch", "report", "monitor", "train", "plan", "outliers", "compaction", "list"],
 )
 def test_what_is_loaded(program: str, without: set[str]) -> None:
     asked = f"{program}\nimport sys\nprint('loaded:', *({without!r} & set(sys.modules)))"

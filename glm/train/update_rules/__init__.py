@@ -1,27 +1,27 @@
 """How gradients become updates: one pure function a rule, and what all rules share."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
-from glm.train.update_rules.adam import ADAM_ATAN2, ADAMW, ADEMAMIX, LION
+from typing import TYPE_CHECKING
+
 from glm.train.update_rules.config import Kind, OptimizerConfig
-from glm.train.update_rules.muon import MUON
-from glm.train.update_rules.parameter_groups import kind_of, role_of
-from glm.train.update_rules.rule import State, Tensors, UpdateRule
-from glm.train.update_rules.soap import SOAP
+from stabilitylab.lazy_names import lazy_names
 
-RULES: Mapping[Kind, UpdateRule] = {
-    "adamw": ADAMW,
-    "adam-atan2": ADAM_ATAN2,
-    "ademamix": ADEMAMIX,
-    "lion": LION,
-    "muon": MUON,
-    "soap": SOAP,
+if TYPE_CHECKING:
+    from glm.train.update_rules.rule import State as State
+    from glm.train.update_rules.rule import Tensors as Tensors
+    from glm.train.update_rules.rule import UpdateRule as UpdateRule
+    from glm.train.update_rules.table import RULES as RULES
+    from glm.train.update_rules.table import state_names as state_names
+
+# Imported on first use: presets are configurations, and planning with them must not load torch.
+_PUBLIC = {
+    "RULES": "glm.train.update_rules.table",
+    "State": "glm.train.update_rules.rule",
+    "Tensors": "glm.train.update_rules.rule",
+    "UpdateRule": "glm.train.update_rules.rule",
+    "state_names": "glm.train.update_rules.table",
 }
-
-
-def state_names(config: OptimizerConfig, name: str, dimensions: int) -> tuple[str, ...]:
-    """What is remembered of a parameter, by its name and its number of dimensions."""
-    return RULES[kind_of(config, role_of(name, dimensions))].names
-
-
 __all__ = ["RULES", "Kind", "OptimizerConfig", "State", "Tensors", "UpdateRule", "state_names"]
+
+__getattr__, __dir__ = lazy_names(__name__, __all__, _PUBLIC)
