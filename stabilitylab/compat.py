@@ -31,6 +31,27 @@ Operators that torch itself is built of stand where their numbers are made, each
     torch._make_per_channel_quantized_tensor     quantization/kernels/fbgemm.py               the same
     mkldnn._linear_pointwise                     glm/precision/matmul.py                      test_fp32_products.py
     torch._softmax_backward_data                 glm/precision/matmul.py                      test_matmul.py
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+    aten._safe_softmax, aten._softmax            probes/attention_calls.py                    probes' test_attention.py
+
+So do attributes of its objects, which are plain dicts and numbers, and read where a call would cost too much or say too little:
+
+    attribute                                    used in                                      noticed by
+    Module._parameters, _buffers, _modules       models, quantization, model_structure.py,    test_held.py, test_fused_experts.py,
+                                                 glm/inference/quantized.py                   test_model_structure.py
+    Module._non_persistent_buffers_set           models/held.py                               test_held.py
+    Module._apply                                quantization/linear.py, format_scheme.py     test_linear.py, test_schemes.py
+    Module._compiled_call_impl                   probes/compiled.py                           test_compiled.py
+    Module._forward_hooks, _forward_pre_hooks    glm/model/attention.py                       glm's test_loop.py
+    Tensor._version                              probes/activations.py, outliers/scan.py,     test_odd_tensors.py,
+                                                 monitoring/clipping.py,                      test_loop_values.py,
+                                                 quantization/backward.py                     test_sensitivity.py
+    Optimizer._optimizer_step_pre_hooks          monitoring/optimizers.py                     test_optimizers.py
+    GradScaler._scale, _init_scale,
+    _per_optimizer_states                        monitoring/grad_scaler.py                    test_grad_scaler.py
 
 A test says so where another stands anywhere else.
 """

@@ -40,6 +40,7 @@ from stabilitylab.errors import InputError
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Types around a whole model, by name: DeepSpeed need not be installed.
 _AROUND = frozenset({"DistributedDataParallel", "DataParallel", "DeepSpeedEngine", "PipelineEngine"})
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SIDE_BY_SIDE = re.compile(r"expert|head|branch|adapter|lora", re.IGNORECASE)
 _NOT_TOKENS = re.compile(r"pos|wpe|type|segment|relative|rotary|norm|time|timestep", re.IGNORECASE)
 
@@ -325,7 +326,7 @@ def _has_norm(module: nn.Module) -> bool:
 
 
 def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
+    return isinstance(module, _CONVOLUTIONS)
 
 
 def _holds_weights(module: nn.Module) -> bool:

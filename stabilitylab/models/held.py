@@ -131,7 +131,7 @@ def look_up(table: nn.Module, ids: Tensor, rows_of: Callable[[Tensor], Tensor]) 
         rows_of: numbers of rows, ascending -> the rows.
     """
     wanted, places = torch.unique(ids, return_inverse=True)
-    kind = getattr(type(table), "_held_kind", type(table))
+    kind = getattr(type(table), "held_kind", type(table))
     # A table of the wanted rows alone, everything else about it as it is.
     small = object.__new__(kind)
     small.__dict__.update(table.__dict__)
@@ -170,7 +170,7 @@ def _embedding(self: Any, ids: Tensor) -> Tensor:
 def _held(kind: Any, forward: Any) -> Any:
     """A layer's type with another forward, under the same name, by which it is known."""
     return type(
-        kind.__name__, (kind,), {"forward": forward, "_held_kind": kind, "__module__": kind.__module__}
+        kind.__name__, (kind,), {"forward": forward, "held_kind": kind, "__module__": kind.__module__}
     )
 
 
@@ -185,7 +185,7 @@ def _way(module: nn.Module, tables: set[int]) -> Any:
 
 def is_held(layer: nn.Module) -> bool:
     """Whether a layer computes in fp32 with a weight of 16 bits."""
-    return hasattr(type(layer), "_held_kind")
+    return hasattr(type(layer), "held_kind")
 
 
 def multiplies(layer: nn.Module) -> bool:

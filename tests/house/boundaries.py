@@ -86,6 +86,37 @@ def violations(root: Path) -> list[str]:
     return found
 
 
+def foreign(root: Path) -> dict[str, list[str]]:
+    """Names with one leading underscore that the instrument and the stack use and do not define, with the files that use them."""
+    used: dict[str, list[str]] = {}
+    defined: set[str] = set()
+    for file in sorted(file for floor in ROOMS for file in (root / floor).rglob("*.py")):
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    defined.add(name)
+                case ast.Name(id=name, ctx=ast.Store()):
+                    defined.add(name)
+                case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
+                    defined.add(name)
+                case ast.Attribute(attr=name):
+                    names.add(name)
+                case ast.Call(
+                    func=ast.Name(id="getattr" | "hasattr" | "setattr"),
+                    args=[_, ast.Constant(value=str(name)), *_],
+                ):
+                    names.add(name)
+                case ast.ImportFrom(module=str(module), names=aliases) if (
+                    module.partition(".")[0] not in ROOMS
+                ):
+                    names.update((*module.split("."), *(alias.name for alias in aliases)))
+        for name in names:
+            if name.startswith("_") and not name.startswith("__"):
+                used.setdefault(name, []).append(str(file.relative_to(root)))
+    return {name: where for name, where in used.items() if name not in defined}
+
+
 def imported(file: Path, *, types: bool = True) -> Iterator[str]:
     """Absolute names that a module imports anywhere, also inside functions and, with ``types``, in type-checking blocks."""
     waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]

@@ -60,6 +60,18 @@ def test_outputs_of_any_shape_are_looked_into() -> None:
         assert block["rms"] == layer["rms"], name
 
 
+def test_a_tensor_that_was_changed_in_place_is_another() -> None:
+    model, sink = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)), Recording()
+    torch.nn.init.constant_(model[0].bias, -1.0)
+    x = torch.randn(64, 4)
+    with Monitor(model, every=1, sinks=[sink], detector=None) as monitor:
+        model(x)
+        monitor.step(0)
+    before = torch.nn.functional.linear(x, model[0].weight, model[0].bias).detach()
+    assert sink.site(0, "0")["mean"] == pytest.approx(before.double().mean().item(), rel=1e-5)
+    assert sink.site(0, "2:input")["mean"] == pytest.approx(before.relu().double().mean().item(), rel=1e-5)
+
+
 def test_outputs_without_numbers_are_passed_over() -> None:
     for name, returns in WITHOUT.items():
         model, sink = nn.ModuleList([Odd(returns), Odd(returns)]), Recording()
