@@ -1,6 +1,6 @@
-"""C4, first half. The main branch against depth, at initialisation: 100 seeds, depths 6 to 96, exponents against theory.
+"""C4, first half. The residual stream ("main branch") against depth, at initialisation: 100 seeds, depths 6 to 96, and theory.
 
-With x_l the main branch after layer l of L and branches of unit variance (Xavier, inputs normalised):
+With x_l the residual stream after layer l of L and branches of unit variance (Xavier, inputs normalised):
 
     pre, sandwich   Var x_l = Var x_0 + 2 l                    max|x| ~ l^.5 within a model, L^.5 over depth  (2002.04745)
     deepnorm        x = alpha N(x) + A, alpha = (2L)^.5        ~ l^0 within a model, but L^.5 over depth: alpha itself grows

@@ -1,4 +1,4 @@
-"""C4, second half. The main branch against depth in trained models of 6, 12 and 24 layers, and how well each norm trains there."""
+"""C4, second half. The residual stream ("main branch") against depth, trained, 6 to 24 layers, and how well each norm trains."""
 
 from __future__ import annotations
 
