@@ -1,7 +1,7 @@
 """Which names of the three floors stand for more than one thing, read from the source without importing it.
 
-A name is that of a module or of a class; a type that a module gives a name counts where a class has the same name. Suites and
-benchmarks are scripts of one question each, whose names go no further, and what begins with an underscore is its module's own.
+A name is that of a module, a package or a class; a type that a module gives a name counts where a class has the same name. Suites
+and benchmarks are scripts of one question each, whose names go no further, and what begins with an underscore is its module's own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 FLOORS = ("stabilitylab", "glm", "experiments")
 SCRIPTS = ("experiments/suites", "experiments/benchmarks")
 
-# Names that several rooms share, since they mean the same thing in each: a module's, and what it means.
+# Names that several rooms share, since they mean the same thing in each: a module's or package's, and what it means.
 MODULE_ROLES = {
     "base": "the protocol that the room's things have",
     "cli": "a floor's command line",
@@ -33,15 +33,25 @@ MODULE_ROLES = {
     # One thing, looked at from two rooms.
     "attention": "the layer, and the probe of it",
     "c_compiler": "the builder of C sources, under the floor's own name",
+    "charts": "to hover and zoom: of runs, and of suites",
     "checkpoint": "of one process, and of several",
     "curves": "for pictures, and for pages",
     "engine": "of one process, and of several",
+    "figures": "pictures: of runs, and of a scan",
+    "formats": "number formats of few bits, and the probe of them",
+    "inference": "using a trained model, and the commands that do",
     "loop": "a training loop: our own, and what any must have to be forked",
     "maps": "for pictures, and for pages",
+    "monitoring": "the monitor, and the trainer's callback that holds one",
     "optimizer": "of one process, and of several",
+    "planning": "a model's costs on paper, and the command that tells them",
+    "precision": "the number formats of a run, and the probe of them",
+    "report": "a page: of runs, and of suites",
+    "statistics": "numbers that sum others up: of tensors, and of runs",
     "tensorboard": "its files, read and written",
     "text_model": "a model that reads text, and a GLM as one",
     "trackers": "their stores, read and written",
+    "train": "training, and the command that does it",
     "updates": "the statistics of an update, and the probe that takes them",
     "vocabulary_loss": "of one process, and of several",
 }
@@ -65,12 +75,13 @@ def faults(root: Path) -> list[str]:
 
 
 def names(root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, list[str]]]:
-    """Modules, classes and named types, each with the files that have it."""
+    """Modules and packages, classes, and named types, each with the files that have it."""
     modules, classes, aliases = (defaultdict[str, list[str]](list) for _ in range(3))
     for file in files(root):
         where = str(file.relative_to(root))
-        if not file.stem.startswith("_"):
-            modules[file.stem].append(where)
+        name = file.parent.name if file.stem == "__init__" else file.stem
+        if not name.startswith("_"):
+            modules[name].append(where)
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             match node:
                 case ast.ClassDef(name=name) if not name.startswith("_"):
