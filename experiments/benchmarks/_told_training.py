@@ -7,4 +7,4 @@ from glm.train import progress
 
 if __name__ == "__main__":
     progress.SECONDS_BETWEEN_LINES = 0.0
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
