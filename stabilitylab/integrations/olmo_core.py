@@ -8,6 +8,8 @@ Gradients are read in ``pre_optim_step``, which comes before the train module cl
 ``global_step`` (which counts from 1) less 1, the loss the cross entropy that the train module records (``train/CE loss``), of this
 rank. A step of ``SkipStepOptimizer`` that was skipped is recorded as such.
 
+Limits: without a pipeline, whose train module has models and optimizers, one a stage.
+
 Source: OLMo-core 3.0, ``train/trainer.py``, ``train/callbacks/callback.py``.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from stabilitylab.errors import InputError
 from stabilitylab.integrations import installed_by
 from stabilitylab.monitoring.monitor import Monitor
 
@@ -39,8 +42,16 @@ class MonitorCallback(Callback):  # type: ignore[misc]
     options: dict[str, Any] = field(default_factory=dict)
 
     def pre_train(self) -> None:
-        """Attach."""
+        """Attach.
+
+        Raises:
+            InputError: the train module has a pipeline.
+        """
         module = self.trainer.train_module
+        if not hasattr(module, "optim"):
+            raise InputError(
+                f"a {type(module).__name__} is not watched: a pipeline's ranks hold other layers each"
+            )
         options = {"out": self.out, "every": self.every, **self.options}
         self._monitor: Monitor | None = Monitor(module.model, module.optim, **options)
         self._monitor.start_step(self.trainer.global_step)

@@ -1,7 +1,9 @@
 """The monitor under torchtitan's Trainer.
 
+    from torchtitan.config import ConfigManager
     from stabilitylab.integrations.torchtitan import watch
 
+    trainer = ConfigManager().parse_args().build()
     with watch(trainer, out="runs/mine", every=10):
         trainer.train()
 
@@ -11,11 +13,14 @@ by ones that tell it of the last micro-batch's gradients, before clipping, and o
 mean (torchtitan divides by the tokens of all ranks). All ranks must call ``watch``; rank 0 writes. FSDP2's sharded gradients are
 merged as they are (DTensor).
 
-Limits: without a pipeline, whose ranks hold other layers and, but for the last, no loss. Source: torchtitan 0.3, ``trainer.py``.
+Limits: without a pipeline, whose ranks hold other layers and, but for the last, no loss; without CUDA graphs, which 0.3 makes of
+every step unless told otherwise, since a graph that is replayed calls no hook. Its language models' attention, flex_attention or
+varlen, is not seen. Source: torchtitan 0.3, ``trainer.py``, ``distributed/cudagraph.py``.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,7 +38,7 @@ def watch(trainer: Any, **options: Any) -> Monitor:
         options: those of ``Monitor``, without model and optimizer.
 
     Raises:
-        InputError: it is none, or has a pipeline.
+        InputError: it is none, or has a pipeline, or replays its steps.
     """
     if not all(
         hasattr(trainer, name)
@@ -42,6 +47,11 @@ def watch(trainer: Any, **options: Any) -> Monitor:
         raise InputError(f"trainer is a {type(trainer).__name__}: give a torchtitan Trainer")
     if trainer.parallel_dims.pp_enabled:
         raise InputError("torchtitan with a pipeline is not watched: its ranks hold other layers each")
+    # The trainer's own method, or a function around it: on NVIDIA's GPUs alone. Before 0.3 there is no such attribute.
+    if hasattr(trainer, "fwd_bwd_fn") and not inspect.ismethod(trainer.fwd_bwd_fn):
+        raise InputError(
+            "torchtitan replays each step as a CUDA graph, in which nothing can be watched: give it --training.disable_cuda_graphs"
+        )
     return _TrainerMonitor(trainer, options)
 
 

@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 
+from stabilitylab.compat import is_dtensor
+
 # Is told the parameters whose gradients are about to be clipped, and their L2 norm where torch has worked it out.
 Told = Callable[[Sequence[Tensor], Tensor | None], None]
 
@@ -40,6 +42,7 @@ _lock = threading.Lock()
 _watching: list[weakref.WeakMethod[Any]] = []
 _own: list[tuple[CellType, Callable[..., Any]]] = []
 _latest: weakref.ref[Tensor] | None = None  # the latest L2 norm
+_in_shards = False  # whether that is one of DTensor, whose plain number is another object
 
 
 class ClipWatch:
@@ -90,20 +93,26 @@ def _cell(wrapper: Any) -> CellType | None:
 def _total_norm(
     own: Callable[..., Any], tensors: Any, norm_type: float = 2.0, *args: Any, **more: Any
 ) -> Any:
-    global _latest
+    global _latest, _in_shards
     norm = own(tensors, norm_type, *args, **more)
-    if not torch.compiler.is_compiling() and float(norm_type) == 2.0 and type(norm) is Tensor:
-        _latest = weakref.ref(norm)
+    if not torch.compiler.is_compiling():
+        is_l2 = float(norm_type) == 2.0
+        _in_shards = is_l2 and is_dtensor(norm)
+        if is_l2 and type(norm) is Tensor:
+            _latest = weakref.ref(norm)
     return norm
 
 
 def _clip_with_norm(
     own: Callable[..., Any], parameters: Any, max_norm: float, total_norm: Any, *args: Any, **more: Any
 ) -> Any:
+    global _in_shards
     parameters = _listed(parameters)
     if not torch.compiler.is_compiling():
         is_latest = _latest is not None and _latest() is total_norm
-        _tell(parameters, total_norm if is_latest else None)
+        # Once: two groups that are clipped by one norm, as torchtitan's experts and the rest, have not each that norm.
+        joined, _in_shards = _in_shards and type(total_norm) is Tensor, False
+        _tell(parameters, total_norm if is_latest or joined else None)
     return own(parameters, max_norm, total_norm, *args, **more)
 
 

@@ -1,11 +1,13 @@
 """The callback under OLMo-core's own Trainer, where it is installed: steps, losses, norms before clipping, rates."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from stabilitylab import load_run
+from stabilitylab.errors import InputError
 from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS
 
 with warnings.catch_warnings():  # theirs
@@ -16,7 +18,10 @@ with warnings.catch_warnings():  # theirs
     from olmo_core.optim import AdamWConfig, LinearWithWarmup
     from olmo_core.train import Duration, TrainerConfig
     from olmo_core.train.callbacks import Callback
-    from olmo_core.train.train_module.transformer import TransformerTrainModuleConfig
+    from olmo_core.train.train_module.transformer import (
+        TransformerPipelineTrainModule,
+        TransformerTrainModuleConfig,
+    )
 
     from stabilitylab.integrations.olmo_core import MonitorCallback
 
@@ -92,3 +97,12 @@ def test_steps_losses_norms_and_rates_are_the_trainers(tmp_path):
     gradients = run.matrix("gradient", "l2")
     assert sorted(gradients.columns) == list(range(0, STEPS, 2))
     assert gradients.pow(2).sum().pow(0.5).tolist() == pytest.approx(recorded[1][::2], rel=1e-4)
+
+
+def test_a_pipeline_is_refused():
+    module = TransformerPipelineTrainModule.__new__(TransformerPipelineTrainModule)  # it needs ranks
+    module.model_parts, module.optimizers = [torch.nn.Linear(1, 1)], []
+    watch = MonitorCallback()
+    watch.trainer = SimpleNamespace(train_module=module)
+    with pytest.raises(InputError, match="TransformerPipelineTrainModule is not watched"):
+        watch.pre_train()

@@ -19,6 +19,7 @@ with warnings.catch_warnings():  # theirs
     warnings.simplefilter("ignore")
     pytest.importorskip("torchtitan")
     pytest.importorskip("triton")
+    from torchtitan.distributed.cudagraph import wrap_with_cuda_graph
     from torchtitan.trainer import Trainer
 
     from stabilitylab.integrations.torchtitan import watch
@@ -112,3 +113,13 @@ def test_what_is_not_watched_is_refused():
     trainer.parallel_dims.pp_enabled = True
     with pytest.raises(InputError, match="pipeline"):
         watch(trainer)
+    trainer = made()
+    trainer.fwd_bwd_fn = wrap_as_a_graph(trainer.fwd_bwd_fn)
+    with pytest.raises(InputError, match=r"give it --training\.disable_cuda_graphs"):
+        watch(trainer)
+
+
+def wrap_as_a_graph(function):
+    """What wrap_with_cuda_graph gives on a GPU; elsewhere it gives the function back, and that is watched."""
+    assert wrap_with_cuda_graph(function) == function
+    return lambda *arguments: function(*arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from stabilitylab import Monitor, Schedule
 from stabilitylab.telemetry import Event
@@ -68,6 +70,33 @@ def fully_sharded(rank: int, out: Path) -> None:
         next_token_loss(model, batch(0)[:2][rank : rank + 1]).backward()
         optimizer.step()
         monitor.step(0)
+    _keep(sink, rank, out)
+
+
+def clipped_when_joined(rank: int, out: Path) -> None:
+    """torchtitan's way: the shards' norm is joined between torch's two calls. Measured never: the norm comes of that alone."""
+    torch.manual_seed(0)
+    model = GPT()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    sink = Recording()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, every=0, sinks=[sink], detector=None) as monitor:
+        for step in range(4):
+            next_token_loss(model, batch(step)[:2][rank : rank + 1]).backward()
+            whole = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).full_tensor()
+            halves = list(model.parameters())[::2], list(model.parameters())[1::2]
+            # In one, in two groups by one norm, by another's norm, and by the largest gradient.
+            if step == 0:
+                clip_grads_with_norm_(model.parameters(), 0.1, whole)
+            elif step == 1:
+                for half in halves:
+                    clip_grads_with_norm_(half, 0.1, whole)
+            else:
+                get_total_norm([torch.ones(3)], 2.0 if step == 2 else math.inf)
+                clip_grads_with_norm_(model.parameters(), 0.1, whole)
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(step)
     _keep(sink, rank, out)
 
 
@@ -272,6 +301,17 @@ def test_shards_of_parameters_add_up(tmp_path: Path) -> None:
         if name.endswith("output.weight"):
             assert found[0, f"update/{name}/rms", -1] == pytest.approx(1e-3, rel=1e-2)
             assert found[0, f"update/{name}/rms_t", -1] == pytest.approx(1.0, rel=1e-2)
+
+
+def test_a_norm_joined_before_clipping_is_that_of_the_step(tmp_path: Path) -> None:
+    found = run(clipped_when_joined, tmp_path)
+    torch.manual_seed(0)
+    model = GPT()
+    next_token_loss(model, batch(0)[:2]).backward()
+    norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert {key[0] for key in found if key[1] == "train/-/gradient_norm"} == {0}
+    # float32 sums, over other parts on two ranks
+    assert found[0, "train/-/gradient_norm", -1] == pytest.approx(float(norm), rel=1e-5)
 
 
 def test_pipeline_ranks_are_joined_by_name(tmp_path: Path) -> None:
