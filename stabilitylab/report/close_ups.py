@@ -22,7 +22,7 @@ AROUND = (
 )
 MOST = 6
 MOST_SIGNALS = 4
-_SHOWN = ((LOSS, "Loss", "nats"), (GRADIENT_NORM, "Gradient norm", ""))
+_SHOWN = ((LOSS, "Loss"), (GRADIENT_NORM, "Gradient norm"))
 # An episode that fills the curve above is seen there.
 _WHOLE = 3 * AROUND
 
@@ -30,7 +30,7 @@ _WHOLE = 3 * AROUND
 def close_ups(run: Run) -> Section | None:
     """The gravest episodes, in the order in which they came, each with loss, gradient norm and what left its baseline first around
     it; None where there is nothing to show that the whole curve does not."""
-    series = {metric: run.series(metric) for metric, _, _ in _SHOWN}
+    series = {metric: run.series(metric) for metric, _ in _SHOWN}
     longest = max((len(one) for one in series.values()), default=0)
     episodes = episodes_of(run.events)
     places = _places(episodes)
@@ -41,7 +41,7 @@ def close_ups(run: Run) -> Section | None:
     for first, last in places:
         around = f", steps {first:,} to {last:,}"
         named = _named(episodes, first, last)
-        for metric, title, unit in _SHOWN:
+        for metric, title in _SHOWN:
             window = series[metric].loc[first:last]
             if not len(window):
                 continue
@@ -53,7 +53,7 @@ def close_ups(run: Run) -> Section | None:
             chart = curves(
                 {run.name: [window]},
                 title=f"{named}: {title.lower()}{around}",
-                unit=unit if run.kind == "folder" else "",
+                unit=run.loss_unit if metric == LOSS else "",
                 log="auto" if metric == LOSS else True,
                 marks={run.name: marks},
             )
@@ -120,7 +120,15 @@ def _end(episode: Episode, last: int) -> int | None:
     return episode.end if episode.end is not None and episode.end <= last else None
 
 
-def extremes(loss: pd.Series[float]) -> str:
+def course(loss: pd.Series[float], unit: str = "") -> str:
+    """Where a curve of one value or more began, ended, and was highest and lowest, in words."""
+    unit = f" {unit}" if unit else ""
+    if len(loss) == 1:
+        return f"the loss was {loss.iloc[0]:.4g}{unit} at its only step"
+    return f"the loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g}{unit}{_extremes(loss)}"
+
+
+def _extremes(loss: pd.Series[float]) -> str:
     """Where a curve was highest and lowest between its ends, in words; nothing where the ends say it."""
     finite = loss[np.isfinite(loss)]
     if finite.empty:

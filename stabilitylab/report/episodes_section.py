@@ -40,8 +40,8 @@ _LONG = {LOSS: "The loss", GRADIENT_NORM: "The gradient norm"}
 
 def overview(runs: Runs) -> Section:
     """Loss and gradient norm with their episodes marked, loss scale and learning rate."""
-    of_logs = any(run.kind == "log" for several in runs.values() for run in several)
-    unit = "" if of_logs else "nats"
+    units = {run.loss_unit for several in runs.values() for run in several}
+    unit = units.pop() if len(units) == 1 else ""
     parts = [
         _curve(runs, "train/-/loss", "Loss", unit=unit, log="auto", marked=True),
         _curve(runs, "train/-/gradient_norm", _norm_title(runs), log=True, marked=True),
@@ -87,7 +87,7 @@ def episode_section(runs: Runs) -> Section:
     count = f"The detector saw {len(rows)} episode{'s' if len(rows) > 1 else ''}."
     if len(rows) > MOST_ROWS:
         count += f" The first {MOST_ROWS} are listed; events.jsonl has all."
-    note = "Height is over the signal's own baseline: nats for a loss, natural log for a norm, log2 for a loss scale."
+    note = "Height is over the signal's own baseline: in its unit for a loss, natural log for a norm, log2 for a loss scale."
     columns = ["run", "kind", "onset", "peak", "end", "height", "signal"]
     return Section(
         title="Episodes", text=(count,), parts=[Table(columns=columns, rows=rows[:MOST_ROWS], note=note)]

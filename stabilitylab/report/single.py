@@ -8,7 +8,7 @@ from typing import Any
 
 from stabilitylab.report import sections
 from stabilitylab.report.attribution_section import attribution_section
-from stabilitylab.report.close_ups import close_ups, extremes
+from stabilitylab.report.close_ups import close_ups, course
 from stabilitylab.report.episodes_section import GRAVEST, counted
 from stabilitylab.report.formats_section import formats_section
 from stabilitylab.report.page import Page, Said, Section, Statements, Table
@@ -103,11 +103,13 @@ def _lead(run: Run) -> str:
     loss = run.series("train/-/loss")
     if loss.empty:
         return "This run recorded no loss."
-    unit = " nats" if run.kind == "folder" else ""  # a log's loss may be anything
     happened = counted(episodes_of(run.events))
-    steps = f"{len(loss):,} steps recorded, {loss.index[0]} to {loss.index[-1]}"
+    several = len(loss) > 1
+    steps = (
+        f"{len(loss):,} steps recorded, {loss.index[0]} to {loss.index[-1]}" if several else "1 step recorded"
+    )
     before = f"{happened}. " if happened else ""
-    return f"{before}{steps}; the loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g}{unit}{extremes(loss)}."
+    return f"{before}{steps}; {course(loss, run.loss_unit)}."
 
 
 def _facts(run: Run) -> dict[str, str]:

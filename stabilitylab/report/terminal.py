@@ -10,7 +10,7 @@ from rich.text import Text
 
 from stabilitylab.figures.numbers import plain
 from stabilitylab.monitoring.sentences import event_line
-from stabilitylab.report.close_ups import extremes
+from stabilitylab.report.close_ups import course
 from stabilitylab.report.episodes_section import counted, key_message
 from stabilitylab.report.page import Statements
 from stabilitylab.runs.run import Run
@@ -30,7 +30,7 @@ def show_run(run: Run) -> None:
     loss = run.series("train/-/loss")
     said = [counted(episodes_of(run.events))]
     if len(loss):
-        said.append(f"The loss went from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g}{extremes(loss)}")
+        said.append(f"The{course(loss)[3:]}")
     # Names come from the run: none of them is markup.
     lines = [f"{run.path}: {'. '.join(filter(None, said))}.", *_key_message(run), ""]
     lines += event_lines([event for event in run.events if event.kind != "diagnosis"])

@@ -70,6 +70,11 @@ class Run:
         """``config.json``; empty where there is none."""
         return self._object(self.folder.config)
 
+    @property
+    def loss_unit(self) -> str:
+        """Nats where the configuration has an objective over tokens, as ``glm train``'s; else empty: a loss may be anything."""
+        return "nats" if "objective" in self.config else ""
+
     @cached_property
     def places(self) -> Places:
         """Where its sites lie in the model: from ``model_structure.json``, else read off their paths."""

@@ -31,6 +31,7 @@ from stabilitylab.report import (
 )
 from stabilitylab.report import layers_section as layers
 from stabilitylab.report.episodes_section import counted, outcome
+from stabilitylab.report.terminal import show_run
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks import ParquetSink
@@ -280,9 +281,33 @@ def test_episodes_are_shown_from_near(tmp_path: Path) -> None:
     ]
     assert page.lead == (
         "1 stretch that is not finite, 2 spikes. 10,000 steps recorded, 0 to 9999; "
-        "the loss went from 4 to 3 nats, its highest 21.8 at step "
+        "the loss went from 4 to 3, its highest 21.8 at step "
         "5,003; 1 value is not finite."
     )
+
+
+def test_a_loss_has_nats_only_where_the_configuration_says_tokens(tmp_path: Path) -> None:
+    """A Monitor's loss may be a squared error, with or without a config.json of one's own beside it."""
+    folder = long_run(tmp_path)
+    for config, unit in ((None, ""), ({"rate": 0.1}, ""), ({"objective": {"kind": "glm"}}, " nats")):
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+        page = run_report(load_run(folder))
+        assert f"went from 4 to 3{unit}, its highest" in page.lead
+        drawn = [
+            p.figure for s in page.sections for p in s.parts if isinstance(p, Chart) and "oss" in p.title
+        ]
+        assert len(drawn) == 3  # the whole and two from near
+        assert {figure.yaxis[0].axis_label or "" for figure in drawn} == {unit.strip()}
+
+
+def test_a_run_of_one_step_went_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sink = ParquetSink(tmp_path / "telemetry")
+    sink.write(Samples.of([(7, Key("train", "-", "loss"), 8.0)]), [])
+    sink.close()
+    assert run_report(load_run(tmp_path)).lead == "1 step recorded; the loss was 8 at its only step."
+    show_run(load_run(tmp_path))
+    assert ": The loss was 8 at its only step.\n" in capsys.readouterr().out
 
 
 def test_what_became_of_the_loss_is_said() -> None:
