@@ -8,7 +8,6 @@ Importing takes seconds, so it is done once and the ranks are forked from here. 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from glm.distributed import launch as start
 from glm.distributed.process_group import SingleProcess
 from glm.train import checkpoint as checkpoints
 from glm.train.async_checkpoint import CheckpointWriter
+from tests.glm.parallel.ranks import prepare
 
 RANKS = 2
 
@@ -62,10 +62,7 @@ def in_two(out: Path, work: Callable[[int], int], port: int) -> list[dict[str, o
 
 
 def main(folder: Path, data: Path) -> int:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    importlib.import_module("glm.parallel.engine")
-
-    torch.optim.SGD([torch.zeros(1)], 0.1)
+    prepare(command(data, folder))
     # There is no launcher here that would end the others.
     commands.SECONDS_TO_SPEAK = 0.1
 

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import torch
 
+import glm.cli
 from glm.data.loader import Loader
 from glm.data.shards import open_data
 from glm.distributed.config import ParallelConfig
@@ -34,6 +35,7 @@ from glm.train.update_rules import OptimizerConfig
 from glm.train.update_rules.config import GuardConfig, MuonConfig
 from stabilitylab.spikes import ResponderConfig
 from stabilitylab.telemetry import Event
+from tests.glm.parallel.ranks import prepare
 from tests.glm.parallel.spiking import POLICIES, answer, spiking
 from tests.glm.parallel.split_loss import split_losses
 
@@ -321,14 +323,7 @@ def command(data: Path, out: Path, axes: tuple[int, int, int, int]) -> list[str]
 
 
 def main(folder: Path, data: Path) -> int:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import glm.cli
-    import glm.commands.train
-    import glm.parallel.engine
-
-    # What torch's optimizers import when the first is made: two seconds that every rank would spend.
-    torch.optim.SGD([torch.zeros(1)], 0.1)
-
+    prepare(command(data, folder, WATCHED[0]))
     runs = [(one.name, one.ranks, lambda one=one: run_rank(one, folder)) for one in worlds()]
     for axes in WATCHED:
         words = command(data, folder / f"watched-{_joined(axes)}", axes)
