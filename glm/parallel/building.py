@@ -84,10 +84,13 @@ def build(
 
 def _real(module: ModuleT) -> ModuleT:
     """A module on the host instead of the meta device; its matrices are still to be drawn."""
-    module.to_empty(device="cpu")
-    for buffer in module.buffers():  # biases of routers begin at 0
-        buffer.zero_()
     for one in module.modules():
+        # Not by ``to_empty``: on the meta device torch makes like of like by symbolic shapes, and imports SymPy for them.
+        for name, parameter in list(one.named_parameters(recurse=False)):
+            real = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(one, name, nn.Parameter(real, requires_grad=parameter.requires_grad))
+        for name, buffer in list(one.named_buffers(recurse=False)):  # biases of routers begin at 0
+            setattr(one, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
         if isinstance(one, NORMS):
             one.reset_parameters()
     return module

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -203,3 +205,17 @@ def test_stages_draw_the_weights_of_one_process(model, stages):
     tied = {"embedding.weight"} if model.embedding.tied and stages > 1 else set()
     assert {name for name in whole if sum(name in part for part in parts) > 1} == tied
     assert shapes_of(model) == {name: tensor.shape for name, tensor in whole.items()}
+
+
+def test_to_build_a_rank_takes_no_symbolic_mathematics():
+    """SymPy and what torch has over it would be half a second of every rank."""
+    program = """
+import sys
+from glm.model.config import ModelConfig
+from glm.parallel.building import build
+model = ModelConfig(vocabulary=24, layers=2, hidden=16, heads=2, length=8)
+build(model, stage=0, stages=1, tensor=None, seed=0)
+print("sympy" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

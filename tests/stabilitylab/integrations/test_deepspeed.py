@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import socket
@@ -113,7 +114,11 @@ def under_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (out / "port").write_text(str(free.getsockname()[1]))
-    mp.start_processes(_process, args=(out,), nprocs=2, start_method="spawn")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DS_ACCELERATOR", "cpu")
+        # Its server imports once and forks both.
+        multiprocessing.set_forkserver_preload([__name__, "tests.stabilitylab.integrations.engine_imports"])
+        mp.start_processes(_process, args=(out,), nprocs=2, start_method="forkserver")
     return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
 
 
