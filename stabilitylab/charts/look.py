@@ -41,7 +41,7 @@ const a = Math.abs(tick)
 const round = t => [1, 2, 5].includes(Number((t / 10 ** Math.floor(Math.log10(t) + 1e-9)).toPrecision(6)))
 if (LOG && ticks.length > 6 && !round(tick) && ticks.filter(round).length > 1) return ''
 if (tick !== 0 && (a < 1e-3 || a >= 1e6)) return tick.toExponential(2).replace(/\\.?0+e/, 'e').replace('e+', 'e')
-return Number(tick.toPrecision(6)).toLocaleString('en')
+return Number(tick.toPrecision(6)).toLocaleString('en', {maximumSignificantDigits: 6})
 """
 _POWER_OF_TWO = """
 const power = Math.round(Math.log2(tick))

@@ -14,12 +14,12 @@ from stabilitylab.charts.look import Chart
 from stabilitylab.figures.lines import Mark
 from stabilitylab.figures.numbers import plain
 from stabilitylab.report.page import Said, Section, Statements, Table, TableCell
+from stabilitylab.report.run_labels import Runs, labelled
 from stabilitylab.runs.run import Run
 from stabilitylab.spikes import KINDS, Episode, episodes_of
 from stabilitylab.spikes.forensics import diagnose_run
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 
-Runs = Mapping[str, Sequence[Run]]
 MOST_ROWS = 200
 MOST_TOLD = 6
 # How a sentence about documents begins: long, and for who looks for them.
@@ -69,19 +69,17 @@ def _norm_title(runs: Runs) -> str:
 def episode_section(runs: Runs) -> Section:
     """Every episode that the detector reported."""
     rows: list[Sequence[TableCell | str]] = []
-    for label, several in runs.items():
-        for run in several:
-            for episode in episodes_of(run.events):
-                height = (
-                    "–"
-                    if episode.height is None or not np.isfinite(episode.height)
-                    else plain(_round(episode.height))
-                )
-                name = run.name if len(several) > 1 or label != run.name else label
-                end = "open" if episode.end is None else str(episode.end)
-                rows.append(
-                    [name, episode.kind, str(episode.onset), str(episode.peak), end, height, episode.signal]
-                )
+    for name, run in labelled(runs):
+        for episode in episodes_of(run.events):
+            height = (
+                "–"
+                if episode.height is None or not np.isfinite(episode.height)
+                else plain(_round(episode.height))
+            )
+            end = "open" if episode.end is None else str(episode.end)
+            rows.append(
+                [name, episode.kind, str(episode.onset), str(episode.peak), end, height, episode.signal]
+            )
     if not rows:
         return Section(title="Episodes", text=("The detector saw no spike, divergence or other episode.",))
     count = f"The detector saw {len(rows)} episode{'s' if len(rows) > 1 else ''}."
@@ -209,19 +207,18 @@ def _gravest(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def diagnosis_section(runs: Runs) -> Section:
     """Why each episode happened, as far as the telemetry tells."""
     rows: list[Sequence[TableCell | str]] = []
-    for several in runs.values():
-        for run in several:
-            for data in diagnoses(run):
-                batches = [s for s in data["sentences"] if s.startswith(BATCH)]
-                seen = [s for s in data["sentences"] if not s.startswith(BATCH)]
-                rows.append(
-                    [
-                        run.name,
-                        str(data["episode"]["onset"]),
-                        str(data["cause"]),
-                        TableCell(text=" ".join(seen), detail=" ".join(batches)),
-                    ]
-                )
+    for name, run in labelled(runs):
+        for data in diagnoses(run):
+            batches = [s for s in data["sentences"] if s.startswith(BATCH)]
+            seen = [s for s in data["sentences"] if not s.startswith(BATCH)]
+            rows.append(
+                [
+                    name,
+                    str(data["episode"]["onset"]),
+                    str(data["cause"]),
+                    TableCell(text=" ".join(seen), detail=" ".join(batches)),
+                ]
+            )
     if not rows:
         return Section(title="Causes", text=("There is nothing to explain.",))
     count = ""

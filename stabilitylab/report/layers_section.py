@@ -13,10 +13,10 @@ from stabilitylab.charts.look import Chart
 from stabilitylab.charts.maps import heat_map
 from stabilitylab.figures.numbers import FP16_MAX, plain, positive
 from stabilitylab.report.page import Section, Table
+from stabilitylab.report.run_labels import Runs, labelled
 from stabilitylab.runs.places import Places
 from stabilitylab.runs.run import Run
 
-Runs = Mapping[str, Sequence[Run]]
 TableOrChart = Table | Chart
 RecordedGrid = tuple[pd.DataFrame, pd.DataFrame]  # values, and where they were recorded
 
@@ -85,20 +85,19 @@ def attention(runs: Runs) -> Section:
 def ranges(runs: Runs, most: int = 12) -> Section:
     """The places of one run that come nearest to fp16's limit."""
     rows = []
-    for several in runs.values():
-        for run in several:
-            for family, statistic in (
-                ("activation", "absmax"),
-                ("attention", "score_max"),
-                ("activation_gradient", "absmax"),
+    for name, run in labelled(runs):
+        for family, statistic in (
+            ("activation", "absmax"),
+            ("attention", "score_max"),
+            ("activation_gradient", "absmax"),
+        ):
+            values, known = _grid(run, family, statistic)
+            for site, peak, row, seen in zip(
+                values.index, _peak((values, known)), values.to_numpy(), known.to_numpy(), strict=True
             ):
-                values, known = _grid(run, family, statistic)
-                for site, peak, row, seen in zip(
-                    values.index, _peak((values, known)), values.to_numpy(), known.to_numpy(), strict=True
-                ):
-                    bad = seen & ~np.isfinite(row)
-                    step = values.columns[int(bad.argmax() if bad.any() else np.nanargmax(row))]
-                    rows.append((run.name, f"{family}/{site}/{statistic}", peak, step))
+                bad = seen & ~np.isfinite(row)
+                step = values.columns[int(bad.argmax() if bad.any() else np.nanargmax(row))]
+                rows.append((name, f"{family}/{site}/{statistic}", peak, step))
     # What is not finite has gone beyond the limit: it comes first.
     rows.sort(key=lambda row: -row[2] if np.isfinite(row[2]) else -np.inf)
     if not rows:

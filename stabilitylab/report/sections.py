@@ -1,7 +1,6 @@
 """What every report shows of runs. Runs come as label -> its runs, one a seed; every function returns one section."""
 
 from stabilitylab.report.episodes_section import (
-    Runs,
     diagnoses,
     diagnosis_section,
     episode_section,
@@ -17,6 +16,7 @@ from stabilitylab.report.layers_section import (
     residual_stream,
     updates,
 )
+from stabilitylab.report.run_labels import Runs
 
 __all__ = [
     "Runs",

@@ -31,6 +31,7 @@ from stabilitylab.report import (
 )
 from stabilitylab.report import layers_section as layers
 from stabilitylab.report.episodes_section import counted, outcome
+from stabilitylab.report.run_labels import labelled
 from stabilitylab.report.terminal import show_run
 from stabilitylab.runs import load_run
 from stabilitylab.runs.folder import RunFolder
@@ -197,6 +198,8 @@ def test_a_person_reads_the_report(report: tuple[Page, str], tmp_path: Path) -> 
             assert paper == ("rgb(22, 22, 24)" if dark else "rgb(255, 255, 255)")
             window.picture(pictures / f"report-{name}.png")
         hover_and_zoom(window, file.as_uri())
+        assert ticks(window, [0.002, 0.0025, 0.003]) == ["0.002", "0.0025", "0.003"]  # the second was 0.003
+        assert ticks(window, [1234.5, 5e-4, 2e6]) == ["1,234.5", "5e-4", "2e6"]
         assert window.run("return document.title") == "Run läuft"
         assert window.run("return document.querySelectorAll('nav a').length") == len(page.sections)
         assert window.messages() == []
@@ -232,6 +235,13 @@ def hover_and_zoom(window: Browser, address: str) -> None:
         window.mouse("mouseMoved", left + width * share, top + height * (share + 0.1), pressed=True)
     window.mouse("mouseReleased", left + width * 0.6, top + height * 0.7)
     assert window.wait(f"return {plot}.x_range.end - {plot}.x_range.start < {before} / 2")
+
+
+def ticks(window: Browser, numbers: list[float]) -> list[str]:
+    """What an axis writes beside its ticks."""
+    (axis,) = charts.curves({"a": [pd.Series([1.0, 2.0])]}, title="t").figure.yaxis
+    told = window.run(f"const ticks = {numbers}; return ticks.map(tick => {{{axis.formatter.code}}})")
+    return list(told)
 
 
 def long_run(folder: Path) -> Path:
@@ -299,6 +309,23 @@ def test_a_loss_has_nats_only_where_the_configuration_says_tokens(tmp_path: Path
         ]
         assert len(drawn) == 3  # the whole and two from near
         assert {figure.yaxis[0].axis_label or "" for figure in drawn} == {unit.strip()}
+
+
+def test_runs_of_one_name_are_told_apart_in_every_table(tmp_path: Path) -> None:
+    runs = []
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        sink = ParquetSink(long_run(tmp_path / parent / "mine") / "telemetry")
+        sink.write(Samples.of([(0, Key("activation", "layers.0", "absmax"), 8.0)]), [])
+        sink.close()
+        runs.append(load_run(tmp_path / parent / "mine"))
+    page = comparison(runs)
+    tables = [part for section in page.sections for part in section.parts if isinstance(part, Table)]
+    named = [{row[0] for row in table.rows} for table in tables if table.columns[0] == "run"]
+    assert len(named) == 3  # episodes, causes, ranges
+    assert named == [{str(run.path) for run in runs}] * 3
+    third = load_run(long_run(tmp_path / "third"))
+    assert [name for name, _ in labelled({"a": [runs[0], third], "b": runs[1:]})] == ["a: mine", "third", "b"]
 
 
 def test_a_run_of_one_step_went_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
