@@ -126,7 +126,8 @@ class Launched:
 
     def launch(self, *more: str) -> None:
         """Start torchrun, with more flags; it continues the run in the folder, or begins it."""
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.shape.ranks)]
+        torchrun = ["experiments.benchmarks._torchrun", "--standalone"]
+        torchrun += ["--nproc-per-node", str(self.shape.ranks)]
         torchrun += ["--max-restarts", str(self.restarts), "--monitor-interval", "0.2"]
         # A stopped process does not hear SIGTERM: torchrun waits so long before it kills; that of torch 2.9 half a minute, always.
         if "--shutdown-timeout" in get_args_parser().format_help():
