@@ -55,23 +55,26 @@ def test_outputs_are_those_of_whole_runs(model, windows, inputs):
 @pytest.mark.parametrize("filed", [False, True], ids=["made anew", "in files"])
 def test_one_blocks_layers_are_there_at_once(model, windows, inputs, tmp_path, monkeypatch, filed):
     """Where the twins of a plan lie in files they are read from them the second time, and the loss is the same to the bit."""
-    alive: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-    made, most = [], [0]
-    init = QuantizedLinear.__init__
-
-    def counted(self, *args, **named):
-        init(self, *args, **named)
-        made.append(type(self))
-        alive.add(self)
-        if len(alive) > most[0]:  # a sweep of a whole suite's objects takes a third of a second
-            gc.collect()
-            most[0] = max(most[0], len(alive))
-
-    monkeypatch.setattr(QuantizedLinear, "__init__", counted)
     schemes = schemes_of(model)
     parted = Twins(model.module, inputs.largest).by_block(schemes, Blockwise(model, windows[0]).paths)
     one_block = max(len(of) for of in parted.values())
     assert one_block < len(schemes)
+    # One more while a layer that was made is read back from its file.
+    allowed = one_block + len(parted.get(None, {})) + filed
+    alive: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+    most = [0]
+    init = QuantizedLinear.__init__
+
+    def counted(self, *args, **named):
+        init(self, *args, **named)
+        alive.add(self)
+        if (
+            len(alive) > allowed
+        ):  # garbage may be among them; a sweep of a whole suite's objects takes a third of a second
+            gc.collect()
+        most[0] = max(most[0], len(alive))
+
+    monkeypatch.setattr(QuantizedLinear, "__init__", counted)
     rounded = RoundedWeights(tmp_path / "kept") if filed else None
     losses = []
     with torch.inference_mode():
@@ -79,8 +82,7 @@ def test_one_blocks_layers_are_there_at_once(model, windows, inputs, tmp_path, m
             twins = Twins(model.module, inputs.largest, rounded)
             losses.append(Verification(model, windows, twins).measure(schemes))
     assert losses[0] == losses[1] != 0
-    # One more while a layer that was made is read back from its file.
-    assert most[0] <= one_block + len(parted.get(None, {})) + filed
+    assert one_block <= most[0] <= allowed
     assert len(list((tmp_path / "kept").glob("*"))) == (len(schemes) if filed else 0)
 
 
