@@ -17,6 +17,10 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
-    """Keep the collector from walking through what stays to the end: thousands of tests and all that is imported."""
+    """Keep the collector from walking through what stays to the end: thousands of tests and all that is imported.
+
+    What tests import themselves it walks through whenever it is as old; five times as seldom saves some 12 s of a whole run's.
+    """
     gc.freeze()
+    gc.set_threshold(2_000, 10, 50)
     gc.enable()
