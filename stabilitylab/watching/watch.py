@@ -201,9 +201,17 @@ class Watch:
                 ) from None
             if not missing and self._source is None and self._is_long():
                 self._unreadable(InputError(said))
-        # A long preface is looked through again and again: in a twentieth of the time.
-        self._retry_at = time.monotonic() + 20 * (time.monotonic() - now)
+        # A long preface, or a folder, is looked through again and again: in a twentieth of the time. A short file is read at every
+        # look, however long this one took: on a machine that stood still for a moment that is no measure of it.
+        if self._is_slow_to_read():
+            self._retry_at = time.monotonic() + 20 * (time.monotonic() - now)
         return self._source
+
+    def _is_slow_to_read(self) -> bool:
+        try:
+            return self.path.is_dir() or self._is_long()
+        except OSError:
+            return True
 
     def _is_long(self) -> bool:
         try:

@@ -1,12 +1,14 @@
 """What a watch says of logs that grow, turn over and are written anew: each thing once, at its value."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.locate import locate
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.telemetry import LOSS
 from stabilitylab.watching.rules import RULES
@@ -34,6 +36,20 @@ def test_a_spike_is_told_at_the_line_at_which_the_detector_tells_it(log, tmp_pat
             assert new == ([("spike", told)] if step == told else [])
     assert [alert.rule for alert in watched.said] == ["spike", "over"]
     assert watched.said[0].text.startswith(f"step {told}: spike: lm loss has risen by")
+
+
+def test_a_short_file_is_read_at_the_next_look_however_long_one_took(log, tmp_path, monkeypatch):
+    def stands_still(path):
+        time.sleep(0.2)
+        return locate(path)
+
+    watched = Watched(log, tmp_path / "state")
+    monkeypatch.setattr("stabilitylab.watching.watch.locate", stands_still)
+    watched.look()
+    assert "not there yet" in watched.watch.problem
+    append(log, "".join(megatron(k, x) for k, x in enumerate(losses(100))))
+    watched.look()
+    assert watched.watch.judges[""].curves[LOSS].step == 99
 
 
 def test_a_vanishing_loss_is_nan_and_one_line_ends_it(log, tmp_path):
