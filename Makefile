@@ -50,7 +50,7 @@ docs: $(VENV)/.docs
 	@echo "written: site/index.html (its search needs a server: $(PYTHON) -m http.server --directory site)"
 
 $(VENV)/.made:
-	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; say which with: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -c pass 2>/dev/null || { echo "error: no $(PYTHON) here; say which with: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade "pip>=23.2"
 	@touch $@
@@ -65,13 +65,14 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 
 # The tested set but for torch and what hangs on its release.
 $(VENV)-oldest/.dev: pyproject.toml constraints.txt
+	@$(PYTHON) -c pass 2>/dev/null || { echo "error: no $(PYTHON) here; say which with: make test-oldest PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)-oldest
 	grep -viE '^(torch|torchao|torchmetrics|triton|setuptools)==' constraints.txt > $(VENV)-oldest/constraints.txt
 	$(VENV)-oldest/bin/python -m pip --quiet install --constraint $(VENV)-oldest/constraints.txt "$(OLDEST_TORCH)" --editable "$(DEV)"
 	@touch $@
 
 $(VENV)-newest/.dev: pyproject.toml
-	@command -v $(NEWEST_PYTHON) >/dev/null || { echo "error: no $(NEWEST_PYTHON) here; say which with: make test-newest NEWEST_PYTHON=/path/to/python"; exit 2; }
+	@$(NEWEST_PYTHON) -c pass 2>/dev/null || { echo "error: no $(NEWEST_PYTHON) here; say which with: make test-newest NEWEST_PYTHON=/path/to/python"; exit 2; }
 	$(NEWEST_PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip --quiet install --upgrade --editable "$(DEV)"
 	@touch $@
