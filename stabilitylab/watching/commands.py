@@ -17,7 +17,9 @@ from typing import Annotated
 import tyro
 
 from stabilitylab.errors import InputError
+from stabilitylab.telemetry import LOSS
 from stabilitylab.watching.alerts import Alert
+from stabilitylab.watching.alerts import plain as plain_text
 from stabilitylab.watching.kept_state import KeptState, default_folder
 from stabilitylab.watching.notifiers import Command, Notifier, Webhook
 from stabilitylab.watching.options import Options
@@ -147,6 +149,9 @@ def _watch(
             watched.close()
         if found or (once and memory.has_told(ends)):
             return FAILED
+        # To a person only: a script that looks every hour wants to hear of alerts alone.
+        if once and not watched.announcer.told and sys.stdout.isatty():
+            screen.note(_nothing_new(watched))
         return 0
     finally:
         ended = [hook.close(_WAIT_FOR_HOOKS) for hook in hooks]
@@ -173,6 +178,13 @@ def _look(
         if last or found or watched.is_over:
             return
         stop.wait(every)
+
+
+def _nothing_new(watched: Watch) -> str:
+    step = max((judge.curves[LOSS].step for judge in watched.judges.values()), default=-1)
+    return f"{plain_text(str(watched.path))}: " + (
+        f"nothing new up to step {step:,}" if step >= 0 else "no value of a loss yet"
+    )
 
 
 class _Stop:

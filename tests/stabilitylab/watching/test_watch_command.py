@@ -172,6 +172,22 @@ def test_a_terminal_shows_a_panel(tmp_path):
         assert words in text, words
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_one_look_that_finds_nothing_says_so_to_a_person(tmp_path, monkeypatch, capsys, is_terminal):
+    log, calm = tmp_path / "train.log", tmp_path / "calm.log"
+    log.write_text("".join(megatron(k, x) for k, x in enumerate(losses(700, spike=600))))
+    calm.write_text("".join(megatron(k, x) for k, x in enumerate(losses(700))))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    said = []
+    for path in (log, log, calm):
+        assert main(["watch", str(path), "--once", "--state", str(tmp_path / path.stem)]) == 0
+        said.append(capsys.readouterr())
+    assert ": spike: lm loss has risen" in said[0].out
+    assert [one.out for one in said[1:]] == ["", ""]
+    nothing = [f"{path}: nothing new up to step 699\n" if is_terminal else "" for path in (log, calm)]
+    assert [one.err for one in said] == ["", *nothing]
+
+
 def test_standard_input_is_watched_until_it_ends(broken):
     text = broken.read_text()
     command = [sys.executable, "-m", "stabilitylab", "watch", "-", "--plain", "--every", "0.1"]
