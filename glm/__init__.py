@@ -1,7 +1,7 @@
 """glm: GLM-130B's model, objective and training, from data to a trained model that fills blanks.
 
 A run from Python, as ``glm train`` starts it from a shell: ``Trainer`` with a ``TrainConfig``, a ``LocalEngine`` and a ``Loader``
-over ``open_data``; a ``Callback`` hears its steps. ``open_model`` and ``fill`` use what was trained.
+over ``open_data``; a ``Callback`` hears its steps. ``open_model`` and ``fill`` use the trained model.
 """
 
 from __future__ import annotations

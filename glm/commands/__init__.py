@@ -1,1 +1,1 @@
-"""The commands of ``glm``, above everything that they command."""
+"""The commands of ``glm``. They stand above the rooms that they import."""

@@ -1,1 +1,1 @@
-"""Processes of one run: launched, gathered, agreeing. Knows torch and nothing of models."""
+"""Launch the processes of one run, bring them together and let them agree. Knows torch and nothing of models."""

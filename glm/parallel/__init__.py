@@ -1,1 +1,1 @@
-"""Many devices: what a topology costs on paper, how a world is laid out, and training on it."""
+"""Training on many devices: how a topology divides the ranks and cuts the model, and the engine that trains on it."""

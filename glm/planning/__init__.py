@@ -1,1 +1,1 @@
-"""A training run or a served model on paper: memory, time and reliability, before any machine is rented."""
+"""Plan a training run or a served model on paper: memory, time and reliability, before you rent any machine."""

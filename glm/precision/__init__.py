@@ -1,4 +1,4 @@
-"""Number formats: which tensor has which, how half operands are multiplied, and how the loss is scaled."""
+"""Number formats: which tensor has which, how to multiply operands in half precision, and how to scale the loss."""
 
 from glm.precision.gate import gated_heads
 from glm.precision.gradient_range import GradientRange, count_all, gradient_range

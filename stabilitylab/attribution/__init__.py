@@ -1,4 +1,4 @@
-"""Proof of cause by forks: which one thing, left out, keeps an event from coming."""
+"""Prove a cause by forks: find the one thing without which an event does not come."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Charts for pages: drawn by Bokeh in the reader's browser, to be hovered and zoomed. ``figures`` draws the same as pictures."""
+"""Charts for pages: Bokeh draws them in the browser, where readers hover and zoom. ``figures`` draws the same as pictures."""

@@ -1,4 +1,4 @@
-"""Other people's trainers, watched. Each module is imported by those who have the trainer."""
+"""Watch other people's trainers. Import a module only where its trainer is installed."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Logs of other trainers, read as streams of numbers."""
+"""Read logs of other trainers as streams of numbers."""

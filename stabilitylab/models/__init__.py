@@ -1,4 +1,4 @@
-"""Text models from outside, opened without executing anything that lies in their files."""
+"""Open text models from outside, and execute nothing that lies in their files."""
 
 from stabilitylab.model_structure import Conv1D, linear_layers, linear_weight, shared_parameters
 from stabilitylab.models.loading import GROUP, open_text_model

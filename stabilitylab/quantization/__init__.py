@@ -1,4 +1,4 @@
-"""Schemes of quantization, linear layers that follow them, what each costs a model, and plans made from that."""
+"""Quantization schemes, linear layers that follow them, what each costs a model, and plans that choose among them."""
 
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.reference import reference_linear

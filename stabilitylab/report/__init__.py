@@ -1,4 +1,4 @@
-"""A run shown: one self-contained HTML page."""
+"""Show a run as one self-contained HTML page."""
 
 from stabilitylab.report.page import Content, Page, Picture, Said, Section, Statements, Table, TableCell
 from stabilitylab.report.single import comparison, run_report

@@ -1,4 +1,4 @@
-"""A run's folder, written and read back."""
+"""Write a run's folder, and read it back."""
 
 from stabilitylab.runs.run import Run, load_run
 

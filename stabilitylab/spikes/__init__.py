@@ -1,4 +1,4 @@
-"""Spikes: found while they begin, told apart, explained and answered."""
+"""Find spikes while they begin, tell them apart, explain them and answer them."""
 
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of

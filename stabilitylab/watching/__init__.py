@@ -1,4 +1,4 @@
-"""A log watched while it grows: what is found is told the moment it is found.
+"""Watch a log while it grows, and tell what it shows the moment it shows it.
 
 A line's way: a follower (``tail``, ``followers``, ``stores``) hands over the rows that are new, wherever they come from; a judge of
 its segment (``judge``) chooses columns and feeds the online detector; what it finds becomes an alert (``alerts``, one of

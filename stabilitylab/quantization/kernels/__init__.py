@@ -1,9 +1,9 @@
 """Which native operation multiplies with quantized weights, on this machine, for this many rows.
 
-A kernel takes the canonical form (stored.py) into whatever layout it wants and can give it back. It is used only where a small
-problem, made to break it, has shown in this process that it agrees with the reference: kernels saturate, want shapes, or are
-missing, depending on processor, device and version of torch. Which kernel and from how many rows on is a rule on capabilities, not
-on a stopwatch, so that the same machine gives the same numbers every time.
+A kernel takes the canonical form (stored.py) into whatever layout it wants and can give it back. Dispatch uses it only where a
+small problem, made to break it, has shown in this process that it agrees with the reference: kernels saturate, want shapes, or are
+missing, depending on processor, device and version of torch. A rule on capabilities decides which kernel and from how many rows on,
+not a stopwatch, so that the same machine gives the same numbers every time.
 """
 
 from stabilitylab.quantization.kernels.dispatch import (
