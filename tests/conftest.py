@@ -25,6 +25,9 @@ sys.dont_write_bytecode = False
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+STARTED = str(ROOT / "tests" / "started")
+if STARTED not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+    os.environ["PYTHONPATH"] = os.pathsep.join([STARTED, *filter(None, paths)])
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
