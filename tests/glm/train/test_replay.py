@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -51,12 +52,18 @@ def onset(step=ONSET, kind="spike", episode=1):
 
 
 @pytest.fixture(scope="module")
-def run(data_folder, tmp_path_factory):
+def finished(data_folder, tmp_path_factory):
     """A finished run, with an episode in its events that stands for one the detector found."""
     out = tmp_path_factory.mktemp("run") / "run"
     train(TrainCommand(config=SMALL, data=data_folder, out=out), console=Console(quiet=True))
     RunFolder(out).append_events([onset()])
     return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it: a page compares all replays of an event that lie in a run."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def replayed(run, *flags):
