@@ -178,9 +178,9 @@ class UnpairedRates:
         n = len(self.arm) * len(self.baseline) / (len(self.arm) + len(self.baseline))
         rate = (self.arm.sum() + self.baseline.sum() + 1) / (len(self.arm) + len(self.baseline) + 2)
         boundary = (
-            math.sqrt(-2 * math.log(alpha) + math.log1p(4 * n)) if sequential else stats.norm.isf(alpha / 2)
+            math.sqrt(-2 * math.log(alpha) + math.log1p(4 * n)) if sequential else -special.ndtri(alpha / 2)
         )
-        size = float((boundary + stats.norm.ppf(POWER)) * math.sqrt(rate * (1 - rate) / n))
+        size = float((boundary + special.ndtri(POWER)) * math.sqrt(rate * (1 - rate) / n))
         return size if size <= 1 else math.inf
 
 

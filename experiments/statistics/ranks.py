@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from experiments.statistics import orders
 from experiments.statistics.law import POWER, InterimLook
@@ -106,7 +106,7 @@ class SignedRanks:
             return math.inf
         walsh = np.abs(_walsh(centred, tie=0.0))
         deviation = math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
-        share = 0.5 + (stats.norm.isf(alpha / 2) + stats.norm.ppf(POWER)) * deviation / (n * (n + 1) / 2)
+        share = 0.5 + (-special.ndtri(alpha / 2) + special.ndtri(POWER)) * deviation / (n * (n + 1) / 2)
         return float(np.quantile(walsh, 2 * share - 1, method="higher")) if share <= 1 else math.inf
 
 
@@ -148,11 +148,11 @@ class RankSum:
         boundary = (
             math.sqrt(-2 * math.log(alpha) + math.log1p(4 * na * nb / (na + nb)))
             if sequential
-            else stats.norm.isf(alpha / 2)
+            else -special.ndtri(alpha / 2)
         )
         if not sequential and _most_below(na, nb, alpha) < 0:
             return math.inf
-        share = 0.5 + float(boundary + stats.norm.ppf(POWER)) / math.sqrt(information)
+        share = 0.5 + float(boundary + special.ndtri(POWER)) / math.sqrt(information)
         centred = _centred(self._shifts(tie=math.inf))
         if share > 1 or not len(centred):
             return math.inf
@@ -231,7 +231,7 @@ def signed_rank_p(d: np.ndarray) -> tuple[float, float]:
     centre = seen - total / 2
     if len(d) > MOST_PAIRS:
         deviation = math.sqrt(float(np.sum(doubled.astype(float) ** 2)) / 4)
-        return min(1.0, 2 * float(stats.norm.sf(max(0.0, abs(centre) - 1) / deviation))), centre
+        return min(1.0, 2 * float(special.ndtr(-max(0.0, abs(centre) - 1) / deviation))), centre
     return _two_sided(_sums_of_signs(tuple(np.sort(doubled).tolist())), seen), centre
 
 
@@ -290,7 +290,7 @@ def _most_below(na: int, nb: int, alpha: float) -> int:
 
 
 def _normal_count(mean: float, deviation: float, alpha: float) -> int:
-    return math.floor(mean - float(stats.norm.isf(alpha / 2)) * deviation - 0.5)
+    return math.floor(mean - float(-special.ndtri(alpha / 2)) * deviation - 0.5)
 
 
 def _walsh(d: np.ndarray, *, tie: float) -> np.ndarray:

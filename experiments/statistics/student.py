@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from experiments.statistics.law import POWER, InterimLook
 
@@ -83,7 +83,7 @@ class PairedT:
         n = len(self.differences)
         if n < 2:
             return math.inf
-        return critical(alpha, n - 1, n) if sequential else float(stats.t.isf(alpha / 2, n - 1))
+        return critical(alpha, n - 1, n) if sequential else -float(special.stdtrit(n - 1, alpha / 2))
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class UnpairedT:
             return math.inf
         if sequential:
             return critical(alpha, nu, self._information())
-        return float(stats.t.isf(alpha / 2, min(len(self.arm), len(self.baseline)) - 1))
+        return -float(special.stdtrit(min(len(self.arm), len(self.baseline)) - 1, alpha / 2))
 
 
 def _evidence(effect: float, half: float, log_e: float) -> InterimLook:
