@@ -1,7 +1,7 @@
 """glm: GLM-130B's model, objective and training, from data to a trained model that fills blanks.
 
-A run from Python, as ``glm train`` starts it from a shell: ``Trainer`` with a ``TrainConfig``, a ``LocalEngine`` and a ``Loader``
-over ``open_data``; a ``Callback`` hears its steps. ``open_model`` and ``fill`` use the trained model.
+To train from Python as ``glm train`` does from a shell, give ``Trainer`` a ``TrainConfig``, a ``LocalEngine`` and a ``Loader`` over
+``open_data``; it calls a ``Callback`` at each step. ``open_model`` and ``fill`` use the trained model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from glm.train.loop import Trainer as Trainer
     from stabilitylab import __version__ as __version__
 
-# Name -> the module that has it; imported on first use: the command's help must not load torch.
+# Name -> the module that has it, imported on first use: the command's help must not load torch.
 _PUBLIC = {
     "Callback": "glm.train.events",
     "InputError": "glm.errors",

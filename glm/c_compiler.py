@@ -19,7 +19,7 @@ _log = logging.getLogger("glm")
 
 
 def loaded(source: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL | None:
-    """A C file's library; None where it cannot be had: torch operations train.
+    """Compile and load a C file; None where that fails, and torch operations do the work.
 
     Args:
         source: the file.

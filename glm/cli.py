@@ -1,4 +1,4 @@
-"""The ``glm`` command. Its commands live beside what they command."""
+"""The ``glm`` command. ``glm/commands`` holds its commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a command computes: what ``--device`` says, else the accelerator that there is."""
+"""Where a command computes: on what ``--device`` says, else on cuda where there is one, else on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from glm.errors import InputError
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device of that name; None: cuda where there is one, else the CPU. Raises InputError where it cannot be used."""
+    """The device of that name; None: cuda where there is one, else the CPU. Raises InputError where torch cannot use it."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)

@@ -1,6 +1,6 @@
 """``glm corpus``, ``glm tokenizer``, ``glm shards``: from text to what ``glm train`` reads.
 
-Each does nothing where its product stands already.
+Each does nothing where its product exists already.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``glm generate``, ``glm evaluate``, ``glm export``: using a trained model.
 
-Results go to standard output, what was taken for them to standard error.
+Results go to standard output, their speed to standard error.
 """
 
 from __future__ import annotations

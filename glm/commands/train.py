@@ -1,7 +1,7 @@
 """``glm train``: a preset with any field overridden, into a run folder, resumable.
 
-A run folder belongs to one configuration: a second run into it is refused, and ``--resume`` continues only what is the same in
-everything that determines its numbers.
+A run folder belongs to one configuration: the command refuses a second run into it, and ``--resume`` continues only with the same
+values of everything that determines the run's numbers.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def train_command(arguments: Sequence[str]) -> int:
     """Parse ``PRESET [flags]`` and train. Returns the exit code."""
     if speaks():
         return _train_command(arguments)
-    # Of several processes one speaks: the others would say the same, and are told to stop when it has spoken. Nothing is there to
-    # save before training begins, which has a handler of its own.
+    # One of several processes speaks; the others would say the same, and the launcher stops them when it has spoken. Before
+    # training begins there is nothing to save; training has a signal handler of its own.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -101,7 +101,7 @@ def train_command(arguments: Sequence[str]) -> int:
     except (EverywhereError, EverywhereOSError, SystemExit) as stop:
         code = stop.code if isinstance(stop, SystemExit) else 2
         if code == 2:
-            # The launcher ends all as soon as one has ended: that must be the one that speaks.
+            # The launcher ends all processes as soon as one has ended: that must be the one that speaks.
             time.sleep(SECONDS_TO_SPEAK)
         return int(code or 0)
 
@@ -140,7 +140,7 @@ def parse_command(arguments: Sequence[str]) -> TrainCommand:
 
 @contextmanager
 def _one_column() -> Iterator[None]:
-    """While this lasts, the terminal is said to be so narrow that tyro puts no groups of flags beside each other."""
+    """For this block report a terminal so narrow that tyro puts no groups of flags beside each other."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(min(shutil.get_terminal_size().columns, _HELP_WIDTH))
     try:
@@ -153,7 +153,7 @@ def _one_column() -> Iterator[None]:
 
 
 def train(command: TrainCommand, *, console: Console) -> bool:
-    """Train, or continue, what the command says. Returns whether the run is complete.
+    """Train or continue the command's run. Returns whether the run is complete.
 
     Raises:
         InputError: the data, the folder, the configuration or the checkpoint does not fit.
@@ -210,7 +210,7 @@ def _train_claimed(
     if resumes:
         _restore(trainer, run)
     if processes.leads:
-        # A run is used where its data may not be: it keeps the tokenizer.
+        # People use a run where its data may be missing: it keeps the tokenizer.
         shutil.copyfile(data.path / "tokenizer.model", run.path / "tokenizer.model")
     with _stops_on_signals(trainer, console):
         return trainer.train()
@@ -220,7 +220,7 @@ def _engine(config: TrainConfig, device: torch.device, processes: ProcessGroup) 
     if config.parallel.ranks == 1:
         return LocalEngine(config, device)
     with processes.together():
-        # Imported here: DeepSpeed takes a second, and one process does without.
+        # Imported here: DeepSpeed takes a second, and one process does not need it.
         from glm.parallel.engine import ParallelEngine
     return ParallelEngine(config, device)
 
@@ -250,7 +250,7 @@ def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool, console: Cons
             f"{run.path} already holds a run: add --resume to continue it, or choose another --out"
         )
     old = from_json(file.read_text(encoding="utf-8"), source=file)
-    # What nothing reads determines nothing: older runs may have been given it.
+    # A value that nothing reads determines nothing; older runs may have recorded one.
     idle = idle_settings(old).keys() & idle_settings(config).keys()
     changed = [
         line
@@ -269,7 +269,7 @@ def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool, console: Cons
 
 
 def _tell_of_a_jump(old: TrainConfig, new: TrainConfig, *, step: int, console: Console) -> None:
-    """A schedule over other steps has another rate at the place where training goes on, and a sudden one makes spikes."""
+    """Warn where a changed schedule gives another rate at the step where training goes on: a sudden change makes spikes."""
     before, now = (one.schedule.learning_rate(step, one.steps) for one in (old, new))
     if before > 0 and not 2 / 3 < now / before < 1.5:
         console.print(
@@ -299,7 +299,7 @@ def _write_atomically(file: Path, text: str) -> None:
 def _stops_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
     """The first SIGINT or SIGTERM lets the step end, saves and returns; a second SIGINT breaks off at once.
 
-    In another thread than the first nothing is done: signals are the first thread's, and its owner's to answer.
+    Does nothing outside the main thread: Python delivers signals to that thread, whose owner answers them.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

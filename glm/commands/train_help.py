@@ -1,7 +1,7 @@
-"""The help of ``glm train PRESET`` in parts: what every run needs and the groups of flags, one group, or all of it.
+"""The help of ``glm train PRESET`` in parts: an overview of what every run needs and the groups of flags, one group, or all of it.
 
-Some two hundred flags are generated from the configuration, and tyro's page of them is read by nobody. It is taken apart as tyro
-writes it to what is no terminal: a title, a rule, what the group is, a rule again, the flags.
+tyro generates some two hundred flags from the configuration, and nobody reads that page whole. This module takes apart what tyro
+writes where there is no terminal: a title, a rule, what the group is, a rule again, the flags.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _RULE = re.compile(r"^ +-+$")
 
 
 def help_text(page: str, program: str, group: str | None) -> str:
-    """What to print of tyro's page.
+    """The part of tyro's page to print.
 
     Args:
         page: all of it, without colours.
@@ -44,7 +44,7 @@ def help_text(page: str, program: str, group: str | None) -> str:
 
 
 def _boxes(page: str) -> tuple[str, dict[str, str]]:
-    """What goes before the first box, and the boxes by their groups; the first one's is empty."""
+    """The text before the first box, and the boxes by group; the first box's group is the empty name."""
     head: list[str] = []
     boxes: dict[str, list[str]] = {}
     into = head

@@ -1,12 +1,12 @@
-"""A batch of rows, and who may see whom in it.
+"""A batch of rows, and which token may see which.
 
-Shapes: B rows, T tokens a row. A row holds one or several pieces (samples) side by side; ``segments_BT`` says which piece a token
-belongs to, -1 is padding. Query i sees key j of the same row
+Shapes: B rows, T tokens a row. A row holds one or several pieces (samples) side by side; ``segments_BT`` says to which piece a
+token belongs, -1 is padding. Query i sees key j of the same row
 
     <=>  segments[i] == segments[j]  and  (j <= i  or  context[j])
 
-that is: causal, plus the whole of the piece's context, block-diagonal over pieces. Padding sees padding before it and nothing else
-sees it.
+that is: causal, plus the whole of the piece's context, block-diagonal over pieces. Padding sees the padding before it, and no other
+token sees padding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Batch:
 
     Attributes:
         tokens_BT: int64.
-        targets_BT: int64, ``NO_TARGET`` where no loss is taken.
+        targets_BT: int64, ``NO_TARGET`` where there is no loss.
         positions: int64 [B, T], or [B, T, 2] with the intra-span position second.
         segments_BT: int32, the piece's number in its row; -1 for padding.
         context_BT: bool, the token is part of its piece's bidirectional context.

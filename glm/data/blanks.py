@@ -1,20 +1,20 @@
-"""Blank infilling: many pieces of text become many samples at once, and no target is ever cut.
+"""Blank infilling: turns many pieces of text into samples at once, and never cuts a target.
 
-[MASK] (short blanks; GLM, 2103.10360, section 2.1). Spans s_1..s_k of n source tokens (``spans``) are masked out, each becomes one
-[MASK]; behind the corrupted text every span follows, in shuffled order:
+[MASK] (short blanks; GLM, 2103.10360, section 2.1). Each of the spans s_1..s_k of n source tokens (``spans``) becomes one [MASK];
+the spans follow the corrupted text in shuffled order:
 
     input   a [MASK] b [MASK] c   sop s..   sop s..        n - S + k   and   S + k   tokens, S = sum s_i
     target  .        .        .   s..  eop  s..  eop
 
-so a sample takes n + 2k tokens, and ``spans`` has chosen n and k such that they fit.
+so a sample takes n + 2k tokens, and ``spans`` chooses n and k so that they fit.
 
 [gMASK] (one long blank): g uniform in [0.2 n, n], n = T - 1:   input  prefix [gMASK] sop t_1 .. t_g-1,   target  t_1 .. t_g.
 
 Positions, 1-D as in GLM-130B: context tokens count up, a span's tokens all carry the position of their [MASK]; in [gMASK] rows they
 count on. 2-D adds the place inside the span, 0 in the context.
 
-Shapes: Q pieces, K the largest number of spans, P tokens of room a piece. Everything is done for all pieces together: a piece is a
-sequence of *runs* (stretches of source, or single special tokens), and runs are expanded with ``numpy.repeat``.
+Shapes: Q pieces, K the largest number of spans, P tokens of room a piece. The code handles all pieces together: a piece is a
+sequence of *runs* (stretches of source, or single special tokens), and ``numpy.repeat`` expands the runs.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def mask_pieces(
     columns = 3 * K + 2
     spans_from = 2 * K + 1
     length = np.zeros((Q, columns), np.int64)
-    source = np.zeros((Q, columns), np.int64)  # place in the piece's text of the run's first token
+    source = np.zeros((Q, columns), np.int64)  # where the run's first token lies in the piece's text
     masks, texts = np.s_[:, 1 : 2 * K : 2], np.s_[:, 0 : 2 * K : 2]
     generated = np.s_[:, spans_from : spans_from + K]
     length[masks] = used_QK
@@ -131,7 +131,7 @@ def gmask_rows(
     generated_R = least + (uniform(seed, sample_R, _GENERATED) * (n - least + 1)).astype(np.int64)
     prefix_R1 = (n - generated_R)[:, None]
     place_T = np.arange(length)
-    # prefix | gMASK | sop | text from the prefix's end: behind the two special tokens the source lags by two.
+    # prefix | gMASK | sop | text from the prefix's end: after the two special tokens the source lags by two.
     source_RT = np.where(place_T < prefix_R1, place_T, place_T - 2).clip(0)
     tokens = stream[first_R[:, None] + source_RT].astype(np.int64)
     tokens[place_T == prefix_R1] = special.gmask

@@ -1,9 +1,9 @@
-"""Making a product once: complete or absent, and not again if it stands.
+"""Makes a product once: it is complete or absent, and the same call again does nothing.
 
-Corpus, tokenizer and shards are folders made from inputs and settings. The work goes into ``NAME.partial`` beside the folder's
-place; ``meta.json`` is written last and the folder renamed, so what has the name is complete. A second call with the same inputs
-and settings finds their fingerprint in ``meta.json`` and does nothing; with others it refuses, since the product of another call is
-not ours to overwrite.
+Corpus, tokenizer and shards are folders made from inputs and settings. ``build_once`` works in ``NAME.partial`` beside the folder's
+place, writes ``meta.json`` last and renames the folder, so a folder of that name is complete. A second call with the same inputs
+and settings finds their fingerprint in ``meta.json`` and does nothing; with others it refuses, and does not overwrite what another
+call made.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ except ImportError:
 def build_once(
     out: Path, *, what: str, made_by: str, fingerprint: str, work: Callable[[Path], dict[str, Any]]
 ) -> bool:
-    """Make ``out`` unless it stands. ``work`` fills the folder it is given and returns what ``meta.json`` shall hold.
+    """Make ``out`` unless it exists. ``work`` fills the folder that it receives and returns what ``meta.json`` is to hold.
 
     Returns:
-        Whether anything was done.
+        Whether it made the product.
 
     Raises:
-        InputError: something else is at ``out``, or another process is making it.
+        InputError: ``out`` holds something else, or another process is making it.
     """
     if out.exists():
         meta = read_meta(out, what=what, made_by=made_by)
@@ -50,7 +50,7 @@ def build_once(
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with _alone(partial, out):
-        # A part made for other settings is of no use; one made for these is taken up where it was left.
+        # A part made for other settings is of no use; work on one made for these goes on where it stopped.
         begun = partial / "fingerprint"
         if not (begun.is_file() and begun.read_text() == fingerprint):
             for path in partial.iterdir():
@@ -70,7 +70,7 @@ def build_once(
 
 @contextmanager
 def _room(partial: Path) -> Iterator[None]:
-    """Says it in one line when there is no room left for files, or none for so large a file."""
+    """Tells in one line of a full disk, or of a file too large for it."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Building a corpus: from the default packages, or from the user's files.
+"""Builds a corpus from the default packages, or from the user's files.
 
-Every source (a package, a file) becomes one Parquet file of documents, or one a task; a build that was killed takes up after the
-last source that it finished.
+Every source (a package, a file) becomes one Parquet file of documents, or one per task; a killed build goes on after the last
+source that it finished.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from glm.data.tasks import TaskExample, TaskWriter
 from glm.errors import InputError
 
 TASKS_PER_SERVICE = 24
-# A corpus cut short has fewer tasks too: one less for each so many characters, but some.
+# A corpus cut short has fewer tasks too, one for each so many characters, but always some.
 CHARACTERS_PER_TASK = 2_000_000
 FORMAT = 2
 
@@ -47,7 +47,7 @@ class Source:
 def build_corpus(
     sources: tuple[Path, ...], out: Path, max_characters: int | None, tasks: tuple[Path, ...] = ()
 ) -> Corpus:
-    """Make a corpus at ``out``, or open it where it stands.
+    """Make a corpus at ``out``, or open the one that is there.
 
     Args:
         sources: text files or folders of them; none: the default corpus.
@@ -115,7 +115,7 @@ def _default_sources(cache: Path, max_characters: int | None) -> list[Source]:
 
 
 def _write_sources(parts: list[Source], folder: Path, max_characters: int | None) -> Counts:
-    """Write one file a source or task; what a killed build finished is kept."""
+    """Write one file per source or task; keep what a killed build finished."""
     total = {"documents": 0, "characters": 0, "tasks": 0, "task_characters": 0}
     with progress_bar() as progress:
         bar = progress.add_task("corpus", total=len(parts), said="")

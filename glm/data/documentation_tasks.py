@@ -10,12 +10,12 @@
 | topic-en | the service | an operation's description | names of four services |
 | required-en | whether a parameter must be given | its name and description | yes, no |
 
-Wrong choices come from the same service, so that the subject alone does not give the answer away. A description is used once, in
-the first service that has it: what a held-out service shares with others is therefore either in training or in its tasks, not in
-both. The tasks that answer yes or no have as many of each, up to chance.
+Wrong choices come from the same service, so that the subject alone does not give the answer away. Each description appears once, in
+the first service that has it, so what a held-out service shares with others is either in training or in its tasks, not in both. The
+tasks that answer yes or no have as many of each, up to chance.
 
-Limits: the alignment of the two languages is by service, version, class and parameter; where one language's documentation has moved
-on, a pair is loose.
+Limits: service, version, class and parameter align the two languages; where one language's documentation has moved on, a pair is
+loose.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from glm.data.templates import Template
 
 CHOICES = 4
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
-# Said of thousands of parameters, and nothing about any of them.
+# Sentences that stand at thousands of parameters and say nothing about any of them.
 _NULL = re.compile(
     r"\s*(注意：此字段可能返回 ?null，表示取不到有效值。?"
     r"|Note: ?This (field|parameter) may return null,? indicating that no valid values? can be obtained\.?)"
@@ -45,7 +45,7 @@ _NULL = re.compile(
 _LENGTHS = {
     "zh": (4, 90),
     "en": (12, 220),
-}  # characters of a description: longer ones are not read in one row
+}  # characters of a description: a longer one does not fit a row
 _TYPES = {
     "zh": {"str": "字符串", "int": "整数", "bool": "布尔", "float": "浮点数", "list": "列表"},
     "en": {"str": "string", "int": "integer", "bool": "boolean", "float": "float", "list": "list"},
@@ -118,7 +118,7 @@ def aws_tasks(wheel: Path, per_service: int) -> Iterator[TaskExample]:
     seen: set[str] = set()
     with zipfile.ZipFile(wheel) as archive:
         files = spread(name for name in archive.namelist() if "/service-2.json" in name)
-        titles: list[str] = []  # of the services before: wrong choices
+        titles: list[str] = []  # of earlier services: wrong choices
         for file in files:
             raw = archive.read(file)
             model = json.loads(gzip.decompress(raw) if file.endswith(".gz") else raw)
@@ -228,7 +228,7 @@ def _required(model: dict[str, Any], group: str, per_service: int, seen: set[str
 
 
 def _choices(answer: str, others: Sequence[str], salt: str) -> tuple[str, ...]:
-    """The answer among three others, in an order that does not tell; empty where there are not three."""
+    """The answer among three others, in an order that does not give it away; empty where there are not three."""
     found = [answer]
     start = _hash(salt) % max(1, len(others))
     for step in range(len(others)):

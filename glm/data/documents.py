@@ -1,6 +1,6 @@
 """Documents on disk: what a corpus is.
 
-A corpus is a folder of Parquet files of documents and a ``meta.json`` that says from what it was made. A document has
+A corpus is a folder of Parquet files of documents and a ``meta.json`` that names its sources. A document has
 
     text      its words
     language  "zh", "en" or "" where unknown

@@ -5,9 +5,9 @@
     .parquet  the same names as columns
 
 A task is a .jsonl file of records with a template of the same name beside it (``reviews.jsonl``, ``reviews.jinja``; see
-``templates``); "language" and "group" of a record are used where they are there.
+``templates``); it uses a record's "language" and "group" where the record has them.
 
-Memory is bounded by one document. What is not UTF-8 text, or lacks "text", is refused with its place.
+One document bounds the memory. The readers refuse what is not UTF-8 text, or lacks "text", and name its place.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LONGEST = 20_000
 
 
 def find_files(sources: tuple[Path, ...]) -> list[Path]:
-    """All text files among the sources and inside those that are folders. Raises InputError for what cannot be read."""
+    """All text files among the sources and inside those that are folders. Raises InputError for one that cannot be read."""
     found: list[Path] = []
     for source in sources:
         if source.is_dir():
@@ -109,7 +109,7 @@ def read_task_records(path: Path) -> Iterator[TaskExample]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Says in one line what is wrong with a file that cannot be read as text."""
+    """Tells in one line what is wrong with a file that is not readable text."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -144,7 +144,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
 def _text(path: Path, file: TextIO) -> Iterator[Document]:
     held: list[str] = []
     size = number = 0
-    # readline with a bound: a file without line breaks must not be read whole.
+    # readline with a bound: it must not read a file without line breaks whole.
     while line := file.readline(LONGEST):
         if "\0" in line:
             raise InputError(f"{path} is binary, not text: it holds a zero byte; leave it out")
@@ -171,7 +171,7 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[Document]:
 
 
 def _records(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a .jsonl file with their line numbers; empty lines are passed over."""
+    """The objects of a .jsonl file with their line numbers; skips empty lines."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue

@@ -2,9 +2,9 @@
 
     input   prompt with [MASK]   sop a_1 .. a_n        target  .   a_1 .. a_n eop        loss on the answer only
 
-Each task has an equal share whatever its size, and each example of a task the same chance; examples are drawn with replacement. A
-row takes examples, in the order drawn, that still fit; none is cut. Examples longer than a row are not drawn: ``too_long`` says how
-many there are.
+Each task has an equal share whatever its size, and each example of a task the same chance; the pool draws examples with
+replacement. A row takes, in the order drawn, those that still fit, and cuts none. The pool never draws examples longer than a row:
+``too_long`` says how many there are.
 
 Shapes: R rows, D draws a row, Q pieces, T tokens a row.
 """
@@ -73,7 +73,7 @@ class TaskPool:
         example_Q, cost_Q = example_RD[taken_RD], cost_RD[taken_RD]
         piece_Q = (taken_RD.cumsum(1) - 1)[taken_RD]
 
-        # Tokens of a piece lie behind one another in the row: piece q begins at ``begin_Q``, its token x at begin + x.
+        # A piece's tokens are contiguous in the row: piece q begins at ``begin_Q``, and its token x lies at begin + x.
         ends_Q = cost_Q.cumsum()
         row_start_R = np.searchsorted(row_Q, np.arange(R))
         before_Q = ends_Q - cost_Q
@@ -89,7 +89,7 @@ class TaskPool:
         last = ends_Q - 1
         wanted = stream.take(source, mode="clip").astype(np.int64)
         wanted[last] = self._special.eop
-        mask = np.flatnonzero((text == self._special.mask) & ~answer)  # one a piece, so in order of pieces
+        mask = np.flatnonzero((text == self._special.mask) & ~answer)  # one per piece, so in order of pieces
         mask_x = np.repeat(x[mask], cost_Q)
 
         tokens = np.full(R * T, self._special.pad, np.int64)

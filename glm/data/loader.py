@@ -1,10 +1,10 @@
 """Sample i as a function of (seed, i).
 
-The tokens of a split are cut into blocks of one row each; epoch e goes through all of them in an order that the seed and e
+The loader cuts the tokens of a split into blocks of one row each; epoch e goes through all of them in an order that the seed and e
 determine, from an offset that shifts with e (``stream``). A mixture has such a stream for each component, and gives sample i a
-component and a number within it (``mixture``). A row is built from its block with random draws that depend on (seed, i) alone:
-blank infilling (``blanks``), or at its share multi-task examples instead (``instructions``). No state is kept: any worker, any rank
-and any resumed run builds the same row, and a row can be named, passed over and built again.
+component and a number within it (``mixture``). The loader builds a row from its block with random draws that depend on (seed, i)
+alone: blank infilling (``blanks``), or for a share of rows multi-task examples instead (``instructions``). It keeps no state: any
+worker, any rank and any resumed run builds the same row, and a run can name a row, skip it and build it again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from glm.data.spans import LEAST_ROOM, Ints, draw_spans
 from glm.data.stream import Stream
 from glm.errors import InputError
 
-_KIND = 0  # the draw that says what becomes of a row
+_KIND = 0  # the draw that decides what becomes of a row
 MULTITASK_SHARE = 0.05
 
 
@@ -37,18 +37,18 @@ class Loader:
 
     Args:
         data: the folder, opened.
-        objective: what is asked of a row.
-        config: what is sampled.
+        objective: what the model is to predict in a row.
+        config: which samples to draw.
         length: T, tokens a row.
         seed: of order and masks.
         split: "train" or "heldout".
 
     Attributes:
-        multitask_share: of rows, as it is used.
+        multitask_share: of rows, as used.
         blocks: rows in an epoch of each component.
 
     Raises:
-        InputError: the split has too few tokens for one row, or no such component or no tasks as are asked for.
+        InputError: the split has too few tokens for one row, lacks a component of the mixture, or lacks the tasks asked for.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Loader:
             return causal_rows(text_RS.ravel(), self._begins(len(sample_R)), self.length), provenance
         u_R = uniform(self.seed, sample_R, _KIND)
         tasks_R = u_R < self.multitask_share
-        # What is left of the draw is uniform again.
+        # The rest of the draw is uniform again.
         whole_R = ~tasks_R & (u_R - self.multitask_share < self._gmask_share * (1 - self.multitask_share))
         rows = self._empty(len(sample_R))
         self._add_blanks(rows, text_RS, sample_R, whole_R, ~(tasks_R | whole_R))

@@ -7,8 +7,8 @@ share to within about one sample, and
     component(i), rank(i)      are functions of (seed, i, weights) alone:
 
 rank counts the component's earlier samples, which is the number of its next row. Weights may move linearly over a range of samples
-(the mix ramp that GLM-130B took after its collapse at 22.8k steps). The counts of windows are summed up from the beginning when
-first needed, some 20 ms for each million samples.
+(the mix ramp that GLM-130B took after its collapse at 22.8k steps). The first use sums the counts of windows from the beginning,
+some 20 ms for each million samples.
 
 Shapes: C components, M windows, R samples.
 """
@@ -82,7 +82,7 @@ class Mixture:
         while len(self._counts_MC) <= window:
             middle = (len(self._counts_MC) + 0.5) * WINDOW
             due_C = WINDOW * self.weights_at(middle) + self._owed_C
-            # What is owed may be negative: a component that had too much waits.
+            # A component that had too much is owed a negative number, and waits.
             counts_C = np.maximum(np.floor(due_C), 0).astype(np.int64)
             left = WINDOW - int(counts_C.sum())
             order = np.argsort(-(due_C - counts_C), kind="stable")

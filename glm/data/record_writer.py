@@ -1,4 +1,4 @@
-"""Records into a Parquet file, a batch at a time, so that memory stays bounded however many there are."""
+"""Writes records into a Parquet file, a batch at a time, so that memory stays bounded however many there are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RecordWriter(Generic[RecordT]):
     Args:
         path: the file.
         schema: its columns.
-        batch: records held in memory at most.
+        batch: most records to hold in memory.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, *, batch: int) -> None:
@@ -39,7 +39,7 @@ class RecordWriter(Generic[RecordT]):
             self._write()
             self._writer.close()
         else:
-            # The file is given up; closing it may fail again for the same reason, and would hide the first one.
+            # The file is lost; closing it may fail again for the same reason, and would hide the first error.
             with suppress(Exception):
                 self._writer.close()
 

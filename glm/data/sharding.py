@@ -1,8 +1,8 @@
-"""Tokenizing a corpus into shards, documents and tasks alike.
+"""Tokenizes a corpus into shards, documents and tasks alike.
 
-A group (a service, a book, a document of the user's) is held out as a whole, by the hash of its name, so no sentence of it is
-trained on, neither as text nor in a task. Each source and language has shards of its own, which mixtures weight; from the 64th pair
-on they share one.
+The hash of a group's name decides whether the group (a service, a book, a user's document) is held out, always as a whole: a model
+trains on no sentence of it, neither as text nor in a task. Each source and language has shards of its own, which mixtures weight;
+from the 64th pair on they share one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Tell = Callable[[int, str], None]
 def build_shards(
     corpus_path: Path, tokenizer_path: Path, out: Path, heldout: float, threads: int
 ) -> TokenData:
-    """Tokenize a corpus into ``out``, or open it where it stands. Raises InputError for wrong input."""
+    """Tokenize a corpus into ``out``, or open what is there. Raises InputError for wrong input."""
     if not 0 <= heldout < 1:
         raise InputError(f"--heldout is a share in [0, 1), got {heldout}")
     if threads < 1:
@@ -112,7 +112,7 @@ def _write_documents(
 def _write_tasks(
     corpus: Corpus, tokenizer: Tokenizer, folder: Path, dtype: str, heldout: float, threads: int, tell: Tell
 ) -> dict[str, dict[str, Any]]:
-    """One shard and one Parquet file for each split that has examples."""
+    """Write one shard and one Parquet file for each split that has examples."""
     done: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
         counts: dict[str, int] = {}
@@ -186,7 +186,7 @@ class _ShardWriter:
                 "source": self._source,
                 "language": self._language,
             }
-            # Entered at once, so that the next writer's shard has the next number.
+            # The entry is made at once, so that the next writer's shard has the next number.
             self._entries[self._split].append(self._entry)
             self._path = self._folder / str(self._entry["file"])
             self._file = self._path.open("wb")

@@ -9,8 +9,8 @@
     tokenizer.model       the tokenizer that made them
     meta.json             sizes, SHA-256 of every file, vocabulary
 
-Sizes are checked when the folder is opened. A shard's checksum is checked when it is first read, once a process, at the speed of
-SHA-256 (about a second a gigabyte), rather than on opening, where a large corpus would take minutes.
+``open_data`` checks sizes. The first read of a shard in a process checks its checksum, at the speed of SHA-256 (about a second per
+gigabyte); checking all on opening would take minutes for a large corpus.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class TaskShard:
 
     Attributes:
         shard: their tokens; document 2 i is example i's prompt, 2 i + 1 its answer.
-        counts: examples of each task, in the order in which they lie.
+        counts: examples of each task, in the order of the shard.
         text: the Parquet file of the same examples.
         text_sha256: its checksum.
     """
@@ -109,7 +109,7 @@ def open_data(path: str | Path) -> TokenData:
     """Open a folder made by ``glm shards``.
 
     Raises:
-        InputError: it is no such folder, a file is missing or cut short, or the tokenizer is not the one of the shards.
+        InputError: the folder is not one, a file is missing or cut short, or the tokenizer is not the one of the shards.
     """
     path = Path(path)
     meta = read_meta(path, what="shards", made_by="glm shards")
@@ -173,7 +173,7 @@ def sha256(path: Path) -> str:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raises InputError when a file's checksum is another."""
+    """Raises InputError where a file's checksum differs."""
     if sha256(path) != expected:
         raise InputError(
             f"{path} does not match its checksum: it was altered; make the shards again with glm shards"

@@ -1,10 +1,10 @@
-"""Which tokens of a piece are masked: span lengths, places and order, so that everything always fits.
+"""Chooses the masked tokens of a piece: span lengths, places and order, so that everything always fits.
 
 [MASK] (short blanks; GLM, 2103.10360, section 2.1; shares and special cases as GLM-130B, 2210.02414, section 2.2). A piece has room
-for P tokens; k spans with S tokens in all, out of a text of n, take n + 2k of them (``blanks``). Lengths are drawn first, from
-Poisson(3) without its zero, until S >= 15 % of n; n is then the largest text for which that many spans fit, n + 2k <= P, and no
-smaller number of spans would do. Hence nothing need be cut, whatever is drawn. (Fixed n = 500 in rows of 512, as published code has
-it, loses about a third of the targets.) Two pieces in a hundred have one single span.
+for P tokens; k spans with S tokens in all, out of a text of n, take n + 2k of them (``blanks``). ``draw_spans`` draws lengths
+first, from Poisson(3) without its zero, until S >= 15 % of n; n is then the largest text for which that many spans fit, n + 2k <=
+P, and fewer spans would not reach the share. So no draw needs a cut. (Fixed n = 500 in rows of 512, as published code has it, loses
+about a third of the targets.) Two pieces in a hundred have a single span.
 
 Places are uniform over all that leave a token between each two spans; the order of generation is a random permutation.
 
@@ -24,9 +24,9 @@ from glm.data.random import uniform
 
 Ints = NDArray[np.int64]
 
-LEAST_ROOM = 3  # [MASK], sop, and the one token that is masked
+LEAST_ROOM = 3  # [MASK], sop, and the one masked token
 
-# The distribution function at 1, 2, ... for the commonest mean, as SciPy computes it, which takes long to import.
+# The distribution function at 1, 2, ... for the commonest mean, as SciPy, which takes long to import, computes it.
 _OF_THREE = (
     (0.15718708947377208, 0.3929677236844302, 0.6287483578950883, 0.8055838335530819, 0.9116851189478782, 0.9647357616452762)
     + (0.9874717513727325, 0.9959977475205286, 0.9988397462364607, 0.9996923458512402, 0.9999248730189074, 0.9999830048108242)
@@ -47,7 +47,7 @@ class Spans:
         count_Q: its spans.
         length_QK: their lengths; 0 beyond the piece's count.
         start_QK: their places in the source.
-        order_QK: order in which they are generated: rank j -> span.
+        order_QK: order of generation: rank j -> span.
     """
 
     text_Q: Ints
@@ -78,7 +78,7 @@ def draw_spans(seed: int, sample_Q: Ints, room: int, config: ObjectiveConfig) ->
     longest_QK = np.minimum((masked_QK / config.mask_fraction).astype(np.int64), room - 2 * (k_K + 1))
     # Spans need a free token between each two of them.
     fits_QK = longest_QK >= masked_QK + k_K
-    # Fewer spans would do for a text this short: that choice belongs to a smaller k.
+    # Fewer spans suffice for so short a text: that choice belongs to a smaller k.
     fits_QK &= longest_QK * config.mask_fraction > masked_QK - length_QK
     longest_QK[~fits_QK] = 0
     chosen_Q = longest_QK.argmax(1)
@@ -112,7 +112,7 @@ def draw_spans(seed: int, sample_Q: Ints, room: int, config: ObjectiveConfig) ->
 def _span_lengths(u: NDArray[np.float64], mean: float) -> Ints:
     """Quantiles of the Poisson distribution without its zero.
 
-    A guide table of 4096 cells answers where a cell lies within one value, which is nearly always; the rest is searched.
+    A guide table of 4096 cells answers where a cell lies within one value, nearly always; a search answers the rest.
     """
     cumulative, guide = _quantiles(mean)
     cell = (u * (len(guide) - 1)).astype(np.int64)
@@ -143,7 +143,7 @@ def _distribution(mean: float) -> NDArray[np.float64]:
 
 
 def _choose_slots(u_QK: NDArray[np.float64], slots_Q: Ints, count_Q: Ints) -> Ints:
-    """Sorted distinct slots, uniform over all subsets; what lies beyond a piece's count is meaningless.
+    """Sorted distinct slots, uniform over all subsets; entries beyond a piece's count are meaningless.
 
     Floyd's algorithm (Bentley and Floyd 1987) takes, for k = 0, 1, ..., a number of 0..largest + k, or largest + k itself where the
     number is taken already. Columns first, so that each step is one pass over contiguous memory.

@@ -1,7 +1,7 @@
-"""Several shards read as one stream of tokens, cut into blocks of one row each.
+"""Reads several shards as one stream of tokens, cut into blocks of one row each.
 
-A row that lies across the end of one shard and the beginning of the next is put together from both, so that no text is lost however
-small the shards are.
+A row across the end of one shard and the beginning of the next takes tokens from both, so no text is lost however small the shards
+are.
 
 Shapes: R rows of S tokens.
 """
@@ -20,7 +20,7 @@ from glm.data.shards import Shard
 Ints = NDArray[np.int64]
 
 _EPOCH = 1_000_003
-_MOST_HELD = 1 << 20  # blocks of an epoch whose order is held in memory
+_MOST_HELD = 1 << 20  # hold the order of an epoch's blocks in memory up to so many
 _SHIFT = 1  # the draw of an epoch's shift
 
 
@@ -29,7 +29,7 @@ class Stream:
 
     Args:
         shards: in order; at least one.
-        length: T, tokens of a row. Rows are read with one more, for the target of their last.
+        length: T, tokens of a row. The stream reads one token more, the target of the last.
         seed: of the order of blocks.
     """
 
@@ -44,9 +44,9 @@ class Stream:
         self._held: tuple[int, Ints] | None = None
 
     def first_of(self, number_R: Ints) -> Ints:
-        """Where the ``number``-th row of this stream begins: every epoch reads all blocks once, in an order of its own.
+        """Where the ``number``-th row of this stream begins: every epoch reads all blocks once, in its own order.
 
-        Later epochs begin at an offset, so that blocks are cut elsewhere.
+        Later epochs begin at an offset, and so cut blocks elsewhere.
         """
         epoch_R, index_R = np.divmod(number_R, self.blocks)
         first_R = np.empty_like(index_R)
@@ -61,7 +61,7 @@ class Stream:
         seed = self._seed + _EPOCH * epoch
         if self.blocks > _MOST_HELD:
             return shuffled(seed, index_R, self.blocks)
-        # The same permutation, held whole: shuffling a few numbers at a time costs more than building a short row.
+        # The same permutation, held whole: computing a few numbers of it at a time costs more than building a short row.
         if self._held is None or self._held[0] != epoch:
             self._held = epoch, shuffled(seed, np.arange(self.blocks), self.blocks)
         return self._held[1][index_R]

@@ -2,11 +2,11 @@
 
     input   prompt with [MASK]   sop a_1 .. a_n        target  .   a_1 .. a_n eop
 
-Multi-task instruction pre-training (GLM-130B, 2210.02414, section 2.3; ExT5, 2111.10952) trains on 5 % of such tokens. The examples
-of held-out groups are never trained on: they are the zero-shot tasks that ``glm evaluate`` scores.
+Multi-task instruction pre-training (GLM-130B, 2210.02414, section 2.3; ExT5, 2111.10952) trains on 5 % of such tokens. No model
+trains on the examples of held-out groups: they are the zero-shot tasks that ``glm evaluate`` scores.
 
-On disk: Parquet, one row an example. The prompt is kept as what stands before and after its [MASK], so that no text can be taken
-for it.
+On disk: Parquet, one row an example. A row keeps the prompt as the texts before and after its [MASK], so that no text can pass for
+the mask.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def open_tasks(path: Path, split: str = "heldout") -> list[TaskExample]:
     """The examples of a split of a data folder; with "heldout", those that no model trained on it has seen.
 
     Raises:
-        InputError: it is no data folder, its tasks were altered, or it has none in this split.
+        InputError: the folder holds no data, its tasks were altered, or this split has none.
     """
     if split not in SPLITS:
         raise InputError(f"there is no split {split!r}: choose one of {', '.join(SPLITS)}")

@@ -1,17 +1,17 @@
-"""Prompt templates: from a record to a task example, in Jinja.
+"""Prompt templates turn a record into a task example, in Jinja.
 
-A template has two or three parts, divided by ``|||``:
+``|||`` divides a template into two or three parts:
 
     {{ review }}
     这条评论是[MASK]的。 ||| {{ label }} ||| 正面
     负面
 
 the prompt with one [MASK] (put at the end where it is missing), the answer, and the choices, one a line. Source: the form of Sanh
-et al. (2110.08207), which GLM-130B takes its prompts from. The template is divided before it is filled in, so no text in a record
-can be taken for a part or a mask.
+et al. (2110.08207), which GLM-130B takes its prompts from. ``Template`` divides the source before it fills it in, so no text in a
+record can pass for a part or a mask.
 
-Templates are run in Jinja's sandbox: no attribute of Python's is within reach, nothing is included, and a name that the record
-lacks is an error, not an empty string.
+Jinja's sandbox runs the templates: they reach no attribute of Python's and include no file, and a name that the record lacks is an
+error, not an empty string.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from glm.data.tasks import TaskExample
 from glm.errors import InputError
 
 DIVIDER = "|||"
-# Stands for [MASK] while a template is filled in: a character that text does not hold.
+# Stands for [MASK] while Jinja fills in a template: a character that text does not hold.
 _PLACE = "\0"
 
 _environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
@@ -41,7 +41,7 @@ class Template:
         name: for messages.
 
     Raises:
-        InputError: it is no template, or has not two or three parts, or more than one [MASK] in its prompt.
+        InputError: the source is no template, has not two or three parts, or has more than one [MASK] in its prompt.
     """
 
     def __init__(self, source: str, name: str) -> None:
@@ -66,8 +66,8 @@ class Template:
         """The example that a record makes. ``where`` names the record in messages.
 
         Raises:
-            InputError: the template names what the record lacks, or fails, or its prompt, answer or choices come out empty, or
-                the answer is not among the choices.
+            InputError: the template names what the record lacks, or fails; a prompt, answer or choice comes out empty; or the
+                answer is not among the choices.
         """
         try:
             prompt, answer, *rest = (part.render(record).strip() for part in self._parts)

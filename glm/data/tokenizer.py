@@ -1,8 +1,8 @@
 """The tokenizer: SentencePiece with byte fallback and GLM's special tokens at fixed numbers.
 
-Unigram pieces (Kudo 2018) trained on a sample of the corpus; whatever the pieces cannot spell is spelt in bytes, so no text is
-lost. In a vocabulary too small for the text's alphabet only the commonest characters are pieces. The special tokens are control
-symbols: they never come out of encoding text, even where the text spells them.
+Training fits unigram pieces (Kudo 2018) to a sample of the corpus; bytes spell whatever the pieces cannot, so no text is lost. In a
+vocabulary too small for the text's alphabet only the commonest characters are pieces. The special tokens are control symbols:
+encoding a text never yields them, even where the text spells them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from glm.errors import InputError
 
 SMALLEST = 300  # bytes, special tokens and the alphabet must fit
 BYTES_AND_SPECIAL = 263
-ROOMY = 4096  # pieces from which on an alphabet of Chinese leaves enough for words
+ROOMY = 4096  # from so many pieces on, an alphabet of Chinese leaves enough for words
 SENTENCE = 1024
 
 
@@ -75,7 +75,7 @@ class Tokenizer:
         return int(self._model.get_piece_size())
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers of a text; special tokens in it are spelt out, not interpreted."""
+        """Token numbers of a text; spells special tokens out and does not interpret them."""
         return list(self._model.encode(text))
 
     def encode_all(self, texts: list[str], threads: int = 1) -> list[list[int]]:
@@ -92,7 +92,7 @@ class Tokenizer:
 
 
 def train_tokenizer(corpus_path: Path, out: Path, *, vocabulary: int, sample_characters: int) -> Tokenizer:
-    """Train on a sample of the corpus, or open ``out`` where it stands. Raises InputError for wrong input."""
+    """Train on a sample of the corpus, or open the tokenizer at ``out``. Raises InputError for wrong input."""
     if vocabulary < SMALLEST:
         raise InputError(
             f"--vocabulary must be at least {SMALLEST} (256 bytes, 7 special tokens, letters), got {vocabulary}"
@@ -144,7 +144,7 @@ def train_tokenizer(corpus_path: Path, out: Path, *, vocabulary: int, sample_cha
 
 
 def _within_alphabet(sample: list[str], vocabulary: int) -> list[str]:
-    """The sample cut at the characters that a small vocabulary has no room for: the commonest may take half of its pieces."""
+    """Cut the sample at characters that a small vocabulary has no room for: the commonest may take half of its pieces."""
     counts = Counter(chain.from_iterable(sample))
     room = max(1, (vocabulary - BYTES_AND_SPECIAL) // 2)
     if len(counts) <= room or vocabulary >= ROOMY:

@@ -1,1 +1,1 @@
-"""Launch the processes of one run, bring them together and let them agree. Knows torch and nothing of models."""
+"""Brings the processes of one run together and lets them agree. Knows torch and nothing of models."""

@@ -1,10 +1,10 @@
-"""Joining the processes that a launcher started.
+"""Joins the processes that a launcher started.
 
 torchrun and DeepSpeed's launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Slurm's srun sets SLURM_PROCID,
 SLURM_NTASKS, SLURM_LOCALID and the list of nodes, whose first one is the master; MASTER_PORT is then 29500 unless it is set.
 
-What is wrong is said before any process waits for another where that can be known: the number of processes, the topology. The
-rest, such as a rank with another configuration or version, is compared in one exchange right after.
+Each process checks what it can know alone (the number of processes, the topology) before it waits for another. One exchange right
+after compares the rest, such as each rank's configuration and version.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def first_node(nodes: str) -> str:
 
 
 def speaks() -> bool:
-    """Whether errors and progress of this process are for a person to read: rank 0, or no launcher at all."""
+    """Whether this process shows its errors and progress to a person: on rank 0, or without a launcher."""
     here = place()
     return here is None or here.rank == 0
 
@@ -106,12 +106,12 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[P
     """Join the others for the length of a run.
 
     Args:
-        config: the axes; of one process, nothing is joined.
+        config: the axes; with one process there is nothing to join.
         device: where this process computes.
         run: what must be the same on every rank, such as the configuration.
 
     Raises:
-        InputError: the port is taken, the others cannot be reached, or a rank has another configuration or version.
+        InputError: the port is taken, a rank cannot reach the others, or a rank has another configuration or version.
     """
     here = place()
     if here is None or here.world == 1:
@@ -122,9 +122,9 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[P
         timeout = timedelta(seconds=config.timeout)
         store = _store(here, timeout)
         name = meet(store, here.rank, here.world, timeout=config.timeout)
-        # All are there: what is refused now ends all of them alike.
+        # All ranks are there: an error from here on ends all of them alike.
         check_started(config)
-        # What DeepSpeed reads, the second when it is first imported.
+        # DeepSpeed reads these, the second when it is first imported.
         os.environ.setdefault("LOCAL_RANK", str(here.local_rank))
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         if device.type == "cuda":
@@ -141,7 +141,7 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[P
         raise
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        # Whoever is missing, rank 0 does not meet them either, and says so.
+        # Rank 0 misses the same ranks, and says so.
         raise EverywhereError(
             f"the {here.world} processes could not meet at {here.master}:{here.port} ({reason}): "
             "free the port or set MASTER_PORT to another, and start all of them"
@@ -156,7 +156,7 @@ def joined(config: ParallelConfig, device: torch.device, run: str) -> Iterator[P
 
 
 def _store(here: Place, timeout: timedelta) -> Store:
-    """The launcher's, where it says so, else one that rank 0 serves."""
+    """The launcher's store, where it says so, else one that rank 0 serves."""
     launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     made: Future[Store] = Future()
 
@@ -173,7 +173,7 @@ def _store(here: Place, timeout: timedelta) -> Store:
         except Exception as error:
             made.set_exception(error)
 
-    # In a thread that nobody waits for: where something else listens and does not answer, torch waits for ever.
+    # In a thread that nobody joins: where something else listens and does not answer, torch waits for ever.
     threading.Thread(target=make, daemon=True).start()
     seconds = timeout.total_seconds()
     try:

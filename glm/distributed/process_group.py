@@ -1,7 +1,7 @@
 """Agreement among the processes of a run: rank 0's word counts, and one rank's failure is everybody's.
 
-A rank that decided alone would leave the others waiting in a collective. So what depends on one process only (a signal, the
-detector's verdict, a full disk, a folder that is missing on one machine) goes through here.
+A rank that decided alone would leave the others waiting in a collective. So every decision that rests on one process only (a
+signal, the detector's verdict, a full disk, a folder missing on one machine) goes through here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class EverywhereError(InputError):
-    """Wrong on every process alike, or agreed to be: one of them says it."""
+    """An error that is the same on every process, or that all agreed on: one of them tells it."""
 
 
 class EverywhereOSError(OSError):
-    """The operating system refused something to one process, and all know: one of them says it."""
+    """The operating system refused something to one process, and all know: one of them tells it."""
 
 
 class ProcessGroup(Protocol):
@@ -52,7 +52,7 @@ class ProcessGroup(Protocol):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around what may fail on one process: then it fails on all, with the first failure's words."""
+        """Wrap work that may fail on one process: it then fails on all, with the first failure's message."""
 
 
 class SingleProcess:
@@ -88,7 +88,7 @@ class LaunchedProcesses:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.leads = dist.get_rank() == 0
-        # torchrun's agent. What a shell started may outlive the shell.
+        # The parent is torchrun's agent; a process that a shell started may outlive the shell.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property

@@ -8,8 +8,8 @@ processes in it. So each process signs in with a name never used before, and the
             confirmed the roster that stands; then declares it final, and leaves when all have seen that
     others  confirm a roster that has their own name; leave when one with their own name is final
 
-The dead confirm nothing, and a roster has the first rank's new name in it: so a final one holds living processes only. Its digest
-is the prefix under which the process group then keeps its addresses.
+Dead processes confirm nothing, and every roster holds the first rank's new name, so a final roster names living processes only. The
+process group then keeps its addresses under the roster's digest.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _first(store: Store, world: int) -> str | None:
     if world > 1 and not store.check([f"confirmed/{digest}/{rank}" for rank in range(1, world)]):
         return None
     store.set("final", roster)
-    # The store may be this process's: were it to end now, the others would look for it in vain.
+    # This process may serve the store: if it ended now, the others would look for the store in vain.
     if world > 1 and not store.check([f"seen/{digest}/{rank}" for rank in range(1, world)]):
         return None
     return digest

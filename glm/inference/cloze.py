@@ -1,11 +1,11 @@
 """The last word of held-out sentences, in the manner of LAMBADA (Paperno et al., 1606.06031), in Chinese and English.
 
-A sentence is shown up to its last word, and the model goes on from there: [gMASK], [MASK] at the end, or next tokens, as it was
-trained. It is right when greedy decoding gives the word, so when each of the word's tokens is the most probable one. Chinese is
-written without spaces: there the last two characters before the final mark are asked for.
+The model sees a sentence up to its last word and goes on from there: [gMASK], [MASK] at the end, or next tokens, as it was trained.
+It is right where greedy decoding gives the word, that is, where each of the word's tokens is the most probable one. Chinese has no
+spaces: there the word is the last two characters before the final mark.
 
-Limits: LAMBADA's sentences are chosen by people who could guess the word from the passage and not from the sentence; these are not
-chosen. A held-out document may hold a sentence that documents trained on hold too.
+Limits: people chose LAMBADA's sentences such that they could guess the word from the passage and not from the sentence; nobody
+chose these. A held-out document may hold a sentence that training documents hold too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SENTENCES = {
     "en": re.compile(r"(?P<before>[A-Z][^.!?\n]{30,240})(?P<word> [A-Za-z]{3,})[.!?](?=\s|$)"),
     "zh": re.compile(r"(?P<before>[^。！？\n]{10,100})(?P<word>[\u4e00-\u9fff]{2})[。！？]"),
 }
-# Read from so many documents of a language, from all over it.
+# Sentences come from so many documents of a language, spread over all of it.
 _DOCUMENTS = 2000
 
 

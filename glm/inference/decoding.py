@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, top-p sampling, beam search, over keys and values that are computed once.
+"""From logits to tokens: greedy, top-p sampling, beam search, with each key and value computed once.
 
     greedy   the most probable token
     top-p    a draw from the smallest set of most probable tokens whose probabilities reach p (Holtzman et al., 1904.09751),
@@ -6,13 +6,13 @@
     beam     the W most probable beginnings are extended together; an ended one of n tokens, its end included, counts as
              log P / ((5 + n) / 6)^alpha (Wu et al., 1609.08144, equation 14; alpha = 0: log P itself)
 
-A span ends with eop, a text with EOS; neither is part of what is returned. Tokens that no target ever is (padding, masks, sop) are
-not generated. Of equal tokens the one of the lower number is taken.
+A span ends with eop, a text with EOS; the result holds neither. Decoding never generates tokens that are never targets (padding,
+masks, sop). Among equal tokens it takes the one of the lower number.
 
 Shapes: W rows (beams), V vocabulary.
 
-Limits: beam search stops when W texts have ended and the best that has not counts, at its present length, no more than the worst of
-them; a longer one might still have overtaken with alpha > 0.
+Limits: beam search stops when W texts have ended and the best unfinished one scores, at its present length, no more than the worst
+of them; with alpha > 0 a longer one might still have overtaken.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from glm.precision import at_least_fp32
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
-    """How tokens are chosen.
+    """How to choose tokens.
 
     Attributes:
         method: "greedy", "top-p" or "beam".
         tokens: at most so many for each blank.
-        temperature: the logits are divided by it (top-p).
+        temperature: divides the logits (top-p).
         top_p: probability that the candidates reach together (top-p).
         top_k: at most so many candidates; 0: no bound (top-p).
         seed: of the draws (top-p).
@@ -79,12 +79,12 @@ class DecodingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """What was generated for one blank.
+    """The text generated for one blank.
 
     Attributes:
         tokens: without the end.
         log_probability: of the tokens and the end, in nats, under the model without its never-generated tokens.
-        ended: by which token, or that the room was used up.
+        ended: by which token, or for lack of room.
     """
 
     tokens: tuple[int, ...]
@@ -103,16 +103,16 @@ class Timing:
 
 
 class Decoder:
-    """A row, or several alike, being continued: the logits of what comes next, and its extension by one token.
+    """Continues a row, or several alike: has the logits of the next token, and appends one token at a time.
 
     Args:
         model: in evaluation mode.
-        prompt: what is asked.
-        filled: spans of it that were generated before.
+        prompt: the prompt.
+        filled: its spans generated before.
         rows: W.
-        room: tokens that will be added at most.
+        room: most tokens to add.
         two: 2-D positions.
-        timing: is added to.
+        timing: adds to it.
     """
 
     def __init__(
@@ -147,14 +147,14 @@ class Decoder:
         rows = len(tokens_W)
         place = torch.tensor(self._prompt.place(self._span, self._index), device=self._device)
         positions = place.expand(rows, 1, 2) if self._two else place[:1].expand(rows, 1)
-        # A token sees all that is there: its own row's context and what was generated before it.
+        # A token sees all of its row: the context and what was generated before it.
         everything = torch.ones((rows, 1, 1, self._cache.length + 1), dtype=torch.bool, device=self._device)
         self.logits_WV = self._extend(tokens_W[:, None], positions, everything)
         self._timing.decode_tokens += 1
         self._timing.decode_seconds += time.perf_counter() - started
 
     def reorder(self, rows_W: Tensor) -> None:
-        """Row w goes on from what row ``rows_W[w]`` was."""
+        """Row w goes on from the former row ``rows_W[w]``."""
         self._cache.reorder(rows_W)
 
     def _extend(self, tokens_WT: Tensor, positions: Tensor, visible_W1TS: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def generate(
     generator: torch.Generator,
     timing: Timing,
 ) -> Span:
-    """Generate the span behind those that are filled, ``limit`` tokens at most."""
+    """Generate the span after the filled ones, ``limit`` tokens at most."""
     rows = config.beams if config.method == "beam" else 1
     decoder = Decoder(model, prompt, filled, rows=rows, room=limit, two=two, timing=timing)
     if config.method == "beam":
@@ -200,7 +200,7 @@ def generate(
 
 
 def distribution(logits_V: Tensor, config: DecodingConfig) -> Tensor:
-    """What top-p draws from, [V] fp64."""
+    """The distribution from which top-p draws, [V] fp64."""
     probability_V = (logits_V.double() / config.temperature).softmax(-1)
     sorted_V, order_V = probability_V.sort(descending=True, stable=True)
     if config.top_k:
@@ -212,11 +212,11 @@ def distribution(logits_V: Tensor, config: DecodingConfig) -> Tensor:
 
 
 def beam_search(decoder: Decoder, config: DecodingConfig, tokenizer: Tokenizer, limit: int) -> Span:
-    """The best text that ``config.beams`` beginnings lead to."""
+    """The best text that ``config.beams`` beginnings reach."""
     W = config.beams
     ends = [tokenizer.special.eop, tokenizer.special.eos]
     texts: list[tuple[int, ...]] = [()] * W
-    # All rows are alike at first: only one of them counts.
+    # All rows are alike at first, so only one counts.
     score_W = torch.full((W,), -math.inf, dtype=torch.float64)
     score_W[0] = 0.0
     ended: list[tuple[float, Span]] = []
@@ -228,7 +228,7 @@ def beam_search(decoder: Decoder, config: DecodingConfig, tokenizer: Tokenizer, 
         log_WV = allowed(decoder.logits_WV, tokenizer).double().log_softmax(-1).cpu()
         V = log_WV.shape[1]
         candidate = (score_W[:, None] + log_WV).flatten()
-        # So many that W of them do not end.
+        # Enough candidates that W of them do not end.
         best, index = candidate.topk(min(W * (1 + len(ends)), candidate.numel()))
         live: list[tuple[float, int, int]] = []
         for rank, (score, flat) in enumerate(zip(best.tolist(), index.tolist(), strict=True)):
@@ -258,7 +258,7 @@ def beam_search(decoder: Decoder, config: DecodingConfig, tokenizer: Tokenizer, 
 
 
 def allowed(logits: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Logits, [..., V], with -inf for the tokens that no target ever is, and for those that only fill a padded vocabulary."""
+    """Logits, [..., V], with -inf for tokens that are never targets, and for those that only pad the vocabulary."""
     special = tokenizer.special
     banned = [special.pad, special.unknown, special.mask, special.gmask, special.sop]
     banned += range(tokenizer.vocabulary, logits.shape[-1])

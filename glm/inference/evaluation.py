@@ -1,12 +1,12 @@
-"""``glm evaluate``: what a model knows of text that it was not trained on, as tables or as JSON.
+"""``glm evaluate``: what a model knows of text outside its training, as tables or as JSON.
 
     perplexity   of held-out rows, by objective and language            (``perplexity``)
     last words   of held-out sentences, by language                     (``cloze``)
     tasks        zero-shot multiple choice on held-out examples         (``multiple_choice``)
 
-Held out are whole groups (a service's documentation, a book), by a hash of their names: the split that ``glm shards`` made and
-``glm train`` never reads. When the model says what it was trained on and it is another data folder, what is held out here may have
-been trained on there, and the report says so.
+``glm shards`` holds out whole groups (a service's documentation, a book) by a hash of their names, and ``glm train`` never reads
+them. Where the model says that it was trained on another data folder, its training may have held what is held out here, and the
+report says so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PARTS: tuple[EvaluationPart, ...] = ("perplexity", "last-words", "tasks")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was found.
+    """An evaluation's results.
 
     Attributes:
         held_out: whether the model was trained on the other split of this very folder; None where it does not say.
@@ -111,10 +111,10 @@ def evaluate_model(
         rows: of each objective and language for perplexity.
         examples: of each task and language; None: all (of sentences, 1,000).
         normalise: compare answers by log-probability, or by log-probability per token.
-        task_files: tasks of one's own instead of the folder's, as ``glm corpus --tasks`` takes them.
+        task_files: tasks of one's own instead of the folder's, as for ``glm corpus --tasks``.
 
     Raises:
-        InputError: the data are of another tokenizer, or hold nothing out that a part needs.
+        InputError: the data have another tokenizer, or hold out nothing that a part needs.
     """
     if parts is not None and not parts:
         raise InputError(f"there is nothing to evaluate: name parts among {', '.join(PARTS)}")
@@ -180,7 +180,7 @@ def _last_words_table(found: Sequence[ClozeResult]) -> Table:
 
 
 def task_table(title: str, found: Sequence[TaskResult]) -> Table:
-    """Accuracy, interval, and what it is above."""
+    """A table of accuracy, interval, and what the interval lies above."""
     rows = [
         (
             one.task,
@@ -199,7 +199,7 @@ def task_table(title: str, found: Sequence[TaskResult]) -> Table:
 
 
 def _above(one: TaskResult) -> str:
-    """What the interval's lower end is above: guessing, and always giving the most frequent answer."""
+    """Which of these the interval's lower end exceeds: guessing, and always giving the most frequent answer."""
     if not one.beats_chance:
         return "-"
     return "both" if one.beats_most_frequent else "chance"

@@ -1,11 +1,11 @@
-"""``glm export``: what using a model takes, and no more: its configuration, its tokenizer, its weights as safetensors.
+"""``glm export`` writes what a model's user needs and no more: its configuration, its tokenizer, its weights as safetensors.
 
     config.json          of the run
     tokenizer.model      of its data
     model.safetensors    the weights under the model's own names; in its header, which data they were trained on
 
-In fp32 the weights are those of the checkpoint, bit for bit; in half precision each is rounded once, but for what the model
-remembers beside them (a router's bias, singular vectors). A weight beyond fp16's range is an error, not an infinity.
+In fp32 the weights are those of the checkpoint, bit for bit; in half precision each is rounded once, except the buffers that the
+model keeps beside them (a router's bias, singular vectors). A weight beyond fp16's range is an error, not an infinity.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def export_model(source: Path, out: Path, precision: Precision = "fp32") -> int:
     """Write a run, a checkpoint or another export to ``out``; returns the number of weights.
 
     Raises:
-        InputError: the model cannot be opened, ``out`` stands already, or a weight does not fit the format.
+        InputError: the model does not open, ``out`` exists already, or a weight does not fit the format.
     """
     if out.exists():
         raise InputError(f"{out} exists already: give another --out, or remove it")
@@ -39,7 +39,7 @@ def export_model(source: Path, out: Path, precision: Precision = "fp32") -> int:
             raise InputError(
                 f"{name} has weights of up to {float(tensor.abs().max()):,.0f}, beyond fp16's range: export as bf16 or fp32"
             )
-    # Written beside its place and renamed into it: a kill leaves no half export.
+    # The export is written beside its place and renamed into it: a kill leaves no half export.
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

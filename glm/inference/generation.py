@@ -1,10 +1,10 @@
-"""Text in, text out: blanks filled, or a text continued.
+"""Text in, text out: fills blanks, or continues a text.
 
     opened = open_model(Path("runs/mine"))
     fill(opened, "The capital of France is[MASK].").text
     fill(opened, "Once upon a time", DecodingConfig(method="top-p", temperature=0.8)).text
 
-Several blanks are filled one after another, in the order of the text; each sees those filled before it.
+``fill`` fills several blanks one after another, in the order of the text; each sees those filled before it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from glm.inference.prompt import Prompt, read_prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filled:
-    """What became of a text.
+    """A filled or continued text.
 
     Attributes:
-        text: all of it, the generated included.
-        blanks: the generated text of each blank; one for a text that was continued.
+        text: all of it, with what was generated.
+        blanks: the generated text of each blank; one for a continued text.
         spans: the same as tokens, with their log-probabilities and how they ended.
         timing: of reading and generating.
     """
@@ -87,13 +87,13 @@ def _texts(prompt: Prompt, spans: list[Span], tokenizer: Tokenizer) -> tuple[str
         return tuple(
             joined_text(part, span, tokenizer) for part, span in zip(prompt.parts, spans, strict=False)
         )
-    # A continuation is decoded together with its text, so that a space between the two is not lost.
+    # The tokenizer decodes a continuation together with its text, so that no space between the two is lost.
     before = tokenizer.decode(list(prompt.context))
     return (tokenizer.decode([*prompt.context, *spans[0].tokens])[len(before) :],)
 
 
 def joined_text(before: str, span: Span, tokenizer: Tokenizer) -> str:
-    """The text of a span. Decoding drops the space that its first piece begins with: it is put back between two words."""
+    """The text of a span. Decoding drops the space before its first piece; this puts it back between two words."""
     text = tokenizer.decode(list(span.tokens))
     is_word = before[-1:].isascii() and before[-1:].isalnum()
     if is_word and span.tokens and tokenizer.piece(span.tokens[0]).startswith("\u2581"):

@@ -1,15 +1,15 @@
 """A trained model from disk, ready for use: weights, tokenizer, and the configuration that says what it was trained to do.
 
-Three kinds of folder are opened:
+``open_model`` opens three kinds of folder:
 
-    a run            config.json, tokenizer.model, checkpoints/     its newest checkpoint that is whole
+    a run            config.json, tokenizer.model, checkpoints/     its newest whole checkpoint
     a checkpoint     RUN/checkpoints/step-00000100                  with the run's config.json and tokenizer.model
     an export        config.json, tokenizer.model, model.safetensors
 
-Nothing in them is executed: weights are safetensors, a pickled file is refused. Weights that are not finite are refused too, since
-whatever they compute is nothing.
+It executes nothing in them: weights are safetensors, and it refuses a pickled file. It also refuses weights that are not finite,
+since their results are worthless.
 
-Limits: a run made before runs kept their tokenizer is opened with that of its data folder, while it lies where it lay.
+Limits: a run made before runs kept their tokenizer opens with that of its data folder, as long as that folder is in its place.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def open_model(
 
     Args:
         path: the folder.
-        precision: format of the weights and of what is computed with them; None: as they are stored.
+        precision: format of the weights and of computing with them; None: as stored.
         device: where the model goes.
 
     Raises:
-        InputError: there is no model, or it is pickled, incomplete, damaged, not finite, or of another vocabulary.
+        InputError: there is no model, or it is pickled, incomplete, damaged, not finite, or has another vocabulary.
     """
     config, tokenizer, weights = prepare(Path(path))
     model = build(config.model, read_weights(weights), source=weights)
@@ -87,7 +87,7 @@ def open_model(
 
 
 def prepare(path: Path) -> Prepared:
-    """What opening a model takes before its weights are read. Raises InputError as ``open_model``."""
+    """Read what a model needs before its weights. Raises InputError as ``open_model``."""
     files = find_files(path)
     config = from_json(files.config.read_text(encoding="utf-8"), source=files.config)
     tokenizer = Tokenizer(files.tokenizer)
@@ -118,7 +118,7 @@ def find_files(path: Path) -> Files:
 
 
 def trained_on(path: Path) -> str | None:
-    """Which data the model in a folder was trained on, as ``Loader.fingerprint`` names them; None where it does not say."""
+    """The training data of the model in a folder, as ``Loader.fingerprint`` names them; None where it does not say."""
     weights = find_files(path).weights
     state = weights.with_name("state.json")
     if state.is_file():
@@ -150,7 +150,7 @@ def parts_of(file: Path) -> list[Path]:
 
 def refuse_not_finite(name: str, tensor: Tensor, file: Path) -> None:
     """Raises InputError where a weight is NaN or infinite."""
-    # The extremes tell, without a copy of the tensor: NaN is both of them.
+    # The extremes show it without a copy of the tensor: a NaN makes both NaN.
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
         bad = int((~tensor.isfinite()).sum())
         raise InputError(
@@ -180,7 +180,7 @@ def build(config: ModelConfig, tensors: Mapping[str, Tensor], *, source: Path) -
 
 
 def _newest_checkpoint(run: Path) -> Path:
-    """The newest that is whole; newer ones that are not are told of."""
+    """The newest whole checkpoint; logs newer ones that are not whole."""
     found = checkpoints.list_checkpoints(run / "checkpoints")
     if not found:
         raise InputError(f"{run} has no checkpoint yet: train it to its first one (--checkpoint.every)")

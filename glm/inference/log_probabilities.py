@@ -1,9 +1,9 @@
-"""How probable a text is, given what stands around it.
+"""How probable a text is, given the text around it.
 
     log P(t_1 .. t_n | context) = sum_i log P(t_i | context, t_1 .. t_i-1),        in nats
 
-One forward pass gives all of them. Behind a blank the span's end is part of what is scored, as the objective trained it: P is then
-a probability over whole texts, and a short one is not preferred for being the beginning of a longer one.
+One forward pass gives all of them. In a blank the score includes the span's end, as the objective trained it: P is then a
+probability over whole texts, and a short text does not win for being the beginning of a longer one.
 
 Shapes: B rows, T tokens, N scored tokens, C hidden, V vocabulary.
 """
@@ -32,7 +32,7 @@ class TargetScore:
     """A target under a model.
 
     Attributes:
-        tokens: those scored, the span's end included where it has one.
+        tokens: the scored ones, with the span's end where it has one.
         log_probabilities: of each, in nats.
         is_greedy: whether each was the most probable one, so that greedy decoding gives the target.
     """
@@ -71,13 +71,13 @@ def log_probabilities(
 
     Args:
         opened: the model.
-        contexts: texts with one [MASK], where the target belongs, or to be continued by it; or prompts.
+        contexts: texts with one [MASK], where the target belongs, or texts that the target continues; or prompts.
         targets: texts, or token numbers.
         batch_tokens: tokens of one forward pass, padding included.
 
     Raises:
-        InputError: a context is no prompt for this model or has several blanks, a target is empty, or both together are longer
-            than the model's positions.
+        InputError: a context is no prompt for this model or has several blanks, a target is empty, or both together exceed the
+            model's positions.
     """
     model, tokenizer, config = opened
     rows = [
@@ -104,7 +104,7 @@ def _row(number: int, prompt: Prompt, target: str | Sequence[int], tokenizer: To
     tokens = _encode(prompt, target, tokenizer) if isinstance(target, str) else tuple(target)
     if not tokens:
         raise InputError(f"target {number + 1} is empty: give a text")
-    # What is predicted last need not be read.
+    # The model need not read the token that it predicts last.
     scored = (*tokens, tokenizer.special.eop) if prompt.kind == "mask" else tokens
     layout = prompt.layout(target=scored[:-1])
     if len(layout) > length:
@@ -119,14 +119,14 @@ def _row(number: int, prompt: Prompt, target: str | Sequence[int], tokenizer: To
 def _encode(prompt: Prompt, target: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     if prompt.kind == "mask":
         return tuple(tokenizer.encode(target))
-    # A continuation is encoded together with its text where that leaves the text's own tokens as they are.
+    # The tokenizer encodes a continuation together with its text where that leaves the text's own tokens unchanged.
     before = tokenizer.encode(prompt.parts[0])
     both = tokenizer.encode(prompt.parts[0] + target)
     return tuple(both[len(before) :] if both[: len(before)] == before else tokenizer.encode(target))
 
 
 def _batches(rows: Sequence[_Row], tokens: int) -> Iterator[list[_Row]]:
-    """Rows, sorted by length, so many together that the longest times their number stays within ``tokens``."""
+    """Groups of rows, sorted by length: the longest row times their number stays within ``tokens``."""
     batch: list[_Row] = []
     for row in rows:
         if batch and len(row.layout) * (len(batch) + 1) > tokens:

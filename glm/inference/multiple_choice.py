@@ -1,16 +1,16 @@
-"""Zero-shot tasks: of the answers to choose from, the model's is the one it finds most probable in the blank.
+"""Zero-shot tasks: the model's answer is the choice that it finds most probable in the blank.
 
     none      argmax_c log P(c | prompt)
     length    argmax_c log P(c | prompt) / n_c                            n_c tokens of c, its end included
     prior     argmax_c log P(c | prompt) - log P(c | the blank alone)     (Holtzman et al., 2104.08315)
 
-The examples are those of a data folder's held-out groups: no document and no example of theirs was trained on. Beside the accuracy
-stand what guessing gives (the mean of 1 / choices), what always giving the most frequent answer gives, and Wilson's interval
+The examples come from a data folder's held-out groups: the model was trained on no document and no example of theirs. Beside the
+accuracy stand that of guessing (the mean of 1 / choices), that of always giving the most frequent answer, and Wilson's interval
 
     (p + z^2 / 2n  +-  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)               (Wilson 1927; z = 1.96: 95 %)
 
-A task beats chance when the interval's lower end lies above what guessing gives; above the most frequent answer it also knows more
-than how often each answer occurs.
+A model beats chance where the interval's lower end lies above guessing; above the most frequent answer it also knows more than how
+often each answer occurs.
 
 Limits: the interval takes examples as independent; those of one group (a service's documentation) resemble each other.
 """
@@ -41,9 +41,9 @@ class TaskResult:
 
     Attributes:
         task, language: which.
-        examples: how many were answered.
+        examples: how many the model answered.
         too_long: how many the model's positions could not hold.
-        correct: how many rightly.
+        correct: how many it answered rightly.
         chance: what guessing gives.
         most_frequent: what always giving the most frequent answer gives.
         low, high: 95 % interval of the accuracy.
@@ -100,7 +100,7 @@ def answer_tasks(
 
 
 def spread_out(examples: Sequence[TaskExample], most: int | None) -> list[TaskExample]:
-    """``most`` of the examples, always the same, from all groups alike."""
+    """``most`` of the examples, always the same ones, from all groups alike."""
     if most is None or len(examples) <= most:
         return list(examples)
 
@@ -166,6 +166,6 @@ def _values(
 
 
 def _language_of(task: str) -> str:
-    """A translation's language is that of its answers, which the task's name ends with."""
+    """A translation's language is that of its answers, with which the task's name ends."""
     language = task.rpartition("-")[2]
     return language if language in ("zh", "en") else ""

@@ -3,10 +3,10 @@
     perplexity = exp(sum of -log P(target) / targets)
 
 over the held-out split's rows as ``glm.data.loader`` makes them: [gMASK] rows, [MASK] rows, multi-task rows, or next tokens,
-whichever the model was trained on. Targets of one objective are not those of another: [MASK] ones are seen from both sides and are
-easier; compare like with like. Rows are functions of a seed, so two models of one tokenizer are asked the same.
+whichever the model was trained on. Targets of different objectives do not compare: the model sees both sides of [MASK] ones, which
+makes them easier. Rows are functions of a seed, so two models of one tokenizer see the same rows.
 
-Limits: perplexities are per token, so only models of one tokenizer can be compared by them.
+Limits: perplexities are per token, so they compare only models of one tokenizer.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Perplexity:
-    """Of one objective in one language.
+    """Perplexity of one objective in one language.
 
     Attributes:
         objective: "[gMASK]", "[MASK]", "multi-task" or "next token".
         language: "" for all, or where it is unknown.
-        targets: tokens predicted.
+        targets: number of predicted tokens.
         loss: mean -log P, in nats.
     """
 
@@ -62,7 +62,7 @@ def perplexities(opened: OpenedModel, data: TokenData, *, rows: int) -> list[Per
     languages: dict[str, int] = {}
     for shard in data.shards["heldout"]:
         languages[shard.language] = languages.get(shard.language, 0) + shard.tokens
-    # A row reads one token more than it has. A language with less than a row has no perplexity.
+    # A row reads one token more than it has. A language shorter than a row has no perplexity.
     apart = [language for language, tokens in sorted(languages.items()) if language and tokens > length + 1]
     found = []
     for name, objective in _objectives(opened.config.objective, data).items():
@@ -100,7 +100,7 @@ def _loss(opened: OpenedModel, loader: Loader, rows: int) -> tuple[float, int]:
         hidden_BTC = model.hidden(*(part.to(device) for part in inputs))
         chosen_BT = batch.targets_BT >= 0
         target_N = batch.targets_BT[chosen_BT].to(device)
-        # Without z-loss: that is a term of training, not of the likelihood.
+        # Without z-loss, a term of training and not of the likelihood.
         hidden_NC, cap = hidden_BTC[chosen_BT.to(device)], model.config.logit_cap
         total += float(vocabulary_loss(hidden_NC, model.output_weight(), target_N, 0.0, cap))
         targets += target_N.numel()

@@ -1,16 +1,17 @@
-"""What is asked of a model, laid out as its objective trained it.
+"""A prompt, laid out as the model's objective trained it.
 
     [MASK]    context with blanks, then each blank in turn:  sop s_1 .. s_n      positions: that of the blank's [MASK]
     [gMASK]   context [gMASK] sop t_1 t_2 ..                                     positions: counting on
     causal    t_1 t_2 ..                                                         positions: counting on
 
-(``glm.data.blanks`` lays out the same rows for training; a test compares the two.) The context of the first two is seen by every
-token, what is generated only by what comes after it. 2-D positions add the place in the span, 1 at its sop, 0 in the context.
+(``glm.data.blanks`` lays out the same rows for training; a test compares the two.) In the first two every token sees the context,
+and only later tokens see generated ones. 2-D positions add the place in the span, 1 at its sop, 0 in the context.
 
-Text is encoded as multi-task examples are: part by part between the blanks, as it stands. In running text a blank is best put
-directly behind a word ("the[MASK] that"), as training rows have it: a space before it would be a token of its own.
+The tokenizer encodes text as in multi-task examples: part by part between the blanks, as it stands. In running text put a blank
+directly after a word ("the[MASK] that"), as training rows have it: a space before it would be a token of its own.
 
-Limits: a blank sees the blanks filled before it, in the order of the text; training shuffles that order, so any order is in place.
+Limits: a blank sees the blanks filled before it, in the order of the text; training shuffles that order, so the model knows any
+order.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class PromptRow:
     Attributes:
         tokens: token numbers.
         positions: (position, place in the span) of each.
-        context: so many at the beginning are seen by all.
+        context: every token sees so many at the beginning.
     """
 
     tokens: tuple[int, ...]
@@ -52,19 +53,19 @@ class PromptRow:
         return len(self.tokens)
 
     def place_tensor(self, *, two: bool) -> Tensor:
-        """Positions as the model takes them: [T], or [T, 2] in the 2-D form."""
+        """Positions in the model's form: [T], or [T, 2] in the 2-D form."""
         both_T2 = torch.tensor(self.positions, dtype=torch.int64).view(-1, 2)
         return both_T2 if two else both_T2[:, 0]
 
     def visible(self) -> Tensor:
-        """Who may see whom, [T (query), T (key)] bool."""
+        """Which token may see which, [T (query), T (key)] bool."""
         T = len(self.tokens)
         return torch.ones(T, T, dtype=torch.bool).tril() | (torch.arange(T) < self.context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A context and what is to be generated.
+    """A context, and what the model is to generate.
 
     Attributes:
         kind: blanks to fill, or a text to continue as [gMASK] or as next tokens.
@@ -82,14 +83,14 @@ class Prompt:
 
     @property
     def spans(self) -> int:
-        """How many stretches of text are to be generated."""
+        """How many stretches of text the model is to generate."""
         return max(1, len(self.blanks))
 
     def layout(self, filled: Sequence[Sequence[int]] = (), target: Sequence[int] = ()) -> PromptRow:
-        """The row up to where the token behind ``target`` is predicted.
+        """The row up to where the model predicts the token after ``target``.
 
         Args:
-            filled: the spans that were generated before, without their eop.
+            filled: the spans generated before, without their eop.
             target: the beginning of the next one.
         """
         tokens = list(self.context)
@@ -112,10 +113,10 @@ class Prompt:
 
 
 def read_prompt(text: str, tokenizer: Tokenizer, objective: ObjectiveConfig) -> Prompt:
-    """The prompt that a text is: blanks where it has [MASK], else a text to continue, with or without [gMASK] at its end.
+    """Read a text as a prompt: blanks where it has [MASK], else a text to continue, with or without [gMASK] at its end.
 
     Raises:
-        InputError: it is empty, has a mask that the tokenizer or the objective does not know, or [gMASK] elsewhere than at its end.
+        InputError: the text is empty, has a mask that the tokenizer or the objective does not know, or [gMASK] before its end.
     """
     parts = _MASKS.split(text)
     masks = parts[1::2]
@@ -146,17 +147,17 @@ def read_prompt(text: str, tokenizer: Tokenizer, objective: ObjectiveConfig) -> 
 
 
 def continuation(text: str, tokenizer: Tokenizer, objective: ObjectiveConfig) -> Prompt:
-    """The prompt that asks for what follows a text, whatever the text spells, in the form that the objective knows."""
+    """The prompt that asks for a text's continuation, whatever the text spells, in the form that the objective knows."""
     if objective.kind == "span-corruption":
         return _prompt("mask", (text, ""), tokenizer)
     return _prompt("causal" if objective.kind == "causal" else "gmask", (text,), tokenizer)
 
 
 def task_prompt(example: TaskExample, tokenizer: Tokenizer, objective: ObjectiveConfig) -> Prompt:
-    """A multi-task example's prompt as it was trained on; a model of next tokens gets what stands before the blank.
+    """A multi-task example's prompt as in training; a model of next tokens gets the text before the blank.
 
     Raises:
-        InputError: a model of next tokens cannot see what stands behind the blank.
+        InputError: a model of next tokens cannot see the text after the blank.
     """
     if objective.kind != "causal":
         return _prompt("mask", (example.before, example.after), tokenizer)

@@ -5,8 +5,8 @@
              of which the same section shows that they lose most of their accuracy
     PLAN     a file made by stabilitylab quantize: a scheme for each layer
 
-Query-key-value, attention output and both feed-forward matrices are quantized; embeddings, norms and biases are not. Each weight is
-read, quantized and let go before the next is read, so that at its peak the process holds about what the quantized model holds.
+``open_quantized`` quantizes query-key-value, attention output and both feed-forward matrices, not embeddings, norms and biases. It
+reads, quantizes and releases each weight before it reads the next, so its peak memory is about that of the quantized model.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def open_quantized(
     Args:
         path: the folder.
         how: "int8", "int4", or a plan's file; None for a folder that stabilitylab quantize --apply wrote.
-        precision: format of what is not quantized, and of activations; None: as it is stored.
+        precision: format of unquantized weights and of activations; None: as stored.
         device: where the model goes.
 
     Raises:
-        InputError: as ``open_model``; or the plan is for another model, or there is no such plan.
+        InputError: as ``open_model``; or the plan is for another model, or is missing.
     """
     prepared = prepare(path)
     with torch.device("meta"):
@@ -64,7 +64,7 @@ def open_quantized(
     for name, tensor in read_one_by_one(prepared.weights, expected):
         layer, _, kind = name.rpartition(".")
         if layer in schemes and kind == "bias":
-            # The layer may not be there yet; a bias is small.
+            # The layer may not exist yet; a bias is small.
             biases[layer] = tensor if dtype is None else tensor.to(dtype)
         elif layer in schemes:
             put(
@@ -77,7 +77,7 @@ def open_quantized(
         else:
             refuse_not_finite(name, tensor, prepared.weights)
             owner = model.get_submodule(layer)
-            if kind in owner._buffers:  # remembered beside the weights, in a format of its own
+            if kind in owner._buffers:  # kept beside the weights, in a format of its own
                 owner._buffers[kind] = tensor
             else:
                 own = tensor if dtype is None else tensor.to(dtype)
@@ -89,15 +89,15 @@ def open_quantized(
 
 
 def is_quantized(path: Path) -> bool:
-    """Whether a folder holds a model whose layers are quantized already."""
+    """Whether a folder's model has quantized layers already."""
     return header_of(find_files(path).weights) is not None
 
 
 def read_one_by_one(file: Path, names: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a weights file or of its parts, one after another; what is let go leaves the memory.
+    """The tensors of a weights file or of its parts, one after another; a released tensor leaves the memory.
 
     Raises:
-        InputError: the file is damaged, or a shape is another.
+        InputError: the file is damaged, or a shape differs.
     """
     part = _parts(file)
     for name, shape in names.items():
@@ -115,7 +115,7 @@ def read_one_by_one(file: Path, names: Mapping[str, torch.Size]) -> Iterator[tup
 
 
 def _parts(file: Path) -> dict[str, Path]:
-    """In which file each tensor lies. Raises InputError where one is damaged."""
+    """The file of each tensor. Raises InputError where one is damaged."""
     found: dict[str, Path] = {}
     for part in parts_of(file):
         try:
@@ -139,7 +139,7 @@ def _check_names(file: Path, expected: Mapping[str, torch.Size]) -> None:
 def _schemes(
     model: Transformer, weights: Path, path: Path, how: str
 ) -> tuple[dict[str, LinearScheme], dict[str, Tensor]]:
-    """The scheme of each layer, and what SmoothQuant needs to know of its input."""
+    """The scheme of each layer, and what SmoothQuant needs of its input."""
     layers = [
         name
         for name, module in model.named_modules()

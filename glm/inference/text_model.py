@@ -1,12 +1,11 @@
-"""A GLM as stabilitylab reads text through it: registered as the entry point ``glm`` of the group ``stabilitylab.models``.
+"""Opens a GLM for stabilitylab to read text with: the entry point ``glm`` of the group ``stabilitylab.models``.
 
-A window is laid out as the objective trained it (``prompt.py``): its first half is context, the second half is what is generated
-and predicted,
+A window has the objective's layout (``prompt.py``): its first half is context, the model predicts the second half,
 
     context [gMASK] sop t_1 .. t_n-1   ->   t_1 .. t_n
 
 with one blank at the end where the model was trained on [MASK] alone, and the whole window as next tokens where it was trained on
-those. So bidirectional and causal activations are seen in equal parts.
+those. So stabilitylab sees bidirectional and causal activations in equal parts.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def open_glm(path: Path, dtype: torch.dtype) -> TextModel | None:
     """Open a run, a checkpoint or an export; None where the path is none of these.
 
     Raises:
-        InputError: it is one, and cannot be read.
+        InputError: the folder is one of these, and cannot be read.
     """
     if not _ours(path):
         return None
@@ -50,7 +49,7 @@ def open_glm(path: Path, dtype: torch.dtype) -> TextModel | None:
 
 
 def _ours(path: Path) -> bool:
-    """Whether the configuration of a run, of the run that a checkpoint lies in, or of an export is ours."""
+    """Whether the configuration of a run, of a checkpoint's run, or of an export is ours."""
     folder = path.resolve()
     if (folder / "manifest.json").is_file():
         folder = folder.parent.parent
@@ -74,7 +73,7 @@ class GlmWindows:
         Raises:
             InputError: ``length`` leaves no room for text.
         """
-        # Beside the text there are sop and the mask, and its last token is only predicted.
+        # Beside the text there are sop and the mask, and the model only predicts the last token.
         beside = 0 if self.objective.kind == "causal" else 1
         if length < LEAST:
             raise InputError(
