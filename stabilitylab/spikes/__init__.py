@@ -1,4 +1,4 @@
-"""Find spikes while they begin, tell them apart, explain them and answer them."""
+"""Find spikes as they begin, tell their kinds apart, explain them and respond to them."""
 
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of

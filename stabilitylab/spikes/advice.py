@@ -1,9 +1,9 @@
-"""What to try after a diagnosis, in one line: the thing, the reason, and the command where the run is one that can be replayed.
+"""What to try after a diagnosis, in one line: the change, the reason, and the command where ``glm replay`` can repeat the run.
 
-``glm replay`` runs an event again from before it with one thing changed, so whether an advice helps is a matter of minutes. The
-advice is the field's: PaLM left batches out (2204.02311, section 5.1), OPT-175B lowered rate and clipping bound (2205.01068,
+``glm replay`` trains again from before an event with one thing changed, so it takes minutes to see whether advice helps. The advice
+is the field's: PaLM left batches out (2204.02311, section 5.1), OPT-175B lowered the rate and the clipping bound (2205.01068,
 section 2.5), ViT-22B normed queries and keys (2302.05442), Gemma 2 capped scores (2408.00118), StableAdamW bounds updates where v
-lags behind (2304.13013). Where the same was tried in recorded runs, the line says how often it helped (``treatment_outcomes.py``).
+lags behind (2304.13013). Where recorded runs tried the same, the line says how often it helped (``treatment_outcomes.py``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _OUTSIDE = {
 }
 
 
-# What is tried, as an outcome calls it.
+# What to try for a cause, under an outcome's name for it.
 _TREATMENT = {
     "learning-rate": "lower-rate",
     "batch": "skip-batch",
@@ -61,7 +61,7 @@ def advice(run: Run, suspect: Suspect, number: int | None) -> str:
     """One line of what to try.
 
     Args:
-        number: of the event, as ``stabilitylab spikes`` lists it; None for one that is not listed.
+        number: of the event in the list of ``stabilitylab spikes``; None for one that is not listed.
     """
     if suspect.event is not None and suspect.event.kind in _OUTSIDE:
         return f"Try: {_OUTSIDE[suspect.event.kind]}."
@@ -77,8 +77,8 @@ def advice(run: Run, suspect: Suspect, number: int | None) -> str:
 
 
 def told_now(run: Run, diagnosis: Mapping[str, Any]) -> list[str]:
-    """The sentences of a recorded diagnosis, its advice with the record as it stands now (replays may have been made since) and the
-    run's path from here."""
+    """The sentences of a recorded diagnosis, its advice brought up to date (replays may have run since) with the run's path from
+    here."""
     sentences = [str(one) for one in diagnosis["sentences"]]
     line = diagnosis.get("advice")
     if not line or line not in sentences or diagnosis.get("outside") is not None:
@@ -96,13 +96,13 @@ def _record(run: Run, cause: str) -> str:
 
 
 def command(run: Run, number: int | None, flags: str) -> str:
-    """Runs of ``glm train`` can be replayed, as their configuration shows; others say what to change alone."""
+    """The replay command for a run of ``glm train``, known by its configuration; for others, only what to change."""
     if not flags or number is None or "responder" not in run.config:
         return ""
     return f" To see whether it helps: `glm replay {_place(run)} --event {number} {flags}`."
 
 
 def _place(run: Run) -> str:
-    """The run's path, from where the line is read."""
+    """The run's path, relative to the current folder if it lies in it."""
     here, there = Path.cwd(), run.path.resolve()
     return shlex.quote(str(there.relative_to(here) if there.is_relative_to(here) else there))

@@ -1,6 +1,6 @@
-"""What a signal is expected to be next, and how far off is too far: a baseline that learns before it judges.
+"""What to expect of a signal's next value, and how far off is too far: a baseline that learns before it judges.
 
-Ordinary values are taken in by blocks of 16, x_1 ... x_16. A block moves
+The baseline learns from ordinary values in blocks of 16, x_1 ... x_16. A block moves
 
     level     m <- median of the block                                   seven wild values in sixteen do not move it
     scales    of the residual of single values, r = x - m, and of means of 4 and of 16 of them, each
@@ -12,12 +12,12 @@ Ordinary values are taken in by blocks of 16, x_1 ... x_16. A block moves
     creep     a slow mean of levels, and the lowest that it has been: 8 deviations and 15 % over it a loss has left, or at twice
               that level with 5.5 deviations (the slow mean of an AR(1) of .9 ranges over some 4.3 in 20,000 values)
 
-The level that a residual is taken from is the one of the block *before*, as it is when a value is judged. So a scale is that of the
-very statistic it is used for: where neighbours are correlated (an AR(1) of .9, an averaged log) the mean of four scatters as much
-as one value, and its scale says so. Counting the upper half only, and from the line of the fall where the block lies lower, keeps a
-falling trend out. The first two blocks are learned from as a whole (the second one's deviation about a straight line), and a value
-before is judged only if it is half as high again (before the eighth three times as high, or twice and 30 deviations off) as any of
-the last three and 10 deviations off. The first blocks' scales shrink fast: they were learned on the steepest fall.
+A residual is taken from the level of the block *before*, as when the detector judges a value. So a scale belongs to the very
+statistic that it judges: where neighbours are correlated (an AR(1) of .9, an averaged log) the mean of four scatters as much as one
+value, and its scale says so. Counting the upper half only, and from the line of the fall where the block lies lower, keeps a
+falling trend out. The baseline learns the first two blocks as a whole (the second one's deviation about a straight line). A value
+before that is judged only if it is half as high again (before the eighth three times as high, or twice and 30 deviations off) as
+any of the last three and 10 deviations off. The first blocks' scales shrink fast: they come from the steepest fall.
 
 A single value is
 
@@ -28,9 +28,9 @@ and an excursion begins too where the mean of four residuals, each clipped at th
 block 7 s16. Seven deviations are the rarity that OLMo 2's spike score uses (2501.00656, section 3.1). The tail factor k is 1 in
 Gaussian noise; where more than one value in a hundred lies over the band, each multiplies k by 1.1 (a quantile by stochastic
 approximation, Robbins and Monro 1951), and a tail that is heavy at 3 s goes on being heavy beyond, hence k^2: a single value tells
-little there, means of four still do. It counts where it is the noise's own: where noise reaches as far down (the same quantile
-below the block's middle), or leans up, its shoulders (1.5 to 3 s) fuller above than below by half or more. Even noise with high
-values out is even noise with spikes.
+little there, means of four still do. A tail counts only where it belongs to the noise: where noise reaches as far down (the same
+quantile below the block's middle), or leans up, its shoulders (1.5 to 3 s) fuller above than below by half or more. Even noise with
+high values out is even noise with spikes.
 
 ``floor`` is the smallest rise worth a word whatever the noise: 3 % of the level of a loss for a single value, .6 of it for means; a
 factor of 2 of a norm. It vanishes with the level, so a loss around zero is judged by its noise alone.
@@ -52,7 +52,7 @@ BAND_SIGMAS = 3.0
 LIMIT_SIGMAS = 7.0
 BAND_SHARE = 2 / 3
 MEAN_SHARE = 0.6
-# Scales are known to some 20 % after two blocks, to 8 % later: the limit is wider at first.
+# Scales are accurate to some 20 % after two blocks, to 8 % later: the limit is wider at first.
 UNSURE = 0.5
 # Second differences under .6 of the deviation: neighbours are correlated by more than .6.
 UNSURE_CORRELATED = 2.0
@@ -114,7 +114,7 @@ class Baseline:
 
     @property
     def known(self) -> bool:
-        """Whether the noise has been learned."""
+        """Whether the baseline has learned the noise."""
         return self.blocks > 0
 
     @property
@@ -142,7 +142,7 @@ class Baseline:
 
     @property
     def factor(self) -> float:
-        """How much further than a Gaussian's the noise reaches up, by its tail and by whether it is noise's."""
+        """How much further than a Gaussian's the noise reaches up, by its tail, if the tail is the noise's own."""
         if self.tail <= self.lower_tail:
             return self.tail
         skewed = (self.upper / max(self.lower, 1e-3) - 1.5) if self.blocks >= SHAPE_KNOWN else 1.0
@@ -153,7 +153,7 @@ class Baseline:
         return max(BAND_SIGMAS * self.sigma * self.factor, BAND_SHARE * self.floor)
 
     def odd(self) -> float:
-        """Residuals above this, one in a hundred, are what the tail factor is learned from."""
+        """The tail factor learns from residuals above this, one in a hundred."""
         return max(BAND_SIGMAS * self.sigma * self.tail, BAND_SHARE * self.floor)
 
     def limit(self) -> float:
@@ -161,7 +161,7 @@ class Baseline:
         return max(LIMIT_SIGMAS * self.sigma * (self.factor * self.factor) * self.unsure(), self.floor)
 
     def limit_of_four(self) -> float:
-        # A block or two say little of how neighbours are correlated: their means may scatter as much as one value.
+        # A block or two say little about the correlation of neighbours: their means may scatter as much as one value.
         scale = max(self.scale4, self.sigma * (0.5 + 0.5 / max(1, self.blocks)))
         return max(LIMIT_SIGMAS * scale * self.factor * self.unsure(), MEAN_SHARE * self.floor)
 
@@ -184,7 +184,7 @@ class Baseline:
     # ---------------------------------------------------------------------------------------------- learning
 
     def suppose(self, values: Sequence[float]) -> float:
-        """Take the few values that there are for the level and the noise; returns the rise that would be out at any noise."""
+        """Estimate level and noise from the few values so far; returns the rise that would be out at any noise."""
         last = values[-BLOCK // 2 :]
         self.level = median(last)
         share = FEW_SHARE if len(values) >= BLOCK // 2 else 2 * FEW_SHARE
@@ -207,15 +207,15 @@ class Baseline:
         if self.blocks and self.scale1 > 0:  # a new stretch of a run whose noise is known
             sigma = max(sigma, 0.5 * self.scale1)
         self.scale1, self.ripple = sigma, ripple
-        # Means are taken as half as noisy for each fourfold, once correlated neighbours have been allowed for.
+        # Four times the values halve the noise of a mean, once correlated neighbours are allowed for.
         self.scale4 = max(0.5 * max(sigma, ripple), _deviation_of_means(values[-BLOCK:]))
         self.scale16 = 0.7 * self.scale4
         self.blocks = max(1, self.blocks)
 
     def learn(self, block: Sequence[float]) -> None:
-        """Take a block of ordinary values in; ``known`` must hold."""
+        """Learn from a block of ordinary values; ``known`` must hold."""
         level, n = self.level, len(block)
-        # On a fall the whole block lies below: what it scatters by is seen from the line that it falls along.
+        # On a fall the whole block lies below the level: its scatter shows about the line of the fall.
         middle = median(block)
         if middle < level:
             slope = (middle - level) / n
@@ -226,7 +226,7 @@ class Baseline:
         floor = max(self.quantum, 1e-9 * abs(level), LEAST)
         early = 1 / (self.blocks + EARLY_BLOCKS)
         gain1, gain4, gain16 = (max(gain, early) for gain in GAINS)
-        if self.blocks < EARLY_BLOCKS:  # what was learned on the steepest part of the fall is forgotten fast
+        if self.blocks < EARLY_BLOCKS:  # forget fast what the steepest part of the fall taught
             own, ripple = MAD * median([abs(r) for r in residuals]), ripple_of(block)
             share = FORGET_WHITE if ripple > CORRELATED * own else FORGET_CORRELATED
             self.scale1 = _forget(self.scale1, max(own, floor), share)
@@ -253,7 +253,7 @@ class Baseline:
             self.lowest = self.slow
 
     def _learn_shape(self, residuals: Sequence[float]) -> None:
-        """What the values about their own middle show of the noise's lower side, and of how even its shoulders are."""
+        """Learn the noise's lower side, and how even its shoulders are, from values about their own middle."""
         sigma, reach = self.sigma, BAND_SIGMAS * self.sigma * self.lower_tail
         wide, near = BAND_SIGMAS * sigma, SHOULDER * sigma
         high = low = runs = 0
@@ -273,18 +273,18 @@ class Baseline:
         self.lower_tail = min(MOST_TAIL, max(1.0, self.lower_tail * TAIL_DECAY * TAIL_STEP**runs))
 
     def exceeded(self, values: int) -> None:
-        """So many values over the band turned out to be no excursion of the run's state."""
+        """Learn the tail from so many values over the band that turned out to be no excursion of the run's state."""
         if values:
             self.tail = min(MOST_TAIL, self.tail * TAIL_STEP**values)
 
     def shift(self, by: float) -> None:
-        """The signal's unit has changed: the whole baseline moves."""
+        """Move the whole baseline, as the signal's unit has changed."""
         self.level += by
         self.slow += by
         self.lowest += by
 
     def _see_quantum(self, values: Sequence[float]) -> None:
-        """Where most neighbours are equal or one smallest step apart, the values were rounded to such steps."""
+        """Find the unit of rounding: all neighbours differ by multiples of it, most by at most eight."""
         steps = sorted(abs(a - b) for a, b in pairwise(values) if a != b)
         if not steps:
             return
@@ -305,7 +305,8 @@ class Baseline:
 
 
 def _forget(scale: float, own: float, share: float) -> float:
-    """Half way to a block's own scale where that is under a share which chance, or correlation, does not explain."""
+    """The geometric mean with a block's own scale, where that is under a ``share`` that chance, or correlation, does not
+    explain."""
     return math.sqrt(scale * own) if own < share * scale else scale
 
 
@@ -350,7 +351,7 @@ def _deviation_about_line(values: Sequence[float]) -> float:
 
 
 def _largest_rise(values: Sequence[float]) -> float:
-    """Of any value over one before it."""
+    """The largest rise of any value over an earlier one."""
     lowest, rise = math.inf, 0.0
     for x in values:
         lowest = min(lowest, x)

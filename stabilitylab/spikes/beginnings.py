@@ -1,4 +1,4 @@
-"""An excursion as it begins: where it began, how high it stands, and what it is taken for until more is seen."""
+"""An excursion as it begins: its onset, its height, and its likely kind until more values come."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def at_value(
     recent_steps: Sequence[int],
     inside: int | None,
 ) -> Open:
-    """One value is out; what stood half as high right before belongs to it.
+    """One value is out; values right before it that stood half as high belong to the excursion.
 
     Args:
-        base: of the signal.
-        step: of ``value``.
-        value: is out.
-        recent: the values before, the latest last.
+        base: the signal's baseline.
+        step: the step of ``value``.
+        value: the value that is out.
+        recent: the values before it, the latest last.
         recent_steps: the steps of the latest of them.
         inside: step of the last ordinary value.
     """

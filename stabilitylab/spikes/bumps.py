@@ -1,18 +1,18 @@
-"""Excursions over a running median, as only the values on both sides show them.
+"""Excursions over a running median, which only the values on both sides show.
 
 A running median T of 2h + 1 values lets a monotone fall pass unchanged: e = x - T. Their scale s is the median absolute deviation
-in the neighbourhood (times 1.48), that of their means of four likewise, so each is measured by the scatter of its own statistic.
-Out is e > max(7 k^2 s, floor), k from quantiles of e / s over those of a Gaussian, or a mean of four over 7 k^2 of its own
-deviations; an excursion lasts while e > 2.5 s, and is more than a hard batch where at least three values stand over 4 s. This finds
-what the first 32 values, a short log, or a steep fall hide.
+in the neighbourhood (times 1.48), that of their means of four likewise, so each statistic is measured by its own scatter. A value
+is out where e > max(7 k^2 s, floor), k from quantiles of e / s over those of a Gaussian, or where a mean of four is over 7 k^2 of
+its own deviations. An excursion lasts while e > 2.5 s, and is more than a hard batch where at least three values stand over 4 s.
+This finds excursions that the first 32 values, a short log, or a steep fall hide.
 
-What rises over a hundred values is no news to a median of fifty. So the same is done with the medians of 4 and of 16 neighbours,
-where it is as sharp as a jump is to single values; each scale is judged by its own scatter, so that a wave is the noise of its
-scale. There a rise of 8 % counts, and only one out of what was before it.
+A median of fifty follows what rises over a hundred values. So the module does the same with medians of 4 and of 16 neighbours, in
+which a slow rise is as sharp as a jump in single values. Each scale is judged by its own scatter, so a wave counts as noise of its
+scale. Only a rise of 8 % above what was before counts there.
 
-In a log of every fifth step one value out may have lasted for steps, and is a spike, if the noise is *even*: if it reaches down no
-further than a Gaussian's, and its shoulders (1.5 to 3 s) are as full above as below. Otherwise it is noise that throws values out,
-and the value a hard batch.
+In a log of every fifth step one value out may stand for several steps, and is a spike if the noise is *even*: it reaches down no
+further than a Gaussian's, and its shoulders (1.5 to 3 s) are as full above as below. Otherwise the noise itself throws values out,
+and the value is a hard batch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def ripple(values_N: Vector) -> float:
 
 
 def running_median(values_N: Vector, half: int) -> Vector:
-    """The median of 2 half + 1 values; towards the start of as many as lie before, so that a fall passes unchanged."""
+    """The median of 2 half + 1 values; near the start of as many as lie before, so that a fall passes unchanged."""
     median_N = centred_median(values_N, 2 * half + 1)
     for i in range(min(half, len(values_N))):
         median_N[i] = np.median(values_N[: 2 * i + 1])
@@ -66,7 +66,7 @@ def running_median(values_N: Vector, half: int) -> Vector:
 
 
 def quantum_of(values_N: Vector) -> float:
-    """What the values were rounded to, where most neighbours are within eight such units; else 0."""
+    """The unit that values were rounded to, where most neighbours are within eight such units; else 0."""
     steps_N = np.abs(np.diff(values_N[:4096]))
     steps_N = steps_N[steps_N > 0]
     if not len(steps_N):
@@ -78,14 +78,14 @@ def quantum_of(values_N: Vector) -> float:
 
 
 def _scale(residuals_N: Vector, width: int) -> Vector:
-    """A local robust deviation, not under half of the whole one."""
+    """A local robust deviation, at least half of the whole log's."""
     absolute_N = np.abs(residuals_N)
     whole = MAD * float(np.median(absolute_N))
     return np.maximum(MAD * _local_median(absolute_N, width), 0.5 * whole)
 
 
 def _local_median(values_N: Vector, width: int) -> Vector:
-    """``centred_median``; in a long log of every fourth value, over as many of them: a scale changes slowly there."""
+    """``centred_median``; a long log takes every fourth value, and as many of them: there a scale changes slowly."""
     n = len(values_N)
     if n <= SAMPLED:
         return centred_median(values_N, width)
@@ -102,7 +102,7 @@ def _scale_of_fours(four_N: Vector) -> Vector:
 
 
 def sample(values_N: Vector) -> Vector:
-    """All values, or of a long log 16 pieces evenly over it: enough for one number of the whole."""
+    """All values, or 16 pieces spread evenly over a long log: enough for one number about the whole."""
     piece = SAMPLED // 16
     if len(values_N) <= SAMPLED:
         return values_N
@@ -111,7 +111,7 @@ def sample(values_N: Vector) -> Vector:
 
 
 def coarse_excursions(values_N: Vector, width: int) -> list[BumpSpan]:
-    """Excursions of medians of ``width`` values: what rises too slowly for single values and fours."""
+    """Excursions of medians of ``width`` values, which rise too slowly for single values and fours."""
     count = len(values_N) // width
     if count < LEAST_BLOCKS:
         return []
@@ -120,7 +120,7 @@ def coarse_excursions(values_N: Vector, width: int) -> list[BumpSpan]:
     found = []
     for first, last, kind in excursions(blocks_B, sparse=False, floor=COARSE_FLOOR):
         before_B, within_B = blocks_B[max(0, first - RISE_BLOCKS) : first], blocks_B[first : last + 1]
-        # Where a plateau that leans up ends in a fall, a median stands low without a rise.
+        # Where a rising plateau ends in a fall, the median stands low without any rise.
         rises = len(before_B) and np.median(within_B) - np.median(before_B) > 0.5 * COARSE_FLOOR * abs(
             float(np.median(before_B))
         )
@@ -131,7 +131,7 @@ def coarse_excursions(values_N: Vector, width: int) -> list[BumpSpan]:
 
 
 def joined(spans: list[BumpSpan], more: list[BumpSpan]) -> list[BumpSpan]:
-    """``spans`` and those of ``more`` that overlap no state among them; one that holds several of them takes their place."""
+    """``spans``, and those of ``more`` that overlap no excursion of the state; each replaces the hard batches that it overlaps."""
     for first, last, kind in more:
         inside = [one for one in spans if one[0] <= last and one[1] >= first]
         if any(one[2] != "hard-batch" for one in inside):
@@ -148,10 +148,10 @@ def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> 
     floor_N = floor * np.abs(trend_N)
     positive_N = np.maximum(scale_N, 1e-9 * np.abs(trend_N) + 1e-300)
     q02, q90, q98 = np.quantile(residual_N / positive_N, [0.02, 0.9, 0.98])
-    # In a short log the excursion itself is many of the values: there the tail of the lower side speaks for both, if loudly.
+    # In a short log the excursion itself makes up many of the values: there the lower tail, if heavy, stands for both.
     tail = -q02 / GAUSS_98 - 2 / math.sqrt(n) if n < SHORT else min(q98 / GAUSS_98, (q90 / GAUSS_90) ** 3)
     tail = max(1.0, float(tail))
-    # A neighbourhood of correlated values says less of their scale.
+    # Correlated neighbours say less about their scale.
     rho = correlation(residual_N, float(np.median(scale_N)))
     unsure = 1 + 8 / n + rho**2 * (0.5 + 1.5 * math.sqrt((1 + rho) / (1 - rho) / n))
     limit_N = np.maximum(baseline.LIMIT_SIGMAS * tail**2 * unsure * scale_N, floor_N)
@@ -176,7 +176,7 @@ def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> 
             int((residual_N[run] > COUNTED_SIGMAS * scale_N[run]).sum()),
             int(out_N[run].sum()) - HARD_STEPS - 1,
         )
-        # In a sparse log a single value out may have lasted for steps, unless the noise itself throws values out.
+        # In a sparse log a single value out may stand for several steps, unless the noise itself throws values out.
         kind = "spike" if values > HARD_STEPS or even else "hard-batch"
         if kind == "spike" and last == n - 1 and values > HARD_STEPS:
             over = residual_N[first:]
@@ -187,7 +187,8 @@ def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> 
 
 
 def _rises(values_N: Vector, residual_N: Vector, first: int, last: int) -> bool:
-    """Whether it stands over what was before it. The end of a plateau before a drop is over the median of both, and does not."""
+    """Whether it stands over the values before it. The end of a plateau before a drop is over the median of both, but did not
+    rise."""
     if not first:
         return True
     before_N, run = values_N[max(0, first - RISE_BLOCKS) : first], slice(first, last + 1)
@@ -209,7 +210,7 @@ def is_even(deviations_N: Vector) -> bool:
 
 
 def correlation(residual_N: Vector, scale: float) -> float:
-    """Of neighbours, what stands out clipped; between 0 and .95."""
+    """The correlation of neighbours, outliers clipped; between 0 and .95."""
     clipped_N = np.clip(residual_N, -3 * scale, 3 * scale)
     power = float(clipped_N @ clipped_N)
     rho = float(clipped_N[1:] @ clipped_N[:-1]) / power if power else 0.0
@@ -217,9 +218,9 @@ def correlation(residual_N: Vector, scale: float) -> float:
 
 
 def _trend(values_N: Vector, half: int) -> tuple[Vector, Vector]:
-    """A running median and the deviation about it; in a short log what stands out is bridged, and again."""
+    """A running median and the deviation about it; in a short log, computed again with outliers bridged."""
     n = len(values_N)
-    # Where the fall is steeper than the noise, the median is the value itself: second differences still see the noise.
+    # Where the fall is steeper than the noise, the median is the value itself; second differences still show the noise.
     bends_N = np.abs(np.diff(values_N, 2, prepend=values_N[0], append=values_N[-1])) / math.sqrt(6)
     least_N = np.maximum(MAD * _local_median(bends_N, min(n, 31)), quantum_of(values_N))
     trend_N = running_median(values_N, half)
@@ -228,7 +229,7 @@ def _trend(values_N: Vector, half: int) -> tuple[Vector, Vector]:
         scale_N = np.maximum(_scale(residual_N, min(n, 101)), least_N)
         if n >= SHORT or repeat == 3:
             break
-        # Bridged by straight lines, so that a fall stays one.
+        # Straight lines bridge them, so that a fall stays a fall.
         inside = np.flatnonzero(residual_N <= BACK_SIGMAS * scale_N)
         trend_N = running_median(np.interp(np.arange(n), inside, values_N[inside]), half)
     # At the end the window is one-sided, and correlated noise stands further from it.
@@ -237,7 +238,7 @@ def _trend(values_N: Vector, half: int) -> tuple[Vector, Vector]:
 
 
 def _run(out_N: NDArray[np.bool_], at: int, direction: int) -> int:
-    """The last index out, going on while no more than one in a row is not."""
+    """The last index out, going on over single values that are not."""
     n = len(out_N)
     while True:
         if 0 <= at + direction < n and out_N[at + direction]:

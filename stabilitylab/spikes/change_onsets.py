@@ -1,23 +1,23 @@
 """Which site left its own baseline, and when: departures around a step.
 
-For each site the logarithm y of a positive statistic (a norm, a maximum) is followed over the ``WINDOW`` steps before the onset.
-Its baseline is a straight line through the medians of the window's halves, but no lower than the second of them (a falling norm
-that levels off has not left anything), its noise 1.4826 times the median absolute deviation from the line. It is *out* where
+For each site the module follows the logarithm y of a positive statistic (a norm, a maximum) over the ``WINDOW`` steps before the
+onset. Its baseline is a straight line through the medians of the window's halves, but no lower than the second of them (a falling
+norm that levels off has not left its baseline); its noise is 1.4826 times the median absolute deviation from the line. It is *out*
+where
 
     y - baseline > max(5 noise, ln 2)
 
-(5, since some thousand sites are looked at for a dozen steps: a Gaussian passes that once in 3.5 million.) The medians are blind to
-a departure that takes up less than half of the window's second half, so a site that left early is measured against what it was
-before it did. A *departure* is the run of values out that touches the steps from 8 before the onset (StableAdamW, 2304.13013,
-section 3.4: loss spikes follow within 1 to 8 steps) to 3 after it, followed back to its beginning; a single value inside does not
-interrupt it. Non-finite values are out.
+(5, since the module looks at some thousand sites for a dozen steps: a Gaussian exceeds it once in 3.5 million.) The medians are
+blind to a departure that takes up less than half of the window's second half, so a site that left early is measured against its
+level before. A *departure* is the run of values out that touches the steps from 8 before the onset (StableAdamW, 2304.13013,
+section 3.4: loss spikes follow within 1 to 8 steps) to 3 after it, followed back to its beginning; a single value back inside does
+not interrupt it. Non-finite values are out.
 
-With fewer than ``USUAL_VALUES`` measurements in the window its noise is known badly: then max(8 noise, ln 3), and with fewer than
-``LEAST_VALUES`` nothing is said.
+Fewer than ``USUAL_VALUES`` measurements in the window estimate the noise badly: the bound is then max(8 noise, ln 3). With fewer
+than ``LEAST_VALUES`` the module says nothing.
 
-Sites are seen at the steps they were measured at; between two measurements a departure cannot be placed. Within one step the order
-is that of execution, which the run recorded (``Places.order``): forward passes in that order, backward ones in the reverse, then
-the update.
+A departure cannot be placed between two measurements of a site. Within one step departures are in order of execution, which the run
+recorded (``Places.order``): the forward pass in that order, the backward pass in reverse, then the update.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LEAST_VALUES = 5
 SIGMAS, SIGMAS_OF_FEW = 5.0, 8.0
 LEAST_RISE, LEAST_RISE_OF_FEW = float(np.log(2)), float(np.log(3))
 
-# What is followed, in the order in which a step computes it: forward, backward, update.
+# The statistics followed, in the order in which a step computes them: forward, backward, update.
 FOLLOWED = (
     ("attention", "score_max"),
     ("activation", "absmax"),
@@ -59,8 +59,8 @@ class Execution:
     """When a step comes to a site.
 
     Args:
-        order: sites as the forward pass comes to them (``Places.order``); empty where that was not recorded: then the order
-            of the families is all that is known.
+        order: sites as the forward pass comes to them (``Places.order``); empty where the run did not record it: then only the
+            order of the families is known.
     """
 
     def __init__(self, order: Sequence[str]) -> None:
@@ -74,7 +74,7 @@ class Execution:
                 self._first.setdefault(".".join(parts[:end]), i)
 
     def place(self, family: str, site: str) -> tuple[int, int, int]:
-        """What to sort by within one step."""
+        """The sort key within one step."""
         passes = _PASS.get(family, 3)
         if not self._at:
             return passes, _FAMILY.get(family, 9), 0
@@ -106,11 +106,11 @@ class ChangeOnset:
         step: the first measured step out.
         since: the last measured step before that: it left somewhere between the two.
         until: the last measured step out, of those looked at.
-        order: what sorts the departures of one step as it came to them: pass, then place in it.
+        order: sorts the departures of one step in order of execution: pass, then place in it.
         ratio: largest value over its baseline, as a factor; inf for non-finite values.
-        jump: the same of the first value out: what became of the site between two measurements.
+        jump: the same of the first value out: how far the site moved between two measurements.
         sigmas: the same in deviations of the baseline's noise.
-        common: by which factor the family's median site rose in that step: near 1 where few sites moved.
+        common: the factor by which the family's median site rose in that step: near 1 where few sites moved.
     """
 
     family: str
@@ -128,8 +128,8 @@ class ChangeOnset:
 
     @property
     def is_local(self) -> bool:
-        """Whether it stands out from its family: it rose by more than the square of what the median site did (or of 2). What is not
-        finite does: all that comes after it is not finite either, and which was first is a matter of order."""
+        """Whether it stands out from its family: it rose by more than the square of the median site's factor (or of 2). A
+        non-finite value always does: all that follows it is non-finite too, so only the order tells which came first."""
         return math.isinf(self.ratio) or math.sqrt(self.ratio) > max(self.common, 2.0)
 
     @property
@@ -139,10 +139,10 @@ class ChangeOnset:
 
 
 def find_departures(run: Run, onset: int) -> list[ChangeOnset]:
-    """All sites out of their baseline around ``onset``: the earliest first, then as a step comes to them.
+    """All sites out of their baseline around ``onset``: the earliest first, then in order of execution.
 
     Args:
-        run: with telemetry of the families in ``FOLLOWED``; those that are missing are left out.
+        run: has telemetry of the families in ``FOLLOWED``; missing ones are left out.
         onset: step at which the episode began.
     """
     found: list[ChangeOnset] = []
@@ -154,7 +154,7 @@ def find_departures(run: Run, onset: int) -> list[ChangeOnset]:
 
 
 def measurements_before(run: Run, onset: int) -> int:
-    """How often the family that was measured most was, in the window before the onset."""
+    """How many measurements the most often measured family has in the window before the onset."""
     counts = (
         run.near(family, statistic, onset - WINDOW, onset - 1)["step"].nunique()
         for family, statistic in FOLLOWED

@@ -1,4 +1,5 @@
-"""``stabilitylab spikes``: a log's episodes as a table, JSON or a picture. ``stabilitylab precursors``: what warned of them."""
+"""``stabilitylab spikes`` gives a log's episodes as a table, JSON or a picture; ``stabilitylab precursors`` says what warned of
+them."""
 
 from __future__ import annotations
 
@@ -84,7 +85,7 @@ def spikes(
 
 
 def _of_ranks(opened: list[Log], scans: list[Scan]) -> list[str]:
-    """What only some of the ranks of one run have: one value of several a step is bad."""
+    """Notes on episodes that only some ranks of a run have: one bad value of several per step."""
     ranks = [
         (one.name, scan) for one, scan in zip(opened, scans, strict=True) if one.name.startswith("rank ")
     ]
@@ -194,11 +195,11 @@ def _notes(scan: Scan, log: Log) -> list[str]:
 
 
 def _explanations(log: Log) -> list[str]:
-    """A run folder says why, and what to try: the first sentences of each diagnosis it holds and its advice, or where it was not
-    closed, of those made now."""
+    """Why, and what to try: the first sentences and the advice of each diagnosis in a run folder, or where the run did not close
+    it, of those made now."""
     if not log.path.is_dir():
         return []
-    from stabilitylab.runs import Run  # pandas with it: a log of text is told without
+    from stabilitylab.runs import Run  # imports pandas, which a text log does not need
     from stabilitylab.runs.folder import RunFolder
     from stabilitylab.spikes.advice import told_now
 
@@ -207,7 +208,7 @@ def _explanations(log: Log) -> list[str]:
     events = RunFolder(log.path).read_events()
     diagnoses = [event for event in events if event.kind == "diagnosis"]
     if not diagnoses:
-        from stabilitylab.spikes.explain import explain  # reads telemetry: only where it is wanted
+        from stabilitylab.spikes.explain import explain  # reads telemetry: only where needed
 
         diagnoses = explain(RunFolder(log.path))
     run, said = Run(RunFolder(log.path)), []
@@ -247,7 +248,7 @@ def _levels(one: Episode) -> str:
 
 
 def _what_else(episodes: list[Episode]) -> list[tuple[str, str]]:
-    """Reasons and precursors, each with the numbers of the episodes it holds for."""
+    """Reasons and precursors, each with the numbers of its episodes."""
     numbers: dict[str, list[int]] = {}
     for number, one in enumerate(episodes, start=1):
         leads = sorted(one.precursors.items(), key=lambda item: -item[1])

@@ -1,4 +1,4 @@
-"""Spikes, seen while they begin: the online detector over the signals of a run.
+"""Spikes, seen as they begin: the online detector over the signals of a run.
 
     detector = SpikeDetector()
     for step in ...:
@@ -6,27 +6,25 @@
             ...
     detector.finish()
 
-It works from the loss alone. Each value costs microseconds, and memory does not grow with the run. What may come with the loss
-makes its verdicts better:
+The loss alone is enough for it. Each value costs microseconds, and memory does not grow with the run. Other signals improve its
+verdicts:
 
-- *companions* (gradient norm, update RMS, attention maxima, any other positive number) are judged by their
-  logarithm against their own baseline. One that left it before the loss did makes the episode a spike where
-  its length alone would say hard batch: a bad batch moves loss and gradient in the same step, a bad state
-  shows in the gradient first (BLOOM's gradient norm had risen fourfold four steps before its loss). Their
-  leads stand in ``data["precursors"]``. The gradient norm alone makes an episode once it is four times its
-  level and out for three values, unless the loss is in one already.
-- the *loss scale* gives ``loss-scale-collapse``; and a norm that jumps by the very factor of the scale is the
-  norm of the scaled gradient, and is taken as such.
-- the *causes* that a log names itself, within 64 steps before an onset, stand in ``data["reason"]`` as a sentence: a
-  learning rate changed by half or more, a batch size by a twentieth or more, another phase of the data. A changed rate
-  stands in ``data["learning_rate_change"]`` as a factor, too.
-- ``skipped``: an overflow that a loss scaler (scale above 1) catches is routine: its non-finite norm is not
-  an event.
+- *companions* (gradient norm, update RMS, attention maxima, any other positive number): the detector judges the logarithm of each
+  against its own baseline. Where one left it before the loss did, the episode is a spike even if its length alone would say hard
+  batch: a bad batch moves loss and gradient in the same step, a bad state shows in the gradient first (BLOOM's gradient norm had
+  risen fourfold four steps before its loss). ``data["precursors"]`` holds their leads. The gradient norm alone makes an episode
+  once it is four times its level and out for three values, unless the loss is in one already.
+- the *loss scale* gives ``loss-scale-collapse``; and where the norm jumps by the very factor of the scale, the detector takes it
+  for the norm of the scaled gradient.
+- *causes* that the log itself shows within 64 steps before an onset: a learning rate changed by half or more, a batch size by a
+  twentieth or more, another phase of the data. ``data["reason"]`` holds them as a sentence, and ``data["learning_rate_change"]`` a
+  changed rate's factor.
+- ``skipped``: an overflow that a loss scaler (scale above 1) catches is routine: its non-finite norm makes no event.
 
-NaN is a value and makes the event ``non-finite``; a value that was not logged is left out of ``values``. Neither enters a baseline
-nor interrupts the watch. A loss that is exactly 0 while the norm is not finite is what a NaN filter wrote, and part of the same
-burst. Values of one step may come in several calls; the second value of a signal at a step is ignored; a step that goes back is a
-restart: what it supersedes is forgotten (see ``excursion.py``).
+NaN is a value and makes the event ``non-finite``; leave a value that was not logged out of ``values``. Neither enters a baseline
+nor interrupts the watch. A loss of exactly 0 beside a non-finite norm comes from a NaN filter, and is part of the same burst.
+Values of one step may come in several calls; the detector ignores a signal's second value at a step. A step that goes back is a
+restart: the detector forgets what it supersedes (see ``excursion.py``).
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ from stabilitylab.spikes.stillness import HOLE, Burst, Stillness, burst_event, i
 from stabilitylab.spikes.verdict import Transition
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES, SKIPPED, Event
 
-# Numbers of a step that say nothing of its health.
+# Numbers of a step that say nothing about its health.
 IGNORED = frozenset(f"train/-/{name}" for name in ("tokens", "targets", "seconds", "data_seconds"))
 _NO_COMPANIONS = IGNORED | set(LOSS_SCALES) | REASONS | {SKIPPED}
 
@@ -84,11 +82,11 @@ class SpikeDetector:
     # updates
 
     def update(self, step: int, values: Mapping[str, float]) -> list[Event]:
-        """Judge what was measured at ``step``.
+        """Judge the values of ``step``.
 
         Args:
             step: the optimizer update's number.
-            values: metric -> value; leave out what was not measured.
+            values: metric -> value; only what was measured.
         """
         events: list[Event] = []
         skipped = bool(values.get(SKIPPED, 0.0))
@@ -115,7 +113,7 @@ class SpikeDetector:
         return events
 
     def finish(self) -> list[Event]:
-        """The run ends: close what is open."""
+        """Close what is open, as the run ends."""
         events: list[Event] = []
         for name, burst in list(self._bursts.items()):
             events += self._end_burst(burst.end, name, now=True)
@@ -140,7 +138,7 @@ class SpikeDetector:
         return self._loss
 
     def companion(self, name: str) -> Excursions:
-        """A companion's state machine; it is there from its first value on."""
+        """A companion's state machine; exists from its first value on."""
         companion = self._companions.get(name)
         if companion is None:
             companion = self._companions[name] = Excursions(Baseline(0.0, FACTOR_OF_TWO), creep=False)
@@ -153,7 +151,7 @@ class SpikeDetector:
 
     @property
     def reasons(self) -> Reasons:
-        """What the log itself says of changes."""
+        """The changes that the log itself shows."""
         return self._reasons
 
     def ignores(self, name: str) -> bool:
@@ -161,14 +159,14 @@ class SpikeDetector:
         return name != self.loss and name in _NO_COMPANIONS
 
     def is_quiet(self, name: str) -> bool:
-        """Whether nothing goes on that the next ordinary value of this signal would have to be told of."""
+        """Whether nothing is going on that depends on the next ordinary value of this signal."""
         return name not in self._bursts and (name != self.loss or self._still is None)
 
     # -------------------------------------------------------------------------------------------------
     # signals
 
     def tell(self, step: int, changes: Sequence[Transition], *, over: bool = True) -> list[Event]:
-        """The events of what happened to the loss at ``step``; ``over``: an end is one that was seen."""
+        """Events for the loss's transitions at ``step``; ``over``: an end was seen, not forced."""
         return [self._loss_event(step, change, over) for change in changes]
 
     def _take_loss(self, step: int, value: float, events: list[Event]) -> None:
@@ -249,7 +247,7 @@ class SpikeDetector:
                 events.append(self._event(step, name, Transition("onset", now), {}))
 
     def _companion_change(self, step: int, name: str, change: Transition, events: list[Event]) -> None:
-        """Only an excursion that was told goes on being told."""
+        """Append a change or an end, but only of an excursion whose onset was told."""
         if name in self._open and change.phase != "onset":
             if change.excursion.kind == "hard-batch":
                 change.excursion.kind = "spike"
@@ -281,7 +279,7 @@ class SpikeDetector:
         return Event(step=step, kind=still.seen, data=data)
 
     def _take_scale(self, step: int, name: str, scale: float, events: list[Event]) -> float:
-        """Returns the factor by which the scale has changed."""
+        """Follow the loss scale; returns the factor by which it has changed."""
         before = self._scale.scale
         if not (math.isfinite(scale) and scale > 0):
             return 1.0
@@ -335,7 +333,7 @@ class SpikeDetector:
         return Event(step=step, kind=now.kind, data=data)
 
     def _go_back(self, step: int) -> None:
-        """The run goes on from ``step``: what happened from there on has not happened."""
+        """Forget what happened from ``step`` on, as the run goes on from there."""
         self._left = {name: steps for name, steps in self._left.items() if steps[0] < step}
         self._bursts = {name: burst for name, burst in self._bursts.items() if burst.onset < step}
         if self._still is not None and self._still.onset >= step:
@@ -349,7 +347,7 @@ class SpikeDetector:
     # ------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that later verdicts depend on, as JSON can hold it."""
+        """All state that later verdicts depend on, ready for JSON."""
         return {
             "loss": self._loss.state_dict(),
             "stillness": self._stillness.state_dict(),
@@ -367,7 +365,7 @@ class SpikeDetector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where ``state_dict`` was taken. The state of an older detector is left: it learns anew."""
+        """Continue exactly where ``state_dict`` was taken. The detector ignores the state of an older version and learns anew."""
         if "stillness" not in state or len(state["loss"]["baseline"]) != len(self._loss.baseline.state()):
             self._episode = state["episode"]
             return
@@ -389,5 +387,5 @@ class SpikeDetector:
 
 
 def burst_is_over(still: Burst) -> bool:
-    """Two other values: it lives again."""
+    """Whether the loss lives again: it has shown two other values."""
     return still.finite >= 2

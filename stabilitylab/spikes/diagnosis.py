@@ -1,4 +1,4 @@
-"""What the telemetry says about one episode: found by ``forensics.py``, told in sentences by ``words.py``."""
+"""What the telemetry says about one episode: ``forensics.py`` finds it, ``words.py`` puts it into sentences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Diagnosis:
     """What the telemetry says about an episode.
 
     Attributes:
-        episode: what is explained.
+        episode: the episode explained.
         cause: a word of the table in ``stabilitylab/spikes/suspects.py``.
         site: where, if the cause has a place: a module or parameter path, with the head if it is one.
         first_step: when the first site left its baseline; None if none did.
@@ -31,13 +31,13 @@ class Diagnosis:
         overflow: step at which numbers first went non-finite, and the tensor and site where.
         loss_scale: at the onset and the lowest within the episode.
         learning_rate_change: step and factor.
-        learning_rate_climb: how it rose by degrees to the highest of the run, where that is the suspect.
-        outside: what changed from outside, as it was told: kind, step and data; None if nothing did, or it is not the suspect.
-        disturbs: what a cause from outside the forward pass does in it: the first site that left, and the one that left furthest.
+        learning_rate_climb: how the rate rose by degrees to the run's highest, where that is the suspect.
+        outside: the event of a change from outside: kind, step and data; None if there was none, or it is not the suspect.
+        disturbs: the effect of a cause outside the forward pass on it: the first site that left, and the one that left furthest.
         stack: in which stack of blocks the site lies, in a model that has several.
-        measurements: of layers in the 128 steps before the onset.
+        measurements: number of measurements of layers in the 128 steps before the onset.
         advice: one line of what to try.
-        sentences: what was seen, for a reader (``words.py``).
+        sentences: the findings for a reader (``words.py``).
     """
 
     episode: Episode

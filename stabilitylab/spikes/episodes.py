@@ -1,18 +1,17 @@
-"""What the detector finds: episodes, from the first value out of line to the last.
+"""Episodes, which the detector finds: from the first value out of line to the last.
 
 | kind | meaning |
 | --- | --- |
 | hard-batch | one or two steps out of line that recover by themselves: the data, not the state |
 | spike | an excursion of the run's state that recovers |
-| divergence | one of which less than half has been recovered when the log ends or after 128 values |
+| divergence | an excursion less than half recovered when the log ends, or after 128 values |
 | non-finite | NaN, infinity, or a number at the end of its type's range |
 | dead | a loss that is exactly 0 again and again, far below its level |
 | frozen | a value that repeats itself more often than chance explains |
-| loss-scale-collapse | the loss scale fell to a sixteenth of one that had been established, without growing
-once |
+| loss-scale-collapse | an established loss scale fell to a sixteenth without growing once |
 
-An episode is told in events of its kind, which share ``data["episode"]``: ``phase`` "onset" when it begins (with the kind that is
-likely then), "change" when the kind turns out to be another, "end" when it is over. ``episodes_of`` folds them.
+The detector tells an episode in events of its kind, which share ``data["episode"]``: ``phase`` is "onset" when it begins (with the
+kind that is likely then), "change" when the kind turns out to be another, "end" when it is over. ``episodes_of`` folds them.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ class Episode:
         end: step of the last value out of line; None while the episode goes on.
         height: peak above the baseline at onset, in the signal's unit (nats for a loss, log2 for a loss
             scale, natural log for other signals); None for non-finite values.
-        signal: the metric, or the log's column, that shows it.
-        told: the step at which a detector that sees value by value says so; None: only the whole log shows it.
-        to_the_end: it was going on when the log ended.
+        signal: the metric or log column that shows it.
+        told: the step at which the online detector tells it; None: only the whole log shows it.
+        to_the_end: whether it was going on when the log ended.
         level: the baseline before it, in the signal's unit.
         end_level: the signal's median over the 64 values after the end; None where there are none.
         precursors: signal -> steps by which it left its baseline before this one did.
-        reason: what the log itself says of it: a changed learning rate, batch size or phase of the data, a period.
+        reason: what the log itself shows as its reason: a changed learning rate, batch size or phase of the data, a period.
     """
 
     kind: str
@@ -64,11 +63,11 @@ class Episode:
 
 
 def episodes_of(events: Iterable[Event]) -> list[Episode]:
-    """One episode for each one told by ``events``, in the order of their onsets, with the latest known kind and extent."""
+    """The episodes that ``events`` tell, in the order of their onsets, each with its latest known kind and extent."""
     latest: dict[tuple[int, str], Event] = {}
     for event in events:
         if event.kind in KINDS and "episode" in event.data:
-            # A rollback may drop an episode's events, and a restored detector then counts on from its number.
+            # A rollback may drop an episode's events, and the restored detector then uses its number again.
             latest[event.data["episode"], event.data["signal"]] = event
     episodes = [
         Episode(

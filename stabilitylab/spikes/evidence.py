@@ -1,4 +1,4 @@
-"""What was seen around an episode: all that the rules of ``suspects.py`` ask about."""
+"""The evidence around an episode: all that the rules of ``suspects.py`` ask about."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stabilitylab.spikes.reasons import RATE_FACTOR
 from stabilitylab.telemetry import LEARNING_RATE, Event
 
 LEAD_STEPS = 64
-# A rate that has grown by less over ``LEAD_STEPS`` is one that the run has borne.
+# The run bears a rate that has grown by less than this over ``LEAD_STEPS``.
 _CLIMBED = 2.0
 _BEFORE = 8
 _MEASURED = (("activation", "absmax"), ("gradient", "l2"))
@@ -32,19 +32,19 @@ class Climb:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What was seen around an episode.
+    """The evidence around an episode.
 
     Attributes:
         departures: in order (``find_departures``).
         rate_change: step and factor.
         outside: events ``parameter-changed``, ``moments-changed``, ``optimizer-changed`` near the onset, in order.
         overflow: the first event ``overflow`` near the onset.
-        gradients: number of parameters whose gradients are followed.
-        nearest: the parameters whose gradients a backward pass comes to first.
-        heads: of each attention module whose scores are followed, how many it has.
+        gradients: number of parameters whose gradients the run followed.
+        nearest: the parameters whose gradients the backward pass computes first.
+        heads: attention module whose scores the run followed -> its number of heads.
         execution: when a step comes to a site.
-        climb: how the rate rose by degrees to the highest that the run has had.
-        is_sudden: whether half of the signal's rise was there in its first step, in which layers and gradients were measured.
+        climb: how the rate rose by degrees to the run's highest so far.
+        is_sudden: whether half of the signal's rise came in its first step, in which the run measured layers and gradients.
     """
 
     departures: Sequence[ChangeOnset]
@@ -60,7 +60,7 @@ class Evidence:
 
 
 def gather(run: Run, episode: Episode, departures: Sequence[ChangeOnset]) -> Evidence:
-    """Look for everything that the rules ask about."""
+    """Collect everything that the rules ask about."""
     onset = episode.onset
     near = [event for event in run.events if onset - LEAD_STEPS <= event.step <= onset + AFTER]
     shares = run.near("gradient", "l2", onset - LEAD_STEPS, onset + AFTER)
@@ -88,8 +88,8 @@ def gather(run: Run, episode: Episode, departures: Sequence[ChangeOnset]) -> Evi
 
 
 def _counts(event: Event, episode: Episode) -> bool:
-    """Growing the loss scale overflows gradients as a matter of routine; an activation that does, or an episode that is about
-    numbers, is another thing."""
+    """Whether an overflow counts: a growing loss scale overflows gradients as a matter of routine; an activation's overflow counts,
+    or any in an episode that is about numbers."""
     if episode.kind in ("loss-scale-collapse", "non-finite"):
         return True
     return event.data.get("tensor") == "activation"
@@ -99,7 +99,7 @@ def _rate_change(run: Run, onset: int) -> tuple[int, float] | None:
     """The latest jump of the learning rate within 64 steps before the onset, as (step, factor).
 
     A warm-up from zero multiplies its first rates by 2, 3/2, ...: a jump counts only if it is more than half as large again as the
-    step before it was.
+    one before it.
     """
     rate = run.series(LEARNING_RATE)
     rate = rate[(rate.index <= onset) & (rate.index >= onset - LEAD_STEPS - 2) & (rate > 0)]
@@ -112,7 +112,7 @@ def _rate_change(run: Run, onset: int) -> tuple[int, float] | None:
 
 
 def _climb(run: Run, first: int) -> Climb | None:
-    """How the rate rose within 64 steps up to ``first``, if at least twofold and past all that the run had borne before."""
+    """How the rate rose within 64 steps up to ``first``, if at least twofold and past any rate that the run had borne before."""
     rate = run.series(LEARNING_RATE)
     rate = rate[(rate.index <= first) & (rate > 0)]
     near = rate[rate.index >= first - LEAD_STEPS]
@@ -127,7 +127,7 @@ def _climb(run: Run, first: int) -> Climb | None:
 
 
 def _is_sudden(run: Run, episode: Episode) -> bool:
-    """Whether half of what the signal rose by was there in its first step. What a state drifts to comes by degrees."""
+    """Whether half of the signal's rise came in its first step. A drifting state moves it by degrees."""
     if episode.height is None or episode.signal.count("/") < 2:  # a site, and no signal
         return False
     signal = run.series(episode.signal)

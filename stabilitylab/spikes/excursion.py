@@ -3,16 +3,16 @@
     learning --(32 values)--> quiet --(a value, a mean of four or of a block over its limit; a crept-up mean)--> out
     out      --(ordinary values in a row: two, and one more for each sixteen that were out)--> quiet
 
-While an excursion is open the baseline rests, so an excursion can hide nothing that follows; what turns out to have been no
-excursion of the state (a hard batch, or noise that has grown to either side) is learned from afterwards, so the baseline never
-rests on noise that it does not know. What begins one: ``onsets.py``; what it is called, and when that changes: ``verdict.py``. A
+While an excursion is open the baseline rests, so an excursion cannot hide what follows. If it turns out to be no excursion of the
+state (a hard batch, or noise that has grown to either side), the baseline learns from its values afterwards, so it never stays
+without noise that it should know. ``onsets.py`` decides what begins an excursion, ``verdict.py`` its kind and when that changes. A
 divergence that has settled (its median within a tenth since half its age, its noise as before) is closed, and the baseline learns
 the new level.
 
-Steps that go back are a restart: what began at or after the step where the run goes on is superseded and dropped without a word,
-and the baseline is restored as it was there, from snapshots that grow sparser with age. After a gap of more than 16 usual intervals
-an excursion is judged by the first value after it, and the level is learned anew where the loss has fallen; a value over the old
-limit is still out: there is no blind time after a restart.
+Steps that go back are a restart: the state machine drops without a word what began at or after the step where the run goes on, and
+restores the baseline as it was there, from snapshots that grow sparser with age. After a gap of more than 16 usual intervals it
+judges an excursion by the first value after the gap, and learns the level anew where the loss has fallen; a value over the old
+limit is still out, so there is no blind time after a restart.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Excursions:
         self.last_step: int | None = None
         self.interval = 0.0
         self.odd_gap = 0  # the latest gap that was not the usual interval
-        self.learning = True  # values go to ``block`` until there are enough to learn from as a whole
+        self.learning = True  # values collect in ``block`` until there are enough to learn from as a whole
         self.inside: int | None = None  # step of the last ordinary value
         self.block: list[float] = []
         self.block_steps: list[int] = []
@@ -109,16 +109,16 @@ class Excursions:
         return self._follow(self.open, step, value, gap)
 
     def pass_over(self, step: int) -> None:
-        """A step without a usable value (NaN): it is no gap in the log."""
+        """Note a step without a usable value (NaN), which is no gap in the log."""
         if self.last_step is not None and step > self.last_step:
             self.last_step = step
 
     def finish(self) -> list[Transition]:
-        """The log ends here: give the verdict on what is still open."""
+        """Give the verdict on what is still open, as the log ends here."""
         return [] if self.open is None else [self._close(verdict_at_end(self.open))]
 
     def _learn_interval(self, gone: int) -> None:
-        """The usual interval between values: a mean over about 16, or a new gap once it has been seen twice."""
+        """Learn the usual interval between values: a mean over about 16, or a new gap once it has come twice."""
         if not self.interval or gone == self.odd_gap:
             self.interval = float(gone)
         else:
@@ -149,7 +149,7 @@ class Excursions:
         elif len(self.block) >= FEW_VALUES:
             rise = value - max(self.block[-FEW_VALUES:])
             if rise > 0 and rise > (limit := base.suppose(self.block)):
-                # A few values may lie close together by chance: what goes on is out where half as much would be.
+                # A few values may lie close together by chance: an excursion goes on while half as much would be out.
                 base.scale1 = max(base.scale1, limit / (2 * BAND_SIGMAS))
                 return [self._begin(step, value)]
         if base.blocks < SHAPE_KNOWN and (before := three_are_up(base, self.recent, value)) is not None:
@@ -174,7 +174,7 @@ class Excursions:
         self.recent_steps.append(step)
 
     def end_block(self, step: int) -> list[Transition]:
-        """A block of ordinary values is full: is its mean out? If not, learn from it."""
+        """Check the mean of a full block of ordinary values; learn from the block if it is not out."""
         if block_is_out(self.baseline, self.recent, self.block):
             return [self._begin_at_mean(step, list(self.block), list(self.block_steps))]
         self.learn_block(step)
@@ -203,7 +203,7 @@ class Excursions:
         return Transition("onset", now)
 
     def _keep_block_before(self, onset: int) -> None:
-        """What of the block came before ``onset`` stays to be learned from."""
+        """Keep the part of the block before ``onset``, to learn from."""
         kept = [(s, x) for s, x in zip(self.block_steps, self.block, strict=True) if s < onset]
         self.block, self.block_steps = [x for _, x in kept], [s for s, _ in kept]
 
@@ -270,7 +270,7 @@ class Excursions:
         return []
 
     def _is_smoothed(self, now: Open) -> bool:
-        """Whether it is what a hard batch leaves in a log that is known to be smoothed."""
+        """Whether it is the trace of a hard batch in a log known to be smoothed."""
         return (
             self.smoothing.known
             and now.age < FIRST_CHECK
@@ -311,7 +311,7 @@ class Excursions:
         if back and closed.crept_until is None and closed.age < FIRST_CHECK and closed.out > HARD_STEPS:
             self.smoothing.learn(closed.residuals, self.baseline)
         if kind == "hard-batch":
-            # What is far over the limit is another population, no tail of the noise.
+            # Values far over the limit are another population, no tail of the noise.
             band, most = self.baseline.odd(), 1.5 * self.baseline.limit()
             self.over += not closed.smoothed and any(band < r <= most for r in closed.residuals)
             taken = closed.residuals[-closed.calm :] if closed.smoothed else closed.residuals
@@ -323,7 +323,7 @@ class Excursions:
                 self.block_steps.append(closed.inside)
             if len(self.block) >= BLOCK and self.baseline.known:
                 self.baseline.exceeded(self.over)
-                if closed.age >= FIRST_CHECK:  # what was learned before it is old
+                if closed.age >= FIRST_CHECK:  # what the baseline learned before it is old
                     self.baseline.level = median(self.block)
                 self.baseline.learn(self.block[-BLOCK:])
                 self._end_block(self.last_step or closed.end)
@@ -338,7 +338,7 @@ class Excursions:
     # history
 
     def _restart(self, step: int) -> None:
-        """The run goes on from an earlier step: so does the baseline."""
+        """Take the baseline back to an earlier step, from which the run goes on."""
         state = self.snapshots.before(step)
         self.open = None
         self.creep_onset = None
@@ -346,7 +346,7 @@ class Excursions:
         self.recent_steps.clear()
         if state is not None:
             self.baseline.restore(state)
-            self.inside = step - max(1, round(self.interval))  # a state that is taken up again was in order
+            self.inside = step - max(1, round(self.interval))  # a state that a run resumes from was in order
             self._forget_block()
         else:
             base = self.baseline

@@ -1,5 +1,5 @@
-"""The diagnoses of a run that is over, and what came of its responses, as events: what ``events.jsonl``, TensorBoard and the report
-show."""
+"""The diagnoses of a run that is over, and the outcomes of its responses, as events for ``events.jsonl``, TensorBoard and the
+report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stabilitylab.spikes.forensics import diagnose, explicable
 from stabilitylab.spikes.treatment_outcomes import OUTCOME, outcomes
 from stabilitylab.telemetry import DEPARTURES, Event
 
-# A run that breaks a hundred times is not understood by reading a hundred diagnoses: the gravest are explained.
+# Nobody understands a run that breaks a hundred times by reading a hundred diagnoses: explain the gravest.
 MOST = 20
 _GRAVITY = (
     "divergence",
@@ -44,8 +44,8 @@ def explain(run: RunFolder, *, describe_batch: Callable[[int], list[str]] | None
 def write_diagnoses(
     run: RunFolder, *, describe_batch: Callable[[int], list[str]] | None = None
 ) -> list[Event]:
-    """Explain a run's episodes into its ``events.jsonl``, and as text into its TensorBoard folder if it has one. Before that it is
-    recorded what came of its responses."""
+    """Write the outcomes of a run's responses, then the diagnoses of its episodes, into its ``events.jsonl``, and these as text
+    into its TensorBoard folder if it has one."""
     if not run.events.is_file():
         return []
     loaded = load_run(run.path)

@@ -1,14 +1,14 @@
-"""Why an episode happened, as far as the telemetry around it tells.
+"""Why an episode happened, as far as the telemetry around it shows.
 
-Sites are ranked by when they left their own baseline (``change_onsets.py``), within a step by the order of execution; the cause is
-read off the earliest ones, and off what changed from outside, by the rules and under the names of ``suspects.py``. What to try
-about it is in ``advice.py``.
+Forensics ranks sites by when they left their own baseline (``change_onsets.py``), within a step by the order of execution. The
+rules of ``suspects.py`` derive the cause, and its name, from the earliest sites and from changes from outside. ``advice.py`` says
+what to try.
 
-What is close in time is not thereby the cause: the sentences say what was seen, in which order, and how finely it was measured. The
-same batch from another state may do no harm (PaLM, 2204.02311, section 5.1).
+Closeness in time does not prove a cause: the sentences say what moved, in which order, and how finely the run measured it. The same
+batch may do no harm to another state (PaLM, 2204.02311, section 5.1).
 
-A departure that the loss does not show (``site-departure`` and the changes from outside) is explained like an episode, under its
-own kind.
+Forensics explains a departure that the loss does not show (``site-departure`` and the changes from outside) like an episode, under
+its own kind.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _log = logging.getLogger("stabilitylab")
 
 
 def diagnose_run(run: Run, *, describe_batch: Callable[[int], list[str]] | None = None) -> list[Diagnosis]:
-    """Explain every episode that the run's events tell of, and every departure that no episode covers, in order."""
+    """Explain every episode in the run's events, and every departure that no episode covers, in order."""
     return [diagnose(run, episode, describe_batch=describe_batch) for episode in explicable(run.events)]
 
 
 def explicable(events: Iterable[Event]) -> list[Episode]:
-    """The episodes, and as such the departures of sites that the loss does not show: none within 64 steps before an episode or in
+    """The episodes, and, also as episodes, the departures of sites outside them: none within 64 steps before an episode or in
     it."""
     events = list(events)
     told = episodes_of(events)
@@ -72,7 +72,7 @@ def diagnose(
 
     Args:
         run: a run folder opened by ``load_run``.
-        episode: what to explain.
+        episode: the episode to explain.
         describe_batch: step -> the documents and token ranges of its batch, one a line.
     """
     onset = episode.onset
@@ -164,7 +164,7 @@ def _batches(
     steps = sorted({step for begin in begins for step in (begin - 1, begin) if step >= 0})
     try:
         return {step: describe_batch(step) for step in steps}
-    except Exception:  # what is known of the cause is not lost with what is not known of its batch
+    except Exception:  # a batch that cannot be described must not lose the diagnosis
         _log.exception("the batches of steps %s could not be described", steps)
         return {}
 

@@ -1,10 +1,10 @@
-"""A log read from end to end: its episodes, scores, and an outline for a picture, in bounded memory.
+"""A whole log's episodes, scores, and outline for a picture, in bounded memory.
 
-Logs are taken as they come, and a step that goes back is a restart. When more than a quarter of the steps go back, the log is not
-in order rather than restarted: it is then sorted by step, if it has at most ``SORTABLE`` rows. Up to as many losses are kept for
-the second look to both sides (``two_sided.py``).
+The scan reads logs in their own order, and a step that goes back is a restart. Where more than a quarter of the steps go back, the
+log is out of order rather than restarted: the scan then sorts it by step, if it has at most ``SORTABLE`` rows. It keeps up to as
+many losses for the second look to both sides (``two_sided.py``).
 
-A run folder's recorded episodes are the truth for it: what was acted on, and told elsewhere, is what is told here.
+For a run folder the scan gives the recorded episodes: those that the run acted on and told elsewhere.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Scan:
         episodes: in the order of their onsets, their signals under the log's own names.
         values: loss values seen.
         not_logged: rows without a loss.
-        sorted: the rows had to be put in order.
+        sorted: whether the scan had to put the rows in order.
         spike_score: OLMo 2's, over the whole log.
         detrended_spike_score: the same over the residuals of a running median.
         outlines: signal -> its curve, thinned.
         zeros: losses of exactly 0 that no episode holds.
         first_zero: the first one's step.
         period: of a wave that the loss goes through, in steps; None where there is none.
-        recorded: the episodes are those that the run recorded.
+        recorded: whether the episodes are those that the run recorded.
     """
 
     episodes: list[Episode]
@@ -87,7 +87,7 @@ class Outline:
         while len(self._step) > self.most:
             even = len(self._step) // 2 * 2
             if even < len(self._step):
-                # The odd bin out is put back as a value of its own; its extremes are what a picture needs of it.
+                # The odd bin out goes back as a value of its own; a picture needs only its extremes.
                 self._pending[0] = (
                     np.concatenate([self._step[-1:], self._step[-1:], self._pending[0][0]]),
                     np.concatenate([self._low[-1:], self._high[-1:], self._pending[0][1]]),
@@ -111,8 +111,7 @@ def scan_log(log: Log) -> Scan:
     """Read ``log`` and find its episodes.
 
     Raises:
-        InputError: it holds no loss value, a cell is not a number, or it is out of order and too long to
-        sort.
+        InputError: the log holds no loss value, a cell is not a number, or it is out of order and too long to sort.
     """
     scanner = _Scanner(log)
     for block in log.blocks():
@@ -127,11 +126,11 @@ def scan_log(log: Log) -> Scan:
 
 
 def listed_episodes(folder: Path) -> list[Episode]:
-    """Those of a run folder in the order in which ``stabilitylab spikes`` numbers them, from 1: the recorded ones, or where none
-    were, those that the whole log shows.
+    """A run folder's episodes, as ``stabilitylab spikes`` numbers them from 1: the recorded ones, or where the run recorded none,
+    those that the whole log shows.
 
     Raises:
-        InputError: it holds neither.
+        InputError: the folder holds neither.
     """
     from stabilitylab.runs.folder import RunFolder
 
@@ -231,17 +230,17 @@ class _Scanner:
 
 
 def _recorded(log: Log) -> list[Episode] | None:
-    """The episodes that a run folder holds; None where nothing was recorded."""
+    """The episodes that a run folder holds; None where the run recorded nothing."""
     if not log.path.is_dir() or log.columns[LOSS] != LOSS:
         return None
-    from stabilitylab.runs.folder import RunFolder  # pandas with it: a log of text is read without
+    from stabilitylab.runs.folder import RunFolder  # imports pandas, which a text log does not need
 
     events = RunFolder(log.path).read_events()
     return episodes_of(events) if any(event.kind in KINDS for event in events) else None
 
 
 def _is_far_from_zero(losses_N: NDArray[np.float64]) -> bool:
-    """Whether a loss of exactly 0 is out of the question: all others are positive and nowhere near."""
+    """Whether no loss can be exactly 0: all others are positive and far above."""
     others_N = losses_N[np.isfinite(losses_N) & (losses_N != 0)]
     return bool(len(others_N)) and float(others_N.min()) > 0.1 * float(np.median(others_N))
 

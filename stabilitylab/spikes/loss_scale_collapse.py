@@ -1,8 +1,8 @@
-"""The collapse of a dynamic loss scale, told apart from its routine.
+"""Tells the collapse of a dynamic loss scale from its routine.
 
-A dynamic scale is halved at an overflow and doubled after a window without one. Routine is a search from the start value down to
-one that fits, and later a halving now and then that a doubling makes good. Not routine: four halvings of a scale that had been
-established, without one doubling between them: no window passed. GLM-130B's scale fell so some 30 steps before the loss broke away
+The scaler halves a dynamic scale at an overflow and doubles it after a window without one. Routine is a search from the start value
+down to one that fits, and later an occasional halving that a doubling makes good. Four halvings of an established scale without a
+doubling between them are not routine: no window passed. GLM-130B's scale fell so some 30 steps before the loss broke away
 (2210.02414, section 3.3), OPT-175B's ran to zero with its divergences (2205.01068, section 2.5).
 
 A scale is *established* when it grew to its value (it passed a window), or held for 16 values at the start. After a restart or a

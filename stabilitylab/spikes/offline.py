@@ -1,13 +1,13 @@
-"""Episodes of a whole log at once: the online detector at speed, then a second look to both sides.
+"""The episodes of a whole log at once: the online detector at speed, then a second look to both sides.
 
-*First pass.* Nearly every value of a training log is ordinary, and an ordinary block of sixteen is taken in as a whole:
-its largest value, its largest rise and its largest mean of four are compared with the limits, and where none comes near
-one, the block goes to ``Baseline.learn`` as it would have value by value. Everything else goes through the detector
-itself. So the events are those of the online detector, to the last bit; a test holds them to it. Each signal has a
-pointer of its own, and the one that is furthest back and needs attention is served first.
+*First pass.* Nearly every value of a training log is ordinary, and an ordinary block of sixteen passes as a whole: the fast path
+compares its largest value, largest rise and largest mean of four with the limits, and where none comes near one, gives the block to
+``Baseline.learn``, as the detector would have value by value. Everything else goes through the detector itself. So the events are
+those of the online detector, to the last bit; a test checks that. Each signal has its own pointer, and the furthest back that needs
+attention comes first.
 
-*Second pass* (``two_sided.py``): what only the values on both sides show; and a log that was smoothed before it was
-written is taken apart again (``smoothing.py``).
+*Second pass.* ``two_sided.py`` finds what only the values on both sides show, and ``smoothing.py`` undoes the smoothing of a log
+that was smoothed before it was written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stabilitylab.spikes.stillness import LARGEST
 from stabilitylab.spikes.two_sided import second_look
 from stabilitylab.telemetry import LOSS, LOSS_SCALES, SKIPPED, Event
 
-# Fewer values are not worth the preparation of the fast path.
+# The fast path's preparation does not pay for fewer values.
 _SLOW_BELOW = 256
 _SHARP = ("hard-batch", "spike", "divergence")
 
@@ -45,8 +45,8 @@ def find_episodes(
         steps: whole numbers, one a value; None: 0, 1, 2, ...
         values: the losses; NaN and infinity are values that were seen.
         signal: the name the episodes carry.
-        finish: the log ends here, so what is open is closed and judged, and the whole is looked at a second time, to
-            both sides; False: what a detector has said by now.
+        finish: the log ends here, so the function closes and judges what is open and takes the second look, to both sides; False:
+            what the detector has said by now.
 
     Raises:
         InputError: steps and values differ in length, or are not one-dimensional.
@@ -68,7 +68,7 @@ def find_episodes(
 def finished(
     episodes: list[Episode], steps_N: NDArray[np.int64], values_N: NDArray[np.float64], *, signal: str
 ) -> list[Episode]:
-    """What the first pass found in a log that is over, after a second look, and with any smoothing undone."""
+    """The first pass's episodes of a log that is over, after a second look and with any smoothing undone."""
     found = second_look(episodes, steps_N, values_N, signal=signal)
     usable_N = np.abs(values_N) < LARGEST
     if not bool((np.diff(steps_N) > 0).all()):
@@ -101,10 +101,10 @@ def feed(
     values: Mapping[str, NDArray[np.float64]],
     logged: Mapping[str, NDArray[np.bool_]] | None = None,
 ) -> list[Event]:
-    """``detector.update`` for each row in turn, and where the steps go back the end of what was judged before.
+    """``detector.update`` for each row in turn; where steps go back, also ``detector.finish`` for what it judged before.
 
     Args:
-        detector: is left as after the last row.
+        detector: left as after the last row.
         steps_N: whole numbers.
         values: signal -> one number a row.
         logged: signal -> whether the row holds it; None: all do.
@@ -114,7 +114,7 @@ def feed(
     back_N = np.flatnonzero(np.diff(steps_N, prepend=steps_N[:1] if last is None else last) < 0)
     for begin, end in zip([0, *back_N.tolist()], [*back_N.tolist(), len(steps_N)], strict=True):
         if begin in back_N:
-            events += detector.finish()  # a log keeps its superseded values: what they held has been seen
+            events += detector.finish()  # a log keeps its superseded values, so their episodes count
         rows = slice(begin, end)
         if begin < end:
             there = {name: column[rows] for name, column in (logged or {}).items()}
@@ -134,7 +134,7 @@ def _feed(
         for name, column in values.items()
     ]
     events: list[Event] = []
-    # The loss is judged last, as in ``update``: its companions of the same step are known by then.
+    # Judge the loss last, as in ``update``: by then its companions of the same step are known.
     columns.sort(key=lambda column: column.name == detector.loss)
     steps = steps_N.tolist()
     while True:
@@ -152,7 +152,7 @@ def _feed(
 
 
 class _Column:
-    """One signal's logged values, and which of them the detector itself has to look at."""
+    """One signal's logged values, and which of them the detector itself must see."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class _Column:
                 values_N = np.log(np.where(odd_N, 1.0, values_N))
             gaps_N = np.diff(steps_N, prepend=steps_N[:1] - 1)
             odd_N[1:] |= gaps_N[1:] != gaps_N[:-1]
-            odd_N[:1] = True  # whether it follows on what was before is the detector's to see
+            odd_N[:1] = True  # the detector checks whether it continues what came before
             if self.is_loss:
                 equal_N = np.diff(values_N, prepend=np.nan) == 0
                 odd_N[1:] |= equal_N[1:] & equal_N[:-1]
@@ -208,7 +208,7 @@ class _Column:
         return int(self.rows_N[self.at])
 
     def go_on(self, bound: int) -> None:
-        """Take ordinary values in, up to one that needs the detector's own attention."""
+        """Take ordinary values in, up to one that the detector itself must see."""
         if self.at >= self.end:
             return
         i = bisect_left(self.odd, self.at)
@@ -222,7 +222,7 @@ class _Column:
             return
         state = self.detector.loss_excursions if self.is_loss else self.detector.companion(self.name)
         if self.is_loss:
-            # The loss may not run ahead of what its companions will have done by then.
+            # The loss may not run ahead of its companions.
             end = min(end, int(np.searchsorted(self.rows_N, bound)))
         self._take(state, end)
 
@@ -245,7 +245,7 @@ class _Column:
 
 
 class _Blocks:
-    """Where nothing can be compiled: whole blocks, of which one look at their largest values says that they are ordinary."""
+    """The fast path without a compiler: whole blocks whose largest values show that they are ordinary."""
 
     def __init__(
         self, values_N: NDArray[np.float64], odd_N: NDArray[np.bool_], equal_N: NDArray[np.bool_] | None
@@ -265,7 +265,7 @@ class _Blocks:
         self.climbs: list[float] = climb_N.tolist()
 
     def take(self, column: _Column, state: Excursions, end: int) -> int:
-        """Take blocks in up to one that the detector itself has to look at; returns the place reached."""
+        """Take blocks in, up to one that the detector itself must see; returns the place reached."""
         base, at = state.baseline, column.at
         if at < GROUP or len(state.recent) < GROUP:
             return at

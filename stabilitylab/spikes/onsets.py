@@ -1,9 +1,9 @@
-"""What begins an excursion: the questions that a quiet signal's next value is asked.
+"""What begins an excursion: the tests of a quiet signal's next value.
 
-A value, a mean of four or of a block over its limit; on a fall, where the level lags behind, a value or a mean of four that stands
-as high above the values right before it. In the first 256 values, where the scales still hold the steepest fall, three values in a
-row that all stand over the four before them, by ``UP_SIGMAS`` of what neighbours differ by. One wild value is no such thing,
-whatever the tail, and what correlated neighbours wander by in three values is in the scale.
+An excursion begins with a value, a mean of four or of a block over its limit; on a fall, where the level lags behind, with a value
+or a mean of four that stands as high above the values right before it. In the first 256 values, where the scales still hold the
+steepest fall, three values in a row begin one that all stand over the four before them, by ``UP_SIGMAS`` of the usual difference of
+neighbours. One wild value cannot, whatever the tail, and the scale includes the wander of correlated neighbours over three values.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from stabilitylab.spikes.baseline import (
 
 UP_VALUES = 3
 UP_SIGMAS = 5.0
-# The scale of few values is less sure: two deviations more with eight of them, less with more.
+# The scale of few values is less certain: two deviations more with eight of them, less with more.
 UP_UNSURE = 16.0
 UP_LEAST = 8
-UP_EVEN = 0.4  # the least of the three stands so high at least, as a share of their mean
+UP_EVEN = 0.4  # the lowest of the three stands at least so high, as a share of their mean
 
 
 def is_above_noise(base: Baseline, recent: Sequence[float], height: float, values: int) -> bool:
-    """Whether a mean of ``values`` so high stands out of the noise of the last 32 values, which may have grown."""
+    """Whether a mean of ``values`` of this height stands out of the noise of the last 32 values, which may have grown."""
     k = base.factor ** (2 if values == 1 else 1)
     return bool(height > constants.LIMIT_SIGMAS * k * ripple_of(recent) / values**0.5)
 
@@ -44,9 +44,9 @@ def is_out(base: Baseline, recent: Sequence[float], residual: float) -> bool:
 
 
 def has_jumped(base: Baseline, recent: Sequence[float], value: float) -> bool:
-    """On a fall the level lags: whether ``value`` stands over the limit above the last four values instead.
+    """Whether ``value`` stands over the limit above the last four values; for a fall, where the level lags.
 
-    They count when all lie 2 sigma under the level, as four neighbours do once in 4 million in noise without a trend.
+    They count when all lie 2 sigma under the level, which four neighbours do once in 4 million in noise without a trend.
     """
     if len(recent) < GROUP:
         return False
@@ -95,7 +95,7 @@ def three_are_up(base: Baseline, recent: Sequence[float], value: float) -> float
 
 
 def bend_of(values: Sequence[float], apart: int) -> float:
-    """``ripple_of`` values that lie so far apart: a fall is hardly in it, what neighbours wander by is."""
+    """``ripple_of`` values so far apart: it holds little of a fall, but the wander of neighbours."""
     bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[apart:], values[2 * apart :], strict=False)]
     return MAD * RIPPLE * median(bends) if bends else 0.0
 

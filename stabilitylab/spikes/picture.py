@@ -12,7 +12,7 @@ from stabilitylab.spikes.log_scan import Scan
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers can tell apart too.
 COLOURS: Mapping[str, str] = {
     "hard-batch": "#999999",
     "spike": "#E69F00",

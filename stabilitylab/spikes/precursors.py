@@ -1,7 +1,7 @@
 """Which signal warns before the loss breaks? Each precursor's record over all episodes of a folder of runs.
 
 An *alarm* of a precursor is an excursion of its logarithm over its own baseline (``baseline.py``, with a floor of a factor of 2),
-of the loss scale two halvings without a doubling between. Where a precursor has many sites each is measured against its own level
+for the loss scale two halvings without a doubling between. Where a precursor has many sites, each is measured against its own level
 (``site_levels.py``: ``SITE_SIGMAS`` deviations and a factor of ``SITE_FACTOR``), since the largest of them all would hide the one
 that moves; the first that leaves is the alarm, and none follows within ``QUIET`` steps.
 
@@ -14,8 +14,8 @@ An *episode* is a spike, a divergence or non-finite values of the loss. An alarm
     precision = right / (right + wrong)        recall = episodes with an alarm 1 to horizon steps before / all
     lead      = steps from the first such alarm to the onset; the median over the episodes that had one
 
-A signal that is measured every tenth step can lead by no less than it was measured. Small numbers of episodes give coarse figures:
-the counts stand beside them.
+The interval of measurement bounds the lead: a signal measured every tenth step can only lead by its last measurement. Small numbers
+of episodes give coarse figures: the counts stand beside them.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Record:
 
     Attributes:
         precursor: its name.
-        runs: how many runs recorded it.
-        episodes: how many episodes they had.
+        runs: number of runs that recorded it.
+        episodes: number of episodes in them.
         warned: episodes with an alarm before them.
         right, wrong: alarms.
         precision, recall: see the module's docstring; None where there was nothing to judge.
@@ -83,7 +83,7 @@ class Record:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """``folder`` itself if it is a run, else every run below it that does not lie in another.
+    """``folder`` itself if it is a run, else every run below it that does not lie inside another run.
 
     Raises:
         InputError: there is none.
@@ -93,7 +93,7 @@ def find_runs(folder: Path) -> list[Run]:
     if (folder / "telemetry").is_dir():
         return [load_run(folder)]
     every = {path.parent for path in folder.glob("**/telemetry") if path.is_dir()}
-    # Forks of an event (``glm replay``) lie in the run that they repeat, and are no runs of their own.
+    # Forks of an event (``glm replay``) lie inside the run that they repeat, and do not count as runs.
     found = sorted(path for path in every if not any(above in every for above in path.parents))
     if not found:
         raise InputError(f"{folder} holds no runs: give a folder with run folders in it")
@@ -118,7 +118,7 @@ def judge(runs: Sequence[Run], *, horizon: int = HORIZON) -> list[Record]:
 
 
 def precursor_series(run: Run) -> Mapping[str, pd.Series[float]]:
-    """What can warn, by name: one value a step, those not recorded left out."""
+    """Precursor name -> one value per step; without those that the run did not record."""
     candidates = {
         "gradient norm": run.series("train/-/gradient_norm"),
         "embedding gradient": _embedding_gradient(run),
@@ -131,11 +131,11 @@ def precursor_series(run: Run) -> Mapping[str, pd.Series[float]]:
 
 
 def site_alarms(run: Run, family: str, statistic: str) -> list[int] | None:
-    """Steps at which a site left its own level; None where nothing was recorded. One pass over the steps."""
+    """Steps at which a site left its own level, in one pass over the steps; None where the run recorded nothing."""
     rows = run.rows(family, statistic).sort_values("step", kind="stable")
     if not len(rows):
         return None
-    # One number a site and index.
+    # One number per site and index.
     site = rows["site"].cat.codes.to_numpy().astype(np.int64)
     index = rows["index"].to_numpy().astype(np.int64)
     _, number = np.unique(site * (index.max() + 2) + index + 1, return_inverse=True)

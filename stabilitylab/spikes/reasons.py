@@ -1,8 +1,8 @@
-"""What a log itself says of why its loss stepped: a changed learning rate, batch size, or phase of the data.
+"""The reasons that a log itself shows for a step in its loss: a changed learning rate, batch size, or phase of the data.
 
-A rate that changes by half or more from one value to the next, a batch size (sequences or tokens a step) by a twentieth or more, a
-number of the data's phase that is another one: each is noted with its step, and an episode that begins within 64 steps after it
-carries it as its reason. Not proof of a cause; but who reads of a spike should read that in the same line.
+``Reasons`` notes each change with its step: a rate that changes by half or more from one value to the next, a batch size (sequences
+or tokens per step) by a twentieth or more, another number of the data's phase. An episode that begins within 64 steps after it
+carries it as its reason. That does not prove a cause, but the reader of a spike should see it in the same line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WORDS = {LEARNING_RATE: "learning rate", BATCH_SIZE: "batch size", DATA_PHASE: 
 
 
 def changes(name: str, values_N: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Where ``Reasons.update`` has something to note, or to leave out; the first value always."""
+    """Where ``Reasons.update`` has something to note or to leave out; always at the first value."""
     if name not in REASONS:
         return np.zeros(len(values_N), dtype=np.bool_)
     before_N = np.concatenate([values_N[:1], values_N[:-1]])
@@ -38,13 +38,13 @@ def changes(name: str, values_N: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 @dataclass(slots=True)
 class Reasons:
-    """The latest value of each, and its latest change as (step, before, after)."""
+    """The latest value of each signal, and its latest change as (step, before, after)."""
 
     latest: dict[str, float] = field(default_factory=dict)
     changes: dict[str, list[float]] = field(default_factory=dict)
 
     def update(self, step: int, name: str, value: float) -> None:
-        """Take a value; those that are not finite say nothing."""
+        """Take a value; ignore those that are not finite."""
         if not math.isfinite(value) or (name != DATA_PHASE and value <= 0):
             return
         before = self.latest.get(name)
@@ -56,7 +56,7 @@ class Reasons:
             self.changes[name] = [step, before, value]
 
     def pass_over(self, name: str, value: float) -> None:
-        """``value`` is the last of several among which nothing changed by enough."""
+        """Take ``value``, the last of several among which nothing changed by enough."""
         if name in REASONS:
             self.latest[name] = value
 
@@ -72,7 +72,7 @@ class Reasons:
         return told
 
     def go_back(self, step: int) -> None:
-        """Changes at or after ``step`` have not happened."""
+        """Forget changes at or after ``step``."""
         self.changes = {name: change for name, change in self.changes.items() if change[0] < step}
 
     def state_dict(self) -> dict[str, Any]:

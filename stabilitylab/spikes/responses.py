@@ -1,4 +1,4 @@
-"""What to do about an episode: a policy, its escalation, and the limits on both. Pure decisions; the loop acts.
+"""What to do about an episode: a policy, its escalation, and the limits on both. This module only decides; the loop acts.
 
 | policy | decision | after |
 | --- | --- | --- |
@@ -10,24 +10,24 @@
 | roll-back | back ``rollback_steps``, leave out ``skip_batches`` | PaLM: 100, 200-500 (2204.02311, 5.1) |
 | escalate | the rungs of ``LADDER`` one after the other | |
 
-A decision is taken at the onset of an episode, or when it turns out worse than thought, but not within ``cooldown`` steps of the
-run's beginning or of the last decision; only a loss that is not finite does not wait, nor what turns out graver than what was
-answered. What begins in a cooldown and still goes on when that is over is answered then. Under ``escalate`` an episode within
+The responder decides at the onset of an episode, or when it turns out worse than thought, but not within ``cooldown`` steps of the
+run's beginning or of the last decision; only a non-finite loss does not wait, nor an event graver than the last one answered. It
+answers an episode that begins in a cooldown when that is over, if the episode still goes on. Under ``escalate`` an episode within
 ``memory`` steps of the last decision takes the next rung, later ones begin at the first. After ``budget`` decisions the responder
 says so once and stands aside: a run that needs more needs a person.
 
-An episode at a spot that was gone back from before shows that going back was not enough. The second decision there goes back
-``rollback_steps`` further, leaves twice as many batches out and lowers the rate by ``rate_factor`` as well, the third doubles that;
-after ``AT_ONE_SPOT`` decisions the spot is left to itself, and the budget kept.
+An episode at a spot from which the run has gone back before shows that going back was not enough. The second decision there goes
+back ``rollback_steps`` further, leaves twice as many batches out and lowers the rate by ``rate_factor`` as well, the third doubles
+that; after ``AT_ONE_SPOT`` decisions the responder leaves the spot to itself and keeps the budget.
 
 A policy of one's own is any object with the methods of ``Policy``: ``glm.train.loop.Trainer(..., responder=mine)``.
 
-``dead`` and ``frozen`` losses are told and not answered. A loss of exactly 0, or one that repeats itself, comes from a mask that
-leaves no target, a log that repeats a value or updates that are left out: no batch, rate or older state makes that right, and going
-back would train the same steps again for nothing.
+The detector tells ``dead`` and ``frozen`` losses, but the responder does not answer them. A loss of exactly 0, or one that repeats
+itself, comes from a mask that leaves no target, a log that repeats a value, or updates that are left out: no batch, rate or older
+state mends that, and going back would train the same steps again for nothing.
 
-A non-finite loss means that the state cannot be trusted: whatever the policy, the decision then also goes back to before the onset
-and leaves its batch out.
+After a non-finite loss the state cannot be trusted: whatever the policy, the decision then also goes back to before the onset and
+leaves its batch out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PolicyName = Literal[
 LADDER: tuple[PolicyName, ...] = ("skip-batch", "clip", "lower-rate", "roll-back")
 # Gravest first. A hard batch recovers by itself and asks for nothing, unless ``hard_batches`` says otherwise.
 _GRAVITY = ("non-finite", "divergence", "spike", "loss-scale-collapse", "hard-batch")
-# Decisions about one spot before it is left to itself.
+# Decisions about one spot before the responder leaves it to itself.
 AT_ONE_SPOT = 3
 
 
@@ -107,17 +107,17 @@ class ResponderConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What the loop is to do now. Fields that do not concern it are None or 0.
+    """What the loop must do now. Fields that do not concern it are None or 0.
 
     Attributes:
         kind: a policy's name, ``continue``, or ``give-up`` (continue, and say that the budget is spent).
-        step: when it was taken.
+        step: the step at which the responder took it.
         rate_factor: multiply the learning rate by this from here on.
         alpha: EGS's alpha from here on.
         clip: bound of the gradient norm from here on.
         back_to: continue from the state before this step (or an older one, if that is not kept).
         skip_batches: leave so many batches out from ``back_to`` on.
-        reason: the event's data that led to it, and its kind.
+        reason: the data and kind of the event that led to it.
         used: decisions so far, this one included.
     """
 
@@ -139,7 +139,7 @@ class Decision:
 
 
 class Policy(Protocol):
-    """What decides about episodes. Extend by writing one; nothing has to be registered."""
+    """Decides about episodes. Write your own to extend it; nothing has to be registered."""
 
     def decide(self, events: Sequence[Event], step: int) -> Decision:
         """What to do after ``step``, at which the detector noticed ``events``; ``Decision(kind="continue", step=step)`` for
@@ -153,7 +153,7 @@ class Policy(Protocol):
 
 
 class Responder:
-    """Takes decisions; keeps what escalation, cooldown and budget need. It must outlive the rollbacks it orders.
+    """Takes decisions, and keeps what escalation, cooldown and budget need. It must outlive the rollbacks that it orders.
 
     Args:
         config: policy and limits.
@@ -168,7 +168,7 @@ class Responder:
         self.gave_up = False
         self.waiting: dict[str, dict[str, Any]] = {}  # episodes that began in a cooldown and go on
         self.answered = len(_GRAVITY)  # how grave the last event answered was, as a place in _GRAVITY
-        self.spot: tuple[int, int] | None = None  # steps that were gone back over
+        self.spot: tuple[int, int] | None = None  # steps that the run has gone back over
         self.times = 0  # decisions about this spot
 
     def decide(self, events: Sequence[Event], step: int) -> Decision:
@@ -182,7 +182,7 @@ class Responder:
         lost = event is not None and event.kind == "non-finite" and _signal(event).endswith("/loss")
         graver = self.used > 0 and event is not None and _GRAVITY.index(event.kind) < self.answered
         if step < self.quiet_until and not (lost or graver):
-            # What begins in the cooldown is answered when that is over, if it is still going on.
+            # Answer what begins in the cooldown when that is over, if it is still going on.
             for one in minded:
                 self.waiting[_name(one)] = _reason(one)
             return proceed
@@ -201,12 +201,12 @@ class Responder:
         return self._respond(event, step, lost=lost)
 
     def _is_new(self, event: Event, step: int) -> bool:
-        """Whether the event stands at a spot that was not gone back over."""
+        """Whether the event stands at a spot that the run has not gone back over."""
         onset = int(event.data.get("onset", step))
         return self.spot is None or not self.spot[0] <= onset <= self.spot[1]
 
     def _minds(self, event: Event) -> bool:
-        """A beginning, or a turn to the worse, of something that asks for an answer."""
+        """Whether it is a beginning, or a turn for the worse, of something that asks for an answer."""
         asks = event.kind in _GRAVITY and (event.kind != "hard-batch" or self.config.hard_batches)
         return asks and event.data.get("phase") in ("onset", "change")
 
@@ -277,7 +277,7 @@ class Responder:
         self.remember_until = state["remember_until"]
         self.gave_up = state["gave_up"]
         self.waiting = {name: dict(reason) for name, reason in state["waiting"].items()}
-        # States saved before a spot was remembered do not say.
+        # Older states do not hold a spot.
         self.answered = state.get("answered", len(_GRAVITY))
         spot = state.get("spot")
         self.spot = None if spot is None else (int(spot[0]), int(spot[1]))

@@ -1,12 +1,12 @@
-"""What rises and stays up, seen from the end of a log.
+"""Rises that stay up, seen from the end of a log.
 
-*Steps up for good*: the median of the next w values over that of the last w, beyond 7 deviations of that difference and
-1.2 % of the level, with all that follows no less than half as high.
+*Steps up for good*: the median of the next w values exceeds that of the last w by 7 deviations of that difference and by 1.2 % of
+the level, and all that follows is at least half as high.
 
-*Slow rises*: the medians of 48 blocks; the last ones stand over the lowest by 8 % and 8 deviations. A level that has
-crossed the middle of the rise more than once is a wave, and none.
+*Slow rises*: of the medians of 48 blocks the last ones stand over the lowest by 8 % and 8 deviations. A level that has crossed the
+middle of the rise more than once is a wave, not a rise.
 
-What stands, in the last quarter, at less than half of the height that it had is on its way back: no divergence.
+A rise that stands, in the last quarter, at less than half of its height is on its way back, and no divergence.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def step_up(values_N: Vector) -> BumpSpan | None:
     first = at + w
     if rise <= max(baseline.LIMIT_SIGMAS * (1 + 16 / n) * scale, STEP_FLOOR * abs(level)):
         return None
-    # What rises out of a dip only comes back: the level before the dip counts.
+    # A rise out of a dip only comes back: the level before the dip counts.
     dip = rise_N[max(0, at - 2 * w) : at].min(initial=0.0)
     begin = max(0, first - 4 * w)
     earlier, earliest = (float(np.median(values_N[begin:end])) for end in (first, begin + w))
@@ -93,7 +93,7 @@ def slow_rise(values_N: Vector) -> BumpSpan | None:
 
 
 def is_recovering(values_N: Vector, first: int) -> bool:
-    """Whether the last quarter from ``first`` on stands at less than half of the highest third: what has come down so far will."""
+    """Whether the last quarter from ``first`` on stands at less than half of the highest third, and so is on its way back."""
     level = float(np.median(values_N[max(0, first - 16) : first])) if first else float(values_N[0])
     rest_N = values_N[first:] - level
     if len(rest_N) < 9:
@@ -103,7 +103,7 @@ def is_recovering(values_N: Vector, first: int) -> bool:
 
 
 def jumps(values_N: Vector, at: int) -> bool:
-    """Whether a value stands out of the eight before it: what begins so does not begin slowly."""
+    """Whether a value stands out of the eight before it, so that the rise does not begin slowly."""
     before_N = values_N[max(0, at - 8) : at]
     if len(before_N) < 4 or at >= len(values_N):
         return False

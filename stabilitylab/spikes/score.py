@@ -4,12 +4,12 @@ OLMo 2 (2501.00656, section 3.1) counts the values at least 7 standard deviation
 
     score = (1/N) |{t : |x_t - mean(x_{t-W..t-1})| >= k std(x_{t-W..t-1})}|        W = 1000, k = 7
 
-The current value is not part of its window here, for otherwise a window of W values could not reach more than (W - 1)/sqrt(W)
-deviations and short windows none at all. Windows are shorter at the start, but have at least ``MINIMUM`` values.
+The window excludes the current value here; otherwise a window of W values could reach at most (W - 1)/sqrt(W) deviations, and short
+windows could count none. Windows are shorter at the start, but have at least ``MINIMUM`` values.
 
 On a falling curve the trend inflates the deviation and hides spikes. ``detrend=True`` scores the residuals over a running median of
-the last 31 values instead, which a straight trend passes and a spike of fewer than 16 does not move; of constant offset from the
-lag the rolling mean takes care. Both count hard batches too.
+the last 31 values instead, which a straight trend passes and a spike of fewer than 16 does not move; the rolling mean absorbs the
+constant offset from the lag. Both count hard batches too.
 """
 
 from __future__ import annotations

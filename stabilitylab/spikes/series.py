@@ -1,7 +1,7 @@
-"""What long logs need at speed, compiled (``series.c``), with a twin for where nothing can be: running medians and the like.
+"""Running medians and the like for long logs, compiled (``series.c``), with a twin for machines without a compiler.
 
-The library is built by the system's compiler at first use. Without one, pandas and the detector's own code do the same some four
-times slower; what is found is the same, to the bit where it is learned from values.
+The system's compiler builds the library at first use. Without one, pandas and the detector's own code do the same some four times
+slower. Both find the same, and what they learn from values agrees to the bit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Quiet(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library; None where it cannot be had."""
+    """The compiled library; None where it cannot be compiled."""
     if switched_off():
         return None
     try:
@@ -85,10 +85,10 @@ def _constants() -> ctypes.Array[ctypes.c_double]:
 
 
 def take_quiet(state: Excursions, steps_N: NDArray[np.int64], values_N: Vector) -> int:
-    """Let a quiet signal take ordinary values in, up to one that its own code has to judge.
+    """Let a quiet signal take ordinary values in, up to one that its own code must judge.
 
     Args:
-        state: no excursion is open, and its noise is known; it is left as ``update`` would have left it.
+        state: has no open excursion and knows its noise; left as ``update`` would have left it.
         steps_N: at the usual interval; contiguous.
         values_N: finite; contiguous.
 
@@ -159,7 +159,7 @@ def take_still(state: Stillness, steps_N: NDArray[np.int64], values_N: Vector) -
 
 
 def rolling_median(values_N: Vector, before: int, after: int = 0) -> Vector:
-    """The median of each value, so many before it and so many after it, as far as there are.
+    """The median of each value with ``before`` values before it and ``after`` after it, as far as there are.
 
     Args:
         values_N: without NaN.
@@ -197,7 +197,7 @@ def far_out(values_N: Vector, window: int, minimum: int, sigmas: float, size_N: 
         values_N: finite.
         window: values before each one, itself excluded.
         minimum: values that a window needs.
-        size_N: what rounding is measured by: deviations under 1e-9 of it are none.
+        size_N: the size that rounding scales with: deviations under 1e-9 of it count as none.
     """
     compiled = library()
     if compiled is None:

@@ -5,7 +5,7 @@ Of the logarithm y of a site's positive statistic
     level += g (y - level)        d += g (|y - level| - d)        g = 1/8
 
 from the ``LEAST``-th value on with deviations clipped at 4 d, so that a departure neither drags its level along nor widens it at
-once. The work is a few vector operations a step, whatever the number of sites.
+once. Each step takes a few vector operations, whatever the number of sites.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class SiteLevels:
         self.seen = np.zeros(count, dtype=np.int64)
 
     def rise(self, values: Array) -> Array:
-        """How far each site's logarithm is over its level, -inf where that is not known; then the values are taken in.
+        """How far each site's logarithm is over its level, -inf where that is not known; then learns from the values.
 
         Args:
-            values: one a site; what is not finite or not positive is passed over.
+            values: one per site; ``rise`` passes over those not finite or not positive.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             y = np.log(np.abs(values))

@@ -1,15 +1,15 @@
-"""Logs that were smoothed before they were written: noticed, and undone.
+"""Notices logs that were smoothed before they were written, and undoes the smoothing.
 
-Many trainers log an exponential mean y_t = a y_{t-1} + (1 - a) x_t instead of the loss x. A hard batch then rises at once and
-decays by the factor a a value, and looks like a spike of the run's state. Undone,
+Many trainers log an exponential mean y_t = a y_{t-1} + (1 - a) x_t instead of the loss x. A hard batch then rises at once, decays
+by the factor a per value, and looks like a spike of the run's state. Undone,
 
     x_t = (y_t - a y_{t-1}) / (1 - a)
 
 it is one value again. The factor is the slope of u_t on u_{t-1}, u the log about a running median, by least absolute deviations (a
 weighted median of u_t / u_{t-1}): hard batches decay by exactly a and weigh most. Correlated noise alone is no smoothing, and
 undoing it would be wrong. A log counts as smoothed only if a is at least .5, its quiet values are correlated by nearly as much, and
-what is undone shows it: at least eight values stand alone, ten deviations high, few stand as far below (where a plateau ends, one
-does), and most of the excursions of the log begin at such values.
+the undone values show it: at least eight stand alone, ten deviations high, few stand as far below (one does where a plateau ends),
+and most excursions of the log begin at such values.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def smoothing_factor(
     Args:
         steps_N: strictly rising.
         values_N: finite.
-        episodes: what was found in the log as it is.
+        episodes: the episodes of the log as it is.
     """
     spikes = [
         one

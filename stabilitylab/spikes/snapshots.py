@@ -1,4 +1,4 @@
-"""A baseline as it was at earlier steps, sparser the longer ago: a run that goes back is judged by what was known there."""
+"""A baseline as it was at earlier steps, sparser with age: the detector judges a run that goes back by what was known there."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ State = tuple[Any, ...]
 
 
 class Snapshots:
-    """At most 32 states with their steps; every other one of the older three quarters goes when they are full.
+    """At most 32 states with their steps; when full, it drops every other one of the older three quarters.
 
-    So what is kept reaches back twice as far each time.
+    So the states reach back twice as far each time.
     """
 
     def __init__(self, kept: Iterable[tuple[int, State]] = ()) -> None:
@@ -26,7 +26,7 @@ class Snapshots:
             self._kept[:old] = self._kept[:old:2]
 
     def add_all(self, steps: Sequence[int], states: Callable[[int], State]) -> None:
-        """``add`` of each in turn; ``states`` is asked for those that are kept only."""
+        """``add`` each in turn; calls ``states`` only for those that it keeps."""
         kept: list[Any] = [*self._kept]
         for number, step in enumerate(steps):
             kept.append((step, number))
@@ -36,13 +36,13 @@ class Snapshots:
         self._kept = [(step, states(one) if isinstance(one, int) else one) for step, one in kept]
 
     def before(self, step: int) -> State | None:
-        """The latest state of an earlier step, None where there is none; those at or after ``step`` are dropped."""
+        """The latest state of an earlier step, None where there is none; drops those at or after ``step``."""
         while self._kept and self._kept[-1][0] >= step:
             self._kept.pop()
         return self._kept[-1][1] if self._kept else None
 
     def state(self) -> list[list[Any]]:
-        """As JSON can hold it."""
+        """The states, ready for JSON."""
         return [[step, list(state)] for step, state in self._kept]
 
     @classmethod

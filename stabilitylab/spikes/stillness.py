@@ -1,12 +1,12 @@
-"""Values that say nothing any more: NaN and infinity, a loss that is dead, one that is frozen.
+"""Values that no longer say anything: NaN and infinity, a dead loss, a frozen loss.
 
-*Non-finite* values that come again within 32 finite ones are one burst (one rank in four, every second value). A value
-at the end of float32's or float64's range counts as infinite: stores that cannot hold infinity write it so.
+*Non-finite* values that return within 32 finite ones are one burst (one rank in four, every second value). A value at the end of
+float32's or float64's range counts as infinite: stores that cannot hold infinity write that instead.
 
-A loss is *dead* that is exactly 0 three times in a row, far below its level: HuggingFace's NaN filter and unset buffers write
-zeros; a run does not learn everything within one step. It is *frozen* that repeats one value so often that chance does not explain
-it. Where neighbours are equal with probability p (values printed with few decimals), a run of n equal ones has probability p^n:
-frozen is below 1e-12, at least 16, and over four times the longest run before.
+A loss is *dead* if it is exactly 0 three times in a row, far below its level: HuggingFace's NaN filter and unset buffers write
+zeros; no run learns everything within one step. It is *frozen* if it repeats one value so often that chance does not explain it.
+Where neighbours are equal with probability p (values printed with few decimals), a run of n equal ones has probability p^n: it is
+frozen below 1e-12, from 16 values on, and beyond four times the longest run before.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Burst:
     end: int
     seen: str
     told: int
-    finite: int = 0  # finite values since the last
+    finite: int = 0  # finite values since the last non-finite one
 
 
 def burst_event(step: int, name: str, burst: Burst, phase: str, *, over: bool = True) -> Event:
-    """What is told of a burst of the signal ``name`` at ``step``; ``over``: its end has been seen."""
+    """The event about a burst of the signal ``name`` at ``step``; ``over``: its end has been seen."""
     data = {
         "episode": burst.episode,
         "phase": phase,
@@ -67,19 +67,19 @@ class Stillness:
     previous: float = math.nan
     equal: int = 1  # values in the present run of equal ones
     since: int = 0  # the step at which it began
-    repeats: float = 0.0  # share of values that equal the one before, as it was when this run began
+    repeats: float = 0.0  # share of values that equal the one before, as of the start of this run
     longest: int = 1  # run of equal values before this one
     values: int = 0
 
     def update(self, step: int, value: float, level: float, band: float, *, fine: bool = True) -> str | None:
-        """Returns "dead" or "frozen" while the signal is; the loss's level and band say what zero means.
+        """Returns "dead" or "frozen" while the signal is so; the loss's level and band say what zero means.
 
         Args:
-            step: of the value.
-            value: finite.
-            level: of the baseline; NaN before it is known.
+            step: the value's step.
+            value: a finite value.
+            level: the baseline's level; NaN before it is known.
             band: residual up to which a value is ordinary; NaN before it is known.
-            fine: values are printed finely enough to show their noise; else a repeat says nothing.
+            fine: whether values are printed finely enough to show their noise; else a repeat says nothing.
         """
         self.values += 1
         if value != self.previous:
@@ -104,9 +104,9 @@ class Stillness:
         self.equal = 1
 
     def skip(self, steps: Sequence[int], values: Sequence[float], *, distinct: bool) -> None:
-        """Take values in of which no three in a row are equal: ``update`` would have said nothing.
+        """Take in values of which no three in a row are equal, so that ``update`` would have said nothing.
 
-        ``distinct``: no two neighbours are, the last value before them included.
+        ``distinct``: no two neighbours are equal, the last value before them included.
         """
         if distinct and self.repeats == 0.0 and self.equal == 1 and self.values:
             self.values += len(values)

@@ -1,4 +1,4 @@
-"""From what was seen around an episode to its first suspect: the rules, in the order in which they are tried.
+"""From the evidence around an episode to its first suspect: the rules, in the order in which they are tried.
 
 | cause | pattern | site |
 | --- | --- | --- |
@@ -17,17 +17,17 @@
 | gradient | a gradient is, with nothing in the forward pass before it | parameter or module |
 | unknown | nothing that was measured left its baseline | |
 
-What is told of the optimizer or the weights from outside is certain, so it comes first; what is read off departures follows the
-order in which a step computes. Of those that share the earliest step (or may, being measured seldom), the suspect is the first in
-the forward pass that stands out from its family; a site whose input left comes after the one that fed it, so it is none. Without
-one in the forward pass it is the first in the backward pass. Weak departures beside far larger ones are their echo: what rose by
-less than a fifth of the largest rise, on the log scale, is passed over.
+Recorded changes of optimizer or weights from outside are certain, so they come first; the rules on departures follow the order in
+which a step computes. Of the sites that share the earliest step (or may, being measured seldom), the suspect is the first in the
+forward pass that stands out from its family; a site whose input left comes after the one that fed it, so it is no suspect. Where no
+site in the forward pass qualifies, it is the first in the backward pass. Weak departures beside far larger ones are their echo: the
+rules pass over a rise of less than a fifth of the largest, on the log scale.
 
-Updates follow rate and gradients, and under Adam rise by themselves where gradients agree from step to step: they mean the
+Updates follow rate and gradients, and under Adam rise by themselves where gradients agree from step to step: they point to the
 optimizer only where they left alone, or a third of them before all else, or one by more than Adam can move by itself while its
 gradient stood. A rate that is too high moves all of them together: sites follow over some steps, each by degrees, while a fault of
 one place shows there at once. An optimizer that bounds its update by its own second moment (StableAdamW) moves most in the step
-after; that is later than the gradient, and so no matter.
+after; that is later than the gradient, and so does no harm here.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ CAUSES = (
 FORWARD = ("attention", "activation")
 _ECHO = 0.2
 _MANY = 1 / 3
-# What a batch may do to activations and scores: more is a fault of the state.
+# How far a batch may move activations and scores: more is a fault of the state.
 _OF_A_BATCH = 8.0
-# (1 - beta1) / sqrt(1 - beta2) = 3.2 is the most that an update can be over the rate, at beta2 .999; .1 is usual.
+# An update over the rate is at most (1 - beta1) / sqrt(1 - beta2) = 3.2, at beta2 .999; .1 is usual.
 _OF_ADAM = 32.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suspect:
-    """A cause and where; ``departure`` or ``event`` is what it was read off."""
+    """A cause and its place; ``departure`` or ``event`` is the evidence for it."""
 
     cause: str
     site: str | None = None
@@ -86,10 +86,9 @@ def first_suspect(episode: Episode, seen: Evidence) -> Suspect:
 
 
 def disturbed(suspect: Suspect, seen: Evidence) -> tuple[ChangeOnset, ...]:
-    """What a cause that lies outside of the forward pass does in it: the first site that left, and the one that left furthest.
+    """The effect of a cause outside the forward pass on it: the first site that left, and the one that left furthest.
 
-    A weight that was changed shows in its own module's output and in what that is fed to, which says nothing new: others come
-    before those.
+    A changed weight shows in its own module's output and in what that feeds, which says nothing new: others come before those.
     """
     if suspect.cause == "attention" and suspect.departure is not None and suspect.site is not None:
         return tuple(_scores_of(suspect.departure, seen.departures)[:1])
@@ -108,7 +107,7 @@ def disturbed(suspect: Suspect, seen: Evidence) -> tuple[ChangeOnset, ...]:
 
 
 def _from_outside(seen: Evidence, begin: int) -> Suspect | None:
-    """The latest of what was changed from outside by the time the first site left."""
+    """The latest change from outside by the time the first site left."""
     earlier = [event for event in seen.outside if event.step <= begin]
     if not earlier:
         return None
@@ -117,7 +116,7 @@ def _from_outside(seen: Evidence, begin: int) -> Suspect | None:
     event = next((event for event in at if event.kind != "parameter-changed"), at[0])
     if event.kind != "parameter-changed":
         return Suspect(cause="optimizer", step=step, event=event)
-    # Half of the model at once is a state that was loaded, decayed or averaged: no site of its own.
+    # Half of the model at once means a state loaded, decayed or averaged: there is no single site.
     if 2 * int(event.data.get("count", 1)) > int(event.data.get("of", 0)):
         return Suspect(cause="parameter", step=step, event=event)
     several = [str(name) for name in event.data.get("sites", [event.data["site"]])]
@@ -139,10 +138,10 @@ def _overflowed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) 
     if seen.overflow is None:
         return None
     event = seen.overflow
-    # A loss that is no number shows at once, the tensor that was none perhaps at the next measured step.
+    # A NaN loss shows at once, the NaN tensor perhaps only at the next measured step.
     begin = min(event.step, episode.onset) if episode.kind == "non-finite" else event.step
     grew = [one for one in moved if one.step < begin and math.isfinite(one.ratio) and one.is_local]
-    if grew:  # it was on its way out before
+    if grew:  # it had begun to leave before
         return None
     if (origin := _led_to(event, begin, seen)) is not None:
         if origin.family == "activation" and _is_given(origin.site, seen):
@@ -156,7 +155,7 @@ def _overflowed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) 
 
 
 def _led_to(event: Event, begin: int, seen: Evidence) -> ChangeOnset | None:
-    """What grew in the step of an overflow, in another module that the step came to before."""
+    """The site that grew in the step of an overflow, in another module that the step came to before."""
     site = str(event.data.get("site", ""))
     place = seen.execution.place(str(event.data.get("tensor")), site)
     module = site.removesuffix(":input")
@@ -174,7 +173,7 @@ def _led_to(event: Event, begin: int, seen: Evidence) -> ChangeOnset | None:
 
 
 def _climbed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) -> Suspect | None:
-    """A rate that rose past what the run bears."""
+    """A rate that rose past what the run can bear."""
     if seen.climb is None or episode.kind == "hard-batch":
         return None
     if not moved:
@@ -182,7 +181,7 @@ def _climbed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) -> 
     first = moved[0]
     if any(one.jump >= _OF_A_BATCH for one in moved if one.step == first.step):
         return None
-    # What all gradients do in the step of the loss, a batch does.
+    # Where all gradients leave in the step of the loss, a batch made them.
     together = sum(one.family == "gradient" for one in moved if one.step == first.step)
     if first.step >= episode.onset and together >= max(2.0, _MANY * seen.gradients):
         return None
@@ -208,7 +207,7 @@ def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) ->
         return Suspect(cause="batch", step=strong[0].step, departure=strong[0])
     if faults:
         return _with_scores(faults[0], faults, seen.heads)
-    # What comes from the batch comes from the loss on; what begins behind it is a fault of a backward pass.
+    # A batch's effect starts at the loss; what begins later in the backward pass is a fault there.
     if not any(one.order[1] <= _nearest(seen) and one.ratio >= _OF_A_BATCH for one in backward):
         beyond = [one for one in _strong(backward) if one.ratio >= _OF_A_BATCH**2]
         if beyond and not forward:
@@ -228,24 +227,24 @@ def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) ->
 
 
 def _is_given(site: str, seen: Evidence) -> bool:
-    """Whether a site is what the model is given: the input of the first layer that is followed. Tokens have none, for the first
-    site is their embedding's output."""
+    """Whether a site is the model's input: that of the first layer followed. Token models have none, as their first site is the
+    embedding's output."""
     return site.endswith(":input") and site in seen.execution.order[:1]
 
 
 def _nearest(seen: Evidence) -> int:
-    """The place in the backward pass of the parameters that are nearest to the loss."""
+    """The place in the backward pass of the parameters nearest to the loss."""
     return max((seen.execution.place("gradient", site)[1] for site in seen.nearest), default=-1)
 
 
 def _with_scores(first: ChangeOnset, faults: Sequence[ChangeOnset], heads: Mapping[str, int]) -> Suspect:
-    """A query or key that grew is seen in its projection's output, and in the scores as much or more. Where few heads' scores left,
-    they are the place; where most did, the projection is."""
+    """A query or key that grew shows in its projection's output, and in the scores as much or more. Where few heads' scores left,
+    those heads are the place; where most did, the projection is."""
     scores = [
         one
         for one in _scores_of(first, faults)
         if one.ratio > first.ratio / 2
-        # What is not finite later on is compared as it left.
+        # Compare values that turn non-finite later by their first step out.
         or (math.isinf(first.ratio) and math.isfinite(one.jump) and one.jump > first.jump / 2)
     ]
     if not scores:
@@ -262,12 +261,12 @@ def _scores_of(first: ChangeOnset, several: Sequence[ChangeOnset]) -> list[Chang
 
 
 def _updates_alone(seen: Evidence, moved: Sequence[ChangeOnset]) -> ChangeOnset | None:
-    """The first update, where many left while everything else still stood, or nothing else left at all; or one did by more than
-    agreeing gradients move it."""
+    """The first update, where many left while everything else still stood, or where nothing else left at all; or one that left by
+    more than agreeing gradients can move it."""
     updates = [one for one in seen.departures if one.family == "update"]
     if not updates or not moved:
         return updates[0] if updates else None
-    # What is measured seldom may have left as early as the step after its last measurement.
+    # A site measured seldom may have left as early as the step after its last measurement.
     earliest = min(one.since for one in moved)
     early = [one for one in updates if one.step <= earliest]
     far = [one for one in early if one.jump >= _OF_ADAM and seen.gradients]
@@ -279,7 +278,7 @@ def _as_executed(several: Sequence[ChangeOnset]) -> list[ChangeOnset]:
 
 
 def _strong(several: Sequence[ChangeOnset]) -> list[ChangeOnset]:
-    """Without the echoes of the largest."""
+    """The departures without the echoes of the largest."""
     most = max((min(one.ratio, 1e4) for one in several), default=1.0)
     least = min(most**_ECHO, 4.0)
     return [one for one in several if one.ratio >= least]
@@ -291,5 +290,5 @@ def _at(one: ChangeOnset) -> Suspect:
 
 
 def _lasts(one: ChangeOnset, episode: Episode) -> bool:
-    """Whether it was still out after the first step out: the state, and not what one batch did to it."""
+    """Whether it was still out after the first step out, so that the state moved and not one batch."""
     return one.until > max(one.step, episode.onset) or not math.isfinite(one.ratio)

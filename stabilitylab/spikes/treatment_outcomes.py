@@ -1,14 +1,14 @@
-"""Whether what was tried against an event helped, recorded in the run as events ``outcome``.
+"""Whether a treatment of an event helped, recorded in the run as events ``outcome``.
 
     of a response    the event that it answers is over ``WITHIN`` steps after training went on from it, without a further decision
                      and without another event, hard batches aside
     of a replay      the fork's verdict is "prevented": nothing like the event came in it (``glm replay`` writes that)
 
-What is not known yet (a run that ended sooner) is not recorded. A run's outcomes are those of its own, of its forks under
-``replays/``, and of the runs that lie beside it: a suite's arms, or whatever a person keeps in one folder.
+An outcome that is not known yet (the run ended sooner) is not recorded. A run's outcomes are its own, those of its forks under
+``replays/``, and those of the runs beside it: a suite's arms, or whatever else lies in the same folder.
 
-An outcome's ``treatment`` is a policy's word (skip-batch, lower-rate, clip, ...) or the name of the setting that a fork changed; a
-fork that changed several things says nothing of any one of them and is counted under all their names joined.
+An outcome's ``treatment`` is a policy's word (skip-batch, lower-rate, clip, ...) or the name of the setting that a fork changed. A
+fork that changed several settings says nothing about any one of them, and counts under all their names joined.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stabilitylab.telemetry import LOSS, Event
 
 WITHIN = 64
 OUTCOME = "outcome"
-# What a fork changes, as the policy that does the same is called.
+# A fork's change -> the policy that does the same.
 TREATMENTS = {
     "optimizer.clip": "clip",
     "rate-factor": "lower-rate",
@@ -34,14 +34,14 @@ TREATMENTS = {
     "model.embedding.gradient-shrink": "shrink-embedding-gradient",
     "optimizer.update-clipping": "update-clipping",
     "model.attention.soft-cap": "soft-cap",
-    # What a cap needs: no treatment of its own beside one.
+    # A cap needs these: beside one they are no treatment of their own.
     "model.attention.softmax": "",
 }
 _MOST_FILES, _LARGEST = 500, 1 << 24
 
 
 def outcomes(run: Run) -> list[Event]:
-    """Of each response in the run that can be judged by now, an event ``outcome`` at the response's step."""
+    """An event ``outcome`` at the step of each response that can be judged by now."""
     responses = [event for event in run.events if event.kind == "response" and _asked(event) is not None]
     if not responses:
         return []
@@ -76,7 +76,7 @@ def tally(run: Run, treatment: str) -> tuple[int, int]:
 
 
 def record_of(run: Run, treatment: str) -> str:
-    """The same as a sentence, with a space before it; nothing where it was never tried."""
+    """The tally as a sentence, with a space before it; empty where no run tried the treatment."""
     helped, of = tally(run, treatment)
     return f" {TRIED} {treatment} ended the event in {helped} of {of}." if of else ""
 
@@ -110,7 +110,7 @@ def _helped(run: Run, response: Event, later: Sequence[Event], last: int) -> boo
 
 
 def _recorded(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a run and its forks, whatever is recorded. Files are looked at, not judged: what cannot be read says nothing."""
+    """The recorded outcomes of a run and its forks. Files are read, not judged: an unreadable one is left out."""
     for file in (path / "events.jsonl", *sorted(path.glob("replays/*/*/events.jsonl"))):
         try:
             if file.stat().st_size > _LARGEST:

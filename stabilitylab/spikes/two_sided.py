@@ -1,7 +1,7 @@
-"""A second look at a finished log, to both sides: what a detector that sees value by value cannot know.
+"""A second look at a finished log, to both sides: what the online detector, which sees value by value, cannot know.
 
-Excursions over a running median (``bumps.py``), steps up for good and slow rises (``rises.py``) join what the first pass found.
-What overlaps an episode of the first pass is that episode; a hard batch that turns out to have been longer is a spike. A divergence
+Excursions over a running median (``bumps.py``), steps up for good and slow rises (``rises.py``) join what the first pass found. A
+finding that overlaps an episode of the first pass is the same episode; a hard batch that turns out longer is a spike. A divergence
 that falls back at once within 512 values was a long spike with a flat top. In a sparse log, a single value that the noise itself
 explains is no spike.
 """
@@ -42,11 +42,11 @@ BACK_WIDTH = 16
 def second_look(
     episodes: Sequence[Episode], steps_N: NDArray[np.int64], values_N: Vector, *, signal: str
 ) -> list[Episode]:
-    """``episodes`` with what both sides show, and the level after each.
+    """``episodes``, those that both sides show added, with the level after each.
 
     Args:
         episodes: of the first pass.
-        steps_N: the log's steps; where they go back, the stretch after is looked at for itself.
+        steps_N: the log's steps; where they go back, the function looks at the stretch after by itself.
         values_N: its losses.
         signal: the name that new episodes carry.
     """
@@ -58,7 +58,7 @@ def second_look(
         begin = end
     bursts = [one for one in found if one.kind == "non-finite"]
     found = [one for one in found if not any(_is_part_of(one, burst) for burst in bursts)]
-    # One whose slow rise was seen to have begun earlier is no matter of its first values.
+    # Where a slow rise moved the onset earlier, the values right after it do not decide.
     as_told = {(one.signal, one.onset) for one in episodes}
     found = [
         _came_back(one, steps_N, values_N)
@@ -148,12 +148,12 @@ def _look(found: list[Episode], steps_N: NDArray[np.int64], values_N: Vector, si
         onset, end = int(steps_N[first]), int(steps_N[last])
         if kind == "divergence":
             seen = next((one for one in own if one.kind == "divergence" and _end(one) >= onset), None)
-            if seen is not None:  # seen later than it began
+            if seen is not None:  # the detector saw it later than it began
                 at = int(np.searchsorted(steps_N, seen.onset))
                 if seen in found and seen.onset > onset and not jumps(values_N, at):
                     found[found.index(seen)] = replace(seen, onset=onset)
                 continue
-            # What began with it is the same, what came later is not.
+            # An episode that began with it is the same, a later one is not.
             end = int(steps_N[min(last, first + NEAR)])
         covering = [one for one in own if one.onset <= end and _end(one) >= onset]
         if any(one.kind not in ("hard-batch", "spike") for one in covering):
@@ -195,13 +195,13 @@ def _not_lasting(one: Episode) -> Episode:
 
 
 def _is_part_of(one: Episode, burst: Episode) -> bool:
-    """A bad value or two in the steps in which others were not finite are the same event."""
+    """Whether it is a bad value or two in the steps in which others were not finite: the same event."""
     inside = burst.onset <= one.onset and _end(one) <= _end(burst)
     return one.kind in ("hard-batch", "spike") and inside and _end(one) - one.onset <= HARD_STEPS
 
 
 def _with_period(episodes: list[Episode]) -> list[Episode]:
-    """Hard batches that come again after the same number of steps say so: the last, smaller batch of each epoch, say."""
+    """Give hard batches that return after the same number of steps that period: the last, smaller batch of each epoch, say."""
     hard = [one for one in episodes if one.kind == "hard-batch" and one.reason is None]
     if len(hard) < LEAST_REPEATS:
         return episodes

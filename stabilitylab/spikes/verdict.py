@@ -1,11 +1,10 @@
-"""An excursion that is going on, and the verdict on it.
+"""An open excursion, and the verdict on it.
 
-- *hard-batch* while at most two values were out and each of them was followed, within the two steps that a hard
-  batch may last, by an ordinary one. In a log of every fifth step a single value out may have lasted nine steps: that
-  is a *spike*, where the noise is known to throw no single values out.
-  In a smoothed log (an exponential mean of factor a, ``smoothing.py``) it decays by a a value instead, and a is what neighbours
-  are correlated by. One such decay in correlated noise may as well be a spike; once ``SMOOTHED_SEEN`` have been seen, what decays
-  so, within the noise of single steps, stays a hard batch.
+- *hard-batch* while at most two values were out and each of them was followed, within the two steps that a hard batch may last, by
+  an ordinary one. In a log of every fifth step a single value out may have lasted nine steps: that is a *spike*, where the noise is
+  known to throw no single values out. In a smoothed log (an exponential mean of factor a, ``smoothing.py``) it decays by a per
+  value instead, and a is the correlation of neighbours. One such decay in correlated noise may also be a spike; after
+  ``SMOOTHED_SEEN`` of them, one that decays so, within the noise of single steps, stays a hard batch.
 - *divergence* once, 128 values in, the latest residuals (their median) are still at least half of what the first 64
   were: how high the peak was does not matter. It stays open while it moves or is wilder than the run was before; one
   that comes back within 512 values was a spike after all.
@@ -25,7 +24,7 @@ from stabilitylab.spikes.baseline import Baseline, median
 
 HARD_STEPS = 2
 FIRST_CHECK = (
-    64  # ages at which an open excursion is looked at: 64, 128, 256, ...; verdicts from the second on
+    64  # ages at which the detector checks an open excursion: 64, 128, 256, ...; verdicts from the second on
 )
 KEEPS_DIVERGENCE = 512
 KEPT_VALUES = 64
@@ -37,7 +36,7 @@ SMOOTHED_SEEN = 2
 
 @dataclass(slots=True)
 class Open:
-    """An excursion that is going on."""
+    """An open excursion."""
 
     kind: str
     onset: int
@@ -46,9 +45,9 @@ class Open:
     peak: int
     height: float
     end: int  # the last step out
-    told: int  # the step at which it was first told as what it is
+    told: int  # the step at which the detector first told its kind
     out: int = 1  # values out so far
-    low: int = 0  # values as far below the level, soon after one above
+    low: int = 0  # values equally far below the level, soon after one above
     since_high: int = 0  # values since the last one above
     long_run: bool = False  # some run of values out lasted longer than a hard batch
     calm: int = 0  # ordinary values in a row
@@ -59,13 +58,13 @@ class Open:
     first: float = 0.0  # median of the first 64
     at_check: float = 0.0
     stayed: int = 0  # the greatest age at which it had not come back by half
-    # A mean that crept up is followed by its mean, as its single values may well be ordinary: the height at which it is back. None
-    # for excursions that began with values out.
+    # The height at which a crept-up mean is back; its mean is followed, as its single values may well be ordinary. None for
+    # excursions that began with values out.
     crept_until: float | None = None
-    smoothed: bool = False  # it has decayed so far as one value does in a smoothed log
+    smoothed: bool = False  # so far it has decayed as one value does in a smoothed log
 
     def count(self, step: int, residual: float, *, out: bool, even: bool) -> None:
-        """One more value; ``even``: see ``lasted``."""
+        """Count one more value; ``even``: see ``lasted``."""
         if out:
             if residual > self.height:
                 self.peak, self.height = step, residual
@@ -92,8 +91,8 @@ class Transition:
 def lasted(step: int, inside: int, values: int, *, even: bool) -> int:
     """For how many steps the loss may have been out since ``inside``.
 
-    In a log of every fifth step, for all of them, if the noise is ``even``; else as many as there were values out, for noise that
-    throws single values out does so in a sparse log, too.
+    In a log of every fifth step, for all steps between, if the noise is ``even``; else for as many as there were values out, since
+    noise that throws single values out does so in a sparse log, too.
     """
     return step - inside if even else min(step - inside, values)
 
@@ -119,22 +118,22 @@ def verdict_at_end(now: Open) -> str:
 
 @dataclass(slots=True)
 class Smoothing:
-    """What the excursions so far say of whether the log is an exponential mean."""
+    """What the excursions so far say about whether the log is an exponential mean."""
 
-    factor: float = 0.0  # by which they decay; 0 before the first
-    seen: int = 0  # of those that decay so, less two for each that does not
+    factor: float = 0.0  # their decay per value; 0 before the first
+    seen: int = 0  # number of those that decay so, less two for each that does not
 
     @property
     def known(self) -> bool:
         return self.seen >= SMOOTHED_SEEN
 
     def explains(self, residuals: Sequence[float], baseline: Baseline) -> bool:
-        """Whether what is out is what one or two wild values leave in an exponential mean.
+        """Whether the values out are the trace of one or two wild values in an exponential mean.
 
-        The factor a is the correlation of neighbours until decays have shown it, by the ratio q of the deviation from second
-        differences to that about the level: of an AR(1), q^2 = (1 - a)(3 - a)/3, so a = 2 - sqrt(1 + 3 q^2). Then u_k = r_k - a
-        r_{k-1} is what each step adds; beyond the peak it must be the noise of steps, sqrt(1 - a^2) of the deviation, but for what
-        is not known of a.
+        Until decays have shown the factor a, it is the correlation of neighbours, from the ratio q of the deviation from second
+        differences to that about the level: for an AR(1), q^2 = (1 - a)(3 - a)/3, so a = 2 - sqrt(1 + 3 q^2). Then u_k = r_k - a
+        r_{k-1} is what each step adds; beyond the peak it must be the noise of steps, sqrt(1 - a^2) of the deviation, but for the
+        uncertainty of a.
         """
         scale = baseline.scale1
         if not baseline.known or not scale > 0.0 or len(residuals) < 3:
@@ -156,7 +155,7 @@ class Smoothing:
         return True
 
     def learn(self, residuals: Sequence[float], baseline: Baseline) -> None:
-        """Take in an excursion that is over and was longer than a hard batch."""
+        """Learn from an excursion that is over and was longer than a hard batch."""
         if not self.explains(residuals, baseline):
             self.seen = max(0, self.seen - 2)
             return
@@ -168,5 +167,5 @@ class Smoothing:
 
 
 def is_noise(now: Open, baseline: Baseline) -> bool:
-    """Whether values went as far and as often to the other side: the noise has grown, the state has not left."""
+    """Whether values went as far and as often to the other side, so that the noise has grown and the state has not left."""
     return now.low >= max(1, 0.3 * now.out) and now.height < 3 * baseline.limit()

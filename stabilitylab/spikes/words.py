@@ -1,4 +1,4 @@
-"""A diagnosis in sentences: the first suspect, what was seen and in which order, what to try."""
+"""A diagnosis in sentences: the first suspect, what moved and in which order, what to try."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NOUNS = {
 
 
 def sentences(one: Diagnosis) -> list[str]:
-    """What was seen, for a reader; the first three make sense alone."""
+    """The findings for a reader; the first three sentences make sense alone."""
     return [
         *_suspect(one),
         *_order(one),
