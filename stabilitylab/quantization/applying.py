@@ -1,4 +1,4 @@
-"""A plan's schemes put into an open model for good: linear layers, and embeddings with the outputs tied to them."""
+"""Puts a plan's schemes into an open model for good: into linear layers, and into embeddings with the outputs tied to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stabilitylab.quantization.vocabulary import embedding_matrices
 def quantize_layers(
     module: nn.Module, schemes: Mapping[str, LinearScheme], largest: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Quantize layers of a model for good, one after another, each original let go at once.
+    """Quantize layers of a model for good, one after another; each original is let go at once.
 
     Args:
         module: changed in place.

@@ -1,4 +1,4 @@
-"""The plan as it is kept: every layer's decision with its reason, what is no part of it and why, and every number behind."""
+"""The plan as it is kept: every layer's decision and its reason, what the plan leaves out and why, and every number behind."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def assembled_plan(
     matrices: Mapping[str, EmbeddingMatrix],
     embeddings: bool,
 ) -> QuantizationPlan:
-    """The plan.
+    """Assemble the plan.
 
     Args:
-        model: it is for.
-        budget: that was asked for.
+        model: the plan's.
+        budget: what the user asked for.
         sensitivity, latencies: measured.
-        advice: decisions and outcomes, told on the third text.
+        advice: decisions, and their outcomes on the third text.
         inputs: what entered the layers.
-        loss: the unchanged model's on that text; None for encoders.
-        tokens, told_tokens: of the first and the second text, and of the third.
+        loss: the unchanged model's loss on that text; None for encoders.
+        tokens, told_tokens: how many the first and the second text have, and the third.
         notes: what a reader must know.
         rounded: weights that were rounded for their inputs.
-        cache: keys and values in few bits.
-        matrices: embeddings that are planned.
-        embeddings: whether any were to be.
+        cache: costs of keys and values in few bits.
+        matrices: the planned embeddings.
+        embeddings: whether embeddings were to be planned.
     """
     criterion: Literal["loss", "output error"] = "loss" if model.predicts else "output error"
     layers, kept = {}, {}

@@ -1,12 +1,12 @@
-"""AWQ: channels with large activations are scaled up before rounding, so that their weights are rounded more finely.
+"""AWQ scales channels with large activations up before rounding, so that their weights are rounded more finely.
 
     y = (W diag(s)) (x / s),    s_k = (mean |x_k|)^a,  divided by sqrt(max s * min s),    a in {0, .1, ..., 1}
 
-The exponent with the least output error tr(D S D'), D = round(W diag(s)) diag(1 / s) - W, is taken (Lin et al., arXiv:2306.00978,
-section 3.2); a = 0 leaves the layer as it is, so by that measure nothing is lost. Where the original folds 1 / s into the layer
-before, the layer here divides its input.
+The search takes the exponent with the least output error tr(D S D'), D = round(W diag(s)) diag(1 / s) - W (Lin et al.,
+arXiv:2306.00978, section 3.2). a = 0 leaves the layer as it is, so by that measure nothing is lost. The original folds 1 / s into
+the layer before; the layer here divides its input.
 
-The search looks at no more than some rows of W: the error is a sum over rows, and one exponent is looked for.
+The search looks at no more than some rows of W: the error is a sum over rows, and only one exponent is to be found.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def awq_scales(weight_NK: Tensor, moments: Moments, rounded: Callable[[Tensor], 
     Args:
         weight_NK: the weight.
         moments: of the layer's input.
-        rounded: a weight to the numbers it becomes.
+        rounded: rounds a weight.
     """
     weight_nK = weight_NK.detach().float()
     if len(weight_nK) > _ROWS:

@@ -4,11 +4,11 @@
     stage L   what follows the last block:  graph from h_L to the output,    G_L = d f / d h_L
     stage b   block b alone:                graph from h_(b-1) to h_b,        G_(b-1) = (d h_b / d h_(b-1))' G_b
 
-In each stage the layers' inputs x and the gradients d f / d y at their outputs are there, and are let go with the stage: beside the
-model there are the held outputs, G for every draw of f, and one block's graph on one window (checkpointing at every block: Chen et
-al., arXiv:1604.06174). Stage L is run a few tokens at a time (pieces.py). Functions of all draws share what does not depend on the
-draw, which goes back once; gradients at layers are kept in bf16. Blocks must speak to each other through their outputs alone, which
-is tried (restart.py); where they do not, the whole model is the only stage.
+In each stage the layers' inputs x and the gradients d f / d y at their outputs exist, and go with the stage. Beside the model,
+memory holds the blocks' outputs, G for every draw of f, and one block's graph on one window (checkpointing at every block: Chen et
+al., arXiv:1604.06174). Stage L runs a few tokens at a time (pieces.py). What the functions of all draws share goes back once;
+gradients at layers are kept in bf16. Blocks must speak to each other through their outputs alone, which restart.py tries; where
+they do not, the whole model is the only stage.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from stabilitylab.models.pieces import Pieces, Stop, part_of, stopping
 from stabilitylab.models.text_model import output_of
 from stabilitylab.quantization.restart import Restart
 
-# Of a window, its output [B, T, ...] and the place of its first token in the text's window: a scalar that all draws share, or None,
-# and what is added to it by the number of the draw. Gradients of the sums are wanted.
+# Given a window, its output [B, T, ...] and the place of its first token in the text's window, it returns a scalar that all draws
+# share, or None, and a function that gives each draw's own part by the draw's number. The gradients are those of the sums.
 Function = Callable[[Window, Tensor, int], tuple[Tensor | None, Callable[[int], Tensor]]]
 
 
@@ -51,18 +51,18 @@ class LayerCall:
 
 @dataclass(kw_only=True)
 class Stage:
-    """What was seen of a block's layers, or of those behind the last block: path -> calls."""
+    """Calls of a block's layers, or of those behind the last block: path -> calls."""
 
     calls: dict[str, list[LayerCall]] = field(default_factory=dict)
 
 
 class Backward:
-    """Stages from the last to the first.
+    """Goes through the stages from the last to the first.
 
     Args:
         model: unchanged afterwards; its parameters get no gradients.
         windows: the text.
-        layers: path -> layer to be seen.
+        layers: path -> layer to watch.
         function: of the output, one for each draw.
         draws: how many.
     """
@@ -77,7 +77,7 @@ class Backward:
     ) -> None:
         self._model, self._windows, self._layers = model, windows, layers
         self._function, self._draws = function, draws
-        self.outputs_square = 0.0  # sum of squares of all outputs, which encoders are measured by
+        self.outputs_square = 0.0  # sum of squares of all outputs, the measure for encoders
         self._restart = Restart(model)
         self._pieces = Pieces(model)
         self._held: list[list[Tensor]] = []
@@ -135,7 +135,7 @@ class Backward:
     def _part(
         self, block: int, number: int, window: Window, part: slice | None
     ) -> tuple[list[tuple[str, LayerCall]], Tensor]:
-        """Calls of layers on a window, or on some of its tokens, with their gradients; and those at what entered the stage."""
+        """Calls of layers on a window, or on some of its tokens, with their gradients, and those at what entered the stage."""
         piece = window if part is None else part_of(window, part)
         calls: list[tuple[str, Tensor, Tensor]] = []
         rows = products_of_rows(self._model.module) if block == len(self._blocks) else nullcontext()
@@ -153,7 +153,7 @@ class Backward:
             once: Sequence[Tensor | None] = (
                 [None] * len(wanted) if shared is None else _gradients(shared, wanted)
             )
-            # Each draw's go to their place before the next one's are made: together they are a block's largest tensors.
+            # Each draw's gradients go to their place before the next draw's are made: together they are a block's largest tensors.
             of_all: list[Tensor | None] = [None] * len(wanted)
             for draw in range(self._draws if wanted else 0):
                 to = output if of_draw is None else of_draw(draw)
@@ -166,7 +166,7 @@ class Backward:
                         if kept is None:
                             kept = of_all[place] = torch.zeros(self._draws, *given.shape, dtype=dtype)
                         kept[draw] = given
-        # Without any: in front of this stage, or nothing that is looked at depends on it.
+        # A layer without gradients lies in front of this stage, or nothing that we look at depends on it.
         seen = [
             (path, LayerCall(window=number, x=x, gradients=kept))
             for (path, x, _), kept in zip(calls, of_all, strict=False)
@@ -179,14 +179,14 @@ class Backward:
 
     @contextmanager
     def _from(self, block: int, number: int, part: slice | None) -> Iterator[Tensor | None]:
-        """The model from what entered a stage on; the leaf is that, or None where it is the input itself."""
+        """Lets the model run from what entered a stage on; yields that as the leaf, or None where it is the input itself."""
         if not self._blocks or block == 0:
             with stopping(self._blocks[0]) if self._blocks else nullcontext():
                 yield None
             return
         held = self._held[number][block - 1].detach()
         leaf = (held if part is None else held[:, part]).clone().requires_grad_()
-        # What the blocks before the last skipped one answer is read by nobody but their followers, which are skipped too.
+        # Only their followers read what the blocks before the last skipped one answer, and those are skipped too.
         answers = [self._shape(index, leaf) for index in range(block)]
         stop = stopping(self._blocks[block]) if block < len(self._blocks) else nullcontext()
         with stop, self._restart.answering(answers):
@@ -206,7 +206,7 @@ class Backward:
                 output.requires_grad_()  # before the first block: nothing in front of it has a graph
             x = arguments[0].detach()
             # Layers with one input share one copy, and so its moments. The input itself is kept too: graphs of weights without
-            # gradients let it go, and another would come to lie in its place.
+            # gradients let it go, and another tensor would come to lie in its place.
             mark = x.data_ptr(), x._version, x.shape
             if mark not in copies:
                 copies[mark] = x, x.clone()

@@ -1,13 +1,13 @@
-"""A text read one block at a time: of a plan's quantized layers only one block's need be there.
+"""Reads a text one block at a time: of a plan's quantized layers, memory need hold only one block's.
 
     h_0 = blocks[0](start of the model)      on every window
     h_b = blocks[b](h_(b-1))                 on every window, before block b + 1 is made
     output = end of the model (h_L)          some tokens at a time (pieces.py)
 
-Held are the last block's outputs on the text, T C numbers, and one block. Each stage runs the model with the blocks in front
-answering at once and stops behind its own, so everything else that blocks are given (positions, masks) is made as ever, and the
-output is that of a whole run bit for bit. That is tried on a few tokens; models whose blocks know more of each other than their
-outputs are read whole.
+Memory holds the latest block's outputs on the text, T C numbers, and one block. Each stage lets the blocks in front answer at once
+and stops the model behind its own block. So the model makes everything else that it gives to blocks (positions, masks) as ever, and
+the output is that of a whole run bit for bit. A run on a few tokens tries that; models whose blocks know more of each other than
+their outputs are read whole.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from torch import Tensor
 from stabilitylab.models import TextModel, Window
 from stabilitylab.models.pieces import Pieces, Stop, answering, largest_stack, part_of, stopping
 
-# Called with a block's path; while what it returns lasts, the block's layers are those that are wanted.
+# Called with a block's path; while the context that it returns lasts, the block has the layers that are wanted.
 Layers = Callable[[str], AbstractContextManager[None]]
 
 _TRIED = 8  # tokens
 
 
 def as_it_is(_path: str) -> AbstractContextManager[None]:
-    """A block with the layers that it has."""
+    """Leaves a block the layers that it has."""
     return nullcontext()
 
 
 class Blockwise:
-    """Reads texts so.
+    """Reads texts one block at a time.
 
     Args:
         model: its layers may be replaced between runs.
-        window: one of the text's, to try on.
+        window: one of the text's, to try it on.
     """
 
     def __init__(self, model: TextModel, window: Window) -> None:
@@ -52,7 +52,7 @@ class Blockwise:
     def outputs(
         self, windows: Sequence[Window], layers: Layers = as_it_is
     ) -> Iterator[tuple[int, Window, Tensor]]:
-        """Each window's number and the window, or its pieces one after another, with the model's output there.
+        """Yields each window's number, the window or its pieces one after another, and the model's output there.
 
         Args:
             windows: the text.
@@ -96,7 +96,7 @@ class Blockwise:
             yield part_of(window, part), self._pieces.output(window, hidden, part)
 
     def _right(self, window: Window) -> bool:
-        """Whether that is the model's output, bit for bit."""
+        """Whether reading by blocks gives the model's output, bit for bit."""
         if not self._blocks:
             return False
         self._pieces.parts(window)  # tried before anything is replaced

@@ -1,12 +1,12 @@
-"""Schemes whose weights are rounded for the inputs that a layer sees, instead of each number to its nearest.
+"""Schemes that round weights for the inputs that a layer sees, instead of each number to its nearest.
 
     SCHEME-gptq         columns take over each other's errors, in the order in which they stand      gptq.py
     SCHEME-gptqo        the same, columns of large activations first ("act-order")                    gptq.py
     SCHEME-awq          channels scaled up before rounding where their activations are large         awq.py
 
 SCHEME is any of this package with scales of its own for groups, rows or blocks: int4-g64-asym-mse, w8a8-token, nvfp4, mxfp4, ....
-The stored form is SCHEME's (and for AWQ a factor a channel), so kernels, files and exports know it already. What is needed besides
-the weight are the moments of its input (moments.py).
+The stored form is SCHEME's (AWQ adds a factor a channel), so kernels, files and exports know it already. Beside the weight, these
+schemes need the moments of its input (moments.py).
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.stored import StoredWeight, joined, quantize_weight
 
 Method = Literal["gptq", "gptqo", "awq"]
-_WHOLE = 1 << 25  # numbers up to which a weight is rounded whole; larger ones
-_AT_ONCE = 1 << 22  # in parts of so many, of which a dozen fp32 copies come and go
+_WHOLE = 1 << 25  # weights of up to so many numbers are rounded whole; larger ones
+_AT_ONCE = 1 << 22  # in parts of so many numbers, of which a dozen fp32 copies come and go
 METHODS: tuple[Method, ...] = ("gptq", "gptqo", "awq")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedScheme:
-    """A scheme whose weights are rounded for their inputs.
+    """A scheme that rounds weights for their inputs.
 
     Attributes:
         inner: says which numbers weights can become, and what becomes of activations.
@@ -101,7 +101,7 @@ class CalibratedScheme:
             stored = joined(self._rounded_rows(weight, self.inner, factor, mark), len(weight))
             return QuantizedLinear(stored, self.inner, bias=bias)
         usual = self.inner.quantize(weight)
-        # Rounded to nearest, codes are what scales were taken by; each part's are put in their place.
+        # These are the codes of rounding to nearest, with the scales; each part's new codes take their place.
         for rows in row_parts(weight.shape[0], weight.shape[1], usual.format):
             places = FormatGrid(some_rows(usual, rows))
             usual.codes[rows] = places.stored(gptq(weight[rows], factor, places)).codes
@@ -110,7 +110,7 @@ class CalibratedScheme:
 
     @staticmethod
     def _rounded_rows(weight: Tensor, inner: Scheme, factor: Factor, mark: str) -> Iterator[StoredWeight]:
-        """Rows have nothing to do with each other; of a vocabulary's matrix GPTQ holds some at a time, in fp32."""
+        """Rounds rows, which do not depend on each other: GPTQ holds some rows of a vocabulary's matrix at a time, in fp32."""
         rows = len(weight) if weight.numel() <= _WHOLE else max(1, _AT_ONCE // weight.shape[1])
         for part in torch.split(weight, max(1, rows)):
             grid = IntegerGrid(inner, (part.shape[0], part.shape[1]))
@@ -140,7 +140,7 @@ class CalibratedScheme:
 
 
 def needs_moments(scheme: Any) -> bool:
-    """Whether a layer of this scheme is made for its inputs."""
+    """Whether this scheme makes a layer for its inputs."""
     return isinstance(getattr(scheme, "inner", scheme), CalibratedScheme) or isinstance(
         scheme, CalibratedScheme
     )

@@ -151,7 +151,7 @@ def quantize(
 
         plan_page(made).write(html)
         console.print(f"written: {html}", highlight=False)
-    # Until all is written: the same command takes an interrupted one up.
+    # Kept until all is written, so that the same command takes an interrupted one up.
     layers_file(plan).unlink(missing_ok=True)
     return 0
 
@@ -176,7 +176,7 @@ def make_plan(
     Args:
         model: unchanged afterwards.
         text: UTF-8 file.
-        budget: what may be spent.
+        budget: what the plan may spend.
         schemes: to choose from.
         tokens: of the text that every layer and scheme is measured on.
         verify_tokens: of the text after it, on which whole plans are verified; as many after that tell the outcome.
@@ -184,8 +184,8 @@ def make_plan(
         by: how layers' sensitivities are measured: see ``measured_layers``.
         cache: what keys and values of past tokens may take; None measures none.
         embeddings: whether they are planned.
-        work: the file that the plan will be written to; an interrupted pass leaves what it measured beside it, and is taken up.
-        console: where progress is shown.
+        work: the file that the plan will go to; an interrupted pass leaves what it measured beside it, and the next takes that up.
+        console: where to show progress.
 
     Raises:
         InputError: the text gives no tokens, no layer can be quantized, or the budget cannot be met.
@@ -241,7 +241,7 @@ def make_plan(
         second = fresh or measured
         verification = Verification(model, second, twins, so_far.losses(second), pace.step)
         advice = Advisor(sensitivity, latencies, verification, expert_groups(model.module)).advise(budget)
-        # What was chosen for its loss on a text looks better there than it is: the outcome is told on another.
+        # A plan chosen for its loss on a text looks better there than it is, so another text tells the outcome.
         told = Verification(model, third, twins, so_far.losses(third), pace.step) if third else verification
         outcome = advice.told_on(told)
     kept = None
@@ -341,7 +341,7 @@ def _budget(
 def _menu(
     format: str, schemes: Sequence[LinearScheme], *, given: bool, console: Console
 ) -> list[LinearScheme]:
-    """The schemes that the folder's format can hold: told now, and not when the plan is made."""
+    """The schemes that the folder's format can hold; says so now, and not when the plan is made."""
     held, others = held_schemes(format, schemes)
     if others and given:
         raise InputError(
@@ -359,7 +359,7 @@ def _menu(
 def _existing(plan: Path, text: Path | None, budget: Budget | None) -> QuantizationPlan | None:
     """The plan to apply, where none is to be made."""
     if text is not None:
-        # Where a command was interrupted after the plan was there, it is taken up.
+        # A command that was interrupted after it had written the plan goes on.
         if plan.exists() and not layers_file(plan).exists():
             raise InputError(f"{plan} exists already: give another --plan, or leave out --text to apply it")
         return None

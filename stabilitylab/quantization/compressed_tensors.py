@@ -9,10 +9,11 @@
     mxfp4                           mxfp4-pack-quantized     weight_packed uint8 [N, K / 2], weight_scale uint8 [N, K / 32]
     nvfp4                           nvfp4-pack-quantized     the same with E4M3 [N, K / 16], weight_global_scale, its inverse
 
-Activations are dynamic: a token, or a tile of 128, at run time. int4 codes lie eight in a word, the first lowest, each plus 8. What
-has no such form is refused: rotations, SmoothQuant, mixed decomposition, schemes of one's own, experts that were taken apart.
+Activations are dynamic: scaled by the token, or by the tile of 128, at run time. int4 codes lie eight in a word, the first lowest,
+each plus 8. The export refuses what has no such form: rotations, SmoothQuant, mixed decomposition, schemes of your own, experts
+that were taken apart.
 
-Source: compressed-tensors 0.20 (``quantization/quant_args.py``, ``compressors/``), which the test opens the folder with.
+Source: compressed-tensors 0.20 (``quantization/quant_args.py``, ``compressors/``), with which the test opens the folder.
 """
 
 from __future__ import annotations

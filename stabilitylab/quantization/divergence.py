@@ -5,9 +5,9 @@ For a model that predicts tokens, per target t with distributions p (the model's
     loss increase    -log q[t] + log p[t]                 what users see; of either sign in a single token
     divergence       sum_v p[v] (log p[v] - log q[v])     Kullback-Leibler: its expectation where p is right, never negative
 
-For an encoder the squared relative error of the output, sum |y_q - y|^2 / sum |y|^2. Divergence and squared error are both
-quadratic in a small disturbance, so those of independent disturbances add up: that is what a plan relies on, and why it is made
-from them and not from loss increases, whose noise of either sign would be chosen for its luck.
+For an encoder it is the squared relative error of the output, sum |y_q - y|^2 / sum |y|^2. Divergence and squared error are both
+quadratic in a small disturbance, so those of independent disturbances add up. A plan relies on that, and is made from them: loss
+increases have noise of either sign, and a plan made from those would choose the lucky ones.
 
 Shapes: N targets, V vocabulary.
 """
@@ -56,7 +56,7 @@ class Divergence:
 
 
 class ReferenceOutput:
-    """The model's own output on one window, against which others are held.
+    """The model's own output on one window, to compare others with.
 
     Args:
         model: says whether there is a loss.

@@ -1,7 +1,7 @@
 """Sensitivities of a model's two ends, as large as its vocabulary: embedding and output, one matrix where they are tied.
 
 Gradients at an output of V numbers would take draws x tokens x V numbers, and a matrix with two uses is off at both ends of the
-model. So these few layers are measured: with all uses of a matrix quantized, the divergence from the model's own output
+model. So runs measure these few layers: with all uses of a matrix quantized, the divergence from the model's own output
 (divergence.py), a few tokens at a time (pieces.py).
 
     error    ||W_q - W|| / ||W|| of the matrix' numbers
@@ -38,11 +38,11 @@ _AT_ONCE = 1 << 22
 
 
 def output_layers(model: TextModel, matrices: Mapping[str, EmbeddingMatrix]) -> dict[str, nn.Module]:
-    """Linear layers with a weight of their own behind the blocks that make as many numbers as the vocabulary has pieces.
+    """Linear layers behind the blocks, with a weight of their own, that make as many numbers as the vocabulary has pieces.
 
     Args:
-        model: only one that predicts tokens has such.
-        matrices: of its embeddings, which say how many that is.
+        model: only one that predicts tokens has such layers.
+        matrices: of its embeddings; they say how many pieces there are.
     """
     module: Any = model.module
     sizes = {len(matrix.weight) for matrix in matrices.values()}
@@ -62,7 +62,7 @@ def output_layers(model: TextModel, matrices: Mapping[str, EmbeddingMatrix]) -> 
 
 
 class Ends:
-    """Measures them.
+    """Measures the sensitivities of the ends.
 
     Args:
         model: unchanged afterwards.
@@ -83,7 +83,7 @@ class Ends:
     def embedding(
         self, matrix: EmbeddingMatrix, schemes: Sequence[LinearScheme], rounded: RoundedWeights | None = None
     ) -> LayerSensitivity:
-        """Of an embedding's matrix, with all its uses."""
+        """Sensitivity of an embedding's matrix, with all its uses."""
         effects: dict[str, Effect] = {}
         known: dict[str, Effect] = {}
         rows, columns = matrix.weight.shape
@@ -97,10 +97,10 @@ class Ends:
                 if needs_moments(meant) and moments is None:
                     moments = self._moments(*next(iter(matrix.outputs.items())))
                 made = matrix.made(meant, moments)
-                give_back_memory()  # searched scales leave holes
+                give_back_memory()  # the search for scales leaves holes
                 if (
                     rounded is not None
-                ):  # rows are looked up in the file's pages, and memory holds the output's kernel alone
+                ):  # lookups read the file's pages, and memory holds the output's kernel alone
                     made = rounded.filed(matrix.path, meant, made, matrix.weight)
                 error = _error(matrix.weight, made)
                 give_back_memory()
@@ -125,7 +125,7 @@ class Ends:
     def output(
         self, path: str, schemes: Sequence[LinearScheme], rounded: RoundedWeights | None
     ) -> LayerSensitivity:
-        """Of an output projection with a weight of its own."""
+        """Sensitivity of an output projection with a weight of its own."""
         layer = linear_layers(self._model.module)[path]
         weight = linear_weight(layer)
         moments = self._moments(path, layer) if any(needs_moments(scheme) for scheme in schemes) else None
@@ -186,7 +186,7 @@ def measured_ends(
     pace: Pace,
     so_far: SoFar,
 ) -> tuple[list[LayerSensitivity], list[LayerSensitivity]]:
-    """Sensitivities of embeddings, and of output projections; those that an interrupted pass measured are as they were."""
+    """Sensitivities of embeddings, and of output projections; those that an interrupted pass measured stay as they were."""
     if not matrices and not outputs:
         return [], []
     give_back_memory()  # what gradients of the layers left

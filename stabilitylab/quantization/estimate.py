@@ -1,23 +1,23 @@
 """What each scheme does to a model, one layer at a time, from the curvature of its output: one backward pass, no run for each.
 
-To second order, a layer's output being off by D_t at token t moves the model's distributions p apart by
+To second order, a layer's output that is off by D_t at token t moves the model's distributions p apart by
 
     divergence    1/2 E[(sum_t g_t . D_t)^2],    g_t = d log p(y) / d y_t    for tokens y drawn from p itself       (Fisher)
 
 and an encoder's output by E[(sum_t g_t . D_t)^2] for g_t = d (v . output) / d y_t with random signs v (Gauss and Newton). D_t is
-what the layer itself is off by on its real input, so every scheme costs a rounding of the weight and a product, and no run of the
-model.
+the layer's own error on its real input, so every scheme costs a rounding of the weight and a product, and no run of the model.
 
     harm_rows     E[sum_t (g_t . D_t)^2]        errors of different tokens taken as unrelated
     harm_whole    E[(sum_t g_t . D_t)^2]        as it stands
 
-The second is right, and noisy: a square of one number for each window and draw. The first is steady, and misses what errors have in
-common: W is off by the same at every token (it is half of the truth for value projections, and more than it for keys). So
+The second is right, and noisy: one squared number for each window and draw. The first is steady, and misses what errors have in
+common: W is off by the same at every token (the first is half of the truth for value projections, and more than the truth for
+keys). So
 
     harm    (n whole + m f rows) / (n + m),    f = sum whole / sum rows over layers of one kind,    n = windows x draws,    m = 16
 
-with layers of one kind those whose paths differ in numbers only. Draws cost a pass backward each and the roundings stay the same,
-so there are many of them. Measured on SmolLM2-135M this ranks best (experiments/RESULTS.md).
+where layers are of one kind if their paths differ in numbers only. Each draw costs a pass backward and the roundings stay the same,
+so there are many draws. Measured on SmolLM2-135M this ranks best (experiments/RESULTS.md).
 
 Source: Fisher as curvature of the divergence: Martens, arXiv:1412.1193, section 5; for choosing bits: HAWQ-V2 (1911.03852) takes
 traces of the Hessian, ModelOpt's auto_quantize a gradient score. Limits: small disturbances; what saturates is overestimated.
@@ -72,7 +72,7 @@ class EstimatedLayer:
     schemes: dict[str, Estimated] = field(default_factory=dict)
 
 
-# Called with a layer's path, a scheme and the twin that was made, before it is let go.
+# Called with a layer's path, a scheme and the twin made by it, before the twin is let go.
 Keep = Callable[[str, LinearScheme, Any], None]
 Done = Callable[[EstimatedLayer], None]
 
@@ -94,13 +94,13 @@ def estimate_sensitivity(
     Args:
         model: unchanged afterwards.
         windows: all of them count.
-        schemes: which ways.
+        schemes: to try.
         largest: path -> max|x| of each input channel.
         layers: path -> layer that the text reaches.
         draws: of the function whose gradients are taken.
         known: layers of an earlier, unfinished pass over the same text.
-        keep: is given every twin.
-        done: is told of every layer.
+        keep: called with every twin.
+        done: called with every layer.
     """
     function = partial(_drawn_loss, draws) if model.predicts else _drawn_projection
     backward = Backward(model, windows, layers, function, draws)
@@ -137,7 +137,7 @@ def estimate_sensitivity(
 def assembled(
     layers: Sequence[EstimatedLayer], count: float, *, freedom: int, predicts: bool
 ) -> list[LayerSensitivity]:
-    """Sensitivities from sums: what is steady, scaled by what is right over the layers of a kind, and some of the layer's own.
+    """Sensitivities from sums: the steady sum, scaled to the right one over the layers of a kind, and some of the layer's own.
 
     Args:
         layers: their sums.
@@ -198,7 +198,7 @@ def _layer(
         if keep is not None:
             keep(path, scheme, twin)
         del twin
-    # Of all schemes in one product: the gradients of many draws are the larger part, and read once.
+    # One product for all schemes: the gradients of many draws are the larger part, and it reads them once.
     whole: dict[int, Tensor] = {}
     for call, off_of in zip(calls, offs, strict=True):
         dots_SD = (torch.stack(off_of) @ call.gradients.float().flatten(1).T).double()

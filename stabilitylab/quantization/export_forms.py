@@ -1,7 +1,7 @@
-"""What each form that other programs open can hold exactly, and what is said of what it cannot.
+"""What each form that other programs open can hold exactly, and what to say of a layer that it cannot hold.
 
-An export stores the plan's own numbers. A layer whose numbers a form cannot hold is refused in one line that names the layer and
-the forms that can: nothing is rounded a second time in silence.
+An export stores the plan's own numbers. It refuses a layer whose numbers a form cannot hold, in one line that names the layer and
+the forms that can: it rounds nothing a second time in silence.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from stabilitylab.quantization.replacement import quantizable_layers
 from stabilitylab.quantization.schemes import LinearScheme, nearest
 
 OWN = "stabilitylab"
-_WITH_EMBEDDINGS = (OWN, "gguf")  # formats that hold quantized embeddings as they are written here
-# Of floating-point formats, weights alone: where their codes have a form.
+_WITH_EMBEDDINGS = (OWN, "gguf")  # formats that hold quantized embeddings as we write them
+# Formats of floating-point weights whose codes have a form there.
 _FLOATS = {
     "compressed-tensors": (
         "fp8-e4m3-tensor",
@@ -47,7 +47,7 @@ _INSTEAD = {
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """A format of one's own.
+    """An export format of your own.
 
     Attributes:
         name: for ``--format``.
@@ -89,7 +89,7 @@ def instead(format: str) -> str:
 
 
 def holds_embeddings(format: str) -> bool:
-    """Whether a format holds quantized embeddings as they are written here."""
+    """Whether a format holds quantized embeddings as we write it."""
     return REGISTERED[format].embeddings if format in REGISTERED else format in _WITH_EMBEDDINGS
 
 
@@ -131,7 +131,7 @@ def no_form(path: str, scheme: str, format: str, layer: Any, why: str = "") -> I
 
 
 def held_schemes(format: str, schemes: Sequence[LinearScheme]) -> tuple[list[LinearScheme], list[str]]:
-    """Those of some schemes whose numbers a format can hold, and the names of the others; asked before anything is measured."""
+    """The schemes whose numbers a format can hold, and the names of the others; called before anything is measured."""
     if format == OWN:
         return list(schemes), []
     held, others = [], []
@@ -140,7 +140,7 @@ def held_schemes(format: str, schemes: Sequence[LinearScheme]) -> tuple[list[Lin
             tried: Any = nearest(scheme).layer(torch.ones(128, 128), largest=torch.ones(128))
         except InputError:
             tried = None
-        # AWQ divides the input by factors that no format here has a place for.
+        # AWQ divides the input by factors, for which no format here has a place.
         fits = (
             tried is not None
             and format in holders(tried)
@@ -151,8 +151,8 @@ def held_schemes(format: str, schemes: Sequence[LinearScheme]) -> tuple[list[Lin
 
 
 def refuse_layers(model: TextModel, format: str) -> None:
-    """Raises InputError where a model's layers have no form in a format whatever their scheme: experts that were taken apart, which
-    are no layers of the file, and weights that lie the other way round."""
+    """Raises InputError where a model's layers have no form in a format whatever their scheme: experts that were taken apart are no
+    layers of the file, and some weights lie the other way round."""
     if any(isinstance(module, SplitExperts) for module in model.module.modules()):
         raise InputError(
             f"{model.name} has experts, whose layers are not written as {format}: leave out --format"
@@ -178,12 +178,12 @@ def refuse_embeddings(model: TextModel, plan: QuantizationPlan, format: str) -> 
 
 
 def card(plan: QuantizationPlan, format: str, notes: tuple[str, ...] = ()) -> str:
-    """What was done to the model and what it costs, for the folder.
+    """What the command did to the model and what it costs, for the folder.
 
     Args:
-        plan: what was done.
-        format: as what it is written.
-        notes: how to open it, and what is to be known of that form.
+        plan: what the command did.
+        format: the folder's.
+        notes: how to open it, and what to know of that form.
     """
     unit = "nats per token" if plan.criterion == "loss" else "relative error of the output"
     rows = "\n".join(

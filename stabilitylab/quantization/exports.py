@@ -1,10 +1,10 @@
-"""Formats that other programs open: ``--apply OUT --format ...``. What each can hold exactly is told in ``export_forms.py``.
+"""Formats that other programs open: ``--apply OUT --format ...``. ``export_forms.py`` says what each can hold exactly.
 
     compressed-tensors    vLLM, transformers                    compressed_tensors.py
     gguf                  llama.cpp, transformers, gguf-py      gguf_export.py
     torchao               torchao, transformers                 torchao_export.py
 
-Others are made known by ``register_export``.
+``register_export`` makes others known.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def require_format(format: str) -> None:
 
 
 def require_form(format: str, model: TextModel) -> None:
-    """Refuse what can be told before the plan is made.
+    """Refuse before the plan is made what can be refused then.
 
     Raises:
         InputError: the package that writes the format is missing, or it has no form for a model of this kind.

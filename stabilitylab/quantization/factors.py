@@ -1,7 +1,7 @@
 """What GPTQ needs of its inputs: rows of U, upper triangular, with U' U = A^-1 for A = (1 - r) S + diag(r S) + damping, in blocks.
 
-Whole, U takes K K numbers and three factorizations. Fewer rows than columns have entered most layers of a large model (K = 8,192
-behind a feed-forward block), and then A is a diagonal and something of rank T,
+A whole U takes K K numbers and three factorizations. Fewer rows than columns have entered most layers of a large model (K = 8,192
+behind a feed-forward block), and then A is a diagonal and a matrix of rank T,
 
     A = Y' Y + diag(d)        Y = X sqrt((1 - r) / T)  [T, K]
 
@@ -9,7 +9,7 @@ so that by Woodbury's identity, for the trailing part of A from column a on and 
 
     (A_a)^-1 = diag(1 / d) - diag(1 / d) Y' (M_a)^-1 Y diag(1 / d)
 
-The rows of U that belong to a block of columns B at the head of that part come from its first rows Z_B,: alone,
+The rows of U that belong to a block of columns B at the head of that part come from the inverse's first rows Z_B,: alone,
 
     U_BB' U_BB = Z_BB        U_BB' U_BR = Z_BR
 
@@ -36,10 +36,10 @@ class Factor(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of U."""
+        """The format of U."""
 
     def blocks(self, size: int) -> Iterator[ColumnBlock]:
-        """Of ``size`` rows each, one after another."""
+        """Blocks of ``size`` rows, one after another."""
 
 
 class WholeFactor:

@@ -1,22 +1,23 @@
-"""A rotation inside the weights: an equivalent model whose steady outlier channels are spread, at no cost when it runs.
+"""A rotation inside the weights makes an equivalent model with its steady outlier channels spread, at no cost when it runs.
 
 A block of a pre-norm decoder reads its residual stream x through y = norm(x) g W' and adds a product to it. RMSNorm without its
-gain commutes with every orthogonal Q, so gains go into the weights that read them and the stream is turned as a whole:
+gain commutes with every orthogonal Q. So the rotation moves gains into the weights that read them, and turns the stream as a whole:
 
     embedding   E Q                 readers (q, k, v, gate, up, router, output)   (W diag(g)) Q,  g = 1
     writers (o, down)   Q' W, b Q
 
-Inside attention, values of each head of d numbers are turned too, since a mixture of rows commutes with what stands behind it:
+Inside attention it also turns the values of each head of d numbers, since a mixture of rows commutes with what stands behind it:
 v_proj becomes R' W_v (its bias b R) and o_proj W_o R, R the same for every head and so for grouped queries. Norms of q and k, per
-head, are behind the turned products and see what they saw. An output tied to the embedding is untied: the last gain is in it alone.
+head, stand behind the turned products and see what they saw. An output tied to the embedding is untied: only the output takes the
+last gain.
 
 Q = D (C x H): random signs, Sylvester's H of the largest power of two in the size, and for the odd rest m Hartley's orthogonal C[i,
 j] = (cos + sin)(2 pi i j / m) / sqrt(m). No entry is beyond sqrt(2 / size), so a steady channel of size a is spread to at most a
-sqrt(2 / size). What down_proj reads stays as it was: behind the gate only a rotation in every call could turn it (-had). And what a
-gain held down weighs in full again: the stream is rounded with its massive channels, where -had turns norm(x) g.
+sqrt(2 / size). What down_proj reads stays as it was: behind the gate only a rotation in every call could turn it (-had). Channels
+that a gain held down weigh in full again: rounding sees the stream with its massive channels, where -had turns norm(x) g.
 
 A norm on what a layer writes (Gemma 2 and 3, OLMo 2) stands between the writer and the stream, and its gain does not commute with
-Q; LayerNorm takes a mean besides. Such models are refused, as is any with a weight that is not accounted for.
+Q; LayerNorm takes a mean besides. ``rotate`` refuses such models, as any with a weight that is not accounted for.
 
 Source: QuaRot, arXiv:2404.00456, section 4, stage 1; SliceGPT, arXiv:2401.15024, section 3; SpinQuant, arXiv:2405.16406, R1 and R2.
 """
@@ -46,14 +47,14 @@ _UNIT = {
     "qwen3_moe": 1.0,
     "gemma": 0.0,
 }
-# Blocks amplify differences in what enters them; rounding is taken to grow a hundredfold at most. A wrong fold is off by about 1.
+# Blocks amplify differences in what enters them; we take rounding to grow a hundredfold at most. A wrong fold is off by about 1.
 _AMPLIFIED = 100
 _TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """Whose weights turn. A weight is told as (module, name of its parameter).
+    """Whose weights turn. A weight is given as (module, name of its parameter).
 
     Attributes:
         embedding, output: of the vocabulary.
@@ -74,12 +75,12 @@ def rotate(model: nn.Module, seed: int = 0) -> None:
     """Rotate a model of transformers in place; its outputs stay what they were but for rounding to its own format.
 
     Args:
-        model: a causal language model of a kind that is supported, experts fused or taken apart. A tied output is untied, and
+        model: a causal language model of a supported kind, experts fused or taken apart. A tied output is untied, and
             ``model.config`` says so.
         seed: of the random signs.
 
     Raises:
-        InputError: it is of another kind, or holds a weight that no rule is known for. Nothing is changed then.
+        InputError: it is of another kind, or holds a weight that no rule covers. The model is unchanged then.
     """
     parts = _parts(model)
     with torch.no_grad():
@@ -233,7 +234,7 @@ def _put(owner: nn.Module, name: str, value: Tensor) -> None:
 
 
 class _Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Whatever would be made in fp32 is made in float64."""
+    """Makes in float64 whatever would be made in fp32."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})

@@ -6,8 +6,8 @@
 The formats are those of ``stabilitylab.formats``: FP8 with a scale a tensor, a row (of activations: a token), a tile of 1 x 128 or
 a block of 128 x 128; MXFP8, MXFP6, MXFP4; NVFP4 with its two levels of scales. Activation scales are taken at run time.
 
-Limits: products are emulated, the rounded numbers multiplied in the input's own format, so errors are those of the format, and
-times are not those of a machine that has it.
+Limits: products are emulated: the layer multiplies the rounded numbers in the input's own format. So errors are those of the
+format, and times are not those of a machine that has it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FormatScheme:
     Attributes:
         weights: name of the weights' format.
         activations: of the activations'; None leaves them as they are.
-        search: scales of the weights are searched for the least squared error.
+        search: whether scales of the weights are searched for the least squared error.
     """
 
     weights: str
@@ -112,8 +112,8 @@ class FormatLinear(HasWeightOnPaper, nn.Module):
         stored: the weights, [N, K].
         scheme: says whether activations are rounded too.
         bias: [N], or None.
-        smooth: [K], what the columns of the weights were multiplied with, and x is divided by; or None.
-        fingerprint: of the float32 weights that it was made from.
+        smooth: [K], factors already in the weights' columns, by which x is divided; or None.
+        fingerprint: of the float32 weights that the layer was made from.
         columns: K, where codes of 4 bits lie two in a byte already; None: each has a byte.
     """
 
@@ -156,7 +156,7 @@ class FormatLinear(HasWeightOnPaper, nn.Module):
         return replace(self._held, codes=unpack_4bit(self.codes)) if packed else self._held
 
     def beside(self, bias: Tensor | None) -> FormatLinear:
-        """Another layer of the same numbers, which are not copied."""
+        """Another layer of the same numbers, not copied."""
         return FormatLinear(
             self._held, self.scheme, bias=bias, fingerprint=self.fingerprint, columns=self.in_features
         )
@@ -197,7 +197,7 @@ class FormatLinear(HasWeightOnPaper, nn.Module):
             x: [..., K], floating.
 
         Raises:
-            RuntimeError: a gradient is asked for, which rounding does not have.
+            RuntimeError: the input asks for a gradient, which rounding does not have.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("a quantized layer has no gradient: call the model under torch.no_grad()")
@@ -221,7 +221,7 @@ class FormatLinear(HasWeightOnPaper, nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> FormatLinear:
-        # Moves take everything along; a change of format is for the bias alone (codes and scales keep theirs).
+        # A move takes everything along; a change of format is for the bias alone (codes and scales keep theirs).
         kept = {name: getattr(self, name) for name in ("codes", "scales", "tensor_scale", "smooth")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():

@@ -1,7 +1,8 @@
-"""The frontier of plans: at every number of bytes, the least loss that the measured layers let expect.
+"""The frontier of plans: at every number of bytes, the least loss to expect by the measured layers.
 
-Each point is a plan of its own, chosen by the same knapsack (knapsack.py) from the same sensitivities as the plan itself. Its loss
-is the sum of its layers' harms, not verified: as far as harms add up (divergence.py); of encoders squares of output errors do.
+The same knapsack (knapsack.py) chooses each point, a plan of its own, from the same sensitivities as the plan itself. Its loss is
+the sum of its layers' harms, not verified: it holds as far as harms add up (divergence.py); for encoders squares of output errors
+do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def frontier(plan: QuantizationPlan) -> list[tuple[float, float]]:
     """Share of the layers' 16-bit bytes, and expected loss increase in nats or relative output error; bytes rise, loss falls.
 
     Args:
-        plan: with its sensitivities; of a plan without any the frontier is empty.
+        plan: with its sensitivities; without any the frontier is empty.
     """
     costs: list[list[float]] = []
     harms: list[list[float]] = []

@@ -6,14 +6,15 @@
     mxfp4                           MXFP4                 E8M0 exponent, 32 codes of E2M1           17 bytes
     16-bit                          F16, BF16 or F32      the shortest that changes no bit
 
-A block of 32 repeats the scale of its larger group, so the numbers are the plan's, and the file is larger than its sum by what the
-scales repeat. Codes j and j + 16 share a byte, j low. GGUF has no exact form for zero points (Q4_1 keeps the least weight in fp16,
-which a product of scale and zero point need not fit), nor transformers one for NVFP4; llama.cpp's K-quants have scales of 6 bits,
-which ours are not: all refused. A scale of bf16 fits fp16 from 2^-17 on; one that does not is refused too.
+A block of 32 repeats the scale of its larger group, so the numbers are the plan's, and the file is larger than the plan's sum by
+the repeated scales. Codes j and j + 16 share a byte, j low. GGUF has no exact form for zero points (Q4_1 keeps the least weight in
+fp16, which a product of scale and zero point need not fit), transformers has none for NVFP4, and llama.cpp's K-quants have scales
+of 6 bits, which ours are not: the export refuses all of these. A scale of bf16 fits fp16 from 2^-17 on; the export refuses one that
+does not.
 
-Rows of q and k are laid out as llama.cpp rotates them (neighbours instead of halves), for the architecture ``llama`` alone.
+The export lays out rows of q and k as llama.cpp rotates them (neighbours instead of halves), for the architecture ``llama`` alone.
 
-Source: gguf 0.19 (``quants.py``, ``constants.py``), which the tests open the file with; llama.cpp, ``convert_hf_to_gguf.py``.
+Source: gguf 0.19 (``quants.py``, ``constants.py``), with which the tests open the file; llama.cpp, ``convert_hf_to_gguf.py``.
 """
 
 from __future__ import annotations
@@ -98,13 +99,13 @@ def save_gguf(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
 
 
 def _told(config: Any, architecture: str) -> str:
-    """What transformers 5.23 must be told: by itself it reads neither llama's biases nor the width of qwen3's heads from such a
-    file; of a kind that is written as another (mistral) it takes no config."""
+    """The argument that transformers 5.23 needs: by itself it reads neither llama's biases nor the width of qwen3's heads from such
+    a file; for a kind that is written as another (mistral) it takes no config."""
     return ", config=AutoConfig.from_pretrained(FOLDER)" if config.model_type == architecture else ""
 
 
 def _file_type(written: Mapping[str, str], quantized: Mapping[str, int]) -> int:
-    """The number of the most frequent quantized type; of matrices that none quantizes, the widest."""
+    """The number of the most frequent quantized type; without quantized matrices, that of the widest type among them."""
     most = max(quantized, key=lambda kind: quantized[kind])
     if quantized[most]:
         return _FILE_TYPES[most]
@@ -195,7 +196,7 @@ def _write_tensors(
     written: dict[str, str] = {}
     layers, matrices = quantizable_layers(model.module), matrices_of(model, plan)
     for path, scheme in plan.schemes.items():
-        # Of an embedding the one matrix: readers multiply with it where a file holds no output.
+        # An embedding's one matrix: readers multiply with it where a file holds no output.
         twin: Any = (
             scheme.layer(matrices[path].weight, name=path)
             if path in matrices

@@ -1,9 +1,9 @@
 """The tokenizer of a GGUF file: pieces, merges, what they mean, and how text is cut into words before merging.
 
-llama.cpp knows cuts by name (``tokenizer.ggml.pre``) and takes ids that a file leaves out from GPT-2 (11 for begin and end). So
-everything it would guess is written: the name where ``tokenizer.json`` cuts as one of the table below, ids of special tokens,
-whether a text begins or ends with one, the chat template. Pieces that were added without being special are matched before text is
-cut, which GGUF calls user-defined. A model that came from a GGUF file keeps that file's own fields.
+llama.cpp knows cuts by name (``tokenizer.ggml.pre``) and takes ids that a file leaves out from GPT-2 (11 for begin and end). So the
+export writes everything that llama.cpp would guess: the name where ``tokenizer.json`` cuts as one of the table below, ids of
+special tokens, whether a text begins or ends with one, the chat template. Added pieces that are not special are matched before the
+text is cut; GGUF calls them user-defined. A model that came from a GGUF file keeps that file's own fields.
 
 Source: tokenizers 0.22 (``tokenizer.json``); llama.cpp 0.5.0 (``llama-vocab.cpp``), which read these files in
 ``experiments/RESULTS.md``, "llama.cpp opens the exports".
@@ -69,7 +69,7 @@ def write_tokenizer(writer: Any, model: TextModel, folder: Path, config: Any) ->
 
 
 def _copied(writer: Any, model: TextModel, config: Any) -> bool:
-    """Whether the model is of a GGUF file, whose fields are then written as they stand there."""
+    """Whether the model came from a GGUF file with a tokenizer; if so, writes the fields as they stand there."""
     if model.path.is_dir() and (model.path / "config.json").is_file():
         return False
     folder, where = location(model.path)
@@ -91,7 +91,7 @@ def _copied(writer: Any, model: TextModel, config: Any) -> bool:
 
 
 def _cut(held: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name of how a tokenizer cuts text into words; None where it is none that is known here."""
+    """llama.cpp's name of how a tokenizer cuts text into words; None where the table has none."""
     told = held.get("pre_tokenizer") or {}
     steps = []
     for step in told.get("pretokenizers") or [told]:
@@ -147,7 +147,7 @@ def _write_special(
 
 
 def _around(held: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether a token is put before a text, and after it."""
+    """Whether the tokenizer puts a token before a text, and one after it."""
     told = held.get("post_processor") or {}
     for step in told.get("processors") or [told]:
         single = step.get("single")

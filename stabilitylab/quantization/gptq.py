@@ -1,17 +1,17 @@
-"""GPTQ: columns are rounded one after another, and those still to come take over what each was off by.
+"""GPTQ rounds columns one after another, and those still to come take over what each was off by.
 
-Of W [N, K] with inputs of second moment S, for k = 1 ... K, with q(.) rounding to the grid and U' U = (S + damping)^-1:
+For W [N, K] and inputs of second moment S, for k = 1 ... K, with q(.) rounding to the grid and U' U = (S + damping)^-1:
 
     Q[:, k] = q(W[:, k])        e = (W[:, k] - Q[:, k]) / U[k, k]        W[:, j] -= e U[k, j]  for j > k
 
-which is the optimal brain surgeon's step for each row, so that tr((W - Q) S (W - Q)') is less than by rounding to nearest (Frantar
+This is the optimal brain surgeon's step for each row, so that tr((W - Q) S (W - Q)') is less than by rounding to nearest (Frantar
 et al., arXiv:2210.17323, algorithm 1). Columns may come in order of S[k, k], largest first ("act-order"): those that matter most
-are then rounded while there is most freedom left.
+are then rounded while most freedom is left.
 
-A scale that columns share is taken from the weights as they are when the first of its columns is reached; in another order, where a
-group's columns come scattered, from the weights as they were.
+A scale that columns share is taken from the weights as they are when the first of its columns is reached. In another order a
+group's columns come scattered, and the scale is taken from the weights as they were.
 
-Columns are worked on in blocks, changes to the columns after a block applied at once. W is held transposed, so that a column is
+GPTQ works on columns in blocks, and applies changes to the columns after a block at once. W is held transposed, so that a column is
 contiguous.
 """
 
@@ -50,7 +50,7 @@ def gptq(weight_NK: Tensor, factor: Factor, grid: Grid) -> Tensor:
         grid: opened for every column on return.
     """
     at_K = factor.order
-    # A copy in any case: of a transposed view (Conv1D's weight) ``contiguous`` would give the model's own numbers.
+    # A copy in any case: for a transposed view (Conv1D's weight) ``contiguous`` would give the model's own numbers.
     left_KN = weight_NK.detach().to(factor.dtype).T.clone(memory_format=torch.contiguous_format)
     columns = len(left_KN)
     ordered = bool((at_K == torch.arange(columns)).all())
@@ -65,7 +65,7 @@ def gptq(weight_NK: Tensor, factor: Factor, grid: Grid) -> Tensor:
         errors_kN = torch.empty_like(left_KN[first:last])
         for k in range(first, last):
             if ordered and k % grid.group == 0:
-                # Of a group that reaches beyond the block, the rest lacks what this block has changed so far.
+                # Where a group reaches beyond the block, its rest lacks what this block has changed so far.
                 end = min(k + grid.group, columns)
                 part_gN = left_KN[k:end].clone()
                 if end > last:

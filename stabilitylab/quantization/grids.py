@@ -59,10 +59,10 @@ class IntegerGrid:
 
 
 class FormatGrid:
-    """A small floating-point format, its scales those of the unrounded weight.
+    """A small floating-point format with the scales of the unrounded weight.
 
     Args:
-        like: the weight rounded to nearest, with the scales that are used.
+        like: the weight rounded to nearest, whose scales are used.
     """
 
     def __init__(self, like: Quantized) -> None:
@@ -78,7 +78,7 @@ class FormatGrid:
         self._scales_GN = wide.repeat_interleave(down, 0)[:rows].T.contiguous()
 
     def open(self, start: int, part_Ng: Tensor) -> None:
-        """Nothing: scales are there."""
+        """Nothing: the scales exist."""
 
     def round(self, column_N: Tensor, k: int) -> Tensor:
         scale_N = self._scales_GN[k // self._across]

@@ -2,10 +2,10 @@
 
     minimise  sum_l harm[l][choice l]    subject to    sum_l cost[l][choice l] <= budget
 
-Solved by dynamic programming over the non-dominated partial choices (Nemhauser and Ullmann, 1969; Kellerer, Pferschy and Pisinger,
-Knapsack Problems, 2004, section 11.5): after each layer only those are kept to which no other is both cheaper and less harmful.
-Exact while no more than ``FRONT`` of them remain, which is so where layers share few shapes (sums of bytes coincide); beyond, the
-least harmful in each 1/FRONT of the range of costs is kept. Costs are never rounded, so a result always fits.
+Dynamic programming over the non-dominated partial choices solves it (Nemhauser and Ullmann, 1969; Kellerer, Pferschy and Pisinger,
+Knapsack Problems, 2004, section 11.5): after each layer it keeps only those to which no other is both cheaper and less harmful. It
+is exact while no more than ``FRONT`` of them remain, which is so where layers share few shapes (sums of bytes coincide); beyond, it
+keeps the least harmful in each 1/FRONT of the range of costs. It never rounds costs, so a result always fits.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def choose(
         costs: of each layer's options, at least one a layer, finite and not negative.
         harms: likewise.
         budget: for the sum of costs.
-        front: so many partial choices are kept.
+        front: how many partial choices to keep.
     """
-    # What the layers still to come cost at least, after each layer.
+    # The least that the layers still to come cost, after each layer.
     least = np.cumsum([0.0, *(min(row) for row in reversed(costs))])[::-1]
     # Sums in another order differ in the last bits.
     budget = budget * (1 + 1e-12)

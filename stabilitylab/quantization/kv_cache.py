@@ -9,9 +9,9 @@
     code = round((x - low) / s),   s = (high - low) / (2^b - 1),   x^ = low + s code;     symmetric: s = max|x| / (2^(b-1) - 1)
 
 Keys have channels that are large at every token, values have none, hence KIVI's two directions. A group of tokens can be rounded
-only when all are there: until then they stay as they are (at most 32, KIVI's residual), so the text is read in pieces of 32 tokens,
-each of which sees itself unrounded and what came before rounded. The other formats are rounded as they enter. s and low are kept in
-fp16.
+only when all are there, and stays as it is until then (at most 32 tokens, KIVI's residual). So the model reads the text in pieces
+of 32 tokens, each of which sees itself unrounded and what came before rounded. The other formats round tokens as they enter. s and
+low are kept in fp16.
 
 Shapes: B rows, H heads of keys and values, T tokens, D channels of a head.
 """
@@ -56,24 +56,24 @@ class CacheFormat:
         return _GROUP if self.keys == "channel" else None
 
     def rounded_keys(self, keys_BHTD: Tensor) -> Tensor:
-        """Keys and back."""
+        """Keys, rounded and back."""
         if self.keys == "channel":
             return affine(keys_BHTD.transpose(-1, -2), self.bits).transpose(-1, -2)
         return self.rounded_values(keys_BHTD)
 
     def rounded_values(self, values_BHTD: Tensor) -> Tensor:
-        """Values and back."""
+        """Values, rounded and back."""
         if self.keys == "none":
             return round_to(values_BHTD, E4M3).to(values_BHTD.dtype)
         return symmetric(values_BHTD, self.bits) if self.keys == "head" else affine(values_BHTD, self.bits)
 
     def nbytes(self, tokens: int, heads: int, channels: int, of_values: int | None = None) -> int:
-        """Of keys and values of one layer, scales included, at a context of so many tokens.
+        """Bytes of keys and values of one layer, scales included, at a context of so many tokens.
 
         Args:
-            tokens, heads: as they are.
+            tokens, heads: how many.
             channels: of a head's keys.
-            of_values: of a head's values, where those are others (DeepSeek).
+            of_values: channels of a head's values, where they differ (DeepSeek).
         """
         width = channels if of_values is None else of_values
         if self.keys == "none":
@@ -113,7 +113,7 @@ class CacheCost:
     Attributes:
         loss: increase in nats per target.
         bytes: of all layers' keys and values at the context asked for.
-        error: standard error of ``loss`` over windows; None where there is one alone.
+        error: standard error of ``loss`` over windows; None with a single window.
         windows: how many.
     """
 
@@ -149,8 +149,8 @@ def cache_plan(
 
     Args:
         model: not quantized.
-        windows: formats are chosen by them.
-        third: the chosen one is told on them; none: on ``windows``.
+        windows: to choose a format on.
+        third: to tell the chosen one's loss on; without any: ``windows``.
         budget: where no format fits, none is chosen.
 
     Returns:
@@ -177,7 +177,7 @@ def cache_plan(
 
 
 def cache_lines(cache: Mapping[str, Any]) -> list[str]:
-    """The same for a terminal."""
+    """What ``cache_plan`` found, for a terminal."""
     whole = cache["bytes_16"]
     several = any(cost.get("error") is not None for cost in cache["formats"].values())
     lines = [
@@ -203,7 +203,7 @@ def cache_lines(cache: Mapping[str, Any]) -> list[str]:
 
 
 def _spread(cost: Mapping[str, Any]) -> str:
-    """A standard error in brackets, where one was told."""
+    """A standard error in brackets, where there is one."""
     return "" if cost.get("error") is None else f" ({cost['error']:.4f})"
 
 
@@ -211,7 +211,7 @@ def affine(x: Tensor, bits: int) -> Tensor:
     """x [..., K] to codes with a scale and a lowest number for each 32 of the last dimension, and back."""
     size = x.shape[-1]
     spare = -size % _GROUP
-    # Filled up with the last number, which widens no group's range.
+    # Padded with the last number, which widens no group's range.
     wide = F.pad(x.float().flatten(0, -2), (0, spare), mode="replicate").view(*x.shape[:-1], -1, _GROUP)
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
     low = low.to(_HALF).float()
@@ -242,8 +242,8 @@ def measure_cache_formats(
     Args:
         model: of transformers, predicting tokens.
         windows: the text.
-        formats: to be measured.
-        context: tokens for which bytes are told.
+        formats: to measure.
+        context: tokens whose bytes are counted.
 
     Raises:
         InputError: the model has no cache of keys and values of past tokens.
@@ -273,7 +273,7 @@ def measure_cache_formats(
 
 
 def mean_over_windows(increases: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
-    """Mean increase a target, and its standard error with windows as what is drawn.
+    """Mean increase a target, and its standard error with windows as the sampling units.
 
     A ratio of sums, m = sum d / sum n: se^2 = k / (k - 1) sum (d_i - m n_i)^2 / (sum n)^2 for k windows (Cochran, Sampling
     Techniques, 1977, section 6.3).
@@ -302,7 +302,7 @@ def require_cache(model: TextModel) -> None:
     config: Any = getattr(model.module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     windows = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
-    # Of a model that names no kinds of layers all have a window if one has (Mistral), as transformers' own cache takes it.
+    # Where a model names no kinds of layers, all have a window if one has (Mistral): transformers' own cache takes it so.
     one_kind = ["sliding_attention" if windows else "full_attention"]
     kinds = set(getattr(text, "layer_types", None) or one_kind)
     if not model.predicts or text is None or getattr(text, "is_encoder_decoder", False):

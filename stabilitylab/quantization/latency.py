@@ -1,10 +1,10 @@
 """How long a layer takes on this machine, by shape, scheme and number of rows.
 
-Layers of one shape take the same time, so each shape is timed once: on real rows of the first layer of that shape (how many outlier
-channels there are decides what the mixed scheme does), all schemes in turn, the median of several rounds. Rows are repeated where
-the text gave fewer. How weights were rounded makes no difference to time, so schemes that round for their inputs are timed as the
-schemes that they round to (of AWQ the division of the input is left out). Of layers as wide as a vocabulary 16,384 outputs are
-timed, and the time is taken in proportion.
+Layers of one shape take the same time, so each shape is timed once: on real rows of the first layer of that shape (the number of
+outlier channels decides what the mixed scheme does), all schemes in turn, the median of several rounds. Rows are repeated where the
+text gave fewer. How weights were rounded makes no difference to time, so schemes that round for their inputs are timed as the
+schemes that they round to (without AWQ's division of the input). Of layers as wide as a vocabulary, 16,384 outputs are timed, and
+the time is scaled in proportion.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Latencies = Mapping[tuple[int, int], Mapping[str, Mapping[int, float]]]
 
 
 def machine() -> str:
-    """What the times are of, in words."""
+    """The machine that the times are from, in words."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -54,15 +54,15 @@ def measure_latencies(
     batches: Sequence[int] = BATCHES,
     rounds: int = 5,
 ) -> dict[tuple[int, int], dict[str, dict[int, float]]]:
-    """Seconds of one call of each scheme, and of the layer as it is.
+    """Seconds of one call in each scheme, and of the layer as it is.
 
     Args:
         module: the model.
         samples: (N, K) -> path of a layer and rows of its input (``ranges.Inputs.samples``).
         largest: path -> max|x| of each input channel.
-        schemes: to be timed.
+        schemes: to time.
         batches: numbers of rows.
-        rounds: the median of so many is taken, after one that warms up.
+        rounds: the median is over so many, after one that warms up.
     """
     found: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
     for shape, (path, rows) in samples.items():
@@ -80,7 +80,7 @@ def measure_latencies(
 
 
 def _part(layer: nn.Module) -> tuple[nn.Module, float]:
-    """A layer of plain floats with at most so many of its outputs, and how many times as many it has."""
+    """A layer of plain floats with at most ``_OUTPUTS`` of its outputs, and how many times as many the layer has."""
     weight = linear_weight(layer)
     narrow = is_held(layer)
     if len(weight) <= _OUTPUTS and not narrow:

@@ -6,9 +6,9 @@
     SmoothQuant      as W8A8 of x / s with weights W diag(s)
     AWQ              any of these of x / s with weights W diag(s), s from awq.py
 
-For inference only. The output has the input's format; inside, W8A8 is float32 and integers. A channel of O is multiplied with its
-dequantized weights where there are few of them; where there are more channels than twice the tokens, x_O goes through the integer
-product as two digits, 127 * 508 steps to its largest value (finer than fp16, in which LLM.int8() keeps it).
+For inference only. The output has the input's format; inside, W8A8 is float32 and integers. Where channels of O are few, they are
+multiplied with their dequantized weights; where they are more than twice the tokens, x_O goes through the integer product as two
+digits, 127 * 508 steps to its largest value (finer than fp16, in which LLM.int8() keeps it).
 
 The weights are buffers in the canonical form (stored.py). The first call on a device hands them to a kernel in its own layout;
 ``state_dict``, a move to another device, and copying take them back first.
@@ -30,13 +30,13 @@ from stabilitylab.quantization.weight_on_paper import HasWeightOnPaper
 
 
 class QuantizedLinear(HasWeightOnPaper, nn.Module):
-    """A linear layer with quantized weights. Made by ``from_linear`` or from a stored weight.
+    """A linear layer with quantized weights, made by ``from_linear`` or from a stored weight.
 
     Args:
         stored: the weights.
-        scheme: theirs.
+        scheme: the weights'.
         bias: [N], or None.
-        smooth: [K], what the columns of the weights were multiplied with, or None.
+        smooth: [K], factors already in the weights' columns, or None.
     """
 
     values: Tensor
@@ -75,7 +75,7 @@ class QuantizedLinear(HasWeightOnPaper, nn.Module):
 
         Args:
             linear: left as it is.
-            scheme: how.
+            scheme: to quantize by.
             largest: [K], max|x| of each input channel over some text: needed by SmoothQuant.
             name: how errors call it.
 
@@ -153,7 +153,7 @@ class QuantizedLinear(HasWeightOnPaper, nn.Module):
             x: [..., K], floating.
 
         Raises:
-            RuntimeError: a gradient is asked for, which rounding does not have.
+            RuntimeError: the input asks for a gradient, which rounding does not have.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("a quantized layer has no gradient: call the model under torch.no_grad()")
@@ -166,7 +166,7 @@ class QuantizedLinear(HasWeightOnPaper, nn.Module):
             self.prepare()
         y_MN = self._weight_only(x_MK) if self.scheme.activations is None else self._with_integers(x_MK)
         if self.bias is not None:
-            # Out of place: x and bias may be of a wider format than the kernel's.
+            # Out of place: x and bias may have a wider format than the kernel's.
             y_MN = y_MN.to(torch.promote_types(y_MN.dtype, x.dtype)) + self.bias
         return y_MN.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -228,7 +228,7 @@ class QuantizedLinear(HasWeightOnPaper, nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        # Moves take everything along; a change of format is for the bias alone (integers and scales keep theirs).
+        # A move takes everything along; a change of format is for the bias alone (integers and scales keep theirs).
         self.release()
         kept = {"scales": self.scales, "smooth": self.smooth}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Open what ``stabilitylab quantize --apply`` wrote for a transformers model: built without weights, filled layer by layer."""
+"""Opens what ``stabilitylab quantize --apply`` wrote for a transformers model: builds it without weights, fills layer by layer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def open_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
         raise InputError(f"{path} is not a quantized model: stabilitylab quantize --apply writes them")
     if not recognises(path):
         raise InputError(f"{path} is no transformers model: open it with the program that it came from")
-    # What reads a folder of transformers' knows how; only the weights come from elsewhere.
+    # The reader of transformers' folders knows how; only the weights come from elsewhere.
     described = describe(path)
     with quiet():
         module = described.built(dtype)
@@ -44,7 +44,7 @@ def open_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
         prepare(module)
         tokenizer = described.tokenizer()
     if getattr(module, "pooler", None) is not None and not holds(path / WEIGHTS, "pooler."):
-        module.pooler = None  # the original was opened without: its files lack it and no output needs it
+        module.pooler = None  # the original was opened without one: its files lack it and no output needs it
     load_quantized(module, path / WEIGHTS, dtype=dtype, wide=wide)
     return TextModel(
         module=module.requires_grad_(False),

@@ -1,9 +1,9 @@
-"""Sensitivities of all layers, in whichever way: resumed where they were interrupted, with the time that is left.
+"""Sensitivities of all layers, either way; an interrupted pass goes on where it was, and says how much time is left.
 
     gradients    one pass backward, a rounding and a product for each layer and scheme (estimate.py)
     runs         a run of the model from the layer's block on, for each layer, scheme and window (sensitivity.py)
 
-Where gradients cannot be had (a model that changes tensors in place, or whose operators have none) it is runs, with a note.
+Where gradients cannot be had (a model changes tensors in place, or its operators have none), runs measure, and a note says so.
 """
 
 from __future__ import annotations

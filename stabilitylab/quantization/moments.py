@@ -1,17 +1,17 @@
-"""What a text's rows were as they entered a layer: the statistics from which weights are rounded for that text.
+"""Statistics of a text's rows as they entered a layer: from them weights are rounded for that text.
 
     second    S = sum_t x_t x_t' / T    [K, K]; a changed weight W + D changes the output by sum_t |D x_t|^2 / T = tr(D S D')
     mean      sum_t |x_t| / T           [K], of each channel
 
 S is half the Hessian of the squared output error with regard to each row of W (GPTQ, arXiv:2210.17323, section 3).
 
-Channels of the few tokens of one text go together more than those of other texts will, and rounding that relies on it is rounding
-for that text. So GPTQ is given S with correlations shrunk,
+Channels of the few tokens of one text correlate more than those of other texts will, and rounding that relies on it is rounding for
+that text. So GPTQ gets S with correlations shrunk,
 
     S[j, k] (1 - r)  for j other than k,    r = 4 K / (4 K + T)
 
 as if four tokens of running text were worth one that is drawn alone. Source of the form: Ledoit and Wolf (2004), a well-conditioned
-estimator for large-dimensional covariance matrices; the four is measured on SmolLM2-135M (experiments/RESULTS.md).
+estimator for large-dimensional covariance matrices; the four was measured on SmolLM2-135M (experiments/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stabilitylab.formats import rotate
 from stabilitylab.quantization.factors import Factor, RowsFactor, WholeFactor
 
 _DAMPING = 0.01  # GPTQ's: a share of the mean of the diagonal, added to it
-_WORTH_ONE = 4.0  # tokens of running text, of one that is drawn alone
+_WORTH_ONE = 4.0  # tokens of running text that are worth one drawn alone
 
 
 class Moments:
@@ -36,7 +36,7 @@ class Moments:
 
     def __init__(self, columns: int, dtype: torch.dtype = torch.float32) -> None:
         self.count = 0
-        # Fewer rows than columns are kept as they are: S would be larger than they.
+        # Fewer rows than columns are kept as they are: S would be larger.
         self._rows: list[Tensor] = []
         self._sum_KK: Tensor | None = None
         self._size_K = torch.zeros(columns, dtype=dtype)
@@ -44,7 +44,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, dtype: torch.dtype = torch.float32) -> Moments:
-        """Of rows x [..., K]."""
+        """The moments of rows x [..., K]."""
         made = cls(x.shape[-1], dtype)
         made.add(x)
         return made
@@ -80,11 +80,11 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """Of |x|, [K]."""
+        """Mean of |x|, [K]."""
         return self._size_K / max(self.count, 1)
 
     def rotated(self, signs: Tensor) -> Moments:
-        """Of x R: S becomes R' S R; |x| is taken to be that of Gaussian channels, which a rotation makes of any."""
+        """The moments of x R: S becomes R' S R; |x| is taken to be that of Gaussian channels, which a rotation makes of any."""
         made = Moments(len(self._size_K), self._size_K.dtype)
         made.count = self.count
         made._sum_KK = rotate(rotate(self._summed(), signs).T.contiguous(), signs)
@@ -93,7 +93,7 @@ class Moments:
         return made
 
     def output_error(self, off_NK: Tensor) -> Tensor:
-        """tr(D S D'): the mean squared error of the output, summed over its channels, of a weight that is off by D."""
+        """tr(D S D'): the mean squared error of the output, summed over its channels, for a weight that is off by D."""
         off = off_NK.to(self._size_K)
         if self._sum_KK is None:
             return sum(((off @ x_MK.T).square().sum() for x_MK in self._rows), off.new_zeros(())) / max(
@@ -104,7 +104,7 @@ class Moments:
     def factor(self, *, order: bool) -> Factor:
         """U with U' U = (S + damping)^-1, correlations shrunk, for columns in some order.
 
-        Layers with one input share their moments, so what was factored once is kept.
+        Layers with one input share their moments, so a factor once made is kept.
 
         Args:
             order: columns of large S[k, k] first; otherwise as they stand.
@@ -146,7 +146,7 @@ class Moments:
 
 def _ordered(diagonal_K: Tensor, order: bool) -> tuple[Tensor, Tensor]:
     """S[k, k] and the columns' numbers in the order in which they are rounded. A channel that the text never used counts 1: it is
-    rounded to nearest, and nothing else is changed for its sake."""
+    rounded to nearest, and nothing else changes for its sake."""
     diagonal_K = torch.where(diagonal_K == 0, 1.0, diagonal_K)
     at_K = torch.argsort(diagonal_K, descending=True, stable=True) if order else torch.arange(len(diagonal_K))
     return diagonal_K[at_K], at_K

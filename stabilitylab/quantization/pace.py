@@ -1,4 +1,4 @@
-"""How far a long measurement is and how long it will take, on a terminal as a bar, in a pipe as a line now and then."""
+"""Shows how far a long measurement is and how long it will take: as a bar on a terminal, as a line now and then in a pipe."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _SECONDS = 30.0  # between lines in a pipe
-_STEPS = 5  # the first one holds what comes before all
+_STEPS = 5  # before the first line: the first step includes what comes before all
 
 
 class Pace:
-    """Told of every step.
+    """Counts steps and shows them.
 
     Args:
-        console: where it is shown.
+        console: where to show them.
     """
 
     def __init__(self, console: Console) -> None:
@@ -45,7 +45,7 @@ class Pace:
         self._progress = None
 
     def step(self) -> None:
-        """One more is done."""
+        """Count one step more."""
         self._done += 1
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done)

@@ -1,4 +1,4 @@
-"""A plan as one HTML page, for someone who never saw the tool: what is proposed, what it costs, and why, layer by layer."""
+"""A plan as one HTML page, for someone who never saw the tool: what it proposes, what it costs, and why, layer by layer."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     {"format": "stabilitylab-quantization-plan", "version": 1, "model": ..., "fingerprint": ..., "layers": {...}, ...}
 
-Everything that was measured is in the file, so that a decision can be questioned without measuring again. A plan belongs to the
-model with its fingerprint: layers of another model have other sensitivities, and SmoothQuant's factors would be wrong.
+The file holds everything that was measured, so you can question a decision without measuring again. A plan belongs to the model
+with its fingerprint: layers of another model have other sensitivities, and SmoothQuant's factors would be wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What may be spent.
+    """What a plan may spend.
 
     Attributes:
         kind: "loss": nats of loss increase per token (relative output error for encoders), bytes are minimised;
@@ -46,7 +46,7 @@ class Budget:
             raise InputError(f"a budget of {self.value} for {self.kind} must be a number of at least 0")
 
     def allows(self, outcome: PlanFigures, kept: PlanFigures) -> bool:
-        """Whether an outcome keeps to it, given that of the model as it is."""
+        """Whether an outcome keeps to the budget, given that of the model as it is."""
         if self.kind == "loss":
             return outcome.loss <= self.value
         if self.kind == "memory":
@@ -108,7 +108,7 @@ class QuantizationPlan:
         loss: the unchanged model's on the verification text; None for encoders.
         budget: asked for.
         tokens: of the text that sensitivities were measured on, and of the one that plans were chosen by.
-        told_tokens: of the third text, on which the outcomes and the loss are told; 0 in plans of before there was one.
+        told_tokens: of the third text, on which the outcomes and the loss are told; 0 in plans from before there was one.
         machine: where times were measured.
         layers: path -> decision.
         kept: path -> why a linear layer is no part of the plan.

@@ -5,11 +5,11 @@ Choosing assumes that harms add up (divergence.py says why they should). So the 
     memory, latency    the proposal, and improvements of the two best single schemes that fit, are verified; the best one wins
     loss               proposals under a shrinking or growing allowance are verified until the loss increase fits closely
 
-and last, no plan may lose against one scheme everywhere: if a single scheme that keeps the budget, with no more bytes, has a
-smaller verified loss, that single scheme is the plan, and a note says so. Of equal proposals the one of fewer bytes is taken.
+Last, no plan may lose against one scheme everywhere: if a single scheme that keeps the budget, with no more bytes, has a smaller
+verified loss, that single scheme is the plan, and a note says so. Of equal proposals the search takes the one of fewer bytes.
 
-A verification is a run over the whole text, so single schemes are verified only where they could win by the sum of their harms; of
-the others that sum is told.
+A verification is a run over the whole text, so the search verifies single schemes only where they could win by the sum of their
+harms; for the others it tells that sum.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from stabilitylab.quantization.verification import Verification
 Assignment = dict[str, str]  # path -> scheme's name, or KEPT
 
 _TRIES = 6
-_RIVALS = 2  # single schemes that proposals are made from
+_RIVALS = 2  # single schemes to make proposals from
 _NEAR = 1.1  # single schemes are verified where the sum of their harms is within this of the least
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What came out.
+    """What the search came to.
 
     Attributes:
         assignment: path -> scheme's name or ``KEPT``.
@@ -51,7 +51,7 @@ class Advice:
     notes: Sequence[str]
 
     def told_on(self, verification: Verification) -> Advice:
-        """The same with losses measured on another text."""
+        """The same decisions, with losses measured on another text."""
 
         def again(outcome: PlanFigures, schemes: Mapping[str, str]) -> PlanFigures:
             if not outcome.verified or set(schemes.values()) == {KEPT}:
@@ -213,8 +213,8 @@ class Advisor:
                 "raise it or allow other schemes"
             )
         candidates = [self._proposal(choice)]
-        # From one scheme everywhere, only what harms a layer less than that scheme: where harms do not quite add up, this still
-        # cannot be worse in any layer.
+        # Start from one scheme everywhere, and change it only to what harms a layer less: where harms do not quite add up, the
+        # result still cannot be worse in any layer.
         fitting = [
             index
             for index, name in enumerate(self._names)
@@ -265,7 +265,7 @@ class Advisor:
             else:
                 exceeds = min(exceeds, allowance)
             reached = max(outcome.loss, 0.0) ** 2 if self._squared else max(outcome.loss, 0.0)
-            # Aim at the goal in proportion; between an allowance that fits and one that does not, at most to their middle.
+            # Aim at the goal in proportion, but at most at the middle between an allowance that fits and one that does not.
             wanted = allowance * (4.0 if reached == 0 else min(4.0, max(0.25, 0.95 * goal / reached)))
             middle = (fits * exceeds) ** 0.5 if fits and exceeds < float("inf") else wanted
             allowance = wanted if fits < wanted < exceeds else middle
@@ -279,8 +279,8 @@ class Advisor:
 
 
 def most_verified(budget: Budget) -> int:
-    """How many readings of a text a plan takes at most: of proposals and rivals on the second, of the model itself and of what was
-    verified on the third, and of the model on the second."""
+    """How many times at most a plan reads a text: for proposals and rivals on the second, for the model itself and what was
+    verified on the third, and for the model on the second."""
     proposals = _RIVALS + _TRIES if budget.kind == "loss" else 1 + _RIVALS
     return 1 + proposals + _RIVALS + 1 + 1 + 2 * _RIVALS
 

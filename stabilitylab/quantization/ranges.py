@@ -1,6 +1,6 @@
-"""The range of every channel that enters a linear layer, over a text: what SmoothQuant scales by and outlier channels show in.
+"""The range of every channel that enters a linear layer, over a text: SmoothQuant scales by it, and outlier channels show in it.
 
-One vector of K maxima a layer is all that is kept, and a few rows of the first layer of each shape, as input for stopwatches.
+Each layer keeps one vector of K maxima, and the first layer of each shape a few rows of input, for timing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stabilitylab.models import TextModel, Window, linear_weight
 from stabilitylab.models.pieces import Pieces
 
-# A channel counts as an outlier from so many times the layer's median channel on.
+# A channel counts as an outlier if it reaches so many times the layer's median channel.
 OUTLIER_RATIO = 10.0
 
 
@@ -51,7 +51,7 @@ class ChannelRange:
 
 @dataclass(kw_only=True)
 class Inputs:
-    """What went into the layers.
+    """What entered the layers.
 
     Attributes:
         largest: path -> max|x| of each channel, [K]; layers that the text never reaches are missing.
@@ -65,7 +65,7 @@ class Inputs:
 def layer_inputs(
     model: TextModel, windows: Iterable[Window], layers: Mapping[str, nn.Module], *, rows: int = 256
 ) -> Inputs:
-    """Run the model over windows and see what enters the layers."""
+    """Run the model over windows and watch what enters the layers."""
     found = Inputs()
 
     def see(path: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:

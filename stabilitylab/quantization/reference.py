@@ -5,7 +5,7 @@
 Which integer an activation becomes is decided in float32, as in every layer here: in another format a value next to the middle
 between two integers may fall to the other side.
 
-Nothing here is fast, and nothing but tests and the self-checks of kernels calls it.
+Nothing here is fast, and only tests and the self-checks of kernels call it.
 """
 
 from __future__ import annotations

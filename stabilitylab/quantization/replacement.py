@@ -1,8 +1,8 @@
-"""Quantized layers in the place of linear ones, and back.
+"""Puts quantized layers in the place of linear ones, and takes them back.
 
-A layer that stands in a model under several paths is one layer: every path gets its quantized twin. A layer whose weight is also
-something else's (an output projection tied to the embedding) is left as it is here: quantizing it alone would not save a byte. Both
-together are quantized as one matrix (vocabulary.py).
+A layer that stands in a model under several paths is one layer: every path gets its quantized twin. A layer that shares its weight
+with something else (an output projection tied to the embedding) stays as it is here: quantizing it alone would not save a byte.
+vocabulary.py quantizes both together as one matrix.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def quantized(
 
 
 def put(module: nn.Module, path: str, layer: nn.Module) -> None:
-    """Set a layer in the place of the one at a path, wherever else that one stands too."""
+    """Set a layer at a path, and wherever else the layer there stands too."""
     before = module.get_submodule(path)
     if isinstance(layer, HasWeightOnPaper):
         dtype = None if is_held(before) else getattr(getattr(before, "weight", None), "dtype", None)

@@ -1,9 +1,10 @@
-"""A model run from one of its blocks on, with what came before taken from an earlier run.
+"""Runs a model from one of its blocks on, with what came before taken from an earlier run.
 
-To see what one changed layer does to the output, the blocks before it need not be computed again. The blocks are the module list
-that holds most linear layers; while a restarted run passes the blocks before the first changed one, each returns what it returned
-before. That is right only if blocks speak to each other through their outputs alone, so it is tried first: restarted runs of the
-unchanged model must give the same output bit for bit, or whole runs are made instead. On average half of the work is saved.
+To see what one changed layer does to the output, the model need not compute the blocks before it again. The blocks are the module
+list that holds most linear layers; while a restarted run passes the blocks before the first changed one, each returns what it
+returned before. That is right only if blocks speak to each other through their outputs alone, so ``Restart`` tries it first:
+restarted runs of the unchanged model must give the same output bit for bit, or it makes whole runs instead. This saves half of the
+work on average.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Restart:
 
     @property
     def held(self) -> list[Any]:
-        """What the blocks returned on the window that was begun; some may have been let go."""
+        """What the blocks returned on the current window; some may have been let go."""
         return list(self._held)
 
     def block_of(self, path: str) -> int:
@@ -67,7 +68,7 @@ class Restart:
         return output
 
     def hold(self, window: Window) -> None:
-        """As ``begin``, without what follows the last block; after a ``begin``, which says whether that is right."""
+        """As ``begin``, without what follows the last block; only after a ``begin``, which finds out whether that is right."""
         self._window = window
         if self._blocks:
             with self._keeping(), torch.no_grad(), stopping(self._blocks[-1]):
@@ -82,7 +83,7 @@ class Restart:
         return self._window
 
     def run(self, start: int) -> Tensor:
-        """The model's output on the window that was begun, computed from block ``start`` on."""
+        """The model's output on the current window, computed from block ``start`` on."""
         with self._skipping(start if self._blocks else 0):
             return self._model.run(self._begun)
 
@@ -92,7 +93,7 @@ class Restart:
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
-        """The blocks' outputs are kept; there are no blocks where they are called several times, in another order or not at all."""
+        """Keeps the blocks' outputs; drops the blocks if the model calls them several times, in another order or not at all."""
         self._held = [None] * len(self._blocks)
         calls: list[int] = []
 
@@ -113,10 +114,10 @@ class Restart:
 
     @contextmanager
     def _skipping(self, count: int) -> Iterator[None]:
-        """The first blocks answer with what they returned before."""
+        """Makes the first blocks answer with what they returned before."""
         with self.answering(self._held[:count]):
             yield
 
     def answering(self, answers: Sequence[Any]) -> AbstractContextManager[None]:
-        """The first blocks answer with these."""
+        """Makes the first blocks answer with these."""
         return answering(self._blocks, answers)

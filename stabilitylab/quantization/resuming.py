@@ -1,4 +1,4 @@
-"""What was measured so far, in a file that an interrupted plan is taken up from.
+"""What was measured so far, in a file from which an interrupted plan goes on.
 
     {"mark": ...}                              what was measured on: model, text, schemes; another mark begins anew
     {"path": ..., "schemes": {...}}            a layer, a line each, written when it is done
@@ -6,7 +6,7 @@
     {"latencies": {...}}                       of all shapes
     {"text": ..., "plan": ..., "loss": ...}    a whole plan on a text, both by their marks
 
-The last line may be cut off, where a machine went down; it is measured again. Numbers come back as they were, to the bit.
+The last line may be cut off, where a machine went down; the plan measures it again. Numbers come back as they were, to the bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stabilitylab.quantization.texts import mark_of_windows
 
 
 class SoFar:
-    """Reads what is there and adds to it.
+    """Reads what the file holds and adds to it.
 
     Args:
         file: made when something is added; None keeps nothing.
@@ -63,7 +63,7 @@ class SoFar:
         self._write({"latencies": {f"{rows}x{columns}": of for (rows, columns), of in latencies.items()}})
 
     def losses(self, windows: Sequence[Window]) -> MutableMapping[str, float]:
-        """Losses on a text by marks of plans; what is set is written down."""
+        """Losses on a text by marks of plans; writes down what is set."""
         text = mark_of_windows(windows)
         return _Losses(self, text, {plan: loss for (one, plan), loss in self._losses.items() if one == text})
 
@@ -100,7 +100,7 @@ class SoFar:
                 continue
         self.known = list(layers.values())
         if lines[-1] and self._file is not None:
-            # What is added next must not continue a line that was cut off.
+            # The next line must not continue one that was cut off.
             with self._file.open("a", encoding="utf-8") as out:
                 out.write("\n")
 

@@ -1,9 +1,9 @@
-"""A rotation before any scheme: outliers are spread over their block before they are rounded.
+"""A rotation before any scheme spreads outliers over their block before they are rounded.
 
 (x R)(W R)' = x W' for an orthogonal R (QuaRot, arXiv:2404.00456; SpinQuant, arXiv:2405.16406). R = D H / sqrt(n) is block-diagonal,
 its blocks the largest power of two up to 1,024 that divides K, with the same random signs in each
-(``stabilitylab.formats.hadamard``). It is applied to x in every call. What stands in the residual stream can be rotated in the
-weights instead, at no cost (``folded_rotation``); what ``down_proj`` reads cannot.
+(``stabilitylab.formats.hadamard``). The layer applies it to x in every call. The residual stream can be rotated in the weights
+instead, at no cost (``folded_rotation``); what ``down_proj`` reads cannot.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RotatedLinear(HasWeightOnPaper, nn.Module):
 
     Args:
         layer: a quantized layer of W R.
-        scheme: named in reports.
+        scheme: for reports.
     """
 
     signs: Tensor

@@ -1,7 +1,7 @@
 """``stabilitylab rotate``: an equivalent model with the rotation in its weights, as an ordinary folder of transformers.
 
-Nothing is written that was not compared: in float64 the rotated model's logits are the original's within what rounding explains,
-and the written folder, opened anew, gives the logits of what was to be written.
+The command writes nothing that it has not compared: in float64 the rotated model's logits are the original's within what rounding
+explains, and the written folder, opened anew, gives the logits of what was to be written.
 """
 
 from __future__ import annotations
@@ -113,12 +113,12 @@ def write_rotated(
 
 
 def _save(model: TextModel, dtype: torch.dtype, out: Path) -> None:
-    """As transformers itself writes a model of its class: it knows how each kind lies on disk."""
+    """Writes the folder as transformers itself writes a model of its class, since it knows how each kind lies on disk."""
     state = {name: tensor.to(dtype).contiguous() for name, tensor in _fused(model.module).items()}
     described = describe(model.path)
     config = described.config
     config.tie_word_embeddings = False
-    if hasattr(config, "quantization_config"):  # codes in its files were made numbers
+    if hasattr(config, "quantization_config"):  # the codes in its files became numbers
         del config.quantization_config
     with quiet():
         written = described.built(dtype)

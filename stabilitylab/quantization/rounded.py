@@ -1,9 +1,9 @@
-"""Quantized weights kept on disk: whole plans are verified and applied without rounding again, out of the files' own pages.
+"""Keeps quantized weights on disk: plans are verified and applied out of the files' own pages, without rounding again.
 
     FOLDER/<digest of layer and scheme>.safetensors    buffers of the quantized layer, its layout in the header
 
-A plan's folder stands beside it and is called as it is, with ``.rounded`` in place of ``.json``. Of what is in it when a plan is
-made, only weights that were rounded for a text's inputs stay: all others can be made again.
+A plan's folder stands beside it under its name, with ``.rounded`` in place of ``.json``. When the plan is made, only weights that
+were rounded for a text's inputs stay there: all others can be made again.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ class RoundedScheme:
 
 
 def dear(scheme: LinearScheme) -> bool:
-    """Whether rounding takes so long that a layer is kept from the first time on: for its inputs, or with searched scales."""
+    """Whether rounding, for inputs or with searched scales, takes so long that a layer is kept from the first time on."""
     inner = getattr(scheme, "inner", scheme)
     return needs_moments(scheme) or bool(getattr(inner, "search", False))
 
 
 class RoundedWeights:
-    """A folder of them.
+    """A folder of rounded weights.
 
     Args:
         folder: made when something is kept.
@@ -114,7 +114,7 @@ class RoundedWeights:
     def filed(
         self, path: str, scheme: LinearScheme, twin: Any, weight: Tensor, bias: Tensor | None = None
     ) -> Any:
-        """A layer that was made, in a file's pages; as it is where it has no form on disk, or the disk is full."""
+        """A new layer, now in a file's pages; as it is where it has no form on disk, or the disk is full."""
         try:
             self.keep(path, scheme, twin, weight)
         except (InputError, OSError, SafetensorError):

@@ -108,7 +108,7 @@ class Scheme:
         Raises:
             InputError: weights are not finite, or SmoothQuant has no ``largest``.
         """
-        # The layer is built on this module, so it is imported where it is made.
+        # The layer's module is built on this one, so the import stands where the layer is made.
         from stabilitylab.quantization.linear import QuantizedLinear
 
         return QuantizedLinear.from_weight(weight, self, bias=bias, largest=largest, name=name)

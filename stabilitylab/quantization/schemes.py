@@ -5,15 +5,15 @@
     ...-gptq, -awq  rounded for its inputs: see calibrated.py  int4-g64-asym-mse-gptq, nvfp4-awq
     ...-had         any after a rotation: see rotated.py       w8a8-token-had, nvfp4/nvfp4-gptq-had
 
-A scheme of one's own is whatever has a ``name`` and makes a layer:
+A scheme of your own is whatever has a ``name`` and makes a layer:
 
     class Halved:
         name = "halved"
         def layer(self, weight, *, bias=None, largest=None, name="the layer"):   # W [N, K], max|x| of each channel or None
             return HalvedLinear(weight, bias)                                    # a module with ``nbytes``
 
-``register_scheme(Halved())`` makes it known to ``stabilitylab quantize --schemes halved``, plans and reports. Only the schemes of
-this package can be written by ``--apply``.
+``register_scheme(Halved())`` makes it known to ``stabilitylab quantize --schemes halved``, plans and reports. ``--apply`` can write
+only the schemes of this package.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ For every linear layer and scheme, on windows of text:
     loss     increase per target, likewise
     bytes    of the stored weights, beside 2 a weight in 16 bits
 
-The model is restarted at the layer's block (restart.py), so a text of T tokens costs about layers x schemes / 2 runs over T tokens.
-Held beside the model: one window's outputs of blocks and log-probabilities, one block's layer inputs, one quantized layer.
+Each run restarts the model at the layer's block (restart.py), so a text of T tokens costs about layers x schemes / 2 runs over T
+tokens. Beside the model, memory holds one window's block outputs and log-probabilities, one block's layer inputs, one quantized
+layer.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class LayerSensitivity:
         shape: output and input channels.
         range: of its input channels.
         effects: scheme's name -> effect.
-        also: other places of the same matrix: of an embedding, the output that is tied to it.
-        timed: whether it takes time that is worth telling; looking rows up does not.
+        also: other places of the same matrix: for an embedding, the output tied to it.
+        timed: whether its time is worth telling; a lookup's is not.
     """
 
     path: str
@@ -102,12 +103,12 @@ def measure_sensitivity(
     rounded: RoundedWeights | None = None,
     apart: Container[str] = (),
 ) -> list[LayerSensitivity]:
-    """Quantize every layer in every way, alone, and see what becomes of the output.
+    """Quantize every layer in every way, alone, and measure what becomes of the output.
 
     Args:
         model: unchanged afterwards.
         windows: all of them count.
-        schemes: which ways.
+        schemes: to try.
         largest: path -> max|x| of each input channel (``ranges.layer_inputs``); layers without are left out.
         progress: called with layers done and layers in all.
         rounded: weights that were rounded for their inputs.

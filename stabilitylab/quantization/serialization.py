@@ -65,7 +65,7 @@ def save_quantized(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that takes its name when all of it is written, and is gone where it was not.
+    """A folder to write into: it takes its name when all of it is written, and is gone if it was not.
 
     Raises:
         InputError: ``out`` stands already.
@@ -222,7 +222,7 @@ def _tensors(model: TextModel, plan: QuantizationPlan) -> tuple[dict[str, Tensor
     shared = shared_parameters(module)
     owned = tuple(f"{path}." for path in layout)
     tensors |= unquantized_tensors(module, layout)
-    # Names under which a quantized layer stands a second time need no tensor: the layer is put in both places.
+    # A second name of a quantized layer needs no tensor: the layer is put in both places.
     groups = [group for group in shared if not any(name.startswith(owned) for name in group)]
     header = {
         "version": _WITH_EMBEDDINGS if matrices else _VERSION,
@@ -260,7 +260,7 @@ def _set(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, path:
 
 
 def copy_companions(model: TextModel, out: Path) -> None:
-    """Configuration and tokenizer. A GGUF file has both inside; they are written out in their usual form."""
+    """Copies configuration and tokenizer. A GGUF file has both inside; they are written out in their usual form."""
     if model.path.is_dir() and (model.path / "config.json").is_file():
         for file in sorted(model.path.iterdir()):
             if file.is_file() and not file.name.endswith(_NEVER) and file.name != PLAN:

@@ -1,4 +1,4 @@
-"""The one form in which quantized weights are kept: on disk, between devices, and as what every kernel must agree with.
+"""The one form in which quantized weights are kept: on disk, between devices, and as the reference of every kernel.
 
 Of W [N, K] (N output channels, K columns; G groups of columns a row):
 
@@ -13,8 +13,8 @@ code - zero in -(2^(b-1) - 1) ... 2^(b-1) - 1.
 Asymmetric (Jacob et al., 1712.05877): scale = (max - min) / (2^b - 1) over a range that holds 0, so 0 stays 0.
 
 The scale is rounded up to its stored format before the weights are rounded with it, so every weight is at most half a step from its
-code. A group of zeros has scale 1: it stays zero and divides nothing by zero. With ``search``, ranges shrunk by up to 45 % are
-tried in each group and the one of least squared error is kept.
+code. A group of zeros has scale 1: it stays zero and divides nothing by zero. With ``search``, each group tries ranges shrunk by up
+to 45 % and keeps the one of least squared error.
 """
 
 from __future__ import annotations
@@ -137,10 +137,10 @@ def quantize_weight(
 
 
 def joined(parts: Iterable[StoredWeight], rows: int) -> StoredWeight:
-    """Rows that are quantized one after another, with scales of their own.
+    """Joins rows that are quantized one after another, with scales of their own.
 
     Args:
-        parts: each is let go of before the next is asked for.
+        parts: each is let go before the next is asked for.
         rows: of all of them.
     """
     whole: StoredWeight | None = None
@@ -179,7 +179,7 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
 
 
 def scale_format(scheme: Scheme) -> torch.dtype:
-    """In which scales are stored."""
+    """The format that scales are stored in."""
     return torch.bfloat16 if scheme.activations is None else torch.float32
 
 
@@ -237,7 +237,7 @@ def _usable(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale in its stored format, rounded up; 1 where it is zero or too small to divide by."""
     scale = exact.to(dtype)
     if dtype == torch.bfloat16:
-        # The next number of a positive format is the next bit pattern.
+        # For positive numbers the next bit pattern is the next number.
         scale = torch.where(scale.float() < exact, (scale.view(torch.int16) + 1).view(dtype), scale)
     return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
 

@@ -9,7 +9,7 @@ from torch import nn
 from stabilitylab.quantization.latency import KEPT
 from stabilitylab.quantization.plan import PlanFigures, QuantizationPlan
 
-_MOST = 0.98  # of a model's numbers: what is left are norms and biases
+_MOST = 0.98  # share of a model's numbers: the rest are norms and biases
 
 
 def outcome_rows(plan: QuantizationPlan) -> list[list[str]]:
@@ -25,7 +25,7 @@ def outcome_rows(plan: QuantizationPlan) -> list[list[str]]:
 def whole_model(
     module: nn.Module, layers: Container[str], planned: PlanFigures, kept: PlanFigures
 ) -> tuple[str, ...]:
-    """A note on what the plan's share is of the whole model, where embeddings and the like are a part worth telling.
+    """A note on the plan's share of the whole model, where embeddings and the like are a part worth telling.
 
     Args:
         module: the model.

@@ -1,4 +1,4 @@
-"""What can be wrong with the text of a plan, or with how it became tokens."""
+"""What can be wrong with a plan's text, or with how it became tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _APART = 1.0  # nats between two texts
 
 
 def mark_of_windows(windows: Iterable[Window], beside: str = "") -> str:
-    """16 hexadecimal digits of what a model is given."""
+    """16 hexadecimal digits of a model's inputs."""
     digest = hashlib.sha256(beside.encode())
     for window in windows:
         for name, value in sorted(window.inputs.items()):
@@ -44,7 +44,7 @@ def text_notes(model: TextModel, text: Path, second: float | None, third: float 
     """What a reader should know of a text.
 
     Args:
-        model: that read it.
+        model: the one that read it.
         text: the file.
         second, third: the unchanged model's loss on those parts.
     """

@@ -6,11 +6,11 @@
     fp8-e4m3-row, fp8-e4m3-tensor       Float8Tensor                    E4M3 codes, fp32 scales
     nvfp4                               NVFP4Tensor                     two E2M1 codes a byte, E4M3 scales, one of the tensor
 
-They lie in a safetensors file as torchao flattens them, and its ``unflatten_tensor_state_dict`` makes them again; the card has the
-six lines. int4 takes a byte a weight here: torchao 0.18 has no packing of ours that a CPU computes with. Its MX tensors compute
-with rounded activations alone, so weights in MXFP8 and MXFP4 are refused; rotations, SmoothQuant and ``mixed`` have no form.
+They lie in a safetensors file as torchao flattens them, and its ``unflatten_tensor_state_dict`` makes them again; the card says
+how. int4 takes a byte a weight here: none of torchao 0.18's packings of our schemes computes on a CPU. Its MX tensors compute with
+rounded activations alone, so the export refuses weights in MXFP8 and MXFP4; rotations, SmoothQuant and ``mixed`` have no form.
 
-Source: torchao 0.18 (``quantization``, ``prototype/mx_formats``, ``prototype/safetensors``), which the tests open the folder with.
+Source: torchao 0.18 (``quantization``, ``prototype/mx_formats``, ``prototype/safetensors``), with which the tests open the folder.
 """
 
 from __future__ import annotations

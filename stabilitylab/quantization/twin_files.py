@@ -2,8 +2,7 @@
 
     layout    {"scheme", "shape", "group", "fingerprint"}
 
-``scheme`` is the one that the stored numbers follow. How they were rounded to it (GPTQ, AWQ) is over and done with, so it is not
-needed to read them.
+``scheme`` is the one that the stored numbers follow. Reading them does not take how they were rounded to it (GPTQ, AWQ).
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from stabilitylab.quantization.stored import StoredWeight
 
 
 def twin_layout(path: str, twin: Any, scheme: str) -> dict[str, Any]:
-    """How a quantized layer's buffers are to be read.
+    """How to read a quantized layer's buffers.
 
     Raises:
-        InputError: the layer is none of this package's.
+        InputError: the layer is not one of this package's.
     """
     inner = getattr(twin, "layer", twin)
     if not isinstance(inner, (QuantizedLinear, FormatLinear)):
@@ -50,7 +49,7 @@ def twin_layout(path: str, twin: Any, scheme: str) -> dict[str, Any]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor, in the file's own pages. The file is mapped anew for each, so that none stays in memory for another's sake."""
+    """One tensor, in the file's own pages. Each call maps the file anew, so that no tensor keeps another in memory."""
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor

@@ -1,4 +1,4 @@
-"""What a whole plan does to a model, measured: all its layers quantized together, on text that the plan was not made from.
+"""What a whole plan does to a model, measured with all its layers quantized together, on text that the plan was not made from.
 
 The result is what users ask about: the loss increase per target in nats, or for an encoder ||y_q - y|| / ||y|| of its output.
 """
@@ -33,18 +33,18 @@ def _nothing() -> None:
 
 
 def block_count(model: TextModel) -> int:
-    """How many blocks a model is read by, if it is."""
+    """How many blocks a model is read by; 1 where it is read whole."""
     return max(1, len(largest_stack(model.module)[1]))
 
 
 class Twins:
-    """Makes the quantized layers of plans. What was made is kept in files, where there is a folder for them: whole plans differ in
+    """Makes the quantized layers of plans. It keeps what it made in files, where there is a folder for them: whole plans differ in
     few layers, and rounding takes long.
 
     Args:
         module: the model.
         largest: path -> max|x| of each input channel.
-        rounded: weights that were rounded for their inputs, and where others are kept.
+        rounded: weights that were rounded for their inputs, and the place to keep others.
         matrices: embeddings that plans may quantize, by path.
     """
 
@@ -60,7 +60,7 @@ class Twins:
         self._matrices = matrices or {}
 
     def of(self, schemes: Mapping[str, LinearScheme]) -> dict[str, nn.Module]:
-        """Path -> what stands there."""
+        """Path -> the layer that stands there."""
         found: dict[str, nn.Module] = {}
         for path, scheme in schemes.items():
             found |= self._made(path, scheme)
@@ -69,7 +69,7 @@ class Twins:
     def by_block(
         self, schemes: Mapping[str, LinearScheme], blocks: Sequence[str]
     ) -> dict[str | None, dict[str, LinearScheme]]:
-        """Schemes by the block that a layer stands in; None: in none, or in several."""
+        """Schemes by the block in which a layer stands; None: in none, or in several."""
         places: dict[int, list[str]] = {}
         for name, found in self._module.named_modules(remove_duplicate=False):
             places.setdefault(id(found), []).append(name)
@@ -126,8 +126,8 @@ class Verification:
         model: unchanged afterwards.
         windows: the text.
         twins: makes the plans' layers; may be shared with another text's.
-        known: what was measured before, which is added to; nothing by default.
-        step: told of every block of a plan.
+        known: earlier measurements, to which new ones are added; nothing by default.
+        step: called for every block of a plan.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class Verification:
         return found
 
     def of_the_model_as_it_stands(self) -> float:
-        """The same of a model in which somebody else has replaced layers."""
+        """The same for a model in which somebody else has replaced layers."""
         return self._measured(as_it_is)
 
     def _measured(self, layers: Layers) -> float:

@@ -1,19 +1,19 @@
-"""Embeddings: one matrix [V, C] whose rows are looked up, and with which the output is multiplied too where it is tied.
+"""Embeddings: one matrix [V, C] for looking rows up, and for the output too where it is tied.
 
     lookup      rows of the quantized matrix, dequantized; whatever else the embedding does (scales, say) stays
     output      the same codes and scales as a linear layer of V outputs
 
-One decision is made for all uses, its harm measured with all of them in place. A lookup has no inputs that a rounding could be made
-for, no activations, no channels whose range could be moved; a tied output has inputs, and what GPTQ adds to the rows' own error
-matters less than what it takes off the logits' (SmolLM2-135M: experiments/RESULTS.md). So a plan's schemes mean for a matrix
+One decision covers all uses, and its harm is measured with all of them in place. A lookup has no inputs to round for, no
+activations, no channels whose range could be moved. A tied output has inputs, and what GPTQ adds to the rows' own error matters
+less than what it takes off the logits' (SmolLM2-135M: experiments/RESULTS.md). So a plan's schemes mean for a matrix
 
     ...-gptq, -gptqo        where an output is tied to it, rounded for the output's inputs; else the scheme that they round to
     ...-awq, -had           the scheme that they round to, unrotated
     mixed, smoothquant      w8a8-token
     of other packages       nothing: the matrix stays as it is
 
-Only matrices that embeddings and linear layers alone hold are taken, and only where a model runs without their weights being there:
-one that multiplies with ``embedding.weight`` itself would go on using the numbers that the plan counts as gone.
+A plan takes a matrix only where embeddings and linear layers alone hold it, and only where the model runs without their weights
+being there: one that multiplies with ``embedding.weight`` itself would go on using the numbers that the plan counts as gone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class QuantizedEmbedding(nn.Module):
         shell = object.__new__(type(table))
         shell.__dict__.update(table.__dict__)
         shell.__dict__["_parameters"] = {"weight": None}
-        # No submodule: it has nothing to move or save but what the matrix has.
+        # No submodule: it has nothing to move or save beyond what the matrix has.
         object.__setattr__(self, "_table", shell)
         self.eval()
 
@@ -70,7 +70,7 @@ class QuantizedEmbedding(nn.Module):
         return WeightOnPaper(dtype=self.dtype, device=self.matrix.weight.device, shape=shape)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """As the embedding's.
+        """The rows, as the embedding gives them.
 
         Args:
             ids: numbers of rows.
@@ -97,10 +97,10 @@ def rows_of(matrix: QuantizedLinear | FormatLinear, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EmbeddingMatrix:
-    """A matrix that rows are looked up in.
+    """A matrix in which embeddings look rows up.
 
     Attributes:
-        path: of the first embedding that holds it, by which plans call it.
+        path: of the first embedding that holds it; plans call it by that.
         embeddings: path -> module.
         outputs: path -> linear layer that multiplies with it.
     """
@@ -115,7 +115,7 @@ class EmbeddingMatrix:
         return self.embeddings[self.path].weight
 
     def scheme(self, scheme: LinearScheme) -> LinearScheme | None:
-        """What a scheme means for it; None leaves it as it is. See the head of the module."""
+        """What a scheme means for this matrix; None leaves it as it is. See the head of the module."""
         if isinstance(scheme, RoundedScheme):
             return scheme
         if isinstance(scheme, CalibratedScheme) and scheme.method != "awq" and self.outputs:
@@ -143,7 +143,7 @@ class EmbeddingMatrix:
         return scheme.layer(self.weight, name=self.path)
 
     def places(self, made: QuantizedLinear | FormatLinear) -> dict[str, nn.Module]:
-        """The same from the quantized matrix."""
+        """As ``twins``, from the quantized matrix."""
         found: dict[str, nn.Module] = {
             path: QuantizedEmbedding(table, made) for path, table in self.embeddings.items()
         }
@@ -186,7 +186,7 @@ def _multiplies(owner: nn.Module) -> bool:
 
 
 class _Weightless(nn.Module):
-    """Calls a module of the model, and has none of its attributes but what its weight looks like."""
+    """Calls a module of the model; of its attributes it has only what its weight looks like."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What a model may ask of the weight of a layer that has none any more: its format, its device, its shape.
+"""What a model may ask of the weight of a layer that no longer has one: its format, its device, its shape.
 
 Some models look at ``layer.weight.dtype`` before they call the layer (Mamba-2's and Mamba's output, T5's ``wo``). A quantized layer
-answers such a question. Whoever multiplies with the answer instead gets an error at once, since it is no tensor: numbers of another
+answers such a question. A model that multiplies with the answer gets an error at once, since it is no tensor: numbers of another
 matrix than the quantized one would be wrong in silence.
 """
 
