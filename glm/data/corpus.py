@@ -21,7 +21,7 @@ from glm.data.tasks import TaskExample, TaskWriter
 from glm.errors import InputError
 
 TASKS_PER_SERVICE = 24
-# A corpus cut short has fewer tasks too, one for each so many characters, but always some.
+# A corpus cut short has fewer tasks too: per service one for each so many characters, but at least 4.
 CHARACTERS_PER_TASK = 2_000_000
 FORMAT = 2
 

@@ -2,7 +2,7 @@
 
     int8     8-bit weights with a scale for each output channel: GLM-130B's (2210.02414, section 5)
     int4     4-bit weights with scale and zero point for each 64 columns: rows are too coarse for models much smaller than 130B,
-             of which the same section shows that they lose most of their accuracy
+             which lose most of their accuracy by them (same section)
     PLAN     a file made by stabilitylab quantize: a scheme for each layer
 
 ``open_quantized`` quantizes query-key-value, attention output and both feed-forward matrices, not embeddings, norms and biases. It

@@ -5,14 +5,14 @@ fp16's range, so:
 
     fp32        q / (sqrt(D) (l + 1)) k' in the compute format, x (l + 1) and softmax in fp32: GLM-130B's "FP32 softmax with
                 query-key layer scaling"; l is the layer's number, from 0
-    compute     everything in the compute format: what overflows does
-    pb-relax    softmax((S/a - max S/a) a): CogView (2105.13290, section 2.4). S/a is what the product rounds to; from there
-                on it is fp32, whose softmax takes the maximum off by itself
-    fused       scaled_dot_product_attention: S is never held; a purely causal batch goes without a mask
+    compute     everything in the compute format: scores may overflow
+    pb-relax    softmax((S/a - max S/a) a): CogView (2105.13290, section 2.4). The product rounds to S/a; from there on
+                it is fp32, whose softmax subtracts the maximum by itself
+    fused       scaled_dot_product_attention: never holds S; a purely causal batch needs no mask
 
 QK-norm (Henry et al., 2010.04245) norms each head's q and k, with ``v_norm`` v as well (2410.16682); a soft cap bounds S by c
-tanh(S / c) (Gemma 2, 2408.00118); ``clip_qkv`` cuts q, k and v off (MPT, OLMo). For QK-clip (Kimi K2, 2507.20534) each head's
-largest score is kept here, and ``glm.train.qk_clip`` acts on it. What comes out of the heads may be changed:
+tanh(S / c) (Gemma 2, 2408.00118); ``clip_qkv`` cuts q, k and v off (MPT, OLMo). For QK-clip (Kimi K2, 2507.20534) this module keeps
+each head's largest score, and ``glm.train.qk_clip`` acts on it. Two levers change the heads' output:
 
     gate       o <- o sigmoid(G x), G of one number a head, or one an element      (Qiu et al., 2505.06708)
     sink       P over S and one logit s beside it that has no value: o <- o sigmoid(logsumexp S - s); s = 0 ("off by one"), or
@@ -20,7 +20,7 @@ largest score is kept here, and ``glm.train.qk_clip`` acts on it. What comes out
 
 Keys and values may have fewer heads, each shared by H / G queries (grouped queries, 2305.13245).
 
-Shapes: B rows, T tokens (queries), S tokens that can be seen (keys), H heads, G heads of keys, D dimensions a head, C = H D hidden.
+Shapes: B rows, T tokens (queries), S visible tokens (keys), H heads, G heads of keys, D dimensions a head, C = H D hidden.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from glm.precision import attention as kernel_attention
 class Scores(nn.Module):
     """The scores as the softmax gets them, [B, H, T, S]: -inf where a query may not look.
 
-    A module of its own so that instruments see them.
+    A module of its own, so that instruments see the scores.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -59,17 +59,17 @@ class Scores(nn.Module):
         kind = config.attention.softmax
         self.soft_cap = config.attention.soft_cap
         self.in_compute_format = kind == "compute"
-        # What the product is divided by before it is rounded, and multiplied by after.
+        # Divides the product before rounding, and multiplies it after.
         self.divisor = {"fp32": layer + 1.0, "pb-relax": config.attention.relax}.get(kind, 1.0)
         self.query_scale = 1.0 / (math.sqrt(config.head) * self.divisor)
 
     @property
     def is_watched(self) -> bool:
-        """Whether somebody hooked this module."""
+        """Whether this module has a hook."""
         return bool(self._forward_hooks or self._forward_pre_hooks)
 
     def has_kernel(self, x: Tensor, bias_BHTS: Tensor | None) -> bool:
-        """Whether attention by these scores is one kernel for tensors like ``x``."""
+        """Whether one kernel computes attention by these scores for tensors like ``x``."""
         plain = not (self.soft_cap or self.in_compute_format)
         return plain and bias_BHTS is not None and not bias_BHTS.requires_grad and has_kernel(x, half=True)
 
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         self.gate = Linear(C, gates, bias=bias) if gates else None
         self.has_sink = own.sink != "none"
         self.sink_H = nn.Parameter(torch.zeros(self.heads)) if own.sink == "learned" else None
-        # For QK-clip: the largest score of each head since it was last looked at.
+        # For QK-clip: the largest score of each head since QK-clip last read it.
         self.keeps_largest = own.qk_clip > 0
         self.largest_H: Tensor | None = None
 
@@ -117,10 +117,10 @@ class Attention(nn.Module):
         """Attend.
 
         Args:
-            x_BTC: what is attended from.
+            x_BTC: the input.
             bias_BHTS: added to the scores; -inf where a query may not look. None: causal, which only fused attention knows.
             turned: rotation of the queries and of their own keys; None: none.
-            cache: keys and values of the tokens before, which these are added to; None: there are none before.
+            cache: keys and values of earlier tokens, to which it adds these; None: there are none.
         """
         B, T, _ = x_BTC.shape
         qkv = self.query_key_value(x_BTC)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
     def _by_heads(
         self, qkv: Tensor, bias_BHTS: Tensor | None, turned: Rotation | None, cache: LayerCache | None
     ) -> Tensor:
-        """What the heads give, [B, T, C], from queries, keys and values [B, T, H + 2 G, D]."""
+        """The heads' output, [B, T, C], from queries, keys and values [B, T, H + 2 G, D]."""
         q_BHTD, k_BHSD, v_BHSD = (
             part.transpose(1, 2)
             for part in torch.split(qkv, [self.heads, self.key_heads, self.key_heads], dim=2)
@@ -175,7 +175,7 @@ class Attention(nn.Module):
             q, k, v = qkv_BT3HD.unbind(2)
             qkv_BT3HD = torch.stack((self.query_norm(q), self.key_norm(k), v), dim=2)
         if self.scores.is_watched:
-            # Formed for who looks, beside what is computed: a run that is watched is the run that is not.
+            # Formed for the hooks, beside the computation: a watched run computes what an unwatched one does.
             q_BHTD, k_BHSD = (part.detach().transpose(1, 2) for part in qkv_BT3HD.unbind(2)[:2])
             if turned is not None:
                 q_BHTD, k_BHSD = rotate(q_BHTD, turned), rotate(k_BHSD, turned)
@@ -191,7 +191,7 @@ class Attention(nn.Module):
         return mixed_BTC
 
     def _has_kernel(self, qkv: Tensor, bias_BHTS: Tensor | None) -> bool:
-        """Whether the compiled kernel computes this: what needs the scores afterwards it does not."""
+        """Whether the compiled kernel computes this: not where something needs the scores afterwards."""
         if self.has_sink or self.value_norm is not None or self.key_heads != self.heads:
             return False
         return self.scores is not None and self.scores.has_kernel(qkv, bias_BHTS)
@@ -200,7 +200,7 @@ class Attention(nn.Module):
         self.largest_H = largest_H if self.largest_H is None else torch.maximum(self.largest_H, largest_H)
 
     def _without_sink(self, mixed_BHTD: Tensor, scores_BHTS: Tensor) -> Tensor:
-        """What is left where the sink takes its part of each query's attention."""
+        """The heads' output after the sink has taken its part of each query's attention."""
         total_BHT1 = at_least_fp32(scores_BHTS).logsumexp(-1, keepdim=True)
         if self.sink_H is not None:
             total_BHT1 = total_BHT1 - at_least_fp32(self.sink_H)[:, None, None]

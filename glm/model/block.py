@@ -1,4 +1,4 @@
-"""One transformer layer, and where its norms stand.
+"""One transformer layer, and the places of its norms.
 
 x is the residual stream (GLM-130B calls it the main branch), A attention, F feed-forward, N norms:
 
@@ -12,8 +12,8 @@ x is the residual stream (GLM-130B calls it the main branch), A attention, F fee
     pre-scaled       pre, with N1 x and N2 x divided by sqrt(layer), from 1              (LayerNorm scaling, 2502.05795)
     sandwich-scaled  sandwich, with N3's and N4's gains 1 / sqrt(L) at first             (depth-scaled, 2504.07866, 2602.17004)
 
-DeepNorm is post-LN: N(alpha x + A(x)) with each norm written at the beginning of what follows it, so that layer 0's first norm acts
-on the embedding and a final norm closes the stack. Its branch is bounded: |x| <= alpha |N x| + |A|.
+DeepNorm is post-LN: N(alpha x + A(x)) with each norm written at the beginning of what follows it, so layer 0's first norm acts on
+the embedding and a final norm closes the stack. The stream stays bounded: |x| <= alpha |N x| + |A|.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
         Args:
             x_BTC, bias_BHTS, turned, cache: ``Attention.forward``'s.
-            keys_B: of the rows' dropout masks; None: nothing is dropped.
+            keys_B: of the rows' dropout masks; None: no dropout.
         """
 
         def attend(y: Tensor) -> Tensor:

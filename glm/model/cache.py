@@ -1,7 +1,7 @@
-"""Keys and values of the tokens that went before, so that generation computes each token once.
+"""Keys and values of earlier tokens, so that generation computes each token once.
 
-Shapes: B rows, H heads, T new tokens, S tokens in all, D dimensions a head. Room is taken at once for the longest text, so that a
-step writes its own tokens and copies nothing.
+Shapes: B rows, H heads, T new tokens, S tokens in all, D dimensions a head. The cache allocates room for the longest text at once,
+so that a step writes its own tokens and copies nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class LayerCache:
         self.length = 0
 
     def extend(self, keys_BHTD: Tensor, values_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the new tokens behind the others; returns all keys and values so far, [B, H, S, D] each."""
+        """Append the new tokens; returns all keys and values so far, [B, H, S, D] each."""
         end = self.length + keys_BHTD.shape[2]
         self._keys[:, :, self.length : end] = keys_BHTD
         self._values[:, :, self.length : end] = values_BHTD
@@ -28,18 +28,18 @@ class LayerCache:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
     def reorder(self, rows_B: Tensor) -> None:
-        """Row b becomes what row ``rows_B[b]`` was."""
+        """Row b becomes the former row ``rows_B[b]``."""
         for kept in (self._keys, self._values):
             kept[:, :, : self.length] = kept[rows_B, :, : self.length]
 
 
 class Cache:
-    """The caches of all layers, and the positions of the tokens in them (ALiBi needs the keys').
+    """The caches of all layers, and the positions of their tokens (ALiBi needs the keys').
 
     Args:
         config: of the model.
         rows: B.
-        length: tokens that it has room for.
+        length: most tokens that it holds.
         like: a tensor of the model's format and device.
     """
 
@@ -56,13 +56,13 @@ class Cache:
         return self.layers[0].length
 
     def extend_places(self, place_BT: Tensor) -> Tensor:
-        """Take the positions of the new tokens, before their layers are computed; returns all, [B, S]."""
+        """Append the positions of the new tokens, before the layers compute them; returns all, [B, S]."""
         end = self.length + place_BT.shape[1]
         self._place_BS[:, self.length : end] = place_BT
         return self._place_BS[:, :end]
 
     def reorder(self, rows_B: Tensor) -> None:
-        """Row b becomes what row ``rows_B[b]`` was, as beams do."""
+        """Row b becomes the former row ``rows_B[b]``, as beam search needs."""
         self._place_BS[:, : self.length] = self._place_BS[rows_B, : self.length]
         for layer in self.layers:
             layer.reorder(rows_B)

@@ -1,18 +1,18 @@
-"""Dropout whose masks are a function of (seed, update, row, place), not of what was drawn before.
+"""Dropout whose masks are a function of (seed, update, row, place), not of earlier draws.
 
     y = x m / (1 - p),   m[b] ~ Bernoulli(1 - p) of a generator seeded with mix(key[b], place),   key[b] = mix(seed, update, row b)
 
-A row's mask is drawn by itself, so it is the same however the update's rows are split into micro-batches and replicas; a place is a
-site of the whole model (0 the embedding, then two a layer), so it is the same in whichever pipeline stage a layer lies; and where
-tensor ranks hold the same activations they drop the same ones without a word between them. Recomputed activations get the keys that
+Each row draws its own mask, so the mask is the same however micro-batches and replicas split the update's rows. A place is a site
+of the whole model (0 the embedding, then two per layer), so the mask is the same in whichever pipeline stage a layer lies; and
+tensor ranks that hold the same activations drop the same ones without exchanging a word. Recomputed activations get the keys that
 they had. A resumed run draws what the first would have drawn.
 
-``mix`` is SplitMix64's finaliser (Steele, Lea and Flood 2014). The numbers are torch's own generator's, as in ``F.dropout``.
+``mix`` is SplitMix64's finaliser (Steele, Lea and Flood 2014). torch's own generator draws the numbers, as in ``F.dropout``.
 
 Shapes: B rows, and whatever a row has.
 
-Limits: masks are those of a kind of device; CPU generators take 32 bits of a seed, so of 65,000 masks two may be expected to be
-alike, in other places of other updates. Attention probabilities are not dropped, as in GLM-130B: fused attention needs no masks.
+Limits: masks differ between kinds of device. CPU generators take 32 bits of a seed, so expect two of 65,000 masks to be alike, in
+other places of other updates. Attention probabilities have no dropout, as in GLM-130B: fused attention needs no masks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def row_keys(seed: int, update: int, rows: Iterable[int]) -> Tensor:
 
 
 def fresh_keys(rows: int) -> Tensor:
-    """Keys drawn from torch's default generator, for who gives none."""
+    """Keys drawn from torch's default generator, for callers without keys."""
     return torch.randint(2**63 - 1, (rows,), dtype=torch.int64)
 
 
@@ -60,7 +60,7 @@ def feed_forward_place(layer: int) -> int:
     return 2 + 2 * layer
 
 
-# An operator of its own, which torch.compile calls as it is: the same masks, and no graph is broken or built again.
+# An operator of its own, which torch.compile calls as it is: the masks stay the same, and no graph breaks or is built again.
 @torch.library.custom_op("glm::dropout_mask", mutates_args=())
 def dropout_mask(x: Tensor, keys_B: Tensor, place: int, p: float) -> Tensor:
     """0 where x is dropped, 1 / (1 - p) elsewhere, in x's format."""
@@ -82,8 +82,8 @@ def dropout(x: Tensor, p: float, keys_B: Tensor | None, place: int) -> Tensor:
 
     Args:
         x: [B, ...].
-        p: share that is dropped.
-        keys_B: of the rows; None: nothing is dropped.
+        p: share to drop.
+        keys_B: of the rows; None: no dropout.
         place: site of the whole model.
     """
     if p == 0 or keys_B is None:

@@ -1,11 +1,11 @@
 """The embedding look-up, with GLM-130B's gradient shrink and BLOOM's norm as levers.
 
-A token that occurs often sums as many gradients into its row. In half precision on a CPU that sum is taken in fp32 and rounded
-once, as accelerators do; added up in half precision, gradients would vanish as soon as the sum is 2,048 times as large.
+A token that occurs often sums as many gradients into its row. In half precision on a CPU the layer sums in fp32 and rounds once, as
+accelerators do; a sum in half precision would lose gradients as soon as it is 2,048 times as large.
 
-EGS (GLM-130B, section 2.3): the embedding's gradient is abnormally large before a collapse, so it is multiplied by alpha < 1 while
-the forward pass is unchanged. With tied matrices there are two ways in: the look-up and the output projection; ``shrink_side`` says
-which is shrunk. ``gradient_shrink`` is a plain attribute that schedules and responders may move.
+EGS (GLM-130B, section 2.3): the embedding's gradient is abnormally large before a collapse, so EGS multiplies it by alpha < 1 and
+leaves the forward pass unchanged. A tied matrix gets gradients from the look-up and from the output projection; ``shrink_side``
+says which of them to shrink. ``gradient_shrink`` is a plain attribute that schedules and responders may change.
 """
 
 from __future__ import annotations

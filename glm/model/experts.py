@@ -2,18 +2,18 @@
 
     p = softmax(R x)     chosen: the k largest of p + b     y = sum over the chosen  p_e / (sum of theirs)  F_e(x)  [+ S(x)]
 
-F_e are feed-forward layers without biases, S a shared one that every token passes through (DeepSeekMoE, 2401.06066). The router is
-computed in fp32. What keeps the experts in use:
+F_e are feed-forward layers without biases, S a shared one for every token (DeepSeekMoE, 2401.06066). The router computes in fp32.
+These keep the experts in use:
 
     balance     c E sum_e f_e P_e, f_e the share of choices that fell on e, P_e the mean of p_e     (Switch, 2101.03961, equation 4)
     router_z    c mean logsumexp(R x)^2                                                             (ST-MoE, 2202.08906, equation 5)
-    bias_rate   b_e moves by it towards the mean load after every update, in no gradient            (DeepSeek-V3, 2412.19437, 2.1.2)
+    bias_rate   b_e moves by it towards the mean load after every update, without a gradient        (DeepSeek-V3, 2412.19437, 2.1.2)
 
-Without a capacity no token is dropped. With one, an expert takes the first ceil(capacity k N / E) of its N tokens; what comes later
-passes it by, and is counted.
+Without a capacity the layer drops no token. With one, an expert takes its first ceil(capacity k N / E) tokens, of N in all; later
+ones pass it by, and ``dropped`` counts them.
 
-Shapes: N tokens, C hidden, E experts, k chosen. Limits: experts are computed one after the other, which waits for their loads on an
-accelerator; replicas have all experts, none is given away (no expert parallelism). Capacity and balance are of a micro-batch.
+Shapes: N tokens, C hidden, E experts, k chosen. Limits: the layer computes experts one after the other, and on an accelerator waits
+for their loads; every replica has all experts (no expert parallelism). Capacity and balance are per micro-batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Experts(nn.Module):
 
     Attributes:
         load_E: choices of each expert since the last update, dropped ones included; None: none yet.
-        dropped: choices that an expert's capacity left out since then.
+        dropped: choices that experts' capacity left out since then.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -97,7 +97,7 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def follow(self, *, applied: bool) -> None:
-        """After an update, or one that was left out: move the bias towards an even load, and count anew."""
+        """After an update, or a skipped one: move the bias towards an even load, and count anew."""
         if applied and self.bias_E is not None and self.load_E is not None:
             load_E = self.load_E.to(torch.float32)
             self.bias_E += self.bias_rate * torch.sign(load_E.mean() - load_E).to(self.bias_E.dtype)
@@ -112,7 +112,7 @@ def _loads(chosen_Nk: Tensor, experts: int) -> Tensor:
 
 
 def share_loads(model: nn.Module, summed: Callable[[Tensor], Tensor]) -> None:
-    """Let replicas count together: ``summed`` gives a tensor's sum over all of them. One that had no rows counts none."""
+    """Let replicas count together: ``summed`` gives a tensor's sum over all of them. A replica without rows counts none."""
     for module in model.modules():
         if isinstance(module, Experts):
             counts = torch.zeros(module.count + 1, dtype=torch.int64, device=module.router.weight.device)
@@ -123,7 +123,7 @@ def share_loads(model: nn.Module, summed: Callable[[Tensor], Tensor]) -> None:
 
 
 def penalties(model: nn.Module) -> Tensor:
-    """Sum of what the layers' routers add to the mean loss of the forward pass just made."""
+    """Sum of the terms that the layers' routers add to the mean loss of the last forward pass."""
     found = [m.penalty for m in model.modules() if isinstance(m, Experts) and m.penalty is not None]
     return torch.stack(found).sum()
 
@@ -131,7 +131,7 @@ def penalties(model: nn.Module) -> Tensor:
 def expert_loads(model: nn.Module) -> dict[str, Tensor]:
     """Telemetry of every layer's experts since the last update, by name.
 
-    load_max: largest load over an even one; entropy: of the loads, over that of even ones; dead: share of experts that nothing
+    load_max: largest load over an even one; entropy: of the loads, over that of even ones; dead: share of experts that no token
     chose; dropped: share of choices left out.
     """
     found: dict[str, Tensor] = {}

@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Activation:
-    """What stands between the two matrices of a feed-forward layer."""
+    """The function between the two matrices of a feed-forward layer."""
 
     def __init__(self, config: FeedForwardConfig) -> None:
         self.is_gated = config.is_gated

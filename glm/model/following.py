@@ -1,4 +1,4 @@
-"""What in a model follows its weights from outside the gradient: told once an update, at its end."""
+"""Modules that follow the weights outside the gradient: the engine tells them once per update, at its end."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from glm.model.spectral import SpectralLinear
 
 
 def has_followers(config: ModelConfig) -> bool:
-    """Whether there is anything to tell."""
+    """Whether there is any such module."""
     return config.spectral or config.feed_forward.experts.count > 0
 
 
 def follow_all(model: nn.Module, *, applied: bool) -> None:
-    """Tell every such module that an update was applied, or left out."""
+    """Tell every such module that an update was applied, or skipped."""
     for module in model.modules():
         if isinstance(module, SpectralLinear) and applied:
             module.advance()

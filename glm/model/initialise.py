@@ -7,12 +7,12 @@
     small    std sqrt(2 / (5h)); output projections / sqrt(2L); also the embedding   (Nguyen and Salazar, 1910.05895)
     fan-in   std 1 / sqrt(fan_in); embedding 0.02                                    (LeCun et al., 1998)
 
-The embedding's own deviation may be given; under muP gpt2's falls with the width (``glm.model.scaling``). A gate of attention is
-drawn as other matrices are, learned sinks are 0, the output norms of a depth-scaled sandwich have gains of 1 / sqrt(L).
+The embedding's own deviation may be given; under muP gpt2's falls with the width (``glm.model.scaling``). An attention gate gets
+the draw of other matrices, learned sinks are 0, the output norms of a depth-scaled sandwich have gains of 1 / sqrt(L).
 
-Each tensor is drawn in fp32 from a generator of its own, a function of (seed, the tensor's name in the model): models that have a
+Each tensor has its own generator, a function of (seed, the tensor's name in the model), which draws it in fp32. So models with a
 tensor of the same name and shape share it, whatever else differs (tied or not, the feed-forward's kind, how positions enter, how
-many layers there are, where the norms stand; a gain scales the same draw), and a rank draws only what it holds. It is the same in
+many layers there are, where the norms are; a gain scales the same draw), and a rank draws only what it holds. It is the same in
 every precision and under any sharding, since fans are those of the whole matrix.
 
 Limits: CPU generators take 32 bits of a seed; of a thousand tensors two are alike once in ten thousand models.
@@ -44,7 +44,7 @@ def deep_gain(config: ModelConfig) -> float:
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
-    """What draws the tensor of this name."""
+    """The generator that draws the tensor of this name."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
@@ -55,7 +55,7 @@ def initialise_block(block: Block, config: ModelConfig, seed: int, name: str) ->
     attention = block.attention
     beta = deep_gain(config)
     queries, keys = config.heads * config.head, config.key_heads * config.head
-    # Rows and gains of the matrices that a layer's weight is made of.
+    # Rows and gains of the matrices that make up a layer's weight.
     parts = [
         ("attention.query_key_value", attention.query_key_value, ((queries, 1.0), (keys, 1.0), (keys, beta))),
         ("attention.output", attention.output, ((config.hidden, beta),)),
@@ -108,7 +108,7 @@ def _initialise_experts(experts: Experts, config: ModelConfig, seed: int, name: 
 
 
 def _std(weight: Tensor, config: ModelConfig, gain: float, leads_out: bool) -> float:
-    """Of one matrix of a layer."""
+    """The deviation of one matrix of a layer."""
     if config.init == "xavier":
         return gain * math.sqrt(2 / sum(weight.shape))
     plain = weight.shape[1] ** -0.5 if config.init == "fan-in" else hidden_std(config)

@@ -16,7 +16,7 @@ class Linear(nn.Linear):
     """``nn.Linear`` whose half-precision product accumulates in fp32 on every machine (``glm.precision.matmul``).
 
     Attributes:
-        product: what multiplies x, weight and bias instead, as emulated formats do; None: nothing does.
+        product: function that multiplies x, weight and bias instead, as emulated formats do; None: torch does.
     """
 
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
@@ -31,7 +31,7 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.LayerNorm):
-    """LayerNorm. Mean and variance are taken in fp32 whatever the compute format, as torch's kernels do."""
+    """LayerNorm. Computes mean and variance in fp32 whatever the compute format, as torch's kernels do."""
 
     def __init__(self, width: int, *, epsilon: float, bias: bool) -> None:
         super().__init__(width, eps=epsilon, bias=bias)

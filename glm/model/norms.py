@@ -1,4 +1,4 @@
-"""Norms: LayerNorm, RMSNorm with several kinds of gain, and what stands in for a norm.
+"""Norms: LayerNorm, RMSNorm with several kinds of gain, and a function in place of a norm.
 
     layer         (x - mean) / sqrt(var + eps) g + b                              Ba et al., 1607.06450
     rms           x / sqrt(mean x^2 + eps) g                                      Zhang and Sennrich, 1910.07467
@@ -90,7 +90,7 @@ class DynamicTanh(nn.Module):
 
 
 AnyNorm = Norm | RMSNorm | DynamicTanh
-# What draws its own initial values: the rest of a model's tensors are drawn by name.
+# These set their own initial values; a model draws its other tensors by name.
 NORMS = (nn.LayerNorm, RMSNorm, DynamicTanh)
 
 

@@ -1,8 +1,8 @@
-"""Forward passes that are made again, and what passes leave in a model between two updates.
+"""Repeated forward passes, and what passes leave in a model between two updates.
 
-A pass notes what the end of its update goes by: experts their loads, attention its heads' largest scores. A pass made again, since
-its activations were not kept, or at other weights, on trial, is no second one: ``unnoted`` takes back what it noted. Whatever a
-layer remembers from pass to pass has its name in ``NOTES``.
+A pass notes what the end of its update reads: experts note their loads, attention its heads' largest scores. A repeated pass, which
+recomputes activations or tries other weights, must not count twice: ``unnoted`` takes back what it noted. ``NOTES`` names whatever
+a layer remembers from pass to pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NOTES: dict[type[nn.Module], tuple[str, ...]] = {
 
 @contextmanager
 def unnoted(model: nn.Module) -> Iterator[None]:
-    """What passes leave in a model is afterwards as it was before."""
+    """Afterwards restore what passes leave in a model."""
     noting = ((m, names) for m in model.modules() for kind, names in NOTES.items() if isinstance(m, kind))
     kept = [(module, name, getattr(module, name)) for module, names in noting for name in names]
     try:
@@ -44,7 +44,7 @@ def recomputed(
     cache: LayerCache | None,
     keys_B: Tensor | None,
 ) -> Tensor:
-    """A layer's output; what its backward pass needs is computed again there."""
+    """A layer's output; its backward pass computes again what it needs."""
 
     def passes() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), unnoted(layer)

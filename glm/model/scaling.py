@@ -11,11 +11,11 @@ With m = hidden / base hidden and l = layers / base layers, under AdamW:
     | embedding, output projection, norms, biases: rate | rate | rate | rate |
 
 (Yang et al., 2203.03466, table 8; Dey et al., CompleteP, 2505.01618, table 1 with alpha = 1.) "As drawn" is the base's: init gpt2
-(.02), or fan-in and xavier, whose deviation falls with the width by itself. With the head's size kept, as here, attention's 1 /
+(.02), or fan-in and xavier, whose deviation falls with the width by itself. Here the head keeps its size, so attention's 1 /
 sqrt(head) needs no change.
 
-Limits: AdamW's epsilon is left alone (it should fall with m l where gradients come near it); a tied matrix is both ends' at once,
-so widths want untied ones; pre-norm only.
+Limits: AdamW's epsilon stays (it should fall with m l where gradients come near it); a tied matrix belongs to both ends at once, so
+untie matrices across widths; pre-norm only.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def width_ratio(config: ModelConfig) -> float:
 
 
 def branch_scale(config: ModelConfig) -> float:
-    """What a residual branch is multiplied by."""
+    """The factor on a residual branch."""
     if config.scaling.kind != "complete-p":
         return 1.0
     return config.scaling.base_layers / config.layers
 
 
 def rate_factors(config: ModelConfig, matrices: Iterable[str]) -> dict[str, float]:
-    """Factors on the rate of hidden matrices, by name; their decay is divided by it. Empty: there are none."""
+    """Factors on the rate of hidden matrices, by name; divide their decay by it. Empty: there are none."""
     ratio = width_ratio(config)
     return {} if ratio == 1.0 else dict.fromkeys(matrices, 1.0 / ratio)

@@ -2,9 +2,9 @@
 
     W^ = g / sigma(W) W,     sigma(W) = u' W v,     g from 1
 
-u and v are the leading singular vectors as power iteration has them: exact enough at the start, and one step further after every
-update (``glm.model.following``), so that a forward pass changes nothing and a recomputed one is the same. They are buffers: a
-checkpoint keeps them. The gradient goes through sigma, u and v held. Bounding the spectral norms bounds how low the entropy of
+Power iteration finds u and v, the leading singular vectors: exact enough at the start, and one step further after every update
+(``glm.model.following``), so that a forward pass changes nothing and a recomputed one is the same. They are buffers, which a
+checkpoint keeps. The gradient goes through sigma with u and v held constant. Bounded spectral norms bound how low the entropy of
 attention can fall.
 """
 
@@ -34,7 +34,7 @@ class SpectralLinear(Linear):
 
     @torch.no_grad()
     def advance(self, iterations: int = 1) -> None:
-        """Follow the weight with u and v."""
+        """Move u and v after the weight."""
         weight = at_least_fp32(self.weight)
         left = at_least_fp32(self.left)
         for _ in range(iterations):

@@ -1,8 +1,8 @@
-"""The transformer: embedding, layers, final norm, and the loss at the positions that have a target.
+"""The transformer: embedding, layers, final norm, and the loss at positions with a target.
 
-Shapes: B rows, T tokens, C hidden, V vocabulary, N target positions. Module paths are what telemetry calls its sites:
-``embedding``, ``layers.3.attention.query_key_value``, ``layers.3.feed_forward.down``, ``final_norm``; the output of ``layers.3`` is
-the residual stream after it.
+Shapes: B rows, T tokens, C hidden, V vocabulary, N target positions. Telemetry names its sites by module paths: ``embedding``,
+``layers.3.attention.query_key_value``, ``layers.3.feed_forward.down``, ``final_norm``; the output of ``layers.3`` is the residual
+stream after it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from glm.precision import upcasts
 
 
 class Transformer(nn.Module):
-    """A GLM, or one of the systems it is compared with, as the configuration says.
+    """A GLM, or one of the systems compared with it, as the configuration says.
 
     Args:
         config: shape and levers.
-        seed: of the weights (``glm.model.initialise``); None: one is drawn from torch's generator.
+        seed: of the weights (``glm.model.initialise``); None: torch's generator draws one.
 
     Raises:
         InputError: the vocabulary is not set.
@@ -41,7 +41,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, seed: int | None = None) -> None:
         super().__init__()
         if seed is None:
-            # Before the layers draw what they are made with: that many numbers is a matter of the configuration.
+            # Before the layers draw their initial values: how many numbers they draw depends on the configuration.
             seed = int(torch.randint(2**62, (), device="cpu"))
         if config.vocabulary is None:
             raise InputError(
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
         Args:
             tokens_BT: token numbers.
             positions: [B, T], or [B, T, 2].
-            segments_BT: the piece each token belongs to; -1 is padding.
+            segments_BT: each token's piece; -1 is padding.
             context_BT: whether the token is part of its piece's bidirectional context.
         """
         return self.logits(self.hidden(tokens_BT, positions, segments_BT, context_BT))
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         context_BT: Tensor,
         keys_B: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Sum of the target losses, z-loss included (fp32 scalar, nats), and how many there are; targets below 0 do not count.
+        """Sum of the target losses with z-loss (fp32 scalar, nats), and how many there are; targets below 0 do not count.
 
         ``keys_B``: of the rows' dropout masks (``dropout.row_keys``); None: drawn here.
         """
@@ -117,8 +117,9 @@ class Transformer(nn.Module):
         context_BT: Tensor,
         keys_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, int]:
-        """``loss``, with what of the sum are auxiliary terms in the middle, without a gradient: the z-loss, and what routers of
-        experts add to the mean."""
+        """``loss``, and between its two values the sum's auxiliary terms, without a gradient: the z-loss, and what routers of
+        experts add to the mean.
+        """
         hidden_BTC = self.hidden(tokens_BT, positions, segments_BT, context_BT, keys_B)
         chosen = targets_BT >= 0
         target_N = targets_BT[chosen]
@@ -151,13 +152,13 @@ class Transformer(nn.Module):
         return self._through(tokens_BT, positions, visible(segments_BT, context_BT), keys_B=keys_B)
 
     def extend(self, tokens_BT: Tensor, positions: Tensor, visible_B1TS: Tensor, cache: Cache) -> Tensor:
-        """The final hidden states of tokens that follow those in the cache, and are added to it.
+        """The final hidden states of tokens that follow those in the cache; adds them to it.
 
         Args:
             tokens_BT: the new tokens.
             positions: theirs, [B, T] or [B, T, 2].
-            visible_B1TS: whom each of them may see, of those in the cache and then themselves.
-            cache: what went before; none with dropout or gradients.
+            visible_B1TS: which tokens each may see, first those in the cache, then the new ones.
+            cache: of the earlier tokens; allows neither dropout nor gradients.
         """
         self._check_length(visible_B1TS.shape[-1])
         return self._through(tokens_BT, positions, visible_B1TS, cache)
@@ -194,7 +195,7 @@ class Transformer(nn.Module):
         return x_BTC / ratio if ratio != 1.0 else x_BTC
 
     def embed(self, tokens_BT: Tensor, positions: Tensor, keys_B: Tensor | None = None) -> Tensor:
-        """What the first layer gets, [B, T, C]; nothing is dropped of rows without keys."""
+        """The first layer's input, [B, T, C]; no dropout without keys."""
         x_BTC: Tensor = self.embedding(tokens_BT)
         if self.config.embedding.scale == "sqrt":
             x_BTC = x_BTC * self.config.hidden**0.5
@@ -207,11 +208,11 @@ class Transformer(nn.Module):
     def surroundings(
         self, positions: Tensor, visible_B1TS: Tensor, dtype: torch.dtype, cache: Cache | None = None
     ) -> tuple[Tensor, Rotation | None]:
-        """What every layer's attention is told of the tokens' places: bias of the scores, rotation of queries and keys.
+        """What every layer's attention needs of the tokens' places: bias of the scores, rotation of queries and keys.
 
         Args:
             positions: [B, T], or [B, T, 2].
-            visible_B1TS: who may see whom.
+            visible_B1TS: which token may see which.
             dtype: compute format.
             cache: takes the positions.
         """

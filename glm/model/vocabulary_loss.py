@@ -2,19 +2,19 @@
 
 For N target positions with hidden states h_n, output matrix W and targets t_n (z_n = log sum exp of the logits):
 
-    loss = sum_n  z_n - (W h_n)_t  +  c z_n^2                 c: z-loss (PaLM, 2204.02311, section 5), told apart as well
+    loss = sum_n  z_n - (W h_n)_t  +  c z_n^2                 c: z-loss (PaLM, 2204.02311, section 5), also returned by itself
     d/dlogits = softmax (1 + 2 c z_n) - onehot(t_n)
 
 With a cap c (Gemma 2) a logit is c tanh(z / c), and its gradient is multiplied by 1 - tanh^2.
 
-Only positions with a target are projected. They go through in chunks; each chunk's gradient with respect to h and W is formed at
-once, while its logits are at hand, so the backward pass has nothing to recompute and memory is one chunk of logits. (The idea of
-Liger's fused linear cross-entropy, 2410.10989, on any device.) Log-softmax is in fp32 whatever the compute format; the gradients
-are kept in fp32 until the loss's own gradient, loss scale included, has multiplied them, so none underflows early.
+The loss projects only positions with a target, in chunks. It forms each chunk's gradient with respect to h and W at once, while the
+chunk's logits are at hand, so the backward pass recomputes nothing and memory is one chunk of logits. (The idea of Liger's fused
+linear cross-entropy, 2410.10989, on any device.) Log-softmax is in fp32 whatever the compute format; the gradients stay in fp32
+until the loss's own gradient, with the loss scale, has multiplied them, so none underflows early.
 
 Where half products are native, the logits' gradient is an operand, hence half. Its elements are probabilities, and in fp16 those
-below 2^-25 would be 0 before any loss scale can lift them. They are rounded multiplied by LIFT, products are accumulated and kept
-in fp32, and LIFT is taken out with the loss's gradient: 2^-37 is still seen, and 1 + 2 c z < 16 stays in range.
+below 2^-25 would be 0 before any loss scale can lift them. So the loss multiplies them by LIFT before rounding, keeps and
+accumulates products in fp32, and divides by LIFT with the loss's gradient: 2^-37 still counts, and 1 + 2 c z < 16 stays in range.
 
 Shapes: N positions, C hidden, V vocabulary, n positions a chunk.
 """
@@ -48,7 +48,7 @@ class _VocabularyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.dtypes = hidden_NC.dtype, weight_VC.dtype
         needs_gradient = any(ctx.needs_input_grad[:2])
-        # Where half products are computed in fp32 anyway, upcast once instead of once a chunk.
+        # Where the CPU computes half products in fp32 anyway, upcast once instead of once per chunk.
         in_fp32 = upcasts(hidden_NC)
         hidden_NC, weight = (at_least_fp32(x) if in_fp32 else x for x in (hidden_NC, weight_VC))
         wide = torch.promote_types(hidden_NC.dtype, torch.float32)
@@ -68,7 +68,7 @@ class _VocabularyLoss(torch.autograd.Function):
                 loss_n = losses(logits_nV, target_n1, z_loss)
                 loss += loss_n.sum()
                 if of_target_n is not None:
-                    # The kernel adds up z + c z^2: solved for z, in the form that loses nothing where c is small.
+                    # The kernel returns z + c z^2: solve for z, in the form that loses nothing where c is small.
                     both_n = loss_n + of_target_n
                     squares += (2 * both_n / (1 + (1 + 4 * z_loss * both_n).sqrt())).square().sum()
                 if needs_gradient:
@@ -126,7 +126,7 @@ def vocabulary_loss(
 def vocabulary_losses(
     hidden_NC: Tensor, weight_VC: Tensor, target_N: Tensor, z_loss: float, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """``vocabulary_loss``, and the z-loss's part of it, which has no gradient."""
+    """``vocabulary_loss``, and its z-loss part, which has no gradient."""
     both: tuple[Tensor, Tensor] = _VocabularyLoss.apply(hidden_NC, weight_VC, target_N, z_loss, cap)  # type: ignore[no-untyped-call]
     return both
 
@@ -137,5 +137,5 @@ def logits(hidden: Tensor, weight_VC: Tensor, cap: float = 0.0) -> Tensor:
 
 
 def capped(logits_nV: Tensor, cap: float) -> Tensor:
-    """c tanh(z / c); c = 0 leaves them."""
+    """c tanh(z / c); c = 0 leaves the logits unchanged."""
     return torch.tanh(logits_nV / cap) * cap if cap else logits_nV

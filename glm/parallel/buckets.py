@@ -1,14 +1,14 @@
-"""Tensors with the same holders, carried together: one collective for many of them.
+"""Buckets carry tensors with the same holders together: one collective for many of them.
 
-A bucket is laid out as [holders, width], in which row r is what holder r keeps of every tensor:
+A bucket is [holders, width]; row r is what holder r keeps of every tensor:
 
     reduce           sum of the holders' gradients, in fp32                          reduce-scatter: each gets its row
-    depart, arrive   every holder's masters, rounded to the weights of all           all-gather, waited for when it is needed
+    depart, arrive   every holder's masters, rounded to the weights of all           all-gather, with a wait only at its use
 
-Gradients of weights that all tensor ranks hold alike are equal there; each holder contributes 1/t of it.
+Where all tensor ranks hold the same weight its gradient is equal on them, so each holder contributes 1/t of it.
 
-Of a bucket that is *copied* (ZeRO-0) every holder keeps all rows. Sums are then made row by row as in any other and handed round,
-so that all holders have the same bits.
+In a *copied* bucket (ZeRO-0) every holder keeps all rows. The holders sum row by row as in any other and then exchange the sums, so
+that all have the same bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Since torch 2.13 under new names; the old ones warn.
+# torch 2.13 renamed these; the old names warn.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -29,7 +29,7 @@ BUCKET = 1 << 24  # elements of a share's buffer: 64 MB in fp32
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Coming:
-    """Weights on their way: what is sent, where they arrive, and how to wait for them."""
+    """Weights on their way: the sent buffer, where they arrive, and how to wait for them."""
 
     sent: Tensor
     rows: Tensor
@@ -63,7 +63,7 @@ class Bucket:
         self.width += share
 
     def reduce(self, gradients: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """What this rank keeps of the sums over the holders, flat: its shares, or of copies all. Absent gradients are 0."""
+        """This rank's part of the sums over the holders, flat: its shares, or all of a copied bucket. Absent gradients are 0."""
         rows = torch.zeros(self.holders, self.width, device=device)
         for name, elements, columns in self._columns():
             if (gradient := gradients.get(name)) is not None:
@@ -89,18 +89,18 @@ class Bucket:
         return Coming(sent=mine, rows=rows, work=_all_gather(rows, mine, group=self.group, async_op=True))
 
     def arrive(self, coming: Coming, live: Mapping[str, Tensor]) -> None:
-        """Wait for all holders' masters and put them into the weights, whose memory may have been given back."""
+        """Wait for all holders' masters and put them into the weights, whose memory may have been freed."""
         coming.work.wait()
         rows = coming.rows.view(self.holders, -1)
         for name, elements, columns in self._columns():
-            # Not through the parameter: autograd would take the weights, in use by a backward pass, for altered.
+            # Not through the parameter: autograd would count the weights, in use by a backward pass, as modified.
             weight = live[name].data
             if not weight.untyped_storage().size():
                 weight.untyped_storage().resize_(weight.numel() * weight.element_size())
             weight.copy_(self._whole(rows, columns, elements).view(weight.shape))
 
     def free(self, live: Mapping[str, Tensor]) -> None:
-        """Give back the weights' memory; views of them that autograd keeps find them there again after ``arrive``."""
+        """Free the weights' memory; autograd's views of them find them there again after ``arrive``."""
         for name in self.names:
             live[name].data.untyped_storage().resize_(0)
 

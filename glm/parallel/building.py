@@ -1,8 +1,7 @@
-"""One rank's part of a model, drawn without ever holding the whole.
+"""Draws one rank's part of a model without ever holding the whole.
 
-A weight is a function of (seed, its name) (``glm.model.initialise``), so a rank draws what lies in its stage, each tensor
-whole, and keeps its part: initial weights are the same bits under any topology. One whole layer, or the whole embedding, is in
-memory at a time.
+A weight is a function of (seed, its name) (``glm.model.initialise``), so a rank draws the tensors of its stage, each whole, and
+keeps its part: initial weights are the same bits under any topology. It holds one whole layer, or the whole embedding, at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
-    """Of every parameter of the whole model, by name, in its order."""
+    """Shape of every parameter of the whole model, by name, in the model's order."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
 
@@ -33,11 +32,11 @@ def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
 def build(
     config: ModelConfig, *, stage: int, stages: int, tensor: dist.ProcessGroup | None, seed: int
 ) -> Transformer:
-    """What one rank computes, in fp32 on the host, under the names that the whole model has for it.
+    """One rank's part of the model, in fp32 on the host, under the whole model's names.
 
     Args:
         config: the model.
-        stage, stages: which of how many.
+        stage, stages: its stage, and how many there are.
         tensor: the ranks that share each layer; None: no other.
         seed: of the initial weights.
     """
@@ -62,7 +61,7 @@ def build(
         block = model.layers[number]
         assert isinstance(block, Block)
         if stage_of(name := f"layers.{number}", config, stages) != stage:
-            # Something keeps the place, so that every layer keeps its number, by which telemetry knows it.
+            # A placeholder, so that every layer keeps its number, by which telemetry knows it.
             model.layers[number] = nn.Identity()
             continue
         initialise_block(_real(block), config, seed, name)
@@ -83,9 +82,9 @@ def build(
 
 
 def _real(module: ModuleT) -> ModuleT:
-    """A module on the host instead of the meta device; its matrices are still to be drawn."""
+    """A module on the host instead of the meta device, its matrices not yet drawn."""
     for one in module.modules():
-        # Not by ``to_empty``: on the meta device torch makes like of like by symbolic shapes, and imports SymPy for them.
+        # Not by ``to_empty``: on the meta device torch's empty_like uses symbolic shapes, and imports SymPy for them.
         for name, parameter in list(one.named_parameters(recurse=False)):
             real = torch.empty(parameter.shape, dtype=parameter.dtype)
             setattr(one, name, nn.Parameter(real, requires_grad=parameter.requires_grad))

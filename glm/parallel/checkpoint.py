@@ -1,11 +1,12 @@
-"""Checkpoints of several processes: whole tensors under the model's own names, written by all ranks at once.
+"""Checkpoints of several processes: all ranks at once write whole tensors under the model's own names.
 
-    save   each tensor is put together on one of its holders, which writes it (glm.train.async_checkpoint)
-    load   each rank reads the tensors that it holds some of, and keeps its share
+    save   one of its holders puts each tensor together and writes it (glm.train.async_checkpoint)
+    load   each rank reads the tensors of which it holds some, and keeps its share
 
 The layout is ``glm.train.checkpoint``'s, so any topology, the local engine included, reads what any other wrote; weights and
-moments are the same bits. Writers are chosen so that each rank writes about as much as any other. A failure on one rank, such as a
-full disk, fails the save on all. Training waits while the tensors are put together, over its own groups, and not for the writing.
+moments are the same bits. ``writers`` gives each rank about as much to write as any other. A failure on one rank, such as a full
+disk, fails the save on all. Training waits while the ranks put the tensors together, over the run's own groups, and not for the
+writing.
 
 Limits: all ranks must see the same folder, such as a network file system.
 """
@@ -30,7 +31,7 @@ from glm.train.checkpoint import Checkpoint
 
 
 def writers(shares: Mapping[str, Share]) -> dict[str, int]:
-    """The rank that writes each tensor: of its holders the one with least to write so far."""
+    """The rank that writes each tensor: the holder with least to write so far."""
     load: dict[int, int] = {}
     chosen = {}
     for name, share in shares.items():
@@ -47,13 +48,13 @@ def begin_save(
     *,
     background: bool,
 ) -> CheckpointWriter:
-    """Put together what this rank writes of a checkpoint, and begin to write it.
+    """Put together this rank's tensors of a checkpoint, and begin to write them.
 
     Args:
         folder: of the run's checkpoints.
-        checkpoint: this rank's shares; the lead's state is written.
-        shares: of every parameter of the whole model; what else ``checkpoint.model`` holds is alike on all ranks, and the first's.
-        processes: the ranks.
+        checkpoint: this rank's shares; the checkpoint has the lead's state.
+        shares: of every parameter of the whole model; the rest of ``checkpoint.model`` is alike on all ranks, and the first writes
+        it. processes: the ranks.
         background: write in another thread.
 
     Raises:
@@ -116,13 +117,13 @@ def load_newest(
     moments: Mapping[str, Sequence[str]],
     copies: Mapping[str, torch.Size] = MappingProxyType({}),
 ) -> tuple[Checkpoint, list[str]]:
-    """This rank's shares of the newest checkpoint that is whole, and one line about each newer one that is not.
+    """This rank's shares of the newest whole checkpoint, and one line about each newer one that is not whole.
 
-    The lead verifies every byte; the others read what they need. ``moments`` are the names of what is remembered of each parameter,
-    ``copies`` the shapes of what every rank has whole beside its shares.
+    The lead verifies every byte; the others read what they need. ``moments`` names the optimizer's tensors of each parameter,
+    ``copies`` has the shapes of tensors that every rank holds whole beside its shares.
 
     Raises:
-        InputError: there is none, or it is of another model: on every rank.
+        InputError: there is none, or it belongs to another model: on every rank.
     """
     newest: tuple[Path, list[str]] | None = None
     with processes.together():
@@ -154,7 +155,7 @@ def _read(
     moments: Mapping[str, Sequence[str]],
     copies: Mapping[str, torch.Size],
 ) -> Iterator[tuple[str, str, Share | None, Tensor]]:
-    """Kind, name, share (None: all of it) and value of every tensor that a rank holds some of, one at a time.
+    """Kind, name, share (None: all of it) and value of every tensor of which a rank holds some, one at a time.
 
     Raises InputError where the names are not the model's.
     """

@@ -1,23 +1,23 @@
 """The engine that spans processes: tensor, pipeline and data parallelism behind the loop's interface.
 
-An update is the local engine's (``glm.train.engine``), cut into the same four parts:
+An update has the local engine's (``glm.train.engine``) four parts:
 
-    forward_backward   DeepSpeed's PipelineEngine runs one-forward-one-backward over this replica's micro-batches; the loss of each
-                       is multiplied by scale / targets of the whole batch, so gradients need only be summed
+    forward_backward   DeepSpeed's PipelineEngine runs one-forward-one-backward over this replica's micro-batches, and
+                       multiplies each loss by scale / targets of the whole batch, so gradients need only be summed
     gradients          summed over replicas and reduced to this rank's shares (``glm.parallel.optimizer``); in ZeRO's stages 2 and 3
                        while backward goes (``glm.parallel.zero``)
     update             clip by the norm over all ranks, AdamW on the shares, weights gathered again
     save, load_newest  whole tensors, written by all ranks (``glm.parallel.checkpoint``)
 
-DeepSpeed's schedule is cut off after the last backward pass: its reduction and its optimizer step are replaced by ours, since
-gradients are looked at between the two. Its copy of the model stays in the precision that the policy says, so that its own fp16
-wrapper, which refuses CPUs without half-precision units, has no part in it.
+The engine cuts DeepSpeed's schedule off after the last backward pass and replaces its reduction and its optimizer step, since the
+monitor reads gradients between the two. DeepSpeed's copy of the model stays in the policy's precision, so its own fp16 wrapper,
+which refuses CPUs without half-precision units, never comes in.
 
-A rank builds its replica's rows only (``own_rows``); how many targets all have is the one thing it is told of the others'. Replicas
-get micro-batches as evenly as they go.
+A rank builds its replica's rows only (``own_rows``); of the others' it learns only how many targets all have. Replicas get
+micro-batches as evenly as possible.
 
-Limits: ZeRO-2 and 3 are for one pipeline stage, and so that ranks begin alike each draws its whole part of the model once before it
-is spread.
+Limits: ZeRO-2 and 3 are for one pipeline stage. So that ranks begin alike, each draws its whole part of the model once before ZeRO
+spreads it.
 """
 
 from __future__ import annotations
@@ -111,34 +111,35 @@ class Rows(Protocol):
 
 
 def _largest(scores: Tensor) -> Tensor:
-    """Of all processes, element by element."""
+    """The largest of all processes, element by element."""
     dist.all_reduce(scores, dist.ReduceOp.MAX)
     return scores
 
 
 def _summed(counts: Tensor) -> Tensor:
-    """Over all processes, element by element."""
+    """The sum over all processes, element by element."""
     dist.all_reduce(counts)
     return counts
 
 
 def _even_part(rows: int, replicas: int) -> int:
-    """The most rows of a micro-batch that divide an update's and leave one for every replica, where there are as many."""
+    """The most rows of a micro-batch that divide an update's and leave every replica one, where there are as many."""
     return max(size for size in range(1, max(1, rows // replicas) + 1) if rows % size == 0)
 
 
 def _join_deepspeed() -> None:
-    """Let DeepSpeed use the groups that there are, without its word on everything and without compiling an operator."""
+    """Let DeepSpeed use the existing groups, without its many messages and without compiling an operator."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Its all-reduce in shared memory is compiled on first use, under a lock that a killed process leaves behind for good. It alone
-    # asks for this table, which DeepSpeed 0.19 fills on first use by calling a compiler, a tenth of a second of each process.
+    # DeepSpeed compiles its all-reduce in shared memory on first use, under a lock that a killed process leaves behind for good.
+    # Only that all-reduce asks for this table, which DeepSpeed 0.19 fills on first use by calling a compiler, a tenth of a second
+    # in each process.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     with redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist.get_backend(), verbose=False)
 
 
 class _Schedule(TrainSchedule):  # type: ignore[misc]
-    """One-forward-one-backward, and nothing after it."""
+    """One-forward-one-backward, without the steps after it."""
 
     def steps(self) -> Iterator[list[Any]]:
         for commands in super().steps():
@@ -201,7 +202,7 @@ class ParallelEngine(Updates):
         _join_deepspeed()
         with redirect_stdout(io.StringIO()):
             self._stages = Stages(self.model, config.model, axes, tensor=groups.tensor)
-        # Values that DeepSpeed needs and that decide nothing here: it neither steps nor scales.
+        # DeepSpeed needs these values; they decide nothing here, since it neither steps nor scales.
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -221,7 +222,7 @@ class ParallelEngine(Updates):
     def sharded(self) -> tuple[str, ...]:
         if self.topology.tensor == 1:
             return ()
-        # With ZeRO every parameter is scattered, cut or not.
+        # ZeRO scatters every parameter, cut or not.
         parts = [name for name, share in self.shares.items() if share.cut is not None and share.copied]
         return (*TENSOR_SHARDED, *parts)
 
@@ -234,7 +235,7 @@ class ParallelEngine(Updates):
         return self.tensor_rank
 
     def repeats(self, parameter: str) -> bool:
-        # In ZeRO's later stages what is accumulated are the shares, of which there is one each.
+        # ZeRO's later stages accumulate the shares, each on one rank.
         return self.zero < 2 and self.tensor_rank > 0 and self.shares[parameter].alike > 1
 
     def own_rows(self, rows: int) -> range:
@@ -265,7 +266,7 @@ class ParallelEngine(Updates):
         ]
         feed = self._stages.feed
         if (emulation := self._emulation) is not None:
-            # A replica's micro-batches are those of one process, so their stochastic rounding draws what it would.
+            # A replica's micro-batches are those of one process, so their stochastic rounding draws the same numbers.
             feed.begun = lambda number: emulation.begin(step, own.start + number * self.micro_rows)
         feed.begin(micro_batches, scale=self.loss_scale / whole.targets)
         if micro_batches:
@@ -316,7 +317,7 @@ class ParallelEngine(Updates):
     # ---------------------------------------------------------------------------------------------------- state
 
     def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """This rank's shares, and what every rank has alike."""
+        """This rank's shares, and the tensors that are alike on every rank."""
         return {**self.optimizer.masters(), **dict(self.model.named_buffers())}, self.optimizer.moments()
 
     def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:

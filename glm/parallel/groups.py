@@ -17,7 +17,7 @@ class Groups:
     Args:
         topology: the axes.
         rank: this rank.
-        timeout: after which a rank that does not answer is given up.
+        timeout: how long to wait for a rank that does not answer.
 
     Attributes:
         tensor: the ranks that share each layer; None: no other.
@@ -29,7 +29,7 @@ class Groups:
         self.tensor = next(iter(made.values()), None)
 
     def holders(self, shares: Iterable[Share]) -> dict[tuple[int, ...], dist.ProcessGroup]:
-        """Of every set of holders that this rank is among, by their ranks."""
+        """The group of every set of holders with this rank in it, by their ranks."""
         return self._made(sorted({ranks for share in shares for ranks in share.holders}))
 
     def _made(self, all_ranks: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], dist.ProcessGroup]:

@@ -1,12 +1,12 @@
-"""ZeRO: updates of which every rank makes its share, with the local optimizer's arithmetic.
+"""ZeRO: every rank makes its share of an update, with the local optimizer's arithmetic.
 
     g_share = sum over holders of g, in fp32                 reduce-scatter
     update  = MixedPrecisionAdamW on the share                clip by the norm over all ranks
     weights = round(master), all shares                       all-gather
 
-(Rajbhandari et al., 1910.02054.) Where the rule is elementwise a share's update is what one process would compute; only the
-order in which gradients are summed differs. Rules of whole matrices need those: ``TrainConfig`` refuses them elsewhere.
-What a rank holds, of n holders (``glm.parallel.partition``):
+(Rajbhandari et al., 1910.02054.) Where the rule is elementwise a share's update is what one process would compute; only the order
+of summing gradients differs. Rules of whole matrices need whole matrices: ``TrainConfig`` refuses them elsewhere. A rank, one of n
+holders, holds (``glm.parallel.partition``):
 
 | stage | masters, moments | gradients between micro-batches | weights |
 | --- | --- | --- | --- |
@@ -15,15 +15,15 @@ What a rank holds, of n holders (``glm.parallel.partition``):
 | 2 | 1/n | 1/n, summed after each micro-batch's backward pass of a layer | all |
 | 3 | 1/n | 1/n | none at rest: rounded from the masters and gathered when a layer needs them |
 
-``glm.parallel.zero`` says when, in stages 2 and 3. There the summed shares are accumulated in the format in which one process
-accumulates (``glm.precision.policy``), so fp16 overflows where it would there.
+In stages 2 and 3 ``glm.parallel.zero`` says when. There the optimizer accumulates the summed shares in the format of one process
+(``glm.precision.policy``), so fp16 overflows where it would there.
 
-Tensors go in buckets (``glm.parallel.buckets``), so that a collective carries many of them and the buffers stay small. Squares of
-norms are summed over ranks in fp64, each element once.
+Tensors go in buckets (``glm.parallel.buckets``), so that a collective carries many of them and the buffers stay small. Ranks sum
+the squares of norms in fp64, each element once.
 
-Why not a library's: DeepSpeed refuses fp16 on CPUs without half-precision units, has another optimizer for bf16, and flattens away
-the tensors whose norms, per-tensor rates (StableAdamW) and telemetry are needed. torch's ``fully_shard`` spreads over replicas
-alone: t tensor ranks would each keep, and count, a share of what they hold alike; and it accumulates in one format.
+Why not a library's: DeepSpeed refuses fp16 on CPUs without half-precision units, has another optimizer for bf16, and flattens
+tensors, while norms, per-tensor rates (StableAdamW) and telemetry need them one by one. torch's ``fully_shard`` spreads over
+replicas alone: t tensor ranks would each keep, and count, a share of what they hold alike; and it accumulates in one format.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ShardedAdamW(MixedPrecisionAdamW):
         config, policy: as for one process.
         shares: of every parameter of the whole model.
         rank: this rank.
-        groups: process groups of the holders that this rank is among, by their ranks.
+        groups: process groups of the holders with this rank among them, by their ranks.
         zero: the stage.
         peak, factors: as for one process.
     """
@@ -76,7 +76,7 @@ class ShardedAdamW(MixedPrecisionAdamW):
         self._device = next(iter(self._live.values())).device
         self._buckets = self._fill(groups)
         self._reduced: set[str] = set()
-        # Units whose weights are not there but while they are used.
+        # Units whose weights exist only while in use.
         self._absent: set[str] = set()
 
     def _make_masters(self, initial: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -91,7 +91,7 @@ class ShardedAdamW(MixedPrecisionAdamW):
         return masters
 
     def _fill(self, groups: Mapping[tuple[int, ...], dist.ProcessGroup]) -> dict[str, list[Bucket]]:
-        """Buckets by unit: what is reduced, and gathered, at one time."""
+        """Buckets by unit: the rank reduces, and gathers, a unit at one time."""
         filling: dict[tuple[str, tuple[int, ...], float], Bucket] = {}
         done: dict[str, list[Bucket]] = {}
         for name, live in self._live.items():
@@ -187,19 +187,19 @@ class ShardedAdamW(MixedPrecisionAdamW):
     # -------------------------------------------------------------------------------------------------- weights
 
     def fetch(self, unit: str) -> list[Coming]:
-        """Have all holders' masters of a unit sent; ``place`` takes them."""
+        """Start the exchange of all holders' masters of a unit; ``place`` takes them."""
         return [
             bucket.depart(self._masters, self._live[bucket.names[0]])
             for bucket in self._buckets.get(unit, ())
         ]
 
     def place(self, unit: str, coming: list[Coming]) -> None:
-        """Make a unit's weights of what ``fetch`` had sent."""
+        """Make a unit's weights from the masters that ``fetch`` asked for."""
         for bucket, one in zip(self._buckets.get(unit, ()), coming, strict=True):
             bucket.arrive(one, self._live)
 
     def free(self, unit: str) -> None:
-        """Give back the memory of a unit's weights until they are fetched again: masters are all that rests of them."""
+        """Free the memory of a unit's weights until ``fetch`` gets them again; only the masters remain."""
         self._absent.add(unit)
         for bucket in self._buckets.get(unit, ()):
             bucket.free(self._live)

@@ -1,7 +1,7 @@
 """Which rank holds which elements of a parameter.
 
-A parameter is cut twice. *Tensor parallelism* cuts the weight that a rank multiplies with; *ZeRO* (Rajbhandari et al.,
-1910.02054) then cuts what the optimizer keeps of it, master and moments, over all ranks that multiply with the same part:
+A parameter is cut twice. *Tensor parallelism* cuts the weight by which a rank multiplies; *ZeRO* (Rajbhandari et al., 1910.02054)
+then cuts what the optimizer keeps of it, master and moments, over all ranks that multiply by the same part:
 
     whole  --cut over t tensor ranks-->  part  --cut over its n holders-->  share
 
@@ -14,11 +14,11 @@ A parameter is cut twice. *Tensor parallelism* cuts the weight that a rank multi
 | norms, biases of the outputs, learned positions | whole | all t d ranks of its stage |
 
 So every element of every master, moment and reduced gradient is on exactly one rank: sums over ranks count nothing twice, and a
-checkpoint is a matter of putting shares end to end.
+checkpoint puts shares end to end.
 
 A share is a run of ceil(numel / n) elements of the flattened part; the last holders may have fewer, or none. With one holder it is
-the part itself, in its own shape. ZeRO's stages 1 to 3 share the same way. In stage 0 there is no second cut: every holder keeps
-the part, and of each part the first holder's counts.
+the part itself, in its own shape. ZeRO's stages 1 to 3 share the same way. Stage 0 has no second cut: every holder keeps the part,
+and the first holder's counts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Cut:
 
     Attributes:
         dim: the dimension cut.
-        blocks: equal blocks along it, each of which is cut by itself.
+        blocks: equal blocks along it, each cut by itself.
     """
 
     dim: int
@@ -72,7 +72,7 @@ class Share:
         shape: of the whole.
         cut: over tensor ranks; None: each has the whole.
         holders: ranks that hold each part, by the part's number; one part if there is no cut.
-        alike: tensor ranks that compute the same gradient of it.
+        alike: tensor ranks that compute the same gradient.
         copied: every holder keeps the whole part.
     """
 
@@ -91,16 +91,16 @@ class Share:
         return None
 
     def ranks(self) -> list[int]:
-        """Those whose shares together are the whole, each element once: every holder, or of copies the first."""
+        """Ranks whose shares together are the whole, each element once: every holder, or for copies the first."""
         return sorted(rank for part in range(len(self.holders)) for rank in self._keepers(part))
 
     def part(self, whole: Tensor, rank: int) -> Tensor:
-        """What a rank multiplies with."""
+        """The part by which a rank multiplies."""
         index, _ = self._at(rank)
         return whole if self.cut is None else self.cut.part(whole, index, len(self.holders))
 
     def share(self, part: Tensor, rank: int) -> Tensor:
-        """What a rank's optimizer keeps of its part: a view, or the part itself where it is not cut."""
+        """The share of its part that a rank's optimizer keeps: a view, or the part itself where it is not cut."""
         index, number = self._at(rank)
         holders = len(self.holders[index])
         if holders == 1 or self.copied:
@@ -131,7 +131,7 @@ class Share:
 def shares(
     shapes: Mapping[str, torch.Size], config: ModelConfig, topology: Topology, *, zero: int = 1
 ) -> dict[str, Share]:
-    """Every parameter's, in the order of ``shapes``.
+    """Every parameter's share, in the order of ``shapes``.
 
     Args:
         shapes: of the whole model's parameters, by name.
@@ -177,7 +177,7 @@ def stage_of(name: str, config: ModelConfig, stages: int) -> int:
 
 
 def unit_of(name: str) -> str:
-    """What a parameter is reduced and gathered together with in ZeRO's stages 2 and 3: its layer, its matrix, or the end norms."""
+    """The unit with which ZeRO's stages 2 and 3 reduce and gather a parameter: its layer, its matrix, or the end norms."""
     first, _, rest = name.partition(".")
     if first == "layers":
         return f"layers.{rest.partition('.')[0]}"

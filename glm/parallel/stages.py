@@ -1,11 +1,10 @@
 """A transformer as the stages of DeepSpeed's PipelineModule.
 
-The model's own parts are put in a row: look-up, layers, final norm and loss. A stage holds a run of them
-(``plan.layout.stage_layers``). Only hidden states travel between stages: who sees whom, positions and targets
-are a function of the sample numbers, so every rank has its micro-batches' own, in the order in which one-forward-one-backward
-asks for them.
+The model's own parts form a row: look-up, layers, final norm and loss. A stage holds a run of them
+(``glm.planning.layout.stage_layers``). Only hidden states travel between stages: mask, positions and targets are a function of the
+sample numbers, so every rank has those of its micro-batches, in the order in which one-forward-one-backward asks for them.
 
-A tied embedding is on the first and on the last stage. Both hold its weight; its gradient is summed over both by the optimizer.
+A tied embedding is on the first and on the last stage. Both hold its weight; the optimizer sums its gradient over both.
 
 Dropout masks are a function of each row's key and the place (``glm.model.dropout``), so tensor ranks agree, and masks are those of
 one process however many stages and replicas there are.
@@ -32,7 +31,7 @@ from glm.planning.layout import stage_layers
 
 # tokens, targets, positions, segments, context, keys of the dropout masks
 MicroBatch = tuple[Tensor, ...]
-# Place in the row (0: look-up, k + 1: layer k, L + 1: loss), what is computed there, and of what.
+# Place in the row (0: look-up, k + 1: layer k, L + 1: loss), the computation there, and its input.
 Around = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
@@ -42,11 +41,11 @@ def _plainly(place: int, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tens
 
 
 class Feed:
-    """What a stage needs beside the hidden states, for the micro-batch whose turn it is.
+    """What a stage needs beside the hidden states, for the current micro-batch.
 
     Attributes:
         around: computes each part of the row; ``glm.parallel.zero`` does more around it.
-        begun: told the number of each micro-batch of the update before it is computed.
+        begun: called with the number of each micro-batch of the update before the stage computes it.
     """
 
     def __init__(self, model: Transformer, tensor: dist.ProcessGroup | None) -> None:
@@ -59,7 +58,7 @@ class Feed:
         self._number = 0
 
     def begin(self, micro_batches: Sequence[MicroBatch], *, scale: float) -> None:
-        """A new update.
+        """Begin an update.
 
         Args:
             micro_batches: this replica's.
@@ -68,7 +67,7 @@ class Feed:
         self.waiting, self.scale, self.losses, self._number = list(micro_batches), scale, [], 0
 
     def advance(self, dtype: torch.dtype) -> None:
-        """The next micro-batch."""
+        """Go to the next micro-batch."""
         if self.begun is not None:
             self.begun(self._number)
         self._number += 1
@@ -88,7 +87,7 @@ class Stages(PipelineModule):  # type: ignore[misc]
     """This rank's stage.
 
     Args:
-        model: what ``glm.parallel.building`` made.
+        model: this rank's part, from ``glm.parallel.building``.
         config: the model's shape.
         axes: DeepSpeed's topology.
         tensor: the ranks that share each layer; None: no other.

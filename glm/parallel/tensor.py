@@ -1,14 +1,14 @@
 """Tensor parallelism: each layer cut over t ranks, as Megatron-LM does (Shoeybi et al., 1909.08053, section 3).
 
     column   Y_i = X W_i'         W_i some of the outputs: query, key and value of H / t heads; up
-    row      Y = sum_i X_i W_i'   W_i some of the inputs: attention output, down; the bias is added once, after the sum
+    row      Y = sum_i X_i W_i'   W_i some of the inputs: attention output, down; adds the bias once, after the sum
     look-up  e = sum_i E_i[token] E_i some of the vocabulary, 0 for tokens that another rank has
 
-Where all ranks hold the same X and each uses it for its own part, the gradient of X is the sum of theirs (``shared``); where their
-parts are summed, it is handed to each as it is (``summed``): two all-reduces a sublayer forward, two backward.
+Where all ranks hold the same X and each uses it for its own part, the gradient of X is the sum of theirs (``shared``); where they
+sum their parts, each gets the gradient unchanged (``summed``): two all-reduces a sublayer forward, two backward.
 
-``cut_block`` replaces the modules of a built block; the model itself knows nothing of it. Between the cuts every
-tensor rank holds the same activations, and drops the same of them (``glm.model.dropout``).
+``cut_block`` replaces the modules of a built block; the model itself knows nothing of it. Between the cuts every tensor rank holds
+the same activations, and drops the same ones (``glm.model.dropout``).
 
 Shapes: B rows, T tokens, C hidden, V vocabulary.
 
@@ -58,7 +58,7 @@ class _Summed(torch.autograd.Function):
 
 
 def shared(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The same on every rank; its gradient is the sum over the ranks of what each used it for."""
+    """The same tensor on every rank; its gradient is the sum of all ranks' gradients."""
     result: Tensor = _Shared.apply(x, group)  # type: ignore[no-untyped-call]
     return result
 
@@ -70,7 +70,7 @@ def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Part(nn.Module):
-    """A linear layer of which this rank has a part.
+    """This rank's part of a linear layer.
 
     Args:
         whole: the layer.
@@ -138,9 +138,9 @@ class HeadNorm(Norm):
 
 
 def cut_block(block: Block, group: dist.ProcessGroup) -> None:
-    """Leave of a layer what this rank computes: some heads, some of the inner width."""
+    """Reduce a layer to what this rank computes: some heads, some of the inner width."""
     attention, feed = block.attention, block.feed_forward
-    assert isinstance(feed, FeedForward)  # experts are refused (glm.parallel.topology)
+    assert isinstance(feed, FeedForward)  # glm.parallel.topology refuses experts
     attention.heads //= dist.get_world_size(group)
     attention.key_heads //= dist.get_world_size(group)
     if attention.gate is not None:
@@ -153,7 +153,7 @@ def cut_block(block: Block, group: dist.ProcessGroup) -> None:
     for name in ("query_norm", "key_norm", "value_norm"):
         norm = getattr(attention, name)
         if norm is not None:
-            # Other kinds of norms are refused (glm.parallel.topology).
+            # glm.parallel.topology refuses other kinds of norms.
             assert isinstance(norm, Norm)
             setattr(attention, name, HeadNorm(norm, group))
     feed.up = ColumnLinear(feed.up, Cut(dim=0, blocks=2 if feed.is_gated else 1), group)  # type: ignore[assignment]

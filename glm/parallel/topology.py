@@ -1,12 +1,12 @@
-"""How ranks are laid out, who talks to whom, and whether a model can be cut so.
+"""How ranks are laid out, which ranks communicate, and whether a model can be cut so.
 
 rank = (stage d + replica) t + tensor rank,   world = t p d
 
-Tensor ranks are neighbours, so that their group stays inside a node; a replica's stages are furthest apart. This is the order of
-DeepSpeed's PipeModelDataParallelTopology (axes pipe, data, model) and of Megatron-LM.
+Tensor ranks are neighbours, so that their group stays inside a node; a replica's stages are furthest apart. DeepSpeed's
+PipeModelDataParallelTopology (axes pipe, data, model) and Megatron-LM have this order.
 
-``checked`` refuses what cannot work before any process talks to another: it is a pure function of the configuration and the size of
-the world, so every rank comes to the same verdict alone, and none is left waiting.
+``checked`` refuses what cannot work before any process talks to another: it is a pure function of the configuration and the world
+size, so every rank comes to the same verdict alone, and none waits for another.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Topology:
         return (stage * self.data + replica) * self.tensor + tensor
 
     def tensor_groups(self) -> list[list[int]]:
-        """Ranks that hold parts of the same layers, of the same rows."""
+        """Ranks that hold parts of the same layers, for the same rows."""
         return [
             [self.rank(stage, replica, i) for i in range(self.tensor)]
             for stage in range(self.pipeline)
@@ -51,7 +51,7 @@ class Topology:
         ]
 
     def data_groups(self) -> list[list[int]]:
-        """Ranks that hold the same parts and see other rows."""
+        """Ranks that hold the same parts and see different rows."""
         return [
             [self.rank(stage, replica, i) for replica in range(self.data)]
             for stage in range(self.pipeline)
@@ -68,7 +68,7 @@ class Topology:
 
 
 def _check_levers(parallel: ParallelConfig, model: ModelConfig) -> None:
-    """Raises InputError for what several processes cannot do."""
+    """Raises InputError for levers that several processes cannot run."""
     attention, tensor = model.attention, parallel.tensor
     if model.feed_forward.experts.count and (tensor > 1 or parallel.pipeline > 1 or parallel.zero > 1):
         raise InputError(

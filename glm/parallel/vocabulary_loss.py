@@ -1,12 +1,12 @@
-"""Cross-entropy over a vocabulary of which every tensor rank has some rows (Megatron-LM, 1909.08053, section 3).
+"""Cross-entropy where every tensor rank has some rows of the vocabulary (Megatron-LM, 1909.08053, section 3).
 
-What ``glm.model.vocabulary_loss`` computes; the largest logit, the sum of exponentials and the target's logit are exchanged, three
-numbers a position, never the logits:
+The same as ``glm.model.vocabulary_loss``; the ranks exchange the largest logit, the sum of exponentials and the target's logit,
+three numbers a position, never the logits:
 
     M_n = max_i max_v l_nv           Z_n = sum_i sum_v exp(l_nv - M_n)
     loss = sum_n  log Z_n + M_n - l_n,target + c (log Z_n + M_n)^2
 
-Chunks, formats and the point at which gradients are rounded are those of the one-process loss.
+Chunks, formats and the point of rounding gradients are those of the one-process loss.
 
 Shapes: N positions, C hidden, V this rank's part of the vocabulary, n positions a chunk.
 """
@@ -120,7 +120,7 @@ def split_vocabulary_losses(
     group: dist.ProcessGroup,
     cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """``split_vocabulary_loss``, and the z-loss's part of it, which has no gradient."""
+    """``split_vocabulary_loss``, and its z-loss part, which has no gradient."""
     first = dist.get_rank(group) * weight_VC.shape[0]
     both: tuple[Tensor, Tensor] = _SplitVocabularyLoss.apply(  # type: ignore[no-untyped-call]
         hidden_NC, weight_VC, target_N, first, z_loss, group, cap

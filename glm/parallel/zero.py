@@ -1,23 +1,23 @@
-"""ZeRO-2 and ZeRO-3: gradients, and weights, that a rank has only while it computes with them.
+"""ZeRO-2 and ZeRO-3: a rank has gradients, and weights, only while it computes with them.
 
 For layer k of L, W_k its weights and g_k their gradient (Rajbhandari et al., 1910.02054, P_os+g and P_os+g+p):
 
     forward     [3: wait for W_k, ask for W_k+1]   x = layer_k(x)               [3: free W_k]
     backward    [3: wait for W_k, ask for W_k-1]   dx, g_k                      [3: free W_k]   reduce-scatter g_k, free it
 
-So there are weights of two neighbours, and one layer's gradient, at a time. The embedding is gathered for the look-up and, where it
-is tied, again for the loss, which forms gradients in its forward pass; backward needs no embedding. Its gradient is reduced
-last, since both ends add to it. Norms outside of the layers are 2 h numbers each and stay.
+So a rank holds weights of two neighbouring layers, and one layer's gradient, at a time. It gathers the embedding for the look-up
+and, where it is tied, again for the loss, which forms gradients in its forward pass; backward needs no embedding. It reduces the
+embedding's gradient last, since both ends add to it. Norms outside the layers are 2 h numbers each and stay.
 
-Forward, the parts of the row are computed in turn; backward, two identities in autograd's graph tell when a part begins and
-ends. Autograd runs what was recorded later first, so all gradients of a layer's weights are there when the identity before it is
-reached; a recomputed layer finds its weights gathered.
+Forward, the parts of the row run in turn; backward, two identities in autograd's graph tell when a part begins and ends. Autograd
+runs what was recorded later first, so it has all gradients of a layer's weights when it reaches the identity before the layer; a
+recomputed layer finds its weights gathered.
 
-All holders of a part must do this equally often. A replica with fewer micro-batches than another goes through the motions
+All holders of a part must do this equally often. A replica with fewer micro-batches than another joins the collectives all the same
 (``idle``).
 
-Limits: one pipeline stage, since 1F1B would repeat the collectives for every micro-batch in flight. The reduction is waited for;
-what is gathered ahead is not.
+Limits: one pipeline stage, since 1F1B would repeat the collectives for every micro-batch in flight. The rank waits for the
+reduction, not for gathers ahead.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from glm.parallel.optimizer import ShardedAdamW
 
 
 class Spreading:
-    """When gradients are reduced, and weights gathered and freed.
+    """Reduces gradients, and gathers and frees weights, when their turn comes.
 
     Args:
-        optimizer: keeps the shares; its stage is 2 or 3. In stage 3 the weights are freed here.
+        optimizer: keeps the shares; its stage is 2 or 3. In stage 3 this class frees the weights.
         config: the model.
     """
 
@@ -60,7 +60,7 @@ class Spreading:
 
         Args:
             place: 0 is the look-up, k + 1 layer k, L + 1 the loss.
-            compute: it.
+            compute: computes it.
             x: its input.
         """
         if x.is_floating_point():
@@ -91,7 +91,7 @@ class Spreading:
             self._optimizer.reduce(self._row[place])
 
     def _gather(self, turn: int) -> None:
-        """Have the weights of this turn, and those of the next under way."""
+        """Have the weights of this turn, and start gathering those of the next."""
         if not self._gathers:
             return
         unit = self._order[turn]
@@ -120,6 +120,6 @@ class _Told(torch.autograd.Function):
 
 
 def _told(x: Tensor, tell: Callable[[], None]) -> Tensor:
-    """x; ``tell`` is called when its gradient comes by."""
+    """x; calls ``tell`` when its gradient passes."""
     result: Tensor = _Told.apply(x, tell)  # type: ignore[no-untyped-call]
     return result

@@ -1,4 +1,4 @@
-"""Bytes that one GPU sends in an update, and how long that takes.
+"""Bytes that one GPU sends per update, and how long that takes.
 
 A ring all-reduce of n bytes over k ranks sends 2 (k - 1)/k n from each; a reduce-scatter or all-gather half of it. With e bytes a
 number, micro-batches of b rows of s tokens, m of them, L/p layers and N parameters on the GPU:
@@ -6,13 +6,13 @@ number, micro-batches of b rows of s tokens, m of them, L/p layers and N paramet
     tensor     per layer and micro-batch 2 all-reduces of e s b h forward, 2 backward, 2 more if recomputed (1909.08053)
                and one each at the embedding and at the output
     pipeline   e s b h forward and again backward per micro-batch and boundary; with v chunks v times as often, in t parts
-    data       a reduce-scatter of N gradients as they are accumulated (fp32 for bf16) and an all-gather of e N
+    data       a reduce-scatter of N gradients in the accumulation format (fp32 for bf16) and an all-gather of e N
                                                                                                    (ZeRO, 1910.02054, section 7)
                ZeRO-2 reduces after every micro-batch, ZeRO-3 gathers the weights twice a micro-batch as well, matrix by matrix
 
-A group lies inside a node or spans nodes. A ring over nodes in which it has k members each leaves a node through the network cards
-of those k GPUs. ZeRO-3's gathers do not: of a node's cards they reach what one gives (2104.04473, table 2: 66 s a micro-batch for 3
-x 350 GB). However many cards a node has, no run is known that went faster.
+A group lies inside a node or spans nodes. A ring with k members in each node leaves a node through the network cards of those k
+GPUs. ZeRO-3's gathers do not: they reach the rate of one of the node's cards (2104.04473, table 2: 66 s a micro-batch for 3 x 350
+GB). We know of no run that went faster, however many cards its nodes had.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from glm.planning.layout import Layout, stage_layers
 from glm.planning.memory import BYTES, accumulator_bytes
 from glm.planning.shape import Shape
 
-# Gathers of a layer under ZeRO-3: its four matrices, each when its turn comes (DeepSpeed; one that gathers a layer at once starts a
-# quarter as many).
+# Gathers of a layer under ZeRO-3: its four matrices, each when its turn comes (DeepSpeed; a trainer that gathers a layer at once
+# starts a quarter as many).
 GATHERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Communication:
-    """Bytes one GPU sends in an update, and seconds if nothing else ran."""
+    """Bytes that one GPU sends per update, and seconds if nothing else ran."""
 
     sent: float
     seconds: float
 
 
 def ring_share(ranks: int) -> float:
-    """Bytes sent by a rank in an all-reduce, per byte of the tensor."""
+    """Bytes that a rank sends in an all-reduce, per byte of the tensor."""
     return 2 * (ranks - 1) / ranks
 
 
@@ -115,7 +115,7 @@ def data_transfer(shape: Shape, layout: Layout, cluster: Cluster, rows: int, pre
     stages = stage_layers(shape.layers, layout.pipeline)
     parameters = max(shape.stage_parameters(layout.tensor, stages, stage) for stage in (0, len(stages) - 1))
     share, m = ring_share(d) / 2 * parameters, layout.micro_batches(rows)
-    # In an update: reduce-scatters of gradients, as wide as what they are added up in, and all-gathers of weights.
+    # Per update: reduce-scatters of gradients, in the width of their accumulator, and all-gathers of weights.
     reduced, gathered = {0: (2, 0), 1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[layout.zero]
     sent = share * (reduced * accumulator_bytes(precision) + gathered * BYTES[precision])
     rate = group_rate(cluster, d, layout.tensor)

@@ -1,7 +1,7 @@
-"""Whether a device can hold a model in training at all: said before the first tensor is made, instead of an end without a word.
+"""Whether a device can hold a model in training at all: tells before the first tensor is made, instead of a death without a word.
 
 A lower bound by the planner's own count (``memory.py``): weights, gradients and optimizer states of one process, without
-activations. A model that is refused cannot be trained there at any batch size; one that is not may still be too large.
+activations. A refused model cannot train there at any batch size; one that passes may still be too large.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from glm.planning.shape import shape_of
 
 
 def check_fits(model: ModelConfig, precision: str, device: torch.device) -> None:
-    """Refuse a model whose states alone are more than the device's memory.
+    """Refuse a model whose states alone exceed the device's memory.
 
     Raises:
         InputError: with both numbers, and what to do.
@@ -27,7 +27,7 @@ def check_fits(model: ModelConfig, precision: str, device: torch.device) -> None
     available = device_memory(device)
     if available is None:
         return
-    # The card matters only for what it reserves, which is not counted.
+    # The card matters only for its reserved memory, which does not count here.
     gpu = next(iter(GPUS.values()))
     memory = training_memory(shape_of(model), Layout(tensor=1, pipeline=1, data=1), 0, 1, gpu, precision)
     needed = memory.weights + memory.gradients + memory.optimizer
@@ -40,7 +40,7 @@ def check_fits(model: ModelConfig, precision: str, device: torch.device) -> None
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes that the device has in all; None where nobody says."""
+    """The device's memory in bytes; None where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type != "cpu":

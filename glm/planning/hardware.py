@@ -1,14 +1,14 @@
-"""What a GPU and a cluster can do, from data sheets, and how much of it large models reach.
+"""What a GPU and a cluster can do by their data sheets, and how much of it large models reach.
 
 Rates are bytes/s and FLOP/s of one GPU: ``flops`` the dense fp16/bf16 peak with fp32 accumulation, ``link`` one direction of the
 links inside a node, ``network`` one direction of the links between nodes (a card of 200 Gbit/s a GPU for A100, 400 for H100).
 
-Of these peaks a fraction is reached. For matrix products it is one constant a GPU generation: 0.67 for A100, which reproduces the
-ten end-to-end rates of Megatron-LM from 1.7B to 1T on 32 to 3,072 GPUs (Narayanan et al., 2104.04473, table 1) to 5 %. All others
-are set to 0.6 without such evidence: their times are estimates. Memory, links and network reach 0.8 of theirs.
+Models reach a fraction of these peaks. For matrix products it is one constant per GPU generation: 0.67 for A100, which reproduces
+the ten end-to-end rates of Megatron-LM from 1.7B to 1T on 32 to 3,072 GPUs (Narayanan et al., 2104.04473, table 1) to 5 %. All
+others have 0.6 without such evidence: their times are estimates. Memory, links and network reach 0.8 of theirs.
 
 Limits: one kind of GPU and network; no contention between jobs, no oversubscribed switches, no power throttling beyond what the
-constants hold.
+constants include.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MIB = 2**20
 GIB = 2**30
 # Share of the data sheet's memory, link and network rates that large transfers reach.
 TRANSFER = 0.8
-# Of transfers that run behind products, the share of the shorter of both by which they hold each other up: between the two runs of
-# ZeRO-3 on which it is chosen (175B on 384 GPUs, products longer, and on 768, gathers longer; 2104.04473, table 2).
+# Transfers that overlap products slow both down by this share of the shorter one: chosen between two runs of ZeRO-3 (175B on 384
+# GPUs, products longer, and on 768, gathers longer; 2104.04473, table 2).
 CONTENTION = 0.39
 # Start of a collective: kernel launch and the first hop; each doubling of its size adds a hop.
 LATENCY = 10e-6
 HOP = 5e-6
 # Start of a ring and each of its steps, inside a node and between two (NCCL's model, src/graph/tuning.cc: ring, LL128). All-gathers
-# and reduce-scatters have no other shape, so that theirs grow with the ranks.
+# and reduce-scatters have no other shape, so their start grows with the ranks.
 RING_START = 14e-6
 RING_STEP = 1.9e-6
 RING_STEP_NETWORK = 4e-6

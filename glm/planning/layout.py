@@ -1,4 +1,4 @@
-"""One way of laying a model over GPUs, and how its layers fall into pipeline stages.
+"""One layout of a model over GPUs, and how its layers divide into pipeline stages.
 
 GPU = (stage, replica, tensor rank), tensor rank fastest: a tensor group stays inside a node where it can, a replica's stages are
 furthest apart. GLM-130B has 70 layers because its two embedding ends each count as one: (70 + 2) / 8 = 9 a stage.
@@ -16,11 +16,10 @@ class Layout:
     Attributes:
         tensor, pipeline, data: t, p, d.
         micro: rows of a micro-batch on one replica.
-        recompute: layers' activations are computed again in the backward pass.
+        recompute: the backward pass computes layers' activations again.
         zero: ZeRO stage: 1 shards the optimizer over replicas, 2 gradients too, 3 weights too.
-        chunks: v, pieces of a stage's layers that Megatron-LM's interleaved schedule goes through in turn; it also sends what
-            passes between stages in t parts, one by each tensor rank. 1: one forward, one backward, as DeepSpeed's pipeline and
-            ours.
+        chunks: v, pieces of a stage's layers that Megatron-LM's interleaved schedule runs in turn; it also sends activations
+            between stages in t parts, one by each tensor rank. 1: one forward, one backward, as DeepSpeed's pipeline and ours.
     """
 
     tensor: int
@@ -43,8 +42,8 @@ class Layout:
 def stage_layers(layers: int, stages: int) -> list[int]:
     """Layers of each pipeline stage.
 
-    Equal where the stages divide the layers. Else both ends count as a layer, and what remains over goes to the stages in the
-    middle, which carry no end.
+    Equal where the stages divide the layers. Else both ends count as a layer, and the remainder goes to the stages in the middle,
+    which carry no end.
     """
     if layers % stages == 0:
         return [layers // stages] * stages
@@ -61,7 +60,7 @@ def stage_layers(layers: int, stages: int) -> list[int]:
 def bubble(stages: int, micro_batches: int, chunks: int = 1) -> float:
     """Share of time in which a stage waits for the pipeline to fill and drain: (p - 1) / (m + p - 1).
 
-    With v chunks a stage the wait is that of a chunk: (p - 1) / (v m + p - 1) (Narayanan et al., 2104.04473, section 2.2).
+    With v chunks a stage waits for a chunk: (p - 1) / (v m + p - 1) (Narayanan et al., 2104.04473, section 2.2).
 
     Source: GPipe (1811.06965, section 2.3); one-forward-one-backward (PipeDream-Flush, 2006.09503) has the same bubble and holds
     fewer activations. GLM-130B: p = 8, m = 176: 3.8 %.

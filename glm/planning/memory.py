@@ -2,7 +2,7 @@
 
 With e bytes a number in the compute format and N parameters on the GPU:
 
-    weights      e N                    under ZeRO-3 what is gathered: the largest unit twice and its share, while it arrives
+    weights      e N                    under ZeRO-3 the gathered: the largest unit twice and its share, while it arrives
     gradients    e N   (bf16: 4 N more, its fp32 accumulation)             e N / d (bf16: 4 N / d) under ZeRO-2 and 3
     optimizer    12 N  fp32 master and two moments                         / d under ZeRO-1, 2 and 3, those of a tied matrix
                        then also over the two end stages that hold it; 8 N in fp32 where not spread: weights are the masters
@@ -17,17 +17,18 @@ autograd saves): inputs of the norms and of both sublayers, e s b h each; q, k, 
 scores' softmax in fp32 and rounded, (4 + e) a s^2 b / t; the feed-forward's inner tensors, e s b i / t each (four if gated,
 else two).
 Recomputed, a layer keeps its input alone. A micro-batch also keeps the stage's output, between stages its input in the pipeline's
-buffer, and what all layers are told of places: who sees whom, 4 s^2 b, and rotations, 2 e s b h / a.
+buffer, and what all layers need of places: the mask, 4 s^2 b, and rotations, 2 e s b h / a.
 
 A layer's backward pass holds gradients of the feed-forward's inner tensors, later those of the scores before and after the softmax.
 The loss holds fp32 gradients of both operands and a chunk of fp32 logits twice, once and its half gradient where ranks share it.
 
-A unit is what is reduced and gathered at one time: a layer, or an embedding (``glm.parallel.zero``).
+ZeRO reduces and gathers a unit at one time: a layer, or an embedding (``glm.parallel.zero``).
 
 The fp32 gradient of the output matrix exists from forward to backward of a micro-batch's loss (``glm.model.vocabulary_loss``).
 
 Limits: peak sizes of tensors, not an allocator's trace (``python -m experiments.benchmarks engine_memory`` has one beside it); the
-optimizer's own temporaries are those of one parameter group; ALiBi's biases, one a head, and dropped causal masks are not counted.
+optimizer's own temporaries are those of one parameter group; the count leaves out ALiBi's biases, one a head, and dropped causal
+masks.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ FRAGMENTED = 0.04
 
 
 def accumulator_bytes(precision: str) -> int:
-    """Of a number in what micro-batches' gradients are added up in: half for fp16, fp32 else (Megatron-LM's main_grad, and
-    DeepSpeed's of bf16)."""
+    """Bytes per number of the accumulator of micro-batches' gradients: half for fp16, fp32 else (Megatron-LM's main_grad, and
+    DeepSpeed's of bf16).
+    """
     return BYTES[precision] if precision == "fp16" else BYTES["fp32"]
 
 
@@ -83,7 +85,7 @@ class Memory:
 
 
 def reserved(gpu: Gpu, *, gpus: int) -> float:
-    """Memory of a GPU that no tensor gets."""
+    """Memory of a GPU that tensors cannot use."""
     return CONTEXT + (COLLECTIVES if gpus > 1 else 0.0) + FRAGMENTED * gpu.memory
 
 
@@ -108,7 +110,7 @@ def layer_working(shape: Shape, rows: int, tensor: int, precision: str, *, recom
     e, tokens = BYTES[precision], rows * shape.length
     again = layer_activations(shape, rows, tensor, precision) if recompute else 0.0
     gradients = e * tokens * (shape.up + shape.inner) / tensor
-    # The feed-forward comes first, and what was computed again for it is gone when attention's turn comes.
+    # The feed-forward comes first, and its recomputed tensors are gone when attention's turn comes.
     left = again - e * tokens * shape.inner * (4 if shape.gated else 2) / tensor
     wide = 0 if shape.softmax == "fused" else e if shape.softmax == "compute" else 4
     scores = 2 * wide * rows * shape.heads * shape.length**2 / tensor
@@ -126,7 +128,7 @@ def micro_batch_activations(shape: Shape, layout: Layout, stage: int, precision:
     places = (
         layout.micro * shape.length * (4 * shape.length + 2 * BYTES[precision] * shape.hidden / shape.heads)
     )
-    # A stage's output stays until the backward pass; so does, in the pipeline's buffer, what a stage received.
+    # A stage's output stays until the backward pass; so does its input, in the pipeline's buffer.
     return kept + places + (2 if stage > 0 else 1) * one_input
 
 
@@ -170,7 +172,7 @@ def training_memory(
 
 
 def peak_memory(shape: Shape, layout: Layout, rows: int, gpu: Gpu, precision: str = "fp16") -> Memory:
-    """Of the stage that needs most: the first holds the most micro-batches, the last the loss, the middle the most layers."""
+    """Memory of the fullest stage: the first holds the most micro-batches, the last the loss, the middle the most layers."""
     candidates = {0, layout.pipeline // 2, layout.pipeline - 1}
     return max(
         (training_memory(shape, layout, stage, rows, gpu, precision) for stage in sorted(candidates)),

@@ -1,4 +1,4 @@
-"""Failures, the best checkpoint interval, and the share of time that is training.
+"""Failures, the best checkpoint interval, and the share of time spent training.
 
 Failures of N GPUs with one failure in H GPU-hours each come every M = H / N hours on average, independently. With C seconds to
 write a checkpoint, R seconds to restart, tau seconds of training between checkpoints:
@@ -12,8 +12,8 @@ Daly's goodput holds for exponential failures that may also strike during a chec
 Rates: Llama 3's 405B run lost 54 days x 16,384 GPUs to 419 unexpected interruptions, one in 50,700 GPU-hours (2407.21783, table 5);
 OPT-175B restarted about 105 times in two months on 992 GPUs, one in 13,000 (2205.01068, section 2.5).
 
-Limits: lost GPUs are replaced at once; checkpoints stop training while they are written (asynchronous ones cost less); the
-storage's rate grows with the nodes.
+Limits: lost GPUs are replaced at once; training stops while a checkpoint is written (asynchronous ones cost less); the storage's
+rate grows with the nodes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from glm.planning.shape import Shape
 
-# Master and two moments in fp32: what a checkpoint holds.
+# A checkpoint holds master and two moments in fp32.
 CHECKPOINT_BYTES = 12
 GPU_HOURS_PER_FAILURE = 50_000.0
 RESTART_SECONDS = 600.0
@@ -32,7 +32,7 @@ NODE_STORAGE = 1e9  # bytes/s a node; Llama 3's storage gave 2 TB/s to 3,000 nod
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """What failures cost. Seconds.
+    """The cost of failures, in seconds.
 
     Attributes:
         between_failures: M.
@@ -40,7 +40,7 @@ class Reliability:
         restart: R.
         interval: Daly's best tau.
         young: Young's.
-        goodput: share of time that is training which is kept, at ``interval``.
+        goodput: share of time spent in training that is kept, at ``interval``.
     """
 
     between_failures: float
@@ -66,11 +66,11 @@ def daly_interval(checkpoint: float, between_failures: float) -> float:
 
 
 def goodput(interval: float, checkpoint: float, restart: float, between_failures: float) -> float:
-    """Share of wall time that is training which is kept."""
+    """Share of wall time spent in training that is kept."""
     M = between_failures
     exponent = (interval + checkpoint) / M
     if exponent > 700:
-        return 0.0  # no interval is ever completed
+        return 0.0  # no interval ever completes
     return interval / (M * math.exp(restart / M) * math.expm1(exponent))
 
 
@@ -83,7 +83,7 @@ def reliability(
     restart: float = RESTART_SECONDS,
     node_storage: float = NODE_STORAGE,
 ) -> Reliability:
-    """Of a run of the model on that many GPUs."""
+    """Reliability of a run of the model on that many GPUs."""
     between = gpu_hours_per_failure * 3600 / gpus
     write = CHECKPOINT_BYTES * shape.parameters / (node_storage * nodes)
     interval = daly_interval(write, between)

@@ -1,7 +1,7 @@
 """What if: the same model on other GPUs, and on 1,000 to 100,000 of them, with failures.
 
 Each scenario keeps the batch (strong scaling: whether a larger one still trains as well per token is another question, 1812.06162),
-doubling it only while no topology divides it; takes the quickest topology; and multiplies its speed by the goodput of the best
+and doubles it only while no topology divides it; takes the quickest topology; and multiplies its speed by the goodput of the best
 checkpoint interval.
 """
 
@@ -25,7 +25,7 @@ class Scenario:
 
     Attributes:
         rows: of an update.
-        days: to train on the asked number of tokens, failures included; None where nothing fits.
+        days: to train on the given number of tokens, with failures; None where nothing fits.
     """
 
     cluster: Cluster
@@ -45,7 +45,7 @@ def scenario(
     gpu_hours_per_failure: float,
     restart: float,
 ) -> Scenario:
-    """The quickest plan of a cluster, and what failures leave of it."""
+    """The quickest plan of a cluster, and its speed after failures."""
     largest = rows * LARGEST_GROWTH
     plans = search(shape, cluster, rows, precision).plans
     while not plans and rows < largest:

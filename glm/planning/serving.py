@@ -1,18 +1,18 @@
-"""Serving a model: what each GPU holds, and how fast memory allows tokens to come.
+"""Serving a model: what each GPU holds, and how fast its memory lets it generate tokens.
 
-Linear layers of attention and feed-forward are stored in the quantized format with one fp16 scale a row (GLM-130B, 2210.02414,
-section 3 and appendix); embeddings, norms and biases stay fp16. Of P matrix elements in b bits:
+Linear layers of attention and feed-forward have the quantized format with one fp16 scale a row (GLM-130B, 2210.02414, section 3 and
+appendix); embeddings, norms and biases stay fp16. Of P matrix elements in b bits:
 
     weights    P b / 8 + 2 rows + 2 (everything else), split over t GPUs
     cache      keys and values, 2 L h 2 bytes a token, split over t
     working    one matrix widened to fp16 (weight-only quantization multiplies in fp16), and one layer's activations and logits
 
 A generated token reads all weights and the cache once: seconds >= bytes on a GPU / memory rate, plus two all-reduces a layer, which
-for one token are latency. Reading the prompt is not in it.
+for one token are latency. This leaves out reading the prompt.
 
 Checked against the published fit: GLM-130B is 260 GB in fp16 and about 70 GB in INT4, and its INT4 weights run on 4 GPUs of 24 GB
 or 8 of 11 GB (section 3).
-Limits: a lower bound, in which kernels reach 0.8 of the memory rate.
+Limits: a lower bound, with kernels at 0.8 of the memory rate.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def serving_plans(shape: Shape, cluster: Cluster, *, quantize: str, rows: int = 
     """Every tensor group that the cluster's nodes and the model allow, smallest first.
 
     Raises:
-        InputError: none fits; the message says what is in the way.
+        InputError: none fits; the message says why.
     """
     tried = [
         serving(shape, cluster, tensor=tensor, quantize=quantize, rows=rows)

@@ -1,7 +1,7 @@
-"""A model as the planner sees it: how many numbers of which kind each layer has, and where they lie.
+"""A model as the planner sees it: how many numbers of which kind each layer has, and where they are.
 
-Of a layer, matrices and the biases of column-parallel ones are split over t tensor ranks; norms and the biases of row-parallel
-matrices are held by each. The vocabulary is split over t at both ends of the pipeline; a tied matrix is held by both end stages.
+t tensor ranks split a layer's matrices and the biases of column-parallel ones; each holds its norms and the biases of row-parallel
+matrices. They split the vocabulary too, at both ends of the pipeline; both end stages hold a tied matrix.
 
 FLOPs of a forward pass, two a multiply-add: 2 (matrices) + 4 s h a token and layer for the two products of attention, 2 h V a token
 for the output. With the paper's layer of 12 h^2 parameters, three forward passes' worth (forward and twice that backward) of this
@@ -28,12 +28,12 @@ class Shape:
         inner: width of the feed-forward layer; ``gated``: it has two input projections.
         norms: norms a layer, ``norm_size`` and ``head_norm_size`` parameters each over the hidden width and over a head's;
             ``bias``: linear layers have biases.
-        experts: of a layer, 0 where it is one; ``active`` that a token passes through, ``shared`` of one more that each does.
+        experts: of a layer, 0 where it is one; ``active`` that a token passes through, ``shared`` of one more for every token.
         key_heads: of attention, where fewer than ``heads``; None: as many.
-        gate: outputs of attention's gate; ``vectors``: what else a layer has, as learned sinks.
-        learned_positions, embedding_norm, tied, final_norm: what else there is; ``head_norms``: norms over a head's width.
-        softmax: how attention's scores are formed (``AttentionConfig.softmax``).
-        dropout: masks are kept for the backward pass.
+        gate: outputs of attention's gate; ``vectors``: other vectors of a layer, such as learned sinks.
+        learned_positions, embedding_norm, tied, final_norm: whether the model has them; ``head_norms``: norms over a head's width.
+        softmax: how attention forms its scores (``AttentionConfig.softmax``).
+        dropout: layers keep masks for the backward pass.
     """
 
     layers: int
@@ -77,19 +77,19 @@ class Shape:
 
     @property
     def used_matrices(self) -> int:
-        """Elements of a layer's matrices that a token is multiplied by."""
+        """Elements of a layer's matrices that multiply a token."""
         idle = (self.experts - self.active) * (self.up + self.inner) if self.experts else 0
         return self.matrices - self.hidden * idle
 
     @property
     def attention_inputs(self) -> int:
-        """Outputs of what attention multiplies its input by: queries, keys, values, gate."""
+        """Outputs of attention's input projections: queries, keys, values, gate."""
         head = self.hidden // self.heads
         return (self.heads + 2 * (self.key_heads or self.heads)) * head + self.gate
 
     @property
     def split_vectors(self) -> int:
-        """Biases of a layer that are split with their matrices."""
+        """Biases of a layer that tensor ranks split with their matrices."""
         up = self.shared * self.up if self.experts else self.up
         return (self.attention_inputs + up) * int(self.bias) + self.vectors
 
@@ -111,13 +111,13 @@ class Shape:
         return (self.matrices + self.split_vectors) // tensor + self.whole_vectors
 
     def first_parameters(self, tensor: int) -> int:
-        """What the first stage has before its layers."""
+        """Parameters of the first stage before its layers."""
         extra = self.length * self.hidden if self.learned_positions else 0
         norm = self._norm if self.embedding_norm else 0
         return self.vocabulary * self.hidden // tensor + extra + norm
 
     def last_parameters(self, tensor: int, *, alone: bool) -> int:
-        """What the last stage has after its layers; ``alone``: it is the first too, and has a tied matrix already."""
+        """Parameters of the last stage after its layers; ``alone``: it is the first too, and has a tied matrix already."""
         norm = self._norm if self.final_norm else 0
         return norm + (0 if self.tied and alone else self.vocabulary * self.hidden // tensor)
 
@@ -136,19 +136,19 @@ class Shape:
         return self.stage_parameters(1, [self.layers], 0)
 
     def layer_flops(self, tokens: int) -> float:
-        """Of a layer's forward pass."""
+        """FLOPs of a layer's forward pass."""
         return 2.0 * tokens * self.used_matrices + 4.0 * tokens * self.length * self.hidden
 
     def output_flops(self, tokens: int) -> float:
-        """Of the output projection's forward pass."""
+        """FLOPs of the output projection's forward pass."""
         return 2.0 * tokens * self.hidden * self.vocabulary
 
     def model_flops(self, tokens: int) -> float:
-        """Of a forward and backward pass without recomputation: what MFU counts."""
+        """FLOPs of a forward and backward pass without recomputation, which MFU counts."""
         return 3.0 * (self.layers * self.layer_flops(tokens) + self.output_flops(tokens))
 
     def hardware_flops(self, tokens: int, *, recompute: bool) -> float:
-        """The same with the layers' recomputed forward pass: what HFU counts."""
+        """The same with the layers' recomputed forward pass, which HFU counts."""
         again = self.layers * self.layer_flops(tokens) if recompute else 0.0
         return self.model_flops(tokens) + again
 

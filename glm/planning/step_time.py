@@ -5,24 +5,24 @@ A micro-batch of b rows occupies the slowest stage for
     slot = products + kernels + tensor + pipeline
 
     products   FLOPs / (t x peak x share reached): forward 1, backward 2, recomputed 1 more
-    kernels    bytes that norms, activations, residuals and scores move / memory rate; backward 1.5 times forward; those of adding
-               a micro-batch's gradient to what is accumulated: e read, and the accumulator read and written, a parameter. It is
+    kernels    bytes that norms, activations, residuals and scores move / memory rate; backward 1.5 times forward; and those of
+               accumulating a micro-batch's gradient: e read, and the accumulator read and written, a parameter. It is
                half for fp16 and fp32 else (Megatron-LM's main_grad, and DeepSpeed's of bf16); under ZeRO-2 and 3 a share
     tensor, pipeline   communication, which nothing hides
 
 where the slowest stage is one in the middle, or the last with its output projection (3 products of 2 h V, never recomputed). The
 update takes m + (p - 1)/v slots: the bubble (p - 1)/(v m + p - 1), v chunks a stage. Gradients are then reduced, and the optimizer
-moves its 28 bytes a parameter. ZeRO-2 reduces behind the backward pass and ZeRO-3 gathers behind all products: what exceeds them
-counts, and a share of the shorter of both, since they hold each other up.
+moves its 28 bytes a parameter. ZeRO-2 reduces during the backward pass and ZeRO-3 gathers during all products: the time beyond them
+counts, and a share of the shorter of both, since they slow each other down.
 
 MFU counts the model's FLOPs, HFU the recomputed ones too (PaLM, 2204.02311, appendix B; GLM-130B reports 32.5 % and 43.3 %).
 
-Checked on 28 published runs (``python -m experiments.benchmarks published_runs``, and a test): 27 within 10 %. Constants were
-chosen on Megatron-LM's ten and on two of ZeRO-3's; GLM-130B, BLOOM, OPT-175B and PTD come out within 5.3 % unseen, ZeRO-3's other
-four -9 to +7 %, MT-NLG 7 to 12 % too fast: on 2,240, 2,800 and 3,360 GPUs each of its updates takes some 4 s more than planned,
-however many micro-batches it has, and nothing that is published of it says what they go to. A trainer whose products add into the
-accumulator themselves (fused accumulation, later than these runs) saves the first e. Limits: efficiency does not depend on the size
-of a matrix, so models narrower than about 1,000 a GPU come out too fast; stragglers, data loading and checkpoints are not in it.
+Checked on 28 published runs (``python -m experiments.benchmarks published_runs``, and a test): 27 within 10 %. We chose the
+constants on Megatron-LM's ten and on two of ZeRO-3's; unseen, GLM-130B, BLOOM, OPT-175B and PTD come out within 5.3 %, ZeRO-3's
+other four -9 to +7 %, MT-NLG 7 to 12 % too fast: on 2,240, 2,800 and 3,360 GPUs each of its updates takes some 4 s more than
+planned, however many micro-batches it has, and no publication says where they go. A trainer whose products add into the accumulator
+themselves (fused accumulation, later than these runs) saves the first e. Limits: efficiency does not depend on the size of a
+matrix, so models narrower than about 1,000 a GPU come out too fast; the model leaves out stragglers, data loading and checkpoints.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ OPTIMIZER_BYTES = 28.0
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of an update by part, and what follows from them."""
+    """Seconds of an update by part, and rates derived from them."""
 
     products: float
     kernels: float
@@ -101,14 +101,14 @@ def kernel_bytes(shape: Shape, rows: int, tensor: int, precision: str) -> float:
 
 
 def accumulation_bytes(shape: Shape, layout: Layout, precision: str) -> float:
-    """Bytes that adding a micro-batch's gradient of a layer to those before it moves."""
+    """Bytes moved by adding a micro-batch's gradient of a layer to the earlier ones."""
     e = BYTES[precision]
     held = shape.layer_parameters(layout.tensor) / (layout.data if layout.zero >= 2 else 1)
     return held * (e + 2 * accumulator_bytes(precision))
 
 
 def step_time(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precision: str = "fp16") -> StepTime:
-    """An update of ``rows`` rows."""
+    """Time of an update of ``rows`` rows."""
     gpu, m, b = cluster.gpu, layout.micro_batches(rows), layout.micro
     tokens = b * shape.length
     layers = max(stage_layers(shape.layers, layout.pipeline))
@@ -136,7 +136,7 @@ def step_time(shape: Shape, layout: Layout, cluster: Cluster, rows: int, precisi
     waiting = busy * share / (1 - share)
     exposed = data.seconds
     if layout.zero >= 2:
-        # Behind the products that go on meanwhile: all of them for the gathers of ZeRO-3, the backward pass for reductions.
+        # Hidden by products meanwhile: all of them for ZeRO-3's gathers, the backward pass for reductions.
         behind = m * products if layout.zero == 3 else m * products * 2 / passes
         exposed = max(0.0, data.seconds - behind) + CONTENTION * min(data.seconds, behind)
     seconds = busy + waiting + exposed + optimizer

@@ -1,4 +1,4 @@
-"""Plans for reading: rich tables, and the same as plain values for ``--json``."""
+"""Plans to read: rich tables, and the same as plain values for ``--json``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CHOICE = ("t x p x d", "micro", "recompute", "ZeRO")
 
 
 def time_table(plans: Sequence[TrainingPlan]) -> Table:
-    """Where an update's seconds go."""
+    """A table of where an update's seconds go."""
     table = _table(
         "Time of an update, seconds; bubble is (p-1)/(m+p-1); limit: the largest part that is not matrix products",
         ("#", *CHOICE, "m", "total", "products", "kernels", "tensor", "pipeline", "data", "bubble", "MFU", "HFU", "limit"),
@@ -72,7 +72,7 @@ def time_table(plans: Sequence[TrainingPlan]) -> Table:
 
 
 def memory_table(plans: Sequence[TrainingPlan], cluster: Cluster) -> Table:
-    """What the fullest GPU holds, and what it sends in an update."""
+    """A table of what the fullest GPU holds, and what it sends per update."""
     table = _table(
         f"Memory of the fullest GPU, GiB of {gib(cluster.gpu.memory)}; sent by a GPU in an update, GB",
         ("#", *CHOICE, "total", "weights", "gradients", "optimizer", "activations", "working", "reserved",
@@ -91,7 +91,7 @@ def memory_table(plans: Sequence[TrainingPlan], cluster: Cluster) -> Table:
 
 
 def serving_table(plans: Sequence[Serving], cluster: Cluster) -> Table:
-    """What a GPU holds when it serves the model."""
+    """A table of what a GPU holds when it serves the model."""
     table = _table(
         f"{plans[0].quantize} on {cluster}: memory of a GPU, GiB of {gib(plans[0].capacity)}; token: lower bound of its time",
         ("tensor", "fits", "total", "weights", "cache", "working", "reserved", "rows that fit", "token"),
@@ -108,7 +108,7 @@ def serving_table(plans: Sequence[Serving], cluster: Cluster) -> Table:
 
 
 def scenario_table(scenarios: Sequence[Scenario], tokens: float) -> Table:
-    """Other clusters, with failures."""
+    """A table of other clusters, with failures."""
     table = _table(
         f"What if: the quickest topology, failures, the best checkpoint interval (Daly), days for {tokens:,.0f} tokens",
         ("cluster", "GPUs", "rows", *CHOICE, "update", "MFU", "failure every", "checkpoint", "interval", "goodput", "days"),
@@ -136,7 +136,7 @@ def scenario_table(scenarios: Sequence[Scenario], tokens: float) -> Table:
 
 
 def plan_values(plan: TrainingPlan) -> dict[str, Any]:
-    """A plan as JSON holds it: seconds, bytes, shares."""
+    """A plan for JSON: seconds, bytes, shares."""
     time = plan.time
     return {
         **asdict(plan.layout),
@@ -154,7 +154,7 @@ def plan_values(plan: TrainingPlan) -> dict[str, Any]:
 
 
 def search_values(found: Search, shown: int) -> dict[str, Any]:
-    """What was searched, and the first plans."""
+    """What the search covered, and the first plans."""
     return {
         "considered": found.considered,
         "feasible": len(found.plans),
@@ -164,12 +164,12 @@ def search_values(found: Search, shown: int) -> dict[str, Any]:
 
 
 def serving_values(plan: Serving) -> dict[str, Any]:
-    """A serving plan as JSON holds it: bytes and seconds."""
+    """A serving plan for JSON: bytes and seconds."""
     return {**asdict(plan), "total": plan.total, "fits": plan.fits}
 
 
 def scenario_values(one: Scenario) -> dict[str, Any]:
-    """A scenario as JSON holds it."""
+    """A scenario for JSON."""
     return {
         "cluster": str(one.cluster),
         "gpus": one.cluster.gpus,

@@ -1,14 +1,15 @@
 """Every topology that a cluster, a model and a batch allow, ranked by the seconds of an update.
 
-Tried: each factorisation t p d of the number of GPUs, micro-batches of 1, 2, 4, ... rows, with and without recomputation, ZeRO-1
-and, without a pipeline, ZeRO-2 and 3 (ZeRO-0 sends as much as ZeRO-1 and holds more, so it is never better). A topology is out if
+The search tries each factorisation t p d of the number of GPUs, micro-batches of 1, 2, 4, ... rows, with and without recomputation,
+ZeRO-1 and, without a pipeline, ZeRO-2 and 3 (ZeRO-0 sends as much as ZeRO-1 and holds more, so it is never better). It drops a
+topology if
 
     heads, feed-forward width or vocabulary are not multiples of t
     a stage would have no layer
     the rows of an update do not fall evenly into micro-batches on d replicas
     a GPU's memory is too small
 
-and the reason is counted, so that a cluster on which nothing fits says what is in the way.
+and counts the reasons, so that it can say why nothing fits on a cluster.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LARGEST_MICRO = 16
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """A feasible layout and what it costs."""
+    """A feasible layout and its cost."""
 
     layout: Layout
     micro_batches: int
@@ -39,13 +40,13 @@ class TrainingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What was found.
+    """The search's result.
 
     Attributes:
         plans: feasible ones, quickest first.
-        rejected: what is in the way -> number of layouts.
-        examples: what is in the way -> one instance of it, in words.
-        nearest: the layout that came closest to fitting in memory, with what it needs.
+        rejected: reason -> number of layouts.
+        examples: reason -> one instance of it, in words.
+        nearest: the layout that came closest to fitting in memory, with its needs.
     """
 
     plans: tuple[TrainingPlan, ...]
@@ -65,7 +66,7 @@ def divisors(number: int) -> list[int]:
 
 
 def refusal(shape: Shape, tensor: int, pipeline: int) -> tuple[str, str] | None:
-    """What is in the way of cutting a model so, and the instance in words; None if nothing is."""
+    """Why a model cannot be cut so, and the instance in words; None if it can."""
     for what, size in (
         ("heads", shape.heads),
         ("feed-forward width", shape.inner),
@@ -137,7 +138,7 @@ def search(shape: Shape, cluster: Cluster, rows: int, precision: str = "fp16") -
 
 
 def require_plans(found: Search, cluster: Cluster, rows: int) -> Search:
-    """The search itself. Raises InputError saying what is in the way where nothing is feasible."""
+    """The search itself. Raises InputError with the reason where nothing is feasible."""
     if found.plans:
         return found
     if found.nearest is not None:

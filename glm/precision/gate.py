@@ -1,6 +1,6 @@
-"""Attention's output gated by head, ``y = s(z) m``, s the logistic function: by the compiled kernel (gate.c) or torch operations.
+"""Gates attention's output by head, ``y = s(z) m``, s the logistic function: by the compiled kernel (gate.c) or torch operations.
 
-In torch operations it took 4 % of a small model's step, in passes over what is a thirtieth of a step's numbers.
+Torch operations took 4 % of a small model's step for it, in passes over a thirtieth of a step's numbers.
 
 Limits of the kernel: fp32 on a CPU, no double backward, not under torch.compile.
 """
@@ -23,7 +23,7 @@ _SOURCE = Path(__file__).with_name("gate.c")
 
 @functools.cache
 def kernel() -> ctypes.CDLL | None:
-    """The loaded kernel; None where it cannot be had."""
+    """The loaded kernel; None where it is not available."""
     return loaded(
         _SOURCE,
         {

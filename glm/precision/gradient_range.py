@@ -1,4 +1,4 @@
-"""How a half-precision gradient uses its format: how much of it overflowed, vanished or lost bits.
+"""How a half-precision gradient uses its format: how much overflowed, vanished or lost bits.
 
 Per tensor, over the *scaled* gradient as backward left it:
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements up to which tensors are counted together.
+# Up to so many elements, tensors are counted together.
 SMALL = 1 << 16
 
 
@@ -42,7 +42,7 @@ def gradient_range(gradients: Iterable[Tensor]) -> GradientRange:
 
 
 def count_all(gradients: Iterable[Tensor]) -> tuple[int, Tensor | None]:
-    """Elements of all tensors together, and [3] their counts as of ``count_elements``, on the device; None where there is none."""
+    """Elements of all tensors together, and their counts [3] as of ``count_elements``, on the device; None where there is none."""
     together: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     elements, counts = 0, []
     for gradient in gradients:

@@ -1,5 +1,6 @@
-"""Whether this processor has units for products of half numbers, by its list of instructions and never by timing: the same machine
-always takes the same path, so a run can be repeated bit for bit."""
+"""Whether this processor has units for products of half numbers: from its list of instructions and never from timing, so that the
+same machine always takes the same path, and a run repeats bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -40,5 +41,5 @@ def multiplies_natively(dtype: torch.dtype) -> bool:
 
 
 def upcasts(x: Tensor) -> bool:
-    """Whether products of tensors like ``x`` are computed in fp32 and rounded."""
+    """Whether we compute products of tensors like ``x`` in fp32 and round them."""
     return x.dtype in HALF_DTYPES and x.device.type == "cpu" and not multiplies_natively(x.dtype)

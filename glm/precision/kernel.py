@@ -1,11 +1,12 @@
 """The compiled kernel (kernel.c): attention over heads, gated GELU, losses of logits, gradients of weights; on a CPU.
 
 For small models torch's batched products of 16-wide heads run at a fifth of the processor's speed, and every pass over the scores
-or over what a feed-forward layer raises costs as much as the products do. Built at first use (``glm.c_compiler``). Without a
-compiler, or with ``STABILITYLAB_NATIVE=0``, the torch operations of ``matmul`` compute the same up to rounding, and a step of
-glm-tiny takes half as long again, which is said once; which of the two is a matter of the machine, not of the moment.
+or over the inner tensors of a feed-forward layer costs as much as the products do. The first use builds the kernel
+(``glm.c_compiler``). Without a compiler, or with ``STABILITYLAB_NATIVE=0``, the torch operations of ``matmul`` compute the same up
+to rounding, and a step of glm-tiny takes half as long again, which the log says once. The machine decides which of the two runs,
+not the moment.
 
-Attention and gated GELU take half formats as well where the CPU has no units for them: computed in fp32, and rounded where a half
+Attention and gated GELU take half formats as well where the CPU has no units for them: they compute in fp32, and round where a half
 kernel would round.
 
 Shapes: B rows, T tokens, H heads, D dimensions a head; G groups of R turned pairs (``glm.model.positions``).
@@ -34,7 +35,7 @@ from glm.precision.recomputed import with_recipe
 _log = logging.getLogger("glm")
 _SOURCE = Path(__file__).with_name("kernel.c")
 _FLAGS = ("-std=gnu11", "-ffp-contract=fast")
-# The kernel's BLOCK: queries whose scores are at hand together.
+# The kernel's BLOCK: queries whose scores it holds together.
 _BLOCK = 48
 _SLOWER = "torch operations train on this processor, and a step of a small model takes half as long again"
 # Columns of a product that the kernel wants at least, whatever the processor.
@@ -44,7 +45,7 @@ _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class _Attention(ctypes.Structure):
-    """One call; the fields are explained in attention.h."""
+    """One call; attention.h explains the fields."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "width")),
@@ -61,7 +62,7 @@ class _Attention(ctypes.Structure):
 
 @functools.cache
 def kernel() -> ctypes.CDLL | None:
-    """The loaded kernel; None where it cannot be had."""
+    """The loaded kernel; None where it is not available."""
     if switched_off():
         _log.warning("%s=0: %s", SWITCH, _SLOWER)
         return None
@@ -126,7 +127,7 @@ def attention(
         qkv_BT3HD: queries, keys and values.
         turned: cosines and sines of R, [B or 1, 1, T, G, R] each; None: no rotation.
         bias: [B or 1, H or 1, T, T]; it gets no gradient.
-        largest_BH: fp32; filled with the largest score of each row and head. None: not wanted.
+        largest_BH: fp32; filled with the largest score of each row and head. None: not needed.
     """
     mixed: Tensor = _Heads.apply(qkv_BT3HD, turned, bias, scale, divisor, largest_BH)  # type: ignore[no-untyped-call]
     return mixed
@@ -187,7 +188,7 @@ def _gate_and_cumulated(raised: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _GateAgain:
-    """Gated GELU on the way back, first for the layer behind it, then for its own gradient: computed once for both."""
+    """Gated GELU in the backward pass, computed once for two uses: the next layer's, then its own gradient's."""
 
     def __init__(self) -> None:
         self._cumulated: Tensor | None = None
@@ -266,7 +267,7 @@ class _Heads(torch.autograd.Function):
         tensors = qkv.float(), cosine, sine, bias.float(), weights_BHTT, mixed_BTHD, seen
         _run("glm_attention", *tensors, scale, divisor, largest=largest_BH)
         mixed_BTC = mixed_BTHD.view(B, T, H * D).to(qkv.dtype)
-        # In half formats the way back does without it.
+        # In half formats the backward pass does not need it.
         kept = mixed_BTHD if qkv.dtype == torch.float32 else None
         ctx.save_for_backward(qkv, cosine, sine, weights_BHTT, kept, seen)
         ctx.factors = scale, divisor

@@ -1,17 +1,17 @@
 """Dynamic loss scaling: keep fp16 gradients between underflow and overflow.
 
-The loss is multiplied by a scale s before backward, gradients are divided by s in fp32 before the optimizer. fp16 holds 6e-8 to
-65,504, so s must lift small gradients over the lower end without pushing large ones over the upper:
+Training multiplies the loss by a scale s before backward, and divides gradients by s in fp32 before the optimizer. fp16 holds 6e-8
+to 65,504, so s must lift small gradients over the lower end without pushing large ones over the upper:
 
     gradient overflowed:  skip the update; use up one unit of hysteresis, and once it is used up s <- max(s / 2, minimum)
     no overflow:          after every ``window`` updates counted from the last overflow, s <- 2 s and hysteresis is refilled
 
 Source: Micikevicius et al. (1710.03740, section 3.2); the state machine is that of DeepSpeed's dynamic scaler with GLM-130B's
-values (initial 2^16, hysteresis 2, minimum 1; window 2000 in the paper, 200 in its launch configuration). A window is counted as
-torch's GradScaler does; DeepSpeed 0.19 waits one update longer.
+values (initial 2^16, hysteresis 2, minimum 1; window 2000 in the paper, 200 in its launch configuration). A window counts updates
+as torch's GradScaler does; DeepSpeed 0.19 waits one update longer.
 
-A scale that keeps falling is the collapse that preceded GLM-130B's loss explosion by 30 steps: ``collapsed`` says that the scale
-stands at its minimum and the gradient overflows all the same, so nothing is left to lower.
+A scale that keeps falling is the collapse that preceded GLM-130B's loss explosion by 30 steps: ``collapsed`` says that the scale is
+at its minimum and the gradient overflows all the same, so nothing is left to lower.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class LossScaler:
         self.collapsed = False
 
     def update(self, overflow: bool) -> float:
-        """Take note of one step's outcome and return the scale of the next.
+        """Note one step's outcome and return the scale of the next.
 
         Args:
-            overflow: whether any gradient element was infinite or NaN, so that the update was skipped.
+            overflow: whether any gradient element was infinite or NaN, so that the engine skipped the update.
         """
         if overflow:
             self.collapsed = self.scale <= self.config.minimum

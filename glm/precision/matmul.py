@@ -2,28 +2,28 @@
 
 A tensor core multiplies half operands, accumulates in fp32 and rounds the result to half once. A CPU with the matching instructions
 (AMX, AVX512-BF16, AVX512-FP16) does the same natively. One without them falls into scalar code that is several times slower than
-its own fp32 product. There we do by hand what the tensor core does: upcast the operands, multiply in fp32, round once. The rule
-looks at CPU capability flags, never at timings, so the same machine always takes the same path and a run can be repeated bit for
+its own fp32 product. There this module does what the tensor core does: it upcasts the operands, multiplies in fp32 and rounds once.
+The rule looks at CPU capability flags, never at timings, so the same machine always takes the same path and a run repeats bit for
 bit.
 
 Rounding: with unit roundoff u of the half format and v = 2^-24 of fp32, a product over n terms satisfies
 |y - exact| <= u |y| + n v sum |a_i b_i| to first order, plus half the smallest subnormal where y is tiny.
 
-``attention_scores`` and ``softmax_matmul`` are the two halves of attention under the same rule: the softmax is in fp32, and what it
-weighs the values with is an operand, hence half. Upcast, its backward pass keeps those half weights and nothing else of the scores'
-size. On a CPU whatever has the size of the scores costs as much as the products, so it is passed over as seldom as can be:
-constants are multiplied into queries and keys, and what the softmax takes off its gradient is a product of outputs (FlashAttention,
-2205.14135, appendix B.4):
+``attention_scores`` and ``softmax_matmul`` are the two halves of attention under the same rule: the softmax is in fp32, and its
+weights on the values are an operand, hence half. Where it upcasts, the backward pass keeps those half weights and nothing else of
+the scores' size. On a CPU each pass over a tensor of the scores' size costs as much as the products, so there are as few as
+possible: queries and keys take up constants, and the term that the softmax subtracts from its gradient is a product of outputs
+(FlashAttention, 2205.14135, appendix B.4):
 
     S = c q k' + bias,  Y = P V,  P = softmax(S)
     dV = P' dY,   dP = dY V',   dS = P * (dP - sum_j P dP),   sum_j P dP = sum_d dY Y,   dq = c dS k,   dk = dS' (c q)
 
-fp32 products of matrices on a CPU are oneDNN's, whose kernels use the widest vectors of every maker's CPU. torch's default, MKL,
-does so on its own maker's only: for the matrices of a small model on an AMD CPU it takes one and a half to three times as long.
-Gradients of weights, sums over all tokens, are the compiled kernel's where there is one (``kernel``).
+oneDNN computes fp32 products of matrices on a CPU; its kernels use the widest vectors of every maker's CPU. torch's default, MKL,
+does so on its own maker's only: for the matrices of a small model on an AMD CPU it takes one and a half to three times as long. The
+compiled kernel, where there is one (``kernel``), computes gradients of weights, sums over all tokens.
 
-Limits: on other devices and on capable CPUs the products are the plain torch calls, so the result is whatever that library rounds.
-Double backward is supported in fp64 on a CPU only, and on other devices.
+Limits: on other devices and on capable CPUs the products are the plain torch calls, and round as that library does. Double backward
+works in fp64 on a CPU only, and on other devices.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x without gaps between its rows or columns: for a part of a wider matrix oneDNN has reference code only, 500 times slower."""
+    """x without gaps between rows or columns: for a part of a wider matrix oneDNN has only reference code, 500 times slower."""
     return x if x.is_contiguous() or (x.dim() == 2 and x.t().is_contiguous()) else x.contiguous()
 
 
@@ -87,7 +87,7 @@ def matmul(a: Tensor, b: Tensor, *, widen: bool = False) -> Tensor:
     """Batched ``a @ b`` (equal leading shapes) with fp32 accumulation and one rounding.
 
     Args:
-        widen: hand the rounded result on in fp32 (or wider), for arithmetic that must not be in half precision.
+        widen: return the rounded result in fp32 (or wider), for arithmetic that must not be in half precision.
     """
     if upcasts(a) and b.dtype == a.dtype:
         result: Tensor = _UpcastMatmul.apply(a, b, widen)  # type: ignore[no-untyped-call]
@@ -97,7 +97,7 @@ def matmul(a: Tensor, b: Tensor, *, widen: bool = False) -> Tensor:
 
 
 def attention_scores(q: Tensor, k: Tensor, bias: Tensor, scale: float, divisor: float) -> Tensor:
-    """``divisor * ((scale * q) k') + bias`` in fp32 (or wider); the product is rounded to the format of q and k before.
+    """``divisor * ((scale * q) k') + bias`` in fp32 (or wider), after rounding the product to the format of q and k.
 
     Args:
         q: [..., queries, width], ``k``: [..., keys, width], equal leading shapes.
@@ -125,13 +125,13 @@ def softmax_matmul(scores: Tensor, values: Tensor) -> Tensor:
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """``softmax(q k' / sqrt(D) + bias) v`` without holding the scores; in fp32, rounded once, where half products are.
+    """``softmax(q k' / sqrt(D) + bias) v`` without holding the scores; in fp32 and rounded once where half products are.
 
-    Where it upcasts, its backward pass keeps q, k, v and the result in fp32, and the weights on v are not rounded.
+    Where it upcasts, its backward pass keeps q, k, v and the result in fp32, and does not round the weights on v.
 
     Args:
         q: [B, H, T, D], ``k``, ``v``: [B, H, S, D].
-        bias: added to the scores, in the format they are computed in; None: causal.
+        bias: added to the scores, in their compute format; None: causal.
     """
     dtype = q.dtype
     if upcasts(q):
@@ -147,7 +147,7 @@ def wide_product_of_rows(a: Tensor, b: Tensor) -> Tensor:
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of matrices, handed on in fp32 (or wider) as it was accumulated: the result is not rounded to half."""
+    """``a @ b`` of matrices in fp32 (or wider), as accumulated and not rounded to half."""
     if a.dtype not in HALF_DTYPES:
         return _onednn(a, b.t()) if _is_onednns(a) and b.numel() else a @ b
     if a.device.type == "cuda":
@@ -175,7 +175,7 @@ class _OneDnnLinear(torch.autograd.Function):
             x_NI = x.reshape(-1, weight.shape[1])
             if sums_weights(grad_NO, x_NI):
                 return grad_x, *weight_gradient(grad_NO, x_NI, bias=ctx.needs_input_grad[2]), None
-            # x' g rather than g' x: the kernels like the longer side in their vectors.
+            # x' g rather than g' x: the kernels are faster with the longer side in their vectors.
             grad_weight = _onednn(x_NI.t(), grad_NO.t()).t()
         if ctx.needs_input_grad[2]:
             grad_bias = grad_NO.sum(0)
@@ -224,7 +224,7 @@ class _UpcastMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         a, b = ctx.saved_tensors
-        # A widened result's gradient is an operand here, hence half, as it is where half products are native.
+        # A widened result's gradient is an operand here, hence half, as where half products are native.
         wide = grad.to(a.dtype).float()
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:

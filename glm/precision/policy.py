@@ -1,4 +1,4 @@
-"""Which number format holds what, by the name of a precision.
+"""Which number format holds which tensors, by the name of a precision.
 
 | | weights, activations, gradients | masters, moments | gradient accumulation | loss scale |
 | --- | --- | --- | --- | --- |
@@ -7,9 +7,9 @@
 | bf16 | bf16 | fp32 | fp32 | none |
 
 Source: mixed precision training (Micikevicius et al., 1710.03740) as GLM-130B ran it (2210.02414, section 3). bf16 accumulates in
-fp32 because eight significant bits lose what a micro-batch adds. Between micro-batches that is 18 bytes a parameter where fp16 has
-16, 12.5 % more; at the end of a backward pass, when the half gradient is there too, 25 %. The paper says about 15 %, without the
-account (``python -m experiments.benchmarks memory``).
+fp32 because eight significant bits lose what a micro-batch adds. Between micro-batches it takes 18 bytes a parameter where fp16
+takes 16, 12.5 % more; at the end of a backward pass, with the half gradient there too, 25 %. The paper says about 15 %, without a
+calculation (``python -m experiments.benchmarks memory``).
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class PrecisionPolicy:
 
     @property
     def accumulates_in_fp32(self) -> bool:
-        """Whether gradients of micro-batches are added up in an fp32 buffer beside the half gradient."""
+        """Whether an fp32 buffer beside the half gradient accumulates the gradients of micro-batches."""
         return self.precision == "bf16"
 
     @property
     def scales_loss(self) -> bool:
-        """Whether the loss is multiplied by a dynamic scale before backward."""
+        """Whether a dynamic scale multiplies the loss before backward."""
         return self.precision == "fp16"
 
     def cast(self, model: ModuleT) -> ModuleT:
@@ -67,7 +67,7 @@ class PrecisionPolicy:
 def cast_parameters(model: ModuleT, dtype: torch.dtype) -> ModuleT:
     """Bring a model's floating-point parameters into a format, in place.
 
-    What it remembers beside them stays as it is: a router's bias moves by a thousandth an update, which bf16 rounds off from .5 on.
+    Its buffers stay as they are: a router's bias moves by a thousandth per update, which bf16 rounds off from .5 on.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():

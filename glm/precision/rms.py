@@ -1,7 +1,7 @@
 """RMSNorm: ``g x / sqrt(mean x^2 + eps)`` over the last dimension, by the compiled kernel (rms.c) or by torch operations.
 
 torch has one fused kernel for LayerNorm on a CPU and none for RMSNorm, whose eight passes made it the slower of the two. Both ways
-compute in fp32 and agree up to rounding; which of them is a matter of the machine, not of the moment.
+compute in fp32 and agree up to rounding; the machine decides which of them runs, not the moment.
 
 Limits of the kernel: fp32 on a CPU, no double backward, not under torch.compile.
 """
@@ -25,7 +25,7 @@ _SOURCE = Path(__file__).with_name("rms.c")
 
 @functools.cache
 def kernel() -> ctypes.CDLL | None:
-    """The loaded kernel; None where it cannot be had."""
+    """The loaded kernel; None where it is not available."""
     return loaded(
         _SOURCE,
         {
