@@ -1,10 +1,10 @@
-"""Aim's repositories, read by Aim's own package (3.29; the data are RocksDB's, which only it opens).
+"""Reads Aim's repositories with Aim's own package (3.29; only it opens the RocksDB data).
 
     repo/.aim/meta/chunks/RUN     contexts, and of each metric its name and the version of its steps
     repo/.aim/seqs/chunks/RUN     the values; version 1: the index is the step; version 2: steps stand beside them
 
-Each run's own database is asked. Aim itself asks an index, which does not hold a run that has just been closed until Aim's page or
-``aim storage reindex`` makes it. Aim's measurements of the machine (``__system__...``) are left out.
+The reader asks each run's own database. Aim itself asks an index, which lacks a run just closed until Aim's page or ``aim storage
+reindex`` adds it. The reader leaves out Aim's measurements of the machine (``__system__...``).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from stabilitylab.logs.reading import Reading, Row
 
 
 def aim_repository(path: Path) -> Path | None:
-    """The folder that holds ``.aim``; None: it is no repository of Aim's."""
+    """The folder that holds ``.aim``; None: no Aim repository."""
     if path.name == ".aim" and (path / "meta").is_dir():
         return path.parent
     return path if (path / ".aim" / "meta").is_dir() else None
 
 
 def read_aim(folder: Path) -> Reading:
-    """Every run of a repository, each a part.
+    """Every run of a repository, each as a part.
 
     Raises:
-        InputError: Aim is not installed, or does not open it.
+        InputError: Aim is not installed, or cannot open the repository.
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,9 +1,9 @@
-"""Lines of any trainer: those in which a loss of training is named (``line_numbers`` tells what else stands in them).
+"""Lines of any trainer that name a training loss (``line_numbers`` reads what else they hold).
 
     2026-03-01 10:00:01 | INFO | step 12/300 | loss 2.31 | grad norm 0.9
     Epoch: [1][ 20/100]  Loss 2.3e+00 (2.4e+00)  lr: 1e-4
 
-A line of validation alone is no record, and is counted.
+A line of validation alone is no record; the reader counts it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from stabilitylab.logs.languages import in_english
 from stabilitylab.logs.line_numbers import NO_LOSS, OF, named, placed
 from stabilitylab.logs.pattern import ABOVE, LineValues, TextFormat
 
-# Words that make a line one of validation, where they stand before its first loss and no training does.
+# Words that make a line one of validation, where they stand before its first loss and no word of training does.
 _OF_VALIDATION = re.compile(
     r"(?:^|[\s\[(|:])(?:eval|evaluation|evaluating|valid|validation|validate|validating|val|test|testing|dev|development)\b(?![./_=-]\w)"
     r"|^\s*\w+_(?:eval|val|valid|validation|test|dev)\b",
     re.IGNORECASE,
 )
-# What follows them where they are no logger's name.
+# What follows them where they are not a logger's name.
 _OF_WHAT = re.compile(r" (?:epoch|set|loss|error|results?|metrics|avg|average|mean)\b", re.IGNORECASE)
 # "Validation:", "--- Test results ---", "Val Epoch [3/10]" on a line of its own; the first group is training's.
 HEADING = re.compile(
@@ -32,14 +32,14 @@ HEADING = re.compile(
     rb"(?:epoch\W*\d+(?:\W*\d+)?)?[\])]?[ \t:.=*#-]*\r?$)"
 )
 MAY_HEAD = (b"train", b"val", b"test")  # and evaluation
-RIGHT_ABOVE = 2  # a heading of validation is above, and nothing stands between
+RIGHT_ABOVE = 2  # a heading of validation stands right above
 _OF_TRAINING = re.compile(r"train", re.IGNORECASE)
 _LOSS = re.compile(r"loss|xent|nll", re.IGNORECASE)
 _INFO = b" Info: "
 _INFO_LINES = re.compile("(?m:^(?:\\[|┌) Info: .*$(?:\\n(?:│|└) .*$)*)".encode())
 _INFO_GOES_ON = re.compile("\\r?\\n(?:│|└)[ \\t]+(?=\\w+ = )".encode())
 _FLOAT32 = re.compile(rb"(?<![\w.])([-+]?\d+\.\d+)f(?=[-+]?\d+\b)")
-# What is remembered of the line before, and no number of the log.
+# Remembered from the line before; no number of the log.
 _LAST, _EPOCHS, _MOVES, _GAP = "\0last", "\0epochs", "\0moves", "\0gap"
 
 
@@ -48,13 +48,13 @@ class AnyText(TextFormat):
     """The format of a text that no known trainer prints.
 
     Attributes:
-        strict: leave out lines that say before the loss that they are of validation ("Test: [3/40] Loss 2.1").
+        strict: leave out lines that name validation before the loss ("Test: [3/40] Loss 2.1").
     """
 
     strict: bool = True
 
     def read(self, line: str) -> LineValues | None:
-        """The numbers of one line; None: it holds no loss."""
+        """The numbers of a line; None: it holds no loss."""
         line, values = named(line)
         losses = [name for name in values if is_loss(name) and not NO_LOSS.search(name)]
         if not losses:
@@ -65,7 +65,8 @@ class AnyText(TextFormat):
 
 
 def prepared(chunk: bytes) -> bytes:
-    """The piece with Julia's records of several lines on one: ``@info "Epoch 3" loss lr``, whose Float32 are 2.31f0."""
+    """The piece with each of Julia's records of several lines on one line: ``@info "Epoch 3" loss lr``, whose Float32 are
+    2.31f0."""
     if _INFO not in chunk:
         return chunk
     lines = _INFO_LINES.sub(lambda m: _FLOAT32.sub(rb"\1e", m[0]), chunk)
@@ -73,14 +74,14 @@ def prepared(chunk: bytes) -> bytes:
 
 
 def prepared_english(chunk: bytes) -> bytes:
-    """The same of a text in another language."""
+    """The same for a text in another language."""
     return in_english(prepared(chunk).decode("utf-8", "replace")).encode()
 
 
 class LogSigns:
-    """Whether lines with a loss in them are a log: a sentence, a setting or a trace of the stack names one, too.
+    """Whether lines with a loss are a log, since a sentence, a setting or a stack trace names one too.
 
-    Three lines of one loss that takes two values at least, or two lines whose counter goes on.
+    A log has three lines of one loss with a counter or two different values, or two lines whose counter goes on.
     """
 
     LINES = 3
@@ -91,7 +92,7 @@ class LogSigns:
         self._counted: float | None = None
 
     def suffices(self, values: LineValues) -> bool:
-        """Take one line's numbers; whether there is enough now."""
+        """Take a line's numbers; returns whether the lines so far are a log."""
         self.lines += 1
         counter = next((values[n] for n in values if counter_of(n)), None)
         goes_on = counter is not None and self._counted is not None and counter > self._counted
@@ -108,7 +109,7 @@ class LogSigns:
 
 
 def counted_on(values: LineValues, before: LineValues) -> LineValues:
-    """A bar that begins again after it was full is the next epoch's; bars that are always full count nothing."""
+    """Count on where a full bar begins again, in the next epoch; bars that are always full count nothing."""
     if OF not in values and OF not in before and _LAST not in before:
         return values
     length, step = values.get(OF), values.get("step")
@@ -123,7 +124,7 @@ def counted_on(values: LineValues, before: LineValues) -> LineValues:
     moves = bool(before.get(_MOVES)) or step < length
     gap = before.get(_GAP) or 0.0
     if last is not None and step < last:
-        # It was full, or the next would have been beyond its end.
+        # The bar was full, or its next value would have been past the end.
         if before.get(OF) == length and last + gap >= length > step and "epoch" not in values:
             epochs += 1
     elif last is not None:
@@ -134,7 +135,7 @@ def counted_on(values: LineValues, before: LineValues) -> LineValues:
 
 
 def is_of_validation(line: str, strict: bool = True) -> bool:
-    """Whether a line says before its loss that it is of validation. Not ``strict``: so that no logger's name does."""
+    """Whether a line names validation before its loss. Without ``strict``, only where that is not a logger's name."""
     loss = _LOSS.search(line)
     before = line[: loss.start()] if loss else line
     said = _OF_VALIDATION.search(before)
@@ -152,5 +153,5 @@ ANY_TEXT = AnyText(
     above=ABOVE,
     words=(b"loss", b"xent", b"nll"),
 )
-# Where every line says so, it is no more than a logger's name.
+# Where every line names validation, it is only a logger's name.
 ANY_LINE = replace(ANY_TEXT, strict=False)

@@ -1,4 +1,4 @@
-"""What a file is that is not read: named in one line, with the way out. Nothing of it is executed."""
+"""Names, in one line with the way out, the kind of a file that stabilitylab does not read. It executes nothing of the file."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _STARTS = (
 
 
 class NoLogError(InputError):
-    """A file of a known kind that is no log, and that no waiting turns into one."""
+    """A file of a known kind that is no log, and that will not become one."""
 
 
 def binary_error(name: str, head: bytes) -> InputError:
-    """What to say of a file with these first bytes."""
+    """The error for a file with these first bytes."""
     kind = binary_kind(head)
-    if ":" in kind:  # it says what to do itself
+    if ":" in kind:  # the kind itself says what to do
         return NoLogError(f"{name} is {kind}")
     said = f"{name} is {kind}: export the run as CSV or JSON lines"
     return InputError(said) if kind == _UNKNOWN else NoLogError(said)
 
 
 def binary_kind(head: bytes) -> str:
-    """What these first bytes are of, with its article."""
+    """The kind of file that begins with these bytes, with its article."""
     for start, kind in _STARTS:
         if head.startswith(start):
             return kind
@@ -49,7 +49,7 @@ def binary_kind(head: bytes) -> str:
 
 
 def one_in_zip(path: Path) -> tuple[str | None, str]:
-    """The one file in a zip archive; or None and what the archive is instead."""
+    """The one file in a zip archive, or None and the kind of the archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]

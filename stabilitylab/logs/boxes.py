@@ -1,4 +1,4 @@
-"""Records that are printed as boxes, one name and one number a row: Stable-Baselines, Spinning Up, own scripts with tabulate.
+"""Records printed as boxes, one name and one number per row: Stable-Baselines, Spinning Up, own scripts with tabulate.
 
     -----------------------------
     | train/          |         |        a heading: rows indented below it are train/...
@@ -6,8 +6,8 @@
     |    n_updates    | 18      |
     -----------------------------
 
-A box is a record; it ends at a line that is neither row nor rule, or where a name comes again (rules between all rows are none
-between boxes). Sources: stable_baselines3/common/logger.py HumanOutputFormat (2.x), spinup/utils/logx.py.
+A box is a record. It ends at a line that is neither row nor rule, or where a name comes again (rules between all rows do not
+separate boxes). Sources: stable_baselines3/common/logger.py HumanOutputFormat (2.x), spinup/utils/logx.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import LogFile
 
 _ROW = re.compile(r"^\s*[|│┃](\s*)([A-Za-z][^|│┃]*?)\s*[|│┃]\s*([^|│┃]*?)\s*[|│┃]\s*$")
-# Ray: one cell, the number parted by blanks
+# Ray: one cell, blanks before the number
 _CELL = re.compile(r"^\s*[|│┃](\s*)([A-Za-z][\w./-]*)\s{2,}([^\s|│┃]+)\s*[|│┃]\s*$")
 _RULE = re.compile(r"^\s*[-+=|─━═┌┬┐├┼┤└┴┘╭╮╰╯┏┳┓┗┻┛┡╇┩│]{5,}\s*$")
 _BARS = (b"|", "│".encode(), "┃".encode())
@@ -30,12 +30,12 @@ _SEEK = re.compile(rb"[\r\n][ \t]*(?:\||\xe2\x94[\x82\x83])[^\r\n]*[lL][oO][sS][
 
 
 def read_boxes(source: LogFile) -> Reading | None:
-    """The boxes; None: fewer than two of them hold a loss."""
+    """The boxes; None where fewer than two hold a loss."""
     reading = Reading(
         format="boxes",
         rows=lambda: text_rows(source, reading),
         pieces=BoxPieces,
-        # Of reinforcement learning the policy's.
+        # For reinforcement learning, the policy's.
         losses=("train/loss", "loss", "LossPi"),
     )
     found = 0
@@ -52,13 +52,13 @@ def read_boxes(source: LogFile) -> Reading | None:
 
 
 class BoxPieces:
-    """Boxes out of the text around them."""
+    """Takes boxes out of the text around them."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {"held": {}, "heading": ""}
 
     def take(self, piece: bytes) -> Iterator[Row]:
-        """The boxes that are complete."""
+        """The complete boxes."""
         if not self.state["held"] and not any(bar in piece for bar in _BARS):
             return
         for line in piece.splitlines():

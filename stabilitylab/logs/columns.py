@@ -1,9 +1,9 @@
-"""Which of a log's columns is the loss, the gradient norm, the step...: by their names, as a person would choose.
+"""Chooses a log's loss, gradient norm, step and other columns by their names, as a person would.
 
-Names are compared in lower case with ``/``, ``-`` and blanks as ``_`` and without a leading ``train_``; where none fits as a whole,
-by their last part (``learning/loss``). The names of each signal, best first, are ``_NAMES`` below, and in docs/logs.md. Losses are
-chosen as a person would: training before everything else (columns of validation are never the training loss), the total before its
-parts, ``_step`` before ``_epoch``, a curve before the average at the end.
+It compares names in lower case with ``/``, ``-`` and blanks as ``_`` and without a leading ``train_``; where none fits as a whole,
+by their last part (``learning/loss``). ``_NAMES`` below, and docs/logs.md, list each signal's names, best first. Among losses it
+prefers training to everything else (columns of validation are never the training loss), the total to its parts, ``_step`` to
+``_epoch``, and a curve to the average at the end.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
         *("it", "update", "updates", "num_steps", "nupdates", "global_steps", "opt_step", "optimizer_steps"),
         *("itr", "iter_num", "num_iter", "n_iter", "step_num", "step_count", "learner_steps"),
         *("batch", "batch_idx", "minibatch"),
-        # Of reinforcement learning: steps of the environment before iterations.
+        # Reinforcement learning: steps of the environment before iterations.
         *(
             "total_timesteps",
             "timesteps_total",
@@ -125,10 +125,10 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     BATCH_SIZE: ("batch_size", "global_batch_size"),
     DATA_PHASE: ("data_phase", "curriculum_step", "curriculum_seqlen", "sequence_length", "seq_length"),
 }
-_POLICY_LOSSES = ("policy_loss", "pg_loss", "actor_loss")  # of reinforcement learning, beside the value's
-# Those that also count behind a path (time/total_timesteps); a "step" may be anything's.
+_POLICY_LOSSES = ("policy_loss", "pg_loss", "actor_loss")  # of reinforcement learning, beside the value loss
+# Names that also count behind a path (time/total_timesteps); a "step" may belong to anything.
 _STEP_TAILS = frozenset({"total_timesteps", "global_step", "num_updates"})
-# Where none of those names is there: optim/LR (group 0), x/lr0, optim0_lr0, lr-DecoupledAdamW/group0; actor_grad_norm.
+# Without any of those names: optim/LR (group 0), x/lr0, optim0_lr0, lr-DecoupledAdamW/group0; actor_grad_norm.
 _LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
     LEARNING_RATE: (
         re.compile(r"(^|_)(lrs?|lrc|learning_?rates?|lrate|l_r)\d*(_|$)"),
@@ -139,28 +139,28 @@ _LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
         re.compile(r"layer|block|bias|weight|clipped|ratio|coef|\d$"),
     ),
 }
-_MOST_OFFERED = 8  # more columns are listed, and none proposed
-_MOST_ALIKE = 4  # more of them are a norm for each layer
+_MOST_OFFERED = 8  # with more columns the error lists them and proposes none
+_MOST_ALIKE = 4  # more would be one norm per layer
 _OTHER_LOSSES = frozenset(
     {"xent", "nll", "cross_entropy", "crossentropy", "train_xent", "train_nll"}
-)  # that do not say so
+)  # without saying so
 _COUNTERS = frozenset({*_NAMES[STEP], "epoch", "epochs"})
 EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
 _BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel's curve
 _SCALE = re.compile(r"loss_scal|scale$")
 _SETTING = re.compile(r"(config|hparams?|args|hyperparameters)[/.]")
-# Of several losses: averages beside the loss itself; and beside the policy's whatever else is optimised with it.
+# Dropped from several losses: averages beside the loss itself; beside the policy's, whatever else is optimised with it.
 _TOTAL = re.compile(r"(^|_)(total|overall|combined|all)(_|$)")
 _ELBO = re.compile(r"(^|_)elbo(_|$)")
 _AVERAGE = re.compile(r"(^|_)(avg|average|mean|running|ema|smoothed|best|min|max|epoch)(_|$)")
 _BEST = re.compile(r"(^|_)(best|min|max|lowest)(_|$)")
 _OF_TARGETS = frozenset({"ce_loss", "cross_entropy_loss", "crossentropyloss", "nll_loss"})
-# Terms that steady a model, beside which the cross-entropy is the loss.
+# Terms that only steady a model: beside them the cross-entropy is the loss.
 _SMALL_TERM = re.compile(
     r"(^|_)(z|zloss|aux\w*|router|balanc\w*|load|lb|moe|mtp|reg\w*|penalty|entropy)(_|$)"
 )
 _POLICY = re.compile(r"(^|_)(policy|pg|actor|surrogate)(_|$)")
-# What a store keeps of a step's several values: their mean is the loss, the others are none.
+# A store's summaries of a step's several values: their mean is the loss, the others are not.
 _STATISTIC = re.compile(r"[/._](num|count|std|min|max|median|sum|variance)$", re.IGNORECASE)
 
 
@@ -173,18 +173,18 @@ def choose_columns(
     counts: Mapping[str, int] | None = None,
     fractions: Collection[str] = (),
 ) -> dict[str, str]:
-    """Which column is which signal.
+    """Signal -> its column.
 
     Args:
         names: the log's own names.
-        source: what messages call the log.
-        loss, step: names that were given.
-        counts: how many values each column holds, where that is known: an average at the end is then no loss
-            curve, and a column that most rows lack does not count steps.
-        fractions: columns that hold numbers which are not whole: they do not count steps, either.
+        source: the log's name in messages.
+        loss, step: names that the user gave.
+        counts: number of values in each column, where known: an average at the end is then no loss curve, and a column that most
+            rows lack does not count steps.
+        fractions: columns with numbers that are not whole: they do not count steps either.
 
     Raises:
-        InputError: no loss column, or several that could be; the columns there are are named.
+        InputError: no loss column, or several that could be; the message names the columns.
     """
     names = list(names)
     plain = {name: _plain(name) for name in names}
@@ -213,11 +213,11 @@ def choose_columns(
         if not found and signal in _LIKE:
             found = _alike(signal, names, plain)
         if signal == STEP:
-            # a "step" that is a fraction counts nothing beside another counter: it is how far one goes
+            # beside another counter, a "step" with fractions counts nothing: it is a step size
             alone = not any(counter_of(n) and n not in fractions for n in names)
             found = [n for n in found if n not in fractions or (plain[n] == "step" and alone)]
             found = [n for n in found if not counts or counts[n] * 2 > rows]
-            found.sort(key=lambda name: name == "_step")  # W&B's own counts calls of log()
+            found.sort(key=lambda name: name == "_step")  # W&B's own step counts calls of log()
         else:
             # actor/grad_norm beside actor/pg_loss, not critic/grad_norm
             found.sort(key=lambda name: _group(name) != _group(chosen[LOSS]))
@@ -230,11 +230,11 @@ def choose_columns(
 def _loss(
     names: Sequence[str], plain: Mapping[str, str], source: Path, counts: Mapping[str, int] | None
 ) -> str:
-    """The loss as a person would choose it: of training, in total, of each step."""
+    """The loss as a person would choose it: of training, the total, of each step."""
     named = [n for n in names if is_loss(n) and not _BOUND.search(n) and not _SCALE.search(plain[n])]
     found = [n for n in named if not is_evaluation(n)]
     found = [n for n in found if not _STATISTIC.search(n)] or found
-    if len(found) < len(named):  # "best loss" beside one of validation is the best of those
+    if len(found) < len(named):  # "best loss" beside a validation loss is the best of that
         found = [n for n in found if not _BEST.search(plain[n])]
     if counts and any(counts[n] for n in found):
         most = max(counts[n] for n in found)
@@ -251,7 +251,7 @@ def _loss(
             f"{source} has no loss column: its columns are {_list(names)}; name one with --loss{such}"
         )
     bounds = [n for n in names if _ELBO.search(plain[n]) and n not in named and not is_evaluation(n)]
-    if bounds and not any("loss" in plain[n] for n in found):  # a likelihood is a part of it
+    if bounds and not any("loss" in plain[n] for n in found):  # a likelihood is a part of the bound
         found += bounds
     totals = [n for n in found if _TOTAL.search(plain[n])]
     if len(totals) == 1 and _has_parts(found, plain):
@@ -283,23 +283,23 @@ def _loss(
 
 
 def _has_other_terms(found: Sequence[str], fit: Sequence[str], plain: Mapping[str, str]) -> bool:
-    """Whether a cross-entropy stands beside another term that is trained as much (a distillation, an overlap)."""
+    """Whether a cross-entropy stands beside another trained term of equal rank (a distillation, an overlap)."""
     return any(
         n not in fit and not _AVERAGE.search(plain[n]) and not _SMALL_TERM.search(plain[n]) for n in found
     )
 
 
 def _has_parts(found: Sequence[str], plain: Mapping[str, str]) -> bool:
-    """Whether a plain loss stands beside another term, so that a total is of both.
+    """Whether a plain loss stands beside another term, so that a total adds both.
 
-    ``loss`` and ``total_loss`` alone say no such thing: the second is as often the sum since the epoch began.
+    ``loss`` and ``total_loss`` alone do not show that: the second is as often the sum since the epoch began.
     """
     terms = [n for n in found if not _TOTAL.search(plain[n]) and not _AVERAGE.search(plain[n])]
     return len(terms) > 1 and any(plain[n] == "loss" for n in terms)
 
 
 def _alike(signal: str, names: Sequence[str], plain: Mapping[str, str]) -> list[str]:
-    """Columns that are the signal by a part of their name: none if there are many."""
+    """Columns that match the signal by a part of their name; none if many do."""
     like, unlike = _LIKE[signal]
     found = [
         n
@@ -314,7 +314,7 @@ def _alike(signal: str, names: Sequence[str], plain: Mapping[str, str]) -> list[
 
 
 def _group(name: str) -> str:
-    """What stands before a name's last part: ``actor/grad_norm``, ``actor_lr`` -> actor."""
+    """The part before a name's last: ``actor/grad_norm``, ``actor_lr`` -> actor."""
     before, sign, _ = name.rpartition("/")
     return before if sign else name.partition("_")[0]
 
@@ -331,18 +331,18 @@ def is_evaluation(name: str) -> bool:
 
 @lru_cache(4096)
 def is_loss(name: str) -> bool:
-    """Whether a name is one of a loss, of training or of anything else."""
+    """Whether a name is that of a loss, of training or anything else."""
     return "loss" in _english(name).lower() or _tail(name) in _OTHER_LOSSES
 
 
 def _english(name: str) -> str:
-    """A name of another language's letters as it would be in English."""
+    """The English for a name in another language's letters."""
     return name if name.isascii() else in_english(name)
 
 
 @lru_cache(4096)
 def counter_of(name: str) -> bool:
-    """Whether a name is one that counts steps, or epochs."""
+    """Whether a column of this name counts steps or epochs."""
     return _plain(name) in _COUNTERS
 
 

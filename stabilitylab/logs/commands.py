@@ -1,4 +1,4 @@
-"""``stabilitylab inspect``: what was understood of a log, without a judgement."""
+"""``stabilitylab inspect``: what stabilitylab understands of a log, without a judgement."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def inspect(
 
 
 def left_out_of(logs: list[Log]) -> Counter[str]:
-    """What was left out of all segments; those of one file count in one place."""
+    """Counts of what was left out of all segments; segments of one file share their counts."""
     total: Counter[str] = Counter()
     for counted in {id(log.left_out): log.left_out for log in logs}.values():
         total += counted

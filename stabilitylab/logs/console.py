@@ -1,10 +1,10 @@
-"""Text logs: what trainers print, found between whatever else is printed.
+"""Text logs: finds what trainers print among other output.
 
-The formats are a table (``console_formats``). The one whose records come first in a file is the file's; from then on only its
-trigger is looked for, in megabytes at once, so that a line in thousands costs little. Where no format of a known trainer occurs,
-lines with a step and a loss in them are taken (``any trainer``).
+The formats are a table (``console_formats``). A file has the format whose records come first in it; from then on the reader
+searches only for its trigger, megabytes at a time, so that a record among thousands of lines costs little. Where no known trainer's
+format occurs, it takes lines with a step and a loss (``any trainer``).
 
-Which rank printed a line is told by its prefix: ``[rank3]:``, ``[default7]:``, ``rank=3``.
+A line's prefix tells the rank that printed it: ``[rank3]:``, ``[default7]:``, ``rank=3``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _RANK = re.compile(
 )  # torchrun, loggers, Ray
 _RANK_WORD = re.compile(r"[rR](?:ank|ANK)|^\[|^\(")
 _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
-_TOLD = "\0told"  # the losses that have had the step above
+_TOLD = "\0told"  # the losses that already have the step above
 _HEADED = "\0headed"  # whether a heading of validation stands above
 _SIGNALS = {
     "epoch": re.compile(r"^epochs?$"),
@@ -49,20 +49,20 @@ _SIGNALS = {
 }
 _BACK = re.compile(rb"\x08+")
 _LINE_END = re.compile(rb"[\r\n]")
-_ABOVE = 2048  # so many bytes before a record are searched for a counter
-# So many pieces may come before the first record of a known trainer, if some line names a loss meanwhile.
+_ABOVE = 2048  # bytes before a record that are searched for a counter
+# Pieces that may come before the first record of a known trainer, if some line names a loss meanwhile.
 _PREFACE = 4
-# A format is the file's when so many of its lines are records.
+# A file has a format when so many of its lines are records.
 _ENOUGH = 3
-# A trigger that hits so often without a record is another format's word.
+# A trigger that hits so often without a record is a word of another format.
 _HITS = 4_000
 
 
 def read_console(source: LogFile, *, pattern: str | None = None) -> Reading | None:
-    """The file as a text log; None: no format's records are in it.
+    """The file as a text log; None where it holds no format's records.
 
     Raises:
-        InputError: the pattern that was given matches no line.
+        InputError: the given pattern matches no line.
     """
     if pattern is not None:
         for own in own_formats(pattern):
@@ -74,7 +74,7 @@ def read_console(source: LogFile, *, pattern: str | None = None) -> Reading | No
 
 
 def _any_text(source: LogFile, most: int | None = None) -> TextFormat | None:
-    """Any trainer's lines, where there are some; those of validation among them are left out if there are others."""
+    """Any trainer's lines, where there are some; without those of validation, if there are others."""
     evidence = LogSigns()
     seen = 0
     prepare = prepared_english if is_foreign(source.head().decode("utf-8", errors="replace")) else prepared
@@ -93,9 +93,9 @@ def _any_text(source: LogFile, most: int | None = None) -> TextFormat | None:
 
 
 def _first(source: LogFile, formats: Sequence[TextFormat], *, enough: int) -> TextFormat | None:
-    """The format with the most records in the first piece of the file that holds enough of one; or the best of all."""
+    """The format with the most records in the first piece of the file that holds enough of one; else the best of all pieces."""
     total = [0] * len(formats)
-    others: list[TextFormat] = []  # those whose trigger is another format's word
+    others: list[TextFormat] = []  # formats whose trigger is a word of another format
     for count, chunk in enumerate(source.chunks()):
         for i, one in enumerate(formats):
             if total[i] == 0 and one in others:
@@ -141,18 +141,18 @@ class ConsolePieces:
 
     Args:
         one: the format.
-        reading: where what is left out is counted.
+        reading: counts what is left out.
     """
 
     def __init__(self, one: TextFormat, reading: Reading) -> None:
         self._one, self._reading, self._step = one, reading, ""
         self._read = Plans(_reader(one)).read if one.steady else _reader(one)
-        # rank -> its record before; the start of a record whose further lines may come with the next piece; rank -> its last record
-        # as it was given out
+        # rank -> its record before; the start of a record whose further lines may come with the next piece; rank -> the last record
+        # given out
         self.state: dict[str, Any] = {"before": {}, "rest": "", "last": {}, "above": {}}
 
     def take(self, piece: bytes) -> Iterator[Row]:
-        """The records that are complete."""
+        """The complete records."""
         if self._one.follow:
             piece = self.state["rest"].encode("utf-8", "surrogateescape") + piece
             cut = _unfinished(self._one, piece)
@@ -177,7 +177,7 @@ class ConsolePieces:
                 yield rank, values
 
     def _is_repeated(self, rank: str, values: LineValues) -> bool:
-        """Whether two loggers have printed one record: the same numbers at the same step, one after the other."""
+        """Whether two loggers printed one record: the same numbers at the same step, one after the other."""
         last = self.state["last"].get(rank)
         self.state["last"][rank] = values
         if last is None or len(last) != len(values):
@@ -189,7 +189,7 @@ class ConsolePieces:
 
 
 def _unfinished(one: TextFormat, piece: bytes) -> int:
-    """Where the last record begins, if further lines of it may follow; else the piece's length."""
+    """Where the last record begins, if more of its lines may follow; else the piece's length."""
     start = -1
     for found in one.trigger.finditer(piece):
         start = found.start()
@@ -214,9 +214,9 @@ def _records(
     above: dict[str, Any] | None = None,
     read: Callable[[str], ReadLine] | None = None,
 ) -> Iterator[tuple[str, LineValues | None]]:
-    """Records of the lines of ``chunk``; None in place of one that the format leaves out. After so many ``hits`` of the trigger it
-    is left, and the format comes into ``spent``. ``above``: what the lines between records have counted. ``read``: what reads a
-    line, where it is not the format itself."""
+    """Rank and record of each matching line of ``chunk``; None in place of a record that the format leaves out. After ``hits`` hits
+    of the trigger it stops, and adds the format to ``spent``. ``above``: what the lines between records have counted. ``read``:
+    reads a line, where the format itself does not."""
     read = read or _reader(one)
     if b"\b" in chunk:  # Keras goes back over its bar with backspaces
         chunk = _BACK.sub(b"\n", chunk)
@@ -227,7 +227,7 @@ def _records(
     next_hit = _hits(one, chunk)
     returns = b"\r" in chunk
     while (count := count + 1) != hits and (hit := next_hit(at)) >= 0:
-        # Back to where the line begins, and no further than the last record: every byte is looked at once.
+        # Go back to the line's start, but no further than the last record: look at every byte once.
         start = chunk.rfind(b"\n", at, hit) + 1
         if returns:
             start = max(start, chunk.rfind(b"\r", at, hit) + 1)
@@ -266,12 +266,12 @@ def _records(
         yield part, values
     if count == hits and spent is not None:
         spent.append(one)
-    if one.above is not None:  # what stands below the last record is above the next piece's first
+    if one.above is not None:  # lines below the last record are above the next piece's first
         _look_above(one.above, chunk, max(looked, len(chunk) - _ABOVE), len(chunk), above)
 
 
 def _reader(one: TextFormat) -> Callable[[str], ReadLine]:
-    """Reads a line, and which rank has printed it."""
+    """A function that reads a line and the rank that printed it."""
 
     def read(line: str) -> ReadLine:
         values = one.read(line)
@@ -307,7 +307,7 @@ def _is_below(heading: int, values: LineValues) -> bool:
 
 
 def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:
-    """Gives the first place from one on at which a line may be a record; -1: there is none."""
+    """A function: place -> the first place from there on at which a line may be a record, or -1."""
     if not one.words:
         search = one.trigger.search
         return lambda at: found.start() if (found := search(chunk, at)) else -1
@@ -315,7 +315,7 @@ def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:
 
 
 def _from_above(values: LineValues, above: dict[str, Any]) -> None:
-    """An epoch goes on until the next is announced; a step is that of the losses below it, of each name the first."""
+    """Add what stands above: an epoch holds until the next is announced, a step for the first loss of each name below it."""
     if "epoch" in above and "epoch" not in values:
         values["epoch"] = above["epoch"]
     if all(name in ("epoch", _TOLD, _HEADED) for name in above):

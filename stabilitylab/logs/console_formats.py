@@ -1,8 +1,8 @@
-"""What the text logs of known trainers look like: one entry a trainer, with the place where the line is printed.
+"""The formats of known trainers' text logs: one entry per trainer, with the source that prints the line.
 
-nanoGPT, nanochat, llm.c, modded-nanogpt, minimind and OLMo-core were read in their sources on 2026-11-29 (the branch's head, unless
-a version is given); the others follow lines that users have shown, and name the place that prints them. Order matters where one
-format's line fits another's pattern: the more particular first.
+The entries for nanoGPT, nanochat, llm.c, modded-nanogpt, minimind and OLMo-core follow their sources of 2026-11-29 (the branch's
+head, unless a version is given); the others follow lines that users have shown, and name the source that prints them. Order matters
+where one format's line fits another's pattern: the more specific comes first.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _MEGATRON_LOSSES = ("lm loss", "lm_loss", "reduced_train_loss")
 
 
 def _megatron(values: LineValues, before: LineValues) -> LineValues:
-    """``lm loss`` is printed when it is greater than 0: a NaN is left out, and so is a window of skipped steps."""
+    """Megatron prints ``lm loss`` only when it is greater than 0: it leaves out a NaN, and a window of skipped steps."""
     skipped = values.get("number of skipped iterations") or 0.0
     iteration = values.get("iteration")
     window = (iteration or 1.0) - (before.get("iteration") or 0.0)
     losses = [name for name in before if "loss" in name and "scale" not in name]
     main = next((name for name in _MEGATRON_LOSSES if name in losses), losses[0] if losses else "lm loss")
-    # One of further tokens or of a router may go on without it: "mtp_1 loss", "z_loss".
+    # A loss of further tokens or of a router may go on without it: "mtp_1 loss", "z_loss".
     there = main in values if losses else any("loss" in n and "scale" not in n for n in values)
     missing = len(values) > 2 and not there
     if missing and (skipped == 0 or (window > 0 and skipped < window)):
@@ -31,7 +31,7 @@ def _megatron(values: LineValues, before: LineValues) -> LineValues:
 
 
 def _deepspeed(values: LineValues, before: LineValues) -> LineValues:
-    """The scale that an overflow leaves is that of the steps after it, until the next."""
+    """The scale after an overflow holds for the steps after it, until the next overflow."""
     values.setdefault("loss_scale", before.get("loss_scale"))
     if "steps" not in values:
         return {}
@@ -54,7 +54,7 @@ def _thousands(values: LineValues, before: LineValues) -> LineValues:
 
 
 def _epochs(values: LineValues, before: LineValues) -> LineValues:
-    """Epoch and place in it as one count."""
+    """Make epoch and place in it one count."""
     epoch, place, length = values.get("epoch"), values.get("place"), values.get("length")
     if epoch is not None and place is not None and length is not None:
         values["step"] = (epoch - 1) * length + place
@@ -76,7 +76,7 @@ def _keras(values: LineValues, before: LineValues) -> LineValues:
 
 
 def _yolo(values: LineValues, before: LineValues) -> LineValues:
-    """The parts' sum; of YOLOv7, whose fourth column is that sum, the column."""
+    """The sum of the parts; for YOLOv7, the fourth column, which is that sum."""
     parts = [values.pop(name) for name in "abcde" if name in values]
     known = [part for part in parts if part is not None]
     total = sum(known[:-1])
@@ -340,7 +340,7 @@ FORMATS: tuple[TextFormat, ...] = (
         above=ABOVE,
         words=(b" - loss: ",),
     ),
-    # Under "Epoch GPU_mem box_loss obj_loss cls_loss Instances Size", behind a bar; running means until it is full.
+    # Under "Epoch GPU_mem box_loss obj_loss cls_loss Instances Size", behind a bar; running means until the bar is full.
     TextFormat(
         name="YOLO console",
         source="ultralytics/ultralytics engine/trainer.py 8; ultralytics/yolov3, yolov5 train.py; WongKinYiu/yolov7 train.py",
@@ -383,7 +383,7 @@ FORMATS: tuple[TextFormat, ...] = (
         ),
         words=(b"|       ",),
     ),
-    # A dictionary that pprint has broken over lines: EasyLM, own scripts.
+    # A dictionary that pprint broke over lines: EasyLM, own scripts.
     TextFormat(
         name="printed dictionaries",
         source="young-geng/EasyLM EasyLM/models/llama/llama_train.py",

@@ -1,8 +1,8 @@
-"""CSV that is not one clean table: what resumed, appended, exported and hand-edited files look like.
+"""CSV that is not one clean table: resumed, appended, exported and hand-edited files.
 
-A header again in the middle (Keras' ``CSVLogger(append=True)``), one that grew a column, comments, padded cells (YOLOv5), a decimal
-comma with semicolons, UTF-16, W&B's panel export with several runs side by side. A row whose number of cells is not the header's is
-left out and counted. Clean files are read by ``tables``, many times faster.
+It reads a header repeated in the middle (Keras' ``CSVLogger(append=True)``), a header that grew a column, comments, padded cells
+(YOLOv5), a decimal comma with semicolons, UTF-16, and W&B's panel export with several runs side by side. It leaves out and counts a
+row with more or fewer cells than the header. ``table_files`` reads clean files, many times faster.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from stabilitylab.logs.source import LogFile
 
 NULLS = frozenset(("", "null", "none", "n/a", "na", "-", "<na>"))
 _METRIC_NAMES = ("metric", "metric_name", "metric.name", "metricname", "key", "tag", "variable", "name")
-# Columns that say which run, or process, a row is of.
+# Columns that name a row's run or process.
 RUN_NAMES = ("run_name", "run.name", "run_id", "run id", "run_uuid", "run", "run.hash", "rank", "local_rank")
 _NAME = r"[A-Za-z][\w./%()-]*"
-_HINT = re.compile(r"sep=")  # what tells Excel the sign between cells
+_HINT = re.compile(r"sep=")  # tells Excel the delimiter
 _CLOCKS = ("wall time", "timestamp", "time", "relative time", "datetime")
 _DECIMAL_COMMA = re.compile(r"^-?\d+,\d+(?:[eE][-+]?\d+)?$")
 _WANDB = re.compile(r"^(?P<run>.+) - (?P<metric>[^ ].*?)(?:__MIN|__MAX)?$")
 
 
 def delimiter_of(header: str) -> str:
-    """The sign that parts a header's cells: of a table in Markdown a bar; of one that is parted by blanks a blank."""
+    """The delimiter of a header's cells: a bar for a Markdown table, a blank for cells parted by blanks."""
     found = max(",;\t", key=header.count)
     if header.lstrip().startswith("|") or ("|" in header and found not in header):
         return "|"
@@ -37,13 +37,13 @@ def delimiter_of(header: str) -> str:
 
 
 def is_commented_header(line: str) -> bool:
-    """Whether a comment is the header of a table: names alone, a loss among them (NumPy's savetxt)."""
+    """Whether a comment is a table's header: only names, a loss among them (NumPy's savetxt)."""
     names = [name.strip() for name in re.split(r"[,;\t]|\s+", line.lstrip("# \t")) if name.strip()]
     return len(names) > 1 and "loss" in line.lower() and all(re.fullmatch(_NAME, name) for name in names)
 
 
 def is_blank_table(lines: Sequence[str]) -> bool:
-    """Whether words with "loss" among them stand above rows of as many numbers, parted by blanks; the words may be a comment."""
+    """Whether words, "loss" among them, stand above rows of as many numbers, parted by blanks; the words may be a comment."""
     if len(lines) < 2:
         return False
     names, first = lines[0].lstrip("# \t").split(), lines[1].split()
@@ -83,7 +83,7 @@ def read_csv_rows(source: LogFile) -> Reading:
         form = "YOLO results"
     several = form.startswith("W&B") and len(runs) > 1
     lower = [name.lower() for name in names]
-    # A table of one value a row: its name in one column, the value in another (MLflow's export, pandas.melt).
+    # A table of one value per row: its name in one column, the value in another (MLflow's export, pandas.melt).
     long = (
         next((names[lower.index(n)] for n in _METRIC_NAMES if n in lower), None) if "value" in lower else None
     )
@@ -111,8 +111,8 @@ class CsvPieces:
 
     Args:
         reading: where what is left out is counted.
-        delimiter: the sign that parts cells.
-        several: runs stand side by side (W&B).
+        delimiter: the sign between cells.
+        several: whether runs stand side by side (W&B).
         parts: columns whose sum is the loss (YOLO).
         long: the column that names each row's value, where there is one.
         of_run: the column that names each row's run, where there is one.
@@ -132,7 +132,7 @@ class CsvPieces:
         self.state: dict[str, Any] = {"names": [], "row": 0}
 
     def end(self) -> Iterator[Row]:
-        """Nothing is held back."""
+        """No rows: nothing is held back."""
         return iter(())
 
     def take(self, piece: bytes) -> Iterator[Row]:

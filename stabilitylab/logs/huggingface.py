@@ -1,12 +1,12 @@
-"""What the HuggingFace Trainer prints: a Python dict a record, between progress bars.
+"""What the HuggingFace Trainer prints: one Python dict per record, between progress bars.
 
     {'loss': 2.31, 'grad_norm': 1.2, 'learning_rate': 2e-05, 'epoch': 0.5}          transformers 4
     {'loss': '2.31', 'grad_norm': '1.2', 'learning_rate': '2e-05', 'epoch': '0.5'}  transformers 5
 
 Source: transformers/trainer_callback.py, PrinterCallback and ProgressCallback; TRL, ms-swift and LLaMA-Factory print the same. The
-dict holds no step; a bar does (``120/300 [``), and is believed where it rises from record to record. tqdm draws its bar anew below
-what it writes, and shows the step there; the bar above may be some steps behind, and counts where none was drawn anew. DeepSpeed's
-lines about its loss scale (deepspeed/runtime/fp16/loss_scaler.py, 0.19) belong to the record before.
+dict holds no step. A bar does (``120/300 [``), and the reader believes it where it rises from record to record. tqdm draws its bar
+anew below what it writes, and shows the step there; the bar above may be some steps behind, and counts only where tqdm drew none
+anew. DeepSpeed's lines about its loss scale (deepspeed/runtime/fp16/loss_scaler.py, 0.19) belong to the record before.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _PAIR = re.compile(
     re.IGNORECASE,
 )
 _BAR = re.compile(rb"\s(\d+)/(\d+) \[")
-# On the next line, behind whatever a logger or launcher puts before it.
+# On the next line, after any prefix of a logger or launcher.
 _DRAWN_ANEW = re.compile(rb"\s*[^\r\n|{}]{0,80}?\d+%\|[^|\r\n]*\|\s(\d+)/(\d+) \[")
 _BEFORE = 4096
-_FEW_FALLS = 8  # records and more between two restarts
+_FEW_FALLS = 8  # least records between two restarts
 _TOLD = re.compile(
     rb"(?:(?i:step|iteration|iter)\W{0,3}\d+\b[^{}\r\n]{0,40}|\[\w+\s+\d+\]\s*)\{(?=')[^{}\r\n]*'loss':"
 )
 
 
 def read_huggingface_console(source: LogFile) -> Reading | None:
-    """The printed records; None: there are none."""
+    """The printed records; None where there are none."""
     first = list(itertools.islice(_records(source), 2000))
     if not any("loss" in values or "train_loss" in values for values, *_ in first):
         return None
@@ -71,9 +71,9 @@ class HuggingFacePieces:
 
     Args:
         reading: where what is left out is counted.
-        believed: whether the bars tell the steps.
-        scale: the loss scale of the start: what the first overflow was attempted with; None: there is none.
-        anew: it is the bars below the records that tell them.
+        believed: whether the bars give the steps.
+        scale: the loss scale at the start, which the first overflow tried; None: there is none.
+        anew: whether the bars below the records give the steps.
     """
 
     def __init__(self, reading: Reading, believed: bool, scale: float | None, anew: bool) -> None:
@@ -81,7 +81,7 @@ class HuggingFacePieces:
         self.state: dict[str, Any] = {"count": -1, "scale": scale, "bar": None, "held": None, "rest": ""}
 
     def take(self, piece: bytes) -> Iterator[Row]:
-        """The records; where a loss scale is spoken of, the last is held back for the lines that belong to it."""
+        """The records; where the text mentions a loss scale, it holds the last back for the lines that belong to it."""
         if self._anew:
             piece = self.state["rest"].encode("utf-8", "surrogateescape") + piece
             cut = _without_bar(piece)
@@ -128,7 +128,7 @@ class HuggingFacePieces:
 
 
 def _rises(bars: list[int | None]) -> bool:
-    """From record to record, or falls back where a run goes on from a checkpoint."""
+    """Whether bars rise from record to record, or fall back only where a run goes on from a checkpoint."""
     told = [bar for bar in bars if bar is not None]
     if len(told) < len(bars) or not told:
         return False
@@ -137,8 +137,8 @@ def _rises(bars: list[int | None]) -> bool:
 
 
 def _is_drawn_anew(above: list[int | None], below: list[int | None]) -> bool:
-    """Whether the bars below the records tell their steps, not those above: a Trainer logs every so many steps."""
-    while below and below[-1] is None:  # of the last there may be none
+    """Whether the bars below the records give their steps, not those above: a Trainer logs at a regular interval."""
+    while below and below[-1] is None:  # the last record may have none
         above, below = above[:-1], below[:-1]
     if not below or not _rises(below):
         return False
@@ -146,7 +146,7 @@ def _is_drawn_anew(above: list[int | None], below: list[int | None]) -> bool:
 
 
 def _regularity(bars: list[int | None]) -> tuple[float, int]:
-    """How often the commonest distance occurs, and how many of them are its multiples."""
+    """The share of the commonest distance between steps, and the number of steps that are its multiples."""
     told = [bar for bar in bars if bar is not None]
     distances = collections.Counter(b - a for a, b in itertools.pairwise(told)).most_common(1)
     if not distances:
@@ -177,7 +177,7 @@ def _records_in(chunk: bytes, state: dict[str, Any]) -> Iterator[tuple[LineValue
             attempted = number(found["scale"].decode())
             yield {"loss_scale": reached, "attempted": attempted, "skipped": 1.0}, state["bar"], None
             continue
-        # Only the last few bars before a record matter; there may be thousands.
+        # Of perhaps thousands of bars before a record only the last few matter.
         bars = _BAR.findall(chunk, max(at, found.start() - _BEFORE), found.start())
         state["bar"] = int(bars[-1][0]) if bars else state["bar"]
         at = found.end()

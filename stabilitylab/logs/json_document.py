@@ -9,7 +9,7 @@
     {"loss": [...], "val_loss": [...]}                columns: a Keras History, own scripts
     [{...}, ...], or such a list within an object     records
 
-A document that was cut short is read as far as it goes where its records are a list of objects.
+Where the records are a list of objects, the reader reads a document that was cut short as far as it goes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Records = list[Mapping[str, Any]]
 
 
 def read_json_document(source: LogFile) -> Reading | None:
-    """The document's records; None: it is no single document, or one line that holds none.
+    """The document's records; None: the file is no single document, or one line without records.
 
     Raises:
-        InputError: it is a document of several lines that holds none.
+        InputError: the file is a document of several lines without records.
     """
     text = b"".join(source.chunks())[:_LARGEST].decode("utf-8-sig", errors="replace")
     cut = False
@@ -96,7 +96,7 @@ def _reading(name: str, records: Records) -> Reading:
 
 
 def _stream(text: str) -> Records | None:
-    """Objects of several lines each, one after the other; None: they are of one line each, or something else."""
+    """Objects of several lines each, one after the other; None: objects of one line each, or something else."""
     decoder, at = json.JSONDecoder(), 0
     records: Records = []
     text = text.strip()
@@ -154,7 +154,7 @@ def _is_triple(row: Any) -> bool:
 
 
 def _by_key(records: Records) -> Records | None:
-    """Records of one value each, put together by step; None: they are no such records."""
+    """Records of one value each, joined by step; None: they are no such records."""
     name = next((n for n in NAMED_BY if records and n in records[0]), None)
     held = "metricValue" if records and "metricValue" in records[0] else "value"  # Comet
     if name is None or not all(held in one and isinstance(one.get(name), str) for one in records):
@@ -167,7 +167,7 @@ def _by_key(records: Records) -> Records | None:
 
 
 def _curves(document: Mapping[str, Any], before: str = "") -> dict[str, Mapping[str, Any]]:
-    """Every {"x": [...], "y": [...]}, and every list of points, by the way to it."""
+    """Path -> each {"x": [...], "y": [...]} and each list of points."""
     found: dict[str, Mapping[str, Any]] = {}
     for name, value in document.items():
         if isinstance(value, dict):

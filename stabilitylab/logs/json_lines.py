@@ -1,8 +1,8 @@
-"""JSON, one object a line: W&B histories, LLaMA-Factory, ms-swift, MaxText, mmdetection 2, MMEngine's scalars.
+"""JSON, one object per line: W&B histories, LLaMA-Factory, ms-swift, MaxText, mmdetection 2, MMEngine's scalars.
 
-A prefix of a logger before the object is cut off (fairseq's and metaseq's console, MLPerf's). Numbers may be strings (``"2.31"``,
-``"NaN"``, ``"10/438"``), objects within objects are names with a slash. What belongs to validation is left out: rows whose
-``mode``, ``split`` or ``phase`` says so. ``rank``, ``run``, ``run_name`` and ``run_id`` tell segments.
+The reader cuts off a logger's prefix before the object (fairseq's and metaseq's console, MLPerf's). Numbers may be strings
+(``"2.31"``, ``"NaN"``, ``"10/438"``); objects within objects become names with a slash. It leaves out rows whose ``mode``,
+``split`` or ``phase`` says validation. ``rank``, ``run``, ``run_name`` and ``run_id`` name segments.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from stabilitylab.logs.source import LogFile
 
 MODES = ("mode", "split", "phase", "stage", "type", "event", "kind")
 PARTS = ("rank", "run", "run_name", "run_id", "local_rank", "process_index")
-# What a record of one value calls its name by.
+# The keys under which a record of one value holds its name.
 NAMED_BY = ("key", "metric", "metric_name", "metricName", "name", "tag")
 _RATIO = re.compile(r"^(\d+)/\d+$")
 
 
 def read_json_lines(source: LogFile, *, among_text: bool = False) -> Reading:
-    """Every line that holds an object; ``among_text``: lines without one are no damage."""
+    """Every line that holds an object; ``among_text``: a line without one is no damage."""
     reading = Reading(
         format="JSON lines",
         rows=lambda: text_rows(source, reading),
@@ -35,11 +35,11 @@ def read_json_lines(source: LogFile, *, among_text: bool = False) -> Reading:
 
 
 class JsonPieces:
-    """Objects, one a line.
+    """Reads objects, one per line.
 
     Args:
-        reading: where what is left out is counted.
-        among_text: lines without an object are other text.
+        reading: counts what is left out.
+        among_text: whether lines without an object are other text.
     """
 
     def __init__(self, reading: Reading, among_text: bool) -> None:
@@ -47,7 +47,7 @@ class JsonPieces:
         self.state: dict[str, Any] = {"line": 0}
 
     def end(self) -> Iterator[Row]:
-        """Nothing is held back."""
+        """No rows: nothing is held back."""
         return iter(())
 
     def take(self, piece: bytes) -> Iterator[Row]:
@@ -55,7 +55,7 @@ class JsonPieces:
         reading = self._reading
         for line in piece.splitlines(keepends=True):
             self.state["line"] += 1
-            text = plain_text(line).strip().removesuffix(",")  # lines out of a list
+            text = plain_text(line).strip().removesuffix(",")  # lines of a list
             if not text:
                 continue
             start = text.find("{")
@@ -108,7 +108,7 @@ def _one_value(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def part_of(record: Mapping[str, Any]) -> str | None:
-    """The segment that a record belongs to; None: it is one of validation."""
+    """The segment that a record belongs to; None for one of validation."""
     for name in MODES:
         if isinstance(said := record.get(name), str) and is_evaluation(said):
             return None

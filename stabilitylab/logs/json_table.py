@@ -1,8 +1,8 @@
-"""JSON lines that are a table: every line an object of the same names with numbers or null, as most trackers write them.
+"""JSON lines that form a table: every line an object of the same names with numbers or null, as most trackers write them.
 
-Arrow parses those some ten times faster than a line at a time. Anything else (text, lists, objects within objects, a name that
-comes later, ranks, steps that repeat or go back) is for ``json_lines.py``: ``open_clean`` then gives None. What is read, and what
-is said of it, is the same; a test holds both together.
+Arrow parses them some ten times faster than one line at a time. Anything else (text, lists, objects within objects, a name that
+comes later, ranks, steps that repeat or go back) goes to ``json_lines.py``: ``open_clean`` then gives None. Both read the same and
+say the same about it; a test compares them.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from stabilitylab.logs.source import LONGEST_LINE, LogFile
 from stabilitylab.logs.table_files import floats_of
 from stabilitylab.telemetry import LOSS
 
-MOST_KEPT = 16_000_000  # numbers; longer logs are read a second time
-_LARGEST = 3.4028234e38  # at the end of float32's range: infinity, of a store that has none
+MOST_KEPT = 16_000_000  # numbers; a longer log is read a second time
+_LARGEST = 3.4028234e38  # the end of float32's range: infinity in stores without one
 
 Columns = dict[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]
 
 
 class OddTableError(Exception):
-    """It is no such table."""
+    """The file is no such table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JsonTableLog(Log):
-    """See above.
+    """A log in such a file.
 
     Attributes:
         source: the file.
-        names: of all columns.
+        names: all columns' names.
         notes: sentences about the log.
-        kept: its blocks, where they are few.
+        kept: the blocks, where they are few.
     """
 
     source: LogFile
@@ -65,7 +65,7 @@ class JsonTableLog(Log):
         loss: str | None = None,
         step: str | None = None,
     ) -> Self | None:
-        """The file, where it is such a table; None: ``reading`` has to look at it."""
+        """The file, where it is such a table; None: ``reading`` must read it."""
         names = _names(head)
         if names is None:
             return None
@@ -81,7 +81,7 @@ class JsonTableLog(Log):
         except (OddTableError, InputError):
             return None
         counter = chosen.get(STEP)
-        # A loss that is missing is told of in two ways, as null and as no word at all.
+        # A missing loss has two messages: for null, and for no entry at all.
         if counter is None or part.backward[counter] or part.nulls[chosen[LOSS]]:
             return None
         log = cls(
@@ -170,7 +170,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _check_steps(blocks: Iterator[RowBlock]) -> None:
-    """Raises OddTableError where a step comes again: what belongs to one is put together elsewhere."""
+    """Raises OddTableError where a step comes again: ``json_lines`` joins the rows of one step."""
     last = -math.inf
     losses = 0
     for block in blocks:

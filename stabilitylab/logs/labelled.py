@@ -1,10 +1,10 @@
-"""Lines that a launcher has labelled with the rank that printed them: ``srun --label``, ``mpirun --tag-output``.
+"""Lines that a launcher labels with the rank that printed them: ``srun --label``, ``mpirun --tag-output``.
 
     0: step 1 loss 2.31             Slurm
     [1,0]<stdout>: step 1 loss 2.31  Open MPI
 
-The label is taken off, and what is below is read as a file of its own for each rank. Labels are believed where nearly every line of
-the start has one and they come again: a number that opens a line may as well be its step.
+The reader takes the label off and reads each rank's lines as a file of their own. It believes labels where nearly every line at the
+start has one and they come again: a number that opens a line may also be its step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def by_label(piece: bytes) -> dict[str, bytes]:
 
 
 class UnlabelledSource(LogFile):
-    """A source without its labels: what a format is recognised by."""
+    """A source without its labels, by which to recognise its format."""
 
     def head(self, size: int = 1 << 16) -> bytes:
         """The first bytes, ranks one after the other."""
@@ -62,7 +62,7 @@ class LabelledPieces:
     """A reader of pieces for each rank.
 
     Args:
-        make: makes one.
+        make: makes a reader.
     """
 
     def __init__(self, make: Callable[[], LinePieces]) -> None:
@@ -71,7 +71,7 @@ class LabelledPieces:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Of each rank's reader."""
+        """The state of each rank's reader."""
         return {rank: pieces.state for rank, pieces in self._ranks.items()}
 
     @state.setter
@@ -85,7 +85,7 @@ class LabelledPieces:
             yield from _named(rank, self._of(rank).take(lines))
 
     def end(self) -> Iterator[Row]:
-        """What was held back."""
+        """The rows held back."""
         for rank, pieces in self._ranks.items():
             yield from _named(rank, pieces.end())
 

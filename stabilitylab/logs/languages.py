@@ -1,10 +1,10 @@
-"""Logs in other languages than English, put into English before they are read as any trainer's text.
+"""Puts logs in other languages into English, before they are read as any trainer's text.
 
     第 3 轮 | 训练损失：2.31，学习率：1e-4        epoch 3 | train loss: 2.31, lr: 1e-4
     Époque 3 : perte 2,31                         epoch 3 : loss 2.31
 
-Words of a table, the punctuation of East Asian text, and decimal commas where the text has hardly a decimal point. A text is taken
-to be of another language when such words, or such numbers, come again and again in its beginning.
+It replaces the words of a table, East Asian punctuation, and decimal commas where the text has hardly a decimal point. A text
+counts as being in another language when such words, or such numbers, come again and again at its beginning.
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ _FEWEST_NUMBERS = 3
 
 
 def is_foreign(head: str) -> bool:
-    """Whether the text is to be put into English."""
+    """Whether the text must be put into English."""
     several = len({m.start() for m in _WORD.finditer(head)}) + len(_PLACE.findall(head))
     return several >= _FEWEST_WORDS or has_decimal_commas(head)
 
 
 def has_decimal_commas(text: str) -> bool:
-    """Whether numbers are written 2,31: some that are no thousands, more of them than there are with a point."""
+    """Whether the text writes numbers as 2,31: some that are not thousands, and more of them than with a point."""
     commas = len(_SURELY_COMMA.findall(text))
     return commas >= _FEWEST_NUMBERS and commas > len(_POINT.findall(text))
 

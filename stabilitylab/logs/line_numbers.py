@@ -1,12 +1,12 @@
-"""What stands in a line of any text: each number by the words before it, and which of them counts.
+"""The numbers in a line of any text, named by the words before them, and which of them counts.
 
     2026-03-01 10:00:01 | INFO | step 12/300 | loss 2.31 | grad norm 0.9      step 12, loss 2.31, grad norm 0.9
     Epoch: [1][ 20/100]  Loss 2.3e+00 (2.4e+00)  lr: 1e-4                     step 120, Loss 2.3, lr 1e-4
     [Epoch 0/3] loss: 2.31:  12%|#    | 24/200 [00:12<01:30, 1.9it/s]         epoch 0, loss 2.31, step 24 (the bar's)
     17 | loss 2.31 | lr 5e-4 | 100ms                                          step 17, ...
 
-A name is up to four words, parted from its number by ``:``, ``=``, a bracket or blanks. The step is a counter's number (``step``,
-``iteration``, ``it``, ``batch``...), or the place within an epoch, or the bar's, or a number that opens the line.
+A name is up to four words, separated from its number by ``:``, ``=``, a bracket or blanks. The step is a counter's number
+(``step``, ``iteration``, ``it``, ``batch``...), or the place within an epoch, or the bar's, or a number that opens the line.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import re
 from stabilitylab.logs.columns import counter_of, is_loss
 from stabilitylab.logs.pattern import NUMBER, LineValues, number
 
-# The length of what the step is a place in: no number of the log.
+# The length in which the step is a place; no number of the log.
 OF = "\0of"
-# "loss nan grad_norm inf" are two names: a word of a name is no number.
+# "loss nan grad_norm inf" holds two names: a word of a name is no number.
 _NO_NUMBER = r"(?!(?:nan|inf|infinity)\b)"
 _WORD = rf"{_NO_NUMBER}[A-Za-z_]"
 # "loss after 500" is no loss of 500.
@@ -37,7 +37,7 @@ _PLACE = re.compile(
 _PAIR_OF_COUNTS = re.compile(r"^\s*\[\s*(\d+),\s*(\d+)\](?!<)")  # PyTorch's CIFAR tutorial: [epoch, batch]
 _ABSL = re.compile(r"^[IWEF]\d{4} [\d:.]+\s+\d+ [\w.]+:\d+\] ")
 _BAR = re.compile(r"\s(\d+)/(\d+) \[\d")
-# A number that opens the line, also in brackets, and is no time of day and no date.
+# A number that opens the line, also in brackets, but not a time of day or a date.
 _OPENS = re.compile(
     r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:(?:st|nd|rd|th)\b|[|,:\])#](?!\d)|/(\d+)(?=[\])(,:|\s]|\.\s))"
 )
@@ -57,7 +57,7 @@ _LOSS_AT = re.compile(
     r"|(?:step|iteration|iter|epoch)\[(?P<of>\d+)\](?=\s*[:=]))",
     re.IGNORECASE,
 )
-# "Step: 12ms" is how long one took
+# "Step: 12ms" is a duration
 _TAKEN = re.compile(
     r"\b(?:step|iter|iteration|batch|it): ?[\d.]+(?:ms|us|µs|s|h|m)(?:\d+\w+)?\b", re.IGNORECASE
 )
@@ -93,19 +93,19 @@ _WRAPPED = re.compile(
 _LEVEL = re.compile(
     r"^(?:(?:info|debug|warning|warn|error|root|main|train|trainer)\s+)+(?=\S)", re.IGNORECASE
 )
-# "1.23Test loss: 2.3": what is printed without a blank.
+# "1.23Test loss: 2.3": printed without a blank.
 _GLUED = re.compile(r"(?<=\d)(?=[A-Z][a-z]+ ?[A-Za-z]*\s*[:=])")
 # GradNorm: avg=0.9 max=2.1
 _OF_EACH = re.compile(r"\b([A-Za-z_]\w*):[ ]+(?=(?:avg|mean|max|min|std|cur)\s*[=:])", re.IGNORECASE)
 _OF_COUNTED = re.compile(r"\b(?:for|per|this|of|in|over|each)\b", re.IGNORECASE)
 # A count behind a word of other letters: 评估 3:
 _OTHER_COUNT = re.compile(r"[^\W\d_A-Za-z]\s*(\d+)\s*[:/|,]")
-# "MSE loss ||y - Q(s, a)||: 2.3": a formula between.
+# "MSE loss ||y - Q(s, a)||: 2.3": a formula in between.
 _LOSS_FAR = re.compile(
     rf"\b((?:[A-Za-z_][\w-]* ){{0,3}}\w*loss)\b[^:=\n]{{1,40}}(?::|=|\bis\b)\s*({NUMBER})(?=[\s,;|]|\.?$)",
     re.IGNORECASE,
 )
-# "0.4 s loss: 2.3": a unit is no word of the name behind it.
+# "0.4 s loss: 2.3": a unit is no word of the name after it.
 _UNIT = re.compile(
     r"(?<=\d) ?(ms|us|s|sec|secs|seconds|GB|GiB|MB|MiB|(?:it|tok|tokens|samples|images|img|imgs|steps)/s(?:ec)?)"
     r"(?= (?:\w+[ _-]){0,3}\w*loss\b)",
@@ -118,7 +118,7 @@ _PAIRED = re.compile(
     rf"\s*[:=]\s*(?P<x>{NUMBER}) ?(?P=sign) ?(?P<y>{NUMBER})(?![\w./|])",
     re.IGNORECASE,
 )
-# A loss that is scaled or weighted is none, nor one of packets.
+# A scaled or weighted loss is no loss, nor is one of packets.
 NO_LOSS = re.compile(
     r"scale|weight|coef|(?:packet|link|signal|heat|hearing|blood|stop|data)[ -]loss", re.IGNORECASE
 )
@@ -130,7 +130,7 @@ _CALLED = re.compile(
 
 
 def named(line: str) -> tuple[str, LineValues]:
-    """The line without what stands in the way, and its numbers by name."""
+    """The line without what hinders reading it, and its numbers by name."""
     values: LineValues = {}
     line = _ABSL.sub("", line)
     if "_" in line or ":" in line:
@@ -183,15 +183,15 @@ def named(line: str) -> tuple[str, LineValues]:
 
 
 def placed(line: str, values: LineValues) -> LineValues:
-    """The same numbers with a step, where the line tells its place."""
+    """The same numbers with a step, where the line shows it."""
     if "epoch" not in values and (batch := _BATCH.search(line)):
-        # A batch that is told with its epoch's length; epochs go unnamed.
+        # A batch beside its epoch's length; the epoch has no name.
         values = {name: x for name, x in values.items() if "batch" not in name.lower() or is_loss(name)}
         values["step"], values[OF] = float(batch[1]), float(batch[2])
         return values
     counters = {name.lower() for name in values if counter_of(name)} - {"epoch"}
     counted = bool(counters)
-    if counters <= {"batch", "steps"}:  # whether they count is told by all lines together
+    if counters <= {"batch", "steps"}:  # only all lines together show whether they count
         for place_, length_ in _RATIO.findall(line):
             values.setdefault(f"/{length_}", float(place_))
         if not counted and (alone := _ALONE.search(line)):
@@ -222,7 +222,7 @@ def placed(line: str, values: LineValues) -> LineValues:
 
 
 def _parted(both: re.Match[str]) -> str:
-    """Two names and their two numbers, one after the other; whatever is no loss as it was."""
+    """Two names with their two numbers one after the other, where they are losses; else the text as it was."""
     stem, tail = both["stem"] or "", both["tail"] or ""
     if not is_loss(f"{stem}{both['a']}{both['b']}{tail}"):
         return both[0]
@@ -231,7 +231,7 @@ def _parted(both: re.Match[str]) -> str:
 
 
 def _name(said: str) -> str:
-    """Without what is no part of it: a logger's level; words before a counter or before "loss"."""
+    """The name without a logger's level, and without words before a counter or before "loss"."""
     if not is_loss(said):  # Loss(gen) and Loss(disc) are two
         said = re.sub(r"(?<=\w)\([A-Za-z]\w*\)?$", "", said)  # lr(PiecewiseDecay)
     said = said.strip("()")

@@ -1,4 +1,4 @@
-"""Which files at a path are the log, told by their first bytes and by how trainers and trackers name their folders."""
+"""Finds the log's files at a path, by their first bytes and by the names that trainers and trackers give their folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stabilitylab.logs.source import LogFile
 from stabilitylab.logs.swanlab import SWANLAB
 from stabilitylab.logs.trackers import SQLITE, WANDB, mlflow_runs
 
-# What a folder's one log is called, by the trainer that writes it.
+# The name of a folder's one log, by the trainer that writes it.
 _NAMED = (
     *(
         "metrics.csv",
@@ -42,7 +42,7 @@ class LocatedLog:
     Attributes:
         kind: "file", "run folder", "MLflow", "W&B", "swanlab", "Aim", "versions" (Lightning's, YOLO's exp, exp2...), "TensorBoard"
             or "SQLite".
-        files: the files of that kind; of "file" the one, of "run folder" and "MLflow" the folder.
+        files: the files of that kind; for "file" the one file, for "run folder" and "MLflow" the folder.
     """
 
     kind: str
@@ -50,10 +50,10 @@ class LocatedLog:
 
 
 def locate(path: Path) -> LocatedLog:
-    """Which files are the log at ``path``.
+    """The files that are the log at ``path``.
 
     Raises:
-        InputError: it is a folder without a log that is known here.
+        InputError: it is a folder without a known log.
     """
     if path.is_dir():
         return in_folder(path)
@@ -75,7 +75,7 @@ def in_folder(path: Path) -> LocatedLog:
         return LocatedLog("run folder", (path,))
     state = path / "trainer_state.json"
     if not state.is_file():
-        # The latest checkpoint holds the history of all before it.
+        # The latest checkpoint holds the whole history before it.
         found = sorted(path.glob("checkpoint-*/trainer_state.json"), key=_checkpoint)
         state = found[-1] if found else state
     if state.is_file():
@@ -118,17 +118,17 @@ def in_folder(path: Path) -> LocatedLog:
 
 
 def version_of(file: Path) -> str:
-    """What one of several runs is called: the folder that its log lies in."""
+    """The name of one of several runs: the folder of its log."""
     return (file.parent.parent if file.parent.name == "vis_data" else file.parent).name
 
 
 def is_tensorboard(path: Path, head: bytes) -> bool:
-    """Whether these are events of TensorBoard."""
+    """Whether these bytes are TensorBoard events."""
     return "tfevents" in path.name or (len(head) > 24 and b"brain.Event:" in head[:64])
 
 
 def _number(file: Path) -> tuple[int, int, str]:
-    """exp, exp2, ..., exp10."""
+    """A sort key for exp, exp2, ..., exp10."""
     name = version_of(file)
     found = re.search(r"(?<!\d)(\d{1,4})$", name)
     return len(file.parts), int(found[1]) if found else -1, name

@@ -1,7 +1,7 @@
-"""What a log is to those who judge it: steps and signals in blocks.
+"""A log as its readers see it: steps and signals in blocks.
 
-An empty cell or ``null`` is a value that was not logged; ``nan`` and ``inf`` are values that were. Without a step column the row
-number is the step. Which column is which signal is told in ``columns``.
+An empty cell or ``null`` is a value that was not logged; ``nan`` and ``inf`` are values. Without a step column the row number is
+the step. ``columns`` says which column is which signal.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class RowBlock:
 
     Attributes:
         steps: whole numbers.
-        values: signal -> one float a row.
-        logged: signal -> whether the row holds the signal; where it does not, the value means nothing.
+        values: signal -> one float per row.
+        logged: signal -> whether the row holds it; where it does not, the value means nothing.
     """
 
     steps: NDArray[np.int64]
@@ -46,7 +46,7 @@ class RowBlock:
 
     @classmethod
     def concatenate(cls, blocks: Sequence[RowBlock]) -> RowBlock:
-        """All rows one after the other; the blocks are of one log."""
+        """All rows one after the other, of blocks of one log."""
         return cls(
             np.concatenate([block.steps for block in blocks]),
             {name: np.concatenate([block.values[name] for block in blocks]) for name in blocks[0].values},
@@ -56,14 +56,14 @@ class RowBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
-    """A log that can be read, again and again.
+    """A log that can be read again and again.
 
     Attributes:
-        path: where it lies.
-        columns: signal -> its name in the log; ``step`` is missing where rows are counted.
-        name: which run, rank or phase of the file; "" where there is one.
-        format: whose format it is.
-        left_out: reason -> how many records were not read; complete once ``blocks`` has run to its end.
+        path: its place.
+        columns: signal -> its name in the log; without ``step`` where the row number is the step.
+        name: the run, rank or phase of the file; "" where there is only one.
+        format: the trainer's or format's name.
+        left_out: reason -> number of records not read; complete once ``blocks`` has run to its end.
     """
 
     path: Path

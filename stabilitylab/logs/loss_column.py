@@ -1,8 +1,8 @@
-"""Which column of a text's records is the loss, where nothing is called one, or what is called so misses something.
+"""Finds the loss among a text's columns, where none is called a loss, or the one so called misses something.
 
-By its name where the name says so (``error``, ``objective``, ``nll``; the total of several), and where it says only "train", or
-nothing, by its falling. What several names could be is left to ``--loss``; what is a rate, a norm, a score or the complement of an
-accuracy is none.
+It goes by the name (``error``, ``objective``, ``nll``; the total of several), and where that says only "train", or nothing, by a
+falling curve. Where several could be the loss, it leaves the choice to ``--loss``; a rate, a norm, a score or the complement of an
+accuracy is no loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stabilitylab.logs.pattern import LineValues
 from stabilitylab.logs.reading import Reading
 
 FEWEST = 3
-# What a loss is called where nothing is called one, best first; each a family of which one column is taken.
+# Other names of a loss, best first; each is a family that gives one column.
 _FAMILIES = tuple(
     re.compile(rf"\b(?:{words})\b")
     for words in (
@@ -34,9 +34,9 @@ _FAMILIES = tuple(
 _TOTAL = re.compile(r"\b(?:total|overall|combined)\b")
 _SUM = re.compile(r"\b(?:total|sum|value)\b")
 _TRAIN = re.compile(r"\b(?:train|training|tr|trn)\b")
-_BOUND = re.compile(r"\belbo\b")  # of which a likelihood is a part
+_BOUND = re.compile(r"\belbo\b")  # a likelihood is a part of it
 _PER = re.compile(r"\bbits (?:per )?\w+")
-# What no loss is called, or what is a share of something that rises.
+# Names of no loss, or of a share of something that rises.
 _NO_LOSS = re.compile(
     r"\b(?:lrs?|rate|learning|norms?|gn|grads?|gradients?|time|times|sec|secs|seconds|ms|eta|speed|mem|memory|gpu|tok|tokens|"
     r"samples|acc|accuracy|f1|auc|score|scores|reward|rewards|return|precision|recall|iou|dice|psnr|ssim|bleu|top ?\d|fitness|"
@@ -44,11 +44,11 @@ _NO_LOSS = re.compile(
     r"momentum|threshold|elapsed|baseline|clip|val|valid|validation|test|eval|dev|held|tst)\b|%"
 )
 _SHARE = re.compile(r"\b(?:acc|accuracy)\b")
-_OF_PARTS = 3  # from this family on a name may be one of the parts of what "train" alone says
-# Beside which a mean square, or a reconstruction, is one part of several.
+_OF_PARTS = 3  # from this family on, a name may be a part of a bare "train"
+# Beside these a mean square, or a reconstruction, is one part of several.
 _A_PART = re.compile(r"\b(?:mse|bce|recon|reconstruction)\b")
 _PARTS = re.compile(r"\b(?:l1|l2|kl\w*|recon\w*|reg|dur|adv|gan|perc\w*|ssim|lpips)\b")
-# What is counted and is no time: a loss of each is a table.
+# Things counted that are not time: a loss for each is a table.
 _NO_COUNTER = re.compile(
     r"\b(?:fold|seed|trial|run|client|layer|task|sample|query|test|case|image|user|gpu|rank|worker|part|chapter|section|question|"
     r"id|node|class|line|row|col|column|item|page|point|version|port|pid|thread|retry|attempt|size|count|total|wins?)\b"
@@ -61,7 +61,7 @@ _SIGNALS = {
 
 
 def loss_of(rows: Sequence[LineValues]) -> str | None:
-    """The column that is the loss; "": several could be; None: none could."""
+    """The column that is the loss; "" where several could be; None where none could."""
     columns: dict[str, list[float]] = {}
     for row in rows:
         for name, x in row.items():
@@ -69,7 +69,7 @@ def loss_of(rows: Sequence[LineValues]) -> str | None:
                 columns.setdefault(name, []).append(x)
     likely = {n: c for n, c in columns.items() if not is_count(n) and len(c) >= FEWEST and _is_measured(c)}
     said = {n: spoken(n) for n in likely}
-    rising = {n for n in likely if _BOUND.search(said[n]) and _rises(likely[n])}  # whose negative is the loss
+    rising = {n for n in likely if _BOUND.search(said[n]) and _rises(likely[n])}  # the negative is the loss
     could = [
         n
         for n in likely
@@ -116,7 +116,8 @@ def loss_of(rows: Sequence[LineValues]) -> str | None:
 
 
 def missed(rows: Sequence[LineValues], beside: Reading) -> str | None:
-    """What reading line by line misses: the name of a total, "" for a signal or the steps; None: nothing, or records are lost."""
+    """What reading line by line misses: the name of a total, or "" for a signal or the steps; None for nothing, or if records are
+    lost."""
     told = sum(is_loss(n) for row in rows for n in row)
     single: list[Mapping[str, float | None]] = []
     if told < FEWEST:
@@ -155,7 +156,7 @@ def missed(rows: Sequence[LineValues], beside: Reading) -> str | None:
 
 
 def spoken(name: str) -> str:
-    """A name's words: trainLoss, train_loss and "Train Loss:" are one."""
+    """A name's words: trainLoss, train_loss and "Train Loss:" are the same."""
     parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
     return re.sub(r"[^\w%]+|_", " ", parted).strip().lower()
 
@@ -167,13 +168,13 @@ def is_count(name: str) -> bool:
 
 
 def _is_measured(column: Sequence[float]) -> bool:
-    """Whether most are no whole numbers, and they differ."""
+    """Whether most numbers are not whole, and they differ."""
     fractions = sum(not math.isfinite(x) or x % 1 != 0 for x in column)
     return 2 * fractions > len(column) and 3 * len(set(column)) > len(column)
 
 
 def _is_counter(name: str, column: Sequence[float]) -> bool:
-    """By its name, or because whole numbers rise in every record."""
+    """Whether it counts, by its name or because whole numbers rise in every record."""
     if is_count(name):
         return _goes_on(column)
     said = spoken(name)
@@ -208,7 +209,7 @@ def _exceeds(row: LineValues, part: str, total: str) -> bool:
 
 
 def _is_complement(name: str, columns: dict[str, list[float]]) -> bool:
-    """Whether it is what an accuracy leaves."""
+    """Whether it is 1 or 100 less an accuracy."""
     mine = columns[name]
     return any(
         _SHARE.search(spoken(n)) and len(c) == len(mine) and all(

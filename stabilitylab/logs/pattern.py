@@ -1,4 +1,4 @@
-r"""A pattern for one line of a text log, in the words of the log itself.
+r"""A pattern for one line of a text log, written as the line itself.
 
     step {step}/{*} | loss {loss} | norm {grad_norm}
 
@@ -9,7 +9,7 @@ r"""A pattern for one line of a text log, in the words of the log itself.
     a blank      any number of blanks, or none
     the rest     stands for itself; upper and lower case are one
 
-A line matches wherever the pattern occurs in it; colours (ANSI codes) are taken out before. A file of several formats is TOML:
+A line matches wherever the pattern occurs in it; the reader removes colours (ANSI codes) first. A file of several formats is TOML:
 
     [mytrainer]
     line = ["it {step} l={loss}", "it {step} |{pairs}"]    # the first that matches counts; one text will do
@@ -33,7 +33,7 @@ NUMBER = (
 )
 _QUOTED = r"['\"]?({})['\"]?"
 _PART = re.compile(r"\{\?|\?\}|\{(\*|[A-Za-z_][\w/ .-]*)\}|\s+|[^{}\s?]+|.", re.DOTALL)
-# A name is letters, then words; what stands between it and the number is one of : = and blanks.
+# A name is letters, then words; between it and the number stand : = or blanks.
 _PAIR = re.compile(
     rf"([A-Za-z_][\w/.()*-]*(?: (?:[A-Za-z(]|\d+\))[\w/.()*-]*){{0,6}})['\"]?\s*[:=]\s*['\"]?\[?({NUMBER})((?-i:[KMGT])(?!\w))?"
     rf"(?=['\"\s,;|%\]}})a-zA-Z]|$)",
@@ -46,7 +46,7 @@ _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
 # A counter on a line of its own: "Epoch 3/10", "EPOCH: 8", "=== Step 200 ===", "INFO: Step 100 took 0.5 s".
-_GOES_ON = (  # what may follow the number, so that it is none of a sentence's
+_GOES_ON = (  # what may follow the number, so that it does not belong to a sentence
     rb"[/\])|,:=*-]|\(|\.{2}|(?:of|per|took|starts|begins|started|finished|complete|done)\b|[ \t]+[^\s\d,;]{1,40}:?[ \t]*\r?$|$|\r"
 )
 ABOVE = re.compile(
@@ -63,22 +63,22 @@ class TextFormat:
     """Lines of a text log that hold numbers.
 
     Attributes:
-        name: whose format it is.
-        source: repository and file where the line is printed.
+        name: the trainer's or format's name.
+        source: repository and file that print the line.
         version: of that source.
         trigger: a regular expression in which every such line matches; a literal start makes it fast.
-        lines: patterns, the first that matches counts.
+        lines: patterns; the first that matches counts.
         follow: indented ``name=number`` lines below belong to the record.
         losses: names of the loss, best first.
-        finish: puts a record right that the trainer writes oddly, given the one before; None: no record.
-        skip: lines in which this matches are of validation.
-        above: finds counters, and what they say, in the lines between records.
-        words: in small letters; every line in which the trigger matches holds one. They are found some twenty times faster
-            than a trigger that does not begin with a word; none: the trigger is searched for.
-        prepare: what a piece of text goes through first.
-        steady: what is read of a line does not depend on how large its numbers are (``plans``).
-        loose: other trainers print such lines too; where more stands in them, they are read as any trainer's.
-        one_part: lines of the one run name a rank, or none.
+        finish: corrects a record that the trainer writes oddly, given the one before; gives None for no record.
+        skip: matches in lines of validation.
+        above: finds counters and their values in the lines between records.
+        words: in small letters; every line in which the trigger matches holds one. Searching for them is some twenty times faster
+            than for a trigger that does not begin with a word; without words the reader searches for the trigger.
+        prepare: applied first to each piece of text.
+        steady: the reading of a line does not depend on how large its numbers are (``plans``).
+        loose: other trainers print such lines too; where they hold more, they are read as any trainer's.
+        one_part: lines belong to one run, whether they name a rank or not.
         least: a file with fewer records is read as any trainer's.
     """
 
@@ -100,7 +100,7 @@ class TextFormat:
     steady: bool = True
 
     def read(self, line: str) -> LineValues | None:
-        """The numbers of one line, none of one of validation; None: it is no record."""
+        """The numbers of a line, empty for one of validation; None: it is no record."""
         if self.skip is not None and self.skip.search(line):
             return {}
         for pattern in self.lines:
@@ -131,7 +131,7 @@ def text_format(
     loose: bool = False,
     one_part: bool = False,
 ) -> TextFormat:
-    """A format of patterns; without a trigger, the longest words of each pattern are looked for."""
+    """A format of patterns; without a trigger, it looks for the longest literal of each pattern."""
     seek = trigger if trigger is not None else "|".join(_longest(line) for line in lines)
     return TextFormat(
         name=name,
@@ -188,7 +188,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def own_formats(given: str) -> list[TextFormat]:
-    """What ``--pattern`` was given: one pattern, or the name of a TOML file of formats.
+    """The formats that ``--pattern`` gives: one pattern, or the name of a TOML file of formats.
 
     Raises:
         InputError: the file cannot be read, or a pattern is wrong.
@@ -215,7 +215,7 @@ def own_formats(given: str) -> list[TextFormat]:
 
 
 def pairs(text: str) -> LineValues:
-    """``name: number`` and ``name=number`` wherever they stand; of one name the first."""
+    """``name: number`` and ``name=number`` anywhere in the text; the first for each name."""
     values: LineValues = {}
     for name, value, unit in _PAIR.findall(text):
         values.setdefault(name.strip(), number(value, unit))
@@ -226,7 +226,7 @@ def pairs(text: str) -> LineValues:
 
 
 def number(text: str, unit: str = "") -> float | None:
-    """A number as trainers print it, in thousands (K), millions... where a ``unit`` says so; None where it is none."""
+    """A number as trainers print it, in thousands (K), millions... where a ``unit`` says so; None: no number."""
     try:
         value = float(text)
     except ValueError:
@@ -236,12 +236,12 @@ def number(text: str, unit: str = "") -> float | None:
             return None
     if unit:
         value *= _UNITS[unit.upper()]
-    # Stores without infinities write the largest number of their type in their place.
+    # Stores without infinities write the largest number of their type instead.
     return value if -3.4028234e38 < value < 3.4028234e38 or value != value else math.copysign(math.inf, value)
 
 
 def next_place(words: Sequence[bytes], chunk: bytes) -> Callable[[int], int]:
-    """Gives the first place from one on at which one of the words, in small letters, stands; -1: there is none."""
+    """A function: place -> the first place from there on of one of the words, in small letters, or -1."""
     small = chunk.lower()
     places = {word: place for word in words if (place := small.find(word)) >= 0}
 
@@ -261,7 +261,7 @@ def next_place(words: Sequence[bytes], chunk: bytes) -> Callable[[int], int]:
 
 
 def without_colours(text: bytes) -> bytes:
-    """Without ANSI codes."""
+    """The text without ANSI codes."""
     return _ANSI.sub(b"", text)
 
 

@@ -1,12 +1,12 @@
-r"""Lines that differ in their numbers only are read by one regular expression.
+r"""One regular expression reads all lines that differ only in their numbers.
 
     [step 10/300] loss: 2.31 | lr: 1e-4           [step (\d+)/300] loss: (\d+\.\d+) | lr: (\d+)e-(\d+)
 
-A log repeats one line; to find out anew what stands in it costs twenty times what its numbers cost. A plan is made of a line by
-trial: its numbers are exchanged for others drawn at random, of the same shape, and what the format reads then tells which number
-became which value. A plan is kept only where that is the same in every trial, so that it says of a line what the format would say;
-any other line is read by the format itself. A number that belongs to a word (``loss1``) or is the length of something (``3/100``)
-stands for itself.
+A log repeats one line; to analyse it anew costs twenty times as much as to read its numbers. ``Plans`` makes a plan of a line by
+trial: it replaces the line's numbers with random ones of the same shape, and sees from what the format then reads which number
+became which value. It keeps a plan only where every trial agrees, so that the plan reads what the format would read; the format
+itself reads any other line. A number that belongs to a word (``loss1``) or is the length of something (``3/100``) stands for
+itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from stabilitylab.logs.pattern import LineValues, number
 
-ReadLine = tuple[LineValues | None, str]  # what stands in a line, and which part of the log it belongs to
+ReadLine = tuple[LineValues | None, str]  # a line's values, and the part of the log it belongs to
 
 _TOKEN = re.compile(
     r"(?<![\w./])(?<!\d,)(?<!/ )(?<!of )\d+(?:,\d{3})*(?!\d)(?:\.\d+)?(?:[eE][-+]?\d+)?", re.ASCII
@@ -27,8 +27,8 @@ _SHAPE = re.compile(r"(\d[\d,]*)(\.\d+)?(?:([eE][-+]?)(\d+))?", re.ASCII)
 _JOINED = re.compile(r"\d[-:T]")
 _LENGTH = re.compile(r"(?:/ ?|of )(\d+)")
 _TRIALS = 4
-_WARM = 48  # so many lines are read before the first plan: short logs pay nothing
-_MOST = 256  # plans; a log of more kinds of lines than that is read line by line
+_WARM = 48  # lines read before the first plan: short logs pay nothing
+_MOST = 256  # plans; a log of more kinds of lines is read line by line
 _RECENT = 4
 
 
@@ -37,12 +37,12 @@ class Plan:
     """How to read one kind of line.
 
     Attributes:
-        line: matches it as a whole; a group for each of its numbers that is a value.
+        line: matches the whole line; has a group for each number that is a value.
         groups: name -> its group, in the order of ``names``.
-        names: of all values.
-        constant: values that are the same in every such line.
+        names: all values' names.
+        constant: values the same in every such line.
         counted: name -> (group, group, length): the first times the length and the second.
-        part: of the log.
+        part: the part of the log.
     """
 
     line: re.Pattern[str]
@@ -111,14 +111,14 @@ def _shape_of(found: re.Match[str]) -> str:
 
 
 def _is_locked(found: re.Match[str]) -> bool:
-    """Whether it is a part of a date or of a time: its length tells something."""
+    """Whether it is part of a date or a time, so that its length matters."""
     line = found.string
     before, after = line[max(found.start() - 2, 0) : found.start()], line[found.end() : found.end() + 2]
     return bool(_JOINED.fullmatch(before) or _JOINED.fullmatch(after[::-1]))
 
 
 def _plan(read: Callable[[str], ReadLine], line: str) -> Plan | None:
-    """The plan of a line; None: what stands in it depends on the numbers themselves."""
+    """The plan of a line; None: its reading depends on the numbers themselves."""
     tokens = list(_TOKEN.finditer(line))
     values, part = read(line)
     draw = random.Random(len(line))
@@ -188,7 +188,7 @@ def _filled(line: str, tokens: list[re.Match[str]], texts: list[str], draw: rand
     out, end = [], 0
     for token, text in zip(tokens, texts, strict=True):
         between = line[end : token.start()]
-        if between.endswith("  "):  # numbers that are set flush to the right
+        if between.endswith("  "):  # right-aligned numbers
             between = between.rstrip(" ") + " " * draw.randint(1, 5)
         out += [between, text]
         end = token.end()
@@ -215,7 +215,7 @@ def _digits(token: re.Match[str]) -> str:
 
 
 def _parts(token: re.Match[str]) -> tuple[str, str, str, str]:
-    """What stands before the point, after it, the sign of an exponent, the exponent."""
+    """The digits before the point, those after it, the exponent's sign, the exponent."""
     found = _SHAPE.fullmatch(token[0])
     assert found is not None
     whole, fraction, exponent, power = found.groups(default="")

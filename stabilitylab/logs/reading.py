@@ -1,4 +1,4 @@
-"""What a reader of records gives: rows, parts of what they hold, and what was left out."""
+"""What a reader of records gives: rows, their format and columns, and counts of what it left out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Row = tuple[str, Mapping[str, float | None]]
 
 
 class LinePieces(Protocol):
-    """A text log taken in pieces that end with a line, in order: all of it at once, or as it grows.
+    """Takes a text log in pieces that end with a line, in order: all of it at once, or as it grows.
 
     Attributes:
-        state: what later pieces need of those before, as JSON can hold it; may be set.
+        state: what later pieces need from earlier ones, ready for JSON; may be set.
     """
 
     state: dict[str, Any]
@@ -25,7 +25,7 @@ class LinePieces(Protocol):
         """The rows of the next piece."""
 
     def end(self) -> Iterator[Row]:
-        """What was held back for the sake of lines that have not come."""
+        """The rows held back for lines that have not come."""
 
 
 @dataclass(slots=True)
@@ -33,14 +33,14 @@ class Reading:
     """A reader set on a source.
 
     Attributes:
-        format: what was recognised.
-        rows: gives all rows, again at each call, and counts in ``left_out`` what it skips.
-        step: the name of the column that counts, where the format says so.
-        losses: names under which the format has its loss, best first.
-        left_out: reason -> how often.
+        format: the format recognised.
+        rows: gives all rows at each call, and counts in ``left_out`` what it skips.
+        step: the name of the column that counts steps, where the format knows it.
+        losses: the format's names of its loss, best first.
+        left_out: reason -> number of records.
         notes: sentences about the whole log.
         example: the first damage found, as the end of a sentence that begins with the log's name.
-        pieces: makes a reader of pieces, for a text that may grow; None: it can only be read as a whole.
+        pieces: makes a reader of pieces, for a text that may grow; None: the text can only be read as a whole.
     """
 
     format: str
@@ -53,13 +53,13 @@ class Reading:
     pieces: Callable[[], LinePieces] | None = None
 
     def damage(self, reason: str, example: str) -> None:
-        """Count a record that cannot be read."""
+        """Count a record that cannot be read, and keep the first as the example."""
         self.left_out[f"damaged: {reason}"] += 1
         self.example = self.example or example
 
 
 def text_rows(source: LogFile, reading: Reading) -> Iterator[Row]:
-    """All rows of a text that is read in pieces."""
+    """All rows of a text read in pieces."""
     assert reading.pieces is not None
     reading.left_out.clear()
     pieces = reading.pieces()

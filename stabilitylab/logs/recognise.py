@@ -1,6 +1,6 @@
-"""What a path is, told by its content: the one way from paths to logs.
+"""Recognises what a path holds by its content: the one way from paths to logs.
 
-Files: Parquet, TensorBoard, SQLite and W&B by their first bytes; then one JSON document, JSON a line, text of a known trainer, CSV.
+Files: Parquet, TensorBoard, SQLite and W&B by their first bytes; then one JSON document, JSON lines, text of a known trainer, CSV.
 Folders: a run folder, a Trainer's output or checkpoint, a tracker's store, Lightning's versions, TensorBoard, or a folder that
 holds one log.
 """
@@ -44,10 +44,10 @@ from stabilitylab.logs.trackers import (
 )
 from stabilitylab.logs.wrapped import DocumentSource, UnwrappedSource, UnwrappingPieces, key_of
 
-# Numbers with their names beside them: a sentence, and no header of a table.
+# Numbers with their names beside them: a sentence, not a table's header.
 _SAID = re.compile(r"(?<!\d)[:=]\s*[-+]?\d")  # not metrics/mAP_0.5:0.95
 _DOCUMENT_BYTES = 256 << 20
-_LONG_LINES = 1 << 16  # shorter files of JSON lines are read as fast a line at a time
+_LONG_LINES = 1 << 16  # in shorter files, reading JSON line by line is as fast
 
 
 def open_logs(
@@ -58,16 +58,16 @@ def open_logs(
     run: str | None = None,
     pattern: str | None = None,
 ) -> list[Log]:
-    """Every segment (run, rank, phase) of what the paths hold.
+    """Every segment (run, rank, phase) of the logs at the paths.
 
     Args:
         paths: files or folders; ``-`` is standard input. Several text files are one log, in order.
         loss, step: names of columns.
-        run: the one segment wanted, by its name or a part of it.
+        run: the wanted segment's name or a part of it.
         pattern: a pattern or a TOML file of patterns (``pattern``).
 
     Raises:
-        InputError: nothing is there, it cannot be understood, or it holds no training loss.
+        InputError: a path does not exist, cannot be understood, or holds no training loss.
     """
     files: list[Path] = []
     for path in paths:
@@ -99,11 +99,11 @@ def open_log(path: Path, *, loss: str | None = None, step: str | None = None) ->
 
     Args:
         path: a file or folder.
-        loss: the loss column's own name, where the usual names do not do.
-        step: the step column's.
+        loss: the loss column's name, where the usual names do not fit.
+        step: the step column's name.
 
     Raises:
-        InputError: there is no such file, it is empty, cannot be understood, or has no loss column.
+        InputError: the file does not exist, is empty, cannot be understood, has no loss column, or holds several runs.
     """
     logs = open_logs([path], loss=loss, step=step)
     if len(logs) > 1:
@@ -214,12 +214,12 @@ def _text(source: LogFile, head: bytes, pattern: str | None) -> Reading:
 
 
 def _below(source: LogFile, table: TableStart) -> Reading:
-    """A table, without what stands above it."""
+    """The reader of a table, without the text above it."""
     return replace(read_csv_rows(TableSource(source, table.offset)), format="table in text", pieces=None)
 
 
 def _wrapped(source: LogFile, key: str) -> Reading:
-    """What a program printed, out of the JSON that a container has put around it."""
+    """The reader of a program's output inside the JSON that a container put around it."""
     inside = UnwrappedSource(source, key)
     inner = _text(inside, inside.head(), None)
     pieces = inner.pieces
@@ -232,7 +232,7 @@ def _wrapped(source: LogFile, key: str) -> Reading:
 
 
 def _labelled(source: LogFile) -> Reading:
-    """Ranks, each behind its launcher's label."""
+    """The reader of ranks, each behind its launcher's label."""
     inside = UnlabelledSource(source.path, source.name)
     inner = _text(inside, inside.head(), None)
     pieces = inner.pieces
@@ -264,7 +264,7 @@ def _known_lines(source: LogFile, head: bytes) -> Reading:
 
 
 def _fairseq(source: LogFile) -> bool:
-    """fairseq's and metaseq's console with JSON in it; the first record may come after pages of configuration."""
+    """Whether it is fairseq's or metaseq's console with JSON in it; the first record may come after pages of configuration."""
     for count, chunk in enumerate(source.chunks()):
         if re.search(rb"train_inner[^\r\n]*\{\"", chunk):
             return True
@@ -285,7 +285,7 @@ def _is_json(line: bytes, kind: type | tuple[type, ...] = (dict, list)) -> bool:
 
 
 def _chained(files: Sequence[Path], pattern: str | None) -> Reading:
-    """Several files as one log, in the order given."""
+    """The reader of several files as one log, in the order given."""
     readings = []
     for path in files:
         source = LogFile(path)
@@ -348,7 +348,7 @@ def _folder(path: Path, *, loss: str | None, step: str | None, pattern: str | No
 
 
 def reading_of(path: Path, pattern: str | None = None) -> Reading | None:
-    """The reader of one file of records, clean tables among them; None: it is empty, or Parquet.
+    """The reader of one file of records, clean tables included; None: it is empty, or Parquet.
 
     Raises:
         InputError: it cannot be understood.
@@ -380,7 +380,7 @@ def _is_table(path: Path, head: bytes) -> bool:
     ):
         return True
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")][:20]
-    if not lines:  # every line opens with a sign of comments: prose, or a trainer's "### step 3"
+    if not lines:  # every line opens with a comment sign: prose, or a trainer's "### step 3"
         return False
     delimiter = delimiter_of(lines[0])
     if delimiter in " |" and path.suffix.lower() not in (".csv", ".tsv"):
@@ -396,6 +396,6 @@ def _is_table(path: Path, head: bytes) -> bool:
         return False  # sentences with as many commas
     same = sum(line.count(delimiter) == cells for line in lines)
     held = [cell.strip().strip('"') for line in lines[1:] for cell in line.split(delimiter) if cell.strip()]
-    # Lines of prose with a comma each are no table: most cells below a header are numbers.
+    # Prose with a comma in each line is no table: most cells below a header are numbers.
     numeric = sum(number(cell) is not None for cell in held) * 2 >= len(held)
     return numeric and same * 4 >= len(lines) * 3 and not re.search(r"[\[\]{}|=]", lines[0])

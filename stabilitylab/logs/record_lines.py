@@ -1,4 +1,4 @@
-"""Records of a text whose loss goes by another name, or whose numbers stand on several lines.
+"""Records of a text whose loss has another name, or whose numbers stand on several lines.
 
     Epoch 3 | Error: 2.31                 an error, cost, objective... where nothing is called a loss
     Epoch 3                               a counter opens a record,
@@ -6,8 +6,8 @@
       lr: 1e-4                            until it counts on or a name comes again
     epoch 3: 2.31                         one number beside a counter
 
-What recurs is learned from the beginning of the text: which lines hold a column, whether counters stand before or behind their
-numbers, and which column is the loss (``loss_column.py``).
+The reader learns from the beginning of the text what recurs: which lines hold a column, whether counters stand before or after
+their numbers, and which column is the loss (``loss_column.py``).
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from stabilitylab.logs.source import LogFile
 _LEARNED_FROM = 400  # records
 _LEARNED_LINES = 8_000
 _COMPARED_LINES = 1_000
-_NOISE = 20  # a column that is so many times as frequent as the loss is of other lines
+_NOISE = 20  # a column this many times as frequent as the loss belongs to other lines
 _SAID_LOSS = re.compile(rb"loss[\w ]*['\"]?\s*[:=(\[]\s*[-+\d.]", re.IGNORECASE)
 _HAS_NUMBER = re.compile(rb"\d")
 _DECIMAL = re.compile(r"(?<![\w.,/-])[-+]?\d+\.\d+(?:[eE][-+]?\d+)?(?![\w.%/])")
-# 3 2.31, 3 tensor(2.31): what print(epoch, loss) prints
+# 3 2.31, 3 tensor(2.31): from print(epoch, loss)
 _BARE = re.compile(
     rf"\s*(\d+)(?:\s*[,:;]\s*|\s+)(?:\w+[.\w]*\()?({NUMBER})(?:, [\w=<>' ]+)?\)?\s*$", re.IGNORECASE
 )
 # 2.31, tensor(2.31, grad_fn=<MseLossBackward0>) on a line of its own
 _LONE = re.compile(r"\s*(?:\w+[.\w]*\(\[?)?([-+]?\d+\.\d+(?:[eE][-+]?\d+)?)\]?(?:, [\w=<>':, ]+)?\)?\s*$")
-_ALONE = "value"  # what a number is called that has no name
+_ALONE = "value"  # the name of a number without one
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,11 @@ class RecordLayout:
     """How a text's records stand in its lines.
 
     Attributes:
-        names: of the columns that recur.
+        names: the columns that recur.
         leads: the counters that open a record.
-        words: in small letters; a line that holds none of them is another's; none: any line may hold a column.
-        prepare: what the text goes through first.
-        headed: whether headings part it into training and validation.
+        words: in small letters; a line without any of them belongs to no record; if empty, any line may hold a column.
+        prepare: applied to the text first.
+        headed: whether headings divide it into training and validation.
     """
 
     names: frozenset[str]
@@ -72,12 +72,12 @@ class RecordLayout:
 
 
 def read_record_lines(source: LogFile, beside: Reading | None) -> Reading | None:
-    """The text as records over lines; None: nothing in it recurs that could be a loss.
+    """The text as records over several lines; None: nothing recurs in it that could be a loss.
 
     Args:
         source: the text.
-        beside: what reads its lines one by one, if they name a loss: it is replaced only where it misses a signal, the steps or
-            the total.
+        beside: the reading of its lines one by one, if they name a loss; replaced only where it misses a signal, the steps or the
+            total.
     """
     prepare = prepared_english if is_foreign(source.head().decode("utf-8", "replace")) else prepared
     most = _LEARNED_LINES if beside is None else _COMPARED_LINES
@@ -86,7 +86,7 @@ def read_record_lines(source: LogFile, beside: Reading | None) -> Reading | None
         if (loss := loss_of(rows)) is None:
             return None
         if loss and len(_SAID_LOSS.findall(source.head())) >= FEWEST:
-            loss = ""  # something that is called so, and is not read, stands beside it
+            loss = ""  # another column called so stands beside it, unread
     else:
         rows, order, unsaid = _first_rows(source, prepare, _layout(rows, order, unsaid, "", prepare), most)
         if (loss := missed(rows, beside)) is None:
@@ -111,7 +111,7 @@ def _layout(
     loss: str,
     prepare: Callable[[bytes], bytes],
 ) -> RecordLayout:
-    """Of a text that begins with these records. ``loss``: which column it is; "": it says so itself."""
+    """The layout of a text that begins with these records. ``loss``: the loss's column; "": its name says so."""
     count = Counter(name for row in rows for name in row)
     of_loss = count[loss] if loss else max((count[n] for n in count if is_loss(n)), default=0)
     names = frozenset(
@@ -125,13 +125,13 @@ def _layout(
     )
     opens = min((order[n] for n in order if n == loss or (not loss and is_loss(n))), default=0)
     leads = frozenset(n for n in names if is_count(n) and order[n] <= opens)
-    # a number that counts by where it stands may be in any line
+    # a counter known only by its place may stand in any line
     words = set() if unsaid & names else {_word_of(n) for n in names}
     return RecordLayout(names, leads, tuple(sorted(words)), prepare)
 
 
 class RecordPieces:
-    """Records out of the lines that hold their columns."""
+    """Takes records out of the lines that hold their columns."""
 
     def __init__(self, layout: RecordLayout | None) -> None:
         self._layout = layout
@@ -139,7 +139,7 @@ class RecordPieces:
         self.state: dict[str, Any] = {"held": {}, "epoch": None, "before": {}, "headed": 0}
 
     def take(self, piece: bytes) -> Iterator[Row]:
-        """The records that are complete."""
+        """The complete records."""
         layout = self._layout
         piece = layout.prepare(piece) if layout else piece
         headed = layout is None or layout.headed
@@ -152,7 +152,7 @@ class RecordPieces:
                     yield from self._join(values)
 
     def _is_of_validation(self, values: LineValues) -> bool:
-        """Whether a heading of validation is above: until a counter comes that does not stand right below it."""
+        """Whether a heading of validation stands above; it holds until a counter comes that is not right below it."""
         above: int = self.state["headed"]
         counts = any(is_count(name) for name in values)
         if above and counts != (above == RIGHT_ABOVE):
@@ -188,18 +188,18 @@ def _lines_with(words: Sequence[bytes], piece: bytes) -> Iterator[bytes]:
     while (hit := after(at)) >= 0:
         start, end = piece.rfind(b"\n", 0, hit) + 1, piece.find(b"\n", hit)
         at = end = len(piece) if end < 0 else end
-        yield from piece[start:end].splitlines()  # a bar's states are parted by returns
+        yield from piece[start:end].splitlines()  # carriage returns separate a bar's states
 
 
 def _opens(name: str, x: float | None, held: LineValues, layout: RecordLayout | None) -> bool:
-    """Whether a number is another record's than what is held."""
+    """Whether a number belongs to a new record rather than the held one."""
     if name in held:
         return held[name] != x or not is_count(name)
     return bool(held) and is_count(name) and (layout is None or name in layout.leads)
 
 
 def _read(line: str) -> ReadLine:
-    """The numbers of a line; of one of validation the counters."""
+    """The numbers of a line; only the counters of one of validation."""
     line, values = named(line)
     values = placed(line, values)
     first = _DECIMAL.search(line)
@@ -217,7 +217,7 @@ def _read(line: str) -> ReadLine:
 def _first_rows(
     source: LogFile, prepare: Callable[[bytes], bytes], layout: RecordLayout | None, most: int
 ) -> tuple[list[LineValues], dict[str, int], set[str]]:
-    """Records of the beginning, where each name came first, and which names do not stand in their lines."""
+    """Records of the beginning, where each name came first, and the names that do not stand in their lines."""
     pieces, lines, counted = RecordPieces(layout), 0, 0
     place: LineValues = {}
     rows: list[LineValues] = []
@@ -229,7 +229,7 @@ def _first_rows(
             for _, values in pieces.take(line):
                 rows.append(dict(values))
                 before, place = place, {n: x for n, x in values.items() if is_count(n)}
-                counted += place != before  # an epoch that goes on is no record's
+                counted += place != before  # an epoch that goes on opens no record
             for name in pieces.state["held"]:
                 if name not in order:
                     order[name] = lines
@@ -242,6 +242,6 @@ def _first_rows(
 
 
 def _word_of(name: str) -> bytes:
-    """A name's last word, in small letters; of a place the name itself."""
+    """A name's last word, in small letters; for a place, the name itself."""
     words = re.findall(r"[^\W\d_]+", name)
     return (words[-1].lower() if words else name).encode()

@@ -1,6 +1,6 @@
-"""Logs that come as records, one small set of numbers at a time; run folders.
+"""Logs that come as records, one small set of numbers at a time, and run folders.
 
-Which column is the loss is settled by the first records; what appears later under another name is not looked at.
+The first records settle which column is the loss; later columns under another name do not count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LoggedRecord = tuple[float, dict[str, float]]
 
 
 def gather(records: Iterator[LoggedRecord], columns: Mapping[str, str], source: Path) -> Iterator[RowBlock]:
-    """Records into blocks; neighbours of one step are one row."""
+    """Gather records into blocks; neighbours of one step become one row."""
     signals = [signal for signal in columns if signal != STEP]
     wanted = {columns[signal]: signal for signal in signals}
     while True:

@@ -1,15 +1,15 @@
-"""Rows of named numbers, as every reader of records gives them, and how they become logs.
+"""Turns rows of named numbers, which every reader of records gives, into logs.
 
 A reader gives ``Row``s: the part of the log they belong to (a run, a rank; "" where it does not say) and the numbers under the
-log's own names, ``None`` where a name stood without a value. Here they are parted into segments:
+log's own names, ``None`` where a name stood without a value. This module divides them into segments:
 
     parts that the reader names                              one segment each
     a step that falls back to the start of counting          a new run or phase
     a step that falls back further on                        a restart of the same run: no new segment
     a counter that begins again with every epoch             counted on
 
-Columns are chosen by what all rows of a segment hold. A log of up to ``KEPT`` rows is read once and kept; a longer one is read once
-to learn its columns and once more for every segment.
+It chooses columns by what all rows of a segment hold. It reads a log of up to ``KEPT`` rows once and keeps it; a longer one it
+reads once to learn its columns, and once more for every segment.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ from stabilitylab.logs.segment_columns import SegmentColumns, columns_of, notes_
 from stabilitylab.telemetry import LOSS
 
 KEPT = 200_000
-_PILE = 4096  # rows that are looked at together
-MOST_BAD = 0.1  # A larger share of lines that cannot be read is not damage but another format.
+_PILE = 4096  # rows processed together
+MOST_BAD = 0.1  # a larger share of unreadable lines is not damage but another format
 _UNORDERED_SHARE = 0.25
 _ROUND = re.compile(r"\b(?:round|cycle|sweep|pass)s?$", re.IGNORECASE)  # not fold, seed: those are runs
-_ENDS = 3  # values that tell where a run begins and where it ends
+_ENDS = 3  # values that show where a run's loss begins and ends
 
 
 @dataclass(slots=True)
 class Steps:
-    """Which step a row is, and which run within its part: see the table at the head of this file.
+    """Finds a row's step, and its run within its part: see the table at the head of this file.
 
     Attributes:
-        counter: the column that counts; None: rows are counted.
-        epoch: the column of epochs, in each of which the counter begins again; None: it does not; "": it does, and none tells.
+        counter: the column that counts; None: the row number is the step.
+        epoch: the column of epochs, in each of which the counter begins again; None: it does not; "": it does, without such a
+            column.
         order: whether a step that falls back means anything.
-        piece: the number of the run within the part that the last row belongs to.
+        piece: the last row's run, by its number within the part.
         before: the last row's step.
     """
 
@@ -64,7 +65,7 @@ class Steps:
     epoch_before: float | None = None
 
     def take(self, values: Mapping[str, float | None]) -> float | None:
-        """The step of the next row; None: it holds none."""
+        """The step of the next row; None where it holds none."""
         if self.counter is None:
             step: float | None = float(self.count)
             self.count += 1
@@ -120,7 +121,7 @@ class RowLog(Log):
                 yield block
 
     def pieces(self) -> Iterator[tuple[int, RowBlock]]:
-        """Blocks with the number of the run within the part that they belong to."""
+        """Blocks, each with the number of its run within the part."""
         signals = [signal for signal in self.columns if signal != STEP]
         wanted = {self.columns[signal]: signal for signal in signals}
         counting = Steps(self.columns.get(STEP), self.epoch, self.order)
@@ -162,10 +163,10 @@ class RowLog(Log):
 
 
 def logs_of(reading: Reading, path: Path, *, loss: str | None, step: str | None) -> list[RowLog]:
-    """The segments of a reading that hold a training loss; the others are counted as left out.
+    """The segments of a reading that hold a training loss; counts the others as left out.
 
     Raises:
-        InputError: there is no such segment; what there is is named.
+        InputError: there is no such segment; the message names what there is.
     """
     parts: dict[str, SegmentColumns] = {}
     kept: list[Row] | None = []
@@ -269,7 +270,7 @@ def _pieces(
 
 
 def _is_outer(outer: str, counter: str, part: SegmentColumns, held: Sequence[Row], name: str) -> bool:
-    """Whether a column counts rounds in each of which the counter begins again."""
+    """Whether a column counts rounds in each of which the counter starts again."""
     if not _ROUND.search(outer) or outer in part.fractions or part.backward[outer]:
         return False
     before: tuple[float, float] | None = None
@@ -284,8 +285,8 @@ def _is_outer(outer: str, counter: str, part: SegmentColumns, held: Sequence[Row
 
 
 def _goes_on(log: RowLog) -> bool:
-    """Whether runs in which the counter begins again are epochs of one: they count alike, and each begins where the loss had got
-    to, far from where the first began."""
+    """Whether runs whose counter begins again are epochs of one run: they count alike, and each begins where the loss had got to,
+    far from where the first began."""
     steps: dict[int, list[NDArray[np.int64]]] = {}
     losses: dict[int, list[NDArray[np.float64]]] = {}
     for piece, block in log.pieces():

@@ -1,7 +1,7 @@
-"""What the rows of one segment have shown, and which of its columns is which signal.
+"""Learns from one segment's rows which of its columns is which signal.
 
-A column that is a counter by its name and stands still counts nothing; where no column has such a name, whole numbers that rise in
-every row do. What is odd about the segment as a whole is said in sentences.
+A column named like a counter that stands still counts nothing; where no column has such a name, whole numbers that rise in every
+row count. Notes say in sentences what is odd about the segment as a whole.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from stabilitylab.logs.columns import STEP, choose_columns, counter_of, is_evalu
 from stabilitylab.logs.reading import Reading
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 
-STEP_ABOVE = "step in the line above"  # a text's; believed where every loss has one
-# What rises with the steps and is no count of them.
+STEP_ABOVE = "step in the line above"  # in a text; believed where every loss has one
+# Names of what rises with the steps but does not count them.
 _CLOCK = re.compile(
     r"time|elapsed|second|duration|eta|date|byte|mem|epoch|\bpid\b|(^|[_ /])(ms|s|t|min|hours?)$",
     re.IGNORECASE,
 )
 _AMOUNT = re.compile(r"^(?:steps|iterations|iters|updates)$", re.IGNORECASE)
-_AMOUNTS = 0.25  # of the rows in which it falls
+_AMOUNTS = 0.25  # share of rows in which an amount falls
 _BARE_TOTAL = re.compile(r"(?:train(?:ing)?[ _/])?(?:total|overall)\b", re.IGNORECASE)
 
-_FEW = 32  # rows that are not worth columns
+_FEW = 32  # fewer rows are not worth columns
 _INFINITE = (math.inf, -math.inf)
 
 
 @dataclass(slots=True)
 class SegmentColumns:
-    """What the rows of one segment have shown: which columns hold what."""
+    """What the rows of one segment have shown about its columns."""
 
     rows: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -46,7 +46,7 @@ class SegmentColumns:
     last: dict[str, float] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
     backward: Counter[str] = field(default_factory=Counter)
-    resets: Counter[str] = field(default_factory=Counter)  # those of them at which an epoch begins
+    resets: Counter[str] = field(default_factory=Counter)  # those falls at which an epoch begins
     repeated: Counter[str] = field(default_factory=Counter)
     last_row: dict[str, int] = field(default_factory=dict)
     filtered: int = 0  # rows with a finite loss beside a norm that is not
@@ -79,7 +79,7 @@ class SegmentColumns:
         self.rows += 1
 
     def add_all(self, rows: Sequence[Mapping[str, float | None]]) -> None:
-        """``add`` for each: column by column where they hold the same names, which takes a fraction of the time."""
+        """``add`` each row; column by column where rows hold the same names, which takes a fraction of the time."""
         names = rows[0].keys() if rows else ()
         if len(rows) < _FEW or any(row.keys() != names for row in rows):
             for row in rows:
@@ -98,7 +98,7 @@ class SegmentColumns:
         self.add_columns(columns)
 
     def add_columns(self, columns: Mapping[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]) -> None:
-        """The same of rows as columns: values, and whether they are there."""
+        """``add`` rows given as columns: values, and whether they are there."""
         rows = 0
         begins_N = self._begins(columns)
         for name, (values_N, logged_N) in columns.items():
@@ -126,7 +126,7 @@ class SegmentColumns:
     def _begins(
         self, columns: Mapping[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]
     ) -> NDArray[np.bool_] | None:
-        """In which of the rows an epoch begins."""
+        """The rows in which an epoch begins."""
         if "epoch" not in columns or not columns["epoch"][1].all():
             return None
         epochs_N = columns["epoch"][0]
@@ -175,12 +175,12 @@ def columns_of(
 
 
 def _stands_still(part: SegmentColumns, name: str) -> bool:
-    """Whether it is a counter by its name that does not count: "Train steps: 100" in each line."""
+    """Whether it is named like a counter but does not count: "Train steps: 100" in each line."""
     return counter_of(name) and part.counts[name] > 2 and part.repeated[name] == part.counts[name] - 1
 
 
 def _is_amount(part: SegmentColumns, name: str) -> bool:
-    """Whether it is how many there were, each time: "steps=21" beside "iter 3"."""
+    """Whether it is an amount that varies each time: "steps=21" beside "iter 3"."""
     return (
         _AMOUNT.search(name) is not None
         and part.backward[name] - part.resets[name] > _AMOUNTS * part.counts[name]
@@ -189,10 +189,10 @@ def _is_amount(part: SegmentColumns, name: str) -> bool:
 
 
 def _bare_total(part: SegmentColumns) -> str | None:
-    """A ``total`` that is called no loss, beside the losses that it is of: never below them, and falling at times."""
+    """A ``total`` not called a loss, beside the losses that it adds: never below them, and falling at times."""
     losses = [n for n in part.counts if is_loss(n) and not is_evaluation(n)]
     totals = [n for n in part.counts if _BARE_TOTAL.fullmatch(n)]
-    # beside one that is called "loss" a total may be the sum since the epoch began
+    # beside a column called "loss", a total may be the sum since the epoch began
     alone = len(losses) < 2 and any("loss" in n.lower() for n in losses)
     if len(totals) != 1 or not losses or alone or any(_BARE_TOTAL.search(n) for n in losses):
         return None
@@ -203,7 +203,7 @@ def _bare_total(part: SegmentColumns) -> str | None:
 
 
 def _counting(part: SegmentColumns, columns: Mapping[str, str]) -> str | None:
-    """A column by another name that counts (``gen 3``, ``round: 12``, ``40/300``): whole numbers that rise in every row."""
+    """A column with another name that counts (``gen 3``, ``round: 12``, ``40/300``): whole numbers that rise in every row."""
     loss = columns[LOSS]
     for name in part.counts:
         if (

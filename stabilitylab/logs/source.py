@@ -1,8 +1,8 @@
-"""Where a log's bytes come from: a plain or compressed file, standard input.
+"""The source of a log's bytes: a plain or compressed file, or standard input.
 
-Compression is told by the first bytes, not by the name: gzip, bzip2, xz, zstd, and a zip archive of one file. Text is UTF-8 unless
-it opens with the mark of UTF-16 (what a redirect in Windows PowerShell 5 writes). Standard input is copied to a temporary file
-first, because a log is read more than once.
+The first bytes, not the name, tell the compression: gzip, bzip2, xz, zstd, or a zip archive of one file. Text is UTF-8 unless it
+opens with the byte order mark of UTF-16 (as a redirect in Windows PowerShell 5 writes). Standard input is copied to a temporary
+file first, because a log is read more than once.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _COMPRESSED = {
 
 
 class LogFile:
-    """One file, again and again from its start.
+    """One file that can be read again and again from its start.
 
     Attributes:
-        path: where it lies.
-        name: what messages call it.
+        path: its place.
+        name: its name in messages.
     """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
@@ -50,7 +50,7 @@ class LogFile:
         self.compression = next((kind for mark, kind in _COMPRESSED.items() if start.startswith(mark)), None)
 
     def open(self) -> BinaryIO:
-        """The bytes, decompressed and, where they were UTF-16, as UTF-8."""
+        """The bytes, decompressed, and as UTF-8 where they were UTF-16."""
         raw = self._decompressed()
         marks = raw.read(2)
         raw.close()
@@ -60,7 +60,7 @@ class LogFile:
         return raw
 
     def head(self, size: int = 1 << 16) -> bytes:
-        """The first bytes; what is damaged ends there."""
+        """The first bytes, up to any damage."""
         with self.open() as file:
             return b"".join(self._guarded(file, size, once=True))
 
@@ -99,7 +99,7 @@ class LogFile:
                 yield piece
                 if once:
                     return
-        except EOFError:  # a compressed file still being written, or cut short: what is there is read
+        except EOFError:  # a compressed file still being written, or cut short: read what is there
             return
         except Exception as error:
             if isinstance(error, OSError | lzma.LZMAError | zipfile.BadZipFile) or type(
@@ -132,7 +132,7 @@ class LogFile:
 
 
 class _Utf8(io.RawIOBase):
-    """UTF-16 bytes given out as UTF-8."""
+    """Gives UTF-16 bytes out as UTF-8."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -162,7 +162,7 @@ _temporary: list[Path] = []
 
 
 def standard_input() -> Path:
-    """Standard input as a file, under the name by which it is told of, that goes away with the process."""
+    """Standard input as a file, named as messages call it, which goes away with the process."""
     path = Path(tempfile.mkdtemp(prefix="stabilitylab-")) / "standard-input"
     _temporary.append(path.parent)
     with path.open("wb") as copy:
@@ -171,7 +171,7 @@ def standard_input() -> Path:
 
 
 def remove_temporary() -> None:
-    """Delete what was copied out of standard input or a compressed file."""
+    """Delete the copies of standard input and of compressed files."""
     while _temporary:
         copy = _temporary.pop()
         shutil.rmtree(copy) if copy.is_dir() else copy.unlink(missing_ok=True)

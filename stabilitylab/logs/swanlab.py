@@ -1,10 +1,10 @@
-"""swanlab's ``run-ID.swanlab``: LevelDB's log, like W&B's, around protobuf records of its own.
+"""swanlab's ``run-ID.swanlab``: a LevelDB log, like W&B's, around protobuf records of its own.
 
     Record.scalar = 13: key = 1, step = 2 (absent: 0), value = 5: number = 1 (a double; absent: 0)
 
-The file of an offline run (``mode="offline"``) and of one that is synchronised. Read off files that swanlab 0.10.3 wrote and its
-``swanlab/proto``; only scalars are decoded, so no generated code is needed. 0.6 kept JSON in it and called it ``backup.swanlab``
-(read off files that 0.6.12 wrote):
+Offline runs (``mode="offline"``) and synchronised ones both write it. The format follows files that swanlab 0.10.3 wrote and its
+``swanlab/proto``; the reader decodes only scalars, so it needs no generated code. 0.6 kept JSON in it and called it
+``backup.swanlab`` (seen in files that 0.6.12 wrote):
 
     {"model_type": "Scalar", "data": {"metric": {"index": 5, "data": 2.3}, "key": "loss", "step": 5}}
 """
@@ -26,7 +26,7 @@ _RECORD_SCALAR, _KEY, _STEP, _VALUE = 13, 1, 2, 5
 
 
 def read_swanlab(sources: list[LogFile]) -> Reading:
-    """Each file a part; what was logged in one call is a row."""
+    """Each file as a part, and each logging call as a row."""
 
     def rows() -> Iterator[Row]:
         reading.left_out.clear()
@@ -51,7 +51,7 @@ def read_swanlab(sources: list[LogFile]) -> Reading:
 
 
 def scalar(record: bytes) -> tuple[str, float, float] | None:
-    """Key, step and value of a record; None: it is of another kind."""
+    """Key, step and value of a record; None for another kind of record."""
     if record.startswith(b"{"):
         return _json_scalar(record)
     for number, body in fields(record):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 4 << 20
 _KEPT_ROWS = 1_000_000
 _NUMBER = re.compile(r"[-+]?[\d.]+(?:[eE][-+]?\d+)?")
-# Trainers write these, too, for a value that was not logged.
+# Trainers also write these for a value that was not logged.
 _NULLS = ["", "null", "None", "N/A", "NA", "-"]
 
 
@@ -72,7 +72,7 @@ class CsvLog(_TableLog):
 
     @classmethod
     def open_clean(cls, source: LogFile, *, loss: str | None = None, step: str | None = None) -> Self | None:
-        """The file, where it is one table without oddities; None: ``csv_rows`` has to read it.
+        """The file, where it is one table without oddities; None: ``csv_rows`` must read it.
 
         Raises:
             InputError: it has no loss column, or several that could be.
@@ -87,13 +87,13 @@ class CsvLog(_TableLog):
             return None
         lower = {name.lower() for name in names}
         if "value" in lower or lower & {*RUN_NAMES}:
-            return None  # perhaps a table of one value a row, or of several runs
+            return None  # perhaps a table of one value per row, or of several runs
         try:
             columns = choose_columns(names, source=source.path, loss=loss, step=step)
         except InputError:
-            return None  # with the values counted, the choice may be clear; if not, it is refused there
+            return None  # once ``csv_rows`` counts the values, the choice may be clear; if not, it refuses the file
         if STEP not in columns:
-            return None  # a column by another name may count, which takes its values to tell
+            return None  # a column by another name may count, which only its values show
         log = cls(
             path=source.path,
             columns=columns,
@@ -105,7 +105,7 @@ class CsvLog(_TableLog):
         return log._surveyed()
 
     def _surveyed(self) -> Self | None:
-        """Read to the end once: itself with its blocks kept, where they are few; None where anything is odd."""
+        """The log itself, read to the end once, its blocks kept where they are few; None where anything is odd."""
         kept: list[RowBlock] | None = []
         rows = with_loss = 0
         last: int | None = None
@@ -133,7 +133,7 @@ class CsvLog(_TableLog):
         return _TableLog.blocks(self)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
-        # Numbers are parsed as such; a cell that is none makes the whole file one for another reader.
+        # Cells are parsed as numbers; one that is none leaves the whole file to another reader.
         wanted = list(self.columns.values())
         skipped = self.left_out
 
@@ -143,7 +143,7 @@ class CsvLog(_TableLog):
 
         options: dict[str, Any] = {
             "read_options": pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
-            # A line that a kill cut short has too few cells, one written by two processes at once too many.
+            # A line cut short by a kill has too few cells, one written by two processes at once too many.
             "parse_options": pa.csv.ParseOptions(delimiter=self.delimiter, invalid_row_handler=count),
             "convert_options": pa.csv.ConvertOptions(
                 include_columns=wanted,
@@ -162,7 +162,7 @@ class CsvLog(_TableLog):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParquetLog(_TableLog):
-    """A Parquet file with one row a step."""
+    """A Parquet file with one row per step."""
 
     @classmethod
     def open(cls, path: Path, *, loss: str | None = None, step: str | None = None) -> Self:
@@ -182,7 +182,7 @@ class ParquetLog(_TableLog):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrowLog(_TableLog):
-    """An Arrow file, which is what Feather writes, with one row a step."""
+    """An Arrow file, which Feather writes, with one row per step."""
 
     @classmethod
     def open(cls, path: Path, *, loss: str | None = None, step: str | None = None) -> Self:
@@ -246,7 +246,8 @@ def _numbers(column: pa.Array, source: str, first_row: int) -> tuple[NDArray[np.
 
 
 def floats_of(column: pa.Array) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Its buffers as they are: Arrow's own way to NumPy goes through pandas, whose import takes longer than most logs."""
+    """A column's floats, from its buffers: Arrow's own way to NumPy goes through pandas, whose import takes longer than most
+    logs."""
     count, begin = len(column), column.offset
     present, data = column.buffers()
     values_N = np.frombuffer(data, dtype=np.float64)[begin : begin + count]

@@ -1,12 +1,12 @@
-"""A table that stands in other text: a report in Markdown, rich's or tabulate's boxes, what a notebook printed.
+"""A table inside other text: a report in Markdown, rich's or tabulate's boxes, a notebook's output.
 
     We trained for a day.                 left out
     | step | loss |                       the header: words, a loss among them
     | ---: | ---: |                       rules
     | 1    | 2.31 |                       rows of as many cells, most of them numbers
 
-Cells are parted by bars (also drawn ones), tabs, commas, semicolons or blanks; where names hold blanks and a rule of dashes below
-parts the columns (spaCy, tabulate), their blanks become ``_``. From the header on it is read as a file of its own.
+Bars (also drawn ones), tabs, commas, semicolons or blanks separate cells; where names hold blanks and a rule of dashes below
+separates the columns (spaCy, tabulate), their blanks become ``_``. From the header on, the table is read as a file of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DRAWN = str.maketrans(
 _RULE = re.compile(r"^[\s|+:=-]*$")
 _DASHES = re.compile(rb"\s*-+(?:[ \t]+-+)+[ \t\r]*\n")
 _MARKS = re.compile(r"(?m:(?<=\d)[ \t]+(?:\*|←|✓|✔|★|<-)[^\d\r\n|]*(?=\r?$))".encode())  # 2.31 * best
-_ROWS = 3  # so many make a header one
+_ROWS = 3  # rows that confirm a header
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class TableStart:
     """Where a table begins.
 
     Attributes:
-        offset: of its header, in bytes of the text as it is decoded.
-        rows: how many stand below, in the piece that was looked at.
+        offset: the place of its header, in bytes of the decoded text.
+        rows: number of rows below it, in the piece examined.
     """
 
     offset: int
@@ -50,7 +50,7 @@ def table_in(source: LogFile) -> TableStart | None:
         start, end = small.rfind(b"\n", 0, at) + 1, small.find(b"\n", at)
         end = len(chunk) if end < 0 else end
         line = chunk[start:end]
-        sentence = b":" in line or b"=" in line  # no header; most lines of a log are such
+        sentence = b":" in line or b"=" in line  # no header, like most lines of a log
         if not sentence and _is_header(header := _joined(_plain(line), chunk, end)):
             rows = _rows(header, chunk, end)
             if rows >= _ROWS and (best is None or rows > best.rows):
@@ -60,7 +60,7 @@ def table_in(source: LogFile) -> TableStart | None:
 
 
 class TableSource(LogFile):
-    """A source from a table's header on, its drawn lines as signs that can be typed."""
+    """A source from a table's header on, with drawn lines replaced by ASCII signs."""
 
     def __init__(self, source: LogFile, offset: int) -> None:
         super().__init__(source.path, source.name)
@@ -89,13 +89,13 @@ def _plain(line: bytes) -> str:
 
 
 def _joined(header: str, chunk: bytes, at: int) -> str:
-    """A header above a rule that parts more columns than its words: each column's words as one."""
+    """The header, with each column's words as one where a rule below separates the columns."""
     below = _DASHES.match(chunk, at)
     header = header.lstrip("# \t")
     names = re.split(r"\s{2,}", header.strip())
     if len(header.split()) == len(names) or len(names) < 2:
         return header
-    if below is None:  # none that parts columns: as many numbers as names in the first row tell
+    if below is None:  # no rule separates columns: the first row must hold as many numbers as names
         rows = (_unmarked(_plain(line)).split() for line in chunk[at : at + 4096].splitlines())
         row = next((row for row in rows if row and number(row[0]) is not None), [])
         if len(row) != len(names):
@@ -134,7 +134,7 @@ def _is_header(line: str) -> bool:
 
 
 def _rows(header: str, chunk: bytes, at: int) -> int:
-    """How many rows of as many cells follow."""
+    """The number of rows with as many cells that follow."""
     delimiter = _delimiter(header)
     width, rows = len(_cells(header, delimiter)), 0
     while at < len(chunk):

@@ -1,6 +1,6 @@
-"""TensorBoard event files: which of them are one run, and what of a run still stands.
+"""TensorBoard event files: which of them form one run, and which of its values still stand.
 
-To TensorBoard a folder is a run. What lies in and under the folder that is given is told apart so:
+TensorBoard takes a folder for a run. The reader tells files in and under the given folder apart so:
 
     another folder, another suffix of the name   another run; ``val``, ``eval``, ``test`` in it: one of evaluation, left out
     a file after the other                       the same run, begun again: steps from its first one on replace the older ones
@@ -8,9 +8,9 @@ To TensorBoard a folder is a run. What lies in and under the folder that is give
     files at the same time, of the same tags     two runs
     ``purge_step`` (a session's START at step s) what was written before of steps from s on is dropped
 
-Where several runs have a training loss, which one is meant has to be said. Tags of the HParams page are no curves.
+Where several runs have a training loss, the user must name one. Tags of the HParams page are no curves.
 
-Held in memory: 17 bytes a value of the columns that are read.
+Memory: 17 bytes per value of the columns read.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class TensorBoardLog(Log):
     """The scalars of one run.
 
     Attributes:
-        files: of each writer its files, in the order in which they were written.
-        evaluation_runs: the folder's runs of evaluation, by name: not read.
+        files: each writer's files, in the order of writing.
+        evaluation_runs: names of the folder's evaluation runs, which are not read.
     """
 
     files: tuple[tuple[Path, ...], ...]
@@ -59,7 +59,7 @@ class TensorBoardLog(Log):
         """The one run of training among ``files``.
 
         Raises:
-            InputError: there is none, or there are several: they are named.
+            InputError: there is none, or there are several, which the message names.
         """
         found = cls.open_runs(path, files, loss=loss, step=step)
         if len(found) > 1:
@@ -112,7 +112,7 @@ class TensorBoardLog(Log):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader should know of how it was read."""
+        """What the user should know about how the log was read."""
         return (
             (f"left out, as of evaluation: {', '.join(self.evaluation_runs)}",)
             if self.evaluation_runs
@@ -122,14 +122,14 @@ class TensorBoardLog(Log):
     def blocks(self) -> Iterator[RowBlock]:
         wanted = tuple(self.columns.values())
         writers = [_standing(files, wanted) for files in self.files]
-        # Several writers' steps go up side by side; of one alone they are taken in the order of the file.
+        # Steps of several writers rise side by side; those of a single one keep the file's order.
         records = writers[0] if len(writers) == 1 else heapq.merge(*writers, key=lambda record: record[0])
         return gather(records, self.columns, self.path)
 
 
 @dataclass(slots=True)
 class _Extent:
-    """What a file is about: its tags, when it was written, where its steps begin."""
+    """A file's tags, its time of writing, and its first step."""
 
     tags: set[str]
     first: float = float("inf")
@@ -137,7 +137,7 @@ class _Extent:
 
 
 def _runs(path: Path, files: Sequence[Path]) -> dict[str, tuple[tuple[Path, ...], ...]]:
-    """By name, the writers of each run, each as its files in order."""
+    """Run name -> the run's writers, each as its files in order."""
     groups: dict[tuple[Path, str], list[Path]] = {}
     for file in sorted(files):
         groups.setdefault((file.parent, suffix_of(file)), []).append(file)
@@ -162,20 +162,20 @@ def _runs(path: Path, files: Sequence[Path]) -> dict[str, tuple[tuple[Path, ...]
 
 
 def event_files(path: Path) -> list[Path]:
-    """The event files in and under a folder, or the one file, by name: of one writer in the order of time."""
+    """The event files in and under a folder, or the one file, by name: a writer's files in order of time."""
     if not path.is_dir():
         return [path]
     return sorted(file for file in path.rglob("*tfevents*") if file.is_file())
 
 
 def suffix_of(file: Path) -> str:
-    """What a writer has added to the names of its files."""
+    """The suffix that a writer adds to its files' names."""
     found = _SUFFIX.search(file.name)
     return (found and found[1]) or ""
 
 
 def _writers(files: Sequence[Path]) -> list[list[Path]]:
-    """Files that follow each other in time are one writer's; those that overlap are several's."""
+    """Group files by writer: those that follow each other in time are one writer's, those that overlap are several's."""
     if len(files) == 1:
         return [list(files)]
     writers: list[tuple[list[Path], float]] = []
@@ -209,7 +209,7 @@ def _tags(writers: Sequence[Sequence[Path]]) -> list[str]:
 
 
 def _standing(files: Sequence[Path], wanted: Sequence[str]) -> Iterator[LoggedRecord]:
-    """One writer's values of these tags, what was superseded left out."""
+    """One writer's values of these tags, without superseded ones."""
     number = {tag: i for i, tag in enumerate(wanted)}
     steps, values, tags = array("d"), array("d"), array("b")
     for place, file in enumerate(files):
@@ -249,7 +249,7 @@ def _events(file: Path) -> Iterator[Any]:
 
 
 def scalars(event: Any) -> Iterator[tuple[str, float]]:
-    """An event's tags and numbers, in either of the forms in which they are written."""
+    """An event's tags and numbers, in either of the two forms."""
     for value in event.summary.value:
         if value.HasField("tensor"):
             from tensorboard.util.tensor_util import make_ndarray

@@ -7,7 +7,7 @@
     W&B, offline      run-ID.wandb: LevelDB's log format around protobuf records
                       (wandb/sdk/internal/datastore.py, wandb/proto/wandb_internal.proto, 0.31)
 
-Databases are opened read-only. Of a W&B record only the history is decoded, by its field numbers (Record.history = 2,
+The reader opens databases read-only. It decodes only a W&B record's history, by its field numbers (Record.history = 2,
 HistoryRecord.item = 1, HistoryItem.key = 1, nested_key = 2, value_json = 16), so no generated code is needed.
 """
 
@@ -37,7 +37,7 @@ _LARGEST = 3.4028234e38  # MLflow's SQLite holds infinities as the largest float
 
 
 def mlflow_runs(folder: Path) -> list[Path]:
-    """The runs of a file store in and under ``folder``: those that hold a folder ``metrics``."""
+    """The runs of a file store in and under ``folder``: folders with a ``metrics`` folder."""
     return sorted(
         found.parent
         for depth in ("metrics", "*/metrics", "*/*/metrics", "mlruns/*/*/metrics")
@@ -47,7 +47,7 @@ def mlflow_runs(folder: Path) -> list[Path]:
 
 
 def read_mlflow_files(folder: Path) -> Reading:
-    """Each run a part, its metrics side by side by step."""
+    """Each run as a part, its metrics joined by step."""
 
     def rows() -> Iterator[Row]:
         reading.left_out.clear()
@@ -61,7 +61,7 @@ def read_mlflow_files(folder: Path) -> Reading:
 
 
 def read_mlflow_metric(file: Path) -> Reading:
-    """One metric's file: whatever it is called, it is taken for the loss."""
+    """One metric's file, taken for the loss whatever its name."""
 
     def rows() -> Iterator[Row]:
         reading.left_out.clear()
@@ -72,7 +72,7 @@ def read_mlflow_metric(file: Path) -> Reading:
 
 
 def mlflow_name(run: Path) -> str:
-    """What people call a run, and the beginning of its id."""
+    """A run's display name, and the beginning of its id."""
     meta = run / "meta.yaml"
     if meta.is_file():
         for line in meta.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -89,7 +89,7 @@ def _mlflow_values(
         for count, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines()):
             words = line.split()
             value = number(words[1]) if len(words) >= 2 else None
-            step = number(words[2]) if len(words) >= 3 else float(count)  # before 1.0 there were no steps
+            step = number(words[2]) if len(words) >= 3 else float(count)  # MLflow before 1.0 had no steps
             if value is None or step is None:
                 reading.damage(
                     "lines of a metric", f"metric {name!r}: {line[:40]!r} is not 'timestamp value step'"
@@ -99,7 +99,7 @@ def _mlflow_values(
 
 
 def _by_step(part: str, values: Iterator[tuple[str, float, float]]) -> Iterator[Row]:
-    """Metrics that were stored one after the other, as rows; a step logged twice gives two rows."""
+    """Metrics stored one after the other, as rows; a step logged twice gives two rows."""
     rows: dict[tuple[float, int], LineValues] = {}
     seen: dict[tuple[str, float], int] = {}
     for name, step, value in values:
@@ -116,7 +116,7 @@ def read_sqlite(source: LogFile) -> Reading:
     """MLflow's or trackio's database.
 
     Raises:
-        InputError: it is another program's.
+        InputError: the database is another program's.
     """
     path = source.on_disk()
     try:
@@ -131,7 +131,7 @@ def read_sqlite(source: LogFile) -> Reading:
     if {"run_uuid", "key", "value", "step"} <= columns:
         reading = Reading(format="MLflow SQLite", rows=lambda: _mlflow_rows(path), step="step")
     elif {"run_name", "step", "metrics"} <= columns:
-        # Its own step counts calls; what a Trainer logs beside it, train/global_step, updates.
+        # trackio's own step counts calls; train/global_step, which a Trainer logs beside it, counts updates.
         reading = Reading(format="trackio", rows=lambda: _trackio_rows(path, reading))
     else:
         named = ", ".join(sorted(tables)[:8]) or "none"
@@ -143,7 +143,7 @@ def read_sqlite(source: LogFile) -> Reading:
 
 
 def connected(path: Path) -> sqlite3.Connection:
-    """A database, for reading."""
+    """A connection to a database, for reading only."""
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
 
 
@@ -169,7 +169,7 @@ def _mlflow_rows(path: Path) -> Iterator[Row]:
 
 
 def infinite(value: float) -> float:
-    """Infinity in the place of the largest float."""
+    """The value, with infinity for the largest float."""
     return math.copysign(math.inf, value) if abs(value) >= _LARGEST else value
 
 
@@ -191,7 +191,7 @@ def _trackio_rows(path: Path, reading: Reading) -> Iterator[Row]:
 
 
 def unwrapped(record: Any) -> dict[str, Any]:
-    """trackio writes what JSON lacks as {"_type": "trackio.infinity"...} or a string; names are kept."""
+    """The record if it is an object, else {}; {"_type": "trackio.infinity"...} and strings, for what JSON lacks, stay."""
     return record if isinstance(record, dict) else {}
 
 
@@ -199,7 +199,7 @@ def unwrapped(record: Any) -> dict[str, Any]:
 
 
 def read_wandb(sources: list[LogFile]) -> Reading:
-    """The histories of offline runs, each a part."""
+    """The histories of offline runs, each as a part."""
 
     def rows() -> Iterator[Row]:
         reading.left_out.clear()
@@ -238,7 +238,7 @@ def leveldb_records(source: LogFile, reading: Reading) -> Iterator[bytes]:
 
 
 def history(record: bytes) -> LineValues:
-    """What a W&B record holds of the history; empty where it is of another kind."""
+    """A W&B record's part of the history; empty for another kind of record."""
     values: dict[str, Any] = {}
     for field, body in fields(record):
         if field != 2 or not isinstance(body, bytes):

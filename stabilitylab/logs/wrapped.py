@@ -1,4 +1,4 @@
-"""Lines of text inside JSON, one object a line, as containers and log services keep what a program printed.
+"""Lines of text inside JSON, one object per line, as containers and log services keep a program's output.
 
     {"log": "step 1 loss 2.3\\n", "stream": "stdout", "time": ...}     Docker's json-file driver
     {"textPayload": "step 1 loss 2.3", "timestamp": ...}              Google Cloud Logging
@@ -6,7 +6,7 @@
 
     {"events": [{"timestamp": ..., "message": "step 1 loss 2.3"}, ...]}   one document: CloudWatch, Kibana, Loki
 
-The text is taken out, and read as if it had been a file of its own. What follows the objects (a last one cut short) is no line.
+The reader takes the text out and reads it as a file of its own. Anything after the objects (a last one cut short) is no line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOOKED_AT = 50
 
 
 def key_of(head: bytes) -> str | None:
-    """Under which name the objects hold a line of text; None: they are records themselves."""
+    """The key under which the objects hold a line of text; None: they are records themselves."""
     found: str | None = None
     for line in head.splitlines()[:_LOOKED_AT]:
         try:
@@ -48,13 +48,13 @@ def unwrapped(piece: bytes, key: str) -> bytes:
         text = record.get(key) if isinstance(record, dict) else None
         if isinstance(text, str):
             out.append(text)
-    # Docker keeps the line's end, and leaves it out where it has cut a long line in two.
+    # Docker keeps the line's end, except where it has cut a long line in two.
     keeps = key == "log" and any(text.endswith("\n") for text in out)
     return "".join(text if keeps or text.endswith("\n") else f"{text}\n" for text in out).encode()
 
 
 class UnwrappedSource(LogFile):
-    """A source as the program wrote it, before it was put into JSON."""
+    """A source as the program wrote it, without the JSON around it."""
 
     def __init__(self, source: LogFile, key: str) -> None:
         super().__init__(source.path, source.name)
@@ -129,14 +129,14 @@ def _lines_of(document: Any, depth: int = 0) -> bytes | None:
 
 
 class UnwrappingPieces:
-    """A reader of pieces behind its JSON."""
+    """Takes the JSON off pieces for a reader."""
 
     def __init__(self, inner: LinePieces, key: str) -> None:
         self._inner, self._key = inner, key
 
     @property
     def state(self) -> dict[str, Any]:
-        """The reader's own."""
+        """The reader's state."""
         return self._inner.state
 
     @state.setter
@@ -148,5 +148,5 @@ class UnwrappingPieces:
         return self._inner.take(unwrapped(piece, self._key))
 
     def end(self) -> Iterator[Row]:
-        """What was held back."""
+        """The rows held back."""
         return self._inner.end()
