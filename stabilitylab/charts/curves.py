@@ -1,6 +1,6 @@
 """Charts of values over steps and over depth. Seeds are thin and their mean thick; what is not finite is a cross at the upper edge.
 
-A curve has as many points as a screen can tell apart: of each stretch of steps its lowest, its highest and one that is not finite
+A curve has as many points as a screen can tell apart: for each stretch of steps its lowest, its highest and one that is not finite
 (``figures.numbers.thinned``), so a spike of one step in 100,000 is drawn at its height.
 """
 
@@ -56,7 +56,7 @@ def curves(
     Args:
         lines: label -> series with the step as index.
         log, base, stairs, limit, marks: as of ``stabilitylab.figures.curves.curves``.
-        names: label -> what each of its series is called where the pointer is on it.
+        names: label -> the name of each of its series, shown where the pointer is on it.
         caption: below it.
         mean: draw the mean of a label's series.
     """
@@ -71,7 +71,7 @@ def curves(
         return Chart(figure=made, caption=caption)
     edge = ceiling(every, log=scaled)
     constant_in_view(made, every, log=scaled)
-    # Few curves are told together at the pointer's step, of many the one under it.
+    # Where curves are few, the pointer's step tells all of them; where many, only the one under it.
     mode = "vline" if count <= FEW else "mouse"
     entries: dict[str, list[Any]] = {}
     for (label, several), colour in zip(drawn.items(), colours(), strict=False):
@@ -202,7 +202,7 @@ def _stretches(matrix: pd.DataFrame, points: int) -> tuple[np.ndarray, np.ndarra
 
 
 def single(values: np.ndarray) -> np.ndarray:
-    """Values as float32, half as heavy; what lies beyond its range at its ends."""
+    """Values as float32, half as heavy; what lies beyond its range goes to its ends."""
     most = float(np.finfo(np.float32).max)
     return np.where(np.isfinite(values), np.clip(values, -most, most), np.nan).astype(np.float32)
 
@@ -309,7 +309,7 @@ def _marks(
             made.add_layout(
                 BoxAnnotation(**shade, **right, line_color=colour, line_alpha=0.25, propagate_hover=True)
             )
-        # Of several seeds, the one that stands out there is the one in which it happened.
+        # Of several seeds, the episode happened in the one that stands out there.
         heights = [s.loc[mark.onset] for s in several if mark.onset in s.index]
         rows["x"].append(mark.onset)
         rows["y"].append(max([float(h) if np.isfinite(h) else edge for h in heights], default=edge))

@@ -1,9 +1,9 @@
 """One look for all charts, and what a page embeds of them.
 
-A chart is Bokeh's JSON; its library is embedded in the page once (1.3 MB), so a page needs no network. Colours that must differ on
-dark ground stand in the JSON as stand-ins, and the page's script puts the reader's in their place before drawing.
+A chart is Bokeh's JSON; the page embeds its library once (1.3 MB), so it needs no network. Colours that must differ on dark ground
+are stand-ins in the JSON, and the page's script puts the reader's in their place before drawing.
 
-Names come from runs: Bokeh shows hovered values as text, and takes ``$$`` for TeX, which it would fetch a library for; so labels go
+Names come from runs. Bokeh shows hovered values as text, and takes ``$$`` for TeX, for which it would fetch a library; so labels go
 through ``words``.
 """
 
@@ -35,7 +35,7 @@ DARK = {
     COLOURS[5]: "#ff7f2a",
 }
 HEIGHT = 300
-# A scale of logarithms that marks each digit of each power crowds at its upper ends: then only 1, 2 and 5 are named.
+# A logarithmic scale that marks each digit of each power crowds at its upper ends: then only 1, 2 and 5 are named.
 _PLAIN = """
 const a = Math.abs(tick)
 const round = t => [1, 2, 5].includes(Number((t / 10 ** Math.floor(Math.log10(t) + 1e-9)).toPrecision(6)))
@@ -64,7 +64,7 @@ class Chart:
     Attributes:
         figure: Bokeh's.
         caption: below it.
-        choices: what one can switch between: a name a reader understands -> the column of the source ``choice`` that is shown.
+        choices: what a reader can switch between: a name a reader understands -> the column of the source ``choice`` that is shown.
         chosen: the name shown first.
         legend: name -> its colour and the identities of what it hides or shows; page text, for names wrap where a canvas cuts them.
     """
@@ -100,7 +100,7 @@ def colours() -> Iterator[str]:
 
 
 def words(text: object) -> str:
-    """A text as a label: what Bokeh would take for TeX is none."""
+    """A text as a label, without what Bokeh would take for TeX."""
     return str(text).replace("$$", "$\u200b$").replace("\\[", "\\\u200b[").replace("\\(", "\\\u200b(")
 
 
@@ -146,7 +146,7 @@ def panel(title: str, *, x: str = "step", y: str = "", height: int = HEIGHT, **o
 def hover(
     made: BokehFigure, renderers: Sequence[Any], tooltips: Sequence[tuple[str, str]], **options: Any
 ) -> None:
-    """Tell these values where the pointer is."""
+    """Show these values where the pointer is."""
     from bokeh.models import HoverTool
 
     made.add_tools(
@@ -194,7 +194,7 @@ def not_recorded(made: BokehFigure) -> None:
 
 
 def ceiling(values: np.ndarray, *, log: bool) -> float:
-    """Where a value that is not finite is marked: at the upper edge of those that are."""
+    """Where to mark a value that is not finite: at the upper edge of those that are."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 1.0
@@ -205,7 +205,7 @@ def ceiling(values: np.ndarray, *, log: bool) -> float:
 
 
 def constant_in_view(made: BokehFigure, values_N: NDArray[np.float64], *, log: bool) -> None:
-    """An axis in the measure of a constant: Bokeh gives it a span of 2, and a rate of 3e-4 lies on 0."""
+    """Fits an axis to a constant: Bokeh gives it a span of 2, and a rate of 3e-4 lies on 0."""
     if not log:
         largest = float(np.abs(values_N[np.isfinite(values_N)]).max(initial=0.0))
         made.y_range.default_span = largest or 2.0

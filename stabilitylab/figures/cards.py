@@ -1,8 +1,8 @@
-"""A map as a small picture that is drawn in a few milliseconds: what ``maps.heat_map`` shows, in pixels.
+"""A map as a small picture, drawn in a few milliseconds: what ``maps.heat_map`` shows, in pixels.
 
 matplotlib's axes find their ticks and their place by measuring every label over and over, some 80 ms a map; a run of a few seconds
-has three at its end. Here the pixels of map and colour bar are put into the figure as they are (``figimage``), and the words beside
-them as text, whose room is measured once.
+has three at its end. Here the pixels of map and colour bar go into the figure as they are (``figimage``), and the words beside them
+as text, whose room is measured once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stabilitylab.figures.numbers import plain
 from stabilitylab.figures.style import ON_WHITE, shortened
 
 SMALL, NAMES, LARGE = 8.0, 9.0, 10.0
-# TensorBoard shrinks what is wider than its card: few names in larger letters can be read there, thirty cannot.
+# TensorBoard shrinks what is wider than its card: a few names in larger letters stay readable, thirty do not.
 _NAMED = 16
 _ROUND = (1, 2, 5, 10)
 _GAP, _BAR = 5, 10
@@ -48,7 +48,7 @@ def map_card(
 
     Args:
         width: inches; the height follows from the sites.
-        dpi: with which it must be saved.
+        dpi: to save it with.
     """
     shown = cells(matrix, recorded=recorded)
     height = min(5.1, max(1.8, 1.27 + 0.15 * len(shown.sites)))
@@ -140,7 +140,7 @@ class _Card:
 
 
 def _values(low: float, high: float, *, log: bool) -> list[float]:
-    """The values to be named beside the colour bar, low to high."""
+    """The values to name beside the colour bar, low to high."""
     if log and low > 0:
         subs: Sequence[float] = (1.0, 2.0, 5.0) if high / low < 3000 else (1.0,)
         found = LogLocator(subs=subs, numticks=9).tick_values(low, high)

@@ -198,7 +198,7 @@ def _mark(axes: Axes, several: Sequence[pd.Series[float]], marks: Sequence[Mark]
     for mark in sorted(marks):
         end = right if mark.end is None else mark.end
         axes.axvspan(mark.onset, max(end, mark.onset), color=colour, alpha=0.18, linewidth=1)
-        # Of several seeds, the one that stands out there is the one in which it happened.
+        # Of several seeds, the episode happened in the one that stands out there.
         heights = [
             s.loc[mark.onset] for s in several if mark.onset in s.index and np.isfinite(s.loc[mark.onset])
         ]

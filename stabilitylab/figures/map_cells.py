@@ -1,8 +1,8 @@
 """Cells of a map before they are drawn: sites down, steps across.
 
-Where there are more steps than can be told apart, neighbours are joined by their largest value, and one that is not finite wins.
-Steps lie across at their own places, however unevenly they were measured; a measurement holds until the next one, or for twice the
-usual distance.
+Where there are more steps than a screen can tell apart, neighbours are joined by their largest value, and one that is not finite
+wins. Steps lie across at their own places, however unevenly they were measured; a measurement holds until the next one, or for
+twice the usual distance.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _are_steps(columns: pd.Index[Any]) -> bool:
 def _at_their_steps(
     matrix: pd.DataFrame, known: NDArray[np.bool_]
 ) -> tuple[pd.DataFrame, NDArray[np.bool_], tuple[float, float]]:
-    """The matrix on evenly spaced columns, at most COLUMNS, where those of it are known, and from where to where they reach."""
+    """The matrix on at most COLUMNS evenly spaced columns, which of its cells are known, and from where to where they reach."""
     steps = matrix.columns.to_numpy(dtype=np.int64)
     apart = np.diff(steps)
     first, span = int(steps[0]), int(steps[-1] - steps[0]) + 1
@@ -126,5 +126,5 @@ def named_sites(sites: Sequence[str], most: int) -> list[int]:
         places = places if len(places) > 2 else list(range(0, count, apart))
         if len(places) <= most:
             break
-    room = max(1, count // (2 * most))  # what stands closer would lie on one another
+    room = max(1, count // (2 * most))  # names closer than this would overlap
     return [0, *(i for i in places if room < i < count - 1 - room), count - 1]

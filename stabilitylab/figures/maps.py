@@ -1,7 +1,7 @@
 """Maps: sites down, steps across, the value as colour.
 
-Layer 0 lies at the bottom. A cell that is not finite is red with a cross, one that was not recorded stays empty. Which cells there
-are: map_cells.py.
+Layer 0 lies at the bottom. A cell that is not finite is red with a cross, one that was not recorded stays empty. map_cells.py says
+which cells there are.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def positive(values: np.ndarray) -> bool:
 def thinned(series: pd.Series[float], points: int = 2000) -> pd.Series[float]:
     """At most about ``points`` values of a curve: of each stretch of steps its lowest, its highest and one that is not finite.
 
-    No spike and no NaN is lost by drawing fewer points than were recorded.
+    Drawing fewer points than were recorded loses no spike and no NaN.
     """
     if len(series) <= points:
         return series

@@ -69,15 +69,15 @@ def panel(height: float = 2.7) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-# At the legend's size; what a line's sample takes beside its name, in letters.
+# Letters an inch at the legend's size, and what a line's sample takes beside its name, in letters.
 _LETTERS_AN_INCH, _HANDLE = 12, 6
 
 
 def legend(figure: Figure, axes: Axes, *, columns: int) -> None:
-    """Names of the curves below the axes: within them no place is free of curves in every run.
+    """Names of the curves below the axes: within the axes no place is free of curves in every run.
 
-    Long ones (a fork is named by all that it changed) get fewer columns, and are cut in their middle where they would not fit: axes
-    that gave up their room to names would be no picture.
+    Long names (a fork is named by all that it changed) get fewer columns, and are cut in their middle where they would not fit:
+    axes that gave up their room to names would be no picture.
     """
     handles, names = axes.get_legend_handles_labels()
     room = int(figure.get_figwidth() * _LETTERS_AN_INCH)
@@ -121,12 +121,12 @@ def save_pixels(figure: Figure, file: Any, *, dpi: int, ground: str) -> None:
 def tidy() -> Iterator[None]:
     """Draw without warnings and without open files left behind."""
     with warnings.catch_warnings():
-        # A character that the font lacks (a module named in Chinese) is drawn as a box: that says it.
+        # A character that the font lacks (a module named in Chinese) becomes a box: that says it.
         warnings.filterwarnings("ignore", message="Glyph")
         yield
     fonts = getattr(font_manager, "_get_font", None)
     if fonts is not None and threading.current_thread() is not threading.main_thread():
-        # Font files are kept open for each thread by itself, also when the thread has ended.
+        # matplotlib keeps font files open for each thread by itself, also when the thread has ended.
         fonts.cache_clear()
 
 

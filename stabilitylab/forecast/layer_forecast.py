@@ -4,8 +4,8 @@ A layer's operand bears a format as long as the relative error that the format m
 
     limit = ``factor`` x error of the format on normal numbers               factor 2: a bit lost
 
-so a limit asks the same of every format: how much worse than numbers without outliers. An operand is forecast to leave by a step
-where its whole interval lies before that step; where the interval holds "never", or a later step, it is only told that it may.
+so a limit asks the same of every format: how much worse than numbers without outliers. An operand is forecast to leave by a step if
+its whole interval lies before that step; if the interval holds "never", or a later step, the forecast only says that it may.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class LayerForecast:
     Attributes:
         site: ``layers.3.mlp.down:input``.
         format: its name.
-        error: relative, at the last step, of the fitted line.
-        limit: what it may be.
-        earliest, likely, latest: steps at which the limit is reached; the last step where it is passed already; infinite: never.
+        error: the fitted line's relative error at the last step.
+        limit: what the error may be.
+        earliest, likely, latest: steps at which the error reaches the limit; the last step where it has passed it; infinite: never.
     """
 
     site: str
@@ -47,17 +47,17 @@ class LayerForecast:
 
     @property
     def has_left(self) -> bool:
-        """Whether the format is not borne any more."""
+        """Whether the operand no longer bears the format."""
         return self.error >= self.limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What is told of a run.
+    """The forecast of a run.
 
     Attributes:
-        last: the step up to which it was seen.
-        until: the step up to which it is told.
+        last: the last step seen.
+        until: the last step forecast.
         factor: of the limit.
         layers: every operand in every format, those that leave first at the front.
     """
@@ -73,15 +73,15 @@ class Forecast:
         return list(dict.fromkeys(one.format for one in sorted(self.layers, key=lambda one: one.format)))
 
     def of(self, format: str) -> list[LayerForecast]:
-        """Those of one format."""
+        """Operands in one format."""
         return [one for one in self.layers if one.format == format]
 
     def leaving(self, format: str) -> list[LayerForecast]:
-        """Those whose whole interval lies before the end of the forecast, and that have not left yet."""
+        """Operands whose whole interval lies before the end of the forecast, and that have not left yet."""
         return [one for one in self.of(format) if not one.has_left and one.latest <= self.until]
 
     def may_leave(self, format: str) -> list[LayerForecast]:
-        """Those whose interval begins before the end of the forecast and ends behind it."""
+        """Operands whose interval begins before the end of the forecast and ends behind it."""
         return [one for one in self.of(format) if one.earliest <= self.until < one.latest]
 
     def sentence(self, format: str) -> str:
@@ -132,7 +132,7 @@ def forecast_run(
             values = values[[step for step in values.columns if int(step) <= seen]]
         limit = factor * _usual(name)
         for operand in (":input", ":weight", ":gradient"):
-            # Operands of a kind err alike: their slopes are judged by each other.
+            # Operands of a kind err alike, so their slopes judge each other.
             alike = values[[str(site).endswith(operand) for site in values.index]]
             for site, trend in trends(alike).items():
                 last = max(last, trend.last)

@@ -13,8 +13,8 @@ The band is every law whose slope lies within b - w and b + w, and a limit L is 
 
     T (L / y(T))^(1 / (b + w))   and   T (L / y(T))^(1 / (b - w)),       never, where that slope is not positive.
 
-Assumption: from T on slopes err as they did from T / 2 to T. A change of the recipe to come (a decay of the rate, other data) is
-not in it. It holds for as long ahead as the past is long, in log t: to some 4 T; beyond, it is no forecast.
+Assumption: from T on slopes err as they did from T / 2 to T. The law does not know of a coming change of the recipe (a decay of the
+rate, other data). It holds for as long ahead as the past is long, in log t: to some 4 T; beyond, it is no forecast.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Trend:
     Attributes:
         last: the step T up to which it was seen.
         level: y(T), of the fitted line.
-        slope: b, the share of it that comes true.
+        slope: b, shrunk to the share of it that came true.
         width: w, of all sites together.
     """
 
@@ -69,8 +69,8 @@ def trends(values: pd.DataFrame) -> dict[str, Trend]:
         values: rows the sites, columns the steps; NaN where there is none. What is not finite or 0 is left out.
 
     Returns:
-        By site. A site with fewer than ``FEWEST`` measurements in the past quarter has none, nor has any where none can be
-        checked at half the steps.
+        By site. A site with fewer than ``FEWEST`` measurements from T / 4 on has none; no site has one where none can be checked at
+        half the steps.
     """
     steps = np.asarray(values.columns, dtype=np.float64) + 1.0
     if not len(steps):

@@ -4,9 +4,9 @@
         loss(model(x)).backward()
     monitor.step(step, **watch.readings())
 
-Watched are leaf modules that have a matrix ``weight``: their input, their weight, and the gradient of their output. A reading is
-``format/SITE:OPERAND/FORMAT_error``, ``_underflow`` or ``_overflow`` (``what_if``), OPERAND input, weight or gradient; of several
-calls the last one counts. Nothing is waited for before ``readings``, and nothing about the model changes.
+The watch looks at leaf modules that have a matrix ``weight``: their input, their weight, and the gradient of their output. A
+reading is ``format/SITE:OPERAND/FORMAT_error``, ``_underflow`` or ``_overflow`` (``what_if``), OPERAND input, weight or gradient;
+of several calls the last one counts. The watch waits for nothing before ``readings``, and changes nothing about the model.
 
 Limits: a measured step rounds every operand once a format: some two to four times a step's time on a CPU. Measure seldom.
 """
@@ -32,7 +32,7 @@ class FormatWatch(ForwardWatch):
     """Measures while it is entered; keeps what it measured.
 
     Args:
-        model: whose layers.
+        model: to watch.
         formats: names of ``what_if_format``.
         sites: glob of the layers' paths.
 
@@ -71,7 +71,7 @@ class FormatWatch(ForwardWatch):
             self._values[path, operand, name] = what_if_values(tensor.detach(), format)
 
     def errors(self) -> dict[tuple[str, str, str], FormatError]:
-        """By layer, operand and format."""
+        """Errors by layer, operand and format."""
         if not self._values:
             return {}
         rows = torch.stack([value.cpu() for value in self._values.values()]).tolist()
@@ -81,7 +81,7 @@ class FormatWatch(ForwardWatch):
         }
 
     def readings(self) -> dict[str, float]:
-        """By telemetry name, as ``Monitor.step`` takes them."""
+        """Readings by telemetry name, as ``Monitor.step`` takes them."""
         found: dict[str, float] = {}
         for (path, operand, name), one in self.errors().items():
             for statistic in ("error", "underflow", "overflow"):

@@ -1,8 +1,8 @@
-"""Random Hadamard rotation: outliers are spread over their block before it is rounded.
+"""A random Hadamard rotation spreads outliers over their block before it is rounded.
 
     y = x D H / sqrt(n) in every block of n numbers of the last dimension,    D = diag(signs),  H[i, j] = (-1)^popcount(i & j)
 
-D H / sqrt(n) is orthogonal, so (x R)(w R)' = x w': a product whose two operands are rotated along what is summed over is the same
+D H / sqrt(n) is orthogonal, so (x R)(w R)' = x w': a product whose two operands are rotated along the summed dimension is the same
 but for rounding. NVIDIA's FP4 recipe (2509.25149, section 4.2) takes n = 16 and one vector of signs, and rotates the operands of
 the weight gradient.
 """
@@ -41,7 +41,7 @@ def rotate(x: Tensor, signs: Tensor) -> Tensor:
 
 
 def unrotate(y: Tensor, signs: Tensor) -> Tensor:
-    """What ``rotate`` was given."""
+    """Turns back what ``rotate`` turned."""
     return _in_blocks(y, hadamard_matrix(len(signs)).to(y) * signs.to(y))
 
 

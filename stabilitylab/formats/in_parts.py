@@ -1,8 +1,8 @@
-"""A large matrix in a scaled format, some rows at a time: rounding one of N numbers at once takes some thirty bytes for each.
+"""Rounds a large matrix to a scaled format some rows at a time: rounding N numbers at once takes some thirty bytes for each.
 
-Numbers are those of ``quantize`` and ``quantize_searched`` to the bit: blocks have nothing to do with each other, and what belongs
-to the whole tensor (its largest number, NVFP4's first scale) is taken over all parts first. A search for one scale of a whole
-tensor looks at all of it together and is not cut.
+Numbers are those of ``quantize`` and ``quantize_searched`` to the bit: blocks do not depend on each other, and what belongs to the
+whole tensor (its largest number, NVFP4's first scale) is taken over all parts first. A search for one scale of a whole tensor looks
+at all of it together and is not cut.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from stabilitylab.formats.scaled import (
 )
 from stabilitylab.formats.searched import quantize_searched
 
-_WHOLE = 1 << 25  # numbers up to which a matrix is rounded whole; larger ones
-_AT_ONCE = 1 << 20  # in parts of so many
+_WHOLE = 1 << 25  # matrices of up to so many numbers are rounded whole; larger ones
+_AT_ONCE = 1 << 20  # in parts of so many numbers
 
 
 def row_parts(rows: int, columns: int, format: ScaledFormat) -> Iterator[slice]:
-    """Rows of a matrix that are looked at together, no block of scales in two of them; all rows of a small one."""
+    """Rows of a matrix to look at together, no block of scales in two parts; all rows of a small matrix."""
     height = format.block[0] or 1
     many = rows
     if rows * columns > _WHOLE:
@@ -48,8 +48,8 @@ def quantize_rows(
 
     Args:
         x: [R, K].
-        format: it, or its name.
-        search: scales are searched.
+        format: the format, or its name.
+        search: whether to search scales.
         seen: called with each part that has been read.
     """
     kind = scaled_format(format) if isinstance(format, str) else format
@@ -106,6 +106,6 @@ def some_rows(made: Quantized, rows: slice | Tensor) -> Quantized:
 
 
 def _joined(scales: list[Tensor]) -> Tensor:
-    # Nor can every one be joined.
+    # Nor can every format be joined.
     kind = scales[0].dtype
     return torch.cat([one.view(torch.uint8) if one.itemsize == 1 else one for one in scales]).view(kind)

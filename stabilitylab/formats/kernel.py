@@ -1,8 +1,8 @@
 """The compiled rounding (kernel.c): a tensor to a scaled format and back in one sweep, bit for bit as the torch operations do it.
 
-Those pass some thirty times over a tensor, and copy a transposed one at each; the kernel reads it twice and writes it once, in the
-order it lies in memory. Built at first use (``stabilitylab.c_compiler``); without a compiler, or with ``STABILITYLAB_NATIVE=0``,
-the torch operations run.
+The torch operations pass some thirty times over a tensor, and copy a transposed one at each; the kernel reads it twice and writes
+it once, in the order it lies in memory. It is built at first use (``stabilitylab.c_compiler``); without a compiler, or with
+``STABILITYLAB_NATIVE=0``, the torch operations run.
 
 Limits: on a CPU, elements of up to 8 bits with a scale, no gradient.
 """
@@ -30,7 +30,7 @@ _WIDEST = 16_384
 
 
 class _Format(ctypes.Structure):
-    """The fields are explained in kernel.c."""
+    """kernel.c explains the fields."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("mantissa", "bias", "largest_exponent", "scale", "round_up")),
@@ -54,7 +54,7 @@ def kernel() -> ctypes.CDLL | None:
 
 
 def is_kernels(x: Tensor, element: NumberFormat, scale: str, block: tuple[int | None, int | None]) -> bool:
-    """Whether ``rounded`` takes this."""
+    """Whether ``rounded`` takes this tensor."""
     rows, columns = block
     return (
         x.device.type == "cpu"

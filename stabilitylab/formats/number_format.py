@@ -4,9 +4,9 @@ A format of E exponent and M mantissa bits with bias b holds, for exponent field
 
     f > 0   (1 + k / 2^M) 2^(f - b)            f = 0   k / 2^M 2^(1 - b)              and each with its sign
 
-so between 2^e and 2^(e+1), e >= 1 - b, its numbers are multiples of a step 2^(e-M), and below that of 2^(1-b-M). Rounding is that
-of x / step to an integer k: to nearest, ties to even (IEEE 754), or stochastically, up with the probability of what is left (Gupta
-et al., 1502.02551), so that the mean over draws is x. The code is then (e - 1 + b) 2^M + k, sign apart: the hidden bit in k carries
+so between 2^e and 2^(e+1), e >= 1 - b, its numbers are multiples of a step 2^(e-M), and below that of 2^(1-b-M). Rounding takes x /
+step to an integer k: to nearest, ties to even (IEEE 754), or stochastically, up with the probability of the remainder (Gupta et
+al., 1502.02551), so that the mean over draws is x. The code is then (e - 1 + b) 2^M + k, sign apart: the hidden bit in k carries
 into the exponent by itself.
 
     name   E M b   largest   infinity, NaN         source
@@ -57,7 +57,7 @@ class NumberFormat:
 
     @property
     def bits(self) -> int:
-        """Of a code, sign included."""
+        """Bits of a code, sign included."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
@@ -129,13 +129,13 @@ def round_to(
         saturate: finite numbers beyond the largest become the largest; otherwise infinity, or NaN where there is none.
             Infinity itself stays, or is NaN where the format has none, or the largest number where it has neither.
         generator: of the stochastic rounding, on x's device; None: torch's default.
-        is_finite: it is known that all of x is: five passes over it fewer.
+        is_finite: whether all of x is known to be finite: that saves five passes over it.
     """
     wide = x.float()
-    # On a CPU torch reads FP8 slower than all of the arithmetic below takes.
+    # On a CPU torch reads FP8 more slowly than all of the arithmetic below runs.
     by_cast = format.name in TORCH_TYPES and not (saturate and format.bits == 8 and wide.device.type == "cpu")
     if rounding == "nearest" and by_cast:
-        # Clamped first: what torch's casts make of numbers beyond the largest has changed between its versions.
+        # Clamped first: torch's versions differ in what their casts make of numbers beyond the largest.
         limited = wide.clamp(-format.largest, format.largest)
         rounded = limited.to(TORCH_TYPES[format.name]).float()
         beyond = None if saturate else _overflows(wide, format)
@@ -181,7 +181,7 @@ def decode(code: Tensor, format: NumberFormat) -> Tensor:
 
 @functools.cache
 def _all_values(format: NumberFormat) -> Tensor:
-    """Of every code, in order; bits above the format's are not looked at, so all 256 bytes have one."""
+    """The number of every code, in order; bits above the format's are ignored, so all 256 bytes have one."""
     return _decoded(torch.arange(256, dtype=torch.int32), format)
 
 
@@ -257,7 +257,7 @@ def _overflows(x: Tensor, format: NumberFormat) -> Tensor:
 
 
 def _stochastic_bf16(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """bf16 is fp32 without its last 16 bits: random ones are added to them, and what does not carry is cut off."""
+    """bf16 is fp32 without its last 16 bits: adds random ones to them, and cuts off what does not carry."""
     drawn = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
     rounded = ((x.contiguous().view(torch.int32) + drawn) & -(1 << 16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x)

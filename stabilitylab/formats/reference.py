@@ -1,6 +1,6 @@
 """The formats in plain float64, written out of their definitions: the oracle of everything beside it.
 
-All numbers of a format are listed; a number becomes the nearest of them, of two as near the one whose code is even. Slow.
+It lists all numbers of a format; a number becomes the nearest of them, of two as near the one whose code is even. Slow.
 """
 
 from __future__ import annotations

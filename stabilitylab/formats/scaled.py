@@ -59,10 +59,10 @@ class ScaledFormat:
 
     Attributes:
         name: what ``scaled_format`` reads.
-        element: of the numbers.
+        element: the format of the numbers.
         block: which numbers share a scale.
         scale: how it is stored; "none": there is none; "e4m3": two levels, with an fp32 scale of the whole tensor.
-        round_up: an E8M0 scale is rounded up, so that nothing is cut off.
+        round_up: whether an E8M0 scale is rounded up, so that nothing is cut off.
     """
 
     name: str
@@ -73,7 +73,7 @@ class ScaledFormat:
 
     @property
     def bits(self) -> float:
-        """A number, its share of the block's scale included (of a scale a tensor or a row: 0)."""
+        """Bits of a number, its share of the block's scale included (of a scale a tensor or a row: 0)."""
         scale_bits = {"none": 0, "fp32": 32, "e8m0": 8, "e4m3": 8}[self.scale]
         rows, columns = self.block
         return self.element.bits + (scale_bits / (rows * columns) if rows and columns else 0.0)
@@ -156,9 +156,9 @@ def quantize(
 
     Args:
         x: [..., K], floating.
-        format: it, or its name.
+        format: the format, or its name.
         rounding, generator: of the elements (``round_to``); scales are always rounded to nearest.
-        like: a tensor of the same shape and format whose scales are taken instead of x's own; what exceeds them is cut off.
+        like: a tensor of the same shape and format whose scales replace x's own; what exceeds them is cut off.
     """
     kind = scaled_format(format) if isinstance(format, str) else format
     wide = x.float()
@@ -181,7 +181,7 @@ def fake_quantize(
     rounding: Rounding = "nearest",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """``dequantize(quantize(x))`` in fp32, bit for bit, without forming the codes. By the compiled kernel, where it takes x."""
+    """``dequantize(quantize(x))`` in fp32, bit for bit, without forming the codes. The compiled kernel does it if it takes x."""
     kind = scaled_format(format) if isinstance(format, str) else format
     if is_kernels(x, kind.element, kind.scale, kind.block):
         drawn = None
@@ -198,12 +198,12 @@ def fake_quantize(
 def _scales(
     x: Tensor, kind: ScaledFormat, whole: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of every block, as they are stored, and of the tensor.
+    """Scales of every block, as they are stored, and of the tensor.
 
     Args:
         x: a tensor; or rows [R, K] of several.
         kind: the format.
-        whole: [R, 1], of each row the largest magnitude of the tensor that it is from; None: x is all of one tensor.
+        whole: [R, 1], for each row the largest magnitude of its tensor; None: x is all of one tensor.
     """
     if kind.scale == "none" or not x.numel():
         return None, None
@@ -217,7 +217,7 @@ def scales_of(
     """Scales of every block as they are stored, and of the tensor.
 
     Args:
-        largest: magnitude of each block, ``block_maxima``.
+        largest: the largest magnitude of each block, ``block_maxima``.
         kind: a format that has scales.
         whole: as in ``_scales``.
     """

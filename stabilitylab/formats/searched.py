@@ -1,11 +1,11 @@
-"""Scales of a format that are searched for the least squared error, instead of taken from the largest number.
+"""Searches a format's scales for the least squared error, instead of taking them from the largest number.
 
     for each block   s = argmin over candidates c of  sum (x - c round(x / c))^2
 
 Candidates of E4M3 and fp32 scales are the usual scale times 1, .95, ..., .55, which cut off the block's largest numbers and round
-the others more finely (clipping by squared error, OMSE, arXiv:1902.06822), and times 1.5: the numbers of E2M1 lie at 4 and 6 with
-nothing between, so that a block's largest may better become 4 (arXiv:2512.02010). Of E8M0, which are powers of two, they are the
-usual scale, half of it and twice it.
+the others more finely (clipping by squared error, OMSE, arXiv:1902.06822), and times 1.5: E2M1 has the numbers 4 and 6 and nothing
+between, so a block's largest may better become 4 (arXiv:2512.02010). E8M0 scales are powers of two: their candidates are the usual
+scale, half of it and twice it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _FACTORS = (1.5, *(1.0 - 0.05 * step for step in range(1, 10)))
 
 
 def quantize_searched(x: Tensor, format: ScaledFormat | str, *, like: Quantized | None = None) -> Quantized:
-    """x [..., K] in a scaled format with searched scales. Formats without scales have nothing to search: they are rounded.
+    """x [..., K] in a scaled format with searched scales. Formats without scales have nothing to search: they only round.
 
     Args:
         x: floating.
-        format: it, or its name.
+        format: the format, or its name.
         like: has the usual scales, from which the search starts; None: x's own.
     """
     kind = scaled_format(format) if isinstance(format, str) else format

@@ -5,12 +5,12 @@
     overflow    share whose |x| / s is beyond the format's largest number: cut off, or not finite
 
 TransformerEngine's debug features give the same three for its own layers on a GPU that has the format (nvdlfw-inspect); here they
-are of any tensor on any machine. Beside the formats of ``scaled_format`` there are symmetric integers, which are E1M6 and E1M2:
+apply to any tensor on any machine. Beside the formats of ``scaled_format`` there are symmetric integers, which are E1M6 and E1M2:
 with one exponent bit a format's numbers are evenly spaced.
 
     int8-tensor, int8-row, int4-row, int4-tile32, ...    codes -127 to 127 or -7 to 7, fp32 scale A / 127 or A / 7
 
-Limits: numbers that are not finite count as overflow and are left out of the error.
+Limits: numbers that are not finite count as overflow, and the error leaves them out.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ def what_if_sums(x_SRK: Tensor, kind: ScaledFormat, largest_S: Tensor | None = N
     """[S, 3] float64: of S tensors at once, the sum of (x^ - x)^2, how many underflow, how many overflow. Nothing is waited for.
 
     Args:
-        x_SRK: rows of the tensors; of a format whose blocks span several rows but not all, S is 1.
+        x_SRK: rows of the tensors; S is 1 for a format whose blocks span several rows but not all.
         kind: the format.
         largest_S: the largest magnitude of each tensor, where its rows are only a sample; finite. None: the rows are all there is.
     """
-    # What is not finite would take its block's scale with it: the question here is what becomes of the others.
+    # A number that is not finite would take its block's scale with it; the question here is what becomes of the others.
     finite = x_SRK.float().nan_to_num(0.0, 0.0, 0.0)
     if largest_S is None:
         largest_S = finite.abs().amax((1, 2)) if finite.numel() else finite.new_zeros(len(finite))
@@ -121,7 +121,7 @@ def what_if_sums(x_SRK: Tensor, kind: ScaledFormat, largest_S: Tensor | None = N
 
 
 def gaussian_error(kind: ScaledFormat, width: int = 1024) -> float:
-    """The error that a format has on independent normal numbers, a matrix of 64 rows: what is to be had without outliers."""
+    """A format's error on independent normal numbers, a matrix of 64 rows: what is to be had without outliers."""
     # Quantiles in a fixed shuffle: no randomness, and the largest is where such a sample has it.
     count = 64 * width
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))

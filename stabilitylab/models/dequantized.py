@@ -1,7 +1,7 @@
 """Checkpoints of codes with scales beside them, rewritten as plain numbers before anything opens them.
 
 A loader that does not know a checkpoint's number format may take codes for weights without a word, and everything measured on such
-a model is false. So tensors that are no floats are either understood here or refused:
+a model is false. So this module understands tensors that are no floats, or refuses them:
 
     format     codes                             scale                                          value
     fp8        P E4M3 or E5M2                    P_scale, P_scale_inv: one, a row, a block      code x scale
@@ -14,9 +14,9 @@ a model is false. So tensors that are no floats are either understood here or re
 
 ``_scale_inv`` multiplies too, whatever its name says (DeepSeek-V3). Of two codes in a byte the lower half is the first. A scale of
 one dimension belongs to rows; a scale smaller than its weight belongs to blocks, of the size that the config says
-(``weight_block_size``, compressed-tensors' ``block_structure`` and ``group_size``). Where it says none, several sizes make as many
-blocks: the power of two among them is taken, and a note says so. The plain copy is made tensor by tensor in a temporary folder, in
-16 bits where that changes no bit, so memory holds one tensor at a time.
+(``weight_block_size``, compressed-tensors' ``block_structure`` and ``group_size``). Where the config says none, several sizes make
+as many blocks: the power of two among them is taken, and a note says so. The module writes the plain copy tensor by tensor into a
+temporary folder, in 16 bits where that changes no bit, so memory holds one tensor at a time.
 
 Sources: OCP 8-bit Floating Point (OFP8) 1.0; OCP Microscaling Formats (MX) 1.0; DeepSeek-V3 (arXiv:2412.19437), section 3.3; the
 files of gpt-oss, ModelOpt, compressed-tensors.
@@ -47,7 +47,7 @@ from stabilitylab.models.weight_files import FLOATS, StoredTensor, stored_tensor
 _FP8 = {"F8_E4M3", "F8_E5M2"}
 _EXPONENTS = {"U8", "F8_E8M0"}
 _BLOCKS = (128, 64, 32, 16)
-# What belongs to a stored number format; activations' own scales are of no use where activations are read as they come.
+# What belongs to a stored number format. Scales of activations are of no use here: activations are read as they come.
 COMPANION = re.compile(
     r"(_scale|_scale_inv|_scale_2|_global_scale|_zero_point|[._]scales|[._]qweight|[._]qzeros|[._]g_idx|\.absmax|\.quant_map"
     r"|\.nested_absmax|\.nested_quant_map|\.SCB|\.weight_format|_shape|\.codes|\.codebooks|_packed|_blocks|\.quant_state\..*)$"
@@ -58,7 +58,7 @@ _SHARD_BYTES = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Codes:
-    """A weight as it lies in the files: codes, and what they are multiplied by.
+    """A weight as it lies in the files: codes, and what multiplies them.
 
     Attributes:
         name: of the plain weight.
@@ -77,7 +77,7 @@ class Codes:
 
     @property
     def supposed(self) -> tuple[int, ...]:
-        """Sizes of its blocks that nobody says, where other sizes would make as many; none where there is no doubt."""
+        """Block sizes that nobody states, where other sizes would make as many blocks; none where there is no doubt."""
         return tuple(
             size
             for dim, size in enumerate(self.sizes)
@@ -86,7 +86,7 @@ class Codes:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers of each dimension that share a scale; 0 where it does not fit. Not asked of two codes in a byte."""
+        """Numbers of each dimension that share a scale; 0 where a scale does not fit. Empty for two codes in a byte."""
         have, want = self.scale.shape, self.codes.shape
         if len(have) != len(want) or self.format in ("mxfp4", "nvfp4"):
             return ()
@@ -95,7 +95,7 @@ class Codes:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the tensors that it is made of."""
+        """Names of the tensors that the weight is made of."""
         return tuple(part.name for part in (self.codes, self.scale, self.second) if part is not None)
 
 
@@ -104,7 +104,7 @@ def plain_folder(folder: Path) -> Iterator[tuple[Path, Mapping[str, StoredTensor
     """A folder of plain numbers: the given one, or a temporary copy with its codes turned into numbers.
 
     Yields:
-        The folder, what its files hold, and notes on what was turned into what.
+        The folder, what its files hold, and notes on what was converted.
 
     Raises:
         InputError: it holds codes that are not understood.
@@ -214,7 +214,7 @@ def dequantized(one: Codes, codes: Tensor, scale: Tensor, second: Tensor | None 
     """The numbers that codes stand for, float32.
 
     Args:
-        one: what they are.
+        one: what the codes are.
         codes, scale, second: the stored tensors.
     """
     if one.format in ("fp8", "mxfp8", "int8"):
@@ -245,7 +245,7 @@ def dequantized(one: Codes, codes: Tensor, scale: Tensor, second: Tensor | None 
 
 
 def _scale_value(scale: Tensor) -> Tensor:
-    """A scale as a number; a byte is an E8M0 one, the exponent of a power of two, 127 above it."""
+    """A scale as a number; a byte is in E8M0, the exponent of a power of two, 127 above it."""
     return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
 
 
@@ -346,7 +346,7 @@ def _write(plain: Path, stored: Mapping[str, StoredTensor], found: list[Codes]) 
 
 
 def _read(one: StoredTensor) -> Tensor:
-    # The file is mapped anew for each tensor, so that none stays in memory for another's sake.
+    # Each call maps the file anew, so that no tensor keeps another in memory.
     with safe_open(one.file, framework="pt") as file:
         tensor: Tensor = file.get_tensor(one.name)
         return tensor

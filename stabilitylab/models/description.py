@@ -1,7 +1,7 @@
 """What files say of their model before a weight is read, and how transformers then builds it.
 
-Which class builds it follows from the config: its architectures where it names some, else what there is for its model type. Nothing
-of the folder's own code is run, nothing is fetched, and what transformers cannot read is told as the files' fault.
+The config says which class builds it: its architectures where it names some, else the class for its model type. No code of the
+folder's own runs, nothing is fetched, and what transformers cannot read is reported as the files' fault.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class Described:
 
     Attributes:
         path: as it was given.
-        folder, where: what transformers is told of it.
-        config: of the model, as transformers has it.
-        predicts: it has a language-model head.
+        folder, where: how transformers finds it.
+        config: transformers' config of the model.
+        predicts: whether it has a language-model head.
         loader: the class that builds it.
     """
 
@@ -90,7 +90,7 @@ class Described:
     loader: Any
 
     def read(self, what: str, loader: Any, **options: Any) -> Any:
-        """A part of it, by what reads it. Raises InputError with what is wrong with the files."""
+        """Read a part of the model with its loader. Raises InputError with what is wrong with the files."""
         return _read(self.path, what, loader, self.folder, **options, **self.where)
 
     def weights(self, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -107,12 +107,12 @@ class Described:
         return module, info
 
     def built(self, dtype: torch.dtype) -> Any:
-        """The model without its parameters, its buffers as they are computed in a format."""
+        """The model without its parameters, its buffers computed for a format."""
         with held.without_parameters():
             return self.loader.from_config(self.config, dtype=dtype)
 
     def held(self, narrow: Any) -> Any:
-        """A model that was read in 16 bits as one that computes in fp32 and holds its weights as they are; None where it cannot."""
+        """Turns a model read in 16 bits into one that computes in fp32 and holds its weights as they are; None where that fails."""
         module = self.built(torch.float32).eval()
         if not held.transplant(narrow, module):
             return None
@@ -124,7 +124,7 @@ class Described:
         import transformers
 
         tokenizer = self.read("tokenizer", transformers.AutoTokenizer)
-        # Of files that are not there, transformers 5.0 makes one that knows its special tokens only.
+        # Where the files have no tokenizer, transformers 5.0 makes one that knows its special tokens only.
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise InputError(
                 f"{self.path}: transformers cannot read its tokenizer (it knows no word of text): add the tokenizer's files"
@@ -136,8 +136,8 @@ def describe(path: Path, plain: Path | None = None) -> Described:
     """Read the configuration of what ``recognises`` found.
 
     Args:
-        path: as it was given, for what is said.
-        plain: where its plain copy is, if that is elsewhere.
+        path: as it was given, for messages.
+        plain: where its plain copy is, if elsewhere.
 
     Raises:
         InputError: transformers is missing or cannot read it, or it is an encoder-decoder model.
@@ -183,14 +183,14 @@ def describe(path: Path, plain: Path | None = None) -> Described:
 
 
 def _read_as_floats(config: Any) -> None:
-    """What is read is floats by now, whatever a config says: transformers would go by it."""
+    """Drops what a config says of quantization: what is read is floats by now, and transformers would go by the config."""
     for part in (config, getattr(config, "text_config", None)):
         if part is not None and hasattr(part, "quantization_config"):
             del part.quantization_config
 
 
 def location(path: Path) -> tuple[str, dict[str, Any]]:
-    """The folder, and the name of the GGUF file in it where it is one."""
+    """The folder, and the name of the GGUF file in it where the model is one."""
     if path.is_file():
         return str(path.resolve().parent), {"gguf_file": gguf_file.whole_file(path).name}
     file = None if (path / "config.json").is_file() else gguf_file.only_file(path)
@@ -228,7 +228,7 @@ def _predicts(config: Any, transformers: Any) -> bool:
     named = getattr(config, "architectures", None) or ()
     kind = type(config)
     if any(name.endswith("ForConditionalGeneration") for name in named):
-        # Of a model of vision and language, the language part reads text; its towers stay unreached.
+        # In a model of vision and language, the language part reads text; its towers stay unreached.
         return kind in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if named:
         return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named)
@@ -240,7 +240,7 @@ def _predicts(config: Any, transformers: Any) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars, notes and warnings: what is wrong becomes an InputError."""
+    """Silences the libraries' progress bars, notes and warnings: what is wrong becomes an InputError."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,12 +1,12 @@
-"""Giving memory back: what was freed, and the pages of a mapped file that were read.
+"""Gives memory back: what was freed, and the pages of a mapped file that were read.
 
-glibc keeps what is freed for the next request, and small tensors that stay between large ones that went leave holes: a model of
-100M parameters quantized to int8 took three times its size. Asked to, it returns the pages inside such holes as well.
+glibc keeps freed memory for the next request, and small tensors that stay between large ones that went leave holes: a model of 100M
+parameters quantized to int8 took three times its size. Asked to, glibc returns the pages inside such holes as well.
 
 Pages of a mapped file count as the process's own from the first reading on, so a model that is read layer by layer grows to the
-size of its file. The file's pages can be let go (``MADV_DONTNEED``): the next reading gets the same numbers, from the system's
-cache as long as there is room. A page that was written to exists nowhere else and would be lost, so the system is asked first which
-pages still are the file's (``/proc/self/pagemap``: Linux' documentation, admin-guide/mm/pagemap).
+size of its file. The process can let the file's pages go (``MADV_DONTNEED``): the next reading gets the same numbers, from the
+system's cache as long as there is room. A page that was written to exists nowhere else and would be lost, so we first ask the
+system which pages still are the file's (``/proc/self/pagemap``: Linux' documentation, admin-guide/mm/pagemap).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _PRESENT, _SWAPPED, _OF_A_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 
 def give_back_memory() -> None:
-    """Return freed pages to the system; with other C libraries than glibc nothing happens."""
+    """Return freed pages to the system; does nothing with other C libraries than glibc."""
     trim = _trim()
     if trim is not None:
         trim(0)
 
 
 def let_go_of_pages(tensors: Iterable[Tensor]) -> None:
-    """Let go of the pages of tensors that lie in mapped files as they were read; of others, and elsewhere than on Linux, nothing.
+    """Let go of the pages of tensors that lie unchanged in mapped files; does nothing for others, and elsewhere than on Linux.
 
     Args:
         tensors: their numbers stay what they are.

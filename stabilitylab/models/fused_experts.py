@@ -1,4 +1,4 @@
-"""Fused experts taken apart: of a mixture's one three-dimensional parameter, a linear layer for each expert.
+"""Takes fused experts apart: a mixture's one three-dimensional parameter becomes a linear layer for each expert.
 
 transformers 5 keeps the experts of a layer in parameters ``gate_up_proj`` [experts, 2 x inner, width] and ``down_proj`` [experts,
 width, inner] (or ``up_proj`` where nothing gates), which no linear layer holds: whatever looks for linear layers misses the larger
@@ -7,10 +7,10 @@ and outliers, quantization and telemetry see them as they see any other layer:
 
     y_t = sum over the chosen experts e of  weight_te * down_e(gate(up_e(x_t)))
 
-computed expert by expert, as the "eager" implementation of transformers does. The layout is told by what its decorator
-``use_experts_implementation`` leaves on the module: ``has_bias``, ``is_transposed`` and ``_apply_gate`` in every release from 5.0
-on; ``has_gate`` and ``has_post_expert_norm`` in later ones, before which all were gated and none was normalized. Llama 4's, which
-are without it, are known by their name: every expert is given every token, those of others as zeros. Experts of another layout
+computed expert by expert, as the "eager" implementation of transformers does. The decorator ``use_experts_implementation`` tells
+the layout by what it leaves on the module: ``has_bias``, ``is_transposed`` and ``_apply_gate`` in every release from 5.0 on;
+``has_gate`` and ``has_post_expert_norm`` in later ones, before which all were gated and none was normalized. Llama 4's experts lack
+the decorator and are known by their name: every expert gets every token, those of others as zeros. Experts of another layout
 (DBRX's, JetMoE's) stay as they are, and a note says that nothing looks at them.
 
 Source: Shazeer et al., arXiv:1701.06538, equation 1; the layouts are those of transformers 5.0 to 5.24, ``integrations/moe.py``.
@@ -32,10 +32,10 @@ class _Layout:
 
     Attributes:
         inward: name of the parameter that leads in.
-        bias: both parameters have one.
-        transposed: weights are [experts, in, out].
-        norm: each expert's output is normalized.
-        every: every expert is given a row for every token, one after another, and chooses nothing (Llama 4).
+        bias: whether both parameters have one.
+        transposed: whether weights are [experts, in, out].
+        norm: whether each expert's output is normalized.
+        every: whether every expert gets a row for every token, one after another, and chooses nothing (Llama 4).
     """
 
     inward: str
@@ -73,7 +73,7 @@ class SplitExperts(nn.Module):
         self.inward = layout.inward
         self.add_module(layout.inward, _linears(fused, layout.inward, layout.transposed))
         self.down_proj = _linears(fused, "down_proj", layout.transposed)
-        # Bound to the fused module, which knows its activation and its limits; the weights it held are taken from it.
+        # Bound to the fused module, which knows its activation and its limits; its weights are taken from it.
         self._between: Callable[[Tensor], Tensor] = _between(fused, layout)
         self._after: Callable[[Tensor], Tensor] | None = fused.post_expert_norm if layout.norm else None
         if self._after is not None:
@@ -107,7 +107,7 @@ class SplitExperts(nn.Module):
 
 
 def split_experts(model: nn.Module) -> int:
-    """Take every fused module of experts in a model apart, in place; how many there were.
+    """Take every fused module of experts in a model apart, in place; returns how many there were.
 
     Modules of another layout stay as they are.
     """
@@ -130,7 +130,7 @@ def expert_groups(model: nn.Module) -> dict[str, str]:
 
 
 def unsplit_experts(model: nn.Module) -> dict[str, str]:
-    """Path -> type of what calls itself experts and still holds them in fused parameters, of a layout that is not known here."""
+    """Path -> type of modules that call themselves experts and still hold them in fused parameters, in a layout unknown here."""
     return {
         path: type(module).__name__
         for path, module in model.named_modules()
@@ -162,7 +162,7 @@ def _is_fused(module: Any) -> bool:
     weights = [held.get(name) for name in names]
     dims = [3, 3, 2, 2][: len(names)]
     fits = all(w is not None and w.dim() == dim for w, dim in zip(weights, dims, strict=True))
-    # A parameter besides these takes part in a way that is not known here.
+    # A further parameter takes part in a way that is not known here.
     return fits and set(held) == set(names) and _between(module, layout) is not None
 
 

@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model and transformers leaves aside: set right before the weights are read, or refused.
+"""Sets right, or refuses, what a GGUF file says of its model and transformers leaves aside, before the weights are read.
 
 transformers 5.23 maps a table of metadata to its config and drops the rest without a word, so that some models compute something
 else than the file means:
@@ -30,7 +30,7 @@ _BY_WIDTH = {"gemma2": 46, "gemma3_text": 62}
 def _open(file: Path) -> Any:
     import gguf
 
-    # By the name that transformers gives too: while a file is open, one reader serves both (gguf_file.py).
+    # The name is the one that transformers gives too: while a file is open, one reader serves both (gguf_file.py).
     return gguf.GGUFReader(str(file))
 
 
@@ -69,13 +69,13 @@ def mend_config(config: Any, file: Path) -> None:
             f"{file} scales its rotary positions ({scaling}, by {factor:g}), which transformers does not read from GGUF: give the "
             "model's safetensors"
         )
-    # gemma3 has two kinds of layers, of which those that see everything are scaled.
+    # gemma3 has two kinds of layers; only those that see everything are scaled.
     whole = rope.get("full_attention", rope)
     whole |= {"rope_type": "linear", "factor": float(factor)}
 
 
 def mend_module(module: nn.Module, file: Path) -> None:
-    """Divide rotary frequencies as the file says; refuse what transformers had no place for.
+    """Divide rotary frequencies as the file says; refuse tensors that transformers had no place for.
 
     Args:
         module: as it was read, changed in place.

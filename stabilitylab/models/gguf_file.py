@@ -1,14 +1,14 @@
-"""GGUF files, opened once: which file, and a reader that transformers' loader asks three times but that reads one time.
+"""Opens GGUF files once: says which file, and reads it one time where transformers' loader asks for a reader three times.
 
-transformers builds a reader for the config, for the weights and for the tokenizer, and each walks through the whole vocabulary in
-slices of ``numpy.memmap``, whose every slice runs Python code; for each module of the model it builds gguf's table of names anew.
-So while a file is open here, one reader serves all, over a plain array on the same mapped pages, and each table is made once.
-Measured on SmolLM2-135M (49,152 tokens): see experiments/RESULTS.md.
+transformers builds a reader for the config, for the weights and for the tokenizer. Each walks through the whole vocabulary in
+slices of ``numpy.memmap``, and every slice runs Python code; for each module of the model it builds gguf's table of names anew. So
+while a file is open here, one reader serves all, over a plain array on the same mapped pages, and each table is made once. Measured
+on SmolLM2-135M (49,152 tokens): see experiments/RESULTS.md.
 
 A matrix as large as a vocabulary is dequantized some rows at a time, into the model's own format: gguf and transformers hold it in
 fp32 three times.
 
-Pages of the file that were read count as the process's own until it lets them go, so they are let go tensor by tensor: else the
+Pages of the file that were read count as the process's own until it lets them go. So we let them go tensor by tensor: else the
 whole file stands in memory beside the model that was made of it.
 
 A model split over several files (``NAME-00001-of-00003.gguf``) is refused as a whole: loaders look at one part and take the rest
@@ -71,10 +71,10 @@ def whole_file(file: Path) -> Path:
 
 @contextmanager
 def opened_once(dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """While this lasts, gguf's readers and tables of names are made once for each file and architecture.
+    """While this lasts, gguf's readers and tables of names are made only once for each file and architecture.
 
     Args:
-        dtype: in which the model will be; tables as large as a vocabulary are dequantized to it some rows at a time.
+        dtype: the model's format; tables as large as a vocabulary are dequantized to it some rows at a time.
     """
     try:
         import gguf
@@ -115,7 +115,7 @@ def opened_once(dtype: torch.dtype = torch.float32) -> Iterator[None]:
 
 
 def forget_words(file: Path) -> None:
-    """Let go of what an open file says of its tokenizer, once that is made: a quarter of a gigabyte of 262,144 pieces."""
+    """Let go of what an open file says of its tokenizer, once that is made: a quarter of a gigabyte for 262,144 pieces."""
     import gguf
 
     fields = gguf.GGUFReader(str(file)).fields
@@ -137,7 +137,7 @@ class _Dequantized(np.ndarray[Any, Any]):
 
 
 def _dequantized(dequantize: Any, dtype: torch.dtype, data: Any, kind: Any) -> Any:
-    """As gguf's ``dequantize``, some rows at a time: it makes a list of all rows, and of that one array."""
+    """As gguf's ``dequantize``, some rows at a time: gguf makes a list of all rows, and one array of that."""
     if data.dtype != np.uint8 or data.ndim != 2 or len(data) <= _ROWS:
         return dequantize(data, kind)
     first = dequantize(data[:1], kind)
@@ -171,7 +171,7 @@ class _LetGo(list[Any]):
 
 @contextmanager
 def _lazily_let_go() -> Iterator[None]:
-    """The same of tensors that transformers, from 5.23 on, reads one by one without gguf's reader."""
+    """The same for tensors that transformers, from 5.23 on, reads one by one without gguf's reader."""
     try:
         from transformers.integrations.gguf.reader import LazyGgufTensor
     except ImportError:

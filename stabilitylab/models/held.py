@@ -1,6 +1,6 @@
 """Weights in 16 bits, arithmetic in 32: a model computes in fp32 and takes no more memory than its file.
 
-fp32 holds every number of a file in bf16 or fp16, so a weight need be wide only while it is multiplied:
+fp32 holds every number of a file in bf16 or fp16, so a weight need be wide only while it multiplies:
 
     y = x W' + b        W in 16 bits, widened some rows at a time; x, y and b in fp32
     rows of a table     widened after they were looked up
@@ -9,8 +9,9 @@ Products are those of the model opened in fp32, bit for bit where a weight is wi
 file (safetensors are mapped), which the system may take back and read again. Everything else (norms, biases, buffers, parameters
 that modules multiply themselves) is widened for good.
 
-A module may look at the format of a layer's weight and round what it gives to it, as in ``x.to(self.wo.weight.dtype)``. So the
-model is tried: where one operator makes a number of 16 bits that is not a part of a weight, or anything fails, it is not held.
+A module may look at the format of a layer's weight and round what it gives to it, as in ``x.to(self.wo.weight.dtype)``. So
+``computes_wide`` tries the model: if one operator makes a number of 16 bits that is not a part of a weight, or anything fails, the
+model is not held.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from stabilitylab.models.weight_files import StoredTensor
 
 NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
 _AT_ONCE = 1 << 23  # numbers of a weight that are widened together: 32 MiB
-_MANY = 1 << 13  # outputs from which on gradients that are mostly zero are looked for
+_MANY = 1 << 13  # outputs from which on we look for gradients that are mostly zero
 # Operators whose 16-bit results are parts of a weight and no new numbers.
 _PARTS = frozenset(
     [
@@ -79,9 +80,9 @@ def _product(x: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """The same with a gradient for x, which keeps no wide weight.
+    """``_product`` with a gradient for x, which keeps no wide weight.
 
-    Where the gradient comes back for few outputs (the logits of single tokens), x's is made from their rows alone.
+    Where the gradient comes back for few outputs (the logits of single tokens), their rows alone make x's gradient.
     """
 
     @staticmethod
@@ -123,7 +124,7 @@ def _linear(self: Any, x: Tensor) -> Tensor:
 
 
 def look_up(table: nn.Module, ids: Tensor, rows_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """What an embedding returns, its rows taken from elsewhere: they alone are made.
+    """What an embedding returns, its rows taken from elsewhere: only the wanted rows are made.
 
     Args:
         table: ``nn.Embedding``, or of a type that scales what it looks up.
@@ -132,7 +133,7 @@ def look_up(table: nn.Module, ids: Tensor, rows_of: Callable[[Tensor], Tensor]) 
     """
     wanted, places = torch.unique(ids, return_inverse=True)
     kind = getattr(type(table), "held_kind", type(table))
-    # A table of the wanted rows alone, everything else about it as it is.
+    # A table of the wanted rows alone, otherwise as it is.
     small = object.__new__(kind)
     small.__dict__.update(table.__dict__)
     small.__dict__.update(padding_idx=None, num_embeddings=len(wanted))
@@ -175,7 +176,7 @@ def _held(kind: Any, forward: Any) -> Any:
 
 
 def _way(module: nn.Module, tables: set[int]) -> Any:
-    """How a layer is computed with a weight that is held; None for modules that are not known so well."""
+    """How to compute a layer with a weight that is held; None for modules that are not known so well."""
     if has_known_layout(module) and (type(module) is nn.Linear or type(module).__name__ == "Conv1D"):
         return _linear
     if isinstance(module, nn.Embedding) and id(module) in tables and module.max_norm is None:
@@ -219,7 +220,7 @@ def hold(module: nn.Module) -> None:
 
 @contextmanager
 def without_parameters() -> Iterator[None]:
-    """Modules made inside have parameters on the meta device and buffers in memory: of the first there will be others."""
+    """Modules made inside have parameters on the meta device, to be replaced later, and buffers in memory."""
     register: Any = nn.Module.register_parameter
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -272,7 +273,7 @@ class _Narrowings(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def computes_wide(module: nn.Module) -> bool:
-    """Whether a held model runs on a few tokens and nothing in it is rounded to 16 bits."""
+    """Whether a held model runs on a few tokens and rounds nothing to 16 bits."""
     size = min((len(table.weight) for table in token_embeddings(module).values()), default=0)  # type: ignore[arg-type]
     if not size:
         return False

@@ -1,8 +1,8 @@
 """Models of transformers: a folder with ``config.json``, weights and tokenizer, or a GGUF file.
 
 Nothing from the folder is executed: code that it brings along is not trusted, safetensors are read as numbers, and pickled weights
-only where torch's weights-only loading takes them. Nothing is fetched. Decoders are opened with their language-model head,
-everything else as the bare encoder, whose output is the last hidden states.
+only where torch's weights-only loading takes them. Nothing is fetched. Decoders open with their language-model head, everything
+else as the bare encoder, whose output is the last hidden states.
 
 Nothing is read wrongly in silence. Codes with scales beside them become numbers first (``dequantized.py``) or are refused; a weight
 that the loader did not understand inside a block is an error; what lies outside the opened model (heads, towers, layers that
@@ -48,7 +48,7 @@ def open_folder(path: Path, dtype: torch.dtype, *, hold: bool = False) -> TextMo
     """Open what ``recognises`` found.
 
     Args:
-        path: it.
+        path: what it found.
         dtype: format of weights and activations.
         hold: keep weights in the file's 16 bits while the model computes in fp32 (``held.py``), where that can be done.
 
@@ -74,7 +74,7 @@ def open_folder(path: Path, dtype: torch.dtype, *, hold: bool = False) -> TextMo
         _check_room(path, described, narrow or dtype)
         tokenizer = None
         if described.where:
-            # While nothing else is there: what a file says of its words takes as much as a small model.
+            # Before anything else is there: what a file says of its words takes as much as a small model.
             with quiet():
                 tokenizer = described.tokenizer()
             gguf_file.forget_words(Path(described.folder) / described.where["gguf_file"])

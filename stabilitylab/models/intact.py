@@ -1,4 +1,4 @@
-"""Whether a model that was opened is the one in its files: every weight there, of its shape, read as the number that it is."""
+"""Checks that an opened model is the one in its files: every weight there, of its shape, read as the number that it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stabilitylab.models.weight_files import FLOATS, StoredTensor
 
 
 def check_reads_text(path: Path, module: Any, predicts: bool) -> None:
-    """Encoders of pictures or sound, and those that need them beside a text, are refused."""
+    """Refuses encoders of pictures or sound, and those that need them beside a text."""
     if predicts:
         return
     try:
@@ -42,7 +42,7 @@ def mismatched(described: Described, stored: Mapping[str, StoredTensor]) -> str 
 
 
 def check_complete(path: Path, module: Any, notes: dict[str, Any]) -> None:
-    """Weights that the files lack would be random numbers. A pooler may be missing: it is taken off, no output needs it."""
+    """Refuses files that lack weights, which would be random numbers. A missing pooler is taken off: no output needs it."""
     missing = sorted(notes["missing_keys"])
     if missing and all(name.startswith("pooler.") for name in missing):
         module.pooler = None
@@ -54,7 +54,7 @@ def check_complete(path: Path, module: Any, notes: dict[str, Any]) -> None:
 
 
 def check_floats(path: Path, module: Any, stored: Mapping[str, StoredTensor]) -> None:
-    """Whole or logical numbers that a loader casts to floats are codes, whose meaning is lost."""
+    """Refuses whole or logical numbers that a loader casts to floats: they are codes, and the cast loses their meaning."""
     prefix = getattr(module, "base_model_prefix", "")
     for name, parameter in module.named_parameters():
         one = (

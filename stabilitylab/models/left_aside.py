@@ -1,9 +1,9 @@
-"""What a model's files hold, or say, and the opened model does not: refused where it would compute something else, else counted.
+"""What a model's files hold or say and the opened model does not: refused where it would compute something else, else counted.
 
 inside a block, or one more in a layer     refused: a bias that the model computes without, an adapter, a scale
 heads, towers, further layers              a note, with their share of the files' numbers
 rotary frequencies                         computed from the config; a note where the files' are others
-code of its own, a class unknown           a note with the class as which it is read
+code of its own, a class unknown           a note with the class that reads it
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from stabilitylab.model_structure import stacks
 from stabilitylab.models.dequantized import COMPANION, OF_ACTIVATIONS
 from stabilitylab.models.weight_files import StoredTensor
 
-# Tensors that models compute for themselves, and files of former days hold.
+# Tensors that models compute for themselves, and old files hold.
 _COMPUTED = re.compile(
     r"(inv_freq|position_ids|masked_bias|rotary_emb\.(cos|sin)_cached|attn\.bias|attention\.bias)$"
 )
 _FREQUENCIES = "rotary_emb.inv_freq"
-_APART = 0.01  # relative: files of former days hold frequencies in bf16
+_APART = 0.01  # relative: old files hold frequencies in bf16
 
 
 def left_aside(
@@ -34,7 +34,7 @@ def left_aside(
     """A note on what the files hold and the opened model does not.
 
     Raises:
-        InputError: it belongs inside a block, or to a number format: then what was opened is not what the files mean.
+        InputError: it belongs inside a block, or to a number format: then the opened model is not what the files mean.
     """
     unexpected = sorted(unexpected)
     inside = tuple(f"{block}." for stack in stacks(module) for block in stack.blocks)
@@ -45,7 +45,7 @@ def left_aside(
         bare = name if not prefix or hasattr(module, prefix) else name.removeprefix(f"{prefix}.")
         quantized = COMPANION.search(name) and not OF_ACTIVATIONS.search(name)
         owner, _, leaf = bare.rpartition(".")
-        # A parameter more in a layer that is there: a bias, say, that the model computes without.
+        # A further parameter in a layer that is there: a bias, say, that the model computes without.
         beside = owner in layers and leaf not in layers[owner]._buffers and not layers[owner]._modules
         if quantized or beside or bare.startswith(inside):
             raise InputError(
@@ -56,7 +56,7 @@ def left_aside(
                     else "its config and its weights do not belong together; give the whole, intact checkpoint"
                 )
             )
-    # Some it leaves aside by rule and does not name: layers that predict further tokens, towers of other senses.
+    # transformers leaves some aside by rule and does not name them: layers that predict further tokens, towers of other senses.
     rules = [re.compile(rule) for rule in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
     aside = {name for name in stored if any(rule.search(name) for rule in rules)} | (
         set(unexpected) & stored.keys()
@@ -71,7 +71,7 @@ def left_aside(
 
 
 def other_frequencies(module: Any, stored: Mapping[str, StoredTensor]) -> tuple[str, ...]:
-    """A note where files hold rotary frequencies that are none of the opened model's."""
+    """A note where the files hold rotary frequencies other than the opened model's."""
     own = [
         buffer.float()
         for name, buffer in module.named_buffers()
@@ -99,7 +99,7 @@ def other_frequencies(module: Any, stored: Mapping[str, StoredTensor]) -> tuple[
 
 
 def own_code(module: Any) -> tuple[str, ...]:
-    """A note where a model has code of its own, or a class that transformers has not: neither is run."""
+    """A note where a model has code of its own, or a class that transformers lacks: neither is run."""
     import transformers
 
     named = getattr(module.config, "architectures", None) or ()

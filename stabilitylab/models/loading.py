@@ -5,8 +5,9 @@ A package makes its own models known by an entry point of the group ``stabilityl
     [project.entry-points."stabilitylab.models"]
     mine = "mine.opening:open_mine"
 
-a function ``open_mine(path: Path, dtype: torch.dtype) -> TextModel | None``: None where the path is not its own, InputError where
-it is but cannot be read. Entry points are of installed packages; nothing beside a model's weights is ever run.
+a function ``open_mine(path: Path, dtype: torch.dtype) -> TextModel | None``. It returns None where the path is not its own, and
+raises InputError where the path is its own but cannot be read. Only installed packages have entry points; nothing beside a model's
+weights is ever run.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The output of a model a few tokens at a time: logits of a large vocabulary are the largest thing that reading a text makes.
 
-What follows the last block (a norm, the output projection, its scaling) looks at one token at a time in nearly every model. So a
-window is read up to the last block, and the rest is run on pieces of the result, the blocks answering with them:
+What follows the last block (a norm, the output projection, its scaling) looks at one token at a time in nearly every model. So we
+read a window up to the last block, and run the rest on pieces of the result, with the blocks answering with them:
 
     hidden(window)                 the last block's output, [B, T, C]
     output(window, hidden, part)   the model's output at some of the tokens, [B, t, V]
 
-A model of 262,144 pieces of text makes 268 MB of logits from 256 tokens, and 17 MB from 16 of them. That a model's end is of that
-kind is tried on a few tokens; where it is not, or outputs are small, pieces are whole windows.
+A model with a vocabulary of 262,144 makes 268 MB of logits from 256 tokens, and 17 MB from 16 of them. A few tokens try whether a
+model's end is of that kind; where it is not, or outputs are small, pieces are whole windows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stabilitylab.model_structure import Stack, linear_layers, stacks
 from stabilitylab.models.text import Window
 from stabilitylab.models.text_model import TextModel, loss_of
 
-_NUMBERS = 1 << 22  # of outputs that are made at once: 16 MiB
+_NUMBERS = 1 << 22  # of outputs made at once: 16 MiB
 _TRIED = 8  # tokens
 
 
@@ -80,7 +80,7 @@ class Pieces:
         return min(self._tokens, max(1, window.tokens))
 
     def _tried(self, window: Window) -> int:
-        """Tokens of a piece; more than there can be where only whole windows are right."""
+        """Tokens of a piece; more than any window has where only whole windows are right."""
         never = 1 << 40
         ids = window.inputs.get("input_ids")
         if (
@@ -126,7 +126,7 @@ class Stop(Exception):  # noqa: N818 - no error: what was wanted has run
 
 @contextmanager
 def stopping(block: nn.Module) -> Iterator[None]:
-    """The model ends with ``Stop`` behind a block."""
+    """Ends the model with ``Stop`` behind a block."""
 
     def stop(_module: nn.Module, _arguments: Any, output: Any) -> None:
         raise Stop(output)
@@ -140,7 +140,7 @@ def stopping(block: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def answering(blocks: Sequence[nn.Module], answers: Sequence[Any]) -> Iterator[None]:
-    """The first blocks are not run: they answer with these."""
+    """Keeps the first blocks from running: they answer with these."""
 
     def answer(index: int, *_arguments: Any, **_named: Any) -> Any:
         return answers[index]
@@ -156,7 +156,7 @@ def answering(blocks: Sequence[nn.Module], answers: Sequence[Any]) -> Iterator[N
 
 
 def part_of(window: Window, part: slice) -> Window:
-    """Some tokens of a window of nothing but tokens."""
+    """Some tokens of a window that holds nothing but tokens."""
     ids_BT = window.inputs["input_ids"][:, part]
     targets_BT = None if window.targets_BT is None else window.targets_BT[:, part]
     return Window(inputs={"input_ids": ids_BT}, tokens=ids_BT.shape[1], targets_BT=targets_BT)

@@ -1,13 +1,13 @@
 """What a folder's config says of how its weights were quantized, where that changes what their numbers mean.
 
-Codes with scales tell by themselves how they are read (``dequantized.py``). Of what the config says beside them this is refused:
+Codes with scales show by themselves how to read them (``dequantized.py``). Of what the config says beside them we refuse:
 
     floats, and a method     a loader with that method's library would quantize them, one without it asks for the library
     a rotation of inputs     compressed-tensors' transforms that a layer applies when it runs: its weights alone are another model
     sparse storage           compressed-tensors' bitmasks
 
 Floats under a method whose loaders leave them as they are (``_PLAIN``: checkpoints written in 16 bits again, whose config was
-forgotten) are read as the floats that they are.
+forgotten) are read as floats.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from stabilitylab.errors import InputError
 
-# Methods of which transformers 5.23 reads floats as they are.
+# Methods under which transformers 5.23 reads floats as they are.
 _PLAIN = frozenset({"compressed-tensors", "fp8", "gguf", "mxfp4", "mxfp8"})
 _FOLDED = frozenset({"weight_input", "weight_output"})  # transforms that are in the weights already
 
@@ -48,7 +48,7 @@ def refuse_what_is_not_read(folder: Path, *, codes: bool) -> None:
 
     Args:
         folder: with a config.
-        codes: some of its weights are codes with scales that are understood.
+        codes: whether some of its weights are codes with scales that are understood.
 
     Raises:
         InputError: see the head of the module.

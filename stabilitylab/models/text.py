@@ -1,7 +1,7 @@
-"""Text to windows: read in blocks, tokenised block by block, cut into pieces that the model takes at once.
+"""Turns text into windows: reads it in blocks, tokenises block by block, cuts it into pieces that the model takes at once.
 
-A file of any size passes through; no more than a block and a window are held. Blocks end before a line that is not empty, so that
-tokens do not straddle them: tokens are those of the whole text, except where a tokenizer joins words over line breaks.
+A file of any size passes through; memory holds no more than a block and a window. Blocks end before a line that is not empty, so
+that tokens do not straddle them: tokens are those of the whole text, except where a tokenizer joins words over line breaks.
 
 What a tokenizer puts around a text (``[CLS]`` ... ``[SEP]``, ``<s>``) it puts around every window: that is how the model was
 trained, and massive activations sit on just these tokens (Sun et al., arXiv:2402.17762, section 3). Windows do not overlap and the
@@ -32,7 +32,7 @@ class Window:
 
     Attributes:
         inputs: keyword arguments of the module.
-        tokens: how many tokens that is, special ones included.
+        tokens: how many, special ones included.
         targets_BT: for each output position the token it should predict, -100 for none; None for models without a loss.
     """
 
@@ -41,7 +41,7 @@ class Window:
     targets_BT: Tensor | None = None
 
     def on(self, device: torch.device) -> Window:
-        """The same where the model is."""
+        """The same window on a device."""
         inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.inputs.items()}
         targets_BT = None if self.targets_BT is None else self.targets_BT.to(device)
         return replace(self, inputs=inputs, targets_BT=targets_BT)

@@ -1,6 +1,6 @@
 """A model that reads text, wherever it came from: its module, and how to feed it.
 
-Whoever opens one (``hugging_face.py``; other packages through entry points) says how text becomes windows; everything else is the
+Whoever opens one (``hugging_face.py``; other packages through entry points) says how text becomes windows. Everything else is the
 same for all: the output is a tensor of logits or hidden states, and the loss is the mean negative log-likelihood of the targets,
 computed in float32 from the logits whatever format the model runs in.
 
@@ -32,14 +32,14 @@ CutText = Callable[[Iterator[str], int, int | None], Iterator[Window]]
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """An opened model. Made by ``open_text_model``; openers use ``TextModel.of``.
+    """An opened model, made by ``open_text_model``; openers use ``TextModel.of``.
 
     Attributes:
         module: the model, in evaluation mode, its parameters without gradients.
         name: what to call it in reports.
         path: where it was opened.
-        fingerprint: 16 hexadecimal digits that tell it from other models (``layers.fingerprint``).
-        predicts: whether it has a language-model loss; where not, the error of the output is the criterion.
+        fingerprint: 16 hexadecimal digits that tell it from other models (``weight_checks.fingerprint``).
+        predicts: whether it has a language-model loss; without one, the error of the output is the criterion.
         longest: the longest window it takes; None where there is no limit.
         shared: groups of parameter names that are one tensor, such as tied embeddings.
         cut: text in parts, window length, most tokens -> windows.
@@ -190,7 +190,7 @@ def loss_of(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[float, int]:
 
 
 def rows_at_once(count: int, columns: int) -> Iterator[slice]:
-    """Rows of a matrix as wide as the vocabulary in parts of at most some megabytes, of which there may be several copies."""
+    """Rows of a matrix as wide as the vocabulary, in parts of at most some megabytes: there may be several copies of a part."""
     size = max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // max(1, columns)))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

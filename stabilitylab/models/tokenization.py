@@ -43,9 +43,9 @@ def windows(
 
     Args:
         tokenizer: of the model.
-        predicts: the model is a decoder.
-        words: that the model has; a text with others is refused.
-        path: of the model, for what is said.
+        predicts: whether the model is a decoder.
+        words: how many the model has; a text with others is refused.
+        path: of the model, for messages.
     """
 
     def encode(text: str) -> list[int]:

@@ -17,7 +17,7 @@ _AT_ONCE = 1 << 24
 def first_nonfinite(module: nn.Module) -> str | None:
     """The name of a parameter or buffer with a NaN or an infinity in it; None where there is none.
 
-    Infinite buffers are usual (masks), so of those only NaN counts.
+    Infinite buffers are usual (masks), so in those only NaN counts.
     """
     for name, parameter in module.named_parameters():
         if not is_finite(parameter):
@@ -29,7 +29,7 @@ def first_nonfinite(module: nn.Module) -> str | None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number of a tensor is NaN or an infinity; told without a copy, its pages let go on the way."""
+    """Whether no number of a tensor is NaN or an infinity; makes no copy, and lets its pages go on the way."""
     for part in _parts(tensor.detach()):
         # Both ends in one pass and no temporary: a NaN anywhere makes both NaN.
         if part.numel() and not bool(torch.isfinite(torch.stack(part.aminmax())).all()):
@@ -39,7 +39,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Rows that are looked at together."""
+    """Rows to look at together."""
     if tensor.dim() < 2 or tensor.numel() <= _AT_ONCE:
         return (tensor,)
     return torch.split(tensor, max(1, _AT_ONCE * len(tensor) // tensor.numel()))

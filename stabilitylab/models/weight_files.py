@@ -1,7 +1,7 @@
-"""What the weight files of a folder hold, told from their headers alone: name, number format and shape of every tensor.
+"""What the weight files of a folder hold, read from their headers alone: name, number format and shape of every tensor.
 
 A safetensors file opens with the length of its header, 8 bytes little-endian, and the header, JSON that maps each name to its
-``dtype``, ``shape`` and place. Nothing is loaded, so a checkpoint of any size is looked over in milliseconds.
+``dtype``, ``shape`` and place. Nothing is loaded, so looking over a checkpoint of any size takes milliseconds.
 
 Source: the format's own description, https://huggingface.co/docs/safetensors.
 """
@@ -89,7 +89,7 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
     """The files that transformers reads, one or those that the index names; and the tensors that the index promises.
 
     Raises:
-        InputError: both are there, or a file is missing.
+        InputError: the folder holds a whole file and an index of others, or a file is missing.
     """
     whole, index = folder / _WHOLE, folder / _INDEX
     if not index.is_file():
@@ -99,7 +99,7 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise InputError(f"{index} is no index of weight files: give the whole checkpoint") from None
-    # A name is a file of this folder, wherever an index would like it to lead.
+    # A name is a file of this folder, wherever the index would have it lead.
     files = [folder / Path(str(name)).name for name in names]
     for file in files:
         if not file.is_file():
@@ -136,7 +136,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def unnamed_files(folder: Path) -> tuple[str, ...]:
-    """A note on parts of a checkpoint that no index names: they are not read."""
+    """A note on parts of a checkpoint that no index names: nothing reads them."""
     read = {file.name for file in _files(folder)[0]}
     if not read:
         return ()
@@ -149,7 +149,7 @@ def unnamed_files(folder: Path) -> tuple[str, ...]:
 
 
 def require_weights(folder: Path) -> None:
-    """Raises InputError where a folder has none under a name that is looked for, with what there is instead."""
+    """Raises InputError where a folder has no weights under a name that is looked for, with what there is instead."""
     if any((folder / name).is_file() for name in (_WHOLE, _INDEX, _PICKLED, _PICKLED_INDEX)):
         return
     others = sorted(
@@ -194,9 +194,9 @@ def refuse_almost_known(folder: Path) -> None:
 
 
 def pickled_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder's pickled weights, by name, as ``stored_tensors`` tells those of safetensors; no number is read.
+    """Every tensor of a folder's pickled weights, by name, as ``stored_tensors`` tells those of safetensors; reads no number.
 
-    Empty where there are none, or what there is cannot be read: whoever loads them says why.
+    Empty where there are none, or none that can be read: whoever loads them says why.
     """
     index = folder / _PICKLED_INDEX
     try:
@@ -226,13 +226,13 @@ def pickled_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _on_paper(file: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a pickle that is no checkpoint: whoever loads it refuses it
+        warnings.simplefilter("ignore")  # about a pickle that is no checkpoint: whoever loads it refuses it
         found = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
     return found if isinstance(found, dict) else {}
 
 
 def _called(dtype: torch.dtype) -> str:
-    """A number format by safetensors' name; those that are no floats of weights need no more than another one."""
+    """A number format by safetensors' name; one that no float weights have needs only a name of its own."""
     known = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     whole = {torch.int64: "I64", torch.bool: "BOOL"}
     return known.get(dtype) or whole.get(dtype) or str(dtype).removeprefix("torch.")

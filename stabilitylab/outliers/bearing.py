@@ -2,7 +2,7 @@
 
 A layer bears a format if rounding its input, and its weight, errs less than ``FACTOR`` times as much as on normal numbers: no bit
 is lost to outliers. Every token, and every output channel, counts alike: e = sqrt(mean_t |x^_t - x_t|^2 / |x_t|^2), since over the
-whole matrix one massive token would hide what its scale does to all others. What breaks it is found by leaving it out and rounding
+whole matrix one massive token would hide what its scale does to all others. To find what breaks it, we leave suspects out and round
 again: the first of these whose absence lets the rest be borne, else the one that more than halves the error:
 
     first token    the window's first position, on which attention rests (a sink, 2309.17453)
@@ -11,8 +11,8 @@ again: the first of these whose absence lets the rest be borne, else the one tha
     spread         none of these alone: large values lie in many places
 
 Remedies, by the same error: a rotation of the input and the weight by a Hadamard matrix with random signs (QuaRot, 2404.00456), and
-SmoothQuant's scaling of channels with exponent .5 (2211.10438). Of the input the first ``ROWS`` positions of one window are looked
-at, of the weight a sample of rows under the scale of all. An expert is a layer of its own, named by its path.
+SmoothQuant's scaling of channels with exponent .5 (2211.10438). We look at the first ``ROWS`` positions of one window of the input,
+and at a sample of the weight's rows under the scale of all. An expert is a layer of its own, named by its path.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Broken:
     """Why a layer does not bear a format.
 
     Attributes:
-        cause: see the head of the module; "weight" where its weight is what breaks.
+        cause: see the head of the module; "weight" where the weight breaks.
         detail: channels, positions or sizes, in words.
     """
 
@@ -55,7 +55,7 @@ class LayerBearing:
     Attributes:
         path: of the layer.
         plain, rotated, smoothed: format -> the larger of the input's and the weight's error: as it is, and after a remedy.
-        broken: format -> why it is not borne; no entry where it is.
+        broken: format -> why the layer does not bear it; no entry where it does.
     """
 
     path: str
@@ -65,7 +65,7 @@ class LayerBearing:
     broken: Mapping[str, Broken]
 
     def bears(self, format: str) -> bool:
-        """As it is."""
+        """Whether the layer bears the format as it is."""
         return format not in self.broken
 
 
@@ -110,9 +110,8 @@ def measure_bearing(model: TextModel, window: Window) -> Bearing:
         window: of the text.
     """
     found: dict[str, LayerBearing] = {}
-    # Models name what they are given each in their own way; tokens stand in the matrix.
+    # Models name their inputs each in their own way; tokens stand in the matrix.
     length = next(x_BT.shape[1] for x_BT in window.inputs.values() if x_BT.dim() == 2)
-    # Layers of one input are measured after each other: what it cost is remembered by the tensor itself.
     handles = []
 
     def hook(path: str) -> Callable[..., None]:
@@ -120,7 +119,7 @@ def measure_bearing(model: TextModel, window: Window) -> Bearing:
             x = given[0] if given and isinstance(given[0], Tensor) else None
             if x is None or path in found or not x.is_floating_point() or not x.numel():
                 return
-            # Experts are given the tokens that chose them, of whose places nothing is known.
+            # Experts get the tokens that chose them, and of those tokens' places nothing is known.
             is_text = x.dim() == 3 and x.shape[1] == length
             rows = x[0] if is_text else x.reshape(-1, x.shape[-1])
             found[path] = _layer(
@@ -176,7 +175,7 @@ def _layer(path: str, x_TK: Tensor, weight_NK: Tensor, is_text: bool) -> LayerBe
 
 
 def _why(x_TK: Tensor, name: str, is_text: bool) -> Broken:
-    """What, left out, lets the rest be borne."""
+    """Finds what, left out, lets the rest be borne."""
     whole = _error(x_TK, name)
     rest = x_TK[1:] if is_text and len(x_TK) > 1 else x_TK
     found: list[tuple[float, Broken]] = []

@@ -1,4 +1,4 @@
-"""What ``bearing`` found, for the page: decision first, then which layer breaks of what."""
+"""What ``bearing`` found, for the page: decision first, then which layer breaks by what."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What is kept of one activation site: a few numbers a channel and a few in all, however long the text.
 
-The activation is a matrix of positions R by channels C. Of it stay, added up window by window:
+The activation is a matrix of positions R by channels C. Added up window by window, these numbers stay of it:
 
     low, high        each channel's least and largest value
     elsewhere        each channel's largest magnitude at all positions but the first of every window
@@ -66,7 +66,7 @@ class ChannelStatistics:
         return self.positions * self.channels
 
     def add(self, x: Tensor) -> bool:
-        """Add an activation, any shape with channels last. False, and nothing is added, where it holds NaN or infinity."""
+        """Add an activation, any shape with channels last. Returns False, and adds nothing, where it holds NaN or infinity."""
         x_RC = x.detach().reshape(-1, x.shape[-1])
         rows = len(x_RC)
         if not rows:
@@ -112,11 +112,11 @@ class ChannelStatistics:
         if largest > _LARGE or (0 < largest < _SMALL):
             y_RC = x_RC.double() - self._centre
         y2_RC = y_RC * y_RC
-        # By channel, then all: what lies in one channel is not lost in a float32 sum over all of them.
+        # By channel, then all: a float32 sum over all of them would lose what lies in one channel.
         s1, s2 = float(_numpy(y_RC.sum(0)).sum()), float(_numpy(y2_RC.sum(0)).sum())
         self._s1 += s1
         self._s2 += s2
-        # Of x itself: a channel far smaller than c, which outliers make large, would be lost in (x - c) + c.
+        # Of x itself: (x - c) + c would lose a channel far smaller than c, which outliers make large.
         self._squares_C += _numpy(torch.linalg.vector_norm(x_RC, dim=0, dtype=y_RC.dtype).double().square_())
         self._s3 += float(y_RC.mul_(y2_RC).sum())
         self._s4 += float(y2_RC.square_().sum())
@@ -145,7 +145,7 @@ class ChannelStatistics:
 
     @property
     def elsewhere_over_median(self) -> Array:
-        """The same, of what lies at other positions than the first of a window."""
+        """The same, for positions other than the first of a window."""
         return _over_median(self.elsewhere_C)
 
     @property

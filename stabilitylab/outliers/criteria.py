@@ -117,7 +117,7 @@ def over_6(one: ChannelStatistics) -> Marks:
 def three_sigma(one: ChannelStatistics) -> Marks:
     """Channels whose RMS lies 3 standard deviations above the mean of all channels' RMS.
 
-    The source judges LayerNorm weights so; here it is what comes out of them.
+    The source judges LayerNorm weights so; the rule here judges what comes out of them.
     """
     rms_C = one.channel_rms
     return np.asarray(rms_C > rms_C.mean() + 3 * rms_C.std())
@@ -210,7 +210,7 @@ CRITERIA: list[Criterion] = [
 
 
 def register_criterion(criterion: Criterion) -> None:
-    """Put a criterion of one's own beside these, in every table, page and JSON of a scan.
+    """Put a criterion of your own beside these, in every table, page and JSON of a scan.
 
     Raises:
         InputError: there is one of that name.
@@ -221,7 +221,7 @@ def register_criterion(criterion: Criterion) -> None:
 
 
 def reading(found: MarkedShare) -> str:
-    """Whose published share a share is like, within a factor of 3: GLM-130B's, OPT's and BLOOM's, or neither's."""
+    """Whose published share this share is like, within a factor of 3: GLM-130B's, OPT's and BLOOM's, or neither's."""
     share = found.share
     if share is None:
         return "–"

@@ -32,7 +32,7 @@ def channel_map(scan: OutlierScan, role: str, *, highest: float | None = None) -
     frame = pd.DataFrame(times_LC[:, order], index=[f"layer {site.layer}" for site, _ in seen], columns=order)
     finite = times_LC[np.isfinite(times_LC)]
     top = highest if highest is not None else float(finite.max()) if finite.size else 1.0
-    # The median channel is 1: what lies below it is not told apart.
+    # The median channel is 1: the map does not tell apart what lies below it.
     return heat_map(
         frame,
         title=f"{role}: channel maximum over the median channel's, {len(order)} of {times_LC.shape[1]:,} channels",

@@ -1,4 +1,4 @@
-"""A scan, and which formats bear it, as JSON: all that the page shows, each channel's maximum. NaN and infinity become null.
+"""A scan, and which formats the layers bear, as JSON: all that the page shows, each channel's maximum. NaN and infinity are null.
 
 ``elsewhere`` leaves the first position of every window out.
 """

@@ -1,8 +1,8 @@
-"""Reading a text through a model and keeping, of every activation that passes, its channels' statistics.
+"""Reads a text through a model and keeps, of every activation that passes, its channels' statistics.
 
 The text is a stream of windows; hooks add each activation to its site's ``ChannelStatistics`` and let it go. Memory is the model's
-own for one window plus about 64 bytes a channel and site, whatever the length of the text. Layers that read the same tensor (query,
-key and value) are found in the first window and measured once, under the first one's name.
+own for one window plus about 64 bytes a channel and site, whatever the length of the text. The first window shows which layers read
+the same tensor (query, key and value); it is measured once, under the first one's name.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WorstChannel:
-    """A channel that stands out of its site.
+    """A channel that stands out at its site.
 
     Attributes:
         site: where.
         channel: its number.
         largest: its largest magnitude.
         elsewhere: the same without the windows' first positions.
-        times_median: that over the median channel's.
+        times_median: ``largest`` over the median channel's.
         over_6: share of positions with |x| >= 6 there.
     """
 
@@ -59,12 +59,12 @@ class OutlierScan:
         fingerprint: of the model.
         text: where the text came from.
         tokens: how many were read.
-        windows: in how many windows.
+        windows: how many they made.
         length: tokens of the longest window.
         sites: what was reached, in the model's order, and its statistics.
         shared: site -> further linear layers that read the same tensor.
         skipped: linear layers that the text never reached.
-        notes: what is to be known of how the model was opened, such as weights that no layer holds.
+        notes: what to know of how the model was opened, such as weights that no layer holds.
     """
 
     model: str
@@ -89,7 +89,7 @@ class OutlierScan:
         return [(site, one) for site, one in self.sites if site.is_residual_stream]
 
     def roles(self) -> dict[str, list[tuple[Site, ChannelStatistics]]]:
-        """Sites of one place in the block, by layer; sites outside blocks each for itself."""
+        """Sites of one place in the block, by layer; each site outside blocks for itself."""
         found: dict[str, list[tuple[Site, ChannelStatistics]]] = {}
         for site, one in self.sites:
             found.setdefault(site.role, []).append((site, one))
@@ -160,7 +160,7 @@ def scan_outliers(
         text: a UTF-8 file, or strings.
         length: tokens a window.
         tokens: read at most so many.
-        progress: told the number of tokens read so far after every window.
+        progress: called after every window with the number of tokens read so far.
 
     Raises:
         InputError: the text gives no tokens, or an activation is not finite.
@@ -195,7 +195,7 @@ class ChannelWatch:
         self._statistics: dict[str, ChannelStatistics] = {}
         self._handles: list[RemovableHandle] = []
         self._first = True
-        # The linear inputs of the first window by the tensor's id: who reads the same one is not measured again.
+        # The linear inputs of the first window by the tensor's id: a layer that reads the same one is not measured again.
         self._known: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
         self._alias: set[str] = set()
         self.shared: dict[str, list[str]] = {}
@@ -216,7 +216,7 @@ class ChannelWatch:
         self._known.clear()
 
     def next_window(self) -> None:
-        """A window is through: from the second on, who shares a tensor with whom is known."""
+        """Ends a window: after the first it is known which layers share a tensor."""
         self._first = False
         self._known.clear()
 
@@ -227,7 +227,7 @@ class ChannelWatch:
                 yield site, self._statistics[site.path]
 
     def skipped(self) -> Iterator[str]:
-        """Linear layers that were not."""
+        """Linear layers that the text never reached."""
         for site, _ in self._sites:
             if site.path not in self._statistics and site.path not in self._alias:
                 yield site.path.removesuffix(":input")

@@ -1,8 +1,8 @@
-"""Where activations are looked at: the input of every linear layer, and the residual stream after every block.
+"""Where the scan looks at activations: the input of every linear layer, and the residual stream after every block.
 
-A linear layer's input is what a scheme of quantization has to represent; the residual stream (residual stream) is where LLM.int8()
-and the study of massive activations found their outliers. Sites are called as in telemetry: ``<module path>:input``, and the
-block's own path; what is a block is told by ``stabilitylab.model_structure``.
+A linear layer's input is what a quantization scheme has to represent; the residual stream is where LLM.int8() and the study of
+massive activations found their outliers. Sites are called as in telemetry: ``<module path>:input``, and the block's own path;
+``stabilitylab.model_structure`` says what a block is.
 """
 
 from __future__ import annotations

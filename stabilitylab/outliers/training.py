@@ -1,7 +1,7 @@
 """Outliers over a training run, from its telemetry alone: no model, no text.
 
-Telemetry holds each site's statistics over steps, not its channels, so the criteria that mark dimensions cannot be applied (read a
-text through one of the run's checkpoints for those). What it holds:
+Telemetry holds each site's statistics over steps, not its channels, so the criteria that mark dimensions do not apply (for those,
+read a text through one of the run's checkpoints). What it holds:
 
 | statistic | over sites |
 | --- | --- |

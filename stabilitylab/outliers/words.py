@@ -21,7 +21,7 @@ def fraction(value: float) -> str:
         return "all"
     if value < 1e-4:
         return f"1 in {float(f'{1 / value:.3g}'):,.0f}"
-    # Two digits, but what is nearly all does not read as all.
+    # Two digits, but nearly all must not read as all.
     return f"{100 * value:.2g} %" if value < 0.0995 else f"{min(99.9, 100 * value):.3g} %"
 
 

@@ -1,4 +1,4 @@
-"""Each episode from near: in a run of 100,000 steps a spike is one pixel, and how it came and went is what one wants to see."""
+"""Each episode from near: in a run of 100,000 steps a spike is one pixel, and readers want to see how it came and went."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ AROUND = (
 MOST = 6
 MOST_SIGNALS = 4
 _SHOWN = ((LOSS, "Loss"), (GRADIENT_NORM, "Gradient norm"))
-# An episode that fills the curve above is seen there.
+# The curve above shows an episode that fills it.
 _WHOLE = 3 * AROUND
 
 
 def close_ups(run: Run) -> Section | None:
     """The gravest episodes, in the order in which they came, each with loss, gradient norm and what left its baseline first around
-    it; None where there is nothing to show that the whole curve does not."""
+    it; None where the whole curve shows all of that."""
     series = {metric: run.series(metric) for metric, _ in _SHOWN}
     longest = max((len(one) for one in series.values()), default=0)
     episodes = episodes_of(run.events)
@@ -98,7 +98,7 @@ def _named(episodes: Sequence[Episode], first: int, last: int) -> str:
 
 
 def _places(episodes: Sequence[Episode]) -> list[tuple[int, int]]:
-    """First and last step of each window; episodes that share one are shown once."""
+    """First and last step of each window; episodes that share a window are shown once."""
     gravest = sorted(episodes, key=lambda e: (e.kind == "hard-batch", -_height(e)))
     windows: list[tuple[int, int]] = []
     for one in gravest:
@@ -112,7 +112,7 @@ def _places(episodes: Sequence[Episode]) -> list[tuple[int, int]]:
 
 
 def _height(episode: Episode) -> float:
-    """What is not finite is above all."""
+    """The episode's height; what is not finite is above all."""
     return float(episode.height) if episode.height is not None and np.isfinite(episode.height) else np.inf
 
 

@@ -22,7 +22,7 @@ from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 
 MOST_ROWS = 200
 MOST_TOLD = 6
-# How a sentence about documents begins: long, and for who looks for them.
+# How sentences about documents begin: they are long, and for readers who look for them.
 BATCH = "Batch of step "
 STATES, GRAVEST = ("spike", "divergence"), ("non-finite", "divergence", "dead", "spike")
 _NOUNS = {
@@ -34,7 +34,7 @@ _NOUNS = {
     "loss-scale-collapse": ("collapse of the loss scale", "collapses of the loss scale"),
     "hard-batch": ("hard batch", "hard batches"),
 }
-AFTER = 64  # values after an episode of which the level is that to which the loss came back
+AFTER = 64  # values after an episode, whose level is the one that the loss came back to
 _LONG = {LOSS: "The loss", GRADIENT_NORM: "The gradient norm"}
 
 
@@ -131,7 +131,7 @@ def key_message(run: Run) -> Section:
 
 
 def outcome(one: Episode, loss: pd.Series[float]) -> str:
-    """What became of the loss: "From 2.13 up to 6.68; it stayed there, 6.63 after step 96,310." Nothing of a batch or two."""
+    """What became of the loss: "From 2.13 up to 6.68; it stayed there, 6.63 after step 96,310." Nothing for a batch or two."""
     if one.kind not in STATES or one.level is None or one.height is None or not np.isfinite(one.height):
         return ""
     said = f"From {one.level:.4g} up to {one.level + one.height:.4g}"
@@ -157,7 +157,7 @@ def counted(episodes: Sequence[Episode]) -> str:
 
 
 def _of_a_log(run: Run) -> Statements:
-    """The episodes that a log shows; why they came it does not tell."""
+    """The episodes that a log shows; it does not tell why they came."""
     found = episodes_of(run.events)
     bad = [one for one in found if one.kind != "hard-batch"] or found
     said = [
@@ -235,7 +235,7 @@ def diagnosis_section(runs: Runs) -> Section:
 
 
 def diagnoses(run: Run) -> list[Mapping[str, Any]]:
-    """Each as ``Diagnosis.to_json`` gives it: as the run recorded them, else made now (it was killed, or is going on)."""
+    """Each diagnosis as ``Diagnosis.to_json`` gives it: as the run recorded it, else made now (it was killed, or is going on)."""
     recorded = [event.data for event in run.events if event.kind == "diagnosis"]
     if recorded:
         return recorded

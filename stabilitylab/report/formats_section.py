@@ -1,4 +1,4 @@
-"""Which formats of few bits a run's layers bear, and which they are forecast to leave: of what the probe ``formats`` recorded."""
+"""Which formats of few bits a run's layers bear, and which they are forecast to leave, from what the probe ``formats`` recorded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST = 12
 
 
 def formats_section(run: Run) -> Section | None:
-    """A sentence a format, who leaves first, and the largest error over the steps; None where it was not recorded."""
+    """A sentence a format, which operands leave first, and the largest error over the steps; None where it was not recorded."""
     found = forecast_run(run)
     if found is None:
         return None

@@ -98,7 +98,7 @@ def ranges(runs: Runs, most: int = 12) -> Section:
                 bad = seen & ~np.isfinite(row)
                 step = values.columns[int(bad.argmax() if bad.any() else np.nanargmax(row))]
                 rows.append((name, f"{family}/{site}/{statistic}", peak, step))
-    # What is not finite has gone beyond the limit: it comes first.
+    # A value that is not finite has gone beyond the limit: it comes first.
     rows.sort(key=lambda row: -row[2] if np.isfinite(row[2]) else -np.inf)
     if not rows:
         return _section("Ranges", [], "")
@@ -186,7 +186,7 @@ def _grid(run: Run, family: str, statistic: str) -> RecordedGrid:
 
 
 def _update_ratio(run: Run) -> RecordedGrid:
-    """Update over weight. Over weights that are all zero (biases, at first) it is infinite, and says nothing: left out."""
+    """Update over weight. Over weights that are all zero (biases, at first) it is infinite and says nothing, so it is left out."""
     values, known = _grid(run, "update", "ratio")
     from_zero = run.matrix("update", "weight_rms").reindex_like(values) == 0
     return values.mask(from_zero), known & ~from_zero
@@ -237,7 +237,7 @@ def _maps(grids: Mapping[str, RecordedGrid], title: str, *, log: bool = True) ->
         if matrix.size:
             name = title if len(grids) == 1 else f"{title}: {label}"
             pictures.append(heat_map(matrix, title=name, log=log, limits=limits, recorded=known))
-            # Of one run a layer can be followed by itself.
+            # With one run, a reader can follow a layer by itself.
             if len(grids) == 1 and len(matrix) > 1:
                 pictures.append(layer_curves(matrix, title=title.partition(",")[0] + ", one layer"))
     return pictures

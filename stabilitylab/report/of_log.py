@@ -1,4 +1,4 @@
-"""A log shown as a run is: its curves and the episodes that are found in it, without a run folder.
+"""Shows a log as a run is shown: its curves and the episodes found in it, without a run folder.
 
 A log holds a loss and, where its trainer wrote them, a gradient norm, a rate and a scale. What a monitor records beside them
 (layers, attention, updates) is missing, and the page says so.
@@ -61,7 +61,7 @@ class LogRun(Run):
     """One run of a log.
 
     Args:
-        log: where it lies.
+        log: the run's part of it.
     """
 
     kind = "log"
@@ -87,7 +87,7 @@ class LogRun(Run):
 
     @cached_property
     def events(self) -> list[Event]:
-        """The episodes that are found in the log."""
+        """The episodes found in the log."""
         signals = {column: signal for signal, column in self._log.columns.items()}
         written = self.path.stat().st_mtime
         events = []

@@ -1,6 +1,6 @@
 """One page, one file: sections of text, tables and figures as self-contained HTML.
 
-Nothing is loaded from elsewhere: charts bring their library along. Text from runs (names, paths, event data) is escaped by jinja2.
+Nothing is loaded from elsewhere: charts bring their library along. jinja2 escapes text from runs (names, paths, event data).
 Figures are inline SVG, or PNG where a map has so many cells that SVG would be larger.
 """
 
@@ -57,7 +57,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure with what a reader should see in it."""
+    """A figure, and what a reader should see in it."""
 
     figure: Figure
     caption: str = ""

@@ -11,7 +11,7 @@ Runs = Mapping[str, Sequence[Run]]
 
 
 def labelled(runs: Runs) -> Iterator[tuple[str, Run]]:
-    """Each run with its own name, or with its label, where others have that name too."""
+    """Each run with its own name, or with its label where other runs have that name too."""
     count = Counter(run.name for several in runs.values() for run in several)
     for label, several in runs.items():
         for run in several:

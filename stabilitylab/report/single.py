@@ -43,7 +43,7 @@ def comparison(runs: Sequence[Run]) -> Page:
 
 
 def _outcomes(runs: Mapping[str, Run]) -> Section:
-    """How each run went, in a sentence, and what it suspects of the first of its episodes."""
+    """How each run went, in a sentence, and what its diagnosis suspects of the gravest episode."""
     said = []
     for label, run in runs.items():
         found = sections.diagnoses(run) if run.kind == "folder" else []
@@ -67,7 +67,7 @@ def _gravity(diagnosis: Mapping[str, Any]) -> int:
 
 
 def _settings(runs: Mapping[str, Run]) -> Section:
-    """Which settings differ, so that what the curves differ in has a name."""
+    """Which settings differ, so that a difference between curves has a name."""
     settings = {label: flat(run.config) for label, run in runs.items()}
     if not any(settings.values()):
         return Section(title="Settings that differ", text=("None of the runs holds a config.json.",))
@@ -86,7 +86,7 @@ def _report(runs: sections.Runs, *, title: str, lead: str, facts: dict[str, str]
     page = Page(title=title, lead=lead, facts=facts)
     page.sections += [sections.overview(runs), sections.episode_section(runs)]
     if all(run.kind == "log" for several in runs.values() for run in several):
-        return page  # of layers a log tells nothing
+        return page  # a log tells nothing of layers
     page.sections += [
         sections.diagnosis_section(runs),
         sections.gradients(runs),

@@ -17,13 +17,13 @@ from stabilitylab.runs.run import Run
 from stabilitylab.spikes import episodes_of
 from stabilitylab.telemetry import Event
 
-# A pipe has no width: names are to arrive whole.
+# A pipe has no width: names must arrive whole.
 PIPE_WIDTH = 400
 REPEATED = ("overflow", "checkpoint-lost", "telemetry-lost")
 
 
 def show_run(run: Run) -> None:
-    """Print it to standard output."""
+    """Print a run to standard output."""
     console = Console()
     if not console.is_terminal and "COLUMNS" not in console._environ:
         console = Console(width=PIPE_WIDTH)
@@ -41,7 +41,7 @@ def show_run(run: Run) -> None:
 
 
 def _key_message(run: Run) -> list[str]:
-    """The statements with which its page begins."""
+    """The statements with which the run's page begins."""
     (statements,) = key_message(run).parts
     assert isinstance(statements, Statements)
     lines = [f"{one.word}: {one.text} {one.detail}".rstrip() for one in statements.said]
@@ -63,7 +63,7 @@ def _table(run: Run) -> Table:
 
 
 def event_lines(events: Sequence[Event]) -> list[str]:
-    """A line an event; what comes again and again, an overflow of one layer say, is one line at its first time."""
+    """A line an event; what comes again and again (an overflow of one layer, say) is one line at its first time."""
     again: dict[tuple[str, str], list[Event]] = {}
     for event in events:
         if event.kind in REPEATED:
