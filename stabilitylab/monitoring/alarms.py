@@ -1,15 +1,15 @@
-"""What a person is told the moment it is found: one line in the log, and the loop's own ``on_event``.
+"""Tells a person of an alarm at once: one line in the log, and the loop's own ``on_event``.
 
     step 812: spike: loss has risen by 0.87 over its level of 2.314, since step 808; before it update/-/rms_over_rate (12 steps)
     step 30: non-finite: loss is nan; first in layers.3.feed_forward.down (activation)
     step 410: site-departure: attention/layers.2.attention/score_max is 31 times its level; first in layers.2.attention
     step 500: parameter-changed: weights moved without an update; first in layers.1.feed_forward.0.weight
 
-The logger is ``stabilitylab``, at WARNING, so that without any setting the line is on standard error;
-``logging.getLogger("stabilitylab").setLevel(logging.ERROR)`` is silence. An episode is told when it begins and when it turns into
-another kind, not when it ends; hard batches, which recover by themselves, are not told.
+The logger is ``stabilitylab``, at WARNING, so without any setting the line goes to standard error;
+``logging.getLogger("stabilitylab").setLevel(logging.ERROR)`` silences it. ``Alarms`` tells of an episode when it begins and when it
+turns into another kind, not when it ends, and not of hard batches, which recover by themselves.
 
-An ``on_event`` that raises is said once and goes on being called: training does not die of its instruments.
+``Alarms`` logs the first exception of ``on_event`` and goes on calling it: training does not die of its instruments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from stabilitylab.telemetry import ALARMS, DEPARTURES, LOSS, Event
 
-# What no update did (probes/outside_changes.py), in words.
+# Changes that no update made (probes/outside_changes.py), in words.
 _OUTSIDE = {
     "parameter-changed": "weights moved without an update",
     "moments-changed": "Adam's second moments fell by more than a step can do",
@@ -36,17 +36,17 @@ class Alarms:
     """Tells of alarms.
 
     Args:
-        on_event: is given each event that is told; None for the log alone.
-        loss: the metric whose height is a difference, where those of others are logarithms.
+        on_event: called with each event told; None for the log alone.
+        loss: the metric whose height is a difference; other heights are logarithms.
     """
 
     def __init__(self, on_event: Callable[[Event], object] | None, *, loss: str = LOSS) -> None:
         self._on_event, self._loss = on_event, loss
-        self._latest: dict[Any, str] = {}  # episode -> the kind that was told last
+        self._latest: dict[Any, str] = {}  # episode -> the kind told last
         self._has_failed = False
 
     def hear(self, events: Iterable[Event]) -> None:
-        """Tell of those that are new."""
+        """Tell of the new events."""
         new: list[Event] = []
         for event in events:
             if event.kind not in TOLD:
@@ -57,7 +57,7 @@ class Alarms:
             elif episode[0] is None or self._latest.get(episode) != event.kind:
                 self._latest[episode] = event.kind
                 new.append(event)
-        # NaN is in all signals at once, and is one thing that happened.
+        # NaN reaches all signals at once, and is one event.
         for event in _as_one(new):
             _log.warning("%s", alarm_line(event, loss=self._loss))
         for event in new:
@@ -92,7 +92,7 @@ def alarm_line(event: Event, *, loss: str = LOSS) -> str:
     if (onset := data.get("onset")) is not None and onset != event.step:
         said += f", since step {onset}"
     if leads := {name: lead for name, lead in (data.get("precursors") or {}).items() if lead > 0}:
-        # The one that warned first says most of where.
+        # The signal that warned first says most about where.
         name = max(leads, key=lambda one: leads[one])
         said += f"; before it {_name(name)} ({leads[name]} steps)"
     if site := data.get("site"):
@@ -128,6 +128,6 @@ def _what(kind: str, signal: str, data: Mapping[str, Any], *, is_loss: bool) -> 
 
 
 def _name(metric: str) -> str:
-    """A run's own numbers go by their statistic, others by their full name."""
+    """A metric's name for a reader: a run's own numbers by their statistic, others in full."""
     own = metric.removeprefix("train/-/").removeprefix("precision/-/")
     return metric if own == metric else own.replace("_", " ")

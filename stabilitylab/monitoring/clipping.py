@@ -1,21 +1,20 @@
-"""Gradient clipping, noticed the moment before it happens, and gradients changed by other means, noticed afterwards.
+"""Notices gradient clipping the moment before it happens, and gradients changed by other means afterwards.
 
-The commonest loop is backward, ``clip_grad_norm_``, step, and the gradient that tells of a run that explodes is the one before the
-second of these. ``from torch.nn.utils import clip_grad_norm_`` has bound the function before any monitor exists, so that to replace
-it in its module is not enough. But what torch clips with are wrappers that one decorator has made, and a wrapper finds its function
-in a cell:
+The commonest loop is backward, ``clip_grad_norm_``, step, and the gradient before clipping shows that a run explodes. ``from
+torch.nn.utils import clip_grad_norm_`` binds the function before any monitor exists, so replacing it in its module is not enough.
+But torch's clipping functions are wrappers made by one decorator, and a wrapper finds its function in a cell:
 
     clip_grad_norm_ -> _get_total_norm(gradients, 2) -> norm
                     -> _clip_grads_with_norm_(parameters, max_norm, norm)         the cells' contents are exchanged
     clip_grad_value_(parameters, value)                                           for as long as somebody watches
 
-So it is seen by whatever name it is called, also from within accelerate, Lightning, the Trainer and torchtitan, and the norm that
-torch has worked out comes for free at every step.
+So the watch sees clipping under any name, also from within accelerate, Lightning, the Trainer and torchtitan, and gets the norm
+that torch computes for free at every step.
 
-Who clips by hand is not seen; ``Untouched`` then says that a gradient is no longer what the backward pass has left, by its version
-counter and address. It does not know what a reduction by hand is from a clipping, and is for one process only.
+The watch does not see clipping by hand. ``Untouched`` then notices, by version counter and address, that a gradient is no longer as
+the backward pass left it. It cannot tell a reduction by hand from clipping, and works for one process only.
 
-Limits: where torch were to build these functions otherwise, nothing is seen before the optimizer's step, and that is all.
+Limits: should torch build these functions otherwise, the monitor sees nothing before the optimizer's step; nothing else breaks.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from torch.nn.utils import clip_grad
 
 from stabilitylab.compat import is_dtensor
 
-# Is told the parameters whose gradients are about to be clipped, and their L2 norm where torch has worked it out.
+# Called with the parameters whose gradients torch is about to clip, and their L2 norm where torch has computed it.
 Told = Callable[[Sequence[Tensor], Tensor | None], None]
 
 _log = logging.getLogger("stabilitylab")
@@ -42,7 +41,7 @@ _lock = threading.Lock()
 _watching: list[weakref.WeakMethod[Any]] = []
 _own: list[tuple[CellType, Callable[..., Any]]] = []
 _latest: weakref.ref[Tensor] | None = None  # the latest L2 norm
-_in_shards = False  # whether that is one of DTensor, whose plain number is another object
+_in_shards = False  # whether that is a DTensor, whose plain number is another object
 
 
 class ClipWatch:
@@ -56,7 +55,7 @@ class ClipWatch:
             _watching.append(self._told)
 
     def remove(self) -> None:
-        """Stop. With the last one torch has its own functions back."""
+        """Stop. The last watch to stop gives torch its own functions back."""
         with _lock:
             if self._told in _watching:
                 _watching.remove(self._told)
@@ -84,7 +83,7 @@ def _take_away() -> None:
 
 
 def _cell(wrapper: Any) -> CellType | None:
-    """Where a wrapper of torch's decorator keeps the function that it wraps."""
+    """The cell in which a wrapper of torch's decorator keeps its function."""
     if not isinstance(wrapper, FunctionType) or "func" not in wrapper.__code__.co_freevars:
         return None
     return (wrapper.__closure__ or ())[wrapper.__code__.co_freevars.index("func")]
@@ -110,7 +109,7 @@ def _clip_with_norm(
     parameters = _listed(parameters)
     if not torch.compiler.is_compiling():
         is_latest = _latest is not None and _latest() is total_norm
-        # Once: two groups that are clipped by one norm, as torchtitan's experts and the rest, have not each that norm.
+        # Once: of two groups clipped by one norm, as torchtitan's experts and the rest, neither has that norm.
         joined, _in_shards = _in_shards and type(total_norm) is Tensor, False
         _tell(parameters, total_norm if is_latest or joined else None)
     return own(parameters, max_norm, total_norm, *args, **more)
@@ -130,7 +129,7 @@ def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
 def _tell(parameters: Sequence[Tensor], norm: Tensor | None) -> None:
     for reference in tuple(_watching):
         told = reference()
-        if told is None:  # dropped without a word
+        if told is None:  # its object is gone
             with _lock:
                 if reference in _watching:
                     _watching.remove(reference)
@@ -142,10 +141,10 @@ def _tell(parameters: Sequence[Tensor], norm: Tensor | None) -> None:
 
 
 class Untouched:
-    """Whether gradients are still what the last backward pass has left, by two parameters that stand for all.
+    """Whether gradients are still as the last backward pass left them, by two parameters that stand for all.
 
     Args:
-        parameters: leaves that are trained.
+        parameters: trained leaves.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -166,13 +165,13 @@ class Untouched:
             self._noted[id(p)] = gradient.data_ptr(), gradient._version
 
     def note(self) -> None:
-        """What has changed them is known and is no clipping: a loss scale was divided out."""
+        """Accept the gradients as they are: a known change that is no clipping, such as dividing out a loss scale."""
         for reference in self._watched.values():
             if (p := reference()) is not None and id(p) in self._noted:
                 self._note(p)
 
     def changed(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether those of the two that are among ``parameters`` were changed since."""
+        """Whether the gradients of those of the two among ``parameters`` have changed since."""
         for p in parameters:
             if (noted := self._noted.get(id(p))) is not None and (gradient := p.grad) is not None:
                 here = (gradient.data_ptr(), gradient._version) if gradient.layout is torch.strided else noted

@@ -1,7 +1,7 @@
-"""Which probes measure a step, and what they found, on its way to the host: alone, or from all ranks.
+"""Decides which probes measure a step, and sends their numbers to the host: of this process alone, or of all ranks.
 
-Whether a step is measured is decided when the step before it ends (``arm``), so that the hooks of an unmeasured step need not
-exist. Of several ranks all go by the last alarm that all know of: one that measured alone would wait for the others for ever.
+``arm`` decides whether to measure a step when the step before it ends, so that an unmeasured step needs no hooks. All ranks go by
+the last alarm that all know of: a rank that measured alone would wait for the others for ever.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Collection:
     """Begins steps and ends them.
 
     Args:
-        probe_set: what measures.
-        buffer: where it measures to.
+        probe_set: the probes.
+        buffer: takes the measurements.
         ranks: the processes whose telemetry becomes one; None for this one alone.
 
     Attributes:
@@ -37,18 +37,18 @@ class Collection:
         self.next: int | None = None
 
     def arm(self, schedule: Schedule, step: int, *, first: bool = False) -> None:
-        """A step begins. The very first one is measured whatever its number: nobody has said yet which one it is."""
+        """Begin a step. The very first one is measured whatever its number, which nobody has said yet."""
         probes = self._probe_set.probes
         due = [probe for probe in probes if schedule.due(probe.name, 0 if first else step, self.alarm)]
         self._due, self.next = bool(due), step
         self._probe_set.arm(step, due)
 
     def ended(self, step: int, numbers: Numbers, *, alarm: int | None) -> Ended:
-        """Collect what the probes found and set it on its way to the host.
+        """Collect what the probes found, and start its transfer to the host.
 
         Args:
             step: its number.
-            numbers: its own.
+            numbers: the step's own.
             alarm: the step of the last alarm that this process knows of.
         """
         manifest = self._probe_set.manifest()

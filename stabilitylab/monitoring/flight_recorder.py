@@ -1,12 +1,12 @@
-"""Full resolution around an alarm without writing everything: a sink in front of a sink.
+"""A sink in front of a sink: writes full resolution around an alarm without writing everything.
 
-Every step is measured. Rows of steps that are due by the usual cadence go on at once; the others of the last ``keep`` steps are
-held in memory. When an episode begins that is graver than a hard batch, what is held is written, and for ``after`` steps everything
-goes on. So the disk has the run at the usual cadence, and each alarm with every step before and after it.
+The monitor measures every step. The recorder passes on rows due by the usual cadence at once, and holds the others of the last
+``keep`` steps in memory. When an episode graver than a hard batch begins, it writes the held rows, and for ``after`` steps passes
+everything on. So the disk has the run at the usual cadence, and every step before and after each alarm.
 
     Monitor(model, optimizer, every=1, sinks=[FlightRecorder(ParquetSink(folder), keep=64, every=10)])
 
-Rows that a ``rewind`` supersedes are dropped from what is held. Memory is bounded by ``keep`` steps' rows.
+It drops held rows that a ``rewind`` supersedes. The rows of ``keep`` steps bound its memory.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from stabilitylab.errors import InputError
 from stabilitylab.sinks.base import Sink
 from stabilitylab.telemetry import DEPARTURES, Event, Key, Samples
 
-# The step's own numbers are few, and every reader expects them at every step.
+# The step's own numbers are few, and readers expect them at every step.
 EVERY_STEP: Mapping[str, int] = {"train": 1, "precision": 1}
 
 
 class FlightRecorder:
-    """Thins rows before ``sink``, and gives them all around an alarm.
+    """Thins rows before ``sink``, and passes all of them on around an alarm.
 
     Args:
-        sink: where rows go in the end.
-        keep: steps held.
-        every: cadence of what is written without an alarm.
-        cadence: of single families, where it is another.
+        sink: the sink behind it.
+        keep: number of steps held.
+        every: cadence of rows written without an alarm.
+        cadence: family -> its own cadence.
         after: steps written in full after an alarm.
     """
 
@@ -58,7 +58,7 @@ class FlightRecorder:
         self._cadence_of_key: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def write(self, samples: Samples, events: Sequence[Event]) -> None:
-        """Take one flush; see the module's docstring for what goes on."""
+        """Take one flush; the module's docstring says which rows pass."""
         for event in events:
             if event.kind == "rewind":
                 self._held = deque(_rows(held, held.step < event.step) for held in self._held)
@@ -73,7 +73,7 @@ class FlightRecorder:
         self._hold(_rows(samples, ~due))
 
     def close(self) -> None:
-        """What is held without an alarm is not written."""
+        """Close the sink; rows held without an alarm are not written."""
         self._held.clear()
         self._sink.close()
 

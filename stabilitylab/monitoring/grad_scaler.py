@@ -1,12 +1,12 @@
-"""torch's GradScaler, asked without waiting for the device.
+"""Asks torch's GradScaler without waiting for the device.
 
 GradScaler multiplies the loss, and with it every gradient of the backward pass, by a scale that it changes at the end of a step
-only. So the scale of a backward pass is the one at the end of the step before, and whether it is still in the gradients is known
-from the scaler's own bookkeeping: it is divided out by ``unscale_`` or inside ``scaler.step``.
+only. So the scale of a backward pass is the one at the end of the step before. The scaler's own bookkeeping shows whether the
+gradients still hold it: ``unscale_`` divides it out, or ``scaler.step`` does.
 
-Where ``scaler.step`` finds the gradients non-finite it leaves the optimizer's step out, and with it the optimizer's hooks. So
-``watch`` has ``scaler.step`` of this one scaler tell when it is done, and ``scaler.unscale_`` when it has changed the gradients;
-``release`` gives it back its own.
+Where ``scaler.step`` finds non-finite gradients, it leaves out the optimizer's step, and with it the optimizer's hooks. So
+``watch`` replaces ``step`` and ``unscale_`` of this one scaler by methods that also call back when they are done; ``release`` gives
+it back its own.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class ScalerState:
     """The factor on the loss.
 
     Args:
-        scaler: None where the loss is not scaled by one.
-        optimizers: whose gradients they are.
-        buffer: where a scale that lives on an accelerator is kept.
+        scaler: None where no scaler scales the loss.
+        optimizers: own the gradients.
+        buffer: keeps a scale that lives on an accelerator.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ScalerState:
         self._slots: Slots | None = None
 
     def coming(self) -> float | Slots:
-        """The scale of the backward pass to come; asked between two steps."""
+        """The scale of the coming backward pass; ask between two steps."""
         if self._scaler is None:
             return 1.0
         scale = self._scaler._scale
@@ -57,7 +57,7 @@ class ScalerState:
         return self._slots
 
     def now(self) -> float | Tensor | None:
-        """The same, to be recorded: on an accelerator a copy, since the scaler changes its own in place."""
+        """The same for recording: on an accelerator a copy, since the scaler changes its own in place."""
         if self._scaler is None:
             return None
         scale = self._scaler._scale
@@ -66,7 +66,7 @@ class ScalerState:
         return float(scale) if scale.device.type == "cpu" else scale.detach().clone().reshape(())
 
     def skipped(self) -> float | Tensor | None:
-        """1 where a step was left out, of the latest decisions; None where nothing was decided."""
+        """1 where the scaler's latest decisions left a step out; None where it decided nothing."""
         if self._scaler is None:
             return None
         states = self._scaler._per_optimizer_states
@@ -83,7 +83,7 @@ class ScalerState:
         return torch.stack([inf.reshape(()).to(found[0].device) for inf in found]).amax()
 
     def decided(self) -> list[Any]:
-        """The optimizers about whose step the scaler has decided."""
+        """The optimizers whose step the scaler has decided on."""
         if self._scaler is None:
             return []
         states = self._scaler._per_optimizer_states
@@ -96,10 +96,10 @@ class ScalerState:
     def evened(
         self, gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], bool]:
-        """Gradients that all hold the scale, or none of them, and whether they do; asked within a step. Of several optimizers those
-        that are not yet unscaled are replaced by unscaled copies."""
+        """Gradients that all hold the scale, or none of which does, and whether they do; ask within a step. With several optimizers
+        it replaces gradients not yet unscaled by unscaled copies."""
         holders = self._holders()
-        # Of several optimizers each is read when it steps, and they are to agree.
+        # Each of several optimizers is read when it steps, and they must agree.
         if self._scaler is None or not holders or len(self._optimizers) == 1:
             return gradients, bool(holders)
         held = {id(p) for optimizer in holders for group in optimizer.param_groups for p in group["params"]}
@@ -119,8 +119,8 @@ class ScalerState:
         return [o for o in self._optimizers if states[id(o)]["stage"] is OptState.READY]
 
     def watch(self, *, decided: Callable[[], None], unscaled: Callable[[], None]) -> None:
-        """Call ``decided`` whenever the scaler has made, or left out, an optimizer's step, and ``unscaled`` when it has divided the
-        scale out of gradients."""
+        """Call ``decided`` whenever the scaler has made, or left out, an optimizer's step, and ``unscaled`` whenever it has divided
+        the scale out of gradients."""
         if self._scaler is None:
             return
         self._told = {"step": decided, "unscale_": unscaled}
@@ -135,7 +135,7 @@ class ScalerState:
             self._told[name]()
 
     def release(self) -> None:
-        """Leave the scaler as it was. Where somebody else has put a function over ours, ours only passes on."""
+        """Leave the scaler as it was. Where another function wraps ours, ours only passes the call on."""
         self._told = {}
         for name, put in self._put.items():
             if self._scaler is not None and self._scaler.__dict__.get(name) is put:

@@ -1,6 +1,6 @@
-"""A loop that dies without ``close`` loses nothing: what is open is closed when the process ends.
+"""A loop that dies without ``close`` loses nothing: ``Lifetime`` closes what is open when the process ends.
 
-It is held weakly, so that it may be collected as garbage before; and a child that was forked from the process has nothing to write.
+It holds the object weakly, so that it may be garbage-collected before; a forked child has nothing to write.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class _Closes(Protocol):
 
 
 class Lifetime:
-    """Of one object, from here to its ``close`` or the end of the process.
+    """The lifetime of one object, from here to its ``close`` or the end of the process.
 
     Args:
-        of: what is closed at the end; anything opened earlier is still open then.
+        of: closed at the end, before anything opened earlier.
     """
 
     def __init__(self, of: _Closes) -> None:
@@ -30,11 +30,11 @@ class Lifetime:
 
     @property
     def is_of_this_process(self) -> bool:
-        """False in a child that was forked."""
+        """False in a forked child."""
         return self._process == os.getpid()
 
     def end(self) -> None:
-        """It is closed, or gone."""
+        """Stop: the object is closed, or gone."""
         atexit.unregister(self._at_exit)
 
 

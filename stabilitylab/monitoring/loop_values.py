@@ -1,4 +1,4 @@
-"""Numbers of a step that nobody has to hand over: seen at the optimizer's step, at the scaler and where gradients are clipped.
+"""Numbers of a step that the loop need not hand over: seen at the optimizer's step, at the scaler and at clipping.
 
     learning_rate   of the parameter group with most elements, as the optimizer's step used it: a scheduler has set the next
                     one by the time that the step is told to be over
@@ -7,7 +7,7 @@
     loss_scale      the factor on the loss in the step's backward passes, of torch's scaler
     skipped         1 where the scaler has left the update out
 
-Nothing is read from an accelerator: what is there stays a tensor and comes with the step's other numbers.
+It reads nothing from an accelerator: a number there stays a tensor, and arrives with the step's other numbers.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ Numbers = dict[str | Key, float | Tensor]
 
 
 class LoopValues:
-    """What a step's optimizers, scaler and clipping have shown.
+    """What a step's optimizers, scaler and clipping show.
 
     Args:
-        context: whose parameters they are.
-        optimizers: whose steps are hooked.
+        context: knows the parameters.
+        optimizers: have their steps hooked.
         scale: torch's scaler, or none.
     """
 
     def __init__(self, context: Context, optimizers: Optimizers, scale: ScalerState) -> None:
         self._context, self._optimizers, self._scale = context, optimizers, scale
-        # By the first parameter of a group: under ZeRO groups are other objects at each step, and step one by one.
+        # By a group's first parameter: under ZeRO groups are new objects at each step, and step one by one.
         self._groups: dict[int, int] = {}
         self._elements: list[int] = []
         self._differ = False
         self.begin()
 
     def begin(self) -> None:
-        """The next step begins."""
+        """Begin the next step."""
         self._rates: dict[int, float | Tensor] = {}
         self._norms: list[Tensor] = []
         self._clipped: set[int] = set()
@@ -53,13 +53,13 @@ class LoopValues:
         self._loss_scale = self._scale.now()
 
     def stepping(self, optimizer: Any) -> None:
-        """An optimizer is about to step, at these rates."""
+        """Note the rates of an optimizer that is about to step."""
         for group in optimizer.param_groups:
             if group["params"] and (rate := _rate(group.get("lr"))) is not None:
                 self._rates[self._number(group)] = rate
 
     def decided(self) -> None:
-        """The scaler has let the optimizers step, or not: also the rates of a step that was left out are its own."""
+        """Note the rates after the scaler has let the optimizers step, or not: a step left out has rates too."""
         self._skipped = self._scale.skipped()
         for optimizer in self._optimizers.each:
             for group in optimizer.param_groups:
@@ -67,12 +67,12 @@ class LoopValues:
                     self.stepping(optimizer)
 
     def clipping(self, parameters: Sequence[Tensor], norm: Tensor | None) -> None:
-        """These gradients are about to be clipped, and their norm is this."""
+        """Note the norm of gradients that torch is about to clip."""
         known = {id(p) for p in self._context.parameters.values()}
         mine = {id(p) for p in parameters if p.grad is not None} & known
         if (
             not mine or mine & self._clipped
-        ):  # another model's; or a second clipping, of what is clipped already
+        ):  # another model's, or a second clipping of gradients already clipped
             return
         self._clipped |= mine
         foreign = any(id(p) not in known for p in parameters if p.grad is not None)
@@ -89,7 +89,7 @@ class LoopValues:
         self._whole = all(p.grad is None or id(p) in self._clipped for p in self._context.parameters.values())
 
     def numbers(self) -> Numbers:
-        """By name, what was seen in the step."""
+        """Name -> number seen in the step."""
         found: Numbers = {}
         if self._rates:
             found["learning_rate"] = self._rates[max(self._rates, key=lambda g: self._elements[g])]
@@ -122,7 +122,7 @@ def _rate(rate: Any) -> float | Tensor | None:
     if isinstance(rate, Tensor):
         if rate.numel() != 1:
             return None
-        # On an accelerator it will be filled with the next one before it is read.
+        # On an accelerator, torch overwrites it with the next one before it is read.
         return float(rate) if rate.device.type == "cpu" else rate.detach().clone().reshape(())
     try:
         return float(rate)

@@ -1,4 +1,4 @@
-"""The monitor: attach to a model, measure some steps, write what was seen. The one coordinator.
+"""The monitor, the one coordinator: attach to a model, measure some steps, write the numbers.
 
     with Monitor(model, optimizer, out="runs/mine", every=10) as monitor:
         for step, batch in enumerate(batches):
@@ -9,14 +9,14 @@
             optimizer.zero_grad()
             monitor.step(step, loss=loss)
 
-What the loop's optimizer, scaler and clipping show it need not say: the rate that was used, the loss scale, the gradient norm
-before clipping (``loop_values``).
+The loop need not say what its optimizer, scaler and clipping show: the rate used, the loss scale, the gradient norm before clipping
+(``loop_values``).
 
-It observes and never changes training: weights, random numbers and kernels are those of the run without it. Steps count optimizer
-updates from 0.
+The monitor observes and never changes training: weights, random numbers and kernels are those of the run without it. Steps count
+optimizer updates from 0.
 
-A loop that dies without ``close`` loses nothing: what is left is written when the process ends, or the monitor is collected as
-garbage. After ``close`` every call does nothing.
+A loop that dies without ``close`` loses nothing: the monitor writes what is left when the process ends, or when it is
+garbage-collected. After ``close`` every call does nothing.
 """
 
 from __future__ import annotations
@@ -63,52 +63,47 @@ class Monitor:
     """Watches a model during training.
 
     Args:
-        model: any ``nn.Module``; a wrapper (DDP, ``torch.compile``) is looked through.
-        optimizer: read for gradients (when ``gradients_ready`` is not called), rates and optimizer statistics; may
-            be None. One, or a sequence: each one's gradients are read before it steps, or before torch clips them. A
-            wrapper that forwards to its ``optimizer`` (accelerate's) is looked through.
-        out: run folder to make and write (Parquet, TensorBoard, events.jsonl): a path, or a ``RunFolder``
-            that the caller has claimed. None: only ``sinks``. Where it holds a run, this one supersedes that from its own
-            first step on.
+        model: any ``nn.Module``; the monitor looks through a wrapper (DDP, ``torch.compile``).
+        optimizer: one, a sequence, or None. The monitor reads rates and statistics from it, and its gradients before it steps or
+            before torch clips them, unless the loop calls ``gradients_ready``. It looks through a wrapper that forwards to its
+            ``optimizer`` (accelerate's).
+        out: run folder to make and write (Parquet, TensorBoard, events.jsonl): a path, or a ``RunFolder`` that the caller has
+            claimed. None: only ``sinks``. Where it holds a run, this one supersedes it from its own first step on.
         every: measure each n-th step; 0: only the step's own values. ``schedule`` says more.
         gradients_every: another cadence for the gradients.
         probes: what to measure; by default ``all_probes()``.
         schedule: a ``Schedule`` instead of ``every``.
-        sinks: further sinks, or the only ones without ``out``.
-        trackers: experiment trackers to send a few numbers to (``sinks.tracker``): "wandb", "mlflow", "trackio".
+        sinks: further sinks; without ``out``, the only ones.
+        trackers: experiment trackers that get a few numbers (``sinks.tracker``): "wandb", "mlflow", "trackio".
         sites: one glob or several over module and parameter paths.
         detector: judges loss, gradient norm, rate and loss scale of every step (of the metrics that its ``loss`` and
-            ``gradient_norm`` name, if it has these attributes); None for no judgement. One that raises is left out from
-            then on.
-        on_event: called with each spike, divergence, non-finite value, collapse of the loss scale or departure of a site
-            the moment that it is found, with the event that goes to ``events.jsonl``. The log has a warning line of it in
-            any case (``alarms.py``).
+            ``gradient_norm`` name, if it has these attributes); None for no judgement. The monitor drops one that raises.
+        on_event: called at once with the event in ``events.jsonl`` of each spike, divergence, non-finite value, loss-scale collapse
+            or site's departure. The log gets a warning line in any case (``alarms.py``).
         parameters: the trained tensors by name, where they are not the model's own (fp32 masters of a
             half-precision model): their ``.grad`` is read.
         tensorboard: with ``out``: whether to write TensorBoard files beside the Parquet ones.
-        flush_every: hand over to the sinks after so many steps; events are handed over at once.
-        scaler: torch's loss scaler, if one is used: numbers are recorded without its factor, and the
-            gradients also of a step that it leaves out.
+        flush_every: steps between handovers to the sinks; events go at once.
+        scaler: torch's loss scaler, if the loop uses one: the monitor records numbers without its factor, and gradients also of a
+            step that it leaves out.
         describe_batch: step -> the documents of its batch, for the diagnoses written at the end.
         group: processes whose telemetry becomes one, written by its first rank; by default all, where
             ``torch.distributed`` is running. None: this process alone. All must call ``step`` for the same
             steps.
-        sharded: globs of parameters of which each tensor-parallel rank holds a shard (their sums are added),
-            and of attention modules, outputs (``path``) and inputs (``path:input``) of which each has some of
-            the heads or channels (they are laid side by side). DTensor parameters (FSDP2) are known to be;
-            all others count as alike on every rank.
-        scattered: globs of parameters of which every element is on one rank only, whatever else the rank is
-            (ZeRO): sums are added over all ranks.
-        shard: which part of what is ``sharded`` this process holds: its tensor-parallel rank; by default its
-            rank.
-        recorder: with ``out``: measure every step, hold the last so many in memory, and write them in full
-            when an alarm begins; else only what ``every`` asks for is written. 0: off.
+        sharded: globs of parameters of which each tensor-parallel rank holds a shard (the monitor adds their sums), and of
+            attention modules, outputs (``path``) and inputs (``path:input``) of which each has some heads or channels (it lays them
+            side by side). It knows DTensor parameters (FSDP2) by itself; all others count as alike on every rank.
+        scattered: globs of parameters of which every element is on one rank only, whatever else the rank is (ZeRO): the monitor
+            adds sums over all ranks.
+        shard: the part of ``sharded`` tensors that this process holds: its tensor-parallel rank; by default its rank.
+        recorder: with ``out``: measure every step, hold the last so many in memory, and write them in full when an alarm begins;
+            without an alarm it writes only what ``every`` asks for. 0: off.
 
     Raises:
-        InputError: an argument is none of these. Nothing is left behind: no hook, no thread, no claim.
+        InputError: an argument is none of these. The monitor then leaves no hook, no thread, no claim behind.
     """
 
-    # Until it stands there is nothing to close.
+    # Until construction is done there is nothing to close.
     _closed = True
 
     def __init__(
@@ -150,7 +145,7 @@ class Monitor:
         self._context = Context(
             model=model,
             parameters=dict(parameters) if parameters is not None else named_parameters(model),
-            # Probes read and hook it, and that is what it offers of an optimizer.
+            # Probes only read and hook it, which is all that it offers of an optimizer.
             optimizer=cast(torch.optim.Optimizer, self._optimizers) if self._optimizers else None,
             buffer=self._buffer,
             patterns=patterns(sites),
@@ -158,7 +153,7 @@ class Monitor:
             scattered=patterns(scattered),
             compiled=is_compiled(given),
         )
-        if self._ranks is None:  # one of several may hold but a part of the model
+        if self._ranks is None:  # one of several may hold only a part of the model
             warn_of_unmatched(patterns(sites), model, self._context.parameters)
         self._probe_set = ProbeSet(
             self._context,
@@ -179,7 +174,7 @@ class Monitor:
         try:
             written = self._schedule
             if recorder and out is not None:
-                # What makes a pass of its own keeps its cadence: to hold steps in memory costs nothing like it.
+                # A probe that makes its own pass keeps its cadence: that costs far more than holding steps in memory.
                 costly = {n: every for n, every in written.probes.items() if n in self._probe_set.costly}
                 self._schedule = Schedule(every=1, probes=costly, dense_after=written.dense_after)
             self._collection.arm(self._schedule, 0, first=True)
@@ -226,35 +221,35 @@ class Monitor:
         scale: float = 1.0,
         loss_scale: float | None = None,
     ) -> None:
-        """Gradients are reduced, not yet clipped: read them now. Needed where a loop clips by other means than torch's.
+        """Read the gradients now: reduced, not yet clipped. Needed where a loop clips by other means than torch's.
 
         Args:
-            gradients: by parameter name; by default every parameter's ``.grad``. Of one in several calls the last counts.
-            norms: L2 norms by parameter name, true ones (not scaled), where the trainer has them but not the
-                gradients themselves any more: then L2 and share are all that is recorded of those parameters.
-            scale: the factor by which ``gradients`` are larger than the true ones: a loss scale not yet
-                divided out. A ``scaler`` given to the monitor is asked itself.
-            loss_scale: the factor on the loss in the step's backward passes, which gradients with respect to activations
-                hold in any case; by default ``scale``.
+            gradients: by parameter name; by default every parameter's ``.grad``. If several calls give the same one, the last
+                counts.
+            norms: true L2 norms (not scaled) by parameter name, where the trainer no longer has the gradients themselves: the
+                monitor then records only L2 and share of those parameters.
+            scale: the factor by which ``gradients`` are larger than the true ones: a loss scale not yet divided out. The monitor
+                asks its ``scaler`` itself.
+            loss_scale: the factor on the loss in the step's backward passes, which gradients with respect to activations always
+                hold; by default ``scale``.
         """
         if self._open():
             self._probe_set.gradients_ready(gradients, norms, scale, loss_scale)
 
     def step(self, step: int, **values: float | Tensor | None) -> list[Event]:
-        """The step is over: collect what was seen, judge it, hand it on.
+        """End the step: collect its numbers, judge them, hand them on.
 
         Args:
-            step: number of the optimizer update, from 0. A number not above the last one means that training
-                went back: it is recorded as a ``rewind`` to it.
-            values: the step's own numbers, as floats, arrays or tensors of one element: ``loss``,
-                ``gradient_norm``, ``learning_rate``, ``tokens``, ``seconds``, ``skipped``, ``loss_scale``, and
-                any others. None is left out; of what is no number NaN is recorded. The rate that an optimizer's step has
-                used counts before one that is given here, which a scheduler may have moved on; of the others what is given
-                counts before what the monitor has seen. They are recorded and change no measurement.
+            step: number of the optimizer update, from 0. A number not above the last one means that training went back: the monitor
+                records a ``rewind`` to it.
+            values: the step's own numbers, as floats, arrays or tensors of one element: ``loss``, ``gradient_norm``,
+                ``learning_rate``, ``tokens``, ``seconds``, ``skipped``, ``loss_scale``, and any others. The monitor leaves out
+                None, and records NaN for what is no number. The rate that an optimizer's step used precedes one given here, which a
+                scheduler may have moved on; any other given value precedes what the monitor has seen. Values are recorded and
+                change no measurement.
 
         Returns:
-            What the detector has to say about this step; on an accelerator, about the steps whose numbers
-            have arrived.
+            The detector's events for this step; on an accelerator, for the steps whose numbers have arrived.
 
         Raises:
             InputError: ``step`` is no whole number.
@@ -297,21 +292,21 @@ class Monitor:
             event = dataclasses.replace(event, step=step_number(event.step))
         if event.kind == "rewind":
             self._begun = True
-            # What was measured before belongs to the old history: it must reach the sinks first.
+            # Earlier measurements belong to the old history and must reach the sinks first.
             self._queue.settle(wait=True)
             self._queue.post()
             self._last = event.step - 1
         self._queue.event(event)
 
     def rewind(self, step: int, **data: Any) -> None:
-        """Training goes back to ``step`` and on from there: what was recorded from it on is superseded."""
+        """Record that training goes back to ``step`` and on from there: records from it on are superseded."""
         step = step_number(step)
         if self._open():
             self.event(Event(step=step, kind="rewind", data=data))
             self._arm(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on judging as if it had not stopped; plain JSON."""
+        """The state that a resumed run needs to go on judging as if it had not stopped; plain JSON."""
         state: dict[str, Any] = {"last": self._last, "alarm": self._queue.alarm}
         if self._detector is not None:
             state["detector"] = self._detector.state_dict()
@@ -348,13 +343,12 @@ class Monitor:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the monitor holds on the model's devices; on a CPU, steps that are not yet delivered come on top, each with a
-        copy."""
+        """Memory that the monitor holds on the model's devices; on a CPU, steps not yet delivered add a copy each."""
         return self._probe_set.nbytes
 
     @property
     def backlog(self) -> int:
-        """Steps that are handed over and not yet with the sinks."""
+        """Steps handed over that the sinks do not have yet."""
         return self._sink_thread.waiting
 
     def __enter__(self) -> Monitor:
@@ -367,7 +361,7 @@ class Monitor:
 
     def __del__(self) -> None:
         if not self._closed and self._lifetime.is_of_this_process:
-            # Dropped, its model and optimizer with it. The sinks are closed when the process ends.
+            # It is dropped, with its model and optimizer. The process closes the sinks when it ends.
             self._lifetime.end()
             self._queue.settle(wait=True)
             self._queue.post()

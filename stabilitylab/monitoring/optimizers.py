@@ -1,8 +1,8 @@
-"""The optimizers of a run, seen as one: read, hooked, never called.
+"""Shows the optimizers of a run as one, to read and hook, never to call.
 
 Some runs have one optimizer, some have one for the matrices and another for the rest (Muon and AdamW), some one inside a wrapper
-that forwards to it (accelerate's). What is read of an optimizer is ``param_groups`` and ``state``, and what is hooked are its
-steps; ``Optimizers`` offers these four over all of them.
+that forwards to it (accelerate's). The monitor reads ``param_groups`` and ``state`` and hooks the steps; ``Optimizers`` offers
+these four over all of them.
 
 Parameters may join later (``add_param_group``: adapters, layers thawed one after the other). ``joined`` names them, so that a norm
 over "all parameters" stays one.
@@ -33,13 +33,13 @@ class Optimizers:
         known: the ids of their parameters.
 
     Raises:
-        InputError: something in it is no optimizer of torch's kind.
+        InputError: something given is no optimizer like torch's.
     """
 
     def __init__(self, given: Any) -> None:
         several = given if isinstance(given, Sequence) else () if given is None else (given,)
         self.each: tuple[Any, ...] = tuple(_inner(optimizer) for optimizer in several)
-        # Optimizers may hold tensors that are not the model's (another model's, flat masters): those stay out.
+        # Optimizers may hold tensors outside the model (another model's, flat masters): those stay out.
         self.known = {id(p) for p in self._parameters()}
 
     def __bool__(self) -> bool:
@@ -56,11 +56,11 @@ class Optimizers:
         return {p: state for optimizer in self.each for p, state in optimizer.state.items()}
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> Handles:
-        """Called before a step of each, with the one that steps."""
+        """Call the hook before each step of any, with the optimizer that steps."""
         return Handles([optimizer.register_step_pre_hook(hook) for optimizer in self.each])
 
     def register_step_post_hook(self, hook: Callable[..., Any]) -> Handles:
-        """Called after a step of each, with the one that steps."""
+        """Call the hook after each step of any, with the optimizer that steps."""
         return Handles([optimizer.register_step_post_hook(hook) for optimizer in self.each])
 
     def joined(self, model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def _inner(given: Any) -> Any:
 
 
 def _hookable(optimizer: Any) -> bool:
-    # A wrapper may inherit from torch's class and never initialise it: then it has the methods and not the hooks.
+    # A wrapper may inherit from torch's class and never initialise it: then it has the methods but no hooks.
     if isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return False
     return all(hasattr(optimizer, name) for name in _READ)

@@ -1,6 +1,6 @@
-"""The probes on a model: put there, armed for a step, given its gradients, asked what they found, taken away.
+"""The probes on a model: attaches them, arms them for a step, gives them its gradients, collects their numbers, detaches them.
 
-Each parameter's gradient is read once a step, at the first of these moments:
+It reads each parameter's gradient once per step, at the first of these moments:
 
     gradients_ready            the loop says so, of all: reduced and unscaled, not yet clipped
     before torch clips them    of those that are clipped (clipping.py)
@@ -9,9 +9,9 @@ Each parameter's gradient is read once a step, at the first of these moments:
     the scaler has decided     it found them non-finite and left the optimizer's step, and so the hook, out
     the end of the step        there is no optimizer
 
-Where a loop clips by hand, what the optimizer is given is all that is seen, and an event ``gradients-changed`` says so.
+Where a loop clips by hand, the probes see only the gradients that the optimizer gets, and an event ``gradients-changed`` says so.
 
-A probe that raises is left out from the next step on, and training goes on.
+It leaves a probe that raises out from the next step on, and training goes on.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class ProbeSet:
     """All probes of a monitor.
 
     Args:
-        context: what they are lent.
-        probes: in the order in which they work.
-        optimizers: whose steps are hooked.
+        context: lent to the probes.
+        probes: in the order of their work.
+        optimizers: have their steps hooked.
         scaler: torch's loss scaler, or None.
-        shard: which part of what is sharded this process holds.
-        tell: is given what deserves an event: its step, kind and data.
-        alone: this process has the whole gradient as soon as its backward pass is over.
+        shard: the part of sharded tensors that this process holds.
+        tell: called with the step, kind and data of what deserves an event.
+        alone: whether this process has the whole gradient as soon as its backward pass is over.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class ProbeSet:
         self._alone = alone
         self._untouched: Untouched | None = None
         self._armed: list[Probe] = []
-        # Names of the parameters that were read in this step; all of them once the loop has said so.
+        # Names of the parameters already read in this step; all once the loop has announced its gradients.
         self._read_already: set[str] = set()
         self._taken = self._warned = self._changed = False
         self._step = 0
 
     def attach(self) -> None:
-        """Find the sites, hook the optimizers. Where that fails, nothing stays."""
+        """Find the sites, hook the optimizers. If that fails, nothing stays hooked."""
         try:
             if self._context.compiled:
                 forget_graphs(self._context.model)
@@ -96,7 +96,7 @@ class ProbeSet:
             raise
 
     def arm(self, step: int, due: Sequence[Probe]) -> None:
-        """A step begins, and these probes measure it."""
+        """Begin a step that these probes measure."""
         self._armed = [probe for probe in due if probe.name not in self._failed]
         for probe in self.probes:
             probe.arm(probe in self._armed)
@@ -125,7 +125,7 @@ class ProbeSet:
         self._read(found, norms or {}, scale if scale != 1.0 else self._context.loss_scale if scaled else 1.0)
 
     def end(self) -> None:
-        """The step is over: gradients that nobody announced are read now."""
+        """End the step: read gradients that nobody announced."""
         if not self._armed:
             return
         if not (self._taken or self._read_already or self._optimizers):
@@ -139,7 +139,7 @@ class ProbeSet:
             )
 
     def manifest(self) -> Manifest:
-        """What the probes found in the step, and where in the buffer it lies."""
+        """The probes' finds of the step, and their places in the buffer."""
         found = [(p, self._context.guarded(p.name, p.collect)()) for p in self._armed]
         buffer = self._context.buffer
         buffer.compact()
@@ -205,8 +205,7 @@ class ProbeSet:
             self._take(parameters)
 
     def _take(self, parameters: Sequence[Tensor], *, at_the_step: bool = False) -> None:
-        """Read these parameters' gradients, and at an optimizer's step of those that no optimizer has, unless they were read
-        before."""
+        """Read these parameters' gradients, and at an optimizer's step those that no optimizer has, unless already read."""
         found, named = self._gradients(), self._context.parameters
         mine = {id(p) for p in parameters}
         if at_the_step:

@@ -1,16 +1,16 @@
-"""Several processes training one model: their telemetry becomes one, in one collective a measured step.
+"""Makes the telemetry of several processes that train one model one, in one collective per measured step.
 
-Every rank packs what its probes found into bytes: a header, then the buffer. One all-gather carries them to all; rank 0 puts them
-together by the names of the sites (``statistics.gathering``) and is the only one that judges and writes.
+Every rank packs what its probes found into bytes: a header, then the buffer. One all-gather carries them to all; rank 0 joins them
+by the names of the sites (``statistics.gathering``), and it alone judges and writes.
 
     header   int64: hash of the manifest, bytes used, step of the last alarm (-1 for none)
 
 The *manifest* says which bytes belong to which site. There is one for every set of probes that measure together (gradients every
-step, the rest every tenth), and others only when other sites are seen, which is rare. Every rank sees from the headers that a
-manifest has come up that it has not seen before, and then all exchange manifests once and remember them. The alarm travels along so
-that all ranks measure more densely from the same step on: a rank that measured alone would wait for the others for ever.
+step, the rest every tenth), and a new one only when other sites appear, which is rare. Every rank sees from the headers that a
+manifest is new to it; then all exchange manifests once and remember them. The alarm travels along so that all ranks measure more
+densely from the same step on: a rank that measured alone would wait for the others for ever.
 
-All ranks must call ``Monitor.step`` with the same steps. Source of the idea of one packed collective: OLMo-core's and ZClip's
+All ranks must call ``Monitor.step`` with the same steps. The idea of one packed collective comes from OLMo-core's and ZClip's
 batched metric reduction; theirs carry finished numbers, so means of kurtoses; ours carries sums.
 """
 
@@ -33,7 +33,7 @@ from stabilitylab.statistics.transfer import Seen
 
 Manifest = tuple[tuple[str, Seen], ...]
 _HEADER = 24
-# Manifests of each rank that are remembered.
+# Manifests remembered of each rank.
 _REMEMBERED = 16
 
 
@@ -58,7 +58,7 @@ class RankGather:
         on_gpu = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._capacity = 0
-        # By hash; every rank learns the same ones in the same order, so all forget the same ones too.
+        # By hash; every rank learns the same manifests in the same order, so all forget the same ones too.
         self._known: OrderedDict[int, Manifest] = OrderedDict()
         self._own: list[tuple[Manifest, int]] = []
 
@@ -90,7 +90,7 @@ class RankGather:
         return Received(found, None if latest < 0 else latest)
 
     def _hash(self, manifest: Manifest) -> int:
-        """What tells a manifest from others, worked out once for each."""
+        """A hash that tells a manifest from others, computed once for each."""
         for own, known in self._own:
             if _same(manifest, own):
                 return known

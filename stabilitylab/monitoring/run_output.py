@@ -1,4 +1,4 @@
-"""Where a monitored run goes on disk: the run folder's sinks, and at the end the explanation of its episodes."""
+"""A monitored run on disk: the run folder's sinks, and at the end the explanation of its episodes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _log = logging.getLogger("stabilitylab")
 
 
 class RunOutput:
-    """A run folder that is being written.
+    """A run folder being written.
 
     Args:
-        out: a path, which is claimed, or a ``RunFolder`` that the caller has claimed.
+        out: a path, which ``RunOutput`` claims, or a ``RunFolder`` that the caller has claimed.
         tensorboard: whether to write TensorBoard files beside the Parquet ones.
         recorder: hold the last so many steps in full resolution for an alarm; 0: off.
-        schedule: what is written without an alarm.
-        model: whose structure the run tells.
+        schedule: says what to write without an alarm.
+        model: the run records its structure.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RunOutput:
         try:
             self._structure = _described(model)
             self._write_structure()
-            # Of a run that was written here before: a script was run again, or goes on.
+            # From an earlier run here: the script ran before, or goes on.
             self.last_held = self._last_held()
             parquet: Sink = ParquetSink(self.run.telemetry)
         except BaseException:
@@ -69,8 +69,8 @@ class RunOutput:
             self.sinks.append(TensorBoardSink(self.run.tensorboard, places=Places(self._structure)))
 
     def supersedes(self, step: int) -> Event | None:
-        """The first step. Where the folder holds a run that went on beyond it, this one takes its place from here on: its events,
-        like its telemetry, are superseded."""
+        """Take the first step. Where the folder's run went on beyond it, this one supersedes its events and telemetry from here on;
+        the event says so."""
         if self.last_held is None or self.last_held < step:
             return None
         _log.warning(
@@ -82,14 +82,14 @@ class RunOutput:
         return Event(step=step, kind="rewind", data={"reason": "a run was begun again in its folder"})
 
     def tell_order(self, context: Context) -> None:
-        """The first measured step is over: in which order its forward pass came to the sites."""
+        """Record the order in which the first measured step's forward pass came to the sites."""
         if context.is_ordering and context.order:
             context.is_ordering = False
             self._structure["order"] = list(context.order)
             self._write_structure()
 
     def _write_structure(self) -> None:
-        """Whole or not at all; a full disk costs the run its order, and not the run."""
+        """Write the structure whole or not at all; a full disk costs the run its order, not the run."""
         file = self.run.structure
         try:
             fresh = file.with_suffix(".tmp")
@@ -99,26 +99,26 @@ class RunOutput:
             _log.warning("%s could not be written (%s): sites are read off their paths", file, error)
 
     def _last_held(self) -> int | None:
-        """The last step that the folder holds something of; None where it holds nothing."""
+        """The last step in the folder; None where it holds nothing."""
         try:
-            # A run's end stands at the number of its steps.
+            # A run's end event has the number of its steps.
             steps = [event.step for event in self.run.read_events() if event.kind != "run-end"]
             recorded = last_step(self.run.telemetry)
-        except InputError:  # damaged, which is for its readers to report
+        except InputError:  # damaged; its readers report that
             return None
         return max([*steps, *([recorded] if recorded is not None else [])], default=None)
 
     def explain(self, describe_batch: Callable[[int], list[str]] | None) -> None:
-        """Say of each episode why it happened, now that everything about it is on disk."""
+        """Explain each episode, now that everything about it is on disk."""
         try:
             from stabilitylab.spikes.explain import write_diagnoses
 
             write_diagnoses(self.run, describe_batch=describe_batch)
-        except Exception:  # a run is not lost because it could not be explained
+        except Exception:  # a failed explanation must not lose the run
             _log.exception("the episodes of %s could not be explained", self.run.path)
 
     def release(self) -> None:
-        """Give the folder back, if it was claimed here."""
+        """Release the folder, if claimed here."""
         if self._claimed is not None:
             self._claimed.release()
 
@@ -126,7 +126,7 @@ class RunOutput:
 def _described(model: nn.Module) -> dict[str, Any]:
     try:
         return describe(model)
-    except Exception:  # nothing in a model's ways may keep it from being watched
+    except Exception:  # no oddity of a model may prevent watching it
         _log.exception(
             "the structure of %s could not be told: sites are read off their paths", type(model).__name__
         )
@@ -142,7 +142,7 @@ def _path(out: str | os.PathLike[str]) -> Path:
 
 
 def _recording(sink: Sink, keep: int, schedule: Schedule) -> Sink:
-    """Every step is measured; what is not due by the schedule is held for an alarm."""
+    """The sink behind a recorder: every step is measured, and what is not due by the schedule is held for an alarm."""
     from stabilitylab.monitoring.flight_recorder import EVERY_STEP, FlightRecorder
 
     seldom = 1 << 60

@@ -1,8 +1,7 @@
 """When to measure: every n-th step, each probe at its own cadence, and every step for a while after an event.
 
-Steps 0, n, 2n, ... are measured. What happens around a spike is what one wants to see closely, so for ``dense_steps`` steps after
-an event of a kind in ``dense_after`` everything is measured every step; the event cannot be foreseen, so the steps before it are
-there at the usual cadence only.
+The monitor measures steps 0, n, 2n, ... To show a spike closely, it measures everything at every step for ``dense_steps`` steps
+after an event of a kind in ``dense_after``. It cannot foresee the event, so the steps before it have only the usual cadence.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class Schedule:
     Args:
         every: measure each n-th step; 0: never.
         probes: cadence of single probes by name, e.g. ``{"gradients": 1}``; ``every`` holds for the rest.
-        dense_steps: how many steps to measure fully after an event; 0 switches it off.
+        dense_steps: number of steps to measure fully after an event; 0: off.
         dense_after: the kinds of event that do so.
     """
 

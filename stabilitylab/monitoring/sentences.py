@@ -1,7 +1,7 @@
 """Events as sentences, one line each, for a terminal and a log.
 
-step 34: the responder answered the non-finite of train/-/loss since step 34: back to step 34, learning rate x 0.5 step 32:
-overflow: the output of layers.3.feed_forward.down left the number format
+- step 34: the responder answered the non-finite of train/-/loss since step 34: back to step 34, learning rate x 0.5
+- step 32: overflow: the output of layers.3.feed_forward.down left the number format
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _response(data: Mapping[str, Any]) -> str:
 
 
 def _plain(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values without brackets and quotes; what is long is cut, with its length."""
+    """Names and values without brackets and quotes; long ones are cut, with their length."""
     for name, value in data.items():
         words = f"{prefix}{str(name).replace('_', ' ')}"
         if isinstance(value, Mapping):

@@ -1,9 +1,9 @@
-"""From the monitor to the sinks, in a thread of its own: training never waits for a disk.
+"""Takes numbers from the monitor to the sinks in its own thread: training never waits for a disk.
 
-The monitor posts each flush; one thread turns it into ``Samples`` and hands it to every sink in order. A sink that raises loses
-that flush and no more: the loss is an event ``telemetry-lost`` (once when it begins, once with the total when the sink works again
-or the run ends), the other sinks and the training go on. Should the sinks fall behind by ``LIMIT`` steps, further samples are
-dropped and reported the same way; events are never dropped.
+The monitor posts each flush; the thread turns it into ``Samples`` and hands it to every sink in order. A sink that raises loses
+only that flush: an event ``telemetry-lost`` reports the loss (once when it begins, once with the total when the sink works again or
+the run ends), and the other sinks and the training go on. Should the sinks fall behind by ``LIMIT`` steps, the thread drops further
+samples and reports it the same way; it never drops events.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _log = logging.getLogger("stabilitylab")
 
 @dataclass
 class Flush:
-    """What is posted: readings of some steps, numbers that are yet to be made into readings, and events."""
+    """What the monitor posts: readings of some steps, numbers yet to become readings, and events."""
 
     readings: list[tuple[int, Readings]] = field(default_factory=list)
     unfinished: list[tuple[int, Sequence[tuple[Probe, Gathered]]]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
     def finish(self, watch: SiteWatch | None = None) -> list[Event]:
-        """Make readings of everything; returns the events that this brought to light."""
+        """Make readings of everything; returns the events that they reveal."""
         found_here: list[Event] = []
         for step, found in self.unfinished:
             of_step = [probe.finish(gathered) for probe, gathered in found]
@@ -60,11 +60,11 @@ class EventLog:
         self._run = run
 
     def write(self, samples: Samples, events: Sequence[Event]) -> None:
-        """Append the events; samples are not kept here."""
+        """Append the events; ignore samples."""
         self._run.append_events(events)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
 
 class _Numbering:
@@ -101,9 +101,9 @@ class SinkThread:
     """Owns the sinks and the thread that feeds them.
 
     Args:
-        sinks: in the order in which they are written to. The event log, if any, comes first.
+        sinks: in the order of writing. The event log, if any, comes first.
         watch: looks at every site of every measured step; None for nobody.
-        told: tells people of what the readings bring to light; None for nobody.
+        told: tells people of the events that the readings reveal; None for nobody.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class SinkThread:
         self._reports: list[Event] = []
         self._numbering = _Numbering()
         self._queue: queue.SimpleQueue[tuple[Flush, int] | threading.Event | None] = queue.SimpleQueue()
-        # Reentrant: a monitor that is dropped unclosed posts what it has from wherever the garbage is collected.
+        # Reentrant: a monitor dropped unclosed posts what it has from wherever garbage collection runs.
         self._lock = threading.RLock()
         self._waiting = 0
         self._dropped = 0
@@ -143,7 +143,7 @@ class SinkThread:
         return self._waiting
 
     def wait(self) -> None:
-        """Return when everything posted so far has been written, and is on disk where a sink can ``flush``."""
+        """Return when everything posted so far is written, and on disk where a sink can ``flush``."""
         if self._thread.is_alive():
             done = threading.Event()
             self._queue.put(done)
@@ -174,7 +174,7 @@ class SinkThread:
                     self._told.hear(found)
                 self._deliver(flush)
             except Exception:
-                # A defect of ours: the run must not lose its thread over it, nor hide it.
+                # Our own defect: the run must neither lose its thread over it nor hide it.
                 _log.exception("telemetry lost: a flush could not be prepared")
             with self._lock:
                 self._waiting -= steps

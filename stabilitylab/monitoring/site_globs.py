@@ -1,4 +1,4 @@
-"""Globs over module and parameter paths: what is asked for, and what of it the model does not have."""
+"""Globs over module and parameter paths: which the user asked for, and which match nothing in the model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _log = logging.getLogger("stabilitylab")
 
 
 def patterns(globs: str | Sequence[str]) -> tuple[str, ...]:
-    """One glob or several, as several."""
+    """One glob or several, as a tuple."""
     return (globs,) if isinstance(globs, str) else tuple(globs)
 
 
 def warn_of_unmatched(sites: Sequence[str], model: nn.Module, parameters: Iterable[str]) -> None:
-    """Say which of the ``sites`` asked for match no module, no module's input and no parameter."""
+    """Warn of the ``sites`` that match no module, no module's input and no parameter."""
     modules = [path for path, _ in named_modules(model)]
     paths = [*modules, *(f"{path}:input" for path in modules), *parameters]
     unmatched = [site for site in sites if not any(fnmatchcase(path, site) for path in paths)]

@@ -1,11 +1,11 @@
-"""Sites that leave their own baseline by far, as they do it: the event ``site-departure``.
+"""Sites that leave their own baseline by far, as it happens: the event ``site-departure``.
 
-A head's scores that grow thirtyfold, or one parameter's gradient, may leave the loss where it is: softmax bounds the one, Adam and
-clipping the other. Of every site the logarithm y of a positive statistic (``FOLLOWED``, the update left out: it follows the rate)
-has a running level and a running mean deviation d (``spikes/site_levels.py``), and a site has left where y - level > max(SIGMAS d,
-ln FACTOR), and where that much remains when the rise that three sites in four of its family share is taken off: a hard batch moves
-them all. A rise of ``ANY`` is told whoever shares it, for no batch does that. Told is the first site in the order of execution,
-with how many left with it, and for ``QUIET`` steps no further one. The event itself never acts.
+A head's scores, or one parameter's gradient, may grow thirtyfold without moving the loss: softmax bounds the one, Adam and clipping
+the other. For every site the logarithm y of a positive statistic (``FOLLOWED``, without the update, which follows the rate) has a
+running level and a running mean deviation d (``spikes/site_levels.py``). A site has left where y - level > max(SIGMAS d, ln
+FACTOR), and still does after subtracting the rise that three sites in four of its family share: a hard batch moves them all. A rise
+of ``ANY`` counts even if all share it, for no batch does that. The event names the first site in order of execution and how many
+left with it; for ``QUIET`` steps no other follows. The event itself never acts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STATISTIC = {family: statistic for family, statistic in FOLLOWED if family != "
 
 
 class _Followed:
-    """Levels of those of some keys that are followed."""
+    """Levels of the followed ones among some keys."""
 
     def __init__(self, keys: tuple[Key, ...]) -> None:
         self.keys = keys
@@ -48,7 +48,7 @@ class _Followed:
             self.kept.add(step, (levels.level.copy(), levels.deviation.copy(), levels.seen.copy()))
 
     def go_back(self, step: int) -> None:
-        """The levels as they were before ``step``; none where nothing is known of then."""
+        """Restore the levels as they were before ``step``; start anew where none are known."""
         state = self.kept.before(step)
         self.levels, self.since_kept = SiteLevels(len(self.at)), 0
         if state is not None:
@@ -59,7 +59,7 @@ class SiteWatch:
     """Follows all sites of a run.
 
     Args:
-        order: sites in the order of execution, as far as it is known (``Context.order``; it may still grow).
+        order: sites in the order of execution, as far as known (``Context.order``; it may still grow).
     """
 
     def __init__(self, order: Mapping[str, object]) -> None:
@@ -69,8 +69,8 @@ class SiteWatch:
         self._step: int | None = None
 
     def events(self, step: int, readings: Sequence[Readings]) -> list[Event]:
-        """The departure that this step shows, if there is one. Steps come in order; one that goes back goes on from the levels of
-        then: those of weights that are no more say nothing."""
+        """The departure that this step shows, if there is one. Steps come in order; one that goes back continues from the levels of
+        that time, as levels of discarded weights say nothing."""
         if self._step is not None and step < self._step:
             self._told = self._told if self._told is not None and self._told < step else None
             for followed in self._followed.values():
@@ -100,7 +100,7 @@ class SiteWatch:
         return [Event(step=step, kind="site-departure", data=data)]
 
     def _left(self, one: Readings) -> list[tuple[Key, float, float]]:
-        """Those that left, with their rise and their own deviation."""
+        """The sites that left, with their rise and their own deviation."""
         followed = self._followed.get(id(one.keys))
         if followed is None or followed.keys is not one.keys:
             followed = self._followed[id(one.keys)] = self._inherited(_Followed(one.keys))
@@ -115,7 +115,7 @@ class SiteWatch:
         return [(one.keys[followed.at[i]], float(rise[i]), float(deviation[i])) for i in np.flatnonzero(left)]
 
     def _inherited(self, fresh: _Followed) -> _Followed:
-        """Another set of sites (an expert that was not reached, a micro-batch more) goes on with what is known of each."""
+        """Give another set of sites (without an expert not reached, with one more micro-batch) the known levels of each."""
         families = {fresh.keys[i].family for i in fresh.at}
         for number, old in list(self._followed.items()):
             if {old.keys[i].family for i in old.at} & families:
@@ -129,7 +129,7 @@ class SiteWatch:
         return fresh
 
     def _place(self, key: Key) -> tuple[int, int, int]:
-        """Forward sites in order, then the backward ones in the reverse."""
-        if len(self._execution.order) != len(self._order):  # it is being learned
+        """A sort key: forward sites in order, then backward ones in reverse."""
+        if len(self._execution.order) != len(self._order):  # the order is still growing
             self._execution = Execution(list(self._order))
         return self._execution.place(key.family, key.site)

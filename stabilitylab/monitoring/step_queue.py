@@ -1,10 +1,10 @@
-"""Ended steps, in order: their numbers arrive, are judged by the detector, and go to the sinks.
+"""Ended steps, in order: their numbers arrive, the detector judges them, and they go to the sinks.
 
-The detector is given the step's own numbers and, of measured steps, the largest attention score of the whole model
+The detector gets the step's own numbers and, for measured steps, the largest attention score of the whole model
 (``attention/-/score_max``) and the RMS of its update over the learning rate (``update/-/rms_over_rate``).
 
-On a CPU a step's numbers are there when it ends. On an accelerator they are still on their way, and the step waits in line until
-they have come; the training thread asks at the end of each step and never waits.
+On a CPU a step's numbers are there when it ends. On an accelerator they are still in transfer, and the step waits in line for them;
+the training thread asks at the end of each step and never waits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from stabilitylab.telemetry import (
     Key,
 )
 
-# What `step` may be given under a name of its own; everything else becomes train/-/<name>.
+# Values of `step` with metric names of their own; all others become train/-/<name>.
 _FAMILY = {"loss_scale": "precision"}
 _NEAR = 16
 _WATCHED = (LEARNING_RATE, SKIPPED, LOSS_SCALES[0])
@@ -47,13 +47,13 @@ _log = logging.getLogger("stabilitylab")
 
 
 class Detector(Protocol):
-    """What judges a step's values as they come; ``stabilitylab.spikes.SpikeDetector`` is one.
+    """Judges a step's values as they come; ``stabilitylab.spikes.SpikeDetector`` is one.
 
-    Where it has attributes ``loss`` and ``gradient_norm``, they name the metrics that it is given as such.
+    Attributes ``loss`` and ``gradient_norm``, if it has them, name its metrics for these.
     """
 
     def update(self, step: int, values: Mapping[str, float]) -> Sequence[Event]:
-        """Events that this step's values give rise to."""
+        """Events from this step's values."""
 
     def finish(self) -> Sequence[Event]:
         """Events for what was still open."""
@@ -66,7 +66,7 @@ class Detector(Protocol):
 
 
 def default_detector() -> Detector:
-    """The project's own."""
+    """The project's own detector."""
     from stabilitylab.spikes import SpikeDetector
 
     return SpikeDetector()
@@ -74,14 +74,14 @@ def default_detector() -> Detector:
 
 @dataclass(slots=True, kw_only=True)
 class Ended:
-    """A step that is over and whose numbers are perhaps still on their way.
+    """A step that is over, whose numbers may still be in transfer.
 
     Args:
         step: its number.
         numbers: the step's own.
-        distant: names of the numbers that are on an accelerator, in the order of the transfer's ``others``.
-        transfer: what brings them, and this rank's packet; None if there is nothing to bring.
-        manifest: what of the packet belongs to which probe and site.
+        distant: names of the numbers on an accelerator, in the order of the transfer's ``others``.
+        transfer: brings them, and this rank's packet; None if there is nothing to bring.
+        manifest: says which part of the packet belongs to which probe and site.
         received: the packets of all ranks, in place of this one's.
     """
 
@@ -93,7 +93,7 @@ class Ended:
     received: Received | None = None
 
     def found(self) -> list[tuple[Manifest, NDArray[np.uint8]]]:
-        """What each rank found, with its packet; once the transfer is ready."""
+        """Each rank's manifest and packet, once the transfer is ready."""
         if self.received is not None:
             return self.received.found
         if self.transfer is None or not self.manifest:
@@ -105,11 +105,11 @@ class StepQueue:
     """Takes ended steps through judgement to delivery.
 
     Args:
-        probes: by name, to finish what they found.
+        probes: by name, to finish their numbers.
         detector: judges; None for no judgement.
         delivery: takes the readings and events.
-        alarms: kinds of event after which training is watched more closely.
-        flush_every: hand over to the delivery after so many steps; events are handed over at once.
+        alarms: kinds of event after which the monitor watches training more closely.
+        flush_every: steps between handovers to the delivery; events go at once.
         told: tells people of alarms; None for nobody.
     """
 
@@ -137,12 +137,12 @@ class StepQueue:
         self.alarm: int | None = None
 
     def add(self, ended: Ended) -> list[Event]:
-        """Put a step in line; returns what the detector says of the steps that have arrived."""
+        """Put a step in line; returns the detector's events for the steps that have arrived."""
         self._pending.append(ended)
         return self.settle()
 
     def settle(self, *, wait: bool = False) -> list[Event]:
-        """Take the steps whose numbers have arrived, or wait for all."""
+        """Process the steps whose numbers have arrived, or wait for all."""
         found: list[Event] = []
         near = False
         while self._pending:
@@ -155,13 +155,13 @@ class StepQueue:
             ended = self._pending.popleft()
             near |= self.alarm is not None and ended.step <= self.alarm + _NEAR
             found += self._take(ended)
-        # Whoever hears of an alarm may well end the run: what follows it is not held back.
+        # Whoever hears of an alarm may end the run: do not hold back what follows it.
         if found or near or self._steps >= self._flush_every:
             self.post()
         return found
 
     def event(self, event: Event) -> None:
-        """Record an event, at once."""
+        """Record an event at once."""
         self._flush.events.append(event)
         if self._told is not None:
             self._told.hear((event,))
@@ -170,13 +170,13 @@ class StepQueue:
         self.post()
 
     def post(self) -> None:
-        """Hand over what there is."""
+        """Hand over everything so far."""
         if self._flush.readings or self._flush.events or self._flush.unfinished:
             self._sink_thread.post(self._flush)
         self._flush, self._steps = Flush(), 0
 
     def finish(self) -> None:
-        """The end: everything arrives, the detector has its last word."""
+        """End: wait for all numbers, and let the detector close what is open."""
         self.settle(wait=True)
         if self._detector is not None:
             self._flush.events += self._guarded(self._detector.finish, 0)
@@ -199,7 +199,7 @@ class StepQueue:
         for probe, of_probe in gathered:
             if (companions_of := getattr(probe, "companions", None)) is not None:
                 companions |= companions_of(of_probe, numbers)
-        # What the loop says of its norm counts, or its clipping; else the probe's is recorded as the step's own.
+        # The loop's norm counts, or its clipping's; else the probe's is recorded as the step's own.
         if (norm := companions.pop(GRADIENT_NORM, None)) is not None:
             numbers.setdefault("gradient_norm", norm)
         if "skipped" in numbers:
@@ -231,7 +231,7 @@ class StepQueue:
         return events
 
     def _guarded(self, judge: Callable[[], Sequence[Event]], step: int) -> list[Event]:
-        """What the detector says. One that raises is left out from then on; training goes on."""
+        """The detector's events. One that raises is dropped, and training goes on."""
         try:
             return list(judge())
         except Exception as error:
@@ -242,7 +242,7 @@ class StepQueue:
 
 
 def _with_site(event: Event, gathered: Sequence[tuple[Probe, Gathered]]) -> Event:
-    """A non-finite value of a step that was measured, with the place where the first tensor left its format."""
+    """Add to a measured step's non-finite event the place where the first tensor left its format."""
     if not event.is_alarm:
         return event
     for probe, of_probe in gathered:

@@ -1,7 +1,8 @@
-"""What the training loop hands over at a step's end: its number, and values of its own under names of their own.
+"""What the training loop hands over at a step's end: its number, and its own values by name.
 
-A step number that is none is a mistake in the loop's code, seen at the first step, and an ``InputError``. A value that is none may
-turn up in the middle of a long run, and training does not die of its instruments: NaN is recorded, and said once by name.
+A step that is no number is a mistake in the loop's code, which shows at the first step: an ``InputError``. A value that is no
+number may turn up in the middle of a long run, and training does not die of its instruments: the monitor records NaN, and warns
+once by name.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def step_number(step: Any) -> int:
     """A step as an int: also from NumPy's integers and integer tensors of one element.
 
     Raises:
-        InputError: it is no whole number.
+        InputError: ``step`` is no whole number.
     """
     try:
         return operator.index(step)
@@ -36,14 +37,13 @@ def step_number(step: Any) -> int:
 
 
 class Values:
-    """Turns what is given into numbers; remembers what it has complained about."""
+    """Turns given values into numbers; remembers its warnings."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
 
     def numbers(self, given: Mapping[str, Any]) -> dict[str, float | Tensor]:
-        """By name, floats, and tensors of one element that are on an accelerator: those are read when they have arrived. None is
-        left out."""
+        """Name -> float, or a tensor of one element on an accelerator, which is read once it has arrived; without None."""
         return {self._name(name): self._number(name, v) for name, v in given.items() if v is not None}
 
     def _name(self, name: str) -> str:
