@@ -1,4 +1,4 @@
-"""Maps as charts: sites down, steps across, the value as colour, told where the pointer is.
+"""Maps as charts: sites down, steps across, the value as colour, and as a number where the pointer is.
 
 Cells are joined as in ``stabilitylab.figures.maps``: at most 400 columns at their own steps, a stretch's largest value wins, and
 one that is not finite before it. Layer 0 lies at the bottom. Red is not finite; an empty cell was not recorded.

@@ -21,7 +21,7 @@ def longest(module: Any, tokenizer: Any) -> int | None:
     if isinstance(positions, int) and positions > 0:
         offset = 0
         for name, layer in module.named_modules():
-            # RoBERTa and its kin count positions from the padding's number + 1.
+            # RoBERTa and models like it count positions from the padding's number + 1.
             if name.endswith("position_embeddings") and isinstance(layer, nn.Embedding):
                 offset = 0 if layer.padding_idx is None else layer.padding_idx + 1
         limits.append(positions - offset)

@@ -73,7 +73,7 @@ class ChannelStatistics:
             return True
         if x_RC.dtype in (torch.float16, torch.bfloat16):
             x_RC = x_RC.float()
-        # One row of positions: the first, where attention sinks lie, is told from the rest.
+        # In one row of positions the first, where attention sinks lie, is kept apart from the rest.
         first = 1 if x.dim() == 3 and x.shape[0] == 1 < rows else 0
         low_C, high_C = x_RC[first:].amin(0), x_RC[first:].amax(0)
         elsewhere_C = torch.maximum(low_C.neg(), high_C)

@@ -97,7 +97,7 @@ def save_compressed_tensors(model: TextModel, plan: QuantizationPlan, out: Path)
 
     Args:
         model: the original, of transformers; unchanged.
-        plan: made for it.
+        plan: made for this model.
         out: folder to make.
 
     Raises:

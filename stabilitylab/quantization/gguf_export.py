@@ -60,7 +60,7 @@ def save_gguf(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
 
     Args:
         model: the original, of transformers; unchanged.
-        plan: made for it.
+        plan: made for this model.
         out: folder to make: ``model.gguf``, configuration and tokenizer, plan and card.
 
     Raises:

@@ -108,7 +108,7 @@ class QuantizationPlan:
         loss: the unchanged model's on the verification text; None for encoders.
         budget: asked for.
         tokens: of the text that sensitivities were measured on, and of the one that plans were chosen by.
-        told_tokens: of the third text, on which the outcomes and the loss are told; 0 in plans from before there was one.
+        told_tokens: of the third text, which tells the outcomes and the loss; 0 in plans from before there was one.
         machine: where times were measured.
         layers: path -> decision.
         kept: path -> why a linear layer is no part of the plan.

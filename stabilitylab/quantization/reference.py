@@ -29,7 +29,7 @@ def reference_linear(
 
     Args:
         x: [..., K].
-        stored: the quantized weights, of W diag(smooth) where ``smooth`` is given.
+        stored: the quantized weights; those of W diag(smooth) where ``smooth`` is given.
         scheme: how the activations are rounded.
         smooth: [K].
         bias: [N].

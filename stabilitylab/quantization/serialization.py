@@ -47,7 +47,7 @@ def save_quantized(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
 
     Args:
         model: the original; unchanged.
-        plan: made for it.
+        plan: made for this model.
         out: folder to make.
 
     Raises:

@@ -1,6 +1,6 @@
 """The one form in which quantized weights are kept: on disk, between devices, and as the reference of every kernel.
 
-Of W [N, K] (N output channels, K columns; G groups of columns a row):
+W [N, K] (N output channels, K columns; G groups of columns a row) becomes
 
     values  int8 [N, K], or uint8 [N, ceil(K/2)]: two int4 a byte, column j low and column j + ceil(K/2) high
     scales  [N, G] (one scale for everything: [1, 1]); bfloat16 for weight-only schemes, else float32

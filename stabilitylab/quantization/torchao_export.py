@@ -47,7 +47,7 @@ def save_torchao(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
 
     Args:
         model: the original, of transformers; unchanged.
-        plan: made for it.
+        plan: made for this model.
         out: folder to make.
 
     Raises:

@@ -37,7 +37,7 @@ class WeightOnPaper:
 
 
 class HasWeightOnPaper:
-    """Gives a quantized layer a ``weight`` to be looked at.
+    """Gives a quantized layer a ``weight`` to look at.
 
     The layer keeps an empty buffer ``computes``, not saved, which moves and changes its format as the model does; ``put``
     (replacement.py) gives it the format of the layer in whose place it is set.

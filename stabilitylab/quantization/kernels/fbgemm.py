@@ -5,7 +5,7 @@ FBGEMM multiplies unsigned activations with signed weights. Without VNNI it does
     a1 b1 + a2 b2,    a in 0 ... 255, b in -127 ... 127
 
 is cut off at 16 bits. (Measured: with a zero point of 128 and random codes, errors of 1 in 10 of the largest output.) Instead of
-giving up a bit of the activations ("reduce_range"), one of three exact ways is taken:
+giving up a bit of the activations ("reduce_range"), the kernel takes one of three exact ways:
 
     direct       where the self-check finds no saturation: codes are shifted by 128 and go through once
     corrected    pairs of neighbouring weights are clipped to |b1| + |b2| <= 128, so that 255 * 128 = 32,640 < 2^15 bounds
@@ -13,8 +13,8 @@ giving up a bit of the activations ("reduce_range"), one of three exact ways is 
     split        x W' = x+ W' - x- W',    x+ and x- in 0 ... 127,    2 * 127 * 127 = 32,258 < 2^15:    twice the rows
 
 Weights whose largest is 4 deviations away, as is usual, leave 1 to 2 % of R non-zero, and a sparse product of that costs an eighth
-of what a second pass would. Beyond 4 % the sign is split. R takes 8 bytes a non-zero; otherwise the packed weights are the only
-copy held.
+of what a second pass would. Beyond 4 % the kernel splits the sign. R takes 8 bytes a non-zero; otherwise the packed weights are the
+only copy held.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _product(codes_MK: Tensor, zero: int, packed: Any) -> Tensor:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """FBGEMM as the engine, and no word about quantized tensors being on their way out: they live for one call here.
+    """Makes FBGEMM the engine, and silences the word that quantized tensors are on their way out: they live for one call here.
 
     Should they go, the self-check fails and another kernel is taken.
     """

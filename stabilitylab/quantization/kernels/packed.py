@@ -136,7 +136,7 @@ def packed_int8_agrees() -> bool:
 
 @cache
 def packed_int4_agrees() -> bool:
-    """Whether torch's int4 kernel exists here, lies in memory as we think, and agrees with the reference."""
+    """Whether torch's int4 kernel exists here, has a layout that we know, and agrees with the reference."""
     try:
         schemes = [Scheme(bits=4), Scheme(bits=4, share=32, asymmetric=True)]
         return _block() > 0 and all(
@@ -168,15 +168,15 @@ def _agrees(scheme: Scheme, kernel: type[PackedInt8] | type[PackedInt4], shape: 
 
 @cache
 def _block() -> int:
-    """Rows in a block of the int4 layout on this machine; 0 if it is none that we know."""
+    """Rows in a block of the int4 layout on this machine; 0 if we do not know the layout."""
     codes = torch.randint(0, 16, (128, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     packed = _pack(codes)
     return next((block for block in (32, 64) if torch.equal(_unpack(packed, 128, block), codes)), 0)
 
 
 def _packed(stored: StoredWeight, group: int) -> Tensor:
-    """In the kernel's layout, columns and rows padded. Some rows at a time: the operator takes four bytes a code, of which a
-    vocabulary's matrix has a hundred million."""
+    """Weights in the kernel's layout, columns and rows padded. Some rows at a time: the operator takes four bytes a code, and a
+    vocabulary's matrix has a hundred million codes."""
     count, columns = stored.shape
     width = -(-columns // group) * group
     packed = torch.empty(count + -count % _LARGEST_BLOCK, width // 2, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Dequantize a tile of rows into a scratch that stays in cache, multiply, go on: right for any scheme, shape and device.
+"""Dequantizes a tile of rows into a scratch that stays in cache, multiplies, goes on: right for any scheme, shape and device.
 
 The weights leave memory as bytes, not as floats, so from a few dozen rows on this costs little more than the product in floats.
 """
@@ -46,7 +46,7 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     key = f"{dtype} {device}"
     held: Tensor | None = getattr(_scratch, key, None)
     if held is None or held.numel() < size:
-        # Outside inference mode, or later calls outside of it might not write here.
+        # Made outside inference mode, or later calls outside of it might not write here.
         with torch.inference_mode(False):
             held = torch.empty(size, dtype=dtype, device=device)
         setattr(_scratch, key, held)
