@@ -4,8 +4,8 @@
 
 A power law, because what grows in training grows ever slower per step (norms as a power of the step, 2203.03466's coordinate
 checks; weights under AdamW until their equilibrium). In log t the past is like the future, so the run itself says how far to trust
-a slope: the same fit is made at T / 2, and its slope f compared with the slope a that led to the level at T. Growth that levels
-off, and slopes that were noise, show in the share of f that came true, over all sites:
+a slope. The same fit at T / 2 gives a slope f, to compare with the slope a that led to the level at T. Growth that levels off, and
+slopes that were noise, show in the share of f that came true, over all sites:
 
     c = sum a f / sum f^2, kept within 0 and 1        b <- c b        w = the 90 % quantile of |a - c f|
 

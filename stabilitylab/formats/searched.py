@@ -2,10 +2,10 @@
 
     for each block   s = argmin over candidates c of  sum (x - c round(x / c))^2
 
-Candidates of E4M3 and fp32 scales are the usual scale times 1, .95, ..., .55, which cut off the block's largest numbers and round
-the others more finely (clipping by squared error, OMSE, arXiv:1902.06822), and times 1.5: E2M1 has the numbers 4 and 6 and nothing
-between, so a block's largest may better become 4 (arXiv:2512.02010). E8M0 scales are powers of two: their candidates are the usual
-scale, half of it and twice it.
+Candidates of E4M3 and fp32 scales are the usual scale times 1, .95, ..., .55, and times 1.5. The smaller ones cut off the block's
+largest numbers and round the others more finely (clipping by squared error, OMSE, arXiv:1902.06822). The larger one suits E2M1,
+which has the numbers 4 and 6 and nothing between, so a block's largest may better become 4 (arXiv:2512.02010). E8M0 scales are
+powers of two: their candidates are the usual scale, half of it and twice it.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Nothing from the folder is executed: code that it brings along is not trusted, s
 only where torch's weights-only loading takes them. Nothing is fetched. Decoders open with their language-model head, everything
 else as the bare encoder, whose output is the last hidden states.
 
-Nothing is read wrongly in silence. Codes with scales beside them become numbers first (``dequantized.py``) or are refused; a weight
-that the loader did not understand inside a block is an error; what lies outside the opened model (heads, towers, layers that
-predict further tokens) is counted in a note. Fused experts are taken apart into linear layers (``fused_experts.py``).
+Nothing is read wrongly in silence. Codes with scales beside them become numbers first (``dequantized.py``) or are refused. A weight
+inside a block that the loader did not understand is an error. A note counts what lies outside the opened model (heads, towers,
+layers that predict further tokens). Fused experts are taken apart into linear layers (``fused_experts.py``).
 
 Limits: encoder-decoder models need a second text and are refused. A GGUF file's weights are dequantized, so they lie on their
 file's grid: fair for studying activations, biased for judging another quantization of the weights.

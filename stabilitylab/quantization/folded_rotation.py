@@ -6,10 +6,10 @@ gain commutes with every orthogonal Q. So the rotation moves gains into the weig
     embedding   E Q                 readers (q, k, v, gate, up, router, output)   (W diag(g)) Q,  g = 1
     writers (o, down)   Q' W, b Q
 
-Inside attention it also turns the values of each head of d numbers, since a mixture of rows commutes with what stands behind it:
-v_proj becomes R' W_v (its bias b R) and o_proj W_o R, R the same for every head and so for grouped queries. Norms of q and k, per
-head, stand behind the turned products and see what they saw. An output tied to the embedding is untied: only the output takes the
-last gain.
+Inside attention it also turns the values of each head of d numbers, since a mixture of rows commutes with what stands behind it.
+v_proj becomes R' W_v (its bias b R) and o_proj W_o R, with R the same for every head and so for grouped queries. Norms of q and k,
+per head, stand behind the turned products and see what they saw. An output tied to the embedding is untied: only the output takes
+the last gain.
 
 Q = D (C x H): random signs, Sylvester's H of the largest power of two in the size, and for the odd rest m Hartley's orthogonal C[i,
 j] = (cos + sin)(2 pi i j / m) / sqrt(m). No entry is beyond sqrt(2 / size), so a steady channel of size a is spread to at most a

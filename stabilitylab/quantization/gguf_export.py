@@ -7,9 +7,9 @@
     16-bit                          F16, BF16 or F32      the shortest that changes no bit
 
 A block of 32 repeats the scale of its larger group, so the numbers are the plan's, and the file is larger than the plan's sum by
-the repeated scales. Codes j and j + 16 share a byte, j low. GGUF has no exact form for zero points (Q4_1 keeps the least weight in
-fp16, which a product of scale and zero point need not fit), transformers has none for NVFP4, and llama.cpp's K-quants have scales
-of 6 bits, which ours are not: the export refuses all of these. A scale of bf16 fits fp16 from 2^-17 on; the export refuses one that
+the repeated scales. Codes j and j + 16 share a byte, j low. GGUF has no exact form for zero points: Q4_1 keeps the least weight in
+fp16, which a product of scale and zero point need not fit. transformers has none for NVFP4, and llama.cpp's K-quants have scales of
+6 bits, which ours are not. The export refuses all of these. A scale of bf16 fits fp16 from 2^-17 on; the export refuses one that
 does not.
 
 The export lays out rows of q and k as llama.cpp rotates them (neighbours instead of halves), for the architecture ``llama`` alone.

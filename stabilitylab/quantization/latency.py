@@ -1,10 +1,10 @@
 """How long a layer takes on this machine, by shape, scheme and number of rows.
 
-Layers of one shape take the same time, so each shape is timed once: on real rows of the first layer of that shape (the number of
-outlier channels decides what the mixed scheme does), all schemes in turn, the median of several rounds. Rows are repeated where the
-text gave fewer. How weights were rounded makes no difference to time, so schemes that round for their inputs are timed as the
-schemes that they round to (without AWQ's division of the input). Of layers as wide as a vocabulary, 16,384 outputs are timed, and
-the time is scaled in proportion.
+Layers of one shape take the same time, so each shape is timed once, on real rows of the first layer of that shape: the number of
+outlier channels decides what the mixed scheme does. All schemes run in turn, and the median of several rounds counts. Rows are
+repeated where the text gave fewer. How weights were rounded makes no difference to time, so schemes that round for their inputs are
+timed as the schemes that they round to (without AWQ's division of the input). Of layers as wide as a vocabulary, 16,384 outputs are
+timed, and the time is taken in proportion.
 """
 
 from __future__ import annotations

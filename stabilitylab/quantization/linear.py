@@ -6,8 +6,8 @@
     SmoothQuant      as W8A8 of x / s with weights W diag(s)
     AWQ              any of these of x / s with weights W diag(s), s from awq.py
 
-For inference only. The output has the input's format; inside, W8A8 is float32 and integers. Where channels of O are few, they are
-multiplied with their dequantized weights; where they are more than twice the tokens, x_O goes through the integer product as two
+For inference only. The output has the input's format; inside, W8A8 is float32 and integers. Channels of O are multiplied with their
+dequantized weights where they are few. Where they are more than twice the tokens, x_O goes through the integer product as two
 digits, 127 * 508 steps to its largest value (finer than fp16, in which LLM.int8() keeps it).
 
 The weights are buffers in the canonical form (stored.py). The first call on a device hands them to a kernel in its own layout;
