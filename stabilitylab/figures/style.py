@@ -139,7 +139,7 @@ def say_not_recorded(axes: Axes) -> None:
 def log_axis(axis: Any, *, base: int = 10) -> None:
     """A logarithmic axis whose marks read 0.5, 20, 3,000 and not 2 x 10^1."""
     if base == 2:
-        # A loss scale moves by factors of two; which power it is, is what people know of it.
+        # A loss scale moves by factors of two, and people know it by its power.
         axis.set_major_locator(LogLocator(base=2, numticks=8))
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"$2^{{{math.log2(v):.0f}}}$" if v > 0 else ""))
         axis.set_minor_locator(NullLocator())

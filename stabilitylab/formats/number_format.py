@@ -18,7 +18,7 @@ into the exponent by itself.
     fp16   5 10 15 65,504    as in IEEE 754        binary16
     bf16   8 7 127 3.4e38    as in IEEE 754        bfloat16
 
-Limits: a number is taken in fp32, which holds all of these exactly; one from float64 is rounded to fp32 first.
+Limits: rounding takes a number in fp32, which holds all of these exactly; one from float64 is rounded to fp32 first.
 """
 
 from __future__ import annotations

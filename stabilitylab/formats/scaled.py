@@ -236,7 +236,7 @@ def scales_of(
         field = torch.where(largest.isfinite(), field.clamp(0, 254), 255)
         return field.to(torch.uint8).view(torch.float8_e8m0fnu), None
     tensor_scale = (largest.amax() if whole is None else whole) / (E4M3.largest * element.largest)
-    # Where the tensor's own scale falls out of fp32 there is nothing to tell from zero.
+    # Where the tensor's own scale falls out of fp32, nothing differs from zero.
     tensor_scale = torch.where(tensor_scale == 0, 1.0, tensor_scale)
     blocks = encode(largest / element.largest / tensor_scale, E4M3)
     return blocks.view(torch.float8_e4m3fn), tensor_scale

@@ -78,7 +78,7 @@ def what_if(x: Tensor, format: ScaledFormat | str) -> FormatError:
 
 @torch.no_grad()
 def what_if_values(x: Tensor, format: ScaledFormat | str) -> Tensor:
-    """[3] fp32 on x's device: error, underflow, overflow. Nothing is waited for."""
+    """[3] fp32 on x's device: error, underflow, overflow. Does not wait for the device."""
     kind = what_if_format(format) if isinstance(format, str) else format
     matrix = x.reshape(1, -1, x.shape[-1]) if x.dim() else x.reshape(1, 1, 1)
     total = max(1, x.numel())

@@ -63,8 +63,8 @@ def kept_wide(module: Any, dtype: torch.dtype) -> frozenset[str]:
 
 
 def prepare(module: Any) -> None:
-    """Make a model as transformers builds it ready for reading windows, in place."""
-    # Keys and values of past tokens are of no use to windows that are read at once.
+    """Make a model, as transformers builds it, ready for reading windows, in place."""
+    # Windows that are read at once have no use for keys and values of past tokens.
     for config in (module.config, module.config.get_text_config()):
         config.use_cache = False
     split_experts(module)

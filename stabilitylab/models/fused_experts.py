@@ -63,7 +63,8 @@ class SplitExperts(nn.Module):
     """The experts of one layer, each a linear layer up and one down.
 
     Takes what the fused module takes: hidden states [tokens, width], for each token the numbers of its experts and their weights,
-    both [tokens, chosen]; returns [tokens, width]. Where every expert has a row for every token, [experts x tokens, width] alone.
+    both [tokens, chosen]; returns [tokens, width]. Where every expert has a row for every token, it takes [experts x tokens, width]
+    alone.
     """
 
     def __init__(self, fused: Any) -> None:

@@ -58,7 +58,7 @@ def open_text_model(
         if model is not None:
             assert isinstance(model, TextModel)
             return model
-    # What is only on the path, a clone say, registers nothing, its own runs of glm included.
+    # A package that is only on the path, a clone say, registers nothing, not even its own runs of glm.
     others = (
         f", nor anything that {', '.join(sorted(known))} opens"
         if known

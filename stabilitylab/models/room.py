@@ -1,4 +1,4 @@
-"""Whether a model's weights fit into memory, asked before they are read: afterwards the system ends the process without a word.
+"""Whether a model's weights fit into memory, checked before they are read: later the system ends the process without a word.
 
 needed     numbers x bytes of the format they are opened in
 there is   the least of the machine's available memory and what the control group has left

@@ -26,7 +26,7 @@ from stabilitylab.quantization.schemes import LinearScheme, nearest
 
 BATCHES = (1, 32, 256)
 _OUTPUTS = 1 << 14
-KEPT = "16-bit"  # the name of leaving a layer as it is: its weights count two bytes
+KEPT = "16-bit"  # the name for leaving a layer as it is: its weights count two bytes
 
 # (N, K) -> scheme's name or KEPT -> batch -> seconds
 Latencies = Mapping[tuple[int, int], Mapping[str, Mapping[int, float]]]

@@ -48,9 +48,9 @@ class Scheme:
         share: which weights share a scale: "tensor" all, "row" those of an output channel, a number so many columns of a row.
         activations: what shares a scale among the activations; None leaves them as they are.
         threshold: activation channels that reach it stay as they are (LLM.int8()); None quantizes all.
-        smooth: exponent with which activation range is moved into the weights (SmoothQuant); None moves none.
+        smooth: exponent with which SmoothQuant moves activation range into the weights; None moves none.
         asymmetric: weights have zero points.
-        search: scales are searched for the least squared error instead of taken from the largest weight.
+        search: whether scales are searched for the least squared error instead of taken from the largest weight.
     """
 
     bits: Literal[8, 4] = 8

@@ -33,7 +33,7 @@ def run_report(run: Run) -> Page:
 
 
 def comparison(runs: Sequence[Run]) -> Page:
-    """Several runs over each other, each under its folder's name."""
+    """Several runs over each other, each under its name, or under its path where names coincide."""
     labels = {run.name if len({r.name for r in runs}) == len(runs) else str(run.path): [run] for run in runs}
     page = _report(labels, title="Comparison of " + ", ".join(labels), lead="", facts={})
     first = _outcomes({label: run for label, (run,) in labels.items()})

@@ -4,9 +4,9 @@
 model computes in: about 0.002 of relative error beside 0.008 (int8) and 0.1 (int4) from the weights. From ``few_rows`` rows on the
 weights are dequantized tile by tile instead, in the model's own precision.
 
-Traps: the int8 kernel returns wrong numbers unless K is a multiple of 16, the int4 kernel wants N a multiple of 16 and K of the
-group; columns and rows are padded here. Both are given memory that lies as torch's own does: anything else is copied first. With
-fp32 activations both are slower than fp32.
+Traps: the int8 kernel returns wrong numbers unless K is a multiple of 16, and the int4 kernel wants N a multiple of 16 and K of the
+group; so columns and rows are padded here. Both get memory that lies as torch's own does: anything else is copied first. With fp32
+activations both are slower than fp32.
 """
 
 from __future__ import annotations
