@@ -53,8 +53,9 @@ def begin_save(
     Args:
         folder: of the run's checkpoints.
         checkpoint: this rank's shares; the checkpoint has the lead's state.
-        shares: of every parameter of the whole model; the rest of ``checkpoint.model`` is alike on all ranks, and the first writes
-        it. processes: the ranks.
+        shares: of every parameter of the whole model; the rest of ``checkpoint.model`` is alike on all ranks, and the first
+            writes it.
+        processes: the ranks.
         background: write in another thread.
 
     Raises:

@@ -1,15 +1,15 @@
-"""Checkpoints on their way to the disk, while training goes on.
+"""Writes checkpoints to disk while training goes on.
 
-    begin     put the state together as it is now: all that training waits for
-    write     a thread writes the tensors, flushes them to disk and adds up their checksums; steps are made meanwhile
+    begin     put the present state together: training waits for this alone
+    write     a thread writes the tensors, flushes them to disk and computes their checksums while training steps
     publish   when all processes have written, the leading one adds state and manifest and renames the folder into its place
 
-These are snapshot and persist of CheckFreq (Mohan et al., FAST 2021). The thread touches files only. What processes must agree on
-(all have written; one could not) they agree on in the training threads, which meet in every step: no group of their own is needed,
-and none is held up by another's disk. A checkpoint appears at the end of the step in which its last process has written: a kill
-before that leaves the one before, whole, and a ``.partial`` folder that the next one removes.
+These are snapshot and persist of CheckFreq (Mohan et al., FAST 2021). The thread touches files only. The training threads, which
+meet in every step, agree on what the processes must agree on (all have written; one could not): writing needs no group of its own,
+and no process waits for another's disk. A checkpoint appears at the end of the step in which its last process has written: a kill
+before that leaves the previous one, whole, and a ``.partial`` folder that the next one removes.
 
-Who writes while training goes on writes a copy: 12 bytes a parameter over all processes, until it is written.
+To write while training goes on takes a copy: 12 bytes a parameter over all processes, until it is written.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Entries = dict[str, dict[str, Any]]
 
 
 class CheckpointWriter:
-    """One checkpoint that is being written.
+    """Writes one checkpoint.
 
     Args:
         folder: of the run's checkpoints.
-        checkpoint: whose state is written; its tensors are not.
-        files: this process's tensors by file and name. They must not change until it is published.
-        processes: all processes that write; each makes one of these, at the same moment.
+        checkpoint: whose state to write; its tensors are not used.
+        files: this process's tensors by file and name. They must not change before ``publish``.
+        processes: all processes that write; each makes its writer at the same moment.
         background: write in another thread.
 
     Raises:
-        OSError: the folder cannot be made, on any of them.
+        OSError: one of them cannot make the folder.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CheckpointWriter:
     ) -> None:
         self.step = checkpoint.step
         self._folder, self._processes = folder, processes
-        # As it is now: what observers and schedules keep in it changes with every step.
+        # The present state: observers and schedules change theirs with every step.
         self._state = checkpoints.state_text(checkpoint)
         target = partial = checkpoints.path_of(folder, checkpoint.step)
         with processes.together():
@@ -82,7 +82,7 @@ class CheckpointWriter:
         """Wait for all, put the checkpoint in its place, and remove all but the newest ``keep``.
 
         Raises:
-            OSError: one of them could not write: on all, and nothing half-written stays behind.
+            OSError: one of them could not write: raised on all, and nothing half-written stays behind.
         """
         with checkpoints.whole_or_absent(self._partial, self._target), self._processes.together():
             entries = self._written.result()
@@ -95,20 +95,20 @@ class CheckpointWriter:
         return self._target
 
     def leave(self, *, keep: int) -> None:
-        """Training broke off. One process still finishes what it began; several may not be there to agree any more."""
+        """Training broke off. A single process still finishes its checkpoint; several may no longer all be there to agree."""
         wait([self._written])
         if isinstance(self._processes, SingleProcess) and self._written.exception() is None:
             try:
                 self.publish(keep=keep)
             except OSError as error:
-                # What broke training off is what is to be heard of, and observers are yet to be closed.
+                # The error that broke training off must come through, and the loop must still close observers.
                 _log.warning("the checkpoint of step %d could not be written: %s", self.step, error)
         elif self._processes.leads:
             shutil.rmtree(self._partial, ignore_errors=True)
 
 
 def _called(work: Callable[[], Entries], *, background: bool) -> Future[Entries]:
-    """A call's result or error, once it is there."""
+    """The result or error of a call, as a future."""
     if background:
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         later = thread.submit(work)

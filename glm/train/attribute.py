@@ -1,13 +1,13 @@
-"""``glm attribute``: which one thing an event needs, proven by forks that each go without one.
+"""``glm attribute`` proves which one thing an event needs, by forks that each go without one.
 
     glm attribute RUN --event 3 [--budget 10m] [--json] [--html OUT]
 
 An event's number is its place among the run's episodes, as ``stabilitylab spikes RUN`` lists them. From the newest kept state
-before it (``flight/``, ``checkpoints/``) the run is trained on unchanged to a few steps ahead of the onset; the control from there
-repeats the run to the last bit, and the command says whether it did. Then forks go without the update of a parameter group, without
-a batch, at half the rate, in fp32, ... (``stabilitylab/attribution/without.py`` has the table), side by side over the cores, and
-the answer is narrowed down within the budget. Forks are kept in ``RUN/attribution/``: the same command goes on where it was broken
-off.
+before it (``flight/``, ``checkpoints/``) the command trains the run on unchanged to a few steps before the onset; the control from
+there repeats the run to the last bit, and the command says whether it did. Then forks go without the update of a parameter group,
+without a batch, at half the rate, in fp32, ... (``stabilitylab/attribution/without.py`` has the table), side by side over the
+cores, and the search narrows the answer down within the budget. ``RUN/attribution/`` keeps the forks: after an interruption the
+same command goes on where it was.
 
 The result is an event ``attribution`` in ``events.jsonl`` and a section of the run's report.
 """
@@ -43,25 +43,25 @@ from stabilitylab.spikes import Episode
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES, Event
 
 SIGNALS = {LOSS: "loss", GRADIENT_NORM: "gradient_norm", **dict.fromkeys(LOSS_SCALES, "loss_scale")}
-# A run this young is taken up from its beginning.
+# The command trains so young a run from its beginning.
 FROM_THE_START = 50
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is asked for.
+    """The command's arguments.
 
     Attributes:
-        run, event: whose, and which.
+        run, event: the run, and its event's number.
         budget: seconds.
         groups: globs of parameters instead of each layer's parts.
         before: steps ahead of the onset at which forks begin.
-        processes: forks side by side; None: as many as the cores hold at the run's number of threads.
+        processes: forks side by side; None: as many as fit the cores at the run's number of threads.
         threads: of each; None: as many as the run had.
-        data: where the data lie, if they have moved.
-        device: where forks compute; None: on the kind of device that the run was trained on.
-        from_start: train from the beginning where no state was kept.
+        data: where the data are, if they have moved.
+        device: where forks compute; None: on the kind of device that trained the run.
+        from_start: train from the beginning where the run kept no state.
         json: print the result as JSON.
         html: a page of its own.
     """
@@ -90,7 +90,7 @@ def attribute_command(arguments: Sequence[str]) -> int:
     else:
         show(Console(), proof)
     if asked.html is not None:
-        from stabilitylab.report.attribution_section import attribution_page  # draws: only where it is wanted
+        from stabilitylab.report.attribution_section import attribution_page  # draws: only where needed
 
         console.print(f"page: {attribution_page(load_run(asked.run), asked.html)}", highlight=False)
     return 0
@@ -100,10 +100,10 @@ def attribute_event(asked: Asked, *, console: Console) -> Attribution:
     """Train the forks and record what they prove.
 
     Raises:
-        InputError: there is no such event, no state was kept before it, a glob matches nothing, or the budget is too small.
+        InputError: there is no such event, the run kept no state before it, a glob matches nothing, or the budget is too small.
     """
     run = load_run(asked.run)
-    # Threads share a sum, and each number of them adds it in an order of its own.
+    # The number of threads decides the order in which sums are added.
     number = asked.threads or threads_of(run)
     processes = asked.processes or max(1, _cores() // (number or _cores()))
     with threads(number):
@@ -130,7 +130,7 @@ def _attribute_event(run: Run, asked: Asked, console: Console) -> Attribution:
         highlight=False,
     )
     assert asked.processes is not None
-    _recorded(asked.run, (), console)  # said before the time is spent
+    _recorded(asked.run, (), console)  # tell before spending the time
     several = asked.processes > 1
     proof = attribute(
         loop,
@@ -155,7 +155,7 @@ def _attribute_event(run: Run, asked: Asked, console: Console) -> Attribution:
 
 
 def _recorded(path: Path, events: Sequence[Event], console: Console) -> None:
-    """Write events to the run, unless another process does: forks of a run that goes on are worth reading all the same."""
+    """Write events to the run, unless another process writes there: the result is worth reading even while the run goes on."""
     folder = RunFolder(path)
     try:
         folder.claim()
@@ -201,7 +201,7 @@ def _begun(
 
 
 def _original(run: Run, metric: str, begin: int) -> dict[int, float]:
-    """What the run recorded from ``begin`` on, until something happened that forks do not repeat."""
+    """The run's records from ``begin`` on, up to the first event that forks do not repeat."""
     until = min(
         (event.step for event in run.events if event.kind in ("response", "rewind") and event.step > begin),
         default=None,
@@ -216,7 +216,7 @@ def _original(run: Run, metric: str, begin: int) -> dict[int, float]:
 
 
 class _Progress:
-    """One line for each fork that ends."""
+    """Prints one line for each fork that ends."""
 
     def __init__(self, console: Console, budget: float) -> None:
         self._console, self._count = console, 0
@@ -230,7 +230,7 @@ class _Progress:
 
 
 def show(console: Console, proof: Attribution) -> None:
-    """The sentence, then the table."""
+    """Print the sentence, then the table."""
     console.print(proof.sentence, highlight=False, soft_wrap=True, markup=False)
     of = proof.yardstick
     same = {
@@ -264,7 +264,7 @@ def show(console: Console, proof: Attribution) -> None:
 
 
 def parse_attribute(arguments: Sequence[str]) -> Asked:
-    """``RUN --event N [flags]``. Raises InputError where they do not fit."""
+    """``RUN --event N [flags]``. Raises InputError for wrong ones."""
     own = event_parser("glm attribute", "Prove what an event needs, by forks that go without it.")
     own.add_argument("--budget", default="10m", help="time to spend: 90s, 10m, 1h (10m)")
     own.add_argument(
@@ -316,5 +316,5 @@ def seconds_of(text: str) -> float:
 def _cores() -> int:
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # neither macOS nor Windows knows it
+    except AttributeError:  # neither macOS nor Windows has it
         return os.cpu_count() or 1

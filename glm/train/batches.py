@@ -1,4 +1,4 @@
-"""What was in the batch of a step: built again from the sample numbers that telemetry recorded."""
+"""Builds the batch of a step again, from the sample numbers that telemetry recorded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from stabilitylab.runs.folder import RunFolder
 if TYPE_CHECKING:
     import pandas as pd
 
-SHOWN = 12  # tokens of a row that are quoted
+SHOWN = 12  # tokens of a row to quote
 
 
 class BatchDescriber:
-    """Step -> the documents of its batch, each with its range of tokens, for reading.
+    """Step -> the documents of its batch, each with its range of tokens, for a reader.
 
     Args:
-        run: the folder whose telemetry says which samples a step saw. It is read at the first question.
+        run: the folder whose telemetry says which samples a step saw. The first call reads it.
         loader: the run's own.
         length: tokens a row.
     """
@@ -46,7 +46,7 @@ class BatchDescriber:
         return lines
 
     def samples(self, step: int) -> range:
-        """Numbers of the rows that ``step`` was trained on; empty where telemetry does not say."""
+        """Numbers of the rows that ``step`` trained on; empty where telemetry does not say."""
         first, tokens = self._recorded
         if step not in first.index or step not in tokens.index:
             return range(0)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked on reading, kept to a budget.
+"""Checkpoints: whole or absent, checked on reading, limited in number.
 
 A checkpoint is a folder ``checkpoints/step-00000100`` (100 = updates made so far):
 
@@ -8,11 +8,11 @@ A checkpoint is a folder ``checkpoints/step-00000100`` (100 = updates made so fa
     manifest.json           size and SHA-256 of each of the above
 
 Several processes write ``model-00003.safetensors`` and so on, each some of the tensors, every tensor whole and under the same name:
-so a checkpoint does not say how many there were, and any number reads it.
+so a checkpoint does not depend on how many processes there were, and any number can read it.
 
-It is written beside its place, flushed to disk and renamed into it (``glm.train.async_checkpoint``), so a kill leaves either all of
-it or a ``.partial`` folder that the next save removes. Reading verifies every byte. When the newest is damaged the one before it is
-taken, and the caller is told; nothing in a checkpoint is ever executed.
+``glm.train.async_checkpoint`` writes it beside its place, flushes it to disk and renames it, so a kill leaves either all of it or a
+``.partial`` folder that the next save removes. Reading verifies every byte, takes the previous checkpoint where the newest is
+damaged, tells the caller so, and never executes anything in a checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PARTIAL, _DAMAGED = ".partial", ".damaged"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a checkpoint holds.
+    """A checkpoint's content.
 
     Attributes:
         step: updates made before it.
@@ -55,7 +55,7 @@ class Checkpoint:
     state: Mapping[str, Any]
 
     def copied(self) -> Checkpoint:
-        """The same in tensors of its own, which no later update changes."""
+        """A copy of the tensors, which no later update changes."""
         return replace(
             self,
             model={name: tensor.detach().clone() for name, tensor in self.model.items()},
@@ -65,12 +65,12 @@ class Checkpoint:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` updates lies in a run's ``checkpoints`` folder."""
+    """Path of the checkpoint after ``step`` updates in a run's ``checkpoints`` folder."""
     return folder / f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """All complete checkpoints as (step, path), oldest first. Their bytes are not checked here."""
+    """All complete checkpoints as (step, path), oldest first. Does not check their bytes."""
     if not folder.is_dir():
         return []
     found = []
@@ -82,7 +82,7 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def begin(folder: Path, step: int) -> tuple[Path, Path]:
-    """Where a checkpoint will lie, and a new folder to write it in. What a kill left half-written is removed."""
+    """A checkpoint's future path, and a new folder to write it in. Removes what a kill left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
     target = path_of(folder, step)
     partial = target.with_name(target.name + _PARTIAL)
@@ -108,13 +108,13 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
 
 
 def state_text(checkpoint: Checkpoint) -> str:
-    """What ``state.json`` says."""
-    # The state of a run holds only JSON. Non-finite numbers are written as Python's json does, and read back.
+    """The text of ``state.json``."""
+    # A run's state holds only JSON; Python's json writes non-finite numbers and reads them back.
     return json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1)
 
 
 def finish(partial: Path, target: Path, state_json: str, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add the state and the manifest to the tensors, and put the folder in its place."""
+    """Add the state and the manifest to the tensors, and rename the folder into its place."""
     state = partial / "state.json"
     state.write_text(state_json)
     manifest = partial / "manifest.json"
@@ -131,7 +131,7 @@ def finish(partial: Path, target: Path, state_json: str, files: Mapping[str, Map
 
 @contextmanager
 def whole_or_absent(partial: Path, target: Path) -> Iterator[None]:
-    """Leave nothing half-written behind a failure, and say which checkpoint it was."""
+    """After a failure leave nothing half-written, and say which checkpoint it was."""
     try:
         yield
     except OSError as error:
@@ -147,15 +147,16 @@ def drop_oldest(folder: Path, *, keep: int) -> None:
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Remove checkpoints of a history that was given up: all after ``step``."""
+    """Remove the checkpoints of an abandoned history: all after ``step``."""
     for number, path in list_checkpoints(folder):
         if number > step:
             shutil.rmtree(path)
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Rename checkpoints after ``step``, which turned out damaged, so that the budget is not spent on them. Each stays until its
-    step has been made again and saved."""
+    """Rename checkpoints after ``step``, which are damaged, so that they do not count among those kept. Each stays until training
+    has made and saved its step again.
+    """
     for number, path in list_checkpoints(folder):
         if number > step:
             aside = path.with_name(path.name + _DAMAGED)
@@ -167,7 +168,7 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint and verify it.
 
     Raises:
-        InputError: it is missing a file, was cut short or altered, or is of a format we do not know.
+        InputError: it lacks a file, was cut short or altered, or has a format that we do not know.
     """
     verify(path)
     state, names = read_state(path)
@@ -181,7 +182,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The state of a verified checkpoint, "step" included, and the names of its tensor files."""
+    """The state of a verified checkpoint, with "step", and the names of its tensor files."""
     try:
         state = json.loads((path / "state.json").read_text())
         files = json.loads((path / "manifest.json").read_text())["files"]
@@ -200,7 +201,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def verify(path: Path) -> None:
-    """Check every file of a checkpoint against its manifest. Raises InputError naming the first that differs."""
+    """Check every file of a checkpoint against its manifest. Raises InputError with the name of the first that differs."""
     manifest = path / "manifest.json"
     if not manifest.is_file():
         raise InputError(f"checkpoint {path} has no manifest.json: it is not a checkpoint, or is damaged")

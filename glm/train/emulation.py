@@ -1,13 +1,13 @@
-"""Low-precision products by emulation: every operand is rounded to a format before it is multiplied, on any machine.
+"""Emulates low-precision products: rounds every operand to a format before it is multiplied, on any machine.
 
-A linear layer makes three products. In each, both operands are rounded with their scales along what is summed over:
+A linear layer makes three products. Q rounds both operands of each, with their scales along the summed dimension:
 
     forward       y = Q(x) Q(W)'           over the inputs
     grad-input    dx = Q(g) Q(W')'         over the outputs
     grad-weight   dW = Q(g') Q(x')'        over the tokens; with ``hadamard`` both rotated along them first
 
-Products are accumulated in fp32, as the machines do, and biases, norms, attention's own products and the output projection are left
-alone. Recipes (``stabilitylab.formats`` has the formats and their sources):
+Products accumulate in fp32, as on the machines; biases, norms, attention's own products and the output projection stay as they are.
+Recipes (``stabilitylab.formats`` has the formats and their sources):
 
     | recipe | activations | weights | gradients | |
     | --- | --- | --- | --- | --- |
@@ -17,10 +17,10 @@ alone. Recipes (``stabilitylab.formats`` has the formats and their sources):
     | mxfp4 | mxfp4 | mxfp4 | mxfp4, stochastic | 2502.20586 |
     | nvfp4 | nvfp4 | nvfp4-2d | nvfp4, stochastic, Hadamard | NVIDIA, 2509.25149 |
 
-Stochastic rounding is of gradients only. Its numbers are a function of (seed, update, row, layer, product), so a resumed run draws
+Only gradients are rounded stochastically. The draws are a function of (seed, update, row, layer, product), so a resumed run draws
 what the first would have drawn.
 
-Scales and draws are of a micro-batch: replicas that share its size with one process (``batch.micro-rows``) round as it does.
+Scales and draws belong to a micro-batch: replicas with the micro-batch size of one process (``batch.micro-rows``) round as it does.
 
 Limits: one process or data parallel, without torch.compile; linear layers only, so neither experts nor attention's scores.
 """
@@ -44,7 +44,7 @@ from stabilitylab.formats import fake_quantize, rotate, rotation_signs, scaled_f
 
 EmulationRecipe = Literal["none", "fp8", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4"]
 PRODUCTS = ("forward", "grad-input", "grad-weight")
-# Activations, weights, gradients; whether gradients are rounded stochastically, and rotated.
+# Formats of activations, weights, gradients; whether to round gradients stochastically, and to rotate them.
 RECIPES: dict[str, tuple[str, str, str, bool, bool]] = {
     "none": ("", "", "", False, False),
     "fp8": ("fp8-e4m3-tensor", "fp8-e4m3-tensor", "fp8-e5m2-tensor", False, False),
@@ -99,12 +99,12 @@ class EmulationConfig:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The products that are rounded."""
+        """The products to round."""
         return tuple(name.strip() for name in self.products.split(",") if name.strip())
 
     @property
     def formats(self) -> tuple[str, str, str]:
-        """Of activations, weights and gradients; empty: not rounded."""
+        """Formats of activations, weights and gradients; empty: not rounded."""
         own = (self.activations, self.weights, self.gradients)
         pairs = zip(own, RECIPES[self.recipe][:3], strict=True)
         first, second, third = ("" if one == "none" else one or given for one, given in pairs)
@@ -127,12 +127,12 @@ class Emulation:
     """The rounding of a model's linear layers.
 
     Args:
-        model: its layers that the configuration names are given other products.
-        config: which, and how.
+        model: the layers that the configuration names get other products.
+        config: which layers, and how to round.
         seed: of the run.
 
     Raises:
-        InputError: no layer has such a name.
+        InputError: no layer matches the configuration.
     """
 
     def __init__(self, model: nn.Module, config: EmulationConfig, seed: int) -> None:
@@ -151,7 +151,7 @@ class Emulation:
             )
 
     def begin(self, update: int, row: int) -> None:
-        """A micro-batch: its update's number, and that of its first row."""
+        """Begin a micro-batch: its update's number, and that of its first row."""
         self._key = int(row_keys(self.seed, update, [row])[0])
 
     def _product_of(self, site: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -164,7 +164,7 @@ class Emulation:
     def operands(
         self, product: str, left: Tensor, right: Tensor, formats: tuple[str, str], *, key: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Both operands [rows, summed over] of a product, rounded to their formats; with a ``key`` the left one stochastically."""
+        """Round both operands [rows, summed over] of a product to their formats; with a ``key`` the left one stochastically."""
         if product not in self.config.chosen:
             return left, right
         if product == "grad-weight" and self.config.rotates and left.shape[-1] % ROTATED == 0:

@@ -1,13 +1,13 @@
-"""What turns a batch into an update: the interface of an engine, and the local one.
+"""An engine turns a batch into an update: its interface, and the local engine.
 
-The loop knows an ``Engine`` and nothing of how it computes: the local one is plain torch in one process; the one of
-``glm.parallel`` is tensor-, pipeline- and data-parallel. An update is
+The loop knows an ``Engine`` and nothing of how it computes: the local one is plain torch in one process; that of ``glm.parallel``
+is tensor-, pipeline- and data-parallel. An update is
 
     loss_i  = sum of the micro-batch's target losses / targets of the whole batch      so that the mean is over targets,
     g       = sum_i d(s * loss_i)/dw / s                                               however the rows were split
-    w      <- AdamW(clip(g))         unless g is not finite: then the update is skipped and the loss scale told
+    w      <- AdamW(clip(g))         unless g is not finite: then skip the update and tell the loss scaler
 
-Dropout masks are a function of (seed, step, row): resuming or replaying a step draws the same ones, and so does any engine.
+Dropout masks are a function of (seed, step, row): a resumed or replayed step draws the same ones, in any engine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from stabilitylab.compat import allow_graphs
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """The update that a process's rows are part of: all its rows, and the targets in them."""
+    """The whole update of which a process computes some rows: all its rows, and their targets."""
 
     rows: int
     targets: int
@@ -58,11 +58,11 @@ class Engine(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """What the monitor attaches to."""
+        """The module to which the monitor attaches."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """What updates it."""
+        """The optimizer that updates it."""
 
     @property
     def processes(self) -> ProcessGroup:
@@ -74,37 +74,37 @@ class Engine(Protocol):
 
     @property
     def sharded(self) -> Sequence[str]:
-        """Globs of the modules of which this process has only a part; see ``stabilitylab.Monitor``."""
+        """Globs of modules of which this process has only a part; see ``stabilitylab.Monitor``."""
 
     @property
     def scattered(self) -> Sequence[str]:
-        """Globs of the parameters of which ``tensors`` gives only a part."""
+        """Globs of parameters of which ``tensors`` gives only a part."""
 
     @property
     def shard(self) -> int:
-        """Which part of the modules that is."""
+        """The number of this process's part of the modules."""
 
     def repeats(self, parameter: str) -> bool:
-        """Whether another process accumulates the very same gradient of it, and counts for both."""
+        """Whether another process accumulates the very same gradient of a parameter, and counts it for both."""
 
     @property
     def loss_scale(self) -> float:
         """The factor on the loss in the next backward pass."""
 
     def own_rows(self, rows: int) -> range:
-        """Which of an update's rows this process computes with: the others it need not build."""
+        """The rows of an update that this process computes; it need not build the others."""
 
     def whole(self, batch: Batch, rows: int) -> Whole:
-        """What an update of ``rows`` rows is altogether, of which ``batch`` holds this process's own. All ask at once."""
+        """The whole update of ``rows`` rows, of which ``batch`` holds this process's own. All processes call this together."""
 
     def forward_backward(self, batch: Batch, step: int, whole: Whole | None = None) -> float:
-        """Accumulate the gradient of the update's mean target loss; returns that loss in nats, without auxiliary terms (z-loss):
-        they are in the gradient, and in ``levers`` under their own names.
+        """Accumulate the gradient of the update's mean target loss; returns that loss in nats, without auxiliary terms (z-loss),
+        which are in the gradient, and in ``levers`` under their own names.
 
         Args:
             batch: this process's own rows; all rows, if ``whole`` is None.
             step: number of the update.
-            whole: what it is part of.
+            whole: the update of which it is part.
 
         Raises:
             InputError: no row has a target.
@@ -114,13 +114,13 @@ class Engine(Protocol):
         """Norms of the accumulated gradient: reduced over ranks, unscaled, not clipped."""
 
     def update(self, learning_rate: float, *, clip: float) -> bool:
-        """Clip and apply the gradient, then forget it. False: it was not finite, or a guard said so, and the update was skipped."""
+        """Clip and apply the gradient, then forget it. False: it skipped the update (gradient not finite, or a guard)."""
 
     def levers(self) -> Mapping[str, float]:
-        """What guards and the like did in the last update, and the means of auxiliary terms of the loss, by telemetry name."""
+        """What guards and the like did in the last update, and the means of the loss's auxiliary terms, by telemetry name."""
 
     def on_trial(self) -> AbstractContextManager[None]:
-        """Passes made meanwhile leave nothing behind that an update goes by, but gradients."""
+        """Passes within leave nothing that an update reads, except gradients."""
 
     def discard(self) -> None:
         """Forget the accumulated gradient without an update."""
@@ -129,40 +129,42 @@ class Engine(Protocol):
         """EGS's alpha from the next forward pass on; 1 is off."""
 
     def withhold(self, parameters: Set[str]) -> None:
-        """Leave these parameters, and their moments, as they are in every update from the next one on. Empty: update all."""
+        """From the next update on leave these parameters, and their moments, as they are. Empty: update all."""
 
     def renew_second_moments(self, parameters: Set[str]) -> None:
         """Let the next update forget the past of these parameters' second moments."""
 
     def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """The fp32 weights and the moments, by name: of several processes, what this one keeps of them. They are live: copy what
-        must outlast the next update."""
+        """The fp32 weights and the moments, by name; with several processes, those that this one keeps. They are live: copy what
+        must outlast the next update.
+        """
 
     def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-        """Take weights and moments as ``tensors`` gave them. Raises InputError if they belong to another model."""
+        """Load weights and moments as ``tensors`` gave them. Raises InputError if they belong to another model."""
 
     def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> CheckpointWriter:
-        """Begin to write a checkpoint whose tensors are as ``tensors`` gives them; in another thread, of a copy, or here and now.
+        """Begin to write a checkpoint whose tensors are as ``tensors`` gives them: from a copy in another thread, or at once.
 
-        Raises OSError when the disk is full: on every process.
+        Raises OSError, on every process, when the disk is full.
         """
 
     def save(self, folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-        """Write a checkpoint here and now, then remove all but the newest ``keep``. Raises OSError as ``begin_save``."""
+        """Write a checkpoint at once, then remove all but the newest ``keep``. Raises OSError as ``begin_save``."""
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
-        """The newest checkpoint that is whole, its tensors as ``load_tensors`` takes them, and one line about each newer one that
-        is damaged. Raises InputError where there is none."""
+        """The newest whole checkpoint, its tensors as ``load_tensors`` takes them, and one line about each newer, damaged one.
+        Raises InputError where there is none.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """The rest of the engine's state, as JSON can hold it."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Restore what ``state_dict`` gave."""
 
 
 class Updates:
-    """What every engine does with its optimizer and loss scaler: update, and keep their state."""
+    """What every engine does with its optimizer and loss scaler: update with them, and keep their state."""
 
     model: Transformer
     optimizer: MixedPrecisionAdamW
@@ -222,7 +224,7 @@ class Updates:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_counters(state["optimizer"])
-        # A state of another precision has no scaler: a replay in fp16 begins with a fresh one.
+        # A state of another precision has no scaler; a replay in fp16 begins with a fresh one.
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -246,7 +248,7 @@ class LocalEngine(Updates):
         self._drops = config.model.dropout > 0
         self.micro_rows = config.batch.micro
         self.policy = PrecisionPolicy(precision=config.precision)
-        # The masters take the initial weights in fp32, so that every precision begins from the same point.
+        # The masters take the initial weights in fp32: every precision begins from the same point.
         self.model = Transformer(config.model, config.seed).to(self.device)
         self.optimizer = MixedPrecisionAdamW(
             self.model,
@@ -271,7 +273,7 @@ class LocalEngine(Updates):
             self._compile()
 
     def _compile(self) -> None:
-        # Scores are scaled by a constant of their layer, so each layer may be a graph of its own, in training and evaluation.
+        # Each layer scales its scores by its own constant, so each layer may be its own graph, in training and in evaluation.
         allow_graphs(2 * len(self.model.layers) + 2)
         for layer in self.model.layers:
             layer.compile()
@@ -288,7 +290,7 @@ class LocalEngine(Updates):
     def forward_backward(self, batch: Batch, step: int, whole: Whole | None = None) -> float:
         targets = whole.targets if whole is not None else count_targets(batch)
         check_targets(targets, step)
-        # Kept where they are until all micro-batches are on their way: to read one would wait for its backward pass.
+        # These stay on the device until all micro-batches are queued: reading one would wait for its backward pass.
         sums = []
         for first in range(0, batch.tokens_BT.shape[0], self.micro_rows):
             rows = slice(first, first + self.micro_rows)
@@ -325,7 +327,7 @@ class LocalEngine(Updates):
         self.model.embedding.gradient_shrink = alpha
 
     def tensors(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        # What the model remembers beside its weights is part of it.
+        # The model's buffers are part of it.
         return {**self.optimizer.masters(), **dict(self.model.named_buffers())}, self.optimizer.moments()
 
     def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
@@ -360,18 +362,18 @@ class LocalEngine(Updates):
 
 
 def brought(x: Tensor, device: torch.device) -> Tensor:
-    """x on a device, without waiting for what that has still to do."""
+    """x on a device, without waiting for the device's queued work."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def rate_factors_of(model: Transformer) -> dict[str, float]:
-    """Factors on single parameters' learning rates that the model's scaling asks for."""
+    """The model scaling's factors on single parameters' learning rates."""
     matrices = [name for name, one in model.named_parameters() if role_of(name, one.dim()) == "hidden"]
     return rate_factors(model.config, matrices)
 
 
 class Targets(Protocol):
-    """What of a batch says how many targets it has."""
+    """The part of a batch that says how many targets it has."""
 
     @property
     def targets_BT(self) -> Tensor:  # noqa: N802
@@ -384,13 +386,13 @@ def count_targets(batch: Targets) -> int:
 
 
 def check_targets(targets: int, step: int) -> None:
-    """Raises InputError where a batch has none: there is no mean over them."""
+    """Raises InputError where a batch has no target, and so no mean."""
     if targets == 0:
         raise InputError(f"the batch of step {step} has no targets: its rows are too short for the objective")
 
 
 def _model_inputs(batch: Batch, rows: slice) -> tuple[Tensor, ...]:
-    """What ``Transformer.loss`` takes, for some rows of the batch."""
+    """The arguments of ``Transformer.loss`` for some rows of the batch."""
     return (
         batch.tokens_BT[rows],
         batch.targets_BT[rows],

@@ -1,4 +1,4 @@
-"""Which event of which run: what ``glm replay`` and ``glm attribute`` are told alike."""
+"""Which event of which run: the options that ``glm replay`` and ``glm attribute`` share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from glm.errors import InputError
 
 
 def event_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """A parser that knows the run, ``--event``, ``--data`` and ``--device``; flags are written out in full."""
+    """A parser that knows the run, ``--event``, ``--data`` and ``--device``; it takes no abbreviated flags."""
     parser = argparse.ArgumentParser(prog=program, allow_abbrev=False, description=description)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
@@ -31,7 +31,7 @@ def event_parser(program: str, description: str) -> argparse.ArgumentParser:
 def parsed(
     parser: argparse.ArgumentParser, arguments: Sequence[str], *, all_known: bool = True
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The words, and where not all need be known, the rest. Raises InputError where they do not fit."""
+    """The parsed words, and the unknown rest where that is allowed. Raises InputError for wrong ones."""
     try:
         if all_known:
             return parser.parse_args(list(arguments)), []

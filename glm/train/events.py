@@ -1,6 +1,6 @@
-"""The training loop's events, and who may listen.
+"""The training loop's events, and the callbacks that hear them.
 
-The loop is this, and ``glm/train/loop.py`` is held to it by a test:
+This is the loop, and a test holds ``glm/train/loop.py`` to it:
 
     train_start
     for step:
@@ -12,8 +12,8 @@ The loop is this, and ``glm/train/loop.py`` is held to it by a test:
         responder
     train_end
 
-A ``Callback`` observes and never changes training: a watched run equals an unwatched one bit for bit. It may hand back what it
-noticed (``step_end`` returns events); acting on it is the responder's business, and each of its decisions is an event on disk.
+A ``Callback`` observes and never changes training: a watched run equals an unwatched one bit for bit. It may return what it noticed
+(``step_end`` returns events); the responder acts on that, and each of its decisions is an event on disk.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInfo:
-    """What one optimizer update was.
+    """One optimizer update.
 
     Attributes:
         step: its number, from 0.
         loss: mean over the step's targets, nats, without auxiliary terms.
         gradient_norm: global L2 norm, unscaled, before clipping; inf or nan if it overflowed.
         learning_rate: the rate of this update.
-        tokens: input tokens of this step, padding included.
+        tokens: input tokens of this step, with padding.
         targets: tokens that the loss counted.
         loss_scale: the factor on the loss in this step's backward pass; 1 without fp16.
-        skipped: the update was not applied, since its gradient was not finite or a guard left it out.
+        skipped: the engine skipped the update, since its gradient was not finite or a guard rejected it.
         seconds: wall time of the step.
         embedding_gradient_shrink: EGS's alpha in this step; 1 = off.
         data_seconds: the part of ``seconds`` spent waiting for the batch.
-        first_sample: number of the step's first row: with it the batch can be built again.
+        first_sample: number of the step's first row, from which the loader can build the batch again.
         levers: what guards and the like did in this update, and the loss's auxiliary terms (z_loss), by telemetry name.
     """
 
@@ -65,11 +65,11 @@ class StepInfo:
 
 
 class Callback:
-    """An observer of the loop. Override what you need; nothing here needs calling."""
+    """An observer of the loop. Override what you need; overrides need not call these methods."""
 
     @property
     def state_name(self) -> str:
-        """Under which a checkpoint keeps ``state_dict``."""
+        """Name under which a checkpoint keeps ``state_dict``."""
         return type(self).__name__
 
     def train_start(self, trainer: Trainer) -> None:
@@ -79,15 +79,15 @@ class Callback:
         """Before the step's first forward pass."""
 
     def gradients_ready(self, step: int, gradients: GradientSummary) -> None:
-        """Gradients are reduced and unscaled, not yet clipped."""
+        """After gradients are reduced and unscaled, before they are clipped."""
 
     def step_end(self, info: StepInfo) -> Sequence[Event]:
-        """The update is made, or was skipped. Returns what was noticed at this step."""
+        """After the update, made or skipped. Returns what the callback noticed at this step."""
         del info
         return ()
 
     def saving(self, step: int) -> None:
-        """A checkpoint is about to be written: what was seen of the steps before ``step`` must outlive this process."""
+        """Before a checkpoint is written: records of the steps before ``step`` must now outlive this process."""
 
     def event(self, event: Event) -> None:
         """The loop or the responder did something worth recording. A ``rewind`` supersedes steps >= its own."""
@@ -96,8 +96,8 @@ class Callback:
         """After the last step, also when training stops early or fails. Called once."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """What must continue exactly after a resume, as JSON can hold it."""
+        """State that must continue exactly after a resume, as JSON."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Restore what ``state_dict`` gave."""

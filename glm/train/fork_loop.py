@@ -1,10 +1,11 @@
 """GLM's trainer as a loop that ``stabilitylab.attribution`` forks: one update at a time, from any state, with any batch.
 
-A fork's update is the trainer's own (``Trainer.advance``), so a control repeats the run to the last bit; what interventions ask for
-beside it is told here: fp32 masters are the trained tensors, rounded into the model when they are written to; the clipping factor
-is computed inside the optimizer's step, from norms that are taken anew when a gradient was changed.
+A fork's update is the trainer's own (``Trainer.advance``), so a control repeats the run to the last bit. This module adds what
+interventions need: the trained tensors are the fp32 masters, rounded into the model when an intervention writes to them; the
+optimizer's step computes the clipping factor, from norms taken anew when an intervention has changed a gradient.
 
-Limits: the local engine. A responder's decisions are not repeated, so what it did ends the comparison with the original.
+Limits: the local engine only. A fork does not repeat a responder's decisions, so its first decision ends the comparison with the
+original.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class ForkLoop:
 
     Args:
         config: the run's, its vocabulary filled in.
-        data: what it trains on.
+        data: the training data.
         device: where the model lives.
     """
 
@@ -56,7 +57,7 @@ class ForkLoop:
         self.model = self._engine.model
         self.optimizer: MixedPrecisionAdamW = self._engine.optimizer
         self.parameters: Mapping[str, Tensor] = self._engine.tensors()[0]
-        # The batch that the trainer would take next.
+        # The trainer's next batch.
         self._next = 0
 
     @classmethod
@@ -104,7 +105,7 @@ class ForkLoop:
             engine.discard()
         return found
 
-    # What interventions tell.
+    # Interventions call these.
 
     def weights_changed(self) -> None:
         self.optimizer.publish()

@@ -1,4 +1,4 @@
-"""What is known of a step's gradient before it is clipped."""
+"""Summary of a step's gradient before clipping."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class GradientSummary:
 
     Attributes:
         global_norm: over all parameters; inf or nan if any element is.
-        norms: one fp32 scalar a parameter, by name.
+        norms: one fp32 scalar per parameter, by name.
         gradients: the unscaled fp32 gradients by name; live until ``zero_grad``.
-        accumulated: this process's own as the backward passes left them: in the format they are accumulated in, loss scale
-            included; live until ``zero_grad``.
+        accumulated: this process's own gradients as the backward passes left them: in the accumulation format, with the loss scale;
+            live until ``zero_grad``.
     """
 
     global_norm: float

@@ -1,9 +1,9 @@
-"""The loss on rows that nothing was trained on, the same for every run of an objective: what arms are compared by at the end.
+"""The loss on rows outside training, the same for every run of an objective: it compares arms at the end.
 
     heldout loss = mean over the targets of the first rows of the held-out split, in evaluation, without z-loss
 
 The rows follow from the data, the objective (without its tasks) and their length alone, not from the seed: runs that differ in
-their seeds, levers or rates see the same ones, so what the rows do to the loss falls out of their difference.
+seeds, levers or rates see the same rows, so the rows' effect on the loss cancels in the difference.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class HeldoutConfig:
 
 
 def heldout_rows(data: TokenData, objective: ObjectiveConfig, *, length: int, rows: int) -> Batch:
-    """The fixed rows. Raises InputError where the data holds too little text out."""
+    """The fixed rows. Raises InputError where the data hold out too little text."""
     plain = dataclasses.replace(objective, multitask_share=0.0)
     return Loader(data, plain, length=length, seed=0, split="heldout").batch(0, rows)
 
@@ -50,7 +50,7 @@ def heldout_loss(model: Any, batch: Batch) -> float:
     """Mean loss a target, nats; infinite where it is not finite.
 
     Args:
-        model: a ``glm.model.Transformer``; it is in training mode afterwards.
+        model: a ``glm.model.Transformer``; afterwards in training mode.
         batch: the rows.
     """
     device = next(model.parameters()).device

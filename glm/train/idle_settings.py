@@ -1,15 +1,15 @@
-"""Settings that nothing reads in a configuration: those of a technique that is off.
+"""Settings that nothing in a configuration reads: those of a technique that is off.
 
     --optimizer.muon.per-head           without --optimizer.kind muon
     --loss-scale.window 500             without --precision fp16
 
-change nothing, and who gives them believes that they do. So what is given on a command line and has no effect is refused, with what
-it belongs to; what a preset holds may lie idle (``glm train glm-5-like --optimizer.kind adamw`` trains, its ``per_head`` unread). A
-configuration that is built in Python does not say what of it was given: where it has no preset's name, a run that begins warns of
-what is not as it is by default.
+change nothing, but whoever gives them believes that they do. So the command refuses a flag without effect and names what the flag
+needs; a preset's settings may lie idle (``glm train glm-5-like --optimizer.kind adamw`` trains, its ``per_head`` unread). A
+configuration built in Python does not say which settings its author gave: where it has no preset's name, a run that begins warns of
+idle settings that differ from their defaults.
 
-``IDLE`` is the whole of it: fields, when they are read, and what they need. A test walks every field of a configuration: with what
-it needs it changes the run, without it is listed here.
+``IDLE`` is the full list: fields, when something reads them, and what they need. A test walks every field of a configuration: with
+what the field needs it changes the run, without that it is listed here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from glm.train.config import TrainConfig
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """When some settings are read.
+    """When something reads some settings.
 
     Attributes:
         fields: globs of their names.
         needs: what they need, in words that follow "without".
-        holds: whether that is so.
+        holds: whether a configuration has it.
     """
 
     fields: tuple[str, ...]
@@ -56,7 +56,7 @@ def _has_vectors(config: TrainConfig) -> bool:
 
 
 def _divides(config: TrainConfig) -> bool:
-    """Whether anything is divided by epsilon."""
+    """Whether anything divides by epsilon."""
     kind = config.optimizer.kind
     return kind != "lion" and (kind != "adam-atan2" or config.optimizer.guard.spam == "stable")
 
@@ -68,7 +68,7 @@ def _has_pieces(config: TrainConfig) -> bool:
 
 
 def _rounds(operand: int, *products: str) -> Callable[[TrainConfig], bool]:
-    """Whether an operand (of activations, weights, gradients) is rounded in one of these products."""
+    """Whether emulation rounds an operand (activations, weights, gradients) in one of these products."""
     return lambda c: bool(c.emulate.formats[operand]) and any(name in c.emulate.chosen for name in products)
 
 
@@ -261,7 +261,7 @@ IDLE = (
 
 
 def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting's name, ``optimizer.muon.per_head`` say, and its value."""
+    """Every setting's name, such as ``optimizer.muon.per_head``, and its value."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -271,7 +271,7 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def idle_settings(config: TrainConfig) -> dict[str, str]:
-    """The settings that nothing reads, and what each needs."""
+    """Settings that nothing reads, and what each needs."""
     lacking = [one for one in IDLE if not one.holds(config)]
     return {
         name: one.needs
@@ -282,15 +282,15 @@ def idle_settings(config: TrainConfig) -> dict[str, str]:
 
 
 def refuse_idle(words: Sequence[str], config: TrainConfig) -> None:
-    """Raises InputError where a flag among the words of a command line is of a setting that nothing reads; those of several
-    processes may be given to one.
+    """Raises InputError where a flag among a command line's words is a setting that nothing reads; one process may get the flags of
+    several.
 
     Args:
         words: ``--optimizer.muon.per-head``, ``--batch.rows``, ``4``, ...
-        config: what they made.
+        config: the configuration made from them.
     """
     idle, given = idle_settings(config), _given(words, config)
-    # One script starts one process here and many there: its ZeRO stage stands in both.
+    # A script may start one process here and many there, with its ZeRO stage in both.
     if said := [
         told(name, idle[name]) for name in given if name in idle and not name.startswith("parallel.")
     ]:
@@ -298,7 +298,7 @@ def refuse_idle(words: Sequence[str], config: TrainConfig) -> None:
 
 
 def idle_by_hand(config: TrainConfig) -> list[str]:
-    """A line for each idle setting of a configuration without a preset that is not as it is by default."""
+    """A line for each idle setting of a configuration without a preset that differs from its default."""
     if config.preset:
         return []
     usual, idle = dict(fields_of(TrainConfig())), idle_settings(config)

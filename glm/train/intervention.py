@@ -1,12 +1,12 @@
-"""What the responder, or a replay, has changed about training so far: the state between a decision and its expiry.
+"""What the responder, or a replay, has changed in training so far: the state between a decision and its expiry.
 
-A decision (``stabilitylab.spikes.Decision``) is carried out by the loop; what lasts longer than a step is kept here, saved in
-checkpoints, and applied on top of the schedules:
+The loop carries out a decision (``stabilitylab.spikes.Decision``); ``Intervention`` keeps what lasts longer than a step,
+checkpoints save it, and the loop applies it on top of the schedules:
 
     learning rate   x rate_factor
     EGS alpha       min(schedule, alpha)
     clipping bound  min(configured, clip)
-    data position   jumps ahead by so many batches when a given step is reached
+    data position   jumps ahead by so many batches at a given step
     updates         not made to some parameters, up to a given step
 
 Sources: OPT-175B lowered its rate and clip bound by hand (2205.01068, section 2.5); GLM-130B lowered alpha; PaLM went back about
@@ -30,8 +30,8 @@ class Intervention:
         rate_factor: on the scheduled learning rate.
         alpha: upper bound of EGS's alpha; None: the schedule's own.
         clip: upper bound of the clipping norm; None: the configured one.
-        skips: (step, batches): how many batches are left out before that step.
-        held: names of parameters that are not updated.
+        skips: (step, batches): how many batches to leave out before that step.
+        held: names of parameters not to update.
         held_until: the first step that updates them again; None: never.
     """
 
@@ -43,10 +43,10 @@ class Intervention:
     held_until: int | None = None
 
     def after(self, decision: Decision) -> Intervention:
-        """What holds once a decision is carried out."""
+        """The intervention after a decision."""
         skips = self.skips
         if decision.back_to is not None and decision.skip_batches:
-            # Steps at or after the one gone back to are trained anew: their earlier skips were of another history.
+            # The loop trains steps from ``back_to`` on anew: their earlier skips belong to another history.
             kept = tuple(skip for skip in skips if skip[0] <= decision.back_to)
             skips = (*kept, (decision.back_to, decision.skip_batches))
         bounds = [bound for bound in (self.clip, decision.clip) if bound is not None]
@@ -59,8 +59,8 @@ class Intervention:
         )
 
     def leaving_out(self, steps: Sequence[int]) -> Intervention:
-        """The same, and the batches of ``steps`` are left out: those after them come in their place."""
-        # Left out one at a time, the batch of a later step comes earlier by the number of those before it.
+        """The same without the batches of ``steps``; the batches after them take their place."""
+        # Each batch left out moves the batches of later steps one step earlier.
         skips = [(step - place, 1) for place, step in enumerate(sorted(steps))]
         return replace(self, skips=(*self.skips, *skips))
 
@@ -74,7 +74,7 @@ class Intervention:
         return frozenset() if over else frozenset(self.held)
 
     def clipping(self, configured: float) -> float:
-        """The bound in force. A configured 0 means no clipping, which a bound of ours replaces."""
+        """The bound in force. A configured 0 means no clipping; our bound replaces it."""
         if self.clip is None:
             return configured
         return self.clip if configured == 0 else min(self.clip, configured)
@@ -94,7 +94,7 @@ class Intervention:
             alpha=state["alpha"],
             clip=state["clip"],
             skips=skips,
-            # States saved before updates could be withheld do not say.
+            # States saved before updates could be withheld lack this.
             held=tuple(state.get("held", ())),
             held_until=state.get("held_until"),
         )

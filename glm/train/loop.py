@@ -1,11 +1,11 @@
-"""The training loop: the pseudocode at the head of ``glm/train/events.py``, and the state that a checkpoint holds.
+"""The training loop, which is the pseudocode at the head of ``glm/train/events.py``, and the state that a checkpoint holds.
 
-Everything that a step depends on is either in the configuration, a function of (seed, step or sample index), or in the state saved
-here: so a run that was killed and resumed ends with the weights of one that was not, bit for bit.
+Everything on which a step depends is in the configuration, a function of (seed, step or sample index), or in the state saved here:
+so a killed and resumed run ends with the weights of an uninterrupted one, bit for bit.
 
-A checkpoint that cannot be written, on a full disk say, costs only itself: it is told of (``checkpoint-lost``), the older ones
-stay, training goes on, and the next one is tried when it is due. Only where the last state of a run, or of one that is asked to
-stop, cannot be kept does the run fail. Where the launcher is gone nobody would start the run again: all processes save and end.
+A checkpoint that cannot be written, for example on a full disk, costs only itself: the loop records ``checkpoint-lost``, keeps the
+older ones, trains on, and tries the next one when it is due. The run fails only where it cannot save its last state, or its state
+when asked to stop. Where the launcher is gone nobody would start the run again: all processes save and end.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Policy, Responder
 from stabilitylab.telemetry import Event
 
-# Where states from before events lie in a run folder, and how long before.
+# Where a run folder keeps states from before events, and how long before.
 FLIGHT = "flight"
 REPLAY_MARGIN = 20
 
 
 def ring_for(config: TrainConfig, *, answers: bool = False) -> StateRing | None:
-    """The ring that the responder's rollbacks and the replay of events need; ``answers``: a policy of one's own may go back."""
+    """The ring that the responder's rollbacks and the replay of events need; ``answers``: a custom policy may go back."""
     if config.responder.active or answers:
         return StateRing.covering(config.responder.rollback_steps)
     if config.checkpoint.ring:
@@ -45,15 +45,15 @@ def ring_for(config: TrainConfig, *, answers: bool = False) -> StateRing | None:
 
 
 class Trainer:
-    """A run: configuration, engine, data, observers, responder, and where it is.
+    """A run: configuration, engine, data, observers, responder, and its progress.
 
     Args:
-        config: what determines the numbers.
+        config: the settings that determine the numbers.
         engine: computes updates.
         loader: gives the rows by sample index.
         run: where checkpoints go; None keeps none.
-        callbacks: observers, told of every event in this order.
-        responder: a policy of one's own; None: the configuration's.
+        callbacks: observers, which hear every event in this order.
+        responder: a custom policy; None: the configuration's.
     """
 
     def __init__(
@@ -78,17 +78,18 @@ class Trainer:
         self.samples = 0
         self.tokens = 0
         self.stop_requested = False
-        # Set by who judges that nothing is left to train (``glm/train/lost.py``): the run then ends, complete.
+        # Set by a callback that gives the run up (``glm/train/lost.py``): the run then ends, complete.
         self.lost = False
         self._ring = ring_for(config, answers=responder is not None)
-        # The newest state that is saved, or being saved.
+        # The newest state saved, or being saved.
         self._saved_at: int | None = None
         self._writing: CheckpointWriter | None = None
 
     def train(self, *, until: int | None = None) -> bool:
-        """Make the remaining updates, or those before ``until``. Returns whether the run is complete (False: it was asked to
-        stop)."""
-        # A fork may go without what the run had; a policy of one's own reads what the configuration's does not.
+        """Make the remaining updates, or those before ``until``. Returns whether the run is complete (False: something asked it to
+        stop).
+        """
+        # A fork may lack what the run had; a custom policy may read settings that the configuration's does not.
         if self.step == 0 and until is None and isinstance(self.responder, Responder):
             for line in idle_by_hand(self.config):
                 warnings.warn(line, stacklevel=2)
@@ -116,7 +117,7 @@ class Trainer:
                 callback.train_end()
 
     def advance(self, step: int) -> Checkpoint:
-        """Train on up to ``step`` and return the state there, with what the observers know but before they close."""
+        """Train on up to ``step`` and return the state there, with the observers' state, before they close."""
         for callback in self.callbacks:
             callback.train_start(self)
         try:
@@ -128,12 +129,12 @@ class Trainer:
                 callback.train_end()
 
     def tell(self, event: Event) -> None:
-        """Hand an event to every observer."""
+        """Give an event to every observer."""
         for callback in self.callbacks:
             callback.event(event)
 
     def _stops(self) -> bool:
-        """Whether any process was asked to stop, or none is left that would start the run again."""
+        """Whether something asked any process to stop, or no launcher is left that would start the run again."""
         return self.processes.any(self.lost or self.stop_requested or self.processes.forsaken)
 
     def _one_step(self) -> None:
@@ -183,7 +184,7 @@ class Trainer:
             levers=self.engine.levers(),
         )
         noticed = [event for callback in self.callbacks for event in callback.step_end(info)]
-        # One process judges; what it notices is answered by all.
+        # One process judges; all answer what it notices.
         if self.processes.any(bool(noticed)):
             noticed = self.processes.from_first(noticed)
         self._keep_for_replay(noticed)
@@ -194,7 +195,7 @@ class Trainer:
             self.save()
 
     def _keep_for_replay(self, noticed: Sequence[Event]) -> None:
-        """When something breaks, put a state from before it on disk."""
+        """When something breaks, save a state from before it."""
         onsets = [int(event.data["onset"]) for event in noticed if event.is_alarm]
         if not onsets or self._ring is None or self.run is None:
             return
@@ -211,7 +212,7 @@ class Trainer:
 
     def _respond(self, noticed: Sequence[Event], step: int) -> None:
         """Let the responder decide, and carry it out."""
-        # A ring holds a state from its first step on: only without one may there be nothing to go back to.
+        # A ring holds a state from its first step on: only without a ring may there be nothing to go back to.
         before = self.responder.state_dict() if self._ring is None else None
         decision = self.responder.decide(noticed, step)
         if decision.kind == "continue":
@@ -220,11 +221,11 @@ class Trainer:
         if decision.back_to is not None and self._ring is not None:
             state = self._ring.take_back(decision.back_to)
         if state is not None:
-            # The oldest state kept may be younger than what was asked for; batches are then left out from there.
+            # The oldest kept state may be younger than asked for; the loop then leaves out batches from there.
             decision = replace(decision, back_to=max(state.step, decision.back_to or 0))
         elif decision.back_to is not None:
             if (decision.rate_factor, decision.alpha, decision.clip) == (None, None, None):
-                # Nothing can be done, so nothing was: it is neither told nor paid for.
+                # The loop can do nothing, so it neither records the decision nor charges the budget for it.
                 if before is not None:
                     self.responder.load_state_dict(before)
                 return
@@ -232,13 +233,13 @@ class Trainer:
         self.intervention = self.intervention.after(decision)
         if state is not None:
             self._go_back(state, asked=decision.back_to or 0)
-        # Told when it is done, as it was done.
+        # Record the decision once carried out, as carried out.
         self.tell(decision.event)
 
     def _go_back(self, state: Checkpoint, *, asked: int) -> None:
         """Train on from a kept state."""
         self._settle()
-        # Decisions outlive the history that they take back, and so does the budget they were taken from.
+        # Decisions outlive the history that they take back, and so does the budget that paid for them.
         responder, intervention = self.responder.state_dict(), self.intervention
         self.restore(state)
         self.responder.load_state_dict(responder)
@@ -252,8 +253,9 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- states
 
     def save(self) -> OSError | None:
-        """Begin a checkpoint of the present state, and unless it is asynchronous finish it. Returns why it could not be written:
-        then the older ones stay, and training goes on."""
+        """Begin a checkpoint of the present state, and unless it is asynchronous finish it. Returns why it could not be written;
+        the older ones then stay, and training goes on.
+        """
         if self.run is None:
             return None
         self._settle()
@@ -269,7 +271,7 @@ class Trainer:
         return None if background else self._settle()
 
     def _save_last(self) -> None:
-        """See that the present state is on disk. Raises OSError where it cannot be."""
+        """Make sure that the present state is on disk. Raises OSError where that fails."""
         lost = self._settle()
         if self._saved_at != self.step:
             lost = self.save() or self._settle()
@@ -277,7 +279,7 @@ class Trainer:
             raise lost
 
     def _settle(self, *, wait: bool = True) -> OSError | None:
-        """Publish the checkpoint being written; unless ``wait``, only if all have written it. Returns why it could not be."""
+        """Publish the checkpoint being written; unless ``wait``, only if all have written it. Returns why that failed."""
         writing = self._writing
         if writing is None or (not wait and self.processes.any(not writing.done)):
             return None
@@ -295,7 +297,7 @@ class Trainer:
         return error
 
     def state(self) -> Checkpoint:
-        """Everything the next step depends on. The tensors are live."""
+        """Everything on which the next step depends. The tensors are live."""
         weights, moments = self.engine.tensors()
         return Checkpoint(
             step=self.step,
@@ -313,7 +315,7 @@ class Trainer:
         )
 
     def restore(self, state: Checkpoint) -> None:
-        """Continue from a state. Raises InputError when it is of another model or other data."""
+        """Continue from a state. Raises InputError where it belongs to another model or other data."""
         saved = state.state
         if saved["data"] != self.loader.fingerprint:
             raise InputError(
@@ -332,8 +334,8 @@ class Trainer:
 
 
 def _give_back_memory() -> None:
-    """What steps needed, before what closes a run imports and draws: together they would be a tiny run's largest size."""
-    # Imported here: a run that begins does without the models' package.
+    """Free the steps' memory before closing the run imports and draws: both together would be a tiny run's peak."""
+    # Imported here: a run that begins does not need the models' package.
     from stabilitylab.models.freed_memory import give_back_memory
 
     give_back_memory()

@@ -1,10 +1,11 @@
-"""A run that is lost for good: when to stop paying for it.
+"""When to stop a run that is lost for good.
 
     lost    for ``patience`` steps in a row the loss is ``NATS`` over the first step's, is not finite, or the loss scale overflows
             at its minimum
 
-A spike that recovers within the patience is none, nor is a skipped update of a loss scale that finds its level. Searches for the
-rate that a model bears (``experiments``) count such a run as collapsed; it ends as complete, with ``lost`` in its last event.
+A spike that recovers within the patience does not count, nor does a skipped update of a loss scale that finds its level. Searches
+for the rate that a model bears (``experiments``) count a lost run as collapsed; it ends as complete, with ``lost`` in its last
+event.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ NATS = 1.0
 
 
 class LostRule:
-    """Counts the steps out of course. ``patience`` 0: nothing is ever lost."""
+    """Counts consecutive bad steps. ``patience`` 0: no run is ever lost."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -28,7 +29,7 @@ class LostRule:
         self.out = 0
 
     def update(self, loss: float, *, stuck: bool = False) -> bool:
-        """Take note of a step's loss, and whether its loss scale is stuck. Returns whether the run is lost."""
+        """Note a step's loss, and whether its loss scale is stuck. Returns whether the run is lost."""
         if self.first is None:
             self.first = loss
         self.out = self.out + 1 if stuck or not loss <= self.first + NATS else 0
@@ -36,7 +37,7 @@ class LostRule:
 
 
 class EndsWhenLost(Callback):
-    """Ends a run that is lost."""
+    """Ends a lost run."""
 
     def __init__(self, patience: int) -> None:
         self._rule = LostRule(patience)

@@ -1,9 +1,8 @@
-"""What a run's bits depend on beside state, data and code: the device, the number of threads, the version of torch, the processor.
+"""Beside state, data and code a run's bits depend on the device, the number of threads, the version of torch, and the processor.
 
-A sum that several threads share is added in another order than one thread's, and other versions and processors have other kernels.
-Each moves losses by rounding; where training is unstable, that is soon more. Another device has other dropout masks too. So
-``run-start`` records them, forks take the run's device and number of threads, and what cannot be taken is named where a control
-departs.
+Several threads add a sum in another order than one thread, and other versions and processors have other kernels. Each moves losses
+by rounding; where training is unstable, that soon grows. Another device has other dropout masks too. So ``run-start`` records them,
+forks take the run's device and number of threads, and where a control departs the command names the other differences.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ _WORDS = {
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """As ``run-start`` records it.
+    """The machine as ``run-start`` records it.
 
     Args:
-        device: what the model is trained on.
+        device: the training device.
     """
     return {
         "torch": torch.__version__,
@@ -48,7 +47,7 @@ def _name(device: torch.device) -> str:
 
 
 def machine_of(run: Run) -> dict[str, Any]:
-    """As the run recorded it when it was last started; without what it did not record."""
+    """The machine as the run recorded it at its last start; without what it did not record."""
     for event in reversed(run.events):
         if event.kind == "run-start":
             return {name: event.data[name] for name in machine() if name in event.data}
@@ -56,28 +55,28 @@ def machine_of(run: Run) -> dict[str, Any]:
 
 
 def device_of(run: Run, asked: str | None = None) -> torch.device:
-    """Where forks of a run compute: as asked; else on the kind of device that the run was trained on, or the CPU where that is not
+    """Where forks of a run compute: as asked; else on the kind of device that trained the run, or the CPU where that is missing
     here.
 
     Raises:
-        InputError: what is asked for cannot be used here.
+        InputError: this machine cannot use the device asked for.
     """
     recorded = machine_of(run).get("device")
-    if asked is not None or not isinstance(recorded, str):  # a run of old took what there was
+    if asked is not None or not isinstance(recorded, str):  # older runs took the device that there was
         return chosen_device(asked)
     kind = recorded.partition(" ")[0]
     return chosen_device(None if kind == "cuda" else "cpu")
 
 
 def threads_of(run: Run) -> int | None:
-    """The run's number of threads; None: it recorded none."""
+    """The run's number of threads; None: not recorded."""
     threads = machine_of(run).get("threads")
     return threads if isinstance(threads, int) and threads > 0 else None
 
 
 @contextlib.contextmanager
 def threads(number: int | None) -> Iterator[None]:
-    """Compute with so many threads; None: as many as there are."""
+    """Compute with so many threads; None: leave torch's number."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)
@@ -88,7 +87,7 @@ def threads(number: int | None) -> Iterator[None]:
 
 
 def otherwise(run: Run, mine: Mapping[str, Any] | None = None) -> str:
-    """What a fork has otherwise than the run, in words, "" where nothing is.
+    """How a fork's machine differs from the run's, in words; "" where it does not.
 
     Args:
         mine: the fork's machine; None: this process'.

@@ -1,9 +1,9 @@
-"""The instrument in the training loop: hands each step to ``stabilitylab.Monitor`` and brings back what it noticed.
+"""The instrument in the training loop: gives each step to ``stabilitylab.Monitor`` and returns what it noticed.
 
-At ``monitor.every`` it adds what only the trainer knows: where the gradient lies in its format (``range_probe``).
+Every ``monitor.every`` steps it adds what only the trainer knows: where the gradient lies in its format (``range_probe``).
 
-A mixture of data is recorded as ``train/<component>/mixture_share``: the shares that a step's first row was drawn with. The last
-step has the loss on the rows of ``heldout.rows`` as ``train/-/heldout_loss``.
+It records a mixture of data as ``train/<component>/mixture_share``: the shares at a step's first row. The last step has the loss on
+the rows of ``heldout.rows`` as ``train/-/heldout_loss``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MonitorCallback(Callback):
     """Watches every layer of the trainer's model and writes the run folder's telemetry.
 
     Args:
-        run: the folder, claimed by the caller; None: only the detector watches, and nothing is written.
+        run: the folder, claimed by the caller; None: only the detector watches, and writes nothing.
         config: what to watch, how often.
         trackers: experiment trackers, by name.
     """
@@ -65,7 +65,7 @@ class MonitorCallback(Callback):
         self._mixed = trainer.loader if trainer.config.sampling.mixture else None
         self._steps, self._heldout = trainer.config.steps, None
         if rows := trainer.config.heldout.rows:
-            # Built now: data that holds too little out is told of before training, not after.
+            # Built now: data that hold out too little fail before training, not after.
             self._heldout = heldout_rows(
                 trainer.loader.data,
                 trainer.config.objective,
@@ -114,7 +114,7 @@ class MonitorCallback(Callback):
         return Schedule(every=own.every, probes=cadence)
 
     def _probes(self, trainer: Trainer) -> list[Probe]:
-        """Everything, and what is asked for beside it."""
+        """All standard probes, and those that the configuration adds."""
         probes = [*all_probes(), self._range]
         if self._config.weights_every:
             probes.append(WeightProbe())
@@ -123,7 +123,7 @@ class MonitorCallback(Callback):
         if self._config.curvature_every and trainer.config.optimizer.kind == "adamw":
 
             def backward() -> None:
-                # The step's own batch: samples are counted on after the update.
+                # The step's own batch: the trainer moves its sample number after the update.
                 rows = trainer.config.batch.rows_at(trainer.samples)
                 batch = trainer.loader.samples(range(trainer.samples, trainer.samples + rows))
                 with trainer.engine.on_trial():
@@ -188,5 +188,5 @@ class MonitorCallback(Callback):
 
 
 def _parameters(engine: Engine) -> dict[str, Tensor]:
-    """What is trained, by name."""
+    """The trained parameters, by name."""
     return {name: one for name, one in engine.tensors()[0].items() if isinstance(one, nn.Parameter)}

@@ -1,4 +1,4 @@
-"""Updates of fp32 masters by a rule, AdamW unless another is chosen, with clipping whose norms are telemetry.
+"""Updates fp32 masters by a rule, AdamW by default, with clipping whose norms are telemetry.
 
 For gradient g (unscaled, clipped by min(1, clip / |g|) over all parameters together), step t from 1, betas b1, b2:
 
@@ -7,15 +7,17 @@ For gradient g (unscaled, clipped by min(1, clip / |g|) over all parameters toge
 
 (Loshchilov and Hutter, 1711.05101.) w are fp32 masters; a half-precision model's weights are those, rounded, after every update. c
 is 1, or with ``update_clipping`` max(1, RMS_t), RMS_t = sqrt(mean(g^2 / max(v, eps^2))) per tensor: StableAdamW (2304.13013,
-section 3.4). Other rules, guards and kinds of decay are in ``glm.train.update_rules``, functions that know nothing of masters,
+section 3.4). ``glm.train.update_rules`` has the other rules, guards and kinds of decay, functions that know nothing of masters,
 groups, ranks and checkpoints.
 
-Parameters that are ``withheld`` keep master, weight and all moments to the last bit; the others are updated as they would be, by
-the same clipping factor. Renewed second moments forget their past: v is set so that this update's v / (1 - b2^t) is g^2.
+Parameters that are ``withheld`` keep master, weight and all moments to the last bit; the others get the update that they would have
+had, with the same clipping factor. Renewed second moments forget their past: the optimizer sets v so that this update's v / (1 -
+b2^t) is g^2.
 
-Norms are computed once a step, per tensor; the global one follows from them, and telemetry gets them for nothing. A gradient that
-is not finite is not applied. AdamW's update is torch's fused kernel: one pass over weight, gradient and moments, clipping included.
-Groups carry ``betas``, ``eps`` and ``step`` as torch's own optimizers do, so that instruments can correct the moments' bias.
+The optimizer computes norms once per step and tensor; the global one follows from them, and telemetry gets them for nothing. It
+does not apply a gradient that is not finite. torch's fused kernel makes AdamW's update: one pass over weight, gradient and moments,
+with clipping. Groups carry ``betas``, ``eps`` and ``step`` as torch's own optimizers do, so that instruments can correct the
+moments' bias.
 
 Limits: one device; decay applies to matrices, not to biases, norms and other vectors.
 """
@@ -57,14 +59,14 @@ COMPENSATION = "compensation"
 class MixedPrecisionAdamW(torch.optim.Optimizer):
     """AdamW, or another rule, over a model's parameters.
 
-    The model must be in fp32 when given; for a half-precision policy it is cast here, its fp32 weights becoming the masters.
+    The model must come in fp32; under a half-precision policy the optimizer casts it, and its fp32 weights become the masters.
 
     Args:
         model: its parameters, by name.
         config: constants.
         policy: number formats.
-        peak: highest learning rate of the schedule, for kinds of decay that hang on it.
-        factors: on the rates of single parameters, by name, whose decay is divided by them (``glm.model.scaling``).
+        peak: highest learning rate of the schedule, for kinds of decay that depend on it.
+        factors: on the rates of single parameters, by name; they divide those parameters' decay (``glm.model.scaling``).
         kept: of a weight (``glm.train.weight_rounding``).
         seed: of stochastic rounding.
     """
@@ -112,26 +114,26 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         self._peak = peak
         self.guards = Guards(config.guard)
         self._update_norms = PastValues()
-        # Of the step's gradient, for skip-step; whether the last one was not finite.
+        # The loss, for skip-step; whether the last gradient was not finite.
         self.loss = 0.0
         self.overflowed = False
         self._accumulated: dict[str, Tensor] = {}
         self._summary: GradientSummary | None = None
         self._clip, self._rate = config.clip, 0.0
-        # Names of the parameters that updates leave alone, and of those whose second moments the next one begins anew.
+        # Names of the parameters that updates leave alone, and of those whose second moments the next update begins anew.
         self.withheld: frozenset[str] = frozenset()
         self.renewed: frozenset[str] = frozenset()
-        # What else moves the masters at the end of an update; returns telemetry.
+        # Called at the end of an update to move the masters further; returns telemetry.
         self.after_update: Callable[[], Mapping[str, Tensor]] | None = None
         self.updates = 0
         self._zclip = ZClip()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's own, without loading torch's compiler, which takes a fifth of a short run's time."""
+        """Like torch's own, without loading torch's compiler, which takes a fifth of a short run's time."""
         plain(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def _make_masters(self, initial: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-        """What is updated, by parameter name: copies of ``initial`` in fp32, or the weights themselves if that is empty."""
+        """The tensors to update, by parameter name: copies of ``initial`` in fp32, or the weights themselves if that is empty."""
         return {
             name: nn.Parameter(initial[name], requires_grad=live.requires_grad) if initial else live
             for name, live in self._live.items()
@@ -140,7 +142,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------------ gradients
 
     def accumulate(self) -> None:
-        """After a micro-batch's backward pass. Half gradients move into fp32 where the policy accumulates there."""
+        """Call after a micro-batch's backward pass. Moves half gradients into fp32 where the policy accumulates there."""
         if not self.policy.accumulates_in_fp32:
             return
         for name, live in self._live.items():
@@ -169,7 +171,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def measure_again(self) -> None:
-        """Gradients were changed since ``gradients`` summed them up: take their norms anew."""
+        """Take the norms anew, where something changed the gradients after ``gradients``."""
         if self._summary is not None:
             found = {name: master.grad for name, master in self._masters.items() if master.grad is not None}
             norms, total = self._norms(found)
@@ -180,7 +182,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         return {name: gradient.float() for name, gradient in self.accumulated().items()}
 
     def accumulated(self) -> dict[str, Tensor]:
-        """The gradients of the micro-batches so far, in the format they are accumulated in, loss scale included."""
+        """The gradients of the micro-batches so far, in the accumulation format, with the loss scale."""
         if self.policy.accumulates_in_fp32:
             return self._accumulated
         return {name: live.grad for name, live in self._live.items() if live.grad is not None}
@@ -193,7 +195,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
     # --------------------------------------------------------------------------------------------------- update
 
     def step_with(self, rate: float, *, clip: float) -> bool:
-        """Clip and apply the gradient that ``gradients`` summed up. False: it was not finite, or a guard left it out; nothing was
+        """Clip and apply the gradient that ``gradients`` summed up. False: it was not finite, or a guard rejected it, and nothing
         changed.
 
         Args:
@@ -214,7 +216,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Apply the gradient. Hooks registered on the optimizer run around it."""
+        """Apply the gradient. The optimizer's hooks run around it."""
         assert closure is None
         assert self._summary is not None
         factor = self._clip_factor(self._summary.global_norm)
@@ -243,14 +245,14 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         self.publish()
 
     def _round_weights(self) -> None:
-        """Where there are no masters but in name, let them hold what bf16 holds."""
+        """Where the masters exist in name only, round them to values that bf16 holds."""
         if self._kept == "masters":
             return
         compensations = [self.state[p][COMPENSATION] for p in self._names if COMPENSATION in self.state[p]]
         round_weights(list(self._names), compensations, self._kept, seed=self._seed, update=self.updates)
 
     def _guarded(self, held: Set[nn.Parameter], factor: float) -> float:
-        """Have the guards clip what is to be applied. Returns what of the global clip is left to do."""
+        """Let the guards clip the gradients to apply. Returns the remaining factor of the global clip."""
         if not self.guards.clips:
             return factor
         assert self._summary is not None
@@ -265,7 +267,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         )
 
     def _apply_rules(self, parts: list[tuple[list[nn.Parameter], dict[str, Any]]], factor: float) -> None:
-        """Move weights by their rules' directions, gradients being clipped in place."""
+        """Move weights by their rules' directions; clips gradients in place."""
         config, t = self.config, self.guards.age(self.updates)
         directions, gradients = directions_of(parts, self._names, self.state, self._rows, factor, t, config)
         if config.cautious:
@@ -281,14 +283,14 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
                 take_off(p, direction, rate=group["lr"], decay=decay, cautious=config.cautious_decay)
 
     def _decay(self, group: Mapping[str, Any]) -> float:
-        """What this update takes off a weight of the group, as a share of it."""
+        """The share of a weight of the group that this update's decay takes off."""
         factor: float = group["rate_factor"]
         return factor * decay_share(
             self.config, self._rate, self._peak, group["weight_decay"], leads_out=group["leads_out"]
         )
 
     def _total(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Of sums over the tensors that are here, those over the whole tensors of the whole model."""
+        """From sums over this process's tensors, those over the whole tensors of the whole model."""
         return sums
 
     def _whole_sizes(self) -> Mapping[str, int]:
@@ -296,7 +298,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         return {name: master.numel() for name, master in self._masters.items()}
 
     def _renew(self, held: Set[nn.Parameter], factor: float) -> None:
-        """Let the second moments in ``renewed`` be what this gradient alone would make them."""
+        """Set the second moments in ``renewed`` to what this gradient alone would make them."""
         for name in self.renewed:
             master = self._masters.get(name)
             if master is None or master in held or master.grad is None or self.config.beta2 == 0:
@@ -307,7 +309,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         self.renewed = frozenset()
 
     def _apply(self, masters: list[nn.Parameter], group: Mapping[str, Any], factor: float) -> None:
-        """Move some weights by their gradients, which are clipped in place."""
+        """Move some weights by their gradients; clips these in place."""
         decay = None if self.config.decay == "coupled" else self._decay(group)
         age = self.guards.age(self.updates)
         apply_adamw(masters, self.state, group, factor, age, self.config, decay=decay, rates=self._rates)
@@ -326,7 +328,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         return bound / (norm + 1e-6) if norm > bound else 1.0
 
     def coming_factor(self) -> float:
-        """What clipping will multiply the gradient by that ``gradients`` summed up."""
+        """The factor by which clipping will multiply the gradient that ``gradients`` summed up."""
         if self._summary is None:
             raise RuntimeError("call gradients() before coming_factor()")
         bound, norm = self._clip or math.inf, self._summary.global_norm
@@ -364,14 +366,14 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load(self, *, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Take weights and moments; the half-precision weights follow."""
+        """Load weights and moments; the half-precision weights follow."""
         for own, given in ((self.masters(), masters), (self.moments(), moments)):
             for name, tensor in own.items():
                 tensor.copy_(given[name])
         self.publish()
 
     def counters(self) -> dict[str, Any]:
-        """The rest of the state, as JSON can hold it."""
+        """The rest of the state, as JSON."""
         return {
             "updates": self.updates,
             **self._zclip.state_dict(),
@@ -380,7 +382,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
         }
 
     def load_counters(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``counters`` gave."""
+        """Restore what ``counters`` gave."""
         self.updates = state["updates"]
         for group in self.param_groups:
             group["step"] = self.guards.age(self.updates)

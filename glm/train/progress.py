@@ -1,7 +1,7 @@
-"""What a person sees while a run trains: loss, gradient norm, learning rate, tokens/s, time left.
+"""Shows a person a run's progress: loss, gradient norm, learning rate, tokens/s, time left.
 
-On a terminal a bar that redraws; elsewhere (a log file, a batch job) one line every few seconds, whose beginning ``step N/TOTAL``
-others may read.
+On a terminal a bar that redraws; elsewhere (a log file, a batch job) one line every few seconds, whose start ``step N/TOTAL`` other
+programs may read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stabilitylab.monitoring.sentences import event_line
 from stabilitylab.telemetry import Event
 
 SECONDS_BETWEEN_LINES = 5.0
-# Events that a person wants to hear of as they happen; checkpoints and the like are routine.
+# Events to show a person as they happen; checkpoints and the like are routine.
 ROUTINE = frozenset({"checkpoint", "run-start", "run-end"})
 
 
@@ -75,7 +75,7 @@ class ProgressCallback(Callback):
 
     def event(self, event: Event) -> None:
         if event.kind not in ROUTINE:
-            # Names come from the run: none of them is markup.
+            # Names come from the run and are no markup.
             self.console.print(Text(event_line(event), style="yellow"), soft_wrap=True)
 
     def train_end(self) -> None:

@@ -1,12 +1,12 @@
-"""QK-clip: heads whose scores grow too large get smaller query and key weights (Kimi K2, 2507.20534, section 2.1).
+"""QK-clip shrinks the query and key weights of heads whose scores grow too large (Kimi K2, 2507.20534, section 2.1).
 
     S  the largest score of a head in an update's micro-batches, f = min(1, t / S):    W_q <- f^(1/2) W_q,   W_k <- f^(1/2) W_k
 
-and biases likewise, so that the same input would give a largest score of t. Only heads that exceed t move, and only by what they
-exceed. Where query heads share keys, those are others' too: W_q <- f W_q alone. The moments are left as they are.
+and biases likewise, so that the same input would give a largest score of t. Only heads that exceed t move, and only by the excess.
+Where query heads share keys, only W_q moves: W_q <- f W_q. The moments stay as they are.
 
-It acts on the masters at the end of an update, so that the instrument sees it as part of that; what an update that was left out had
-seen is forgotten. Nothing is waited for. Replicas take the largest of all of theirs, so that they clip alike.
+It acts on the masters at the end of an update, so that the instrument sees it as part of the update; after a skipped update it
+forgets the scores. It never waits for the device. Replicas take the largest score of all of them, so that they clip alike.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from glm.model.attention import Attention
 
 
 def forget_scores(model: nn.Module) -> None:
-    """Begin anew: the update was left out."""
+    """Forget the scores of a skipped update."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.largest_H = None
@@ -34,25 +34,25 @@ def clip_queries_and_keys(
     *,
     across: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Scale what has to be, in place; returns telemetry: the share of heads that were, and the largest score.
+    """Scale in place where needed; returns telemetry: the share of heads scaled, and the largest score.
 
     Args:
-        model: its attention layers have kept their largest scores; they forget them.
+        model: its attention layers hold their largest scores; the call clears them.
         masters: fp32 weights by name.
         threshold: t.
-        across: the largest over all replicas of what each has, [layers, heads]; None: there are no others.
+        across: gives the largest over all replicas, [layers, heads]; None: there are no others.
     """
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, Attention) and m.keeps_largest]
     if not layers or (across is None and all(layer.largest_H is None for _, layer in layers)):
         return {}
-    # A replica without rows, or a layer that none passed, has seen nothing.
+    # A replica without rows, or an unused layer, has no scores.
     like = layers[0][1].query_key_value.weight
     kept = [like.new_full((m.heads,), -torch.inf) if m.largest_H is None else m.largest_H for _, m in layers]
     largest_LH = torch.stack(kept).float()
     if across is not None:
         largest_LH = across(largest_LH)
     forget_scores(model)
-    # A head whose largest score is not positive has nothing to clip, and one that is not finite no factor.
+    # A head whose largest score is not positive needs no clip; one that is not finite has no factor.
     factor_LH = threshold / largest_LH.clamp_min(threshold)
     factor_LH = torch.where(largest_LH.isfinite(), factor_LH, 1.0)
     for (path, module), factor_H in zip(layers, factor_LH, strict=True):

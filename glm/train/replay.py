@@ -1,4 +1,4 @@
-"""``glm replay``: an event again, from before it, with one thing changed.
+"""``glm replay`` trains an event again, from before it, with one thing changed.
 
     glm replay RUN --event 3 --before 20 --steps 60 --model.embedding.gradient-shrink 0.1
 
@@ -10,15 +10,15 @@
     glm replay RUN --event 3 --renew-second-moments '*'
 
 (``glm.train.replay_forks`` says what each does, and trains many forks in one process.) An event's number is its place among the
-run's episodes, as ``stabilitylab spikes RUN`` lists them. The run is taken up from the newest kept state at or before ``before``
-steps ahead of the onset (``flight/``, ``checkpoints/``, else the beginning), trained unchanged up to there, and from there on with
+run's episodes, as ``stabilitylab spikes RUN`` lists them. The command starts from the newest kept state at or before ``before``
+steps ahead of the onset (``flight/``, ``checkpoints/``, else the beginning), trains unchanged up to there, and from there on with
 the change. Data, order and dropout are functions of seed and step, so without a change the fork repeats the original bit for bit,
-on the kind of device that the run was trained on, and the command says whether it did.
+on the kind of device that trained the run, and the command says whether it did.
 
-A fork is a run folder under ``RUN/replays/event-N/``, named by what was changed, with everything measured at every step. All forks
-of an event are compared in ``RUN/replays/event-N/report.html``.
+A fork is a run folder under ``RUN/replays/event-N/``, named after its change, with everything measured at every step.
+``RUN/replays/event-N/report.html`` compares all forks of an event.
 
-Limits: a responder acts in the fork as it did in the run, but it can go back no further than where the fork began.
+Limits: a responder acts in the fork as in the run, but can go back no further than the fork's beginning.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ _COMPARED = ("train/-/loss", "train/-/gradient_norm", "precision/-/loss_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What is asked for.
+    """The command's arguments.
 
     Attributes:
-        run: the run whose event is replayed.
+        run: the run whose event to replay.
         event: the event's number, from 1.
         before: steps before the onset at which the change begins.
-        steps: steps trained from there.
+        steps: steps to train from there.
         data: folder made by ``glm shards``; None: where the run found it.
         out: the fork's folder; None: under the run's own.
-        device: where it computes; None: on the kind of device that the run was trained on.
-        change: what the fork does otherwise.
+        device: where it computes; None: on the kind of device that trained the run.
+        change: what the fork does differently.
     """
 
     run: Path
@@ -106,7 +106,7 @@ def replay_command(arguments: Sequence[str]) -> int:
 
 
 def replay(asked: Replay, *, console: Console) -> Run:
-    """Make the fork.
+    """Train the fork.
 
     Raises:
         InputError: there is no such event, its data or states are missing, or the changed model cannot take the state.
@@ -240,8 +240,9 @@ def _train_fork(
 
 
 def _record_outcome(original: Run, episode: Episode, out: RunFolder, change: str) -> None:
-    """Say in the fork whether what it changed helped, for the advice on later events (``treatment_outcomes.py``); not where it ends
-    within ten steps of the onset, which is too soon to say."""
+    """Record in the fork whether its change helped, for the advice on later events (``treatment_outcomes.py``); not where the fork
+    ends within ten steps of the onset, too soon to tell.
+    """
     fork = load_run(out.path)
     loss = fork.series(LOSS)
     if change == UNCHANGED or not len(loss) or int(loss.index.max()) < episode.onset + LATER:
@@ -254,7 +255,7 @@ def _record_outcome(original: Run, episode: Episode, out: RunFolder, change: str
 
 
 def _folder_name(change: str) -> str:
-    """A name that every file system takes, and no other change has."""
+    """A name that every file system accepts and no other change has."""
     name = "".join(c if c.isalnum() or c in "._=+,-" else "-" for c in change)
     if name == change and len(name) <= _LONGEST:
         return name

@@ -1,23 +1,23 @@
-"""Many forks of one state: what a step would have done, had one thing been otherwise.
+"""Many forks of one state: what would have happened had one thing been different.
 
     forks = ReplayForks.of_event(run, 1, before=20)       # or ReplayForks(config, data, trainer.state())
     control = forks.train(Change(), steps=60)
     without = forks.train(Change(hold=("layers.0.attention",)), steps=60)
 
 Data, order and dropout are functions of seed and step, so a fork without a change repeats the original bit for bit, however many
-forks were trained before it in the same process; whatever differs from it was done by the change.
+forks this process trained before; whatever differs comes from the change.
 
 A ``Change`` is a configuration, or one of these:
 
     skip                   leave the batches of some steps out
-    hold, only             withhold the update of what a glob matches, or of all that none matches, for ``hold_steps``
+    hold, only             withhold the update of parameters that a glob matches, or of all that none matches, for ``hold_steps``
     rate_factor            multiply the scheduled rate
     renew_second_moments   let v be what the next gradient alone makes it: an update of size one where v was stale
 
-What is held keeps master, weight and moments to the last bit, weight decay included; the global norm and the clipping factor are
-those of all gradients, so that in the fork's first step the other parameters move exactly as they did.
+Held parameters keep master, weight and moments to the last bit, and do not decay; the global norm and the clipping factor are those
+of all gradients, so in the fork's first step the other parameters move exactly as they did.
 
-Limit: the local engine.
+Limit: the local engine only.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ _SHOWN = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What a fork does otherwise; nothing by default.
+    """What a fork does differently; nothing by default.
 
     Attributes:
         config: its configuration; None: the original's.
-        skip: steps whose batches are left out.
-        hold: globs of parameters, or of modules, that are not updated.
-        only: globs of those that alone are.
-        hold_steps: updates for which ``hold`` and ``only`` last; None: all of the fork's.
+        skip: steps whose batches to leave out.
+        hold: globs of parameters, or of modules, not to update.
+        only: globs of the only ones to update.
+        hold_steps: number of updates under ``hold`` and ``only``; None: all of the fork's.
         rate_factor: on the scheduled learning rate.
-        renew_second_moments: globs of the parameters whose second moments begin anew at the fork.
+        renew_second_moments: globs of parameters whose second moments begin anew at the fork.
     """
 
     config: TrainConfig | None = None
@@ -80,7 +80,7 @@ class Change:
 
     @property
     def words(self) -> list[str]:
-        """``name=value`` for each field beside the configuration that changes anything."""
+        """``name=value`` for each field, beside the configuration, that changes anything."""
         found = [
             f"{name}={'+'.join(map(str, value))}"
             for name, value in (
@@ -98,7 +98,7 @@ class Change:
         return found
 
     def apply(self, trainer: Trainer) -> None:
-        """Let the next steps of ``trainer`` be the fork's. Raises InputError where a glob matches no parameter."""
+        """Make the next steps of ``trainer`` the fork's. Raises InputError where a glob matches no parameter."""
         names = list(trainer.engine.tensors()[0])
         held = set(matching(self.hold, names, "--hold"))
         if self.only:
@@ -117,7 +117,7 @@ class Change:
 
 
 def matching(globs: Sequence[str], names: Sequence[str], flag: str) -> list[str]:
-    """The parameters that any glob matches, by their own name or by that of a module they lie in.
+    """The parameters that any glob matches, by their own name or by that of a module around them.
 
     Raises:
         InputError: a glob matches none.
@@ -149,12 +149,12 @@ def groups_of(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayFork:
-    """What came of a change.
+    """A change's outcome.
 
     Attributes:
-        change: what was done otherwise.
+        change: what the fork did differently.
         steps: every update.
-        events: what the detector noticed at them, and what a responder did.
+        events: what the detector noticed, and what a responder did.
         state: after the last update.
     """
 
@@ -165,27 +165,27 @@ class ReplayFork:
 
     @property
     def losses(self) -> list[float]:
-        """One a step, nats."""
+        """One per step, nats."""
         return [info.loss for info in self.steps]
 
     @property
     def gradient_norms(self) -> list[float]:
-        """One a step, before clipping."""
+        """One per step, before clipping."""
         return [info.gradient_norm for info in self.steps]
 
     @property
     def episodes(self) -> list[Episode]:
-        """What the detector found."""
+        """The detector's episodes."""
         return episodes_of(self.events)
 
 
 class ReplayForks:
-    """Trains forks of one state in this process, one after the other. Nothing is written.
+    """Trains forks of one state in this process, one after the other. Writes nothing.
 
     Args:
         config: the original's, its vocabulary filled in.
-        data: what it trains on.
-        state: where forks begin; it is copied.
+        data: the training data.
+        state: where forks begin; copied.
         device: where the model lives.
     """
 
@@ -207,7 +207,7 @@ class ReplayForks:
         """Forks of a run of ``glm train`` from ``before`` steps ahead of an event's onset; events count from 1.
 
         Raises:
-            InputError: the run has no such event, or its data is not where it was.
+            InputError: the run has no such event, or its data are no longer in their place.
         """
         original = load_run(run)
         begin = max(0, episode_of(original, event).onset - before)
@@ -216,15 +216,15 @@ class ReplayForks:
         return cls(config, opened, state_at(original, config, opened, begin, device=device), device=device)
 
     def train(self, change: Change, *, steps: int, callbacks: Sequence[Callback] = ()) -> ReplayFork:
-        """Train ``steps`` updates with a change; ``callbacks`` watch as they would in a run.
+        """Train ``steps`` updates with a change; ``callbacks`` watch as in a run.
 
         Raises:
-            InputError: a glob of the change matches nothing, or its configuration is of another model.
+            InputError: a glob of the change matches nothing, or its configuration belongs to another model.
         """
         config = change.config or self.config
         watch = _Watch(config)
         trainer = trainer_of(config, self.data, (watch, *callbacks), device=self.device)
-        # A restored state is read, never written to: ``load_tensors`` copies out of it.
+        # Restoring never writes to the state: ``load_tensors`` copies out of it.
         trainer.restore(self.state)
         change.apply(trainer)
         trainer.train(until=self.state.step + steps)
@@ -237,7 +237,7 @@ class ReplayForks:
 
 
 class _Watch(MonitorCallback):
-    """The detector alone, which goes on from the state's, and a list of what it saw."""
+    """The detector alone, which goes on from the state's, and the list of its events."""
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(None, dataclasses.replace(config.monitor, every=0, gradients_every=0, recorder=0))
@@ -272,7 +272,7 @@ def config_of(run: Run) -> TrainConfig:
 
 
 def episode_of(run: Run, number: int) -> Episode:
-    """The episode that ``stabilitylab spikes`` lists under ``number``, from 1: recorded, or seen in the log alone."""
+    """The episode that ``stabilitylab spikes`` lists under ``number``, from 1: recorded, or found in the log alone."""
     episodes = listed_episodes(run.path) if len(run.series(LOSS)) else episodes_of(run.events)
     if not episodes:
         raise InputError(f"{run.path} has no event {number}: it has none")
@@ -294,10 +294,10 @@ def data_of(run: Run) -> Path:
 def state_before(
     run: Run, step: int, *, damaged: Callable[[InputError], object] = lambda error: None
 ) -> Checkpoint | None:
-    """The newest whole state at or before ``step``; None where the beginning is the only one.
+    """The newest whole state at or before ``step``; None where there is only the beginning.
 
     Args:
-        damaged: told of each newer one that cannot be read.
+        damaged: called with the error of each newer one that cannot be read.
     """
     folders = (run.path / FLIGHT, run.folder.checkpoints)
     found = [one for folder in folders for one in checkpoints.list_checkpoints(folder) if one[0] <= step]
@@ -312,7 +312,7 @@ def state_before(
 def state_at(
     run: Run, config: TrainConfig, data: TokenData, step: int, *, device: torch.device | str = "cpu"
 ) -> Checkpoint:
-    """The state of ``step``, trained from the newest kept one before it as the original was."""
+    """The state of ``step``, trained as in the original from the newest kept state before it."""
     return lead_in(config, data, state_before(run, step), step, device=device)
 
 
@@ -324,7 +324,7 @@ def lead_in(
     *,
     device: torch.device | str = "cpu",
 ) -> Checkpoint:
-    """Train from ``start``, or the beginning, to ``step``. The detector goes along; nothing is written."""
+    """Train from ``start``, or the beginning, to ``step``. The detector watches; nothing is written."""
     watch = MonitorCallback(None, dataclasses.replace(config.monitor, every=0, gradients_every=0, recorder=0))
     trainer = trainer_of(config, data, (watch,), device=device)
     if start is not None:

@@ -1,4 +1,4 @@
-"""What would have prevented it? The forks of one event beside each other."""
+"""What would have prevented it? Compares the forks of one event."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LATER = 10
 
 
 def rows(original: Run, episode: Episode, forks: Sequence[Run]) -> list[tuple[str, ...]]:
-    """One row a fork: its name and numbers, and whether the event came."""
+    """One row per fork: its name and numbers, and whether the event came."""
     return [_row(original, episode, fork) for fork in forks]
 
 
@@ -57,7 +57,7 @@ def _found(episode: Episode, fork: Run) -> list[Episode]:
 
 
 def _rise(run: Run, fork: Run, episode: Episode) -> float:
-    """How far the run's loss rose in the steps that the fork has after the onset, over its median just before."""
+    """The rise of the run's loss, in the fork's steps after the onset, over its median just before."""
     loss = run.series(LOSS)
     end = int(fork.series(LOSS).index.max())
     before = loss[(loss.index < episode.onset) & (loss.index >= episode.onset - BASE)]
@@ -70,7 +70,7 @@ def _rise(run: Run, fork: Run, episode: Episode) -> float:
 def verdict(episode: Episode, found: Sequence[Episode], *, rise: float) -> str:
     """Whether an event like ``episode`` is among those found: "came", "milder", "later" or "prevented".
 
-    Like it: of the same signal or kind. Milder: ``rise``, the loss's rise as a share of the original's, is below a half. Later: it
+    Like it: the same signal or kind. Milder: ``rise``, the loss's rise as a share of the original's, is below a half. Later: it
     began 10 steps or more after the original.
     """
     alike = [one for one in found if one.signal == episode.signal or one.kind == episode.kind]
@@ -82,7 +82,7 @@ def verdict(episode: Episode, found: Sequence[Episode], *, rise: float) -> str:
 
 
 def show(console: Console, original: Run, episode: Episode, forks: Sequence[Run]) -> None:
-    """The table on a terminal."""
+    """Print the table on a terminal."""
     table = RichTable(title=f"{episode.kind} at step {episode.onset}: forks", title_justify="left")
     for column in COLUMNS:
         table.add_column(column, overflow="fold")
@@ -92,7 +92,7 @@ def show(console: Console, original: Run, episode: Episode, forks: Sequence[Run]
 
 
 def write_report(folder: Path, original: Run, episode: Episode, forks: Sequence[Run]) -> Path:
-    """The table and the usual comparison as ``report.html`` in ``folder``."""
+    """Write the table and the usual comparison as ``report.html`` in ``folder``."""
     page = comparison(forks)
     page.title = f"Replays of the {episode.kind} at step {episode.onset}"
     note = (

@@ -1,4 +1,4 @@
-"""A ring of recent states in memory, to go back to when something fires.
+"""A ring of recent states in memory, to which the loop goes back when a detector fires.
 
 Rolling back n steps needs the state of n steps ago. Checkpoints on disk are too far apart, so while a responder is active the loop
 keeps copies of its state every ``every`` steps, the newest ``size`` of them. One copy is the fp32 weights and two moments: 12 bytes
@@ -31,7 +31,7 @@ class StateRing:
         return cls(every=every, size=steps // every + 2)
 
     def is_due(self, step: int) -> bool:
-        """Whether the state before ``step`` is one to keep: a run that begins, or is resumed, has one to go back to at once."""
+        """Whether to keep the state before ``step``: a run that begins, or resumes, at once has a state to go back to."""
         if not self._states:
             return True
         return step % self.every == 0 and self._states[-1].step != step
@@ -46,7 +46,7 @@ class StateRing:
         return older[-1] if older else next(iter(self._states), None)
 
     def take_back(self, step: int) -> Checkpoint | None:
-        """The newest state at or before ``step``, or the oldest there is; newer ones are dropped. None: there is none."""
+        """The newest state at or before ``step``, or the oldest there is; drops newer ones. None: there is none."""
         while len(self._states) > 1 and self._states[-1].step > step:
             self._states.pop()
         return self._states[-1] if self._states else None

@@ -1,13 +1,13 @@
-"""bf16 weights without fp32 masters: what an update leaves is rounded to bf16, and that is all that is kept of it.
+"""bf16 weights without fp32 masters: rounds updated weights to bf16, and keeps nothing else of them.
 
-    stochastic   w <- SR(w + u): up or down with the probability of what is left, so that the mean of many small updates is
+    stochastic   w <- SR(w + u): up or down with the probability of the remainder, so that the mean of many small updates is
                  right (Zamirai et al., 2010.06192, section 4; 2502.20566)
-    kahan        t = w + u + c,  w <- bf16(t),  c <- bf16(t - w): what was rounded off is added to the next update (the same)
+    kahan        t = w + u + c,  w <- bf16(t),  c <- bf16(t - w): the next update adds what was rounded off (the same)
 
-An update below half a unit in the last place, 2^-9 of a weight, is lost by plain rounding; here it is not. The draws are a function
-of (seed, update, place of the parameter). c is kept with the moments.
+Plain rounding loses an update below half a unit in the last place, 2^-9 of a weight; these do not. The draws are a function of
+(seed, update, place of the parameter). The moments keep c.
 
-Limits: numbers are those of a run without masters, memory is not: the masters hold bf16 values in fp32.
+Limits: a run computes the numbers of one without masters, but needs their memory: the masters hold bf16 values in fp32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def round_weights(
     """Round fp32 weights to bf16 values, in place.
 
     Args:
-        compensations: c of each weight, moved on in place; empty with stochastic rounding.
+        compensations: c of each weight, updated in place; empty with stochastic rounding.
         kept: "stochastic" or "kahan".
         seed: of the run.
         update: its number.

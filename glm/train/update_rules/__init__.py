@@ -1,4 +1,4 @@
-"""How gradients become updates: one pure function a rule, and what all rules share."""
+"""How gradients become updates: one pure function per rule, and what all rules share."""
 
 from __future__ import annotations
 

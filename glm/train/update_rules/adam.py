@@ -25,7 +25,7 @@ ATAN2_FACTOR = 1.27
 
 
 def _take_in(tensors: Tensors, t: int, config: OptimizerConfig) -> tuple[list[Tensor], list[Tensor]]:
-    """Move both moments on; returns m^ and sqrt v^."""
+    """Advance both moments; returns m^ and sqrt v^."""
     gradients = list(tensors.gradients)
     first, second = ([state[name] for state in tensors.states] for name in ("exp_avg", "exp_avg_sq"))
     torch._foreach_lerp_(first, gradients, 1 - config.beta1)

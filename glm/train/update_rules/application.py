@@ -1,13 +1,13 @@
-"""What is done with a rule's directions u before they are taken off the weights.
+"""How a rule's directions u change before they move the weights.
 
     cautious         u <- u [u g > 0] / max(mean [u g > 0], 1e-3)                      Liang et al., 2411.16085, algorithm 1
     update norm      u <- u min(1, B / |u|),  B mean + k deviations of the last 128    Levanter's ClipUpdateNorm
     decay            w <- w - d w, d = rate l (coupled), rate / peak l (independent: Wortsman et al., 2309.14322, section 3.2.2),
-                     or rate (rate / peak) l (AdamC: Defazio, 2506.02285, equation 2; the output projection is not normalized after,
-                     and keeps AdamW's)
+                     or rate (rate / peak) l (AdamC: Defazio, 2506.02285, equation 2; no norm follows the output projection, which
+                     keeps AdamW's)
     cautious decay   of those only w with u w > 0, which the update makes smaller      Chen et al., 2510.12402
 
-Sums over a tensor go through ``total``, so that a rank that has only a share of it learns the whole's.
+Sums over a tensor go through ``total``, so that a rank with only a share of it learns the whole's.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def directions_of(
     """u and the clipped gradient of every weight, by name.
 
     Args:
-        parts: weights that have gradients, with the settings of their group.
+        parts: weights with gradients, and the settings of their group.
         names, states: of the weights.
-        rows: of the matrices that some are made of, by name.
-        factor: of the clip, which gradients are multiplied by in place.
+        rows: of the matrices that make up some weights, by name.
+        factor: of the clip; multiplies gradients in place.
         t: number of the update, from 1.
         config: constants.
     """
@@ -47,7 +47,7 @@ def directions_of(
     gradients: dict[str, Tensor] = {}
     for weights, group in parts:
         own_names = [names[p] for p in weights]
-        own = [p.grad for p in weights if p.grad is not None]  # every one of them has one
+        own = [p.grad for p in weights if p.grad is not None]  # each has one
         if factor != 1.0:
             torch._foreach_mul_(own, factor)
         tensors = Tensors(
@@ -60,14 +60,14 @@ def directions_of(
 
 
 def decay_share(config: OptimizerConfig, rate: float, peak: float, decay: float, *, leads_out: bool) -> float:
-    """d: what an update takes off a weight of the group.
+    """d: the share that an update takes off a weight of the group.
 
     Args:
         config: kind of decay.
-        rate: learning rate of this update, the group's factor not in it.
+        rate: learning rate of this update, without the group's factor.
         peak: highest rate of the schedule.
         decay: of the group.
-        leads_out: it is the output projection.
+        leads_out: the group is the output projection.
     """
     if config.decay == "independent":
         return rate / peak * decay
@@ -82,7 +82,7 @@ def make_cautious(
     sizes: Mapping[str, int],
     total: Total,
 ) -> None:
-    """Keep of each direction what points the gradient's way, in place.
+    """Keep only the elements of each direction that point the gradient's way, in place.
 
     Args:
         sizes: elements of the whole tensors.
@@ -103,7 +103,7 @@ def take_off(weight: Tensor, direction: Tensor, *, rate: float, decay: float, ca
 
 
 class PastValues:
-    """The last so many values of a quantity, on its device; their mean and deviation without waiting for it.
+    """The last values of a quantity, on its device; their mean and deviation without waiting for it.
 
     Args:
         size: how many.
@@ -133,20 +133,20 @@ class PastValues:
 
 
 def _scalar(value: Tensor | float, device: torch.device | None) -> Tensor:
-    """In float64, filled where it is to be: to bring it over would wait for the device."""
+    """In float64, filled on its device: copying it there would wait for the device."""
     if isinstance(value, Tensor):
         return value.double()
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-# Updates whose norms are known before one is bounded by them.
+# So many updates' norms must be known before they bound one.
 LEAST = 16
 
 
 def bound_update(
     directions: Mapping[str, Tensor], past: PastValues, deviations: float, total: Total
 ) -> Tensor:
-    """Clip the norm of the whole update by its own past, in place; returns the factor, a scalar. Nothing is waited for."""
+    """Clip the norm of the whole update by its own past, in place; returns the factor, a scalar. Never waits for the device."""
     squares = total({name: u.double().square().sum() for name, u in directions.items()})
     norm = torch.stack(list(squares.values())).sum().sqrt()
     share = torch.ones_like(norm)

@@ -1,7 +1,7 @@
-"""AdamW as it is taken most: by torch's fused kernel, StableAdamW's rates beside it.
+"""AdamW's common case: torch's fused kernel, and StableAdamW's rates.
 
-The kernel is one pass over weight, gradient and moments, clipping included. With StableAdamW the rate of each tensor hangs on the
-second moment that the update is about to make (2304.13013, section 3.4), so gradients are clipped before and tensors go one by one.
+The kernel makes one pass over weight, gradient and moments, with clipping. With StableAdamW the rate of each tensor depends on the
+second moment that the update is about to make (2304.13013, section 3.4), so clipping comes before and tensors go one by one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def apply_adamw(
     decay: float | None,
     rates: Rates,
 ) -> None:
-    """Move some weights by their gradients, which are clipped in place.
+    """Move some weights by their gradients; clips these in place.
 
     Args:
         masters: all have gradients.
@@ -39,8 +39,8 @@ def apply_adamw(
         group: their settings.
         factor: of the clip.
         t: number of the update.
-        decay: what it takes off a weight, as a share of it; None: the group's, times the rate.
-        rates: StableAdamW's, of tensors that may be shares.
+        decay: the share that it takes off a weight; None: the group's, times the rate.
+        rates: computes StableAdamW's, of tensors that may be shares.
     """
     gradients = [p.grad for p in masters if p.grad is not None]
     first, second = ([states[p][moment] for p in masters] for moment in MOMENTS)
@@ -54,10 +54,10 @@ def apply_adamw(
         calls = [(slice(i, i + 1), rate) for i, rate in enumerate(own_rates)]
     else:
         if factor != 1.0:
-            # The kernel divides by it. (Filled there: to bring it over would wait for the device.)
+            # The kernel divides by it. (Filled on the device: copying it there would wait.)
             scale = torch.full((), 1.0 / factor, device=masters[0].device)
         calls = [(slice(None), group["lr"])]
-    # The kernel multiplies it by the rate, which the other kinds of decay do not.
+    # The kernel multiplies it by the rate; the other kinds of decay do not.
     share = group["weight_decay"] if decay is None else decay / group["lr"]
     for part, rate in calls:
         own = masters[part], gradients[part], first[part], second[part]
@@ -78,7 +78,7 @@ def stable_rates(
 
     Args:
         rate: before clipping.
-        gradients, second: g and the second moment that it is part of, both of update t.
+        gradients, second: g and the second moment that includes it, both of update t.
         correction2: 1 - b2^t.
         epsilon: eps.
     """
@@ -101,7 +101,7 @@ def fused_adamw(
     scale: Tensor | None,
     config: OptimizerConfig,
 ) -> None:
-    """AdamW's update t in one pass by torch's kernel: weights and moments move in place, gradients are divided by ``scale``."""
+    """AdamW's update t in one pass of torch's kernel: moves weights and moments in place, divides gradients by ``scale``."""
     step = torch.full((), float(t), device=weights[0].device)
     torch._fused_adamw_(
         [*weights],

@@ -1,4 +1,4 @@
-"""Guards: what a wild gradient meets before it reaches the moments, beside the clip of the global norm.
+"""Guards change or reject a wild gradient before it reaches the moments, beside the clip of the global norm.
 
     AdaGC         tensor i, from its update W + 1 on:  g_i <- g_i min(1, 1.05 c_i / |g_i|),  c_i = .98 c_i + .02 |g_i| clipped
                   in its first W = 100 updates the global clip, and c_i the smallest |g_i| so far     (2502.11034, algorithm 1)
@@ -9,9 +9,9 @@
     skip-step     an update whose loss or norm lies k deviations above the mean of its last 128 is left out, from 64 on
                                                                                                       (OLMo-core, SkipStepOptimizer)
 
-Norms that are 0, of tensors that had no gradient, are no past: AdaGC as published freezes such a tensor for good. Values that are
-left out enter skip-step's past at the bound, and non-finite ones not at all, so that one of them neither hides the next nor closes
-the door for 128 updates. All of it is decided from the loss and the norms that the step has on the host already.
+Norms of 0, of tensors without a gradient, do not enter the past: AdaGC as published freezes such a tensor for good. Rejected values
+enter skip-step's past at the bound, and non-finite ones not at all, so that one of them neither hides the next nor rejects all
+others for 128 updates. The guards decide all this from the loss and the norms that the step has on the host already.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ class AdaGC:
 
     def __init__(self, warmup: int = 100) -> None:
         self._warmup = warmup
-        # Smallest, then mean norm of each tensor that had a gradient.
+        # The smallest, later the mean norm of each tensor with a gradient.
         self._past: dict[str, Tensor] = {}
         self._updates = 0
 
     def clip(self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor], factor: float) -> Tensor:
-        """Clip in place; returns the share of tensors that were, as a scalar.
+        """Clip in place; returns the share of clipped tensors, as a scalar.
 
         Args:
             gradients: by name.
             norms: of the whole tensors.
-            factor: of the global clip, which is applied while this one begins.
+            factor: of the global clip, which applies during the warm-up.
         """
         norms_N = torch.stack([norms[name] for name in gradients]).float()
         none = norms_N.new_full((), math.inf)
@@ -80,7 +80,7 @@ class AdaGC:
 
 
 def clip_spikes(gradients: list[Tensor], second: list[Tensor]) -> None:
-    """SPAM: cut elements off at sqrt(5000 v), in place. v is as it is stored, not free of bias."""
+    """SPAM: cut elements off at sqrt(5000 v), in place. v is as stored, without bias correction."""
     for gradient, v in zip(gradients, second, strict=True):
         limit = (SPAM_THRESHOLD * v).sqrt_()
         gradient.copy_(torch.where(gradient.abs() > limit, gradient.sign() * limit, gradient))
@@ -101,7 +101,7 @@ class StableClip:
         self._updates = 0
 
     def clip(self, gradients: Mapping[str, Tensor], epsilon: float) -> None:
-        """Clip in place. Tensors whose gradient is 0 are left alone, and so is their past."""
+        """Clip in place. Leaves tensors whose gradient is 0 alone, and their past too."""
         self._updates += 1
         t = self._updates
         for name, gradient in gradients.items():
@@ -110,7 +110,7 @@ class StableClip:
             largest = gradient.abs().amax()
             maximum = past[0].lerp(largest, 1 - STABLE_MAXIMUM)
             bound = maximum / (1 - STABLE_MAXIMUM**t)
-            # A largest of 0 leaves 0 / 0, which is not taken.
+            # A largest of 0 gives 0 / 0, which the next line does not use.
             clipped = torch.where(gradient.abs() > bound, gradient / largest * bound, gradient)
             norm = torch.linalg.vector_norm(clipped)
             mean = past[1].lerp(norm, 1 - STABLE_NORM)
@@ -132,7 +132,7 @@ class StableClip:
 
 
 class SkipStep:
-    """Which updates are left out, by the past of their loss and norm.
+    """Decides which updates to skip, by the past of loss and norm.
 
     Args:
         deviations: k.
@@ -144,8 +144,8 @@ class SkipStep:
         self._norms: list[float] = []
 
     def skips(self, loss: float, norm: float) -> bool:
-        """Whether this update is left out; it is part of the past from now on."""
-        # Both are asked, since both remember.
+        """Whether to skip this update, which from now on is part of the past."""
+        # Ask both, since both remember.
         high = [self._is_high(self._losses, loss), self._is_high(self._norms, norm)]
         return any(high)
 
@@ -168,7 +168,7 @@ class SkipStep:
 
 
 class Guards:
-    """The guards that a configuration asks for, in the order in which a gradient meets them."""
+    """A configuration's guards, in the order in which a gradient meets them."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
@@ -180,13 +180,13 @@ class Guards:
         self.told: dict[str, Tensor | float] = {}
 
     def leaves_out(self, loss: float, norm: float) -> bool:
-        """Whether the update with this loss and gradient norm is left out."""
+        """Whether to skip the update with this loss and gradient norm."""
         left_out = self._skip is not None and self._skip.skips(loss, norm)
         self.told = {"guard/-/left_out": float(left_out)} if self._skip is not None else {}
         return left_out
 
     def resets(self, updates: int) -> bool:
-        """Whether all moments are forgotten before update number ``updates``, from 1."""
+        """Whether to forget all moments before update number ``updates``, from 1."""
         return bool(self._resets) and updates > 1 and updates % self._resets == 0
 
     def age(self, updates: int) -> int:
@@ -196,7 +196,7 @@ class Guards:
         return updates % self._resets + 1
 
     def rate_factor(self, updates: int) -> float:
-        """On the rate of this update."""
+        """The factor on the rate of this update."""
         if self.config.spam != "spam" or not self._resets or updates < self._resets:
             return 1.0
         return rate_after_reset(self.age(updates) - 1)
@@ -216,7 +216,7 @@ class Guards:
         updates: int,
         epsilon: float,
     ) -> float:
-        """Clip in place. Returns the factor that is still to be applied.
+        """Clip in place. Returns the factor still to apply.
 
         Args:
             gradients, second: and second moments, by name.

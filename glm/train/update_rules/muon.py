@@ -7,9 +7,9 @@ square, so that one rate and one decay serve both (Moonlight, 2502.16982, sectio
 Orthogonalized: five times X <- a X + (b A + c A^2) X, A = X X', from X = G' / |G'|, with (a, b, c) = (3.4445, -4.7750, 2.0315):
 singular values end between .7 and 1.2, not at 1.
 
-A weight of several matrices is taken apart first: query, key and value, the halves of a gated feed-forward, experts; with
-``per_head`` each head's (GLM-5, 2602.15763: the split keeps one head's scores from growing with another's). Matrices of one shape
-are iterated together, on a CPU as many as its cache holds.
+Muon first splits a weight of several matrices: query, key and value, the halves of a gated feed-forward, experts; with ``per_head``
+each head's (GLM-5, 2602.15763: the split keeps one head's scores from growing with another's). It iterates matrices of one shape
+together, on a CPU as many as its cache holds.
 
 Limits: hidden matrices only: an embedding's rows are tokens, of which a step sees some. In fp32 on a CPU without bf16 units, in
 bf16 elsewhere, as the original.
@@ -32,7 +32,7 @@ from glm.train.update_rules.rule import Tensors, UpdateRule
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
-# Numbers that are iterated together on a CPU.
+# Most numbers to iterate together on a CPU.
 CACHED = 2**19
 
 
@@ -71,7 +71,7 @@ def orthogonalized(matrices: Sequence[Tensor], iterations: int = 5) -> list[Tens
     for (m, n), places in alike.items():
         wide = [_wide(matrices[place]).reshape(-1, m, n) for place in places]
         image = torch.cat(wide)
-        # Few at a time, a processor need not fetch what its cache still holds, nor ask the system for new pages.
+        # Few at a time: the matrices stay in the processor's cache, and need no new pages from the system.
         together = len(image) if image.device.type != "cpu" else max(1, CACHED // (m * n))
         for part in torch.split(image, together):
             part.copy_(_newton_schulz(part, iterations))
@@ -104,7 +104,7 @@ def _newton_schulz(X_Nmn: Tensor, iterations: int) -> Tensor:
 
 
 def matrix_rows(model: nn.Module, *, per_head: bool) -> dict[str, tuple[int, ...]]:
-    """Rows of each of the matrices that a weight of this model is made of, by the weight's name; of one matrix: left out."""
+    """Rows of each of the matrices that make up a weight of this model, by the weight's name; leaves out single matrices."""
     found: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""

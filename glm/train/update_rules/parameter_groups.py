@@ -1,4 +1,4 @@
-"""Which rule, rate and decay a parameter has: a function of its name and of how many dimensions it has."""
+"""Which rule, rate and decay a parameter has: a function of its name and number of dimensions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Role = Literal["embedding", "output", "vectors", "hidden"]
 
 
 def role_of(name: str, dimensions: int) -> Role:
-    """What a parameter is in the model, by its name and its number of dimensions (the whole's, where this is a share of it)."""
+    """A parameter's role in the model, by its name and its number of dimensions (the whole's, for a share)."""
     if dimensions < 2:
         return "vectors"
     if name in ("embedding.weight", "positions"):
@@ -44,7 +44,7 @@ def grouped(
 
     Args:
         dimensions: how many each parameter has, by its name.
-        factors: on the rates of single parameters; their decay is divided by them.
+        factors: on the rates of single parameters; they divide those parameters' decay.
     """
     untied = "projection.weight" in dimensions
     found: dict[tuple[Kind, float, float, bool], list[str]] = {}

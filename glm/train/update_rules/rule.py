@@ -1,13 +1,13 @@
-"""What an update rule is: pure functions of gradients and of what is remembered of them.
+"""An update rule: pure functions of gradients and of the state that the rule keeps.
 
-    names                             of what is remembered of a parameter, in fp32
-    directions(g, state, t, config)   u of every tensor; the state is moved on in place
+    names                             of the tensors kept for a parameter, in fp32
+    directions(g, state, t, config)   u of every tensor; advances the state in place
 
 and whatever the rule, an update is
 
     w <- w - rate * decay * w - rate * u
 
-Masters, clipping, decay, groups, telemetry and checkpoints are shared (``glm.train.optimizer``); a rule knows none of them.
+``glm.train.optimizer`` has masters, clipping, decay, groups, telemetry and checkpoints for all; a rule knows none of them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Tensors:
     """The tensors of a group, one entry each.
 
     Attributes:
-        gradients: fp32, clipped; a rule leaves them as they are.
-        states: what is remembered of each.
-        rows: how many rows each of the matrices has that a weight is made of, one above the other; None: it is one.
+        gradients: fp32, clipped; a rule does not change them.
+        states: the state of each.
+        rows: number of rows of each matrix in a weight of several, one above the other; None: it is one.
     """
 
     gradients: Sequence[Tensor]
@@ -43,10 +43,10 @@ class UpdateRule:
     """An update rule.
 
     Attributes:
-        names: of what is remembered of a weight.
+        names: of the tensors in a weight's state.
         directions: u of every tensor at update t, from 1.
-        of_matrices: it is for hidden matrices only, and AdamW updates the rest.
-        make: what is remembered at first; None: zeros in the weight's shape.
+        of_matrices: for hidden matrices only; AdamW updates the rest.
+        make: makes the first state; None: zeros in the weight's shape.
     """
 
     names: tuple[str, ...]
@@ -55,7 +55,7 @@ class UpdateRule:
     make: Callable[[Tensor], State] | None = None
 
     def state(self, weight: Tensor) -> State:
-        """What is remembered of a weight, before the first update."""
+        """A weight's state before the first update."""
         if self.make is not None:
             return self.make(weight)
         return {name: torch.zeros_like(weight) for name in self.names}

@@ -5,8 +5,8 @@
     m = b1 m + (1 - b1) G,   v = b2 v + (1 - b2) (Q_L' G Q_R)^2
     u = Q_L [ (Q_L' m Q_R) / (1 - b1^s) / (sqrt(v / (1 - b2^s)) + eps) ] Q_R'
 
-As in its authors' code the first gradient only makes the bases, so s = t - 1, and a basis is refreshed after the update that uses
-the old one. m is kept in the weights' own basis, v in the eigenbasis, whose columns are sorted anew at each refresh.
+As in its authors' code the first gradient only makes the bases, so s = t - 1, and the refresh of a basis comes after the update
+that uses the old one. m is in the weights' own basis, v in the eigenbasis, whose columns each refresh sorts anew.
 
 Limits: hidden matrices only; two bases and two preconditioners are 2 (m^2 + n^2) numbers beside the moments.
 """
@@ -44,7 +44,7 @@ def soap(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:
 
 def _direction(gradient: Tensor, state: State, t: int, config: OptimizerConfig) -> Tensor:
     first, second = state["exp_avg"], state["exp_avg_sq"]
-    # No basis yet also where the first updates were withheld from this weight.
+    # There is no basis yet either where the loop withheld this weight's first updates.
     if t == 1 or not bool(state["left_basis"].any()):
         _take_in(gradient, state, config.beta2)
         for side in ("left", "right"):

@@ -1,4 +1,4 @@
-"""Every rule by its name, and what it remembers of a parameter."""
+"""Every rule by its name, and the state that it keeps for a parameter."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ RULES: Mapping[Kind, UpdateRule] = {
 
 
 def state_names(config: OptimizerConfig, name: str, dimensions: int) -> tuple[str, ...]:
-    """What is remembered of a parameter, by its name and its number of dimensions."""
+    """Names of the tensors kept for a parameter, by its name and its number of dimensions."""
     return RULES[kind_of(config, role_of(name, dimensions))].names

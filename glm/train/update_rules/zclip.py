@@ -1,7 +1,7 @@
-"""ZClip: the bound of the global gradient norm follows its past (2504.02507).
+"""ZClip bounds the global gradient norm by its past (2504.02507).
 
-A norm z > 2.5 deviations above the exponential mean of those before is clipped to mean + 2.5^2 / z deviations. A norm that is not
-finite is never given to it, so that it cannot end the past for good.
+It clips a norm z > 2.5 deviations above the exponential mean of earlier ones to mean + 2.5^2 / z deviations. The optimizer never
+passes it a norm that is not finite, which would spoil the past for good.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ WARMUP = 25
 
 
 class ZClip:
-    """Mean and variance of past norms, and what they bound."""
+    """Mean and variance of past norms, and the bound from them."""
 
     def __init__(self) -> None:
         self._mean = self._variance = 0.0
         self._seen = 0
 
     def bound(self, norm: float) -> float:
-        """What this norm is clipped to; infinite: it is not."""
+        """The bound of this norm; infinite: none."""
         deviation = math.sqrt(self._variance)
         if self._seen < WARMUP or deviation == 0.0:
             return math.inf
@@ -31,7 +31,7 @@ class ZClip:
         return math.inf if z <= DEVIATIONS else self._mean + DEVIATIONS**2 / z * deviation
 
     def remember(self, norm: float) -> None:
-        """Take a norm, as it was clipped, into the past."""
+        """Take a norm, after clipping, into the past."""
         gain = max(1 - DECAY, 1 / (self._seen + 1))
         difference = norm - self._mean
         self._mean += gain * difference
