@@ -60,7 +60,7 @@ class ActivationGradientProbe(HookingProbe):
         super().__init__()
         self._sites: dict[str, tuple[nn.Module, Summary]] = {}
         self._keys = KeyTable("activation_gradient", STATISTICS)
-        # The sites of this step in the order in which the backward pass came to them.
+        # This step's sites, in the order of the backward pass.
         self.order: list[tuple[str, Summary]] = []
 
     def _find(self) -> None:
@@ -92,7 +92,7 @@ class ActivationGradientProbe(HookingProbe):
             if self._armed:
                 with DisableTorchFunction():
                     x = tensor_in(output)
-                    # A leaf, such as a parameter handed on, would keep the hook.
+                    # A leaf, such as a parameter passed on, would keep the hook.
                     if x is not None and x.requires_grad and not x.is_leaf:
                         x.register_hook(watcher)  # type: ignore[no-untyped-call]
 
@@ -129,9 +129,9 @@ class ActivationGradientProbe(HookingProbe):
 
 
 def twin(state: Tensor) -> Function:
-    """A forward hook that is traced: it puts a ``WatchGradient`` behind the module's output.
+    """A forward hook for the compiler to trace: it puts a ``WatchGradient`` behind the module's output.
 
-    Only a tensor returned by itself can be replaced by its twin; other outputs are left alone.
+    It can replace only a tensor returned by itself with its twin, and leaves other outputs alone.
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:

@@ -80,11 +80,10 @@ STATISTICS = (
 
 
 class SummarizedTensor:
-    """One tensor in the forward pass, its summary, and the site whose summary it shares if it is the same tensor.
+    """One tensor of the forward pass, its summary, and the site whose summary it shares if it is the same tensor.
 
-    ``alias`` holds for a step: it is found in the step's first forward pass, and a later micro-batch that contradicts it voids the
-    site for the step (``broken``), for then its first part was never summarised by itself; from the next step on the site keeps a
-    summary of its own.
+    ``alias`` holds for a step: the step's first forward pass finds it. A later micro-batch that contradicts it voids the site for
+    the step (``broken``), since its first part has no summary of its own; from the next step on the site keeps one.
     """
 
     __slots__ = ("alias", "broken", "own_only", "path", "stamp", "summary")
@@ -108,13 +107,13 @@ class ActivationProbe(HookingProbe):
         self._sites: list[SummarizedTensor] = []
         self._hooked: list[tuple[nn.Module, SummarizedTensor | None, SummarizedTensor | None]] = []
         self._keys = KeyTable("activation", STATISTICS)
-        # The tensors summarised in this step, by id, so that the same one is not summarised twice.
+        # The tensors summarised in this step, by id, so that none is summarised twice.
         self._known: dict[int, tuple[weakref.ref[Tensor], int, SummarizedTensor]] = {}
-        # The summaries of this step in the order in which the forward pass came to them.
+        # This step's summaries, in the order of the forward pass.
         self.order: list[tuple[str, Summary]] = []
 
     def _find(self) -> None:
-        # A module shared under several names is watched under the first.
+        # Watch a module shared under several names under the first.
         context = self._context
         for path, module, layer in watched(context.model):
             inside = self._site(f"{path}:input") if layer and context.wanted(f"{path}:input") else None
@@ -150,7 +149,7 @@ class ActivationProbe(HookingProbe):
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not self._armed or not counts(module):
                 return
-            # Whatever mode the user or another probe has set is not meant for what we do here.
+            # A mode that the user or another probe has set is not meant for our own work here.
             with DisableTorchFunction():
                 if inside is not None:
                     x = tensor_in(args) if args else tensor_in(kwargs)
@@ -199,7 +198,7 @@ class ActivationProbe(HookingProbe):
 
 
 def operators(inside: Tensor | None, out: Tensor | None) -> Function:
-    """A forward hook that is traced: it leaves operators for the sites behind."""
+    """A forward hook for the compiler to trace: it leaves operators for the sites behind."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module.training or torch.is_grad_enabled():

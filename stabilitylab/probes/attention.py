@@ -63,11 +63,11 @@ STATISTICS = ("score_max", "score_max_sampled", "score_min", "entropy", "fp16_he
 
 
 _log = logging.getLogger("stabilitylab")
-SIZES = 4  # different numbers of heads that one module may have
+SIZES = 4  # most different numbers of heads in one module
 
 
 class _HeadSlots:
-    """Where a site's numbers go, one a head: written together, read apart."""
+    """A site's slots, one per head: written together, read apart."""
 
     def __init__(self, maxima: Slots, sums: Slots) -> None:
         self.maxima, self.sums = maxima, sums
@@ -99,9 +99,9 @@ class AttentionProbe(HookingProbe):
         self._has_looked = False
 
     def _find(self) -> None:
-        # A call is named after the module it came from.
+        # A call is named after the module that makes it.
         self._path: dict[int, str] = {id(module): path for path, module in named_modules(self._context.model)}
-        # Their scores are shown by a module of their own.
+        # These have a module of their own that shows their scores.
         self._told = {
             path.rpartition(".")[0] for path in self._path.values() if fnmatchcase(path, self._scores)
         }
@@ -111,7 +111,7 @@ class AttentionProbe(HookingProbe):
             self._running.begin(measured)
 
     def _fits(self) -> bool:
-        # The hooks of a model that is not compiled are not for one that is.
+        # Hooks for an eager model do not fit a compiled one.
         return self._running is not None or not self._context.compiled
 
     def _hook(self) -> None:
@@ -124,13 +124,13 @@ class AttentionProbe(HookingProbe):
         if self._context.compiled:
             self._follow(model)
             return
-        # The model's forward pass may be entered by another method than forward: then its blocks are the way in.
+        # A loop may enter the model by another method than forward: then its blocks are the way in.
         for module in (model, *blocks(model).values()):
             self._before_forward(module, self._enter)
             self._after_forward(module, self._exit, always_call=True)
 
     def _follow(self, model: nn.Module) -> None:
-        """Know in compiled graphs which module calls: any but those without parts."""
+        """Follow in compiled graphs which module calls: all modules but those without children."""
         self._running = Running(self._guarded(self._fused), self._guarded(self._softmax))
         for path, module in named_modules(model):
             if module is model or any(True for _ in module.children()):
@@ -209,7 +209,7 @@ class AttentionProbe(HookingProbe):
             self._record(path, materialised(kernel.scores))
 
     def _softmax(self, scores: Tensor) -> None:
-        """Take the range of a softmax's argument, where it is that of attention."""
+        """Take the range of a softmax's argument, where the softmax is attention's."""
         path, module = self._caller()
         if path is None or path in self._told or not measurable(scores):
             return
@@ -219,7 +219,7 @@ class AttentionProbe(HookingProbe):
             self._record(path, materialised(by_head_BHTS))
 
     def _caller(self) -> tuple[str | None, Any]:
-        """The innermost module of the model whose method is running, after its path."""
+        """Path of the innermost module whose method is running, and the module."""
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             module = frame.f_locals.get("self")
@@ -239,7 +239,7 @@ class AttentionProbe(HookingProbe):
         causal: bool,
         scale: float | None,
     ) -> None:
-        """Write what a fused kernel's log-sum-exp says, in whatever shape it returns it."""
+        """Write the ranges that follow from a fused kernel's log-sum-exp, whatever its shape."""
         lse_BHT = lse.reshape(*query.shape[:2], -1)
         self._record(path, fused(lse_BHT, query, key, mask=mask, causal=causal, scale=scale))
 
@@ -281,7 +281,7 @@ class AttentionProbe(HookingProbe):
         return Found(sites=tuple(path for path, _ in seen), slots=[slots.parts for _, slots in seen])
 
     def _unseen(self) -> list[str]:
-        """Classes called attention of which no module that ran showed scores, each with the first of them."""
+        """Classes called attention of which no module that ran showed scores, each with its first module."""
         first: dict[str, str] = {}
         shown: set[str] = set()
         for path, module in named_modules(self._context.model):
@@ -293,7 +293,7 @@ class AttentionProbe(HookingProbe):
                 first.setdefault(name, path)
             if any(site == path or site.startswith(inside) for site in self._slots):
                 shown.add(name)
-        # One inside the other (BERT's) is one attention.
+        # One inside another (BERT's) is one attention.
         seen_at = [path for name, path in first.items() if name in shown]
         return [
             f"{path} ({name})"
@@ -306,7 +306,7 @@ class AttentionProbe(HookingProbe):
         values, heads = [], []
         for numbers in gathered.numbers:
             if any(x is None for x in numbers):
-                # Ranks that saw other numbers of heads and were not said to have different ones.
+                # Ranks saw different numbers of heads, though not declared as sharded.
                 values.append(np.full(len(STATISTICS), np.nan))
                 heads.append(1)
                 continue
@@ -326,7 +326,7 @@ class AttentionProbe(HookingProbe):
         return Readings(self._keys[shape], np.concatenate(values))
 
     def companions(self, gathered: Gathered, numbers: Mapping[str, float]) -> dict[str, float]:
-        """The largest score of all heads and layers, for the detector; NaN, where one is."""
+        """The largest score of all heads and layers, for the detector; NaN if any is."""
         largest = max(
             (float(numbers[0].max()) for numbers in gathered.numbers if numbers[0] is not None),
             key=lambda x: math.inf if math.isnan(x) else x,
@@ -345,7 +345,7 @@ class AttentionProbe(HookingProbe):
 
 
 def _heads(module: nn.Module) -> int:
-    """Heads of a module that says how many it has, or is called attention (1); 0 for any other module."""
+    """The number of heads that a module declares, 1 for one called attention; 0 for any other module."""
     names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
     return next(
         (n for name in names if isinstance(n := getattr(module, name, None), int) and n > 0),

@@ -1,18 +1,18 @@
-"""Calls that attention is made of, seen as they happen: fused kernels with the log-sum-exp that they return, and softmaxes.
+"""Sees the calls that make up attention as they happen: fused kernels with the log-sum-exp that they return, and softmaxes.
 
 A mode on the stack of torch's function modes sees every call of ``scaled_dot_product_attention``, of
-``multi_head_attention_forward`` (behind ``nn.MultiheadAttention``), and every softmax. What it does then depends on who runs:
+``multi_head_attention_forward`` (behind ``nn.MultiheadAttention``), and every softmax. What it then does depends on the mode of
+execution:
 
-*eager*: a fused call is made under a dispatch mode that looks at what it runs: a fused kernel, whose second result
-is the log-sum-exp, or, where PyTorch does not fuse, a softmax, whose argument are the scores. A softmax that the model calls
-itself shows its argument.
+*eager*: it makes a fused call under a dispatch mode that sees what the call runs: a fused kernel, whose second result is the
+log-sum-exp, or, where PyTorch does not fuse, a softmax, whose argument is the scores. A softmax that the model calls itself shows
+its argument.
 
-*traced by torch.compile*: Dynamo traces the mode, the hooks that enter it and the list of running modules (all
-known when it traces, so that nothing of them is left in the graph but the state of the module that called). A fused
-call is replaced by the very kernel that it would come to, with an operator that shows its results
-(``compiled``); a softmax gets an operator before it. One graph, no break, the same kernels. Which kernel a call comes to is
-decided here as PyTorch decides it (``sdp_utils_cpp.cpp``), for CPUs alone; one that would go another way is left as it is,
-unseen.
+*traced by torch.compile*: Dynamo traces the mode, the hooks that enter it and the list of running modules (all known when it
+traces, so only the calling module's state remains in the graph). The mode replaces a fused call by the very kernel that PyTorch
+would choose, with an operator that shows its results (``compiled``), and puts an operator before a softmax. One graph, no break,
+the same kernels. The module chooses the kernel as PyTorch does (``sdp_utils_cpp.cpp``), for CPUs only; it leaves a call that would
+take another way as it is, unseen.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SOFTMAX = frozenset(
     {torch.softmax, torch.Tensor.softmax, torch.nn.functional.softmax, torch.special.softmax}
 )
 _aten = torch.ops.aten
-# Fused kernels, and where among their arguments the mask and "causal" are; query, key, value come first.
+# Fused kernels, with the places of the mask and "causal" among their arguments; query, key, value come first.
 _FUSED = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default: ("attn_mask", 4),
     _aten._scaled_dot_product_flash_attention.default: (None, 4),
@@ -45,14 +45,14 @@ _ATEN_SOFTMAX = frozenset({_aten._safe_softmax.default, _aten._softmax.default})
 
 
 class Kernel(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Looks at what one call of attention runs, and lets it run.
+    """Sees what one call of attention runs, and lets it run.
 
     Args:
         heads: takes scores of shape [B * heads, T, S] for [B, heads, T, S].
 
     Attributes:
         lse: a fused kernel's log-sum-exp.
-        given: what that kernel was given: query, key, mask, causal, scale.
+        given: that kernel's arguments: query, key, mask, causal, scale.
         scores: [B, H, T, S], the argument of a softmax.
     """
 
@@ -82,7 +82,7 @@ class Kernel(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def by_head(scores: Tensor, heads: int) -> Tensor | None:
-    """Scores as [B, H, T, S]; None where they are of no shape that ``heads`` explains (0: unknown)."""
+    """Scores as [B, H, T, S]; None where ``heads`` (0: unknown) does not explain their shape."""
     if scores.dim() == 3 and heads and scores.shape[0] % heads == 0:
         return scores.view(-1, heads, *scores.shape[1:])
     return scores if scores.dim() == 4 else None
@@ -92,9 +92,9 @@ class Calls(TorchFunctionMode):
     """Sees every call of attention while it is on the stack.
 
     Args:
-        saw: told of eager calls of fused attention: the kernel, and what scaled_dot_product_attention was given.
-        saw_scores: told of eager softmaxes over the last dimension: their argument.
-        running: what is known of the modules that are running, innermost last; see ``Running``.
+        saw: called at eager calls of fused attention with the kernel and the arguments of scaled_dot_product_attention.
+        saw_scores: called at eager softmaxes over the last dimension with their argument.
+        running: the state of the running modules, innermost last; see ``Running``.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Calls(TorchFunctionMode):
         self._saw, self._saw_scores = saw, saw_scores
         self._running = running
         self.armed = True
-        # Dynamo does not trace the question: it is asked between the steps.
+        # Dynamo cannot trace the question: ask it between the steps.
         self.flash: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -148,7 +148,7 @@ class Calls(TorchFunctionMode):
 
 
 def _scores(args: Any, kwargs: Any) -> Tensor | None:
-    """The argument of a softmax that goes over the last dimension of a floating tensor."""
+    """The argument of a softmax over the last dimension of a floating tensor."""
     scores = args[0] if args else kwargs.get("input")
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         return None
@@ -167,7 +167,7 @@ def _traced(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The call with an operator that shows what its kernel returned, where that kernel is known."""
+    """The call, with an operator that shows its kernel's results, where that kernel is known."""
     if dropout_p == 0.0 and not enable_gqa and _flash_on_cpu(query, key, value, attn_mask):
         mask = attn_mask
         if mask is not None and mask.dtype == torch.bool:
@@ -182,7 +182,7 @@ def _traced(
 
 
 def _flash_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether PyTorch takes the CPU's flash kernel for these."""
+    """Whether PyTorch takes the CPU's flash kernel for these arguments."""
     tensors = (query, key, value)
     return (
         all(x.device.type == "cpu" and x.dim() == 4 and x.stride(-1) == 1 for x in tensors)
@@ -204,10 +204,10 @@ class Shown(NamedTuple):
 
 
 class Running:
-    """Which modules are running, for a compiled model: hooks that Dynamo traces keep the list and the mode.
+    """Keeps the list of running modules for a compiled model, and the mode, in hooks that Dynamo traces.
 
     Args:
-        saw, saw_scores: told of calls outside of compiled graphs, as by ``Calls``.
+        saw, saw_scores: called at calls outside compiled graphs, as by ``Calls``.
     """
 
     def __init__(self, saw: Callable[..., None], saw_scores: Callable[..., None]) -> None:
@@ -215,7 +215,7 @@ class Running:
         self.mode = Calls(saw, saw_scores, self._stack)
 
     def hooks(self, shown: Shown) -> tuple[Callable[..., None], Callable[..., None]]:
-        """For before and after a module's forward pass."""
+        """The hooks before and after a module's forward pass."""
         stack, mode = self._stack, self.mode
 
         def before(module: nn.Module, args: Any) -> None:
@@ -231,7 +231,7 @@ class Running:
         return before, after
 
     def begin(self, armed: bool) -> None:
-        """A step begins, perhaps after a forward pass that raised."""
+        """Begin a step, perhaps after a forward pass that raised."""
         self.mode.armed = armed
         self.mode.flash = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
         if self._stack:

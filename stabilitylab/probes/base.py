@@ -1,4 +1,4 @@
-"""What a probe is: it listens to one kind of number while armed, and hands over a step's readings when asked.
+"""The probe protocol: a probe listens to one kind of number while armed, and hands over a step's readings when asked.
 
 The life of a probe under the monitor:
 
@@ -6,18 +6,18 @@ The life of a probe under the monitor:
     for each step:
         arm(measured)                    before the forward pass: whether this step is measured
         ... hooks write to the buffer ...
-        gradients(...)                   reduced and unscaled, not yet clipped: of all, or of each optimizer in its turn
-        collect() -> found               after the optimizer's step: what was found, still on the device
+        gradients(...)                   reduced and unscaled, not yet clipped: of all, or of each optimizer in turn
+        collect() -> found               after the optimizer's step: the numbers, still on the device
         finish(gathered) -> readings     later, when the numbers are on the host, in another thread
-    detach()                             every handle is removed
+    detach()                             removes every handle
 
-A probe with an attribute ``is_costly`` keeps its cadence under a recorder, which has every step measured by the others.
+A probe with an attribute ``is_costly`` keeps its cadence under a recorder, for which the others measure every step.
 
-Two methods are optional. ``name_parameters()``, of a probe that goes by parameters: called when some have joined
-``context.parameters``. ``companions(gathered, numbers)``: of a measured step, numbers of the whole model that the detector judges
-beside the step's own ``numbers``, by metric name (``attention/-/score_max``).
+Two methods are optional. The monitor calls ``name_parameters()`` of a probe that goes by parameters when some have joined
+``context.parameters``. ``companions(gathered, numbers)`` gives, for a measured step, numbers of the whole model by metric name
+(``attention/-/score_max``), which the detector judges beside the step's own ``numbers``.
 
-Nothing a probe does may change what the model computes: no random numbers, no in-place change, no other kernel.
+A probe must not change what the model computes: no random numbers, no in-place change, no other kernel.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from stabilitylab.telemetry import Key
 
 @dataclass(frozen=True)
 class Readings:
-    """One probe's numbers of one step. ``keys`` is the same object as long as the set of metrics is unchanged."""
+    """One probe's numbers of one step. ``keys`` stays the same object while the set of metrics is unchanged."""
 
     keys: tuple[Key, ...]
     values: NDArray[np.float64]
-    # What deserves an event of its own: kind and data.
+    # Finds that deserve an event: kind and data.
     events: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
 @dataclass(kw_only=True)
 class Found:
-    """What a probe found in a step, still on the device: of each site, the slots that hold its numbers.
+    """A probe's finds in a step, still on the device: for each site, the slots that hold its numbers.
 
     Args:
-        sites: names.
-        slots: of each site the same number of slots; None for what it has not.
-        scale: a factor on the numbers, as a number or where the buffer has it.
-        extra: what else ``finish`` needs, plain data.
+        sites: their names.
+        slots: the same number of slots for each site; None for a number that it lacks.
+        scale: a factor on the numbers, as a number or its slots in the buffer.
+        extra: plain data that ``finish`` needs besides.
     """
 
     sites: tuple[str, ...]
@@ -67,11 +67,11 @@ class Found:
 
 
 class Placing:
-    """Turns ``Found`` into ``Seen``; remembers the last one, since most steps find the same.
+    """Turns ``Found`` into ``Seen``; remembers the last one, since most steps have the same.
 
     Args:
-        split: whether this rank has some of a site's heads or channels only.
-        shard: which of them.
+        split: says whether this rank has only some of a site's heads or channels.
+        shard: which of them it has.
     """
 
     def __init__(self, split: Callable[[str], bool], shard: int) -> None:
@@ -79,7 +79,7 @@ class Placing:
         self._last: tuple[Found, int, Seen] | None = None
 
     def seen(self, found: Found, buffer: Buffer) -> Seen:
-        """Where in the packet the numbers will lie."""
+        """The places of the numbers in the packet."""
         if self._last is not None:
             last, generation, seen = self._last
             same = last is found or (
@@ -101,7 +101,7 @@ class Placing:
 
 
 class KeyTable:
-    """Remembers the keys of the last set of sites, so that equal sets give the same tuple."""
+    """Remembers the keys of the last set of sites, so that an equal set gives the same tuple."""
 
     def __init__(self, family: str, statistics: Sequence[str]) -> None:
         self._family, self._statistics = family, tuple(statistics)
@@ -109,7 +109,7 @@ class KeyTable:
         self._keys: tuple[Key, ...] = ()
 
     def keys(self, sites: tuple[str, ...]) -> tuple[Key, ...]:
-        """Site by site, the statistics in order."""
+        """The keys, site by site, the statistics in order."""
         if sites != self._sites:
             self._keys = tuple(Key(self._family, site, s) for site in sites for s in self._statistics)
             self._sites = sites
@@ -118,25 +118,24 @@ class KeyTable:
 
 @dataclass(kw_only=True)
 class Context:
-    """What the monitor lends to its probes.
+    """What the monitor shares with its probes.
 
     Args:
         model: the module watched, unwrapped.
-        parameters: the trainable tensors by name: whose ``.grad`` is read and which the optimizer updates.
+        parameters: the trainable tensors by name: the monitor reads their ``.grad``, and the optimizer updates them.
         optimizer: may be None.
-        buffer: where numbers go during a step.
-        patterns: globs; a site is watched if one of them matches its module path.
-        sharded: globs; of parameters, modules and inputs (``path:input``) that one of them matches, each rank
-            holds a shard, some of the heads, some of the channels.
-        scattered: globs; of parameters that one of them matches, no two ranks hold the same elements.
-        loss_scale: the factor on the loss in the step that ends, as a number or where the buffer has it.
-        failed: told of a probe, by name, whose hook raised.
-        compiled: the model runs under ``torch.compile``: hooks are traced once and must stay.
-        traced: a hook was traced by the compiler all the same.
-        order: sites in the order in which the first measured forward pass came to them; attention's scores as
-            ``attention/<path>``.
-        is_ordering: whether ``passed`` still takes them down.
-        muted: a pass is made that is not the training's: hooks look away.
+        buffer: holds the numbers during a step.
+        patterns: globs; the probes watch a site if one matches its module path.
+        sharded: globs; of parameters, modules and inputs (``path:input``) that one matches, each rank holds a shard, some heads or
+            some channels.
+        scattered: globs; of parameters that one matches, no two ranks hold the same elements.
+        loss_scale: the factor on the loss in the step that ends, as a number or its slots in the buffer.
+        failed: called with the name of a probe whose hook raised.
+        compiled: whether the model runs under ``torch.compile``, which traces hooks once, so that they must stay.
+        traced: whether the compiler traced a hook all the same.
+        order: sites in the order of the first measured forward pass; attention's scores as ``attention/<path>``.
+        is_ordering: whether ``passed`` still records the order.
+        muted: whether a pass outside training runs, which hooks ignore.
     """
 
     model: nn.Module
@@ -156,12 +155,12 @@ class Context:
     _frames: int = 0
 
     def passed(self, site: str) -> None:
-        """The forward pass has come to a site: noted while the order of execution is being learned."""
+        """Note that the forward pass has come to a site, while the order of execution is being learned."""
         if self.is_ordering:
             self.order.setdefault(site)
 
     def follow_compiler(self) -> None:
-        """Between steps: learn that the model has been compiled after the monitor was attached, or under another name."""
+        """Check, between steps, whether the model was compiled after the monitor was attached, or under another name."""
         if self.compiled:
             return
         before, self._frames = self._frames, frames()
@@ -170,7 +169,7 @@ class Context:
             forget_graphs(self.model)
 
     def guarded(self, probe: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """The hook, with the training protected from its failure: that is reported instead of raised."""
+        """The hook, which reports a failure instead of raising it into training."""
 
         def protected(*args: Any, **kwargs: Any) -> Any:
             if self.muted:
@@ -185,11 +184,11 @@ class Context:
         return protected
 
     def is_sharded(self, path: str) -> bool:
-        """Whether other ranks hold other parts of this parameter, of this module's output or input."""
+        """Whether other ranks hold other parts of this parameter, or of this module's output or input."""
         return any(fnmatchcase(path, pattern) for pattern in self.sharded)
 
     def is_scattered(self, path: str) -> bool:
-        """Whether every element of this parameter is on one rank only, as under ZeRO."""
+        """Whether each element of this parameter is on one rank only, as under ZeRO."""
         return any(fnmatchcase(path, pattern) for pattern in self.scattered)
 
     def wanted(self, path: str) -> bool:
@@ -198,7 +197,7 @@ class Context:
 
 
 class Probe(Protocol):
-    """See the module's docstring for the order of calls."""
+    """A probe; the module's docstring shows the order of calls."""
 
     name: str
 
@@ -206,22 +205,22 @@ class Probe(Protocol):
         """Find the sites. Called once, before any other method."""
 
     def arm(self, measured: bool) -> None:
-        """Say whether the step that begins is measured."""
+        """Prepare for a step that begins, measured or not."""
 
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
-        """Take the gradients by parameter name, each ``scale`` times the true one; called on measured steps, of several optimizers
-        once each.
+        """Take the gradients by parameter name, each ``scale`` times the true one; called on measured steps, once for each
+        optimizer.
 
-        ``norms`` are true L2 norms of parameters whose gradients themselves are gone.
+        ``norms`` are true L2 norms for parameters whose gradients themselves are gone.
         """
 
     def collect(self) -> Found | None:
-        """What was found in the step that ends; None for nothing."""
+        """The numbers of the step that ends; None for none."""
 
     def finish(self, gathered: Gathered) -> Readings:
-        """Readings from what was found. Runs in the delivery thread: it must not touch what ``collect`` does."""
+        """Make readings from the numbers. Runs in the delivery thread: it must not touch what ``collect`` touches."""
 
     def detach(self) -> None:
         """Remove every handle."""

@@ -1,23 +1,23 @@
-"""Watching inside ``torch.compile``: hooks that are traced into the graph as operators, without breaking it.
+"""Watches inside ``torch.compile``, with hooks that Dynamo traces into the graph as operators, without breaking it.
 
 Dynamo traces forward hooks. A hook that counted anything itself would break the graph; ours, when traced, leave an operator behind
-that takes the tensor and a *state*: an integer tensor that holds the number of a site, and that the operator claims to write, so
-that nobody removes or reorders it. When the compiled graph runs, the operator asks the table of ``watchers`` who wants the tensor,
-and does nothing if nobody does: after an unmeasured step, or once the monitor is closed. So the graph is compiled once and stays
-one graph, whether a step is measured or not.
+that takes the tensor and a *state*: an integer tensor that holds a site's number. The operator claims to write the state, so that
+the compiler neither removes nor reorders it. When the compiled graph runs, the operator asks the table of ``watchers`` who wants
+the tensor, and does nothing if nobody does: in an unmeasured step, or once the monitor is closed. So the graph is compiled once and
+stays one graph, whether a step is measured or not.
 
-The number travels in a tensor and not as a constant because a graph compiled for one block is used again for all that are alike:
+The number travels in a tensor and not as a constant because torch uses a graph compiled for one block again for all similar blocks:
 the state is an input of the graph and comes from the hook of the block at hand.
 
 Gradients take the same way: ``WatchGradient`` is an identity whose backward pass holds the operator. So do calls of fused
-attention, with what its kernel returned and was given: ``observe_attention``.
+attention, with their kernel's results and arguments: ``observe_attention``.
 
-A model may be compiled under another name than the one that the monitor was given (``fast = torch.compile(model)``), or later.
-``is_compiled`` looks among all such wrappers of the process, whenever ``frames`` says that something has been compiled.
+A loop may compile the model under another name than the monitor's (``fast = torch.compile(model)``), or later. ``is_compiled``
+searches all such wrappers in the process, whenever ``frames`` shows that something was compiled.
 
-Limits. The operator keeps the compiler from fusing across it, and with half precision what is fused is rounded less often: a
-compiled watched model may differ from a compiled unwatched one in the last bit (in float32 it does not). CUDA graphs replay kernels
-without asking anybody: the operators are marked as unsafe for them.
+Limits. The operator keeps the compiler from fusing across it, and fused half-precision code rounds less often: a compiled watched
+model may differ from a compiled unwatched one in the last bit (in float32 it does not). CUDA graphs replay kernels without asking
+anybody, so the operators are marked as unsafe for them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stabilitylab import compat
 
 Watcher = Callable[..., None]
 
-# By site number: who takes the tensor. An operator whose number is not here does nothing.
+# Site number -> who takes the tensor. An operator whose number is not here does nothing.
 watchers: dict[int, Watcher] = {}
 _numbers = itertools.count()
 
@@ -90,19 +90,19 @@ class WatchGradient(torch.autograd.Function):
 
 
 def register(watcher: Watcher) -> Tensor:
-    """The state for a watcher: pass it to the operator. Give it back with ``unregister``."""
+    """A state for the watcher, to pass to the operator. Give it back with ``unregister``."""
     number = next(_numbers)
     watchers[number] = watcher
     return torch.tensor(number)
 
 
 def unregister(state: Tensor) -> None:
-    """The watcher of this state is shown nothing any more."""
+    """Show the watcher of this state nothing any more."""
     watchers.pop(int(state), None)
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether the model or a part of it has been given to ``torch.compile``, and whatever came back is still there."""
+    """Whether ``torch.compile`` wraps the model or a part of it, in a wrapper that still exists."""
     wrapper = compat.optimized_module()
     if wrapper is None:
         return False
@@ -114,10 +114,10 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def frames() -> int:
-    """How many frames have been compiled in this process."""
+    """The number of frames compiled in this process."""
     return compat.compiled_frames()
 
 
 def forget_graphs(model: nn.Module) -> None:
-    """Have the model traced again: graphs made before the hooks were in place do not have them in."""
+    """Have the model traced again, since graphs from before the hooks do not contain them."""
     compat.trace_again(getattr(type(module).forward, "__code__", None) for module in model.modules())

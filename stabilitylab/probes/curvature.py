@@ -62,14 +62,14 @@ class CurvatureProbe(HookingProbe):
 
     Args:
         backward: computes the present batch's loss at the present weights, and its backward pass.
-        at_risk: a margin; two measurements in a row below it are an event ``at-risk``, told once until it is passed again. None: no
-            event: what it foretells is in docs/attribution.md, and it is wrong more often than an alarm may be.
+        at_risk: a margin; two measurements in a row below it make an event ``at-risk``, once until the margin rises above it again.
+            None: no event, as it is wrong more often than an alarm may be (docs/attribution.md).
     """
 
     name = "curvature"
     # It makes a pass of its own, and so keeps its cadence under a recorder.
     is_costly = True
-    # Compiled graphs need not hold it: any pass may show where random numbers stood.
+    # Compiled graphs need not hold the hook: any pass may show where random numbers stood.
     stays_in_graphs = False
 
     def __init__(self, backward: Callable[[], object], *, at_risk: float | None = None) -> None:
@@ -77,7 +77,7 @@ class CurvatureProbe(HookingProbe):
             raise InputError(f"at_risk is a margin, over 0, got {at_risk}")
         super().__init__()
         self._backward, self._at_risk = backward, at_risk
-        # Measurements in a row below the margin; of the delivery thread.
+        # Measurements in a row below the margin; only the delivery thread uses it.
         self._below = 0
         self._slots: Slots | None = None
         self._randomness: list[Tensor] = []
@@ -91,7 +91,7 @@ class CurvatureProbe(HookingProbe):
             self._before_forward(module, self._guarded(self._remember))
 
     def _remember(self, *given: object) -> None:
-        """The random numbers that a measured step's forward pass begins with."""
+        """Keep the random state with which a measured step's forward pass begins."""
         if not self._randomness:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
             self._randomness = [torch.get_rng_state(), *cuda]
@@ -99,7 +99,7 @@ class CurvatureProbe(HookingProbe):
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
-        """Measure, with these gradients as the step's own."""
+        """Measure the curvature, with these gradients as the step's own."""
         optimizer, context = self._context.optimizer, self._context
         if not self._armed or optimizer is None or not gradients:
             return
@@ -129,7 +129,7 @@ class CurvatureProbe(HookingProbe):
     def _elsewhere(
         self, parameters: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> tuple[list[Tensor], Tensor] | None:
-        """The gradient of the same batch at w + r d, and r; all is as it was afterwards."""
+        """The gradient of the same batch at w + r d, and r; restores everything afterwards."""
         context, model = self._context, self._context.model
         kept = [p.detach().clone() for p in parameters]
         held = [(p, p.grad) for p in context.parameters.values()]
@@ -148,7 +148,7 @@ class CurvatureProbe(HookingProbe):
             _put_randomness(self._randomness or now)
             with (
                 torch.enable_grad()
-            ):  # gradients may be handed over from where there is none: inside clipping
+            ):  # gradients may come from where grad mode is off, as inside torch's clipping
                 self._backward()
             found = [p.grad.detach().float() for p in parameters if p.grad is not None]
             return (found, r) if len(found) == len(parameters) else None
@@ -164,7 +164,7 @@ class CurvatureProbe(HookingProbe):
             context.muted = False
 
     def collect(self) -> Found | None:
-        """The step's, if it was measured."""
+        """The step's curvature, if measured."""
         if self._slots is None or self._slots.stamp != self._context.buffer.stamp:
             return None
         return Found(sites=(RUN_SITE,), slots=[(self._slots,)])
@@ -185,7 +185,7 @@ class CurvatureProbe(HookingProbe):
 def _directions(
     optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], float] | None:
-    """Parameters, d, Pd, and the threshold; None where there is nothing to go by: no gradient, no moments yet, half precision."""
+    """Parameters, d, Pd, and the threshold; None without a basis for them: no gradient, no moments yet, half precision."""
     by_id, states = {id(p): name for name, p in names.items()}, optimizer.state
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     most = max(rates, default=0.0)
@@ -223,7 +223,7 @@ def _directions(
 
 
 def _more_than_adam(state: Mapping[str, Any]) -> bool:
-    """Whether an optimizer remembers tensors that Adam does not: a basis that v is kept in (SOAP), a second momentum (AdEMAMix)."""
+    """Whether an optimizer keeps tensors that Adam does not: a basis for v (SOAP), a second momentum (AdEMAMix)."""
     others = (value for name, value in state.items() if name not in ADAMS)
     return any(isinstance(value, (Tensor, list, tuple, dict)) and _size(value) > 1 for value in others)
 

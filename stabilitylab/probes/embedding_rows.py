@@ -44,12 +44,12 @@ class EmbeddingRowProbe:
         self._scale: float | Slots = 1.0
 
     def attach(self, context: Context) -> None:
-        """Find the embeddings among the parameters, by name: a half-precision model's masters are other tensors."""
+        """Find the embeddings among the parameters, by name, as a half-precision model's masters are other tensors."""
         self._context = context
         self.name_parameters()
 
     def name_parameters(self) -> None:
-        """Find them again: parameters have joined, perhaps with modules."""
+        """Find them again, as parameters have joined, perhaps with modules."""
         names = (
             f"{path}.weight" if path else "weight"
             for path, module in named_modules(self._context.model)
@@ -78,14 +78,14 @@ class EmbeddingRowProbe:
                 gradient, dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)
             )
             if is_dtensor(norm):
-                norm = norm.full_tensor()  # one number a row, gathered over the ranks that hold the rows
+                norm = norm.full_tensor()  # one number per row, gathered over the ranks that hold the rows
             top = norm.topk(min(TOP, len(norm)))
             slots = self._slots.get(name)
             if slots is None or slots.device != norm.device:
                 slots = self._slots[name] = buffer.reserve("lists", 2 * TOP + 2, norm.device)
             slots.stamp = -1
             number = top.indices if rows is None else rows[top.indices]
-            # Where there are fewer rows, the rest has norm -1.
+            # Missing rows have norm -1.
             missing = TOP - len(number)
             number, height = (
                 pad(number.double(), (0, missing)),
@@ -115,7 +115,7 @@ class EmbeddingRowProbe:
             count = shards.shape[1] // 2 - 1
             before = np.cumsum(shards[:, :1], axis=0) - shards[:, :1]
             rows, norms = (before + shards[:, 2 : 2 + count]).ravel(), shards[:, 2 + count :].ravel()
-            # Largest first, before them what is no number; after them the places of rows that are not there.
+            # NaN first, then the largest; places of missing rows last.
             order = np.where(norms < 0, np.inf, np.where(np.isnan(norms), -np.inf, -norms))
             top = np.argsort(order, kind="stable")[: min(count, int(np.sum(~(norms < 0))))]
             with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""All probes there are, as they go together."""
+"""All probes, connected with each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stabilitylab.probes.updates import UpdateProbe
 
 
 def all_probes() -> list[Probe]:
-    """Everything there is to measure."""
+    """The probes that a monitor uses by default."""
     gradients, activations = GradientProbe(), ActivationProbe()
     activation_gradients = ActivationGradientProbe()
     return [

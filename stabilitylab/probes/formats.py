@@ -52,8 +52,8 @@ from stabilitylab.statistics.summary import measurable
 
 FORMATS = ("int8-tensor", "int8-row", "fp8-e4m3-tensor", "mxfp4", "nvfp4")
 ROWS = 8
-_SHARED = 2  # numbers of a sample that all formats share: how many, and the sum of their squares
-_EACH = 3  # numbers of a format: what_if_sums
+_SHARED = 2  # numbers of a sample that all formats share: its size, and its sum of squares
+_EACH = 3  # numbers per format: what_if_sums
 _OPERANDS = (":input", ":weight", ":gradient")
 
 
@@ -62,10 +62,10 @@ class FormatProbe(HookingProbe):
 
     Args:
         formats: names of ``what_if_format``; no blocks of several rows (a sample of rows has none).
-        rows: how many of each operand.
+        rows: number of rows of each operand.
 
     Raises:
-        InputError: there is no such format, or its blocks span several rows; no rows.
+        InputError: there is no such format, its blocks span several rows, or ``rows`` is less than 1.
     """
 
     name = "formats"
@@ -88,7 +88,7 @@ class FormatProbe(HookingProbe):
         self._keys = KeyTable("format", statistics)
         self._layers: dict[str, nn.Module] = {}
         self._slots: dict[str, Slots] = {}
-        # Of each operand of this step: rows of it, and its largest magnitude.
+        # For each operand of this step: its rows, and its largest magnitude.
         self._taken: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _find(self) -> None:
@@ -118,14 +118,14 @@ class FormatProbe(HookingProbe):
                 x, y = tensor_in(args) if args else tensor_in(kwargs), tensor_in(output)
                 if x is not None and counts(module):
                     forward(x)
-                # Under reentrant checkpointing gradients go through the recomputed output alone.
+                # Under reentrant checkpointing gradients go only through the recomputed output.
                 if y is not None and y.requires_grad and not y.is_leaf:
                     y.register_hook(backward)  # type: ignore[no-untyped-call]
 
         return hook
 
     def _taker(self, path: str, module: nn.Module | None, operand: str) -> Callable[[Tensor], None]:
-        """Takes a layer's operand, and with ``module`` its weight."""
+        """A function that takes a layer's operand, and with ``module`` its weight."""
 
         @torch.no_grad()
         def take(x: Tensor) -> None:
@@ -143,13 +143,13 @@ class FormatProbe(HookingProbe):
         if not (self._context.wanted(path) or self._context.wanted(site)):
             return
         x = x.detach()
-        # Subclasses (a shard of a weight, a weight that is stored as codes) have no rows to look at.
+        # Subclasses (a shard of a weight, a weight stored as codes) have no rows to sample.
         if type(x) is not Tensor or not measurable(x) or not x.is_floating_point() or x.dim() < 2:
             return
         matrix = x.flatten(0, -2)
         stride = max(1, len(matrix) // self._rows)
         sample = matrix[stride // 2 :: stride][: self._rows].float().clone()
-        # One pass without a copy; |x| and norms take fifteen times as long on a CPU.
+        # One pass without a copy: |x| and norms take fifteen times as long on a CPU.
         lowest, highest = torch.aminmax(matrix)
         largest = torch.maximum(-lowest, highest).float()
         own = sample.nan_to_num(0.0, 0.0, 0.0).abs().amax()
@@ -193,13 +193,13 @@ class FormatProbe(HookingProbe):
         return Readings(self._keys.keys(gathered.sites), values.ravel())
 
     def detach(self) -> None:
-        """Remove the hooks, and what they took."""
+        """Remove the hooks, and their samples."""
         super().detach()
         self._taken.clear()
 
 
 def _matrix(module: nn.Module, width: int) -> Tensor | None:
-    """The weight as [out, in], where in is ``width``; None where it is no such matrix."""
+    """The weight as [out, in], with in = ``width``; None where it is no such matrix."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return None

@@ -58,7 +58,7 @@ class GradientProbe:
 
     def __init__(self) -> None:
         self._summaries: dict[str, Summary] = {}
-        # By the names taken together: of several optimizers each one's.
+        # By the names taken together: for several optimizers, each one's.
         self._batches: dict[tuple[str, ...], SummaryBatch] = {}
         self._full = KeyTable("gradient", STATISTICS)
         self._short = KeyTable("gradient", ("l2", "share"))
@@ -66,7 +66,7 @@ class GradientProbe:
         self._scale: float | Slots = 1.0
         self._seen: tuple[str, ...] = ()
         self._found: Found | None = None
-        # What ``finish`` was asked for last, and which of it is kept.
+        # The names that ``finish`` got last, and which of them to keep.
         self._asked: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self._kept: tuple[list[int], list[int], tuple[Key, ...]] = [], [], ()
 
@@ -82,8 +82,8 @@ class GradientProbe:
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
-        """Summarise these gradients, each in its own slots, in one call; with several calls in a step they add up, and of the same
-        gradient the last counts."""
+        """Summarise these gradients, each in its own slots; several calls in a step add up, and the last counts for a gradient
+        given twice."""
         self._scale = scale
         names, tensors = [], []
         for name, gradient in gradients.items():
@@ -113,7 +113,7 @@ class GradientProbe:
 
     @property
     def order(self) -> list[tuple[str, Summary]]:
-        """The parameters of this step in the order in which the backward pass came to them: from the last to the first."""
+        """The step's parameters in the order of the backward pass: from the last to the first."""
         return [(name, self._summaries[name]) for name in reversed(self._seen)]
 
     def collect(self) -> Found | None:
@@ -138,7 +138,7 @@ class GradientProbe:
     def _keep(
         self, sites: tuple[str, ...], given: tuple[str, ...]
     ) -> tuple[list[int], list[int], tuple[Key, ...]]:
-        """Which of the parameters, and of those with a norm alone, the user asked for, and their keys. Steps ask the same."""
+        """The places of parameters, and of those with only a norm, that the user asked for, and their keys. Steps rarely differ."""
         wanted = self._context.wanted
         keep, keep_given = ([i for i, name in enumerate(names) if wanted(name)] for names in (sites, given))
         keys = self._full.keys(tuple(sites[i] for i in keep))
@@ -155,7 +155,7 @@ class GradientProbe:
 def local_part(gradient: Tensor) -> tuple[Tensor, bool]:
     """This rank's part of a gradient, and whether other ranks hold other parts.
 
-    Of a DTensor that is copied over some dimensions of its mesh, the first copy counts: the others give nothing.
+    Of a DTensor replicated over some dimensions of its mesh, only the first copy counts.
     """
     if not is_dtensor(gradient):
         return gradient, False
@@ -171,7 +171,7 @@ def local_part(gradient: Tensor) -> tuple[Tensor, bool]:
 
 
 def statistics(gathered: Gathered) -> tuple[power_sums.Array, power_sums.Array]:
-    """The table's statistics [parameters, STATISTICS], and (l2, share) [norms, 2] of those with a norm alone."""
+    """The table's statistics [parameters, STATISTICS], and (l2, share) [norms, 2] for those with only a norm."""
     rows = gathered.rows() if gathered.sites else np.empty((0, len(FIELDS)))
     norms, scale = np.array(list(gathered.extra.values()), dtype=np.float64), gathered.scale
     column = {field: rows[:, i] for field, i in COLUMN.items()}

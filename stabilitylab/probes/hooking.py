@@ -1,10 +1,10 @@
-"""Probes that hook: what they share of attaching, arming, detaching, of errors and of compiled models.
+"""The base of probes that hook: attaching, arming, detaching, errors and compiled models.
 
-Hooks exist while a step is measured and cost nothing otherwise. Those on modules of a compiled model are traced into its graphs
-once and must stay: there ``_armed`` says whether what passes is looked at. A hook that raises is reported and not raised, and one
-in a pass that is not the training's sees nothing (``Context.guarded``); a copy of the model is not watched (``Hook``).
+Hooks exist only while a step is measured, and cost nothing otherwise. Dynamo traces those on modules of a compiled model into its
+graphs once, so they must stay: there ``_armed`` says whether they look. ``Context.guarded`` reports an error in a hook instead of
+raising it, and makes hooks ignore passes outside training; a copy of the model is not watched (``Hook``).
 
-A probe of one's own says what it finds in ``_find``, and where it hooks in ``_hook``:
+A probe of your own finds its sites in ``_find`` and places its hooks in ``_hook``:
 
     class LoudestProbe(HookingProbe):
         name = "loudest"
@@ -13,7 +13,7 @@ A probe of one's own says what it finds in ``_find``, and where it hooks in ``_h
             for path, module in self._context.model.named_modules():
                 self._after_forward(module, self._guarded(partial(self._look, path)))
 
-and has ``collect`` and ``finish`` as every probe (``stabilitylab.probes.base``).
+and has ``collect`` and ``finish`` like every probe (``stabilitylab.probes.base``).
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ Function = Callable[..., Any]
 
 
 class HookingProbe:
-    """What is common to probes with hooks; see the module's docstring."""
+    """The base class of probes with hooks; see the module's docstring."""
 
     name: str
-    # Whether hooks are on modules, and so are there for good where the model is compiled.
+    # Whether hooks are on modules, and so stay for good where the model is compiled.
     stays_in_graphs = True
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        # Of the operators that compiled graphs hold for us.
+        # The states of our operators in compiled graphs.
         self._states: list[Tensor] = []
         self._armed = False
 
     def attach(self, context: Context) -> None:
-        """Find the sites; nothing is hooked before a step is measured."""
+        """Find the sites; hook nothing before a measured step."""
         self._context = context
         self._find()
 
     def arm(self, measured: bool) -> None:
-        """A step begins: put the hooks in place, or take them away."""
+        """Begin a step: put the hooks in place, or take them away."""
         self._begin(measured)
         wanted = measured
         if self.stays_in_graphs:
@@ -66,10 +66,10 @@ class HookingProbe:
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
-        """Not the business of a probe that hooks."""
+        """Nothing to do for a probe that hooks."""
 
     def detach(self) -> None:
-        """Remove the hooks; those in graphs that are still alive see nothing any more."""
+        """Remove the hooks; those in graphs still alive see nothing any more."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -78,7 +78,7 @@ class HookingProbe:
         self._states.clear()
         self._armed = False
 
-    # What a probe says of itself.
+    # For a probe to override.
 
     def _find(self) -> None:
         """Choose the sites, once."""
@@ -94,13 +94,13 @@ class HookingProbe:
         """Put the hooks in place."""
         raise NotImplementedError
 
-    # What it does it with.
+    # For a probe to use.
 
     def _guarded(self, function: Function) -> Function:
         return self._context.guarded(self.name, function)
 
     def _state(self, watcher: Function) -> Tensor:
-        """What operators in compiled graphs know the (guarded) watcher by."""
+        """The state by which operators in compiled graphs know the (guarded) watcher."""
         self._states.append(register(watcher))
         return self._states[-1]
 
@@ -118,7 +118,7 @@ class HookingProbe:
             self._handles.append(optimizer.register_step_post_hook(self._guarded(after)))
 
     def _traceable(self, eager: Function, leave: Function) -> Function:
-        """A hook that runs ``eager``, or where the compiler traces it, ``leave``, which leaves operators behind."""
+        """A hook that runs ``eager``, or, where the compiler traces it, ``leave``, which leaves operators behind."""
         context = self._context
 
         def hook(*args: Any) -> Any:

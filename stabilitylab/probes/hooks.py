@@ -1,8 +1,8 @@
-"""Hooks on modules that stay with the model they were put on.
+"""Hooks that stay with the model they were put on.
 
-A model that is watched is copied (``copy.deepcopy`` for an average of weights) and pickled (``torch.save(model)``) like any other.
-What is registered with it would go along: the copy would be watched as if it were the model, and a function made inside another
-cannot be pickled. A ``Hook`` leaves in the copy a function of the standard library that does nothing.
+Users copy (``copy.deepcopy`` for an average of weights) and pickle (``torch.save(model)``) a watched model like any other. Plain
+hooks would go along: the probes would watch the copy as if it were the model, and a nested function cannot be pickled. A ``Hook``
+leaves in the copy a function of the standard library that does nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,6 @@ class Hook:
         return self._function(*args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # The way out of a context that nothing was entered with: takes anything, returns None. It is there wherever the model is
-        # loaded, also where this library is not.
+        # The exit of an empty context: takes anything, returns None. It exists wherever the model is loaded, also without this
+        # library.
         return getattr, (nullcontext(), "__exit__")

@@ -1,18 +1,18 @@
-"""Changes that no update made: weights that moved between two steps, settings of the optimizer that jumped, moments that fell.
+"""Changes that no update made: weights that moved between two steps, optimizer settings that jumped, moments that fell.
 
-Between the end of one optimizer step and the beginning of the next nothing moves a weight in ordinary training. So of two measured
-steps that follow each other
+In ordinary training nothing moves a weight between the end of one optimizer step and the beginning of the next. So for two measured
+steps in succession
 
     ||w before step t|| against ||w after step t - 1||      all elements: a row, a single weight, a NaN
-    sample before t against sample after t - 1              one element in 512: what a norm does not see, a change of sign
+    sample before t against sample after t - 1              one element in 512: a change of sign, which a norm does not show
 
-must agree. Adam's second moment v = beta2 v + (1 - beta2) g^2 falls by beta2 at most, so one that falls by more was changed, and
-the settings of a parameter group (beta1, beta2, weight decay, epsilon, ...; the rate is recorded anyway) stay or move by little. A
-parameter's change is told after ``CALM`` steps without one: what a loop does regularly (weights normalised after every step) is its
-habit.
+must agree. Adam's second moment v = beta2 v + (1 - beta2) g^2 falls by a factor of beta2 at most, so something changed one that
+falls further, and the settings of a parameter group (beta1, beta2, weight decay, epsilon, ...; the rate is recorded anyway) stay or
+move little. A parameter's change counts after ``CALM`` steps without one: a regular change (weights normalised after every step) is
+the loop's habit.
 
-Told as events ``parameter-changed`` (site, factor of its norm), ``moments-changed`` (site, factor) and ``optimizer-changed``
-(setting, before, after): one of each kind a step, with the number of parameters that changed and the first of them.
+The events are ``parameter-changed`` (site, factor of its norm), ``moments-changed`` (site, factor) and ``optimizer-changed``
+(setting, before, after): at most one of each kind per step, with the first parameter that changed and the number of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stabilitylab.statistics.updates import Update, take_before
 
 FIELDS = ("outside2", "then2", "now2")
 CALM = 4
-LEAST = 1e-3  # relative change of a norm: what formats and reductions may do lies far below
+LEAST = 1e-3  # relative change of a norm: formats and reductions stay far below
 SETTING_FACTOR = 1.5
 _RATES = ("lr", "rate", "initial", "step", "maximize", "capturable")
 HALVED = 0.5**2  # of the squared norm of second moments
@@ -40,26 +40,26 @@ EventData = tuple[str, Mapping[str, Any]]
 
 
 class BetweenSteps:
-    """Where the last step left the weights, until the next one begins."""
+    """The weights as the last step left them, until the next one begins."""
 
     def __init__(self) -> None:
-        # Of each parameter: what is sampled (held, so that its id stays its own), the sample, and the norm.
+        # For each parameter: its update (held, so that its id stays its own), the sample, and the norm.
         self._kept: dict[int, tuple[Update, Tensor, Tensor]] = {}
         self._fresh = False
 
     def arm(self, measured: bool) -> None:
-        """A step begins. What was kept counts if the step before kept it, and nothing came between."""
+        """Begin a step. The kept weights count only if the step right before kept them."""
         if not (measured and self._fresh):
             self._kept = {}
         self._fresh = False
 
     def held(self) -> list[Update]:
-        """Whose result is remembered."""
+        """The updates whose result is kept."""
         return [update for update, *_ in self._kept.values()]
 
     def compare(self, updates: Sequence[Update]) -> tuple[list[int], Tensor] | None:
-        """Places in ``updates`` of those that were kept, and for each [FIELDS] from then to now, on the device; None if there is
-        nothing to compare with."""
+        """The places in ``updates`` of the kept ones, and [FIELDS] for each, from then to now, on the device; None without any to
+        compare."""
         kept, self._kept = self._kept, {}
         places = [i for i, update in enumerate(updates) if id(update) in kept]
         if not places:
@@ -80,7 +80,7 @@ class BetweenSteps:
             )
 
     def keep(self, updates: Sequence[Update]) -> None:
-        """The optimizer's step is over: remember its result. The updates' memory is taken for it."""
+        """Keep the result of the optimizer's step that is over, in the updates' own memory."""
         with torch.no_grad():
             take_before(list(updates))
             norms = _norms(updates)
@@ -89,9 +89,9 @@ class BetweenSteps:
 
 
 def _sums_of_squares(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Of each of the parts of ``x`` that have these lengths."""
+    """The sum of squares of each part of ``x``; ``lengths`` gives the parts' lengths."""
     if x.device.type != "cpu":
-        # The lengths stay on the host: to bring them over, or to have them checked there, would wait for the device.
+        # The lengths stay on the host: moving them, or having them checked there, would wait for the device.
         return torch.stack(torch._foreach_norm(torch.split(x, [*lengths]))).square()
     return torch.segment_reduce(x.square(), "sum", lengths=torch.tensor(lengths))
 
@@ -110,7 +110,7 @@ def _norms(updates: Sequence[Update]) -> list[Tensor]:
 
 
 class OutsideChanges:
-    """Makes events of what was compared, step by step; runs in the delivery thread."""
+    """Makes events from the comparisons, step by step; runs in the delivery thread."""
 
     def __init__(self) -> None:
         self._calm: dict[tuple[str, str], int] = {}
@@ -127,12 +127,11 @@ class OutsideChanges:
         """What changed between the last step and this one.
 
         Args:
-            names: of the parameters.
-            compared: [parameters, FIELDS], zeros where there is nothing to compare with; None where the step before was
-                not measured.
+            names: the parameters' names.
+            compared: [parameters, FIELDS], zeros where there was nothing to compare; None where the step before was not measured.
             second: squared norm of Adam's second moment, below zero where there is none.
-            settings: of the optimizer, that jumped: name, before, after.
-            beta2: the least of all groups', 0.5 where none is known.
+            settings: the optimizer's settings that jumped: name, before, after.
+            beta2: the least of all groups; 0.5 where none is known.
         """
         found: list[EventData] = [
             ("optimizer-changed", {"setting": setting, "before": before, "after": after})
@@ -161,7 +160,7 @@ class OutsideChanges:
 
 
 def _has_moved(outside2: float, then2: float, now2: float) -> bool:
-    """Whether a weight is not where it was; what was not finite before is no news."""
+    """Whether a weight has moved; one that was not finite before does not count."""
     if not math.isfinite(then2) or (then2 == now2 and outside2 == 0.0):
         return False
     if not math.isfinite(now2):
@@ -171,7 +170,7 @@ def _has_moved(outside2: float, then2: float, now2: float) -> bool:
 
 
 def _told(kind: str, changes: Sequence[tuple[str, float]], of: int) -> list[EventData]:
-    """One event a step, of the first site in the optimizer's order, with how many others did the same."""
+    """One event for the step: the first site in the optimizer's order, with the number of parameters that changed."""
     if not changes:
         return []
     (site, factor), sites = changes[0], [name for name, _ in changes[:MOST]]
@@ -179,7 +178,7 @@ def _told(kind: str, changes: Sequence[tuple[str, float]], of: int) -> list[Even
 
 
 def settings_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The numbers of all parameter groups by name, rates and counters left out: ``0.weight_decay``, ``0.beta2``."""
+    """The numeric settings of all parameter groups by name, without rates and counters: ``0.weight_decay``, ``0.beta2``."""
     found: dict[str, float] = {}
     for i, group in enumerate(groups):
         for name, value in group.items():
@@ -200,8 +199,8 @@ def least_beta2(settings: Mapping[str, float]) -> float:
 
 
 def jumps(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[tuple[str, float, float], ...]:
-    """Settings that are half as large again as they were, or less than two thirds; of a beta, 1 - beta counts. One that several
-    groups share is told once."""
+    """Settings that have grown by half or more, or fallen below two thirds; for a beta, 1 - beta counts. A change that several
+    groups share comes once."""
     found: dict[tuple[str, float, float], None] = {}
     for name, now in after.items():
         then = before.get(name, now)

@@ -41,8 +41,7 @@ class PrecisionProbe:
     """Finds the overflow site; see the module's docstring.
 
     Args:
-        activations, activation_gradients, gradients: the probes whose counts it reads; None for one that is
-        not used.
+        activations, activation_gradients, gradients: the probes whose counts it reads; None for one not used.
     """
 
     name = "precision"
@@ -65,7 +64,7 @@ class PrecisionProbe:
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
-        """Not this probe's business."""
+        """Nothing to do for this probe."""
 
     def collect(self) -> Found | None:
         """The other probes' summaries, in the order of computation."""

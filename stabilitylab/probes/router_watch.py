@@ -1,18 +1,18 @@
-"""How evenly a mixture of experts uses them: any model whose routers hand on which experts they chose, as HuggingFace's do.
+"""How evenly a mixture of experts uses them, in any model whose routers return the experts they chose, as HuggingFace's do.
 
     with RouterWatch(model) as watch:
         model(**batch)
     monitor.step(step, **watch.readings())
 
-A router is a module with a matrix ``weight`` of one row an expert whose output has a tensor of whole numbers [..., chosen]: the
-experts of each token. It does not matter how the experts themselves are stored, fused into one parameter or apart. Readings are
+A router is a module with a matrix ``weight`` of one row per expert, whose output has a tensor of whole numbers [..., chosen]: the
+experts of each token. The experts themselves may be fused into one parameter or stored apart. Readings are
 ``experts/SITE/STATISTIC``, summed over all calls while entered:
 
     load_max        largest load over an even one           load_entropy   of the loads, over that of even ones
     dead            share of experts that nothing chose     router_l2      norm of the router's weight
 
-(Load as in Switch Transformers, 2101.03961, section 2.2.) Drops are no business of a router: such models drop nothing. Where
-choices can be dropped, a trainer tells by itself. Nothing is waited for before ``readings``.
+(Load as in Switch Transformers, 2101.03961, section 2.2.) It does not count drops: such models drop nothing, and a trainer that
+drops choices reports it itself. Only ``readings`` waits for the device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stabilitylab.forward_watch import ForwardHook, ForwardWatch
 
 
 def loads(chosen: Tensor, experts: int) -> Tensor:
-    """How many choices fell on each expert, [experts]. (``bincount`` waits for the device, to learn the largest number.)"""
+    """The number of choices of each expert, [experts]. (``bincount`` waits for the device, to learn the largest number.)"""
     flat = chosen.flatten()
     return torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(
         0, flat, torch.ones_like(flat)
@@ -38,10 +38,10 @@ def loads(chosen: Tensor, experts: int) -> Tensor:
 
 
 class RouterWatch(ForwardWatch):
-    """Counts while it is entered; keeps what it counted.
+    """Counts while entered; keeps its counts.
 
     Args:
-        model: whose routers.
+        model: has the routers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,7 +57,7 @@ class RouterWatch(ForwardWatch):
                 yield module, partial(self._count, path)
 
     def _count(self, path: str, module: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-        if in_backward():  # activations are recomputed: the choices were counted when they were made
+        if in_backward():  # recomputation: these choices are already counted
             return
         parts = out if isinstance(out, (tuple, list)) else (out,)
         chosen = [part for part in parts if isinstance(part, Tensor) and part.dtype == torch.int64]
@@ -70,7 +70,7 @@ class RouterWatch(ForwardWatch):
         self._norms[path] = torch.linalg.vector_norm(weight.detach().float())
 
     def readings(self) -> dict[str, float]:
-        """By telemetry name; empty where no router was called."""
+        """Telemetry name -> reading; empty where no router was called."""
         found: dict[str, float] = {}
         for path, load_E in self._loads.items():
             share_E = load_E.double() / load_E.sum().clamp_min(1)

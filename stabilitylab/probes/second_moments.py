@@ -1,13 +1,13 @@
-"""Adam's moments as optimizers keep them: under which names, and with or without their initial bias.
+"""Finds Adam's moments in an optimizer's state, and whether they have their initial bias.
 
-torch's Adam keeps v_t = beta2 v_(t-1) + (1 - beta2) g^2, which is too small at first by 1 - beta2^t; others (StableAdamW as
-pytorch-optimizer has it, heavyball's) keep that divided out, by a beta2 that grows with t. No name says which. One step does: in
+torch's Adam keeps v_t = beta2 v_(t-1) + (1 - beta2) g^2, at first too small by a factor 1 - beta2^t; others (pytorch-optimizer's
+StableAdamW, heavyball's) keep it with that divided out, by a beta2 that grows with t. No name tells which, but one step does: in
 
     share = (v_t - v_(t-1)) / (g^2 - v_(t-1))        of an element; v_0 = 0
 
 the first kind has 1 - beta2 and the second (1 - beta2) / (1 - beta2^t), exactly, in every element and for any gradient. Where the
-quartiles over elements are near neither (another basis, scale or gradient), it is no v that g^2 may be divided by; where none has
-moved (yet), it is none in that step. After some 1 / (1 - beta2) steps the kinds are alike, and nothing is asked.
+quartiles over elements are near neither (another basis, scale or gradient), g^2 must not be divided by this v; where no element has
+moved (yet), not in that step. After some 1 / (1 - beta2) steps the kinds agree, and the check ends.
 
 Moments are found by name, ``exp_avg_sq`` and ``exp_avg``, alone or inside another name, one level down or two (heavyball:
 ``state[0]["update_by_adam_exp_avg_sq_0"]``), where they have as many elements as the parameter.
@@ -27,7 +27,7 @@ from stabilitylab.statistics.updates import AdamMoments
 
 SECOND, FIRST = "exp_avg_sq", "exp_avg"
 ALIKE = 0.5  # of 1 - beta2^t: from there on the bias is no more than a factor of sqrt(2) in an RMS
-NEAR = 1.4  # less than the root of the least factor between the two, 1 / ALIKE
+NEAR = 1.4  # less than the root of the least factor between the two kinds, 1 / ALIKE
 SAMPLED, TRIED = 64, 4
 
 
@@ -35,12 +35,13 @@ class SecondMoments:
     """Reads moments, and learns from an optimizer's first measured step how it keeps v."""
 
     def __init__(self) -> None:
-        # Of each parameter group, by id, that is held so that it stays its own: whether v has its bias. None: v is something else.
+        # For each parameter group, by id (the group is held, so that its id stays its own): whether v has its bias. None: v is
+        # something else.
         self._kinds: dict[int, tuple[Mapping[str, Any], bool | None]] = {}
         self._before: dict[int, Tensor | None] = {}
 
     def before(self, p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
-        """The optimizer's step begins: keep a sample of a parameter's v, if that is still needed."""
+        """Keep a sample of a parameter's v before the optimizer's step, if still needed."""
         if id(group) in self._kinds or len(self._before) >= TRIED:
             return
         found = _found(p, state)
@@ -67,7 +68,7 @@ class SecondMoments:
         )
 
     def done(self) -> None:
-        """The step is over: what was kept for it goes."""
+        """End the step: drop what was kept for it."""
         self._before.clear()
 
     def _kind(
@@ -85,7 +86,7 @@ class SecondMoments:
             return True
         if id(p) not in self._before or gradient is None or gradient.layout is not torch.strided:
             return True
-        # Once in a run for each group: on an accelerator this waits for the step.
+        # Once per run and group: on an accelerator this waits for the step.
         grown = float(grown)
         if grown >= ALIKE:
             kind: bool | None = True
@@ -106,7 +107,7 @@ class SecondMoments:
 
 
 def _shares(before: Tensor | None, after: Tensor, gradient: Tensor) -> Tensor:
-    """Of each element that tells, which share of g^2 came into v; on the host."""
+    """For each element that shows it, the share of g^2 that came into v; on the host."""
     old = torch.zeros_like(after) if before is None else before
     apart = gradient.square() - old
     told = apart != 0
@@ -119,7 +120,7 @@ def _sample(x: Tensor) -> Tensor:
 
 
 def _step(state: Mapping[str, Any], group: Mapping[str, Any]) -> float | Tensor | None:
-    """The number of steps made: torch keeps it with the parameter, fused optimizers with the group."""
+    """The number of steps done: torch keeps it with the parameter, fused optimizers with the group."""
     step = state.get("step", group.get("step"))
     if isinstance(step, Tensor):
         # One on an accelerator stays there: reading it would wait for the device.
@@ -128,7 +129,7 @@ def _step(state: Mapping[str, Any], group: Mapping[str, Any]) -> float | Tensor 
 
 
 def _found(p: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """First and second moment, the parts that are here."""
+    """First and second moment: this rank's parts."""
     count = local_part(p.detach())[0].numel()
     for inner in (state,) if SECOND in state else _levels(state, 2):
         names = [SECOND] if SECOND in inner else [n for n in inner if isinstance(n, str) and SECOND in n]

@@ -1,6 +1,6 @@
-"""Where in a model activations are looked at: linear and norm layers, embeddings, and the blocks of the residual stream.
+"""The sites of a model's activations: linear and norm layers, embeddings, and the blocks of the residual stream.
 
-What is a linear layer, an embedding, a block is told by ``stabilitylab.model_structure``.
+``stabilitylab.model_structure`` says what a linear layer, an embedding, a block is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stabilitylab.statistics.summary import measurable
 
 
 def tensor_in(value: Any) -> Tensor | None:
-    """The first measurable tensor in a module's input or output: a tensor, or inside a sequence, mapping or dataclass."""
+    """The first measurable tensor in a module's input or output: itself, or inside a sequence, mapping or dataclass."""
     if isinstance(value, Tensor):
         return value if measurable(value) else None
     parts: Iterable[Any]
@@ -38,8 +38,8 @@ def tensor_in(value: Any) -> Tensor | None:
 
 
 def watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Path, module, and whether it is a linear or norm layer (else an embedding or a block: its output alone counts), of all whose
-    activations are watched."""
+    """For each watched module: its path, itself, and whether it is a linear or norm layer (else an embedding or a block, of which
+    only the output counts)."""
     residual_stream = {id(block) for block in blocks(model).values()}
     for path, module in named_modules(model):
         layer = is_linear(module) or is_norm(module)
@@ -48,7 +48,7 @@ def watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def counts(module: nn.Module) -> bool:
-    """Whether a forward pass running now is one of training, and not the second one of activation recomputation.
+    """Whether the forward pass running now is one of training, and not the second one of activation recomputation.
 
     Recomputation happens inside the backward pass, where the autograd engine has a graph task; an evaluation runs without gradients
     in evaluation mode.

@@ -55,7 +55,7 @@ _COUNTS = (len(STATISTICS), len(WITH_ANOTHER_V), len(WITHOUT_MOMENTS))
 
 @dataclass(slots=True)
 class _Entry:
-    """A parameter, the part of it that is here, and where its numbers go."""
+    """A parameter, this rank's part of it, and the slots for its numbers."""
 
     name: str
     parameter: Tensor
@@ -73,7 +73,7 @@ class UpdateProbe(HookingProbe):
         super().__init__()
         self._updates: dict[int, _Entry] = {}
         self._held: dict[int, Tensor] = {}  # gradients, during a step
-        # The keys of what had moments, another v, no moments, and all of them together.
+        # The keys of parameters with moments, with another v, without moments, and of all together.
         self._joined: tuple[list[tuple[Key, ...]], tuple[Key, ...]] | None = None
         self._tables = [KeyTable("update", some) for some in (STATISTICS, WITH_ANOTHER_V, WITHOUT_MOMENTS)]
         self._ready = False
@@ -123,11 +123,11 @@ class UpdateProbe(HookingProbe):
             if entry is None or entry.parameter is not p or entry.slots.device != here.device:
                 entry = self._updates[id(p)] = self._entry(p)
             elif not entry.update.is_of(here):
-                # The parameter has been given other memory (p.data = ...), or another format.
+                # The parameter got other memory (p.data = ...), or another format.
                 entry.update = Update(here)
             if entry.update.sampled:
                 chosen.append(entry)
-            # Some optimizers (heavyball's) let go of each gradient once they have used it.
+            # Some optimizers (heavyball's) drop each gradient once they have used it.
             if p.grad is not None:
                 self._held[id(p)] = p.grad
                 if states is not None:
@@ -155,7 +155,7 @@ class UpdateProbe(HookingProbe):
     def _entry(self, p: Tensor) -> _Entry:
         name, (here, is_shard) = self._names[id(p)], local_part(p.detach())
         is_shard = is_shard or self._context.is_scattered(name)
-        # All fields are sums, and what is the same on every rank counts once.
+        # All fields are sums, and values equal on every rank count once.
         region = "sums" if is_shard else "shard_sums" if self._context.is_sharded(name) else "replicated"
         slots = self._context.buffer.reserve(region, len(FIELDS) + len(OUTSIDE), here.device)
         return _Entry(name, p, Update(here), slots)
@@ -170,10 +170,10 @@ class UpdateProbe(HookingProbe):
         if not self._ready:
             return
         buffer, jobs = self._context.buffer, []
-        # Once: several optimizers', or ZeRO's, is put together when it is asked for.
+        # Once: the state of several optimizers, or of ZeRO, is built at each access.
         states = optimizer.state
         seen: list[Update] = []
-        # What is not for the kernel, and where it goes.
+        # Numbers that the kernel does not compute, and their slots.
         others: list[Stepped] = []
         views: list[Tensor] = []
         for p, group in self._listed(optimizer):
@@ -219,7 +219,7 @@ class UpdateProbe(HookingProbe):
         )
 
     def _left_out(self) -> Found | None:
-        """The optimizer's step was left out, as where a gradient is not finite: perhaps since a weight is not."""
+        """The updates of a step that the scaler left out, as for a non-finite gradient, perhaps from a non-finite weight."""
         entries = {id(entry.update): entry for entry in self._updates.values()}
         chosen = [entries[id(update)] for update in self._between.held() if id(update) in entries]
         if not chosen:
@@ -240,7 +240,7 @@ class UpdateProbe(HookingProbe):
         """The table's statistics."""
         rows = gathered.rows()
         compared, settings, beta2, has_stepped = gathered.extra
-        # A v in a basis that turns, say, may fall as it likes.
+        # A v in a rotating basis, say, may fall at will.
         is_another = np.isnan(rows[:, COLUMN["ratio2"]])
         second = np.where(is_another | (not has_stepped), -1.0, rows[:, COLUMN["second2"]])
         outside = rows[:, len(FIELDS) :] if compared else None
@@ -261,8 +261,8 @@ class UpdateProbe(HookingProbe):
         return Readings(self._joined[1], np.concatenate(parts), events)
 
     def companions(self, gathered: Gathered, numbers: Mapping[str, float]) -> dict[str, float]:
-        """RMS of the change of all weights over the learning rate, each parameter's sample standing for all of it; for the
-        detector, which is not to take a rise of the rate for one of the gradient."""
+        """RMS of the change of all weights over the learning rate, each parameter's sample standing for all of it. It is for the
+        detector, which must not take a rise of the rate for one of the gradient."""
         rate, rows = numbers.get("learning_rate", 0.0), gathered.rows()
         count, sampled, squares = (rows[:, COLUMN[name]] for name in ("count", "sampled", "update2"))
         if not rate > 0 or not len(rows) or not gathered.extra[-1]:
@@ -277,7 +277,7 @@ class UpdateProbe(HookingProbe):
 
 
 def statistics(rows: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The table's statistics [parameters, STATISTICS] from the summed-up updates [parameters, FIELDS]."""
+    """The table's statistics [parameters, STATISTICS] from the summed updates [parameters, FIELDS]."""
     column = {field: rows[:, i] for field, i in COLUMN.items()}
     with np.errstate(divide="ignore", invalid="ignore"):
         rms = np.sqrt(column["update2"] / column["sampled"])

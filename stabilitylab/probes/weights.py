@@ -40,7 +40,7 @@ from stabilitylab.telemetry import Key
 
 STATISTICS = ("l2", "sigma_max", "stable_rank", "cos_gradient_weight", "cos_update_gradient")
 OF_VECTORS = ("l2", "cos_gradient_weight", "cos_update_gradient")
-# Of the first measured step, and of each later one.
+# In the first measured step, and in each later one.
 FIRST_ITERATIONS, ITERATIONS = 12, 2
 _FIELDS = 6  # |w|^2, sigma, <g, w>, |g|^2, <u, g>, |u|^2
 
@@ -85,7 +85,7 @@ class WeightProbe(HookingProbe):
         self._before.clear()
 
     def _hook(self) -> None:
-        # Gradients are read where the optimizer takes them.
+        # Read gradients where the optimizer takes them.
         self._around_step(self._take, self._measure)
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class WeightProbe(HookingProbe):
                 gradient = p.grad
                 if name is None or gradient is None or gradient.is_sparse or not measurable(gradient):
                     continue
-                # A gradient may be clipped in place by the step itself: what it is given is copied with the weight.
+                # The step itself may clip a gradient in place: copy it, as it is given, with the weight.
                 self._before[name] = (p.detach().clone(), gradient.detach().clone())
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class WeightProbe(HookingProbe):
             del self._before[name]
 
     def _sigma(self, name: str, weight: Tensor) -> Tensor:
-        """The largest singular value as far as the kept vector knows it; -1 for vectors."""
+        """The largest singular value, as well as the kept vector gives it; -1 for vectors."""
         if weight.dim() < 2 or min(weight.shape[0], weight[0].numel()) < 2:
             return torch.full((), -1.0, device=weight.device)
         self._matrices.add(name)
@@ -136,13 +136,13 @@ class WeightProbe(HookingProbe):
         kept = self._vectors.get(name)
         rounds = ITERATIONS
         if kept is None or kept.shape[0] != matrix.shape[1] or kept.device != matrix.device:
-            # Any start that is not orthogonal to the answer; drawn from no generator of the training's.
+            # Any start that is not orthogonal to the answer, without drawing from training's generators.
             kept = torch.cos(torch.arange(1, matrix.shape[1] + 1, device=matrix.device, dtype=matrix.dtype))
             kept, rounds = kept / torch.linalg.vector_norm(kept), FIRST_ITERATIONS
         for _ in range(rounds):
             moved = matrix.T @ (matrix @ kept)
             norm = torch.linalg.vector_norm(moved)
-            # What is not finite, or 0, does not become the next start.
+            # A non-finite or zero vector does not become the next start.
             kept = torch.where((norm > 0) & torch.isfinite(norm), moved / norm, kept)
         self._vectors[name] = kept
         sigma: Tensor = torch.linalg.vector_norm(matrix @ kept)

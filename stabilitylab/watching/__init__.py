@@ -1,7 +1,7 @@
-"""Watch a log while it grows, and tell what it shows the moment it shows it.
+"""Watches a log while it grows, and tells at once what it shows.
 
-A line's way: a follower (``tail``, ``followers``, ``stores``) hands over the rows that are new, wherever they come from; a judge of
-its segment (``judge``) chooses columns and feeds the online detector; what it finds becomes an alert (``alerts``, one of
-``rules``), which is a line, a command and a webhook (``hooks``); where the watch stands is on disk (``memory``), so that it goes on
-after a kill without saying anything twice. ``panel`` is what a terminal shows, ``commands`` the command.
+A line's way: a follower (``tail``, ``followers``, ``stores``) hands over new rows, wherever they come from; a judge of the segment
+(``judge``) chooses columns and feeds the online detector; its finds become alerts (``alerts``, each under one of ``rules``), which
+go out as a line, to a command and to a webhook (``notifiers``). The watch keeps its state on disk (``kept_state``), so that it goes
+on after a kill without saying anything twice. ``panel`` draws the terminal's view, ``commands`` holds the command.
 """

@@ -1,7 +1,7 @@
-"""What is said: one alert, as a line, as a command's environment, as a webhook's message.
+"""One alert: as a line, as a command's environment, as a webhook's message.
 
-Names of columns, runs and files come from outside. They are shown without characters that a terminal, Slack's markup or an
-environment would take for commands, and they never stand in a command line.
+Names of columns, runs and files come from outside. An alert shows them without characters that a terminal, Slack's markup or an
+environment would take for commands, and never puts them into a command line.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from stabilitylab.telemetry import LOSS, Event
 from stabilitylab.watching.rules import RULES
 
 _COLOURS = {"critical": "#c0392b", "warning": "#e0a800", "notice": "#7f8c8d"}
-# Facts of an event that go into the environment and the webhook, by their name there.
+# Facts of an event for the environment and the webhook, by their name there.
 _FACTS = ("signal", "onset", "peak", "end", "height", "baseline", "value", "site", "factor")
 _LONGEST = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alert:
-    """One thing that was found.
+    """One find.
 
     Attributes:
-        id: the same for the same thing, whenever the log is read.
+        id: the same for the same find, whenever the log is read.
         rule: see ``rules``.
         text: one line.
         path: the log.
         segment: the run, rank or phase in it; "" where there is one.
-        step: where the watch stood; None where it is about no step.
+        step: the step that it is about; None for no step.
         facts: name -> number or text.
         time: seconds since 1970.
     """
@@ -59,7 +59,7 @@ class Alert:
         return f"[{self.segment}] " if self.segment else ""
 
     def to_json(self) -> dict[str, Any]:
-        """What is kept of it on disk, and given to a command as STABILITYLAB_JSON."""
+        """The form kept on disk, which a command gets as STABILITYLAB_JSON."""
         return {
             "id": self.id,
             "rule": self.rule,
@@ -77,7 +77,7 @@ class Alert:
         return cls(**{name: value for name, value in body.items() if name != "severity"})
 
     def environment(self) -> dict[str, str]:
-        """STABILITYLAB_RULE, _SEVERITY, _TEXT, _PATH, _SEGMENT, _STEP, _ID, _JSON, and one a fact."""
+        """STABILITYLAB_RULE, _SEVERITY, _TEXT, _PATH, _SEGMENT, _STEP, _ID, _JSON, and one per fact."""
         said = {
             name: value
             for name, value in self.to_json().items()
@@ -88,7 +88,7 @@ class Alert:
         return {f"STABILITYLAB_{name.upper()}": str(value)[:_LONGEST] for name, value in said.items()}
 
     def slack(self) -> dict[str, Any]:
-        """A message for an incoming webhook of Slack, or of what takes the same (Mattermost, Discord's /slack)."""
+        """A message for an incoming webhook of Slack, or a compatible one (Mattermost, Discord's /slack)."""
         fields = {"rule": self.rule, "step": self.step, "segment": self.segment, **self.facts}
         return {
             "text": _escaped(f"{self.rule} in {self.path}: {self._where()}{self.text}"),
@@ -109,7 +109,7 @@ class Alert:
 
 
 def of_event(event: Event, *, path: str, segment: str, piece: int, columns: Mapping[str, str]) -> Alert:
-    """What the detector, or a run's own monitor, has found."""
+    """The alert for an event of the detector or of a run's own monitor."""
     data = dict(event.data)
     signal = str(data.get("signal", data.get("metric", data.get("site", ""))))
     mark = data.get("episode", data.get("site", ""))
@@ -136,7 +136,8 @@ def of_event(event: Event, *, path: str, segment: str, piece: int, columns: Mapp
 
 
 def of_silence(path: str, values: int, seconds: int, step: int, problem: str | None, is_lost: bool) -> Alert:
-    """No value for so many seconds; ``values`` came before, the last of ``step`` (-1: none). ``is_lost``: nobody writes."""
+    """The alert for no value in so many seconds; ``values`` came before, the last of ``step`` (-1: none). ``is_lost``: nobody
+    writes."""
     rule = "run-lost" if is_lost else "silent"
     said = f"{rule}: no value{'' if values else ' yet'}" + (f" ({plain(problem)})" if problem else "")
     said += f" for {seconds} s" + (f"; the last was of step {step}" if step >= 0 else "")
@@ -157,10 +158,10 @@ def _fact(value: Any) -> Any:
 
 
 def plain(text: str) -> str:
-    """Without control characters: nothing in a log may steer a terminal."""
+    """The text without control characters, so that nothing in a log can steer a terminal."""
     return "".join(c if c.isprintable() else " " for c in text)[:_LONGEST]
 
 
 def _escaped(text: str) -> str:
-    """Slack takes <!channel> for a call to everybody."""
+    """The text escaped for Slack, which takes <!channel> for a call to everybody."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

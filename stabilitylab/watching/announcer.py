@@ -1,4 +1,4 @@
-"""What a watch says of what it found: each thing once, an episode's end where its beginning was told, and to whom."""
+"""Says a watch's finds, each once, and an episode's end only where its beginning was told."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Announcer:
     """Says alerts and notices of one log.
 
     Attributes:
-        path: of the log.
-        tell: notices that are said as alerts are.
-        memory: what was said.
-        say: takes each alert that is new.
-        hooks: are given alerts, not notices.
-        posts: whether one of the hooks is a webhook, which says when it has delivered.
-        told: the latest that were said.
-        open: what goes on: segment, run, signal and number of an episode -> its kind.
-        is_quiet: what is found is remembered, and not said.
+        path: the log's.
+        tell: notices to say like alerts.
+        memory: remembers what was said.
+        say: takes each new alert.
+        hooks: get alerts, not notices.
+        posts: whether one of the hooks is a webhook, which reports delivery.
+        told: the latest ones said.
+        open: open episodes: segment, run, signal and number -> kind.
+        is_quiet: whether to remember finds without saying them.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Announcer:
 
     @property
     def open_episodes(self) -> list[str]:
-        """What goes on now: kind and segment of each."""
+        """Kind and segment of each open episode."""
         return [
             kind + (f" in {segment}" if (segment := key.split("/", 1)[0]) else "")
             for key, kind in self.open.items()
@@ -51,8 +51,8 @@ class Announcer:
         ]
 
     def hear(self, found: Iterable[tuple[int, Event]], segment: str, columns: Mapping[str, str]) -> None:
-        """Events of a segment, each with its run's number; ``columns``: signal -> what the log calls it."""
-        new: list[tuple[int, Event]] = []  # what is to be told together
+        """Take events of a segment, each with its run's number; ``columns``: signal -> its name in the log."""
+        new: list[tuple[int, Event]] = []  # to tell together
         for piece, event in found:
             data = event.data
             key = f"{segment}/{piece}/{data.get('signal', data.get('site'))}/{data.get('episode')}"
@@ -64,7 +64,7 @@ class Announcer:
                 is_told = before is None or before == event.kind or event.kind not in ALERTS
             elif data.get("episode") is not None:
                 self.open[key] = event.kind
-            # NaN is in all signals at once, and is one thing that happened.
+            # NaN reaches all signals at once, and is one event.
             joins = event.kind == "non-finite" and not is_end and not is_told
             if new and not (joins and new[0][1].step == event.step):
                 self._announce_events(new, segment, columns)
@@ -105,7 +105,7 @@ class Announcer:
         self.notice("over", f"{segment}/{piece}/over/{signal}/{onset}", said, segment, event.step)
 
     def notice(self, rule: str, name: str, text: str, segment: str = "", step: int | None = None) -> None:
-        """Something else than an event; ``name`` is the same whenever the same is meant."""
+        """Say something other than an event; the same ``name`` always means the same thing."""
         said = f"{rule}: {text}" if step is None else f"step {step}: {rule}: {text}"
         self.announce(
             Alert(
@@ -114,7 +114,7 @@ class Announcer:
         )
 
     def announce(self, alert: Alert) -> None:
-        """Say it, and give it to the hooks, unless that has been done."""
+        """Say the alert and give it to the hooks, unless that is done already."""
         if alert.rule == "hard-batch" and "hard-batch" not in self.tell:
             return
         loud = (alert.rule in ALERTS or alert.rule in self.tell) and not self.is_quiet

@@ -1,4 +1,4 @@
-"""``stabilitylab watch``: follow a growing log, say what is found, tell others, end where that was asked for."""
+"""``stabilitylab watch``: follow a growing log, say its finds, tell others, end where the user asked for it."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _watch(
         )
         try:
             with _ended_by_signals(stop), screen.showing(watched):
-                # Where nobody looks any more, hooks and --fail-on are what is left to watch for.
+                # Where nobody reads any more, the watch goes on only for hooks and --fail-on.
                 others = bool(hooks or ends)
                 _look(
                     watched, screen, stop, every=every, once=once, found=found, is_over=is_over, others=others
@@ -149,7 +149,7 @@ def _watch(
             watched.close()
         if found or (once and memory.has_told(ends)):
             return FAILED
-        # To a person only: a script that looks every hour wants to hear of alerts alone.
+        # Only for a person: a script that looks every hour wants only alerts.
         if once and not watched.announcer.told and sys.stdout.isatty():
             screen.note(_nothing_new(watched))
         return 0
@@ -172,7 +172,7 @@ def _look(
     others: bool,
 ) -> None:
     while not stop.asked and (others or not screen.is_gone):
-        last = once or is_over()  # asked before the look: what came before the end is seen
+        last = once or is_over()  # asked before the look, so that it sees all that came before the end
         watched.look(last=last)
         screen.refresh(watched)
         if last or found or watched.is_over:
@@ -188,8 +188,8 @@ def _nothing_new(watched: Watch) -> str:
 
 
 class _Stop:
-    """Whether a signal has asked for the end. No ``threading.Event``: a handler that runs inside its ``wait`` would wait for the
-    lock that the interrupted code holds."""
+    """Whether a signal has asked for the end. It is no ``threading.Event``: a handler that runs inside its ``wait`` would wait for
+    the lock that the interrupted code holds."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -203,8 +203,8 @@ class _Stop:
 
 @contextlib.contextmanager
 def _ended_by_signals(stop: _Stop) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and the end of the terminal's session end the watch in order (``nohup`` is heeded). Signals are for the main
-    thread only."""
+    """End the watch in order at Ctrl-C, SIGTERM and the end of the terminal's session (but heed ``nohup``). Only the main thread
+    gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -226,8 +226,8 @@ def _ended_by_signals(stop: _Stop) -> Iterator[None]:
 class _Screen:
     """Lines on standard output, and on a terminal a panel under them.
 
-    A terminal that is closed, or a pipe whose reader has left, is an OSError at any write. What is written then goes nowhere, and
-    ``is_gone`` says so: whether the watch goes on is not the screen's to decide.
+    A closed terminal, or a pipe whose reader has left, raises OSError at any write. Output then goes nowhere, and ``is_gone`` says
+    so; the screen does not decide whether the watch goes on.
     """
 
     def __init__(self, *, live: bool) -> None:
@@ -240,11 +240,11 @@ class _Screen:
         self._lock = threading.Lock()
 
     def say(self, alert: Alert) -> None:
-        """One alert is one line."""
+        """Write an alert as one line."""
         self._line(alert.line())
 
     def note(self, text: str) -> None:
-        """What went wrong with telling others, from any thread."""
+        """Write what went wrong with telling others; from any thread."""
         with self._lock, contextlib.suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)
 
@@ -265,13 +265,13 @@ class _Screen:
                 write()
             except (
                 BlockingIOError
-            ):  # somebody else has made the terminal that is shared one that does not wait
+            ):  # another program has made the shared terminal non-blocking, so a write did not wait
                 with contextlib.suppress(OSError, ValueError):
                     os.set_blocking(sys.stdout.fileno(), True)
                 write()
         except OSError:
             self.is_gone = True
-            # What is still held back for it would be written at the end of the process, and fail there.
+            # Buffered output would be written at the end of the process, and fail there.
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, sys.stdout.fileno())
@@ -279,7 +279,7 @@ class _Screen:
 
     @contextlib.contextmanager
     def showing(self, watched: Watch) -> Iterator[None]:
-        """A panel, where there is a terminal."""
+        """Show a panel, where there is a terminal."""
         if not self._wants:
             yield
             return
@@ -302,7 +302,7 @@ class _Screen:
             self._written(live.stop)
 
     def refresh(self, watched: Watch) -> None:
-        """Draw the panel anew; where there is none, look whether somebody still reads: a quiet log writes nothing for days."""
+        """Draw the panel anew; without one, check whether somebody still reads, as a quiet log writes nothing for days."""
         if self._live is None:
             self.is_gone |= _has_no_reader()
             return

@@ -1,4 +1,4 @@
-"""Which follower reads what lies at a path."""
+"""Chooses the follower for a path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stabilitylab.watching.stores import (
 
 @dataclass(slots=True)
 class Followed:
-    """What is being followed."""
+    """What a watch follows."""
 
     found: LocatedLog
     follower: Follower
@@ -35,17 +35,17 @@ def follower_of(
     state: dict[str, Any] | None = None,
     kind: str | None = None,
 ) -> Follower | None:
-    """A follower of what was found at ``path``; None: there is nothing in it yet.
+    """A follower of the log at ``path``; None: it holds nothing yet.
 
     Args:
-        found: what lies there.
-        path: that was given.
-        options: what was asked.
-        state: of an earlier follower of it.
-        kind: that one's class; another kind's state is of no use.
+        found: the log's files there.
+        path: as given.
+        options: the watch's options.
+        state: an earlier follower's state.
+        kind: that follower's class; the state of another class is useless.
 
     Raises:
-        InputError: it cannot be understood.
+        InputError: the log cannot be understood.
     """
     file = found.files[-1]
     if found.kind == "Aim":

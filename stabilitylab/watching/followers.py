@@ -1,11 +1,11 @@
-"""What is new in a log, by the kind of log: the rows since the last look.
+"""The new rows of a log since the last look, by kind of log.
 
-    TextFollower       text of any format known to ``logs``: the bytes that were appended, and no others
-    DocumentFollower   what is written as a whole each time (``trainer_state.json``, Parquet, compressed text): read again
-                       when it has changed, and only what is beyond the rows of last time is handed over
+    TextFollower       text of any format known to ``logs``: reads only the appended bytes
+    DocumentFollower   files written as a whole each time (``trainer_state.json``, Parquet, compressed text): reads one again
+                       when it has changed, and hands over only the rows beyond those of last time
     stores.py          TensorBoard, W&B, MLflow, trackio, run folders
 
-A follower is asked again and again. Its ``state`` says, as JSON, where it stands.
+The watch asks a follower again and again. Its ``state`` says, as JSON, where it stands.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from stabilitylab.telemetry import Event
 from stabilitylab.watching.tail import Tail
 
 BATCH = 50_000
-# A text taken for "any trainer's" by its first lines is looked at again until it has given so many rows.
+# The watch examines a text first taken for "any trainer's" again until it has given so many rows.
 _PROBATION = 20
 
 
 @dataclass(slots=True)
 class NewRows:
-    """What one look brought.
+    """The result of one look.
 
     Attributes:
         rows: in the order of the log.
-        events: what the run's own monitor has recorded.
+        events: events that the run's own monitor recorded.
         turn: "rotated" or "truncated" where the file began again before these rows; "" where it did not.
-        anew: forget all that was read before: it was taken for another format.
+        anew: forget all rows before, which were read in a wrong format.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -53,8 +53,8 @@ class Follower(Protocol):
     """Gives what is new.
 
     Attributes:
-        reading: format, step and losses of what is followed.
-        state: where it stands, as JSON holds it.
+        reading: format, step and losses of the log.
+        state: where it stands, ready for JSON.
     """
 
     reading: Reading
@@ -63,13 +63,13 @@ class Follower(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def poll(self, *, last: bool = False) -> Iterator[NewRows]:
-        """What is new since the last call. ``last``: nothing more will be asked for."""
+        """The new rows since the last call. ``last``: this is the last call."""
 
     def changed(self) -> float | None:
-        """When what is followed last changed, in seconds since 1970; None: it is not there."""
+        """When the log last changed, in seconds since 1970; None: it does not exist."""
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Close open files."""
 
 
 class TextFollower:
@@ -77,7 +77,7 @@ class TextFollower:
 
     Args:
         path: the file.
-        reading: its reader (``growing_text``).
+        reading: the file's reader (``growing_text``).
         pattern: as ``--pattern``.
         state: of an earlier follower.
     """
@@ -92,7 +92,7 @@ class TextFollower:
         self._saved = state
         self.reading = reading
         if state and reading.format != state["format"]:
-            # The log was rotated and the new file's beginning looks different: what was known of it counts.
+            # The log was rotated and the new file's beginning looks different: the known format counts.
             self._saved, self._tail, self._rows = None, Tail(path), 0
         self._make_pieces()
 
@@ -140,7 +140,7 @@ class TextFollower:
             yield batch
 
     def flush(self) -> Iterator[NewRows]:
-        """The log has been still for a while: what was held back for lines that have not come."""
+        """The rows held back for lines that have not come, as the log has been still for a while."""
         if rows := self._end():
             yield NewRows(rows)
 
@@ -156,7 +156,7 @@ class TextFollower:
             self._saved = None
 
     def _look_again(self) -> None:
-        """A new file may be of another format; an empty one is taken for one of the same."""
+        """Recognise a new file's format, which may differ; take an empty one for the same."""
         try:
             found = reading_of(self.path, self._pattern)
         except (InputError, OSError):
@@ -179,7 +179,7 @@ class TextFollower:
 
 
 class DocumentFollower:
-    """What is written as a whole each time.
+    """Follows a file written as a whole each time.
 
     Args:
         path: the file.
@@ -205,7 +205,7 @@ class DocumentFollower:
         return _modified(self.path)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
     def poll(self, *, last: bool = False) -> Iterator[NewRows]:
         try:
@@ -217,7 +217,7 @@ class DocumentFollower:
             return
         try:
             rows = list(self._all())
-        except (InputError, OSError) as error:  # half written: the next look will find it whole
+        except (InputError, OSError) as error:  # half written: the next look finds it whole
             self._failed_since = self._failed_since or time.monotonic()
             if isinstance(error, NoLogError):
                 raise
@@ -276,7 +276,7 @@ def _modified(path: Path) -> float | None:
 
 
 def growing_text(path: Path, pattern: str | None) -> Reading | None:
-    """The reader of text to which lines are appended; None: it is compressed, in UTF-16, or a document.
+    """The reader of a text that grows line by line; None: it is compressed, in UTF-16, or a document.
 
     Raises:
         InputError: it cannot be understood.

@@ -1,12 +1,12 @@
-"""The rows of one segment, judged as they come: columns chosen, steps counted, the online detector fed.
+"""Judges the rows of one segment as they come: chooses columns, counts steps, feeds the online detector.
 
-Columns are chosen by ``logs`` as for a finished log, as soon as there are rows with a loss; loss and step then stay, and signals
-that appear later join. Where nothing is certain (several losses) rows are held until it is, and at most ``PATIENCE`` of them: then
-the watch ends with the sentence that ``spikes`` would say.
+``logs`` chooses columns as for a finished log, as soon as there are rows with a loss; loss and step then stay, and signals that
+appear later join. While the choice is uncertain (several losses) the judge holds rows, but at most ``PATIENCE`` of them: then the
+watch ends with the sentence that ``spikes`` would say.
 
 A step that goes back is a restart of the run; one that falls back to the start of counting begins another run, with a detector of
-its own. A file that was written anew (Lightning writes its CSV again when a column is added) repeats the rows that were judged:
-they are passed over.
+its own. A file written anew (Lightning writes its CSV again when a column is added) repeats rows already judged: the judge passes
+over them.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Curve:
 
 
 class Judge:
-    """One segment.
+    """Judges one segment.
 
     Args:
-        name: of the segment; "" where the log has one.
-        path: what messages call the log.
-        loss, step: names of columns that were given.
+        name: the segment's name; "" where the log has only one.
+        path: the log's name in messages.
+        loss, step: column names that the user gave.
     """
 
     def __init__(self, name: str, path: Path, *, loss: str | None, step: str | None) -> None:
@@ -59,11 +59,11 @@ class Judge:
         self.detector = SpikeDetector()
         self._first: list[Any] | None = None  # step and loss of the file's first row with a loss
         self._in_file = 0  # rows since the file began
-        self._repeated = 0  # rows that a file written anew repeats, and that are still to come
+        self._repeated = 0  # rows still to come that a file written anew repeats
         self._at_turn = False
         self.curves = {LOSS: Curve(), GRADIENT_NORM: Curve()}
         self.problem: InputError | None = None
-        self.restarts: list[tuple[int, int]] = []  # (step it went back to, from which), since the last look
+        self.restarts: list[tuple[int, int]] = []  # (step gone back to, step left), since the last look
         self._last_step: int | None = None
 
     @property
@@ -72,14 +72,14 @@ class Judge:
         return self._steps.piece
 
     def turn(self) -> None:
-        """The file begins again."""
+        """Begin the file again."""
         self._at_turn = True
 
     def take(self, rows: Sequence[Mapping[str, float | None]], reading: Reading) -> list[tuple[int, Event]]:
         """Judge new rows.
 
         Returns:
-            events, each with the number of the run within the segment that it belongs to.
+            events, each with the number of its run within the segment.
         """
         fresh = False
         for values in rows:
@@ -96,11 +96,11 @@ class Judge:
         return self._judge(rows)
 
     def finish(self) -> list[tuple[int, Event]]:
-        """The run is over."""
+        """End the run."""
         return [(self.piece, event) for event in self.detector.finish()]
 
     def is_waiting(self) -> bool:
-        """Whether rows have come and no loss could be chosen among them."""
+        """Whether rows have come, but no loss could be chosen among them."""
         return not self.columns and self._part.rows > 0
 
     # -----------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class Judge:
             return
         losses = self._part.counts[chosen[LOSS]]
         if STEP not in chosen and losses < 3 and self._known & {"epoch", STEP_ABOVE}:
-            return  # whether it counts epochs, the next row will show
+            return  # the next row will show whether it counts epochs
         counter = chosen.get(STEP)
         whole = "epoch" in self._part.counts and "epoch" not in self._part.fractions and counter != "epoch"
         self._steps = Steps(counter, "epoch" if whole else None)
@@ -181,7 +181,7 @@ class Judge:
         number = self._number(values)
         if number is not None and not (abs(number) < 2**53):
             return None
-        # A store's second signal may come after the first has gone on: that is no restart.
+        # A store may deliver its second signal after the first has gone on: that is no restart.
         known = number is not None and steps.before is not None and LOSS not in row
         if known and number + steps.offset <= steps.before:  # type: ignore[operator]
             return round(number + steps.offset)  # type: ignore[operator]
@@ -211,7 +211,7 @@ class Judge:
     # -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that later verdicts depend on, as JSON holds it."""
+        """All state that later verdicts depend on, ready for JSON."""
         part = self._part
         return {
             "part": {
@@ -238,7 +238,7 @@ class Judge:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Continue where ``state_dict`` was taken."""
         saved = dict(state["part"])
         counters: dict[str, Any] = {name: Counter(saved[name]) for name in ("counts", "nulls", "backward")}
         self._part = SegmentColumns(**{**saved, **counters, "fractions": set(saved["fractions"])})

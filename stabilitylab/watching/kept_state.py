@@ -1,14 +1,14 @@
-"""Where a watch stands, on disk: so that it goes on after a kill, and says nothing twice.
+"""Keeps a watch's state on disk, so that it goes on after a kill and says nothing twice.
 
     FOLDER/state.json     followers and judges, replaced as a whole every few seconds
-    FOLDER/alerts.jsonl   one line an alert before it is said, and one when a webhook has taken it
+    FOLDER/alerts.jsonl   one line per alert before the watch says it, and one when a webhook has taken it
 
-After a kill the log is read again from the last state on. The detector is a function of what it reads, so the alerts of that
-stretch come again with the same ids, and what ``alerts.jsonl`` holds is not said again; a webhook that had not taken one is tried
-again. Neither file holds the address of a webhook, or a command.
+After a kill the watch reads the log again from the last state on. The detector is a function of its input, so the alerts of that
+stretch come again with the same ids, and the watch does not repeat those in ``alerts.jsonl``; it tries a webhook that had not taken
+one again. Neither file holds the address of a webhook, or a command.
 
-By default FOLDER lies in ``$XDG_STATE_HOME/stabilitylab/watch`` (``~/.local/state``), named by the log's path and by what was asked
-of it.
+By default FOLDER lies in ``$XDG_STATE_HOME/stabilitylab/watch`` (``~/.local/state``), named by the log's path and the watch's
+options.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VERSION = 1
 
 
 def default_folder(path: Path, asked: dict[str, Any]) -> Path:
-    """Where a watch of ``path`` keeps its state."""
+    """The folder in which a watch of ``path`` keeps its state."""
     home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     key = json.dumps([str(path.resolve()), asked], sort_keys=True)
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.resolve().name)[:60]
@@ -41,13 +41,13 @@ def default_folder(path: Path, asked: dict[str, Any]) -> Path:
 
 
 class KeptState:
-    """A folder of one watch.
+    """The folder of one watch.
 
     Args:
-        folder: made if need be.
+        folder: created if needed.
 
     Raises:
-        InputError: another watch uses it, or it cannot be written.
+        InputError: another watch uses the folder, or it cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -95,12 +95,12 @@ class KeptState:
                 continue
 
     def is_new(self, alert: Alert, *, posted: bool = False, quiet: bool = False) -> bool:
-        """Whether it has not been said; from then on it counts as said.
+        """Whether the alert has not been said; from then on it counts as said.
 
         Args:
-            alert: what is about to be said.
-            posted: a webhook will be given it.
-            quiet: it will not be said, and never be.
+            alert: about to be said.
+            posted: whether a webhook will get it.
+            quiet: whether it stays unsaid for ever.
         """
         if alert.id in self._told:
             return False
@@ -109,7 +109,7 @@ class KeptState:
         return True
 
     def has_told(self, rules: Collection[str]) -> bool:
-        """Whether one of these rules has ever been said here."""
+        """Whether an alert of one of these rules was ever said here."""
         return any(rule in rules for rule in self._told.values())
 
     @property
@@ -118,16 +118,16 @@ class KeptState:
         return list(self._undelivered.values())
 
     def delivered(self, alert: Alert) -> None:
-        """A webhook has taken it, or never will."""
+        """Note that a webhook has taken the alert, or never will."""
         self._append({"delivered": alert.id})
 
     def _append(self, body: dict[str, Any]) -> None:
-        # A full disk: it is said all the same. A webhook that answers after the end is tried again.
+        # A full disk: the alert is said all the same. A webhook that answers after the end is tried again.
         with contextlib.suppress(OSError, ValueError):
             self._journal.write((json.dumps(body) + "\n").encode())
 
     def load(self) -> dict[str, Any] | None:
-        """The state of an earlier watch; None: there is none that can be used."""
+        """The state of an earlier watch; None where there is no usable one."""
         try:
             state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -135,7 +135,7 @@ class KeptState:
         return state if isinstance(state, dict) and state.get("version") == VERSION else None
 
     def save(self, state: dict[str, Any]) -> bool:
-        """Replace the state as a whole; False: the disk does not take it."""
+        """Replace the state as a whole; False where the disk does not take it."""
         fresh = self.folder / "state.tmp"
         try:
             fresh.write_text(json.dumps({"version": VERSION, **state}), encoding="utf-8")

@@ -1,12 +1,12 @@
-"""Who else is told: a command and a webhook, each in a thread, so that the watch itself never waits.
+"""Tells a command and a webhook of alerts, each in its own thread, so that the watch itself never waits.
 
-*Command.* Split into words once, by the shell's rules but without a shell; nothing of an alert is ever part of it. The facts are
-environment variables (``alerts``). It has a minute; its failure is one line.
+*Command.* The watch splits it into words once, by the shell's rules but without a shell; no part of an alert ever enters it. The
+facts are environment variables (``alerts``). It may run for a minute; a failure is one line.
 
-*Webhook.* A POST of JSON, with a time-out and retries after 1, 2 and 4 seconds where the server fails, is too busy or cannot
-be reached; another answer is final. What was given up is tried once more after a minute, then after ever longer, and as soon as the
-server has taken something else. No redirects are followed. An address holds its secret, so messages name the host only,
-and ``env:NAME`` takes it from the environment, out of sight of the list of processes.
+*Webhook.* A POST of JSON, with a time-out and retries after 1, 2 and 4 seconds where the server fails, is too busy or cannot be
+reached; any other answer is final. The watch tries an abandoned alert once more after a minute, then at growing intervals, and as
+soon as the server has taken another. It follows no redirects. An address holds its secret, so messages name only the host, and
+``env:NAME`` takes it from the environment, hidden from the process list.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from stabilitylab.watching.alerts import Alert, plain
 COMMAND_SECONDS = 60.0
 WEBHOOK_SECONDS = 10.0
 PAUSES = (1.0, 2.0, 4.0)
-LATE_SECONDS = (60.0, 900.0)  # after which what was given up is tried again: at first, at the longest
+LATE_SECONDS = (60.0, 900.0)  # until another try of an abandoned alert: at first, at the longest
 _MOST_LATE = 1000
 _LONGEST_PAUSE = 30.0
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class Notifier:
-    """Hands alerts to somebody, one after the other, in a thread of its own.
+    """Delivers alerts one after the other, in its own thread.
 
     Args:
         say: takes a line about what went wrong.
         done: takes each alert that needs no further try.
-        late: seconds after which what was given up is tried again, at first and at the longest.
+        late: seconds until another try of an abandoned alert, at first and at the longest.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class Notifier:
         self._thread.start()
 
     def tell(self, alert: Alert) -> None:
-        """Returns at once."""
+        """Queue the alert; returns at once."""
         self._queue.put(alert)
 
     def close(self, seconds: float) -> bool:
-        """Wait at most so long for what is under way; False: something was left untold."""
+        """Wait at most so long for deliveries under way; False: something was left untold."""
         self._queue.put(None)
         self._thread.join(seconds)
         self._ending.set()
@@ -99,22 +99,22 @@ class Notifier:
                 pause = 0.0
 
     def _tried(self, deliver: Callable[[Alert], bool], alert: Alert) -> bool:
-        """Whether nothing is left to be tried."""
+        """Whether no further try is needed."""
         try:
             if not deliver(alert):
                 return False
             if self._done is not None:
                 self._done(alert)
-        except Exception as error:  # the watch goes on, whatever became of its messenger
+        except Exception as error:  # the watch goes on, whatever happens to its messenger
             self._say(f"{type(self).__name__.lower()}: {type(error).__name__}: {error}")
         return True
 
     def deliver(self, alert: Alert) -> bool:
-        """Whether no further try is needed."""
+        """Deliver the alert; returns whether no further try is needed."""
         raise NotImplementedError
 
     def deliver_late(self, alert: Alert) -> bool:
-        """The same of what was given up before, without a word."""
+        """``deliver`` an abandoned alert, without a message."""
         return self.deliver(alert)
 
 
@@ -125,7 +125,7 @@ class Command(Notifier):
         command: program and arguments.
 
     Raises:
-        InputError: it cannot be split, or there is no such program.
+        InputError: the command cannot be split, or there is no such program.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Command(Notifier):
         super().__init__(say)
 
     def deliver(self, alert: Alert) -> bool:
-        # Into a file: a pipe would be waited for as long as anything that the command has started holds it.
+        # Into a file: a pipe would make us wait for as long as any process that the command started holds it.
         with tempfile.TemporaryFile() as output:
             try:
                 self._running = subprocess.Popen(
@@ -170,7 +170,7 @@ class Command(Notifier):
         return True
 
     def close(self, seconds: float) -> bool:
-        """As of every hook; what still runs then is ended, and what it has started with it."""
+        """Wait as every notifier; then end a command that still runs, and all that it has started."""
         done = super().close(seconds)
         if not done:
             self._end()
@@ -189,11 +189,11 @@ class Webhook(Notifier):
     """Posts each alert.
 
     Args:
-        url: http or https; ``env:NAME``: what that variable holds.
-        done: takes each alert that was taken, or never will be.
+        url: http or https; ``env:NAME``: the variable that holds it.
+        done: takes each alert that the server has taken, or never will.
 
     Raises:
-        InputError: it is no such address.
+        InputError: ``url`` is no such address.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Webhook(Notifier):
             host = None
         if host is None or parts.scheme not in ("http", "https"):
             raise InputError("--webhook needs an address that begins with https:// or http://, or env:NAME")
-        # Whatever else the address holds may be a secret.
+        # Any other part of the address may be a secret.
         self.shown = f"{parts.scheme}://{host}" + (f":{port}" if port else "")
         self._url, self._seconds, self._pauses = url.strip(), seconds, pauses
         self._opener = urllib.request.build_opener(_NoRedirects)
@@ -246,7 +246,7 @@ class Webhook(Notifier):
         return reason is None or not again
 
     def _post(self, body: bytes) -> tuple[str | None, bool, float]:
-        """What went wrong (None: nothing), whether another try may help, and after how many seconds."""
+        """Post; returns what went wrong (None: nothing), whether another try may help, and after how many seconds."""
         request = urllib.request.Request(
             self._url,
             data=body,
@@ -280,7 +280,7 @@ def _retry_after(headers: Any) -> float:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A message is for the server that was named."""
+    """Refuses redirects: a message is only for the server named."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None

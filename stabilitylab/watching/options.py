@@ -1,4 +1,4 @@
-"""What was asked of a watch."""
+"""The options of a watch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What was asked of a watch.
+    """The options of a watch.
 
     Attributes:
         loss, step, run, pattern: as for ``spikes``.
-        tell: notices that are said as alerts are.
-        silent_after: seconds without a value that are a silence; 0: never.
-        new_only: what stands in the log when the watch first begins is learned from and not told.
+        tell: notices to say like alerts.
+        silent_after: seconds without a value that count as silence; 0: never.
+        new_only: whether to learn from what the log holds when the watch first begins, without telling it.
     """
 
     loss: str | None = None

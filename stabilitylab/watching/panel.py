@@ -1,4 +1,4 @@
-"""What a terminal shows while a log is watched: the curves' last stretch, what was found, how long it has been silent."""
+"""The terminal's view of a watched log: the curves' last stretch, the finds, how long it has been silent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVENTS = 6
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The last values as bars, the largest of each stretch; what is not finite is a ×."""
+    """The last values as bars, the largest of each stretch; a non-finite value is a ×."""
     if not values:
         return ""
     values = list(values)
@@ -42,11 +42,11 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def panel(watch: Watch, *, width: int, now: float | None = None) -> RenderableType:
-    """The whole of it.
+    """The whole panel.
 
     Args:
-        watch: what is watched.
-        width: of the terminal, in characters.
+        watch: the watch to show.
+        width: the terminal's, in characters.
         now: seconds since 1970.
     """
     now = time.time() if now is None else now
@@ -85,7 +85,7 @@ def panel(watch: Watch, *, width: int, now: float | None = None) -> RenderableTy
 
 
 def _stability(watch: Watch, shown: Sequence[Judge]) -> Text:
-    """One word on how the run is, and what it is measured by."""
+    """One word on the run's stability, and the measure behind it."""
     if watch.problem or not shown:
         return Text(plain(watch.problem or "waiting for values"), style="dim")
     is_open = watch.announcer.open_episodes

@@ -1,7 +1,7 @@
-"""``watch -``: what another program prints, while it prints it.
+"""``watch -``: follows what another program prints, while it prints.
 
-Standard input is copied line for line into a file that goes away with the watch, and that file is watched. A pipe cannot be read
-again, so where such a watch stood is not remembered.
+It copies standard input line by line into a temporary file, and watches that. A pipe cannot be read again, so such a watch keeps no
+state.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Piped:
     """Standard input as a file that grows.
 
     Attributes:
-        file: holds what has come.
-        state: a folder for the watch's memory.
-        ended: set when no more will come.
+        file: holds the input so far.
+        state: a folder for the watch's state.
+        ended: set when the input has ended.
     """
 
     file: Path

@@ -1,7 +1,7 @@
-"""What a watch may say: one rule each, with an id that stays the same from version to version (docs/watch.md).
+"""The rules of what a watch may say, each with an id that stays the same from version to version (docs/watch.md).
 
-An alert calls the hooks and can end the watch (``--fail-on``); a notice is a line and no more. What is an alert for a run folder
-only comes from what the run's own monitor has recorded.
+An alert calls the hooks and can end the watch (``--fail-on``); a notice is only a line. Alerts that only a run folder has come from
+the events of the run's own monitor.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from stabilitylab.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One thing that may be said.
+    """One kind of alert or notice.
 
     Attributes:
-        id: its name for ever.
+        id: its permanent name.
         severity: "critical", "warning" (both are alerts) or "notice".
-        meaning: when it is said.
+        meaning: when the watch says it.
     """
 
     id: str
@@ -57,7 +57,7 @@ ALERTS = frozenset(rule.id for rule in RULES.values() if rule.severity != "notic
 
 
 def rules_named(given: Iterable[str], option: str) -> frozenset[str]:
-    """The rules that an option names, parted by blanks, commas or bars.
+    """The rules that an option names, separated by blanks, commas or bars.
 
     Raises:
         InputError: there is no such rule.

@@ -1,4 +1,4 @@
-"""What is new in a tracker's store, and in a run folder: read from where the last look ended.
+"""The new rows of a tracker's store or a run folder, read from where the last look ended.
 
 TensorBoard    event files are records of (length, checksum, content, checksum); each directory under the folder is a
                run, those of evaluation are left out
@@ -35,7 +35,7 @@ _BLOCK, _HEADER = 32768, 7
 
 
 def by_step(rows: list[Row]) -> list[Row]:
-    """Values that a store holds one by one, as rows: of one part by their steps; a value logged twice gives two rows."""
+    """Values that a store holds one by one, as rows: joined by part and step; a value logged twice gives two rows."""
     joined: dict[tuple[str, float, int], LineValues] = {}
     seen: dict[tuple[str, str, float], int] = {}
     for part, values in rows:
@@ -48,7 +48,7 @@ def by_step(rows: list[Row]) -> list[Row]:
 
 
 class _Store:
-    """What stores have in common."""
+    """The base of followers of stores."""
 
     def __init__(self, path: Path, form: str, state: dict[str, Any] | None) -> None:
         self.path = path
@@ -56,11 +56,11 @@ class _Store:
         self.state: dict[str, Any] = state or {}
 
     def files(self) -> list[Path]:
-        """What changes when something is logged."""
+        """The files that change when something is logged."""
         return [self.path]
 
     def close(self) -> None:
-        """Nothing is held open between looks."""
+        """Nothing to close: no file stays open between looks."""
 
     def changed(self) -> float | None:
         times = []
@@ -111,7 +111,8 @@ class TensorBoardFollower(_Store):
 
 
 def _joined(files: list[list[Row]]) -> list[Row]:
-    """Files of other tags were written side by side; of files with a tag in common the later goes on for the earlier."""
+    """Join files: those of different tags were written side by side; of those with a common tag, the later continues the
+    earlier."""
     tags = [{name for _, values in rows for name in values if name != STEP} for rows in files]
     rows = [row for file in files for row in file]
     if len(files) > 1 and all(a.isdisjoint(b) for a, b in itertools.combinations(tags, 2)):
@@ -120,7 +121,7 @@ def _joined(files: list[list[Row]]) -> list[Row]:
 
 
 def _records(content: bytes) -> tuple[int, list[tuple[int, LineValues]]]:
-    """How many bytes whole records take, and their scalars, those of one step together."""
+    """The length of the whole records in bytes, and their scalars, those of one step together."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event as Record
 
@@ -149,7 +150,7 @@ def _records(content: bytes) -> tuple[int, list[tuple[int, LineValues]]]:
 
 
 class WandbFollower(_Store):
-    """Histories of offline runs, which grow record by record."""
+    """Follows histories of offline runs, which grow record by record."""
 
     def __init__(self, path: Path, files: list[Path], state: dict[str, Any] | None = None) -> None:
         super().__init__(path, "W&B offline run", state)
@@ -224,7 +225,7 @@ class SqliteFollower(_Store):
                 if (highest or 0) < self.state["row"]:  # another database has taken its place
                     self.state["row"], turn = 0, "truncated"
                 rows, row = self._rows(database)
-        except sqlite3.DatabaseError:  # locked, or being replaced: the next look will do
+        except sqlite3.DatabaseError:  # locked, or being replaced: leave it to the next look
             return
         self.state["row"] = row
         if rows or turn:
@@ -264,7 +265,7 @@ class SqliteFollower(_Store):
 
 
 class MlflowFilesFollower(_Store):
-    """MLflow's file store: one growing file a metric."""
+    """MLflow's file store: one growing file per metric."""
 
     def __init__(self, path: Path, state: dict[str, Any] | None = None) -> None:
         super().__init__(path, "MLflow file store", state)
@@ -305,7 +306,7 @@ def _mlflow_lines(piece: bytes) -> Iterator[tuple[float, float]]:
 
 
 class RunFollower(_Store):
-    """A run folder: what its monitor has found, and the loss and its companions."""
+    """A run folder: its monitor's events, and the loss and its companions."""
 
     def __init__(self, path: Path, loss: str | None = None, state: dict[str, Any] | None = None) -> None:
         super().__init__(path, "stabilitylab run folder", state)
@@ -328,7 +329,7 @@ class RunFollower(_Store):
         for event in batch.events:
             if event.kind == "rewind":
                 self.state["step"] = min(self.state["step"], event.step - 1)
-        if batch.events:  # before the telemetry is looked at: these will not be read again
+        if batch.events:  # before reading telemetry: these will not be read again
             yield batch
         folder = self.path / "telemetry"
         if not folder.is_dir():
@@ -358,10 +359,10 @@ class RunFollower(_Store):
 
 
 def is_abandoned(follower: object) -> bool:
-    """Whether a run folder's writer has gone without a word."""
+    """Whether a run folder's writer has died without an end event."""
     if not isinstance(follower, RunFollower):
         return False
-    from stabilitylab.runs.folder import RunFolder  # pandas with it
+    from stabilitylab.runs.folder import RunFolder  # imports pandas
 
     return RunFolder(follower.path).is_being_written() is False
 
@@ -371,6 +372,6 @@ def _events(piece: bytes) -> Iterator[Event]:
         try:
             event = Event.from_json(line)
         except (ValueError, KeyError, TypeError):
-            continue  # a line that a kill cut short; the run's own readers say so
+            continue  # a line cut short by a kill; the run's own readers say so
         if isinstance(event.data, Mapping) and isinstance(event.step, int):
             yield event

@@ -1,12 +1,12 @@
-"""A growing file, in pieces of whole lines; what became of it is noticed.
+"""Reads a growing file in pieces of whole lines, and notices what becomes of it.
 
-    grows                               the new bytes are read, and no others
+    grows                               reads only the new bytes
     another file has its name (rotated) the rest of the old one first, then the new one from its start
     shorter than what was read,
     or other bytes where reading ended  cut or written anew: from the start
 
-Where reading ended is known by its offset and the last bytes before it (the mark), which a file must hold at that place to count as
-the same. So it is found again after a restart, also under another name beside it (``log.1``).
+The tail keeps the offset where reading ended, and the last bytes before it (the mark). A file that holds the mark at that place
+counts as the same, so the tail finds it again after a restart, also under another name beside it (``log.1``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LONGEST_LINE = 16 << 20
 
 
 class Tail:
-    """Reads on where it has stopped.
+    """Reads on where it stopped.
 
     Args:
         path: the file; need not exist yet.
@@ -43,18 +43,18 @@ class Tail:
         return {"offset": self.offset, "mark": self._mark.hex(), "inode": self._inode}
 
     def read(self, *, unfinished: bool = False) -> Iterator[bytes | str]:
-        """What is new: pieces that end with a line; "rotated" or "truncated" where the file begins again.
+        """The new pieces, which end with a line; "rotated" or "truncated" where the file begins again.
 
         Args:
-            unfinished: also give a last line that has no end yet.
+            unfinished: whether to give a last line without its end, too.
         """
         try:
             yield from self._read(unfinished)
-        except OSError:  # gone, or a stale handle of a network's file: opened again the next time
+        except OSError:  # gone, or a stale handle of a network file: open it again next time
             self.close()
 
     def close(self) -> None:
-        """Let go of the file; reading goes on where it stopped."""
+        """Close the file; reading goes on where it stopped."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -74,7 +74,7 @@ class Tail:
             if now is None:
                 return
             if now.st_ino != self._inode:
-                # Nobody writes to the old file any more: its last line is as long as it gets.
+                # Nobody writes to the old file any more: its last line is complete.
                 yield from self._grown(True)
                 self._begin(self.path.open("rb"))
                 yield "rotated"

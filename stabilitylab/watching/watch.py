@@ -26,29 +26,29 @@ from stabilitylab.watching.stores import is_abandoned
 SAVE_SECONDS = 5.0
 LOCATE_SECONDS = 10.0
 FLUSH_SECONDS = 3.0
-# A file that is replaced just now, or a network's that does not answer, is no finding until it has lasted so long.
+# A file just being replaced, or a network disk that does not answer, counts only after so long.
 UNREACHABLE_SECONDS = 60.0
-# What of a run folder's own events is passed on, besides the detector's.
+# A run folder's own events that are passed on, besides the detector's.
 KINDS_OF_RUNS = frozenset(KINDS) | DEPARTURES | {"telemetry-lost"}
-# So much text of no known format is not only a trainer's preface.
+# This much text of no known format is more than a trainer's preface.
 _UNKNOWN_BYTES = 1 << 20
 
 
 @dataclass(slots=True, kw_only=True)
 class Watch:
-    """One log, looked at again and again.
+    """Looks at one log again and again.
 
     Attributes:
-        path: what is watched.
-        options: how.
-        memory: what was said, and where it stood.
+        path: the log's.
+        options: how to watch it.
+        memory: keeps what was said, and where the watch stands.
         say, hooks, posts: as ``Announcer`` has them.
-        announcer: says what is found.
+        announcer: says the finds.
         judges: segment -> its judge.
         values: rows taken so far.
         last_value: seconds since 1970, of the latest value; None: there has been none.
-        problem: why nothing is read; None: something is.
-        is_over: the run has said that it is over.
+        problem: why the watch reads nothing; None: it does read.
+        is_over: whether the run has said that it is over.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class Watch:
             path=self.path, tell=self.options.tell, memory=self.memory, say=say, hooks=hooks, posts=posts
         )
         self._began = self._news_at = time.time()
-        # Now: the folder in which the watch was begun may be gone when it is asked again.
+        # Now, as the folder in which the watch began may be gone later.
         self._place = str(self.path.resolve())
         self._saved = self.memory.load()
         if self._saved is None:
@@ -106,10 +106,10 @@ class Watch:
     # -----------------------------------------------------------------------------------------------------------
 
     def look(self, *, last: bool = False) -> bool:
-        """Read what is new and tell what is found in it; returns whether there was anything.
+        """Read what is new and tell its finds; returns whether anything was new.
 
         Raises:
-            InputError: what is there cannot be understood, and waiting will not help. ``last``: nor is there time.
+            InputError: the log cannot be understood, and waiting will not help or (``last``) is over.
         """
         source = self._follow(last=last)
         news = False
@@ -138,7 +138,7 @@ class Watch:
         return news
 
     def save(self) -> None:
-        """Put on disk where it stands."""
+        """Write the state to disk."""
         source = self._source
         began = time.monotonic()
         self.memory.save(
@@ -161,12 +161,12 @@ class Watch:
                 },
             }
         )
-        # Hundreds of ranks make a large state: writing it takes a fiftieth of the time at most.
+        # Hundreds of ranks make a large state: spend at most a fiftieth of the time on writing it.
         self._saved_at = time.monotonic() + 50 * (time.monotonic() - began)
         self._dirty = False
 
     def close(self) -> None:
-        """Keep where it stands, and let go of what is followed; the memory is its owner's to close."""
+        """Save the state, and close the followed files; the memory's owner closes that."""
         self.save()
         if self._source is not None:
             self._source.follower.close()
@@ -201,8 +201,8 @@ class Watch:
                 ) from None
             if not missing and self._source is None and self._is_long():
                 self._unreadable(InputError(said))
-        # A long preface, or a folder, is looked through again and again: in a twentieth of the time. A short file is read at every
-        # look, however long this one took: on a machine that stood still for a moment that is no measure of it.
+        # Searching a long preface, or a folder, again and again gets a twentieth of the time. Read a short file at every look,
+        # however long this one took: the machine may have stood still for a moment.
         if self._is_slow_to_read():
             self._retry_at = time.monotonic() + 20 * (time.monotonic() - now)
         return self._source
@@ -220,7 +220,7 @@ class Watch:
             return False
 
     def _unreachable(self, error: OSError, *, last: bool) -> None:
-        """A file went away between two looks at it, or its disk does not answer: the next look tries again."""
+        """Note that a file went away between two looks, or its disk does not answer; the next look tries again."""
         said = f"{error.filename or self.path}: {(error.strerror or type(error).__name__).lower()}"
         if last:
             raise InputError(said) from None
@@ -231,7 +231,7 @@ class Watch:
             self._unreadable(InputError(said))
 
     def _unreadable(self, error: InputError) -> None:
-        """Said once; a log that is mended, or a trainer that begins at last, is read all the same."""
+        """Say the problem once; the watch still reads a log that is mended, or a trainer that begins at last."""
         said = plain(" ".join(str(error).split()))
         self.problem = said
         self.announcer.announce(
@@ -255,7 +255,7 @@ class Watch:
         return None if follower is None else Followed(found, follower, prefix)
 
     def _change(self, source: Followed, found: LocatedLog) -> None:
-        """The folder holds another latest file: the next checkpoint, a new version, one run more."""
+        """Follow the folder's new latest file: the next checkpoint, a new version, one more run."""
         if found.kind == "W&B" == source.found.kind:
             source.found, source.follower._files = found, list(found.files)  # type: ignore[attr-defined]
         elif isinstance(source.follower, DocumentFollower) and found.kind == "file":
@@ -314,7 +314,7 @@ class Watch:
                 self.announcer.hear(found, name, judge.columns)
 
     def _settle(self, source: Followed, *, last: bool) -> None:
-        """Rows have come, and no loss among them: wait, or say what would be said of a finished log."""
+        """Rows have come without a loss: wait, or say what a finished log would get."""
         if any(judge.columns for judge in self.judges.values()) or not self.judges:
             self.problem = None if self.judges else self.problem
             if not self.judges and last and not self._is_recorded:
@@ -329,10 +329,10 @@ class Watch:
             raise error
 
     def _listen(self, source: Followed | None, *, news: bool) -> None:
-        """Silence is a finding."""
+        """Report silence."""
         now = time.time()
         if news:
-            # What stood there already is as old as the file.
+            # Values already there are as old as the file.
             seen = source.follower.changed() if source is not None and self.last_value is None else None
             self.last_value = min(now, seen) if seen is not None else now
             self._news_at = now
