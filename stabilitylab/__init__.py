@@ -1,4 +1,4 @@
-"""stabilitylab: watch every layer of any model while it trains, know when and why it breaks."""
+"""stabilitylab watches every layer of any model while it trains, and tells when and why it breaks."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Name -> the module that has it (``module:name`` where it is called otherwise there); imported on first use: reading a run folder
-# must not load torch.
+# Name -> its module (``module:name`` where its name there differs); imported on first use, as reading a run folder must not load
+# torch.
 _PUBLIC = {
     "Criterion": "stabilitylab.outliers.criteria",
     "Event": "stabilitylab.telemetry",

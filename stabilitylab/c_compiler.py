@@ -1,10 +1,10 @@
-"""C source built by the system's compiler at first use, and loaded from there ever after.
+"""Builds C source with the system's compiler at first use, and loads the result from then on.
 
-What is built lies in the user's cache folder under a name made of the source, the compiler, the flags and the processor, so a home
-that several machines share holds one for each. Who calls has a twin in torch operations for where there is no compiler.
+A library lies in the user's cache folder under a name made of the source, the compiler, the flags and the processor, so a home
+shared by several machines holds one for each. Callers have a twin in torch operations for machines without a compiler.
 
-The threads of what is built are torch's own OpenMP pool: its runtime is already loaded with global visibility, and nothing is
-linked with one, so that it is found and no second pool is started.
+The libraries use torch's own OpenMP pool: its runtime is already loaded with global visibility, and they link with none, so that
+they find it and start no second pool.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 
 SWITCH = "STABILITYLAB_NATIVE"
 _ALWAYS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-# Where the packages lie: a header that several share is included by its path from there, all others from beside the file.
+# The packages' folder: a file includes a header that several share by its path from here, all others from beside it.
 _PACKAGES = Path(__file__).parents[1]
 
 
 def switched_off() -> bool:
-    """Whether the user wants nothing compiled."""
+    """Whether the user has switched compiling off."""
     return os.environ.get(SWITCH, "1") == "0"
 
 
@@ -35,10 +35,10 @@ def built(source: Path, *flags: Sequence[str]) -> Path:
 
     Args:
         source: the file.
-        flags: what the compiler is given beside optimization; where it does not take the first of them, the next are tried.
+        flags: sets of compiler flags beside optimization; if the compiler refuses the first, it gets the next.
 
     Raises:
-        OSError, subprocess.SubprocessError: it cannot be built here.
+        OSError, subprocess.SubprocessError: the library cannot be built here.
     """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -53,7 +53,7 @@ def built(source: Path, *flags: Sequence[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         library = Path(scratch) / "library.so"
         for some in flags:
-            # Compiled and linked apart: with -fopenmp the linker would bring in an OpenMP runtime of its own.
+            # Compile and link apart: with -fopenmp the linker would add its own OpenMP runtime.
             unlinked = Path(scratch) / "unlinked.o"
             compiled = subprocess.run(
                 [
@@ -85,7 +85,7 @@ def built(source: Path, *flags: Sequence[str]) -> Path:
 
 
 def _text(source: Path) -> list[bytes]:
-    """A file's, and that of the headers of ours that it includes, and they."""
+    """A file's text, and that of our headers that it includes, directly or not."""
     text = source.read_bytes()
     named = re.findall(rb'^#include "([^"]+)"', text, re.MULTILINE)
     places = ((source.parent / name.decode(), _PACKAGES / name.decode()) for name in named)
@@ -96,7 +96,7 @@ def _text(source: Path) -> list[bytes]:
 
 
 def _cache() -> Path:
-    """A folder of this user's that nobody else can write to: what lies in it will be loaded."""
+    """A folder that only this user can write to, as we load what lies in it."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "stabilitylab"
     try:
@@ -112,7 +112,7 @@ def _cache() -> Path:
 
 
 def _processor() -> bytes:
-    """What ``-march=native`` depends on."""
+    """The processor's features, on which ``-march=native`` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The ``stabilitylab`` command: what a run recorded, and what a model's activations allow."""
+"""The ``stabilitylab`` command: shows what a run recorded, and what a model's activations allow."""
 
 from __future__ import annotations
 

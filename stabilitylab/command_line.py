@@ -1,7 +1,7 @@
-"""Command lines generated from types, with every refusal on one line.
+"""Generates command lines from types, with every refusal on one line.
 
 tyro builds the parser from a dataclass or a function. Its own error is a box of several lines; people who read logs, and programs
-that read stderr, want one line that names the thing and the way out. ``parse`` keeps tyro's words and its exit code (2) and drops
+that read stderr, want one line that names the fault and the way out. ``parse`` keeps tyro's words and its exit code (2) and drops
 the box.
 """
 
@@ -29,15 +29,15 @@ from stabilitylab.errors import InputError, run_command
 # Packages that only some commands need -> the extra that installs them.
 _EXTRAS = {"cattrs": "glm", "scipy": "glm", "sentencepiece": "glm"}
 _BOX = re.compile(r"[╭╮╰╯│─┌┐└┘]+")
-# How often a waiting OpenMP thread looks again before it sleeps: GNU's own number for more threads than cores.
+# Number of checks by a waiting OpenMP thread before it sleeps: GNU's own for more threads than cores.
 _SPINS = "1000"
 
 
 def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Sequence[str] | None) -> int:
-    """The whole of a program whose first word is a command; returns the exit code.
+    """Run a program whose first word is a command; returns the exit code.
 
-    A command's function has its name and is called with its parsed arguments; or it is called ``NAME_command`` and parses its words
-    itself. Its module is imported only when it is called, so that help and errors are quick.
+    A command's function has the command's name and gets its parsed arguments; or it is named ``NAME_command`` and parses its words
+    itself. The program imports its module only when it calls it, so that help and errors are quick.
 
     Args:
         program: its name.
@@ -52,7 +52,7 @@ def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Se
         print("\n".join(f"  {name:{width}} {summary}" for name, (_, summary) in commands.items()))
         return 0
     if words[0] == "--version":
-        # Both programs are parts of one distribution.
+        # Both programs belong to one distribution.
         print(f"{program} {__version__}")
         return 0
     sleep_while_waiting()
@@ -62,11 +62,11 @@ def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Se
 
 @contextlib.contextmanager
 def imports_uncollected() -> Iterator[None]:
-    """Within this, the collector of cycles rests; what was imported it never walks through again, not even at the process's end.
+    """Pause the garbage collector within this context; it never visits the imported objects again, not even at the process's end.
 
-    Modules live as long as the process. What ``glm train`` imports are some 200,000 objects, which Python's collector would visit
-    several times while they come, again whenever a quarter as many are new, and at the end: a third of a short command's processor
-    time. Only for a process that is this program alone: garbage that is older would stay.
+    Modules live as long as the process. ``glm train`` imports some 200,000 objects, which Python's collector would visit several
+    times during the imports, again whenever a quarter as many are new, and at the end: a third of a short command's processor time.
+    Only for a process that runs this program alone, as older garbage would stay.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -80,19 +80,19 @@ def imports_uncollected() -> Iterator[None]:
 
 
 def sleep_while_waiting() -> None:
-    """On a machine whose cores are all busy already, lets OpenMP's threads sleep soon where they wait for each other.
+    """Let OpenMP threads that wait for each other sleep soon, on a machine whose cores are all busy already.
 
-    What they compute stays the same, bit for bit. GNU's runtime looks some 300,000 times first, which it cuts short only where it
-    has more threads itself than the machine cores. On cores that other programs use as well, the thread that is waited for may have
-    none, and those that wait burn the time that it needs; on free cores looking is the quicker way (RESULTS.md has both). The
-    runtime reads its variables once, when torch loads it; what the user has set stands.
+    Their results stay the same, bit for bit. GNU's runtime first spins some 300,000 times, fewer only where it has more threads
+    itself than the machine has cores. On cores that other programs use as well, the awaited thread may have no core, and the
+    waiting ones burn the time that it needs; on free cores spinning is quicker (RESULTS.md has both). The runtime reads its
+    variables once, when torch loads it; the user's own settings stand.
     """
     if _is_busy() and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def _is_busy() -> bool:
-    """Whether as many processes as the machine has cores wanted one in the last minute."""
+    """Whether, in the last minute, as many processes wanted a core as the machine has."""
     try:
         return os.getloadavg()[0] >= (os.cpu_count() or 1)
     except (AttributeError, OSError):  # Windows has no such number
@@ -123,7 +123,7 @@ def _command(
 
 
 def needs_extra(what: str, error: ModuleNotFoundError) -> Exception:
-    """The error to raise where a package is missing: which extra installs it, or what was raised if that is not known."""
+    """The error to raise for a missing package: names the extra that installs it, or is ``error`` itself if none is known."""
     extra = _EXTRAS.get((error.name or "").partition(".")[0])
     return (
         error
@@ -135,7 +135,7 @@ def needs_extra(what: str, error: ModuleNotFoundError) -> Exception:
 def parse(
     form: Any, arguments: Sequence[str], *, program: str, description: str | None = None, default: Any = None
 ) -> Any:
-    """Parse arguments into ``form``: a type is made from them (``default`` has what they leave out), a function is called.
+    """Parse arguments into ``form``: make a type from them (``default`` fills in what they leave out), or call a function.
 
     Returns:
         The instance, or what the function returned.
@@ -145,7 +145,7 @@ def parse(
     """
     said = io.StringIO()
     try:
-        # tyro prints its box to stderr and exits. A function runs after parsing, with stderr its own again.
+        # tyro prints its box to stderr and exits. A function runs after parsing, with the real stderr again.
         with contextlib.redirect_stderr(said):
             parsed = tyro.cli(
                 _deferred(form) if inspect.isfunction(form) else form,
@@ -163,7 +163,7 @@ def parse(
 
 
 def _deferred(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
-    """The same signature, but calling it only binds the arguments."""
+    """A function of the same signature that only binds the arguments."""
 
     @functools.wraps(function)
     def bind(*args: Any, **kwargs: Any) -> Callable[[], Any]:
@@ -173,7 +173,7 @@ def _deferred(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
 
 
 def _sentence(box: str) -> str:
-    """What tyro's box says between its title and its first rule."""
+    """The text of tyro's box between its title and its first rule."""
     body: list[str] = []
     for line in box.splitlines()[1:]:
         text = _BOX.sub(" ", line).strip()

@@ -14,10 +14,10 @@
     torch.distributed.tensor.DTensor             public; here since it is slow to import      test_ranks.py
     torch.optim.Optimizer.*.__wrapped__          an optimizer without torch's compiler        glm's test_startup.py
 
-All of them are in torch 2.9.1, the oldest supported, to 2.15. Two of the modules take as long to import as the rest of torch
-together, so they are looked at only where somebody else has imported them: what nobody has imported, nobody has used.
+torch has all of them from 2.9.1, the oldest supported, to 2.15. Two of the modules take as long to import as the rest of torch
+together, so ``compat`` looks at them only where other code has imported them: what nobody imported, nobody uses.
 
-Operators that torch itself is built of stand where their numbers are made, each with a twin in public operations:
+torch's own internal operators stand where they compute numbers, each with a twin in public operations:
 
     operator                                     used in                                      compared in
     torch._foreach_*                             statistics, probes, glm/train/update_rules   test_updates.py, test_formulas.py
@@ -37,7 +37,7 @@ Operators that torch itself is built of stand where their numbers are made, each
     aten._scaled_dot_product_cudnn_attention,
     aten._safe_softmax, aten._softmax            probes/attention_calls.py                    probes' test_attention.py
 
-So do attributes of its objects, which are plain dicts and numbers, and read where a call would cost too much or say too little:
+So do attributes of its objects, which are plain dicts and numbers; we read them where a call would cost too much or say too little:
 
     attribute                                    used in                                      noticed by
     Module._parameters, _buffers, _modules       models, quantization, model_structure.py,    test_held.py, test_fused_experts.py,
@@ -53,7 +53,7 @@ So do attributes of its objects, which are plain dicts and numbers, and read whe
     GradScaler._scale, _init_scale,
     _per_optimizer_states                        monitoring/grad_scaler.py                    test_grad_scaler.py
 
-A test says so where another stands anywhere else.
+A test fails where any other private interface stands.
 """
 
 from __future__ import annotations
@@ -76,37 +76,37 @@ DisableTorchFunction = torch._C.DisableTorchFunction
 
 
 def in_backward() -> bool:
-    """Whether this thread is inside a backward pass, as a forward pass of activation recomputation is."""
+    """Whether this thread is inside a backward pass, like a forward pass of activation recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def is_functorch_wrapped(x: Tensor) -> bool:
-    """Whether it lives inside ``torch.func``'s transformations, where its numbers cannot be read."""
+    """Whether ``x`` lives inside ``torch.func``'s transformations, where nobody can read its numbers."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def compiler() -> Any:
-    """``torch._dynamo`` where something has imported it; None: then nothing can have been compiled."""
+    """``torch._dynamo`` where something has imported it; else None, and nothing can have been compiled."""
     return sys.modules.get("torch._dynamo")
 
 
 def optimized_module() -> type | None:
-    """The type of what ``torch.compile`` makes of a module; None where nothing can have been compiled."""
+    """The type of ``torch.compile``'s wrapper of a module; None where nothing can have been compiled."""
     found = compiler()
     return None if found is None else found.eval_frame.OptimizedModule
 
 
-# What torch.compile has made of modules and is still there, from the first question on.
+# torch.compile's wrappers of modules that still exist, from the first call on.
 _made: WeakSet[Any] = WeakSet()
 _asked = False
 _making = threading.RLock()
 
 
 def optimized_modules() -> list[Any]:
-    """All that ``torch.compile`` has made of modules and is still there.
+    """All of ``torch.compile``'s wrappers of modules that still exist.
 
-    Nothing in torch lists them. The first question looks among all objects of the process, tenths of a second in a large one; from
-    then on each is noted as it is made.
+    torch does not list them. The first call searches all objects of the process, tenths of a second in a large one; from then on it
+    notes each as torch makes it.
     """
     global _asked
     kind = optimized_module()
@@ -115,7 +115,7 @@ def optimized_modules() -> list[Any]:
     with _making:
         if not _asked:
             _asked = _note_what_is_made(kind)
-            # By type alone: looking at attributes of foreign objects may run their code.
+            # By type alone: reading attributes of foreign objects may run their code.
             there = [x for x in gc.get_objects() if type(x) is kind]
             if not _asked:
                 return there
@@ -124,7 +124,7 @@ def optimized_modules() -> list[Any]:
 
 
 def _note_what_is_made(kind: Any) -> bool:
-    """Have a module be noted when it is set up, newly or from a pickle. False where torch does so in another way."""
+    """Have each wrapper noted when torch sets it up, newly or from a pickle. False where torch sets it up in another way."""
     own = getattr(kind, "_initialize", None)
     if own is None:
         return False
@@ -140,19 +140,19 @@ def _note_what_is_made(kind: Any) -> bool:
 
 
 def compiled_frames() -> int:
-    """How many frames have been compiled in this process."""
+    """The number of frames compiled in this process."""
     found = compiler()
     return 0 if found is None else int(found.utils.counters["frames"]["total"])
 
 
 def trace_again(codes: Iterable[CodeType | None]) -> None:
-    """Have frames of these codes, and PyTorch's own containers, traced anew when they are called next."""
+    """Have frames of these codes, and PyTorch's own containers, traced anew at their next call."""
     if compiler() is None:
         return
     from torch._C._dynamo.eval_frame import reset_code
     from torch._dynamo.external_utils import wrap_inline
 
-    # What torch.compile calls in place of the forward pass of nn.Sequential and its kin.
+    # torch.compile calls this in place of the forward pass of nn.Sequential and its kin.
     inlined = [x for x in inspect.unwrap(wrap_inline).__code__.co_consts if isinstance(x, CodeType)]
     for code in (*codes, *inlined):
         if code is not None:
@@ -160,13 +160,13 @@ def trace_again(codes: Iterable[CodeType | None]) -> None:
 
 
 def allow_graphs(count: int) -> None:
-    """Let a function be compiled so many times: a graph a module that it belongs to."""
+    """Let torch compile a function so many times: one graph per module that it belongs to."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, count)
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether it is a ``DTensor``, as FSDP2's parameters are."""
+    """Whether ``x`` is a ``DTensor``, like FSDP2's parameters."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 

@@ -1,7 +1,8 @@
-"""``stabilitylab demo``: a small transformer breaks before your eyes, and is found, named and shown. No download, some ten seconds.
+"""``stabilitylab demo``: a small transformer breaks before your eyes, and the monitor finds, names and shows it. No download, some
+ten seconds.
 
-It learns to count on from sequences start, start + stride, start + 2 stride, ... modulo 64. At step 160 its learning rate is set to
-40 times what it was, for three steps: a misplaced decimal point in a schedule. Nobody tells the monitor.
+It learns to count on from sequences start, start + stride, start + 2 stride, ... modulo 64. At step 160 the demo multiplies its
+learning rate by 40 for three steps: a misplaced decimal point in a schedule. Nobody tells the monitor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def demo(*, out: Path | None = None) -> int:
     Args:
         out: folder for the run; by default stabilitylab-demo, or the next free name after it.
     """
-    # Imported here: the command line's help does not wait for torch.
+    # Imported here, so that the command line's help does not wait for torch.
     from stabilitylab.report import run_report
     from stabilitylab.runs import load_run
 
@@ -34,7 +35,7 @@ def demo(*, out: Path | None = None) -> int:
         soft_wrap=True,
         highlight=False,
     )
-    # What is found is said the moment it is, on standard error, as in any training of yours.
+    # The monitor says its finds at once on standard error, as in any training of yours.
     logging.getLogger("stabilitylab").setLevel(logging.WARNING)
     train(folder)
     run = load_run(folder)
@@ -54,7 +55,7 @@ def demo(*, out: Path | None = None) -> int:
 
 
 def train(folder: Path) -> None:
-    """The training that breaks, watched, into ``folder``."""
+    """Run the training that breaks, watched, into ``folder``."""
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy

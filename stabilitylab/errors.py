@@ -1,8 +1,8 @@
-"""The one error that users see: what was given, where, and what to do.
+"""The one error that users see: names what they gave, where, and what to do.
 
-Anything that comes from outside (a path, a column, a config field, a checkpoint) can be wrong. Code that notices raises
-``InputError``; a command line turns it into one line on stderr and exit code 2, without a traceback. Every other exception is a
-defect of ours and keeps its traceback.
+Any input from outside (a path, a column, a config field, a checkpoint) can be wrong. Code that notices raises ``InputError``; a
+command line turns it into one line on stderr and exit code 2, without a traceback. Every other exception is our own defect and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """Something from outside is wrong. The message names the thing and the way out, in one line."""
+    """Some input from outside is wrong. The message names it and the way out, in one line."""
 
 
 def run_command(command: Callable[[], int | None]) -> int:
@@ -32,7 +32,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output went away (``| head``): nothing is left to say.
+        # The reader of our output has gone (``| head``): nothing is left to say.
         sys.stderr.close()
         return 0
     except OSError as error:

@@ -1,6 +1,6 @@
-"""What is looked at in a model's forward passes while a ``with`` block lasts: hooks on its modules, gone afterwards.
+"""Looks at a model's forward passes while a ``with`` block lasts, through hooks that are gone afterwards.
 
-A watch says in ``_hooks`` what it looks at:
+A watch names its hooks in ``_hooks``:
 
     class ShapeWatch(ForwardWatch):
         def _hooks(self):
@@ -21,7 +21,7 @@ ForwardHook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
 class ForwardWatch:
-    """Hooks modules while it is entered; what it saw stays."""
+    """Hooks modules while entered; keeps what it saw."""
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
@@ -39,5 +39,5 @@ class ForwardWatch:
         self._handles.clear()
 
     def _hooks(self) -> Iterable[tuple[nn.Module, ForwardHook]]:
-        """The modules, and what is called after each forward pass of theirs."""
+        """The modules, each with the hook to call after its forward passes."""
         raise NotImplementedError

@@ -1,8 +1,8 @@
 """``stabilitylab experiments ...``: the laboratory, from a clone or from an installation.
 
 In a clone the experiments are a folder beside this package, run by ``python -m experiments``. A package of that name in
-site-packages would stand in the way of everybody else's ``experiments``; so an installation keeps the folder inside this package,
-where nothing can import it by accident, and puts it on the path of this one process and of those that it starts.
+site-packages would shadow everybody else's ``experiments``. So an installation keeps the folder inside this package, where nothing
+can import it by accident, and the command puts it on the path of its own process and of those that it starts.
 """
 
 from __future__ import annotations

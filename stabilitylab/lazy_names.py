@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use (PEP 562), so that who needs one of them does not wait for all.
+"""Imports a package's names on first use (PEP 562), so that a user of one does not wait for all.
 
     __getattr__, __dir__ = lazy_names(__name__, __all__, _PUBLIC)
 
@@ -19,7 +19,7 @@ def lazy_names(
     Args:
         package: its name.
         public: what ``dir`` lists.
-        homes: name -> the module that has it, or ``module:name`` where it is called otherwise there.
+        homes: name -> its module, or ``module:name`` where its name there differs.
     """
 
     def getattribute(name: str) -> object:

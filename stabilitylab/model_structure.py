@@ -1,6 +1,6 @@
-"""What a model is made of, told once for everybody: stacks of blocks, embeddings, linear layers, tied weights.
+"""A model's structure, in one place for everybody: stacks of blocks, embeddings, linear layers, tied weights.
 
-The residual stream is what flows from block to block, so its sites are the blocks' outputs. A *stack* is a numbered container
+The residual stream flows from block to block, so its sites are the blocks' outputs. A *stack* is a numbered container
 (``ModuleList``, ``Sequential``, a ``ModuleDict`` or module whose children are called 0, 1, ...) that lies in no block of another,
 and its *blocks* are
 
@@ -14,11 +14,11 @@ and its *blocks* are
 
 So an encoder-decoder model has two stacks, a model of vision and language too, and a mixture of experts one.
 
-*Token embeddings* are the modules that look rows up, but for those that count positions or segments; in a model that has none,
-what it calls its input embedding (a ViT's patches). A *linear layer* computes y = x W' + b: ``nn.Linear`` and its subclasses,
-transformers' ``Conv1D`` (W is [in, out]), known by its interface so that transformers need not be installed, and layers that
-call themselves so (``ColumnParallelLinear``): of these the weight's layout is not known, so they are watched and never
-replaced. ``nn.MultiheadAttention``'s output projection is none: torch reads its weight and never calls it.
+*Token embeddings* are the modules that look rows up, except those for positions or segments; in a model without any, its so-called
+input embedding (a ViT's patches). A *linear layer* computes y = x W' + b: ``nn.Linear`` and its subclasses; transformers'
+``Conv1D`` (W is [in, out]), known by its interface so that transformers need not be installed; and layers with that name
+(``ColumnParallelLinear``), whose weight's layout is unknown, so stabilitylab watches them but never replaces them.
+``nn.MultiheadAttention``'s output projection is none: torch reads its weight and never calls it.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _SIDE_BY_SIDE = re.compile(r"expert|head|branch|adapter|lora", re.IGNORECASE)
 _NOT_TOKENS = re.compile(r"pos|wpe|type|segment|relative|rotary|norm|time|timestep", re.IGNORECASE)
 
 
-# Wrappers, and walks that leave them out.
+# Wrappers, and walks that skip them.
 
 
 def clean(path: str) -> str:
-    """The path of a module or parameter as it would be without wrappers."""
+    """The path of a module or parameter without wrappers."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPED)
 
 
@@ -66,7 +66,7 @@ def bare(model: nn.Module) -> nn.Module:
     """The model itself, without DDP, DeepSpeed's engine and other wrappers around it.
 
     Raises:
-        InputError: it is no module.
+        InputError: ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}: the monitor attaches to a torch.nn.Module")
@@ -80,12 +80,12 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by path, with wrappers left out of the paths; a tied one under its first name."""
+    """Parameters by path, without wrappers in the paths; a tied one under its first name."""
     return {clean(name): parameter for name, parameter in model.named_parameters()}
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Like ``model.named_modules()``, with wrappers left out of the walk and of the paths."""
+    """Like ``model.named_modules()``, without wrappers in the walk and in the paths."""
     for path, module in model.named_modules():
         if unwrapped(module) is module:
             yield clean(path), module
@@ -95,7 +95,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class Conv1D(Protocol):
-    """What transformers' ``Conv1D`` has: weight [in, out], bias [out], and ``nf``, the number of outputs."""
+    """The interface of transformers' ``Conv1D``: weight [in, out], bias [out], and ``nf``, the number of outputs."""
 
     weight: nn.Parameter
     bias: nn.Parameter
@@ -103,12 +103,12 @@ class Conv1D(Protocol):
 
 
 def _is_conv1d(module: object) -> TypeGuard[Conv1D]:
-    # Asked one by one: from Python 3.12 on, ``isinstance`` with a protocol does not see what a module keeps as a parameter.
+    # Checked one by one: from Python 3.12 on, ``isinstance`` with a protocol does not see a module's parameters.
     return type(module).__name__ == "Conv1D" and all(hasattr(module, one) for one in ("weight", "bias", "nf"))
 
 
 def has_known_layout(module: nn.Module) -> bool:
-    """Whether it is a linear layer whose weight can be read as [out, in] and another layer put in its place."""
+    """Whether it is a linear layer whose weight reads as [out, in] and that another layer can replace."""
     if isinstance(module, nn.Linear):
         kind: Any = type(module)
         return kind.__name__ != "NonDynamicallyQuantizableLinear" and _returns_product(kind)
@@ -117,7 +117,7 @@ def has_known_layout(module: nn.Module) -> bool:
 
 @cache
 def _returns_product(kind: Any) -> bool:
-    """Whether a kind of ``nn.Linear`` returns x W' + b and nothing else: one of six outputs is made and tried."""
+    """Whether a kind of ``nn.Linear`` returns x W' + b and nothing else: makes one with six outputs and tries it."""
     if kind.forward is nn.Linear.forward:
         return True
     drawn = torch.Generator().manual_seed(0)
@@ -129,7 +129,7 @@ def _returns_product(kind: Any) -> bool:
     try:
         with torch.no_grad():
             y: object = kind.forward(tried.eval(), x)
-    except Exception:  # whatever it needs besides a weight and a bias makes it another layer
+    except Exception:  # anything that it needs besides a weight and a bias makes it another layer
         return False
     expected = F.linear(x, weight, bias)
     return (
@@ -138,19 +138,19 @@ def _returns_product(kind: Any) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer, or calls itself one."""
+    """Whether it is a linear layer, or is named like one."""
     if isinstance(module, nn.Linear):
         return type(module).__name__ != "NonDynamicallyQuantizableLinear"
     return type(module).__name__.endswith("Linear") or type(module).__name__ == "Conv1D"
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Any layer whose type is called a norm: ``LayerNorm``, ``RMSNorm``, ``LlamaRMSNorm``, ..."""
+    """Whether its type is called a norm: ``LayerNorm``, ``RMSNorm``, ``LlamaRMSNorm``, ..."""
     return "Norm" in type(module).__name__
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Whether it looks rows of a table up: ``nn.Embedding``, and layers that call themselves so and hold one
+    """Whether it looks up rows of a table: ``nn.Embedding``, and layers that are named like it and hold a table
     (``VocabParallelEmbedding``)."""
     if isinstance(module, nn.Embedding):
         return True
@@ -159,14 +159,13 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer whose weight's layout is known, by path, in the model's own order; one used under several paths comes
-    once."""
+    """Every linear layer with a known weight layout, by path, in the model's own order; one used under several paths comes once."""
     return {path: layer for path, layer in module.named_modules() if has_known_layout(layer)}
 
 
 def weights_outside_layers(module: nn.Module) -> tuple[float, list[str]]:
-    """Matrices that no linear layer of known layout, embedding or convolution holds: fused experts, routers, parameters of the
-    model's own.
+    """Matrices outside linear layers of known layout, embeddings and convolutions: fused experts, routers, the model's own
+    parameters.
 
     Returns:
         Their share of all parameters' numbers, and their names.
@@ -194,7 +193,7 @@ def linear_weight(layer: nn.Module) -> Tensor:
 
 
 def shared_parameters(module: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Tied weights: groups of names that are one tensor, such as ``(("embed_tokens.weight", "lm_head.weight"),)``."""
+    """Tied weights: groups of names of one tensor, such as ``(("embed_tokens.weight", "lm_head.weight"),)``."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -209,7 +208,7 @@ class Stack:
     """Blocks through which one residual stream flows.
 
     Attributes:
-        path: of the container.
+        path: the container's.
         blocks: path -> block, in order.
     """
 
@@ -218,26 +217,26 @@ class Stack:
 
 
 def stacks(model: nn.Module) -> list[Stack]:
-    """The stacks of blocks, in the model's order; none where it has no numbered parts."""
+    """The stacks of blocks, in the model's order; none in a model without numbered parts."""
     found = _search("", model)
     best = min((rank for rank, _ in found), default=0)
     return [stack for rank, stack in found if rank == best]
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> block, of all stacks."""
+    """Path -> block, for all stacks."""
     return {path: block for stack in stacks(model) for path, block in stack.blocks.items()}
 
 
-# How good a stack is: blocks proper, the layers of a plain MLP, a block alone. The best that a model has count.
+# Ranks of stacks: blocks proper, the layers of a plain MLP, a block alone. Only the model's best rank counts.
 _BLOCKS, _LAYERS, _ALONE = range(3)
 
 
 def parameter_groups(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Parameters in groups that a person has names for: each block's attention, feed-forward and norms, embedding, head.
+    """Parameters in groups that people have names for: each block's attention, feed-forward and norms, embedding, head.
 
-    A block's children are its groups, its norms together one; outside of blocks the outermost modules are. Label -> parameters, in
-    the order of ``names``, each in one.
+    Each child of a block is a group, but all its norms form one; outside blocks each outermost module is a group. Label ->
+    parameters, in the order of ``names``, each in one group.
     """
     paths = sorted(blocks(model), key=len, reverse=True)
     norms = {path for path, module in named_modules(model) if is_norm(module)}
@@ -296,7 +295,7 @@ def _search(path: str, module: nn.Module) -> list[tuple[int, Stack]]:
 
 
 def _stages(path: str, part: nn.Module) -> Iterator[tuple[int, Stack]]:
-    """What a stage holds: a list of blocks right below it, each with its norm; or a bare container's own."""
+    """The stacks of a stage: a list of blocks right below it, each with its norm; or a bare container's own."""
     bare_container = isinstance(part, (nn.ModuleList, nn.Sequential))
     lists = {path: part} if bare_container else {_join(path, n): c for n, c in part.named_children()}
     for at, child in lists.items():
@@ -310,14 +309,14 @@ def _stages(path: str, part: nn.Module) -> Iterator[tuple[int, Stack]]:
 
 
 def _is_side_by_side(path: str, children: dict[str, nn.Module]) -> bool:
-    """Experts, heads, adapters: a list of such is no way through which a stream flows."""
+    """Whether it lists experts, heads or adapters, through which no stream flows in sequence."""
     kinds = {type(child).__name__ for child in children.values()}
     name = path.rpartition(".")[2]
     return bool(_SIDE_BY_SIDE.search(name)) or (len(kinds) == 1 and "Expert" in next(iter(kinds)))
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether it is one layer and not a part made of several."""
+    """Whether it is a single layer, not a module made of several."""
     return is_linear(module) or is_norm(module) or is_embedding(module) or _is_conv(module)
 
 
@@ -355,17 +354,17 @@ def token_embeddings(model: nn.Module) -> dict[str, nn.Module]:
         given = None
     if isinstance(given, nn.Module):
         return {path: module for path, module in named_modules(model) if module is given}
-    # A table called after what it counts, and nothing else: the largest is the tokens'.
+    # Tables named only after what they count: the largest is the tokens'.
     largest = max(tables.items(), key=lambda pair: len(pair[1].weight), default=None)  # type: ignore[arg-type]
     return {} if largest is None else dict([largest])
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """The structure as plain JSON, for a run's event ``model-structure``.
+    """The structure as plain JSON, for a run's ``model_structure.json``.
 
     Returns:
         ``stacks``: container -> paths of its blocks; ``embeddings``: parameters of the token embeddings; ``tied``: groups of
-        parameter names that are one tensor.
+            parameter names of one tensor.
     """
     inside = {id(p) for module in token_embeddings(model).values() for p in module.parameters()}
     return {

@@ -1,17 +1,17 @@
-"""What a measurement is: its name, the samples of a flush, and events.
+"""The data types of telemetry: a metric's name, the samples of a flush, and events.
 
-A metric is ``family/site/statistic``. The *family* says what was measured (gradient, attention, activation, update, precision,
-train), the *site* where, as the module or parameter path that the model itself uses, or ``-`` for the run as a whole, the
-*statistic* how it was summarised:
+A metric is ``family/site/statistic``. The *family* says what is measured (gradient, attention, activation, update, precision,
+train); the *site* says where, as the model's own module or parameter path, or ``-`` for the run as a whole; the *statistic* says
+how it is summarised:
 
     gradient/layers.3.attention.query_key_value.weight/l2
-    attention/layers.3.attention/score_max                  one value a head, told apart by the index
+    attention/layers.3.attention/score_max                  one value per head; the index is the head
     activation/layers.3.feed_forward.down/kurtosis
     precision/-/loss_scale
     train/-/loss
 
 A ``Key`` is a metric and an index (-1 for a scalar). Samples are tidy columns (step, key, value); an ``Event`` is one line of
-``events.jsonl``. The folder that holds them is ``stabilitylab.runs.folder``.
+``events.jsonl``. ``stabilitylab.runs.folder`` handles the folder that holds them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ DATA_PHASE = "train/-/data_phase"
 SKIPPED = "train/-/skipped"
 LOSS_SCALES = ("precision/-/loss_scale", "train/-/loss_scale")
 
-# Kinds of event around which a run is watched closely, and of which a person is told at once.
+# Kinds of event around which the monitor watches a run closely, and which it tells people at once.
 ALARMS = frozenset({"spike", "divergence", "non-finite", "loss-scale-collapse", "dead", "frozen"})
-# What is told of one site or of the optimizer, whatever the loss does: recorded closely and told, never acted on.
+# Kinds about one site or the optimizer, whatever the loss does: recorded closely and told, never acted on.
 DEPARTURES = frozenset({"site-departure", "parameter-changed", "moments-changed", "optimizer-changed"})
 
 
@@ -65,7 +65,7 @@ class Key:
     def parse(cls, metric: str, index: int = SCALAR) -> Key:
         """Split ``family/site/statistic``. Sites may hold slashes; family and statistic may not.
 
-        The site is empty where the model itself is a site: a module's path in itself.
+        The site is empty where the model itself is the site: a module's path within itself.
         """
         family, _, rest = metric.partition("/")
         site, slash, statistic = rest.rpartition("/")
@@ -78,8 +78,8 @@ class Key:
 class Samples:
     """The numbers of one flush, as tidy columns of equal length: ``value[i]`` was seen for ``keys[key[i]]`` at ``step[i]``.
 
-    ``keys`` is the same tuple object from flush to flush as long as the set of metrics is unchanged, so a sink can cache by its
-    identity. Values are float64 and may be NaN or infinite: what was seen is recorded.
+    ``keys`` stays the same tuple object from flush to flush while the set of metrics is unchanged, so a sink can cache by its
+    identity. Values are float64 and may be NaN or infinite, as seen.
     """
 
     keys: tuple[Key, ...]
@@ -91,7 +91,7 @@ class Samples:
         return len(self.value)
 
     def __iter__(self) -> Iterator[tuple[int, Key, float]]:
-        """Row by row, for tests and small sinks; large ones read the columns."""
+        """The rows one by one, for tests and small sinks; large ones read the columns."""
         for step, key, value in zip(self.step.tolist(), self.key.tolist(), self.value.tolist(), strict=True):
             yield step, self.keys[key], value
 
@@ -115,10 +115,10 @@ class Event:
 
     Kinds that the project writes: ``run-start``, ``run-end``, ``interrupted``, ``checkpoint``, ``rewind``, the detector's
     ``hard-batch``, ``spike``, ``divergence``, ``non-finite``, ``loss-scale-collapse``, ``dead``, ``frozen``, their ``diagnosis``,
-    the responder's ``response`` and what came of it or of a replay (``outcome``), ``recovered`` (a damaged checkpoint was passed
-    over), ``parameters-joined`` (an optimizer was given more of them), ``DEPARTURES`` (a site far out of its baseline; weights,
+    the responder's ``response`` and the result of it or of a replay (``outcome``), ``recovered`` (the run passed over a damaged
+    checkpoint), ``parameters-joined`` (an optimizer got more of them), ``DEPARTURES`` (a site far out of its baseline; weights,
     moments or settings that no update moved), ``gradients-changed`` (a loop clips by hand, so gradients are recorded after it),
-    ``attribution`` (what forks proved), ``at-risk`` (the rate's margin is used up; where it was asked for), and ``checkpoint-lost``
+    ``attribution`` (what forks proved), ``at-risk`` (the rate's margin is used up; only where asked for), and ``checkpoint-lost``
     and ``telemetry-lost`` (one could not be written; training went on).
     """
 
@@ -129,7 +129,7 @@ class Event:
 
     @property
     def is_alarm(self) -> bool:
-        """Whether it tells of the beginning of an alarm, or of one that turns into another kind."""
+        """Whether it tells that an alarm begins, or turns into another kind."""
         return self.kind in ALARMS and self.data.get("phase") != "end"
 
     def to_json(self) -> str:

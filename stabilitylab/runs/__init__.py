@@ -1,4 +1,4 @@
-"""Write a run's folder, and read it back."""
+"""Write a run folder, and read it back."""
 
 from stabilitylab.runs.run import Run, load_run
 

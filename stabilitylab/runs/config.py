@@ -7,7 +7,7 @@ from typing import Any
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as ``model.norm`` -> value, without what a table cannot show."""
+    """A nested configuration as ``model.norm`` -> value, without values that a table cannot show."""
     pairs: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

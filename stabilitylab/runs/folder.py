@@ -1,12 +1,12 @@
-"""A run on disk: where each thing lies, who may write, and the events of the history that still stands.
+"""A run on disk: the place of each file, who may write, and the events of the history that still stands.
 
-Whoever reads a run reads its folder and nothing else:
+Readers of a run read only its folder:
 
     config.json   model_structure.json   telemetry/*.parquet   events.jsonl   tensorboard/   checkpoints/
     report.html
 
-History can be rewritten: a resumed or rolled-back run goes back to step s and trains on from there. That is the event ``rewind``
-with ``step = s``: everything recorded earlier for steps >= s is superseded, and every reader drops it.
+A run can rewrite its history: a resumed or rolled-back run goes back to step s and trains on from there. It records an event
+``rewind`` with ``step = s``, which supersedes everything recorded earlier for steps >= s; every reader drops that.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from stabilitylab.telemetry import Event
 try:
     import fcntl
 except ImportError:
-    # Windows has no advisory locks of this kind; runs there are not guarded against each other.
+    # Windows has no advisory locks of this kind: nothing guards runs there against each other.
     fcntl = None  # type: ignore[assignment]
 
 
 class RunFolder:
-    """A run's folder on disk: where each thing lies, who may write, and its events.
+    """A run's folder on disk: the place of each file, who may write, and its events.
 
     Args:
         path: the folder; need not exist for reading its paths.
@@ -49,7 +49,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """A run that exists, for reading. Raises InputError where there is none."""
+        """An existing run, for reading. Raises InputError where there is none."""
         run = cls(path)
         if not run.path.is_dir():
             raise InputError(f"{run.path} is not a run folder: there is no such directory")
@@ -60,7 +60,7 @@ class RunFolder:
     def claim(self) -> None:
         """Make the folder and take the right to write into it, until this process ends or ``release`` is called.
 
-        Raises InputError when another process is writing there: two runs in one folder would mix their histories. Also where the
+        Raises InputError when another process is writing there, as two runs in one folder would mix their histories, or where the
         folder cannot be made.
         """
         try:
@@ -90,23 +90,23 @@ class RunFolder:
         self._mend_events()
 
     def is_being_written(self) -> bool | None:
-        """Whether a process of this machine has claimed the folder; None: that cannot be told here.
+        """Whether a process of this machine has claimed the folder; None where the system cannot tell.
 
-        The system's list of locks is read: taking the lock in order to know would get in the way of a run that begins.
+        It reads the system's list of locks: taking the lock to find out would block a run that begins.
         """
         try:
             lock = (self.path / ".lock").stat()
             held = Path("/proc/locks").read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError):
             return None
-        # By the inode alone: a layered file system (overlayfs) gives another device there than here.
+        # By the inode alone: a layered file system (overlayfs) gives another device there.
         return any(f":{lock.st_ino} " in line for line in held.splitlines())
 
     def release(self) -> None:
         """Give the right to write back."""
         if self._lock is not None:
             if fcntl is not None:
-                # Closing is not enough while a process started meanwhile still holds the same open file.
+                # Closing is not enough while a process started since still holds the same open file.
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._forget()
 
@@ -116,7 +116,7 @@ class RunFolder:
             self._lock = None
 
     def append_events(self, events: Sequence[Event]) -> None:
-        """Add lines to ``events.jsonl`` and hand them to the operating system: all of them, or none where that fails."""
+        """Add lines to ``events.jsonl`` and hand them to the operating system: all, or none if that fails."""
         if not events:
             return
         lines = "".join(event.to_json() + "\n" for event in events).encode()
@@ -132,7 +132,7 @@ class RunFolder:
                 raise
 
     def _mend_events(self) -> None:
-        """Give a last line that a kill cut short its end, or take it away: the next event starts a line of its own."""
+        """Complete a last line that a kill cut short, or remove it, so that the next event starts its own line."""
         if not self.events.is_file():
             return
         with self.events.open("r+b") as file:
@@ -146,9 +146,9 @@ class RunFolder:
                 file.truncate(file.tell() - len(last))
 
     def read_events(self) -> list[Event]:
-        """All events whose history still stands: those at or after a later ``rewind``'s step are dropped.
+        """All events whose history still stands, without those at or after a later ``rewind``'s step.
 
-        A last line cut short by a kill is ignored; any other malformed line is an InputError.
+        Ignores a last line cut short by a kill; any other malformed line raises InputError.
         """
         if not self.events.is_file():
             return []
@@ -175,8 +175,8 @@ _CLAIMED: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 
 def _leave_claims() -> None:
-    """A forked process (a data loader's worker) has inherited the open lock, not the right to write: were it to keep the file open,
-    a run that is killed would stay locked for as long as its workers live."""
+    """Close a forked process's copies of open locks. A data loader's worker inherits the lock, not the right to write: if it kept
+    the file open, a killed run would stay locked for as long as its workers live."""
     for run in list(_CLAIMED):
         run._forget()
 
@@ -186,12 +186,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _brief(path: Path) -> str:
-    """A path that fits into a line, without what would not print."""
+    """A path that fits into a line, without unprintable characters."""
     shown = str(path).replace("\0", "\\0")
     return shown if len(shown) < 200 else f"{shown[:80]}...{shown[-40:]}"
 
 
-# What the run did about its history outlives the history itself: a response explains why steps were taken back.
+# The run's actions on its history outlive it: a response explains why steps were taken back.
 _SURVIVES_REWIND = frozenset(
     {"run-start", "rewind", "response", "interrupted", "telemetry-lost", "checkpoint-lost", "recovered"}
 )

@@ -1,20 +1,20 @@
-"""Telemetry on disk: a folder of complete Parquet files, and which of their rows still stand.
+"""Telemetry on disk: a folder of complete Parquet files, and the rules by which their rows still stand.
 
-Every file ``part-NNNNNN.parquet`` appears by renaming a finished ``*.tmp``, so whatever a killed run leaves under that name can be
-read. Numbers grow, and names are never used twice. What a file is to the others stands in its own footer (the key ``stabilitylab``
-of the schema's metadata, as JSON):
+Every file ``part-NNNNNN.parquet`` appears by renaming a finished ``*.tmp``, so any file of that name from a killed run is readable.
+Numbers grow, and no name is used twice. A file's footer (the key ``stabilitylab`` of the schema's metadata, as JSON) says how it
+relates to the others:
 
     segment     history this file belongs to: 0 at first, one more for each ``rewind`` and for each reopening
     from_step   step from which this segment rewrote history (null in segment 0)
     level       0 as written, higher when merged from files of the level below
     replaces    names of the files this one was merged from
 
-Two rules make a reader right after any crash, without a journal:
+Two rules keep readers correct after any crash, without a journal:
 
     a row of segment k stands  <=>  step < min(from_step of every later segment)
     a file counts              <=>  no other file of the folder replaces it
 
-The second covers a kill between the renaming of a merged file and the deletion of what it was merged from.
+The second covers a kill between renaming a merged file and deleting its sources.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Part:
 def list_parts(folder: Path, *, warn: bool = True) -> list[Part]:
     """The files of a folder that count, oldest first.
 
-    Warns of files that a killed run left half written. Raises InputError for a finished file that cannot be read.
+    Warns of files that a killed run left half written. Raises InputError for an unreadable finished file.
     """
     for temporary in sorted(folder.glob("*.tmp")) if warn else ():
         warnings.warn(f"{temporary} was left half written by a killed run and is not read", stacklevel=2)
@@ -83,7 +83,7 @@ def list_parts(folder: Path, *, warn: bool = True) -> list[Part]:
 
 
 def step_limits(parts: Sequence[Part]) -> dict[int, int | None]:
-    """For every segment, the step below which its rows stand (None: all of them)."""
+    """Segment -> the step below which its rows stand (None: all)."""
     starts = {part.segment: part.from_step for part in parts}
     limits: dict[int, int | None] = {}
     limit: int | None = None
@@ -97,7 +97,7 @@ def step_limits(parts: Sequence[Part]) -> dict[int, int | None]:
 
 def last_step(folder: Path) -> int | None:
     """The last standing step of a telemetry folder, from the files' footers; None where nothing stands."""
-    # Whoever asks is about to write there, and clears away what a kill left half written.
+    # The caller is about to write there, and clears away files that a kill left half written.
     parts = list_parts(folder, warn=False)
     limits = step_limits(parts)
     found: list[int] = []
@@ -121,10 +121,10 @@ def last_step(folder: Path) -> int | None:
 def write_part(table: pa.Table, part: Part) -> Part:
     """Write a table under a temporary name, push it to the disk, and give it its own name.
 
-    Rows should come sorted by family and statistic: readers skip row groups by the range of those two.
+    Rows should be sorted by family and statistic: readers skip row groups by the range of those two.
 
     Returns:
-        ``part`` with the number of rows filled in. Nothing is left behind where writing fails.
+        ``part`` with the number of rows filled in. If writing fails, nothing stays behind.
     """
     body = {
         "version": 1,
@@ -143,7 +143,7 @@ def write_part(table: pa.Table, part: Part) -> Part:
                 row_group_size=ROW_GROUP,
                 compression="zstd",
                 use_dictionary=["family", "site", "statistic", "index"],
-                # Steps of one metric run on evenly; statistics computed in float32 leave the low bytes of a double zero.
+                # Steps of one metric rise evenly; statistics computed in float32 leave the low bytes of a double zero.
                 column_encoding={"step": "DELTA_BINARY_PACKED", "value": "BYTE_STREAM_SPLIT"},
                 write_page_checksum=True,
             )
@@ -172,10 +172,10 @@ def read_rows(
     below: int | None = None,
     steps: tuple[int, int] | None = None,
 ) -> pa.Table:
-    """The rows of a part, of one family or statistic where given, with step < ``below`` and within ``steps`` (both ends included)
-    where given.
+    """The rows of a part; where given, only of one family or statistic, with step < ``below``, and within ``steps`` (both ends
+    included).
 
-    Raises FileNotFoundError when the file has been merged into another meanwhile, InputError when it is damaged.
+    Raises FileNotFoundError when the file was merged into another meanwhile, InputError when it is damaged.
     """
     wanted = {
         name: value for name, value in (("family", family), ("statistic", statistic)) if value is not None
@@ -207,7 +207,7 @@ def read_rows(
 
 
 def _may_hold(group: Any, name: str, value: str) -> bool:
-    """Whether the recorded range of a row group's column leaves room for the value."""
+    """Whether the recorded range of a row group's column may hold the value."""
     statistics = group.column(SCHEMA.get_field_index(name)).statistics
     return statistics is None or not statistics.has_min_max or statistics.min <= value <= statistics.max
 

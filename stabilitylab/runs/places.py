@@ -1,10 +1,10 @@
-"""Where in a model a site is: in which stack and block, whether it is the embedding, and when a step comes to it.
+"""A site's place in a model: its stack and block, whether it is the embedding, and when a step comes to it.
 
-A run that was monitored says so itself, in ``model_structure.json``: what ``stabilitylab.model_structure`` told of the model, and
-``order``, the sites in the order in which the first measured forward pass came to them. Of sites that are not in it, and of runs
-without one, paths are read by conventions: the outermost number in a path is the block's (``layers.3``, ``transformer.h.3``), the
-token embedding is called so (``embedding.weight``, ``model.embed_tokens.weight``, ``transformer.wte.weight``, ``shared.weight``). A
-model that follows none of them keeps every parameter as a row of its own, and has no embedding share to show.
+A monitored run records it in ``model_structure.json``: the structure from ``stabilitylab.model_structure``, and ``order``, the
+sites in the order of the first measured forward pass. For sites not in it, and for runs without one, ``Places`` reads paths by
+convention: the outermost number in a path is the block's (``layers.3``, ``transformer.h.3``), and the token embedding has a usual
+name (``embedding.weight``, ``model.embed_tokens.weight``, ``transformer.wte.weight``, ``shared.weight``). For a model that follows
+none of them every parameter stays a row of its own, and there is no embedding share.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _OTHER = re.compile(r"pos|wpe|norm|type|segment|relative|rotary", re.IGNORECASE)
 
 
 class Places:
-    """What a run's sites are in its model.
+    """The places of a run's sites in its model.
 
     Args:
-        structure: ``model_structure.describe`` with ``order``, as it stands in the run; empty where it is not known.
+        structure: ``model_structure.describe`` with ``order``, as the run holds it; empty where unknown.
     """
 
     def __init__(self, structure: Mapping[str, Any] | None = None) -> None:
@@ -35,13 +35,13 @@ class Places:
         self.order: list[str] = list(known.get("order", ()))
 
     def block_of(self, site: str) -> str:
-        """``layers.3`` for what lies in it (``layers.3.attention.query.weight``) and itself; a site in no block is its own."""
+        """``layers.3`` for itself and any site in it (``layers.3.attention.query.weight``); a site in no block is its own."""
         module = site.removesuffix(":input")
         if self._number:
             parts = module.split(".")
             for end in range(len(parts), 0, -1):
                 path, above = ".".join(parts[:end]), ".".join(parts[: end - 1])
-                # A rank that holds some blocks of a stack tells only of those.
+                # A rank that holds only some blocks of a stack records only those.
                 if path in self._number or (above in self._stacks and parts[end - 1].isdigit()):
                     return path
             return site
@@ -49,7 +49,7 @@ class Places:
         return match[1] if match else site
 
     def block_number(self, site: str) -> int | None:
-        """3 for ``layers.3``, whose output is the residual stream; None for what is no block."""
+        """3 for ``layers.3``, whose output is the residual stream; None for a site that is no block."""
         if site in self._number:
             return self._number[site]
         if site.endswith(":input") or self.block_of(site) != site:
@@ -58,7 +58,7 @@ class Places:
         return int(last) if last.isdigit() else None
 
     def stack_of(self, site: str) -> str:
-        """The stack in which a site lies (``encoder.block``); empty outside all, and where a model has but one."""
+        """A site's stack (``encoder.block``); empty outside all stacks, and where a model has only one."""
         block = self.block_of(site)
         stack = self._stack.get(block, block.rpartition(".")[0] if block != site else "")
         return stack if len(self._stacks) > 1 else ""

@@ -1,10 +1,10 @@
 """A run read back: its configuration, its events and its telemetry, as pandas objects.
 
-Nothing is read before it is asked for, and then only what is needed: a metric's rows lie together in the files, and row groups of
-other families and statistics are skipped. What was read is kept, so the next metric of the same family and statistic costs nothing.
-Superseded history (see telemetry.py, ``rewind``) never shows.
+``Run`` reads nothing before the caller asks for it, and then only what is needed: a metric's rows lie together in the files, and it
+skips row groups of other families and statistics. It keeps what it has read, so the next metric of the same family and statistic
+costs nothing. Superseded history (``rewind`` in ``runs/folder.py``) never shows.
 
-Non-finite values are values. Where numbers are reduced (the largest over heads), a NaN makes the result NaN.
+Non-finite values are values. In a reduction (the largest over heads), a NaN makes the result NaN.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stabilitylab.runs.parts import SCHEMA, list_parts, read_rows, step_limits
 from stabilitylab.runs.places import Places
 from stabilitylab.telemetry import SCALAR, Event, Key
 
-if TYPE_CHECKING:  # pandas takes longer to load than a short run's steps: who reads a run loads it
+if TYPE_CHECKING:  # pandas takes longer to load than a short run's steps: only readers load it
     import pandas as pd
 
 Index = int | Literal["max"] | None
@@ -37,17 +37,16 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     """Open a run folder for reading.
 
     Raises:
-        InputError: there is no run, or one of its files is damaged. Files that a killed run left half written are
-            skipped with a warning.
+        InputError: there is no run, or one of its files is damaged. Files that a killed run left half written only bring a warning.
     """
     return Run(RunFolder.open(path))
 
 
 class Run:
-    """What a run folder holds. Made by ``load_run``; attributes are read when first used.
+    """What a run folder holds, made by ``load_run``. It reads each attribute at first use.
 
     Attributes:
-        kind: what it was read from: a folder, or a log (``report.of_log``).
+        kind: its source: a folder, or a log (``report.of_log``).
     """
 
     kind = "folder"
@@ -72,12 +71,13 @@ class Run:
 
     @property
     def loss_unit(self) -> str:
-        """Nats where the configuration has an objective over tokens, as ``glm train``'s; else empty: a loss may be anything."""
+        """Nats where the configuration has an objective over tokens, like ``glm train``'s; else empty, as a loss may be
+        anything."""
         return "nats" if "objective" in self.config else ""
 
     @cached_property
     def places(self) -> Places:
-        """Where its sites lie in the model: from ``model_structure.json``, else read off their paths."""
+        """The places of its sites in the model: from ``model_structure.json``, else from their paths."""
         return Places(self._object(self.folder.structure))
 
     def _object(self, file: Path) -> dict[str, Any]:
@@ -94,16 +94,16 @@ class Run:
 
     @cached_property
     def events(self) -> list[Event]:
-        """The events whose history stands, in the order they happened."""
+        """The events whose history stands, in order of occurrence."""
         return self.folder.read_events()
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """Every metric recorded, one a row: family, site, statistic, and ``size``: 0 for a scalar, else the vector's.
+        """Every recorded metric, one per row: family, site, statistic, and ``size``: 0 for a scalar, else the vector's.
 
         In the order of first appearance within a family and statistic, which is the model's own order of modules.
         """
-        # A file's rows come sorted, so that a metric's lie together: what remains of a file is a row a metric and index.
+        # A file's rows are sorted, so that a metric's lie together: keep one row per metric and index of a file.
         table = self._table(["family", "site", "statistic", "index"], reduce=_without_repeats)
         frame: pd.DataFrame = table.to_pandas()
         found: pd.DataFrame = (
@@ -138,7 +138,7 @@ class Run:
         return self._frames[family, statistic]
 
     def near(self, family: str, statistic: str, first: int, last: int) -> pd.DataFrame:
-        """``rows`` of steps from ``first`` to ``last``, of which no others are read: for looking at one place of a long run."""
+        """``rows`` of steps from ``first`` to ``last``; reads no others, for a look at one place of a long run."""
         if (family, statistic) in self._frames:
             rows = self._frames[family, statistic]
             return rows[(rows["step"] >= first) & (rows["step"] <= last)]
@@ -148,11 +148,11 @@ class Run:
         return frame[~frame.duplicated(["step", "site", "index"], keep="last")]
 
     def series(self, metric: str, index: Index = None) -> pd.Series[float]:
-        """One metric over the steps: a series of values, its index the step. Empty where it was not recorded.
+        """One metric over the steps: a series of values, indexed by step. Empty where it was not recorded.
 
         Args:
             metric: ``family/site/statistic``.
-            index: for a metric with several values a step (one a head), which of them, or "max".
+            index: for a metric with several values per step (one per head), which of them, or "max".
         """
         key = Key.parse(metric)
         rows = self.rows(key.family, key.statistic)
@@ -162,7 +162,7 @@ class Run:
         return series.rename(metric)
 
     def vectors(self, metric: str) -> pd.DataFrame:
-        """A metric with several values a step: rows the steps, columns the indices. NaN also where none was recorded."""
+        """A metric with several values per step: one row per step, one column per index. NaN also where none was recorded."""
         key = Key.parse(metric)
         rows = self.rows(key.family, key.statistic)
         return (
@@ -170,20 +170,20 @@ class Run:
         )
 
     def matrix(self, family: str, statistic: str, index: Index = None) -> pd.DataFrame:
-        """A statistic at every site: rows the sites in the model's order, columns the steps.
+        """A statistic at every site: one row per site in the model's order, one column per step.
 
         NaN also where nothing was recorded; ``recorded`` tells the two apart.
 
         Args:
             family: for example "activation".
             statistic: for example "absmax".
-            index: for statistics with several values a step, which of them, or "max".
+            index: for statistics with several values per step, which of them, or "max".
         """
         rows = _choose(self.rows(family, statistic), index, f"{family}/*/{statistic}")
         return _spread(rows, rows["value"].to_numpy(dtype=np.float64), np.nan)
 
     def recorded(self, family: str, statistic: str) -> pd.DataFrame:
-        """Where ``matrix`` has a value that was recorded, be it NaN: booleans, rows and columns as in ``matrix``."""
+        """Where ``matrix`` has a recorded value, even NaN: booleans, rows and columns as in ``matrix``."""
         rows = self.rows(family, statistic)
         return _spread(rows, np.ones(len(rows), dtype=bool), False)
 
@@ -195,8 +195,8 @@ class Run:
         steps: tuple[int, int] | None = None,
         reduce: Callable[[pa.Table], pa.Table] = lambda table: table,
     ) -> pa.Table:
-        """Standing rows of all files, oldest first, sites in the order of first appearance; of each file what ``reduce`` leaves of
-        them."""
+        """Standing rows of all files, oldest first, sites in order of first appearance, after applying ``reduce`` to each
+        file's."""
         for attempt in range(5):
             try:
                 parts = list_parts(self.folder.telemetry)
@@ -216,7 +216,7 @@ class Run:
                     if part.rows
                 ]
                 break
-            except FileNotFoundError:  # the run goes on, and merged a file since the folder was listed
+            except FileNotFoundError:  # the run still writes, and merged a file since the listing
                 if attempt == 4:
                     raise
         schema = pa.schema([SCHEMA.field(name) for name in columns])
@@ -224,14 +224,14 @@ class Run:
 
 
 class _Repeats:
-    """Whether some number may have been recorded twice for a step: to look for them costs more than to read the rest."""
+    """Whether any number may be recorded twice for a step, as searching for repeats costs more than reading the rest."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[int, int]] = []
         self._inside = False
 
     def look(self, table: pa.Table) -> pa.Table:
-        """Take note of a file's rows of one statistic, which come sorted by site, index and step."""
+        """Check a file's rows of one statistic, which are sorted by site, index and step."""
         if len(table):
             steps = table["step"].to_numpy()
             self._spans.append((int(steps.min()), int(steps.max())))
@@ -243,13 +243,13 @@ class _Repeats:
 
     @property
     def possible(self) -> bool:
-        """Whether a file holds one twice, or two files hold the same steps."""
+        """Whether a file holds a number twice, or two files hold the same steps."""
         spans = sorted(self._spans)
         return self._inside or any(b[0] <= a[1] for a, b in itertools.pairwise(spans))
 
 
 def _without_repeats(table: pa.Table) -> pa.Table:
-    """Of rows that repeat the one before them, the first."""
+    """The rows without those that repeat the one before them."""
     if not len(table):
         return table
     table = table.unify_dictionaries().combine_chunks()
@@ -263,7 +263,7 @@ def _without_repeats(table: pa.Table) -> pa.Table:
 
 
 def _spread(rows: pd.DataFrame, values: NDArray[Any], empty: float | bool) -> pd.DataFrame:
-    """Values by site, in the order of first appearance, and step; ``empty`` where there is no row."""
+    """Values by site, in order of first appearance, and step; ``empty`` where there is no row."""
     import pandas as pd
 
     codes = rows["site"].cat.codes.to_numpy()
@@ -281,11 +281,11 @@ def _spread(rows: pd.DataFrame, values: NDArray[Any], empty: float | bool) -> pd
 
 
 def _choose(rows: pd.DataFrame, index: Index, name: str) -> pd.DataFrame:
-    """Reduce rows to one value a site and step."""
+    """Reduce rows to one value per site and step."""
     if len(rows) and index in ("max", None) and (rows["index"] == SCALAR).all():
         return rows
     if index == "max":
-        # np.maximum keeps a NaN, where pandas' own maximum would drop it.
+        # np.maximum keeps a NaN, which pandas' own maximum would drop.
         rows = rows.sort_values(["site", "step"], kind="stable")
         site, step = rows["site"].cat.codes.to_numpy(), rows["step"].to_numpy()
         if not len(rows):

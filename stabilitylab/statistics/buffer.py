@@ -1,13 +1,13 @@
-"""The preallocated buffer of each device: every probe's numbers of one step, leaving it in one transfer.
+"""The preallocated buffer of each device: holds every probe's numbers of one step, which leave it in one transfer.
 
-A buffer has *regions*, told apart by number type and by how parts of one number combine (micro-batches, ranks):
+A buffer has *regions*, which differ in number type and in how parts of one number (micro-batches, ranks) combine:
 
     region      numbers  parts of one number
     rows        float64  tensor summaries of FIELDS numbers each: sums add, the rest are maxima
     replicated  float64  any, of tensors that every rank holds alike: not combined over ranks
     shards      float64  as rows, of tensors of which some ranks hold parts and some the same part
     shard_sums  float64  the same, of numbers that all add
-    lists       float64  of shards: laid side by side, of the same one the first
+    lists       float64  of shards: side by side; of copies of a shard, the first
     sums        float64  add
     head_sums   float64  add (per head)
     maxima      float64  larger wins (per head)
@@ -15,8 +15,8 @@ A buffer has *regions*, told apart by number type and by how parts of one number
     bits        int32    larger wins (per channel: a magnitude's bits, which order as the magnitude does)
     tail        int32    add (histogram counts)
 
-A probe reserves ``Slots`` in a region once. Within a step the first write overwrites and later ones combine, so nothing is cleared
-between steps; ``stamp`` tells whose numbers are of this step.
+A probe reserves ``Slots`` in a region once. Within a step the first write overwrites and later ones combine, so nothing needs
+clearing between steps; ``stamp`` tells which slots belong to this step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAXIMA = frozenset({"maxima", "bits"})
 
 @dataclass(slots=True, eq=False)
 class Slots:
-    """A range of one region on one device. ``stamp`` is that of the step in which it was last written."""
+    """A range of one region on one device. ``stamp`` is that of the step that last wrote it."""
 
     region: str
     offset: int
@@ -57,7 +57,7 @@ class _Arena:
         offset = self.used[region]
         self.used[region] += length
         if self.used[region] > self.capacity[region]:
-            # A third of room to grow: sites appear one after the other in the first forward pass only.
+            # A third of room to grow: only in the first forward pass sites appear one after the other.
             self.capacity[region] = self.used[region] + max(256, self.used[region] // 3) // 8 * 8
             self._lay_out()
         return offset
@@ -82,13 +82,13 @@ class _Arena:
 
 
 class Buffer:
-    """One arena a device."""
+    """One arena per device."""
 
     def __init__(self) -> None:
         self._arenas: dict[torch.device, _Arena] = {}
         self._trimmed = 0
         self.stamp = 0
-        # Counts up whenever the arenas move in memory: addresses kept elsewhere are stale then.
+        # Counts up whenever the arenas move in memory, which makes addresses kept elsewhere stale.
         self.generation = 0
 
     def reserve(self, region: str, length: int, device: torch.device) -> Slots:
@@ -102,17 +102,17 @@ class Buffer:
         return slots
 
     def view(self, slots: Slots) -> Tensor:
-        """The slots as a tensor to write into; not to be kept."""
+        """The slots as a tensor to write into; do not keep it."""
         return self._arenas[slots.device].regions[slots.region].narrow(0, slots.offset, slots.length)
 
     def address(self, slots: Slots) -> int:
-        """Where the slots lie in memory, for as long as ``generation`` stays the same."""
+        """The slots' address in memory, valid while ``generation`` stays the same."""
         start, _ = self._arenas[slots.device].layout[slots.region]
         base: int = self._arenas[slots.device].storage.data_ptr()
         return base + start + slots.offset * REGIONS[slots.region].itemsize
 
     def put(self, slots: Slots, values: Tensor) -> None:
-        """Write ``values``; combine with what this step already wrote there."""
+        """Write ``values``; combine them with what this step already wrote there."""
         view = self.view(slots)
         if slots.stamp != self.stamp:
             view.copy_(values)
@@ -131,11 +131,11 @@ class Buffer:
             self._trimmed = self.generation
 
     def parts(self) -> list[Tensor]:
-        """The bytes of each device, in the order in which they make up a packet."""
+        """The bytes of each device, in their order in a packet."""
         return [arena.storage for arena in self._arenas.values()]
 
     def place(self, slots: Slots) -> PacketSlice:
-        """Where the slots will lie in the packet."""
+        """The slots' place in the packet."""
         before = 0
         for device, arena in self._arenas.items():
             if device == slots.device:

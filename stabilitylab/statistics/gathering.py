@@ -1,12 +1,12 @@
-"""From packets to arrays: what one probe saw, of one rank or of several put together.
+"""From packets to arrays: one probe's numbers, of one rank or of several joined.
 
 Data-parallel ranks see the same sites with other samples, tensor-parallel ones the same sites with other channels or heads, and
-pipeline ranks other sites. All three are joined by name. A site that several ranks saw is combined number by number as its region
-says, exactly as micro-batches are: sums add, maxima win, of what all hold alike the first counts. Of *shards* (a gradient of which
-each tensor rank holds a part, reduced already over the data ranks) different ones add up and of the same one the first counts.
+pipeline ranks other sites. The module joins all three by name. It combines a site that several ranks saw number by number as its
+region says, exactly like micro-batches: sums add, maxima win, and the first counts of what all hold alike. Different *shards* (each
+tensor rank holds a part of a gradient, already reduced over the data ranks) add up; of copies of a shard the first counts.
 
-Of a site that is *split* (``Seen.split``) heads and channels are laid side by side, in the order of the shards; of any other they
-fall on each other, head on head.
+It lays heads and channels of a *split* site (``Seen.split``) side by side, in the order of the shards; those of any other combine,
+head with head.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from stabilitylab.statistics.transfer import PacketSlice, Seen
 
 Numbers = tuple[NDArray[Any] | None, ...]
 Packet = NDArray[np.uint8]
-# What a split site has one of for each head or channel.
+# Regions of which a split site has one number per head or channel.
 _SIDE_BY_SIDE = frozenset({"lists", "head_sums", "maxima", "bits", "squares"})
 _FIRST = frozenset({"replicated", "shards", "shard_sums", "lists"})
 _ADDS = np.arange(len(FIELDS)) < len(SUMS)
 
 
 class Gathered:
-    """What a probe saw, of all ranks, with the numbers in the places; worked out when asked for.
+    """A probe's numbers of all ranks, read and joined on demand.
 
     Args:
-        seen: of each rank, with its packet.
+        seen: each rank's ``Seen``, with its packet.
     """
 
     def __init__(self, seen: Sequence[tuple[Seen, Packet]]) -> None:
@@ -51,20 +51,20 @@ class Gathered:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Names."""
+        """The sites' names."""
         return self._seen[0][0].sites if len(self._seen) == 1 else tuple(self._joined)
 
     @property
     def numbers(self) -> list[Numbers]:
-        """Of each site, its numbers."""
+        """The numbers of each site."""
         return [numbers for _, numbers in self._joined.values()]
 
     def shards(self, i: int) -> int:
-        """How many parts of the i-th site lie side by side: 1, if it is not split."""
+        """The number of parts of the i-th site that lie side by side: 1 if it is not split."""
         return list(self._joined.values())[i][0]
 
     def rows(self, position: int = 0) -> NDArray[Any]:
-        """The numbers at one position of every site, [sites, n], where all have as many."""
+        """The numbers at one position of every site, [sites, n], where all have equally many."""
         if len(self._seen) == 1:
             seen, packet = self._seen[0]
             index, dtype = seen.index(position)
@@ -73,8 +73,7 @@ class Gathered:
 
 
 def _join(seen: Sequence[tuple[Seen, Packet]]) -> dict[str, tuple[int, Numbers]]:
-    """Site by site in the order in which they came: first ranks with the same shard, then the shards. And how many lie side by
-    side."""
+    """Site -> (parts side by side, numbers), in order of appearance: joins first ranks with the same shard, then the shards."""
     parts: dict[str, dict[int, Numbers]] = {}
     of: dict[str, tuple[tuple[PacketSlice | None, ...], bool]] = {}
     for one, packet in seen:
@@ -102,7 +101,7 @@ def _over(how: Any, places: tuple[PacketSlice | None, ...], a: Numbers, b: Numbe
 
 
 def _combined(region: str, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any] | None:
-    """Two of the same kind: other samples, or the same thing twice."""
+    """Combine two of the same kind: other samples, or the same thing twice."""
     if region in _FIRST:
         return a
     if len(a) != len(b):
@@ -113,10 +112,10 @@ def _combined(region: str, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any] | N
 
 
 def _shards(region: str, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any] | None:
-    """Two that are parts of one thing."""
+    """Combine two parts of one thing."""
     return _combined({"shards": "rows", "shard_sums": "sums"}.get(region, region), a, b)
 
 
 def _side_by_side(region: str, a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any] | None:
-    """Two with other heads or channels each."""
+    """Join two with different heads or channels."""
     return np.concatenate([a, b]) if region in _SIDE_BY_SIDE else _shards(region, a, b)

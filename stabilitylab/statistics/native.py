@@ -1,7 +1,7 @@
 """The compiled one-pass kernel (kernel.c), built once per machine by the system's C compiler.
 
-Built and loaded by ``stabilitylab.c_compiler``. Without a compiler, or with ``STABILITYLAB_NATIVE=0``, the torch twin in
-``summary.py`` runs instead: same results up to rounding, several times slower, which is said once.
+``stabilitylab.c_compiler`` builds and loads it. Without a compiler, or with ``STABILITYLAB_NATIVE=0``, the torch twin in
+``summary.py`` runs instead: same results up to rounding, several times slower, with one warning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _log = logging.getLogger("stabilitylab")
 _SOURCE = Path(__file__).with_name("kernel.c")
 _FLAGS = [
     *("-std=c11", "-fno-strict-aliasing"),
-    # Sums may be reordered (that is what vector registers do); NaN and infinity keep their meaning.
+    # The compiler may reorder sums (vector registers do); NaN and infinity keep their meaning.
     *("-fno-signed-zeros", "-fassociative-math"),
 ]
 # Several partial sums side by side, so that one addition need not wait for the last. GCC's names.
@@ -92,7 +92,7 @@ class AttentionJob(ctypes.Structure):
 
 @functools.cache
 def kernel() -> ctypes.CDLL | None:
-    """The loaded kernel; None where it cannot be had."""
+    """The loaded kernel; None where it cannot be built."""
     if switched_off():
         _log.warning("%s=0: %s", SWITCH, _SLOWER)
         return None

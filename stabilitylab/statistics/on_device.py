@@ -1,13 +1,13 @@
-"""The summary of a tensor where it lies on an accelerator: few operations, none of which is waited for.
+"""The summary of a tensor on its accelerator: few operations, without waiting for any.
 
-A device is done with a layer's activations in some microseconds, and each operation costs the host as much. So all limits are
-counted against at once, and power sums are float64 dot products of x and x^2, which need no centre and no scale to keep their
-digits: rows hold them as float64 in any case.
+A device finishes a layer's activations in some microseconds, and each operation costs the host as much. So one operation counts
+against all limits, and power sums are float64 dot products of x and x^2, which need no centre and no scale to keep their digits:
+rows hold them as float64 in any case.
 
     counts = sum [|x| <= limit], of all limits          s2 = x . x      s3 = x . x^2      s4 = x^2 . x^2
 
-What is constant is laid out once a device (which waits for it), and a tensor is taken in parts of ``PART`` elements, so that no
-more than 30 bytes times that is held beside it.
+Constants go to each device once (which waits for it). A tensor is processed in parts of ``PART`` elements, so that the summary
+holds at most 30 bytes times that beside it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from stabilitylab.statistics.tails import TAIL_BINS, TAIL_FIRST, TAIL_SHIFT
 
 PART = 1 << 25
 SAMPLE = 2048
-# Elements up to which tensors are taken together, and of all that are.
+# Most elements of a tensor that is processed together with others, and of all together.
 SMALL, TOGETHER = 1 << 20, 1 << 22
-# Of the counts of |x| up to infinity, the largest number, 0, below the smallest normal, 2^-25, 2^-10 and below 6: what of each
-# makes count, nonfinite, zero, subnormal, fp16_lost, fp8_lost and over_6; and how often the number of elements.
+# Coefficients of the counts of |x| up to infinity, the largest number, 0, below the smallest normal, 2^-25, 2^-10 and below 6, in
+# count, nonfinite, zero, subnormal, fp16_lost, fp8_lost and over_6; and those of the number of elements.
 _OF_COUNTS = (
     (0, 0, 0, 0, 0, 0, 0),
     (0, -1, 0, 0, 0, 0, 0),
@@ -44,8 +44,8 @@ _OF_IMPLIED = (1, 0, 1, 0, 0, 0, 0)
 
 @functools.cache
 def _constants(device: torch.device, own: torch.dtype) -> tuple[Tensor, ...]:
-    """Limits [7, 1], and in float64 the three tables above and two zeros; an int32 one; the limits ascending [7], and where among
-    them each is."""
+    """Limits [7, 1]; in float64 the three tables above and two zeros; an int32 one; the limits ascending [7], and each one's place
+    among them."""
     wide, kind = (torch.float64, np.float64) if own == torch.float64 else (torch.float32, np.float32)
     zero = kind(0)
     smallest = np.nextafter(kind(torch.finfo(own).smallest_normal), zero)
@@ -60,7 +60,7 @@ def _constants(device: torch.device, own: torch.dtype) -> tuple[Tensor, ...]:
 def summarise(
     x: Tensor, implied: int = 0, *, full: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As ``summary.summarise``; ``x`` has an element at least."""
+    """Like ``summary.summarise``; ``x`` has at least one element."""
     _, of_counts, of_elements, of_implied, none, one, ascending, place = _constants(x.device, x.dtype)
     flat = x.reshape(-1)
     size = flat.abs()
@@ -75,7 +75,7 @@ def summarise(
     rest = none
     if full:
         rest = _over(size, sizes, (powers[1] / (flat.numel() + implied)).sqrt())
-    # To be joined makes float64 of all of them.
+    # Joining them makes all float64.
     row = torch.cat([fields, rest, *(part.reshape(1) for part in (*powers, high)), none[:1]])
     if not full:
         return row, None, None, None
@@ -84,7 +84,7 @@ def summarise(
     tail = torch.zeros(TAIL_BINS, dtype=torch.int32, device=x.device)
     for bits in torch.split(bits_RC.reshape(-1), PART):
         tail += _counted((bits >> TAIL_SHIFT).sub_(TAIL_FIRST).clamp_(0, TAIL_BINS - 1), TAIL_BINS, one)
-    # NaN has the largest bits of all, and is no magnitude.
+    # NaN has the largest bits, but is no magnitude.
     tail[-1:].add_(counts[:1] - flat.numel())
     squares = torch.linalg.vector_norm(size_RC, dim=0).square()
     return row, bits_RC.amax(0), squares, tail
@@ -98,16 +98,16 @@ def _powers(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def at_most(x: Tensor, ascending: Tensor, one: Tensor) -> Tensor:
-    """[limits] how many elements are not above each of these ascending limits, NaN above all: one pass, not seven."""
+    """[limits] numbers of elements not above each of these ascending limits, NaN above all: one pass, not seven."""
     over = torch.bucketize(x.to(ascending.dtype), ascending, out_int32=True)
     return _counted(over, len(ascending) + 1, one)[:-1].cumsum(0)
 
 
 def _counted(bins: Tensor, number: int, one: Tensor) -> Tensor:
-    """[number] how often each int32 bin is there; ``one`` is an int32 one on the device.
+    """[number] counts of each int32 bin; ``one`` is an int32 one on the device.
 
-    Most magnitudes share a few bins, and additions to one address of a GPU's memory wait for each other. ``histc`` there counts in
-    each block's own memory first; bin v of [0, number) is v exactly. It takes no integers elsewhere.
+    Most magnitudes share a few bins, and additions to one address of a GPU's memory wait for each other. ``histc`` on a GPU counts
+    in each block's own memory first; bin v of [0, number) is exactly v. Elsewhere it takes no integers.
     """
     if bins.is_cuda:
         return torch.histc(bins, number, 0, number)
@@ -116,7 +116,7 @@ def _counted(bins: Tensor, number: int, one: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _places(elements: int, device: torch.device) -> Tensor:
-    """Of a sample at even distances."""
+    """The places of a sample at even distances."""
     return torch.arange(SAMPLE, device=device).mul_(elements).div_(SAMPLE, rounding_mode="floor")
 
 
@@ -125,9 +125,9 @@ def _added(parts: list[Tensor]) -> Tensor:
 
 
 def _over(size: Tensor, sizes: tuple[Tensor, ...], rms: Tensor) -> Tensor:
-    """[2] numbers of elements that are 6 RMS at least, and that are massive."""
+    """[2] numbers of elements of at least 6 RMS, and of massive ones."""
     sample = size if size.numel() <= SAMPLE else size[_places(size.numel(), size.device)]
-    # Of nothing but zeros none is 6 RMS.
+    # Among zeros alone none reaches 6 RMS.
     limits = [(6 * rms).clamp_min(1e-300)]
     limits.append((1000 * sample.double().median()).clamp_min(float(np.nextafter(np.float32(100), np.inf))))
     limits_L1 = torch.stack(limits)[:, None]
@@ -137,7 +137,7 @@ def _over(size: Tensor, sizes: tuple[Tensor, ...], rms: Tensor) -> Tensor:
 def summarise_alike(tensors: Sequence[Tensor]) -> Tensor:
     """Rows [tensors, FIELDS] of dense tensors of one format and number of elements, without channels and tail.
 
-    Of a few thousand elements each (biases, gains of norms) a hundred cost what one does.
+    A hundred of a few thousand elements each (biases, gains of norms) cost as much as one.
     """
     x_SN = torch.stack([x.reshape(-1) for x in tensors])
     limits, of_counts, of_elements, _, none, *_ = _constants(x_SN.device, x_SN.dtype)
@@ -153,7 +153,7 @@ def summarise_alike(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def alike(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Places of those that are to be taken together: small ones on an accelerator."""
+    """Groups of places of tensors to process together: small ones on an accelerator."""
     groups: dict[Any, list[int]] = {}
     for place, x in enumerate(tensors):
         if is_small(x) and x.layout is torch.strided and x.is_floating_point():
@@ -167,5 +167,5 @@ def alike(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def is_small(x: Tensor) -> bool:
-    """Whether operations cost more than what is done in them."""
+    """Whether launching operations on it costs more than their work."""
     return x.device.type != "cpu" and 0 < x.numel() <= SMALL

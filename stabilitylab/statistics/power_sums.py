@@ -1,15 +1,14 @@
 """Mean, RMS, variance and kurtosis from power sums.
 
-A tensor is known by the sums of its powers about zero, S_k = sum x^k, k = 1..4, in float64. Power sums of parts add up to those of
-the whole, so micro-batches and ranks merge exactly, and everything else follows:
+The sums of powers about zero, S_k = sum x^k, k = 1..4, in float64, describe a tensor. Power sums of parts add up to those of the
+whole, so micro-batches and ranks merge exactly, and the rest follows:
 
     mean = S1/n    RMS = sqrt(S2/n)    var = S2/n - mean^2
     m4   = (S4 - 4 mean S3 + 6 mean^2 S2)/n - 3 mean^4
-    kurtosis = m4 / var^2              (3 for a Gaussian: Pearson's definition,
-    scipy.stats.kurtosis(fisher=False))
+    kurtosis = m4 / var^2              (3 for a Gaussian: Pearson's definition, scipy.stats.kurtosis(fisher=False))
 
-The last is a difference of terms of size mean^4 and loses log2((mean/std)^4) of float64's 53 bits: fine to three digits up to
-|mean|/std of about 1,000.
+m4 is a difference of terms of size mean^4 and loses log2((mean/std)^4) of float64's 53 bits: three digits remain up to |mean|/std
+of about 1,000.
 """
 
 from __future__ import annotations

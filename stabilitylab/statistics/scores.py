@@ -1,10 +1,10 @@
-"""Ranges of attention scores, per head, from materialised scores or from what a fused kernel returns.
+"""Ranges of attention scores per head, from materialised scores or from a fused kernel's results.
 
 Shapes: B batch, H heads, T queries, S keys, D head dimension, K key heads (grouped-query attention: K divides H), R sampled rows. A
-score is q.k * scale plus whatever the mask adds; masked entries are -inf or the lowest numbers of the format, and do not count.
+score is q.k * scale plus the mask's term; masked entries are -inf or the lowest numbers of the format, and do not count.
 
-A fused kernel never forms the scores but returns L, the log-sum-exp of each row. With n keys in row i, and by Cauchy and Schwarz
-where nothing is added to q.k,
+A fused kernel never forms the scores but returns L, the log-sum-exp of each row. With n keys in row i, and by Cauchy-Schwarz where
+the mask adds nothing to q.k,
 
     row maximum m_i <= L_i <= m_i + log n          m_i <= C_i = |scale| |q_i| max_j |k_j|
 
@@ -13,8 +13,8 @@ U, with exact maximum m_t, and U' the second largest U. Then the largest score M
 
     m_t <= M <= max(m_t, U')
 
-The right side is ``score_max``: it never understates, is exact whenever the two sides agree (they do when scores are large and rows
-peaked, which is when one wants to know), and else exceeds M by at most log S.
+The right side is ``score_max``: it never understates M, is exact whenever the two sides agree (they do when scores are large and
+rows peaked, which is when it matters), and else exceeds M by at most log S.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from torch import Tensor
 from stabilitylab.statistics import native
 
 SAMPLED_ROWS = 4
-DEPTH = 1000.0  # what lies further below its row's largest score is masked
+DEPTH = 1000.0  # a score further below its row's largest is masked
 ROUNDING = 1e-5  # of a length in float32, and of a score
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRanges:
-    """What one attention call says of its scores, each [H].
+    """The ranges of one attention call's scores, each [H].
 
     ``largest`` bounds the maximum from above and ``sampled`` from below (equal where exact); ``smallest`` is the minimum, of the
     sampled rows only under a fused kernel; ``entropy`` the mean entropy in nats of the sampled rows' weights.
@@ -48,12 +48,12 @@ class ScoreRanges:
 
 
 def masked_below(dtype: torch.dtype) -> float:
-    """Scores at or below this are masked: half the lowest number of the format, or what masks are made of by hand."""
+    """Scores at or below this are masked: half the lowest number of the format, or a usual constant of hand-made masks."""
     return max(torch.finfo(dtype).min / 2, -1e8)
 
 
 def entropy(scores: Tensor) -> Tensor:
-    """Entropy in nats of softmax over the last dimension, float32; that of a wholly masked row is 0."""
+    """Entropy in nats of softmax over the last dimension, float32; 0 for a wholly masked row."""
     scores = scores.float()
     scores = torch.where(scores > masked_below(torch.float32), scores, -math.inf)
     p = torch.nan_to_num(torch.softmax(scores, -1))
@@ -62,13 +62,13 @@ def entropy(scores: Tensor) -> Tensor:
 
 
 def sample_rows(rows: int, device: torch.device) -> Tensor:
-    """Up to ``SAMPLED_ROWS`` row numbers at equal distances, the last one among them."""
+    """Up to ``SAMPLED_ROWS`` row numbers at equal distances, including the last row."""
     count = min(SAMPLED_ROWS, rows)
     return (torch.arange(1, count + 1, device=device) * rows) // count - 1
 
 
 def materialised(scores_BHTS: Tensor) -> ScoreRanges:
-    """Exact range of scores that are there in full."""
+    """Exact range of materialised scores."""
     largest_H, smallest_H = _range(scores_BHTS)
     rows = sample_rows(scores_BHTS.shape[2], scores_BHTS.device)
     entropy_H = entropy(scores_BHTS[0][:, rows]).mean(-1)
@@ -94,7 +94,7 @@ def _range(scores_BHTS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _smallest(scores: Tensor, seen: Tensor) -> Tensor:
-    """The scores that count for the smallest, infinity in place of the others."""
+    """The scores that count for the minimum, with infinity for the others."""
     deepest = torch.where(seen, scores, -math.inf).amax(-1, keepdim=True) - DEPTH
     return torch.where(seen & (scores > deepest), scores, math.inf)
 
@@ -125,7 +125,7 @@ def fused(
     ranges = _fused_in_kernel(lse_BHT, q_BHTD, k_BKSD, mask, causal, scale)
     if ranges is not None:
         return ranges
-    # Who calls may be under autocast, which would round the products to half.
+    # The caller may be under autocast, which would round the products to half.
     with torch.autocast(q_BHTD.device.type, enabled=False):
         return _fused_in_torch(lse_BHT, q_BHTD, k_BKSD, mask, causal, scale)
 
@@ -133,7 +133,7 @@ def fused(
 def _fused_in_kernel(
     lse_BHT: Tensor, q_BHTD: Tensor, k_BKSD: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> ScoreRanges | None:
-    """What the compiled kernel finds; None if these tensors are not for it."""
+    """The compiled kernel's result; None if it cannot take these tensors."""
     library, dtype = native.kernel(), native.DTYPES.get(q_BHTD.dtype)
     if (
         library is None
@@ -193,7 +193,7 @@ def _fused_in_torch(
         reach_BHT = length_BHT * longest_BH[..., None] * (abs(scale) * (1 + ROUNDING))
         lse_BHT = lse_BHT.minimum(reach_BHT.float())
     if mask is not None:
-        # What a kernel returns for a row without keys is its own affair.
+        # Kernels differ in what they return for a row without keys.
         looks = mask if mask.dtype == torch.bool else mask > masked_below(mask.dtype)
         lse_BHT = torch.where(looks.any(-1), lse_BHT, -math.inf)
     flat_HN = lse_BHT.transpose(0, 1).reshape(H, B * T)

@@ -1,10 +1,9 @@
-"""What is known of one tensor after one pass: counts, power sums, the largest magnitude, channels, the tail.
+"""The summary of one tensor after one pass: counts, power sums, the largest magnitude, channels, the tail.
 
-All of it combines exactly over micro-batches and ranks, so this is what leaves the device; every statistic that people read is
-computed from it on the host (``moments``, ``tails``, ``formats``). Of each tensor a row of ``FIELDS``, float64:
+All of it combines exactly over micro-batches and ranks, so this is what leaves the device; the host computes every statistic that
+people read from it (``power_sums``, ``tails``, ``headroom``). Each tensor has a row of ``FIELDS``, float64:
 
-    count      elements                          over_6     |x| >= 6: LLM.int8() (arXiv:2208.07339), section
-    3.1
+    count      elements                          over_6     |x| >= 6: LLM.int8() (arXiv:2208.07339), section 3.1
     nonfinite  NaN or infinite                   over_6rms  |x| >= 6 RMS of its own micro-batch
     zero       equal to 0                        massive    |x| > 100 and >= 1,000 medians of |x|
     subnormal  0 < |x| < the smallest normal                (arXiv:2402.17762); median of 2,048 elements
@@ -12,7 +11,7 @@ computed from it on the host (``moments``, ``tails``, ``formats``). Of each tens
     fp16_lost  0 < |x| <= 2^-25: 0 in fp16       absmax     largest |x|; NaN if any is NaN
     fp8_lost   0 < |x| <= 2^-10: 0 in E4M3       tail_from  the histogram is complete from this magnitude on
 
-and, where asked for, of each channel (last dimension) the largest magnitude and the sum of squares, and a histogram of the largest
+and, with ``full``, the largest magnitude and the sum of squares of each channel (last dimension), and a histogram of the largest
 magnitudes, at least one in 700 (``tails``). ``over_6rms``, ``massive`` and the histogram come together.
 
 Two implementations, same results up to rounding: the compiled kernel (kernel.c) for float32, bfloat16 and float16 on CPUs; torch
@@ -58,7 +57,7 @@ BLOCK = 1024
 
 
 def measurable(x: object) -> bool:
-    """Whether ``x`` is a tensor that holds real or complex floating-point numbers in memory, at least one: no stand-in of
+    """Whether ``x`` is a tensor with at least one real or complex floating-point number in memory, and no stand-in of
     ``torch.func``'s transforms."""
     return (
         isinstance(x, Tensor)
@@ -70,7 +69,7 @@ def measurable(x: object) -> bool:
 
 
 def stored(x: Tensor) -> tuple[Tensor, int]:
-    """The stored real numbers of ``x`` and how many further elements are zero because they are not stored."""
+    """The stored real numbers of ``x``, and the number of further elements, which are zero and not stored."""
     x = x.detach()
     implied = 0
     if x.layout is not torch.strided:
@@ -83,11 +82,11 @@ def stored(x: Tensor) -> tuple[Tensor, int]:
 
 
 class Summary:
-    """The summary of one site, gathered over a step in slots of the buffer.
+    """The summary of one site, gathered over a step in the buffer's slots.
 
     Args:
-        buffer: where the numbers go.
-        region: ``rows``, or ``replicated`` for tensors that all ranks hold alike.
+        buffer: holds the numbers.
+        region: ``rows``, or ``replicated`` for tensors alike on all ranks.
         full: with channels and tail.
     """
 
@@ -110,7 +109,7 @@ class Summary:
         self._full = full
         self._generation = -1
         self.job = native.TensorJob(tail_from=math.nan)
-        # The job's address for the kernel, which takes a list of them; and the address of a list of this one.
+        # The job's address for the kernel, which takes a list of jobs; and the address of a list with only this one.
         self.address = ctypes.addressof(self.job)
         self._pointer = ctypes.c_void_p(self.address)
         self.region = region
@@ -130,7 +129,7 @@ class Summary:
         return not self._full
 
     def prepare(self, x: Tensor) -> bool:
-        """Set up the kernel's job (``address``) for adding ``x``, which must outlive it. False: not one for the kernel."""
+        """Set up the kernel's job (``address``) for adding ``x``, which must outlive it. False: the kernel cannot take ``x``."""
         dtype = native.DTYPES.get(x.dtype)
         if (
             dtype is None
@@ -180,7 +179,7 @@ class Summary:
                 buffer.put(slots, part)
 
     def reserve(self, x: Tensor) -> int:
-        """Make sure of slots for ``x``; returns how many channels it has."""
+        """Make sure of slots for ``x``; returns its number of channels."""
         buffer, device = self._buffer, x.device
         channels = x.shape[-1] if x.dim() and self._full else 1
         if self.row is None or self.row.device != device:
@@ -191,13 +190,13 @@ class Summary:
                 self.tail = buffer.reserve("tail", TAIL_BINS, device)
             self._generation = -1
         elif self.bits is not None and self.bits.length != channels:
-            # The width changed from one call to the next: it is no channel. Extremes and squares are given up.
+            # The width changed between calls, so these are no channels: give up extremes and squares.
             self.bits = self.squares = None
             self._generation = -1
         return channels
 
     def fresh_row(self) -> Tensor:
-        """Where the row goes, to be written over."""
+        """The row's slots, to be overwritten."""
         assert self.row is not None
         self.row.stamp = self._buffer.stamp
         return self._buffer.view(self.row)
@@ -232,7 +231,7 @@ def add_all(pairs: Sequence[tuple[Summary, Tensor]]) -> None:
 
 
 def _add_alike(pairs: Sequence[tuple[Summary, Tensor]]) -> list[tuple[Summary, Tensor]]:
-    """Take those together that are small and alike, on an accelerator; returns the others."""
+    """Add small, similar tensors on an accelerator together; returns the others."""
     times = Counter(id(summary) for summary, _ in pairs)
     new = [(s, x) for s, x in pairs if times[id(s)] == 1 and s.is_plain and not s.seen]
     taken: set[int] = set()
@@ -245,7 +244,7 @@ def _add_alike(pairs: Sequence[tuple[Summary, Tensor]]) -> list[tuple[Summary, T
 
 
 def combine(row: Tensor, other: Tensor) -> None:
-    """Add what ``other`` saw to ``row`` in place, for any number of rows (..., FIELDS)."""
+    """Add ``other`` to ``row`` in place, for any number of rows (..., FIELDS)."""
     n = len(SUMS)
     row[..., :n] += other[..., :n]
     torch.maximum(row[..., n:], other[..., n:], out=row[..., n:])
@@ -278,9 +277,8 @@ def summarise(
 def _summarise_at_hand(
     x: Tensor, own: torch.dtype, implied: int, *, full: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
-    """The same of finite float32 numbers in the host's memory, where looking costs nothing: what the largest and the smallest
-    magnitude rule out is not counted, and nothing is widened to be added up. A fifth of the time. None where a number is not
-    finite."""
+    """The same for finite float32 numbers in the host's memory, where reading a result costs nothing, in a fifth of the time: it
+    skips counts that the largest and smallest magnitude rule out, and adds without widening. None where a number is not finite."""
     flat = x.reshape(-1)
     size = flat.abs()
     low, high = (float(extreme) for extreme in torch.aminmax(size))
@@ -289,7 +287,7 @@ def _summarise_at_hand(
     k = flat.numel()
     unit = (
         2.0 ** (math.frexp(high)[1] - 1) if high > 0 else 1.0
-    )  # a power of two: to divide by it loses nothing
+    )  # a power of two, so that dividing by it loses nothing
     y = flat * (1.0 / unit) if 2.0**-126 < unit < 2.0**126 else flat / unit
     t1 = _added(y)
     a = float(np.float32(t1 / k))
@@ -318,7 +316,7 @@ def _summarise_at_hand(
             massive = float(_count((size > 100) & (size >= 1000 * float(sample.median()))))
         size_RC = size.reshape(-1, x.shape[-1] if x.dim() else 1)
         bits, squares = size_RC.amax(0).view(torch.int32), size_RC.square().sum(0)
-        # One in a hundred will do, where one in 700 is asked for; from the beginning of a bin on.
+        # One in a hundred is enough where one in 700 is needed; from the beginning of a bin on.
         first = int(sample.sort().values[int(0.99 * picked)].view(torch.int32)) >> TAIL_SHIFT << TAIL_SHIFT
         magnitudes = size.view(torch.int32)
         largest = magnitudes.masked_select(magnitudes >= first)
@@ -346,7 +344,7 @@ def _summarise_at_hand(
 
 
 def _added(flat: Tensor) -> float:
-    """The sum: of a thousand numbers in their own format, of those in float64."""
+    """The sum: blocks of a thousand numbers in their own format, the blocks' sums in float64."""
     whole = flat.numel() // BLOCK * BLOCK
     sums = flat[:whole].view(-1, BLOCK).sum(1).double().sum() if whole else 0.0
     return float(sums) + float(flat[whole:].double().sum())

@@ -1,7 +1,7 @@
-"""Many tensors summarised together step after step: what is the same each step is worked out once.
+"""Summarises many tensors together step after step, and prepares what stays the same only once.
 
-With a few hundred small gradients the kernel is done before Python has told it what to do. So the kernel's jobs are kept in one
-array, and of a step that brings tensors of the same kind (it nearly always does) only the addresses of the data are put in.
+With a few hundred small gradients the kernel is done sooner than Python can set up its jobs. So the batch keeps the kernel's jobs
+in one array, and for a step with tensors of the same kind (nearly always) puts in only the addresses of the data.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _JOB: Any = np.dtype(native.TensorJob)
 
 
 class SummaryBatch:
-    """Summaries that are taken together, each of one tensor a step: a second call in a step replaces the first.
+    """Summaries taken together, each of one tensor per step: a second call in a step replaces the first.
 
     Args:
-        buffer: where the summaries' numbers go.
+        buffer: holds the summaries' numbers.
         summaries: without channels and tail.
     """
 
@@ -42,9 +42,9 @@ class SummaryBatch:
         """Summarise ``tensors``, measurable ones, one for each summary.
 
         Returns:
-            Whether they are of the same kind as in the step before: then the summaries' slots are too.
+            Whether they are of the same kind as in the step before, so that the summaries' slots are unchanged.
         """
-        # Only what lies in the host's memory is ever learned, and asks for the kernel.
+        # The batch learns only tensors in the host's memory, and only these use the kernel.
         known = self._generation == self._buffer.generation and self._alike(tensors)
         if not known or (library := native.kernel()) is None:
             for summary in self._summaries:

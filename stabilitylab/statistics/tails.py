@@ -1,14 +1,14 @@
-"""The largest magnitudes: quantiles from a histogram, channels that stand out.
+"""The largest magnitudes: quantiles from a histogram, and channels that stand out.
 
-The tail of |x| is kept as counts in bins of an eighth of an octave (``summary``): narrow enough to place a quantile to within 12.5
-% whatever the distribution, and a few hundred integers a site. Counts add up exactly over micro-batches and ranks, which quantiles
-do not.
+``summary`` keeps the tail of |x| as counts in bins of an eighth of an octave: narrow enough to place a quantile to within 12.5 %
+whatever the distribution, and only a few hundred integers per site. Counts add up exactly over micro-batches and ranks, which
+quantiles do not.
 
-Inside a bin the tail is taken for Pareto's: the number N of elements from x on falls as a power of x, through what is known at the
-bin's edges; the last bin ends at the maximum, which one element reaches. This is exact for power-law tails and off by a term of
-second order for others: with h = 1/8 the width of a bin relative to x and a = -d log N / d log x, the error of log x is at most
-|da/d log x| h^2 / (8 a): 0.4 % for a Gaussian at any height (there da/d log x = 2a). What remains is chance, where few elements
-share a bin: about 1/(2 a sqrt(r)) at the r-th largest element. Magnitudes of 2^16 and more share the last bin.
+Inside a bin the module assumes a Pareto tail: the number N of elements from x on falls as a power of x, through its known values at
+the bin's edges; the last bin ends at the maximum, which one element reaches. This is exact for power-law tails and off by a
+second-order term for others: with h = 1/8 the width of a bin relative to x and a = -d log N / d log x, the error of log x is at
+most |da/d log x| h^2 / (8 a): 0.4 % for a Gaussian at any height (there da/d log x = 2a). Where few elements share a bin, chance
+remains: about 1/(2 a sqrt(r)) at the r-th largest element. Magnitudes of 2^16 and more share the last bin.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# 8 bins to the octave from 2^-24 up to 2^16; what lies outside counts in the first or last bin.
+# 8 bins to the octave from 2^-24 up to 2^16; values outside count in the first or last bin.
 TAIL_BINS = 320
 TAIL_SHIFT = 20
 TAIL_FIRST = (127 - 24) << 3
@@ -48,11 +48,11 @@ def tail_quantiles(tail: NDArray[np.integer], count: Array, absmax: Array, tail_
     quantiles = []
     for share in TAIL_SHARES:
         rank = share * count
-        # The bin that holds the element of this rank: the highest with at least so many in it or above.
+        # The bin that holds the element of this rank: the highest with at least as many in it or above.
         bin_ = np.maximum(np.sum(above[:, :-1] >= np.maximum(rank, 1.0)[:, None], axis=1) - 1, 0)
         low, high = above[sites, bin_], above[sites, bin_ + 1]
         ends_here = high < 1.0
-        # N at the ends of the bin, and the ends: the edges, or the maximum with one element.
+        # N at the bin's ends, and the ends: the edges, or the maximum, with one element.
         last = np.where(ends_here, np.fmax(absmax, EDGES[bin_]), EDGES[bin_ + 1])
         with np.errstate(divide="ignore", invalid="ignore"):
             fall = np.log(low / np.maximum(rank, 1.0)) / np.log(low / np.maximum(high, 1.0))

@@ -1,9 +1,9 @@
-"""From the device to the host: a step's numbers cross as one *packet* of bytes, and nobody waits for it.
+"""Moves a step's numbers from the device to the host as one *packet* of bytes, for which nobody waits.
 
-On an accelerator the copy goes to pinned memory behind the work already queued, and an event tells when it has arrived: the
-training thread goes on queueing meanwhile. On a CPU the numbers are copied at once, for the next step will overwrite them.
+On an accelerator the copy to pinned memory queues behind earlier work, and an event tells when it has arrived; the training thread
+goes on queueing meanwhile. On a CPU the transfer copies the numbers at once, as the next step overwrites them.
 
-``Seen`` says what of a packet belongs to which site. It is plain data, so that one rank can read another's packet.
+``Seen`` says which part of a packet belongs to which site. It is plain data, so that one rank can read another's packet.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NUMPY: dict[torch.dtype, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class PacketSlice:
-    """Where some numbers of one region lie in a packet: first byte, and how many numbers."""
+    """The place of some numbers of one region in a packet: first byte, and number of them."""
 
     region: str
     start: int
@@ -54,15 +54,15 @@ class PacketSlice:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What a probe saw in a step: of each site, where its numbers lie.
+    """A probe's finds in a step: for each site, the places of its numbers.
 
     Args:
-        sites: names.
-        places: of each site the same number of places; None for what it has not.
-        split: of each site whether this rank has some of its heads or channels only.
-        shard: which of the parts of what is sharded or split this rank has.
+        sites: the sites' names.
+        places: the same number of places for each site; None for a number that it lacks.
+        split: for each site, whether this rank has only some of its heads or channels.
+        shard: which part of sharded or split sites this rank has.
         scale: a factor on the numbers, as a number or a place.
-        extra: what else the probe needs to finish, plain data; of several ranks the first one's counts.
+        extra: plain data that the probe needs besides to finish; of several ranks the first one's counts.
     """
 
     sites: tuple[str, ...]
@@ -73,8 +73,8 @@ class Seen:
     extra: Any = None
 
     def index(self, position: int) -> tuple[NDArray[np.intp], Any]:
-        """Where in the packet, taken as numbers of the type given beside, every site's place at ``position`` lies: [sites, n]; all
-        must have one of the same length."""
+        """Indices [sites, n] of every site's place at ``position`` in the packet, viewed as the number type returned beside them;
+        all sites must have one of the same length."""
         known: dict[int, tuple[NDArray[np.intp], Any]] = self.__dict__.setdefault("_index", {})
         if position not in known:
             places = [place for places in self.places if (place := places[position]) is not None]
@@ -88,7 +88,7 @@ class Seen:
 
 
 class Transfer:
-    """One step's copy to the host, perhaps still under way.
+    """One step's copy to the host, which may still be under way.
 
     Args:
         parts: byte tensors that make up the packet, one after the other.

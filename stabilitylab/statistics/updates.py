@@ -1,12 +1,13 @@
-"""What an optimizer's step did to one parameter, summed up in one pass.
+"""Sums up in one pass what an optimizer's step did to one parameter.
 
-The change of the weights is measured, not computed from a formula, so it holds for every optimizer, with weight decay, clipping and
-skipped steps: weights at equal distances are copied before the step and compared afterwards. A parameter of no more than ``SAMPLE``
-elements is sampled whole, a larger one at ``SAMPLE`` or one element in ``ONE_IN``, whichever is more; the distance shares no factor
-with the number of elements, so that the sample goes through all columns of a matrix instead of a few. The standard error of an RMS
-of n Gaussian numbers is 1/sqrt(2n): 4 % at 256, 1.6 % at 2,048 (of a million weights); where one column holds most of the sum, as a
-massive channel's does, n counts its own elements in the sample alone, a ``ONE_IN``-th of its rows. The copies take a five-hundredth
-of a large model and live during the optimizer's step only, when the activations are gone: they add nothing to the peak.
+It measures the change of the weights instead of computing it from a formula, so the result holds for every optimizer, with weight
+decay, clipping and skipped steps: it copies weights at equal distances before the step and compares them afterwards. It samples a
+parameter of at most ``SAMPLE`` elements whole, a larger one at ``SAMPLE`` or one element in ``ONE_IN``, whichever is more; the
+distance shares no factor with the number of elements, so that the sample goes through all columns of a matrix instead of a few. The
+standard error of an RMS of n Gaussian numbers is 1/sqrt(2n): 4 % at 256, 1.6 % at 2,048 (of a million weights); where one column
+holds most of the sum, as a massive channel's does, n counts only that column's elements in the sample, a ``ONE_IN``-th of its rows.
+The copies take a five-hundredth of a large model and live only during the optimizer's step, when the activations are gone: they add
+nothing to the peak.
 
     count, sampled, sum of (w' - w)^2, sum of w^2     of the sample
     sum of g^2 / max(v, eps^2)                        of all elements, v free of its initial bias
@@ -47,7 +48,7 @@ class AdamMoments:
 
     @property
     def is_of_gradients(self) -> bool:
-        """Whether v is a mean of g^2, whose correction is known. One that is on a device is; to look at it would wait for it."""
+        """Whether v is a mean of g^2 with a known correction. One on a device counts as known, as reading it would wait."""
         return isinstance(self.correction, Tensor) or self.correction == self.correction
 
 
@@ -76,7 +77,7 @@ class Update:
         self.address = ctypes.addressof(self.job)
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether ``weight`` is the very memory that is sampled."""
+        """Whether ``weight`` is the very memory sampled."""
         mine = self.weight
         return (weight.data_ptr(), weight.dtype, weight.shape, weight.device, weight.stride()) == (
             mine.data_ptr(),
@@ -87,8 +88,8 @@ class Update:
         )
 
     def follow(self, weight: Tensor) -> bool:
-        """Compare with ``weight`` from now on: the optimizer may have put its result into other memory. False if that cannot be
-        compared with what was sampled."""
+        """Compare with ``weight`` from now on, as the optimizer may have put its result into other memory. False if it cannot be
+        compared with the sample."""
         if (weight.dtype, weight.shape, weight.device) != (
             self.weight.dtype,
             self.weight.shape,
@@ -104,7 +105,7 @@ class Update:
         return _plain(self.weight) and native.kernel() is not None
 
     def lend(self, memory: Tensor | None, offset: int = 0) -> None:
-        """Where the sampled weights go; None takes the memory back."""
+        """Lend memory for the sampled weights; None takes it back."""
         self._lent = None if memory is None else (memory, offset)
         self.job.before = None if memory is None else memory.data_ptr() + 4 * offset
 
@@ -120,7 +121,7 @@ class Update:
         return self.weight.detach().reshape(-1)[:: self.stride]
 
     def prepare(self, gradient: Tensor | None, moments: AdamMoments | None, out: int) -> bool:
-        """Set up the kernel's job for after the step; False if one of the tensors is not one for the kernel."""
+        """Set up the kernel's job for after the step; False if the kernel cannot take one of the tensors."""
         job = self.job
         job.weight = self.weight.data_ptr()
         job.first = job.second = job.gradient = None
@@ -161,7 +162,7 @@ class Update:
         return torch.cat([self.sizes(unknown.device), squares, below[None]])
 
     def sizes(self, device: torch.device) -> Tensor:
-        """[2] how many elements there are and how many are sampled, where they are to be; filled once."""
+        """[2] the number of elements and of sampled ones, on ``device``; filled once."""
         if self._counts is None or self._counts.device != device:
             numbers = (self.weight.numel(), self.sampled)
             whole = [torch.full((1,), float(n), dtype=torch.float64, device=device) for n in numbers]
@@ -170,7 +171,7 @@ class Update:
 
 
 def _length(x: Tensor) -> Tensor:
-    """The norm, added up in float64 without a copy in it."""
+    """The norm, summed in float64 without a float64 copy."""
     length: Tensor = torch.linalg.vector_norm(x.detach(), dtype=torch.float64)
     return length
 
@@ -196,7 +197,7 @@ def after_all(stepped: Sequence[Stepped]) -> list[Tensor]:
 
 
 def _kind(update: Update, gradient: Tensor | None, moments: AdamMoments | None) -> Any:
-    """Equal for those that can be taken together; None: by itself."""
+    """A key, equal for updates that can be processed together; None: by itself."""
     given = [update.weight, *([] if moments is None else [moments.first, moments.second])]
     if moments is None or gradient is None or not is_small(update.weight):
         return None
@@ -204,13 +205,13 @@ def _kind(update: Update, gradient: Tensor | None, moments: AdamMoments | None) 
     device = update.weight.device
     if any(x.layout is not torch.strided or x.device != device or not x.is_floating_point() for x in given):
         return None
-    # Fused optimizers count steps on the device, each parameter its own.
+    # Fused optimizers count each parameter's steps on the device.
     correction = None if isinstance(moments.correction, Tensor) else moments.correction
     return device, tuple(x.dtype for x in given), moments.epsilon, correction
 
 
 def _after_together(stepped: Sequence[Stepped]) -> Tensor:
-    """[updates, FIELDS] of updates of one kind, lists of tensors at a time."""
+    """[updates, FIELDS] of updates of one kind, in operations on lists of tensors."""
     updates = [update for update, _, _ in stepped]
     moments = [one for _, _, one in stepped if one is not None]
     gradients = [gradient.detach().double() for _, gradient, _ in stepped if gradient is not None]
