@@ -1,7 +1,7 @@
-"""Seeds added to a suite one after another, until its claims are decided or the time is up.
+"""Adds seeds to a suite one after another, until its claims are decided or the time is up.
 
-The first four seeds come at once, since no verdict rests on fewer; then one at a time, or as many as fill the places at which runs
-are made. Under a budget the first ones come so too: it is overrun by one group's runs at the most. The verdicts hold at every look
+The first four seeds come at once, since no verdict rests on fewer; then one at a time, or as many as fill the places for runs.
+Under a budget the first ones come so too: one group's runs at most overrun it. The verdicts hold at every look
 (``experiments.statistics``), so one may stop at any.
 """
 
@@ -23,7 +23,7 @@ from experiments.study import Study
 from experiments.verdicts import Verdict, undecided_together
 from stabilitylab.errors import InputError
 
-# Seeds of a suite that is run until it is decided, if it plans fewer and none are named.
+# Seeds of a suite that runs until decided, if it plans fewer and the command names none.
 MOST_SEEDS = 16
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -48,7 +48,7 @@ def with_found(asked: Suite, out: Path) -> Suite: ...
 @overload
 def with_found(asked: Study, out: Path) -> Study: ...
 def with_found(asked: Suite | Study, out: Path) -> Suite | Study:
-    """The same, a suite with all seeds that have a folder, also those added beyond the planned ones."""
+    """The same, a suite with all seeds that have a folder, even those beyond the planned ones."""
     if isinstance(asked, Study) or not out.is_dir():
         return asked
     found = {
@@ -69,14 +69,14 @@ def run_adding(
     until_decided: bool = False,
     places: int = 1,
 ) -> Suite:
-    """Run a suite's seeds in groups. Returns the suite with the seeds that were run.
+    """Run a suite's seeds in groups. Returns the suite with the seeds that ran.
 
     Args:
-        run: makes the runs of the suite that it is given, which has all seeds up to now; what is complete is left alone.
-        judge: every claim, from the runs of such a suite.
-        seeds: how many at the most; None: as planned, of a suite run until decided ``MOST_SEEDS`` at least.
-        budget: seconds after which no new seed is begun.
-        until_decided: no new seed is begun once every claim is decided, alone and within the suite's family.
+        run: makes the runs of a suite with all seeds up to now; leaves complete runs alone.
+        judge: judges every claim from the runs of such a suite.
+        seeds: most seeds; None: as planned, for a suite that runs until decided ``MOST_SEEDS`` at least.
+        budget: seconds after which no new seed begins.
+        until_decided: no new seed begins once every claim is decided, alone and within the suite's family.
         places: runs at a time.
     """
     console, started = Console(stderr=True), time.monotonic()

@@ -1,8 +1,8 @@
 """An experiment is a question, arms that differ in one thing each, and seeds that every arm shares.
 
-An arm is a list of command-line settings on top of a preset, so each of its runs can be repeated by hand with one ``glm train``
-command. Arms with the same seed see the same initial weights (as far as their shapes agree) and the same batches in the same order;
-differences between them are therefore taken seed by seed.
+An arm is a list of command-line settings on top of a preset, so one ``glm train`` command repeats each of its runs by hand. Arms
+with the same seed see the same initial weights (as far as their shapes agree) and the same batches in the same order, so verdicts
+compare them seed by seed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments.verdicts import Claim
 
-# Every run of a suite ends with its loss on so many rows that nobody trains on.
+# Every run of a suite ends with its loss on so many rows outside training.
 HELDOUT_ROWS = "64"
 
 
@@ -24,7 +24,7 @@ class Arm:
     Attributes:
         name: short, a folder's name.
         summary: what it changes, for a reader.
-        settings: flags of ``glm train`` beyond the suite's own; an empty value is a flag that takes none.
+        settings: flags of ``glm train`` beyond the suite's own; an empty value is a flag without one.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Suite:
 
     Attributes:
         name: the name on the command line.
-        question: what is asked, in a sentence or two.
+        question: in a sentence or two.
         preset: of ``glm train``.
         settings: flags shared by every arm.
-        rates: log2 of the peak learning rates at which each arm is run, lowest first; () : at the settings' own. With rates the
-            suite has a frontier (the largest rate that survives), and every other metric is of the runs at the lowest one.
+        rates: log2 of each arm's peak learning rates, lowest first; () : the settings' own. With rates the suite has a frontier
+            (the largest rate that survives), and every other metric comes from the runs at the lowest one.
         steps: updates per run.
         seeds: each arm runs once with each.
         arms: the treatments; the first is the baseline of the tables.
-        claims: what would be expected, and of which metric.
+        claims: the expected results, and their metrics.
         data: makes the data folder if need be and returns it.
     """
 
@@ -72,7 +72,7 @@ class Suite:
         rate: float | None = None,
     ) -> list[str]:
         """The ``glm train`` arguments of one run, without the program's name. ``rate``: one of ``rates``."""
-        # A run is to be the same wherever it lands, and many stand side by side: on the CPU, unless settings say otherwise.
+        # A run must be the same wherever it lands, and many run side by side: on the CPU, unless settings say otherwise.
         flags = {"heldout.rows": HELDOUT_ROWS, "device": "cpu", **self.settings, **arm.settings}
         if rate is not None:
             flags["schedule.peak"] = f"{2.0**rate:g}"

@@ -1,7 +1,7 @@
-"""What is asked: a suite or study by its name, or from a Python file of the user's own.
+"""Finds a suite or study by its name, or in a Python file of the user's own.
 
-A file holds ``SUITE`` (an ``experiments.arm.Suite``) or ``STUDY`` (an ``experiments.study.Study``) at its top level. It is the
-user's program and is executed as such; nothing else from outside is. Claims are checked before anything runs: their arms and
+A file holds ``SUITE`` (an ``experiments.arm.Suite``) or ``STUDY`` (an ``experiments.study.Study``) at its top level. Python
+executes it as the user's program, and nothing else from outside. ``load`` checks before anything runs that the claims' arms and
 metrics exist.
 """
 
@@ -19,12 +19,12 @@ from experiments.study import Study
 from experiments.suites import SUITES
 from stabilitylab.errors import InputError
 
-# Of a suite with rates, beside the metrics of its runs.
+# A suite with rates has it beside the metrics of its runs.
 OF_RATES = "frontier"
 
 
 def load(name: str) -> Suite | Study:
-    """The suite or study of that name, or of that file. Raises InputError with the names there are, or with what a file lacks."""
+    """The suite or study of that name, or of that file. Raises InputError with the known names, or with what a file lacks."""
     if name in SUITES:
         return checked(_held(importlib.import_module(SUITES[name]), name), name)
     if not name.endswith(".py"):
@@ -40,7 +40,7 @@ def load(name: str) -> Suite | Study:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up
-    # Its neighbours are importable, as they are for a script.
+    # Its neighbours are importable, as for a script.
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
@@ -61,7 +61,7 @@ def _held(module: object, name: str) -> Suite | Study:
 
 
 def made(folder: Path) -> Path:
-    """The folder of a suite's runs, which is there from now on."""
+    """Make and return the folder of a suite's runs."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,7 +70,7 @@ def made(folder: Path) -> Path:
 
 
 def checked(asked: Suite | Study, name: str) -> Suite | Study:
-    """The same, once there is something to run, and its claims are of arms and metrics that it has."""
+    """The same. Raises InputError where nothing is to run, or a claim names an arm or metric that it lacks."""
     arms = Counter(arm.name for arm in asked.arms)
     if not arms or arms.most_common(1)[0][1] > 1:
         twice = f"has the arm {arms.most_common(1)[0][0]!r} twice" if arms else "has no arms"

@@ -1,7 +1,7 @@
-"""A study's cells through an executor: as many as it takes are under way, results come in the order in which they were asked for.
+"""Measures a study's cells through an executor: as many at once as it takes, with results in the order of the cells.
 
-A cell goes to a worker by the study's name and not as an object, since a study is made of functions: the worker opens the same
-file. Cells that an executor died under are given to another one; after three deaths of one the study ends, what was measured stays.
+A cell goes to a worker by the study's name and not as an object, since a study holds functions: the worker opens the same file.
+When an executor dies, another one gets its cells; after three deaths under one cell the study ends, and keeps what it measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ArmSeeds = Sequence[tuple[str, int]]
 def through(
     opened: Callable[[], Executor], most: int, *, asked: str, data: Path
 ) -> Callable[[ArmSeeds], Iterator[Measured]]:
-    """What ``run_study`` measures cells by, given arm and seed of each.
+    """The function by which ``run_study`` measures cells, from the arm and seed of each.
 
     Args:
         opened: opens an executor.
@@ -72,7 +72,7 @@ def through(
 
 
 def measured_cell(asked: str, arm: str, seed: int, data: Path) -> Measured:
-    """In a worker: the values of a cell, and the processor seconds that they took."""
+    """In a worker, measure a cell: its values, and their processor seconds."""
     torch.set_num_threads(1)
     study = _study(asked)
     began = time.process_time()

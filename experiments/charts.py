@@ -1,4 +1,4 @@
-"""Charts of a question's results: the frontier, effects on a common scale, evidence over seeds, who is still alive."""
+"""Charts of a question's results: the frontier, effects on a common scale, evidence over seeds, survival over steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from stabilitylab.charts.look import (
 )
 
 TONES = {"supported": "#009E73", "against": "#D55E00", "equivalent": "#0072B2", "undecided": "#999999"}
-# Further out an effect is drawn at the edge, with its number where the pointer is.
+# The chart draws effects beyond this at the edge, with the number under the pointer.
 WIDEST = 6.0
 LONGEST = 62
 
@@ -80,7 +80,7 @@ def frontier_chart(results: Results) -> Chart:
 
 
 def effects_chart(results: Results) -> Chart:
-    """Every claim's effect and interval, so turned that right speaks for the claim, in units of what would matter."""
+    """Every claim's effect and interval, turned so that right speaks for the claim, in units of what would matter."""
     from bokeh.models import BoxAnnotation, ColumnDataSource, FixedTicker, Range1d, Span
 
     shown = [(i, v) for i, v in numbered(results) if v.decision.n]
@@ -179,7 +179,7 @@ def evidence_chart(results: Results) -> Chart:
 
 
 def alive_chart(results: Results, rate: float | None) -> Chart:
-    """Share of an arm's runs at a rate whose loss had not yet broken, over the steps."""
+    """Share of an arm's runs at a rate with unbroken loss, over the steps."""
     from bokeh.models import ColumnDataSource, NumeralTickFormatter, Range1d
 
     at = "" if rate is None else f" at a rate of {rate_words(rate)}"
@@ -213,7 +213,7 @@ def numbered(results: Results) -> list[tuple[int, Verdict]]:
 
 
 def telling_rate(results: Results) -> float | None:
-    """The rate at which the arms differ most in how many survive; of several the lowest. None: no rates."""
+    """The rate at which the arms' survival differs most, the lowest of several. None: no rates."""
     rates = sorted({rate for by_rate in results.alive.values() for rate in by_rate})
 
     def spread(rate: float) -> float:
@@ -252,7 +252,7 @@ def evidence_of(verdict: Verdict, outcome: Metric | Outcome) -> tuple[list[int],
 
 
 def unit_of(verdict: Verdict, outcome: Metric | Outcome) -> float:
-    """What an effect is drawn in: the smallest one that matters, else the spread between seeds."""
+    """The unit of an effect in the chart: the smallest one that matters, else the spread between seeds."""
     if outcome.margin is not None:
         return outcome.margin
     pairs = verdict.arm_values.keys() & verdict.baseline_values.keys()
@@ -263,7 +263,7 @@ def unit_of(verdict: Verdict, outcome: Metric | Outcome) -> float:
 
 
 def rate_words(rate: float) -> str:
-    """A peak learning rate as a person reads it: 0.25, 0.0156."""
+    """A peak learning rate for a reader: 0.25, 0.0156."""
     return f"{2.0**rate:.3g}"
 
 

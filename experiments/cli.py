@@ -1,4 +1,4 @@
-"""``python -m experiments``: which command is meant; help and errors do not load what runs need."""
+"""``python -m experiments``: finds the command; help and errors do not load what runs need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from experiments.program import program
 from stabilitylab.errors import InputError, run_command
 
-# Name -> what it takes, what it does, and where its function is.
+# Name -> its arguments, what it does, and where its function is.
 COMMANDS = {
     "run": ("SUITE", "compute the runs that it lacks, until its claims are decided if asked", "commands:run"),
     "report": ("SUITE", "verdicts, curves and every run of it as one HTML page", "commands:report"),
@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """The commands, one a line."""
+    """The commands, one per line."""
     rows = [f"  {f'{name} {operand}':22}{summary}" for name, (operand, summary, _) in COMMANDS.items()]
     return "\n".join(
         [

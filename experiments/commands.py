@@ -1,4 +1,4 @@
-"""The commands of ``python -m experiments`` on suites: run one, report it, judge all there are."""
+"""The commands of ``python -m experiments`` on suites: run one, report it, judge all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from experiments.verdicts import effect_words, evidence_words, record, seeds_wor
 from experiments.worker import keep_freed_memory
 from stabilitylab.errors import InputError
 
-# From so many columns on an effect and its interval stand in one line.
+# From so many columns on an effect and its interval fit one line.
 WIDE = 110
 # TensorBoard's own limit.
 MOST_TICKED = 40
@@ -78,7 +78,7 @@ def run(
     made(out)
     if isinstance(chosen, Study):
         if executor != "local":
-            # A cluster that does not answer is told of before text is made, which takes minutes.
+            # A silent cluster must fail before the command makes text, which takes minutes.
             opened[0]().shutdown(wait=False)
         keep_freed_memory()
         text = data or chosen.data(Path("data") / chosen.data.__name__)
@@ -115,7 +115,7 @@ def run(
             until_decided=until_decided,
             places=parallel or os.cpu_count() or 1,
         )
-    # Seeds that stand there from an earlier, longer command count as well, as they do for report and verdicts.
+    # Seeds from an earlier, longer command count too, as for report and verdicts.
     whole = with_found(whole, out)
     console = Console()
     if report:
@@ -159,7 +159,7 @@ def _report(console: Console, asked: Suite | Study, out: Path) -> None:
 
 
 def _filter(results: Results) -> str:
-    """TensorBoard ticks none of more than forty runs: what to type into its filter to see some that tell."""
+    """TensorBoard ticks none of more than forty runs: a filter to type for some telling ones."""
     if len(results.runs) <= MOST_TICKED:
         return ""
     worst = next(iter(results.broken), results.runs[0])
@@ -212,7 +212,7 @@ def _show_shares(console: Console, study: Study, out: Path) -> None:
 
 
 def _show_verdicts(console: Console, found: Sequence[Results]) -> None:
-    """A table a suite, narrow enough for eighty columns, and what its words mean."""
+    """One table per suite, narrow enough for eighty columns, and what its words mean."""
     between = " " if console.width >= WIDE else "\n"
     for results in found:
         table = Table(

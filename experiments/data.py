@@ -1,7 +1,7 @@
-"""The text that suites train on: the default bilingual corpus, at a size that two cores chew in a minute.
+"""The suites' training text: the default bilingual corpus, at a size that two cores process in a minute.
 
-It is built with the same three commands that a user gives (``glm corpus``, ``glm tokenizer``, ``glm shards``), which do nothing
-where their output stands already, and then say nothing here either.
+``build`` runs the user's own three commands (``glm corpus``, ``glm tokenizer``, ``glm shards``), which do nothing where their
+output exists already, and then print nothing here either.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from stabilitylab.errors import InputError
 
 MAX_CHARACTERS = 12_000_000
 VOCABULARY = 4096
-# Pieces of so small a vocabulary settle long before the whole corpus is read.
+# Pieces of so small a vocabulary settle long before the end of the corpus.
 SAMPLE = 4_000_000
 
 
 def bilingual(folder: Path) -> Path:
-    """Corpus, tokenizer and shards under ``folder``; returns the folder of the shards."""
+    """Make corpus, tokenizer and shards under ``folder``; returns the folder of the shards."""
     return build(folder, characters=MAX_CHARACTERS, vocabulary=VOCABULARY, sample=SAMPLE)
 
 
 def build(
     folder: Path, *, characters: int, vocabulary: int, sample: int, heldout: float | None = None
 ) -> Path:
-    """Corpus, tokenizer and shards of a size.
+    """Make corpus, tokenizer and shards of a size.
 
     Args:
         folder: where they go, side by side.
-        characters: of the corpus; ``sample`` of them are what the tokenizer is trained on.
+        characters: of the corpus; the tokenizer trains on ``sample`` of them.
         vocabulary: pieces.
         heldout: share of the groups kept out of training; None: the default's.
     """
@@ -47,12 +47,12 @@ def build(
 
 
 def _glm(*arguments: str, out: Path) -> None:
-    """Run a command that makes a folder; what it says of one that it finds is told once, by the run that made it."""
+    """Run a command that makes a folder. Prints nothing for an existing one: the run that made it has told."""
     words = [*arguments, "--out", str(out)]
     if out.exists():
         with contextlib.redirect_stdout(io.StringIO()):
             code = main(words)
-    else:  # what building takes of memory and threads goes with its process
+    else:  # the memory and threads of building go with its process
         code = subprocess.run([sys.executable, "-m", "glm", *words], check=False).returncode
     if code:
         raise InputError(f"`glm {' '.join(words)}` failed: see its message above")

@@ -1,12 +1,12 @@
-"""Where runs are computed: anything that is a ``concurrent.futures.Executor``.
+"""Where runs compute: on any ``concurrent.futures.Executor``.
 
     local               long-lived processes on this machine
     dask:ADDRESS        the workers of a Dask cluster
-    ray, ray:ADDRESS    those of a Ray cluster; without an address one of this machine's cores
+    ray, ray:ADDRESS    those of a Ray cluster; without an address one on this machine's cores
     slurm, slurm:K=V,.. a Slurm job a run, through submitit; K=V are submitit's parameters (timeout_min=60, slurm_partition=cpu)
 
-All but the first need machines that see the same files under the same paths and have this project installed. An executor is opened
-anew where its processes died; the runs that were in them are resumed from their checkpoints.
+All but the first need machines that see the same files under the same paths and have this project installed. Where an executor's
+processes die, the runner opens a new one and resumes their runs from checkpoints.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from stabilitylab.errors import InputError
 T = TypeVar("T")
 
 NAMES = "local, dask:ADDRESS, ray, ray:ADDRESS, slurm, or slurm:KEY=VALUE,..."
-# What a cluster's queue takes: it decides itself how many go at once.
+# The most tasks for a cluster's queue, which decides itself how many run at once.
 QUEUE = 1_000_000
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_ANSWER = 10
 
 
 class Kept:
-    """An executor that lives from one group of runs to the next; one that broke is let go, and another opened.
+    """Keeps an executor from one group of runs to the next; drops a broken one and opens another.
 
     Args:
         opens: makes an executor.
@@ -52,13 +52,13 @@ class Kept:
         self.let_go(wait=kind is None)
 
     def opened(self) -> Executor:
-        """The executor, opened if there is none."""
+        """The executor; opens one if there is none."""
         if self._executor is None:
             self._executor = self._opens()
         return self._executor
 
     def let_go(self, *, wait: bool) -> None:
-        """End it; what was not begun in it is cancelled."""
+        """End it, and cancel its tasks that have not begun."""
         if self._executor is not None:
             self._executor.shutdown(wait=wait, cancel_futures=True)
             self._executor = None
@@ -66,13 +66,13 @@ class Kept:
 
 def local(parallel: int) -> Executor:
     """``parallel`` processes of this machine."""
-    # Spawned, not forked: a fork of a process with threads, which torch has, may hang.
+    # Spawned, not forked: a fork of a process with threads, such as torch's, may hang.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(parallel, mp_context=context, initializer=worker.prepare)
 
 
 class Dask(Executor):
-    """All workers of a Dask cluster, which have one thread each.
+    """All workers of a Dask cluster, with one thread each.
 
     Raises:
         InputError: Dask is not installed, or nobody answers at the address.
@@ -100,7 +100,7 @@ class Dask(Executor):
 
 
 class Ray(Executor):
-    """The workers of a Ray cluster, one core a task; they live from task to task.
+    """The workers of a Ray cluster, one core per task; they live from task to task.
 
     Args:
         address: of the cluster, as ``ray.init`` takes it; "" begins one on this machine, which ends with the executor.
@@ -162,7 +162,7 @@ class Ray(Executor):
 
 
 def knock(address: str) -> None:
-    """Raise InputError if nobody listens at ``HOST:PORT`` or ``ray://HOST:PORT``, which Ray itself finds out after minutes."""
+    """Raise InputError if nobody listens at ``HOST:PORT`` or ``ray://HOST:PORT``; Ray itself takes minutes to find out."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not (host and port.isdigit()):  # "auto", or a form that Ray knows
         return
@@ -180,12 +180,12 @@ def _on_worker(call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 class Submitit(Executor):
-    """A batch job a task, through submitit.
+    """One batch job per task, through submitit.
 
     Args:
-        folder: where jobs and what they say are put; all machines must see it.
+        folder: for jobs and their output; all machines must see it.
         parameters: submitit's, by their names.
-        cluster: "slurm"; "local" or "debug" to try the way without one.
+        cluster: "slurm"; "local" or "debug" to try it without Slurm.
 
     Raises:
         InputError: submitit is not installed, there is no Slurm here, or it does not know a parameter.
@@ -253,7 +253,7 @@ class Submitit(Executor):
 def _in_job(
     call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[T | None, Exception | None]:
-    """What the call gives, or raises: submitit itself would hand on no more than the text of it."""
+    """Return or raise as the call does: submitit itself would pass on only an error's text."""
     os.environ.update(dict.fromkeys(worker.THREADS, "1"))
     worker.keep_freed_memory()
     try:
@@ -263,10 +263,10 @@ def _in_job(
 
 
 def chosen(name: str, parallel: int | None, folder: Path) -> tuple[Callable[[], Executor], int]:
-    """What opens the executor of that name, and how many tasks to hand it at a time.
+    """The function that opens the executor of that name, and how many tasks to give it at a time.
 
     Args:
-        folder: where an executor may put what it needs.
+        folder: for an executor's own files.
 
     Raises:
         InputError: there is none of that name.
@@ -296,8 +296,8 @@ def _parameters(text: str) -> dict[str, str | int]:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # neither macOS nor Windows knows it
+    except AttributeError:  # neither macOS nor Windows has it
         return os.cpu_count() or 1

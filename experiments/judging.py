@@ -1,13 +1,13 @@
-"""``python -m experiments judge TABLE.csv``: anybody's runs, one a row, judged as this project's own are.
+"""``python -m experiments judge TABLE.csv``: judges anybody's runs, one per row, as this project's own.
 
     group,seed,val_loss          python -m experiments judge runs.csv --arm muon --baseline adamw
     adamw,0,3.2812
     adamw,1,3.2790               supported: muon is better (lower val_loss) than adamw
     muon,0,3.2776                ...
 
-An empty cell, ``nan``, ``inf`` or ``-inf`` is a run that died: worse than any number. Groups are compared as groups, or seed by
-seed with ``--paired``. ``--sequential`` says that one looked after every run and would have stopped; the guarantee then holds for
-that.
+An empty cell, ``nan``, ``inf`` or ``-inf`` is a run that died: worse than any number. The command compares groups as groups, or
+seed by seed with ``--paired``. ``--sequential`` says that you looked after every run and would have stopped; the guarantee then
+holds for that.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _number(text: str, worst: float) -> float | None:
         number = float(text) if "_" not in text else None
     except ValueError:
         return None
-    # What is beyond float64 (1e400) is as dead as what says so, whichever sign it has.
+    # A number beyond float64 (1e400) counts as dead too, whatever its sign.
     return worst if number is not None and not math.isfinite(number) else number
 
 

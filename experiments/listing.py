@@ -1,4 +1,4 @@
-"""The suites that there are, each with its question, read from its source: running a suite's file loads what its runs need."""
+"""Lists the suites with their questions, read from their sources: running a suite's file would load what its runs need."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def list_suites() -> int:
 
 
 def question_in(source: str) -> str:
-    """The question of the ``SUITE`` or ``STUDY`` of a file, which stands there as a string.
+    """The question of the ``SUITE`` or ``STUDY`` of a file, where it is a string.
 
     Raises:
-        LookupError: it does not.
+        LookupError: the file has no such string.
     """
     for node in ast.parse(source).body:
         match node:

@@ -1,4 +1,4 @@
-"""The numbers by which arms are compared, each computed from a run folder's telemetry alone.
+"""The numbers that compare arms, each computed from a run folder's telemetry alone.
 
 | metric | meaning | unit |
 | --- | --- | --- |
@@ -19,8 +19,8 @@
 | embedding_surge | embedding's share of the squared gradient norm where that breaks out, less its median over the 50 steps before | share |
 | outlier_fraction | mean share of activation values with abs >= 6, at the end | share |
 
-A run that lacks a metric's telemetry has NaN there, and the tables show it. Maxima are over the values that are numbers: an
-infinite one counts, a NaN does not (it shows as a skipped step or a non-finite episode). To *break out* is to pass four times
+A run without a metric's telemetry has NaN there, and the tables show it. Maxima ignore NaN (it shows as a skipped step or a
+non-finite episode) and count infinities. To *break out* is to pass four times
 the median of the 50 steps before, for a norm; for a loss it is the onset of the first spike, divergence or non-finite episode.
 """  # noqa: E501 - the table's rows
 
@@ -48,11 +48,11 @@ class Metric:
 
     Attributes:
         title: for a table's row.
-        better: which end is the stable one, for emphasis; None where neither is.
+        better: the stable end, for emphasis; None where neither is.
         measure: computes it.
         digits: significant digits shown.
-        everywhere: whether a table shows it even where no run has a value; what only a broken run has is left out there.
-        scale: on which arms are compared; ratios by their logarithms, counts by their order.
+        everywhere: whether a table shows it even where no run has a value; it leaves out metrics that only a broken run has.
+        scale: for comparing arms; ratios by their logarithms, counts by their order.
         margin: the smallest effect of interest, in the unit of that scale; None: none is too small to matter.
     """
 
@@ -67,7 +67,7 @@ class Metric:
 
     @property
     def worst(self) -> float | None:
-        """What a run counts as that has no value; None: such a run says nothing."""
+        """The value of a run without one; None: such a run says nothing."""
         return {"less": math.inf, "more": -math.inf, None: None}[self.better]
 
 
@@ -76,7 +76,7 @@ def final_loss(run: Run) -> float:
     if not len(loss):
         return math.nan
     mean = float(loss.iloc[-max(1, len(loss) // 10) :].mean(skipna=False))
-    # A run that left the numbers did worse than any that did not.
+    # A run with a loss that is not finite did worse than any without.
     return mean if math.isfinite(mean) else math.inf
 
 
@@ -172,7 +172,7 @@ def outlier_fraction(run: Run) -> float:
 
 
 def _loss_breaks(run: Run) -> int | None:
-    """Onset of the first episode of the loss that is no hard batch."""
+    """Onset of the loss's first episode other than a hard batch."""
     onsets = [
         episode.onset
         for episode in episodes_of(run.events)
@@ -182,8 +182,9 @@ def _loss_breaks(run: Run) -> int | None:
 
 
 def _norm_breaks(run: Run) -> int | None:
-    """First step whose gradient norm is over four times the median of the 50 before it (25 at least), or not a number. A step that
-    the loss scaler left out is routine, and none."""
+    """First step whose gradient norm exceeds four times the median of the 50 before it (25 at least), or is NaN. A step that the
+    loss scaler skipped is routine and does not count.
+    """
     norm, skipped = run.series("train/-/gradient_norm"), run.series("train/-/skipped")
     norm = norm[~norm.index.isin(skipped.index[skipped == 1])].replace(math.inf, math.nan)
     usual = norm.rolling(MEMORY, min_periods=MEMORY // 2).median().shift(1)

@@ -1,20 +1,19 @@
-"""What an arm is worth: numbers made of several runs, each defined once.
+"""An arm's worth: numbers from several runs, each defined once.
 
 **LR sensitivity** (Wortsman et al., arXiv:2309.14322, section 2.2): how much loss a wrong learning rate costs,
 
     E over the rates of [ min(loss at the rate, loss at initialisation) - best loss ]
 
-over rates evenly spaced on the log scale, there 3e-4 to 3e-1. A run that died counts with the loss at initialisation, so one that
-explodes costs no more than one that learns nothing.
+over rates evenly spaced on the log scale, there 3e-4 to 3e-1. A run that died counts with the loss at initialisation, so an
+exploding run costs no more than one that learns nothing.
 
-**Best rate**: the rate with the lowest loss, and that loss. It is taken over the same rates for every arm, so each arm has the same
-luck of choice.
+**Best rate**: the rate with the lowest loss, and that loss. Every arm has the same rates, and so the same luck of choice.
 
-**Survival**: share of runs not yet collapsed after each step, of runs that collapsed or were watched no longer (Kaplan and Meier
+**Survival**: share of runs not yet collapsed after each step, from runs that collapsed or whose watch ended (Kaplan and Meier
 1958), with its 95 % interval on the log-log scale (Borgan and Liestol 1990), both SciPy's.
 
-**Harm of a spike**: a run forked before an excursion that recovers, the updates that made it withheld in the fork; how much higher
-the held-out loss is in the run, so many steps after (``spike_harm`` in the suites).
+**Harm of a spike**: fork a run before an excursion that recovers, and withhold in the fork the updates that made it; the harm is
+how much higher the run's held-out loss is, so many steps after (``spike_harm`` in the suites).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def lr_sensitivity(losses: Mapping[float, float], initial: float) -> float:
 
 
 def at_best_rate(losses: Mapping[float, float]) -> tuple[float, float]:
-    """The rate with the lowest loss, of equals the lowest rate, and that loss; infinite where every run died."""
+    """The rate with the lowest loss, the lowest of equal ones, and that loss; infinite where every run died."""
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     if not finite:
         return math.nan, math.inf
@@ -57,7 +56,7 @@ class Survival:
 
     Attributes:
         steps: at which a run collapsed.
-        runs, collapsed: how many were watched, and of these how many collapsed.
+        runs, collapsed: how many were watched, and how many of these collapsed.
     """
 
     steps: tuple[float, ...]
@@ -87,7 +86,7 @@ def survival(collapsed: Sequence[float], watched: Sequence[float] = ()) -> Survi
     curve = stats.ecdf(stats.CensoredData(uncensored=list(collapsed), right=list(watched))).sf
     steps = np.unique(np.asarray(collapsed, dtype=float))
     with warnings.catch_warnings():
-        # Where all have collapsed the interval has no formula: it goes from 0 to the end before.
+        # Where all have collapsed the interval has no formula: it goes from 0 to the previous upper end.
         warnings.filterwarnings("ignore", message="The confidence interval is undefined")
         ends = curve.confidence_interval(0.95, method="log-log")
     low, high = (end.evaluate(steps) for end in (ends.low, ends.high))  # type: ignore[attr-defined]  # SciPy's stub

@@ -1,5 +1,6 @@
-"""How this program was called, for what it says to type next: ``python -m experiments`` in a clone, ``stabilitylab experiments``
-where it lies inside an installation (``stabilitylab/laboratory.py`` says so)."""
+"""How this program was called, for the commands that it suggests: ``python -m experiments`` in a clone, ``stabilitylab
+experiments`` inside an installation (``stabilitylab/laboratory.py`` says so).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +13,6 @@ def program() -> str:
 
 
 def called_as(name: str) -> None:
-    """Say how it was called."""
+    """Set how it was called."""
     global _name
     _name = name

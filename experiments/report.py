@@ -1,7 +1,7 @@
 """A question's report: the frontier and the verdicts first, then how sure they are, what broke and why, and the numbers.
 
-It is for someone who never saw the tool: every chart says what it shows, every verdict is a sentence, and what is an abbreviation
-here is said once.
+It is for someone who never saw the tool: every chart says what it shows, every verdict is a sentence, and the report explains each
+abbreviation once.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from stabilitylab.runs import Run
 
 TONE = {"supported": "good", "against": "bad", "equivalent": "even", "undecided": "open"}
 MOST_BROKEN = 40
-# Layers are looked into in so many runs: one an arm, at the lowest rate.
+# The report shows layers of so many runs: one per arm, at the lowest rate.
 MOST_LOOKED_INTO = 8
-# Of so many seeds a cell of the metrics shows each, of more the lowest and the highest.
+# Up to so many seeds a cell of the metrics shows each value, beyond that the lowest and the highest.
 FEW = 4
 COUNTED = "counted"
 NBSP = "\N{NO-BREAK SPACE}"
 
 
 def write_report(asked: Suite | Study, out: Path, *, results: Results | None = None) -> Path:
-    """Write ``report.html`` into the folder from what is there. Raises InputError if nothing is."""
+    """Write ``report.html`` into the folder from its results. Raises InputError if there are none."""
     results = results or results_of(asked, out)
     page = Page(title=title(results), lead=lead(results), facts=facts(asked, results))
     page.sections += [first_screen(results), how_sure(results)]
@@ -143,7 +143,7 @@ def how_sure(results: Results) -> Section:
 
 
 def broken_section(results: Results) -> Section:
-    """The runs that collapsed, when and of what."""
+    """The collapsed runs, when and of what."""
     broken = results.broken
     if not broken:
         return Section(title="Runs that broke", text=(f"None of {len(results.runs)} runs broke.",))
@@ -184,7 +184,7 @@ def broken_section(results: Results) -> Section:
 
 
 def course_sections(results: Results) -> list[Section]:
-    """Who is on course over the steps, and loss and gradient norm, at the rate where the arms differ most."""
+    """Runs on course over the steps, and loss and gradient norm, at the rate where the arms differ most."""
     rate = charts.telling_rate(results)
     alive = charts.alive_chart(results, rate)
     at = "" if rate is None else f" at a rate of {charts.rate_words(rate)}"
@@ -194,7 +194,7 @@ def course_sections(results: Results) -> list[Section]:
 
 
 def layer_sections(results: Results) -> list[Section]:
-    """What layers did, in one run an arm at the lowest rate."""
+    """The layers' behaviour, in one run per arm at the lowest rate."""
     rates = [made.rate for made in results.runs if made.rate is not None]
     by_label = {
         arm: runs[:1]
@@ -223,7 +223,7 @@ def _runs_at(results: Results, rate: float | None) -> dict[str, list[Run]]:
 
 
 def facts(asked: Suite | Study, results: Results) -> dict[str, str]:
-    """Small print: what was run, where, when."""
+    """Small print: what ran, where, when."""
     found = {"question": results.name}
     if isinstance(asked, Suite):
         config = results.runs[0].run.config
@@ -239,7 +239,7 @@ def facts(asked: Suite | Study, results: Results) -> dict[str, str]:
 
 
 def arms_section(asked: Suite | Study) -> Section:
-    """What the arms have in common, and each of its own."""
+    """The arms' common settings, and each arm's own."""
     rows = [
         [arm.name, " ".join(f"--{k} {v}" for k, v in arm.settings.items())]
         for arm in asked.arms
@@ -254,7 +254,7 @@ def arms_section(asked: Suite | Study) -> Section:
 
 
 def metric_section(results: Results) -> Section:
-    """One row a metric, one column an arm: mean, with the seeds' values below."""
+    """One row per metric, one column per arm: mean, with the seeds' values below."""
     arms = [arm.name for arm in results.arms if any(arm.name in by_arm for by_arm in results.values.values())]
     rows, none = list[list[TableCell | str]](), list[str]()
     for name, outcome in results.outcomes.items():
@@ -292,7 +292,7 @@ def metric_section(results: Results) -> Section:
 
 
 def predictions_section(study: Study) -> Section:
-    """What was expected before the first run."""
+    """Expectations from before the first run."""
     return Section(title="Predictions", text=tuple(study.predictions))
 
 

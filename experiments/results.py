@@ -1,8 +1,8 @@
-"""What a suite's folder or a study's file holds, in one shape: numbers by metric, arm and seed, verdicts, and which runs broke.
+"""Reads a suite's folder or a study's file into one shape: numbers by metric, arm and seed, verdicts, and which runs broke.
 
 A run *survived* a rate if it did not end in a collapse (``experiments.trial.collapse_onset``, or ended early as lost). The
-*frontier* of an arm and a seed is log2 of the largest rate up to which it survived all; one octave below the lowest if none.
-A suite with rates measures everything else at its lowest rate, which all arms are meant to bear.
+*frontier* of an arm and a seed is log2 of the largest rate up to which it survived all; one octave below the lowest if it survived
+none. A suite with rates measures everything else at its lowest rate, which all arms should bear.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Made:
     Attributes:
         rate: log2 of its peak rate; None: the suite has no rates.
         broke: the step at which its collapse began; None: it survived.
-        length: steps that it made.
+        length: steps made.
     """
 
     arm: str
@@ -48,13 +48,13 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A question and what its runs say.
+    """A question, and its runs' results.
 
     Attributes:
         values: ``values[metric][arm][seed]``.
-        outcomes: what each metric is.
+        outcomes: definition of each metric.
         verdicts: on every claim, and whether each holds among all of them.
-        alive: arm -> log2 rate -> how many seeds survived it, of how many; empty where no rate was searched for.
+        alive: arm -> log2 rate -> how many seeds survived it, of how many; empty without a search for rates.
         runs: of a suite; a study keeps none.
     """
 
@@ -70,19 +70,19 @@ class Results:
 
     @property
     def seeds(self) -> int:
-        """How many seeds any arm has."""
+        """The number of seeds in any arm."""
         return len(
             {seed for by_arm in self.values.values() for by_seed in by_arm.values() for seed in by_seed}
         )
 
     @property
     def broken(self) -> list[Made]:
-        """The runs that collapsed."""
+        """The collapsed runs."""
         return [made for made in self.runs if made.broke is not None]
 
 
 def results_of(asked: Suite | Study, out: Path) -> Results:
-    """Read what is there. Raises InputError if that is nothing."""
+    """Read the results. Raises InputError if there are none."""
     return _of_study(asked, out) if isinstance(asked, Study) else _of_suite(asked, out)
 
 
@@ -135,7 +135,7 @@ def _of_suite(suite: Suite, out: Path) -> Results:
 
 
 def frontiers(runs: list[Made], rates: tuple[float, ...]) -> dict[str, dict[int, float]]:
-    """``frontiers[arm][seed]``, of the seeds that have a run at every rate."""
+    """``frontiers[arm][seed]``, for seeds with a run at every rate."""
     lived: dict[tuple[str, int], dict[float, bool]] = {}
     for made in runs:
         if made.rate is not None:

@@ -1,9 +1,9 @@
-"""Run a suite: every arm with every seed, through an executor, resumable run by run.
+"""Runs a suite: every arm with every seed, through an executor, resumable run by run.
 
-A run that is complete is left alone, one that was interrupted is resumed from its checkpoint, so the same command can be given
-again after anything. Where processes of the executor die (killed, out of memory) another one is opened and their runs go on; a run
-that was in one three times is given up. A run whose training fails does not stop the others: it is named at the end, with its last
-line. On a terminal bars show what goes on; elsewhere there is one line for each run that ends.
+The runner leaves a complete run alone and resumes an interrupted one from its checkpoint, so after any break you give the same
+command again. Where processes of the executor die (killed, out of memory) it opens another and their runs go on; it gives up a run
+whose process died three times. A run whose training fails does not stop the others: the command names it at the end, with its last
+line. On a terminal bars show the progress; elsewhere there is one line for each run that ends.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Job:
         return any(event.kind == "run-end" for event in RunFolder(self.out).read_events())
 
     def begun_with(self) -> int | None:
-        """The number of steps that a run begun earlier was to make; None: there is none."""
+        """The planned steps of a run begun earlier; None: there is none."""
         if not RunFolder(self.out).config.exists():
             return None
         return int(Run(RunFolder(self.out)).config.get("steps", 0)) or None
 
 
 def jobs_of(suite: Suite, out: Path) -> list[Job]:
-    """Every arm with every seed; a seed's arms lie side by side in time, so that a cut-off suite compares what it has."""
+    """Every arm with every seed; a seed's arms run side by side, so that an interrupted suite can compare what it has."""
     return [
         Job(arm=arm, seed=seed, rate=rate, out=out / f"{arm.name}{_at(rate)}-seed{seed}")
         for seed in suite.seeds
@@ -82,19 +82,19 @@ def run_suite(
     steps: int | None = None,
     executor: str | Callable[[], Executor] | Kept = "local",
 ) -> None:
-    """Run what is not complete yet.
+    """Run the incomplete runs.
 
     Args:
-        suite: what is asked.
+        suite: the suite.
         data: folder made by ``glm shards``.
         out: where the runs go.
-        parallel: runs at a time; None: one a core, or what the executor has.
-        steps: updates a run instead of the suite's own.
-        executor: a name of ``experiments.executors``, what opens one, or one that is kept for other runs.
+        parallel: runs at a time; None: one per core, or the executor's number.
+        steps: updates per run instead of the suite's own.
+        executor: a name of ``experiments.executors``, a function that opens one, or a kept one.
 
     Raises:
-        InputError: the folder holds runs of another length: theirs would be compared as if they were of this one. Or a run
-            failed; the others were finished first.
+        InputError: the folder holds runs of another length, which the suite would compare as if of this one. Or a run failed, after
+            the others finished.
     """
     out.mkdir(parents=True, exist_ok=True)
     data, out = data.resolve(), out.resolve()
@@ -141,7 +141,7 @@ def _through(
     failed: list[Job],
     shown: _Shown,
 ) -> tuple[list[Job], list[Job]]:
-    """Run through one executor until all is done or it breaks. Returns the runs not begun, and those that it broke under."""
+    """Run through one executor until all is done or it breaks. Returns the runs not begun, and those during which it broke."""
     waiting, running, broken = list(waiting), dict[Future[int], Job](), list[Job]()
     executor = kept.opened()
     try:
@@ -181,14 +181,14 @@ def _words(job: Job, command: Sequence[str]) -> list[str]:
 
 
 class _Shown:
-    """What a person sees: bars on a terminal, elsewhere one line for each run that ends."""
+    """Shows bars on a terminal, elsewhere one line for each run that ends."""
 
     def __init__(self, suite: Suite, *, total: int, done: int, steps: int) -> None:
         self._console = Console(stderr=True)
         self._total, self._done, self._steps = total, done, steps
         self._began, self._before = time.monotonic(), done
         self._bars: dict[str, TaskID] = {}
-        # What a run says gives way where the terminal is narrow; its name does not.
+        # On a narrow terminal a run's status gives way; its name does not.
         columns = (
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=20),
@@ -222,7 +222,7 @@ class _Shown:
                 self._progress.update(self._bars[job.name], said=said, completed=_step_in(said))
 
     def ends(self, job: Job, well: bool | None) -> None:
-        """``well`` None: its process died, and it will be begun again."""
+        """``well`` None: its process died, and the run will begin again."""
         if job.name in self._bars:
             self._progress.remove_task(self._bars.pop(job.name))
         if well is not None:
@@ -243,7 +243,7 @@ class _Shown:
 
 
 def _causes(failed: Sequence[Job]) -> str:
-    """Each cause once, with the runs that it ended and the log of the first."""
+    """Each cause once, with its runs and the log of the first."""
     by_cause: dict[str, list[Job]] = {}
     for job in sorted(failed, key=lambda job: job.name):
         by_cause.setdefault(worker.last_line(job.log), []).append(job)

@@ -1,14 +1,14 @@
-"""A study: a question whose runs are small enough to be made by the hundred, in one process.
+"""A study: a question whose runs are small enough to make by the hundred, in one process.
 
-A suite's arm is one ``glm train`` command a seed, with a folder. A study's cell (an arm, a seed) is a measurement: it may search
+A suite's arm is one ``glm train`` command per seed, with a folder. A study's cell (an arm, a seed) is a measurement: it may search
 for the rate that the arm bears, fork a state, or read initial weights, and leaves a few named numbers, one line of
 ``values.jsonl``:
 
     {"arm": "egs", "seed": 3, "seconds": 2.1, "values": {"frontier": -2.5, "heldout": 4.61}}
 
-So a study that was cut off goes on where it was, and its numbers can be judged by anything that reads JSON. Seeds are the outer
-loop: whenever it stops, arms have the same seeds. They begin at 1, or beyond the seeds of a study whose results were seen before:
-seed 0 is for trying a study out. Predictions stand in the study's file, which is committed before it is run.
+So an interrupted study goes on where it was, and anything that reads JSON can judge its numbers. Seeds are the outer loop: whenever
+it stops, arms have the same seeds. They begin at 1, or beyond the seeds of an earlier study whose results are known: seed 0 is for
+trying a study out. Predictions are in the study's file, which its author commits before the first run.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from experiments.verdicts import Claim, Verdict, judge_all, undecided_together
 from glm.train.config import TrainConfig
 
 VALUES = "values.jsonl"
-# A cell's numbers by name, and the processor seconds that they took.
+# A cell's numbers by name, and their processor seconds.
 Measured = tuple[Mapping[str, float], float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a cell's number is, and which difference of it would matter.
+    """The meaning of a cell's number, and the smallest difference that matters.
 
     Attributes:
         title: for tables.
         unit: of a difference, after ``scale``.
-        scale: "log": arms are compared by the logarithm of their ratio; "rank": values are counts, infinite or on a grid.
+        scale: "log": compare arms by the logarithm of their ratio; "rank": values are counts, infinite or on a grid.
         margin: the smallest effect of interest, in the unit (natural logarithm for "log"): two arms within it are equivalent.
-        watched: of a step at which something happens: the last one at which it was looked for. Infinite values have not by then.
+        watched: for a step at which something happens: the last step watched. Infinite values had nothing by then.
     """
 
     title: str
@@ -58,13 +58,13 @@ class Outcome:
 
     @property
     def worst(self) -> None:
-        """A seed that has no number is left out: a cell names what it measured, and a run that died has an infinite one."""
+        """A seed without a number drops out: a cell names what it measured, and a run that died has an infinite number."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What a measurement is given.
+    """A measurement's input.
 
     Attributes:
         arm, seed: which.
@@ -85,12 +85,12 @@ class Study:
     Attributes:
         name: on the command line.
         question: what is asked.
-        claims: what is judged, each of a metric in ``outcomes``.
-        predictions: what was expected, written down before the first run.
+        claims: to judge, each on a metric in ``outcomes``.
+        predictions: written down before the first run.
         outcomes: the numbers by name.
-        measure: makes them for a cell.
+        measure: makes a cell's numbers.
         preset, settings: as of ``experiments.arm.Suite``.
-        seeds: how many are planned, from ``first`` on.
+        seeds: number planned, from ``first`` on.
         data: makes the data folder if need be and returns it.
     """
 
@@ -123,12 +123,12 @@ def run_study(
     until_decided: bool = False,
     through: Callable[[Sequence[tuple[str, int]]], Iterator[Measured]] | None = None,
 ) -> None:
-    """Measure what is not measured yet.
+    """Measure the missing cells.
 
     Args:
         seeds: how many; None: as planned.
-        budget: seconds after which no new seed is begun.
-        until_decided: no new seed is begun once every claim is decided, alone and within the study's family.
+        budget: seconds after which no new seed begins.
+        until_decided: no new seed begins once every claim is decided, alone and within the study's family.
         through: measures cells (arm, seed), in their order (``experiments.cells``); None: one after the other, here.
     """
     torch.set_num_threads(1)
@@ -170,7 +170,7 @@ def run_study(
 
 @contextmanager
 def _bar(console: Console, name: str, *, total: int) -> Iterator[Callable[[str], None]]:
-    """On a terminal a bar; what it gives is told of each cell before it is measured."""
+    """On a terminal shows a bar; yields a function to call with each cell before measuring it."""
     columns = (
         TextColumn(f"[bold]{name}"),
         BarColumn(bar_width=20),
@@ -207,7 +207,7 @@ def judged(study: Study, out: Path) -> list[Verdict]:
 
 
 def shares_of(study: Study, out: Path) -> list[tuple[str, str, int, int, float, float]]:
-    """Of each outcome that is a share and each arm: title, arm, how many, of how many, Clopper and Pearson's interval (95 %)."""
+    """For each outcome that is a share and each arm: title, arm, how many, of how many, Clopper and Pearson's interval (95 %)."""
     values = values_of(out)
     found = []
     for name, outcome in study.outcomes.items():
@@ -224,12 +224,12 @@ def shares_of(study: Study, out: Path) -> list[tuple[str, str, int, int, float, 
 
 
 def yes_or_no(arms: Iterable[Mapping[int, float]]) -> bool:
-    """Whether all that was measured is yes or no: a share of channels may be 0 in all seeds of one arm, and is no count."""
+    """Whether all values are yes or no: a share of channels may be 0 in all seeds of one arm, and is no count."""
     return {one for by_seed in arms for one in by_seed.values() if not math.isnan(one)} <= {0.0, 1.0}
 
 
 def values_of(out: Path) -> dict[str, dict[str, dict[int, float]]]:
-    """``values[metric][arm][seed]`` of what was measured."""
+    """The measured ``values[metric][arm][seed]``."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for line in _lines(out / VALUES):
         for metric, value in line["values"].items():
@@ -240,7 +240,7 @@ def values_of(out: Path) -> dict[str, dict[str, dict[int, float]]]:
 def _lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    # A line that a kill cut short is measured again.
+    # A kill cut this line short: measure its cell again.
     lines = []
     for text in file.read_text(encoding="utf-8").splitlines():
         try:

@@ -1,7 +1,7 @@
-"""``python -m experiments survival STUDY``: how long each arm's runs live, with what was watched no longer counted as that.
+"""``python -m experiments survival STUDY``: how long each arm's runs live, with runs counted only as long as they were watched.
 
-Of every outcome that is a step at which something happens (``Outcome.watched``): Kaplan and Meier's curve an arm
-(``experiments.outcomes``).
+It shows Kaplan and Meier's curve per arm (``experiments.outcomes``) for every outcome that is a step at which something happens
+(``Outcome.watched``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a question's results come down to, in a sentence or two: for the head of the report and the end of a command."""
+"""Sums up a question's results in a sentence or two, for the head of the report and the end of a command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from experiments.verdicts import effect_words, evidence_words
 
 
 def lead(results: Results) -> str:
-    """The most telling sentences: who survives what, what broke, how much is decided."""
+    """The most telling sentences: which arm survives what, what broke, how much is decided."""
     decided = sum(verdict.judgement != "undecided" for verdict in results.verdicts)
     said = list(filter(None, [telling_sentence(results)]))
     if cause := cause_sentence(results):
@@ -21,7 +21,7 @@ def lead(results: Results) -> str:
 
 
 def telling_sentence(results: Results) -> str:
-    """At which rate the arms differ most, and who survives it; without rates, the claim with the most evidence.
+    """The rate at which the arms differ most, and which survive it; without rates, the claim with the most evidence.
 
     "At a learning rate of 0.25 deepnorm-bf16 survives ...", or "The most evidence (e = 280) is for: ...".
     """
@@ -70,7 +70,7 @@ def cause_sentence(results: Results) -> str:
 
 
 def cause_of(made: Made) -> tuple[str, str] | None:
-    """The first suspect of a run that broke, in words, and its site, as the run recorded them; None where it did not."""
+    """The first suspect of a broken run, in words, and its site, as the run recorded them; None where it did not."""
     for event in made.run.events:
         if event.kind == "diagnosis":
             said = " ".join(map(str, event.data.get("sentences", ())))

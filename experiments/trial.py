@@ -1,16 +1,15 @@
-"""A trial: one short run in this process, kept in memory. What suites of hundreds of runs are made of.
+"""A trial is one short run in this process, kept in memory; suites of hundreds of runs consist of trials.
 
-It is the run that ``glm train --device cpu`` makes of the same flags, step by step and bit for bit, without a folder: the loop, the
-engine and the data are the same objects. What a head-to-head needs of it is small, so it is kept as a few numbers a step:
+It is the run that ``glm train --device cpu`` makes from the same flags, step by step and bit for bit, without a folder: the loop,
+the engine and the data are the same objects. A comparison needs little of it, so the trial keeps a few numbers per step:
 
     loss            nats a target                                  norm      global gradient norm before clipping
     groups          L2 norm of the gradient by parameter group     scale     loss scale;  skipped: nothing was applied
 
-Groups are GLM-130B's suspects: the embedding (with the output projection, if that is a matrix of its own, apart), attention,
-feed-forward, and norms.
+Groups are GLM-130B's suspects: the embedding (an untied output projection apart), attention, feed-forward, and norms.
 
-A run whose loss is lost for good ends early and counts as collapsed (``Collapse``), so that searches for the rate that a model
-bears do not pay for what happens beyond it. A trial can begin from a state, so K forks of one state share all that went before.
+A run whose loss is lost for good ends early and counts as collapsed, so that searches for the rate that a model bears do not pay
+for what happens beyond it. A trial can begin from a state, so K forks of one state share all earlier steps.
 
     out of course   the loss's running median of 9 exceeds its lowest value so far by ``margin`` nats, or is not finite
     collapse        the last such stretch, where it lasts to the end and 10 steps at least: its first step is the onset (an
@@ -18,7 +17,7 @@ bears do not pay for what happens beyond it. A trial can begin from a state, so 
                     that recovers is none)
     dead            lost for good, by the rule of ``glm/train/lost.py``, for 10 steps
 
-Skipped updates of a loss scale that finds its level are none of these.
+Skipped updates of a loss scale that finds its level count as none of these.
 """
 
 from __future__ import annotations
@@ -71,18 +70,18 @@ def group_of(parameter: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a run left behind. Arrays have one value a step, from ``first`` on.
+    """A run's results. Arrays have one value per step, from ``first`` on.
 
     Attributes:
-        config: what was run.
+        config: of the run.
         first: number of the first step.
         loss, norm, scale: see the module's head.
         groups: gradient norm of each group.
-        skipped: whether the step's update was not applied.
-        died: the run was ended early, since its loss was lost.
+        skipped: whether the step skipped its update.
+        died: the run ended early, since its loss was lost.
         heldout: mean loss a target on the fixed held-out rows at the end; infinite if it died or is not finite. NaN: not asked for.
         trainer: the run where it ended, to measure its weights.
-        ring: states on the way, if they were asked for.
+        ring: states on the way, if asked for.
     """
 
     config: TrainConfig
@@ -120,7 +119,7 @@ def running_median(values: NDArray[np.floating], width: int = SMOOTH) -> Floats:
 def collapse_onset(loss: NDArray[np.floating], *, ended: bool = False, margin: float = MARGIN) -> int | None:
     """Place of the terminal excursion's first value in ``loss``; None where the end is not out of course.
 
-    ``ended``: the run was ended early as dead, which is a collapse whatever the median says.
+    ``ended``: the run ended early as dead, which is a collapse whatever the median says.
     """
     if not len(loss):
         return None
@@ -133,7 +132,7 @@ def collapse_onset(loss: NDArray[np.floating], *, ended: bool = False, margin: f
         if not ended:
             return None
         begin = max(0, len(loss) - PATIENCE)
-    # The median follows its window: the excursion's own first value lies up to half of it earlier.
+    # The median lags by its window: the excursion's own first value lies up to half a window earlier.
     level = smooth[: begin + 1].min() + margin
     while begin > 0 and not loss[begin - 1] <= level:
         begin -= 1
@@ -198,7 +197,7 @@ def _parsed(words: tuple[str, ...], data: Path) -> TrainConfig:
 
 
 def configured(preset: str, settings: Mapping[str, str], *, data: Path) -> TrainConfig:
-    """The configuration of ``glm train PRESET`` with these flags (an empty value is a flag that takes none)."""
+    """The configuration of ``glm train PRESET`` with these flags (an empty value is a flag without one)."""
     words = (preset, *(word for flag, value in settings.items() for word in (f"--{flag}", value) if word))
     return _parsed(words, data)
 
@@ -209,7 +208,7 @@ def _rows_of(data: Path, objective: ObjectiveConfig, length: int) -> Batch:
 
 
 def heldout_rows(data: Path, config: TrainConfig) -> Batch:
-    """The fixed rows on which every run of an objective is judged: the same for all seeds and arms."""
+    """The fixed rows that judge every run of an objective: the same for all seeds and arms."""
     return _rows_of(data, config.objective, config.model.length)
 
 
@@ -237,17 +236,17 @@ def trial(
     """Make a run.
 
     Args:
-        config: as ``configured`` gives it; ``seed`` and ``rate`` replace its own.
+        config: from ``configured``; ``seed`` and ``rate`` replace its own.
         data: folder made by ``glm shards``.
         start: a state to begin from; None: the beginning.
         until: stop before this step; None: all of the configuration's.
-        ends_early: a dead run is ended.
+        ends_early: end a dead run.
         heldout: measure the held-out loss at the end.
         ring: keeps states on the way.
-        engine: what computes.
+        engine: makes the engine.
         prepare: changes the trainer before its first step (an intervention).
         every: called after each step with the trainer and the step's number.
-        callbacks: further observers; what they notice goes to the configuration's responder.
+        callbacks: further observers; their events go to the configuration's responder.
     """
     if seed is not None:
         config = dataclasses.replace(config, seed=seed)
@@ -292,8 +291,8 @@ GRID = tuple(np.arange(-4.5, 0.51, 0.5).tolist())
 def frontier(run: Callable[[float], Trial], grid: Sequence[float] = GRID) -> float:
     """log2 of the largest rate of the grid that survives, by bisection: ``run(rate)`` makes the trial.
 
-    Below the grid's first rate where none survives (one step lower), its last where all do. What lies between is found as if
-    survival ended once, which a noisy frontier does not promise: the answer is one crossing of it.
+    One step below the grid's first rate where none survives, its last where all do. Between them the search assumes that survival
+    ends once, which a noisy frontier does not promise: the answer is one of its crossings.
     """
     low, high = -1, len(grid)
     while high - low > 1:

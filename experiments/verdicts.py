@@ -1,8 +1,8 @@
-"""Claims, and what the measured values say of them.
+"""Claims, and their verdicts by the measured values.
 
-A claim is "arm a has less (or more) of a metric than arm b", or than nothing; it and the margin of its metric are written down
-before its runs. Its verdict is supported, against, equivalent or undecided (``experiments.statistics.decision``), by values taken
-seed by seed, at every look. A result against a claim is printed as large as one for it.
+A claim is "arm a has less (or more) of a metric than arm b", or than nothing; its author writes it and the margin of its metric
+down before its runs. Its verdict is supported, against, equivalent or undecided (``experiments.statistics.decision``), by values
+taken seed by seed, at every look. Reports print a result against a claim as large as one for it.
 
 A suite makes many claims. Each one's own verdict has the level 5 %; ``family`` says which hold together (Holm), and by chance alone
 a suite of m claims without any effect is expected to have m times 5 % false ones at most.
@@ -27,11 +27,11 @@ class Claim:
     """``arm`` has ``direction`` of ``metric`` than ``baseline``.
 
     Attributes:
-        text: the claim in words, as its source makes it.
+        text: the claim in its source's words.
         metric: a name in ``experiments.metrics.METRICS``, or of a study's outcomes.
         baseline: the other arm; None: zero.
         source: who says so.
-        prediction: what was expected here, written down before the first run; empty: that it holds.
+        prediction: our expectation here, written down before the first run; empty: that it holds.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the seeds say of a claim.
+    """The seeds' verdict on a claim.
 
     Attributes:
         decision: the statistics.
@@ -77,8 +77,8 @@ def judge(
 
     Args:
         scale, margin: of the metric, see ``decide``.
-        worst: what a missing number (NaN, of a run that died before it had one) counts as; None: its seed is left out.
-        sequential: whether seeds were added while looking.
+        worst: replaces a missing number (NaN, of a run that died before it had one); None: leave its seed out.
+        sequential: whether one added seeds while looking.
     """
     arm = dict(values.get(claim.arm, {}))
     baseline = {} if claim.baseline is None else dict(values.get(claim.baseline, {}))
@@ -100,14 +100,14 @@ def judge(
         scale=scale,
         margin=margin,
         sequential=sequential,
-        # A ratio that came out as 0 has no logarithm, but an order.
+        # A ratio of 0 has no logarithm, but an order.
         zeros=True,
     )
     return Verdict(claim=claim, decision=decision, arm_values=arm, baseline_values=baseline)
 
 
 class Judged(Protocol):
-    """What a metric or an outcome says of how it is judged."""
+    """How to judge a metric or an outcome."""
 
     @property
     def scale(self) -> Scale: ...
@@ -126,7 +126,7 @@ def judge_all(
 
     Args:
         values: ``values[metric][arm][seed]``.
-        how: each metric is judged, by its name.
+        how: to judge each metric, by its name.
     """
     return family(
         [
@@ -159,12 +159,12 @@ def family(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 
 def undecided_together(verdicts: Sequence[Verdict]) -> bool:
-    """Whether any claim still waits for seeds, each judged at its own level and all within the family."""
+    """Whether any claim still needs seeds, each at its own level and all within the family."""
     return any(verdict.judgement == "undecided" or not verdict.holds for verdict in family(verdicts))
 
 
 def record(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as strict JSON can hold it: numbers without end are null."""
+    """A verdict as strict JSON: infinities and NaN are null."""
     return {
         "claim": verdict.claim.text,
         "metric": verdict.claim.metric,
@@ -174,7 +174,7 @@ def record(verdict: Verdict) -> dict[str, Any]:
 
 
 def plain(decision: ClaimDecision) -> dict[str, Any]:
-    """A decision as strict JSON can hold it: numbers without end are null."""
+    """A decision as strict JSON: infinities and NaN are null."""
     return {
         "verdict": decision.verdict,
         "n": decision.n,
@@ -189,7 +189,7 @@ def plain(decision: ClaimDecision) -> dict[str, Any]:
 
 
 def effect_words(verdict: Verdict, outcome: Judged) -> str:
-    """The effect with its interval, in words a reader can check: ``+2.5 octaves [+2, +2.5]``; a ratio as a factor."""
+    """The effect with its interval, in words that a reader can check: ``+2.5 octaves [+2, +2.5]``; a ratio as a factor."""
     one = verdict.decision
     if not one.n:
         return "no seed in both arms"
@@ -219,7 +219,7 @@ def evidence_words(e_value: float) -> str:
 
 
 def seeds_words(verdict: Verdict) -> str:
-    """How many seeds the verdict took, of those that have run in both arms: ``6 of 10``, or ``10``."""
+    """How many seeds the verdict took, of those run in both arms: ``6 of 10``, or ``10``."""
     seeds = set(verdict.arm_values)
     if verdict.claim.baseline is not None:
         seeds &= verdict.baseline_values.keys()

@@ -1,10 +1,10 @@
-"""A worker: a process that trains one run of a suite after another, so that start-up is paid once and not a run.
+"""A worker process trains one run of a suite after another, and so pays for start-up once and not per run.
 
 A run in it is ``glm train`` with the same words, in the same interpreter, with one thread: the same bits as the command alone (a
-test says so). Runs share nothing: weights, batches and masks are functions of the seed, and what a run writes is its folder.
+test says so). Runs share nothing: weights, batches and masks are functions of the seed, and a run writes only into its folder.
 
-Memory that a step frees is kept for the next one (glibc's ``mallopt``): given back and taken again, pages are cleared by the kernel
-at every tensor, an eighth of the time of a small model. A worker whose parent is gone ends, so that nobody is left behind.
+The allocator keeps memory that a step frees for the next one (glibc's ``mallopt``): otherwise the kernel clears returned pages at
+every tensor, an eighth of the time of a small model. A worker ends when its parent is gone, so that none stays behind.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# glibc's numbers of the two settings, and what means "never" for both.
+# glibc's numbers of the two settings, and the value for "never".
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _NEVER = -1, -3, (1 << 31) - 1
 
 
 def prepare() -> None:
-    """What a worker does before its first run."""
-    # One thread a run: two small runs side by side use two cores better than one run with two threads.
+    """Prepare a worker before its first run."""
+    # One thread per run: two small runs side by side use two cores better than one run with two threads.
     os.environ.update(dict.fromkeys(THREADS, "1"))
     keep_freed_memory()
     if (parent := multiprocessing.parent_process()) is not None:
@@ -36,7 +36,7 @@ def prepare() -> None:
 
 
 def train(words: Sequence[str], log: Path) -> int:
-    """One run: ``glm`` with these words; what it says is added to ``log``. Returns its exit code."""
+    """One run: ``glm`` with these words; appends its output to ``log``. Returns its exit code."""
     import torch
 
     from glm.cli import main
@@ -49,7 +49,7 @@ def train(words: Sequence[str], log: Path) -> int:
     ):
         try:
             return main(list(words))
-        except SystemExit as end:  # what the parser says of words that it does not know
+        except SystemExit as end:  # the parser's exit at unknown words
             return end.code if isinstance(end.code, int) else 2
         finally:
             _set_imports_aside()
@@ -57,13 +57,13 @@ def train(words: Sequence[str], log: Path) -> int:
 
 @functools.cache
 def _set_imports_aside() -> None:
-    """After the first run: libraries live as long as the process, and need not be searched for garbage again and again."""
+    """After the first run: libraries live as long as the process, so the collector need not search them again and again."""
     gc.collect()
     gc.freeze()
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that grows; "" before there is one."""
+    """The last line of a growing log; "" before there is one."""
     if not log.is_file():
         return ""
     with log.open("rb") as file:
@@ -73,7 +73,7 @@ def last_line(log: Path) -> str:
 
 
 def keep_freed_memory() -> bool:
-    """Have the allocator keep what is freed. False where this is not glibc's."""
+    """Have the allocator keep freed memory. False where it is not glibc's."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):

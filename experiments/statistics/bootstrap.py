@@ -1,7 +1,7 @@
-"""The median of ratios that were measured many times, with a bootstrap interval (Efron 1979).
+"""The median of repeatedly measured ratios, with a bootstrap interval (Efron 1979).
 
-The bootstrap is used for nothing else: with fewer than some 20 values it holds its level for few statistics. For the median of 25
-ratios it does, and a test counts.
+Nothing else uses the bootstrap: with fewer than some 20 values it holds its level for few statistics. For the median of 25 ratios
+it does, and a test counts.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Which law fits the values, and how a stake is divided among the laws of a claim.
+"""Chooses the law that fits the values, and divides a stake among the laws of a claim.
 
-Once, the whole data choose: shares where all values are 0 or 1; ranks where one is infinite, on request, or where the spread is
-within ``FINE`` steps of the grid on which the values lie (counts, rounded figures); Student's t else. On a grid the spread is often
-small by chance, and t large with it: there order decides.
+Once, all data together choose: shares where all values are 0 or 1; ranks where one is infinite, on request, or where the spread is
+within ``FINE`` steps of the values' grid (counts, rounded figures); Student's t else. On a grid the spread is often small by
+chance, and t large with it: there order decides.
 
-At every look a claim's laws are settled by its first four runs, from facts that stay the same if an arm's and a baseline's runs
-change places: by order alone, for good, where a value is infinite or the sizes of the differences (of two groups, all values)
-spread by less than ``FINE`` steps of their grid; by shares where all are 0 or 1; else the stake is divided between Student's law
-and order (``stake``). A law that has ceased to fit, by the rule above, does not count at that look.
+At every look a claim's first four runs settle its laws, by facts that stay the same if an arm's and a baseline's runs change
+places: order alone, for good, where a value is infinite or the sizes of the differences (for two groups, all values) spread by less
+than ``FINE`` steps of their grid; shares where all are 0 or 1; else the stake is divided between Student's law and order
+(``stake``). A law that has ceased to fit, by the rule above, does not count at that look.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def fitting(a: np.ndarray, b: np.ndarray | None, *, scale: Scale, paired: bool) 
 
 
 def looks(a: np.ndarray, b: np.ndarray | None, *, scale: Scale, paired: bool) -> Iterator[tuple[int, Stake]]:
-    """Every look from the fourth run on: runs of the arm with fewer, and the stake on them."""
+    """Every look from the fourth run on: the number of runs of the shorter arm, and the stake on them."""
     most = max(len(a), 0 if b is None else len(b))
     plan = _plan(a[:LEAST_SEEDS], None if b is None else b[:LEAST_SEEDS], scale, paired)
     for k in range(min(LEAST_SEEDS, most), most + 1):
@@ -62,13 +62,13 @@ def looks(a: np.ndarray, b: np.ndarray | None, *, scale: Scale, paired: bool) ->
 
 
 def _plan(a: np.ndarray, b: np.ndarray | None, scale: Scale, paired: bool) -> Kind:
-    """The laws of a claim, by facts of its first runs that do not say which arm is which."""
+    """The laws of a claim, from facts of its first runs that do not show which arm is which."""
     values = a if b is None else np.concatenate([a, b])
     if scale == "rank" or not np.all(np.isfinite(values)):
         return "rank"
     if b is not None and scale == "linear" and np.all((values == 0) | (values == 1)):
         return "share"
-    # Sizes of differences, without their signs; of two groups, all values. Where the first is wide, so are the differences.
+    # Sizes of differences, without their signs; for two groups, all values. Where the first is wide, so are the differences.
     sizes = values if b is not None and not paired else np.abs(a if b is None else a - b)
     spread = float(np.std(sizes, ddof=1)) if len(sizes) > 1 else 0.0
     return "t" if spread >= FINE * _grid_step(values, log=scale == "log") else "rank"
@@ -90,7 +90,7 @@ def _law(a: np.ndarray, b: np.ndarray | None, kind: Kind, paired: bool) -> Law:
             "share": UnpairedRates,
         }
         return groups[kind](a, b)
-    # Two that died alike are a tie, and do not bound how far the arms are apart.
+    # Two runs that died alike are a tie, and do not bound the arms' distance.
     d = difference(a, b, tie=math.nan)
     pairs: dict[Kind, type[PairedT] | type[SignedRanks] | type[PairedRates]] = {
         "t": PairedT,
@@ -101,7 +101,7 @@ def _law(a: np.ndarray, b: np.ndarray | None, kind: Kind, paired: bool) -> Law:
 
 
 def kind_of(a: np.ndarray, b: np.ndarray | None, *, scale: Scale, paired: bool) -> Kind:
-    """Which kind of law fits all of these values."""
+    """The kind of law that fits all of these values."""
     values = a if b is None else np.concatenate([a, b])
     if b is not None and scale == "linear" and np.all((values == 0) | (values == 1)):
         return "share"
@@ -116,15 +116,16 @@ def kind_of(a: np.ndarray, b: np.ndarray | None, *, scale: Scale, paired: bool) 
 
 
 def _grid_step(values: np.ndarray, *, log: bool) -> float:
-    """The largest step of which all differences between values are multiples, whatever their unit; at least what float32 resolves,
-    which is how fine a loss is. Of logarithms, the step at the median value."""
+    """The largest step of which all differences between values are multiples, whatever their unit; at least float32's resolution,
+    as fine as a loss. For logarithms, the step at the median value.
+    """
     distinct = np.unique(np.exp(values) if log else values)
     size = float(np.median(np.exp(values))) if log else 1.0
     least = float(np.max(np.abs(distinct))) * 2.0**-23
     if len(distinct) < 2 or not math.isfinite(least):
         return math.inf
     apart = np.diff(distinct)
-    # Euclid's algorithm, of floats: the step is at most the smallest difference, and at most what is left of another by it.
+    # Euclid's algorithm on floats: the step is at most the smallest difference, and at most another's remainder by it.
     step = float(apart.min())
     while step > least:
         left = np.abs(apart - np.rint(apart / step) * step)

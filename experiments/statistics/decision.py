@@ -1,14 +1,14 @@
-"""The verdict on two arms: which law fits, what it says, and when one may stop.
+"""Gives the verdict on two arms: which law fits, what it says, and when one may stop.
 
     supported    the arm differs from the baseline the claimed way
     against      it differs the other way
-    equivalent   the whole interval lies within the smallest effect of interest: whatever difference there is does not matter
+    equivalent   the whole interval lies within the smallest effect of interest: any difference does not matter
     undecided    none of these yet; the detectable effect says what these runs would have seen
 
-The laws follow from the values (``choice``). Runs that died are infinite on the bad side: worse than any number, alike among
+The laws follow from the values (``choice``). Runs that died are infinite on the bad side: worse than any number, equal among
 themselves.
 
-*Once* is for a number of runs fixed beforehand; equivalence then is two one-sided tests at alpha (Schuirmann 1987), the interval
+*Once* is for a number of runs fixed beforehand; equivalence then is two one-sided tests at alpha (Schuirmann 1987); the interval
 shown has level 1 - alpha. *Sequential* looks after every run from the fourth on and stops at the first look that decides; both
 guarantees hold for that stopping. No verdict rests on fewer than four runs an arm.
 """
@@ -30,23 +30,23 @@ Direction = Literal["less", "more"]
 Word = Literal["supported", "against", "equivalent", "undecided"]
 
 ALPHA = 0.05
-# Binary exponent beyond which values are judged in a unit of their own: squares and sums of thousands must be numbers.
+# Beyond this binary exponent ``decide`` scales values: squares and sums of thousands must be finite.
 FAR = 400
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimDecision:
-    """What the runs say.
+    """The runs' verdict.
 
     Attributes:
         verdict: see the module.
-        n: runs of the arm that was given fewer, or pairs, up to the look that decided.
+        n: runs of the shorter arm, or pairs, up to the look that decided.
         effect: arm minus baseline; of logarithms on the log scale. NaN without any run.
         low, high: its interval of level 1 - alpha.
         e_value: evidence against "no difference", at its largest so far; 1 says nothing, 20 decides at 5 %.
         p_value: of "no difference"; on sequential looks the inverse of ``e_value``.
         detectable: the effect that these runs would have decided with a power of 80 %; infinite: none.
-        law: by which it was judged.
+        law: that judged it.
         censored: infinite values among those judged.
     """
 
@@ -92,11 +92,11 @@ def decide(
     Args:
         arm, baseline: one value a run, in the order in which runs came in; infinite where a run has none. ``baseline`` None: zero.
         paired: whether the i-th runs of both share their seed.
-        direction: of what is claimed of the arm.
-        scale: "log" compares logarithms; "rank" orders only. Yes or no (0 and 1) is seen.
-        margin: smallest effect of interest, in the unit of the effect; None: nothing is called equivalent.
+        direction: of the claim about the arm.
+        scale: "log" compares logarithms; "rank" orders only. ``decide`` recognises yes or no (0 and 1).
+        margin: smallest effect of interest, in the unit of the effect; None: no verdict is "equivalent".
         sequential: look after every run; else once, at the end.
-        zeros: whether a value of 0 on the log scale is below all others rather than an error.
+        zeros: whether a value of 0 on the log scale ranks below all others instead of being an error.
         alpha: chance of a false verdict.
 
     Raises:
@@ -155,7 +155,7 @@ def decide(
         if runs < LEAST_SEEDS:
             continue
         log_e, side = now.bet()
-        # Runs beyond the look that decided still add evidence, which a family of claims needs more of than one claim does.
+        # Runs after the deciding look still add evidence; a family of claims needs more of it than one claim.
         largest = max(largest, log_e)
         if word == "undecided":
             within = margin is not None and now.within(margin, alpha)
@@ -177,7 +177,7 @@ def decide(
 
 
 def _far(a: np.ndarray, b: np.ndarray | None) -> int:
-    """The binary exponent of values whose squares leave float64, to be judged in that unit; 0 for all others."""
+    """The binary exponent of values whose squares leave float64, as their unit; 0 for all others."""
     every = np.abs(a if b is None else np.concatenate([a, b]))
     largest = float(every[np.isfinite(every)].max(initial=0.0))
     exponent = math.frexp(largest)[1]

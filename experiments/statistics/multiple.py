@@ -1,8 +1,8 @@
-"""Many claims at once: Holm's step-down (1979), which holds the chance of one false verdict or more in a family at alpha.
+"""Many claims at once: Holm's step-down (1979) holds the chance of one false verdict or more in a family at alpha.
 
-The i-th smallest of m p-values is compared with alpha / (m - i + 1), and the first that fails ends it. An e-value's inverse is a
+It compares the i-th smallest of m p-values with alpha / (m - i + 1), and ends at the first that fails. An e-value's inverse is a
 p-value (Markov), and the inverse of an e-process' largest value so far is one at every look (Ville): so Holm's guarantee, too,
-holds while seeds are added.
+holds while one adds seeds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values, in the order given: those at most alpha are rejected in the family. NaN (nothing seen) counts as 1."""
+    """Adjusted p-values, in the order given: the family rejects those of at most alpha. NaN (no data) counts as 1."""
     p = np.nan_to_num(np.asarray(p_values, dtype=float), nan=1.0)
     order = np.argsort(p, kind="stable")
     steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))

@@ -1,14 +1,14 @@
-"""The order of all values of two groups as an e-process: exact for any distribution, and it may be looked at after every run.
+"""The order of all values of two groups as an e-process: exact for any distribution, and valid after every run.
 
 If the hazard of the arm's values is theta times that of the baseline's (Lehmann 1953), the order of N values x_(1) < ... < x_(N)
 has the probability (Savage 1956; Cox 1972)
 
     P_theta = prod_j w_j / sum_{i >= j} w_i        w = theta for the arm's values, 1 for the baseline's
 
-and 1 / C(N, na) where all are alike. The ratio is a martingale as runs come in, in any order of arms, under every distribution that
-both arms have in common (the safe logrank test: Grünwald, Ly, Pérez-Ortiz and ter Schure, arXiv:2011.06931). It is mixed over theta
-and over both ends of the scale, since proportional hazards weigh the small values. Tied values count with the mean over their
-orders, which is the expectation over a random breaking of ties, and thus a martingale still. Infinite values are ties at the end.
+and 1 / C(N, na) where all are alike. The ratio is a martingale as runs come in, in any order of arms, under every distribution
+common to both arms (the safe logrank test: Grünwald, Ly, Pérez-Ortiz and ter Schure, arXiv:2011.06931). The e-process mixes it over
+theta and over both ends of the scale, since proportional hazards weigh the small values. Tied values count with the mean over their
+orders, the expectation over a random breaking of ties, and thus still a martingale. Infinite values are ties at the end.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def log_ratios(values: np.ndarray, is_arm: np.ndarray, rates: np.ndarray) -> np.
     others_left = (total - arms) - np.concatenate(([0], np.cumsum(~labels)[:-1]))
     risk = arms_left * rates[:, None] + others_left  # [theta, place]
     weight = np.where(labels, rates[:, None], 1.0)
-    # P of the labels' order is prod w / risk; every value of a group is as likely as its fellows.
+    # P of the labels' order is prod w / risk; all values of a group are equally likely.
     fellows = np.where(labels, arms_left, others_left)
     logs = np.log(weight * fellows / risk)
     sums = np.add.reduceat(logs, starts, axis=1)  # [theta, block of ties]
@@ -66,7 +66,7 @@ def log_ratios(values: np.ndarray, is_arm: np.ndarray, rates: np.ndarray) -> np.
 
 
 def _tied(arms: int, others: int, tied_arms: int, tied_others: int, rates: np.ndarray) -> np.ndarray:
-    """ln of the mean over all orders of a block of ties of P(order), with ``arms`` and ``others`` still in the race."""
+    """ln of the mean of P(order) over all orders of a block of ties, with ``arms`` and ``others`` still at risk."""
     # ways[i] when k of the block have come, i of them the arm's: the k-th was the arm's, of arms - i + 1 that were left beside
     # others - j, or the baseline's, of others - j + 1 beside arms - i.
     size = tied_arms + tied_others

@@ -7,7 +7,7 @@ every look: the likelihood ratio of a Beta(a, a) mixture,
 
 a martingale under theta whatever n does (Ville 1939; Robbins 1970). With a = 1/4 six wins of six decide at 5 %.
 
-Pairs of yes and no: those that agree say nothing of the difference; the others are a share with null 1/2 (McNemar 1947). The
+Pairs of yes and no: pairs that agree say nothing of the difference; the others are a share with null 1/2 (McNemar 1947). The
 difference of rates is then (share of discordant pairs) x (2 theta - 1), and its interval combines the intervals of both. Two
 groups: Fisher's exact test once; at every look two Bernoulli streams, each block of one run an arm betting on the means so far
 against their average (Turner, Ly and Grünwald, arXiv:2106.02693), exact for every common rate.
@@ -71,7 +71,7 @@ def rejects_half(k: int, n: int, alpha: float, *, sequential: bool) -> bool:
 
 
 def detectable_share(n: int, alpha: float, *, sequential: bool) -> float:
-    """The share above 1/2 that n trials would have found with a power of 80 %; infinite where none would be."""
+    """The share above 1/2 that n trials would have found with a power of 80 %; infinite where there is none."""
     least = least_wins(n, alpha, sequential=sequential)
     # P(Bin(n, theta) >= least) = POWER, solved by the beta distribution's quantile.
     return float(stats.beta.ppf(POWER, least, n - least + 1)) if least <= n else math.inf
@@ -79,7 +79,7 @@ def detectable_share(n: int, alpha: float, *, sequential: bool) -> float:
 
 @functools.lru_cache(maxsize=64)
 def _rejected(n: int, alpha: float, sequential: bool) -> np.ndarray:
-    """Whether ``won`` against ``lost`` pairs decide for the first: [won, lost], False where they are more than n."""
+    """Whether ``won`` against ``lost`` pairs decide for the first: [won, lost], False where both exceed n together."""
     table = np.zeros((n + 1, n + 1), dtype=bool)
     for discordant in range(n + 1):
         least = least_wins(discordant, alpha, sequential=sequential)
@@ -108,7 +108,7 @@ class PairedRates:
         )
         return InterimLook(
             effect=float(np.mean(self.differences)),
-            # Each end with the share of discordant pairs that makes the interval longest.
+            # Each end takes the share of discordant pairs that makes the interval longest.
             low=low * (many if low < 0 else few),
             high=high * (many if high > 0 else few),
             sign=self.bet()[1] if decided else 0,
@@ -116,7 +116,7 @@ class PairedRates:
         )
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
-        """The share of pairs that the effect turns one way, beside pairs that chance turns as often either way as seen here."""
+        """The share of pairs that the effect turns one way, while chance turns as many either way as in these data."""
         n, discordant, wins = self._counts()
         noise = 2 * min(wins, discordant - wins) / max(n, 1)
         rejects = _rejected(n, alpha, sequential)
@@ -185,7 +185,7 @@ class UnpairedRates:
 
 
 def two_rates_log_e(arm: np.ndarray, baseline: np.ndarray) -> float:
-    """Natural logarithm of Turner, Ly and Grünwald's E-value, in blocks of one run an arm; runs without a partner wait."""
+    """Natural logarithm of Turner, Ly and Grünwald's E-value, in blocks of one run per arm; runs without a partner wait."""
     n = min(len(arm), len(baseline))
     before = np.arange(n) + 2 * RATE_PRIOR
     bets = (

@@ -1,7 +1,7 @@
 """Order alone: exact for infinite values, counts, ties and any tail.
 
-Under "no difference" a pair's difference is as likely up as down, and a group's label is exchangeable. What follows is exact for
-every distribution:
+Under "no difference" a pair's difference is as likely up as down, and a group's label is exchangeable. So these are exact for every
+distribution:
 
 - paired, once: Wilcoxon's signed ranks (1945), zeros aside, ties with their mean rank, the null enumerated over all signs. The
   interval is that of the Walsh averages (d_i + d_j) / 2, the effect their median (Hodges and Lehmann 1963).
@@ -11,7 +11,7 @@ every distribution:
   interval and effect from the differences a_i - b_j.
 - two groups, at every look: ``orders``.
 
-Two values that are infinite alike are a tie: no evidence for either side, and no bound on how far the arms are apart.
+Two equal infinities are a tie: no evidence for either side, and no bound on the arms' distance.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from experiments.statistics import orders
 from experiments.statistics.law import POWER, InterimLook
 from experiments.statistics.proportions import detectable_share, least_wins, rejects_half, share_log_e
 
-# Beyond these the enumerated null gives way to the normal one with the variance corrected for ties.
+# Beyond these the normal null, its variance corrected for ties, replaces the enumerated one.
 MOST_PAIRS, MOST_RUNS = 80, 80
 
 
 @dataclass(frozen=True)
 class Signs:
-    """Differences of pairs, or values against a constant, by their signs; NaN: both infinite alike."""
+    """Differences of pairs, or values against a constant, by their signs; NaN: two equal infinities."""
 
     differences: np.ndarray
     name: str = "signs"
@@ -65,14 +65,14 @@ class Signs:
         return float(np.quantile(np.abs(centred), 2 * share - 1, method="higher"))
 
     def _counts(self) -> tuple[int, int]:
-        """Differences above zero, and those that are not zero."""
+        """Numbers of differences above zero, and of nonzero ones."""
         wins, losses = int(np.sum(self.differences > 0)), int(np.sum(self.differences < 0))
         return wins, wins + losses
 
 
 @dataclass(frozen=True)
 class SignedRanks:
-    """Differences of pairs, for one look; NaN: both infinite alike."""
+    """Differences of pairs, for one look; NaN: two equal infinities."""
 
     differences: np.ndarray
     name: str = "signed ranks"
@@ -159,12 +159,13 @@ class RankSum:
         return float(np.quantile(np.abs(centred), 2 * share - 1, method="higher"))
 
     def _shifts(self, *, tie: float) -> np.ndarray:
-        """All a_i - b_j; ``tie`` where both are infinite alike."""
+        """All a_i - b_j; ``tie`` for two equal infinities."""
         return difference(self.arm[:, None], self.baseline[None, :], tie=tie).ravel()
 
     def inside(self, margin: float, alpha: float) -> tuple[bool, bool]:
-        """Whether the sequence's low end lies above ``-margin``, and its high end below ``margin``: two bets, where the ends
-        themselves take some twenty."""
+        """Whether the sequence's low end lies above ``-margin``, and its high end below ``margin``: this takes two bets, the ends
+        themselves some twenty.
+        """
         steps = self._shifts(tie=math.nan)
         steps = np.unique(steps[np.isfinite(steps)])
         goal = math.log(2 / alpha)
@@ -181,7 +182,8 @@ class RankSum:
 
     def _sequence(self, alpha: float) -> tuple[float, float]:
         """The shifts that neither direction's bet rejects at half the level. Either bet is monotone in the shift, and constant
-        between two of the finite differences a_i - b_j, so each end is found by bisection among those."""
+        between two of the finite differences a_i - b_j, so bisection among those finds each end.
+        """
         steps = self._shifts(tie=math.nan)
         steps = np.unique(steps[np.isfinite(steps)])
         goal = math.log(2 / alpha)
@@ -207,7 +209,7 @@ class RankSum:
 
 
 def difference(a: np.ndarray, b: np.ndarray, *, tie: float = 0.0) -> np.ndarray:
-    """a - b; ``tie`` where both are infinite alike."""
+    """a - b; ``tie`` for two equal infinities."""
     with np.errstate(invalid="ignore"):
         return np.where(np.isinf(a) & (a == b), tie, a - b)
 
@@ -269,7 +271,7 @@ def _sums_of_signs(ranks: tuple[int, ...]) -> np.ndarray:
 
 
 def _two_sided(law: np.ndarray, seen: int) -> float:
-    # The sums of probabilities are exact to rounding only; a p that equals the level must not miss it by that.
+    # Rounding limits the sums of probabilities; a p equal to the level must not miss it by that.
     return min(1.0, 2 * float(min(law[: seen + 1].sum(), law[seen:].sum()))) * (1 - 1e-12)
 
 
@@ -302,7 +304,7 @@ def _walsh(d: np.ndarray, *, tie: float) -> np.ndarray:
 
 
 def _filled(d: np.ndarray, tie: float) -> np.ndarray:
-    """The differences with ``tie`` for those of two values that are infinite alike."""
+    """The differences, with ``tie`` for those of two equal infinities."""
     return np.where(np.isnan(d), tie, d)
 
 

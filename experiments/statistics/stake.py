@@ -1,16 +1,17 @@
-"""One stake on several laws: evidence that holds at every look whichever of them fits what comes in.
+"""One stake on several laws: evidence that holds at every look, whichever law fits the values.
 
-A claim's law cannot be chosen anew at each look: the larger of two e-values is none. So a stake of 1 is divided before the runs,
+One cannot choose a claim's law anew at each look: the larger of two e-values is none. So the claim divides a stake of 1 before the
+runs,
 
     E = max_i w_i E_i,    sum_i w_i <= 1,
 
-which stays below sum_i w_i E_i, and a mixture of e-processes is one under the "no difference" that they have in common. A law that
-does not fit the values seen so far (Student's after a run that died) counts as 0 at that look, which can only lower E. Three
-quarters go to the law that fits while it fits, a quarter to the order of values, which always does: that costs a fit .3 nats of
-evidence, less than a run. Intervals follow: law i's at level w_i alpha, and where several fit, what they have in common.
+which stays below sum_i w_i E_i, and a mixture of e-processes is one under their common "no difference". A law that does not fit the
+values seen so far (Student's after a run that died) counts as 0 at that look, which can only lower E. Three quarters go to the
+fitting law while it fits, a quarter to the order of values, which always does: that costs a fit .3 nats of evidence, less than a
+run. Intervals follow: law i's at level w_i alpha, and where several fit, their intersection.
 
-Which of the laws take part is settled at the first look, by what does not change if an arm's and a baseline's runs change places
-(``choice``), so that it is no bet by itself.
+The first look settles which laws take part, by facts that do not change if an arm's and a baseline's runs change places
+(``choice``), so the choice is no bet by itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FITTING = 0.75
 
 @dataclass(frozen=True)
 class Stake:
-    """Laws that fit what was seen, each with its share of the stake; the first gives the effect."""
+    """Laws that fit the values, each with its share of the stake; the first gives the effect."""
 
     parts: tuple[tuple[Law, float], ...]
 
@@ -47,7 +48,7 @@ class Stake:
         """The evidence with its interval."""
         looks = [law.look(share * alpha, sequential=True) for law, share in self.parts]
         low, high = max(look.low for look in looks), min(look.high for look in looks)
-        if low > high:  # skewed values of which a mean and a median say different things
+        if low > high:  # skewed values, whose mean and median disagree
             low, high = looks[0].low, looks[0].high
         log_e, side = self.bet()
         sign = side if log_e >= -math.log(alpha) else 0

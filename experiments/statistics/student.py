@@ -7,8 +7,8 @@ statistic, the effect in standard deviations gets the prior N(0, g), the unknown
 
 (Lai 1976; Wang and Ramdas, arXiv:2310.03722). For normal data E is a martingale whatever the scale is, as long as one looks only at
 scale-free statistics. It grows in |t|, so that {mu: E(mu) < 1 / alpha} is an interval mean +- t* s / sqrt(m) with t* in closed
-form. Heavy tails of identical arms make t smaller, not larger (Efron 1969), hence E conservative; data on a coarse grid, whose sd
-may be 0 by chance, are not for this law, and ``decision`` does not give it any.
+form. Heavy tails of identical arms make t smaller, not larger (Efron 1969), hence E conservative; this law does not suit data on a
+coarse grid, whose sd may be 0 by chance, and ``decision`` gives it none.
 
 The groups' variances may differ, and neither way of estimating is right for both cases. The interval for one look has min(na, nb) -
 1 degrees of freedom, with which the level holds for any two variances (Mickey and Brown 1966). The e-process is the smaller of that
@@ -25,9 +25,9 @@ from scipy import optimize, special, stats
 
 from experiments.statistics.law import POWER, InterimLook
 
-# Variance of the effect, in standard deviations, under the mixture. 4: an effect of 2 sd is typical of what a treatment that
-# matters does to a stable outcome, and with it four seeds can decide (g must pass 1.6 for that); for an effect of half an sd this
-# costs some 15 % more seeds than the best g.
+# Variance of the effect, in standard deviations, under the mixture. 4: an effect of 2 sd is typical for a treatment that matters on
+# a stable outcome, and four seeds can decide it (g must pass 1.6 for that); for an effect of half an sd this costs some 15 % more
+# seeds than the best g.
 PRIOR_VARIANCE = 4.0
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stabilitylab.attribution.search import attribute as attribute
     from stabilitylab.attribution.without import Without as Without
 
-# Name -> the module that has it, imported on first use: a report tells what forks proved, and must not load torch.
+# Name -> the module that has it, imported on first use: a report shows what forks proved, and must not load torch.
 _PUBLIC = {
     "Attribution": "stabilitylab.attribution.proof",
     "Fork": "stabilitylab.attribution.forks",

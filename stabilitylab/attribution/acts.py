@@ -1,6 +1,6 @@
-"""How a fork is made to go without something: the base of all interventions, and those on the optimizer's step.
+"""Interventions make a fork go without something: their base class, and those on the optimizer's step.
 
-An act is installed once, and told of each step that it is on in:
+A fork installs an act once, and calls it in each step in which it acts:
 
     install(subject)                    hooks of its own
     start(subject)                      the step begins
@@ -9,8 +9,8 @@ An act is installed once, and told of each step that it is on in:
     after(subject, optimizer)           it has
     remove()
 
-What is withheld keeps weight, state and decay to the last bit. The gradients of the others, and the clipping factor that a loop has
-taken from all of them, are as they were: so in the fork's first step the others move exactly as they did.
+Withheld parameters keep weight and state to the last bit, and do not decay. The gradients of the others, and the clipping factor
+that a loop takes from all of them, stay as they were: so in the fork's first step the others move exactly as they did.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Act:
         """Before the fork's first step, its state loaded."""
 
     def start(self, subject: Subject) -> None:
-        """Before each step that it is on in."""
+        """Before each step in which it acts."""
 
     def forward(self, subject: Subject) -> None:
-        """Before the step's first forward pass; also in steps that it is off in."""
+        """Before the step's first forward pass; also in steps in which it does not act."""
 
     def before(self, subject: Subject, optimizer: Optimizer) -> None:
         """Before an optimizer's step."""
@@ -50,24 +50,24 @@ class Act:
         """After it."""
 
     def index(self, subject: Subject, index: int) -> int:
-        """Which batch the step is made with."""
+        """The index of the step's batch."""
         del subject
         return index
 
     def rows(self, subject: Subject, index: int) -> Sequence[int]:
-        """Rows of the batch that are left out."""
+        """Rows of the batch to leave out."""
         del subject, index
         return ()
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
 
 
 class HoldUpdates(Act):
-    """Parameters that stand still: an optimizer passes over what has no gradient."""
+    """Some parameters stand still: an optimizer skips those without a gradient."""
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class HoldUpdates(Act):
 
 
 class HoldRows(Act):
-    """Rows of a table that stand still, with their part of the optimizer's state."""
+    """Some rows of a table stand still, with their part of the optimizer's state."""
 
     def __init__(self, name: str, rows: Sequence[int]) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class HoldRows(Act):
 
 
 class ScaleRate(Act):
-    """The learning rate times a factor, for the update alone: a schedule sees its own."""
+    """Multiplies the learning rate by a factor, for the update alone: a schedule sees its own."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class ScaleRate(Act):
 
 
 class ClipNorm(Act):
-    """The norm of all gradients together is at most ``bound``."""
+    """Bounds the norm of all gradients together by ``bound``."""
 
     def __init__(self, bound: float) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class ClipNorm(Act):
 
 
 class ClipTensors(Act):
-    """The norm of each of some gradients is at most 1.05 times its usual one."""
+    """Bounds the norm of each of some gradients by 1.05 times its usual one."""
 
     def __init__(self, names: Iterable[str], usual: Mapping[str, float]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class ClipTensors(Act):
 
 
 class BoundUpdates(Act):
-    """Each update over max(1, RMS_t), RMS_t = sqrt(mean(g^2 / v)) with the v that the update uses, free of its bias."""
+    """Divides each update by max(1, RMS_t), RMS_t = sqrt(mean(g^2 / v)) with the update's v, corrected for bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class BoundUpdates(Act):
 
 
 class RenewSecondMoments(Act):
-    """Once, before its first update: v is set so that this update's v / (1 - b2^t) is g^2."""
+    """Once, before its first update, sets v so that this update's v / (1 - b2^t) is g^2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class RenewSecondMoments(Act):
 
 
 class RenewFirstMoments(RenewSecondMoments):
-    """Once, before its first update: m is set so that this update's m / (1 - b1^t) is g."""
+    """Once, before its first update, sets m so that this update's m / (1 - b1^t) is g."""
 
     def _renew(self, optimizer: Optimizer, p: Tensor, group: Mapping[str, Any], gradient: Tensor) -> None:
         first, beta = optimizer.state.get(p, {}).get(FIRST), group["betas"][0]
@@ -245,7 +245,7 @@ class RenewFirstMoments(RenewSecondMoments):
 
 
 class ShrinkGradient(Act):
-    """The gradient of some weights, as it leaves the backward pass: before a loop takes norms and clips."""
+    """Scales the gradient of some weights as it leaves the backward pass, before a loop takes norms and clips."""
 
     def __init__(self, names: Iterable[str], factor: float) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class ShrinkGradient(Act):
 
 
 class LeaveOutBatch(Act):
-    """The batches from ``index`` on come one step earlier."""
+    """Moves the batches from ``index`` on one step earlier."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class LeaveOutBatch(Act):
 
 
 class OtherData(Act):
-    """From ``index`` on, the batches that came before it, backwards."""
+    """From ``index`` on gives the earlier batches, backwards."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class OtherData(Act):
 
 
 class LeaveOutRows(Act):
-    """Some rows of one batch."""
+    """Leaves out some rows of one batch."""
 
     def __init__(self, index: int, rows: Sequence[int]) -> None:
         super().__init__()

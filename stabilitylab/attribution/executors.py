@@ -1,4 +1,4 @@
-"""Where forks are trained: in this process, or side by side in several that each open the loop for themselves."""
+"""Train forks in this process, or side by side in several that each open the loop for themselves."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from stabilitylab.attribution.without import Without
 
 
 class Trains(Protocol):
-    """Trains forks, in any order; ``go_on`` is asked before each is begun."""
+    """Trains forks, in any order; asks ``go_on`` before it begins each."""
 
     def train(self, several: Sequence[Without], go_on: Callable[[], bool]) -> Iterator[Fork]:
-        """Those that were trained."""
+        """The trained forks."""
 
     def close(self) -> None:
-        """No more."""
+        """End the processes."""
 
 
 class InThisProcess:
-    """One after the other."""
+    """Trains one fork after the other."""
 
     def __init__(self, forks: Forks) -> None:
         self._forks = forks
@@ -43,19 +43,19 @@ class InThisProcess:
 
 
 class SideBySide:
-    """``processes`` of them, each with this one's number of threads: with another, sums are added in another order.
+    """Trains in ``processes`` processes, each with this one's number of threads: another number adds sums in another order.
 
     Args:
-        open_loop: makes the loop in each process; it is pickled.
-        forks: whose state, yardstick and usual sizes they take.
+        open_loop: makes the loop in each process; must pickle.
+        forks: gives their state, yardstick and usual sizes.
     """
 
     def __init__(self, open_loop: Callable[[], Loop], forks: Forks, processes: int) -> None:
-        # As bytes: torch would hand tensors over as shared memory, which every process could write to.
+        # As bytes: torch would pass tensors as shared memory, to which every process could write.
         given = pickle.dumps(
             (torch.get_num_threads(), forks.state, forks.signal, forks.yardstick, forks.usual)
         )
-        # Spawned: a fork of a process that has threads, as torch's has, may hang.
+        # Spawned: a fork of a process with threads, such as torch's, may hang.
         context = multiprocessing.get_context("spawn")
         self._most = processes
         self._pool = ProcessPoolExecutor(processes, context, initializer=_open, initargs=(open_loop, given))

@@ -1,17 +1,16 @@
-"""Did it come? A fork's curve against the control's.
+"""Did the event come? Compares a fork's curve with the control's.
 
-From the control a *yardstick* is taken: of the signal y (a loss in nats; the logarithm of a gradient norm, minus log2 of a loss
-scale)
+The control gives a *yardstick* of the signal y (a loss in nats; the logarithm of a gradient norm, minus log2 of a loss scale):
 
     base     median of the last 16 values before the onset                noise    1.4826 MAD of their differences / sqrt 2
     height   max(y) - base from the onset on                              area     sum of max(y - base - 2 noise, 0)
 
 A fork ``prevents`` the event where height and area are at most a quarter of the control's, or its height is within 4 noise of the
 base; it ``halves`` it where both are at most a half; else it does ``nothing``. All of the fork's steps count, so an event that
-comes earlier is not prevented. Where the control is not finite a fork that stays finite prevents it if it rises by less than a
-tenth of the base, else halves it.
+comes earlier is not prevented. Where the control is not finite, a fork that stays finite prevents the event if it rises by less
+than a tenth of the base, else halves it.
 
-A fork is decided, and ends, as soon as its height is over the half of the control's.
+A fork is decided, and ends, as soon as its height exceeds half of the control's.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The kind of event in which a run keeps what forks proved.
+# The kind of event in which a run keeps the forks' proof.
 EVENT = "attribution"
 PREVENTS, HALVES, NOTHING, FAILED = "prevents", "halves", "nothing", "failed"
 PAST, WATCHED = 16, 24
@@ -31,7 +30,7 @@ _PREVENTED, _HALVED, _OF_NOISE, _OF_BASE = 0.25, 0.5, 4.0, 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Yardstick:
-    """What the control did; see the module's docstring. ``end`` is the step at which forks end."""
+    """The control, measured; see the module's docstring. ``end`` is the step at which forks end."""
 
     begin: int
     onset: int
@@ -52,7 +51,7 @@ class ForkVerdict:
     """What a fork did to the event.
 
     Attributes:
-        word: prevents, halves, nothing, or failed (it could not be trained).
+        word: prevents, halves, nothing, or failed (did not train).
         height, area: shares of the control's; NaN where neither is finite.
     """
 
@@ -76,7 +75,7 @@ def yardstick(values: Sequence[float], begin: int, onset: int, past: Sequence[fl
     Args:
         values: the signal from step ``begin`` on.
         onset: the step at which the event begins.
-        past: values before ``begin``, where they are known.
+        past: values before ``begin``, where known.
     """
     before = [v for v in [*past, *values[: onset - begin]] if math.isfinite(v)][-PAST:]
     if not before:
@@ -138,7 +137,7 @@ def _rise(y: np.ndarray[tuple[int], np.dtype[np.float64]], base: float, noise: f
         return 0.0, 0.0
     finite = np.isfinite(y)
     over = np.maximum(np.where(finite, y, 0.0) - base - 2 * noise, 0.0)
-    # A value that is no number counts as the whole level in the area, and as infinite height.
+    # A NaN counts as the whole level in the area, and as infinite height.
     area = float(np.sum(np.where(finite, over, abs(base))))
     return (float(np.max(y)) - base if finite.all() else math.inf), area
 

@@ -1,7 +1,7 @@
-"""Forks of one state of a loop, each without one thing, one after the other in this process.
+"""Trains forks of one state of a loop, each without one thing, one after the other in this process.
 
-A fork begins from a copy of the state, goes up to the yardstick's end, and ends earlier once it is decided. Whatever was trained
-before it in the same process, it is the same to the last bit.
+A fork begins from a copy of the state and trains up to the yardstick's end, or ends earlier once it is decided. It is the same to
+the last bit, whatever the process trained before.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from stabilitylab.errors import InputError
 
 @dataclass(frozen=True)
 class Usual:
-    """What interventions take for usual: sizes by site, scores by call of attention."""
+    """The usual values that interventions compare with: sizes by site, scores by call of attention."""
 
     gradients: Mapping[str, float]
     outputs: Mapping[str, float]
@@ -58,7 +58,7 @@ class Usual:
 
     @classmethod
     def of(cls, seen: Observation) -> Usual:
-        """From the control."""
+        """The usual values of the control."""
         return cls(
             gradients=seen.usual(seen.gradients),
             outputs=seen.usual(seen.outputs),
@@ -70,14 +70,14 @@ class Usual:
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """What came of leaving something out.
+    """A fork's outcome.
 
     Attributes:
-        without: what.
-        values: the signal from the fork's first step on; shorter where it was decided early.
+        without: what it leaves out.
+        values: the signal from the fork's first step on; shorter where decided early.
         verdict: see ``fork_verdicts.py``.
-        seconds: that it took.
-        error: why it could not be trained; "" if it could.
+        seconds: that training took.
+        error: why it did not train; "" if it did.
     """
 
     without: Without
@@ -91,9 +91,9 @@ class Forks:
     """Trains forks of ``state``.
 
     Args:
-        loop: is left somewhere behind the fork.
+        loop: training moves it; it does not come back to its step.
         state: where forks begin.
-        signal: name of the number of a step that the event is about.
+        signal: name of the step's number that the event is about.
     """
 
     def __init__(self, loop: Loop, state: LoopState, *, signal: str = "loss") -> None:
@@ -108,8 +108,9 @@ class Forks:
         return self.state.index
 
     def control(self, steps: int, watch: Act | None = None, *, onset: int | None = None) -> list[float]:
-        """The signal of ``steps`` steps with nothing left out; NaN, and the end, where a loop raises at ``onset`` or later (at a
-        loss that is no number, say), which is then what the event is."""
+        """The signal of ``steps`` steps with nothing left out. Where a loop raises at ``onset`` or later (for example at a NaN
+        loss), that is the event: the signal ends there with NaN.
+        """
         values: list[float] = []
         try:
             self._train(Without(), watch or Act(), self.begin + steps, lambda values: False, values)
@@ -131,8 +132,8 @@ class Forks:
         except InputError:
             raise
         except Exception as error:
-            # What an intervention makes impossible (a row too few, a kernel without fp32) costs its own fork, whatever a loop
-            # raises then.
+            # A step that an intervention makes impossible (a row too few, a kernel without fp32) costs only its own fork, whatever
+            # the loop raises.
             failed = ForkVerdict(word=fork_verdicts.FAILED, height=math.nan, area=math.nan)
             said = " ".join(str(error).split())[:200]
             return Fork(
@@ -170,13 +171,13 @@ class Forks:
                 act.before(subject, optimizer)
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # Also after the last step that it is on in: what was put aside is put back in the step's own hook.
+            # Also after the last step in which it acts: the step's own hook puts back what the act put aside.
             if subject.acts:
                 act.after(subject, optimizer)
 
         try:
             act.install(subject)
-            # Whichever module runs first: a loop may call something else of its model than forward.
+            # Whichever module runs first: a loop may call another method of its model than forward.
             handles += [module.register_forward_pre_hook(forward) for module in subject.model.modules()]
             for optimizer in subject.optimizers:
                 handles += [
@@ -263,7 +264,7 @@ def without_rows(loop: Any, index: int, rows: Sequence[int]) -> float | Mapping[
 
 
 def signal_of(seen: float | Mapping[str, float], signal: str) -> float:
-    """The number of a step that the event is about, on the scale on which an event rises."""
+    """The step's number that the event is about, on the scale on which an event rises."""
     if not isinstance(seen, Mapping):
         try:
             return float(seen)

@@ -1,4 +1,4 @@
-"""Forks that are trained already, one JSON line each, so that an attribution that was broken off goes on."""
+"""Keeps trained forks, one JSON line each, so that an interrupted attribution goes on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class KeptForks:
     """Forks by key, and the file that holds them.
 
     Args:
-        file: None: kept in memory alone.
-        about: what they are forks of; a file about another thing is begun anew.
+        file: None: keep them in memory alone.
+        about: names what they are forks of; a file about another event begins anew.
     """
 
     def __init__(self, file: Path | None, about: str) -> None:
@@ -29,7 +29,7 @@ class KeptForks:
             for line in lines[1:]:
                 fork = _fork(line)
                 self._forks[fork.without.key] = fork
-            # A kill cuts a line short: the next one must not go on from there.
+            # A kill cuts a line short: the next fork needs a new line.
             whole = "".join(json.dumps(line) + "\n" for line in lines)
             if file.read_text(encoding="utf-8") != whole:
                 file.write_text(whole, encoding="utf-8")
@@ -38,7 +38,7 @@ class KeptForks:
             file.write_text(json.dumps({"about": about}) + "\n", encoding="utf-8")
 
     def get(self, without: Without) -> Fork | None:
-        """The fork without that, if it was trained."""
+        """The fork without that, if trained."""
         return self._forks.get(without.key)
 
     def add(self, fork: Fork) -> None:
@@ -81,12 +81,12 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     for text in file.read_text(encoding="utf-8").splitlines():
         try:
             found.append(json.loads(text))
-        except json.JSONDecodeError:  # the last line of a process that was killed
+        except json.JSONDecodeError:  # the last line of a killed process
             break
     return found
 
 
 def about(begin: int, onset: int, control: tuple[float, ...], names: tuple[str, ...]) -> str:
-    """What tells one event's forks from another's: where they begin, and the control to the last bit."""
+    """Distinguishes one event's forks from another's: by where they begin, and by the control to the last bit."""
     said = [repr(value) if math.isfinite(value) else str(value) for value in control]
     return json.dumps([begin, onset, said, sorted(names)[:4], len(names)])

@@ -1,4 +1,4 @@
-"""A training loop that can be forked: three methods, and the model and optimizer that they move.
+"""A training loop to fork: three methods, and the model and optimizer that they move.
 
     class Loop:
         model, optimizer
@@ -6,22 +6,21 @@
         def load_state_dict(self, state): ...
         def train_step(self, index): ...      the update with batch ``index``; returns its loss
 
-A step must be a function of the state and of ``index``: the same state and index give the same bits. Python's, NumPy's and torch's
-random numbers are put back at every fork, so dropout repeats itself. ``index`` names the batch and nothing else: what counts
-updates (a schedule) belongs to the state, for a fork that leaves a batch out makes the same update with the next one.
+A step must be a function of the state and of ``index``: the same state and index give the same bits. Every fork starts from the
+same random state of Python, NumPy and torch, so dropout repeats itself. ``index`` names the batch and nothing else: what counts
+updates (a schedule) belongs to the state, since a fork that leaves a batch out makes the same update with the next batch.
 
-What a loop may have besides, each for interventions that need it:
+A loop may also have these, each for interventions that need it:
 
     parameters                          the trained tensors by name, where they are not the model's own (fp32 masters)
-    weights_changed()                   they were written to: round them into the model's weights
-    gradients_changed()                 their gradients were: norms that were computed before are of no use
-    settings_changed()                  the optimizer's groups were, and the loop computes with a copy
+    weights_changed()                   an intervention wrote to them: round them into the model's weights
+    gradients_changed()                 it wrote to their gradients: earlier norms are of no use
+    settings_changed()                  it wrote to the optimizer's groups, for loops that compute with a copy
     gradient_factor()                   the clipping factor that the coming update will apply; without it 1
     row_losses(index)                   (loss, gradient norm) of each row of a batch, at the present weights
-    train_step_without(index, rows)     the update with some rows of the batch left out
+    train_step_without(index, rows)     the update without some rows of the batch
 
-``train_step`` may return a mapping instead, with ``loss`` and whatever else an event can be about (``gradient_norm``,
-``loss_scale``).
+``train_step`` may return a mapping instead, with ``loss`` and other signals of events (``gradient_norm``, ``loss_scale``).
 """
 
 from __future__ import annotations
@@ -45,17 +44,17 @@ class Loop(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """What is trained."""
+        """The trained model."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | Sequence[torch.optim.Optimizer]:
-        """What updates it."""
+        """The optimizer that updates it."""
 
     def state_dict(self) -> Any:
-        """Everything that the next step depends on; it is copied."""
+        """Everything on which the next step depends; the search copies it."""
 
     def load_state_dict(self, state: Any) -> None:
-        """Take a state back; it may be kept, since it is a copy."""
+        """Restore a state; the loop may keep it, since it is a copy."""
 
     def train_step(self, index: int) -> float | Mapping[str, float]:
         """The update with batch ``index``; its loss in nats."""
@@ -63,7 +62,7 @@ class Loop(Protocol):
 
 @dataclass(frozen=True)
 class LoopState:
-    """A loop's state with the random numbers of the process, and the index that comes next."""
+    """A loop's state with the process's random state, and the next index."""
 
     index: int
     state: Any
@@ -71,7 +70,7 @@ class LoopState:
 
     @classmethod
     def of(cls, loop: Loop, index: int) -> LoopState:
-        """A copy of where ``loop`` is. Raises InputError where its state cannot be copied."""
+        """A copy of the present state of ``loop``. Raises InputError where its state cannot be copied."""
         state = loop.state_dict()
         try:
             copied = copy.deepcopy(state)
@@ -83,11 +82,11 @@ class LoopState:
         return cls(index, copied, _randomness())
 
     def put_into(self, loop: Loop) -> None:
-        """Bring ``loop`` here."""
+        """Bring ``loop`` to this state."""
         loop.load_state_dict(copy.deepcopy(self.state))
         python, numpy, cpu, cuda = self.randomness
         random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002  the global one, which loops draw from
+        np.random.set_state(numpy)  # noqa: NPY002  the global one, from which loops draw
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
@@ -99,12 +98,12 @@ def _randomness() -> tuple[Any, ...]:
 
 
 class Subject:
-    """A loop as interventions see it: tensors by name, optimizers, and the step that is being made.
+    """A loop as interventions see it: tensors by name, optimizers, and the current step.
 
     Attributes:
         parameters: the trained tensors by name, those that an optimizer updates.
-        step: of the fork's, the index that it would have without an intervention.
-        acts: whether an intervention is on in this step.
+        step: the fork's step, that is, its index without an intervention.
+        acts: whether an intervention acts in this step.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -137,7 +136,7 @@ class Subject:
         self.step, self.acts = 0, False
 
     def of(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor, dict[str, Any]]]:
-        """Name, tensor and group of what ``optimizer`` updates."""
+        """Name, tensor and group of each parameter of ``optimizer``."""
         return [
             (self.names[id(p)], p, group)
             for group in optimizer.param_groups
@@ -146,19 +145,19 @@ class Subject:
         ]
 
     def weights_changed(self) -> None:
-        """The trained tensors were written to."""
+        """Tell the loop: an intervention wrote to the trained tensors."""
         _call(self.loop, "weights_changed")
 
     def gradients_changed(self) -> None:
-        """Their gradients were."""
+        """Tell the loop: it wrote to their gradients."""
         _call(self.loop, "gradients_changed")
 
     def settings_changed(self) -> None:
-        """The optimizer's groups were."""
+        """Tell the loop: it wrote to the optimizer's groups."""
         _call(self.loop, "settings_changed")
 
     def gradient_factor(self) -> float:
-        """What the coming update multiplies gradients by."""
+        """The factor by which the coming update multiplies gradients."""
         method: Callable[[], float] | None = getattr(self.loop, "gradient_factor", None)
         return 1.0 if method is None else method()
 

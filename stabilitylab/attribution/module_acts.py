@@ -1,7 +1,7 @@
-"""What modules may not do in a fork: exceed the usual size of their outputs, gradients or scores, or compute in half precision.
+"""Interventions that keep modules from exceeding their usual outputs, gradients or scores, or from computing in half precision.
 
-A bound scales the whole tensor, so directions stay; elements that are no numbers become 0. In the control nothing is scaled, and in
-a fork nothing is until the bound is passed.
+A bound scales the whole tensor, so directions stay; NaNs and infinities become 0. The control scales nothing, and a fork scales
+nothing until a tensor passes its bound.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
 class BoundOutputs(Act):
-    """The RMS of each module's output is at most twice its usual one."""
+    """Bounds the RMS of each module's output by twice its usual one."""
 
     def __init__(self, modules: Iterable[str], usual: Mapping[str, float]) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class BoundOutputs(Act):
 
 
 class BoundOutputGradients(BoundOutputs):
-    """The RMS of the gradient with respect to each module's output is."""
+    """Bounds the RMS of the gradient with respect to each module's output."""
 
     def _hook(self, subject: Subject, bound: float) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -56,7 +56,7 @@ class BoundOutputGradients(BoundOutputs):
 
 
 class FullPrecision(Act):
-    """Modules that compute in fp32, whatever the format around them: weights and inputs are widened, outputs rounded back."""
+    """Makes modules compute in fp32, whatever the format around them: widens weights and inputs, and rounds outputs back."""
 
     def __init__(self, modules: Iterable[str]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class FullPrecision(Act):
 
 
 class _Itself(nn.Module):
-    """A module without its hooks, which have been run by the time that its forward is."""
+    """A module without its hooks, which have run before its forward does."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
@@ -121,10 +121,10 @@ class _Itself(nn.Module):
 
 
 class BoundScores(Act):
-    """Queries of heads whose largest score exceeds twice its usual one are shrunk to it.
+    """Shrinks the queries of heads whose largest score exceeds twice its usual one, down to that bound.
 
     Args:
-        usual: of each call of attention in a forward pass, in order, the usual maximum by head.
+        usual: the usual maximum by head of each call of attention in a forward pass, in order.
         calls: which calls; None: all.
     """
 
@@ -176,7 +176,7 @@ class AttentionCalls(TorchFunctionMode):
 
 @torch.no_grad()
 def largest_scores(q_BHTD: Tensor, k_BHSD: Tensor, scale: float) -> Tensor:
-    """The largest magnitude of a score of each head, masked ones included: [H]."""
+    """The largest magnitude of a score of each head, with masked ones: [H]."""
     if k_BHSD.shape[1] != q_BHTD.shape[1]:
         k_BHSD = k_BHSD.repeat_interleave(q_BHTD.shape[1] // k_BHSD.shape[1], dim=1)
     scores = q_BHTD.float() @ k_BHSD.float().transpose(-2, -1)
@@ -196,7 +196,7 @@ def bounded(x: Tensor, bound: float) -> Tensor:
 def rms_of(x: Tensor) -> float:
     """Root of the mean square; not finite where an element is not."""
     rms = float(x.detach().float().square().mean().sqrt())
-    # Squares of what a float32 holds may be more than it holds.
+    # The square of a float32 may exceed float32.
     return rms if math.isfinite(rms) else float(x.detach().double().square().mean().sqrt())
 
 

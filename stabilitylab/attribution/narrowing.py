@@ -1,4 +1,4 @@
-"""From "this prevents it" to the least that does: fewer parameters or modules, rows instead of batches and tables, fewer steps."""
+"""From "this prevents it" to the least that does: fewer parameters, modules or steps, rows instead of batches and tables."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from stabilitylab.attribution.without import Without
 from stabilitylab.model_structure import parameter_groups
 
 Ask = Callable[[Sequence[Without]], list[Fork | None]]
-# Of what stands out so many are tried each by itself; of a batch and a table so many rows.
+# Try so many of the sites that stand out each by itself; so many rows of a batch and of a table.
 SINGLES, ROWS, TABLE_ROWS = 6, 3, 32
 _STEPS = (1, 2, 4)
 _BEYOND = 1e30
-# Share of the height that rows of a table may leave.
+# Rows of a table may leave this share of the height.
 WHOLLY = 0.1
-# Where tensors in every eighth of all are at fault, none is.
+# Where tensors in every eighth of the set are at fault, no single one is.
 FINEST = 8
 
 
 class Narrowing:
-    """Asks for forks until what is left out cannot be less.
+    """Asks for forks until the fork leaves out as little as possible.
 
     Args:
-        ask: trains what is asked for, None where the budget is spent.
-        globs: the groups of parameters that a person named; without them each block's parts.
+        ask: trains the given forks; None where the budget is spent.
+        globs: the parameter groups that the user named; without them each block's parts.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class Narrowing:
         self._groups = groups_by_glob(globs, names) if globs else parameter_groups(forks.subject.model, names)
 
     def narrow(self, concluded: Conclusion) -> tuple[str, Fork | None, str | None]:
-        """Cause, the fork with the least, and the site."""
+        """Cause, the fork that leaves out least, and the site."""
         cause, fork = concluded.cause, concluded.fork
         if fork is None:
             return cause, None, None
         without = fork.without
         match without.kind:
             case "outside weights" | "outside moments":
-                # The whole optimizer's state is one thing: it is halved while a half does it.
+                # The whole optimizer's state is one thing: halve it while a half prevents the event.
                 least = self._smallest(without, finest=2 if cause == "optimizer" else FINEST)
                 if cause == "optimizer" or 2 * len(least.without.sites) > len(self._names):
                     return cause, least, None
@@ -80,9 +80,9 @@ class Narrowing:
         return cause, fork, None
 
     def _single(self, cause: str, fork: Fork) -> tuple[str, Fork, str | None]:
-        """The first module of those that stand out that is enough."""
+        """The first module, of those that stand out, that is enough."""
         kind, sites = fork.without.kind, list(fork.without.sites)
-        # As they were found: the earliest step first, in a step in the order of execution, of gradients that of the backward pass.
+        # As found: the earliest step first, within a step in the order of execution, for gradients in that of the backward pass.
         leaves = [s for s in sites if not any(other.startswith(s + ".") for other in sites)] or sites
         singles = [Without(kind=kind, sites=(site,)) for site in leaves[:SINGLES]]
         good = [one for one in self._ask(singles) if one is not None and one.verdict.prevents]
@@ -98,13 +98,13 @@ class Narrowing:
         return cause, best, site
 
     def _left_the_format(self, site: str) -> bool:
-        """Whether the first thing that was seen of it was a number that its format does not hold."""
+        """Whether the first sign of it was a number that its format does not hold."""
         of, usual = self._seen.outputs[site], self._seen.usual(self._seen.outputs)
         first = next((v for _, v in sorted(of.items()) if not v <= GREW * usual.get(site, math.inf)), 0.0)
         return not math.isfinite(first)
 
     def _in_scores(self, site: str) -> bool:
-        """Whether bounding the scores of the attention that the module feeds does it as well."""
+        """Whether a bound on the scores of the attention that the module feeds prevents the event as well."""
         callers = [path for path in self._seen.callers.values() if path and site.startswith(path + ".")]
         found = self._ask([Without(kind="scores", sites=(path,)) for path in dict.fromkeys(callers)])
         return any(one is not None and one.verdict.prevents for one in found)
@@ -131,11 +131,12 @@ class Narrowing:
     # Updates.
 
     def needed(self) -> Without | None:
-        """The smallest set of parameters whose updates it cannot do without, from groups down to rows of a table; None where
-        nothing less than half of the groups was singled out."""
+        """The smallest set of parameters whose updates the event needs, from groups down to rows of a table; None where the search
+        singled out no less than half of the groups.
+        """
         chosen = smallest(tuple(self._groups), lambda several: self._prevents_labels("updates", several))
         if len(chosen) > max(1, len(self._groups) // 2):
-            return None  # the budget ended, or nearly all are: nothing was singled out
+            return None  # the budget ended, or nearly all are: none singled out
         least = self._labelled("updates", chosen)
         (fork,) = self._ask([least])
         if fork is None or not fork.verdict.prevents:
@@ -149,7 +150,7 @@ class Narrowing:
         return least
 
     def enough(self) -> Without | None:
-        """The smallest set of parameters with whose updates alone it comes; None where it does not come with half of them."""
+        """The smallest set of parameters with whose updates alone the event comes; None where half of them are not enough."""
 
         def comes(several: Sequence[tuple[str, ...]]) -> list[bool]:
             found = self._ask([self._labelled("other updates", labels) for labels in several])
@@ -161,7 +162,7 @@ class Narrowing:
         return self._labelled("other updates", chosen)
 
     def fewest_steps(self, needed: Without) -> Without:
-        """The same, withheld for fewer steps, the last before the onset, or from the first of them that matters."""
+        """The same, withheld for fewer steps: the last before the onset, or from the first one that matters."""
         onset = self._of.onset
         tries = [
             dataclasses.replace(needed, first=max(self._of.begin, onset - n), last=onset) for n in _STEPS
@@ -217,7 +218,7 @@ class Narrowing:
         return fork if fork is not None and fork.verdict.prevents else least
 
     def _moved_rows(self, name: str) -> list[int]:
-        """The rows that the control moved most up to the onset."""
+        """The rows that the control moved most before the onset."""
         self._forks.state.put_into(self._forks.loop)
         before = self._forks.subject.parameters[name].detach().clone()
         self._forks.control(max(1, self._of.onset - self._of.begin), Act())
@@ -230,7 +231,7 @@ class Narrowing:
         )
 
     def _rows(self, fork: Fork) -> Fork:
-        """One row of the batch, if one is enough: those whose loss or gradient stands out are tried."""
+        """One row of the batch, if one is enough: tries those whose loss or gradient stands out."""
         loop, index = self._forks.loop, fork.without.rows[0]
         if not hasattr(loop, "row_losses") or not hasattr(loop, "train_step_without"):
             return fork
@@ -248,15 +249,15 @@ class Narrowing:
 
 
 def standing_out(sizes_RK: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> list[int]:
-    """Rows with a column over its median by more than 4 of its deviations (1.4826 MAD), the farthest first, ``ROWS`` at most; the
-    farthest one in any case.
+    """Rows with a column over its median by more than 4 of its deviations (1.4826 MAD), farthest first, ``ROWS`` at most; always
+    the farthest one.
 
     Args:
         sizes_RK: [rows, kinds]: loss, gradient norm.
     """
     if len(sizes_RK) < 2:
         return []
-    # A row whose gradient leaves the format is beyond all others, and beyond no other such row.
+    # A row whose gradient leaves the format ranks beyond all others, and equal to other such rows.
     sizes_RK = np.nan_to_num(sizes_RK, nan=_BEYOND, posinf=_BEYOND)
     middle = np.median(sizes_RK, axis=0)
     spread = np.maximum(1.4826 * np.median(np.abs(sizes_RK - middle), axis=0), 1e-3 * np.abs(middle) + 1e-12)
@@ -266,7 +267,7 @@ def standing_out(sizes_RK: np.ndarray[tuple[int, int], np.dtype[np.float64]]) ->
 
 
 def _wholly(fork: Fork) -> bool:
-    """Prevents it with nothing to speak of left: a few rows of those at fault would do for the verdict's quarter."""
+    """Whether the fork prevents the event almost wholly: a few of the rows at fault would be enough for the verdict's quarter."""
     return fork.verdict.prevents and not fork.verdict.height > WHOLLY
 
 

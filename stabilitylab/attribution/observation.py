@@ -1,8 +1,8 @@
-"""What the control shows while it repeats the event: which tensors grew, which modules, and what changed from outside.
+"""Watches the control while it repeats the event: which tensors and modules grew, and what changed from outside.
 
-It says what is worth a fork, and what is usual. Of gradient norms (as the optimizer gets them), of module outputs and of gradients
-with respect to them the RMS or norm is taken at each step; a site *stands out* where it reaches ``GREW`` times the largest value of
-the first ``QUIET`` steps, or is not finite. Reading changes nothing: the control is the original to the last bit.
+It says what is worth a fork, and what is usual. At each step it takes the norm of gradients (as the optimizer gets them), and the
+RMS of module outputs and of the gradients with respect to them; a site *stands out* where it reaches ``GREW`` times the largest
+value of the first ``QUIET`` steps, or is not finite. Watching changes nothing: the control is the original to the last bit.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Observation(Act):
     Attributes:
         gradients, outputs, output_gradients: site -> step -> size.
         outside_weights, outside_moments: parameter -> steps before which it changed without an update.
-        outside_rows: parameter -> its rows that did.
-        settings: step -> the optimizer's settings that jumped before it, or a rate that has climbed.
-        narrow: modules whose output is in half precision, in the order of execution.
+        outside_rows: parameter -> the rows of it that did.
+        settings: step -> the optimizer's settings that jumped before it, or a climbed rate.
+        narrow: modules with half-precision output, in the order of execution.
         order: modules in the order of execution.
         scores: call of attention -> step -> largest score by head.
         callers: call of attention -> the module that made it.
@@ -54,7 +54,7 @@ class Observation(Act):
         self.callers: dict[int, str] = {}
         self._settings: dict[int, list[dict[str, Any]]] = {}
         self._first: dict[int, Sequence[Mapping[str, Any]]] = {}
-        # The rate's factor from one update to the next, in the step before; None: there is none yet.
+        # The rate's factor from one update to the next, in the previous step; None: none yet.
         self._factor: float | None = None
         self._running: list[str] = []
         self._mode = AttentionCalls(self._scored)
@@ -63,7 +63,7 @@ class Observation(Act):
 
     @property
     def mode(self) -> AttentionCalls:
-        """To be entered around each step."""
+        """A context around each step."""
         return self._mode
 
     def install(self, subject: Subject) -> None:
@@ -135,8 +135,9 @@ class Observation(Act):
             self._snapshots.take(optimizer)
 
     def _jumped(self, before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> set[str]:
-        """Settings that are others than an update ago: of a rate, which schedules move, more than by half, and more so than in the
-        step before (a warm-up from zero begins with factors of 2, 3/2, ...)."""
+        """Settings that differ from those of the last update. Schedules move a rate, so it must change by more than half, and more
+        than in the previous step (a warm-up from zero begins with factors of 2, 3/2, ...).
+        """
         found: set[str] = set()
         factor = self._factor
         for old, new in zip(before, now, strict=False):
@@ -145,7 +146,7 @@ class Observation(Act):
                 if key == "lr":
                     factor = float(b) / float(a) if float(a) > 0 else None
                     usual = max(1.0, self._factor or 1.0)
-                    # The first factor has none to be compared with: a fork may begin in a warm-up.
+                    # The first factor has no predecessor to compare with: a fork may begin in a warm-up.
                     same = factor is None or self._factor is None or 1 / JUMP <= factor <= JUMP * usual
                 else:
                     same = bool(torch.equal(a, b)) if isinstance(a, Tensor) else a == b
@@ -155,7 +156,7 @@ class Observation(Act):
         return found
 
     def _climbed(self, optimizer: int, now: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether a rate has become ``JUMP`` times what it was in the first step, by whatever steps."""
+        """Whether a rate has become ``JUMP`` times its first step's, in whatever steps."""
         first = self._first.setdefault(optimizer, now)
         return any(
             0 < float(old["lr"]) < float(new["lr"]) / JUMP
@@ -169,7 +170,7 @@ class Observation(Act):
         self.callers.setdefault(number, self._running[-1] if self._running else "")
         return q
 
-    # What it amounts to.
+    # Conclusions from it.
 
     def usual(self, of: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
         """The largest value of each site in the first steps."""
@@ -181,11 +182,11 @@ class Observation(Act):
         return found
 
     def standing_out(self, of: Mapping[str, Mapping[int, float]], last: int) -> list[str]:
-        """Sites that grew up to step ``last``, the earliest first; of one step in the order of ``of``."""
+        """Sites that grew up to step ``last``, the earliest first; within a step in the order of ``of``."""
         return [site for _, _, site in self.grown(of, last)]
 
     def grows_at(self, of: Mapping[str, Mapping[int, float]], last: int) -> int | None:
-        """The step at which the first of them did."""
+        """The step at which the first of them grew."""
         return next((step for step, _, _ in self.grown(of, last)), None)
 
     def grown(self, of: Mapping[str, Mapping[int, float]], last: int) -> list[tuple[int, int, str]]:
@@ -202,7 +203,7 @@ class Observation(Act):
         return sorted(found)
 
     def changed_outside(self, of: Mapping[str, set[int]], last: int) -> list[str]:
-        """What changed between updates, up to step ``last``, and not in the first steps as a matter of routine."""
+        """What changed between updates, up to step ``last``, without what routinely changes in the first steps too."""
         return [
             name
             for name, steps in of.items()
@@ -211,7 +212,7 @@ class Observation(Act):
         ]
 
     def is_quiet(self) -> bool:
-        """Whether nothing happened in the first steps themselves: no output, nor the norm of all gradients, grew there tenfold."""
+        """Whether the first steps themselves were quiet: no output, nor the norm of all gradients, grew tenfold in them."""
         squares: dict[int, float] = defaultdict(float)
         for values in self.gradients.values():
             for step, value in values.items():
@@ -233,7 +234,7 @@ class Observation(Act):
         return found
 
     def scores_standing_out(self, last: int) -> list[int]:
-        """Calls of attention of which a head's largest score grew ``GREW``-fold."""
+        """Calls of attention in which a head's largest score grew ``GREW``-fold."""
         usual = self.usual_scores()
         return [
             number
@@ -248,6 +249,6 @@ class Observation(Act):
 
 
 def _most(values: dict[int, float], step: int, value: float) -> None:
-    # Of several micro-batches the largest; NaN stays.
+    # The largest of several micro-batches; NaN stays.
     before = values.get(step)
     values[step] = value if before is None or not value <= before else before

@@ -1,8 +1,8 @@
-"""Put back what changed between two updates: weights, the optimizer's state, its settings.
+"""Puts back what changed between two updates: weights, the optimizer's state, its settings.
 
-Between the end of one update and the beginning of the next nothing has a reason to move a weight or a moment, but for loops that
-project or average weights; those do it at every step, and what changes in the control's first steps is therefore no candidate
-(``observation.py``). What else changes there is a damaged memory, a hand, a plugin.
+Between the end of one update and the beginning of the next nothing has a reason to move a weight or a moment, except in loops that
+project or average weights. Those do it at every step, so what changes in the control's first steps is no candidate
+(``observation.py``). Any other change is damaged memory, someone's hand, or a plugin.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from stabilitylab.attribution.acts import Act, Optimizer
 from stabilitylab.attribution.loop import Subject
 
-# What of a group is a setting: all that is a number or a pair of them, but for counters.
+# A group's settings: every number or pair of numbers, except counters.
 _COUNTERS = ("step", "params")
 
 
@@ -31,7 +31,7 @@ class LastUpdate:
             self.take(optimizer)
 
     def take(self, optimizer: Optimizer) -> None:
-        """Remember what ``optimizer`` has just updated."""
+        """Keep what ``optimizer`` has just updated."""
         for name, p, _ in self._subject.of(optimizer):
             self.weights[name].copy_(p.detach())
             self.moments[name] = {
@@ -41,22 +41,22 @@ class LastUpdate:
             }
 
     def changed_weights(self, names: Iterable[str]) -> list[str]:
-        """Those whose weights are not what the last update left."""
+        """Parameters whose weights differ from what the last update left."""
         return [name for name in names if not _same(self._subject.parameters[name], self.weights[name])]
 
     def changed_moments(self, names: Iterable[str]) -> list[str]:
-        """Those whose state is not."""
+        """Parameters whose state differs from what it left."""
         return [name for name in names if any(not _same(now, kept) for now, kept in self._pairs(name))]
 
     def changed_rows(self, name: str) -> list[int]:
-        """Rows of a table whose weights are not what the last update left."""
+        """Rows of a table whose weights differ from what the last update left."""
         now, kept = self._subject.parameters[name].detach(), self.weights[name]
         other = ~((now == kept) | (now.isnan() & kept.isnan()))
         return [int(row) for row in other.flatten(1).any(dim=1).nonzero().flatten()]
 
     @torch.no_grad()
     def put_back(self, weights: Iterable[str], moments: Iterable[str], rows: Sequence[int] = ()) -> None:
-        """Undo what changed; ``rows``: of the weights, these alone."""
+        """Undo the changes; ``rows``: only these rows of the weights."""
         changed = self.changed_weights(weights)
         chosen = list(rows)
         for name in changed:
@@ -83,7 +83,7 @@ class LastUpdate:
 
 
 class PutBack(Act):
-    """Weights and moments of some parameters are, when a step uses them, what the update before left."""
+    """Gives each step the weights and moments of some parameters as the previous update left them."""
 
     def __init__(
         self, weights: Iterable[str] = (), moments: Iterable[str] = (), rows: Sequence[int] = ()
@@ -108,7 +108,7 @@ class PutBack(Act):
 
 
 class KeepSettings(Act):
-    """The optimizer's settings are those of the fork's first update, for the update alone."""
+    """Gives each update, and nothing else, the optimizer's settings of the fork's first update."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class KeepSettings(Act):
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's settings, tensors as numbers' copies."""
+    """A group's settings, with tensors copied."""
     found: dict[str, Any] = {}
     for key, value in group.items():
         if key in _COUNTERS:

@@ -1,4 +1,4 @@
-"""Parameters by glob, and those whose rows are looked up."""
+"""Finds parameters by glob, and tables whose rows a model looks up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHOWN = 12
 
 
 def groups_by_glob(globs: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Glob -> the parameters it matches, by their own name or by that of a module they lie in.
+    """Glob -> the parameters that it matches, by their own name or by that of a module around them.
 
     Raises:
         InputError: one matches none.
@@ -32,7 +32,7 @@ def groups_by_glob(globs: Sequence[str], names: Sequence[str]) -> dict[str, tupl
 
 
 def embedding_weights(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of ``names`` that are tables whose rows are looked up."""
+    """Those of ``names`` that are tables whose rows the model looks up."""
     tables = {
         f"{path}.weight" if path else "weight"
         for path, module in named_modules(model)

@@ -1,13 +1,13 @@
-"""What forks prove about an event: the table, what is needed, what is enough, and the sentence that a person needs first.
+"""What forks prove about an event: the table, what is needed, what is enough, and the sentence to read first.
 
-The cause is a word of the table in ``stabilitylab/spikes/suspects.py``, so that what forks prove and what forensics suspects can be
-compared. It is the first of these that the forks support:
+The cause is a word of the table in ``stabilitylab/spikes/suspects.py``, so that one can compare what forks prove with what
+forensics suspects. It is the first of these that the forks support:
 
-    parameter, optimizer, learning-rate   what changed from outside, put back, prevents it
+    parameter, optimizer, learning-rate   putting back what changed from outside prevents it
     batch           leaving one batch out prevents it, and leaving its neighbours out does not
     overflow        fp32 prevents it
-    attention, activation     bounding scores or outputs prevents it, and standing still does not, at least not up to the step at
-                    which outputs grow: what computes is at fault
+    attention, activation     bounding scores or outputs prevents it, and withholding updates does not, at least not up to the step
+                    at which outputs grow: the computation is at fault
     gradient        bounding gradients prevents it, and half the rate does not, or few of them grew
     optimizer       bounding updates by Adam's own scale prevents it, and half the rate does not
     learning-rate   half the rate prevents it
@@ -34,31 +34,31 @@ NOUNS = {
     "frozen": "frozen loss",
     "hard-batch": "hard batch",
 }
-# Kinds that put back what changed between updates.
+# Kinds that put back changes between updates.
 CHANGES = ("outside weights", "outside moments", "settings")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """What was proven of an event.
+    """What forks proved about an event.
 
     Attributes:
         episode: the event.
         begin: the step at which forks begin.
         yardstick: the control, measured.
-        repeats: whether the control is the original to the last bit; None: there was nothing to compare it with.
-        departs: the first step at which it is not.
-        forks: all that were trained, in order.
+        repeats: whether the control is the original to the last bit; None: there was nothing to compare with.
+        departs: the first step at which it differs.
+        forks: all trained forks, in order.
         cause: see the module's docstring.
-        site: where, if it has a place.
-        needed: without the updates of these alone it does not come.
+        site: its place, if it has one.
+        needed: without the updates of these alone the event does not come.
         enough: with the updates of these alone it comes.
-        remedy: the fork that prevents it with the least.
+        remedy: the fork that prevents it by the least.
         untried: interventions that the budget did not reach.
         seconds: spent.
         settings: names of the optimizer's settings that jumped.
-        otherwise: what forks have otherwise than the original, where that is known.
-        ignores_index: a fork that leaves a batch out gives the same numbers: the loop's data go on by themselves.
+        otherwise: how forks differ from the original, where known.
+        ignores_index: a fork without a batch gives the same numbers: the loop's data go on by themselves.
     """
 
     episode: Episode
@@ -80,17 +80,17 @@ class Attribution:
 
     @property
     def prevents(self) -> list[Fork]:
-        """Forks in which it does not come."""
+        """Forks without the event."""
         return [fork for fork in self.forks if fork.verdict.word == PREVENTS]
 
     @property
     def halves(self) -> list[Fork]:
-        """Forks in which half of it is left."""
+        """Forks with at most half of it."""
         return [fork for fork in self.forks if fork.verdict.word == HALVES]
 
     @property
     def sentence(self) -> str:
-        """The first thing to know."""
+        """The sentence to read first."""
         if not self.ignores_index:
             return self._first
         return (
@@ -133,7 +133,7 @@ class Attribution:
 
     @property
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """The verdict table: without, verdict, height, area; what prevents first."""
+        """The verdict table: without, verdict, height, area; forks that prevent first."""
         order = {PREVENTS: 0, HALVES: 1}
         ranked = sorted(self.forks, key=lambda fork: order.get(fork.verdict.word, 2))
         return [
@@ -192,7 +192,7 @@ def _share(value: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Conclusion:
-    """Cause, and the fork that says so, to be narrowed down."""
+    """Cause, and the fork that shows it, to narrow down."""
 
     cause: str
     fork: Fork | None = None
@@ -201,7 +201,7 @@ class Conclusion:
 def conclude(
     forks: Sequence[Fork], settings: Sequence[str], *, few: bool = False, computes: bool = False
 ) -> Conclusion:
-    """Which of the module's rules applies to what has been trained.
+    """The module's rule that applies to the trained forks.
 
     Args:
         few: the gradients of a quarter of the parameters, or fewer, grew.

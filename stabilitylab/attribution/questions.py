@@ -1,4 +1,4 @@
-"""Which forks are worth training first, read off the control."""
+"""Decides from the control which forks are worth training first."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from stabilitylab.attribution.observation import Observation
 from stabilitylab.attribution.parameter_globs import embedding_weights
 from stabilitylab.attribution.without import Without
 
-# Batches before the onset that are left out each by itself; the first of them is there to be compared with.
+# Batches before the onset, each to leave out by itself; the first serves for comparison.
 BATCHES = 4
 
 
 def rounds(forks: Forks, seen: Observation, of: Yardstick) -> tuple[list[Without], list[Without]]:
-    """What changed from outside, and whether updates matter at all; then one fork of each other kind, the most telling first."""
+    """First what changed from outside, and whether updates matter at all; then one fork of each other kind, most telling first."""
     return (
         [*_of_changes(seen, of), *_of_updates(forks)],
         [*_of_batches(of), *_of_layers(seen, of), *_of_gradients(forks)],

@@ -1,13 +1,13 @@
-"""Proof of cause: forks of the state before an event that each go without one thing.
+"""Proves a cause: forks the state before an event, each time without one thing.
 
-    proof = attribute(loop, event, begin=400)         # the loop stands before step 400, the event begins at 412
+    proof = attribute(loop, event, begin=400)         # the loop is before step 400, the event begins at 412
     print(proof.sentence)
 
-First the control is trained: the same steps with nothing left out, which must repeat the original to the last bit. It is watched,
-and says which sites grew, what changed between updates, what is usual. Then one fork of each kind that could matter is trained
-(``questions.py``), the verdicts are read (``proof.py``), and the answer is narrowed down: to the smallest set of parameters or
-modules (``smallest.py``), to rows of a batch or an embedding, to the fewest steps. Forks begin ``before`` steps ahead of the onset;
-where nothing prevents the event from there on, it is decided before, and the search goes back three times as far.
+First it trains the control: the same steps with nothing left out, which must repeat the original to the last bit. It watches which
+sites grow, what changes between updates, and what is usual. Then it trains one fork of each kind that could matter
+(``questions.py``), reads the verdicts (``proof.py``), and narrows the answer down to the smallest set of parameters or modules
+(``smallest.py``), to rows of a batch or an embedding, to the fewest steps. Forks begin ``before`` steps ahead of the onset; where
+no fork from there prevents the event, it was decided earlier, and the search goes back three times as far.
 
 Two terms: updates are *needed* where the event does not come without them, *enough* where it comes with them alone.
 """
@@ -59,22 +59,22 @@ def attribute(
     """Find out what an event needs.
 
     Args:
-        loop: see ``stabilitylab.attribution.loop``; it is left at some other step.
+        loop: see ``stabilitylab.attribution.loop``; it ends at some other step.
         event: an episode, or the step at which it begins.
-        begin: the index of the step that comes next from ``state``, at or before the event's onset.
-        state: where the search may begin; None: where ``loop`` stands.
-        original: the signal that was recorded, by step, to compare the control with. Without it the control is trained twice.
-        signal: the number of a step that the event is about.
+        begin: the index of the next step from ``state``, at or before the event's onset.
+        state: where the search may begin; None: the present state of ``loop``.
+        original: the recorded signal, by step, to compare with the control. Without it the search trains the control twice.
+        signal: the step's number that the event is about.
         before: steps ahead of the onset at which forks begin.
-        watched: steps from the onset on that the control is trained for.
+        watched: steps of the control from the onset on.
         budget: seconds.
         groups: globs of parameters, instead of each block's parts.
-        thorough: ask everything, also where what changed from outside explains the event; narrow updates down also where
-            something else prevents it.
-        memory: a file that keeps forks, to go on after a break.
-        processes: forks side by side; more than one need ``open_loop``, which makes the loop in each process.
+        thorough: ask everything, even where a change from outside explains the event; narrow updates down even where something else
+            prevents it.
+        memory: a file that keeps forks, to go on after an interruption.
+        processes: forks side by side; more than one needs ``open_loop``, which makes the loop in each process.
         tell: called with each fork as it ends.
-        otherwise: what forks have otherwise than the original ("2 threads, the run 8"), to be told where the control departs.
+        otherwise: how forks differ from the original ("2 threads, the run 8"), to tell where the control departs.
 
     Raises:
         InputError: the loop does not repeat itself, the budget is too small for one fork, a glob matches nothing, or
@@ -109,7 +109,7 @@ def attribute(
                 began + budget,
                 budget,
                 groups,
-                # Forks that begin elsewhere are others.
+                # Forks that begin elsewhere are different forks.
                 memory if memory is None or reach == before else memory.with_stem(f"{memory.stem}-{at}"),
                 tell,
             )
@@ -118,7 +118,7 @@ def attribute(
                 raise
             return dataclasses.replace(found, otherwise=otherwise)
         if not search.seen.is_quiet() and at > begin:
-            # What is to be explained has begun already: nothing here is usual.
+            # The event has begun already: nothing here is usual.
             reach *= _WIDER
             continue
         may_widen = at > begin and time.monotonic() < began + budget / 2
@@ -129,11 +129,11 @@ def attribute(
 
 
 class BudgetTooSmallError(InputError):
-    """Not one fork can be trained in the time that is left."""
+    """The remaining time is too short for a single fork."""
 
 
 class _Search:
-    """One reach: control, questions, conclusion, narrowing."""
+    """One search from one step: control, questions, conclusion, narrowing."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class _Search:
         return LoopState.of(self.loop, at)
 
     def _control(self, watched: int) -> list[float]:
-        """Train the control, a step first to see what one takes; compare it with the original, or with itself."""
+        """Train the control, first a single step to time it; compare it with the original, or with itself."""
         steps = self.episode.onset - self.forks.begin + watched
         began = time.monotonic()
         self.forks.control(1)
@@ -223,7 +223,7 @@ class _Search:
         return time.monotonic() < self._deadline
 
     def ask(self, several: Sequence[Without]) -> list[Fork | None]:
-        """Train what is not known yet; None where the budget ended before."""
+        """Train the unknown ones; None where the budget ended before."""
         unknown = {w.key: w for w in several if w.key not in self.trained}
         for key, without in list(unknown.items()):
             if (known := self._kept.get(without)) is not None:
@@ -234,14 +234,15 @@ class _Search:
             self._kept.add(fork)
             if self._told is not None:
                 self._told(fork)
-        # What a search would have asked next, and next, after the budget had ended says nothing more.
+        # After the end of the budget, further questions would add nothing.
         if not self.untried:
             self.untried += [w for w in unknown.values() if w.key not in self.trained]
         return [self.trained.get(w.key) for w in several]
 
     def _few_gradients(self) -> bool:
-        """Whether the gradients of a quarter of the parameters or fewer grew, or did so first and tenfold; or whether any grew a
-        hundredfold before others grew at all, which no rate does."""
+        """Whether the gradients of at most a quarter of the parameters grew, or did so first and tenfold; or whether any grew a
+        hundredfold before others grew at all, which no rate causes.
+        """
         last, most = self.of.onset + 1, len(self.forks.subject.parameters) / 4
         grown = self.seen.grown(self.seen.gradients, last)
         first = [site for step, _, site in grown if step == grown[0][0]]
@@ -251,7 +252,7 @@ class _Search:
         return 0 < len(grown) <= most or (factor > 10 and len(first) <= most) or factor > 100
 
     def _grows_without_updates(self) -> bool:
-        """Whether it comes without the updates up to the step at which outputs grow, where bounding outputs prevents it."""
+        """Whether the event comes without the updates up to the step at which outputs grow, where bounding outputs prevents it."""
         grows = self.seen.grows_at(self.seen.outputs, self.of.onset + 1)
         bounds = any(f.without.kind == "outputs" and f.verdict.prevents for f in self.trained.values())
         if grows is None or not bounds:
@@ -263,7 +264,7 @@ class _Search:
     def run(
         self, open_loop: Callable[[], Loop] | None, processes: int, thorough: bool, may_widen: bool
     ) -> Attribution:
-        """Ask everything; where that gives no cause and the search may go back, narrow nothing down."""
+        """Ask everything; narrow nothing down where that gives no cause and the search may go back."""
         narrowing = Narrowing(self.forks, self.seen, self.of, self.ask, self._groups)
         if not self.of.shows:
             return self._attribution("unknown")

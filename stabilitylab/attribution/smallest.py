@@ -1,11 +1,11 @@
-"""The smallest set that still does it: delta debugging.
+"""Delta debugging: finds the smallest set that still passes a test.
 
-Of a set for which a test holds, ``smallest`` finds a subset for which it holds and no member of which can be left out, by halving:
-the parts of a partition are tested, then what is left without each part, then a finer partition. (Zeller and Hildebrandt,
-Simplifying and isolating failure-inducing input, IEEE TSE 28(2), 2002, algorithm ddmin: 1-minimal; some 2 log2 n tests where one
-member does it, n^2 + 3 n at worst.)
+``smallest`` takes a set for which a test holds and finds a subset for which it holds without a superfluous member, by halving: it
+tests the parts of a partition, then the rest without each part, then a finer partition. (Zeller and Hildebrandt, Simplifying and
+isolating failure-inducing input, IEEE TSE 28(2), 2002, algorithm ddmin: 1-minimal; some 2 log2 n tests where one member is enough,
+n^2 + 3 n at worst.)
 
-Tests that do not depend on each other are asked together, so that they can be made side by side.
+It asks tests that do not depend on each other together, so that they can run side by side.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def smallest(
     """A 1-minimal subset, in the order of ``members``.
 
     Args:
-        members: a set for which the test is known to hold.
-        holds: for each of several subsets whether the test holds; it may stop answering (all False) when time is up, and the
-            smallest set so far is returned.
-        finest: partitions have at most so many parts. Where members spread over all of them are needed the search ends there,
-            instead of after the square of their number; a set of fewer members than parts is found all the same.
+        members: a set for which the test holds.
+        holds: for each of several subsets whether the test holds; it may stop answering (all False) when time is up, and
+            ``smallest`` returns the smallest set so far.
+        finest: partitions have at most so many parts. Where the test needs members of all parts the search ends there, instead of
+            after the square of their number; it finds a set of fewer members than parts all the same.
     """
     found, parts = tuple(members), 2
     while len(found) > 1:
@@ -37,7 +37,7 @@ def smallest(
         if any(answers):
             found, parts = chunks[answers.index(True)], 2
             continue
-        if parts > 2:  # of two parts each is the rest without the other
+        if parts > 2:  # with two parts each is the rest without the other
             rests = [
                 tuple(m for other in chunks[:i] + chunks[i + 1 :] for m in other) for i in range(len(chunks))
             ]

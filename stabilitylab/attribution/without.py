@@ -1,4 +1,4 @@
-"""What a fork is trained without: one thing, at some steps.
+"""What a fork goes without: one thing, at some steps.
 
 | kind | what is withheld | sites |
 | --- | --- | --- |
@@ -23,7 +23,7 @@
 | output gradients | the same of the gradient with respect to it | modules |
 | scores | what of an attention score exceeds twice its usual maximum: queries are shrunk, as by QK-clip (2507.20534) | modules |
 
-"Usual" is what the control had in its first steps, before anything had happened.
+"Usual" is the control's value in its first steps, before anything happened.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ _SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Without:
-    """One thing that a fork is without; ``kind`` "" is the control.
+    """One thing that a fork goes without; ``kind`` "" is the control.
 
     Attributes:
         kind: a word of the table.
         sites: parameters or modules.
         rows: see the table.
         first, last: steps at which it acts, [first, last); None: from the fork's first, to its end.
-        label: what to call the sites, where they have a name together.
+        label: a common name of the sites, where they have one.
     """
 
     kind: str = ""
@@ -76,7 +76,7 @@ class Without:
     label: str = ""
 
     def acts_at(self, step: int) -> bool:
-        """Whether it is on in that step."""
+        """Whether it acts in that step."""
         return (
             bool(self.kind)
             and (self.first is None or step >= self.first)
@@ -85,7 +85,7 @@ class Without:
 
     @property
     def key(self) -> str:
-        """The same for the same fork, whatever it is called."""
+        """A key that is the same for the same fork, whatever its label."""
         return repr((self.kind, tuple(sorted(self.sites)), self.rows, self.first, self.last))
 
     @property
@@ -105,7 +105,7 @@ class Without:
 
     @property
     def words(self) -> str:
-        """What the fork was without, for a table."""
+        """What the fork went without, for a table."""
         match self.kind:
             case "":
                 return "nothing (control)"
@@ -153,7 +153,7 @@ class Without:
 
     @property
     def opening(self) -> str:
-        """The beginning of a sentence that says what did not come of it."""
+        """The beginning of a sentence that says what did not come."""
         found = {
             "rate": "At half the learning rate",
             "norm": "With the gradient's norm clipped at 1",
@@ -186,7 +186,7 @@ class Without:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Without:
-        """Take back what ``to_json`` gave."""
+        """Restore what ``to_json`` gave."""
         return cls(**{**data, "sites": tuple(data["sites"]), "rows": tuple(data["rows"])})
 
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def installed_by(requirement: str) -> Iterator[None]:
-    """Imports in here that fail say what to install.
+    """Make failing imports in this block say what to install.
 
     Args:
-        requirement: as pip takes it.
+        requirement: in pip's form.
 
     Raises:
         ModuleNotFoundError: with the command.

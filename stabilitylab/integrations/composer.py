@@ -1,16 +1,16 @@
-"""The monitor under Composer's Trainer, and whatever else has its events.
+"""The monitor in Composer's Trainer, and in any loop with its events.
 
     from stabilitylab.integrations.composer import MonitorCallback
 
     Trainer(..., callbacks=[MonitorCallback(out="runs/mine", every=10)])
 
 Composer's loop is: ``fit_start``; for each batch ``before_loss``, ``after_loss``, ``after_backward`` for each micro-batch, then
-``after_train_batch``, the optimizer's step and ``batch_end``. Clipping is an algorithm of its own that comes before the callbacks,
-and uses torch's: the monitor notices it by itself. The step's number is ``state.timestamp.batch``, which has counted up when a
-batch ends, less 1; the loss is the mean over the micro-batches, of this rank.
+``after_train_batch``, the optimizer's step and ``batch_end``. Clipping is an algorithm that runs before the callbacks and uses
+torch's clipping, which the monitor notices by itself. The step's number is ``state.timestamp.batch``, which has counted up when a
+batch ends, less 1; the loss is this rank's mean over the micro-batches.
 
-Only the names of the events and of the state's fields are used, so any loop with the same will do:
-``callback.run_event(event, state, logger)`` as well as a method an event. Source: composer 0.32, ``core/event.py``,
+The callback uses only the names of the events and of the state's fields, so any loop with the same names works: through
+``callback.run_event(event, state, logger)`` or a method per event. Source: composer 0.32, ``core/event.py``,
 ``trainer/trainer.py``.
 """
 
@@ -25,12 +25,12 @@ from stabilitylab.monitoring.monitor import Monitor
 
 try:
     from composer.core import Callback
-except Exception:  # not installed, or not with this torch: its events are all that is needed
+except Exception:  # not installed, or not with this torch: only its events are needed
     Callback = object
 
 
 class MonitorCallback(Callback):  # type: ignore[misc]
-    """Watches the model that is fitted.
+    """Watches the fitted model.
 
     Args:
         options: those of ``Monitor``, without model and optimizer.
@@ -59,7 +59,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]
         self.monitor.start_step(_batches(state))
 
     def after_loss(self, state: Any, logger: Any) -> None:
-        """A micro-batch's loss is known."""
+        """Add a micro-batch's loss."""
         loss = state.loss
         if isinstance(loss, dict):
             loss = loss.get("total", None) if "total" in loss else sum(loss.values())
@@ -69,18 +69,18 @@ class MonitorCallback(Callback):  # type: ignore[misc]
             self._losses.append(loss.detach())
 
     def batch_end(self, state: Any, logger: Any) -> None:
-        """An update has been made."""
+        """Pass the finished update to the monitor."""
         if self.monitor is not None:
             loss = torch.stack(self._losses).mean() if self._losses else None
             self.monitor.step(_batches(state) - 1, loss=loss)
         self._losses.clear()
 
     def fit_end(self, state: Any, logger: Any) -> None:
-        """Detach and write what is left."""
+        """Detach and write the rest."""
         self._close()
 
     def close(self, state: Any, logger: Any) -> None:
-        """The Trainer is closed, perhaps by an error."""
+        """The same when the Trainer closes, perhaps after an error."""
         self._close()
 
     def _close(self) -> None:

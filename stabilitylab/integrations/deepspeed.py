@@ -1,4 +1,4 @@
-"""The monitor under a DeepSpeed engine.
+"""The monitor on a DeepSpeed engine.
 
     from stabilitylab.integrations.deepspeed import watch
 
@@ -6,16 +6,15 @@
     ...                                  # engine.backward(loss), engine.step(), as ever
     monitor.close()
 
-``engine.step`` of the engine given is replaced by one that reads the gradients before an update and tells the monitor of it
-afterwards, ``engine.backward`` by one that keeps the loss: the mean over the micro-batches of a step, of this rank. The step's
-number is the engine's ``global_steps`` before it counts up. Gradients are reduced, not clipped, with the loss scale divided out.
-Under ZeRO each rank reads the part of a gradient, of the fp32 weights and of the moments that its optimizer steps on
-(``deepspeed_fragments``), and the sums are added in the monitor's one collective; nothing is put together for it. All ranks must
-call ``watch``; rank 0 writes.
+``watch`` replaces ``engine.step`` by a method that reads the gradients before an update and tells the monitor afterwards, and
+``engine.backward`` by one that keeps the loss: this rank's mean over the micro-batches of a step. The step's number is the engine's
+``global_steps`` before it counts up. Gradients are reduced, not clipped, with the loss scale divided out. Under ZeRO each rank
+reads its optimizer's part of a gradient, of the fp32 weights and of the moments (``deepspeed_fragments``), and the monitor's one
+collective adds the sums; no rank gathers tensors for it. All ranks must call ``watch``; rank 0 writes.
 
-Limits. ZeRO-0 to -3 without pipeline or tensor parallelism, and without an optimizer that is swapped out to a disk. The sample of a
-large parameter's update is taken of each rank's part, so it is another one than without ZeRO. Embedding rows are not seen where a
-rank holds parts of them. An optimizer that keeps neither the model's parameters nor ZeRO's flat ones, as half precision's without
+Limits. ZeRO-0 to -3 without pipeline or tensor parallelism, and without an optimizer swapped out to disk. Each rank samples a large
+parameter's update from its own part, so the sample differs from that without ZeRO. The monitor sees no embedding rows where a rank
+holds parts of them. An optimizer that keeps neither the model's parameters nor ZeRO's flat ones, such as half precision's without
 ZeRO, has no statistics of updates.
 """
 
@@ -34,14 +33,14 @@ from stabilitylab.monitoring.monitor import Monitor
 
 
 def watch(engine: Any, **options: Any) -> Monitor:
-    """Attach a monitor to a DeepSpeed engine, as it comes from ``deepspeed.initialize``, for as long as it is open.
+    """Attach a monitor to an engine from ``deepspeed.initialize``, for as long as the monitor is open.
 
     Args:
         engine: a ``DeepSpeedEngine``.
         options: those of ``Monitor``, without model, optimizer, parameters and sharded.
 
     Raises:
-        InputError: it is none.
+        InputError: ``engine`` is none.
     """
     if not all(hasattr(engine, name) for name in ("module", "backward", "global_steps")):
         raise InputError(
@@ -51,12 +50,12 @@ def watch(engine: Any, **options: Any) -> Monitor:
 
 
 class _EngineMonitor(Monitor):
-    """A monitor that the engine's own calls drive."""
+    """A monitor driven by the engine's own calls."""
 
     def __init__(self, engine: Any, options: dict[str, Any]) -> None:
         self._engine = engine
         self._named = dict(engine.module.named_parameters())
-        # Names are taken as they are, not as patterns.
+        # Names count as they are, not as patterns.
         scattered = [glob.escape(name) for name, p in self._named.items() if _is_partitioned(p)]
         optimizer, self._fragments = _own_optimizer(engine), None
         parts = optimizer_parts(self._named) if scattered else {}
@@ -71,7 +70,7 @@ class _EngineMonitor(Monitor):
         self.start_step(engine.global_steps)
 
     def close(self) -> None:
-        """Give the engine its own calls back, and write what is left."""
+        """Restore the engine's own methods, and write the rest."""
         for name, ours in (("step", self._step_and_tell), ("backward", self._keep_loss)):
             if self._engine.__dict__.get(name) == ours:
                 delattr(self._engine, name)
@@ -83,7 +82,7 @@ class _EngineMonitor(Monitor):
 
     def _step_and_tell(self, *args: Any, **kwargs: Any) -> Any:
         engine, step = self._engine, self._engine.global_steps
-        # Read before the step: afterwards the scheduler has set the next one.
+        # Read before the step: afterwards the scheduler has set the next rate.
         scale, rate = _loss_scale(engine), engine.get_lr()[0]
         if engine.is_gradient_accumulation_boundary():
             self.gradients_ready(gradients=self._gradients(), scale=scale)
@@ -96,7 +95,7 @@ class _EngineMonitor(Monitor):
         if self._losses:
             values["loss"] = torch.stack(self._losses).mean()
         norm = engine.get_global_grad_norm()
-        # DeepSpeed says -1 of a norm that is not finite.
+        # DeepSpeed gives -1 for a norm that is not finite.
         values["gradient_norm"] = norm if norm is None or norm >= 0 else float("nan")
         if engine.fp16_enabled():
             values |= {"loss_scale": scale, "skipped": not engine.was_step_applied()}
@@ -114,7 +113,7 @@ class _EngineMonitor(Monitor):
 
 
 def _fragment(parameter: Any) -> Tensor | None:
-    """The part of a parameter's gradient that this rank's optimizer steps on; None if it has none."""
+    """This rank's optimizer's part of a parameter's gradient; None if it has none."""
     if hasattr(parameter, "ds_id"):
         if not parameter.requires_grad:
             return None
@@ -136,12 +135,12 @@ def _fragment(parameter: Any) -> Tensor | None:
 
 
 def _is_partitioned(parameter: Any) -> bool:
-    """Whether each rank's optimizer steps on a part of it: ZeRO-1 and -2, or ZeRO-3."""
+    """Whether each rank's optimizer updates only a part of it: ZeRO-1 and -2, or ZeRO-3."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
 def _own_optimizer(engine: Any) -> Any:
-    """The optimizer, if it steps on the parameters themselves."""
+    """The optimizer, if it updates the parameters themselves."""
     optimizer = getattr(engine, "basic_optimizer", None)
     if not isinstance(optimizer, torch.optim.Optimizer):
         return None
@@ -151,5 +150,5 @@ def _own_optimizer(engine: Any) -> Any:
 
 
 def _loss_scale(engine: Any) -> float:
-    """The factor that is still in the gradients."""
+    """The factor still in the gradients."""
     return float(getattr(engine.optimizer, "loss_scale", 1.0)) if engine.fp16_enabled() else 1.0

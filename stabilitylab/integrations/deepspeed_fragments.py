@@ -1,13 +1,14 @@
-"""DeepSpeed's flat optimizer, seen parameter by parameter.
+"""Shows DeepSpeed's flat optimizer parameter by parameter.
 
 ZeRO and half precision step on flat fp32 tensors, each of which holds, one after the other, this rank's parts of many parameters:
 
     flat = [ part of w_0 | part of w_1 | ... | padding ]         moments and gradient alike
 
-A part is a view of it: what is sampled before a step and compared after it is the optimizer's own memory, and nothing is copied or
-gathered. No two ranks hold the same element, padding belongs to nobody, so sums over the ranks are those of the whole parameter.
+A part is a view of it: a probe samples the optimizer's own memory before a step and compares it after, and nobody copies or gathers
+anything. No two ranks hold the same element, and padding belongs to no parameter, so sums over the ranks are those of the whole
+parameter.
 
-Limits: the optimizer's state lies in memory as torch's does (``state[flat]["exp_avg"]``); what is swapped to a disk is not seen.
+Limits: the optimizer's state must be in memory, laid out as torch's (``state[flat]["exp_avg"]``); state on disk stays unseen.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ from torch.utils.hooks import RemovableHandle
 
 
 class FragmentedOptimizer:
-    """What a probe reads of an optimizer: groups, state and hooks, with parts of parameters in place of flat tensors.
+    """An optimizer as probes read it: groups, state and hooks, with parts of parameters in place of flat tensors.
 
     Args:
-        optimizer: the one that steps.
+        optimizer: the flat optimizer.
         parts: by parameter name, views of its flat tensors, of one dimension.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parts: Mapping[str, Tensor]) -> None:
         self._optimizer = optimizer
-        # A leaf each, so that it can have a gradient of its own.
+        # Each a leaf, so that it can have its own gradient.
         self.parts = {name: part.detach().requires_grad_() for name, part in parts.items()}
         self._by_memory: dict[int, list[Tensor]] = {}  # parts of one storage, in their order
         self._lying: dict[int, list[Tensor]] = {}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups that step now: ZeRO steps on one after the other."""
+        """The groups of the present step: ZeRO updates one after the other."""
         return [
             {**group, "params": [part for flat in group["params"] for part in self._within(flat)]}
             for group in self._optimizer.param_groups
@@ -46,7 +47,7 @@ class FragmentedOptimizer:
 
     @property
     def state(self) -> dict[Tensor, dict[str, Any]]:
-        """Each part's, of those that step now."""
+        """The state of each part in the present step."""
         found: dict[Tensor, dict[str, Any]] = {}
         for flat in self._flats():
             whole = self._optimizer.state.get(flat, {})
@@ -60,7 +61,7 @@ class FragmentedOptimizer:
         return found
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Called before each step of the flat optimizer, the parts' gradients in place."""
+        """Call ``hook`` before each step of the flat optimizer, with the parts' gradients in place."""
 
         def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             for flat in self._flats():
@@ -74,11 +75,11 @@ class FragmentedOptimizer:
         return self._optimizer.register_step_pre_hook(before)
 
     def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Called after each step of the flat optimizer."""
+        """Call ``hook`` after each step of the flat optimizer."""
         return self._optimizer.register_step_post_hook(lambda _, args, kwargs: hook(self, args, kwargs))
 
     def forget_gradients(self) -> None:
-        """Let go of the flat gradients."""
+        """Release the flat gradients."""
         for part in self.parts.values():
             part.grad = None
 
@@ -86,7 +87,7 @@ class FragmentedOptimizer:
         return [flat for group in self._optimizer.param_groups for flat in group["params"]]
 
     def _within(self, flat: Tensor) -> list[Tensor]:
-        """The parts that lie in a flat tensor, in their order."""
+        """The parts in a flat tensor, in their order."""
         if id(flat) not in self._lying:
             if not self._by_memory:
                 for part in sorted(self.parts.values(), key=Tensor.storage_offset):
@@ -99,12 +100,12 @@ class FragmentedOptimizer:
 
 
 def _cut(whole: Tensor, flat: Tensor, part: Tensor) -> Tensor:
-    """What lies in a tensor as flat as the flat one at a part's place."""
+    """The elements at a part's place in a tensor of the flat one's layout."""
     return whole.reshape(-1).narrow(0, part.storage_offset() - flat.storage_offset(), part.numel())
 
 
 def optimizer_parts(named: Mapping[str, Any]) -> dict[str, Tensor]:
-    """By parameter name, the view of the flat fp32 tensor that holds this rank's part of it, if it holds any."""
+    """By parameter name, the view of this rank's part in the flat fp32 tensor, if there is one."""
     parts = {}
     for name, parameter in named.items():
         if not parameter.requires_grad:
@@ -118,7 +119,7 @@ def optimizer_parts(named: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def own_length(parameter: Any) -> int:
-    """How many elements of a ZeRO-3 parameter this rank holds: the last parts are padded to the length of the others."""
+    """How many elements of a ZeRO-3 parameter this rank holds: ZeRO pads the last parts to the length of the others."""
     length = int(parameter.ds_tensor.ds_numel)
     rank = int(parameter._z3_optimizer._get_param_partition_rank(parameter))
     return max(0, min(length, int(parameter.ds_numel) - rank * length))

@@ -1,15 +1,15 @@
-"""The monitor under Lightning's Trainer.
+"""The monitor in Lightning's Trainer.
 
     from stabilitylab.integrations.lightning import MonitorCallback
 
     trainer = Trainer(max_steps=1000, callbacks=[MonitorCallback(out="runs/mine", every=10)])
     trainer.fit(module, data)
 
-The step's number is the Trainer's ``global_step`` before it counts up. Gradients are read in ``on_before_optimizer_step``, which
-Lightning calls when they are unscaled and before it clips them. The loss is what ``training_step`` returned, averaged over the
-micro-batches of a step, the learning rate the one that the step has used.
+The step's number is the Trainer's ``global_step`` before it counts up. The callback reads gradients in
+``on_before_optimizer_step``, which Lightning calls after unscaling and before clipping. The loss is that of ``training_step``,
+averaged over the micro-batches of a step; the learning rate is the one that the step used.
 
-Limits: with several optimizers Lightning counts each one's steps, and the numbers of the monitor's steps are its.
+Limits: with several optimizers Lightning counts each one's steps, and the monitor uses Lightning's numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ with installed_by("stabilitylab[hf]"):
 
 
 class MonitorCallback(Callback):  # type: ignore[misc]
-    """Watches the module being fitted.
+    """Watches the fitted module.
 
     Args:
         options: those of ``Monitor``, without model, optimizer and scaler.
@@ -51,7 +51,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Gradients are unscaled, not yet clipped."""
+        """Read gradients, unscaled and not yet clipped."""
         if self.monitor is not None:
             its = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             named = {self._names[id(p)]: p.grad for p in its if id(p) in self._names}
@@ -60,7 +60,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """A micro-batch is over, and with the last one of a step, the step."""
+        """End a micro-batch, and after the last one of a step, the step."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self._losses.append(loss.detach())
@@ -69,18 +69,18 @@ class MonitorCallback(Callback):  # type: ignore[misc]
         mean = None
         if self._losses:
             losses = torch.stack(self._losses)
-            # Under automatic optimization each is already divided by the number of micro-batches.
+            # Automatic optimization has divided each by the number of micro-batches already.
             mean = losses.sum() if pl_module.automatic_optimization else losses.mean()
         self.monitor.step(self._next, loss=mean)
         self._losses.clear()
         self._next = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Detach and write what is left."""
+        """Detach and write the rest."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The fit was cut short: what has been seen is written."""
+        """Write what the monitor saw, when an error ends the fit."""
         self._close()
 
     def _close(self) -> None:

@@ -1,14 +1,14 @@
-"""The monitor under OLMo-core's Trainer.
+"""The monitor in OLMo-core's Trainer.
 
     from stabilitylab.integrations.olmo_core import MonitorCallback
 
     config = TrainerConfig(...).with_callback("stabilitylab", MonitorCallback(out="runs/mine", every=10))
 
-Gradients are read in ``pre_optim_step``, which comes before the train module clips them. The step's number is the Trainer's
-``global_step`` (which counts from 1) less 1, the loss the cross entropy that the train module records (``train/CE loss``), of this
-rank. A step of ``SkipStepOptimizer`` that was skipped is recorded as such.
+The callback reads gradients in ``pre_optim_step``, before the train module clips them. The step's number is the Trainer's
+``global_step`` (which counts from 1) less 1, the loss this rank's cross entropy as the train module records it (``train/CE loss``).
+The callback records a step that ``SkipStepOptimizer`` skipped as skipped.
 
-Limits: without a pipeline, whose train module has models and optimizers, one a stage.
+Limits: no pipeline, whose train module has several models and optimizers, one per stage.
 
 Source: OLMo-core 3.0, ``train/trainer.py``, ``train/callbacks/callback.py``.
 """
@@ -33,7 +33,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]
 
     Args:
         out: the run folder.
-        every: measure each n-th step.
+        every: measure every n-th step.
         options: further arguments of ``Monitor``, without model and optimizer.
     """
 
@@ -57,23 +57,23 @@ class MonitorCallback(Callback):  # type: ignore[misc]
         self._monitor.start_step(self.trainer.global_step)
 
     def pre_optim_step(self) -> None:
-        """Gradients are reduced, not yet clipped."""
+        """Read gradients, reduced and not yet clipped."""
         if (monitor := self._open()) is not None:
             monitor.gradients_ready()
 
     def post_step(self) -> None:
-        """An update has been made."""
+        """Pass the finished update to the monitor."""
         if (monitor := self._open()) is not None:
             loss = self.trainer.get_metric(TRAIN_CE_LOSS_METRIC)
             skipped = getattr(self.trainer.train_module.optim, "step_skipped", None)
             monitor.step(self.trainer.global_step - 1, loss=loss, skipped=skipped)
 
     def post_train(self) -> None:
-        """Detach and write what is left."""
+        """Detach and write the rest."""
         self.close()
 
     def on_error(self, exc: BaseException) -> None:
-        """Training was cut short: what has been seen is written."""
+        """Write what the monitor saw, when an error ends training."""
         self.close()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The monitor under torchtitan's Trainer.
+"""The monitor in torchtitan's Trainer.
 
     from torchtitan.config import ConfigManager
     from stabilitylab.integrations.torchtitan import watch
@@ -7,15 +7,15 @@
     with watch(trainer, out="runs/mine", every=10):
         trainer.train()
 
-``trainer.train_step`` and ``trainer.forward_backward_step`` of the trainer given are replaced, for as long as the monitor is open,
-by ones that tell it of the last micro-batch's gradients, before clipping, and of the step. The step's number is the trainer's
-``step`` (which counts from 1) less 1. The loss is this rank's sum over the step's micro-batches, put on the scale of the global
-mean (torchtitan divides by the tokens of all ranks). All ranks must call ``watch``; rank 0 writes. FSDP2's sharded gradients are
-merged as they are (DTensor).
+For as long as the monitor is open, ``watch`` replaces ``trainer.train_step`` and ``trainer.forward_backward_step`` by methods that
+tell it of the last micro-batch's gradients, before clipping, and of the step. The step's number is the trainer's ``step`` (which
+counts from 1) less 1. The loss is this rank's sum over the step's micro-batches, on the scale of the global mean (torchtitan
+divides by the tokens of all ranks). All ranks must call ``watch``; rank 0 writes. The monitor merges FSDP2's sharded gradients
+(DTensor) without gathering them.
 
-Limits: without a pipeline, whose ranks hold other layers and, but for the last, no loss; without CUDA graphs, which 0.3 makes of
-every step unless told otherwise, since a graph that is replayed calls no hook. Its language models' attention, flex_attention or
-varlen, is not seen. Source: torchtitan 0.3, ``trainer.py``, ``distributed/cudagraph.py``.
+Limits: no pipeline, whose ranks hold different layers and, except for the last, no loss; no CUDA graphs, which 0.3 makes of every
+step by default, since a replayed graph calls no hook. The monitor does not see its language models' attention, flex_attention or
+varlen. Source: torchtitan 0.3, ``trainer.py``, ``distributed/cudagraph.py``.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from stabilitylab.monitoring.monitor import Monitor
 
 
 def watch(trainer: Any, **options: Any) -> Monitor:
-    """Attach a monitor to a ``torchtitan.trainer.Trainer``, for as long as it is open.
+    """Attach a monitor to a ``torchtitan.trainer.Trainer``, for as long as the monitor is open.
 
     Args:
         trainer: made from its configuration, not yet trained.
         options: those of ``Monitor``, without model and optimizer.
 
     Raises:
-        InputError: it is none, or has a pipeline, or replays its steps.
+        InputError: ``trainer`` is none, or has a pipeline, or replays its steps.
     """
     if not all(
         hasattr(trainer, name)
@@ -47,7 +47,7 @@ def watch(trainer: Any, **options: Any) -> Monitor:
         raise InputError(f"trainer is a {type(trainer).__name__}: give a torchtitan Trainer")
     if trainer.parallel_dims.pp_enabled:
         raise InputError("torchtitan with a pipeline is not watched: its ranks hold other layers each")
-    # The trainer's own method, or a function around it: on NVIDIA's GPUs alone. Before 0.3 there is no such attribute.
+    # The trainer's own method, or a function around it: only on NVIDIA's GPUs. Before 0.3 the attribute does not exist.
     if hasattr(trainer, "fwd_bwd_fn") and not inspect.ismethod(trainer.fwd_bwd_fn):
         raise InputError(
             "torchtitan replays each step as a CUDA graph, in which nothing can be watched: give it --training.disable_cuda_graphs"
@@ -56,7 +56,7 @@ def watch(trainer: Any, **options: Any) -> Monitor:
 
 
 class _TrainerMonitor(Monitor):
-    """A monitor that the trainer's own calls drive."""
+    """A monitor driven by the trainer's own calls."""
 
     def __init__(self, trainer: Any, options: dict[str, Any]) -> None:
         self._trainer = trainer
@@ -88,7 +88,7 @@ class _TrainerMonitor(Monitor):
         return int(dims.get_mesh("batch").size()) if dims.dp_enabled else 1
 
     def close(self) -> None:
-        """Give the trainer its own methods back, and write what is left."""
+        """Restore the trainer's own methods, and write the rest."""
         trainer = self._trainer
         if trainer.__dict__.get("train_step") == self._step:
             del trainer.train_step, trainer.forward_backward_step

@@ -1,4 +1,4 @@
-"""The monitor under HuggingFace's Trainer.
+"""The monitor in HuggingFace's Trainer.
 
     from stabilitylab.integrations.transformers import MonitorCallback
 
@@ -6,17 +6,17 @@
     trainer.train()
 
 The step's number is the Trainer's ``global_step`` before it counts up, so steps begin at 0 and a resumed run goes on where it
-stopped. The loss of every step is taken from the model's own output, micro-batches put together as the Trainer does: added where it
-divides by the number of items in the whole batch, else averaged.
+stopped. The callback takes the loss of every step from the model's own output, and combines micro-batches as the Trainer does: it
+adds them where the Trainer divides by the number of items in the whole batch, else averages them.
 
 The Trainer has no event between the backward pass and clipping; the monitor notices torch's clipping itself. Where the Trainer
-clips by other means (FSDP, DeepSpeed), gradients are read clipped, in the optimizer's step. The learning rate is the one that the
-step has used.
+clips by other means (FSDP, DeepSpeed), the monitor reads clipped gradients, in the optimizer's step. The learning rate is the one
+that the step used.
 
-The Trainer does not say that training was interrupted (Ctrl-C in a notebook, out of memory): what was seen is written when
-``train`` is called again, or the process ends. A second ``train`` that resumes from a checkpoint goes on in the same folder, and
-what the first recorded after the checkpoint is superseded (``rewind``). One that begins at step 0 is another run: where the folder
-holds one already, it is written beside it, into ``mine-2``, and that is said.
+The Trainer does not tell of an interruption (Ctrl-C in a notebook, out of memory): the monitor writes the rest at the next call of
+``train``, or when the process ends. A second ``train`` that resumes from a checkpoint goes on in the same folder, and supersedes
+(``rewind``) what the first recorded after the checkpoint. One that begins at step 0 is another run: where the folder holds one
+already, the monitor writes beside it, into ``mine-2``, and says so.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         self._handle: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach; after what an interrupted training has left open is closed."""
+        """Close what an interrupted training left open, then attach."""
         self._close()
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         options, step = dict(self._options), state.global_step
@@ -76,7 +76,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         self._handle = model.register_forward_hook(self._take_loss, with_kwargs=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An update has been made."""
+        """Pass the finished update to the monitor."""
         if self.monitor is None:
             return
         loss = None
@@ -87,7 +87,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         self._losses.clear()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Detach and write what is left."""
+        """Detach and write the rest."""
         self._close()
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""Where numbers go: Parquet for analysis, TensorBoard and trackers for looking, memory for notebooks and tests."""
+"""Sinks take the numbers: Parquet for analysis, TensorBoard and trackers for looking, memory for notebooks and tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stabilitylab.sinks.trackio_sink import TrackioSink as TrackioSink
     from stabilitylab.sinks.wandb_sink import WandbSink as WandbSink
 
-# TensorBoard takes a second to import: only who writes its files pays for it.
+# TensorBoard takes a second to import: only those who write its files pay for it.
 _LATER = {
     "MlflowSink": "stabilitylab.sinks.mlflow_sink",
     "TensorBoardSink": "stabilitylab.sinks.tensorboard",

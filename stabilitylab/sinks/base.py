@@ -1,7 +1,7 @@
-"""Where numbers go. A sink has two methods; anything that has them is one.
+"""A sink takes the monitor's numbers. It has two methods; anything that has them is a sink.
 
-The monitor calls ``write`` once a flush, with the samples and the events since the last one, and ``close`` at the end. A sink that
-raises loses what it was given: the monitor reports ``telemetry-lost`` and training goes on.
+The monitor calls ``write`` once per flush, with the samples and the events since the last one, and ``close`` at the end. A sink
+that raises loses what it got: the monitor reports ``telemetry-lost`` and training goes on.
 """
 
 from __future__ import annotations
@@ -20,4 +20,4 @@ class Sink(Protocol):
         """Take the samples and events of one flush. An event of kind ``rewind`` supersedes steps >= its step."""
 
     def close(self) -> None:
-        """Write what is still held and let go of every resource. Called once; ``write`` is not called after it."""
+        """Write the rest and release every resource. Called once, after the last ``write``."""

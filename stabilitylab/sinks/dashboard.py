@@ -1,8 +1,8 @@
-"""What the TensorBoard sink makes of a step's numbers: a dozen overview curves and three layer x step maps.
+"""Turns a step's numbers into the TensorBoard sink's dozen overview curves and three layer x step maps.
 
-The page that TensorBoard opens with shows groups of cards in the order of their names, the first ones unfolded; capitals come
-before small letters. So everything that a person looks at first is a tag of the group ``Overview``, numbered in the order of
-looking. One page of that group holds twelve cards.
+TensorBoard's first page shows groups of cards in the order of their names, the first ones unfolded; capitals come before small
+letters. So everything to look at first is a tag of the group ``Overview``, numbered in the order of looking. One page of that group
+holds twelve cards.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _DIRECT = {
     "precision/-/loss_scale": SCALE,
     "train/-/learning_rate": RATE,
 }
-# What the maps and the story are made of.
+# The metrics behind the maps and the text.
 _SOURCES = (
     ("train", "loss"),
     ("train", "gradient_norm"),
@@ -68,7 +68,7 @@ COLUMNS = 400
 class StepMap:
     """Largest value of each row (a layer) in each stretch of steps, in memory that does not grow with the run.
 
-    At most ``columns`` stretches are kept; when there are more, their length doubles. A NaN wins over every number.
+    It keeps at most ``columns`` stretches; when there are more, their length doubles. A NaN wins over every number.
     """
 
     def __init__(self, columns: int = COLUMNS) -> None:
@@ -78,7 +78,7 @@ class StepMap:
         self._rows: dict[str, None] = {}
 
     def add(self, step: int, row: str, value: float) -> None:
-        """Take a value in."""
+        """Add a value."""
         self._rows.setdefault(row)
         cell = self._cells.setdefault(step - step % self._stretch, {})
         cell[row] = float(np.maximum(cell[row], value)) if row in cell else value
@@ -90,7 +90,7 @@ class StepMap:
         self._cells = {start: cell for start, cell in self._cells.items() if start < step}
 
     def grid(self) -> MapGrid:
-        """What is held, to be drawn. Adding to the map changes it."""
+        """The present values, to draw. Adding to the map changes it."""
         return MapGrid(rows=list(self._rows), cells=self._cells)
 
     def _widen(self) -> None:
@@ -109,7 +109,7 @@ class Overview:
     def __init__(self, places: Places | None = None) -> None:
         self._places = places or Places()
         self.maps = {name: StepMap() for name in MAPS}
-        # Loss and norm for the picture with the spikes: one row a curve.
+        # Loss and norm for the picture with the spikes: one row per curve.
         self.story = StepMap(columns=4 * COLUMNS)
         self._roles: _Roles | None = None
 
@@ -119,7 +119,7 @@ class Overview:
             map_.rewind(step)
 
     def recall(self, run: Run, before: int) -> None:
-        """Take in what a run folder holds of steps below ``before``."""
+        """Load what a run folder holds of steps below ``before``."""
         for family, statistic in _SOURCES:
             rows = run.rows(family, statistic)
             rows = rows[rows["step"] < before]
@@ -175,7 +175,7 @@ class Overview:
 
 
 class _Roles:
-    """What each key of a flush is to the dashboard; made once for a tuple of keys."""
+    """Each key's role in the dashboard; made once for a tuple of keys."""
 
     NONE, SCALAR, BRANCH, SCORE, NORM, FORMAT = range(6)
 
@@ -217,7 +217,7 @@ class _Roles:
 
 
 def sketch(overview: Overview, events: Sequence[Event]) -> Sketch:
-    """What the maps, the loss with its spikes and the list of spikes show now."""
+    """The present content of the maps, of the loss with its spikes and of the list of spikes."""
     episodes = episodes_of(events)
     # A step may have a gradient norm and no loss.
     story = sorted(overview.story.grid().cells.items())
@@ -226,7 +226,7 @@ def sketch(overview: Overview, events: Sequence[Event]) -> Sketch:
     title = f"Spikes: {len(episodes)}" + (f", the last {len(rows)}" if len(rows) < len(episodes) else "")
     return Sketch(
         loss=(STORY, losses) if losses else None,
-        # Loss and norm often tell the same story: one mark where they begin together.
+        # Loss and norm often show the same episode: one mark where they begin together.
         marks=list({e.onset: (e.onset, e.end, e.kind) for e in episodes[-40:]}.values()),
         listed=(SPIKES, title, rows),
         maps={tag: (overview.maps[name].grid(), name != "score") for name, tag in MAPS.items()},

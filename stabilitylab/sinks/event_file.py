@@ -1,8 +1,8 @@
-"""One TensorBoard event file, written record by record, and the protocol buffers that go into it.
+"""Writes one TensorBoard event file record by record, and makes the protocol buffers in it.
 
-TensorBoard's own writers queue events in a thread and lose what the disk does not take without a word. Sinks already run beside the
-training, so this one writes at once: an error surfaces where it happens, and what was half written is taken back, which keeps every
-later record readable. One record holds all scalars of a step: a tenth of the time that one record for each takes.
+TensorBoard's own writers queue events in a thread, and silently lose what the disk does not take. Sinks already run beside the
+training, so this one writes at once: an error surfaces where it happens, and the file takes half-written records back, which keeps
+every later record readable. One record holds all scalars of a step, which takes a tenth of the time of one record for each.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch.utils.tensorboard import summary as made
 
 
 class EventFile:
-    """A new event file in ``folder``, which is made if it does not exist."""
+    """A new event file in ``folder``; makes the folder if it does not exist."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         host = socket.gethostname() or "localhost"
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-        # TensorBoard reads a folder's files in the order of their names: a second one made within a second must come last.
+        # TensorBoard reads a folder's files in the order of their names: a file made within the same second must come last.
         name = f"events.out.tfevents.{seconds:010d}.{host}.{os.getpid()}.{nanoseconds:09d}"
         self.path = folder / name
         self._file = self.path.open("xb", buffering=0)
@@ -41,7 +41,7 @@ class EventFile:
             self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def restart(self, step: int) -> None:
-        """Tell readers to drop what they have of steps from ``step`` on."""
+        """Tell readers to drop their steps from ``step`` on."""
         self._write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def close(self) -> None:
@@ -84,10 +84,10 @@ def layout(charts: Mapping[str, Any]) -> list[Any]:
 
 
 def hyperparameters(config: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-    """What opens a run in the HParams page, and what ends it.
+    """The values that open a run in the HParams page, and those that end it.
 
-    The third thing that torch would write, a list of the columns, is left out. One run's list would stand for all runs, in its own
-    order; without it TensorBoard compares the runs, and its columns begin with what differs.
+    They leave out the third thing that torch would write, a list of the columns. One run's list would count for all runs, in its
+    own order; without it TensorBoard compares the runs, and its columns begin with what differs.
     """
     _, start, end = made.hparams(dict(config), {})  # type: ignore[no-untyped-call]
     return list(start.value), list(end.value)
@@ -95,7 +95,7 @@ def hyperparameters(config: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
 
 def picture(tag: str, png: bytes) -> Any:
     """A picture."""
-    # The size stands at a fixed place in a PNG's header.
+    # A PNG's header has the size at a fixed place.
     pixels = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
     image = Summary.Image(encoded_image_string=png, width=pixels[0], height=pixels[1], colorspace=4)
     return Summary.Value(tag=tag, image=image)

@@ -1,10 +1,10 @@
-"""``stabilitylab export``: a run, or another trainer's log, as a CSV, Parquet or TensorBoard of its own.
+"""``stabilitylab export`` writes a run, or another trainer's log, as CSV, Parquet or TensorBoard.
 
     tidy   step, family, site, statistic, index, value: a row a number, everything that was recorded and stands
     wide   a row a step, a column a metric (``metric[i]`` for the i-th of a vector): for spreadsheets
 
-A run is exported a telemetry file at a time, so memory does not grow with it (wide excepted). Numbers are written as they are:
-``nan`` and ``inf`` are values, an empty cell is none. In Python the same is ``load_run(path).telemetry``.
+It exports a run one telemetry file at a time, so memory does not grow with the run (except with ``--wide``). It writes numbers as
+they are: ``nan`` and ``inf`` are values, an empty cell is no value. In Python ``load_run(path).telemetry`` gives the same.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def export(
 
 
 def _tables(path: Path, loss: str | None) -> tuple[Iterator[pa.Table], Path]:
-    """Tidy tables of whatever lies at the path, and the folder in which an export would lie."""
+    """Tidy tables of the run or log at the path, and the default folder of an export."""
     if path.is_dir() and ((path / "telemetry").is_dir() or (path / "events.jsonl").is_file()):
         return _run_tables(RunFolder.open(path)), path
     from stabilitylab.logs.recognise import open_logs
@@ -132,7 +132,7 @@ def _chosen(tables: Iterator[pa.Table], only: str) -> Iterator[pa.Table]:
 
 
 def _wide(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """All of it as one table of steps and metrics, in the order of first appearance."""
+    """All tables as one of steps and metrics, in the order of first appearance."""
     whole = pa.concat_tables([PLAIN.empty_table(), *tables])
     if not len(whole):
         return
@@ -157,7 +157,7 @@ def _wide(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _into_table(tables: Iterator[pa.Table], target: Path, *, is_csv: bool) -> int:
-    """Written under another name first: what stands there is replaced by a whole file, or not at all."""
+    """Write under another name first: a whole file replaces an existing one, or nothing does."""
     first = next(tables, None)
     if first is None:
         return 0

@@ -1,4 +1,4 @@
-"""Telemetry kept in memory, for notebooks and tests: the same tidy table that a run folder holds, as pandas."""
+"""Keeps telemetry in memory, for notebooks and tests: the same tidy table as a run folder's, in pandas."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ COLUMNS = ("step", "family", "site", "statistic", "index", "value")
 
 
 class MemorySink:
-    """Keeps everything until asked. ``frame`` is tidy and follows the rules of a run folder, rewinds included.
+    """Keeps everything until asked. ``frame`` is tidy and follows the rules of a run folder, with rewinds.
 
-    About 20 bytes a value are held; for a long run write Parquet instead.
+    It holds about 20 bytes per value; for a long run write Parquet instead.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class MemorySink:
         self._flushes: list[Samples] = []
 
     def write(self, samples: Samples, events: Sequence[Event]) -> None:
-        """Keep one flush. A ``rewind`` among the events drops older samples from its step on, before the new come."""
+        """Keep one flush. A ``rewind`` among the events drops older samples from its step on, before the new ones come."""
         for event in events:
             if event.kind == "rewind":
                 self._flushes = [_before(flush, event.step) for flush in self._flushes]
@@ -37,7 +37,7 @@ class MemorySink:
         )
 
     def close(self) -> None:
-        """Nothing to let go of; what was kept stays readable."""
+        """Nothing to release; the kept values stay readable."""
         self.closed = True
 
     @property

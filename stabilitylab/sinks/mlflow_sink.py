@@ -1,6 +1,6 @@
 """MLflow: metrics, pictures, and the last episode as tags of the run.
 
-Only the client is used, which is safe in a thread, and never the fluent interface's global run. One batch holds at most 1,000
+The sink uses only the client, which is safe in a thread, and never the fluent interface's global run. One batch holds at most 1,000
 metrics. Source: mlflow 3.17, ``tracking/client.py``.
 """
 
@@ -21,8 +21,8 @@ class MlflowSink(TrackerSink):
 
     Args:
         run_id: of the run.
-        client: an ``MlflowClient``; by default one of the present tracking URI.
-        owned: the run is ended when the monitor is closed.
+        client: an ``MlflowClient``; by default one for the present tracking URI.
+        owned: end the run when the monitor closes.
         seconds: between two sendings.
         pictures: whether to send pictures.
     """
@@ -55,7 +55,7 @@ class MlflowSink(TrackerSink):
         from PIL import Image
 
         for key, png in pictures.items():
-            # Each picture holds the run until now. MLflow's page opens at step 0 and there shows the last one logged.
+            # Each picture shows the run until now. MLflow's page opens at step 0 and there shows the last one logged.
             self._client.log_image(self._run_id, Image.open(io.BytesIO(png)), key=key, step=0)
 
     def alert(self, step: int, title: str, text: str, *, critical: bool) -> None:

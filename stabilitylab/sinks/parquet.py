@@ -1,22 +1,21 @@
-"""Telemetry into a folder of Parquet files: tidy, compressed, readable after a kill at any moment.
+"""Writes telemetry into a folder of Parquet files: tidy, compressed, readable after a kill at any moment.
 
-Columns: step, family, site, statistic, index, value (see telemetry.py; how files relate to each other is told in parts.py).
-``write`` only puts arrays on a queue; one thread sorts, encodes, compresses and writes. So the training step never waits for the
-disk, and an error of the thread surfaces at the next ``write`` or at ``close``.
+Columns: step, family, site, statistic, index, value (see telemetry.py; parts.py says how files relate to each other). ``write``
+only puts arrays on a queue; one thread sorts, encodes, compresses and writes. So the training step never waits for the disk, and an
+error of the thread surfaces at the next ``write`` or at ``close``.
 
-A file is written when ``rows_per_file`` have gathered, when the oldest row is ``seconds`` old at a flush, after a ``checkpoint``
-event (a run resumed from it then misses nothing), when an alarm begins and for some steps after it every second (whoever looks at a
-spike may well end the run), and at ``close``. 64 files of one level are merged into one of the next, so a run of any length keeps
-few files; ``close`` merges what remains.
+The thread writes a file when ``rows_per_file`` rows have gathered, when the oldest row is ``seconds`` old at a flush, after a
+``checkpoint`` event (a run resumed from it then misses nothing), when an alarm begins and for some steps after it every second
+(whoever looks at a spike may well end the run), and at ``close``. It merges 64 files of one level into one of the next, so a run of
+any length keeps few files; ``close`` merges the rest.
 
-A ``rewind`` takes effect before the samples of the same ``write``: whoever holds samples of the abandoned history writes them
-first. Opening a folder that already holds telemetry starts a new segment, which supersedes older rows from its ``rewind``'s step
-on, or, where no such event comes, from the first step written: a resumed run comes out right even if nobody says that it was
-resumed.
+A ``rewind`` takes effect before the samples of the same ``write``: callers write samples of the abandoned history first. Opening a
+folder that already holds telemetry starts a new segment, which supersedes older rows from its ``rewind``'s step on, or, where no
+such event comes, from the first step written: a resumed run comes out right even if no event says that it resumed.
 
 Size after ``close``: 3.8 MB per million values (3.8 bytes a value, where the six plain columns would take 32). Measured on 1,107
 metrics of a 24-layer model for 903 steps, float32 statistics that follow log-normal random walks, so that the mantissas are noise
-and take 3 of the 3.8 bytes; smoother or constant metrics take less. A test holds it below 4.5.
+and take 3 of the 3.8 bytes; smoother or constant metrics take less. A test keeps it below 4.5.
 """
 
 from __future__ import annotations
@@ -54,14 +53,14 @@ class ParquetSink:
     """Writes telemetry under ``folder``, which it makes and locks.
 
     Args:
-        folder: where the files go, usually ``RUN/telemetry``. Earlier telemetry in it is kept.
-        rows_per_file: rows that make a file. About 20 bytes a row are held in memory until then.
-        seconds: age of the oldest row at which a file is written although it is small.
+        folder: where the files go, usually ``RUN/telemetry``. Keeps earlier telemetry in it.
+        rows_per_file: rows per file. Until then memory holds about 20 bytes per row.
+        seconds: age of the oldest row at which even a small file is written.
 
     Raises:
-        InputError: the folder cannot be written, or another sink is writing there.
-        OSError: from ``write`` or ``close``, when an earlier file could not be written. The rows it names are held, up to
-            8 million of them, and tried again with the next ones; what cannot be held, or written at ``close``, is lost.
+        InputError: the folder is not writable, or another sink is writing there.
+        OSError: from ``write`` or ``close``, when writing an earlier file failed. The sink holds the rows that the error names, up
+            to 8 million, and tries them again with the next ones; it loses what it cannot hold, or write at ``close``.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class ParquetSink:
         atexit.register(self._close_at_exit)
 
     def write(self, samples: Samples, events: Sequence[Event]) -> None:
-        """Queue one flush and return at once. The arrays are copied: the caller may reuse them."""
+        """Queue a copy of one flush and return at once: the caller may reuse the arrays."""
         if self._closed:
             raise ValueError("write after close")
         if self._queued - self._taken + len(samples) > _BACKLOG_ROWS:
@@ -116,14 +115,14 @@ class ParquetSink:
         self._raise_error()
 
     def flush(self) -> None:
-        """Write what is held and return when it is on disk. Errors surface at the next ``write`` or at ``close``."""
+        """Write all held rows and return when they are on disk. Errors surface at the next ``write`` or at ``close``."""
         if not self._closed:
             done = threading.Event()
             self._queue.put(done)
             done.wait()
 
     def close(self) -> None:
-        """Write what is held, merge small files, and wait for the thread. A second call does nothing."""
+        """Write all held rows, merge small files, and wait for the thread. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -134,7 +133,7 @@ class ParquetSink:
         self._raise_error()
 
     def _close_at_exit(self) -> None:
-        # Whoever forgot to close (or died of an exception) still finds the last rows on disk.
+        # A caller that forgot to close (or died of an exception) still finds the last rows on disk.
         try:
             self.close()
         except Exception as error:
@@ -196,7 +195,7 @@ class ParquetSink:
         if self._from_step is not None or self._segment == 0:
             self._segment += 1
         self._from_step = step
-        # An empty file carries the news: were the run killed now, the old steps would otherwise come back to life.
+        # An empty file records the rewind: without it a kill now would bring the old steps back.
         self._write(SCHEMA.empty_table())
 
     def _flush(self, *, hold: bool = True) -> None:
@@ -257,7 +256,7 @@ class ParquetSink:
             _sorted(pa.concat_tables([read_rows(part, SCHEMA.names) for part in group])), level, group
         )
         merged = self._parts.pop()
-        # The merged file takes the place of the first in the order of time.
+        # The merged file takes the first one's place in the order of time.
         place = self._parts.index(group[0])
         self._parts = [part for part in self._parts if part not in group]
         self._parts.insert(place, merged)
@@ -306,7 +305,7 @@ class _KeyTable:
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """Of each key: codes of its three words, its index, and its rank in the order of the file. And what the codes stand for."""
+    """For each key codes of its three words, its index, its rank in the order of the file; and the words behind the codes."""
 
     codes: tuple[NDArray[np.int32], ...]
     words: tuple[list[str], ...]
@@ -328,8 +327,8 @@ def _columns(keys: Sequence[Key]) -> _Columns:
     return _Columns(codes, words, index, rank)
 
 
-# ``pa.array`` and ``to_numpy`` (pyarrow 26) look whether they are about something of pandas', and load pandas for that, which takes
-# as long as a short run's steps.
+# ``pa.array`` and ``to_numpy`` (pyarrow 26) check for pandas objects, and load pandas for that, which takes as long as a short
+# run's steps.
 
 
 def _numbers(values: NDArray[Any]) -> pa.Array:
@@ -360,7 +359,7 @@ def _strings(words: Sequence[str]) -> pa.Array:
 
 
 def _encode(words: list[str]) -> tuple[NDArray[np.int32], list[str]]:
-    """Codes in the order of first appearance, and the words they stand for."""
+    """Codes in the order of first appearance, and their words."""
     number: dict[str, int] = {}
     codes = [number.setdefault(word, len(number)) for word in words]
     return np.array(codes, dtype=np.int32), list(number)

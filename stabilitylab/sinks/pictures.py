@@ -1,10 +1,10 @@
-"""The dashboard's pictures: the loss with its spikes, the spikes as a list, and layer x step maps, as PNG files.
+"""Draws the dashboard's pictures: the loss with its spikes, the spikes as a list, and layer x step maps, as PNG files.
 
-Drawing takes a second of pure Python. In the training process that second is taken from the training thread, whichever thread
-draws, since one interpreter runs one thread at a time. So pictures of a run that goes on are drawn by a process of its own, of the
-lowest priority, which knows matplotlib and not torch: ``Artist.begin`` hands it the numbers, ``Artist.finished`` looks whether it
-is done. Numbers and pictures pass through unnamed temporary files; neither side waits for the other. What else that process prints
-(a ``sitecustomize`` on the path, a library's greeting) goes the same way: the pictures begin behind a marker.
+Drawing takes a second of pure Python. In the training process any drawing thread takes that second from the training thread, since
+one interpreter runs one thread at a time. So a separate process of the lowest priority, with matplotlib and without torch, draws
+the pictures of a running run: ``Artist.begin`` gives it the numbers, ``Artist.finished`` checks whether it is done. Numbers and
+pictures pass through unnamed temporary files; neither side waits for the other. Anything else that the process prints (a
+``sitecustomize`` on the path, a library's greeting) goes the same way: the pictures begin after a marker.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EPISODE_COLUMNS = ("onset", "kind", "peak", "end", "height", "signal")
 
 @dataclass(frozen=True, kw_only=True)
 class MapGrid:
-    """Values by row (a layer) and step, those that were recorded.
+    """The recorded values by row (a layer) and step.
 
     Attributes:
         rows: from the model's input to its output.
@@ -48,7 +48,7 @@ class MapGrid:
     cells: ValuesByStep
 
     def frames(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Values, and where there are any: rows as they stand, columns the first step of each stretch."""
+        """Values, and where there are any: rows as given, columns the first step of each stretch."""
         import pandas as pd
 
         starts = sorted(self.cells)
@@ -65,10 +65,10 @@ class MapGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class Sketch:
-    """What the pictures show.
+    """The pictures' content.
 
     Attributes:
-        loss: (tag, step -> loss), or None where no loss was recorded.
+        loss: (tag, step -> loss), or None without a recorded loss.
         marks: onset, end (None: open) and kind of the episodes to mark.
         listed: tag, title and rows of the list of episodes.
         maps: tag -> (grid, logarithmic colours).
@@ -122,7 +122,7 @@ class Sketch:
 
 
 class Artist:
-    """Draws in a process of its own, one sketch at a time."""
+    """Draws in a separate process, one sketch at a time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -130,7 +130,7 @@ class Artist:
         self._began = 0.0
 
     def begin(self, sketch: Sketch) -> None:
-        """Start drawing. Raises OSError where no process can be started."""
+        """Start drawing. Raises OSError where no process can start."""
         self.stop()
         self._began = time.monotonic()
         self._drawn = tempfile.TemporaryFile()  # noqa: SIM115 - the child writes it, ``finished`` reads it
@@ -138,7 +138,7 @@ class Artist:
             pickle.dump(sketch, numbers)
             numbers.seek(0)
             self._process = subprocess.Popen(
-                # Out of training's way before the imports, which take longer than the drawing.
+                # Give way to training before the imports, which take longer than the drawing.
                 [
                     sys.executable,
                     "-c",
@@ -148,19 +148,19 @@ class Artist:
                 stdout=self._drawn,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-                # An interrupt at the keyboard is the training's; drawing just ends.
+                # A keyboard interrupt is for the training; drawing just ends.
                 start_new_session=True,
             )
 
     @property
     def busy(self) -> bool:
-        """Whether pictures are being drawn or wait to be fetched."""
+        """Whether pictures are in work, or wait to be fetched."""
         return self._process is not None
 
     def finished(self) -> tuple[dict[str, bytes], float] | None:
         """Tag -> PNG and the seconds that drawing took; None while it goes on.
 
-        Pictures that could not be drawn are none: the next ones, or the last, which are drawn elsewhere, show the same.
+        Returns no pictures where drawing failed: the next ones, or the last, which the training process draws, show the same.
         """
         if self._process is None or self._drawn is None or self._process.poll() is None:
             return None
@@ -178,7 +178,7 @@ class Artist:
         return drawn, took
 
     def stop(self) -> None:
-        """Give up what is being drawn."""
+        """Abandon the drawing in work."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -198,7 +198,7 @@ def main() -> None:
 
 @lru_cache(maxsize=4)
 def _table(title: str, rows: tuple[tuple[str, ...], ...]) -> bytes:
-    """The list of spikes; of runs without any it is the same picture."""
+    """The list of spikes; the same picture for all runs without spikes."""
     from stabilitylab.figures.maps import table_figure
     from stabilitylab.figures.style import ON_WHITE
 
@@ -206,7 +206,7 @@ def _table(title: str, rows: tuple[tuple[str, ...], ...]) -> bytes:
 
 
 def _png(figure: Figure, *, dpi: int = 90) -> bytes:
-    """A figure on white, of the size of TensorBoard's small cards, where it is shown pixel by pixel."""
+    """A figure on white, in the size of TensorBoard's small cards, which show it pixel by pixel."""
     from stabilitylab.figures.style import save_pixels
 
     width, height = figure.get_size_inches()

@@ -1,4 +1,4 @@
-"""TensorBoard files that show a run's stability without configuring anything.
+"""Writes TensorBoard files that show a run's stability without any configuration.
 
 | tab | what is there |
 | --- | --- |
@@ -9,9 +9,9 @@
 | Text | the spikes, and what else happened, each as one table that grows |
 | HParams | the run's configuration, what differs between runs first, beside its last loss, norm, and the Scalars' other last values |
 
-Per-parameter scalars are left to the Parquet files and the report: thousands of charts help nobody. A ``rewind`` drops what
-was written for later steps. Pictures are drawn at the end, and during the run as often as takes a hundredth of the time.
-Works without tensorflow.
+The Parquet files and the report have per-parameter scalars: thousands of charts help nobody. A ``rewind`` drops what the sink wrote
+for later steps. The sink draws pictures at the end, and during the run as often as takes a hundredth of the time. It works without
+tensorflow.
 """  # noqa: E501 - the table's rows
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class TensorBoardSink:
 
     Args:
         folder: made if it does not exist; TensorBoard's ``--logdir`` is this folder or any above it.
-        config: what the HParams page shows of the run; by default the ``config.json`` beside the folder.
-        places: where sites lie in the model; by default read off their paths.
+        config: content of the run's HParams page; by default the ``config.json`` beside the folder.
+        places: places of sites in the model; by default from their paths.
 
     Raises:
-        OSError: from ``write`` and ``close``, when the disk does not take a record. Later records are written again.
+        OSError: from ``write`` and ``close``, when the disk does not take a record. The sink goes on with later records.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class TensorBoardSink:
         self._marked = {onset for onset in self._marked if onset < step}
 
     def _recall(self, before: int) -> None:
-        """A resumed run's maps and list begin where the run began: read what an earlier process wrote of it."""
+        """Read what an earlier process wrote: a resumed run's maps and list begin where the run began."""
         from stabilitylab.runs.run import Run
 
         run = Run(RunFolder(self._folder.parent))
@@ -156,7 +156,7 @@ class TensorBoardSink:
                 self._overview.recall(run, before)
                 self._events = [event for event in run.events if event.step < before]
         except InputError:
-            return  # damaged telemetry is for its readers to report; what comes can still be shown
+            return  # its readers report damaged telemetry; new values still show
 
     def _remember(self, step: int, loss: float) -> None:
         if math.isfinite(loss):
@@ -165,7 +165,7 @@ class TensorBoardSink:
                 del self._losses[next(iter(self._losses))]
 
     def _tell(self, file: EventFile, events: Sequence[Event]) -> None:
-        """Text and markers of what happened. The newest text of a tag holds all of it: TensorBoard keeps only a few."""
+        """Write text and markers of events. The newest text of a tag holds all of them: TensorBoard keeps only a few texts."""
         self._events += events
         found = [event for event in events if event.kind in KINDS]
         if found:
@@ -179,7 +179,7 @@ class TensorBoardSink:
                 and self._losses
             ):
                 self._marked.add(onset)
-                # A tag for each: points of one tag would be joined by a line, and smoothed.
+                # A tag for each: TensorBoard would join points of one tag by a line, and smooth it.
                 nearest = min(self._losses, key=lambda step: (abs(step - onset), step))
                 file.add(onset, [made.scalar(f"episodes/step {onset}", self._losses[nearest])])
         if len(found) < len(events):
@@ -187,7 +187,7 @@ class TensorBoardSink:
             file.add(events[-1].step, made.text("events", _event_table(others)))
 
     def _show(self, file: EventFile) -> None:
-        """Fetch pictures that are done, and have the next ones drawn when it is time."""
+        """Fetch finished pictures, and start the next ones when it is time."""
         if self._artist.busy:
             if (done := self._artist.finished()) is not None:
                 drawn, took = done
@@ -204,7 +204,7 @@ class TensorBoardSink:
                 _log.warning("no pictures until the end: %s", error)
 
     def _draw(self, file: EventFile) -> None:
-        """The last pictures: nothing trains any more."""
+        """Draw the last pictures, when training is over."""
         self._artist.stop()
         file.add(
             self._step,
@@ -232,7 +232,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cell(value: str) -> str:
     plain = html.escape(" ".join(value.split()))
-    # What Markdown takes for a sign: __class__ would be bold, and without its lines.
+    # Escape Markdown's signs: __class__ would be bold, and lose its lines.
     return "".join(f"&#{ord(c)};" if c in "|_*`[]~\\" else c for c in plain)
 
 

@@ -1,4 +1,4 @@
-"""From a run to an experiment tracker: a few numbers, seldom, from a thread of its own.
+"""Sends a few of a run's numbers to an experiment tracker, seldom, from a thread of its own.
 
 | key | what |
 | --- | --- |
@@ -11,14 +11,14 @@
 | `stability/loss_with_spikes`, `stability/spikes` | pictures: the loss with its episodes, and their list |
 | `stability/map_gradient`, `stability/map_residual`, `stability/map_attention` | pictures: layer x step |
 
-That is all: at most ``len(KEYS)`` keys, at most ``ROWS`` steps in a sending, at most one sending in ``seconds``. Where there are
-more steps, each stretch of them is told by the one with its largest loss (or one that is not finite), and the last. Pictures come
-at the end and as often as drawing takes a hundredth of the time, at most one set in ``PICTURE_SECONDS``. An episode is an alert
-when it begins and when it turns into another kind, at most one in ``ALERT_SECONDS``; hard batches are not told.
+That is all: at most ``len(KEYS)`` keys, at most ``ROWS`` steps per sending, at most one sending in ``seconds``. Where there are
+more steps, the sink sends of each stretch the step with the largest loss (or one that is not finite), and the last step. Pictures
+come at the end and as often as drawing takes a hundredth of the time, at most one set in ``PICTURE_SECONDS``. The sink sends an
+alert when an episode begins and when it turns into another kind, at most one in ``ALERT_SECONDS``; hard batches send none.
 
-``write`` keeps numbers in memory and returns. What the tracker's library does (wait for a network, raise, hang) it does to this
-thread: a failure is said once, numbers are kept (thinned) for the next try, and at the end a hanging one is left behind after
-``CLOSE_SECONDS``. The monitor reports it as ``telemetry-lost``; training goes on.
+``write`` keeps numbers in memory and returns. The tracker's library may wait for a network, raise or hang in this thread: the sink
+tells of a failure once, keeps numbers (thinned) for the next try, and at the end abandons a hanging library after
+``CLOSE_SECONDS``. The monitor reports that as ``telemetry-lost``; training goes on.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _log = logging.getLogger("stabilitylab")
 
 
 class TrackerSink:
-    """Sends to a tracker; what is particular to one is ``send``, ``show``, ``alert`` and ``end`` of its subclass.
+    """Sends to a tracker; a tracker's subclass defines ``send``, ``show``, ``alert`` and ``end``.
 
     Args:
         seconds: between two sendings.
@@ -102,7 +102,7 @@ class TrackerSink:
         self._abandoned = False
         self._thread: threading.Thread | None = None
 
-    # What a subclass does, in the sink's thread.
+    # A subclass defines these; the sink's thread calls them.
 
     def send(self, rows: Mapping[int, Mapping[str, float]]) -> None:
         """Log numbers: step -> key -> value, steps ascending."""
@@ -117,12 +117,12 @@ class TrackerSink:
         raise NotImplementedError
 
     def end(self, episodes: int) -> None:
-        """Everything has been sent."""
+        """End the run, after everything was sent."""
 
-    # What the monitor calls.
+    # The monitor calls these.
 
     def write(self, samples: Samples, events: Sequence[Event]) -> None:
-        """Keep what is to be sent. Raises RuntimeError once when the tracker has failed, for the monitor to report."""
+        """Keep numbers to send. Raises RuntimeError once when the tracker has failed, for the monitor to report."""
         with self._lock:
             for event in events:
                 if event.kind == "rewind":
@@ -147,7 +147,7 @@ class TrackerSink:
             raise RuntimeError(problem)
 
     def close(self) -> None:
-        """Send what is left. A tracker that hangs is left behind."""
+        """Send the rest. Abandons a hanging tracker."""
         self._closing.set()
         if self._thread is None:
             return
@@ -195,12 +195,12 @@ class TrackerSink:
             rows, self._rows = self._rows, {}
             alerts = self._due_alerts(last=last)
         if rows and not self._guard(lambda: self.send(thinned(rows, ROWS))):
-            with self._lock:  # another time; what came meanwhile counts before it
+            with self._lock:  # for the next time; newer values win over it
                 self._rows = thinned({**rows, **self._rows}, KEPT_ROWS)
         for step, title, text, critical in alerts:
             if self._guard(lambda s=step, t=title, x=text, c=critical: self.alert(s, t, x, critical=c)):
                 self._next_alert = time.monotonic() + ALERT_SECONDS
-            else:  # of all that is sent, this is what must arrive
+            else:  # of all sendings this one must arrive
                 with self._lock:
                     self._alerts.insert(0, (step, title, text, critical))
         if self._pictures:
@@ -257,7 +257,7 @@ class TrackerSink:
         except Exception as error:
             self._failures += 1
             if self._failures == 1 or self._closing.is_set():
-                # Addresses may hold keys: the kind of failure is said, and the first line of its text, cut short.
+                # Addresses may hold keys: tell the kind of failure, and the first line of its text, cut short.
                 said = (str(error).splitlines() or [""])[0][:160]
                 self._problem = f"{type(error).__name__}: {said}"
             return False
@@ -266,8 +266,7 @@ class TrackerSink:
 
 
 def thinned(rows: Mapping[int, Mapping[str, float]], most: int) -> dict[int, dict[str, float]]:
-    """At most about ``most`` steps: of each stretch the one with the largest loss (a NaN before all); any with an episode; the
-    last."""
+    """About ``most`` steps at most: of each stretch the one with the largest loss (NaN first); all with an episode; the last."""
     steps = sorted(rows)
     if len(steps) <= most:
         return {step: dict(rows[step]) for step in steps}
@@ -284,7 +283,7 @@ def _weight(loss: float | None) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-# What a signal does in episodes that are no heights.
+# Verbs for a signal in episodes without a height.
 _STATES = {"dead": " is exactly 0", "frozen": " repeats itself"}
 
 

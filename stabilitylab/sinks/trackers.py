@@ -1,7 +1,7 @@
 """Trackers by name: ``Monitor(..., out="runs/x", trackers=["wandb"])``, ``glm train --trackers wandb,mlflow``.
 
-A run that the process has begun already is used; else one is begun under the run folder's name in the project (experiment)
-``stabilitylab``, with the run's ``config.json``, and ended with the monitor. The trackers' own variables say the rest
+A sink uses the run that the process has begun already; else it begins one under the run folder's name in the project (experiment)
+``stabilitylab``, with the run's ``config.json``, and ends it with the monitor. The trackers' own variables say the rest
 (``WANDB_PROJECT``, ``WANDB_MODE``, ``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``, ``TRACKIO_PROJECT``).
 """
 
@@ -29,7 +29,7 @@ _log = logging.getLogger("stabilitylab")
 
 
 def names_of(given: str | Iterable[str]) -> tuple[str, ...]:
-    """Names as they were given, checked: known here and installed.
+    """The given names, checked: known here and installed.
 
     Raises:
         InputError: one is not.
@@ -47,7 +47,7 @@ def names_of(given: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def open_trackers(names: Iterable[str], folder: Path | None) -> list[Sink]:
-    """A sink for each. One that cannot begin (no login, no server) is said and left out: training does not wait for it."""
+    """A sink for each. Tells of one that cannot begin (no login, no server), and leaves it out: training does not wait for it."""
     sinks: list[Sink] = []
     config = _config(folder)
     title = folder.resolve().name if folder is not None else None
@@ -108,12 +108,12 @@ def _mlflow(title: str | None, config: Mapping[str, Any], folder: Path | None) -
             client.log_batch(run.info.run_id, params=params)
         return str(run.info.run_id)
 
-    # By default MLflow tries a server that does not answer for some four minutes.
+    # By default MLflow tries a silent server for some four minutes.
     return MlflowSink(_within(BEGIN_SECONDS, begin), client=client, owned=True)
 
 
 def _within(seconds: float, begin: Callable[[], T]) -> T:
-    """What ``begin`` returns, from a thread that is left behind where it takes longer."""
+    """The result of ``begin``, from a thread that this call abandons where it takes longer."""
     done: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
 
     def run() -> None:

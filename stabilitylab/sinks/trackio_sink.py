@@ -13,8 +13,8 @@ class TrackioSink(TrackerSink):
     """Sends to a run of trackio.
 
     Args:
-        run: what ``trackio.init`` gave.
-        owned: it is finished when the monitor is closed.
+        run: the result of ``trackio.init``.
+        owned: finish it when the monitor closes.
         seconds: between two sendings.
         pictures: whether to send pictures.
     """

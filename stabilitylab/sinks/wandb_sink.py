@@ -1,8 +1,8 @@
 """Weights & Biases: numbers in the run's history, pictures, alerts.
 
-Numbers have their own axis (``stability/step``), so they mix with nothing. W&B counts one step a committed row, and drops what is
-logged for a step below it: into somebody else's run rows are therefore put beside those that its owner commits, one of ours to one
-of theirs, and committed by ourselves only where the owner has logged nothing for ``OWNER_SECONDS``.
+Numbers have their own axis (``stability/step``), so they mix with nothing. W&B counts one step per committed row, and drops values
+logged for a lower step. So in somebody else's run the sink adds its rows to those that the owner commits, one of ours to one of
+theirs, and commits by itself only where the owner has logged nothing for ``OWNER_SECONDS``.
 
 Source: wandb 0.31, ``sdk/wandb_run.py`` (``Run.log``, ``define_metric``, ``alert``).
 """
@@ -24,8 +24,8 @@ class WandbSink(TrackerSink):
     """Sends to a run of wandb.
 
     Args:
-        run: what ``wandb.init`` gave.
-        owned: nobody else logs into it, and it is finished when the monitor is closed.
+        run: the result of ``wandb.init``.
+        owned: nobody else logs into it; finish it when the monitor closes.
         seconds: between two sendings.
         pictures: whether to send pictures.
     """
@@ -39,7 +39,7 @@ class WandbSink(TrackerSink):
 
     def send(self, rows: Mapping[int, Mapping[str, float]]) -> None:
         if not self._owned and not self._may_commit():
-            # One row beside the owner's: the one in which an episode began, else the last.
+            # One row with the owner's: the one in which an episode began, else the last.
             step = max(rows, key=lambda step: (EPISODE in rows[step], step))
             self._run.log({**rows[step], STEP: step}, commit=False)
             return
@@ -65,7 +65,7 @@ class WandbSink(TrackerSink):
             self._run.finish()
 
     def _may_commit(self) -> bool:
-        """Whether the owner of the run has been still for so long that a row of ours disturbs no count."""
+        """Whether the run's owner has been silent for so long that a row of ours disturbs no count."""
         now, step = time.monotonic(), int(getattr(self._run, "step", 0) or 0)
         if step != self._owners_step:
             self._owners_step, self._since = step, now
