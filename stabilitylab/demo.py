@@ -35,7 +35,7 @@ def demo(*, out: Path | None = None) -> int:
         soft_wrap=True,
         highlight=False,
     )
-    # The monitor says its finds at once on standard error, as in any training of yours.
+    # The monitor says its findings at once on standard error, as in any training of yours.
     logging.getLogger("stabilitylab").setLevel(logging.WARNING)
     train(folder)
     run = load_run(folder)

@@ -137,7 +137,7 @@ def _reading(source: LogFile, one: TextFormat) -> Reading:
 
 
 class ConsolePieces:
-    """Records of one format.
+    """Reads records of one format.
 
     Args:
         one: the format.

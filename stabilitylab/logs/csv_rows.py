@@ -58,7 +58,7 @@ def is_blank_table(lines: Sequence[str]) -> bool:
 
 
 def read_csv_rows(source: LogFile) -> Reading:
-    """Every row under the header that stands above it.
+    """Every row under the header above it.
 
     Raises:
         InputError: there is no header.
@@ -107,12 +107,12 @@ def read_csv_rows(source: LogFile) -> Reading:
 
 
 class CsvPieces:
-    """Rows under the header that stands above them.
+    """Reads rows under the header above them.
 
     Args:
-        reading: where what is left out is counted.
+        reading: counts what is left out.
         delimiter: the sign between cells.
-        several: whether runs stand side by side (W&B).
+        several: whether runs are side by side (W&B).
         parts: columns whose sum is the loss (YOLO).
         long: the column that names each row's value, where there is one.
         of_run: the column that names each row's run, where there is one.

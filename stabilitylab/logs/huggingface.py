@@ -67,10 +67,10 @@ def read_huggingface_console(source: LogFile) -> Reading | None:
 
 
 class HuggingFacePieces:
-    """Printed records.
+    """Reads printed records.
 
     Args:
-        reading: where what is left out is counted.
+        reading: counts what is left out.
         believed: whether the bars give the steps.
         scale: the loss scale at the start, which the first overflow tried; None: there is none.
         anew: whether the bars below the records give the steps.

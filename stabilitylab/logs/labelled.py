@@ -59,7 +59,7 @@ class UnlabelledSource(LogFile):
 
 
 class LabelledPieces:
-    """A reader of pieces for each rank.
+    """Keeps a reader of pieces for each rank.
 
     Args:
         make: makes a reader.

@@ -6,7 +6,8 @@
     17 | loss 2.31 | lr 5e-4 | 100ms                                          step 17, ...
 
 A name is up to four words, separated from its number by ``:``, ``=``, a bracket or blanks. The step is a counter's number
-(``step``, ``iteration``, ``it``, ``batch``...), or the place within an epoch, or the bar's, or a number that opens the line.
+(``step``, ``iteration``, ``it``, ``batch``...), the place within an epoch, the progress bar's number, or a number that opens the
+line.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ _ALONE = "value"  # the name of a number without one
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """How a text's records stand in its lines.
+    """The layout of a text's records in its lines.
 
     Attributes:
         names: the columns that recur.
@@ -192,7 +192,7 @@ def _lines_with(words: Sequence[bytes], piece: bytes) -> Iterator[bytes]:
 
 
 def _opens(name: str, x: float | None, held: LineValues, layout: RecordLayout | None) -> bool:
-    """Whether a number belongs to a new record rather than the held one."""
+    """Whether a number opens a new record instead of belonging to the held one."""
     if name in held:
         return held[name] != x or not is_count(name)
     return bool(held) and is_count(name) and (layout is None or name in layout.leads)

@@ -227,7 +227,7 @@ def _pieces(
 ) -> list[RowLog]:
     if STEP in columns and held is not None:
         told = (row for where, row in held if where == name and columns[LOSS] in row)
-        if not any(columns[STEP] in row for row in told):  # a counter that no loss stands beside
+        if not any(columns[STEP] in row for row in told):  # no loss stands beside the counter
             columns = {signal: column for signal, column in columns.items() if signal != STEP}
     counter = columns.get(STEP, "")
     order = part.backward[counter] <= _UNORDERED_SHARE * part.rows

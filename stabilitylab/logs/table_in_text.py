@@ -60,7 +60,7 @@ def table_in(source: LogFile) -> TableStart | None:
 
 
 class TableSource(LogFile):
-    """A source from a table's header on, with drawn lines replaced by ASCII signs."""
+    """A source from a table's header on, with drawn lines as ASCII signs."""
 
     def __init__(self, source: LogFile, offset: int) -> None:
         super().__init__(source.path, source.name)

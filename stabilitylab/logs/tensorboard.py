@@ -2,11 +2,11 @@
 
 TensorBoard takes a folder for a run. The reader tells files in and under the given folder apart so:
 
-    another folder, another suffix of the name   another run; ``val``, ``eval``, ``test`` in it: one of evaluation, left out
-    a file after the other                       the same run, begun again: steps from its first one on replace the older ones
-    files at the same time, of other tags        writers of one run: laid side by side
+    another folder, another suffix of the name   another run; ``val``, ``eval``, ``test`` in it: an evaluation run, left out
+    one file after another                       the same run, begun again: steps from its first one on replace the older ones
+    files at the same time, of other tags        writers of one run, joined side by side
     files at the same time, of the same tags     two runs
-    ``purge_step`` (a session's START at step s) what was written before of steps from s on is dropped
+    ``purge_step`` (a session's START at step s) drops earlier values of steps from s on
 
 Where several runs have a training loss, the user must name one. Tags of the HParams page are no curves.
 

@@ -1,7 +1,7 @@
 """Numbers of a step that the loop need not hand over: seen at the optimizer's step, at the scaler and at clipping.
 
-    learning_rate   of the parameter group with most elements, as the optimizer's step used it: a scheduler has set the next
-                    one by the time that the step is told to be over
+    learning_rate   of the parameter group with most elements, as the optimizer's step used it: a scheduler sets the next
+                    one before the loop ends the step
     group_rate      by group, once the groups' rates differ
     gradient_norm   before clipping, as torch's clipping works it out, where that is over every gradient of the model
     loss_scale      the factor on the loss in the step's backward passes, of torch's scaler

@@ -328,7 +328,7 @@ class Monitor:
         self._sink_thread.wait()
 
     def close(self) -> None:
-        """Remove every hook, close what is open, write what is left. A second call does nothing."""
+        """Remove every hook, write what is left, close the sinks. A second call does nothing."""
         if self._closed:
             return
         self._closed = True

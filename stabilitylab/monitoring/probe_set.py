@@ -139,7 +139,7 @@ class ProbeSet:
             )
 
     def manifest(self) -> Manifest:
-        """The probes' finds of the step, and their places in the buffer."""
+        """What the probes found in the step, and its places in the buffer."""
         found = [(p, self._context.guarded(p.name, p.collect)()) for p in self._armed]
         buffer = self._context.buffer
         buffer.compact()

@@ -142,7 +142,7 @@ def _path(out: str | os.PathLike[str]) -> Path:
 
 
 def _recording(sink: Sink, keep: int, schedule: Schedule) -> Sink:
-    """The sink behind a recorder: every step is measured, and what is not due by the schedule is held for an alarm."""
+    """The sink behind a recorder: the monitor measures every step, and the recorder holds what is not due for an alarm."""
     from stabilitylab.monitoring.flight_recorder import EVERY_STEP, FlightRecorder
 
     seldom = 1 << 60

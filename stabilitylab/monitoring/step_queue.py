@@ -56,7 +56,7 @@ class Detector(Protocol):
         """Events from this step's values."""
 
     def finish(self) -> Sequence[Event]:
-        """Events for what was still open."""
+        """Events for episodes still open."""
 
     def state_dict(self) -> dict[str, Any]:
         """The detector's memory, as plain JSON."""

@@ -198,7 +198,7 @@ class ActivationProbe(HookingProbe):
 
 
 def operators(inside: Tensor | None, out: Tensor | None) -> Function:
-    """A forward hook for the compiler to trace: it leaves operators for the sites behind."""
+    """A forward hook for the compiler to trace: it leaves operators behind for the sites."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module.training or torch.is_grad_enabled():

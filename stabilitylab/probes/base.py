@@ -45,13 +45,13 @@ class Readings:
 
     keys: tuple[Key, ...]
     values: NDArray[np.float64]
-    # Finds that deserve an event: kind and data.
+    # Findings that deserve an event: kind and data.
     events: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
 @dataclass(kw_only=True)
 class Found:
-    """A probe's finds in a step, still on the device: for each site, the slots that hold its numbers.
+    """A probe's findings in a step, still on the device: for each site, the slots that hold its numbers.
 
     Args:
         sites: their names.

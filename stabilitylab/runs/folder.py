@@ -58,7 +58,7 @@ class RunFolder:
         return run
 
     def claim(self) -> None:
-        """Make the folder and take the right to write into it, until this process ends or ``release`` is called.
+        """Make the folder and take the right to write into it, until this process ends or calls ``release``.
 
         Raises InputError when another process is writing there, as two runs in one folder would mix their histories, or where the
         folder cannot be made.
@@ -103,7 +103,7 @@ class RunFolder:
         return any(f":{lock.st_ino} " in line for line in held.splitlines())
 
     def release(self) -> None:
-        """Give the right to write back."""
+        """Give up the right to write."""
         if self._lock is not None:
             if fcntl is not None:
                 # Closing is not enough while a process started since still holds the same open file.

@@ -37,7 +37,8 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     """Open a run folder for reading.
 
     Raises:
-        InputError: there is no run, or one of its files is damaged. Files that a killed run left half written only bring a warning.
+        InputError: there is no run, or one of its files is damaged. Skips files that a killed run left half written, with a
+            warning.
     """
     return Run(RunFolder.open(path))
 
@@ -224,7 +225,7 @@ class Run:
 
 
 class _Repeats:
-    """Whether any number may be recorded twice for a step, as searching for repeats costs more than reading the rest."""
+    """Cheap signs that a number is recorded twice for a step; searching for repeats costs more than reading the rest."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[int, int]] = []

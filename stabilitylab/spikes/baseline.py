@@ -9,7 +9,7 @@ The baseline learns from ordinary values in blocks of 16, x_1 ... x_16. A block 
 
               an M-estimate (Huber 1964) by stochastic approximation: A = 1 where s is a Gaussian's deviation
     ripple    the same of second differences c |x_t - 2 x_{t-1} + x_{t-2}|, c = 1/sqrt(6)
-    creep     a slow mean of levels, and the lowest that it has been: 8 deviations and 15 % over it a loss has left, or at twice
+    creep     a slow mean of levels, and its lowest so far: a loss has left at 8 deviations and 15 % over that, or at twice
               that level with 5.5 deviations (the slow mean of an AR(1) of .9 ranges over some 4.3 in 20,000 values)
 
 A residual is taken from the level of the block *before*, as when the detector judges a value. So a scale belongs to the very
@@ -176,7 +176,7 @@ class Baseline:
     def creep_limit(self) -> float:
         share = CREEP_SHARE * abs(self.lowest) if self.relative_floor else 0.0
         limit = max(CREEP_SIGMAS * self.sigma, share, self.absolute_floor, 1e-300)
-        # The noise of a loss that climbs grows with it. Twice the lowest level is no noise, where that is less than the level.
+        # The noise of a climbing loss grows with it. Twice the lowest level, where that is below the level, is no noise.
         if self.relative_floor and self.lowest > self.sigma:
             limit = min(limit, max(DOUBLED_SIGMAS * self.sigma, self.lowest))
         return limit
@@ -323,7 +323,7 @@ def _moved(scale: float, values: Sequence[float], gain: float, *, two_sided: boo
 
 
 def total(values: Sequence[float]) -> float:
-    """Added in order, as ``series.c`` does; ``sum`` compensates for rounding from Python 3.12 on."""
+    """The sum, added in order as in ``series.c``; ``sum`` compensates for rounding from Python 3.12 on."""
     result = 0.0
     for x in values:
         result += x

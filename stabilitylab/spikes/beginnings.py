@@ -18,7 +18,7 @@ def at_value(
     recent_steps: Sequence[int],
     inside: int | None,
 ) -> Open:
-    """One value is out; values right before it that stood half as high belong to the excursion.
+    """Begin an excursion at one value out; values right before it that stood half as high belong to it.
 
     Args:
         base: the signal's baseline.
@@ -56,7 +56,7 @@ def at_value(
 
 
 def at_mean(base: Baseline, step: int, values: Sequence[float], steps: Sequence[int]) -> Open:
-    """The mean of ``values`` is out: it began where those behind the mean rose over a third of their largest."""
+    """Begin an excursion at a mean of ``values`` that is out, where they rose over a third of their largest."""
     residuals = [x - base.level for x in values]
     begin = beginning_of(residuals)
     top = max(range(begin, len(residuals)), key=residuals.__getitem__)
@@ -77,7 +77,7 @@ def at_mean(base: Baseline, step: int, values: Sequence[float], steps: Sequence[
 
 
 def at_creep(base: Baseline, step: int, onset: int) -> Open:
-    """The slow mean has crept up from its lowest, which is the level that counts."""
+    """Begin an excursion at a slow mean that has crept up from its lowest, which is the level that counts."""
     height, limit = base.slow - base.lowest, base.creep_limit()
     base.level = base.slow = base.lowest
     return Open(

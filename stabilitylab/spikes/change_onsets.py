@@ -1,7 +1,7 @@
 """Which site left its own baseline, and when: departures around a step.
 
 For each site the module follows the logarithm y of a positive statistic (a norm, a maximum) over the ``WINDOW`` steps before the
-onset. Its baseline is a straight line through the medians of the window's halves, but no lower than the second of them (a falling
+onset. Its baseline is a straight line through the medians of the window's two halves, but no lower than the second one (a falling
 norm that levels off has not left its baseline); its noise is 1.4826 times the median absolute deviation from the line. It is *out*
 where
 
@@ -102,7 +102,7 @@ class ChangeOnset:
     """A site out of its baseline.
 
     Attributes:
-        family, site, statistic, index: what was measured; index is a head or -1.
+        family, site, statistic, index: the measured metric; index is a head or -1.
         step: the first measured step out.
         since: the last measured step before that: it left somewhere between the two.
         until: the last measured step out, of those looked at.
@@ -246,7 +246,7 @@ def _baseline(
 def _median(
     values: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Row medians over what is there; NaN for rows with less than two values."""
+    """Row medians of the values present; NaN for rows with fewer than two."""
     enough = np.isfinite(values).sum(axis=1) >= 2
     median = np.full(len(values), np.nan)
     median[enough] = np.nanmedian(values[enough], axis=1)

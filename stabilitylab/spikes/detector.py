@@ -247,7 +247,7 @@ class SpikeDetector:
                 events.append(self._event(step, name, Transition("onset", now), {}))
 
     def _companion_change(self, step: int, name: str, change: Transition, events: list[Event]) -> None:
-        """Append a change or an end, but only of an excursion whose onset was told."""
+        """Append a change or an end of an excursion, if its onset was told."""
         if name in self._open and change.phase != "onset":
             if change.excursion.kind == "hard-batch":
                 change.excursion.kind = "spike"

@@ -45,7 +45,7 @@ class Scan:
         outlines: signal -> its curve, thinned.
         zeros: losses of exactly 0 that no episode holds.
         first_zero: the first one's step.
-        period: of a wave that the loss goes through, in steps; None where there is none.
+        period: of a wave in the loss, in steps; None where there is none.
         recorded: whether the episodes are those that the run recorded.
     """
 

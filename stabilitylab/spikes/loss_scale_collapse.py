@@ -36,7 +36,7 @@ class ScaleWatch:
     established: float | None = None
     falling_since: int | None = None
     collapsed: bool = False
-    # Of the latest collapse:
+    # About the latest collapse:
     onset: int = 0
     reference: float = 0.0
     lowest: float = 0.0

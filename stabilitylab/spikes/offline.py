@@ -42,7 +42,7 @@ def find_episodes(
     """The episodes of one loss curve.
 
     Args:
-        steps: whole numbers, one a value; None: 0, 1, 2, ...
+        steps: whole numbers, one per value; None: 0, 1, 2, ...
         values: the losses; NaN and infinity are values that were seen.
         signal: the name the episodes carry.
         finish: the log ends here, so the function closes and judges what is open and takes the second look, to both sides; False:

@@ -1,6 +1,6 @@
 """Running levels of many sites at once: each one's own baseline, in one pass over the steps.
 
-Of the logarithm y of a site's positive statistic
+For the logarithm y of a site's positive statistic
 
     level += g (y - level)        d += g (|y - level| - d)        g = 1/8
 

@@ -34,7 +34,7 @@ STATES = ("spike", "divergence")
 END_VALUES = 64
 LEAST_REPEATS = 4
 NEAR = 32
-WAVES = 5  # periods that a wave must have gone through
+WAVES = 5  # least periods of a wave
 BACK_VALUES = 512
 BACK_WIDTH = 16
 

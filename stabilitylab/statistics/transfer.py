@@ -54,7 +54,7 @@ class PacketSlice:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """A probe's finds in a step: for each site, the places of its numbers.
+    """A probe's findings in a step: for each site, the places of its numbers.
 
     Args:
         sites: the sites' names.

@@ -24,10 +24,10 @@ _LONGEST = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alert:
-    """One find.
+    """One finding.
 
     Attributes:
-        id: the same for the same find, whenever the log is read.
+        id: the same for the same finding, whenever the log is read.
         rule: see ``rules``.
         text: one line.
         path: the log.

@@ -1,4 +1,4 @@
-"""Says a watch's finds, each once, and an episode's end only where its beginning was told."""
+"""Says a watch's findings, each once, and an episode's end only where its beginning was told."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Announcer:
         posts: whether one of the hooks is a webhook, which reports delivery.
         told: the latest ones said.
         open: open episodes: segment, run, signal and number -> kind.
-        is_quiet: whether to remember finds without saying them.
+        is_quiet: whether to remember findings without saying them.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""``stabilitylab watch``: follow a growing log, say its finds, tell others, end where the user asked for it."""
+"""``stabilitylab watch``: follow a growing log, say its findings, tell others, end where the user asked for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The terminal's view of a watched log: the curves' last stretch, the finds, how long it has been silent."""
+"""The terminal's view of a watched log: the curves' last stretch, the findings, how long it has been silent."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Reads a growing file in pieces of whole lines, and notices what becomes of it.
 
     grows                               reads only the new bytes
-    another file has its name (rotated) the rest of the old one first, then the new one from its start
+    another file has its name (rotated) reads the rest of the old one first, then the new one from its start
     shorter than what was read,
-    or other bytes where reading ended  cut or written anew: from the start
+    or other bytes where reading ended  cut or written anew: reads from the start
 
 The tail keeps the offset where reading ended, and the last bytes before it (the mark). A file that holds the mark at that place
 counts as the same, so the tail finds it again after a restart, also under another name beside it (``log.1``).
@@ -43,7 +43,7 @@ class Tail:
         return {"offset": self.offset, "mark": self._mark.hex(), "inode": self._inode}
 
     def read(self, *, unfinished: bool = False) -> Iterator[bytes | str]:
-        """The new pieces, which end with a line; "rotated" or "truncated" where the file begins again.
+        """The new pieces, each ending with a line; "rotated" or "truncated" where the file begins again.
 
         Args:
             unfinished: whether to give a last line without its end, too.

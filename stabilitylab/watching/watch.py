@@ -43,7 +43,7 @@ class Watch:
         options: how to watch it.
         memory: keeps what was said, and where the watch stands.
         say, hooks, posts: as ``Announcer`` has them.
-        announcer: says the finds.
+        announcer: says the findings.
         judges: segment -> its judge.
         values: rows taken so far.
         last_value: seconds since 1970, of the latest value; None: there has been none.
@@ -106,7 +106,7 @@ class Watch:
     # -----------------------------------------------------------------------------------------------------------
 
     def look(self, *, last: bool = False) -> bool:
-        """Read what is new and tell its finds; returns whether anything was new.
+        """Read what is new and tell its findings; returns whether anything was new.
 
         Raises:
             InputError: the log cannot be understood, and waiting will not help or (``last``) is over.
