@@ -74,7 +74,7 @@ def prepared(chunk: bytes) -> bytes:
 
 
 def prepared_english(chunk: bytes) -> bytes:
-    """The same for a text in another language."""
+    """The same, put into English."""
     return in_english(prepared(chunk).decode("utf-8", "replace")).encode()
 
 

@@ -143,7 +143,7 @@ _MOST_OFFERED = 8  # with more columns the error lists them and proposes none
 _MOST_ALIKE = 4  # more would be one norm per layer
 _OTHER_LOSSES = frozenset(
     {"xent", "nll", "cross_entropy", "crossentropy", "train_xent", "train_nll"}
-)  # without saying so
+)  # names of losses without the word
 _COUNTERS = frozenset({*_NAMES[STEP], "epoch", "epochs"})
 EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
 _BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel's curve

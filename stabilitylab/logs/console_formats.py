@@ -16,7 +16,7 @@ _MEGATRON_LOSSES = ("lm loss", "lm_loss", "reduced_train_loss")
 
 
 def _megatron(values: LineValues, before: LineValues) -> LineValues:
-    """Megatron prints ``lm loss`` only when it is greater than 0: it leaves out a NaN, and a window of skipped steps."""
+    """Restore a missing ``lm loss`` as NaN: Megatron prints it only above 0, so not a NaN, nor a window of skipped steps."""
     skipped = values.get("number of skipped iterations") or 0.0
     iteration = values.get("iteration")
     window = (iteration or 1.0) - (before.get("iteration") or 0.0)
@@ -40,14 +40,14 @@ def _deepspeed(values: LineValues, before: LineValues) -> LineValues:
 
 
 def _without_placeholder(values: LineValues, before: LineValues) -> LineValues:
-    """Pipeline ranks without a loss print -1."""
+    """Drop the -1 that pipeline ranks without a loss print."""
     if values.get("loss") == -1.0:
         values["loss"] = None
     return values
 
 
 def _thousands(values: LineValues, before: LineValues) -> LineValues:
-    """``1.2kit``."""
+    """Read steps given in thousands (``1.2kit``)."""
     if (thousands := values.pop("thousands", None)) is not None:
         values["step"] = float(round(thousands * 1000))
     return values

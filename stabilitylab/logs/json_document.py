@@ -3,7 +3,7 @@
     {"log_history": [{...}, ...]}                     HuggingFace trainer_state.json (transformers/trainer_callback.py, 5.23)
     {"lm loss": {"start_step", "step_interval", "values"}}    Megatron-LM golden values (tests/functional_tests)
     [[1700000000.1, 10, 2.31], ...]                   one tag's JSON from TensorBoard's page
-    {"metrics": [{"key", "value", "step"}, ...]}      one value a record (MLflow's REST)
+    {"metrics": [{"key", "value", "step"}, ...]}      one value per record (MLflow's REST)
     {"loss": {"train": {"x": [...], "y": [...]}}}     curves (ClearML's get_reported_scalars)
     {"loss": [{"step", "value"}, ...]}, {"loss": [[1, 2.3], ...]}                 points (DVCLive)
     {"loss": [...], "val_loss": [...]}                columns: a Keras History, own scripts

@@ -66,7 +66,7 @@ class Execution:
     def __init__(self, order: Sequence[str]) -> None:
         self.order = tuple(order)
         self._at = {site: i for i, site in enumerate(order)}
-        # A parameter's own module may have no site (a fused projection): then the first site in it, or in what holds it.
+        # A parameter's own module may have no site (a fused projection): then take the first site in it, or in its parent.
         self._first: dict[str, int] = {}
         for i, site in enumerate(order):
             parts = site.removeprefix("attention/").removesuffix(":input").split(".")
@@ -172,7 +172,7 @@ def _table(rows: pd.DataFrame, onset: int) -> pd.DataFrame:
     values = near["value"].to_numpy(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.where(np.isfinite(values), np.log(np.abs(values)), np.inf)
-    logs[logs == -np.inf] = np.nan  # a zero says nothing of how large it might have been
+    logs[logs == -np.inf] = np.nan  # a zero says nothing about the usual size
     keyed = pd.DataFrame(
         {"site": near["site"].astype(str), "index": near["index"], "step": near["step"], "log": logs}
     )

@@ -278,7 +278,7 @@ class Excursions:
         )
 
     def _check(self, now: Open) -> list[Transition]:
-        """At ages 64, 128, 256, ...: is it coming back?"""
+        """Check at ages 64, 128, 256, ... whether it is coming back."""
         latest = median(now.residuals[-FIRST_CHECK // 2 :])
         before, now.at_check = now.at_check, latest
         if now.age == FIRST_CHECK:

@@ -39,8 +39,8 @@ def diagnose_run(run: Run, *, describe_batch: Callable[[int], list[str]] | None 
 
 
 def explicable(events: Iterable[Event]) -> list[Episode]:
-    """The episodes, and, also as episodes, the departures of sites outside them: none within 64 steps before an episode or in
-    it."""
+    """All episodes, and departures that the loss does not show as episodes of their own: none in an episode or within 64 steps
+    before it."""
     events = list(events)
     told = episodes_of(events)
     quiet: list[Episode] = []
@@ -73,7 +73,7 @@ def diagnose(
     Args:
         run: a run folder opened by ``load_run``.
         episode: the episode to explain.
-        describe_batch: step -> the documents and token ranges of its batch, one a line.
+        describe_batch: step -> the documents and token ranges of its batch, one per line.
     """
     onset = episode.onset
     departures = find_departures(run, onset)

@@ -106,7 +106,7 @@ def feed(
     Args:
         detector: left as after the last row.
         steps_N: whole numbers.
-        values: signal -> one number a row.
+        values: signal -> one number per row.
         logged: signal -> whether the row holds it; None: all do.
     """
     events: list[Event] = []

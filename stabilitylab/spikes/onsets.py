@@ -2,7 +2,7 @@
 
 An excursion begins with a value, a mean of four or of a block over its limit; on a fall, where the level lags behind, with a value
 or a mean of four that stands as high above the values right before it. In the first 256 values, where the scales still hold the
-steepest fall, three values in a row begin one that all stand over the four before them, by ``UP_SIGMAS`` of the usual difference of
+steepest fall, three values in a row begin one if all stand over the four before them, by ``UP_SIGMAS`` of the usual difference of
 neighbours. One wild value cannot, whatever the tail, and the scale includes the wander of correlated neighbours over three values.
 """
 

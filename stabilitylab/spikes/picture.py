@@ -25,7 +25,7 @@ COLOURS: Mapping[str, str] = {
 
 
 def draw(scan: Scan, title: str) -> Figure:
-    """One panel a curve, over the steps; episodes as spans through all panels."""
+    """One panel per curve, over the steps; episodes as spans through all panels."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 

@@ -20,7 +20,7 @@ An episode at a spot from which the run has gone back before shows that going ba
 back ``rollback_steps`` further, leaves twice as many batches out and lowers the rate by ``rate_factor`` as well, the third doubles
 that; after ``AT_ONE_SPOT`` decisions the responder leaves the spot to itself and keeps the budget.
 
-A policy of one's own is any object with the methods of ``Policy``: ``glm.train.loop.Trainer(..., responder=mine)``.
+Your own policy is any object with the methods of ``Policy``: ``glm.train.loop.Trainer(..., responder=mine)``.
 
 The detector tells ``dead`` and ``frozen`` losses, but the responder does not answer them. A loss of exactly 0, or one that repeats
 itself, comes from a mask that leaves no target, a log that repeats a value, or updates that are left out: no batch, rate or older
@@ -139,14 +139,14 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Decides about episodes. Write your own to extend it; nothing has to be registered."""
+    """Decides about episodes. To extend it, write your own; nothing has to be registered."""
 
     def decide(self, events: Sequence[Event], step: int) -> Decision:
         """What to do after ``step``, at which the detector noticed ``events``; ``Decision(kind="continue", step=step)`` for
         nothing. Called after every step, on every process with the same events."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON can hold it."""
+        """The state that a resumed run needs, ready for JSON."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
@@ -256,7 +256,7 @@ class Responder:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The state, ready for JSON."""
         return {
             "used": self.used,
             "rung": self.rung,

@@ -7,15 +7,15 @@
 | learning-rate | the rate jumped by half or more within 64 steps before the onset, and no site had left before it did | |
 | | or it had doubled by degrees, past all that the run had borne, and sites left one after another, none by a jump | |
 | overflow | an activation left the format before any other site left, or the loss scale collapsed | the tensor's module |
-| | (what left eightfold in another module, earlier in that same step, is what led to it) | |
-| batch | sites left in the step of the loss, many gradients among them, and came back; or a hard batch left none; or what the | |
-| | model is given, the input of its first layer, left first or was not finite; or nothing left, and half of the | |
+| | (a site of another module that left eightfold earlier in the same step led to it) | |
+| batch | sites left in the step of the loss, many gradients among them, and came back; or a hard batch left none; or the | |
+| | model's input, that of its first layer, left first or was not finite; or nothing left, and half of the | |
 | | rise was there in one step: other data through the same state | |
 | attention | attention scores of few heads are the first in the order of execution | module, and head |
-| | scores of most heads left, behind the projection that they are made of | the projection |
+| | scores of most heads left, behind the projection that feeds them | the projection |
 | activation | activations of few sites are | module |
 | gradient | a gradient is, with nothing in the forward pass before it | parameter or module |
-| unknown | nothing that was measured left its baseline | |
+| unknown | nothing measured left its baseline | |
 
 Recorded changes of optimizer or weights from outside are certain, so they come first; the rules on departures follow the order in
 which a step computes. Of the sites that share the earliest step (or may, being measured seldom), the suspect is the first in the
