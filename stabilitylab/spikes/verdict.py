@@ -5,12 +5,12 @@
   known to throw no single values out. In a smoothed log (an exponential mean of factor a, ``smoothing.py``) it decays by a per
   value instead, and a is the correlation of neighbours. One such decay in correlated noise may also be a spike; after
   ``SMOOTHED_SEEN`` of them, one that decays so, within the noise of single steps, stays a hard batch.
-- *divergence* once, 128 values in, the latest residuals (their median) are still at least half of what the first 64
-  were: how high the peak was does not matter. It stays open while it moves or is wilder than the run was before; one
-  that comes back within 512 values was a spike after all.
-- cut short by the log's end or the run going back: a divergence if three or more values were out and the last quarter
-  stands at half of the highest third (of fewer than nine values, of them all), else a spike; one or two values that
-  are less than half the level high are taken for a hard batch, as they nearly always are.
+- *divergence* once, 128 values in, the latest residuals (their median) are still at least half of what the first 64 were: the
+  peak's height does not matter. It stays open while it moves or is wilder than the run was before; one that comes back within 512
+  values was a spike after all.
+- cut short by the log's end or the run going back: a divergence if three or more values were out and the last quarter stands at
+  half of the highest third (of fewer than nine values, of them all), else a spike; one or two values less than half the level high
+  count as a hard batch, which they nearly always are.
 """
 
 from __future__ import annotations
