@@ -1,5 +1,5 @@
-"""Speeds, one file a figure: ``python -m experiments.benchmarks NAME [--json]``.
+"""Benchmarks, one file per figure: ``python -m experiments.benchmarks NAME [--json]``.
 
-A figure is a ratio beside a peer, measured in one run with the two interleaved, the median of several. Each module has
-``main(arguments) -> int``, prints a table, and with ``--json`` one object instead.
+A figure is a ratio to a peer, the median of several, measured in one run with the two interleaved. Each module has
+``main(arguments) -> int``, which prints a table, or with ``--json`` one object.
 """

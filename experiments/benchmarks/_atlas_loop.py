@@ -1,4 +1,4 @@
-"""The small GPT of the planted causes as a loop that can be forked, with a recipe in it."""
+"""The small GPT of the planted causes as a loop to fork, with a recipe in it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class AtlasLoop:
-    """Ten lines of training, at whose update ``planted`` the recipe is done.
+    """Ten lines of training that apply the recipe at update ``planted``.
 
-    What is planted belongs to the update that is made, a spoiled batch to its index: a fork that leaves the batch out is rid of it,
-    and one that leaves another batch out is not rid of anything else.
+    A plant belongs to its update, a spoiled batch to its index: a fork without the batch is rid of it, and a fork without another
+    batch is rid of nothing else.
     """
 
     def __init__(self, recipe: Recipe | None, seed: int, planted: int, *, layers: int = LAYERS) -> None:
@@ -41,7 +41,7 @@ class AtlasLoop:
             parts=GPT.parts,
         )
         self.step = 0
-        # What was measured of the weights on the way, by step.
+        # Measures of the weights on the way, by step.
         self.measures: dict[int, dict[str, float]] = {}
         if of.install is not None:
             of.install(self.subject)
@@ -107,7 +107,7 @@ class AtlasLoop:
 
 @torch.no_grad()
 def age(optimizer: torch.optim.Optimizer, updates: float = 1e6) -> None:
-    """Moments free of their bias, and a count of updates at which none is left: as of a long run that has been like this."""
+    """Correct the moments' bias, and set a count of updates at which none is left, as after a long run like this."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
@@ -118,5 +118,5 @@ def age(optimizer: torch.optim.Optimizer, updates: float = 1e6) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def chain(seed: int, index: int) -> Tensor:
-    """[ROWS, LENGTH + 1] of the healthy chain; not to be written to."""
+    """[ROWS, LENGTH + 1] of the healthy chain; read only."""
     return tokens(seed, index)

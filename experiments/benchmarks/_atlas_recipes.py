@@ -1,8 +1,8 @@
-"""Recipes of spikes: what is done to a small GPT in training, where, how strongly, and which cause that is.
+"""Recipes of spikes: what they do to a small GPT in training, where, how strongly, and which cause that is.
 
-A recipe does one thing at one step to a run that is healthy without it (or, of the emergent ones, trains with settings that no run
-bears for long). The cause is a word of the table in ``stabilitylab/spikes/suspects.py``; emergent recipes have a nominal one, which
-forks may contradict.
+A recipe does one thing at one step to a run that is healthy without it (emergent recipes train with settings that no run bears for
+long). The cause is a word of the table in ``stabilitylab/spikes/suspects.py``; emergent recipes have a nominal one, which forks may
+contradict.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Recipe:
 
     @property
     def passes(self) -> bool:
-        """Whether what is done is over after its step, and what follows is the run's own."""
+        """Whether the plant is over after its step, so that the rest is the run's own."""
         return self.planted and not self.lasts and self.shift is None and self.rate == 1.0
 
     @property
     def held_out(self) -> bool:
-        """Half of the recipes, by name: nothing is tuned on them."""
+        """Half of the recipes, by name: we tune nothing on them."""
         return zlib.crc32(self.name.encode()) % 2 == 1
 
 
@@ -132,7 +132,7 @@ def _gradient(site: str, factor: float) -> Doing:
 
 
 def _backward(site: str, factor: float) -> Doing:
-    """What flows back into a module's output, once."""
+    """Scale the gradient of a module's output, once."""
 
     def install(s: Subject) -> None:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -145,7 +145,7 @@ def _backward(site: str, factor: float) -> Doing:
 
 
 def _scale(site: str, factor: float) -> Doing:
-    """A linear layer at another scale, which a power of two undoes behind it: nothing changes but in a narrow format."""
+    """A linear layer at another scale, which a power of two undoes after it: it changes only narrow formats."""
 
     def install(s: Subject) -> None:
         layer = s.model.get_submodule(site)
@@ -182,7 +182,7 @@ def _backwards(batch: Tensor) -> Tensor:
 
 _NAMES = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(11))
 
-# What a batch is spoiled to.
+# Ways to spoil a batch.
 _SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
     "random": _random,
     "one token": _constant,
@@ -204,7 +204,7 @@ _SHIFTED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def recipes() -> list[Recipe]:
-    """All, in the order of their families."""
+    """All recipes, in the order of their families."""
     return list(_all())
 
 
@@ -241,7 +241,7 @@ def _all() -> Iterator[Recipe]:
     for climb, clip in itertools.product((1.15, 1.2), (0.0, 1.0)):
         name = f"by {climb:g}, clip {clip:g}"
         yield _recipe("climbing rate", "learning-rate", "", name, climb=climb, clip=clip, planted=False)
-    # The same climb is too much at the usual beta2 and format as well: the rate is what is at fault.
+    # The same climb is too much at the usual beta2 and format too: the rate is at fault.
     for beta2 in (0.999, 0.9999):
         yield _recipe(
             "large beta2", "learning-rate", "", f"{beta2:g}", beta2=beta2, climb=1.15, clip=0.0, planted=False
@@ -272,7 +272,7 @@ def _of_block(block: str) -> Iterator[Recipe]:
         yield _recipe("overflow", "overflow", path, "", install=_overflow(path))
     for site in ("up", "down", "attn.value"):
         path = f"{block}.{site}"
-        # Sums of some tens leave fp16 at 65504.
+        # Sums of some tens of numbers leave fp16, beyond 65504.
         yield _recipe(
             "fp16 scale",
             "overflow",
@@ -303,8 +303,8 @@ def _of_block(block: str) -> Iterator[Recipe]:
         lasts=True,
         causes=("activation",),
     )
-    # A long memory of the second moments, in a run as old as it: one gradient moves weights for tens of updates. A short memory
-    # takes it in.
+    # Second moments with a long memory, in a run as old as that memory: one gradient moves weights for tens of updates. A short
+    # memory adapts to it.
     for site, beta2 in itertools.product(("up", "down", "attn.value"), (0.999, 0.9999)):
         path = f"{block}.{site}"
         own: dict[str, Any] = {"beta2": beta2, "aged": True, "clip": 0.0}

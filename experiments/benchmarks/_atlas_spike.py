@@ -1,13 +1,13 @@
-"""One run of the atlas: trained, watched, judged by detector, forensics and forks.
+"""Trains and watches one run of the atlas; detector, forensics and forks judge it.
 
-A run is the healthy run of its seed up to ``SEEN`` steps before the planted one: that is trained once for all recipes, with the
-states that they begin from, and goes on without a plant: the *twin*. What a run's loss has over the twin's at the same step and
-batch is its *excess*: there is a spike where that reaches ``MADE`` nats, whoever notices. By construction it is
+A run is the healthy run of its seed up to ``SEEN`` steps before the planted one. The healthy run trains once for all recipes, keeps
+the states from which they begin, and goes on without a plant: the *twin*. A run's *excess* is its loss less the twin's at the same
+step and batch: there is a spike where it reaches ``MADE`` nats, whoever notices. By construction it is
 
     hard-batch   one batch is spoiled, and two steps later three quarters of the excess are gone
-    spike        what is done is done once, and at the end of the run (``TAIL`` steps on) three quarters are gone
-    divergence   half of it and more is there at the end
-    non-finite   the loss is no number
+    spike        the plant acts once, and at the end of the run (``TAIL`` steps on) three quarters are gone
+    divergence   half of it or more is there at the end
+    non-finite   the loss is not finite
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from stabilitylab.runs import Run, load_run
 from stabilitylab.spikes import Episode, SpikeDetector, episodes_of
 from stabilitylab.telemetry import LOSS, Event
 
-# Steps that a monitor sees before the planted one and after it; the run's end; steps of the twin at which plants are.
+# Steps that a monitor sees before the planted one and after it; the run's end; the twin's steps with plants.
 SEEN, AFTER, TAIL, PLACES = 26, 16, 44, (80, 84, 88, 92)
-# Forks: begin so many steps before the onset, keep states from twice as far, watch for so many.
+# Forks begin so many steps before the onset, keep states from twice as far, and watch for so many.
 BEFORE, KEPT, WATCHED, LATE = 6, 14, 10, 10
 MADE, AROUND = 0.4, 24
-# Emergent recipes: watched up to there.
+# Watch emergent recipes up to there.
 LAST = 96
-# Harm is measured so many steps after the planted one.
+# Measure harm so many steps after the planted one.
 HORIZONS = (10, 40)
 _FOUR_BITS = scaled_format("nvfp4")
 _NEAR = (
@@ -59,7 +59,7 @@ _NEAR = (
 
 @dataclass(frozen=True)
 class Twin:
-    """The healthy run of a seed: losses by step, states at the places from which runs begin, measures after the plants."""
+    """The healthy run of a seed: losses by step, states from which runs begin, measures after the plants."""
 
     losses: list[float]
     states: dict[int, LoopState]
@@ -68,7 +68,7 @@ class Twin:
 
 @functools.lru_cache(maxsize=48)
 def twin(seed: int, beta2: float, aged: bool, clip: float, precision: str) -> Twin:
-    """Train it."""
+    """Train the twin."""
     recipe = Recipe(
         name="", family="", cause="", beta2=beta2, aged=aged, clip=clip, precision=precision, planted=False
     )
@@ -89,7 +89,8 @@ def twin(seed: int, beta2: float, aged: bool, clip: float, precision: str) -> Tw
 def spike(recipe: Recipe, number: int, seed: int, telemetry: Path, *, forks: bool = True) -> dict[str, Any]:
     """Train, find the episode, explain it, prove it. ``telemetry`` takes the Parquet around it.
 
-    Returns a row of the atlas; ``onset`` None: the recipe made none. Without ``forks`` nothing is proven: ``attribute`` is None.
+    Returns a row of the atlas; ``onset`` None: the recipe made no spike. Without ``forks`` there is no proof: ``attribute`` is
+    None.
     """
     began = time.process_time()
     planted = PLACES[(seed + number) % len(PLACES)] if recipe.planted else 10**9
@@ -125,7 +126,7 @@ def spike(recipe: Recipe, number: int, seed: int, telemetry: Path, *, forks: boo
         online = _episode(episodes_of(run.events), first, recipe.planted)
         if one is None and healthy is None:
             return row
-        # What the detector does not notice is there all the same.
+        # A spike that the detector misses is there all the same.
         onset = (
             one.onset if one is not None else planted + next(i for i, v in enumerate(excess) if v >= MADE / 2)
         )
@@ -177,7 +178,7 @@ def spike(recipe: Recipe, number: int, seed: int, telemetry: Path, *, forks: boo
 
 
 def kind_of(recipe: Recipe, excess: list[float]) -> str | None:
-    """What the spike is by construction; None: there is none, "" where it is none of the kinds."""
+    """The spike's kind by construction; None: there is no spike; "": none of the kinds."""
     if any(not math.isfinite(v) for v in excess):
         return "non-finite"
     most = max(excess[: LATE + 2])
@@ -191,7 +192,7 @@ def kind_of(recipe: Recipe, excess: list[float]) -> str | None:
 
 @torch.no_grad()
 def measure(loop: AtlasLoop) -> dict[str, float]:
-    """At the present weights, over batches that are never trained on: loss, what NVFP4 weights add to it, outliers.
+    """Measure at the present weights, over batches outside training: loss, what NVFP4 weights add to it, outliers.
 
     ``outliers`` is the largest ratio of a channel's maximum to the RMS of a block's output.
     """
@@ -217,7 +218,7 @@ def measure(loop: AtlasLoop) -> dict[str, float]:
 
 
 def _harm(loop: AtlasLoop, healthy: Twin, planted: int, losses: list[float]) -> dict[str, float]:
-    """Measures of the run less those of its twin, at equal steps; the run's were taken as it passed."""
+    """Measures of the run less those of its twin, at equal steps; the run took its own in passing."""
     found = dict[str, float]()
     for horizon in HORIZONS:
         mine, theirs = loop.measures.get(planted + horizon), healthy.measures[planted + horizon]
@@ -257,7 +258,7 @@ def _emergent(loop: AtlasLoop, folder: Path) -> tuple[list[float], dict[int, Loo
 
 
 def _monitor(loop: AtlasLoop, folder: Path, losses: list[float]) -> Monitor:
-    """A monitor that has seen the loss from the beginning on: what is left out before it is the measuring of layers."""
+    """A monitor that has the loss from the beginning on; it measures no layers of the earlier steps."""
     detector = SpikeDetector()
     for step, loss in enumerate(losses):
         detector.update(step, {LOSS: loss})
@@ -278,14 +279,14 @@ def _excess(losses: list[float], healthy: Twin, planted: int) -> list[float]:
 
 
 def _episodes(losses: list[float]) -> list[Episode]:
-    """What the detector makes of the whole loss, value by value."""
+    """The detector's episodes of the whole loss, value by value."""
     detector = SpikeDetector()
     events = [event for step, loss in enumerate(losses) for event in detector.update(step, {LOSS: loss})]
     return episodes_of([*events, *detector.finish()])
 
 
 def _told(run: Run, first: int, online: Episode | None) -> Event | None:
-    """What the run says of its episode; where it told none, of what left its level without the loss."""
+    """The run's event of its episode; where it told none, that of signals that left their level without the loss."""
     said = [event for event in run.events if event.kind == "diagnosis"]
     if online is not None:
         return next((event for event in said if event.step == online.onset), None)

@@ -1,10 +1,10 @@
-"""One build's training steps, on request: run by its path, with ``PYTHONPATH`` at the build's tree (``_training_builds``).
+"""Makes one build's training steps on request; run it by its path, with ``PYTHONPATH`` at the build's tree (``_training_builds``).
 
     python _build_worker.py DATA NATIVE WORDS...        WORDS: of ``glm train``, a preset first
 
-A line of input is a number of steps; the answer is a line of JSON with the processor seconds of each, and the last loss. Batches
-are built before. NATIVE 0: as if this processor had no units for half formats. It uses only what both builds have, under the name
-that each has for it.
+A line of input is a number of steps; the answer is a line of JSON with the processor seconds of each, and the last loss. The worker
+builds batches before. NATIVE 0: as if this processor had no units for half formats. It uses only what both builds have, under each
+build's own name.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A ``glm train`` of several processes under torchrun, as it is seen from outside: its processes, what it says, its folder.
+"""A ``glm train`` of several processes under torchrun, seen from outside: its processes, its output, its folder.
 
     with Launched(data, out, settings) as run:
         run.launch()
         run.wait_for(7)          # rank 0 said that 7 updates are made
         os.kill(run.ranks()[1], signal.SIGKILL)
 
-Linux only: processes are found and told apart in /proc.
+Linux only: it finds processes and tells them apart in /proc.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Shape:
     Attributes:
         tensor, pipeline, data: the axes.
         steps: updates of the whole run.
-        timeout: seconds after which a rank that does not answer is given up.
+        timeout: how many seconds to wait for a rank that does not answer.
     """
 
     tensor: int = 2
@@ -52,7 +52,7 @@ class Shape:
         return self.tensor * self.pipeline * self.data
 
     def flags(self) -> list[str]:
-        """Of ``glm train``."""
+        """Flags of ``glm train``."""
         named = {
             "steps": self.steps,
             "precision": "fp16",
@@ -75,32 +75,32 @@ class Shape:
 
 @dataclass(frozen=True)
 class Line:
-    """What was said, and when."""
+    """A line of output, and its time."""
 
     moment: float
     text: str
 
     @property
     def step(self) -> int | None:
-        """Updates made, where it says so."""
+        """The updates made, where it tells them."""
         found = _STEP.match(self.text)
         return int(found[1]) if found else None
 
     @property
     def back_to(self) -> int | None:
-        """The step of the checkpoint from which the run goes on, where it says so."""
+        """The step of the checkpoint from which the run goes on, where it tells that."""
         found = _BACK.match(self.text)
         return int(found[1]) if found else None
 
 
 class Launched:
-    """A run that can be launched, again and again.
+    """A run to launch again and again.
 
     Args:
         data: made by ``glm shards``.
         out: run folder.
         shape: model and world.
-        restarts: that torchrun may make.
+        restarts: how many torchrun may make.
     """
 
     def __init__(self, data: Path, out: Path, shape: Shape, *, restarts: int = 0) -> None:
@@ -129,7 +129,7 @@ class Launched:
         torchrun = ["experiments.benchmarks._torchrun", "--standalone"]
         torchrun += ["--nproc-per-node", str(self.shape.ranks)]
         torchrun += ["--max-restarts", str(self.restarts), "--monitor-interval", "0.2"]
-        # A stopped process does not hear SIGTERM: torchrun waits so long before it kills; that of torch 2.9 half a minute, always.
+        # A stopped process does not hear SIGTERM: torchrun waits so long before it kills; torch 2.9's always half a minute.
         if "--shutdown-timeout" in get_args_parser().format_help():
             torchrun += ["--shutdown-timeout", "5"]
         torchrun += ["-m", "experiments.benchmarks._told_training"]
@@ -157,7 +157,7 @@ class Launched:
         return code
 
     def kill_everything(self) -> None:
-        """The launcher and all ranks, at once."""
+        """Kill the launcher and all ranks at once."""
         ranks = self.ranks()
         for number in (self.launcher.pid, *ranks):
             with contextlib.suppress(ProcessLookupError):
@@ -187,13 +187,13 @@ class Launched:
         return next(reversed(checkpoints.list_checkpoints(self.out / "checkpoints")), None)
 
     def last_step(self) -> int:
-        """The last step that was told of."""
+        """The last step in the output."""
         return next((line.step for line in reversed(self.lines) if line.step is not None), 0)
 
     def wait_for(
         self, wanted: Callable[[Line], bool], *, since: int = 0, seconds: float = 240
     ) -> tuple[int, Line]:
-        """The first line from number ``since`` on that is wanted, and its number. Raises RuntimeError if it does not come."""
+        """The first wanted line from number ``since`` on, and its number. Raises RuntimeError if it does not come."""
         until = time.monotonic() + seconds
         with self._said:
             while True:
@@ -207,11 +207,11 @@ class Launched:
         raise RuntimeError(f"what was waited for was not said: {self.text()[-3000:]}")
 
     def text(self) -> str:
-        """All that was said."""
+        """All output."""
         return "\n".join(line.text for line in self.lines)
 
     def wait_gone(self, numbers: list[int], seconds: float = 120) -> None:
-        """Until none of these processes runs. Raises RuntimeError if one does not end."""
+        """Wait until none of these processes runs. Raises RuntimeError if one does not end."""
         until = time.monotonic() + seconds
         while any(_runs(number) for number in numbers):
             if time.monotonic() > until:

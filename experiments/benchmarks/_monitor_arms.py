@@ -1,8 +1,8 @@
-"""One arm of the benchmark of monitors: a small GPT in training in a process of its own, perhaps watched.
+"""One arm of the benchmark of monitors: a small GPT that trains in its own process, perhaps watched.
 
-A process an arm: some monitors change torch for everybody in theirs, and what a monitor puts off to a thread is charged to its own
-arm alone. The parent says when to take a turn of some steps; the answer is the wall time of the steps, and the processor time of
-the whole process until its monitor has nothing left to do.
+Each arm has a process: some monitors change torch for their whole process, and an arm must pay for its own monitor's threads alone.
+The parent says when to take a turn of some steps; the answer is the wall time of the steps, and the processor time of the whole
+process until its monitor has nothing left to do.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class Spec:
 
     Args:
         name: of the arm: ``bare`` (twice), one of ours, or a peer's.
-        every: measure each n-th step.
-        modules: whether activations are measured too, or gradients alone.
+        every: measure every n-th step.
+        modules: whether to measure activations too, or gradients alone.
         shape: layers, width, heads.
         rows: of a batch.
         folder: the arm's own.
@@ -117,12 +117,12 @@ OURS = {"ours": False, "ours, with TensorBoard": True}
 
 
 def installed() -> list[str]:
-    """The peers that can be imported."""
+    """The importable peers."""
     return [name for name, package in PACKAGES.items() if importlib.util.find_spec(package)]
 
 
 def work(connection: Connection, spec: Spec) -> None:
-    """The arm's process: takes turns until told 0 steps, then closes and answers with what is left to tell."""
+    """The arm's process: takes turns until the parent asks for 0 steps, then closes and answers with the rest."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with quiet():

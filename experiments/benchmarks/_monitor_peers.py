@@ -1,7 +1,7 @@
-"""Other monitors on the benchmark's model, each through its own public interface, writing into a folder of its own.
+"""Other monitors on the benchmark's model, each through its public interface, each writing into its own folder.
 
-Matched to ours as far as each tool goes: statistics of every parameter's gradient, and on top of that statistics of the activations
-of every linear and norm layer. What a tool records differs (``RECORDS``); none of them records all of ours.
+They match ours as far as each tool can: statistics of every parameter's gradient, and also of the activations of every linear and
+norm layer. The tools record different things (``RECORDS``); none records all of ours.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Peer:
         """The optimizer has stepped."""
 
     def settle(self) -> None:
-        """Wait until what was put off to threads is done."""
+        """Wait until the tool's threads are done."""
 
     def close(self) -> None:
         """The run is over."""
@@ -96,7 +96,7 @@ class MsprobePeer(Peer):
 
 
 class WandbPeer(Peer):
-    """wandb.watch, offline; ``log`` as it takes it."""
+    """wandb.watch, offline; ``log`` is its argument."""
 
     def __init__(self, *args: Any, log: str = "all") -> None:
         super().__init__(*args)
@@ -163,7 +163,7 @@ class InspectPeer(Peer):
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Without the tools' messages."""
+    """Silence the tools' messages."""
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
-"""The proxy as its model would be written by hand: torch.nn modules, fused attention and AdamW, no instrument.
+"""The proxy's model as written by hand: torch.nn modules, fused attention and AdamW, no instrument.
 
-GLM's shape (DeepNorm, RoPE, GeGLU, tied embedding) and its masks, over the same rows as ``glm train``; all positions are projected,
+GLM's shape (DeepNorm, RoPE, GeGLU, tied embedding) and its masks, over the same rows as ``glm train``; it projects all positions,
 as ``F.cross_entropy`` wants them.
 """
 

@@ -1,7 +1,7 @@
-"""Runs with one thing done to them at a known step, for the benchmark of forensics.
+"""Runs with one plant at a known step, for the benchmark of forensics.
 
-A *plant* is given a ``Subject`` (weights by name, optimizer, the paths of parts that both architectures have) at its step, or holds
-a hook that acts from then on, or spoils the batch. Two ways to train:
+A *plant* gets a ``Subject`` (weights by name, optimizer, the paths of parts that both architectures have) at its step, or has a
+hook that acts from then on, or spoils the batch. Two ways to train:
 
     plain, mixture, encoder-decoder   the models of ``_planted_models.py``, AdamW, clipping, ``Monitor`` in a loop of ten lines
     glm                               GLM's own block (DeepNorm, GeGLU, fused projections, tied embedding) in ``glm train``'s loop
@@ -45,14 +45,14 @@ ROWS = 8
 
 @dataclass(kw_only=True)
 class Subject:
-    """What a plant can touch.
+    """What a plant may touch.
 
     Attributes:
         model: the module in training.
         weights: by name, those that the optimizer updates.
         optimizer: torch's, or GLM's, which is one.
         parts: role -> path, of block 1: attention_norm, query, value, output, up, down; and embedding, head.
-        is_on: whether the planted step has come; ``once``: whether it is now.
+        is_on: whether the planted step has come; ``once``: whether this is it.
     """
 
     model: nn.Module
@@ -68,7 +68,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Plant:
-    """A cause. ``act`` is called before the planted step, ``install`` when the model stands, ``spoil`` makes its batch."""
+    """A cause. The loop calls ``act`` before the planted step and ``install`` once the model exists; ``spoil`` makes its batch."""
 
     cause: str
     site: str = ""  # a role
@@ -127,7 +127,7 @@ def _decay(s: Subject) -> None:
 
 
 def _output(role: str, factor: float, *, once: bool = False) -> Callable[[Subject], object]:
-    """A layer whose output is multiplied: a fault of what computes, with every weight as it was."""
+    """Multiply a layer's output: a fault of the computation, with every weight as it was."""
 
     def install(s: Subject) -> None:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _output(role: str, factor: float, *, once: bool = False) -> Callable[[Subjec
 
 
 def _overflow(s: Subject) -> None:
-    """The up-projection in fp16, of inputs that are too large for it."""
+    """The up-projection in fp16, with inputs too large for it."""
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return (output * 1e5 / output.abs().max()).half().float() if s.once else output
@@ -310,7 +310,7 @@ class _Act(Callback):
 
 
 class _Loader:
-    """The chain as a loader: what the trainer asks of one."""
+    """The chain as the trainer's loader."""
 
     def __init__(self, config: TrainConfig, plant: Plant | None) -> None:
         self._config, self._plant = config, plant

@@ -1,11 +1,11 @@
-"""Models for the benchmark of forensics: what other people's code looks like.
+"""Models for the benchmark of forensics, in the manner of other people's code.
 
     GPT              pre-norm, LayerNorm, GELU, separate projections
     Mixture          RMSNorm, SwiGLU, grouped queries, four experts of which a router takes two, blocks in a ModuleList of experts
     EncoderDecoder   an encoder that sees both ways, a decoder with cross-attention, one table for both
 
-``mean_loss`` of tokens [B, T + 1] is what is trained; all are registered in an order that is not the one of execution. ``parts``
-names, for each, where the roles that plants act on lie: in the second block (the decoder's, the first expert's).
+They train on ``mean_loss`` of tokens [B, T + 1]; all register modules in another order than that of execution. ``parts`` names for
+each the modules of the roles on which plants act: in the second block (the decoder's, the first expert's).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH = 64, 32, 4, 4, 32
 
 
 class Attention(nn.Module):
-    """Of x to ``context``, by default itself; with fewer key heads than query heads where asked."""
+    """From x to ``context``, by default itself; may have fewer key heads than query heads."""
 
     def __init__(self, *, key_heads: int = HEADS, bias: bool = True, causal: bool = True) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Mixture(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """The first half of a row is read, the second written."""
+    """Reads the first half of a row, and writes the second."""
 
     parts: ClassVar[Mapping[str, str]] = {
         **{role: f"decoder.1.cross.{role}" for role in ("query", "value", "output")},
@@ -179,7 +179,7 @@ MODELS: Mapping[str, type[GPT | Mixture | EncoderDecoder]] = {
 
 
 def mean_loss(model: nn.Module, tokens_BT: Tensor) -> Tensor:
-    """Of the next tokens of a row [B, T + 1]; of an encoder-decoder, of those of its second half."""
+    """Mean loss of the next tokens of a row [B, T + 1]; for an encoder-decoder of those in its second half."""
     half = tokens_BT.shape[1] // 2 if isinstance(model, EncoderDecoder) else 0
     read, written = tokens_BT[:, :half], tokens_BT[:, half:]
     logits = model(read, written[:, :-1]) if half else model(written[:, :-1])

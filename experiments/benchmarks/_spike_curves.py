@@ -1,7 +1,7 @@
 """Curves with known events: real logs from a folder, and synthetic ones.
 
 A folder holds CSV logs (step, loss) and ``events.csv``: ``file,kind,first_step,last_step,height``, where a file with kind
-``healthy`` has none. Events are given here by the index of the value, so that a step which occurs twice is no trouble.
+``healthy`` has none. Here an index of the value gives an event's place, so that a step that occurs twice is no trouble.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def real_curves(folder: Path) -> list[Curve]:
     """The logs that ``events.csv`` in ``folder`` names.
 
     Raises:
-        InputError: there is no such table, it lacks a column, or a log it names is not there or has no loss.
+        InputError: there is no such table, it lacks a column, or a log that it names is missing or has no loss.
     """
     table = folder / "events.csv"
     if not table.is_file():
@@ -82,7 +82,7 @@ def real_curves(folder: Path) -> list[Curve]:
 
 
 def synthetic_curves(seeds: int, length: int = 4000) -> Iterator[Curve]:
-    """One curve of each family for each seed. Trend, noise, positions and heights are drawn anew for each."""
+    """One curve of each family for each seed, each with its own draw of trend, noise, positions and heights."""
     for seed in range(seeds):
         for number, family in enumerate(_FAMILIES):
             yield _FAMILIES[family](family, np.random.default_rng([seed, number]), length)
@@ -109,7 +109,7 @@ def _height(rng: np.random.Generator, sigma: float) -> float:
 
 
 def _bump(losses: NDArray[np.float64], at: int, height: float, decay: float, sigma: float) -> Labelled:
-    """Add a jump that decays; the event lasts as long as it stands 3 sigma high."""
+    """Add a jump that decays; the event lasts as long as it is 3 sigma high."""
     losses[at:] += height * np.exp(-np.arange(len(losses) - at) / decay)
     lasting = int(decay * math.log(height / (3 * sigma)))
     return Labelled(kind="spike", first=at, last=min(len(losses) - 1, at + max(2, lasting)))

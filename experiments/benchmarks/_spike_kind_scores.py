@@ -1,9 +1,9 @@
-"""The kinds of ``_spike_kinds.py`` scored: recall, false alarms, delay, and which kind was called which.
+"""Scores the kinds of ``_spike_kinds.py``: recall, false alarms, delay, and which kind was called which.
 
 An *event of the state* (spike, divergence, non-finite, dead, frozen) is found where an alarm falls between 5 values before its
-first and 5 after its last. An alarm outside of every event is *false*, wherever it is; per 10,000 values. A hard batch is called a
-spike where an alarm lies within 2 values of it. For the finished log (``find_episodes``) an alarm is the onset of an episode that
-is no hard batch, and an event's *kind* that of the gravest episode that overlaps it.
+first and 5 after its last. An alarm outside every event is *false*, wherever it is; per 10,000 values. A hard batch is called a
+spike where an alarm lies within 2 values of it. For the finished log (``find_episodes``) an alarm is the onset of an episode other
+than a hard batch, and an event's *kind* is that of the gravest episode that overlaps it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class KindScore:
 def kind_scores(
     curves: Iterable[Curve], detectors: Mapping[str, Callable[[Curve], Alarms]]
 ) -> tuple[dict[str, dict[str, KindScore]], dict[str, Counter[tuple[str, str]]]]:
-    """Scores by detector and family, the finished log's among them; and its confusion of kinds by family."""
+    """Scores by detector and family, with the finished log's; and its confusion of kinds by family."""
     scores: dict[str, dict[str, KindScore]] = {"finished log": {}, **{name: {} for name in detectors}}
     confusion: dict[str, Counter[tuple[str, str]]] = {}
     for curve in curves:

@@ -1,9 +1,9 @@
-"""Curves of every kind that a detector was once seen to fail at, each drawn anew for a seed.
+"""Curves of every kind at which a detector once failed, each with its own draw for a seed.
 
-A family is a function of a generator; lengths, noise (1 to 30 % of the level, log-uniform), its colour (white, AR(1) of .5 and .9,
-Student's t with 3 or 4 degrees of freedom) and all positions and heights are drawn. Heights are counted in standard deviations of
-the noise, so an event is one that the noise allows to be seen: 10 to 40 of them for a spike, 8 to 40 for what lasts. Indices, not
-steps, say where an event is.
+A family is a function of a generator, which draws lengths, noise (1 to 30 % of the level, log-uniform), its colour (white, AR(1) of
+.5 and .9, Student's t with 3 or 4 degrees of freedom) and all positions and heights. Heights count standard deviations of the
+noise, so the noise lets every event show: 10 to 40 of them for a spike, 8 to 40 for a lasting event. Indices, not steps, say where
+an event is.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _curve(
 
 
 def _raise(losses: Vector, at: int, shape: Vector, sigma: float) -> Labelled:
-    """Add ``shape`` from ``at`` on; the event lasts while it stands 3 sigma high."""
+    """Add ``shape`` from ``at`` on; the event lasts while it is 3 sigma high."""
     end = min(len(losses), at + len(shape))
     losses[at:end] += shape[: end - at]
     out = np.flatnonzero(shape[: end - at] > 3 * sigma)
@@ -180,7 +180,7 @@ def mostly_out(rng: np.random.Generator, seed: int) -> Curve:
 
 
 def slow_rise(rng: np.random.Generator, seed: int) -> Curve:
-    """A fast fall, then a slow rise of a fifth or more that does not end."""
+    """A fast fall, then an endless slow rise of a fifth or more."""
     n = int(rng.integers(90, 600))
     low = rng.uniform(2, 5)
     fast = int(rng.integers(6, 16))

@@ -1,10 +1,10 @@
-"""Logs composed at random: a shape of fall, a noise, and what happens to it, each drawn for itself.
+"""Logs composed at random: a shape of fall, a noise, and an event, each with its own draw.
 
-The families of ``_spike_kinds.py`` each stand for one kind of trouble; what a run shows is a mixture that nobody foresaw. Here a
-fall (eight shapes), a noise (twelve colours and distributions, .4 to 30 % of the level) and an event (eight shapes, 9 to 40
-deviations and a twentieth of the level high at least, or none) are combined, in logs of 50 to 3,000 values, so that what is tuned
-to a family does not help. The family is the length; a third are healthy. An event of which most is left at the end is a divergence,
-whatever its shape: the fall may take a step back.
+The families of ``_spike_kinds.py`` each stand for one kind of trouble; a real run shows a mixture that nobody foresaw. Here each
+log of 50 to 3,000 values combines a fall (eight shapes), a noise (twelve colours and distributions, .4 to 30 % of the level) and an
+event (eight shapes, 9 to 40 deviations and a twentieth of the level high at least, or none), so that tuning to a family does not
+help. The family is the length; a third are healthy. An event of which most is left at the end is a divergence, whatever its shape:
+the fall may take a step back.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def _composed(rng: np.random.Generator, n: int, name: str, family: str) -> Curve
 
 
 def _label(rise_K: Vector, shape_K: Vector, s: float, height: float, *, hard: bool) -> tuple[str, int] | None:
-    """Kind and last index of an event, by what it is without noise; None for what is no event, or is neither kind clearly.
+    """Kind and last index of an event, judged without noise; None for no event, or one that is clearly neither kind.
 
-    A step on a steep fall may only slow it, and is no rise then; or the fall takes it back, and it was a spike.
+    A step on a steep fall may only slow it, and then is no rise; or the fall takes it back, and it was a spike.
     """
     out = np.flatnonzero(shape_K > 3 * s)
     if hard:
@@ -165,7 +165,7 @@ def _student(df: float) -> Callable[[np.random.Generator, int], Vector]:
 
 
 def _skewed(shape: float) -> Callable[[np.random.Generator, int], Vector]:
-    """Gamma: what a mean over few rows looks like."""
+    """Gamma, the shape of a mean over few rows."""
     return lambda rng, n: np.asarray((rng.gamma(shape, 1, n) - shape) / math.sqrt(shape))
 
 

@@ -1,7 +1,7 @@
-"""The spike detectors of other projects, each reimplemented from its description, as rules on a curve of losses.
+"""Other projects' spike detectors, each reimplemented from its description, as rules on a curve of losses.
 
-A rule says of every value whether it would have been flagged when it came. Rules made for gradient norms (ZClip) are applied to the
-loss here, for that is the signal every log has.
+A rule says for every value whether the detector would have flagged it when it came. Rules made for gradient norms (ZClip) here
+apply to the loss, the signal that every log has.
 
 | rule | source |
 | --- | --- |
@@ -15,8 +15,8 @@ times |
 
 | cusum | two-sided CUSUM (Page 1954) of deviations from the mean of the last 100, slack .5, alarm at 5, then from 0 |
 
-All but the last flag upward only: a loss that falls is no fault. NaN goes through each rule as its arithmetic has it; that is part
-of what is compared.
+All but the last flag upward only: a falling loss is no fault. Each rule's own arithmetic treats NaN; that is part of the
+comparison.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Rule = Callable[[NDArray[np.float64]], NDArray[np.bool_]]
 def _window_rule(
     values_N: NDArray[np.float64], *, window: int, sigmas: float, least: int
 ) -> NDArray[np.bool_]:
-    """x > mean + k std of the last ``window`` values, the current one excluded. It skips what is not below the bound."""
+    """x > mean + k std of the last ``window`` values without the current one. It skips values not below the bound."""
     flags_N = np.zeros(len(values_N), dtype=np.bool_)
     with np.errstate(invalid="ignore"):
         for i in range(least, len(values_N)):

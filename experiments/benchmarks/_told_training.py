@@ -1,4 +1,4 @@
-"""``glm`` itself, that tells of every step: what is done to a training can then be done at a step."""
+"""``glm`` itself, telling of every step, so that the benchmark can disturb a training at a given step."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""Steps of this build, of another one, and of GPT-NeoX, alternated, in processor time.
+"""Alternates steps of this build, of another one, and of GPT-NeoX, in processor time.
 
-Each build has a process of its own (``_build_worker``). With a preset both train that. Without one they train the benchmark's
-``Size`` by GPT-NeoX's recipe (``_training_peer``), and the peer takes its turns in this process; not in fp16, for which its Trainer
-wants an accelerator. A step is forward, backward, norms, clipping and update; batches are built before. Ratios are of medians of a
-round, then the median over rounds.
+Each build has its own process (``_build_worker``). With a preset both train that. Without one they train the benchmark's ``Size``
+by GPT-NeoX's recipe (``_training_peer``), and the peer takes its turns in this process; not in fp16, for which its Trainer wants an
+accelerator. A step is forward, backward, norms, clipping and update, without building batches. A ratio is the median over rounds of
+the ratio of a round's medians.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Build:
         native: whether it may use the processor's units for half formats.
 
     Raises:
-        InputError: it does not start there.
+        InputError: the build does not start there.
     """
 
     def __init__(self, tree: Path, words: Sequence[str], *, data: Path, native: bool) -> None:
@@ -118,8 +118,8 @@ def measure_builds(
         former: tree of another build; None: this build's own step without ``against``.
         data: folder made by ``glm shards``.
         rounds, steps: turns of each, and steps in a turn.
-        native: whether half units may be used.
-        against: more flags of this build alone: what a lever costs.
+        native: whether builds may use half units.
+        against: more flags of this build alone, to measure a lever's cost.
     """
     common = [*(sized_words(size) if words is None else words), "--precision", precision]
     builds = {

@@ -1,6 +1,6 @@
-"""What levers cost: a step with each, and one without, in turn in one process, by processor time.
+"""The cost of levers: a step with each, and one without, in turn in one process, by processor time.
 
-A step is forward, backward, norms, clipping and update; batches are built before. A lever's cost is the median over rounds of its
+A step is forward, backward, norms, clipping and update, without building batches. A lever's cost is the median over rounds of its
 step's time over that of the plain step of the same round.
 """
 
@@ -36,7 +36,7 @@ def measure_levers(words: Sequence[str], chosen: Sequence[str], *, data: Path, r
         words: preset and flags of ``glm train``.
         chosen: names in ``LEVERS``; empty: all.
         data: folder made by ``glm shards``.
-        rounds: steps of each that are timed.
+        rounds: timed steps of each.
 
     Raises:
         InputError: there is no such lever, or it does not go with the model.

@@ -1,11 +1,11 @@
-"""Peak memory of a training step, each measurement in a process of its own.
+"""Peak memory of a training step, each measurement in its own process.
 
 The process builds model and optimizer and makes a step, so that every buffer exists; then the kernel forgets its resident peak, and
-a second step is made. Two batch sizes tell what a token costs from what is there anyway:
+the process makes a second step. Two batch sizes separate the cost of a token from the rest:
 
     bytes a token = (peak(2 r rows) - peak(r rows)) / (r T)
 
-malloc is told to hand large blocks back, so that the resident set follows the tensors. Linux only.
+malloc returns large blocks, so that the resident set follows the tensors. Linux only.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def peak(contestant: Contestant, size: Size, precision: str, data: Path | None, 
 def memory(
     contestant: Contestant, size: Size, precision: str, data: Path | None, *, recompute: bool = False
 ) -> dict[str, float]:
-    """Peak at ``size``, and what a token of it costs."""
+    """Peak at ``size``, and the cost of a token."""
     half = dataclasses.replace(size, rows=max(1, size.rows // 2))
     full = dataclasses.replace(size, rows=2 * half.rows)
     small, large = (peak(contestant, s, precision, data, recompute=recompute) for s in (half, full))

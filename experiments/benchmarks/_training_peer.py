@@ -3,8 +3,8 @@
 Both: L layers of width h with a feed-forward of 4h, GELU, rotary positions, pre-LN in parallel blocks, biases, untied embeddings,
 dropout off; next-token targets at every position; mean loss, gradient norm clipped at 1, AdamW on fp32 weights with betas .9/.95
 and decay .1, torch's fused kernel. GPT-NeoX turns a quarter of each head's dimensions, ours all, and has a second norm in a block:
-0.02 % of the parameters. In bf16 ours has bf16 weights beside fp32 masters; GPT-NeoX is under autocast, the way transformers'
-Trainer does it.
+0.02 % of the parameters. In bf16 ours has bf16 weights beside fp32 masters; GPT-NeoX runs under autocast, as transformers' Trainer
+does it.
 
 ``glm`` is GLM's own recipe at the same width and depth (DeepNorm, GeGLU, tied embeddings, fp32 softmax) on blank-infilling rows.
 """
@@ -38,7 +38,7 @@ Step = Callable[[int], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of the model and of its batches."""
+    """Size of the model and of its batches."""
 
     layers: int = 8
     hidden: int = 512

@@ -1,8 +1,8 @@
-"""The stability margin against the frontier: the rate it foresees, and the rate that bisection finds.
+"""Compares the stability margin with the frontier: the rate that it foresees, and the rate that bisection finds.
 
 Small GPTs of 1 to 4 blocks with beta1 of 0 to .95 and beta2 of .95 to .999 train 40 steps at 3e-3. There the margin times the rate
-is what the margin foresees (the median of the last six measurements). From the same state, and with the same batches, the rate is
-set and kept; that at which the run collapses within 40 steps is bisected, seven times on a logarithmic scale from 1e-3 to 10.
+is the margin's forecast (the median of the last six measurements). From the same state, with the same batches and a constant rate,
+seven bisections on a logarithmic scale from 1e-3 to 10 find the rate at which the run collapses within 40 steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEPT, HALVINGS, LOWEST, HIGHEST, MEASURED = 40, 7, 1e-3, 10.0, 12
 
 
 def frontier_of(seed: int) -> dict[str, Any]:
-    """What one configuration's margin foresees, and where its frontier lies; NaN where the margin is infinite."""
+    """One configuration's forecast by the margin, and its frontier; NaN where the margin is infinite."""
     dice = np.random.default_rng(seed)
     layers = int(dice.integers(1, 5))
     betas = float(dice.choice([0.0, 0.8, 0.9, 0.95])), float(dice.choice([0.95, 0.99, 0.999]))

@@ -1,15 +1,15 @@
-"""Runs across a frontier, with every rival precursor measured at every second step.
+"""Runs across a frontier, which measure every rival precursor at every second step.
 
-The small GPT of the spike atlas trains 40 steps at 3e-3; then something grows, by a factor a step and up to a plateau that are
-drawn from the seed, for 90 more steps:
+The small GPT of the spike atlas trains 40 steps at 3e-3; then for 90 more steps something grows, by a factor per step and up to a
+plateau, both drawn from the seed:
 
     rate      the learning rate: 1.04 to 1.2 a step, up to .006 to .6, of seeds from 1,000 on .1 to .6
     noise     noise in a block's output, from .01 of its RMS: 1.1 to 1.3 a step, up to .3 to 30
     decay     the weight decay, from .01: 1.1 to 1.3 a step, up to 1 to 300
     format    the scale at which an up projection's output is rounded to fp16, undone behind it: 1.1 to 1.4 a step, up to 1e2 to 1e6
 
-(all log-uniform). Some collapse, some do not, and both see something that rises: a warning has to tell them apart. Clip 0 or 1 and
-beta2 .95, .99 or .999 are drawn too.
+(all log-uniform). Some collapse, some do not, and both see something rise: a warning must tell them apart. The seed also draws clip
+0 or 1 and beta2 .95, .99 or .999.
 
     gradient norm     global, before clipping                                        GLM-130B, 2210.02414; OLMo 2, 2501.00656
     update norm       RMS of the change of all weights over the rate                 Marin's 32B log
@@ -40,12 +40,12 @@ from stabilitylab.probes.weights import WeightProbe
 from stabilitylab.statistics.buffer import Buffer
 
 CALM, CLIMBING, EVERY = 40, 90, 2
-# Seeds from here on draw plateaus of .1 and more: of the others a quarter collapses.
+# Seeds from here on draw plateaus of .1 and more: a quarter of the others collapse.
 MOSTLY_LOST = 1000
 NAMES = ("gradient norm", "update norm", "kurtosis", "stable rank", "QK entropy", "margin")
 
 
-# Factor a step, and plateau, from and to.
+# Factor per step, and plateau, from and to.
 _GROWS = {
     "rate": ((1.04, 1.2), (6e-3, 0.6)),
     "noise": ((1.1, 1.3), (0.3, 30.0)),
@@ -56,7 +56,7 @@ CAUSES = tuple(_GROWS)
 
 
 def run(seed: int, cause: str = "rate") -> dict[str, Any]:
-    """One run: its loss, its collapse, each precursor by step, and what each took (milliseconds a measurement)."""
+    """One run: its loss, its collapse, each precursor by step, and each one's cost (milliseconds per measurement)."""
     dice = np.random.default_rng(seed)
     steps, plateaus = _GROWS[cause]
     climb = float(np.exp(dice.uniform(*np.log(steps))))
@@ -147,7 +147,7 @@ class Watch:
         self._batch = loop.batch(0)
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop watching."""
         for hook in self._hooks:
             hook.remove()
 

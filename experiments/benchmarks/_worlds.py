@@ -1,4 +1,4 @@
-"""The same work in every process of a small world, forked from this one so that nothing is imported twice."""
+"""Does the same work in every process of a small world, forked from this one so that nothing is imported twice."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 def import_all() -> None:
-    """What every rank would import for itself, DeepSpeed and what torch's optimizers load when the first is made."""
+    """Import what every rank would import for itself: DeepSpeed, and what torch's optimizers load when the first is made."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     importlib.import_module("glm.parallel.engine")
     torch.optim.SGD([torch.zeros(1)], 0.1)
 
 
 def in_world(parallel: ParallelConfig, work: Callable[[], T]) -> list[T]:
-    """What ``work`` returns on each rank, by rank. Raises RuntimeError if it fails on any."""
+    """The results of ``work`` by rank. Raises RuntimeError if it fails on any."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

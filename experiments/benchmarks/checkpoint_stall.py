@@ -1,9 +1,9 @@
-"""How long training stands still for a checkpoint, written while it goes on or not.
+"""How long training stands still for a checkpoint, written in the background or not.
 
-A cycle is a few updates, preceded by nothing, by a checkpoint written here and now, or by one that another thread writes meanwhile;
-the three take turns in each process. What a checkpoint costs is how much longer its cycle is than the one without, as a median of
-pairs: the copy, the agreement and the renaming, and what the writing thread takes away from the updates beside it (cores, memory).
-Everything is flushed to disk (fsync) and checksummed in both ways; weights, masters' moments in fp32 are 12 bytes a parameter.
+A cycle is a few updates, preceded by nothing, by a checkpoint written at once, or by one that another thread writes meanwhile; the
+three take turns in each process. A checkpoint's cost is how much longer its cycle is than the one without, as a median of pairs:
+the copy, the agreement and the renaming, and what the writing thread takes from the updates beside it (cores, memory). Both ways
+flush everything to disk (fsync) and compute checksums; weights and the masters' moments in fp32 are 12 bytes a parameter.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _cycles(settings: Settings, config: TrainConfig, folder: Path) -> dict[str, 
         for how in HOW[number % 3 :] + HOW[: number % 3]:
             step += settings.steps
             whole, still = _cycle(engine, settings, config, folder, step, how)
-            if number:  # the first touches memory for the first time
+            if number:  # the first cycle touches memory for the first time
                 took[how].append(whole)
                 stood[how].append(still)
     extra = {
@@ -120,8 +120,8 @@ def _cycles(settings: Settings, config: TrainConfig, folder: Path) -> dict[str, 
 def _cycle(
     engine: Engine, settings: Settings, config: TrainConfig, folder: Path, step: int, how: str
 ) -> tuple[float, float]:
-    """Seconds of all of it, and of it those in which no update is made."""
-    os.sync()  # what the last one left to the disk
+    """Seconds of the whole cycle, and those of them without an update."""
+    os.sync()  # what the last cycle left to the disk
     engine.processes.any(False)
     began = time.perf_counter()
     writing, still = None, 0.0

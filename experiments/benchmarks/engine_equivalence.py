@@ -1,8 +1,8 @@
 """The parallel engine's numbers beside the local engine's over a run: losses, gradient norms, weights.
 
-Sums in another order differ by rounding. How far that goes is measured with the local engine alone, whose micro-batches may be of
-any size without changing the update in exact arithmetic: the largest distance between such runs is the yardstick, and every
-topology's distance from the local run is given beside it.
+Sums in another order differ by rounding. The local engine alone measures by how much: its micro-batches may have any size without
+changing the update in exact arithmetic, so the largest distance between such runs is the yardstick. The benchmark prints every
+topology's distance from the local run beside it.
 """
 
 from __future__ import annotations

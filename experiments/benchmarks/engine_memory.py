@@ -1,17 +1,16 @@
-"""Memory of each rank beside the plan: what ZeRO's stages hold, and what activations take.
+"""Compares each rank's memory with the plan: what ZeRO's stages hold, and what activations take.
 
-*States*, by (t, p, d) and ZeRO's stage: bytes of the tensors' storages on each rank between two micro-batches (weights: the most
-there were at once), against ``glm plan``'s formula for its stage (``glm.planning.memory``).
+*States*, by (t, p, d) and ZeRO's stage: bytes of the tensors' storages on each rank between two micro-batches (weights: the most at
+once), against ``glm plan``'s formula for its stage (``glm.planning.memory``).
 
 *Activations*, by (t, p, d), kept or recomputed, and the update's peak: the allocator's own record (torch's profiler) of an update
-that is not the first. With a(t) the bytes allocated since the update began:
+after the first. With a(t) the bytes allocated since the update began:
 
     kept    a when the rank has finished its layers' forward pass of as many micro-batches as are in flight, and begun no backward
             pass: the plan's activations
     peak    largest a, less what is held before and counted as states: the plan's activations, gradients and working memory
 
-In fp16 on a CPU without half-precision units, products are computed in fp32 by hand; the plan is about accelerators, so fp32 is the
-comparison that can be had here.
+In fp16 a CPU without half-precision units computes products in fp32; the plan is about accelerators, so here only fp32 compares.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ Found = dict[str, list[dict[str, float]]]
 
 
 def _states(settings: Settings, precision: str, t: int, p: int, d: int, zero: int) -> Found:
-    """Of each rank, measured and planned bytes."""
+    """Measured and planned bytes of each rank."""
     config = _config(settings, precision, ParallelConfig(tensor=t, pipeline=p, data=d, zero=zero))
 
     def measured() -> dict[str, float]:
@@ -144,7 +143,7 @@ def _states(settings: Settings, precision: str, t: int, p: int, d: int, zero: in
 
 
 def _activations(settings: Settings, precision: str, t: int, p: int, d: int, recompute: bool) -> Found:
-    """Of each rank, measured and planned bytes."""
+    """Measured and planned bytes of each rank."""
     config = _config(settings, precision, ParallelConfig(tensor=t, pipeline=p, data=d))
     model = dataclasses.replace(config.model, recompute=recompute, length=settings.length)
     config = dataclasses.replace(config, model=model)

@@ -1,8 +1,8 @@
 """The parallel engine beside the local one: time of a step in one process.
 
-Both engines in this process, on the same batches, a step of one after a step of the other; the ratio of each pair, and its median.
-One process has nobody to talk to, so what is left is DeepSpeed's schedule and our own bookkeeping. Memory of several processes is
-in ``engine_memory``.
+Both engines run in this process, on the same batches, a step of one after a step of the other; the figure is the median of the
+pairs' ratios. One process communicates with nobody, so only DeepSpeed's schedule and our own bookkeeping remain. ``engine_memory``
+has the memory of several processes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Many faults in one run: does it end where the undisturbed run does?
 
-Two trainings of several processes under torchrun, the same in everything, one of them hurt at random steps, for real:
+It runs two trainings of several processes under torchrun, the same in everything, and really disturbs one of them at random steps:
 
 | fault | what is done | what should follow |
 | --- | --- | --- |
@@ -13,8 +13,8 @@ Two trainings of several processes under torchrun, the same in everything, one o
 | damaged | SIGKILL of all ranks, a bit of the newest checkpoint flipped | the one before is taken, and told of |
 | missing | SIGKILL of launcher and ranks, a file of the newest checkpoint removed | a new launch does the same |
 
-Verdicts: weights, moments and state of both runs are the same bits; so are the losses; and the telemetry that stands has every step
-once. Seconds are from the fault to the next step that is made, most of it four processes importing PyTorch on the cores there are.
+Verdicts: weights, moments and state of both runs are the same bits; so are the losses; and the valid telemetry has every step once.
+Seconds count from the fault to the next step made, most of them four processes importing PyTorch on the cores there are.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from glm.train import checkpoint as checkpoints
 from stabilitylab.command_line import parse
 from stabilitylab.runs import load_run
 
-# In the order in which they are taken; a run of few faults has the first ones.
+# In this order; a run of few faults has the first ones.
 MIX = (
     *("one", "full", "writing", "damaged", "launcher", "hang", "all", "missing", "one", "writing"),
     *("one", "full", "writing", "damaged", "launcher", "hang", "all", "missing", "one", "one"),
 )
-# Steps between two faults, those that pass while the second is done included.
+# Steps between two faults, with those that pass during the second.
 STEPS_EACH = 8
 SIGNS = {"damaged": "does not match its checksum", "missing": "is missing"}
 
@@ -76,15 +76,15 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Injury:
-    """A fault and what came of it.
+    """A fault and its outcome.
 
     Attributes:
         fault: of the module's table.
-        rank: to whom; None: all.
-        step: updates made when it was done.
+        rank: the disturbed one; None: all.
+        step: updates made when it struck.
         recovery: "restart" by torchrun, "new launch", or "went on".
         seconds: from the fault to the next step.
-        again: steps that were made again.
+        again: repeated steps.
     """
 
     fault: str
@@ -133,10 +133,10 @@ def compare(
     seed: int,
     console: Console | None = None,
 ) -> Outcome:
-    """Make both runs.
+    """Run both trainings.
 
     Raises:
-        RuntimeError: one of them hung or failed; with what it said.
+        RuntimeError: one of them hung or failed; with its output.
     """
     began = time.monotonic()
     with Launched(shards, folder / "undisturbed", shape) as undisturbed:
@@ -144,7 +144,7 @@ def compare(
         if undisturbed.finish(600):
             raise RuntimeError(f"the undisturbed run failed: {undisturbed.text()[-3000:]}")
     between = time.monotonic()
-    # A slow machine may take a start for a hang.
+    # On a slow machine a start may look like a hang.
     with Launched(shards, folder / "hurt", shape, restarts=3 * len(faults)) as hurt:
         hurt.launch()
         chance, injuries = random.Random(seed), []
@@ -165,9 +165,9 @@ def compare(
 
 
 def _hurt(run: Launched, fault: str, chance: random.Random) -> Injury:
-    """Do it at a random step, and wait until training has gone on."""
+    """Do the fault at a random step, and wait until training has gone on."""
     made = run.last_step()
-    # Two checkpoints are there by then, and something is left to be made again.
+    # By then two checkpoints exist, and some steps must be repeated.
     at = max(made + chance.randint(2, 4), 6)
     since, _ = run.wait_for(lambda line: (line.step or 0) >= at, since=len(run.lines))
     ranks = run.ranks()
@@ -234,7 +234,7 @@ def _kill_while_writing(run: Launched, number: int, seconds: float = 60) -> floa
 
 
 def _fill(run: Launched, ranks: Sequence[int], rank: int, since: int, moment: float) -> Injury:
-    """Let a rank's files grow no more, until a checkpoint is lost of it."""
+    """Stop a rank's files from growing, until it loses a checkpoint by that."""
     before, hard = resource.prlimit(ranks[rank], resource.RLIMIT_FSIZE)
     resource.prlimit(ranks[rank], resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -266,7 +266,7 @@ def _verdicts(undisturbed: Launched, hurt: Launched, faults: set[str]) -> dict[s
         "callbacks",
         "responder",
         "intervention",
-    }  # of observers, whose ring buffers are not numbers of the run
+    }  # of observers, whose ring buffers are no numbers of the run
     pairs = [(a.model, b.model), (a.optimizer, b.optimizer)]
     losses = [load_run(run.out).series("train/-/loss") for run in (undisturbed, hurt)]
     once = list(range(undisturbed.shape.steps))

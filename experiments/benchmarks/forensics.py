@@ -1,19 +1,19 @@
-"""Is the cause that forensics names the one that was planted, and the site the one where it was?
+"""Does forensics name the planted cause, and the site of the plant?
 
     python -m experiments.benchmarks forensics [--seeds 10] [--clean 50] [--only NAME] [--arch NAME] [--runs FOLDER] [--json]
 
-Every plant of ``_planted.py`` is done to a run at step 90 of 112, on two architectures (``--arch`` names others), watched with
-every=1, and with every=10 and a recorder of 64 steps. Of what is told (the diagnoses that a run writes when it ends), the first
-whose onset lies within 16 steps from the plant on counts, that is:
+Every plant of ``_planted.py`` disturbs a run at step 90 of 112, on two architectures (``--arch`` names others), watched with
+every=1, and with every=10 and a recorder of 64 steps. Of the diagnoses that a run writes when it ends, the first one counts whose
+onset lies within 16 steps from the plant on:
 
-    cause        the word that the table in ``stabilitylab/spikes/suspects.py`` has for what was planted
-    site         the module in which it was planted; for causes that have a place
-    neighbour    its parent, its sibling, or what comes directly before or after it in the order of execution, counted apart
+    cause        the word for the plant in the table of ``stabilitylab/spikes/suspects.py``
+    site         the module of the plant, for causes with a place
+    neighbour    its parent, its sibling, or its direct neighbour in the order of execution, counted apart
 
-Nothing told counts as wrong. Of runs without a plant every diagnosis and every departure is false.
+No diagnosis counts as wrong. In runs without a plant every diagnosis and every departure is false.
 
-With ``--runs`` the run folders stay, and one that is there is not trained again but explained anew: so a benchmark that was stopped
-goes on where it was, and a changed rule is judged on the same runs in minutes.
+With ``--runs`` the run folders stay, and the benchmark explains existing ones anew without training them again: so an interrupted
+benchmark goes on where it was, and judges a changed rule on the same runs in minutes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def told(run: Run) -> Diagnosis | None:
 
 @contextmanager
 def trained(runs: Path | None, name: str, arch: str, watching: str, seed: int) -> Iterator[Run]:
-    """The run with that plant (or ``clean``): the kept one, or a new one, kept where ``runs`` says so."""
+    """The run with that plant (or ``clean``): the kept one, or a new one, which ``runs`` keeps."""
     plant = PLANTS.get(name)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,7 +63,7 @@ def trained(runs: Path | None, name: str, arch: str, watching: str, seed: int) -
             yield load_run(kept)
             return
         folder = Path(scratch) / "run" if kept is None else kept.with_name(f"{seed}.partial")
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was stopped
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted process
         run = ARCHITECTURES[arch](folder, plant, seed, **WATCHING[watching])
         if kept is not None:
             folder.rename(kept)
@@ -72,7 +72,7 @@ def trained(runs: Path | None, name: str, arch: str, watching: str, seed: int) -
 
 
 def module_of(site: str) -> str:
-    """The module of a told site: without the head, ``:input``, and the parameter's own name."""
+    """The module of a diagnosed site: without the head, ``:input``, and the parameter's own name."""
     path = site.partition(",")[0].removesuffix(":input")
     stem, _, last = path.rpartition(".")
     return stem if last in ("weight", "bias") else path
@@ -93,7 +93,7 @@ def near(run: Run, told_module: str, planted: str) -> bool:
 
 
 def trial(name: str, arch: str, watching: str, seed: int, runs: Path | None = None) -> dict[str, Any]:
-    """One run with a plant, and what was told of it."""
+    """One run with a plant, and its diagnosis."""
     plant = PLANTS[name]
     row: dict[str, Any] = {"plant": name, "arch": arch, "watching": watching, "seed": seed}
     with trained(runs, name, arch, watching, seed) as run:
@@ -116,7 +116,7 @@ def _placed(run: Run, plant: Plant, parts: Mapping[str, str], site: str | None) 
 
 
 def clean(arch: str, watching: str, seed: int, runs: Path | None = None) -> int:
-    """What is told of a run without a plant."""
+    """The number of diagnoses of a run without a plant."""
     with trained(runs, "clean", arch, watching, 500 + seed) as run:
         false = [one.kind for one in explicable(run.events)]
         false += [event.kind for event in run.events if event.kind in DEPARTURES]

@@ -1,17 +1,17 @@
-"""How often `stabilitylab forecast` is right: later checkpoints of the same runs are quantized, on text that was not trained on.
+"""How often `stabilitylab forecast` is right: quantizes later checkpoints of the same runs, on text outside training.
 
     python -m experiments.benchmarks format_forecast [--runs 8] [--steps 1200] [--json]
 
 A GPT of 4 layers of 64 learns the bigrams of a random grammar; rate and decay vary with the seed, so that outliers grow in some
-runs and not in others. At a quarter of the run the forecast is made; at half of it and at its end every linear layer's input and
-weight are rounded whole, as a quantizer would, on rows that were not trained on. Asked of every operand and format that was not
-left yet when the forecast was made: has it left now?
+runs and not in others. The benchmark forecasts at a quarter of the run; at half of it and at its end it rounds every linear layer's
+input and weight whole, as a quantizer would, on rows outside training. For every operand that had not left a format at the time of
+the forecast it asks: has it left now?
 
-    right      share of operands of which the forecast says so correctly: left where the whole 90 % interval lies before that step
+    right      share of operands that the forecast answers correctly: left where the whole 90 % interval lies before that step
     covered    share whose answer the 90 % interval allows
     caught     of those that left, the share foretold            false      of those foretold, the share that did not leave
     likely     right, if one goes by the most likely step alone
-    persistent what is right if one says that nothing changes
+    persistent share right if one says that nothing changes
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SEEN, LATER = 0.25, (0.5, 1.0)
 
 
 def one_run(seed: int, steps: int) -> list[dict[str, Any]]:
-    """Every operand that had not left its format when the forecast was made, at each later checkpoint."""
+    """Every operand that had not left its format at the forecast, at each later checkpoint."""
     torch.manual_seed(seed)
     dice = np.random.default_rng(seed)
     rate = float(np.exp(dice.uniform(np.log(1e-3), np.log(3e-2))))
@@ -94,7 +94,7 @@ def one_run(seed: int, steps: int) -> list[dict[str, Any]]:
 
 
 def _quantized(model: nn.Module, seed: int) -> dict[tuple[str, str], float]:
-    """The error of every operand in every format, rounded whole, on rows that were not trained on."""
+    """The error of every operand in every format, rounded whole, on rows outside training."""
     with torch.no_grad(), FormatWatch(model, FORMATS) as watch:
         model(next(_grammar(seed, fresh=True))[:, :-1])
     return {(f"{path}:{operand}", name): one.error for (path, operand, name), one in watch.errors().items()}
@@ -134,7 +134,7 @@ def scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train, forecast, quantize later, score; a line a run as it ends."""
+    """Train, forecast, quantize later, score; prints a line for each run that ends."""
     parser = argparse.ArgumentParser(prog="experiments.benchmarks format_forecast")
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=1200)

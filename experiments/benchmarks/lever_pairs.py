@@ -1,9 +1,9 @@
-"""Do levers go together? Each alone, then pairs drawn at random, three updates of a tiny model by ``glm train``.
+"""Do levers go together? Tries each alone, then random pairs, in three updates of a tiny model by ``glm train``.
 
     python -m experiments.benchmarks lever_pairs [--pairs N] [--seed S] [--no-singles] [--data FOLDER]
 
-A combination is right if every loss is finite and a run that is resumed after the second update ends in the same bits, weights and
-moments; or if it is refused by one line. Anything else is printed: a crash, a loss that is no number, another end.
+A combination is right if every loss is finite and a run resumed after the second update ends in the same bits, weights and moments;
+or if the command refuses it in one line. The benchmark prints anything else: a crash, a loss that is not finite, another end.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def tried(flags: Sequence[str], data: Path) -> tuple[Outcome, str]:
-    """How a combination ends, and what is said of it."""
+    """How a combination ends, and its message."""
     with TemporaryDirectory() as folder:
         whole, resumed = Path(folder) / "whole", Path(folder) / "resumed"
         try:
@@ -140,7 +140,7 @@ def tried(flags: Sequence[str], data: Path) -> tuple[Outcome, str]:
 
 
 def run(words: Sequence[str], data: Path, out: Path) -> None:
-    """``glm train`` without a word. Raises InputError where the flags do not go together."""
+    """``glm train`` without output. Raises InputError where the flags do not go together."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:

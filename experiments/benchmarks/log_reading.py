@@ -1,11 +1,10 @@
-"""Reading logs: rows a second and memory, against pandas.read_csv and, where one is given, another build.
+"""Reading logs: rows per second and memory, against pandas.read_csv and, if given, another build.
 
     python -m experiments.benchmarks log_reading [FOLDER OF ANOTHER BUILD]
 
-One million rows of CSV and Parquet; consoles of a million lines of which one in a thousand is a record, and of 200,000 that all are
-(nanoGPT's, Megatron-LM's, and of no known trainer). Each reading is a process of its own: processor time (user and system) of
-reading alone, imports left out, and how far its resident memory rose above what it was before (Linux). Medians of five; readers
-take turns.
+One million rows of CSV and Parquet; consoles of a million lines with one record in a thousand, and of 200,000 records (nanoGPT's,
+Megatron-LM's, and of no known trainer). Each reading has its own process: processor time (user and system) of reading alone,
+without imports, and the rise of its resident memory (Linux). Medians of five; readers take turns.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def measured(code: tuple[str, str], path: Path, build: Path) -> tuple[float, flo
     text = _MEASURE.format(setup=setup, work=work)
     environment = {**os.environ, "PYTHONPATH": str(build), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        # Elsewhere: the folder one stands in comes before PYTHONPATH.
+        # From another folder: the current one comes before PYTHONPATH.
         [sys.executable, "-c", text, str(path)],
         env=environment,
         cwd=path.parent,

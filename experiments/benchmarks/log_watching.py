@@ -1,9 +1,9 @@
-"""Watching a log: what a new line costs, and that it costs the same however long the log is.
+"""Watching a log: what a new line costs, the same however long the log is.
 
     python -m experiments.benchmarks log_watching
 
-A Megatron console, all of whose lines are records, is watched from its start; then lines are appended, one to a look, after 1,000
-and after 300,000 lines. Processor time (user and system) a look, median, the idle look beside it; alternated.
+The benchmark watches a Megatron console of records only from its start, then appends lines, one per look, after 1,000 and after
+300,000 lines. Median processor time (user and system) per look, beside that of an idle look; alternated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory of training by component, from the formula and measured, in fp32, bf16 and fp16.
+"""Memory of training by component, by formula and measured, in fp32, bf16 and fp16.
 
 With N parameters, e bytes a number in the compute format, V x h the output matrix, n target positions:
 
@@ -18,8 +18,8 @@ With N parameters, e bytes a number in the compute format, V x h the output matr
                  products are native, of a chunk of the logits' gradient a half and two fp32 copies as well, else an fp32 copy
                  and a second gradient 4 V h. ``plain``: whole logits and their softmax, 8 n V
 
-Measured: bytes of the tensors' storages, walked in a running engine; of activations what autograd is given to keep; of the loss the
-allocator's own record. Only ``loss`` is an allocator's trace, the rest leaves out what an allocator rounds up.
+Measured: bytes of the tensors' storages in a running engine; for activations the tensors that autograd keeps; for the loss the
+allocator's own record. Only ``loss`` is an allocator's trace; the rest leaves out an allocator's rounding up.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def formula(config: TrainConfig) -> dict[str, float]:
 
 
 def measured(config: TrainConfig) -> dict[str, float]:
-    """The same, of an engine at work."""
+    """The same, measured in a running engine."""
     engine = LocalEngine(config)
     batch, live = random_batch(config), list(engine.model.parameters())
     masters, moments = engine.tensors()
@@ -192,13 +192,13 @@ def measured(config: TrainConfig) -> dict[str, float]:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> float:
-    """Of the tensors' storages, each once."""
+    """Bytes of the tensors' storages, each once."""
     storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}
     return float(sum(storages.values()))
 
 
 def kept_bytes(model: Transformer, micro: tuple[Tensor, ...]) -> float:
-    """What autograd keeps of a forward pass, without weights and what is given or shared by the layers."""
+    """Bytes that autograd keeps of a forward pass, without weights, inputs and tensors that layers share."""
     tokens_BT, positions, segments_BT, context_BT, _ = micro
     kept: list[Tensor] = []
 
@@ -207,10 +207,10 @@ def kept_bytes(model: Transformer, micro: tuple[Tensor, ...]) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        # Bound to a name: what is kept must not be freed before it is counted.
+        # Bound to a name: nothing may free the kept tensors before they are counted.
         hidden_BTC = model.hidden(tokens_BT, positions, segments_BT, context_BT)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    # Masks and rotations are made once for all layers; norms keep two numbers a token.
+    # All layers share masks and rotations; norms keep two numbers a token.
     least = tokens_BT.numel() * 2 + 1
     turned = model.config.head * tokens_BT.numel()
     own = [
@@ -221,7 +221,7 @@ def kept_bytes(model: Transformer, micro: tuple[Tensor, ...]) -> float:
 
 
 def loss_peak(model: Transformer, micro: tuple[Tensor, ...]) -> float:
-    """Most bytes that the vocabulary loss has allocated at once."""
+    """Most bytes that the vocabulary loss allocates at once."""
     tokens_BT, *_, targets_BT = micro
     weight = model.output_weight()
     hidden_NC = torch.randn(tokens_BT.numel(), weight.shape[1]).to(weight.dtype).requires_grad_()

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks on_gpu [--parts monitor levers quantized memory repeats] [--rounds 20] [--out FILE]
 
-Times are of the device and the host together, from one synchronisation to the next, after a warm-up, in turn within a round; told
-are medians over rounds, and of ratios within a round. Inputs are random numbers, drawn anew for each batch.
+Times are of the device and the host together, from one synchronisation to the next, after a warm-up, in turn within a round; the
+benchmark prints medians over rounds, and medians of ratios within a round. Each batch has new random inputs.
 
     monitor    12 layers of 1024, 8 rows of 1,024 tokens, AdamW (fused): a step watched by everything, over one that is not, and ten
                steps of which one is measured over ten bare ones; fp32 (TF32 off), and bf16 by autocast
@@ -12,7 +12,7 @@ are medians over rounds, and of ratios within a round. Inputs are random numbers
     memory     the largest that torch holds during two updates, beside ``glm plan``'s count of tensors
     repeats    three updates twice from one state: whether losses and weights are the same to the last bit
 
-Each part is printed, and written to ``--out``, when it is done.
+The benchmark prints each part, and writes it to ``--out``, when it is done.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SCHEMES = {
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a piece of work and of all that it leaves the device to do."""
+    """Seconds of a piece of work, with all that it queues on the device."""
     _wait(device)
     began = time.perf_counter()
     work()
@@ -138,7 +138,7 @@ def _watched(
 
 
 def config_of(words: str) -> TrainConfig:
-    """Of ``glm train`` with these words."""
+    """The configuration of ``glm train`` with these words."""
     return parse_command([*words.split(), "--data", "unused", "--out", "unused"]).config
 
 
@@ -210,7 +210,7 @@ def levers(device: torch.device, rounds: int, words: str) -> Any:
 
 
 def memory(device: torch.device, words: str) -> Any:
-    """MiB that torch held at most, and what the plan counts, by precision and attention."""
+    """Most MiB that torch held, and the plan's count, by precision and attention."""
     found: dict[str, dict[str, float]] = {}
     if device.type != "cuda":
         return found
@@ -258,7 +258,7 @@ REPEATED = (
 
 
 def repeats(device: torch.device, words: str) -> Any:
-    """By precision and flags, whether two engines of one seed end in the same bits, and after how many updates not."""
+    """By precision and flags, whether two engines of one seed end in the same bits, else after how many updates they differ."""
     found: dict[str, Any] = {}
     for precision in ("fp32", "fp16", "bf16"):
         for more in REPEATED:

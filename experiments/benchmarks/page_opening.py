@@ -1,10 +1,10 @@
-"""How heavy a page is, and how soon it is there: in a headless Chromium, until what is on the screen is drawn.
+"""How heavy a page is, and how soon a headless Chromium has drawn its first screen.
 
     python -m experiments.benchmarks page_opening RUN/report.html ...
 
-Prints for each page its bytes, the charts on it, the wall time until the load event and until the first screen's charts are drawn,
-and the processor time of the page's process by then, which other work on the machine does not change. Needs chromium and
-chromedriver, and a clone (it drives them as the tests do).
+Prints for each page its bytes, its charts, the wall time until the load event and until the first screen's charts are drawn, and
+the processor time of the page's process by then, which other work on the machine does not change. Needs chromium and chromedriver,
+and a clone (it drives them as the tests do).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DRAWN = (
 
 
 def main(pages: list[str]) -> int:
-    """Open each page three times; medians."""
+    """Open each page three times; prints medians."""
     if not (CHROMIUM and CHROMEDRIVER):
         print("needs chromium and chromedriver")
         return 2

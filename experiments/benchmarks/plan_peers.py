@@ -1,16 +1,16 @@
 """Ways of choosing a scheme for every layer at equal bytes: python -m experiments.benchmarks plan_peers MODEL TEXT [--other TEXT]
 
-Of one menu, under one budget of bytes, by one knapsack:
+From one menu, under one budget of bytes, by one knapsack:
 
     single           the best scheme that fits everywhere, by its loss on the calibration text
     ends             the dearest scheme in the first and last block, else the cheapest, as far as bytes go
     output error     the layers' own relative error squared as harm
     gradient score   |first-order change of the loss|, sum |dL/dy . D| over tokens, as ModelOpt's auto_quantize scores
-    runs             divergence measured by a run for each layer and scheme
-    gradients        the curvature (stabilitylab.quantization.estimate), which ``stabilitylab quantize`` takes
+    runs             divergence, from one run per layer and scheme
+    gradients        the curvature (stabilitylab.quantization.estimate), as in ``stabilitylab quantize``
 
-The loss increase (relative error of the output for encoders) of each is told on text that nothing was chosen by, and on another
-text, in another language if it is one; beside them the processor time that their sensitivities took.
+The benchmark prints the loss increase (relative error of the output for encoders) of each on text that chose nothing, and on
+another text, perhaps in another language; beside them the processor time of their sensitivities.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _scores(
 
 
 def _ends(layers: Sequence[LayerSensitivity], costs: Harms, limit: float) -> list[int] | None:
-    """Layers from both ends inward get the dearest scheme, until bytes are used up."""
+    """Give layers from both ends inward the dearest scheme, until the bytes are used up."""
     cheapest = [min(range(len(row)), key=row.__getitem__) for row in costs]
     dearest = [max(range(len(row)), key=row.__getitem__) for row in costs]
     choice = list(cheapest)

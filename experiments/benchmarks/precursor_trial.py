@@ -1,4 +1,5 @@
-"""Six rival warnings of a collapse, and all together, on the same runs: lead, precision, recall at equal false-alarm rates, cost.
+"""Compares six warnings of a collapse, and all together, on the same runs: lead, precision, recall at equal false-alarm rates,
+cost.
 
     python -m experiments.benchmarks precursor_trial --runs 100 --lost 60 --out trial [--score] [--json]
     python -m experiments.benchmarks precursor_trial --cause noise --runs 40 --out trial
@@ -16,14 +17,13 @@ frontier. Each precursor is a score by step:
     combined                                logistic regression on the six, fitted on one half of the runs
     combined, trend                         the same on those, the levels, the foreseen margin and its slope
 
-An *alarm* is a score over a threshold, none within ``QUIET`` steps of the last. It is right where the collapse's onset follows
-within ``HORIZON`` steps, false where none does; after the onset none counts. For each half of the runs the threshold is set on that
-half, so that there are as many false alarms as the rate allows, and judged on the other: both halves are judged once.
+An *alarm* is a score over a threshold, with none within ``QUIET`` steps before it. It is right where the collapse's onset follows
+within ``HORIZON`` steps, false where none does; after the onset none counts. Each half of the runs sets a threshold with as many
+false alarms as the rate allows, and the other half judges it: so each half is judged once.
 
-``--frontier N`` compares the margin with the bisected frontier of N configurations (``_trial_frontier.py``). The event ``at-risk``
-(a margin below 1 twice in a row) is counted in the steps before anything grows and in those of survivors. ``--norms`` judges the
-gradient norm's two scores, at the trial's thresholds, on tables of real runs (columns step and grad_norm) that are known to be
-healthy.
+``--frontier N`` compares the margin with the bisected frontier of N configurations (``_trial_frontier.py``). The trial counts the
+event ``at-risk`` (a margin below 1 twice in a row) in the steps before anything grows and in those of survivors. ``--norms`` judges
+the gradient norm's two scores, at the trial's thresholds, on tables of real, healthy runs (columns step and grad_norm).
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from experiments.benchmarks._trial_runs import CALM, CAUSES, EVERY, MOSTLY_LOST,
 
 Floats = NDArray[np.float64]
 HORIZON, QUIET, PAST, FIRST = 24, 16, 10, CALM
-# False alarms a thousand steps at risk; the first is what an alarm may have that is on by default.
+# False alarms per thousand steps at risk; the first is the limit for an alarm that is on by default.
 RATES = (0.1, 1.0, 5.0)
 FALLING = ("stable rank", "QK entropy")
 LEVELS = ("gradient norm", "update norm", "kurtosis")
 TREND, SLOPE = "margin, trend", "margin, slope"
-# What the two combinations are fitted on.
+# Inputs of the two combinations.
 COMBINED = {
     "combined": NAMES,
     "combined, trend": (*NAMES, *(f"{name}, level" for name in LEVELS), TREND, SLOPE),
@@ -62,7 +62,7 @@ ALL = (*NAMES, *(f"{name}, level" for name in LEVELS), TREND, *COMBINED)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make the runs that are missing, judge, print."""
+    """Make the missing runs, judge, print."""
     parser = argparse.ArgumentParser(prog="experiments.benchmarks precursor_trial")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--lost", type=int, default=60, help="further runs, of rates that few bear")
@@ -114,7 +114,7 @@ def _append(file: Path, row: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """Runs that are there."""
+    """The existing runs."""
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
@@ -125,7 +125,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def scores(row: dict[str, Any]) -> tuple[NDArray[np.int64], dict[str, Floats]]:
-    """Steps at which all were measured, and each precursor's score there."""
+    """Steps with all measurements, and each precursor's score there."""
     series = {name: {int(s): v for s, v in row["scores"][name].items()} for name in NAMES}
     end = row["onset"] if row["onset"] is not None else len(row["loss"])
     steps = np.array(sorted(set.intersection(*(set(of) for of in series.values()))), dtype=np.int64)
@@ -154,8 +154,9 @@ def scores(row: dict[str, Any]) -> tuple[NDArray[np.int64], dict[str, Floats]]:
 
 
 def trend(log: Floats) -> tuple[Floats, Floats]:
-    """Minus the value that a line through the last ``PAST`` measurements, set at their median, reaches a horizon on, and minus its
-    slope a measurement (0 before the fourth)."""
+    """Minus the value that a line through the last ``PAST`` measurements, set at their median, reaches after a horizon, and minus
+    its slope per measurement (0 before the fourth).
+    """
     ahead = HORIZON / EVERY
     foreseen, slopes = np.empty(len(log)), np.zeros(len(log))
     for i in range(len(log)):
@@ -167,7 +168,7 @@ def trend(log: Floats) -> tuple[Floats, Floats]:
 
 
 class Prepared:
-    """A run's scores, and what is at risk in it."""
+    """A run's scores, and its steps at risk."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         self.onset: int | None = row["onset"]
@@ -190,7 +191,7 @@ class Prepared:
 
 
 def combine(fitted: list[Prepared], judged: list[Prepared], combined: str) -> None:
-    """Give both halves that score: logistic regression with a little ridge, on standardized scores."""
+    """Give both halves the combined score: logistic regression with a little ridge, on standardized scores."""
     names = list(COMBINED[combined])
     x = np.concatenate([np.stack([one.scores[n] for n in names], axis=1) for one in fitted])
     y = np.concatenate([one.warns for one in fitted]).astype(np.float64)
@@ -208,7 +209,7 @@ def combine(fitted: list[Prepared], judged: list[Prepared], combined: str) -> No
 
 
 def threshold_for(runs: list[Prepared], name: str, rate: float) -> float:
-    """The lowest threshold with at most ``rate`` false alarms a thousand steps that no collapse follows."""
+    """The lowest threshold with at most ``rate`` false alarms per thousand steps without a following collapse."""
     at_risk = sum(int((~one.warns).sum()) for one in runs) * 2  # measured at every second step
     allowed = rate * at_risk / 1000
     candidates = np.unique(np.concatenate([one.scores[name] for one in runs]))
@@ -221,7 +222,7 @@ def threshold_for(runs: list[Prepared], name: str, rate: float) -> float:
 
 
 def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each precursor at each rate, over both halves."""
+    """Judge each precursor at each rate, over both halves."""
     halves = [[row for row in rows if row["seed"] % 2 == half] for half in (0, 1)]
     table: dict[str, Any] = {}
     pairs = []
@@ -314,7 +315,7 @@ def real_norms(file: Path, name: str, rows: list[dict[str, Any]], rate: float) -
 
 
 def show(found: dict[str, Any]) -> None:
-    """The table."""
+    """Print the table."""
     console = Console(width=140)
     if "frontier" in found:
         console.print(f"margin against the bisected frontier: {found['frontier']}", highlight=False)

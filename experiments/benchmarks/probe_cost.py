@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks probe_cost [--rounds 20] [--probes formats] [--json]
 
-A GPT of 6 layers of 256 trains with nothing but the probe watching. A measured step and the one after it, which is not, make a
-pair; its difference, over what a step takes and over the cadence, is the cost. Processor time, median over pairs.
+A GPT of 6 layers of 256 trains with only the probe watching. A measured step and the unmeasured one after it make a pair; its
+difference, over the time of a step and over the cadence, is the cost. Processor time, median over pairs.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ CADENCE = {"weights": 10, "formats": 10, "curvature": 50}
 
 
 class Nowhere:
-    """A sink that keeps nothing: what is timed is measuring, not writing."""
+    """A sink that keeps nothing: the benchmark times measuring, not writing."""
 
     def write(self, samples: object, events: object) -> None:
-        """Dropped."""
+        """Drop everything."""
 
     def close(self) -> None:
         """Nothing is open."""
 
 
 def measure(name: str, rounds: int) -> dict[str, float]:
-    """Milliseconds of a step, of a measured one more, and percent at the cadence."""
+    """Milliseconds of a step, additional ones of a measured step, and percent at the cadence."""
     torch.manual_seed(0)
     model = GPT(*SHAPE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -1,10 +1,10 @@
-"""``glm plan`` beside 28 published training runs: TFLOP/s a GPU, recomputation counted, as their papers count it.
+"""Compares ``glm plan`` with 28 published training runs: TFLOP/s per GPU with recomputation, as their papers count it.
 
     python -m experiments.benchmarks published_runs
 
-Chosen on: the share of a GPU's peak that products reach, on Megatron-LM's ten; how much transfers and products hold each other up,
-on ZeRO-3's two runs of 175B with 384 and 768 GPUs. All others are predictions. Where a paper does not give micro-batch or chunks,
-the plan's best is taken, since a paper reports its best.
+Megatron-LM's ten runs chose the share of a GPU's peak that products reach; ZeRO-3's two runs of 175B with 384 and 768 GPUs chose
+how much transfers and products slow each other down. All others are predictions. Where a paper does not give micro-batch or chunks,
+the benchmark takes the plan's best, since a paper reports its best.
 
 Sources: Narayanan et al. 2104.04473, tables 1 and 2 (PTD with the interleaved schedule; ZeRO-3 in DeepSpeed's version of 2021);
 Smith et al. 2201.11990 (MT-NLG, 1,920 rows); BLOOM 2211.05100; OPT 2205.01068 (992 rows taken for its 2M tokens); GLM-130B
@@ -31,16 +31,16 @@ MICRO = (1, 2, 4, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A run as its paper tells it.
+    """A run as its paper describes it.
 
     Attributes:
-        name, group: of the run, and the constants' or the claim's set it belongs to.
+        name, group: of the run, and its set, by constants or claim.
         shape: of the model.
         nodes, gpu: of eight GPUs each.
         rows: of an update; ``rate``: TFLOP/s a GPU.
         tensor, pipeline, zero: layout.
-        micro: rows of a micro-batch, or None; ``interleaved``: Megatron-LM's schedule, its chunks not told.
-        calibrates: a constant was chosen on it.
+        micro: rows of a micro-batch, or None; ``interleaved``: Megatron-LM's schedule, with unknown chunks.
+        calibrates: it chose a constant.
     """
 
     name: str
@@ -60,11 +60,11 @@ class Published:
 
     @property
     def flops(self) -> float:
-        """Of an update, recomputation included: 96 B s L h^2 (1 + s/6h + V/16Lh), for layers of 12 h^2 parameters."""
+        """FLOPs of an update with recomputation: 96 B s L h^2 (1 + s/6h + V/16Lh), for layers of 12 h^2 parameters."""
         return self.shape.hardware_flops(self.rows * self.shape.length, recompute=True)
 
     def planned(self) -> float:
-        """TFLOP/s a GPU of the best layout that agrees with what is told."""
+        """TFLOP/s per GPU of the best layout that agrees with the paper."""
         cluster = parse_cluster(f"{self.nodes}x8x{self.gpu}")
         best = 0.0
         for layout in self._layouts(cluster.gpus):
@@ -72,7 +72,7 @@ class Published:
                 peak_memory(self.shape, layout, self.rows, cluster.gpu, self.precision).total
                 <= cluster.gpu.memory
             )
-            # A layout that is told of did fit, whatever is planned of its memory.
+            # A published layout did fit, whatever the plan says of its memory.
             if self.micro is None and not fits:
                 continue
             seconds = step_time(self.shape, layout, cluster, self.rows, self.precision).seconds

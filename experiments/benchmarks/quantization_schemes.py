@@ -1,9 +1,9 @@
-"""What every scheme costs a whole model, with no choice made: python -m experiments.benchmarks quantization_schemes MODEL TEXT
+"""What every scheme costs a whole model, without a choice: python -m experiments.benchmarks quantization_schemes MODEL TEXT
 
-All linear layers with a weight of their own under one scheme, on windows of 256 tokens of the text after the first
---calibration tokens, from which SmoothQuant takes its ranges and GPTQ and AWQ their moments, all of the unquantized model; the
-loss increase in nats per token (relative error of the output for encoders). Schemes are those of integers, of floating-point
-formats with and without activations, after a Hadamard rotation, and rounded for their inputs.
+It puts all linear layers with a weight of their own under one scheme and prints the loss increase in nats per token (relative error
+of the output for encoders), on windows of 256 tokens of the text after the first --calibration tokens. From those SmoothQuant takes
+its ranges and GPTQ and AWQ their moments, all of the unquantized model. Schemes are those of integers, of floating-point formats
+with and without activations, after a Hadamard rotation, and rounded for their inputs.
 """
 
 from __future__ import annotations

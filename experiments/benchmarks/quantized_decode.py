@@ -3,10 +3,10 @@
     python -m experiments.benchmarks quantized_decode [--layers 12] [--tokens 24] [--rounds 5] [--json]
 
 A GLM of glm-medium's shape (hidden 768) with random weights and 32,000 pieces: 110M parameters at 12 layers. Every variant
-continues the same 64 tokens greedily with its own cache; variants take turns of ``tokens`` steps, medians and the median of ratios
-within a turn; on one thread, of the time that it spent on its core. The output projection is the embedding and stays in floats, as
-in GLM-130B. Memory is that of processes of their own: peak resident size while an export is opened, less what they held before,
-beside the bytes of what was opened.
+continues the same 64 tokens greedily with its own cache; variants take turns of ``tokens`` steps; figures are medians, and the
+median of ratios within a turn, of one thread's time on its core. The output projection is the embedding and stays in floats, as in
+GLM-130B. Separate processes measure memory: peak resident size while opening an export, less their size before, beside the bytes
+opened.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def turn(opened: OpenedModel, tokens: int) -> float:
 
 
 def loading_memory(folder: Path) -> dict[str, dict[str, int]]:
-    """Bytes at the peak and after, of processes that open the export in each way."""
+    """Bytes at the peak and after, for processes that open the export in each way."""
     found = {}
     for how in ("none", "int8", "int4"):
         run = subprocess.run(

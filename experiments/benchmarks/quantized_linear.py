@@ -8,10 +8,10 @@
     int4           int4-g128-asym-mse: torchao's prototype int4 weight-only; both in groups of 64 where 128 does not
                    divide K, both by the same torch kernel on a CPU
 
-Each layer gets the format in which it is quicker: int4 kernels take bf16, everything else fp32. Inputs have three channels 40 times
-as large as the rest; the error is ||y - y64|| / ||y64|| against float64 products, also on inputs without such channels. All take
-their calls in turn; medians, and the median of the ratios within a turn. On one thread the time is that which the thread spent on
-its core, so that what others run beside it counts through caches alone. Peers that are not installed are skipped with a line.
+Each layer gets its quicker format: int4 kernels take bf16, everything else fp32. Inputs have three channels 40 times as large as
+the rest; the error is ||y - y64|| / ||y64|| against float64 products, also on inputs without such channels. All make their calls in
+turn; figures are medians, and the median of the ratios within a turn. On one thread the time is the thread's time on its core, so
+other work counts through caches alone. The benchmark skips peers that are not installed, with a line.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Call = Callable[[Tensor], Tensor]
 
 
 def bitsandbytes_layer(weight: Tensor) -> Call:
-    """LLM.int8() as its authors ship it."""
+    """LLM.int8() from its authors."""
     bnb: Any = importlib.import_module("bitsandbytes")
     rows, columns = weight.shape
     layer = bnb.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0)

@@ -1,7 +1,7 @@
-"""What a rank draws and builds for itself: the cost of dropout masks that are functions, and of its own rows instead of all.
+"""A rank's own inputs: the cost of dropout masks that are functions, and of building its own rows instead of all.
 
 *Dropout*: a forward and backward pass of a preset at dropout 0.1, its masks functions of (seed, update, row, place), beside the
-same model calling ``F.dropout``, and without dropout; a pass of each in turn, the same weights and batch, in one process. Medians
+same model with ``F.dropout``, and without dropout; a pass of each in turn, with the same weights and batch, in one process. Medians
 of the ratios of neighbours, 95 % by bootstrap. ``F.dropout again`` is the control.
 
 *Rows*: processor time to build a batch of so many rows, and the rows of one of d replicas; medians, in turn.
@@ -93,7 +93,7 @@ def _nothing(x: Tensor, p: float, keys_B: Tensor | None, place: int) -> Tensor:
 
 
 def _dropout(settings: Settings) -> dict[str, tuple[float, float, float]]:
-    """Of each kind, the ratio of its pass to one with ``F.dropout``: median, low, high."""
+    """For each kind the ratio of its pass to one with ``F.dropout``: median, low, high."""
     config = dataclasses.replace(preset(settings.preset, settings.vocabulary).model, dropout=0.1)
     model = Transformer(config).train()
     rows = batch(config, settings.rows, 0)

@@ -1,4 +1,4 @@
-"""Runs an hour of a small model: long-lived workers of this build against another build's way, alternated.
+"""Runs per hour of a small model: long-lived workers of this build, alternated with another build's processes.
 
 A run is 4 layers of 64, rows of 128, 8 rows, 200 steps, monitored every tenth with TensorBoard. A round has two of each, side by
 side:
@@ -8,8 +8,8 @@ side:
     off       the same without telemetry and TensorBoard
     plain     a loop of torch.nn modules without anything (``_plain_loop.py``), in such a worker
 
-Processor seconds (user and system, children included) are what is compared: they hardly hang on who else uses the machine. Wall
-seconds are those of a round's two runs together, halved. A worker's start is told apart, and counted in `with starts`.
+The benchmark compares processor seconds (user and system, with children), which hardly depend on other users of the machine. Wall
+seconds are those of a round's two runs together, halved. It prints a worker's start apart, and counts it in `with starts`.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _words(settings: Settings, data: Path) -> tuple[str, ...]:
 
 
 def _start() -> float:
-    """Import what a run needs. Returns what the process has spent by then."""
+    """Import what a run needs. Returns the processor seconds spent by then."""
     time.sleep(0.5)  # so that the other worker gets the other start
     import glm.cli  # noqa: F401 - what takes the time
 

@@ -2,10 +2,10 @@
 
     python -m experiments.benchmarks sample_building [--data DIR] [--length 2048] [--rows 16] [--repeats 15] [--json]
 
-The twin draws the same kinds of rows at the same shares with Python's own loops and lists: what one writes first. Both turn
+The twin draws the same kinds of rows at the same shares with plain Python loops and lists, as one writes them first. Both turn
 memory-mapped tokens into the tensors of a ``Batch``. A training step is forward, backward and update of glm-tiny and glm-small in
-fp32 with the same rows, in the same process. Everything is interleaved, one thread, medians; rates count the thread's time on its
-core.
+fp32 with the same rows, in the same process. All measurements are interleaved, on one thread; figures are medians; rates count the
+thread's time on its core.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Twin:
 
 
 def seconds(work: Callable[..., object], *arguments: int) -> float:
-    """Time that this thread spent on its core: what others run beside it does not count, except through caches."""
+    """This thread's time on its core: other work counts only through caches."""
     started = time.thread_time()
     work(*arguments)
     return time.thread_time() - started

@@ -1,22 +1,23 @@
-"""Spikes with proven causes: made by recipe, proven by forks, kept with the telemetry around them; and who names the cause.
+"""Makes spikes by recipe, proves their causes by forks, keeps them with the telemetry around them, and scores who names the cause.
 
     python -m experiments.benchmarks spike_atlas --spikes 500 --out atlas [--minutes 60] [--only FAMILY] [--score] [--json]
     python -m experiments.benchmarks spike_atlas --forensics seen|held-out [--seed 100] --spikes 60 --out FOLDER
 
-Recipes of ``_atlas_recipes.py`` are run with one seed after another, always one of the kind with the fewest spikes, until there are
-``--spikes`` of them or the minutes are over; what is there is kept, so the same command goes on. Of each spike
+The benchmark runs recipes of ``_atlas_recipes.py`` with one seed after another, always one of the kind with the fewest spikes,
+until there are ``--spikes`` of them or the minutes are over; it keeps finished ones, so the same command goes on. For each spike it
+writes
 
-    atlas/spikes.jsonl           recipe, seed, what was planted, what was told, every fork's verdict
+    atlas/spikes.jsonl           recipe, seed, plant, diagnosis, every fork's verdict
     atlas/telemetry/N.parquet    what every layer did around it: tidy
-    atlas/spikes.parquet, telemetry.parquet, CARD.md    written at the end: all of it in two files, and how it was made
+    atlas/spikes.parquet, telemetry.parquet, CARD.md    at the end: all of it in two files, and how it was made
 
 ``pandas.read_parquet("atlas/telemetry.parquet")`` is all of the telemetry.
 
 The second trains no forks: forensics alone against what was planted, on seeds of their own, in a quarter of the time.
 
 The scores: of detector, forensics and forks (``stabilitylab.attribution``) against the planted cause, and of forensics against the
-proven one, by cause and by recipe, in the half that things were looked at with and in the held-out half of the recipes; the
-detector's kind against the one that the twin shows; and what spikes cost that runs recover from, over their twins at equal steps.
+proven one, by cause and by recipe, in the tuning half and in the held-out half of the recipes; the detector's kind against the one
+that the twin shows; and the cost of recovered spikes over their twins at equal steps.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Row = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make what is missing, write the files, print the scores."""
+    """Make the missing spikes, write the files, print the scores."""
     parser = argparse.ArgumentParser(prog="experiments.benchmarks spike_atlas")
     parser.add_argument("--spikes", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("atlas"))
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read(file: Path) -> list[Row]:
-    """Rows that are there; a line that a kill cut short is made again."""
+    """The existing rows; the benchmark makes a line again that a kill cut short."""
     rows = []
     if file.is_file():
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -98,7 +99,7 @@ def make(
     first: int = 0,
     forks: bool = True,
 ) -> None:
-    """Run recipes until there are ``count`` spikes: always one of the family with the fewest, of those the one tried least."""
+    """Run recipes until there are ``count`` spikes: always one of the family with the fewest, and of those the least tried."""
     out.mkdir(parents=True, exist_ok=True)
     tries, made = Counter(row["recipe"] for row in rows), Counter[str]()
     families = Counter[str]()
@@ -106,7 +107,7 @@ def make(
         made[row["recipe"]] += row["onset"] is not None
         families[row["family"]] += row["onset"] is not None
     while made.total() < count and time.monotonic() < until:
-        # A recipe that made nothing twice is not tried again.
+        # Drop a recipe that made nothing twice.
         left = [(n, r) for n, r in chosen if made[r.name] or tries[r.name] < 2]
         if not left:
             return
@@ -137,7 +138,7 @@ def score(rows: list[Row]) -> dict[str, Any]:
     planted = [row for row in rows if row["planted"] is not None]
     placed = [row for row in planted if row["truth_site"]]
     told = [row for row in planted if not row["missed"]]
-    # Between spike and divergence lies what neither is.
+    # Leave out those between spike and divergence.
     known = [row for row in planted if row["true_kind"]]
 
     def share(of: list[Row], right: Callable[[Row], bool]) -> tuple[int, int]:
@@ -192,7 +193,7 @@ def score(rows: list[Row]) -> dict[str, Any]:
 
 
 def harm(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """What recovered spikes cost over their twins: median with the sign test's 95 % interval, and the share that is worse."""
+    """The cost of recovered spikes over their twins: median with the sign test's 95 % interval, and the share that is worse."""
     found: dict[str, dict[str, Any]] = {}
     for kind in ("hard-batch", "spike"):
         chosen = [row["harm"] for row in rows if row.get("harm") and row.get("true_kind") == kind]

@@ -3,7 +3,7 @@
     python -m experiments.benchmarks spike_cost [--former TREE] [--rows N] [--repeats R] [--noise S]
 
 A log of N rows with loss (noise of S = 2.5 % on a slow fall), gradient norm (log-normal, .2) and rate, as CSV and as JSON lines.
-Each build is a process of its own, with one thread, told by PYTHONPATH; the builds take turns. Medians of processor time (user and
+Each build has its own process with one thread, chosen by PYTHONPATH; the builds take turns. Medians of processor time (user and
 system) and wall time.
 """
 

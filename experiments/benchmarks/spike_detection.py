@@ -2,14 +2,14 @@
 
     python -m experiments.benchmarks spike_detection [FOLDER] [--json]
 
-Each detector sees a curve value by value. An alarm is a flagged value, or for ours the value at which an episode is first called
+Each detector sees a curve value by value. An alarm is a flagged value, or for ours the value at which it first calls an episode
 spike, divergence or non-finite; flags within 10 values of one another are one alarm. An event is *found* when an alarm falls
-between 5 values before its first and 5 after its last; the *delay* is counted from its first value. An alarm on a healthy curve is
+between 5 values before its first and 5 after its last; the *delay* counts from its first value. An alarm on a healthy curve is
 *false*. A hard batch is *called a spike* when an alarm falls on it or within 2 values.
 
-Curves are synthetic (every family of ``_spike_curves.py``) and, given a FOLDER with ``events.csv``, real. With ``--kinds`` each
-kind that a detector was once seen to fail at is scored for itself (``_spike_kinds.py``), for the finished log, for the online
-detector, and for the other rules; ``--first-seed`` and ``--salt`` draw curves that were not looked at before.
+Curves are synthetic (every family of ``_spike_curves.py``) and, given a FOLDER with ``events.csv``, real. ``--kinds`` scores each
+kind at which a detector once failed by itself (``_spike_kinds.py``), for the finished log, for the online detector, and for the
+other rules; ``--first-seed`` and ``--salt`` draw new curves.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def our_alarms(curve: Curve) -> Alarms:
     alarms: list[int] = []
     last: int | None = None
     for i, (step, loss) in enumerate(zip(curve.steps.tolist(), curve.losses.tolist(), strict=True)):
-        # Where a log goes back, what was open is over, as ``offline.feed`` has it.
+        # Where a log goes back, open episodes are over, as in ``offline.feed``.
         cut = detector.finish() if last is not None and step < last else []
         last = step
         for event in [*cut, *detector.update(step, {LOSS: loss})]:
             if event.kind != "hard-batch" and event.data["episode"] not in called:
                 called.add(event.data["episode"])
-                # An episode that is cut short is told of at the restart after it, with the value before that.
+                # The restart after a cut-off episode tells of it, with the value before that.
                 alarms.append(i - (event.data["phase"] == "end"))
     return np.array(alarms, dtype=np.intp)
 
@@ -140,7 +140,7 @@ def seconds_for_a_million(repeats: int = 3) -> float:
 
 
 def sensitivity(curves: Sequence[Curve]) -> Iterator[dict[str, Any]]:
-    """Our score with the two constants that decide moved away from their values, each alone."""
+    """Our score with each of the two deciding constants moved from its value alone."""
     for name, values in (("LIMIT_SIGMAS", (5.0, 6.0, 7.0, 8.0, 9.0, 10.0)), ("BAND_SIGMAS", (2.5, 3.0, 3.5))):
         kept = getattr(baseline, name)
         try:

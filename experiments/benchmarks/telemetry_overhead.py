@@ -1,19 +1,19 @@
-"""What telemetry costs a training of several processes, beside what it costs one process.
+"""What telemetry costs a training of several processes, beside its cost in one process.
 
 One world of processes after the other trains the same model on the same batches: one process with the local engine, and tensor 2 x
 pipeline 2 with the parallel one. In each, turns of so many steps take turns in a fixed order:
 
     bare, watched, bare again, watched, ...
 
-all in the same processes, on one engine, so that what makes a process or a moment slow is in both: a turn's ratio is its time over
-the mean of the bare turns before and after it. The control does the same with every second bare turn as if it were watched: what it
-shows is the error of the measurement. Watched is everything every tenth step and gradients every step, with the run folder's sinks
-but TensorBoard's, whose pictures are drawn in a process of its own.
+all in the same processes, on one engine, so that a slow process or moment affects both: a turn's ratio is its time over the mean of
+the bare turns before and after it. The control does the same with every second bare turn as if it were watched, and so shows the
+error of the measurement. Watching measures everything every tenth step and gradients every step, with the run folder's sinks except
+TensorBoard's, which draws its pictures in a separate process.
 
-*Wall* is the slowest rank's time from a barrier to a barrier; *processor* the time that all threads of all ranks took. Of the local
-run the writer's thread has a core of its own, of four processes on two cores it has not: the processor ratio is the one to compare.
-Medians over the turns, 95 % intervals by bootstrap. *Collectives* are the calls of ``torch.distributed`` that the monitor makes, by
-what they came to in a turn, and bytes of one rank's packet.
+*Wall* is the slowest rank's time from a barrier to a barrier; *processor* the time of all threads of all ranks. In the local run
+the writer's thread has its own core, with four processes on two cores it has none: compare the processor ratio. Medians over the
+turns, 95 % intervals by bootstrap. *Collectives* are the monitor's calls of ``torch.distributed`` per turn, and the bytes of one
+rank's packet.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Settings:
 
 
 class Switched(Schedule):
-    """A cadence that can be switched off: then no hook is there."""
+    """A cadence that one can switch off: then there are no hooks."""
 
     on = True
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _world(settings: Settings, axes: tuple[int, int, int]) -> list[dict[str, object]]:
-    """Of each rank, what ``_turns`` returns."""
+    """The result of ``_turns`` on each rank."""
     t, p, d = axes
     rows = BatchConfig(rows=settings.rows, micro_rows=settings.micro_rows)
     parallel = ParallelConfig(tensor=t, pipeline=p, data=d)
@@ -125,7 +125,7 @@ def _turns(settings: Settings, config: TrainConfig) -> dict[str, object]:
             watched = turn % 2 == 1
             object.__setattr__(schedule, "on", watched)
             began = turn * settings.steps + 3 * settings.steps
-            # Of another number than the step that it expects, so that it looks at its schedule again.
+            # A step number that it does not expect, so that it checks its schedule again.
             monitor.start_step(began if watched else began + 1)
             calls.clear()
             _meet()
@@ -163,7 +163,7 @@ def _meet() -> None:
 
 
 def _count_collectives() -> Counter[str]:
-    """Counts the calls that the monitor makes from now on."""
+    """Count the monitor's calls from now on."""
     calls: Counter[str] = Counter()
     inside = [False]
     for name in ("all_gather", "all_gather_object", "all_reduce", "broadcast", "gather", "reduce"):

@@ -1,19 +1,19 @@
-"""In which order do topologies of a few processes come: ``glm plan``'s, and measured?
+"""How do topologies of a few processes rank, by ``glm plan`` and measured?
 
     python -m experiments.benchmarks topologies --ranks 2
 
-Every way of laying so many processes out as tensor x pipeline x data trains the same rows of a small GLM, each process on one
-thread, over gloo on this machine. The plan gets what this machine measures a moment before: rate of a product of the model's size,
-of a copy in memory, and of an all-reduce between two processes.
+Every layout of so many processes as tensor x pipeline x data trains the same rows of a small GLM, each process on one thread, over
+gloo on this machine. The plan gets rates measured on this machine a moment before: of a product of the model's size, of a copy in
+memory, and of an all-reduce between two processes.
 
-    work    processor seconds of a step, all processes together: what nobody waits in. Beside it the plan's products, kernels,
+    work    processor seconds of a step, all processes together, without waiting. Beside it the plan's products, kernels,
             transfers (which here are copies that a core makes) and optimizer of all processes, without bubble
     wall    seconds of a step, beside the plan's with its bubble. Of more processes than idle cores it tells how the system shares
             them out, and is not compared
 
 Agreement is Kendall's tau-b over the topologies (Kendall 1945): 1 is the same order, 0 none. With two or three of them tau is
-coarse: every figure is printed. Limits: gloo's copies cost processor time, a GPU's transfers do not; start of a collective is the
-planner's 10 us, gloo's is some 100.
+coarse, so the benchmark prints every figure. Limits: gloo's copies cost processor time, a GPU's transfers do not; start of a
+collective is the planner's 10 us, gloo's is some 100.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
 def planned_work(shape: Shape, layout: Layout, machine: Cluster, rows: int) -> float:
     """Seconds that all processes together are busy in a step, from the planner's parts."""
     plan = step_time(shape, layout, machine, rows, "fp32")
-    # Of all stages together: the plan's own is the slowest stage's.
+    # All stages together: the plan's own is the slowest stage's.
     whole = step_time(shape, dataclasses.replace(layout, pipeline=1), machine, rows, "fp32")
     columns = layout.tensor * layout.data
     stages = columns * (whole.products + whole.kernels + whole.tensor.seconds)
@@ -140,7 +140,7 @@ def layouts(settings: Settings, heads: int) -> list[Layout]:
 
 
 def _machine(config: TrainConfig, settings: Settings) -> Cluster:
-    """A core of this machine as a device, from what it measures now."""
+    """A core of this machine as a device, measured now."""
     model = config.model
     tokens = settings.micro_rows * model.length
     a, b = torch.randn(tokens, model.hidden), torch.randn(4 * model.hidden, model.hidden)

@@ -1,4 +1,4 @@
-"""How fast the stack trains: beside GPT-NeoX of equal size, in memory a token, and where a step's time goes.
+"""How fast the stack trains: beside GPT-NeoX of equal size, memory per token, and where a step's time goes.
 
     --figure peer      tokens/s of ours and of HuggingFace transformers' GPT-NeoX, eager and compiled, and of GLM's own objective
     --figure memory    peak memory a token of both, and what recomputation saves (``_training_memory.py``)
@@ -7,8 +7,8 @@
     --figure levers    what each lever costs, all in turn in one process (``_training_levers.py``); --levers rms,muon: these
     --figure parts     time of data, forward and backward, gradients, update and monitor in our step
 
-Peers take their steps in turn, over the same rows, so that a drifting machine moves all; medians, and the median of the ratios of
-neighbouring steps. What is compared is written in ``_training_peer.py``.
+Peers make their steps in turn, over the same rows, so that a drifting machine moves all; figures are medians, and the median of the
+ratios of neighbouring steps. ``_training_peer.py`` describes what it compares.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def show_peer(settings: Settings, result: dict[str, Any], console: Console) -> N
 
 def measure_memory(settings: Settings) -> dict[str, Any]:
     """Peak memory by contestant, as it is and with recomputation."""
-    rows_of(settings.size, "glm", settings.data)  # what is wrong with the data is said here, not in a child
+    rows_of(settings.size, "glm", settings.data)  # wrong data fail here, not in a child
     return {
         f"{contestant}{', recomputed' if recompute else ''}": memory(
             contestant, settings.size, settings.precision, settings.data, recompute=recompute
@@ -247,7 +247,7 @@ def measure_parts(settings: Settings) -> dict[str, Any]:
         "ms": ms,
         "share": {part: ms[part] / sum(ms[p] for p in PARTS) for part in PARTS},
         "tokens_per_second": settings.rows * config.model.length / (ms["step"] / 1e3),
-        # Means: a monitor that measures each tenth step would not show in a median at all.
+        # Means: a monitor that measures every tenth step would not show in a median at all.
         "monitor_overhead": statistics.fmean(times["monitored step"]) / statistics.fmean(times["step"]) - 1,
     }
 
@@ -315,7 +315,7 @@ def show_levers(settings: Settings, result: dict[str, Any], console: Console) ->
 def timed_step(
     config: TrainConfig, engine: LocalEngine, loader: Loader, step: int, monitor: Monitor | None
 ) -> dict[str, float]:
-    """One step as the training loop makes it; seconds of each part, the monitor's work inside the parts it interrupts."""
+    """One step as in the training loop; seconds of each part, with the monitor's work in the parts that it interrupts."""
     marks = [time.perf_counter()]
     batch = loader.batch(step, config.batch.rows)
     marks.append(time.perf_counter())

@@ -1,16 +1,16 @@
 """How often a verdict is false, and how often a true one is found, by simulation.
 
-*False*: two arms without a difference, seeds added one by one until a verdict comes or the runs end. Per kind of data and design
+*False*: two arms without a difference get seeds one by one until a verdict comes or the runs end. Per kind of data and design it is
 the share of trials that end in "supported" or "against"; the guarantee is 5 % at most, however long one looks. *Family*: ten such
 claims at once, their verdicts by Holm; the share of families with any false one. *Equivalent*: arms that differ by exactly the
-margin; the share called equivalent. *Power*: arms that differ by the effect that ``decide`` says it would have detected with these
-many runs; the share found, which is 80 % or more where what it says is true.
+margin; the share called equivalent. *Power*: arms that differ by the effect that ``decide`` calls detectable with so many runs; the
+share found, 80 % or more if that is true.
 
     gaussian, heavy (Student's t of 2 degrees), skewed (log-normal, sd of the log 2), counts (Poisson of mean 2, and of 40),
     yes or no (rate .4), censored (30 % of the runs died), dies late (after the sixth run 30 % died),
     turns coarse (after the sixth run values are rounded to whole sds)
 
-Given beside each share: the upper end of its one-sided 99 % interval (Clopper and Pearson).
+Beside each share the benchmark prints the upper end of its one-sided 99 % interval (Clopper and Pearson).
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def false_verdicts(kind: str, paired: bool, settings: Settings) -> tuple[int, in
 
 
 def false_families(kind: str, settings: Settings) -> tuple[int, int]:
-    """Families of ten claims without an effect of which one or more hold by Holm, and families."""
+    """Families of ten claims without an effect with one or more that hold by Holm, and families."""
     hits = 0
     for family in range(settings.families):
         rng = np.random.default_rng([family, 2])
@@ -157,7 +157,7 @@ def false_families(kind: str, settings: Settings) -> tuple[int, int]:
 
 
 def false_equivalence(kind: str, paired: bool, settings: Settings) -> tuple[int, int]:
-    """Trials that called arms equivalent which differ by the margin, and trials."""
+    """Trials that called arms equivalent that differ by the margin, and trials."""
     hits, (margin, further) = 0, APART[kind]
     for trial in range(settings.trials):
         rng = np.random.default_rng([trial, 3])
@@ -168,7 +168,7 @@ def false_equivalence(kind: str, paired: bool, settings: Settings) -> tuple[int,
 
 
 def power(n: int, paired: bool, looking: bool, settings: Settings) -> tuple[int, int]:
-    """Trials of ``n`` Gaussian runs an arm that found the effect said to be detectable, and trials."""
+    """Trials of ``n`` Gaussian runs per arm that found the effect called detectable, and trials."""
     hits = 0
     # The effect from a sample whose spread is exactly the population's.
     exact = stats.norm.ppf((np.arange(n) + 0.5) / n)

@@ -2,15 +2,16 @@
 
     python -m experiments.benchmarks zero_shot [--folder data/zero_shot] [--seed 0] [--data DIR --run RUN] [--json]
 
-Makes the default corpus, a tokenizer of 4,096 pieces, shards that hold out a tenth of the services, and the run, under the folder,
-where they do not stand already; then answers the held-out tasks by multiple choice (``glm evaluate --parts tasks``), three times:
+Makes under the folder, where they are missing, the default corpus, a tokenizer of 4,096 pieces, shards that hold out a tenth of the
+services, and the run; then answers the held-out tasks by multiple choice (``glm evaluate --parts tasks``), three times:
 
     trained wording    the held-out services' examples as they are: what they say was never trained on, how they ask was
     new text           of these, only those whose description occurs in no training document and no training example (services
                        repeat each other, so a held-out service's description may stand elsewhere)
     new wording        the same examples asked in words that no training template has (``WORDINGS``, written before any result)
 
-Answers are compared by log-probability per token. A task beats chance when the lower end of Wilson's 95 % interval does.
+The benchmark compares answers by log-probability per token. A model beats chance on a task when the lower end of Wilson's 95 %
+interval does.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make(folder: Path, seed: int) -> tuple[Path, Path]:
-    """Corpus, tokenizer, shards and run, with the commands that a user gives."""
+    """Corpus, tokenizer, shards and run, by a user's commands."""
     corpus, tokenizer, shards = (str(folder / name) for name in ("corpus", "tokenizer", "shards"))
     run = folder / f"run-{seed}"
     _run("corpus", "--out", corpus)
@@ -128,7 +129,7 @@ def answer(data: Path, run: Path) -> dict[str, list[TaskResult]]:
 
 
 def fields(example: TaskExample) -> dict[str, str]:
-    """What the template of an example was filled with, read back from its prompt."""
+    """The values that filled an example's template, read back from its prompt."""
     for source in PROMPTS[example.task]:
         parts = _FIELD.split(source)
         pattern = "".join(
