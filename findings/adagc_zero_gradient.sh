@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# AdaGC of pytorch-optimizer: a tensor whose gradient is zero for one step of the warm-up (an expert without a token, an adapter that starts
-# at zero).
+# AdaGC of pytorch-optimizer: a tensor whose gradient is zero for one step of the warm-up (an expert without a token, an adapter
+# that starts at zero).
 #
 # Written down before running: nothing lasts. Its running norm falls a little and recovers with the next gradients.
-# Seen with pytorch-optimizer 4.1.0, torch 2.13.0, Python 3.11 (2026-11-29): the running norm becomes the smallest of the warm-up, here 0,
-# and grows after it only by what the clip at 1.05 of itself lets through, .1 % a step. In the 1,000 steps after the warm-up the tensor
-# moves by .009, its twin without the zero by 1.25, 150 times as far. The loss of the rest looks well; only the size of that tensor's update
-# tells.
+# Seen with pytorch-optimizer 4.1.0, torch 2.13.0, Python 3.11 (2026-11-29): the running norm becomes the smallest of the warm-up,
+# here 0, and grows after it only by what the clip at 1.05 of itself lets through, .1 % a step. In the 1,000 steps after the warm-up
+# the tensor moves by .009, its twin without the zero by 1.25, 150 times as far. The loss of the rest looks well; only the size of
+# that tensor's update shows it.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # A run that has just been closed, asked for by its hash: does Aim give its metrics?
 #
-# Written down before running: Repo.get_run(hash) gives the run and metrics() its 50 values, since close() is the documented end of a run.
-# Seen with aim 3.29.1, Python 3.11 (2026-11-29): get_run gives None, although list_all_runs names the run; Run(hash, read_only=True) opens
-# it without a metric. After "aim storage reindex" both are there. Readers ask an index that no one writes until Aim's page is started or
-# the index is made; the run's own database holds everything, and request_tree("meta", hash) reads it. A script that trains, closes and
-# compares finds empty runs.
+# Written down before running: Repo.get_run(hash) gives the run and metrics() its 50 values, since close() is the documented end of
+# a run.
+# Seen with aim 3.29.1, Python 3.11 (2026-11-29): get_run gives None, although list_all_runs names the run; Run(hash,
+# read_only=True) opens it without a metric. After "aim storage reindex" both are there. Readers ask an index that no one writes
+# until Aim's page is started or the index is made; the run's own database holds everything, and request_tree("meta", hash) reads
+# it. A script that trains, closes and compares finds empty runs.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

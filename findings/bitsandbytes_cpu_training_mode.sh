@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # A frozen LLM.int8() layer of bitsandbytes on a CPU: does train() against eval() change what it computes?
 #
-# Written down before running: no. Its weight is int8 and frozen (has_fp16_weights=False) and it holds no dropout; in both modes columns
-# above the threshold are kept apart and the other activations are int8.
-# Seen with bitsandbytes 0.50.2, torch 2.13.0, Python 3.11 (2026-11-29): in eval() it does that. In train(), the mode of every new module,
-# no activation is quantized and the threshold has no effect: the result is x times the dequantized weight. On inputs with one column of
-# outliers and threshold 0 the two modes differ by 3 %; on a GPU, by its source, both take the first way. Who fine-tunes adapters on a CPU,
-# or forgets eval(), measures weight-only int8.
+# Written down before running: no. Its weight is int8 and frozen (has_fp16_weights=False) and it holds no dropout; in both modes
+# columns above the threshold are kept apart and the other activations are int8.
+# Seen with bitsandbytes 0.50.2, torch 2.13.0, Python 3.11 (2026-11-29): in eval() it does that. In train(), the mode of every new
+# module, the layer quantizes no activation and the threshold has no effect: the result is x times the dequantized weight. On inputs
+# with one column of outliers and threshold 0 the two modes differ by 3 %; on a GPU, by its source, both take the first way. Anyone
+# who fine-tunes adapters on a CPU, or forgets eval(), measures weight-only int8.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

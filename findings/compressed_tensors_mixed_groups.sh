@@ -2,9 +2,9 @@
 # Two layers of one kind with different schemes: does transformers load what compressed-tensors can describe?
 #
 # Written down before running: each weight is decompressed by the scheme of its own group, since config_groups name layers.
-# Seen with transformers 5.23.0, compressed-tensors 0.20.1, torch 2.13.0, Python 3.11 (2026-11-29): the scheme of the first group is used
-# for every dense layer. With one group the folder loads; with int4 in groups of 32 columns first and int4 a row second it loads too; with
-# the same two groups in the other order it does not. Plans that choose a scheme a layer meet this.
+# Seen with transformers 5.23.0, compressed-tensors 0.20.1, torch 2.13.0, Python 3.11 (2026-11-29): transformers uses the scheme of
+# the first group for every dense layer. With one group the folder loads; with int4 in groups of 32 columns first and int4 a row
+# second it loads too; with the same two groups in the other order it does not. Plans that choose a scheme per layer meet this.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Two CPU processes, a model under FSDP2 (fully_shard) over gloo: is a gradient the mean over the processes?
 #
-# Written down before running: yes. fully_shard is documented as data parallelism with mean gradients, and over nccl it divides; the backend
-# should only carry the numbers. Each gradient should be that of one process on the whole batch, ratio 1.
-# Seen with torch 2.8.0, Python 3.11 (2026-11-29): ratio 2.0 with two processes, 3.0 with three: the sum. torch 2.9.1: 1.0. Nothing warns.
-# Adam hides it in the update, as it does not see the scale; a gradient norm, a clip at 1 and SGD are wrong by the number of processes, and
-# a run continued on another number of processes shows a step in the norm that no batch explains.
+# Written down before running: yes. fully_shard is documented as data parallelism with mean gradients, and over nccl it divides; the
+# backend should only carry the numbers. Each gradient should be that of one process on the whole batch, ratio 1.
+# Seen with torch 2.8.0, Python 3.11 (2026-11-29): ratio 2.0 with two processes, 3.0 with three: the sum. torch 2.9.1: 1.0. Nothing
+# warns. Adam hides it in the update, as it does not see the scale; a gradient norm, a clip at 1 and SGD are wrong by the number of
+# processes, and a run continued on another number of processes shows a step in the norm that no batch explains.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What exact GELU makes of an activation that has overflowed to infinity, on a CPU.
+# What does exact GELU make of an activation that has overflowed to infinity, on a CPU?
 #
 # Written down before running: x F(x) is infinity there, whatever the size of the tensor.
-# Seen with torch 2.13.0, Python 3.11, AVX512 and AVX2 (2026-11-29): a tensor of one element gives inf, one of 32 gives NaN, in fp32 and in
-# bf16; float64 and approximate="tanh" give inf. A monitor that looks for the first NaN finds the feed-forward layer, where the first number
-# that left its format lies before it; one that counts infinities finds none behind the GELU.
+# Seen with torch 2.13.0, Python 3.11, AVX512 and AVX2 (2026-11-29): a tensor of one element gives inf, one of 32 gives NaN, in fp32
+# and in bf16; float64 and approximate="tanh" give inf. A monitor that looks for the first NaN blames the feed-forward layer,
+# although the first number that left its format comes before it; one that counts infinities finds none after the GELU.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

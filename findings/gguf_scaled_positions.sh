@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Rotary positions that a GGUF file scales, read by transformers: Llama 3.1's divisors and Gemma 3's linear factor.
 #
-# Written down before running: from_pretrained(..., gguf_file=...) gives the logits of the model that the file was written from, or says
-# what it leaves out.
-# Seen with transformers 5.23.0 and gguf 0.19.0, Python 3.11 (2026-11-29): neither. `rope_freqs.weight`, the tensor in which llama.cpp keeps
-# Llama 3.1's divisors of frequencies, is dropped without a word, and so is `gemma3.rope.scaling.factor`. A model of two layers differs
-# from its original by more than the spread of its logits; with the file's own divisors put in by hand it is the same to the last digits,
-# so the file is right. Short texts hide it: only slow rotations are divided. A quantization judged on a model so read compares wrong with
-# wrong.
+# Written down before running: from_pretrained(..., gguf_file=...) gives the logits of the model that the file was written from, or
+# says what it leaves out.
+# Seen with transformers 5.23.0 and gguf 0.19.0, Python 3.11 (2026-11-29): neither. It silently drops `rope_freqs.weight`, the
+# tensor in which llama.cpp keeps Llama 3.1's divisors of frequencies, and `gemma3.rope.scaling.factor`. A model of two layers
+# differs from its original by more than the spread of its logits; with the file's own divisors put in by hand it is the same to the
+# last digits, so the file is right. Short texts hide it: only slow rotations are divided. A quantization judged on such a model
+# compares wrong with wrong.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# torchao's NVFP4 with one level of scales, what to_nvfp4 does unless a scale of the whole tensor is given, on weights of the sizes that
-# language models have.
+# torchao's NVFP4 with one level of scales, what to_nvfp4 does unless a scale of the whole tensor is given, on weights of the sizes
+# that language models have.
 #
-# Written down before running: at a standard deviation of .02 (where most models begin) one level is as good as two, 9.5 %; the scales are
-# E4M3 numbers about .007, and E4M3 reaches down to 2^-9 = .002 with its subnormals.
-# Seen with torchao 0.18.0, torch 2.13.0, Python 3.11 (2026-11-29): scales below 2^-6, the smallest normal number, are raised to it, so the
-# subnormals are not used. Relative error of the dequantized weight, normal numbers of 512 x 1024: 13 % at .02, 23 % at .01, 45 % at .005,
-# and at .001 nearly every weight is 0 (100 %). With a scale of the tensor 9.5 % at all of them; one level whose scales may be subnormal
-# has 10.3, 12.6, 11.8 and 28 %.
+# Written down before running: at a standard deviation of .02 (where most models begin) one level is as good as two, 9.5 %; the
+# scales are E4M3 numbers about .007, and E4M3 reaches down to 2^-9 = .002 with its subnormals.
+# Seen with torchao 0.18.0, torch 2.13.0, Python 3.11 (2026-11-29): torchao raises scales below 2^-6, the smallest normal number, to
+# it, and so never uses the subnormals. Relative error of the dequantized weight, normal numbers of 512 x 1024: 13 % at .02, 23 % at
+# .01, 45 % at .005, and at .001 nearly every weight is 0 (100 %). With a scale of the tensor 9.5 % at all of them; one level whose
+# scales may be subnormal has 10.3, 12.6, 11.8 and 28 %.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

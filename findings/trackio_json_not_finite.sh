@@ -2,9 +2,9 @@
 # A loss that is NaN or infinite, out of trackio's command line as JSON.
 #
 # Written down before running: "trackio get metric --json" prints JSON, so such a value is null or text.
-# Seen with trackio 0.43.0, Python 3.11 (2026-11-29): it prints NaN and Infinity, which are no JSON (RFC 8259, section 6). Python's json
-# reads it; what holds to the standard (JavaScript, Arrow, most other languages) refuses the whole answer, and does so exactly where a
-# run has broken. Checked here with Python's parser told to refuse such words.
+# Seen with trackio 0.43.0, Python 3.11 (2026-11-29): it prints NaN and Infinity, which are no JSON (RFC 8259, section 6). Python's
+# json reads it; parsers that hold to the standard (JavaScript, Arrow, most other languages) refuse the whole answer, exactly where
+# a run has broken. The script checks this with Python's parser told to refuse such words.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
