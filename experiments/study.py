@@ -67,7 +67,7 @@ class Cell:
     """A measurement's input.
 
     Attributes:
-        arm, seed: which.
+        arm, seed: of the cell.
         config: the arm's configuration with the seed in it.
         data: folder made by ``glm shards``.
     """
@@ -84,7 +84,7 @@ class Study:
 
     Attributes:
         name: on the command line.
-        question: what is asked.
+        question: in words.
         claims: to judge, each on a metric in ``outcomes``.
         predictions: written down before the first run.
         outcomes: the numbers by name.

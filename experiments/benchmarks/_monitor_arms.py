@@ -93,7 +93,7 @@ class Ours(Peer):
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What to train and who watches.
+    """The model to train, and its monitor.
 
     Args:
         name: of the arm: ``bare`` (twice), one of ours, or a peer's.

@@ -6,7 +6,7 @@ plateau, both drawn from the seed:
     rate      the learning rate: 1.04 to 1.2 a step, up to .006 to .6, of seeds from 1,000 on .1 to .6
     noise     noise in a block's output, from .01 of its RMS: 1.1 to 1.3 a step, up to .3 to 30
     decay     the weight decay, from .01: 1.1 to 1.3 a step, up to 1 to 300
-    format    the scale at which an up projection's output is rounded to fp16, undone behind it: 1.1 to 1.4 a step, up to 1e2 to 1e6
+    format    the scale at which an up projection's output is rounded to fp16, undone after it: 1.1 to 1.4 a step, up to 1e2 to 1e6
 
 (all log-uniform). Some collapse, some do not, and both see something rise: a warning must tell them apart. The seed also draws clip
 0 or 1 and beta2 .95, .99 or .999.

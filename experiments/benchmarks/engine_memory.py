@@ -231,7 +231,7 @@ def _planned(settings: Settings, config: TrainConfig, stage: int) -> dict[str, f
 
 
 def _bytes(tensors: Iterable[Tensor]) -> float:
-    """Of the tensors' storages, each once."""
+    """Bytes of the tensors' storages, each once."""
     storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}
     return float(sum(storages.values()))
 

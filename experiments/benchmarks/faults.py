@@ -9,8 +9,8 @@ It runs two trainings of several processes under torchrun, the same in everythin
 | writing | SIGKILL of one rank while a checkpoint is half-written | the same, from the checkpoint before |
 | hang | SIGSTOP of one rank | the others give it up after ``parallel.timeout``, then the same |
 | launcher | SIGKILL of torchrun alone | the ranks notice, save and end; a new launch continues |
-| full | one rank's files may no longer grow (as on a full disk) | that checkpoint is lost and told of; training goes on |
-| damaged | SIGKILL of all ranks, a bit of the newest checkpoint flipped | the one before is taken, and told of |
+| full | one rank's files may no longer grow (as on a full disk) | the run loses that checkpoint and tells so; training goes on |
+| damaged | SIGKILL of all ranks, a bit of the newest checkpoint flipped | training takes the one before, and tells so |
 | missing | SIGKILL of launcher and ranks, a file of the newest checkpoint removed | a new launch does the same |
 
 Verdicts: weights, moments and state of both runs are the same bits; so are the losses; and the valid telemetry has every step once.
@@ -97,7 +97,7 @@ class Injury:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Of both runs."""
+    """The outcome of both runs."""
 
     injuries: list[Injury]
     verdicts: dict[str, bool]

@@ -66,7 +66,7 @@ Times = dict[str, list[tuple[float, float]]]
 
 
 def take_turns(specs: Sequence[Spec], rounds: int, steps: int) -> tuple[Times, dict[str, dict[str, float]]]:
-    """Wall and processor seconds a step, [rounds], of each arm; and what each tells when it ends."""
+    """Wall and processor seconds a step, [rounds], of each arm; and each one's last answer."""
     context = multiprocessing.get_context("spawn")
     order = random.Random(0)
     lines: dict[str, Connection] = {}
@@ -142,7 +142,7 @@ def measure(
 
 
 def arms(suite: str, with_peers: bool) -> list[str]:
-    """Who is compared with the bare model."""
+    """The arms to compare with the bare model."""
     ours = ["attached but off", "ours"] if suite == GRADIENTS else list(OURS)
     return [BARE_AGAIN, *ours] + (installed() if with_peers else [])
 

@@ -174,7 +174,7 @@ class UnpairedRates:
         return InterimLook(effect=effect, low=low, high=high, sign=side if decided else 0, log_e=log_e)
 
     def detectable(self, alpha: float, *, sequential: bool) -> float:
-        """By the normal approximation at the baseline's rate, with the boundary of the average pair."""
+        """Uses the normal approximation at the baseline's rate, with the boundary of the average pair."""
         n = len(self.arm) * len(self.baseline) / (len(self.arm) + len(self.baseline))
         rate = (self.arm.sum() + self.baseline.sum() + 1) / (len(self.arm) + len(self.baseline) + 2)
         boundary = (

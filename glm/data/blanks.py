@@ -59,7 +59,7 @@ def mask_pieces(
     end_QK = spans.start_QK + spans.length_QK
     q_Q1 = np.arange(Q)[:, None]
 
-    # A piece's runs: text, [MASK], text, [MASK], ..., text; then each span behind its sop; then padding.
+    # A piece's runs: text, [MASK], text, [MASK], ..., text; then each span after its sop; then padding.
     columns = 3 * K + 2
     spans_from = 2 * K + 1
     length = np.zeros((Q, columns), np.int64)

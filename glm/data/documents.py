@@ -1,11 +1,11 @@
-"""Documents on disk: what a corpus is.
+"""A corpus: documents on disk.
 
 A corpus is a folder of Parquet files of documents and a ``meta.json`` that names its sources. A document has
 
     text      its words
     language  "zh", "en" or "" where unknown
     source    the package or file it came from
-    group     what is held out together: a service, a book, a file's document
+    group held out together: a service, a book, a file's document
 
 Reading goes batch by batch, so memory stays bounded however large the corpus is.
 """
@@ -78,11 +78,11 @@ class Corpus:
         return cls(path=path, **{name: meta[name] for name in names})
 
     def files(self) -> list[Path]:
-        """Of documents."""
+        """Files of documents."""
         return sorted(self.path.glob("documents-*.parquet"))
 
     def task_files(self) -> list[Path]:
-        """Of examples, one a task."""
+        """Files of examples, one per task."""
         return sorted(self.path.glob("tasks-*.parquet"))
 
     def __iter__(self) -> Iterator[Document]:

@@ -109,7 +109,7 @@ def open_data(path: str | Path) -> TokenData:
     """Open a folder made by ``glm shards``.
 
     Raises:
-        InputError: the folder is not one, a file is missing or cut short, or the tokenizer is not the one of the shards.
+        InputError: the folder is no data folder, a file is missing or cut short, or the tokenizer is not the one of the shards.
     """
     path = Path(path)
     meta = read_meta(path, what="shards", made_by="glm shards")

@@ -45,11 +45,11 @@ class TaskExample:
 
     Attributes:
         before, after: the prompt, left and right of its [MASK].
-        answer: what belongs there.
+        answer: the right text for the blank.
         choices: answers to choose from, the right one among them; empty where any text may be the answer.
         task: the task's name.
         language: "zh", "en", or "" where unknown or both.
-        group: what is held out together.
+        group: name of a group that is held out as a whole.
     """
 
     before: str

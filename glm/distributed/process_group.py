@@ -45,10 +45,10 @@ class ProcessGroup(Protocol):
         """Each value summed over the processes."""
 
     def from_first(self, value: T) -> T:
-        """What the leading process has."""
+        """The leading process's value."""
 
     def all_of_them(self, value: T) -> list[T]:
-        """What each process has, the leading one's first."""
+        """Each process's value, the leading one's first."""
 
     @contextmanager
     def together(self) -> Iterator[None]:

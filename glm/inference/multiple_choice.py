@@ -40,12 +40,12 @@ class TaskResult:
     """Accuracy on one task.
 
     Attributes:
-        task, language: which.
+        task, language: of the examples.
         examples: how many the model answered.
         too_long: how many the model's positions could not hold.
         correct: how many it answered rightly.
-        chance: what guessing gives.
-        most_frequent: what always giving the most frequent answer gives.
+        chance: accuracy of guessing.
+        most_frequent: accuracy of always giving the most frequent answer.
         low, high: 95 % interval of the accuracy.
     """
 

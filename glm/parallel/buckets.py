@@ -54,7 +54,7 @@ class Bucket:
 
     @property
     def names(self) -> list[str]:
-        """Of its parameters."""
+        """Names of its parameters."""
         return [name for name, _, _ in self.members]
 
     def add(self, name: str, elements: int) -> None:

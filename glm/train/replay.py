@@ -143,7 +143,7 @@ def replay(asked: Replay, *, console: Console) -> Run:
 
 
 def describe_change(original: TrainConfig, change: Change) -> str:
-    """What differs, as ``field=value`` joined by commas; "unchanged" if nothing does."""
+    """The differences as ``field=value`` joined by commas; "unchanged" if there are none."""
     lines = differences(json.loads(original.to_json()), json.loads((change.config or original).to_json()))
     words = [f"{line.partition(': ')[0]}={line.rpartition(' -> ')[2]}" for line in lines] + change.words
     return ",".join(words) or UNCHANGED

@@ -143,7 +143,7 @@ class Attribution:
 
     @property
     def event(self) -> Event:
-        """As an event of kind ``attribution`` at the onset."""
+        """An event of kind ``attribution`` at the onset."""
         return Event(step=self.episode.onset, kind=EVENT, data=self.to_json())
 
     def to_json(self) -> dict[str, Any]:

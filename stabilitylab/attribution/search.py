@@ -78,7 +78,7 @@ def attribute(
 
     Raises:
         InputError: the loop does not repeat itself, the budget is too small for one fork, a glob matches nothing, or
-            ``begin`` lies behind the onset.
+            ``begin`` is after the onset.
     """
     episode = event if isinstance(event, Episode) else Episode(
         kind="spike", onset=event, peak=event, end=None, height=None, signal=signal

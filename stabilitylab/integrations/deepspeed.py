@@ -40,7 +40,7 @@ def watch(engine: Any, **options: Any) -> Monitor:
         options: those of ``Monitor``, without model, optimizer, parameters and sharded.
 
     Raises:
-        InputError: ``engine`` is none.
+        InputError: ``engine`` is no DeepSpeedEngine.
     """
     if not all(hasattr(engine, name) for name in ("module", "backward", "global_steps")):
         raise InputError(

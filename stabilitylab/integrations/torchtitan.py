@@ -38,7 +38,7 @@ def watch(trainer: Any, **options: Any) -> Monitor:
         options: those of ``Monitor``, without model and optimizer.
 
     Raises:
-        InputError: ``trainer`` is none, or has a pipeline, or replays its steps.
+        InputError: ``trainer`` is no torchtitan Trainer, or has a pipeline, or replays its steps.
     """
     if not all(
         hasattr(trainer, name)

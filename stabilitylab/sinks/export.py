@@ -1,7 +1,7 @@
 """``stabilitylab export`` writes a run, or another trainer's log, as CSV, Parquet or TensorBoard.
 
-    tidy   step, family, site, statistic, index, value: a row a number, everything that was recorded and stands
-    wide   a row a step, a column a metric (``metric[i]`` for the i-th of a vector): for spreadsheets
+    tidy   step, family, site, statistic, index, value: one row per number, everything recorded and still valid
+    wide   one row per step, one column per metric (``metric[i]`` for the i-th of a vector): for spreadsheets
 
 It exports a run one telemetry file at a time, so memory does not grow with the run (except with ``--wide``). It writes numbers as
 they are: ``nan`` and ``inf`` are values, an empty cell is no value. In Python ``load_run(path).telemetry`` gives the same.
