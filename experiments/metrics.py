@@ -182,8 +182,8 @@ def _loss_breaks(run: Run) -> int | None:
 
 
 def _norm_breaks(run: Run) -> int | None:
-    """First step whose gradient norm exceeds four times the median of the 50 before it (25 at least), or is NaN. A step that the
-    loss scaler skipped is routine and does not count.
+    """First step whose gradient norm exceeds four times the median of the 50 before it (25 at least), or is not finite. A step that
+    the loss scaler skipped is routine and does not count.
     """
     norm, skipped = run.series("train/-/gradient_norm"), run.series("train/-/skipped")
     norm = norm[~norm.index.isin(skipped.index[skipped == 1])].replace(math.inf, math.nan)

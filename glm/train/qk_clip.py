@@ -3,7 +3,7 @@
     S  the largest score of a head in an update's micro-batches, f = min(1, t / S):    W_q <- f^(1/2) W_q,   W_k <- f^(1/2) W_k
 
 and biases likewise, so that the same input would give a largest score of t. Only heads that exceed t move, and only by the excess.
-Where query heads share keys, only W_q moves: W_q <- f W_q. The moments stay as they are.
+Query heads that share keys share W_k too, so there W_q <- f W_q alone. The moments stay as they are.
 
 It acts on the masters at the end of an update, so that the instrument sees it as part of the update; after a skipped update it
 forgets the scores. It never waits for the device. Replicas take the largest score of all of them, so that they clip alike.

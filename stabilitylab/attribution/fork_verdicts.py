@@ -137,7 +137,7 @@ def _rise(y: np.ndarray[tuple[int], np.dtype[np.float64]], base: float, noise: f
         return 0.0, 0.0
     finite = np.isfinite(y)
     over = np.maximum(np.where(finite, y, 0.0) - base - 2 * noise, 0.0)
-    # A NaN counts as the whole level in the area, and as infinite height.
+    # A value that is not finite counts as the whole level in the area, and as infinite height.
     area = float(np.sum(np.where(finite, over, abs(base))))
     return (float(np.max(y)) - base if finite.all() else math.inf), area
 

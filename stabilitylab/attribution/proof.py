@@ -53,7 +53,7 @@ class Attribution:
         site: its place, if it has one.
         needed: without the updates of these alone the event does not come.
         enough: with the updates of these alone it comes.
-        remedy: the fork that prevents it by the least.
+        remedy: the fork that prevents it and leaves out least.
         untried: interventions that the budget did not reach.
         seconds: spent.
         settings: names of the optimizer's settings that jumped.
