@@ -14,7 +14,7 @@
     torch.distributed.tensor.DTensor             public; here since it is slow to import      test_ranks.py
     torch.optim.Optimizer.*.__wrapped__          an optimizer without torch's compiler        glm's test_startup.py
 
-torch has all of them from 2.9.1, the oldest supported, to 2.15. Two of the modules take as long to import as the rest of torch
+All of them exist from torch 2.9.1, the oldest supported, to 2.15. Two of the modules take as long to import as the rest of torch
 together, so ``compat`` looks at them only where other code has imported them: what nobody imported, nobody uses.
 
 torch's own internal operators stand where they compute numbers, each with a twin in public operations:
