@@ -17,7 +17,6 @@ from typing import Annotated
 import tyro
 
 from stabilitylab.errors import InputError
-from stabilitylab.telemetry import LOSS
 from stabilitylab.watching.alerts import Alert
 from stabilitylab.watching.alerts import plain as plain_text
 from stabilitylab.watching.kept_state import KeptState, default_folder
@@ -181,10 +180,8 @@ def _look(
 
 
 def _nothing_new(watched: Watch) -> str:
-    step = max((judge.curves[LOSS].step for judge in watched.judges.values()), default=-1)
-    return f"{plain_text(str(watched.path))}: " + (
-        f"nothing new up to step {step:,}" if step >= 0 else "no value of a loss yet"
-    )
+    said = f"nothing new up to step {watched.step:,}" if watched.step >= 0 else "no value of a loss yet"
+    return f"{plain_text(str(watched.path))}: {said}"
 
 
 class _Stop:

@@ -73,8 +73,7 @@ def panel(watch: Watch, *, width: int, now: float | None = None) -> RenderableTy
     lines.append(_stability(watch, shown))
     for alert in watch.announcer.told[-EVENTS:]:
         lines.append(Text(alert.line(), style=_STYLES[alert.severity], overflow="ellipsis", no_wrap=True))
-    step = max((judge.curves[LOSS].step for judge in shown), default=-1)
-    title = plain(str(watch.path)) + (f", step {step:,}" if step >= 0 else "")
+    title = plain(str(watch.path)) + (f", step {watch.step:,}" if watch.step >= 0 else "")
     return Panel(
         Group(*lines),
         title=Text(title),

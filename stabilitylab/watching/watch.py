@@ -105,6 +105,11 @@ class Watch:
 
     # -----------------------------------------------------------------------------------------------------------
 
+    @property
+    def step(self) -> int:
+        """The newest step of a loss in any segment; -1 before the first."""
+        return max((judge.curves[LOSS].step for judge in self.judges.values()), default=-1)
+
     def look(self, *, last: bool = False) -> bool:
         """Read what is new and tell its findings; returns whether anything was new.
 
@@ -348,8 +353,7 @@ class Watch:
         since = self.last_value if self.last_value is not None else self._began
         if now - since > self.options.silent_after:
             self._is_silent = self._dirty = True
-            step = max((judge.curves[LOSS].step for judge in self.judges.values()), default=-1)
             lost = is_abandoned(source and source.follower)
             self.announcer.announce(
-                of_silence(str(self.path), self.values, round(now - since), step, self.problem, lost)
+                of_silence(str(self.path), self.values, round(now - since), self.step, self.problem, lost)
             )
