@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # A package and the packages that its modules must not import. An arrow runs down only:
@@ -117,16 +117,23 @@ def foreign(root: Path) -> dict[str, list[str]]:
     return {name: where for name, where in used.items() if name not in defined}
 
 
-def imported(file: Path, *, types: bool = True) -> Iterator[str]:
+def imported(file: Path, *, types: bool = True) -> tuple[str, ...]:
     """Absolute names that a module imports anywhere, also inside functions and, with ``types``, in type-checking blocks."""
-    waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    outside, for_types = _imports(file)
+    return outside + for_types if types else outside
+
+
+@cache
+def _imports(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names outside type-checking blocks and names in them. A file is parsed once, however many rules ask."""
+    found: tuple[list[str], list[str]] = ([], [])
+    waiting: list[tuple[ast.AST, bool]] = [(ast.parse(file.read_text(encoding="utf-8")), False)]
     while waiting:
-        node = waiting.pop()
-        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        waiting += ast.iter_child_nodes(node)
+        node, for_types = waiting.pop()
+        for_types = for_types or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        waiting += [(child, for_types) for child in ast.iter_child_nodes(node)]
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found[for_types].extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found[for_types].extend((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+    return tuple(found[False]), tuple(found[True])

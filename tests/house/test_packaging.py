@@ -51,7 +51,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     with tarfile.open(build("sdist", source, folder)) as archive:
-        archive.extractall(folder / "sdist", filter="data")
+        # Python before 3.11.4, which Debian 12 has, knows no filter; what we have just packed needs none.
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        archive.extractall(folder / "sdist")
     (unpacked,) = (folder / "sdist").iterdir()
     with zipfile.ZipFile(build("wheel", unpacked, folder)) as archive:
         archive.extractall(folder / "site")

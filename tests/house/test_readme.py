@@ -34,7 +34,7 @@ def place(tmp_path_factory):
     (folder / "my-text").mkdir()
     for name, text in topics.items():
         (folder / "my-text" / f"{name.replace('/', '-')}.txt").write_text(text, encoding="utf-8")
-    (folder / "my-text" / "notes.txt").write_text("\n\n".join(topics.values())[:12_000], encoding="utf-8")
+    (folder / "my-text" / "notes.txt").write_text("\n\n".join(topics.values())[:3_000], encoding="utf-8")
     return folder
 
 

@@ -329,9 +329,7 @@ def test_a_spike_that_one_process_detects_is_answered_by_all(results, data, poli
     the run is that of one process."""
     zero, one = (json.loads((results / f"spiking-{rank}.json").read_text())[policy] for rank in (0, 1))
     assert zero == one
-    ours, other = (
-        answer(config, LocalEngine(config), data) for config in (spiking(policy, micro=m) for m in (4, 8))
-    )
+    ours = answer(spiking(policy), LocalEngine(spiking(policy)), data)
     assert [tuple(d) for d in zero["decisions"]] == ours["decisions"]
     kinds = {kind for _, kind in ours["decisions"]}
     assert ({"skip-batch", "clip"} if policy == "escalate" else {policy}) <= kinds
@@ -340,12 +338,12 @@ def test_a_spike_that_one_process_detects_is_answered_by_all(results, data, poli
     rows = [first for _, first, _ in ours["steps"]]
     assert all(rows.count(bad * ROWS) <= 1 for bad in BAD_STEPS)
 
-    def apart(a, b):
-        return max(abs(x[2] - y[2]) for x, y in zip(a["steps"], b["steps"], strict=True))
-
-    # Sums in another order may move a loss by a few units in its last place, also where these two happen to agree.
-    last_place = 2.0**-23 * max(loss for _, _, loss in ours["steps"])
-    assert apart(zero, ours) <= MARGIN["fp32"] * max(apart(ours, other), 8 * last_place)
+    apart = [abs(x[2] - y[2]) for x, y in zip(zero["steps"], ours["steps"], strict=True)]
+    before = [step for step, _, _ in ours["steps"]].index(BAD_STEPS[0])
+    # Sums in another order move a loss by a few units in its last place. A spike multiplies that: four orders of summing in one
+    # process were up to 1.3e-6 apart before it and 1.2e-4 after (texts of Python 3.11.2 and 3.11.7). Another batch is .01 or more.
+    assert max(apart[:before]) <= 8 * 2.0**-23 * max(loss for _, _, loss in ours["steps"][:before])
+    assert max(apart[before:]) < 1e-3
 
 
 @pytest.fixture
