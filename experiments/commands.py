@@ -52,17 +52,18 @@ def run(
     executor: str = "local",
     report: bool = False,
 ) -> int:
-    """Train every arm with every seed; what is complete already is left alone.
+    """Train every arm with every seed; leaves complete runs alone.
 
     Args:
         suite: name of a suite or study, or a Python file of your own that holds one (FILE.py).
         data: folder made by `glm shards`; by default the suite's own text, built under data/ once.
         out: where the runs go; by default runs/SUITE.
         steps: updates per run instead of the suite's own.
-        parallel: runs at a time; by default one a core, and a study in one process.
-        seeds: how many instead of the planned ones; until decided: at the most (by default the planned ones, of a suite 16).
-        budget: no new seed is begun after this time: 90 (seconds), 15m, 2h.
-        until_decided: no new seed is begun once every claim is decided.
+        parallel: runs at a time; by default one a core for a suite, and one process for a study.
+        seeds: number of seeds instead of the planned one; with --until-decided the most (by default 16 for a suite, and the planned
+            number for a study).
+        budget: begin no new seed after this time: 90 (seconds), 15m, 2h.
+        until_decided: begin no new seed once every claim is decided.
         executor: local: processes of this machine; or dask:ADDRESS, ray[:ADDRESS], slurm[:KEY=VALUE,...]: see docs/experiments.md.
         report: write the report at the end, as the command report does.
     """

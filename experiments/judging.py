@@ -47,16 +47,16 @@ def judge(
 
     Args:
         table: CSV with a header, one row a run.
-        arm: the group that is claimed to be better.
-        baseline: the group that it is compared with.
+        arm: the group that you claim to be better.
+        baseline: the group to compare it with.
         group: column that names a run's group.
-        value: column that is judged; by default val_loss, or the only other column of numbers.
+        value: column to judge; by default val_loss, or the only other column of numbers.
         seed: column that pairs runs.
         paired: compare seed by seed.
         better: which end of the value is the better one.
         scale: log: compare ratios; rank: compare the order only.
-        margin: smallest effect of interest: groups shown to lie within it are equivalent. On the log scale a relative one.
-        sequential: runs were added while looking at the verdict.
+        margin: smallest effect of interest: groups shown to lie within it are equivalent. With --scale log it is relative.
+        sequential: you added runs while looking at the verdict.
         json: print one JSON object.
     """
     if arm == baseline:

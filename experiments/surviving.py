@@ -30,7 +30,7 @@ def show_survival(study: Name, *, runs: Path = Path("runs"), json: bool = False)
     Args:
         study: name of a study, or a Python file of your own.
         runs: folder that holds the studies' folders.
-        json: print one JSON object an outcome.
+        json: print one JSON object for each outcome.
     """
     asked = load(study)
     times = (

@@ -69,7 +69,7 @@ def report(run: RunPath, *, out: Path | None = None) -> int:
 
 
 def compare(runs: RunPaths, *, out: Path) -> int:
-    """Write several runs over each other as one HTML page.
+    """Plot several runs over each other on one HTML page.
 
     Args:
         runs: run folders and logs, two runs or more; a log may hold several.

@@ -18,7 +18,7 @@ TOKENS, WIDTH, HEADS, LAYERS, ROWS, LENGTH = 64, 32, 4, 3, 32, 24
 
 
 def demo(*, out: Path | None = None) -> int:
-    """Train a small model that breaks, and show how that is found, named and told.
+    """Train a small model that breaks, and show how the monitor finds, names and reports it.
 
     Args:
         out: folder for the run; by default stabilitylab-demo, or the next free name after it.

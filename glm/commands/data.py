@@ -1,6 +1,6 @@
 """``glm corpus``, ``glm tokenizer``, ``glm shards``: from text to what ``glm train`` reads.
 
-Each does nothing where its product exists already.
+A command whose product exists already does nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def corpus(
     Args:
         sources: .txt, .jsonl, .parquet files (the first two also .gz or .zst) or folders of them; none: the default corpus.
         out: folder to make.
-        max_characters: stop after about so many; the default corpus takes half of them in each language.
+        max_characters: stop after about this many; the default corpus takes half of them in each language.
         tasks: .jsonl files of records for multi-task training, each with a Jinja template of the same name (.jinja) beside it;
             the default corpus has tasks of its own.
     """
@@ -47,7 +47,7 @@ def tokenizer(
         corpus: folder made by `glm corpus`.
         out: folder to make.
         vocabulary: number of pieces.
-        sample_characters: train on about so many characters of the corpus.
+        sample_characters: train on about this many characters of the corpus.
     """
     made = train_tokenizer(corpus, out, vocabulary=vocabulary, sample_characters=sample_characters)
     print(f"tokenizer: {made.vocabulary:,} pieces: {out}")
@@ -62,7 +62,7 @@ def shards(*, corpus: Path, tokenizer: Path, out: Path, heldout: float = 0.02, t
         tokenizer: folder made by `glm tokenizer`.
         out: folder to make; this is what `glm train --data` takes.
         heldout: share of groups (services, books, documents) kept out of training.
-        threads: of the tokenizer.
+        threads: threads that the tokenizer uses.
     """
     made = build_shards(corpus, tokenizer, out, heldout, threads)
     examples = {split: sum(tasks.counts.values()) for split, tasks in made.tasks.items()}

@@ -27,7 +27,7 @@ ModelPath = Annotated[Path, tyro.conf.Positional]
 
 
 def export(model: ModelPath, *, out: Path, precision: Precision = "fp32") -> int:
-    """Write a model to a folder that holds all that using it takes: weights as safetensors, tokenizer, configuration.
+    """Write everything that using a model takes to one folder: weights as safetensors, tokenizer, configuration.
 
     Args:
         model: a run (its newest checkpoint), or a checkpoint in it.
@@ -62,14 +62,14 @@ def generate(
         model: a run, a checkpoint in it, or an export.
         prompt: the text.
         method: greedy: the most probable token; top-p: draw from the most probable ones; beam: search for the most probable text.
-        tokens: at most so many for each blank.
+        tokens: generate at most this many for each blank.
         temperature: above 1 more varied, below 1 less (top-p).
         top_p: draw from the most probable tokens that together have this probability.
-        top_k: and from so many of them at most; 0: no bound.
-        seed: of the draws.
-        beams: texts that are extended together.
-        length_penalty: 0: the most probable text; larger: longer ones.
-        quantize: int8, int4, or a plan of `stabilitylab quantize`: weights of the linear layers, read and quantized one by one.
+        top_k: draw from at most this many of them; 0: no bound.
+        seed: seed of the draws.
+        beams: number of texts that beam search extends together.
+        length_penalty: exponent of beam search's penalty: 0 finds the most probable text, larger values longer ones.
+        quantize: int8, int4, or a plan of `stabilitylab quantize`; quantizes the weights of linear layers one by one while reading.
         precision: format of weights and products; by default as stored.
         device: "cpu", "cuda", ...; by default cuda where there is one.
         json_output: print one JSON object instead of the text.
@@ -112,12 +112,12 @@ def evaluate(
     Args:
         model: a run, a checkpoint in it, or an export.
         data: folder made by `glm shards` with the model's tokenizer; its held-out split is used.
-        parts: what to find out; by default everything that the data has something for.
-        rows: rows for each perplexity.
-        examples: at most so many of each task and language; by default all, and 1,000 sentences.
-        normalise: compare answers by log-probability per token (length), as they are (none), or by what the prompt adds (prior).
+        parts: what to measure; by default everything that the data allows.
+        rows: held-out rows for each perplexity.
+        examples: at most this many of each task and language; by default all of a task, and 1,000 sentences for last words.
+        normalise: compare answers by log-probability per token (length), as it is (none), or by what the prompt adds to it (prior).
         tasks: .jsonl files of your own instead of the folder's tasks, each with its .jinja template beside it.
-        quantize: int8, int4, or a plan of `stabilitylab quantize`: weights of the linear layers, read and quantized one by one.
+        quantize: int8, int4, or a plan of `stabilitylab quantize`; quantizes the weights of linear layers one by one while reading.
         precision: format of weights and products; by default as stored.
         device: "cpu", "cuda", ...; by default cuda where there is one.
         json_output: print one JSON object instead of tables.

@@ -53,15 +53,15 @@ def plan(
     Args:
         preset: model, as in `glm train`.
         gpus: NODESxGPUSxNAME, such as 96x8xA100-40G; one node: 8xA100-40G.
-        batch: rows of an update; by default 5.5 a GPU, which is GLM-130B's 4,224 on 768.
+        batch: rows of an update; by default 5.5 a GPU: GLM-130B's 4,224 on 768 GPUs.
         precision: compute format of training.
-        quantize: format of the weights that are served, instead of a training plan.
+        quantize: format of the weights to serve; plans serving instead of training.
         rows: rows served at once.
-        length: tokens of a row, where it is not the preset's.
-        vocabulary: for presets that take theirs from the data.
-        shown: plans to list.
-        what_if: also other GPUs and 1,000 to 100,000 of them, with failures.
-        tokens: of the whole run, for the days it takes.
+        length: tokens of a row; by default the preset's.
+        vocabulary: vocabulary size, for presets that take theirs from the data.
+        shown: number of plans to list.
+        what_if: list other GPUs too, and 1,000 to 100,000 of them with their failures.
+        tokens: tokens of the whole run, to say how many days it takes.
         gpu_hours_per_failure: GPU-hours between failures; 50,000 is Llama 3's.
         restart: seconds from a failure to the next step.
         json: print one JSON object instead of tables.

@@ -63,7 +63,7 @@ class TrainCommand:
         out: run folder; made if it does not exist.
         resume: continue the run in `out` from its newest checkpoint.
         device: "cpu", "cuda", ...; by default cuda where there is one.
-        trackers: experiment trackers to send to as well, parted by commas: wandb, mlflow, trackio.
+        trackers: experiment trackers to send numbers to as well, separated by commas: wandb, mlflow, trackio.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]

@@ -19,7 +19,7 @@ class ObjectiveConfig:
         mask_fraction: share of a piece's tokens inside spans.
         span_mean: Poisson mean of span lengths, zero excluded.
         single_span: share of [MASK] pieces with one span only, whatever fraction that is.
-        gmask_least: smallest share of a piece that [gMASK] generates; the largest is all of it.
+        gmask_least: smallest share of a piece that the model generates at [gMASK]; the largest is all of it.
         positions: "1d": span tokens take the position of their mask; "2d" adds the place within the span.
         multitask_share: share of rows that hold multi-task examples (MIP). None: 5 % with kind "glm" where the data has tasks.
     """
@@ -53,13 +53,13 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is sampled.
+    """What to sample.
 
-    A component of the mixture is a language ("zh"), a source ("botocore") or both ("botocore/en"). What is not named is not
-    sampled. Without a mixture everything is, as it lies.
+    A component of the mixture is a language ("zh"), a source ("botocore") or both ("botocore/en"). A mixture samples only the
+    components that it names. Without a mixture an epoch goes through all text once.
 
     Attributes:
-        skip: half-open ranges of sample numbers that are passed over (OPT, PaLM): sample numbers after a range move up.
+        skip: half-open ranges of sample numbers to leave out (OPT, PaLM): sample numbers after a range move up.
         mixture: (component, weight); weights are shares of tokens, in any positive scale.
         mixture_before: the weights before the ramp; the same components or fewer.
         mixture_ramp: (first, last) sample number between which the weights move linearly.

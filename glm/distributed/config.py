@@ -9,15 +9,15 @@ from glm.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Sizes of the axes; their product is the number of processes.
+    """Sizes of the axes of parallelism; their product is the number of processes.
 
     Attributes:
-        tensor: ranks over which each layer is cut.
-        pipeline: stages.
-        data: replicas, each with rows of its own.
-        zero: what is spread over the replicas instead of kept on each: 0 nothing, 1 masters and moments, 2 gradients too, 3 weights
-            too. 2 and 3 are for one pipeline stage.
-        timeout: seconds after which a rank that does not answer is given up.
+        tensor: ranks that share each layer (tensor parallelism).
+        pipeline: number of pipeline stages.
+        data: replicas, each with rows of its own (data parallelism).
+        zero: what the replicas share out instead of each holding it whole (ZeRO): 0 nothing, 1 masters and moments, 2 gradients
+            too, 3 weights too. 2 and 3 are for one pipeline stage.
+        timeout: seconds to wait for a rank that does not answer.
     """
 
     tensor: int = 1

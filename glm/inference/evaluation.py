@@ -107,11 +107,11 @@ def evaluate_model(
         opened: the model.
         model: where it was opened.
         data: folder made by ``glm shards`` with the model's tokenizer.
-        parts: what to find out; None: all that the data has something for.
+        parts: what to measure; None: everything that the data allows.
         rows: of each objective and language for perplexity.
-        examples: of each task and language; None: all (of sentences, 1,000).
-        normalise: compare answers by log-probability, or by log-probability per token.
-        task_files: tasks of one's own instead of the folder's, as for ``glm corpus --tasks``.
+        examples: at most this many of each task and language; None: all of a task, and 1,000 sentences for last words.
+        normalise: compare answers by log-probability per token, by log-probability, or by what the prompt adds to it.
+        task_files: your own tasks instead of the folder's, as for ``glm corpus --tasks``.
 
     Raises:
         InputError: the data have another tokenizer, or hold out nothing that a part needs.

@@ -24,11 +24,11 @@ class EmbeddingConfig:
     """Token embedding.
 
     Attributes:
-        gradient_shrink: EGS's alpha: the gradient into the embedding is multiplied by it; 1 is off.
-        shrink_side: where: on the look-up ("input"), on the tied output projection ("output"), or both.
+        gradient_shrink: EGS's alpha, a factor on the gradient into the embedding; 1 is off.
+        shrink_side: which gradient to shrink: the look-up's ("input"), the tied output projection's ("output"), or both.
         norm: norm after the look-up (BLOOM).
         tied: input and output embedding are one matrix.
-        scale: what is looked up is multiplied by it: "none", or "sqrt", the root of the hidden width (Spike No More).
+        scale: factor on the looked-up vectors: "none" (1), or "sqrt", the root of the hidden width (Spike No More).
         std: standard deviation of the initial embedding; None: that of `model.init`.
     """
 
@@ -60,11 +60,10 @@ class AttentionConfig:
         qk_norm: norm of each query and key head.
         v_norm: norm of each value head as well (QKV-norm).
         soft_cap: scores become c tanh(score / c); 0 is off.
-        clip_qkv: queries, keys and values are cut off at plus and minus this; 0 is off.
-        qk_clip: after an update in which a head's largest score exceeded this, its query and key weights are scaled down to it; 0:
-            off.
+        clip_qkv: clamp queries, keys and values to plus and minus this; 0 is off.
+        qk_clip: after an update in which a head's largest score exceeded this, scale its query and key weights down to it; 0: off.
         gate: a sigmoid of the layer's input on each head's output, or on each of its elements.
-        sink: a logit that takes attention and gives nothing: 0 ("off-by-one"), or learned for each head.
+        sink: one more logit in the softmax's sum, without a value: 0 ("off-by-one"), or learned for each head.
         key_heads: heads of the keys and values, each shared by as many query heads; None: every query head has its own.
         rope_base: base of the rotary frequencies.
     """
@@ -110,13 +109,13 @@ class ExpertsConfig:
     """A mixture of experts in place of each feed-forward layer.
 
     Attributes:
-        count: experts a layer; 0: the layer is one.
+        count: experts in a layer; 0: one feed-forward layer without a router.
         active: experts that a token passes through.
-        shared: width, in experts, of one more that every token passes through; 0: none.
+        shared: width, in experts, of a further one that every token passes through; 0: none.
         balance: coefficient of the load-balance loss.
         router_z: coefficient of the router's z-loss.
         bias_rate: step of the bias that evens the load without a loss; 0 is off.
-        capacity: most choices that an expert takes, in shares of an even load; 0: all.
+        capacity: most tokens that an expert takes, in multiples of an even load; it drops the rest. 0: no limit.
     """
 
     count: int = 0
@@ -146,9 +145,9 @@ class FeedForwardConfig:
 
     Attributes:
         kind: activation; the gated ones (geglu, swiglu) have two input projections in one matrix.
-        inner: inner width; None: 8/3 of the hidden width for gated kinds, 4 times for the others, to a multiple of 32.
-        clamp: of a gated kind the gate is cut off above this, the other half above and below; 0 is off.
-        experts: several of these layers, of which a token passes through some.
+        inner: inner width; None: 8/3 of the hidden width for gated kinds, 4 times for the others, rounded to a multiple of 32.
+        clamp: for gated kinds: clamp the gate from above to this, and the other half to plus and minus this; 0 is off.
+        experts: a mixture of several such layers, of which each token passes through some.
     """
 
     kind: Literal["geglu", "swiglu", "gelu", "relu", "squared-relu"] = "geglu"
@@ -178,11 +177,12 @@ class FeedForwardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
-    """How rate and initial weights follow the model's size (`glm.model.scaling`).
+    """How learning rate and initial weights follow the model's size (`glm.model.scaling`).
 
     Attributes:
         kind: "standard": not at all; "mup": by width; "complete-p": by width and depth.
-        base_hidden, base_layers: size at which nothing changes.
+        base_hidden: hidden width at which nothing changes.
+        base_layers: number of layers at which nothing changes.
     """
 
     kind: Literal["standard", "mup", "complete-p"] = "standard"
@@ -198,21 +198,23 @@ class ModelConfig:
     """A transformer.
 
     Attributes:
-        vocabulary: tokens; None: taken from the data's tokenizer before building.
+        vocabulary: number of tokens; None: the data's tokenizer decides.
         length: row length T, and the number of positions.
-        layers, hidden, heads: its shape.
+        layers: number of transformer layers.
+        hidden: hidden width.
+        heads: attention heads of a layer.
         norm: where the norms stand.
         norm_kind: what they are: LayerNorm, RMSNorm (with gains, none, a single one, or 1 + g), or DyT.
-        dropout: on the embedding output and both sublayers' outputs.
+        dropout: probability, on the embedding output and both sublayers' outputs.
         z_loss: coefficient of log^2 Z added to the loss; 0 is off.
         logit_cap: logits become c tanh(logit / c); 0 is off.
         init: "xavier" (with DeepNorm's gains where they apply), "gpt2" (0.02, outputs / sqrt(2L)), "small" (sqrt(2 / 5h)),
             "fan-in" (1 / sqrt(inputs)).
-        spectral: linear layers of blocks have their spectral norm as a parameter (sigma-reparametrization).
-        bias: linear layers and norms have biases.
-        parallel_block: attention and feed-forward read the same input (PaLM).
+        spectral: make the spectral norm of each linear layer in a block a parameter (sigma-reparametrization).
+        bias: give linear layers and norms biases.
+        parallel_block: let attention and feed-forward read the same input (PaLM).
         recompute: recompute each layer's activations in the backward pass.
-        norm_epsilon: of every norm.
+        norm_epsilon: epsilon of every norm.
     """
 
     vocabulary: int | None = None

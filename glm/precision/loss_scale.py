@@ -30,7 +30,7 @@ class LossScaleConfig:
     window: int = 200
     """Updates without overflow after which the scale is raised."""
     hysteresis: int = 2
-    """Overflows in a window that it takes to lower the scale."""
+    """Overflows that it takes to lower the scale for the first time in a window; each further one lowers it again."""
     minimum: float = 1.0
     """The scale is never lowered below this."""
     factor: float = 2.0

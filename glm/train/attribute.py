@@ -54,16 +54,16 @@ class Asked:
 
     Attributes:
         run, event: the run, and its event's number.
-        budget: seconds.
-        groups: globs of parameters instead of each layer's parts.
+        budget: seconds to spend.
+        groups: globs of parameters to withhold together, instead of each layer's parts.
         before: steps ahead of the onset at which forks begin.
-        processes: forks side by side; None: as many as fit the cores at the run's number of threads.
-        threads: of each; None: as many as the run had.
+        processes: number of forks to train side by side; None: as many as fit the cores at the run's number of threads.
+        threads: threads of each fork; None: as many as the run had.
         data: where the data are, if they have moved.
-        device: where forks compute; None: on the kind of device that trained the run.
+        device: device to train forks on; None: the kind of device that trained the run.
         from_start: train from the beginning where the run kept no state.
         json: print the result as JSON.
-        html: a page of its own.
+        html: file to write a page of its own to.
     """
 
     run: Path

@@ -36,7 +36,7 @@ class BatchConfig:
 
     Attributes:
         rows: rows (of ``model.length`` tokens) per update, after any ramp.
-        micro_rows: rows per forward pass; gradients are accumulated over rows / micro_rows of them.
+        micro_rows: rows per forward pass; an update accumulates the gradients of rows / micro_rows of them. None: all rows in one.
         ramp_from: rows of the first update; grows linearly to ``rows``. None: no ramp.
         ramp_samples: rows seen until the ramp ends.
     """
@@ -71,7 +71,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """What is watched while training.
+    """What to watch while training.
 
     Attributes:
         every: steps between full measurements of activations, attention and updates; 0: only the step's own values.
@@ -83,7 +83,8 @@ class MonitorConfig:
             pass; 0: never. AdamW, fp32, one process only.
         formats_every: steps between measurements of what formats of few bits would cost every linear layer, which
             ``stabilitylab forecast`` extrapolates; 0: never.
-        recorder: measure every step, hold the last so many steps, and write them in full when something breaks; 0: off.
+        recorder: measure every step, hold this many of the last steps in memory, and write them in full when something breaks;
+            0: off.
     """
 
     every: int = 10
@@ -111,16 +112,16 @@ class MonitorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When states are saved and how many are kept.
+    """When to save states and how many to keep.
 
     Attributes:
         every: updates between checkpoints; the last state is always saved. 0: only the last.
-        keep: the newest so many stay.
-        asynchronous: training goes on while one is written, from a copy: up to 12 bytes a parameter more memory until it is.
-        ring: copies of recent states held in memory, each 12 bytes a parameter. When something breaks, the one before it
-            is written to ``flight/``, for ``glm replay``. 0: none. With a responder as many as its way back takes.
-        ring_every: steps between them.
-        ring_keep: the newest so many in ``flight/`` stay.
+        keep: number of newest checkpoints that stay.
+        asynchronous: write from a copy while training goes on; the copy takes up to 12 bytes a parameter until it is written.
+        ring: number of recent states to hold in memory, each 12 bytes a parameter. When something breaks, the loop writes one from
+            before it to ``flight/``, for ``glm replay``. 0: none. With a responder the ring holds as many as rolling back takes.
+        ring_every: steps between these states; the responder's ring sets its own.
+        ring_keep: number of newest states that stay in ``flight/``.
     """
 
     every: int = 100
@@ -147,13 +148,14 @@ class TrainConfig:
 
     Attributes:
         steps: updates to make; also the length of the learning-rate schedule.
-        seed: of the initial weights, the data order and dropout.
+        seed: seed of the initial weights, the data order and dropout.
         precision: compute format; masters and moments are fp32 in each.
-        stop_when_lost: end the run after so many steps in a row with a loss that is lost (``glm/train/lost.py``); 0: never.
-        bf16_weights: with precision bf16, what is kept of a weight: an fp32 master, or bf16 alone, rounded stochastically or with
+        stop_when_lost: end the run after this many steps in a row that are lost: the loss is 1 nat above the first step's or not
+            finite, or the loss scale overflows at its minimum. 0: never.
+        bf16_weights: what to keep of a weight with precision bf16: an fp32 master, or bf16 alone, rounded stochastically or with
             Kahan's compensation.
-        emulate: formats to which operands of linear layers are rounded.
-        compile: layers are compiled with torch.compile: minutes before the first step, less time in each. Local engine only.
+        emulate: formats to which to round the operands of linear layers.
+        compile: compile the layers with torch.compile: minutes before the first step, less time in each. Local engine only.
         preset: the name this configuration began from, for the reader.
     """
 
@@ -206,7 +208,7 @@ class TrainConfig:
 
 
 def check_emulation(config: TrainConfig) -> None:
-    """Raises InputError for what emulated products do not go with."""
+    """Raises InputError for settings that emulated products do not go with."""
     parallel = config.parallel
     if config.compile:
         raise InputError(

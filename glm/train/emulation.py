@@ -61,13 +61,15 @@ class EmulationConfig:
     """Formats of linear layers' products.
 
     Attributes:
-        recipe: formats that go together; single ones below replace its own.
-        activations, weights, gradients: format of an operand; empty: the recipe's; "none": it is not rounded.
-        products: which are rounded, parted by commas.
+        recipe: formats that go together; the flags below replace single ones.
+        activations: format of the activations; empty: the recipe's; "none": do not round them.
+        weights: format of the weights, likewise.
+        gradients: format of the gradients, likewise.
+        products: which products to round, separated by commas.
         sites: glob of the linear layers.
-        spared: glob of those among them that are left alone.
-        stochastic: gradients are rounded stochastically; None: as the recipe does.
-        hadamard: operands of the weight gradient are rotated; None: as the recipe does.
+        spared: glob of those among them to leave alone.
+        stochastic: round gradients stochastically; None: as the recipe does.
+        hadamard: rotate the operands of the weight gradient; None: as the recipe does.
     """
 
     recipe: EmulationRecipe = "none"

@@ -26,10 +26,10 @@ AT_A_TIME = 16
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutConfig:
-    """The judging of a run's last weights.
+    """How to judge a run's last weights.
 
     Attributes:
-        rows: of the held-out split, the first so many; 0: off.
+        rows: number of rows, from the beginning of the held-out split; 0: off.
     """
 
     rows: int = 0

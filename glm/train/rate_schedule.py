@@ -21,17 +21,18 @@ from glm.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Shape of the schedules.
+    """Shape of the learning-rate schedule, and of EGS's alpha.
 
     Attributes:
         peak: highest learning rate.
-        least: last learning rate, as a share of the peak.
+        least: learning rate below which the decay does not go, as a share of the peak.
         warmup: steps until the peak.
-        shape: of the decay.
-        decay_steps: steps over which the rate decays, warm-up included; None: all of the run's.
+        shape: shape of the decay.
+        decay_steps: steps until the decay ends, warm-up included; None: all of the run's.
         decay_share: share of the steps over which wsd decays.
         shrink_to: EGS's alpha at the end of its ramp; None: constant.
-        shrink_from_step, shrink_to_step: the ramp.
+        shrink_from_step: step at which the ramp begins.
+        shrink_to_step: step at which the ramp ends.
     """
 
     peak: float = 1e-3

@@ -75,7 +75,7 @@ class Replay:
         steps: steps to train from there.
         data: folder made by ``glm shards``; None: where the run found it.
         out: the fork's folder; None: under the run's own.
-        device: where it computes; None: on the kind of device that trained the run.
+        device: device to train on; None: the kind of device that trained the run.
         change: what the fork does differently.
     """
 

@@ -1,4 +1,4 @@
-"""``stabilitylab forecast``: which layer leaves which number format when, of a run that recorded them."""
+"""``stabilitylab forecast``: when each layer of a run leaves each number format, from what the probe ``formats`` recorded."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def forecast(
 
     Args:
         run: run folder with telemetry of the probe ``formats``.
-        factor: a format is left where its error is so many times that on normal numbers.
-        until: the last step to tell of; by default four times as many as the run has.
-        rows: how many operands to list.
-        json_output: print JSON.
+        factor: an operand leaves a format where the format's error exceeds this many times that on normal numbers.
+        until: last step to forecast; by default four times as many as the run has.
+        rows: number of operands to list.
+        json_output: print one JSON object instead of a table.
     """
     found = forecast_run(load_run(run), factor=factor, until=until)
     if found is None:

@@ -25,15 +25,15 @@ def inspect(
     run: str | None = None,
     pattern: str | None = None,
 ) -> None:
-    """Say what a log holds: its format, runs, signals, and whatever was left out.
+    """Say what a log holds: its format, runs and signals, and what the reader left out.
 
     Args:
         logs: files or folders of any format in docs/logs.md; - is standard input; several files are one log, in order.
         json: print one JSON object.
         loss: name of the loss column, where it is not one of the usual names.
         step: name of the step column, likewise.
-        run: name of one run, rank or phase in it.
-        pattern: a pattern for the lines of a text log, or a TOML file of patterns.
+        run: name of one run, rank or phase in the log.
+        pattern: a pattern for the lines of a text log, or a TOML file of patterns (docs/logs.md).
     """
     try:
         opened = open_logs(logs, loss=loss, step=step, run=run, pattern=pattern)
@@ -61,7 +61,7 @@ def inspect(
 
 
 def left_out_of(logs: list[Log]) -> Counter[str]:
-    """Counts of what was left out of all segments; segments of one file share their counts."""
+    """Counts of what the reader left out of all segments; segments of one file share their counts."""
     total: Counter[str] = Counter()
     for counted in {id(log.left_out): log.left_out for log in logs}.values():
         total += counted

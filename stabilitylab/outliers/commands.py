@@ -1,4 +1,4 @@
-"""``stabilitylab outliers``: a model read over a text, or a run over its training steps."""
+"""``stabilitylab outliers``: the outliers of a model on a text, or of a run over its training steps."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def outliers(
     json: bool = False,
     html: Path | None = None,
 ) -> None:
-    """Which activations of a model stand out, by every criterion in use; or how they grew over a run.
+    """Find the activations of a model that stand out, by every criterion in use; or show how they grew over a run.
 
     Args:
-        model: a HuggingFace folder, a GGUF file, or a model that an installed package opens; with --text. A run folder
-            without --text is shown over its training steps, from telemetry alone.
-        text: UTF-8 file to read through the model.
-        tokens: read at most so many tokens; 0 for the whole text.
-        length: tokens a window; by default 512, or what the model takes.
+        model: with --text, a HuggingFace folder, a GGUF file, or a model that an installed package opens; without it, a run
+            folder, shown over its training steps from telemetry alone.
+        text: UTF-8 file to run the model on.
+        tokens: read at most this many tokens; 0 for the whole text.
+        length: tokens of a window; by default 512, or fewer where the model takes fewer.
         json: print one JSON object instead of tables.
-        html: write one self-contained page there.
+        html: file to write one self-contained page to.
     """
     if html is not None and not html.parent.is_dir():
         raise InputError(f"cannot write {html}: there is no folder {html.parent}")
@@ -109,7 +109,7 @@ def _run(path: Path, *, json: bool, html: Path | None) -> None:
 
 
 def _progress() -> Progress:
-    """A bar on stderr while somebody looks; nothing in a pipe."""
+    """A progress bar on stderr on a terminal; nothing in a pipe."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description} {task.completed:,}"),

@@ -1,4 +1,4 @@
-"""``stabilitylab quantize``: a scheme for every layer, from measurements on your text."""
+"""``stabilitylab quantize`` chooses a scheme for every layer from measurements on your text."""
 
 from __future__ import annotations
 
@@ -78,24 +78,25 @@ def quantize(
         model: a HuggingFace folder, a GGUF file, or a run or checkpoint of an installed package.
         plan: file to write the plan to; without --text, an existing plan to apply.
         text: what to measure on: plain text of the kind that the model is for.
-        budget_loss: nats of loss increase per token that may be spent (relative output error for encoders); bytes are minimised.
-        budget_memory: bytes that may be used, as a share of the layers' 16-bit bytes; harm is minimised.
-        budget_bits: the same as bits a weight, scales included: 4.5 is a share of 0.28125.
-        budget_latency: time that may be used, as a share of the unquantized layers'; harm is minimised.
+        budget_loss: find the fewest bytes within this loss increase, in nats per token (for encoders, relative output error).
+        budget_memory: find the least loss increase within this share of the layers' 16-bit bytes.
+        budget_bits: the same budget in bits a weight, scales included: 4.5 is a share of 0.28125.
+        budget_latency: find the least loss increase within this share of the unquantized layers' time.
         batch: rows at which --budget-latency counts: 1, 32 or 256.
-        schemes: to choose from.
-        tokens: of the text that every layer and scheme is measured on.
-        verify_tokens: of the text after it, on which whole plans are verified and one is chosen; as many after that are the
-            third text, on which the outcome is told.
+        schemes: the schemes to choose from.
+        tokens: tokens of the text on which to measure every layer and scheme.
+        verify_tokens: tokens of the text after them, on which to verify whole plans and choose one; as many after those tell the
+            outcome of the chosen one.
         length: tokens of a window; by default 256, or fewer where the model takes fewer.
-        sensitivity: what the schemes do to a layer, by gradients of the output in one pass backward, or by a run for each.
-        kv_context: measure keys and values of past tokens in few bits too, their bytes at so many tokens; needs --text.
-        budget_kv: bytes that they may use, as a share of those in 16 bits; the format of least loss within it is named.
+        sensitivity: how to measure what the schemes do to a layer: by gradients of the output, in one backward pass for all, or by
+            a run of the model for each layer and scheme.
+        kv_context: measure a KV cache in few bits too, its bytes at a context of this many tokens; needs --text.
+        budget_kv: name the cache format of least loss within this share of the cache's 16-bit bytes.
         apply: folder to write the quantized model to.
-        format: of that folder: stabilitylab, our own; compressed-tensors, which transformers and vLLM open; gguf, for llama.cpp
-            and transformers; torchao, its own tensors; or one that you registered.
-        embeddings: plan embeddings too, with an output that is tied to them; without, and for a format of linear layers alone,
-            they stay as they are.
+        format: format of that folder: stabilitylab, our own; compressed-tensors, which transformers and vLLM open; gguf, for
+            llama.cpp and transformers; torchao, its own tensors; or one that you registered.
+        embeddings: plan embeddings too, with an output that is tied to them; they stay as they are with --no-embeddings, and in
+            a format for linear layers alone.
         html: file to write a report to.
         json_output: print the plan as one JSON object instead of tables.
     """
@@ -151,7 +152,7 @@ def quantize(
 
         plan_page(made).write(html)
         console.print(f"written: {html}", highlight=False)
-    # Kept until all is written, so that the same command takes an interrupted one up.
+    # Keep it until all is written, so that the same command can go on after an interruption.
     layers_file(plan).unlink(missing_ok=True)
     return 0
 
@@ -177,13 +178,13 @@ def make_plan(
         model: unchanged afterwards.
         text: UTF-8 file.
         budget: what the plan may spend.
-        schemes: to choose from.
-        tokens: of the text that every layer and scheme is measured on.
-        verify_tokens: of the text after it, on which whole plans are verified; as many after that tell the outcome.
+        schemes: the schemes to choose from.
+        tokens: tokens of the text on which to measure every layer and scheme.
+        verify_tokens: tokens of the text after them, on which to verify whole plans; as many after those tell the outcome.
         length: tokens of a window.
-        by: how layers' sensitivities are measured: see ``measured_layers``.
-        cache: what keys and values of past tokens may take; None measures none.
-        embeddings: whether they are planned.
+        by: how to measure layers' sensitivities: see ``measured_layers``.
+        cache: what the KV cache may take; None measures none.
+        embeddings: whether to plan them.
         work: the file that the plan will go to; an interrupted pass leaves what it measured beside it, and the next takes that up.
         console: where to show progress.
 
@@ -341,7 +342,7 @@ def _budget(
 def _menu(
     format: str, schemes: Sequence[LinearScheme], *, given: bool, console: Console
 ) -> list[LinearScheme]:
-    """The schemes that the folder's format can hold; says so now, and not when the plan is made."""
+    """The schemes that the folder's format can hold. Says before the plan is made, not after, what it leaves out."""
     held, others = held_schemes(format, schemes)
     if others and given:
         raise InputError(

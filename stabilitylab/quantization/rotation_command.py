@@ -34,13 +34,13 @@ def rotate(
     dtype: Format | None = None,
     seed: int = 0,
 ) -> int:
-    """Write an equivalent model whose steady outlier channels are spread by a rotation folded into its weights.
+    """Write an equivalent model with a rotation folded into its weights, which spreads steady outlier channels.
 
     Args:
         model: a HuggingFace folder or a GGUF file of llama, mistral, qwen2, qwen3, mixtral, qwen3_moe or gemma.
         out: folder to make, which transformers and every command here opens as any other.
-        dtype: format of its weights; by default the 16 bits that the model is stored in, else fp32.
-        seed: of the rotation's random signs.
+        dtype: format of its weights; by default the model's own 16-bit format, else fp32.
+        seed: seed of the rotation's random signs.
     """
     if out.exists():
         raise InputError(f"{out} exists already: give another place, or remove it")

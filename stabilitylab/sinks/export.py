@@ -50,9 +50,10 @@ def export(
         parquet: write a Parquet file.
         tensorboard: write every metric as a scalar into a TensorBoard folder.
         wide: one row a step and one column a metric, instead of one row a number.
-        only: a glob over metrics, such as 'train/*' or 'gradient/layers.3.*/l2'.
-        out: where to; by default export.csv, export.parquet or export-tensorboard in the run folder, or beside the log.
-        loss: of a log, the name of the loss column, where it is not one of the usual names.
+        only: write only the metrics that this glob matches, such as 'train/*' or 'gradient/layers.3.*/l2'.
+        out: file or folder to write; by default export.csv, export.parquet or export-tensorboard in the run folder, or beside the
+            log.
+        loss: name of a log's loss column, where it is not one of the usual names.
     """
     kinds = [
         name for name, wanted in (("csv", csv), ("parquet", parquet), ("tensorboard", tensorboard)) if wanted

@@ -1,5 +1,5 @@
-"""``stabilitylab spikes`` gives a log's episodes as a table, JSON or a picture; ``stabilitylab precursors`` says what warned of
-them."""
+"""``stabilitylab spikes`` gives a log's episodes as a table, JSON or a picture; ``stabilitylab precursors`` says which signals
+warned of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def spikes(
 ) -> None:
     """Find spikes, hard batches, divergences, non-finite, dead and frozen losses, and loss-scale collapses in a log.
 
-    "level" is the baseline before an episode, and after it; "told" the step at which a watch of the run would have said so.
+    "level" is the baseline before and after an episode; "told" is the step at which a watch of the run would have reported it.
 
     Args:
         logs: a log of any format in docs/logs.md, a run folder, or - for standard input; several files are one log, in order.
@@ -43,7 +43,7 @@ def spikes(
         plot: write a picture (.png, .svg, .pdf) with the episodes marked.
         loss: name of the loss column, where it is not one of the usual names.
         step: name of the step column, likewise.
-        run: name of one run, rank or phase in the log; without it all are judged, each by itself.
+        run: name of one run, rank or phase in the log; by default all, each judged by itself.
         pattern: a pattern for the lines of a text log, or a TOML file of patterns (docs/logs.md).
     """
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -106,7 +106,7 @@ def precursors(runs: Annotated[Path, tyro.conf.Positional], *, json: bool = Fals
     Args:
         runs: a folder with run folders in it, or one run folder.
         json: print one JSON list instead of a table.
-        horizon: steps within which an alarm must be followed by an episode to be right.
+        horizon: steps within which an episode must follow an alarm for the alarm to be right.
     """
     from stabilitylab.spikes.precursors import find_runs, judge
 
@@ -195,8 +195,8 @@ def _notes(scan: Scan, log: Log) -> list[str]:
 
 
 def _explanations(log: Log) -> list[str]:
-    """Why, and what to try: the first sentences and the advice of each diagnosis in a run folder, or where the run did not close
-    it, of those made now."""
+    """Why, and what to try: the first sentences and the advice of each diagnosis in a run folder; where the run did not close the
+    folder, of diagnoses made now."""
     if not log.path.is_dir():
         return []
     from stabilitylab.runs import Run  # imports pandas, which a text log does not need

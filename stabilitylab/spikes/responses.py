@@ -51,17 +51,17 @@ AT_ONE_SPOT = 3
 
 @dataclass(frozen=True, kw_only=True)
 class ResponderConfig:
-    """What is done about episodes, and how often at most.
+    """What to do about episodes, and how often at most.
 
     Attributes:
         policy: see the table at the head of ``stabilitylab/spikes/responses.py``.
-        rate_factor: of lower-rate, on what the rate is then; factors of later decisions multiply.
-        alpha: of shrink-embedding-gradient.
-        clip: of clip, the new bound of the global gradient norm.
-        rollback_steps: of roll-back, steps to go back from the onset.
-        skip_batches: of roll-back, batches to leave out from there on.
+        rate_factor: lower-rate multiplies the current rate by this; factors of several decisions multiply.
+        alpha: EGS's alpha that shrink-embedding-gradient sets.
+        clip: bound of the global gradient norm that clip sets.
+        rollback_steps: steps that roll-back goes back from the onset.
+        skip_batches: batches that roll-back leaves out from there on.
         hard_batches: act on hard batches too, the moment they show.
-        cooldown: steps after the beginning and after a decision in which none is taken.
+        cooldown: steps after the run's beginning, and after each decision, in which the responder takes none.
         memory: steps after a decision within which escalate takes the next rung.
         budget: decisions in one run.
     """

@@ -1,4 +1,4 @@
-"""``stabilitylab watch``: follow a growing log, say its findings, tell others, end where the user asked for it."""
+"""``stabilitylab watch``: follows a growing log, prints findings, notifies others, and ends where the user asked for it."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ def watch(
 ) -> int:
     """Follow a growing log and say what is found the moment it is found (docs/watch.md has the rules).
 
-    Ends with 3 when what --fail-on names is found; with 0 when it is interrupted, or a run folder's run is over.
+    Ends with exit code 3 when it finds what --fail-on names; with 0 when you interrupt it, or a run folder's run is over.
 
     Args:
         path: a log of any format in docs/logs.md, a run folder, a TensorBoard folder, a tracker's run; need not exist yet;
             - is standard input.
-        exec: a command to run for each alert, without a shell; its facts are environment variables STABILITYLAB_....
+        exec: a command to run for each alert, without a shell; environment variables STABILITYLAB_... hold the alert's facts.
         webhook: an address to post each alert to, as Slack takes it; env:NAME takes it from the environment.
         fail_on: rules that end the watch with exit code 3, such as spike,divergence,non-finite.
-        tell: notices to be told as alerts are, such as hard-batch.
-        silent_after: seconds without a value that are an alert; 0 for none.
+        tell: notices to report as alerts, such as hard-batch.
+        silent_after: seconds without a value after which silence is an alert; 0: never.
         every: seconds between two looks.
         once: look once, say what is found, and end.
-        new_only: what stands in the log already is learned from, and not told.
-        plain: lines only, no panel.
+        new_only: learn from what stands in the log already, but do not report it.
+        plain: print lines only, no panel.
         state: folder in which the watch remembers where it stands; by default in ~/.local/state/stabilitylab/watch.
         loss: name of the loss column, where it is not one of the usual names.
         step: name of the step column, likewise.

@@ -15,12 +15,12 @@ class MuonConfig:
     """Constants of Muon.
 
     Attributes:
-        momentum: of the gradient.
+        momentum: decay of the gradient's momentum.
         nesterov: orthogonalize the gradient moved towards its momentum instead of the momentum.
-        iterations: of Newton-Schulz.
-        scale: of an m x n update: "rms": .2 sqrt(max(m, n)), AdamW's RMS, so that both take one rate; "spectral":
+        iterations: Newton-Schulz iterations.
+        scale: scale of an m x n update: "rms": .2 sqrt(max(m, n)), AdamW's RMS, so that both take one rate; "spectral":
             sqrt(max(1, m / n)).
-        per_head: each head's query, key and value projection is orthogonalized by itself (GLM-5's Muon split).
+        per_head: orthogonalize each head's query, key and value projection by itself (GLM-5's Muon split).
     """
 
     momentum: float = 0.95
@@ -41,9 +41,9 @@ class SlowMomentumConfig:
     """AdEMAMix's second, slow momentum.
 
     Attributes:
-        weight: alpha, of the slow momentum beside the fast one.
-        beta3: its decay.
-        warmup: updates over which both rise to their values; 0: none.
+        weight: alpha, the slow momentum's weight beside the fast one.
+        beta3: decay of the slow momentum.
+        warmup: updates over which alpha and beta3 rise to their values; 0: none.
     """
 
     weight: float = 5.0
@@ -62,10 +62,10 @@ class RateFactors:
     """Factors on the learning rate, by group.
 
     Attributes:
-        embedding: of the token embedding (and the output projection, where they are one) and learned positions.
-        output: of the output projection.
-        vectors: of norms and biases.
-        hidden: of every other matrix.
+        embedding: for the token embedding (and the output projection, where they are tied) and learned positions.
+        output: for the output projection, where it is not tied.
+        vectors: for norms, biases and other vectors.
+        hidden: for every other matrix.
     """
 
     embedding: float = 1.0
@@ -81,16 +81,17 @@ class RateFactors:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What stands between a wild gradient and the weights, beside the clip of the global norm.
+    """Guards against a wild gradient, beside the clip of the global norm.
 
     Attributes:
-        adagc: clip each tensor's norm by its own past (AdaGC), the global norm only while it begins.
-        warmup: updates that AdaGC takes to begin.
-        spam: "spam": clip elements whose square is 5,000 times their second moment; "stable": clip elements by the past of their
-            tensor's largest and norms by theirs. Both forget all moments every ``reset`` updates.
-        reset: updates between two of those; 0: never.
-        skip_step: leave out an update whose loss or gradient norm is so many deviations above its last 128; 0: none is.
-        update_norm: bound the norm of the whole update to so many deviations above its last 128; 0: off.
+        adagc: clip each tensor's norm by its own past (AdaGC), and the global norm only in the first ``warmup`` updates.
+        warmup: updates before AdaGC clips tensors.
+        spam: "spam": clip elements whose square is more than 5,000 times their second moment; "stable": clip elements by the past
+            maxima of their tensor, and scale its norm by its past norms. Both zero all moments every ``reset`` updates.
+        reset: updates between two such resets; 0: never.
+        skip_step: leave out an update whose loss or gradient norm lies more than this many standard deviations above the mean of
+            the last 128; 0: off.
+        update_norm: bound the norm of the whole update to this many standard deviations above the mean of the last 128; 0: off.
     """
 
     adagc: bool = False
@@ -119,17 +120,19 @@ class OptimizerConfig:
     """How gradients become updates.
 
     Attributes:
-        kind: the rule: AdamW, or another one; muon and soap are for hidden matrices, AdamW for the rest.
-        beta1, beta2, epsilon: of the moments.
-        weight_decay: on matrices.
-        decay: "coupled": times the learning rate (AdamW); "independent": times the schedule alone, whatever its peak;
-            "adamc": times both, but for the output projection.
-        decay_embedding: the embedding is decayed as other matrices are.
-        cautious: of an update only what points the gradient's way is kept.
-        cautious_decay: only weights that the update shrinks anyway are decayed.
+        kind: update rule; muon and soap update hidden matrices, and AdamW the rest.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        epsilon: added to the root of the second moment.
+        weight_decay: weight decay of matrices; vectors have none.
+        decay: what multiplies the weight decay: "coupled": the learning rate (AdamW); "independent": the rate as a share of its
+            peak; "adamc": both, except for the output projection, which keeps AdamW's.
+        decay_embedding: decay the embedding, and learned positions, as other matrices.
+        cautious: keep only those elements of an update that point the gradient's way.
+        cautious_decay: decay only weights that the update makes smaller anyway.
         clip: bound of the global gradient norm; 0 is off.
-        zclip: bound it by its own past as well.
-        update_clipping: StableAdamW's per-tensor rate.
+        zclip: bound the global gradient norm by its own past as well.
+        update_clipping: divide a tensor's rate by its sqrt(mean(g^2 / v)) where that is above 1 (StableAdamW).
     """
 
     kind: Kind = "adamw"

@@ -338,6 +338,9 @@ def test_help_is_an_overview_a_group_or_everything(capsys, monkeypatch, columns)
     assert "--optimizer.guard.adagc" in helped("optimizer")
     everything = helped("all")
     assert all(flag in everything for flag in ("--model.attention.gate", "--optimizer.kind", "--data"))
+    texts = re.findall(r"^  (\S.*)\n {8}(\S.*)$", everything, re.M)
+    assert len(texts) > 150
+    assert [flag for flag, text in texts if text.startswith("(default")] == []
     with pytest.raises(InputError, match=r"no group of flags 'attention': choose one of model"):
         parse_command(["glm-tiny", "--help", "attention"])
 
