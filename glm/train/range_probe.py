@@ -1,7 +1,7 @@
 """Where the gradient lies in the format that it was accumulated in, before the loss scale is taken out.
 
-Only the trainer has these gradients, so it hands them over (``take``). Counts are ``glm.precision.gradient_range``'s, merging is
-the monitor's: they travel in its one collective.
+Only the trainer has these gradients, so it hands them over (``take``). ``glm.precision.gradient_range`` counts; the monitor merges
+the counts over ranks, in its one collective.
 
 Family ``precision``, site ``-``:
 
@@ -12,10 +12,9 @@ Family ``precision``, site ``-``:
 | zero_elements | exactly 0: underflowed, or truly zero | 1 | gradient_range.py |
 | subnormal_elements | below the smallest normal number of the format | 1 | gradient_range.py |
 
-Of several processes these are sums over every place where a gradient is accumulated. What tensor ranks hold alike counts once. Each
-replica accumulates one of its own, and so does each end of a pipeline for an embedding that both have (ZeRO-0 and -1): numbers of
-elements are then those of all of them, and shares are of all of them. Under ZeRO-2 and -3 what is accumulated is the sum over the
-replicas, each element once.
+With several processes these are sums over every accumulated gradient. What tensor-parallel ranks hold alike counts once. Under
+ZeRO-0 and -1 each replica accumulates a gradient of its own, and so does each end of a pipeline for an embedding that both have:
+the counts cover all of them. Under ZeRO-2 and -3 the replicas accumulate one sum together, and each element counts once.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class GradientRangeProbe:
     def gradients(
         self, gradients: Mapping[str, Tensor], norms: Mapping[str, Tensor | float], scale: float | Slots
     ) -> None:
-        """Those are in fp32 and without their scale: not this probe's business."""
+        """Ignore these: they are in fp32, with the scale divided out."""
 
     def collect(self) -> Found | None:
         """What was taken in this step."""

@@ -202,7 +202,7 @@ class Monitor:
             told=told,
         )
         self._closed = False
-        # Ends before the delivery's own, which began earlier.
+        # Ends before the sink thread's own, which began earlier.
         self._lifetime = Lifetime(self)
 
     # What the training loop calls.

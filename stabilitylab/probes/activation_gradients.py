@@ -1,8 +1,8 @@
-"""Gradients with respect to activations: how the error signal fares on its way down, and where a format loses it.
+"""Gradients with respect to activations: how large they are along the backward pass, and where a format loses them.
 
-A hook on the output tensor of every linear and norm layer and every block sees the gradient when the backward pass has summed it
-up. The hook looks and returns nothing, so the gradient is passed on untouched. Under activation recomputation the graph through
-which the backward pass goes is the one whose hook fires, once.
+A hook on the output tensor of every linear and norm layer, embedding and block sees the gradient when the backward pass has summed
+it up. The hook returns nothing, so it leaves the gradient as it is. Under activation recomputation only the hook in the recomputed
+graph fires, once, since the backward pass goes through that graph.
 
 Family ``activation_gradient``, site = module path:
 
@@ -17,8 +17,8 @@ Family ``activation_gradient``, site = module path:
 | fp16_headroom_bits | log2(65504 / absmax), loss scale included | bit | headroom.py |
 | nonfinite_fraction | share of NaN and infinite elements | 1 | IEEE 754-2019, 3.4 |
 
-``absmax`` and ``rms`` are of the true gradient, with the loss scale divided out; the shares and the headroom are of the gradient as
-the format has to hold it, with the loss scale in it.
+``absmax`` and ``rms`` describe the true gradient, with the loss scale divided out; the shares and the headroom describe the
+gradient that the format has to hold, with the loss scale in it.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class ActivationGradientProbe(HookingProbe):
 def twin(state: Tensor) -> Function:
     """A forward hook for the compiler to trace: it puts a ``WatchGradient`` behind the module's output.
 
-    It can replace only a tensor returned by itself with its twin, and leaves other outputs alone.
+    It works on outputs that are a single tensor, and leaves other outputs alone.
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:

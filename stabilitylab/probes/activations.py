@@ -1,12 +1,12 @@
-"""Activations: inputs and outputs of linear and norm layers, and the residual stream after every block.
+"""Activations: inputs and outputs of linear and norm layers, outputs of embeddings, and the residual stream after every block.
 
-Seen through forward hooks that exist only while a step is measured. A site is a module's output under the module's path, or the
-input of a linear or norm layer under ``<path>:input``. Where a module returns several tensors the first floating-point one counts.
-The same tensor met again (a norm's output is the next layer's input) is summarised once and reported under both names. The last
-dimension is taken for the channels.
+Forward hooks see them, and exist only while a step is measured. A site is a module's output under the module's path, or the input
+of a linear or norm layer under ``<path>:input``. Where a module returns several tensors the first floating-point one counts. A
+tensor met twice (a norm's output is the next layer's input) is summarised once and reported under both names. The last dimension
+holds the channels.
 
-Counted are forward passes in training mode or with gradients on; the second forward pass of activation recomputation runs inside
-the backward pass and is left out. Micro-batches of one step combine.
+The probe counts forward passes in training mode or with gradients on; it leaves out the second forward pass of activation
+recomputation, which runs inside the backward pass. It combines the micro-batches of a step.
 
 Family ``activation``, site = module path or ``<path>:input``:
 
@@ -18,13 +18,13 @@ Family ``activation``, site = module path or ``<path>:input``:
 | kurtosis | m4 / m2^2 over all elements (Gaussian: 3) | 1 | Pearson; Bondarenko et al., arXiv:2306.12929 |
 | channel_kurtosis | mean(s^4)/mean(s^2)^2 over channels, s = RMS of a channel | 1 | He et al., arXiv:2405.19279 |
 | channel_max_over_median | largest channel maximum / median channel maximum | 1 | SmoothQuant, arXiv:2211.10438 |
-| quantile_1e-3 | magnitude that one element in 1e3 exceeds; never more than a bin (12.5 %) off | activation | tails.py |
+| quantile_1e-3 | magnitude that one element in 1e3 exceeds; off by at most one bin (12.5 %) | activation | tails.py |
 | quantile_1e-4 | the same of one in 1e4 | activation | tails.py |
 | quantile_1e-5 | the same of one in 1e5 | activation | tails.py |
 | quantile_1e-6 | the same of one in 1e6 (the maximum, where there are fewer elements) | activation | tails.py |
 | outlier_fraction | share of elements with abs(x) >= 6 | 1 | LLM.int8(), arXiv:2208.07339, section 3.1 |
 | outlier_6rms_fraction | share with abs(x) >= 6 RMS of its micro-batch | 1 | Bondarenko et al., arXiv:2109.12948 |
-| massive_fraction | share with abs(x) > 100 and >= 1,000 medians (of a 2,048 sample) | 1 | arXiv:2402.17762 |
+| massive_fraction | share with abs(x) > 100 and >= 1,000 median magnitudes (of 2,048 sampled elements) | 1 | arXiv:2402.17762 |
 | fp16_headroom_bits | log2(65504 / absmax) | bit | headroom.py |
 | fp8_e4m3_headroom_bits | log2(448 / absmax) | bit | headroom.py |
 | fp8_e5m2_headroom_bits | log2(57344 / absmax) | bit | headroom.py |
@@ -82,8 +82,8 @@ STATISTICS = (
 class SummarizedTensor:
     """One tensor of the forward pass, its summary, and the site whose summary it shares if it is the same tensor.
 
-    ``alias`` holds for a step: the step's first forward pass finds it. A later micro-batch that contradicts it voids the site for
-    the step (``broken``), since its first part has no summary of its own; from the next step on the site keeps one.
+    ``alias`` holds for one step, whose first forward pass finds it. A later micro-batch that contradicts it makes the site invalid
+    for that step (``broken``), since the first one went into no summary of the site's own; from the next step on it has one.
     """
 
     __slots__ = ("alias", "broken", "own_only", "path", "stamp", "summary")
@@ -149,7 +149,7 @@ class ActivationProbe(HookingProbe):
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not self._armed or not counts(module):
                 return
-            # A mode that the user or another probe has set is not meant for our own work here.
+            # The modes that the user or another probe has set must not see the operations of this probe.
             with DisableTorchFunction():
                 if inside is not None:
                     x = tensor_in(args) if args else tensor_in(kwargs)

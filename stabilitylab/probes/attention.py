@@ -1,29 +1,28 @@
 """Attention scores, per head, whether they are materialised or never leave a fused kernel.
 
-*Fused*: the kernel behind ``scaled_dot_product_attention`` returns the log-sum-exp of every row, since its
-backward pass needs it. It is read off the kernel's own return value in any model that calls the function: the
-same kernel runs, its result is untouched, and no second product Q K' is formed; see ``statistics.scores`` for
-what follows from it. Where PyTorch falls back to its unfused path, the scores pass through a softmax there
-and are taken from it exactly.
+*Fused*: the kernel behind ``scaled_dot_product_attention`` returns the log-sum-exp of every row, since its backward pass needs it.
+The probe reads it off the kernel's own return value in any model that calls the function: the same kernel runs, its result is
+untouched, and nothing forms a second product Q K'; ``statistics.scores`` says what follows from it. Where PyTorch falls back to its
+unfused path, the probe takes the exact scores from the softmax there.
 
-What comes through none of these (flex_attention, kernels of other packages, attention without a softmax) is not seen. Of a class of
-modules that is called attention, ran in the first measured pass and showed no scores, a warning says so once.
+*Materialised*: the probe takes the argument [B, H, T, S] of a softmax over the last dimension that a module of the model calls, and
+[B * H, T, S] where the module gives H by ``num_heads`` or the like, or has attention in its class name (then H = 1). Where a module
+attends with a second number of heads H, their site is ``path:H``. A model may say itself which scores count, by a module whose
+output is the score tensor before the softmax, by default one named ``scores``: its parent is the site, and the probe ignores the
+parent's softmaxes.
 
-Under ``torch.compile`` softmaxes of four dimensions are seen, and fused attention on CPUs where the flash kernel takes the call (no
-dropout, as many key heads as query heads); elsewhere compiled fused attention is not seen (``attention_calls``).
+It does not see attention that comes through neither (flex_attention, kernels of other packages, attention without a softmax). It
+warns once of every class with attention in its name that ran in the first measured pass and showed no scores.
 
-*Materialised*: the argument [B, H, T, S] of a softmax over the last dimension that a module of the model calls, and [B * H, T, S]
-where the module says by ``num_heads`` or the like what H is, or is called attention (1). A module that attends with other numbers
-of heads too has them as ``path:H``. A model may say itself which scores
-count: a module whose output is the score tensor before the softmax, by default one named ``scores``; its parent is the site, and
-the softmaxes of that one are left alone.
+Under ``torch.compile`` it sees softmaxes of four dimensions, and fused attention on CPUs where the flash kernel takes the call (no
+dropout, as many key heads as query heads); it does not see other compiled fused attention (``attention_calls``).
 
 Family ``attention``, site = the attention module's path, index = head:
 
 | statistic | meaning | unit | source |
 | --- | --- | --- | --- |
-| score_max | largest score; fused: never understated, too large by log S at most, near 0 by less | score | scores.py |
-| score_max_sampled | exact maximum of the rows looked at: equal to score_max where that is exact | score | scores.py |
+| score_max | largest score; fused: an upper bound, too large by at most log S, and by less near 0 | score | scores.py |
+| score_max_sampled | exact maximum of the sampled rows: equal to score_max where that is exact | score | scores.py |
 | score_min | smallest unmasked score; fused: of the sampled rows | score | scores.py |
 | entropy | mean entropy of the attention weights of sampled rows | nat | Zhai et al., arXiv:2303.06296 |
 | fp16_headroom_bits | log2(65504 / max(abs(score_max), abs(score_min))) | bit | headroom.py |
@@ -63,7 +62,7 @@ STATISTICS = ("score_max", "score_max_sampled", "score_min", "entropy", "fp16_he
 
 
 _log = logging.getLogger("stabilitylab")
-SIZES = 4  # most different numbers of heads in one module
+SIZES = 4  # the most different numbers of heads to record of one module
 
 
 class _HeadSlots:
@@ -101,7 +100,7 @@ class AttentionProbe(HookingProbe):
     def _find(self) -> None:
         # A call is named after the module that makes it.
         self._path: dict[int, str] = {id(module): path for path, module in named_modules(self._context.model)}
-        # These have a module of their own that shows their scores.
+        # Sites with a module of their own that shows their scores.
         self._told = {
             path.rpartition(".")[0] for path in self._path.values() if fnmatchcase(path, self._scores)
         }
@@ -124,7 +123,7 @@ class AttentionProbe(HookingProbe):
         if self._context.compiled:
             self._follow(model)
             return
-        # A loop may enter the model by another method than forward: then its blocks are the way in.
+        # A loop may enter the model by a method other than forward: then passes begin at its blocks.
         for module in (model, *blocks(model).values()):
             self._before_forward(module, self._enter)
             self._after_forward(module, self._exit, always_call=True)
@@ -293,7 +292,7 @@ class AttentionProbe(HookingProbe):
                 first.setdefault(name, path)
             if any(site == path or site.startswith(inside) for site in self._slots):
                 shown.add(name)
-        # One inside another (BERT's) is one attention.
+        # An attention module inside another one (BERT's) is the same attention.
         seen_at = [path for name, path in first.items() if name in shown]
         return [
             f"{path} ({name})"
@@ -345,7 +344,7 @@ class AttentionProbe(HookingProbe):
 
 
 def _heads(module: nn.Module) -> int:
-    """The number of heads that a module declares, 1 for one called attention; 0 for any other module."""
+    """The number of heads that a module declares; without one, 1 if its class name has attention in it, else 0."""
     names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
     return next(
         (n for name in names if isinstance(n := getattr(module, name, None), int) and n > 0),

@@ -9,10 +9,10 @@ log-sum-exp, or, where PyTorch does not fuse, a softmax, whose argument is the s
 its argument.
 
 *traced by torch.compile*: Dynamo traces the mode, the hooks that enter it and the list of running modules (all known when it
-traces, so only the calling module's state remains in the graph). The mode replaces a fused call by the very kernel that PyTorch
-would choose, with an operator that shows its results (``compiled``), and puts an operator before a softmax. One graph, no break,
-the same kernels. The module chooses the kernel as PyTorch does (``sdp_utils_cpp.cpp``), for CPUs only; it leaves a call that would
-take another way as it is, unseen.
+traces, so only the calling module's state remains in the graph). The mode replaces a fused call by the kernel that PyTorch would
+choose, with an operator that shows its results (``compiled``), and puts an operator before a softmax. The graph does not break, and
+the same kernels run. The mode chooses the kernel as PyTorch does (``sdp_utils_cpp.cpp``), for CPUs only; any other call it leaves
+as it is and does not see.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Kernel(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees what one call of attention runs, and lets it run.
 
     Args:
-        heads: takes scores of shape [B * heads, T, S] for [B, heads, T, S].
+        heads: reads scores of shape [B * heads, T, S] as [B, heads, T, S].
 
     Attributes:
         lse: a fused kernel's log-sum-exp.
@@ -107,7 +107,7 @@ class Calls(TorchFunctionMode):
         self._saw, self._saw_scores = saw, saw_scores
         self._running = running
         self.armed = True
-        # Dynamo cannot trace the question: ask it between the steps.
+        # Dynamo cannot trace this check: make it between the steps.
         self.flash: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -167,7 +167,7 @@ def _traced(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The call, with an operator that shows its kernel's results, where that kernel is known."""
+    """Make the call, with an operator that shows its kernel's results where that kernel is known."""
     if dropout_p == 0.0 and not enable_gqa and _flash_on_cpu(query, key, value, attn_mask):
         mask = attn_mask
         if mask is not None and mask.dtype == torch.bool:

@@ -11,11 +11,11 @@ The life of a probe under the monitor:
         finish(gathered) -> readings     later, when the numbers are on the host, in another thread
     detach()                             removes every handle
 
-A probe with an attribute ``is_costly`` keeps its cadence under a recorder, for which the others measure every step.
+A probe with an attribute ``is_costly`` keeps its cadence under a flight recorder; the others then measure every step.
 
-Two methods are optional. The monitor calls ``name_parameters()`` of a probe that goes by parameters when some have joined
-``context.parameters``. ``companions(gathered, numbers)`` gives, for a measured step, numbers of the whole model by metric name
-(``attention/-/score_max``), which the detector judges beside the step's own ``numbers``.
+Two methods are optional. The monitor calls ``name_parameters()`` when parameters have joined ``context.parameters``.
+``companions(gathered, numbers)`` gives, for a measured step, numbers of the whole model by metric name (``attention/-/score_max``),
+which the detector judges beside the step's own ``numbers``.
 
 A probe must not change what the model computes: no random numbers, no in-place change, no other kernel.
 """
@@ -126,11 +126,11 @@ class Context:
         optimizer: may be None.
         buffer: holds the numbers during a step.
         patterns: globs; the probes watch a site if one matches its module path.
-        sharded: globs; of parameters, modules and inputs (``path:input``) that one matches, each rank holds a shard, some heads or
-            some channels.
-        scattered: globs; of parameters that one matches, no two ranks hold the same elements.
+        sharded: globs of the parameters, modules and inputs (``path:input``) of which each rank holds a shard: some heads or some
+            channels.
+        scattered: globs of the parameters of which no two ranks hold the same elements.
         loss_scale: the factor on the loss in the step that ends, as a number or its slots in the buffer.
-        failed: called with the name of a probe whose hook raised.
+        failed: the context calls it with the name of a probe whose hook raised.
         compiled: whether the model runs under ``torch.compile``, which traces hooks once, so that they must stay.
         traced: whether the compiler traced a hook all the same.
         order: sites in the order of the first measured forward pass; attention's scores as ``attention/<path>``.
@@ -155,7 +155,7 @@ class Context:
     _frames: int = 0
 
     def passed(self, site: str) -> None:
-        """Note that the forward pass has come to a site, while the order of execution is being learned."""
+        """Note that the forward pass has come to a site, as long as the context records the order of execution."""
         if self.is_ordering:
             self.order.setdefault(site)
 
@@ -220,7 +220,7 @@ class Probe(Protocol):
         """The numbers of the step that ends; None for none."""
 
     def finish(self, gathered: Gathered) -> Readings:
-        """Make readings from the numbers. Runs in the delivery thread: it must not touch what ``collect`` touches."""
+        """Make readings from the numbers. Runs in the sink thread: it must not touch what ``collect`` touches."""
 
     def detach(self) -> None:
         """Remove every handle."""

@@ -6,18 +6,18 @@ the compiler neither removes nor reorders it. When the compiled graph runs, the 
 the tensor, and does nothing if nobody does: in an unmeasured step, or once the monitor is closed. So the graph is compiled once and
 stays one graph, whether a step is measured or not.
 
-The number travels in a tensor and not as a constant because torch uses a graph compiled for one block again for all similar blocks:
-the state is an input of the graph and comes from the hook of the block at hand.
+The number travels in a tensor and not as a constant because torch reuses a graph compiled for one block for all similar blocks: the
+state is an input of the graph, and the hook of the running block supplies it.
 
-Gradients take the same way: ``WatchGradient`` is an identity whose backward pass holds the operator. So do calls of fused
-attention, with their kernel's results and arguments: ``observe_attention``.
+Gradients go the same way: ``WatchGradient`` is an identity whose backward pass holds the operator. So do the arguments and results
+of fused attention: ``observe_attention``.
 
 A loop may compile the model under another name than the monitor's (``fast = torch.compile(model)``), or later. ``is_compiled``
 searches all such wrappers in the process, whenever ``frames`` shows that something was compiled.
 
 Limits. The operator keeps the compiler from fusing across it, and fused half-precision code rounds less often: a compiled watched
-model may differ from a compiled unwatched one in the last bit (in float32 it does not). CUDA graphs replay kernels without asking
-anybody, so the operators are marked as unsafe for them.
+model may differ from a compiled unwatched one in the last bit (in float32 it does not). CUDA graphs replay kernels without running
+Python, so the operators are marked as unsafe for them.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def register(watcher: Watcher) -> Tensor:
 
 
 def unregister(state: Tensor) -> None:
-    """Show the watcher of this state nothing any more."""
+    """Stop showing tensors to the watcher of this state."""
     watchers.pop(int(state), None)
 
 

@@ -1,4 +1,4 @@
-"""How curved the loss is along the coming update, and so how much more learning rate a run would bear.
+"""The curvature of the loss along the coming update, and so how much higher a learning rate a run would bear.
 
 Adam steps along d = P^-1 g, P = sqrt(v / (1 - b2^t)) + eps. In P's own metric the curvature along d is
 
@@ -8,29 +8,30 @@ A quadratic is stable under the update with first-moment coefficient b1 and rate
 
     threshold = (2 + 2 b1) / ((1 - b1) eta)           38 / eta at b1 = .9      margin = threshold / lambda
 
-(Cohen et al., Adaptive gradient methods at the edge of stability, 2207.14484; that spikes follow when it is passed: 2506.04805.)
-"This run bears 1.6 times its rate": the margin is 1.6. Below 1 for more than a few steps the direction grows from step to step. For
-SGD P = 1 and, momentum m <- b1 m + (1 - dampening) g, threshold = (2 + 2 b1) / ((1 - dampening) eta). Parameters with a rate of
-their own count with it. lambda is a Rayleigh quotient, at most the largest eigenvalue of P^-1 H: the margin is an upper bound.
+(Cohen et al., Adaptive gradient methods at the edge of stability, 2207.14484; spikes follow when the curvature exceeds it:
+2506.04805.) A margin of 1.6 means that the run bears 1.6 times its rate. While it stays below 1 the component along d grows from
+step to step. For SGD P = 1 and, with momentum m <- b1 m + (1 - dampening) g, threshold = (2 + 2 b1) / ((1 - dampening) eta).
+Parameters with a rate of their own count with it. lambda is a Rayleigh quotient, at most the largest eigenvalue of P^-1 H: the
+margin is an upper bound.
 
-One more forward and backward pass of the same batch, at shifted weights, is needed where a step is measured. ``backward`` makes it:
+A measured step takes one more forward and backward pass of the same batch, at shifted weights. ``backward`` makes it:
 
     probe = CurvatureProbe(lambda: loss_of(batch).backward())        # batch: the step's own, all micro-batches of it
     Monitor(..., probes=[*all_probes(), probe], schedule=Schedule(every=10, probes={"curvature": 50}))
 
-Weights, buffers, gradients and random numbers are put back to the last bit, the other probes do not see the pass, and dropout draws
-the masks that the step drew. Measured when gradients are there, not yet clipped.
+The probe restores weights, buffers, gradients and random states to the last bit, the other probes do not see the pass, and dropout
+draws the masks that the step drew. The probe measures once the gradients are complete, not yet clipped.
 
 Family ``curvature``, site = ``-``:
 
 | statistic | meaning | unit | source |
 | --- | --- | --- | --- |
 | preconditioned | lambda above | 1 / rate | arXiv:2207.14484 |
-| threshold | what it may reach at the present rate; NaN where the rate is 0 | 1 / rate | arXiv:2207.14484 |
+| threshold | the largest stable curvature at the present rate; NaN where the rate is 0 | 1 / rate | arXiv:2207.14484 |
 | margin | threshold / lambda; infinite where lambda is not positive | 1 | arXiv:2506.04805 |
 
-Limits: the difference of two gradients needs fp32, so half-precision weights are passed over; one process; one optimizer, Adam or
-SGD: of others, whose steps have other thresholds, nothing is told.
+Limits: the difference of two gradients needs fp32, so the probe leaves out half-precision weights; one process; one optimizer, Adam
+or SGD: for others, whose steps have other thresholds, it records nothing.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class CurvatureProbe(HookingProbe):
             raise InputError(f"at_risk is a margin, over 0, got {at_risk}")
         super().__init__()
         self._backward, self._at_risk = backward, at_risk
-        # Measurements in a row below the margin; only the delivery thread uses it.
+        # Measurements in a row below the margin; only the sink thread uses it.
         self._below = 0
         self._slots: Slots | None = None
         self._randomness: list[Tensor] = []

@@ -1,16 +1,16 @@
 """Which tokens carry the gradient: the rows of each embedding's gradient with the largest norms.
 
-A spike of the embedding's gradient often sits in a few rows: rare tokens, or one that the batch repeats. Of each ``nn.Embedding``
-the ``TOP`` rows with the largest norm are recorded, largest first, index = place in that order. Where ZeRO spreads the gradient
-over ranks in flat pieces no rank has rows of it, and none is told.
+A spike of the embedding's gradient often sits in a few rows: rare tokens, or one that the batch repeats. The probe records the
+``TOP`` rows with the largest norm of each ``nn.Embedding``, largest first, index = rank in that order. Where ZeRO spreads the
+gradient over ranks in flat pieces no rank has whole rows of it, and the probe records none.
 
 Family ``gradient``, site = path of the embedding's weight:
 
 | statistic | meaning | unit | source |
 | --- | --- | --- | --- |
-| top_row | number of the row, which is the token's | token | definition |
+| top_row | number of the row, which is the token's id | token | definition |
 | top_row_l2 | Euclidean norm of that row's gradient | gradient | definition |
-| top_rows_share | share of these rows together in the squared norm of the embedding's gradient | 1 | definition |
+| top_rows_share | share of the squared norm of the embedding's gradient that these rows hold together | 1 | definition |
 """
 
 from __future__ import annotations

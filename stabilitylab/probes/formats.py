@@ -1,32 +1,32 @@
 """What formats of few bits would cost the operands of every linear layer, followed over training.
 
-Operands are a layer's input, its weight and the gradient of its output: the three that a product in a format takes. Of each,
-``ROWS`` rows are looked at, from the middles of equal stretches (so not the first token, whose state is often massive and which
-every scale of the whole tensor knows anyway), with the largest magnitude of the whole tensor, which scales of a tensor are made of.
-Micro-batches: the first of a step. Training is not changed, and nothing is rounded but copies.
+Operands are a layer's input, its weight and the gradient of its output: the three that a product in a format takes. The probe
+samples ``ROWS`` rows of each, from the middles of equal stretches (so not the first token, whose state is often massive; a scale
+of the whole tensor takes it in anyway), and the largest magnitude of the whole tensor, which determines a tensor's scale. It takes
+the first micro-batch of a step. It rounds copies only, and does not change training.
 
 Family ``format``, site = module path with ``:input``, ``:weight`` or ``:gradient``:
 
 | statistic | meaning | unit | source |
 | --- | --- | --- | --- |
 | int8-tensor_error | sqrt(sum (x^ - x)^2 / sum x^2), x^ in int8 with one scale a tensor | 1 | formats/what_if.py |
-| int8-tensor_underflow | share of the numbers that are not 0 and become 0 | 1 | formats/what_if.py |
-| int8-tensor_overflow | share beyond the format's largest number, or not finite | 1 | formats/what_if.py |
-| int8-row_error | the same of int8 with a scale a token, or output channel of a weight | 1 | formats/what_if.py |
+| int8-tensor_underflow | share of elements that are not 0 and round to 0 | 1 | formats/what_if.py |
+| int8-tensor_overflow | share of elements beyond the format's largest number, or not finite | 1 | formats/what_if.py |
+| int8-row_error | the same for int8 with one scale a token, or an output channel of a weight | 1 | formats/what_if.py |
 | int8-row_underflow | likewise | 1 | formats/what_if.py |
 | int8-row_overflow | likewise | 1 | formats/what_if.py |
-| fp8-e4m3-tensor_error | of FP8 E4M3 with one scale a tensor | 1 | arXiv:2209.05433 |
+| fp8-e4m3-tensor_error | the same for FP8 E4M3 with one scale a tensor | 1 | arXiv:2209.05433 |
 | fp8-e4m3-tensor_underflow | likewise | 1 | arXiv:2209.05433 |
 | fp8-e4m3-tensor_overflow | likewise | 1 | arXiv:2209.05433 |
-| mxfp4_error | of E2M1 in groups of 32 with scales that are powers of two | 1 | OCP Microscaling 1.0 |
+| mxfp4_error | the same for E2M1 in groups of 32 with scales that are powers of two | 1 | OCP Microscaling 1.0 |
 | mxfp4_underflow | likewise | 1 | OCP Microscaling 1.0 |
-| mxfp4_overflow | likewise: up to a quarter of a group's largest may be cut off | 1 | OCP Microscaling 1.0 |
-| nvfp4_error | of E2M1 in groups of 16 with E4M3 scales and one a tensor | 1 | arXiv:2509.25149 |
+| mxfp4_overflow | likewise; the format cuts off up to a quarter of a group's largest magnitude | 1 | OCP Microscaling 1.0 |
+| nvfp4_error | the same for E2M1 in groups of 16 with E4M3 scales and one scale a tensor | 1 | arXiv:2509.25149 |
 | nvfp4_underflow | likewise | 1 | arXiv:2509.25149 |
 | nvfp4_overflow | likewise | 1 | arXiv:2509.25149 |
 
-Other formats may be asked for: ``FormatProbe(("fp8-e5m2-tensor", "int4-tile32"))``. Not among ``all_probes()``. Gradients are
-measured as a format would have to hold them, with the loss scale in them. ``stabilitylab forecast`` reads this family.
+You can ask for other formats: ``FormatProbe(("fp8-e5m2-tensor", "int4-tile32"))``. The probe is not among ``all_probes()``. It
+measures gradients as a format would have to hold them, with the loss scale in them. ``stabilitylab forecast`` reads this family.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Gradients of every parameter: how large, how spread, how much of the whole, and whether the format still holds them.
 
-Read where the gradient is final: reduced over ranks, unscaled, not yet clipped. A parameter without a gradient (frozen, unused) has
-no row; a parameter under several names (tied) is counted once, under its first name. Of a parameter whose trainer hands over the
-norm alone, L2 and share are recorded.
+The probe reads the gradient where it is final: reduced over ranks, unscaled, not yet clipped. A parameter without a gradient
+(frozen, unused) has no row; a parameter under several names (tied) counts once, under its first name. Where the trainer hands over
+a parameter's norm alone, the probe records ``l2`` and ``share``.
 
 Family ``gradient``, site = parameter path:
 
@@ -17,7 +17,7 @@ Family ``gradient``, site = parameter path:
 | nonfinite_fraction | share of NaN and infinite elements | 1 | IEEE 754-2019, 3.4 |
 | share | l2^2 / sum over parameters of l2^2: this parameter's part in the global norm | 1 | definition |
 
-``subnormal_fraction`` is of the gradient as stored, that is with the loss scale in it if it still is.
+``subnormal_fraction`` describes the gradient as stored: with the loss scale, where the trainer has not divided it out yet.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class GradientProbe:
 
     def __init__(self) -> None:
         self._summaries: dict[str, Summary] = {}
-        # By the names taken together: for several optimizers, each one's.
+        # By the names that one call hands over: with several optimizers, each has its own.
         self._batches: dict[tuple[str, ...], SummaryBatch] = {}
         self._full = KeyTable("gradient", STATISTICS)
         self._short = KeyTable("gradient", ("l2", "share"))
@@ -71,7 +71,7 @@ class GradientProbe:
         self._kept: tuple[list[int], list[int], tuple[Key, ...]] = [], [], ()
 
     def attach(self, context: Context) -> None:
-        """Nothing is hooked: the monitor hands the gradients over."""
+        """Hook nothing: the monitor hands the gradients over."""
         self._context = context
 
     def arm(self, measured: bool) -> None:

@@ -6,10 +6,10 @@ steps in succession
     ||w before step t|| against ||w after step t - 1||      all elements: a row, a single weight, a NaN
     sample before t against sample after t - 1              one element in 512: a change of sign, which a norm does not show
 
-must agree. Adam's second moment v = beta2 v + (1 - beta2) g^2 falls by a factor of beta2 at most, so something changed one that
-falls further, and the settings of a parameter group (beta1, beta2, weight decay, epsilon, ...; the rate is recorded anyway) stay or
-move little. A parameter's change counts after ``CALM`` steps without one: a regular change (weights normalised after every step) is
-the loop's habit.
+must agree. In one step Adam's second moment v = beta2 v + (1 - beta2) g^2 falls to beta2 v at the lowest: where it falls further,
+something else changed it. The settings of a parameter group (beta1, beta2, weight decay, epsilon, ...; not the rate, which is
+recorded anyway) stay or move little. A parameter's change counts only after ``CALM`` steps without one, since a regular change
+(weights normalised after every step) belongs to the loop.
 
 The events are ``parameter-changed`` (site, factor of its norm), ``moments-changed`` (site, factor) and ``optimizer-changed``
 (setting, before, after): at most one of each kind per step, with the first parameter that changed and the number of them.
@@ -110,7 +110,7 @@ def _norms(updates: Sequence[Update]) -> list[Tensor]:
 
 
 class OutsideChanges:
-    """Makes events from the comparisons, step by step; runs in the delivery thread."""
+    """Makes events from the comparisons, step by step; runs in the sink thread."""
 
     def __init__(self) -> None:
         self._calm: dict[tuple[str, str], int] = {}

@@ -1,20 +1,20 @@
 """Where numbers leave the format: the first tensor that went non-finite, in the order of computation.
 
-Looks at what the other probes have counted in the same step: activations in the order in which the forward pass came to them, then
-gradients of activations in the order of the backward pass, then gradients of parameters. Nothing is measured twice, and nothing is
-seen in a step that the others do not measure.
+The probe reads what the other probes have counted in the same step: activations in the order of the forward pass, then gradients of
+activations in the order of the backward pass, then gradients of parameters. It measures nothing itself, and so sees nothing in a
+step that the others do not measure.
 
 Family ``precision``, site ``-`` unless said otherwise:
 
 | statistic | meaning | unit | source |
 | --- | --- | --- | --- |
 | nonfinite_activations | activation tensors of this step with a NaN or infinite element | 1 | activations.py |
-| nonfinite_activation_gradients | gradients of activations with one | 1 | activation_gradients.py |
-| nonfinite_gradients | parameters whose gradient has one | 1 | gradients.py |
-| first_overflow | at the site of the first: 1 activation, 2 gradient of one, 3 of a parameter | 1 | see above |
+| nonfinite_activation_gradients | gradients of activations with such an element | 1 | activation_gradients.py |
+| nonfinite_gradients | parameters whose gradient has such an element | 1 | gradients.py |
+| first_overflow | at the site of the first of these: 1 activation, 2 gradient of an activation, 3 of a parameter | 1 | see above |
 
-``loss_scale`` and ``skipped`` are recorded from what the trainer reports. The first overflow is also an event ``overflow`` with
-``site`` and ``tensor``.
+The monitor records ``loss_scale`` and ``skipped`` from what the trainer reports. The first overflow is also an event ``overflow``
+with ``site`` and ``tensor``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PrecisionProbe:
     """Finds the overflow site; see the module's docstring.
 
     Args:
-        activations, activation_gradients, gradients: the probes whose counts it reads; None for one not used.
+        activations, activation_gradients, gradients: the probes whose counts it reads; None for a probe that is not in use.
     """
 
     name = "precision"

@@ -1,4 +1,5 @@
-"""How evenly a mixture of experts uses them, in any model whose routers return the experts they chose, as HuggingFace's do.
+"""How evenly a mixture of experts uses its experts, in any model whose routers return the experts that they chose, as HuggingFace's
+do.
 
     with RouterWatch(model) as watch:
         model(**batch)
@@ -11,8 +12,8 @@ experts of each token. The experts themselves may be fused into one parameter or
     load_max        largest load over an even one           load_entropy   of the loads, over that of even ones
     dead            share of experts that nothing chose     router_l2      norm of the router's weight
 
-(Load as in Switch Transformers, 2101.03961, section 2.2.) It does not count drops: such models drop nothing, and a trainer that
-drops choices reports it itself. Only ``readings`` waits for the device.
+(Load as in Switch Transformers, 2101.03961, section 2.2.) The watch does not count dropped tokens: such models drop none, and a
+trainer that drops some reports them itself. Only ``readings`` waits for the device.
 """
 
 from __future__ import annotations

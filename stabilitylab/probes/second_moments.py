@@ -1,4 +1,4 @@
-"""Finds Adam's moments in an optimizer's state, and whether they have their initial bias.
+"""Finds Adam's moments in an optimizer's state, and whether they still have their initial bias.
 
 torch's Adam keeps v_t = beta2 v_(t-1) + (1 - beta2) g^2, at first too small by a factor 1 - beta2^t; others (pytorch-optimizer's
 StableAdamW, heavyball's) keep it with that divided out, by a beta2 that grows with t. No name tells which, but one step does: in
@@ -6,8 +6,8 @@ StableAdamW, heavyball's) keep it with that divided out, by a beta2 that grows w
     share = (v_t - v_(t-1)) / (g^2 - v_(t-1))        of an element; v_0 = 0
 
 the first kind has 1 - beta2 and the second (1 - beta2) / (1 - beta2^t), exactly, in every element and for any gradient. Where the
-quartiles over elements are near neither (another basis, scale or gradient), g^2 must not be divided by this v; where no element has
-moved (yet), not in that step. After some 1 / (1 - beta2) steps the kinds agree, and the check ends.
+quartiles over elements are near neither (another basis, scale or gradient), this v is no mean of g^2, and nothing may compare the
+two; where no element has moved yet, not in that step. After some 1 / (1 - beta2) steps the kinds agree, and the check ends.
 
 Moments are found by name, ``exp_avg_sq`` and ``exp_avg``, alone or inside another name, one level down or two (heavyball:
 ``state[0]["update_by_adam_exp_avg_sq_0"]``), where they have as many elements as the parameter.
@@ -35,8 +35,8 @@ class SecondMoments:
     """Reads moments, and learns from an optimizer's first measured step how it keeps v."""
 
     def __init__(self) -> None:
-        # For each parameter group, by id (the group is held, so that its id stays its own): whether v has its bias. None: v is
-        # something else.
+        # For each parameter group, by id (held here, so that no other group gets that id): whether v has its bias. None: v is
+        # no mean of g^2.
         self._kinds: dict[int, tuple[Mapping[str, Any], bool | None]] = {}
         self._before: dict[int, Tensor | None] = {}
 

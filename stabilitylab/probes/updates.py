@@ -1,15 +1,15 @@
 """What the optimizer does with the gradients: how far each parameter moves, and whether Adam's scale fits.
 
-Weights are sampled in the optimizer's step pre-hook and compared in its post-hook (``statistics.updates``). Adam's moments are read
-from the optimizer's state where it holds some (``second_moments.py``); other optimizers have the first three statistics only, and
-where v is no mean of g^2 those that compare it with g^2 or epsilon are left out.
+The probe samples the weights in the optimizer's step pre-hook and compares them in its post-hook (``statistics.updates``). It reads
+Adam's moments from the optimizer's state where that holds some (``second_moments.py``); other optimizers have the first three
+statistics only. Where v is no mean of g^2 it leaves out those that compare v with g^2 or epsilon.
 
 Family ``update``, site = parameter path:
 
 | statistic | meaning | unit | source |
 | --- | --- | --- | --- |
-| rms | RMS of the change of the weights, of a sample of at least 256 (all, if fewer) | weight | updates.py |
-| weight_rms | RMS of the weights before the step, of the same sample | weight | updates.py |
+| rms | RMS of the change of the weights, over a sample of at least 256 (all, if fewer) | weight | updates.py |
+| weight_rms | RMS of the weights before the step, over the same sample | weight | updates.py |
 | ratio | rms / weight_rms | 1 | updates.py |
 | rms_t | sqrt(mean(g^2 / max(v, eps^2))): well above 1 when v lags behind g^2 | 1 | StableAdamW, arXiv:2304.13013 |
 | first_moment_l2 | Euclidean norm of exp_avg | gradient | Adam, arXiv:1412.6980 |
@@ -19,8 +19,8 @@ Family ``update``, site = parameter path:
 Changes that no update made (``outside_changes.py``) are events ``parameter-changed``, ``moments-changed`` and
 ``optimizer-changed``.
 
-v is free of its initial bias, v / (1 - beta2^t) where the optimizer keeps it with that, and g the gradient that the optimizer saw
-(clipped); where it clips inside its step without changing ``.grad``, the unclipped one.
+In ``rms_t`` and ``below_epsilon_fraction`` v is free of its initial bias: v / (1 - beta2^t) where the optimizer keeps the bias. g
+is the gradient that the optimizer saw (clipped); where it clips inside its step without changing ``.grad``, the unclipped one.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class UpdateProbe(HookingProbe):
         if not self._ready:
             return
         buffer, jobs = self._context.buffer, []
-        # Once: the state of several optimizers, or of ZeRO, is built at each access.
+        # Read once: several optimizers, or ZeRO, build the state at each access.
         states = optimizer.state
         seen: list[Update] = []
         # Numbers that the kernel does not compute, and their slots.

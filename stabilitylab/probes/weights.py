@@ -1,11 +1,11 @@
-"""How large weights are, in which directions, and how gradients and updates lie to them.
+"""How large weights are, in which directions, and at which angles gradients and updates stand to them.
 
-The largest singular value comes from power iteration, v <- W'Wv / |W'Wv|, sigma = |Wv|, whose vectors are kept from one measured
-step to the next: weights move slowly, so a few iterations follow them. It is a lower bound, and in the first measured steps may be
-low by the part that the vectors have not found yet. A weight of more than two dimensions is [out, all the rest].
+The largest singular value comes from power iteration, v <- W'Wv / |W'Wv|, sigma = |Wv|. The probe keeps v from one measured step to
+the next: weights move slowly, so a few iterations follow them. The value is a lower bound, and may be too low in the first measured
+steps, before v has converged. A weight of more than two dimensions counts as the matrix [out, all the rest].
 
-Before a norm without epsilon the loss does not change with a weight's size, so cos(gradient, weight) = 0 there (2506.02285, and
-with AdamW |g| / |w| -> sqrt(2 decay / rate)); a stable rank that falls goes before instabilities (MSign, 2602.01734).
+Before a norm without epsilon the loss does not depend on a weight's size, so cos(gradient, weight) = 0 there (2506.02285, and
+with AdamW |g| / |w| -> sqrt(2 decay / rate)); a falling stable rank precedes instabilities (MSign, 2602.01734).
 
 Family ``weight``, site = parameter path:
 
@@ -18,8 +18,8 @@ Family ``weight``, site = parameter path:
 | cos_update_gradient | cosine of the update and the gradient: -1 where it goes straight down | 1 | definition |
 | group_l2 | Euclidean norm of all weights of a group; the site is the group | weight | ``model_structure.parameter_groups`` |
 
-The gradient is the one that the optimizer is given. Not among ``all_probes()``: ask for it,
-``probes=[*all_probes(), WeightProbe()]``. Limits: no parameter of which a rank has a part only.
+The gradient is the one that the optimizer gets. The probe is not among ``all_probes()``: ask for it,
+``probes=[*all_probes(), WeightProbe()]``. Limits: it leaves out parameters of which each rank has only a part.
 """
 
 from __future__ import annotations
