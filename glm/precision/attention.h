@@ -1,22 +1,22 @@
-/* Attention, computed a head at a time, in blocks of queries whose scores stay in the first-level cache:
+/* Attention, one head at a time, in blocks of queries whose scores stay in the first-level cache:
  *
- *     q' = c R q,  k' = R k        R: rotation by position, or nothing;  c: scale
- *     S = d q' k'' + bias,  P = softmax(S) (kept),  Y = P V
- *     dV = P' dY,  dS = P * (dY V' - sum_d dY Y),  dq = c d R' dS k',  dk = R' (d dS' q')
+ *     q^ = c R q,  k^ = R k        R: rotation by position, or the identity;  c: scale;  ': transposed
+ *     S = d q^ k^' + bias,  P = softmax(S) (kept),  Y = P V
+ *     dV = P' dY,  dS = P * (dY V' - sum_d dY Y),  dq = c d R' dS k^,  dk = R' (d dS' q^)
  *
- * What a block of queries may not see (bias -inf) weighs 0 in every sum, and is left out in whole vectors where nothing there could make
- * a NaN of that 0: half of the work under a causal mask, to the same bits.
+ * Keys that a block of queries may not see (bias -inf) weigh 0 in every sum. The kernel leaves them out, in whole vectors, where
+ * nothing could turn that 0 into a NaN: half of the work under a causal mask, with the same bits.
  *
- * In a half format what would be an operand, or would be stored, is rounded to it: q', k', q' k'' (which overflows where it would), P,
- * and on the way back d dS, dq and dk; P is kept in its 16 bits. There sum_d dY Y is sum_j P dP, since a rounded Y would move all of a
- * row's dS to one side (2510.04212).
+ * In a half format the kernel rounds whatever a half kernel would multiply or store: q^, k^, q^ k^' (which overflows where it would
+ * there), P, and in the backward pass d dS, dq and dk; it keeps P in its 16 bits. There it takes sum_j P dP for sum_d dY Y, since a
+ * rounded Y would move all of a row's dS to one side (2510.04212).
  */
 
 typedef struct {
     int64_t batch, tokens, heads, width; /* B, T, H, D */
     const float *qkv;                    /* [B, T, 3, H, D] */
     const float *cosine, *sine;          /* [B, T, groups, pairs], or NULL; width = 2 groups pairs */
-    int64_t groups, pairs, turn_stride;  /* turn_stride: from row to row of B, 0 where all turn alike */
+    int64_t groups, pairs, turn_stride;  /* turn_stride: from row to row of B, 0 where all rotate alike */
     const float *bias;                   /* [B, H, T, T] by strides, the last one 1 */
     int64_t bias_stride[3];
     float scale, divisor;
@@ -25,11 +25,11 @@ typedef struct {
     float *mixed;   /* Y, [B, T, H, D] */
     const float *grad; /* dY, [B, T, H, D] */
     float *grad_qkv;   /* [B, T, 3, H, D] */
-    float *largest;    /* score of each head that is a number, [B, H], or NULL */
-    int32_t *seen;     /* keys from, and up to, that each block of queries takes part with, [B, H, blocks, 2]; the way there fills it */
+    float *largest;    /* largest score of each head, NaN left out, [B, H], or NULL */
+    int32_t *seen;     /* each block of queries sees keys [first, last), [B, H, blocks, 2]; the forward pass fills it */
 } Attention;
 
-/* out[t, :padded] = factor R x[t], zeros beyond the width; direction -1 turns back. Rounded where half kernels would store it. */
+/* out[t, :padded] = factor R x[t], zeros beyond the width; direction -1 rotates back. Rounds where half kernels would store. */
 INLINE void turned_in(const Attention *a, int64_t b, const float *x, int64_t from, float *out, int64_t to, int64_t padded,
                       float factor, float direction, int turns, int kind) {
     int64_t D = a->width, R = a->pairs, groups = a->groups;
@@ -54,7 +54,7 @@ INLINE void turned_in(const Attention *a, int64_t b, const float *x, int64_t fro
     }
 }
 
-/* The same in fp32 for heads of 16 that turn as one group: compilers make no vectors of so few numbers. */
+/* The same in fp32 for heads of 16 that rotate as one group: compilers do not vectorise loops this short. */
 static void turned_16(const Attention *a, int64_t b, const float *restrict x, int64_t from, float *restrict out, int64_t to,
                       float factor, float direction, int turns) {
     const float *cosine = turns ? a->cosine : NULL, *sine = a->sine;
@@ -71,7 +71,7 @@ static void turned_16(const Attention *a, int64_t b, const float *restrict x, in
     }
 }
 
-/* Not inlined: in the midst of attention compilers make no vectors of it. */
+/* Not inlined: inside attention compilers do not vectorise it. */
 static __attribute__((noinline)) void turned(const Attention *a, int64_t b, const float *x, int64_t from, float *out, int64_t to,
                                              int64_t padded, float factor, float direction, int turns, int kind) {
     int plain = !turns || !a->cosine || a->groups == 1;
@@ -94,7 +94,7 @@ static float *room(int64_t floats) {
     return posix_memalign(&found, 64, (size_t)(floats * 4)) ? NULL : found;
 }
 
-/* max |x|; NaN where one is. */
+/* max |x|; NaN if any element is. */
 INLINE float largest_of(const float *x, int64_t n) {
     uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -111,7 +111,7 @@ INLINE int any_seen(const float *bias, int64_t count) {
     return any;
 }
 
-/* Keys [seen[0], seen[1]) hold all that these queries see; all keys where one of them sees none: its weights are NaN. */
+/* Sets the range of keys [seen[0], seen[1]) that these queries see; all keys where one query sees none, as its weights are NaN. */
 static void see(const float *bias, int64_t stride, int64_t T, int64_t t, int64_t count, int32_t *seen) {
     const vec none = (vec){0} - INFINITY;
     int64_t low = T, high = 0;
@@ -125,14 +125,14 @@ static void see(const float *bias, int64_t stride, int64_t T, int64_t t, int64_t
             for (int64_t u = 0; u < count; u++) any |= any_seen(bias + u * stride + j, T - j);
         if (any) low = j < low ? j : low, high = j + LANES < T ? j + LANES : T;
     }
-    for (int64_t u = 0; u < count; u++) /* most see themselves */
+    for (int64_t u = 0; u < count; u++) /* short: most queries see themselves */
         if (bias[u * stride + t + u] == -INFINITY && !any_seen(bias + u * stride, T)) low = 0, high = T;
     seen[0] = (int32_t)low, seen[1] = (int32_t)high;
 }
 
 static int64_t blocks_of(int64_t T) { return (T + BLOCK - 1) / BLOCK; }
 
-/* 0: done; 1: no memory. */
+/* Returns 0, or 1 where there is no memory. */
 INLINE int attention(const Attention *a, int kind) {
     int64_t T = a->tokens, H = a->heads, D = a->width, Dp = whole(D), Tp = whole(T), row = 3 * H * D;
     int lost = 0;
@@ -140,7 +140,7 @@ INLINE int attention(const Attention *a, int kind) {
     {
         float *q = room(T * Dp * 3 + Dp * Tp + BLOCK * Tp), *k = q + T * Dp, *v = k + T * Dp, *across = v + T * Dp;
         float *scores = across + Dp * Tp;
-        int32_t span[2 * blocks_of(T)]; /* of the row of B that was looked at last: its heads mostly see alike */
+        int32_t span[2 * blocks_of(T)]; /* of the last row of B: its heads mostly see the same keys */
         int64_t looked_at = -1;
         if (!q) lost = 1;
         else memset(across, 0, (size_t)(Dp * Tp) * 4);
@@ -205,12 +205,12 @@ INLINE int attention(const Attention *a, int kind) {
                     }
                 }
                 if (kind == FP32) {
-                    float *mixed = across + Dp * Tp; /* the scores are used up: their room takes Y before it is put in its place */
+                    float *mixed = across + Dp * Tp; /* the scores are used up: Y goes to their memory first */
                     product(count, Dp, high - low, (float *)a->weights + (i * T + t) * T + low, T, 1, v + low * Dp, Dp, mixed, Dp);
                     for (int64_t u = 0; u < count; u++)
                         memcpy(a->mixed + ((b * T + t + u) * H + h) * D, mixed + u * Dp, (size_t)D * 4);
                 } else {
-                    float *mixed = q + t * Dp; /* as are these queries */
+                    float *mixed = q + t * Dp; /* so are these queries */
                     product(count, Dp, high - low, scores + low, Tp, 1, v + low * Dp, Dp, mixed, Dp);
                     for (int64_t u = 0; u < count; u++)
                         memcpy(a->mixed + ((b * T + t + u) * H + h) * D, mixed + u * Dp, (size_t)D * 4);
@@ -230,7 +230,7 @@ int glm_attention(const Attention *a) {
 
 INLINE int attention_backward(const Attention *a, int kind) {
     int64_t T = a->tokens, H = a->heads, D = a->width, Dp = whole(D), Tp = whole(T), row = 3 * H * D, blocks = blocks_of(T);
-    /* In fp32 d goes into q' and dq, else into dS, which it is rounded with. */
+    /* In fp32 d multiplies q^ and dq; in a half format it multiplies dS, before the rounding. */
     float scale = kind == FP32 ? a->divisor * a->scale : a->scale;
     int lost = 0;
 #pragma omp parallel reduction(| : lost)
@@ -261,7 +261,7 @@ INLINE int attention_backward(const Attention *a, int kind) {
             float of_y = largest_of(y, T * Dp), of_v = largest_of(v, T * Dp);
             int tame = (float)D * of_y * of_v < 1e38f && largest_of(q, T * Dp) < INFINITY && largest_of(k, T * Dp) < INFINITY;
             const int32_t *seen = a->seen + i * blocks * 2;
-            /* Queries [first_by, last_by) are those of the blocks that see some of a block of keys. */
+            /* For each block of keys, the queries [first_by, last_by) are those of the blocks that see any of it. */
             for (int64_t m = 0; m < blocks; m++) first_by[m] = tame ? T : 0, last_by[m] = tame ? 0 : T;
             for (int64_t t = 0; t < T; t += BLOCK) {
                 int64_t count = T - t < BLOCK ? T - t : BLOCK, low = tame ? seen[t / BLOCK * 2] : 0;

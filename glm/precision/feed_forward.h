@@ -1,4 +1,6 @@
-/* Gradients of weights; and gated GELU, y = a g(b), g(b) = b F(b), F the normal distribution: da = dy g(b), db = dy a (F(b) + b f(b)).
+/* Gradients of weights; and gated GELU, y = a g(b), g(b) = b F(b), F and f the normal distribution and its density:
+ *
+ *     da = dy g(b),  db = dy a (F(b) + b f(b))
  */
 
 /* dW[o, i] = sum_n g[n, o] x[n, i], and db[o] = sum_n g[n, o] unless it is NULL; inputs >= LANES. */
@@ -16,8 +18,8 @@ void glm_weight_gradient(int64_t N, int64_t outputs, int64_t inputs, const float
     }
 }
 
-/* F(x) = (1 + erf(z)) / 2, z = x / sqrt 2: erf by a polynomial in z^2 for |z| < 1, 1 - e^(-z Q(z)) beyond; both were fitted to
- * float64's and err by less than the last bit. */
+/* F(x) = (1 + erf(z)) / 2, z = x / sqrt 2. erf is z times a polynomial in z^2 for |z| < 1, and 1 - e^(-z Q(z)) beyond; both are
+ * fits to float64's erf, with errors below fp32's last bit. */
 INLINE float normal(float x) {
     float z = x * 0.707106781f, s = z * z, t = z < 0 ? -z : z;
     t = t > 4 ? 4.0f : t;
@@ -75,7 +77,7 @@ void glm_gated_gelu_backward(int64_t N, int64_t I, const float *raised, const fl
     }
 }
 
-/* The same in a half format, computed in fp32 and rounded once; F(b) is computed again on the way back. */
+/* The same in a half format, computed in fp32 and rounded once; the backward pass computes F(b) again. */
 INLINE void half_gelu(int64_t N, int64_t I, const uint16_t *raised, uint16_t *y, int kind) {
 #pragma omp parallel for
     for (int64_t n = 0; n < N; n++) {
@@ -94,7 +96,7 @@ INLINE void half_gelu_backward(int64_t N, int64_t I, const uint16_t *raised, con
     for (int64_t n = 0; n < N; n++) {
         const uint16_t *a = raised + 2 * n * I, *b = a + I, *g = dy + n * I;
         uint16_t *da = grad + 2 * n * I, *db = da + I;
-        for (int64_t first = 0; first < I; first += BLOCK) { /* of a and b by themselves: compilers make no vectors of both at once */
+        for (int64_t first = 0; first < I; first += BLOCK) { /* a and b apart: compilers do not vectorise both at once */
             int64_t count = I - first < BLOCK ? I - first : BLOCK;
             float of_a[BLOCK], of_b[BLOCK];
 #pragma omp simd

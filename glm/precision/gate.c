@@ -1,8 +1,8 @@
-/* Heads by their gates, in one sweep each way: y = s(z) m, s the logistic function, z of one number a head.
+/* Multiplies heads by their gates, in one sweep each way: y = s(z) m, s the logistic function, z one number a head.
  *
  *     dm = s dy,  dz = s (1 - s) sum over the head of dy m
  *
- * Compiled at first use (gate.py); threads are torch's own OpenMP pool.
+ * gate.py compiles it at first use; threads are torch's own OpenMP pool.
  */
 #include <math.h>
 #include <stdint.h>

@@ -1,15 +1,15 @@
-/* Half formats: the rounding to one, its 16 bits and back; and e^x as all parts of the kernel take it. */
+/* Half formats: rounding to one, to its 16 bits and back; and the e^x of all parts of the kernel. */
 
-/* Formats of what is given and kept. */
+/* Formats of inputs and of what the kernel keeps. */
 enum { FP32, FP16, BF16 };
 
-/* The nearest number of a half format, of two as near the even one; NaN stays. */
+/* Rounds to the nearest number of a half format, ties to even; NaN stays. */
 INLINE float rounded(float x, int kind) {
     if (kind == FP32) return x;
     uint32_t bits = bits_of(x), drop = kind == BF16 ? 16 : 13;
     float near = of_bits((bits + (1u << (drop - 1)) - 1 + (bits >> drop & 1)) >> drop << drop);
     if (kind == FP16) {
-        /* Beneath 2^-14 numbers are 2^-24 apart, as fp32's are in [.5, 1). */
+        /* Below 2^-14 fp16's numbers are 2^-24 apart, as fp32's are in [.5, 1). */
         float size = of_bits(bits & 0x7fffffff), small = (size + 0.5f) - 0.5f;
         uint32_t sign = bits & 0x80000000;
         near = size < 6.103515625e-05f ? of_bits(bits_of(small) | sign) : near;
@@ -18,7 +18,7 @@ INLINE float rounded(float x, int kind) {
     return x != x ? x : near;
 }
 
-/* The 16 bits of a number that is rounded already. */
+/* The 16 bits of a number that is already rounded. */
 INLINE uint16_t code_of(float x, int kind) {
     uint32_t bits = bits_of(x), size = bits & 0x7fffffff;
     if (kind == BF16) return (uint16_t)(bits >> 16 | (x != x ? 0x40 : 0));
@@ -37,10 +37,10 @@ INLINE float of_code(uint16_t code, int kind) {
     return of_bits(bits | sign);
 }
 
-/* exp(x) for x <= 0, NaN for NaN, 0 below -87: 2^n e^r, |r| <= log(2) / 2, e^r a polynomial (Cephes' expf), within 2 ulp. */
+/* exp(x) for x <= 0, within 2 ulp; 0 below -87, NaN for NaN: 2^n e^r, |r| <= log(2) / 2, e^r by Cephes' polynomial (expf). */
 INLINE float exp_below(float x) {
     float at = x < -87.0f ? -87.0f : x;
-    float n = at * 1.44269504f + 12582912.0f; /* 1.5 2^23: the sum's last bit is 1, so it is rounded to an integer */
+    float n = at * 1.44269504f + 12582912.0f; /* near 1.5 2^23 floats are 1 apart: the sum rounds to an integer */
     int32_t bits;
     memcpy(&bits, &n, 4);
     n -= 12582912.0f;

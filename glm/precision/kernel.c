@@ -1,7 +1,8 @@
-/* What a small model's step spends its time on, on a CPU: one library, a subject a file.
+/* The operations that take most of a small model's step on a CPU: one library, one file for each subject.
  *
- * All arithmetic is in fp32; half formats are rounded to where half kernels would. NaN and infinity go through as they do in the torch
- * operations. Compiled at first use by the system's C compiler (glm/precision/kernel.py); threads are torch's own OpenMP pool.
+ * All arithmetic is in fp32; the kernels round to a half format where half kernels would. NaN and infinity propagate as in torch's
+ * operations. glm/precision/kernel.py compiles the library at first use, with the system's C compiler; threads are torch's own
+ * OpenMP pool.
  */
 #include "product.h"
 #include "half.h"

@@ -1,6 +1,6 @@
 /* Cross-entropy and z-loss of rows of logits. */
 
-/* Rows of logits become the gradients of their losses: softmax (1 + 2 c z) - onehot, z = log sum exp; loss[n] = z - logit + c z^2. */
+/* Replaces rows of logits by their gradients, softmax (1 + 2 c z) - onehot, z = log sum exp; loss[n] = z - logit + c z^2. */
 void glm_cross_entropy(int64_t N, int64_t V, float *logits, const int64_t *target, float z_loss, float *loss) {
 #pragma omp parallel for
     for (int64_t n = 0; n < N; n++) {

@@ -1,6 +1,6 @@
-/* All products are one routine, C = A B: a tile of C stays in registers while k runs, a row of B is loaded as vectors, an element
- * of A is broadcast. A is read by two strides, so that a transpose costs nothing; B is row by row, and what is not is copied once.
- * The order of a sum over k is that of k: results depend neither on the number of threads nor on the tile that an element is in.
+/* One routine makes all products, C = A B: a tile of C stays in registers while k runs, each step loads a row of B as vectors and
+ * broadcasts elements of A. Two strides address A, so a transpose costs nothing; B lies row by row, and callers copy once what does
+ * not. Each sum runs over k in order: results depend neither on the number of threads nor on the tile that an element is in.
  */
 #include <math.h>
 #include <stdint.h>
@@ -20,8 +20,8 @@ typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 #define EIGHT 8
 typedef float eight __attribute__((vector_size(4 * EIGHT)));
 typedef float loose8 __attribute__((vector_size(4 * EIGHT), aligned(4), may_alias));
-/* Rows of a tile: 6 x 4 vectors take 24 registers of AVX-512's 32, 6 x 2 12 of AVX2's 16. One vector across, twice as many: a sum waits
- * for its last addition, so some ten of them must be under way. */
+/* Rows of a tile: 6 x 4 vectors take 24 of AVX-512's 32 registers, 6 x 2 take 12 of AVX2's 16. A tile of one vector across has
+ * twice as many rows: each sum waits for its last addition, so some ten sums must be under way. */
 #define ROWS 6
 #define NARROW 12
 #if LANES == 16
@@ -29,7 +29,7 @@ typedef float loose8 __attribute__((vector_size(4 * EIGHT), aligned(4), may_alia
 #else
 #define WIDE 2
 #endif
-#define BLOCK 48 /* queries whose scores are at hand together */
+#define BLOCK 48 /* queries whose scores stay in the cache together */
 
 INLINE void tile(int rows, int across, int64_t K, const float *restrict A, int64_t a_m, int64_t a_k, const float *restrict B,
                  int64_t ldb, float *restrict C, int64_t ldc) {
@@ -56,7 +56,7 @@ INLINE void strip(int across, int64_t M, int64_t K, const float *A, int64_t a_m,
     if (m < M) tile(1, across, K, A + m * a_m, a_m, a_k, B, ldb, C + m * ldc, ldc);
 }
 
-/* C[m, n] = sum_k A[m a_m + k a_k] B[k ldb + n]; N >= LANES. The last columns may be computed twice, alike. */
+/* C[m, n] = sum_k A[m a_m + k a_k] B[k ldb + n]; N >= LANES. May compute the last columns twice, with the same result. */
 static void product(int64_t M, int64_t N, int64_t K, const float *A, int64_t a_m, int64_t a_k, const float *B, int64_t ldb,
                     float *C, int64_t ldc) {
     int64_t n = 0;

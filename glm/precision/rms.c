@@ -3,13 +3,13 @@
  *     y = g x r,  r = 1 / sqrt(mean x^2 + eps)
  *     dx = r (g dy - x r^2 mean(g dy x)),  dg = sum over rows of dy x r
  *
- * The sum over rows goes in their order, a group of columns at a time, so that results do not hang on the number of threads.
- * Compiled at first use (rms.py); threads are torch's own OpenMP pool.
+ * The sum over rows goes in their order, a group of columns at a time, so that results do not depend on the number of threads.
+ * rms.py compiles it at first use; threads are torch's own OpenMP pool.
  */
 #include <math.h>
 #include <stdint.h>
 
-#define GROUP 64 /* columns whose gradients of the gain are summed together */
+#define GROUP 64 /* columns for which one thread sums the gradients of the gain */
 
 /* x, y [N, C], g [C] or NULL, r [N]. */
 void glm_rms_norm(int64_t N, int64_t C, float epsilon, const float *x, const float *g, float *y, float *r) {
@@ -28,7 +28,7 @@ void glm_rms_norm(int64_t N, int64_t C, float epsilon, const float *x, const flo
     }
 }
 
-/* dy, dx [N, C], dg [C], or NULL with g. */
+/* dy, dx [N, C], dg [C]; dg is NULL where g is. */
 void glm_rms_norm_backward(int64_t N, int64_t C, const float *x, const float *g, const float *r, const float *dy, float *dx, float *dg) {
 #pragma omp parallel for
     for (int64_t n = 0; n < N; n++) {

@@ -1,4 +1,4 @@
-/* A float's 32 bits as a whole number, and back: what all compiled sources share. |x| orders like its bits, NaN above infinity. */
+/* A float's 32 bits as an integer, and back, for all compiled sources. The bits of |x| order like |x|, NaN above infinity. */
 #ifndef FLOAT_BITS_H
 #define FLOAT_BITS_H
 

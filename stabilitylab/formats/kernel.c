@@ -1,16 +1,18 @@
-/* Numbers rounded to a scaled format and back, in one sweep over the blocks: read, largest, scale, round, write.
+/* Rounds numbers to a scaled format and back, in one sweep over the blocks: read, largest, scale, round, write.
  *
  *     s = scale of A = max |x| in the block        k = |x| / s in steps of the element, rounded        x^ = sign(x) s k step
  *
- * Bit for bit what the torch operations of scaled.py and number_format.py give, which also say where the formulas are from: every
- * operation here is one of theirs, in their order, and nothing is contracted or reassociated. Only what is exact is done
- * otherwise: a step is a power of two, so its inverse is multiplied with; |x| is compared by its bits, where NaN is above infinity.
+ * The results equal those of the torch operations in scaled.py and number_format.py bit for bit (these also give the formulas'
+ * sources): every operation here is one of theirs, in their order, without contraction or reassociation. Only exact steps differ: a
+ * step of the format is a power of two, so the kernel multiplies by its inverse; it compares |x| by its bits, where NaN is above
+ * infinity.
  *
- * The matrix lies row by row. A transposed operand is not turned: the caller turns the block instead, so the same code has blocks of
- * 1 x 32 along what is summed over on either side. A band of as many rows as a block has is gone through in chunks that stay in the
- * cache: the largest of each column, of each group of columns, the scale spread over them again, and all of it in vectors.
+ * The matrix lies row by row. The caller does not transpose a transposed operand but its blocks, so the same code handles blocks of
+ * 1 x 32 along the summed dimension on either side. The kernel goes through a band of as many rows as a block has in chunks that
+ * stay in the cache: it takes the largest of each column, then of each group of columns, and spreads the scale over them again, all
+ * in vectors.
  *
- * Compiled at first use (kernel.py); threads are torch's own OpenMP pool.
+ * kernel.py compiles it at first use; threads are torch's own OpenMP pool.
  */
 #include <math.h>
 #include <stdint.h>
@@ -18,18 +20,18 @@
 
 #include "float_bits.h"
 
-#define CHUNK 512 /* columns at hand together, or as many as a block has */
+#define CHUNK 512 /* columns of a chunk, or as many as a block has */
 
 enum { FP32, E8M0, E4M3 };
 
 typedef struct {
     int32_t mantissa, bias, largest_exponent; /* of the element */
     int32_t scale, round_up;                  /* how the scale is stored */
-    float largest;                            /* finite number of the element */
-    float infinite, nan;                      /* what an infinity and a NaN become */
+    float largest;                            /* the element's largest finite number */
+    float infinite, nan;                      /* what infinity and NaN become */
 } Format;
 
-/* |x| on the element's numbers, x's sign put back; drawn < 1 is added before the cut, or negative: to nearest, ties to even. */
+/* Rounds x to the element's numbers: to nearest, ties to even, or stochastically, by adding drawn in [0, 1) and rounding down. */
 INLINE float rounded(float x, const Format *f, float drawn, int stochastic) {
     uint32_t bits = bits_of(x), sign = bits & 0x80000000u, size = bits & 0x7fffffffu;
     int32_t exponent = (int32_t)(size >> 23) - 127, least = 1 - f->bias;
@@ -45,7 +47,8 @@ INLINE float rounded(float x, const Format *f, float drawn, int stochastic) {
 
 static const Format SCALE = {3, 7, 8, 0, 0, 448.0f, NAN, NAN};
 
-/* What a block's numbers are divided by (or, but for fp32 scales, times), and times, from its largest. */
+/* From a block's largest magnitude: `before` divides its numbers before the rounding (fp32 scales) or multiplies them (all other
+ * scales), `after` multiplies them after it. */
 INLINE void scaled(uint32_t largest_bits, const Format *f, float whole, float *before, float *after) {
     float largest = of_bits(largest_bits);
     if (f->scale == FP32) {
@@ -60,7 +63,7 @@ INLINE void scaled(uint32_t largest_bits, const Format *f, float whole, float *b
         } else
             field = (int32_t)(largest_bits >> 23) - f->largest_exponent;
         field = field < 0 ? 0 : field > 254 ? 254 : field;
-        /* 2^-127 and its inverse's inverse lie beneath the normal numbers. */
+        /* 2^-127, the smallest scale and the inverse of the largest, is subnormal. */
         *after = largest_bits >= 0x7f800000u ? NAN : of_bits(field ? (uint32_t)field << 23 : 0x400000u);
         *before = largest_bits >= 0x7f800000u ? NAN : of_bits(field == 254 ? 0x400000u : (uint32_t)(254 - field) << 23);
     } else {
@@ -90,8 +93,8 @@ INLINE void row(int64_t count, const float *restrict x, const float *restrict dr
     }
 }
 
-/* x, drawn (or NULL), out [rows, columns]; a block is down x across, 0: all of them. Three numbers a column of a block lie on the
- * stack: the caller sees to it that they fit. */
+/* x, drawn (or NULL), out [rows, columns]; a block is down x across, 0: all of them. Three numbers for each column of a block lie
+ * on the stack: the caller makes sure that they fit. */
 void stabilitylab_round(int64_t rows, int64_t columns, int64_t down, int64_t across, const float *x, const float *drawn, float *out,
                         const Format *f) {
     int64_t all = !down && !across;

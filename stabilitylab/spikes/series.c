@@ -1,8 +1,8 @@
-/* Long logs at speed: ordinary values of a signal, running medians, and the spike score's windows.
+/* The fast path through long logs: ordinary values of a signal, rolling medians, and the spike score's windows.
 
-   The Python twins are baseline.py with excursion.py, stillness.py, and pandas. What is learned from ordinary values
-   is theirs to the bit: the same operations in the same order, compiled without fused or reordered ones. Where a value
-   comes near anything that begins an excursion, the pass ends before it, and Python judges. */
+   The Python twins are baseline.py with excursion.py, stillness.py, and pandas. From ordinary values this code learns
+   the same baseline to the bit: the same operations in the same order, compiled without fusing or reordering. Where a
+   value may begin an excursion, the pass ends before it, and Python judges. */
 
 #include <math.h>
 #include <stdint.h>
@@ -159,9 +159,9 @@ static double creep_of(const Baseline *b, const Constants *c) {
     return (b->slow - b->lowest) / limit;
 }
 
-/* Take values in while nothing about them could begin an excursion; returns how many were taken.
+/* Take values in until one may begin an excursion; returns the number of values taken.
 
-   states: after each block that was learned, the baseline's STATE numbers; block_ends: the index of its last value. */
+   states: the baseline's STATE numbers after each learned block; block_ends: the index of that block's last value. */
 int64_t stabilitylab_quiet(const double *values, const int64_t *steps, int64_t count, Baseline *base, Quiet *quiet,
                            const Constants *c, double *states, int64_t *block_ends, int64_t *blocks_learned) {
     int64_t learned = 0, at = 0;
@@ -262,7 +262,7 @@ void stabilitylab_still(const double *values, const int64_t *steps, int64_t coun
     state[0] = previous, state[1] = equal, state[2] = since, state[3] = repeats, state[4] = longest, state[5] = seen;
 }
 
-/* How many of the sorted numbers are smaller; without branches, which noise makes unpredictable. */
+/* The number of sorted numbers below value; without branches, which noise would make unpredictable. */
 static int64_t place(const double *sorted, int64_t n, double value) {
     const double *low = sorted;
     while (n > 0) {
@@ -273,13 +273,13 @@ static int64_t place(const double *sorted, int64_t n, double value) {
     return low - sorted;
 }
 
-/* The median of x[i - before .. i + after], as much of it as there is. */
+/* out[i]: the median of those of x[i - before .. i + after] that exist. */
 void stabilitylab_rolling_median(const double *x, int64_t n, int64_t before, int64_t after, double *out) {
     double *sorted = malloc((before + after + 2) * sizeof *sorted);
     int64_t held = 0;
     for (int64_t i = -after; i < n; i++) {
         int64_t in = i + after, gone = i - before - 1;
-        if (gone >= 0 && in < n) { /* what lies between the two places moves by one */
+        if (gone >= 0 && in < n) { /* shift what lies between the two places by one */
             int64_t from = place(sorted, held, x[gone]), to = place(sorted, held, x[in]);
             if (to > from) {
                 to--;
@@ -301,7 +301,7 @@ void stabilitylab_rolling_median(const double *x, int64_t n, int64_t before, int
     free(sorted);
 }
 
-/* Sums that keep what rounding drops (Neumaier 1974). */
+/* Compensated sums, which keep what rounding drops (Neumaier 1974). */
 typedef struct {
     double sum, rest;
 } Sum;
@@ -312,9 +312,9 @@ static void add(Sum *s, double x) {
     s->sum = t;
 }
 
-static double within(double x) { return fabs(x) < 1e100 ? x : copysign(1e100, x); }  /* its square is a number */
+static double within(double x) { return fabs(x) < 1e100 ? x : copysign(1e100, x); }  /* so that its square is finite */
 
-/* out[i]: |x_i - mean| >= sigmas deviation of the window before it, which holds at least ``minimum`` values. */
+/* out[i]: whether |x_i - mean| >= sigmas * deviation of the window before it; 0 where that holds fewer than `minimum`. */
 void stabilitylab_far_out(const double *x, int64_t n, int64_t window, int64_t minimum, double sigmas,
                           const double *size, int8_t *out) {
     Sum first = {0, 0}, second = {0, 0};

@@ -1,17 +1,17 @@
 /* One pass over a tensor: counts, power sums, largest magnitude, per-channel extremes and squares, tail histogram.
  *
- * The tensor is a matrix of rows (tokens) by channels (features). It is taken in blocks that stay in the first-level
- * cache; within a block there are two sweeps, since the second needs what the first found:
+ * The tensor is a matrix of rows (tokens) by channels (features). The pass takes blocks that stay in the first-level
+ * cache, and sweeps over each block twice, since the second sweep needs what the first found:
  *
  *   1. on the bits.  The bits of |x|, read as an integer, order like |x|, with NaN above infinity above every number:
  *      the largest integer is the largest magnitude and propagates NaN, and each count is an integer comparison,
  *      whatever the processor does to subnormal numbers.
  *   2. on the values.  With c the block's mean and s a power of two near 1/max|x|, sums of ((x - c) s)^k for k = 1..4
- *      in float32, several partial sums side by side. Scaling by s keeps the fourth power from leaving float32's range,
- *      centring keeps the sums from cancelling. In float64 they are turned into sums of x^k and added up.
+ *      in float32, several partial sums side by side. Scaling by s keeps the fourth power within float32's range,
+ *      centring keeps the sums from cancelling. In float64 the pass turns them into sums of x^k and adds these up.
  *
- * Compiled at first use by the system's C compiler (native.py). There is a twin in torch operations (summary.py) with
- * the same results up to rounding, which runs where there is no compiler and on accelerators.
+ * native.py compiles this file at first use, with the system's C compiler. A twin in torch operations (summary.py) has
+ * the same results up to rounding; it runs where there is no compiler and on accelerators.
  */
 #include <math.h>
 #include <stdint.h>
@@ -24,7 +24,7 @@
 #include "stabilitylab/formats/float_bits.h"
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
-/* The layout of a row; summary.py has the same list and a test compares them through the numbers. */
+/* The layout of a row; summary.py has the same list, and a test compares the two through their numbers. */
 enum { COUNT, NONFINITE, ZERO, SUBNORMAL, FP16_LOST, FP8_LOST, OVER_6, OVER_6RMS, MASSIVE, S1, S2, S3, S4, SUMS,
        ABSMAX = SUMS, TAIL_FROM, FIELDS };
 
@@ -33,7 +33,7 @@ enum { COUNT, NONFINITE, ZERO, SUBNORMAL, FP16_LOST, FP8_LOST, OVER_6, OVER_6RMS
 #define GROUP 32
 #define LARGE 65536
 #define INFINITE 0x7f800000u
-/* The tail histogram: 8 bins to the octave from 2^-24 up to 2^16; what lies outside counts in the first or last bin. */
+/* The tail histogram: 8 bins an octave from 2^-24 to 2^16; what lies outside counts in the first or last bin. */
 #define TAIL_SHIFT 20
 #define TAIL_FIRST ((127u - 24u) << 3)
 #define TAIL_BINS 320
@@ -47,7 +47,7 @@ typedef struct {
     uint32_t *channel_max; /* bits of the largest magnitude of each channel, or NULL */
     float *channel_square; /* sum of squares of each channel, with channel_max */
     uint32_t *tail;        /* TAIL_BINS counts, or NULL */
-    float tail_from;       /* in and out: magnitudes below it are not in the histogram */
+    float tail_from;       /* in and out: the histogram leaves out magnitudes below it */
     float unused;          /* keeps the size a multiple of 8 bytes */
 } Job;
 
@@ -111,7 +111,7 @@ static void add_block(const float *restrict x, int64_t n, uint32_t subnormal, do
     double absmax = (double)of_bits((uint32_t)high);
     if ((uint32_t)high > INFINITE || row[ABSMAX] < absmax) row[ABSMAX] = absmax;
     if ((uint32_t)high >= INFINITE) {
-        /* No sums to scale: those of a NaN are NaN; of an infinity, what plain summation gives. */
+        /* Nothing to scale: plain summation gives NaN for a NaN, and the right infinity or NaN for an infinity. */
         for (int64_t i = 0; i < n; i++) {
             double v = x[i];
             row[S1] += v, row[S2] += v * v, row[S3] += v * v * v, row[S4] += v * v * v * v;
@@ -119,7 +119,7 @@ static void add_block(const float *restrict x, int64_t n, uint32_t subnormal, do
         return;
     }
     if (high == 0) return;
-    /* 2^e <= max|x| < 2^(e+1); kept from the ends of the exponent range, where 1/s would not be a normal number. */
+    /* s = 2^-exponent is near 1/max|x|; clamped, so that both s and 1/s are normal numbers. */
     int exponent;
     frexp(absmax, &exponent);
     exponent = exponent < -124 ? -124 : exponent > 124 ? 124 : exponent;
@@ -151,7 +151,7 @@ static void add_channels(const float *restrict x, int64_t rows, int64_t channels
                          float *restrict square) {
     int32_t *restrict top = (int32_t *)high;
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4, x += 4 * channels) /* four rows for one trip to the sums */
+    for (; r + 4 <= rows; r += 4, x += 4 * channels) /* four rows for one access to the sums */
         for (int64_t j = 0; j < channels; j++) {
             const float a = x[j], b = x[j + channels], c = x[j + 2 * channels], d = x[j + 3 * channels];
             const int32_t u = (int32_t)magnitude(a), v = (int32_t)magnitude(b);
@@ -171,7 +171,7 @@ static void add_channels(const float *restrict x, int64_t rows, int64_t channels
 static void add_tail(const float *restrict x, int64_t n, uint32_t from, uint32_t *restrict tail) {
     for (int64_t i = 0; i < n; i += GROUP) {
         int64_t end = n;
-        if (i + GROUP <= n) { /* few groups have anything above the threshold; the test is cheap */
+        if (i + GROUP <= n) { /* few groups have anything above the threshold, and this test is cheap */
             int32_t any = 0;
             for (int64_t j = 0; j < GROUP; j++) any |= (int32_t)magnitude(x[i + j]) >= (int32_t)from;
             if (!any) continue;
@@ -186,7 +186,7 @@ static void add_tail(const float *restrict x, int64_t n, uint32_t from, uint32_t
     }
 }
 
-/* The bits of the k-th largest magnitude among at most SAMPLE elements at equal distances. */
+/* The bits of the magnitude that this share of the elements exceeds, from at most SAMPLE elements at equal distances. */
 static uint32_t sampled(const Job *job, double share) {
     uint32_t u[SAMPLE];
     int64_t n = job->rows * job->channels, m = n < SAMPLE ? n : SAMPLE;
@@ -234,7 +234,7 @@ static void sweep(Part *part, int64_t first_row, int64_t last_row) {
     const int64_t step_rows = channels <= BLOCK ? BLOCK / channels : 1;
     for (int64_t r = first_row; r < last_row; r += step_rows) {
         const int64_t rows = r + step_rows < last_row ? step_rows : last_row - r;
-        /* A row wider than a block is cut; its channels then start at j. */
+        /* A row wider than a block takes several blocks; this one begins at channel j. */
         for (int64_t j = 0; j < channels; j += BLOCK) {
             const int64_t width = channels - j < BLOCK ? channels - j : BLOCK;
             const int64_t at = r * channels + j, n = step_rows > 1 || channels <= BLOCK ? rows * channels : width;
@@ -272,7 +272,7 @@ static void pass(Part *total, int threads) {
     char *scratch = NULL;
     const size_t bytes = (size_t)channels * 8 + TAIL_BINS * 4;
     if (parts != NULL) scratch = calloc((size_t)threads, bytes);
-    if (scratch == NULL) { /* no memory for parts: one after the other then */
+    if (scratch == NULL) { /* no memory for parts: sweep in one thread */
         free(parts);
         sweep(total, 0, rows);
         return;
@@ -288,7 +288,7 @@ static void pass(Part *total, int threads) {
             part->channel_square = (float *)(mine + channels * 4);
         }
         part->tail = (uint32_t *)(mine + channels * 8);
-        /* Cut between blocks, so that the blocks and their sums are those of one thread. */
+        /* Cut between blocks, so that the blocks and their sums are the same as with one thread. */
         int64_t first = blocks * t / threads * block_rows, last = blocks * (t + 1) / threads * block_rows;
         sweep(part, first, last < rows ? last : rows);
     }
@@ -312,7 +312,7 @@ static uint64_t total(const uint32_t *tail) {
     return sum;
 }
 
-/* Thresholds are edges of bins, so that every bin is counted in full or not at all, whatever the threshold was. */
+/* Thresholds are edges of bins, so that any threshold counts a bin either in full or not at all. */
 static float edge_at_or_below(uint32_t bits) {
     if (bits >> TAIL_SHIFT <= TAIL_FIRST || bits > INFINITE) return 0;
     const uint32_t last = TAIL_FIRST + TAIL_BINS - 1, bin = bits >> TAIL_SHIFT;
@@ -349,8 +349,8 @@ static void summarise(Job *job, int threads) {
     Part second = {.job = job};
     if (part.with_tail) {
         uint64_t above = total(counted);
-        /* The threshold was right for an older tensor: is it for this one? More than the one
-         * element in 1,000 that is asked for must lie above it, so that parts with other thresholds can be added. */
+        /* The threshold fitted an older tensor: does it fit this one? More elements must lie above it than the one in
+         * 1,000 that the statistics need, so that parts with other thresholds can be added. */
         for (int attempt = 0; above < (uint64_t)n / 700 + 2 && job->tail_from > 0; attempt++) {
             job->tail_from = attempt < 2 ? edge_at_or_below(sampled(job, attempt == 0 ? 0.005 : 0.03)) : 0;
             Part again = {.job = job, .with_tail = 1, .tail_from = magnitude(job->tail_from), .tail = counted};
@@ -377,7 +377,7 @@ static void summarise(Job *job, int threads) {
         for (int b = 0; b < TAIL_BINS; b++) job->tail[b] = (job->fresh ? 0 : job->tail[b]) + counted[b];
 }
 
-/* Many small tensors are shared out among the threads whole; a large one is cut into rows. */
+/* The threads take small tensors whole, and share the rows of a large one. */
 void stabilitylab_summarise(Job *const *jobs, int64_t n, int threads) {
     if (n == 1) {
         summarise(jobs[0], threads);
@@ -390,7 +390,7 @@ void stabilitylab_summarise(Job *const *jobs, int64_t n, int threads) {
         if (threads <= 1 || jobs[i]->rows * jobs[i]->channels < LARGE) summarise(jobs[i], 1);
 }
 
-/* An integer that orders like x, also below zero, and back. */
+/* An integer that orders like x, negative numbers included, and back. */
 static inline int32_t ordered(float x) {
     int32_t bits = (int32_t)bits_of(x);
     return bits ^ ((bits >> 31) & 0x7fffffff);
@@ -412,10 +412,10 @@ static void score_range(const float *restrict x, int64_t n, int32_t cutoff, int3
     *any_nan |= nan > (int32_t)INFINITE;
 }
 
-/* Scores so far below their row's largest have no weight in any format: masks, by all appearances. */
+/* A score this far below its row's largest has no weight in any format: it is presumably masked. */
 #define DEPTH 1000.0f
 
-/* Range of one row of scores as ordered integers: of what is > cutoff and, for the smallest, no deeper than DEPTH. */
+/* Range of one row's scores above the cutoff, as ordered integers; the smallest is no more than DEPTH below the largest. */
 static void row_range(const void *data, int32_t dtype, int64_t at, int64_t keys, int32_t cutoff, int32_t *highest,
                       int32_t *lowest, int32_t *any_nan) {
     float converted[BLOCK];
@@ -438,8 +438,8 @@ static void row_range(const void *data, int32_t dtype, int64_t at, int64_t keys,
     *lowest = low < *lowest ? low : *lowest;
 }
 
-/* Largest and smallest attention score of each head, of [batch, heads, rows, keys] contiguous; what is <= masked (or NaN in
- * the mask's place) does not count. Merges into the larger of what is there. A NaN score makes the head's maximum NaN. */
+/* Largest and smallest attention score of each head, of contiguous [batch, heads, rows, keys]; scores <= masked do not count.
+ * Merges with the ranges that are there. A NaN score makes the head's maximum NaN. */
 void stabilitylab_scores(const void *data, int32_t dtype, int64_t batch, int64_t heads, int64_t rows, int64_t keys,
                          float masked, double *largest, double *negated_smallest) {
     const int32_t cutoff = ordered(masked);
@@ -462,7 +462,7 @@ typedef struct {
     const float *gradient; /* n numbers, or NULL */
     const float *first;    /* Adam's moments, n numbers each, or NULL */
     const float *second;
-    float correction;      /* second / correction is free of bias: 1 - beta2^t */
+    float correction;      /* second / correction has no initial bias: 1 - beta2^t, or 1 */
     float epsilon2;        /* epsilon^2 */
     double *out;           /* UPDATE_FIELDS numbers; updates.py has the same list */
 } Update;
@@ -490,7 +490,7 @@ static void after(const Update *u) {
         for (int64_t i = 0; i < u->n; i += BLOCK) {
             const int64_t end = i + BLOCK < u->n ? i + BLOCK : u->n;
             float r = 0;
-            double m2 = 0, v2 = 0; /* float32 has no room for the squares of squares */
+            double m2 = 0, v2 = 0; /* fourth powers of a gradient do not fit into float32 */
             int32_t c = 0;
             for (int64_t j = i; j < end; j++) {
                 const float v = u->second[j] * unbiased;
@@ -511,7 +511,7 @@ static void after(const Update *u) {
     out[U_UPDATE2] = moved;
     out[U_WEIGHT2] = weight;
     out[U_RATIO2] = u->gradient != NULL && u->second != NULL ? ratio : NAN;
-    out[U_FIRST2] = u->first != NULL ? first : -1; /* no sum of squares: there is no such moment */
+    out[U_FIRST2] = u->first != NULL ? first : -1; /* -1: there is no such moment */
     out[U_SECOND2] = u->second != NULL ? second : -1;
     out[U_BELOW] = u->second != NULL ? (double)below : NAN;
 }
@@ -521,10 +521,10 @@ void stabilitylab_after(Update *const *updates, int64_t n, int threads) {
     for (int64_t i = 0; i < n; i++) after(updates[i]);
 }
 
-/* Of a length in float32, and of a score. */
+/* Relative rounding error of a length in float32, and of a score. */
 #define ROUNDING 1e-5f
 
-/* One call of fused attention: what its log-sum-exp and a few rows say of its scores (scores.py has the reasoning).
+/* One call of fused attention: what its log-sum-exp and a few rows tell about its scores (scores.py has the reasoning).
  * Strides are in elements; the last dimension of queries and keys is contiguous. */
 typedef struct {
     const void *query, *key;
@@ -574,7 +574,7 @@ static void score_row(const Attention *a, int64_t b, int64_t h, int64_t t, float
     }
 }
 
-/* Length of the head's vector at element `at`; `scratch` holds one. */
+/* Length of the head's vector at element `at`; `scratch` has room for one vector. */
 static float length_of(const void *data, int32_t dtype, int64_t at, int64_t width, float *scratch) {
     const float *x = scratch;
     if (dtype == FLOAT32) x = (const float *)data + at;
@@ -584,7 +584,7 @@ static float length_of(const void *data, int32_t dtype, int64_t at, int64_t widt
     return sqrtf(square);
 }
 
-/* No score of a row is larger than this times the length of its query; infinite where a bias is added to scores. */
+/* No score of a row exceeds this times the length of its query; infinite where the mask adds a bias. */
 static float reach(const Attention *a, int64_t b, int64_t h, float *scratch) {
     if (a->mask != NULL && !a->mask_is_bool) return INFINITY;
     const int64_t first = b * a->key_stride[0] + h * a->key_heads / a->heads * a->key_stride[1];
