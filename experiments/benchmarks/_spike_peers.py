@@ -5,14 +5,11 @@ apply to the loss, the signal that every log has.
 
 | rule | source |
 | --- | --- |
-| olmo_core | SkipStepOptimizer: window 128, 6 standard deviations, current value excluded, from 64 values on
-|
+| olmo_core | SkipStepOptimizer: window 128, 6 standard deviations, current value excluded, from 64 values on |
 | olmo2_score | spike score of OLMo 2 (2501.00656, section 3.1): 7 standard deviations of the rolling 1,000 |
-| kill_loss_spike | LLM Foundry's callback: 2 x the mean of the last 100 (or 5 % of the run), more than 4
-times |
+| kill_loss_spike | LLM Foundry's callback: 2 x the mean of the last 100 (or 5 % of the run), more than 4 times |
 | megatron | Megatron-LM's rerun machine: 10 x the largest of the first 100 |
 | zclip | ZClip (2504.02507, algorithm 1): z > 2.5 of exponential means (0.97), 25 values of warm-up |
-
 | cusum | two-sided CUSUM (Page 1954) of deviations from the mean of the last 100, slack .5, alarm at 5, then from 0 |
 
 All but the last flag upward only: a falling loss is no fault. Each rule's own arithmetic treats NaN; that is part of the

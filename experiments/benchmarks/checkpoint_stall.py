@@ -37,15 +37,16 @@ HOW = ("none", "synchronous", "asynchronous")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A checkpoint's cost, written while training goes on or not.
+    """The cost of a checkpoint, written while training goes on or not.
 
     Attributes:
-        layers, hidden: of the model.
-        rows: of an update on each process, of 256 tokens.
+        layers: layers of the model.
+        hidden: hidden width of the model.
+        rows: rows, of 256 tokens, that each process takes in an update.
         steps: updates of a cycle; they should take longer than the writing.
-        cycles: of each way.
-        processes: how many replicas train.
-        folder: where checkpoints go; by default a temporary one.
+        cycles: number of cycles of each kind.
+        processes: number of replicas.
+        folder: folder for the checkpoints; by default a temporary one.
         json: print one JSON object.
     """
 

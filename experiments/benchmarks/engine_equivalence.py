@@ -40,10 +40,10 @@ class Settings:
     """The parallel engine's numbers beside the local engine's.
 
     Attributes:
-        steps: updates.
-        precisions: compute formats.
-        zero: ZeRO's stages.
-        seed: of the initial weights.
+        steps: number of updates.
+        precisions: compute formats to compare.
+        zero: ZeRO stages to compare.
+        seed: seed of the initial weights.
         json: print one JSON object.
     """
 

@@ -54,12 +54,13 @@ class Settings:
     """Memory of each rank beside the plan.
 
     Attributes:
-        preset: of `glm train`.
-        vocabulary: where the preset leaves it open.
-        length: tokens a row, where activations are measured.
-        rows, micro_rows: of an update.
-        states: precisions in which states are measured.
-        activations: precisions in which activations are.
+        preset: a preset of `glm train`.
+        vocabulary: vocabulary size, where the preset leaves it open.
+        length: tokens of a row, for activations.
+        rows: rows of an update.
+        micro_rows: rows of a micro-batch.
+        states: precisions in which to measure states.
+        activations: precisions in which to measure activations.
         json: print one JSON object.
     """
 

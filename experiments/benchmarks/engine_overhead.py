@@ -34,11 +34,12 @@ class Settings:
     """The parallel engine beside the local one.
 
     Attributes:
-        preset: of `glm train`.
-        vocabulary: where the preset leaves it open.
-        rows, micro_rows: of an update.
+        preset: a preset of `glm train`.
+        vocabulary: vocabulary size, where the preset leaves it open.
+        rows: rows of an update.
+        micro_rows: rows of a micro-batch.
         pairs: steps of each engine.
-        precisions: compute formats that are timed.
+        precisions: compute formats to time.
         json: print one JSON object.
     """
 

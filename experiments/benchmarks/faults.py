@@ -58,10 +58,12 @@ class Settings:
     """Many faults in one run.
 
     Attributes:
-        faults: how many.
-        seed: of their order, steps and ranks.
-        tensor, pipeline, data: the axes.
-        shards: folder made by `glm shards`; by default the one that suites train on, made where it does not stand.
+        faults: number of faults.
+        seed: seed of their order, steps and ranks.
+        tensor: ranks that share each layer.
+        pipeline: number of pipeline stages.
+        data: number of replicas.
+        shards: folder made by `glm shards`; by default the one that suites train on, made where it is missing.
         json: print one JSON object.
     """
 

@@ -89,8 +89,8 @@ class Settings:
     """Try levers together.
 
     Attributes:
-        pairs: how many, drawn at random.
-        seed: of the draw.
+        pairs: number of pairs to draw at random.
+        seed: seed of the draw.
         singles: try each alone first.
         data: folder made by `glm shards`; by default the proxies'.
     """

@@ -58,10 +58,10 @@ class Settings:
     """Memory of training by component.
 
     Attributes:
-        preset: of `glm train`.
-        vocabulary: where the preset leaves it open.
-        rows: rows a micro-batch; two of them make an update.
-        threads: of torch.
+        preset: a preset of `glm train`.
+        vocabulary: vocabulary size, where the preset leaves it open.
+        rows: rows of a micro-batch; two micro-batches make an update.
+        threads: torch's threads.
         json: print one JSON object.
     """
 

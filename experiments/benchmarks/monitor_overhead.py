@@ -1,13 +1,13 @@
 """What a monitor costs: mean step time with it over without it, beside the other monitors at the same cadence.
 
 Every arm trains its own copy of one GPT (pre-norm, tied embedding, AdamW, fp32) on the same random tokens, in a process of its own
-and on one thread. Arms take turns of ``--steps`` steps, in an order that is drawn anew every round; a turn's time is divided by the
-bare model's in the same round, and the median over rounds is reported: neighbours on a shared machine then disturb both sides of a
+and on one thread. Arms take turns of ``--steps`` steps, in an order drawn anew every round. The benchmark divides a turn's time by
+the bare model's in the same round and reports the median over rounds, so that other work on the machine disturbs both sides of a
 ratio. A process is faster or slower than its twin by some percent as long as it lives, so all start anew ``--restarts`` times.
-``low`` and ``high`` hold the median with 95 % (bootstrap over restarts and rounds), and ``bare again`` is a second bare process:
-what it shows is the error of the instrument itself. ``wall``: the training thread's. ``processor``: time of all threads of the
-process until the monitor has caught up, so that work put off to a thread is counted; wandb writes in a process of its own, whose
-time is not. ``close``: once a run, processor time.
+``low`` and ``high`` bound the median with 95 % (bootstrap over restarts and rounds). ``bare again`` is a second bare process: it
+shows the error of the measurement itself. ``wall`` is the training thread's time. ``processor`` is the time of all threads of the
+process until the monitor has caught up, so it includes work put off to a thread; it leaves out wandb's writing, which happens in a
+process of its own. ``close`` is the processor time at the end of a run.
 
     python -m experiments.benchmarks monitor_overhead [--model small|large] [--rounds 12] [--paired | --depth] [--json]
 
@@ -149,7 +149,7 @@ def arms(suite: str, with_peers: bool) -> list[str]:
 
 def paired(shape: tuple[int, int, int], rows: int, pairs: int, *, gradients_only: bool) -> dict[str, float]:
     """One process, one model, every second step measured: processor time of the training thread in a measured step over that in the
-    step after it. What neighbours on the machine do falls on both."""
+    step after it. Other work on the machine disturbs both."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = GPT(*shape)

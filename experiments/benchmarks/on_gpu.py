@@ -1,15 +1,15 @@
-"""What an accelerator is asked: the monitor's cost, training levers, quantized layers, memory beside the plan, bits repeated.
+"""Measurements on an accelerator: the monitor's cost, training levers, quantized layers, memory beside the plan, repeated bits.
 
     python -m experiments.benchmarks on_gpu [--parts monitor levers quantized memory repeats] [--rounds 20] [--out FILE]
 
-Times are of the device and the host together, from one synchronisation to the next, after a warm-up, in turn within a round; the
-benchmark prints medians over rounds, and medians of ratios within a round. Each batch has new random inputs.
+Times count the device and the host together, from one synchronisation to the next, after a warm-up; contestants take turns within a
+round. The benchmark prints medians over rounds, and medians of ratios within a round. Each batch has new random inputs.
 
     monitor    12 layers of 1024, 8 rows of 1,024 tokens, AdamW (fused): a step watched by everything, over one that is not, and ten
                steps of which one is measured over ten bare ones; fp32 (TF32 off), and bf16 by autocast
     levers     ``glm train``'s update of a model of 42M, one lever each, over the plain one, in bf16; tokens a second beside it
     quantized  a layer of 4096 x 4096 and 4096 x 11008 under a scheme over ``nn.Linear`` in bf16, and its error over float64
-    memory     the largest that torch holds during two updates, beside ``glm plan``'s count of tensors
+    memory     the most that torch holds during two updates, beside ``glm plan``'s count of tensors
     repeats    three updates twice from one state: whether losses and weights are the same to the last bit
 
 The benchmark prints each part, and writes it to ``--out``, when it is done.

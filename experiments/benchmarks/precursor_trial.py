@@ -1,5 +1,5 @@
-"""Compares six warnings of a collapse, and all together, on the same runs: lead, precision, recall at equal false-alarm rates,
-cost.
+"""Compares six warnings of a collapse, and all of them combined, on the same runs: lead, precision, recall at equal false-alarm
+rates, cost.
 
     python -m experiments.benchmarks precursor_trial --runs 100 --lost 60 --out trial [--score] [--json]
     python -m experiments.benchmarks precursor_trial --cause noise --runs 40 --out trial

@@ -4,7 +4,7 @@
 same model with ``F.dropout``, and without dropout; a pass of each in turn, with the same weights and batch, in one process. Medians
 of the ratios of neighbours, 95 % by bootstrap. ``F.dropout again`` is the control.
 
-*Rows*: processor time to build a batch of so many rows, and the rows of one of d replicas; medians, in turn.
+*Rows*: processor time to build a whole batch, and to build the rows of one of d replicas; medians, in turn.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ class Settings:
     """Dropout masks, and a rank's own rows.
 
     Attributes:
-        preset: of `glm train`.
-        vocabulary: where the preset leaves it open.
-        rows: of a pass.
+        preset: a preset of `glm train`.
+        vocabulary: vocabulary size, where the preset leaves it open.
+        rows: rows of a pass.
         rounds: passes of each kind.
-        batch_rows, length: of the batch that is built.
-        replicas: among which it is divided.
-        repeats: times that it is built.
+        batch_rows: rows of the batch to build.
+        length: tokens of its rows.
+        replicas: replicas that share it.
+        repeats: how often to build it.
         json: print one JSON object.
     """
 

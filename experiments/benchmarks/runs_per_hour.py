@@ -51,9 +51,9 @@ class Settings:
 
     Attributes:
         former: a checkout of another build, with what it needs installed here; None: only this one.
-        runs: of former and now.
-        others: of off and plain.
-        steps: updates a run.
+        runs: number of runs of former and now.
+        others: number of runs of off and plain.
+        steps: updates of a run.
         data: folder made by `glm shards`; by default built once under data/, with 512 pieces.
         json: print one JSON object.
     """

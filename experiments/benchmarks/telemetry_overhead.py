@@ -1,7 +1,7 @@
 """What telemetry costs a training of several processes, beside its cost in one process.
 
 One world of processes after the other trains the same model on the same batches: one process with the local engine, and tensor 2 x
-pipeline 2 with the parallel one. In each, turns of so many steps take turns in a fixed order:
+pipeline 2 with the parallel one. In each, bare and watched turns of ``steps`` steps alternate:
 
     bare, watched, bare again, watched, ...
 
@@ -52,11 +52,12 @@ class Settings:
     """Telemetry's cost under 2 x 2 beside the local one.
 
     Attributes:
-        preset: of `glm train`.
-        vocabulary: where the preset leaves it open.
-        rows, micro_rows: of an update.
-        turns: of watched steps, in each world.
-        steps: of a turn; a multiple of 10.
+        preset: a preset of `glm train`.
+        vocabulary: vocabulary size, where the preset leaves it open.
+        rows: rows of an update.
+        micro_rows: rows of a micro-batch.
+        turns: turns of watched steps, in each world.
+        steps: steps of a turn; a multiple of 10.
         json: print one JSON object.
     """
 

@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks topologies --ranks 2
 
-Every layout of so many processes as tensor x pipeline x data trains the same rows of a small GLM, each process on one thread, over
-gloo on this machine. The plan gets rates measured on this machine a moment before: of a product of the model's size, of a copy in
-memory, and of an all-reduce between two processes.
+Every layout of ``--ranks`` processes as tensor x pipeline x data trains the same rows of a small GLM, each process on one thread,
+over gloo on this machine. The plan gets rates measured on this machine a moment before: of a product of the model's size, of a copy
+in memory, and of an all-reduce between two processes.
 
     work    processor seconds of a step, all processes together, without waiting. Beside it the plan's products, kernels,
             transfers (which here are copies that a core makes) and optimizer of all processes, without bubble
@@ -49,11 +49,12 @@ class Settings:
     """Order topologies.
 
     Attributes:
-        preset: of `glm train`.
-        vocabulary: where the preset leaves it open.
-        ranks: processes.
-        rows, micro_rows: of an update.
-        steps: timed, after two that are not.
+        preset: a preset of `glm train`.
+        vocabulary: vocabulary size, where the preset leaves it open.
+        ranks: number of processes.
+        rows: rows of an update.
+        micro_rows: rows of a micro-batch.
+        steps: steps to time, after two that warm up.
         json: print one JSON object.
     """
 

@@ -58,20 +58,20 @@ class Settings:
     Attributes:
         figure: what to measure; see the module.
         precision: compute format.
-        steps: steps timed of each.
-        seconds: peer: stop after so long, however many steps that were.
-        threads: of torch.
+        steps: steps of each to time.
+        seconds: peer: stop after this time, whatever the number of steps.
+        threads: torch's threads.
         data: folder made by `glm shards`; by default the quick suite's.
         json: print one JSON object.
-        size: peer and memory: of the models.
+        size: peer and memory: size of the models.
         modes: peer: run as it is, compiled, or both.
         recompute: peer: time recomputation of activations as well.
-        preset: parts and builds: of `glm train`; builds: "" is a model of ``size`` by GPT-NeoX's recipe.
-        rows: parts and builds: rows an update.
+        preset: parts and builds: a preset of `glm train`; builds: "" is a model of ``size`` by GPT-NeoX's recipe.
+        rows: parts and builds: rows of an update.
         former: builds: tree of another build.
         against: builds: more flags of `glm train`, of this build alone.
         turns: builds: rounds, of ``steps`` steps each.
-        levers: levers: which, parted by commas; "": all. With ``preset``, ``rows`` or ``size``, and ``turns``.
+        levers: levers: names separated by commas; "": all. With ``preset``, ``rows`` or ``size``, and ``turns``.
         native: builds: use the processor's units for half formats, if it has any.
         every: parts: the monitor's cadence.
     """

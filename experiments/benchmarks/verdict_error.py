@@ -77,9 +77,9 @@ class Settings:
     """How often verdicts are false, and true ones found.
 
     Attributes:
-        trials: of each kind and design.
-        families: of ten claims, of each kind.
-        runs: of an arm at the most.
+        trials: trials of each kind and design.
+        families: families of ten claims, of each kind.
+        runs: most runs of an arm.
         json: print one JSON object.
     """
 

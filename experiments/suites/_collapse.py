@@ -1,4 +1,4 @@
-"""Runs that collapse by themselves, and forks of the states before: what several suites ask of the same runs.
+"""Runs that collapse by themselves, and forks of the states before: several suites share these runs.
 
 The rate climbs by 2^-7.3 an update for 240 updates, past what the model bears, in fp16 with GLM-130B's clip of 1; so collapses fall
 at many rates and steps, and a run has a past to compare with. A collapse is the terminal one (``experiments.trial``).
@@ -22,7 +22,7 @@ from glm.train.state_ring import StateRing
 
 CLIMB = {**PROXY, "precision": "fp16", "steps": "240", "schedule.warmup": "240", "schedule.peak": "1.5"}
 EVERY = 2
-# A fork is watched for so many steps after the original's collapse, and has to be out of course for ten of them.
+# A fork ends this many steps after the original's collapse, and collapses too if it is out of course for ten of them.
 WATCHED = 25
 GRACE = 10
 
@@ -55,9 +55,9 @@ def comes_again(
     """Whether a fork from ``before`` steps ahead collapses as well, by ``GRACE`` steps after the original did.
 
     Args:
-        withheld: which groups stand still, weights and moments (``glm.train.replay_forks``), up to ``until`` steps after the
+        withheld: whether a group's weights and moments stand still (``glm.train.replay_forks``) up to ``until`` steps after the
             original's collapse.
-        intervention: what is changed from the fork's first step, given its number.
+        intervention: gives the fork's intervention, from the number of its first step.
         watched: steps after the original's collapse at which the fork ends; the grace grows with it.
     """
     assert run.onset is not None

@@ -1,9 +1,9 @@
-"""One unstable model, and each remedy alone: what it is worth, and what it costs.
+"""One unstable model, and each remedy alone: what it gains, and what it costs.
 
 The baseline is pre-LN with scores and softmax in the compute format, 4 layers of 32 over rows of 32 tokens, 72 updates, 20 of
-warm-up: some 10 ms an update. Every arm and seed is run at two rates that all bear, the same for all, and has its numbers at the
-better of those; its frontier is bisected on quarters of an octave (a run that is lost ends within a few updates, so a search costs
-little more than the runs that survive):
+warm-up: some 10 ms an update. Every arm and seed runs at the same two rates, which all arms survive, and its numbers are those at
+the better of the two. Bisection on quarters of an octave finds its frontier (a lost run ends within a few updates, so a search
+costs little more than the runs that survive):
 
     frontier    log2 of the largest rate survived            heldout     least held-out loss over the two rates
     score       largest attention score on held-out rows     branch      largest |residual stream| there
@@ -126,7 +126,7 @@ def measure_over(grid: Sequence[float], cell: Cell) -> Mapping[str, float]:
         taken += [after - before for before, after in pairwise(marks)]
     best, loss = at_best_rate({rate: one.heldout for rate, one in runs.items()})
     values = {"frontier": found, "heldout": loss, "step_ms": 1000 * statistics.median(taken)}
-    if best not in runs:  # none bore any of them: there is no model to look at
+    if best not in runs:  # no run survived: there is no model to look at
         return values
     return {**values, "best_rate": best, **after(runs[best].trainer, cell.data, loss)}
 

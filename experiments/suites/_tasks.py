@@ -1,4 +1,4 @@
-"""Held-out multi-task examples put to a model in training."""
+"""A model in training answers held-out multi-task examples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def examples(data: Path, length: int) -> tuple[TaskExample, ...]:
 
 @torch.no_grad()
 def answers(trainer: Trainer, data: Path) -> dict[str, float]:
-    """``accuracy`` by log-probability per token, ``advantage``: that of the right answer over the mean wrong one, nats a token, and
+    """``accuracy`` by log-probability per token; ``advantage``: the right answer's over the mean wrong one's, nats a token;
     ``answer_loss``: nats a token of right answers."""
     model, tokenizer = trainer.engine.model, open_data(data).tokenizer
     opened = OpenedModel(model.eval(), tokenizer, trainer.config)  # type: ignore[arg-type]

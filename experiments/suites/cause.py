@@ -1,11 +1,11 @@
-"""C2. Does the spike come from the embedding? Replayed with one group's updates withheld.
+"""C2. Does the spike come from the embedding? Replays with one group's updates withheld.
 
-From a state 24 to 25 steps before each collapse the run is trained on unchanged but for one group of parameters, which stands still
-until two steps after the original's collapse. *Necessary*: without its updates the collapse does not come. *Sufficient*: with only
-its updates it does. The share of a gradient norm says neither.
+From a state 24 to 25 steps before each collapse a fork trains on as the run did, except that one group of parameters stands still
+until two steps after the original's collapse. A group is *necessary* if the collapse does not come without its updates, and
+*sufficient* if it comes with its updates alone. The group's share of the gradient norm tells neither.
 
-What stands still does so with its moments, as in ``glm replay --hold``. The first runs of this study (seeds 1 to 24) let the
-moments of what stood still go on, so that it leapt when it was let go; those are set aside, and these seeds are fresh.
+The moments of a group stand still with it, as in ``glm replay --hold``. In the first runs of this study (seeds 1 to 24) they went
+on, so the group leapt once released; those runs do not count, and these seeds are fresh.
 """
 
 from __future__ import annotations

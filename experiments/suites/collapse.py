@@ -1,4 +1,4 @@
-"""A rate that the model cannot bear: does the gradient norm break out before the loss does, and is it the embedding's doing?
+"""A rate that the model cannot bear: does the gradient norm break out before the loss does, and is the embedding the cause?
 
 GLM-130B saw its training collapse a few steps after spikes of the gradient norm, and found abnormal gradients of the embedding in
 them; shrinking that gradient (EGS) was the cure. Here the rate climbs past what the model bears.

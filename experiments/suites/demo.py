@@ -1,12 +1,12 @@
 """What ``make demo`` asks: which learning rate does each recipe survive, what breaks first, and what holds?
 
-A model of 4 layers of 64 meets at high rates what GLM-130B met at scale: in fp16 an activation passes 65,504, the loss is no longer
-a number, the loss scale falls to its minimum. Five recipes run at three rates with ten seeds, so many that a difference that all of
-them show holds among six claims; a run that is lost ends early. Between the second and the third rate lies where fp16 ends: at 2^-2
-most seeds break, at 2^-1 all. Two of the recipes are cures: BF16, which has fp32's range, and a responder that goes back to the
+A model of 4 layers of 64 meets at high rates what GLM-130B met at scale: in fp16 an activation passes 65,504, the loss becomes NaN,
+the loss scale falls to its minimum. Five recipes run at three rates with ten seeds: enough for a difference that all seeds show to
+hold among six claims. A lost run ends early. Between the second and the third rate fp16 reaches its limit: at 2^-2 most seeds
+break, at 2^-1 all. Two of the recipes are cures: BF16, which has fp32's range, and a responder that goes back to the
 state before the break and halves the rate. EGS shrinks the embedding's gradient to a tenth.
 
-The numbers of seeds and rates are what two cores do in some four minutes.
+Two cores get through these seeds and rates in some four minutes.
 """
 
 from __future__ import annotations

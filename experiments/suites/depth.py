@@ -1,7 +1,7 @@
 """Where the norms stand, in a deep and narrow model: how large does the residual stream become towards the last layer?
 
 GLM-130B chose DeepNorm since pre-LN's residual stream grows extreme in deep layers and Sandwich-LN collapsed. Here: 24 layers at a
-rate five times that of the quick suite, all on the same batches.
+rate five times that of the quick suite, on the same batches for all arms.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Depth as a cause: at one rate four layers of DeepNorm train, do twenty-four, and what cures them?
 
-A deep one does not explode here: it stays at the loss of who knows the pieces' frequencies and nothing else (5.2 nats). So what is
-compared is the held-out loss at the end, with the largest gradient norm on the way. Cures: a quarter of the rate; pre-LN whose
-outputs are divided by the root of the layer's number (``pre-scaled``).
+A deep model does not explode here: it stays at the loss of a model that knows only the pieces' frequencies (5.2 nats). So the study
+compares the held-out loss at the end, and records the largest gradient norm on the way. Cures: a quarter of the rate; pre-LN that
+divides its outputs by the root of the layer's number (``pre-scaled``).
 
 Explored with seeds 1 and 2 (RESULTS.md, *Proxies*); the study's seeds are others.
 """

@@ -7,7 +7,7 @@ With x_l the residual stream after layer l of L and branches of unit variance (X
     deepnet         the same, alpha = (2L)^.25                 l^0, L^.25                                     (2203.00555)
     post            x = N(x + A)                               l^0, L^0
 
-So "bounded" means: by alpha, whatever the layer; it does not mean independent of depth. Exponents are least-squares slopes of
+So "bounded" means bounded by alpha in every layer; it does not mean independent of depth. Exponents are least-squares slopes of
 logarithms: over the last layers of the five depths, and over layers l >= 8 of the deepest model.
 """
 

@@ -24,7 +24,7 @@ RATE = 2.0**-7
 
 @torch.no_grad()
 def branch(trainer: Trainer, cell: Cell) -> list[float]:
-    """Largest |x| after each layer on eight held-out rows."""
+    """The largest |x| after each layer on eight held-out rows."""
     found: list[float] = []
     layers = list(trainer.engine.model.layers)  # type: ignore[arg-type]
     hooks = [

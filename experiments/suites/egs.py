@@ -1,8 +1,9 @@
 """C3. Embedding-gradient shrink x clipping, tied and untied, in four doses.
 
 Adam cancels a constant factor on a gradient, but for epsilon and fp16's range: so EGS can act only through the global clip, where a
-smaller share of the embedding leaves more of the budget to the other layers. Earlier suites judged it with clipping off. The
-held-out loss at rate 2^-8; ``egs-frontier`` has the rate that is survived. The gradient is shrunk on both sides of a tied matrix.
+smaller share of the embedding leaves more of the budget to the other layers. Earlier suites judged it with clipping off. This study
+compares the held-out loss at rate 2^-8, ``egs-frontier`` the largest rate that survives. EGS shrinks the gradient on both sides of
+a tied matrix.
 """
 
 from __future__ import annotations

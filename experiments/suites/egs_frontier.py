@@ -1,4 +1,4 @@
-"""C3, second half. The rate that is survived with and without EGS, by clip, tied and untied; see ``egs``."""
+"""C3, second half. The largest rate that survives with and without EGS, by clip, tied and untied; see ``egs``."""
 
 from __future__ import annotations
 

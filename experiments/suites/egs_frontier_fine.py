@@ -1,8 +1,8 @@
 """C3, second half, on a grid of eighths of an octave: ``egs-frontier`` asks in steps as large as its smallest effect of interest.
 
-There, after 24 seeds, three of four pairs of arms differed by one step up in some seeds and down in others, which can neither be
-told from none nor shown to be below the margin. The grid is that of ``embedding-norm-fine``, from 2^-3.5 to 2^-.5, and holds all
-frontiers that were seen. Seeds are fresh.
+There, after 24 seeds, three of four pairs of arms differed by one step up in some seeds and down in others: neither distinguishable
+from no effect nor shown to be below the margin. The grid is that of ``embedding-norm-fine``, from 2^-3.5 to 2^-.5, which covers all
+frontiers seen there. Seeds are fresh.
 """
 
 from __future__ import annotations

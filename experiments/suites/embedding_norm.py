@@ -1,4 +1,4 @@
-"""C7, first half. BLOOM's embedding norm: the rate that pre-LN survives, and the loss at a rate that both bear."""
+"""C7, first half. BLOOM's embedding norm: the largest rate that pre-LN survives, and the loss at a rate that both arms survive."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """C7, first half, on a grid of eighths of an octave: ``embedding-norm`` asks in steps as large as its smallest effect of interest.
 
-There, after 38 seeds, 15 pairs lay half an octave up or more, 5 down and 18 at nothing: a shift of one step of the grid could
-neither be told from none nor shown to be below the margin. Here a step is a quarter of the margin, between 2^-3.5 and 2^-.5, where
-all frontiers lay. Seeds are fresh.
+There, after 38 seeds, 15 pairs lay half an octave up or more, 5 down and 18 at zero: the data could neither tell a shift of one
+step of the grid from none nor show it to be below the margin. Here a step is a quarter of the margin, between 2^-3.5 and 2^-.5,
+where all frontiers lay. Seeds are fresh.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def measure(cell: Cell) -> Mapping[str, float]:
 
 
 def finer(study: Study) -> Study:
-    """A study of frontiers on the grid of eighths, on fresh seeds; its question is for whoever asks."""
+    """The study of frontiers on the grid of eighths, on fresh seeds; the caller replaces its question."""
     return replace(
         study,
         name=f"{study.name}-fine",

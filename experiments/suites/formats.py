@@ -1,7 +1,7 @@
 """FP16 against BF16 against FP32 while the learning rate climbs: which run leaves its format, and does the norm decide it?
 
 GLM-130B says that FP16 overflows where the residual stream of pre-LN grows, that DeepNorm keeps it in range, and that BF16 has the
-range to go on. The same model is trained at two rates, the second of which no precision learns well with.
+range to go on. The suite trains the same model at two rates, at the second of which no precision learns well.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """C13. The paper's ladder of positions and feed-forward, each rung at its own best rate.
 
-One rate for all is a confounder: an arm may only want another. ``rate`` finds each arm's best of three by a run of a seed that is
-not judged (101); the arm is then judged at it, on the fixed held-out rows.
+One rate for all is a confounder: an arm may only need another one. ``best_rate`` finds each arm's best of three in a run of a seed
+that is not judged (101); the study then judges the arm at that rate, on the fixed held-out rows.
 """
 
 from __future__ import annotations

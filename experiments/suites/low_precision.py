@@ -1,16 +1,16 @@
 """Which of a block's products bear which low format, and do the known cures mend those that do not?
 
-Operands of linear layers are rounded by emulation (``glm.train.emulation``), everything else is fp32. Whole runs do not decide it:
-two that differ by rounding alone end some .03 nats apart after 80 updates, which is what a format costs. So a seed is one model, 4
-layers of 64 trained 120 updates in fp32, and all its arms are asked of that very state, on the same rows:
+Emulation rounds the operands of linear layers (``glm.train.emulation``), everything else is fp32. Whole runs cannot decide the
+question: two that differ by rounding alone end some .03 nats apart after 80 updates, which is what a format costs. So a seed is one
+model, 4 layers of 64 trained for 120 updates in fp32, and all arms measure that very state, on the same rows:
 
     added         held-out loss of these weights under the format, less that without: the forward products
     noise         sqrt(sum |d|^2 / sum |g*|^2), d = g - g*: the gradient g under the format against fp32's g*, 8 batches
-    systematic    sum over pairs of batches of d d' / (pairs x mean |g*|^2): what of |d|^2 does not average out; unbiased, so
-                  that it may fall below 0 where there is nothing
+    systematic    sum over pairs of batches of d d' / (pairs x mean |g*|^2): the part of |d|^2 that does not average out; the
+                  estimate is unbiased, so it may fall below 0 where there is none
     after         held-out loss in fp32 after 12 updates under the format, mean of 8 forks over batches of their own
 
-An fp32 gradient's own error, 1e-6 of it, is nothing beside a format's. Asked are:
+An fp32 gradient's own error, 1e-6 of it, is negligible beside a format's. The arms are:
 
     recipe      what a whole recipe costs: FP8 a tensor, FP8 in blocks, MXFP8, MXFP4, NVFP4
     product     MXFP4, rounded to nearest, in the forward product alone, in both backward ones, in each of those
@@ -109,7 +109,7 @@ def exact_gradients(config: TrainConfig, data: Path) -> list[Tensor]:
 
 
 def gradients(trainer: Trainer) -> list[Tensor]:
-    """Of all parameters in one vector, float64, for each of so many batches that the run has not seen."""
+    """The gradients of all parameters in one vector, float64, for each of ``BATCHES`` batches that the run has not seen."""
     found = []
     engine = trainer.engine
     assert isinstance(engine, LocalEngine)
@@ -122,7 +122,7 @@ def gradients(trainer: Trainer) -> list[Tensor]:
 
 
 def fork(cell: Cell, state: Checkpoint, number: int) -> float:
-    """Held-out loss in fp32 of what so many updates under the format make of the state."""
+    """Held-out loss in fp32 after ``FORK`` updates under the format from the state."""
     after = trial(
         cell.config,
         data=cell.data,

@@ -2,8 +2,8 @@
 
 Park et al. (Outlier-Safe Pre-Training, 2506.19697, table 2) trained 1.4B models on a trillion tokens: with AdamW the excess
 kurtosis of activations ended at 1,818 and the mean 4-bit score at 26.5; with Muon, RMSNorm of a single gain and a projection after
-the embedding at .04 and 35.7. Here both parts that are levers are crossed at the smallest size, next token, 250 updates: the
-direction is asked for, not the size. Muon's update has AdamW's root mean square, so one rate serves all.
+the embedding at .04 and 35.7. This study crosses the two parts that are levers here at the smallest size, next token, 250 updates:
+it asks for the direction of the effect, not its size. Muon's update has AdamW's root mean square, so one rate serves all.
 
     kurtosis    excess kurtosis (Gaussian: 0) of what enters a block's linear layers after a norm: mean over layers, held-out rows
     stream      the same of the residual stream behind the last block

@@ -1,7 +1,7 @@
 """C8. OPT's way, PaLM's way and the responder's policies, each from the same state 16 steps before a collapse.
 
-    OPT     batches left out, the rate halved, clip .3                                    (2205.01068, section 2.5)
-    PaLM    back, and the batches around the spike left out                               (2204.02311, section 5.1)
+    OPT     leave batches out, halve the rate, clip at .3                                 (2205.01068, section 2.5)
+    PaLM    go back, and leave out the batches around the spike                           (2204.02311, section 5.1)
 
 A policy *averts* the collapse if none comes until 25 steps after the original's. Here the cause is a rate that climbs.
 """

@@ -2,8 +2,8 @@
 
 The seed of the project says: pre-LN lets the residual stream grow without bound in deep layers; DeepNorm (post-LN) bounds it;
 spikes come with abnormal gradients of the embedding, and shrinking that gradient (EGS) removes them; BLOOM's embedding norm
-stabilises too. At this size nothing need collapse; what can be seen is how large the residual stream, the attention scores and the
-embedding's gradient become, and what the loss pays.
+stabilises too. At this size nothing need collapse; the suite shows how large the residual stream, the attention scores and the
+embedding's gradient become, and what each way costs in loss.
 """
 
 from __future__ import annotations

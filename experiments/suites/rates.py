@@ -1,9 +1,9 @@
 """How much does a wrong learning rate cost, and what flattens that? LR sensitivity as Wortsman et al. define it.
 
 "Small-scale proxies for large-scale transformer training instabilities" (arXiv:2309.14322): small models at high rates show what
-large ones show at their own, and QK-norm, z-loss and a longer warm-up make the loss depend less on the rate. Every arm and seed is
-run at six rates from 3e-4 to .31, in fp32 with a clip of 1, and has its held-out loss at the end and before the first update. An
-arm's best rate is its own, over the same six.
+large ones show at their own, and QK-norm, z-loss and a longer warm-up make the loss depend less on the rate. Every arm and seed
+runs at six rates from 3e-4 to .31, in fp32 with a clip of 1; the suite takes its held-out loss at the end and before the first
+update. Each arm has its own best rate, of the same six.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """C9 and C10. GLM's recipe against GPT's: outliers by named criterion, and what 4-bit weights cost.
 
 GLM-130B found outliers in about 30 % of the dimensions where OPT and BLOOM have .1 %, without a threshold, and took 4-bit weights
-(one scale a row, activations whole) without loss where BLOOM-176B's answers became NaN. Both recipes are trained for 150 steps on
-the same text, then read the same 16 held-out rows of their own objective. Criteria are those of ``stabilitylab.outliers.criteria``.
+(one scale a row, activations whole) without loss where BLOOM-176B's answers became NaN. Both recipes train for 150 steps on the
+same text, then read the same 16 held-out rows of their own objective. Criteria are those of ``stabilitylab.outliers.criteria``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ JUDGED = ("over-6", "3x-median", "values-6-sigma")
 
 @torch.no_grad()
 def shares(cell: Cell, model: torch.nn.Module) -> dict[str, float]:
-    """Share that each criterion marks, over the inputs of linear layers."""
+    """The share that each criterion marks, over the inputs of linear layers."""
     batch = heldout_rows(cell.data, TrainConfig(objective=cell.config.objective, model=cell.config.model))
     model.eval()
     with ChannelWatch(model) as watch:

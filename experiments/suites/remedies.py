@@ -1,4 +1,4 @@
-"""Each remedy alone, in fp32, where the end is a loss that does not come back; see ``_remedies``."""
+"""Each remedy alone, in fp32, where a run ends with a loss that does not come back; see ``_remedies``."""
 
 from __future__ import annotations
 

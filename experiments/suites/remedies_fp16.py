@@ -1,4 +1,4 @@
-"""Each remedy alone, in fp16, where the end is an overflow; see ``_remedies``."""
+"""Each remedy alone, in fp16, where a run ends with an overflow; see ``_remedies``."""
 
 from __future__ import annotations
 

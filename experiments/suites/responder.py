@@ -1,7 +1,7 @@
 """Runs that break by themselves, and what each of the responder's policies makes of them.
 
 The learning rate climbs for 300 steps to many times what the model bears, unclipped, and stays there for 100 more. Every run leaves
-its course on the way: in fp32 the loss climbs for good, in fp16 the numbers leave the format and updates are left out. Each policy
+its course on the way: in fp32 the loss climbs for good, in fp16 numbers overflow and the scaler skips updates. Each policy
 starts from the same weights, sees the same batches until its first decision, and decides on what the monitor of ``glm train``
 notices.
 

@@ -1,13 +1,13 @@
-"""GLM-130B's restart history at toy size: a new mixture of data at step 64, and what it takes to get through.
+"""GLM-130B's restart history at toy size: a new mixture of data at step 64, and what it takes to survive it.
 
 GLM-130B at 22.8k: an abrupt multi-lingual mixture gave NaN after 100 steps; warm-up alone and a ramp of the mixture alone diverged;
 a ramp of both held, with alpha .2 -> 1. Here Chinese comes to a model of English text at step 64 of 192, at a rate near the
 frontier, in fp16.
 
 All arms are one run up to the shift. Afterwards: abrupt; with the rate cut to .5 and raised again over 64 steps; the mixture ramped
-over 64 steps; both; both with alpha .2 -> 1. A mixture is drawn in windows of 1,024 samples, 32 updates of this study: so the shift
-lies between two, and the ramp is two steps of it. A run is lost when its loss is (``Trial.died``), since a new mixture has another
-loss of its own.
+over 64 steps; both; both with alpha .2 -> 1. The sampler draws a mixture in windows of 1,024 samples, 32 updates of this study, so
+the shift lies between two windows, and the ramp takes two. A run is lost when its loss is (``Trial.died``), not when it leaves its
+course, since a new mixture has another loss of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """C5. Scores beyond fp16: does PB-Relax cure the overflow, and does it cure the divergence?
 
-Two questions apart. *Overflow*: queries and keys of a fresh model are made so large (x ``GAIN`` each) that scores pass 65,504; is
-the first loss a number? *Divergence*: the largest rate that survives, in fp16, from ordinary initial weights.
+Two separate questions. *Overflow*: the study multiplies queries and keys of a fresh model by ``GAIN`` each, so that scores pass
+65,504; is the first loss finite? *Divergence*: the largest rate that survives, in fp16, from ordinary initial weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GAIN = 300.0
 
 @torch.no_grad()
 def enlarge(trainer: Trainer) -> None:
-    """Queries and keys of the first layer, x ``GAIN``."""
+    """Multiply queries and keys of the first layer by ``GAIN``."""
     assert isinstance(trainer.engine, LocalEngine)
     weight = trainer.engine.optimizer.masters()["layers.0.attention.query_key_value.weight"]
     q, k, _ = weight.chunk(3)

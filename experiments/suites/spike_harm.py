@@ -1,15 +1,15 @@
-"""What does a spike cost that the run recovers from? Forks with the spike, and with it withheld, from the same kept state.
+"""What does a spike cost from which the run recovers? Forks from the same kept state, with the spike and with it withheld.
 
 A pre-LN model trains at a constant rate of 1/2, where its loss jumps and comes back by itself. Its first *spike* after step 50: a
 loss of more than ``JUMP`` nats over the median of the 20 steps before, with the median of the steps from 5 to 13 after it back
 within ``BACK`` of that. From the state three updates before the spike's first step:
 
     with        the run as it was, bit for bit
-    withheld    the same batches, but the five updates from there on are not made: nothing moves, weights or moments
+    withheld    the same batches without the five updates from there on: neither weights nor moments move
 
 *Harm* is the held-out loss with the spike less that with it withheld, at equal steps after it, each the mean over five steps. A
-fork that misses five updates has also learned five updates less; so the same is asked of a quiet place thirty steps before the
-spike's, with the run as it was up to there. The states are the same to the last bit, so what differs was done by the five updates.
+fork that misses five updates has also learned five updates less; so the study asks the same at a quiet place thirty steps before
+the spike's, with the run as it was up to there. The states are the same to the last bit, so the five updates make the difference.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WINDOW = 2
 
 
 def recovered_spike(loss: Floats, *, first: int = 50, last: int | None = None) -> int | None:
-    """The step of the first spike from which the run came back; None where there is none that can be watched long enough."""
+    """The step of the first spike from which the run recovered; None where none leaves enough steps to watch."""
     end = len(loss) - 14 if last is None else last
     for step in range(first, end):
         usual = float(np.median(loss[step - 20 : step]))

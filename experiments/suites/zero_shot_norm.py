@@ -1,7 +1,7 @@
 """C7, second half. Does an embedding norm hurt zero-shot answers at equal loss?
 
-Both arms train on the same rows, a fifth of them tasks; at four points of each the held-out loss and the answers are taken.
-Compared are the answers where both have the same held-out loss: the larger of the two final ones, by linear interpolation.
+Both arms train on the same rows, a fifth of them tasks; at four points of each run the study takes the held-out loss and the
+answers. It compares the answers at equal held-out loss, the larger of the two final ones, by linear interpolation.
 """
 
 from __future__ import annotations
