@@ -1,8 +1,8 @@
 """Shared by all tests: one thread a process (two test processes share two cores), Agg figures, no network.
 
-What a test needs before its first line is done once, and by one of the processes: bytecode is kept (some images of Python are told
-not to; then each of some two hundred processes of a whole run compiles the packages anew), and where pytest-xdist has the tests
-collected in several processes, every second one begins at the other end, so that each finds half of the modules compiled.
+One process does once what every test needs before its first line. Python writes bytecode (some images turn that off; each of some
+two hundred processes of a whole run would then compile the packages anew). Where several processes of pytest-xdist collect the
+tests, every second one begins at the other end, so that each finds half of the modules compiled.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-# Until all tests are collected: what they import stays to the end, and while it comes the collector of cycles would walk through it
-# again and again, a third of that time.
+# Off until all tests are collected: what they import stays to the end, and the garbage collector would walk through it again and
+# again meanwhile, for a third of that time.
 gc.disable()
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,7 +31,7 @@ if STARTED not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """One thread; where tests are collected by several processes, every second one imports them from the other end first."""
+    """One thread; where several processes collect tests, every second one first imports them from the other end."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is None and session.config.getoption("numprocesses", None):
         return
@@ -40,13 +40,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     torch.set_num_threads(1)
     if worker and int(worker.removeprefix("gw")) % 2:
         for path in reversed(modules_to_collect(session.config.args)):
-            # What cannot be imported, or is not meant to be here, is told when it is collected.
+            # The collection itself reports what cannot be imported, or is skipped here.
             with contextlib.suppress(Exception, pytest.skip.Exception):
                 importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
 def modules_to_collect(arguments: list[str]) -> list[Path]:
-    """Those below folders that pytest was given, as it collects them; a file or a test that was named is left to it."""
+    """The test modules below the folders given to pytest, in its order; not the files and tests that are named."""
     folders = [Path(argument).resolve() for argument in arguments if Path(argument).is_dir()]
     return [
         path
@@ -57,9 +57,10 @@ def modules_to_collect(arguments: list[str]) -> list[Path]:
 
 
 def pytest_collection_finish() -> None:
-    """Keep the collector from walking through what stays to the end: thousands of tests and all that is imported.
+    """Keep the garbage collector from walking through what stays to the end: thousands of tests and all imports.
 
-    What tests import themselves it walks through whenever it is as old; five times as seldom saves some 12 s of a whole run's.
+    It still walks through what tests themselves import; higher thresholds make it do so a fifth as often, which saves some 12 s of
+    a whole run.
     """
     gc.freeze()
     gc.set_threshold(2_000, 10, 50)

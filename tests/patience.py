@@ -1,7 +1,7 @@
-"""How long a test waits for what must come: until it comes. No test measures speed by a clock on the wall.
+"""How long a test waits for an event: until it comes. No test measures speed by wall-clock time.
 
-On a loaded machine a process may stand still for seconds at any place. So a wait ends by what is waited for, and ``PATIENCE`` only
-ends what hangs for good.
+On a loaded machine a process may stand still for seconds at any place. So the event itself ends a wait, and ``PATIENCE`` only ends
+what hangs for good.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PATIENCE = 600.0
 
 
 def wait_until(come: Callable[[], T], pause: float = 0.01) -> T:
-    """What ``come`` returns as soon as that is true; fails where it never is."""
+    """The value of ``come()`` as soon as it is true; fails where it never is."""
     until = time.monotonic() + PATIENCE
     while not (value := come()):
         assert time.monotonic() < until, "it did not come"

@@ -1,8 +1,9 @@
 """Every arm of every suite is a command that ``glm train`` takes, and none has a flag without effect.
 
-The parser takes a tenth of a second a command. What it makes of a flag depends on the preset, the flag and its word alone, so an
-arm whose flags were all parsed with those words before is put together from what came out then, which checks the values against
-each other as the parser's own configuration does. Wherever an arm is parsed, both ways must give the same.
+The parser takes a tenth of a second a command. Its result for a flag depends only on the preset, the flag and its word. So where
+the parser has already seen all flags of an arm with those words, the test builds the configuration from the earlier results;
+building it checks the values against each other, as in the parser. For every arm that the parser does see, both ways must give the
+same.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from glm.commands.train import parse_command, preset_config
 from glm.train.config import TrainConfig
 from glm.train.idle_settings import refuse_idle
 
-# Of the command, not of the configuration.
+# Flags of the command, not of the configuration.
 BESIDE = ("data", "out", "device")
 
 
 def commands(folder: Path) -> Iterator[tuple[str, bool, list[str]]]:
-    """(whose, whether it is a suite's, the words after ``glm train``) of every arm there is."""
+    """(name, whether it is a suite's, the words after ``glm train``) of every arm."""
     for name in SUITES:
-        suite = load(name)  # which refuses claims of arms or metrics that there are none of
+        suite = load(name)  # refuses claims about arms or metrics that do not exist
         for arm in suite.arms:
             if isinstance(suite, Study):
                 flags = {**suite.settings, **arm.settings, "data": str(folder), "out": str(folder / "run")}
@@ -40,7 +41,7 @@ def commands(folder: Path) -> Iterator[tuple[str, bool, list[str]]]:
 
 
 def flags_of(words: list[str]) -> list[tuple[str, str]]:
-    """(flag, its word; empty for a switch), but for those of the command itself."""
+    """(flag, its word; empty for a switch), except the command's own flags."""
     found: list[tuple[str, str]] = []
     for word in words:
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""The command line of experiments: suites by name and of one's own, seeds added until decided, and what it refuses."""
+"""The command line of experiments: suites by name and the user's own, seeds added until decided, and refusals."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ SUITE = Suite(
 
 
 def looked(effect: float, **how: object) -> tuple[list[tuple[int, ...]], Suite]:
-    """Which seeds were asked for, each time, where the arms differ by ``effect``."""
+    """The seeds that each call asked for, where the arms differ by ``effect``."""
     asked: list[tuple[int, ...]] = []
 
     class Loss:

@@ -53,7 +53,7 @@ def kill_once(mark: Path) -> str:
 
 
 def check(executor, tmp_path: Path) -> None:
-    """What the runner asks of an executor: results, errors as they are, and a death told as one."""
+    """What the runner needs from an executor: results, errors as they are, and deaths reported as deaths."""
     assert executor.submit(divmod, 7, 2).result(timeout=PATIENCE) == (3, 1)
     assert "division" in str(executor.submit(divmod, 1, 0).exception(timeout=PATIENCE))
     killed = executor.submit(kill_once, tmp_path / "mark")

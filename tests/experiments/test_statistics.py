@@ -223,7 +223,7 @@ def test_verdicts(a, b, verdict):
 @pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("later", [math.inf, 7.0])
 def test_a_decision_stands_whatever_comes_later(paired, later):
-    """The law is chosen by what was seen, not by the whole table."""
+    """The values seen so far choose the law, not the whole table."""
     a, b = RNG.normal(0, 0.1, 6), RNG.normal(1, 0.1, 6)
     early = decide(a, b, paired=paired)
     assert early.verdict == "supported"

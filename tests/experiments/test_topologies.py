@@ -1,4 +1,4 @@
-"""The order of topologies: which there are, and when two orders agree."""
+"""The topologies that exist, and when two orders of them agree."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ FORBIDDEN = {
     "glm/parallel": ("stabilitylab", "glm.data"),
 }
 
-# The rooms of a floor, lowest first. A room imports rooms below it, never one above: so there is no circle.
+# The rooms of a floor, lowest first. A room imports rooms below it, never one above, so there is no cycle.
 ROOMS = {
     "stabilitylab": (
         "errors", "lazy_names", "compat", "command_line", "c_compiler", "telemetry", "forward_watch", "formats", "statistics",
@@ -33,12 +33,12 @@ ROOMS = {
 }  # fmt: skip
 
 
-# Arrows of files that may close a circle: a scheme makes the layer that is built on it.
+# Imports that may close a cycle: a scheme makes the layer that is built on it.
 CLOSING = {("stabilitylab.quantization.scheme", "stabilitylab.quantization.linear")}
 
 
 def circles(root: Path) -> list[list[str]]:
-    """Files that import each other, over others or directly, inside functions too; what is only named in types does not count."""
+    """Import cycles between files, including imports inside functions; imports for types alone do not count."""
     files = {}
     for floor in (*ROOMS, "experiments"):
         for file in (root / floor).rglob("*.py"):

@@ -1,7 +1,7 @@
 """Which names of the three floors stand for more than one thing, read from the source without importing it.
 
-A name is that of a module, a package or a class; a type that a module gives a name counts where a class has the same name. Suites
-and benchmarks are scripts of one question each, whose names go no further, and what begins with an underscore is its module's own.
+Names are those of modules, packages and classes; a type alias counts where a class has the same name. Suites and benchmarks are
+scripts of one question each, whose names go no further, and a name with a leading underscore belongs to its module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 FLOORS = ("stabilitylab", "glm", "experiments")
 SCRIPTS = ("experiments/suites", "experiments/benchmarks")
 
-# Names that several rooms share, since they mean the same thing in each: a module's or package's, and what it means.
+# Names of modules and packages that several rooms share, since they mean the same thing in each, and that meaning.
 MODULE_ROLES = {
     "base": "the protocol that the room's things have",
     "cli": "a floor's command line",
@@ -30,7 +30,7 @@ MODULE_ROLES = {
     "tables": "the room's figures as tables",
     "terminal": "the room's words on the terminal",
     "words": "the room's findings in sentences",
-    # One thing, looked at from two rooms.
+    # One thing, seen from two rooms.
     "attention": "the layer, and the probe of it",
     "c_compiler": "the builder of C sources, under the floor's own name",
     "charts": "to hover and zoom: of runs, and of suites",

@@ -11,7 +11,7 @@ import pytest
 from stabilitylab.outliers import CRITERIA
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-# What each prints that it could not print without having worked.
+# For each example, words that it prints only after it has worked.
 SAYS = {
     "plain_loop.py": "report.html",
     "own_probe.py": "Name",

@@ -1,4 +1,4 @@
-"""What is installed: built from the sdist, tried outside the clone, without what only training needs."""
+"""The installed package: built from the sdist, tried outside the clone, without what only training needs."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_instrument_needs_nothing_of_training(installed: Path, tmp_path: Pat
 
 
 def test_versions_are_told_alike() -> None:
-    """The project's own, and the oldest torch that is allowed and is what `make test-oldest` tries."""
+    """The project's own version, and the oldest torch allowed, which `make test-oldest` tries."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (torch,) = (name.partition(">=")[2] for name in project["dependencies"] if name.startswith("torch>"))
     for name, pattern in {

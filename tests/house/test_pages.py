@@ -1,4 +1,4 @@
-"""What the pages say to type works as it stands: whole examples run, and every command and flag that a page names exists."""
+"""What the pages tell the reader to type works: whole examples run, and every command and flag that a page names exists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stabilitylab.quantization.plan import load_plan
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 PROGRAMS = {"stabilitylab": stabilitylab.cli, "glm": glm.cli}
-# Up to the end of the line or of the words set as code; a line that ends in a backslash goes on.
+# Up to the end of the line or of the code span; a line that ends in a backslash goes on.
 NAMED = re.compile(r"\b(stabilitylab|glm) ([a-z]+)\b((?:[^`\n\\]|\\\n?)*)")
 FLAG = re.compile(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?")
 

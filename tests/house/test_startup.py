@@ -1,4 +1,4 @@
-"""What a command loads before it does anything: modules that take seconds are loaded by those that need them."""
+"""What a command loads before it does anything: only commands that need slow modules load them."""
 
 from __future__ import annotations
 

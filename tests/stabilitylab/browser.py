@@ -46,7 +46,7 @@ class Browser:
         return _request("POST", f"{self._base}/execute/sync", {"script": script, "args": []})
 
     def wait(self, script: str) -> Any:
-        """Run a script until what it returns is true."""
+        """Run a script until it returns a true value."""
         return wait_until(lambda: self.run(script), 0.1)
 
     def size(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
@@ -69,7 +69,7 @@ class Browser:
         return path
 
     def messages(self) -> list[str]:
-        """What the page's console said that is an error."""
+        """The errors on the page's console."""
         entries = _request("POST", f"{self._base}/se/log", {"type": "browser"})
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 

@@ -1,4 +1,4 @@
-"""A probe that fails is reported and left out in a user's run; in ours it is a failure."""
+"""In a user's run the monitor reports and drops a probe that fails; in tests such a probe is a failure."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A run folder with a story that is known: samples by hand, episodes by the real detector."""
+"""A run folder whose events are known: samples written by hand, episodes from the real detector."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def values_at(step: int, dice: np.random.Generator) -> dict[Key, float]:
 
 
 def flushes(steps: int, seed: int = 0, every: int = 10) -> Iterator[tuple[Samples, list[Event]]]:
-    """What a monitor would hand to its sinks."""
+    """The flushes that a monitor would hand to its sinks."""
     dice = np.random.default_rng(seed)
     detector = SpikeDetector()
     rows: list[tuple[int, Key, float]] = []

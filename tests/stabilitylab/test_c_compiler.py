@@ -1,4 +1,4 @@
-"""A C file is built anew when it changes, or a header that it includes."""
+"""A change of a C file, or of a header that it includes, builds it anew."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def test_a_path_that_cannot_be_made(tmp_path: Path, name: str) -> None:
 
 
 def as_nobody(action: str, before: str = "") -> str:
-    """What an action says when a user without rights tries it; the tests themselves may run as root.
+    """The message of an action tried by a user without rights; the tests themselves may run as root.
 
     ``before`` runs with the rights of the tests: imports, which that user may not be able to read.
     """

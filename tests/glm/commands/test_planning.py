@@ -1,4 +1,4 @@
-"""``glm plan`` as it is called."""
+"""``glm plan`` on its command line."""
 
 from __future__ import annotations
 

@@ -289,7 +289,7 @@ sys.exit(main(sys.argv[1:]))
 def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
     uninterrupted, data_folder, tmp_path, how
 ):
-    """Those after 6 and 9 steps cannot be written; the one after 12 can."""
+    """The disk has no room for the checkpoints after 6 and 9 steps, but for the one after 12."""
     from stabilitylab.runs import load_run
 
     out = tmp_path / "run"

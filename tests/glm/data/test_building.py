@@ -1,4 +1,4 @@
-"""Corpus, tokenizer and shards: built once, resumable, and clear about what is wrong."""
+"""Corpus, tokenizer and shards: building happens once, can resume, and says clearly what is wrong."""
 
 from __future__ import annotations
 

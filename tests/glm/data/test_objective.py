@@ -30,7 +30,7 @@ def pieces(count: int, room: int = ROOM, seed: int = 3, config: ObjectiveConfig 
 
 
 def naive_piece(text, lengths, starts, order, room):
-    """The same piece token by token, as the definition reads."""
+    """The same piece built token by token, as in the definition."""
     spans = list(zip(starts, lengths, strict=True))
     tokens, positions, place_of_mask, at = [], [], [], 0
     for start, length in spans:

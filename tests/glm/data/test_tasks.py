@@ -61,7 +61,7 @@ def test_wrong_templates_are_one_clear_line(source, record, says):
 
 @pytest.fixture(scope="module")
 def own_tasks(tmp_path_factory):
-    """Two tasks of a user's: sums, and reviews; the second longer than a short row."""
+    """Two tasks of a user: sums, and reviews, which are longer than a short row."""
     folder = tmp_path_factory.mktemp("tasks")
     records = [{"a": a, "b": b} for a in range(20) for b in range(20)]
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
@@ -103,7 +103,7 @@ def test_own_tasks_are_split_by_group(task_data):
 
 
 def naive_row(pieces, special, length):
-    """A multi-task row token by token, as the definition reads."""
+    """A multi-task row built token by token, as in the definition."""
     row = []
     for number, (prompt, answer) in enumerate(pieces):
         place = prompt.index(special.mask)

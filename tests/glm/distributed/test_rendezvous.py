@@ -38,7 +38,7 @@ def test_each_attempt_agrees_on_a_name_of_its_own(late):
 
 
 def test_dead_ranks_of_an_attempt_that_never_met_are_not_met():
-    """Two of four signed in and died, one of them as the first; one confirmed what the first wrote down."""
+    """Two of four ranks signed in and died, one of them the first to do so; one confirmed what the first wrote."""
     store = dist.HashStore()
     for number in (0, 2):
         with pytest.raises(RuntimeError, match="not all 4 came within 0 s"):

@@ -113,7 +113,7 @@ def test_other_data_are_told_of_or_refused(run, causal_run, task_data, data_fold
     refused(
         ["evaluate", str(run), "--data", str(tmp_path / "shards"), "--parts", "tasks"], capsys, "no tasks"
     )
-    # Unless asked for by name, what the data have nothing for is left out.
+    # Evaluation leaves out the parts that the data do not allow, unless asked for them by name.
     words = ["evaluate", str(run), "--data", str(tmp_path / "shards"), "--rows", "1", "--examples", "5"]
     out = said(capsys, *words).out
     assert "held-out perplexity" in out

@@ -20,7 +20,7 @@ from glm.train.config import from_json
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """The run somewhere else, to be damaged."""
+    """A copy of the run, for the test to damage."""
     return shutil.copytree(run, tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""A GLM opened with quantized layers: those that quantizing it in memory gives, by scheme, by plan, and from an applied plan."""
+"""A GLM opened with quantized layers has those that quantizing it in memory gives, by scheme, by plan, and from an applied plan."""
 
 from __future__ import annotations
 

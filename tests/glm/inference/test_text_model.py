@@ -1,4 +1,4 @@
-"""A GLM behind stabilitylab's door: its losses are its log-probabilities, its rows those of its objective."""
+"""A GLM opened as stabilitylab's text model: its losses are its log-probabilities, its rows those of its objective."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def experts_of(**levers):
 
 
 def by_token(layer, x, *, limit=math.inf, kind="swiglu"):
-    """Output, router logits, choices and how many were dropped."""
+    """Output, router logits, choices and the number of dropped ones."""
     tokens = x.reshape(-1, x.shape[-1])
     logits = tokens @ layer.router.weight.T
     taken = [0] * layer.count
@@ -218,7 +218,7 @@ def test_the_loss_has_the_penalty_per_target_and_recomputation_changes_nothing()
 
 @pytest.mark.parametrize("capacity", [0.0, 0.6])
 def test_a_recomputed_layer_notes_once(capacity):
-    """Loads, what was dropped, the penalty and with them biases, telemetry and weights are those of a layer that is not."""
+    """Loads, dropped choices and the penalty, and so biases, telemetry and weights, are those of an ordinary layer."""
     left, told = {}, {}
     for recompute in (False, True):
         model = dataclasses.replace(

@@ -12,7 +12,7 @@ from tests.glm.model.test_transformer import EXACT, SMALL, model_of, rows
 
 @pytest.mark.parametrize("context", [False, True])
 def test_a_causal_batch_needs_no_mask(context, monkeypatch):
-    """Fused attention is told "causal" where each row is one piece without context, and only there."""
+    """Fused attention gets the flag "causal" where each row is one piece without context, and only there."""
     tokens, place, _, _ = rows()
     given = (tokens, place, torch.zeros(2, 24, dtype=torch.int32), torch.zeros(2, 24, dtype=torch.bool))
     given[3][1, :5] = context

@@ -1,4 +1,4 @@
-"""The loss in half precision: probabilities that a half number cannot hold reach the weights all the same."""
+"""The loss in half precision: probabilities too small for a half number still reach the weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a process does once before it forks ranks, so that no rank does it again. Not a test itself.
 
-A rank that a launcher starts imports, and reads the docstrings that its command line is made of, for some two seconds. Forked ones
-find all that done. What they find is not walked through by the collector either: to look at an object is to copy its page.
+A rank that a launcher starts spends some two seconds on imports and on reading the docstrings that make its command line. Forked
+ranks find all that done. The garbage collector does not walk through it either: to look at an object is to copy its page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from glm.commands import train
 
-# Imported by a run on its way: by DeepSpeed 0.19 for every engine, and by the end of training.
+# What a run imports later: DeepSpeed 0.19 for every engine, and the end of training.
 LATER = (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.moe.ep_count",
@@ -27,14 +27,14 @@ LATER = (
 
 
 def prepare(words: Sequence[str]) -> None:
-    """Import what ranks need, and read the words of a ``glm train`` as they will."""
+    """Import what ranks need, and parse the words of a ``glm train`` as the ranks will."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     importlib.import_module("glm.parallel.engine")
     for name in LATER:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            # DeepSpeed of another version; anything else is a mistake here.
+            # Another version of DeepSpeed lacks it; anything else is a mistake here.
             if not str(error.name).startswith("deepspeed."):
                 raise
     # What torch's optimizers import when the first is made: two seconds that every rank would spend.

@@ -1,8 +1,8 @@
-"""Two ranks of ``glm train`` whom something from outside is wrong for, case after case; what each says and how it ends, as JSON.
+"""Runs two ranks of ``glm train`` on bad input from outside, case after case; writes what each says and how it ends, as JSON.
 
     python -m tests.glm.parallel.refusals FOLDER DATA
 
-Importing takes seconds, so it is done once and the ranks are forked from here. Not a test itself; see ``test_refusals.py``.
+Importing takes seconds, so this process imports once and forks the ranks. Not a test itself; see ``test_refusals.py``.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def in_two(out: Path, work: Callable[[int], int], port: int) -> list[dict[str, o
 
 def main(folder: Path, data: Path) -> int:
     prepare(command(data, folder))
-    # There is no launcher here that would end the others.
+    # There is no launcher here to end the other ranks.
     commands.SECONDS_TO_SPEAK = 0.1
 
     def other_version(rank: int) -> int:
         if rank == 1:
-            start._version = lambda: "9.9.9"  # an installation that is not here
+            start._version = lambda: "9.9.9"  # as on another installation
         return glm.cli.main(command(data, folder / "version"))
 
     model, odd = folder / "model", folder / "odd"

@@ -19,7 +19,7 @@ from glm.train.rate_schedule import ScheduleConfig
 from stabilitylab.spikes import ResponderConfig
 
 POLICIES = ("lower-rate", "skip-batch", "roll-back", "escalate")
-# So many that a batch's loss scatters by 2 % and the planted rise stands out: noise is learned before anything is judged.
+# Enough rows that a batch's loss scatters by 2 % only and the planted rise stands out: the detector first learns the noise.
 ROWS = 16
 # Steps whose rows, as an undisturbed run would see them, have an absurd target everywhere.
 BAD_STEPS = (30, 31, 32, 46, 47)
@@ -33,7 +33,7 @@ class Planted(Loader):
         batch = super().samples(numbers)
         for targets_T, number in zip(batch.targets_BT, numbers, strict=True):
             if number // ROWS in BAD_STEPS:
-                # Another each time: one that was learned at the first spot would hardly stand out at the next.
+                # A different one each time: a target learned at the first spot would hardly stand out at the next.
                 targets_T[targets_T >= 0] = RARE - number // ROWS
         return batch
 

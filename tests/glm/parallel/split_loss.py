@@ -11,7 +11,7 @@ import torch.distributed as dist
 from glm.parallel import vocabulary_loss as module
 from tests.glm.model.test_vocabulary_loss import inputs
 
-# Format, e^-gap is what is left to each token but the target, z-loss, loss scale, lift.
+# Format, gap (each token but the target has probability e^-gap), z-loss, loss scale, lift.
 CASES = {
     "lifted": (torch.float16, 19.0, 0.0, 2.0**16, module.LIFT),
     "not lifted": (torch.float16, 19.0, 0.0, 2.0**16, 1.0),

@@ -1,9 +1,9 @@
 """The parallel engine against the local one: the same losses, norms and weights, however the model is spread.
 
-The oracle of rounding is the local engine itself. In micro-batches of another size a batch is the same update in exact arithmetic,
-summed in another order; and from weights that are moved by the rounding error of their format it is what a computation may come to
-whose products are rounded elsewhere. By how much such runs differ is what rounding does here. A parallel run may differ by as much,
-times a margin for the further sums that it makes (partial products of tensor ranks, shares of the vocabulary).
+The local engine itself shows what rounding does. Micro-batches of another size give the same update in exact arithmetic, summed in
+another order; and a run from weights moved by their format's rounding error stands for a computation that rounds its products
+elsewhere. A parallel run may differ from the local one by as much as such runs do, times a margin for its additional sums (partial
+products of tensor ranks, shares of the vocabulary).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from tests.patience import PATIENCE
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.distributed
 
-# Of the largest difference between local runs. In half precision every tensor rank rounds its part of a sum, where one process
-# rounds the sum: the rounding errors of a step are twice as many.
+# Factors on the largest difference between local runs. In half precision every tensor rank rounds its part of a sum, where one
+# process rounds the sum: a step has twice as many rounding errors.
 MARGIN = {"fp32": 4.0, "fp16": 8.0, "bf16": 8.0}
 # Half a unit in the last place of the masters, which are fp32 in every precision.
 ROUNDING = 2.0**-24
@@ -114,10 +114,11 @@ def distances(a: Checkpoint, b: Checkpoint) -> dict[str, float]:
 
 
 def micro_batches(config: TrainConfig) -> tuple[tuple[int, ...], int, float]:
-    """Sizes in which a batch is the same update, the one that parallel runs are compared in, and by how much weights are moved.
+    """Micro-batch sizes that give the same update, the size of the parallel runs, and how far to move the weights.
 
-    An emulated format's scales and draws, and experts' capacity and balance, are of a micro-batch: in another size it is another
-    update. Whether a number next to the middle of two falls to the other side is chance: weights moved by more show what it does.
+    The scales and draws of an emulated format, and the capacity and balance of experts, belong to a micro-batch: another size is
+    another update. Whether a number next to the middle of two rounds to the other side is chance: weights moved by more show its
+    effect.
     """
     if config.emulate.is_on or config.model.feed_forward.experts.count:
         own = config.batch.micro_rows
@@ -127,7 +128,7 @@ def micro_batches(config: TrainConfig) -> tuple[tuple[int, ...], int, float]:
 
 def bounds(config: TrainConfig, steps: int) -> dict[str, float]:
     """The largest distance between local runs that sum in another order or round elsewhere, with the margin."""
-    # A plain number is rounded by half a unit in its last place whatever is summed how: fp32's of a loss near 8, twice.
+    # Whatever the sums, a plain number has rounding of half a unit in its last place: fp32's for a loss near 8, twice.
     least = {"loss": 8 * 2.0**-23, "norm": 2.0**-22, "weights": 0.0, "moments": 0.0}
     sizes, like, nudge = micro_batches(config)
     runs = [local(config.to_json(), config, steps, micro) for micro in sizes]
@@ -156,7 +157,7 @@ def test_a_parallel_run_is_the_local_one_within_rounding(results, one):
 
 
 def test_draws_are_of_the_rows_that_a_replica_has():
-    """Else the bounds of the emulated run above would allow anything: with other micro-batches it is another run."""
+    """The bounds of the emulated run above mean something: with other micro-batches it is another run, outside of them."""
     (one,) = (one for one in LIKE_LOCAL if one.name == "emulated-112")
     config = alone(one.config)
     other, same = (local(config.to_json(), config, one.steps, micro) for micro in (4, 2))
@@ -180,7 +181,7 @@ def test_replicas_of_experts_count_their_loads_together(results):
 
 
 def test_dropout_drops(results):
-    """Else the runs above would agree with dropout as they do without."""
+    """Dropout has an effect; otherwise the runs above would prove nothing about it."""
     wet, dry = read(results, "dropout-211"), read(results, "fp32-211")
     config = alone(LIKE_LOCAL[0].config)
     assert distances(wet, dry)["loss"] > 100 * bounds(config, 5)["loss"]
@@ -257,7 +258,7 @@ def test_telemetry_has_the_local_runs_names_and_values(results, data_folder, tmp
     assert main(worlds.command(data_folder, tmp_path / "local", (1, 1, 1, 1))) == 0
     ours, theirs = measured(tmp_path / "local"), measured(results / ("watched-" + "".join(map(str, axes))))
     if axes[3]:
-        # ZeRO spreads a gradient in flat pieces: no rank has rows of it, and none is told.
+        # ZeRO spreads a gradient in flat pieces: no rank has rows of it, and the probe records none.
         ours = ours[~ours.index.get_level_values("statistic").astype(str).str.startswith("top_row")]
     assert set(ours.index) == set(theirs.index)
     counts = [key for key in ours.index if str(key[3]).endswith("_elements")]
@@ -285,7 +286,7 @@ def check_counts(ours, theirs, axes):
     matrix = 1000 * 32  # vocabulary x hidden: on both ends of a pipeline
     assert here.tolist() == [n if zero >= 2 else d * (n + (p - 1) * matrix) for n in once]
     if zero >= 2:
-        # The same sums in another order: a zero that is none elsewhere is an accident.
+        # The same sums in another order: a zero in one run and not in the other is chance.
         assert theirs.tolist() == pytest.approx(ours.tolist(), rel=1e-4)
 
 

@@ -1,6 +1,6 @@
-"""Training over processes that die, hang, run out of disk or find a damaged checkpoint ends where the undisturbed run does.
+"""Training whose processes die, hang, run out of disk or find a damaged checkpoint ends where the undisturbed run does.
 
-Real processes under torchrun, hurt by ``experiments.benchmarks.faults``, which says what each fault is and what should follow.
+``experiments.benchmarks.faults`` disturbs real processes under torchrun; it says what each fault is and what should follow.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def test_wrong_input_is_one_line_under_torchrun_too(data_folder, tmp_path):
 
 
 def exit_codes(run: Launched) -> set[str]:
-    """Of the ranks, as torchrun reports them."""
+    """The ranks' exit codes, as torchrun reports them."""
     told = [line.text.split(":") for line in run.lines if line.text.strip().startswith("exitcode")]
     return {words[1].split()[0] for words in told}
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong from outside: one line on rank 0, nothing on the others, exit code 2 on all, and nobody waits for ever."""
+"""For every kind of bad input: one line on rank 0, nothing on the others, exit code 2 on all, and no rank waits for ever."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_is_right_is_not_refused(found, case):
 
 
 def words(rank: dict[str, Any]) -> list[str]:
-    """What a rank says, but for what gloo itself says with torch 2.9."""
+    """A rank's output, without gloo's own under torch 2.9."""
     return [line for line in rank["said"].strip().splitlines() if not line.startswith("[Gloo] Rank")]
 
 

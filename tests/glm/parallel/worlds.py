@@ -2,7 +2,7 @@
 
     python worlds.py FOLDER DATA
 
-Importing torch and DeepSpeed takes seconds, so it is done once: the ranks of each world are forked from here. Not a test itself.
+Importing torch and DeepSpeed takes seconds, so this process imports once and forks the ranks of each world. Not a test itself.
 """
 
 from __future__ import annotations

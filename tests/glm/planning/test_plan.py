@@ -98,11 +98,12 @@ def test_a_layers_activations_are_what_autograd_saves(name, precision):
     hidden = rows * config.length * config.hidden
     odd = 0
     if precision == "fp32" and config.attention.softmax != "fused" and kernel() is None:
-        # On a CPU without the compiled kernel the softmax's gradient takes what it is less by from the result, which is kept beside
-        # the copy that the output projection reads; and v is a view of the q, k, v product, which stays whole.
+        # On a CPU without the compiled kernel the softmax's gradient subtracts a term that it takes from the result, which stays
+        # beside the copy that the output projection reads; and v is a view of the q, k, v product, which stays whole.
         odd += BYTES[precision] * hidden * (0 if config.attention.qk_norm else 3)
     if precision == "fp32":
-        # What a norm, or the kernel's gated GELU, gives a matrix is computed again; post-norm's first matrix gets what comes in.
+        # The backward pass computes a matrix's input again where a norm or the kernel's gated GELU made it; post-norm's first
+        # matrix reads the layer's input.
         odd -= BYTES[precision] * hidden * (1 if config.parallel_block or config.norm == "post" else 2)
         if kernel() is not None and config.feed_forward.kind == "geglu":
             odd -= 2 * BYTES[precision] * rows * config.length * shape_of(config).inner
@@ -112,9 +113,9 @@ def test_a_layers_activations_are_what_autograd_saves(name, precision):
         odd += BYTES[precision] * hidden * 2 - 6 * rows * config.heads * config.length**2
         odd -= BYTES[precision] * rows * config.length * shape_of(config).inner * shape_of(config).gated
     elif precision == "fp16" and upcasts(x_BTC):
-        # v is saved as a view of the q, k, v product on this path: q and k stay with it, or v is there with them already.
+        # On this path autograd saves v as a view of the q, k, v product: q and k stay with it, or v is there with them already.
         odd += BYTES[precision] * hidden * (-1 if config.attention.qk_norm else 2)
-        # Where products are computed in fp32 by hand, only the rounded softmax is kept.
+        # Products computed in fp32 by hand keep only the rounded softmax.
         odd -= 4 * rows * config.heads * config.length**2
     assert bytes_kept - odd == layer_activations(shape_of(config), rows, 1, precision)
 

@@ -1,4 +1,4 @@
-"""The planner against what was published: GLM-130B's run and serving, 28 runs' throughput, Llama 3's failures."""
+"""The planner against published figures: GLM-130B's run and serving, 28 runs' throughput, Llama 3's failures."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_half_numbers_are_read_and_rounded_as_torch_does(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_attention_rounds_where_torch_operations_do(dtype, monkeypatch):
-    """Beside the same steps in torch, each rounded, both are as far from float64 as roundings of the format take them."""
+    """The kernel, and the same steps in torch, each rounded, are both as far from float64 as the format's rounding allows."""
     monkeypatch.setattr(half_units, "NATIVE_DTYPES", frozenset())
     B, T, H, D = 2, 50, 3, 24
     torch.manual_seed(0)

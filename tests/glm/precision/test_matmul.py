@@ -18,7 +18,7 @@ FORMATS = pytest.mark.parametrize("dtype", list(HALVES), ids=str)
 
 @pytest.fixture(autouse=True)
 def no_units(monkeypatch):
-    """As on a CPU without units for half numbers: what one with them rounds is its library's affair."""
+    """As on a CPU without units for half numbers; with such units, rounding is up to the library."""
     monkeypatch.setattr(half_units, "NATIVE_DTYPES", frozenset())
 
 

@@ -1,4 +1,4 @@
-"""What a backward pass computes again is what it would have kept: the same gradients to the bit, and less in memory."""
+"""A backward pass that computes tensors again, instead of keeping them, gives the same gradients to the bit, in less memory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_gradients_are_those_of_kept_inputs(config: ModelConfig, monkeypatch: py
 
 
 def saved(compute) -> list[tuple[int, ...]]:
-    """Shapes of what autograd is given to keep, each storage once."""
+    """Shapes of the tensors that autograd keeps, each storage once."""
     found: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def test_clipping_and_rows(both):
 
 @pytest.fixture(scope="module")
 def lost(data_folder, tmp_path_factory):
-    """A run whose rate no model bears, and which says so."""
+    """A run at a rate that no model bears, with its events."""
     out = tmp_path_factory.mktemp("lost") / "run"
     config = dataclasses.replace(
         SMALL,
@@ -124,8 +124,8 @@ def _kept(run):
 
 def test_the_command(lost, tmp_path, capsys, monkeypatch):
     page = tmp_path / "proof.html"
-    # How far a search comes within seconds depends on the machine, and where it begins on how its torch rounds. So time is up when
-    # what is looked for has been trained: first a fork without updates, then any that begins earlier.
+    # How far a search gets within seconds depends on the machine, and where it begins on how its torch rounds. So time is up once
+    # a certain fork has been trained: first one without updates, then any that begins earlier.
     before: dict[str, list] = {}
 
     def monotonic():
@@ -159,8 +159,8 @@ def test_the_command(lost, tmp_path, capsys, monkeypatch):
     before |= (kept := _kept(lost))
     assert attribute_command(words) == 0
     again = capsys.readouterr()
-    # It goes on where the budget ended: what is kept stays, and nothing is trained twice. Where that gives no cause it begins
-    # earlier, if there is an earlier state: forks there are others of the same names, in a file of their own.
+    # The search goes on where the budget ended: kept forks stay, and it trains nothing twice. Where it finds no cause it begins
+    # earlier, if there is an earlier state; its forks from there have the same names, in a file of their own.
     later, second = _kept(lost), json.loads(again.out)
     went_back = set(later) > set(kept)
     assert went_back or second["cause"] != "unknown" or second["begin"] == 0

@@ -1,4 +1,4 @@
-"""The batch of a step is told from what telemetry recorded, also after batches were left out."""
+"""Telemetry tells the batch of a step, also after the run has left batches out."""
 
 from rich.console import Console
 

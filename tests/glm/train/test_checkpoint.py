@@ -140,7 +140,7 @@ def test_training_that_breaks_off_finishes_what_it_began_to_write(tmp_path):
 
 
 def test_a_last_checkpoint_that_cannot_be_put_in_place_ends_nothing(tmp_path, monkeypatch, caplog):
-    """It is called while training ends of something else: observers are closed after it."""
+    """Training calls it while ending for another reason, and closes the observers after it."""
     writer = begin(tmp_path, a_checkpoint(1), background=True)
 
     def full(*_):

@@ -1,4 +1,4 @@
-"""The loss on held-out rows: of the last weights, the same rows for all, and nothing of the run hangs on it."""
+"""The loss on held-out rows: of the last weights, the same rows for all, and without effect on the run."""
 
 from __future__ import annotations
 

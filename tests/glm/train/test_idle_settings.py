@@ -1,4 +1,4 @@
-"""Every setting of a configuration changes the run, or is told to lie idle."""
+"""Every setting of a configuration changes the run, or the command says that it lies idle."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ BASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def trace(data):
-    """What three updates leave: losses, weights, the engine's counters. Each configuration runs once."""
+    """The results of three updates: losses, weights, the engine's counters. Each configuration runs once."""
     found: dict[str, Any] = {}
 
     def traced(config: TrainConfig) -> Any:

@@ -1,4 +1,4 @@
-"""What a lever remembers goes with the state: an engine that takes it up goes on to the bit."""
+"""A lever's memory is part of the state: an engine that loads it continues to the bit."""
 
 from __future__ import annotations
 

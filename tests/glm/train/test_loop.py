@@ -1,4 +1,4 @@
-"""The loop: its events in the order its pseudocode says; watching changes nothing; resuming changes nothing."""
+"""The loop: events come in the order of its pseudocode; watching changes nothing; resuming changes nothing."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_batches_that_do_not_divide_are_refused(wrong):
     ids=["experts", "qk-clip", "skip-step"],
 )
 def test_the_pass_that_measures_curvature_leaves_nothing_that_an_update_goes_by(data, model):
-    """Loads, largest scores, the loss that a guard remembers and that is told."""
+    """Neither loads, nor largest scores, nor the loss that a guard remembers and the loop reports."""
     ends = []
     for every in (0, 1):
         watching = MonitorConfig(every=0, gradients_every=0, curvature_every=every, tensorboard=False)
@@ -206,7 +206,7 @@ def test_the_pass_that_measures_curvature_leaves_nothing_that_an_update_goes_by(
 
 
 class Levers(Callback):
-    """What the levers told of every step."""
+    """Records what the levers report of every step."""
 
     def __init__(self):
         self.told = []

@@ -1,4 +1,4 @@
-"""AdamW against torch's in float64, what decays, three kinds of clipping, and what instruments read of it."""
+"""AdamW against torch's in float64, what decays, three kinds of clipping, and what probes read from it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def give(optimizer, model, gradients, *, rate=1e-2, clip=0.0, scale=1.0):
 
 
 def close_to_float64(optimizer, expected, *, steps=STEPS):
-    """A weight is rounded once for its decay and once for its update in each step; the update is small beside it."""
+    """Each step rounds a weight once for its decay and once for its update, which is small beside it."""
     for name, master in optimizer.masters().items():
         largest = expected[name].abs().max().item() + 1
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Decisions carried out by the loop: told as they were done, paid for when something was; a policy of one's own."""
+"""The loop carries out decisions: it reports what it did, charges the budget only for that, and takes a user's own policy."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "responder.md"
 
 
 class Alarm(Callback):
-    """A spike at given steps, the first time each is reached; keeps what is told."""
+    """Raises a spike at given steps, the first time that each is reached; keeps the reported events."""
 
     def __init__(self, *steps, kind="spike"):
         self.steps, self.kind, self.told = list(steps), kind, []
@@ -94,7 +94,7 @@ def test_auxiliary_terms_of_the_loss_have_names_of_their_own(data_folder):
         training(data_folder, seen, config=config).train(until=2)
         infos.append(seen.infos)
     (plain, later), (with_term, _) = infos
-    # The same weights: the same loss, whatever was added to it. The logits are near 0, so z is ln 1000 and a bit.
+    # The same weights have the same loss, whatever z-loss adds to it. The logits are near 0, so z is a little over ln 1000.
     assert with_term.loss == pytest.approx(plain.loss, rel=1e-6)
     assert with_term.levers["z_loss"] == pytest.approx(0.01 * math.log(1000) ** 2, rel=0.05)
     assert "z_loss" not in later.levers

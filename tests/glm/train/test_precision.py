@@ -1,4 +1,4 @@
-"""What a run records of its number formats, against a look at the gradients themselves."""
+"""What a run records about its number formats, against counts from the gradients themselves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = TrainConfig(
 
 
 class Look(Callback):
-    """Counts for itself, from the model's gradients where they are still there."""
+    """Counts independently, from the model's gradients while they exist."""
 
     def __init__(self, trained):
         self.trained, self.seen = trained, []

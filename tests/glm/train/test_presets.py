@@ -185,7 +185,7 @@ def test_levers_train(data, lever):
 
 
 def test_every_choice_of_a_lever_is_here():
-    """A new norm, softmax, init or the like that nobody trains shows here."""
+    """Fails for a new norm, softmax, init or the like that no case trains."""
     for config, field, prefix in (
         (ModelConfig, "init", "init"),
         (ModelConfig, "norm", "norm"),

@@ -85,7 +85,7 @@ def test_impossible_schedules_are_refused(wrong):
 
 
 def test_ramps_are_recorded_and_resumed(data, tmp_path):
-    """Rate, EGS's alpha, rows of an update, mixture of data: recorded in two sittings as the schedules say for one."""
+    """A resumed run records rate, EGS's alpha, rows of an update and data mixture as the schedules say for one run."""
     config = TrainConfig(
         steps=8,
         model=ModelConfig(

@@ -1,4 +1,4 @@
-"""Events are replayed bit for bit, with one thing changed; the responder's rollbacks can be repeated by hand."""
+"""Replays repeat events bit for bit, with one thing changed; a replay can repeat the responder's rollbacks by hand."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def finished(data_folder, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it: a page compares all replays of an event that lie in a run."""
+    """A copy of the finished run for each test, since a page compares all replays of an event in a run."""
     return shutil.copytree(finished, tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""Forks of one state: what is held stays to the bit, the rest moves as it did, and an unchanged one is the original."""
+"""Forks of one state: held parameters stay to the bit, the rest moves as it did, and an unchanged fork is the original."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def tensors(state):
 
 
 def moved(forks, fork):
-    """Parameters of which the weights or a moment are not what they were."""
+    """Parameters whose weights or moments have changed."""
     before, after = tensors(forks.state), tensors(fork.state)
     return {name.rpartition("/")[2] for name in before if not torch.equal(before[name], after[name])}
 

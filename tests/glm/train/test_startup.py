@@ -1,4 +1,4 @@
-"""A short run loads neither torch's compiler nor what only reading and drawing need."""
+"""A short run loads neither torch's compiler nor what only reading logs and drawing need."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Model(nn.Module):
 
 
 class Loop:
-    """The next token is the last one plus 7. ``act`` is called before update ``at``, ``spoil`` makes that index's batch."""
+    """The next token is the last one plus 7. The loop calls ``act`` before update ``at``; ``spoil`` makes that index's batch."""
 
     def __init__(self, *, act=None, spoil=None, at=30, dropout=0.0, install=None):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Planted causes are proven: the one thing that was done is the one thing without which the event does not come."""
+"""Attribution proves planted causes: the event does not come without the one thing that the test did."""
 
 import importlib
 import json
@@ -55,7 +55,7 @@ def test_rows_of_an_embedding_that_were_written_to():
 
 
 def test_rows_of_an_embedding_whose_kept_moments_are_damaged():
-    """Nothing changes between updates: updates are withheld down to the rows that move too far."""
+    """Nothing changes between updates: the search withholds updates down to the rows that move too far."""
     run(loop := Loop(), AT)
     first = loop.optimizer.state[loop.model.embed.weight]["exp_avg"]
     first[[3, 11]] = torch.randn(2, first.shape[1], generator=torch.Generator().manual_seed(2))
@@ -71,7 +71,7 @@ def test_rows_of_an_embedding_whose_kept_moments_are_damaged():
 
 
 def test_one_product_that_leaves_fp16():
-    """A layer at another scale, undone behind it: nothing but fp16 minds."""
+    """A layer at another scale, undone behind it: only fp16 overflows."""
 
     def install(loop):
         forward, layer = torch.autocast("cpu", torch.float16)(loop.model.forward), loop.model.layers[1].down
@@ -162,7 +162,7 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path):
 
 
 def test_a_budget_that_ends_before_a_wider_search(monkeypatch):
-    """What the first forks proved is told all the same."""
+    """The result still tells what the first forks proved."""
     module = importlib.import_module("stabilitylab.attribution.search")
     original, made = module._Search._control, []
 
@@ -255,7 +255,7 @@ def test_a_loop_without_a_loss_or_with_a_state_that_cannot_be_copied():
 
 
 def test_what_is_not_in_state_or_code_is_said():
-    """The damage is done to the run, and not by its code: the control goes on without it."""
+    """The test damages the run from outside its code, so the control goes on without the damage."""
     loop = Loop(act=damaged)
     losses = run(loop, AT + 14)
     loop.act = None

@@ -1,4 +1,4 @@
-"""What a fork goes without it goes without to the bit, and all else is as it was."""
+"""A fork lacks to the bit what it goes without, and all else is as it was."""
 
 import copy
 import math

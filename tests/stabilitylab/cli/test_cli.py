@@ -1,4 +1,4 @@
-"""The command as people start it: a process, its output, its exit code."""
+"""The command as users start it: a process, its output, its exit code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def test_the_module_is_the_console_script() -> None:
-    """Help comes at once: neither torch nor matplotlib is imported for it."""
+    """Help comes at once: it imports neither torch nor matplotlib."""
     script = (
         "import sys, runpy\nsys.argv = ['stabilitylab', '--help']\n"
         "try:\n    runpy.run_module('stabilitylab', run_name='__main__')\n"

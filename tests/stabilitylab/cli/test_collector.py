@@ -1,4 +1,4 @@
-"""The collector of cycles leaves what a command imports alone, in a process of its own; elsewhere it is its owner's."""
+"""In a command's own process the garbage collector leaves imports alone; in other processes the command does not touch it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from stabilitylab.command_line import run_program
 
 COMMANDS = {"look": ("looks_at_the_collector", "")}
-# One cycle made while importing and one afterwards: of the first nothing is known to the collector any more.
+# One cycle made while importing and one afterwards: the collector no longer knows the first one.
 MODULE = """
 import gc
 

@@ -1,4 +1,4 @@
-"""Threads that wait for each other: what GNU's OpenMP runtime itself says that it was given."""
+"""Threads that wait for each other: the settings that GNU's OpenMP runtime itself reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curves and maps: every value shown, what is not finite as such, each step at its place."""
+"""Curves and maps: they show every value, mark what is not finite, and put each step at its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trends against laws that are known; a run's forecast, on the terminal and in the report."""
+"""Trends against known laws; a run's forecast, on the terminal and in the report."""
 
 import json
 import math

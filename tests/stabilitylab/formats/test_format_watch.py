@@ -1,4 +1,4 @@
-"""A watched model's operands are measured as what_if measures them, and nothing about it changes."""
+"""The watch measures a model's operands as what_if does, and changes nothing about the model."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The compiled rounding against the torch operations, to the bit: every format, layout, rounding, and numbers that are none."""
+"""The compiled rounding against the torch operations, to the bit: every format, layout and rounding, NaN and infinities."""
 
 from __future__ import annotations
 

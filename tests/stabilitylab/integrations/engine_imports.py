@@ -1,7 +1,7 @@
-"""What DeepSpeed's processes import on their way, once in the server that they are forked from. Not a test itself.
+"""What DeepSpeed's processes import later: the server that forks them imports it once. Not a test itself.
 
-With torch's optimizers comes its compiler, and DeepSpeed compiles a function while it is imported. The collector, which DeepSpeed
-calls for every engine of ZeRO-3, leaves alone what is there then.
+torch's optimizers import its compiler, and DeepSpeed compiles a function while it is imported. The garbage collector, which
+DeepSpeed runs for every engine of ZeRO-3, leaves alone what exists at the fork.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Composer's events in Composer's order, from a loop of our own: its state has these fields, whoever runs it."""
+"""Composer's events in Composer's order, from a loop of our own whose state has Composer's fields."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Under the real DeepSpeed, two processes on gloo: what the monitor says is what one plain process with all the data has."""
+"""Under the real DeepSpeed, two processes on gloo: the monitor records what one plain process with all the data has."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.stabilitylab.recording import Recording
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.distributed
 
-# A rate so small that gradients of the later steps do not hang on the sign of a rounding error, which Adam would follow.
+# A rate so small that gradients of later steps do not depend on the sign of a rounding error, which Adam would follow.
 ACCUMULATION, STEPS, RATE = 2, 3, 1e-4
 
 
@@ -37,7 +37,7 @@ def _process(rank: int, out: Path) -> None:
     torch.set_num_threads(1)
     import deepspeed
 
-    # Built by a compiler at first use, and of no use to two processes that only count.
+    # A compiler would build it at first use, and two processes that only count do not need it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
     found = {case: _train(rank, *case) for case in CASES}

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 @pytest.fixture(scope="module")
 def lightning() -> Any:
-    """Imported where it is used: it takes two seconds, which a process that runs other tests has no use for."""
+    """Imported here, where it is used: it takes two seconds, which a process that runs other tests need not spend."""
     return pytest.importorskip("lightning.pytorch")
 
 

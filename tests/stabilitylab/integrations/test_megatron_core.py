@@ -1,6 +1,6 @@
 """Megatron-core's GPT under the plain Monitor, where it is installed: its blocks, attention and embedding have their own names.
 
-It asks torch for a CUDA device in two places of its attention; here they are told of the CPU.
+Its attention asks torch for a CUDA device in two places; the test answers with the CPU.
 """
 
 import contextlib

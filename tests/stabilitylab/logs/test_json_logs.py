@@ -1,4 +1,4 @@
-"""JSON lines, JSON documents, and lines that something has put into JSON."""
+"""JSON lines, JSON documents, and lines that a log service has wrapped in JSON."""
 
 import json
 import math

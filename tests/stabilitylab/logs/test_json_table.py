@@ -1,4 +1,4 @@
-"""JSON lines parsed by Arrow give what line by line gives, or are left to it."""
+"""Arrow's reading of JSON lines gives what reading line by line gives, or leaves the file to it."""
 
 import json
 

@@ -24,7 +24,7 @@ from tests.stabilitylab.spikes.curves import bump, falling
 
 @pytest.fixture(scope="module")
 def curve():
-    """A curve with a spike at 700 and two non-finite values, and what is found in it."""
+    """A curve with a spike at 700 and two non-finite values, and the episodes in it."""
     values = falling(1200)
     bump(values, 700, 1.0)
     values[1000:1002] = math.nan

@@ -1,4 +1,4 @@
-"""What names a loss and is no training log is refused in one line: a false reading is worse than a refusal."""
+"""A file that names a loss but is no training log gets a refusal in one line: a false reading is worse than a refusal."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Plans of lines read what the formats read, whatever the numbers are."""
+"""A plan of a line reads what the formats read, whatever the numbers are."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Event files of several runs, writers and lives: what is one run is read as one, and nothing else is."""
+"""Event files of several runs, writers and restarts: the reader joins what is one run, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a log is read as, for the tests of formats."""
+"""What the reader makes of a log, for the tests of formats."""
 
 import json
 

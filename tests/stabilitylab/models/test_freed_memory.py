@@ -1,4 +1,4 @@
-"""Pages of a mapped file that are let go come back as they were; what was written to, or never was a file's, stays."""
+"""Freed pages of a mapped file come back as they were; pages that were written to, or never belonged to a file, stay."""
 
 from __future__ import annotations
 

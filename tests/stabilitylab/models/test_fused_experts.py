@@ -1,4 +1,4 @@
-"""Mixtures of experts: taken apart into linear layers that compute what the fused ones did."""
+"""Mixtures of experts, taken apart: the linear layers compute what the fused experts did."""
 
 from __future__ import annotations
 

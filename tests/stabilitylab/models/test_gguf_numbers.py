@@ -1,4 +1,4 @@
-"""Models as GGUF give the numbers of their safetensors, also in what transformers leaves aside."""
+"""Models as GGUF give the numbers of their safetensors, also where transformers ignores a field."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Folders that are not as they should be: refused in one line that names the thing, or read rightly; nothing wrongly in silence."""
+"""Faulty folders: the reader refuses them in one line that names the fault, or reads them rightly; never wrongly in silence."""
 
 import json
 import re

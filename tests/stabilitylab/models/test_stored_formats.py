@@ -1,4 +1,4 @@
-"""Checkpoints of codes: read as the numbers they stand for, or refused; never taken for weights."""
+"""Checkpoints of codes: the reader takes them for the numbers that they stand for, or refuses them; never for weights."""
 
 from __future__ import annotations
 

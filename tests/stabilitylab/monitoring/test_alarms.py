@@ -1,4 +1,4 @@
-"""An alarm is told the moment it is found, its telemetry is on disk then, and nothing that hears of it stops training."""
+"""The monitor reports an alarm at once, with its telemetry on disk by then, and no listener can stop training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.stabilitylab.recording import Recording
 
 
 class Scripted:
-    """A detector that says what it is told to, and keeps what it was given."""
+    """A detector that reports what the test scripts, and keeps its inputs."""
 
     def __init__(self, says: Mapping[int, Event | Exception] = {}) -> None:
         self.says, self.given = says, dict[int, dict[str, float]]()

@@ -1,4 +1,4 @@
-"""Under torch.compile: one graph and no break more than the bare model, and the numbers of the uncompiled run."""
+"""Under torch.compile: one graph with no more breaks than the bare model's, and the numbers of the uncompiled run."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_full_graph_is_possible() -> None:
 
 
 class TwoNames(nn.Module):
-    """A model of PyTorch's own container, which the compiler enters by another way."""
+    """A model that is PyTorch's own container, which the compiler enters differently."""
 
     def __new__(cls) -> nn.Module:  # type: ignore[misc]
         return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
@@ -146,7 +146,7 @@ def test_the_compiled_model_may_have_another_name(order: str, every: int) -> Non
 
 
 def test_what_is_compiled_is_known_without_a_search() -> None:
-    """Made anew, from a copy or from a pickle, in any thread; and forgotten with its last name."""
+    """Compiled anew, from a copy or a pickle, in any thread; and forgotten with its last reference."""
     model = TwoNames()
     assert not is_compiled(model)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""On an accelerator: nobody waits for it outside of a flush, and its numbers are those of the CPU."""
+"""On an accelerator: the host waits for it only in a flush, and its numbers are those of the CPU."""
 
 from __future__ import annotations
 

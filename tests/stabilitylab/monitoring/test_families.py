@@ -1,4 +1,4 @@
-"""Models as transformers builds them, of many families: watched as bare, every gradient right, attention seen however it runs."""
+"""transformers' models of many families: watched ones train as bare ones, every gradient is right, the probe sees attention."""
 
 from __future__ import annotations
 

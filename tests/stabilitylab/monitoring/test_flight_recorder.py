@@ -1,4 +1,4 @@
-"""Around an alarm every step is on disk; elsewhere only those that are due."""
+"""Around an alarm every step is on disk; elsewhere only the scheduled ones."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Under torch's loss scaler: numbers are recorded without its factor, and skipped steps are seen."""
+"""Under torch's loss scaler: the monitor records numbers without its factor, and sees skipped steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people do with a model while it is watched: copy it, save it, move its memory, transform it, use it for something else."""
+"""What users do with a watched model: copy it, save it, move its memory, transform it, use it for something else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def saved(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved, torch.optim.swa_utils.AveragedModel])
 def test_copies_are_not_watched(copied: Callable[[nn.Module], nn.Module]) -> None:
-    """A copy made while the next step is due works, and what it does is not taken for the model's."""
+    """A copy made before a measured step works, and the monitor does not take its passes for the model's."""
     torch.manual_seed(0)
     model = GPT()
     monitor, sink, optimizer = watched(model)

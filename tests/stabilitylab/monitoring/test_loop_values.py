@@ -1,4 +1,4 @@
-"""What the loop need not say: the rate that was used, the norm before clipping, the loss scale, steps left out."""
+"""What the monitor finds without the loop's help: the rate used, the norm before clipping, the loss scale, skipped steps."""
 
 from __future__ import annotations
 

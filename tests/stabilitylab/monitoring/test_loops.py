@@ -1,4 +1,4 @@
-"""What training loops do to a monitor: die, go on after it is closed, number their steps oddly, hand over odd things."""
+"""What training loops do to a monitor: die, go on after closing it, number their steps oddly, hand over odd values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The monitor end to end: what arrives in a sink, that training is untouched, and that nothing is left behind."""
+"""The monitor end to end: what arrives in a sink; training stays untouched; nothing stays behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever modules return and parameters are: what holds numbers is summarised, the rest passed over."""
+"""Whatever modules return and parameters are: the probes summarise what holds numbers, and ignore the rest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WITHOUT = {
 
 
 class Odd(nn.Module):
-    """A block that returns whatever it is told to."""
+    """A block that returns whatever the test wants."""
 
     def __init__(self, returns: object) -> None:
         super().__init__()

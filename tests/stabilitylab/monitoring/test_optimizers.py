@@ -1,4 +1,4 @@
-"""Optimizers other than one of torch's own: several, wrapped, scaled, and what is none."""
+"""Optimizers other than a single one of torch's: several, wrapped, scaled, and objects that are none."""
 
 from __future__ import annotations
 

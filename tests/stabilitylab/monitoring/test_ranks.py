@@ -74,7 +74,7 @@ def fully_sharded(rank: int, out: Path) -> None:
 
 
 def clipped_when_joined(rank: int, out: Path) -> None:
-    """torchtitan's way: the shards' norm is joined between torch's two calls. Measured never: the norm comes of that alone."""
+    """torchtitan's way: it joins the shards' norm between torch's two calls. No step is measured: only these give the norm."""
     torch.manual_seed(0)
     model = GPT()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
@@ -284,7 +284,7 @@ def test_data_parallel_ranks_combine_exactly_and_share_alarms(tmp_path: Path) ->
 
 def test_a_flush_is_one_collective(tmp_path: Path) -> None:
     found = run(counted, tmp_path)
-    # Both sets of probes are new once, and then their manifests and the size are told; known ones are not told again.
+    # Each of the two sets of probes is new once; ranks then exchange its manifest and size, and not again.
     assert {(step, name) for step, name, _ in found if name != "all_gather"} == {
         (0, "all_gather_object"),
         (1, "all_gather_object"),

@@ -1,4 +1,4 @@
-"""Sites far out of their baseline are told once, the first in the order of execution; what all do at once is not."""
+"""The watch reports sites far out of their baseline once, the first in execution order; not what all sites do at once."""
 
 from __future__ import annotations
 

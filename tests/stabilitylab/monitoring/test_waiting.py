@@ -1,7 +1,7 @@
-"""A measured step asks nothing of an accelerator that it would have to wait for.
+"""A measured step does nothing that would make the host wait for an accelerator.
 
-The meta device stands in for one: it has no numbers, so whatever needs one on the host (``item``, ``nonzero``, a mask as an index)
-raises. What would be copied over from the host is caught where it is made.
+The meta device stands in for an accelerator: it holds no numbers, so whatever needs one on the host (``item``, ``nonzero``, a mask
+as an index) raises. The test catches copies from the host where they are made.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ META = torch.device("meta")
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is run on the stand-in, views left out."""
+    """Counts the operations on the stand-in, without views."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

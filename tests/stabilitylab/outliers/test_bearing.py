@@ -1,4 +1,4 @@
-"""Planted outliers are found as what they are, and what a remedy would change is what it changes."""
+"""The scan recognises planted outliers for what they are, and foretells what each remedy changes."""
 
 import json
 import re

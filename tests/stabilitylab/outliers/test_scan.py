@@ -1,4 +1,4 @@
-"""Scans of real small models: planted outliers are found, a stream is the whole, nothing but reading happens."""
+"""Scans of real small models: they find planted outliers, streaming equals the whole, and the model stays as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What no update did is told of the right parameter; what an update did, of none."""
+"""The probe reports changes outside of updates, for the right parameter; it reports no update's own change."""
 
 from __future__ import annotations
 

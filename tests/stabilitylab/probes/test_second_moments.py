@@ -1,4 +1,4 @@
-"""How an optimizer keeps v, found out from one step: rms_t against v written out in float64."""
+"""How an optimizer keeps v, learned from one step: rms_t against v written out in float64."""
 
 from __future__ import annotations
 

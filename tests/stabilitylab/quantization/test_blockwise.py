@@ -1,4 +1,4 @@
-"""A text read one block at a time: a whole run's numbers bit for bit, with one block's quantized layers there at once."""
+"""Reading a text one block at a time: a whole run's numbers bit for bit, with only one block's quantized layers in memory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_outputs_are_those_of_whole_runs(model, windows, inputs):
 
 @pytest.mark.parametrize("filed", [False, True], ids=["made anew", "in files"])
 def test_one_blocks_layers_are_there_at_once(model, windows, inputs, tmp_path, monkeypatch, filed):
-    """Where the twins of a plan lie in files they are read from them the second time, and the loss is the same to the bit."""
+    """Where a plan's quantized layers lie in files, the second reading takes them from there, with the same loss to the bit."""
     schemes = schemes_of(model)
     parted = Twins(model.module, inputs.largest).by_block(schemes, Blockwise(model, windows[0]).paths)
     one_block = max(len(of) for of in parted.values())

@@ -1,4 +1,4 @@
-"""A text model that was moved to an accelerator: scanned, measured and judged there, with the numbers of the CPU."""
+"""A text model on an accelerator: scanning, measuring and verifying it there gives the numbers of the CPU."""
 
 from __future__ import annotations
 

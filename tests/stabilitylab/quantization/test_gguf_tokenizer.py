@@ -1,4 +1,4 @@
-"""What llama.cpp would guess where a file is silent is in the file: checked by gguf's reader, which knows nothing of the writer."""
+"""The file holds what llama.cpp would otherwise guess: gguf's own reader, which knows nothing of the writer, checks it."""
 
 import json
 

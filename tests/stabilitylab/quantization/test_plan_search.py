@@ -1,4 +1,4 @@
-"""Plans: within their budget, verified, never worse than one scheme everywhere, and told from those of other models."""
+"""Plans keep their budget, are verified, are never worse than one scheme everywhere, and fit no other model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""stabilitylab quantize: a plan made, shown, applied and opened again; everything that can be wrong with what it is given."""
+"""stabilitylab quantize makes, shows, applies and reopens a plan; every kind of wrong input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts and tokenizers that a plan does not fit."""
+"""Refusals of texts and tokenizers that do not fit a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that ask for the format of a weight that is quantized; formats of what is not, in 16 bits."""
+"""Models that ask a quantized weight for its format; formats of unquantized tensors in 16 bits."""
 
 from __future__ import annotations
 

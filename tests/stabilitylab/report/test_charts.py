@@ -1,4 +1,4 @@
-"""Charts: no extreme is lost, odd values can be drawn, nothing that a run is called reaches the network or the script."""
+"""Charts lose no extreme, can draw odd values, and let no name of a run reach the network or the script."""
 
 from __future__ import annotations
 

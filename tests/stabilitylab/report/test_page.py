@@ -1,4 +1,4 @@
-"""Pages: what happened is told, nothing from a run executed, and looked at in a real browser."""
+"""Pages tell what happened, execute nothing from a run, and look right in a real browser."""
 
 from __future__ import annotations
 

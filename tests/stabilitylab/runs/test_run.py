@@ -1,4 +1,4 @@
-"""A run read back: against the naive reading of the samples it was written from, and with everything that can be wrong."""
+"""Reading a run back, against a naive reading of the samples that made it, and with everything that can be wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ParquetSink and what is read back from it, against the naive rule: replay every write in order, drop what is rewound."""
+"""ParquetSink and reading it back, against the naive rule: replay every write in order, drop what a rewind takes back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dashboard's pictures: drawn beside the run, by a process that may fail."""
+"""The dashboard's pictures: a process that may fail draws them beside the run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Sinks to trackers: what is sent, how seldom, what a failing or hanging tracker costs; and the real libraries, where they are.
+"""Sinks to trackers: what they send, how seldom, what a failing or hanging tracker costs; and the real libraries, where installed.
 
-The real ones are not among the packages that tests are run with by default: pip install 'stabilitylab[trackers]'.
+The default packages for tests do not include the real ones: pip install 'stabilitylab[trackers]'.
 """
 
 import contextlib
@@ -142,7 +142,7 @@ def test_a_failing_tracker_is_said_once_loses_nothing_and_costs_no_time(caplog):
 
 
 def test_an_alert_that_could_not_be_sent_is_sent_again():
-    """A tracker that is away for a while is away just then often enough: the spike has to be told when it is back."""
+    """A tracker may be away just when a spike comes: the sink sends the alert once it is back."""
     sink = Kept(seconds=0.02, pictures=False)
     sink.broken = True
     with contextlib.suppress(RuntimeError):

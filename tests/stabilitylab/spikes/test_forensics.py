@@ -1,4 +1,4 @@
-"""A planted cause must be named: a small real transformer is trained under the monitor, and one thing is done to it."""
+"""Forensics names planted causes: a small real transformer trains under the monitor, and the test does one thing to it."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Kinds of curves that a detector was once seen to fail at, each with what is right for it."""
+"""Kinds of curves at which a detector once failed, each with the right answer."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Precision, recall and lead of precursors, on runs whose alarms and episodes are laid down by hand."""
+"""Precision, recall and lead of precursors, on runs with alarms and episodes written by hand."""
 
 import json
 

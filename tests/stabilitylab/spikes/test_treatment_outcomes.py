@@ -1,4 +1,4 @@
-"""What came of responses and forks, counted from what runs recorded."""
+"""Outcomes of responses and forks, counted from what runs recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of several ranks put together: data-parallel, tensor-parallel, and both."""
+"""Merging the numbers of several ranks: data-parallel, tensor-parallel, and both."""
 
 from __future__ import annotations
 

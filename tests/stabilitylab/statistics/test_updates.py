@@ -1,4 +1,4 @@
-"""The sample of a parameter: what it looks at."""
+"""The sample of a parameter: which elements it takes."""
 
 from __future__ import annotations
 

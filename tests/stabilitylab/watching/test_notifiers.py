@@ -1,4 +1,4 @@
-"""Who else is told: against a real server that answers, fails, hangs and sends elsewhere; and real programs."""
+"""Notifiers against a real server that answers, fails, hangs and redirects, and against real programs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a watch says of logs that grow, turn over and are written anew: each thing once, at its value."""
+"""What a watch says about logs that grow, rotate and are rewritten: each finding once, at its value."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The command as people and schedulers run it: exit codes, kills, hooks, a terminal."""
+"""The command as users and schedulers run it: exit codes, kills, hooks, a terminal."""
 
 import json
 import os

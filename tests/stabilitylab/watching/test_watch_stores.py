@@ -1,4 +1,4 @@
-"""What a watch says of what does not grow by lines: documents, TensorBoard, databases of trackers, run folders."""
+"""What a watch says about logs that do not grow by lines: documents, TensorBoard, trackers' databases, run folders."""
 
 import json
 import sqlite3
