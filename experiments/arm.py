@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments.verdicts import Claim
 
-# Every run of a suite ends with its loss on so many rows outside training.
+# Every run of a suite ends with its loss on this many rows outside training.
 HELDOUT_ROWS = "64"
 
 

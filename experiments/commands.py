@@ -30,7 +30,7 @@ from experiments.verdicts import effect_words, evidence_words, record, seeds_wor
 from experiments.worker import keep_freed_memory
 from stabilitylab.errors import InputError
 
-# From so many columns on an effect and its interval fit one line.
+# From this many columns on an effect and its interval fit one line.
 WIDE = 110
 # TensorBoard's own limit.
 MOST_TICKED = 40

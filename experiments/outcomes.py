@@ -13,7 +13,7 @@ exploding run costs no more than one that learns nothing.
 1958), with its 95 % interval on the log-log scale (Borgan and Liestol 1990), both SciPy's.
 
 **Harm of a spike**: fork a run before an excursion that recovers, and withhold in the fork the updates that made it; the harm is
-how much higher the run's held-out loss is, so many steps after (``spike_harm`` in the suites).
+how much higher the run's held-out loss is, a number of steps after (``spike_harm`` in the suites).
 """
 
 from __future__ import annotations

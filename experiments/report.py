@@ -27,9 +27,9 @@ from stabilitylab.runs import Run
 
 TONE = {"supported": "good", "against": "bad", "equivalent": "even", "undecided": "open"}
 MOST_BROKEN = 40
-# The report shows layers of so many runs: one per arm, at the lowest rate.
+# The report shows the layers of at most this many runs: one per arm, at the lowest rate.
 MOST_LOOKED_INTO = 8
-# Up to so many seeds a cell of the metrics shows each value, beyond that the lowest and the highest.
+# Up to this many seeds a cell of the metrics shows each value, beyond that the lowest and the highest.
 FEW = 4
 COUNTED = "counted"
 NBSP = "\N{NO-BREAK SPACE}"

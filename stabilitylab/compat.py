@@ -160,7 +160,7 @@ def trace_again(codes: Iterable[CodeType | None]) -> None:
 
 
 def allow_graphs(count: int) -> None:
-    """Let torch compile a function so many times: one graph per module that it belongs to."""
+    """Let torch compile a function this many times: one graph per module that it belongs to."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, count)
 

@@ -36,12 +36,12 @@ from stabilitylab.telemetry import LOSS, Event
 
 # Steps that a monitor sees before the planted one and after it; the run's end; the twin's steps with plants.
 SEEN, AFTER, TAIL, PLACES = 26, 16, 44, (80, 84, 88, 92)
-# Forks begin so many steps before the onset, keep states from twice as far, and watch for so many.
+# Forks begin this many steps before the onset, keep states from twice as far, and watch for this many.
 BEFORE, KEPT, WATCHED, LATE = 6, 14, 10, 10
 MADE, AROUND = 0.4, 24
 # Watch emergent recipes up to there.
 LAST = 96
-# Measure harm so many steps after the planted one.
+# Measure harm this many steps after the planted one.
 HORIZONS = (10, 40)
 _FOUR_BITS = scaled_format("nvfp4")
 _NEAR = (

@@ -76,7 +76,7 @@ class Build:
         self.loss = float("nan")
 
     def turn(self, steps: int) -> list[float]:
-        """Processor seconds of so many steps."""
+        """Processor seconds of this many steps."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()

@@ -121,7 +121,7 @@ def agreement(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def layouts(settings: Settings, heads: int) -> list[Layout]:
-    """Every topology of so many processes that the rows and the heads allow."""
+    """Every topology of this many processes that the rows and the heads allow."""
     n = settings.ranks
     found = []
     for tensor in (t for t in range(1, n + 1) if n % t == 0 and heads % t == 0):

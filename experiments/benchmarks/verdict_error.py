@@ -3,8 +3,8 @@
 *False*: two arms without a difference get seeds one by one until a verdict comes or the runs end. Per kind of data and design it is
 the share of trials that end in "supported" or "against"; the guarantee is 5 % at most, however long one looks. *Family*: ten such
 claims at once, their verdicts by Holm; the share of families with any false one. *Equivalent*: arms that differ by exactly the
-margin; the share called equivalent. *Power*: arms that differ by the effect that ``decide`` calls detectable with so many runs; the
-share found, 80 % or more if that is true.
+margin; the share called equivalent. *Power*: arms that differ by the effect that ``decide`` calls detectable with that many runs;
+the share found, 80 % or more if that is true.
 
     gaussian, heavy (Student's t of 2 degrees), skewed (log-normal, sd of the log 2), counts (Poisson of mean 2, and of 40),
     yes or no (rate .4), censored (30 % of the runs died), dies late (after the sixth run 30 % died),

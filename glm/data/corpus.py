@@ -21,7 +21,7 @@ from glm.data.tasks import TaskExample, TaskWriter
 from glm.errors import InputError
 
 TASKS_PER_SERVICE = 24
-# A corpus cut short has fewer tasks too: per service one for each so many characters, but at least 4.
+# A corpus cut short has fewer tasks too: one per service for every ``CHARACTERS_PER_TASK``, but at least 4.
 CHARACTERS_PER_TASK = 2_000_000
 FORMAT = 2
 
@@ -36,7 +36,7 @@ class Source:
     Attributes:
         name: for messages.
         items: opens the stream.
-        characters: take so many at most; None: all.
+        characters: take at most this many; None: all.
     """
 
     name: str
@@ -52,7 +52,7 @@ def build_corpus(
     Args:
         sources: text files or folders of them; none: the default corpus.
         out: the folder.
-        max_characters: stop after about so many.
+        max_characters: stop after about this many.
         tasks: .jsonl files, each with its template beside it.
 
     Raises:

@@ -20,7 +20,7 @@ from glm.data.shards import Shard
 Ints = NDArray[np.int64]
 
 _EPOCH = 1_000_003
-_MOST_HELD = 1 << 20  # hold the order of an epoch's blocks in memory up to so many
+_MOST_HELD = 1 << 20  # hold the order of an epoch's blocks in memory up to this many
 _SHIFT = 1  # the draw of an epoch's shift
 
 

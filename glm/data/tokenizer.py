@@ -26,7 +26,7 @@ from glm.errors import InputError
 
 SMALLEST = 300  # bytes, special tokens and the alphabet must fit
 BYTES_AND_SPECIAL = 263
-ROOMY = 4096  # from so many pieces on, an alphabet of Chinese leaves enough for words
+ROOMY = 4096  # from this many pieces on, an alphabet of Chinese leaves enough for words
 SENTENCE = 1024
 
 

@@ -26,7 +26,7 @@ _SENTENCES = {
     "en": re.compile(r"(?P<before>[A-Z][^.!?\n]{30,240})(?P<word> [A-Za-z]{3,})[.!?](?=\s|$)"),
     "zh": re.compile(r"(?P<before>[^。！？\n]{10,100})(?P<word>[\u4e00-\u9fff]{2})[。！？]"),
 }
-# Sentences come from so many documents of a language, spread over all of it.
+# Sentences come from this many documents of a language, spread over all of them.
 _DOCUMENTS = 2000
 
 

@@ -40,11 +40,11 @@ class DecodingConfig:
 
     Attributes:
         method: "greedy", "top-p" or "beam".
-        tokens: at most so many for each blank.
+        tokens: generate at most this many for each blank.
         temperature: divides the logits (top-p).
         top_p: probability that the candidates reach together (top-p).
-        top_k: at most so many candidates; 0: no bound (top-p).
-        seed: of the draws (top-p).
+        top_k: draw from at most this many candidates; 0: no bound (top-p).
+        seed: seed of the draws (top-p).
         beams: W (beam).
         length_penalty: alpha (beam).
     """

@@ -42,7 +42,7 @@ class PromptRow:
     Attributes:
         tokens: token numbers.
         positions: (position, place in the span) of each.
-        context: every token sees so many at the beginning.
+        context: number of tokens at the beginning that every token sees.
     """
 
     tokens: tuple[int, ...]

@@ -68,7 +68,7 @@ def collective_seconds(sent: float, ranks: int, rate: float, count: int = 1) -> 
 
 
 def ring_start(cluster: Cluster, ranks: int, stride: int) -> float:
-    """Seconds that an all-gather or reduce-scatter of so many GPUs takes beside its bytes: a step from each to the next."""
+    """Seconds that an all-gather or reduce-scatter of this many GPUs takes beside its bytes: a step from each to the next."""
     members = max(1, min(ranks, cluster.per_node // stride))
     between = math.ceil(ranks / members) - 1
     return RING_START + between * RING_STEP_NETWORK + (ranks - 1 - between) * RING_STEP

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Up to so many elements, tensors are counted together.
+# Up to this many elements, tensors are counted together.
 SMALL = 1 << 16
 
 

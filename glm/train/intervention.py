@@ -6,7 +6,7 @@ checkpoints save it, and the loop applies it on top of the schedules:
     learning rate   x rate_factor
     EGS alpha       min(schedule, alpha)
     clipping bound  min(configured, clip)
-    data position   jumps ahead by so many batches at a given step
+    data position   jumps ahead by a number of batches at a given step
     updates         not made to some parameters, up to a given step
 
 Sources: OPT-175B lowered its rate and clip bound by hand (2205.01068, section 2.5); GLM-130B lowered alpha; PaLM went back about

@@ -76,7 +76,7 @@ def threads_of(run: Run) -> int | None:
 
 @contextlib.contextmanager
 def threads(number: int | None) -> Iterator[None]:
-    """Compute with so many threads; None: leave torch's number."""
+    """Compute with this many threads; None: leave torch's number."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)

@@ -20,7 +20,7 @@ from stabilitylab.attribution.without import Without
 from stabilitylab.model_structure import parameter_groups
 
 Ask = Callable[[Sequence[Without]], list[Fork | None]]
-# Try so many of the sites that stand out each by itself; so many rows of a batch and of a table.
+# Try this many of the sites that stand out, each by itself, and this many rows of a batch and of a table.
 SINGLES, ROWS, TABLE_ROWS = 6, 3, 32
 _STEPS = (1, 2, 4)
 _BEYOND = 1e30

@@ -26,7 +26,7 @@ def smallest(
         members: a set for which the test holds.
         holds: for each of several subsets whether the test holds; it may stop answering (all False) when time is up, and
             ``smallest`` returns the smallest set so far.
-        finest: partitions have at most so many parts. Where the test needs members of all parts the search ends there, instead of
+        finest: partitions have at most this many parts. Where the test needs members of all parts the search ends there, instead of
             after the square of their number; it finds a set of fewer members than parts all the same.
     """
     found, parts = tuple(members), 2

@@ -115,7 +115,7 @@ class _Card:
         self.figure.text(*place, words, ha=ha, va=va, fontsize=size, parse_math=False)
 
     def paste(self, pixels: NDArray[np.float64], left: int, bottom: int, size: tuple[int, int]) -> None:
-        """Cells [rows, columns, 3], the lowest row first, stretched over so many pixels."""
+        """Cells [rows, columns, 3], the lowest row first, stretched over this many pixels."""
         rows = np.arange(size[1]) * pixels.shape[0] // size[1]
         columns = np.arange(size[0]) * pixels.shape[1] // size[0]
         self.figure.figimage(pixels[rows][:, columns], left, bottom, origin="lower")

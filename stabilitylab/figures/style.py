@@ -88,7 +88,7 @@ def legend(figure: Figure, axes: Axes, *, columns: int) -> None:
 
 
 def shortened(names: Sequence[str], most: int) -> list[str]:
-    """Names of at most so many letters, cut in the middle; those that would be alike are numbered."""
+    """Names of at most this many letters, cut in the middle; those that would be alike are numbered."""
     cut = [
         name if len(name) <= most else f"{name[: most // 2 - 1]} … {name[-(most - most // 2 - 2) :]}"
         for name in names

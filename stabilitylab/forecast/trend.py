@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-# A fit takes so many measurements at least, and its past reaches back to this share of the last step.
+# A fit takes this many measurements at least, and its past reaches back to this share of the last step.
 FEWEST, PAST = 4, 0.25
 COVERED = 0.9
 _FLOOR = 1e-12

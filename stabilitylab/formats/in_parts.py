@@ -23,8 +23,8 @@ from stabilitylab.formats.scaled import (
 )
 from stabilitylab.formats.searched import quantize_searched
 
-_WHOLE = 1 << 25  # matrices of up to so many numbers are rounded whole; larger ones
-_AT_ONCE = 1 << 20  # in parts of so many numbers
+_WHOLE = 1 << 25  # matrices of up to this many numbers are rounded whole; larger ones
+_AT_ONCE = 1 << 20  # in parts of this many numbers
 
 
 def row_parts(rows: int, columns: int, format: ScaledFormat) -> Iterator[slice]:

@@ -52,7 +52,7 @@ _LINE_END = re.compile(rb"[\r\n]")
 _ABOVE = 2048  # bytes before a record that are searched for a counter
 # Pieces that may come before the first record of a known trainer, if some line names a loss meanwhile.
 _PREFACE = 4
-# A file has a format when so many of its lines are records.
+# A file has a format when this many of its lines are records.
 _ENOUGH = 3
 # A trigger that hits so often without a record is a word of another format.
 _HITS = 4_000

@@ -19,7 +19,7 @@ _GROUPS = (
         Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ),
 )
-# A number takes at least so many bits in any file, so that small files need no counting of their numbers.
+# A number takes at least this many bits in any file, so that small files need no counting of their numbers.
 _LEAST_BITS = 1.5
 
 
@@ -41,7 +41,7 @@ def available_memory() -> int | None:
 
 
 def surely_fits(size: int, dtype: torch.dtype) -> bool:
-    """Whether a weights file of so many bytes fits, however few bits its numbers have."""
+    """Whether a weights file of this many bytes fits, however few bits its numbers have."""
     there = available_memory()
     return there is None or size * 8 / _LEAST_BITS * dtype.itemsize <= there
 

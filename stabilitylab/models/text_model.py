@@ -105,7 +105,7 @@ class TextModel:
         Args:
             text: a UTF-8 file, or strings that follow each other.
             length: tokens a window; by default 512, or fewer where the model takes fewer.
-            limit_tokens: stop after so many tokens.
+            limit_tokens: stop after this many tokens.
 
         Raises:
             InputError: the text gives no tokens, or the length is more than the model takes.

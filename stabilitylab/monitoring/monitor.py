@@ -96,8 +96,8 @@ class Monitor:
         scattered: globs of parameters of which every element is on one rank only, whatever else the rank is (ZeRO): the monitor
             adds sums over all ranks.
         shard: the part of ``sharded`` tensors that this process holds: its tensor-parallel rank; by default its rank.
-        recorder: with ``out``: measure every step, hold the last so many in memory, and write them in full when an alarm begins;
-            without an alarm it writes only what ``every`` asks for. 0: off.
+        recorder: with ``out``: measure every step, hold this many of the last steps in memory, and write them in full when an
+            alarm begins; without an alarm the monitor writes only what ``every`` asks for. 0: off.
 
     Raises:
         InputError: an argument is none of these. The monitor then leaves no hook, no thread, no claim behind.

@@ -31,7 +31,7 @@ class RunOutput:
     Args:
         out: a path, which ``RunOutput`` claims, or a ``RunFolder`` that the caller has claimed.
         tensorboard: whether to write TensorBoard files beside the Parquet ones.
-        recorder: hold the last so many steps in full resolution for an alarm; 0: off.
+        recorder: hold this many of the last steps in full resolution for an alarm; 0: off.
         schedule: says what to write without an alarm.
         model: the run records its structure.
     """

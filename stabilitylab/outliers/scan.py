@@ -159,7 +159,7 @@ def scan_outliers(
     Args:
         text: a UTF-8 file, or strings.
         length: tokens a window.
-        tokens: read at most so many.
+        tokens: read at most this many.
         progress: called after every window with the number of tokens read so far.
 
     Raises:

@@ -14,7 +14,7 @@ def share(found: MarkedShare) -> str:
 
 
 def fraction(value: float) -> str:
-    """A share in percent, and one below 0.01 % as one in so many."""
+    """A share in percent, and one below 0.01 % as one in N."""
     if value == 0:
         return "none"
     if value == 1:

@@ -33,8 +33,8 @@ from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.stored import StoredWeight, joined, quantize_weight
 
 Method = Literal["gptq", "gptqo", "awq"]
-_WHOLE = 1 << 25  # weights of up to so many numbers are rounded whole; larger ones
-_AT_ONCE = 1 << 22  # in parts of so many numbers, of which a dozen fp32 copies come and go
+_WHOLE = 1 << 25  # weights of up to this many numbers are rounded whole; larger ones
+_AT_ONCE = 1 << 22  # in parts of this many numbers, of which a dozen fp32 copies come and go
 METHODS: tuple[Method, ...] = ("gptq", "gptqo", "awq")
 
 

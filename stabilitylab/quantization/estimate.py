@@ -47,7 +47,7 @@ from stabilitylab.quantization.schemes import LinearScheme
 from stabilitylab.quantization.sensitivity import Effect, LayerSensitivity
 
 DRAWS = 16
-_STEADY_DRAWS = 4  # a sum over so many tokens needs no more
+_STEADY_DRAWS = 4  # a sum over this many tokens needs no more
 _STEADY = 16  # squares that the steady sum is worth
 
 

@@ -68,7 +68,7 @@ class CacheFormat:
         return symmetric(values_BHTD, self.bits) if self.keys == "head" else affine(values_BHTD, self.bits)
 
     def nbytes(self, tokens: int, heads: int, channels: int, of_values: int | None = None) -> int:
-        """Bytes of keys and values of one layer, scales included, at a context of so many tokens.
+        """Bytes of keys and values of one layer, scales included, at a context of this many tokens.
 
         Args:
             tokens, heads: how many.
@@ -292,7 +292,7 @@ def mean_over_windows(increases: Sequence[float], counts: Sequence[int]) -> tupl
 
 
 def cheapest_harm(costs: dict[str, CacheCost], limit: float) -> str | None:
-    """The format of least loss within so many bytes, the smaller of equals; None where none fits."""
+    """The format of least loss within this many bytes, the smaller of equals; None where none fits."""
     within = {name: cost for name, cost in costs.items() if cost.bytes <= limit}
     return min(within, key=lambda name: (within[name].loss, within[name].bytes), default=None)
 

@@ -62,7 +62,7 @@ def measure_latencies(
         largest: path -> max|x| of each input channel.
         schemes: to time.
         batches: numbers of rows.
-        rounds: the median is over so many, after one that warms up.
+        rounds: the median is over this many, after one that warms up.
     """
     found: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
     for shape, (path, rows) in samples.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stabilitylab.models import TextModel, Window, linear_weight
 from stabilitylab.models.pieces import Pieces
 
-# A channel counts as an outlier if it reaches so many times the layer's median channel.
+# A channel counts as an outlier if it reaches this many times the layer's median channel.
 OUTLIER_RATIO = 10.0
 
 

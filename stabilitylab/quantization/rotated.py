@@ -63,7 +63,7 @@ def rotated_weight(weight: Tensor, name: str) -> Tensor:
 
 
 def signs_for(columns: int, name: str) -> Tensor:
-    """The signs of the rotation of so many columns. Raises InputError where no block of at least 2 divides them."""
+    """The signs of the rotation of this many columns. Raises InputError where no block of at least 2 divides them."""
     size = min(columns & -columns, _LARGEST)
     if size < 2:
         raise InputError(f"{name} has {columns} columns, an odd number, which no Hadamard matrix rotates")

@@ -45,7 +45,7 @@ class Scheme:
 
     Attributes:
         bits: of a weight, 8 or 4.
-        share: which weights share a scale: "tensor" all, "row" those of an output channel, a number so many columns of a row.
+        share: which weights share a scale: "tensor" all, "row" those of an output channel, a number that many columns of a row.
         activations: what shares a scale among the activations; None leaves them as they are.
         threshold: activation channels that reach it stay as they are (LLM.int8()); None quantizes all.
         smooth: exponent with which SmoothQuant moves activation range into the weights; None moves none.

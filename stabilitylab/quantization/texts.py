@@ -16,7 +16,7 @@ from stabilitylab.models.text import read_text
 
 # Letters, digits, marks, spaces and other scripts: two tokenizers that cut all of it alike are one.
 _SAMPLE = "The quick brown fox, 1984-2026: x += 3.14159; 'naïve' Größe\n\tдва слова 你好世界 مرحبا\n" * 2
-_WORDS = 8000  # a vocabulary of so many holds words; smaller ones may be of characters
+_WORDS = 8000  # a vocabulary of this many holds words; smaller ones may be of characters
 _BYTES = 2.5  # English and Chinese alike take 3.5 to 4.5 bytes a token with a tokenizer made for them
 _APART = 1.0  # nats between two texts
 

@@ -273,7 +273,7 @@ class Baseline:
         self.lower_tail = min(MOST_TAIL, max(1.0, self.lower_tail * TAIL_DECAY * TAIL_STEP**runs))
 
     def exceeded(self, values: int) -> None:
-        """Learn the tail from so many values over the band that turned out to be no excursion of the run's state."""
+        """Learn the tail from this many values over the band that turned out to be no excursion of the run's state."""
         if values:
             self.tail = min(MOST_TAIL, self.tail * TAIL_STEP**values)
 

@@ -61,7 +61,7 @@ class Reasons:
             self.latest[name] = value
 
     def before(self, onset: int, within: int) -> dict[str, Any]:
-        """What changed within so many steps before ``onset``: ``reason`` as a sentence, and the rate's factor."""
+        """What changed within this many steps before ``onset``: ``reason`` as a sentence, and the rate's factor."""
         found = {n: c for n, c in self.changes.items() if 0 <= onset - c[0] <= within}
         if not found:
             return {}

@@ -116,7 +116,7 @@ class Decision:
         alpha: EGS's alpha from here on.
         clip: bound of the gradient norm from here on.
         back_to: continue from the state before this step (or an older one, if that is not kept).
-        skip_batches: leave so many batches out from ``back_to`` on.
+        skip_batches: leave this many batches out from ``back_to`` on.
         reason: the data and kind of the event that led to it.
         used: decisions so far, this one included.
     """

@@ -136,7 +136,7 @@ def of_event(event: Event, *, path: str, segment: str, piece: int, columns: Mapp
 
 
 def of_silence(path: str, values: int, seconds: int, step: int, problem: str | None, is_lost: bool) -> Alert:
-    """The alert for no value in so many seconds; ``values`` came before, the last of ``step`` (-1: none). ``is_lost``: nobody
+    """The alert for no value for this many seconds; ``values`` came before, the last of ``step`` (-1: none). ``is_lost``: nobody
     writes."""
     rule = "run-lost" if is_lost else "silent"
     said = f"{rule}: no value{'' if values else ' yet'}" + (f" ({plain(problem)})" if problem else "")

@@ -192,7 +192,7 @@ class _Stop:
         self.asked = False
 
     def wait(self, seconds: float) -> None:
-        """Return after so many seconds, or soon after a signal."""
+        """Return after this many seconds, or soon after a signal."""
         until = time.monotonic() + seconds
         while not self.asked and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))

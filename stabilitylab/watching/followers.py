@@ -28,7 +28,7 @@ from stabilitylab.telemetry import Event
 from stabilitylab.watching.tail import Tail
 
 BATCH = 50_000
-# The watch examines a text first taken for "any trainer's" again until it has given so many rows.
+# The watch examines a text first taken for "any trainer's" again until it has given this many rows.
 _PROBATION = 20
 
 

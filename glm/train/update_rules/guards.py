@@ -87,7 +87,7 @@ def clip_spikes(gradients: list[Tensor], second: list[Tensor]) -> None:
 
 
 def rate_after_reset(updates: int) -> float:
-    """SPAM's factor on the rate, so many updates after a reset."""
+    """SPAM's factor on the rate, this many updates after a reset."""
     if updates >= SPAM_WARMUP:
         return 1.0
     return 1 - 0.99 * 0.5 * (1 + math.cos(math.pi * updates / SPAM_WARMUP))

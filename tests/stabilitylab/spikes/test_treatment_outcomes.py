@@ -20,7 +20,7 @@ AT = 100
 
 
 def run_with(folder: Path, *events: Event, steps: int = 300) -> RunFolder:
-    """A run of so many steps in which that happened; its losses say nothing of it."""
+    """A run of this many steps with these events; its losses do not show them."""
     with Monitor(nn.Linear(2, 2), out=folder, probes=[], detector=None, tensorboard=False) as monitor:
         for step in range(steps):
             monitor.step(step, loss=2.0)
