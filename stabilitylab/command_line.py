@@ -47,17 +47,19 @@ def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Se
     is_whole_process = words is None
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
-        print(f"usage: {program} COMMAND ...; each takes --help\n")
-        width = max(map(len, commands)) + 1
-        print("\n".join(f"  {name:{width}} {summary}" for name, (_, summary) in commands.items()))
-        return 0
+        return run_command(lambda: print(_usage(program, commands)))
     if words[0] == "--version":
         # Both programs belong to one distribution.
-        print(f"{program} {__version__}")
-        return 0
+        return run_command(lambda: print(f"{program} {__version__}"))
     sleep_while_waiting()
     importing = imports_uncollected if is_whole_process else contextlib.nullcontext
     return run_command(lambda: _command(program, commands, words[0], words[1:], importing))
+
+
+def _usage(program: str, commands: Mapping[str, tuple[str, str]]) -> str:
+    width = max(map(len, commands)) + 1
+    lines = (f"  {name:{width}} {summary}" for name, (_, summary) in commands.items())
+    return "\n".join([f"usage: {program} COMMAND ...; each takes --help\n", *lines])
 
 
 @contextlib.contextmanager

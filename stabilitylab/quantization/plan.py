@@ -20,6 +20,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.quantization.latency import KEPT
 from stabilitylab.quantization.rounded import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
+from stabilitylab.whole_file import whole_file
 
 _FORMAT = "stabilitylab-quantization-plan"
 _VERSION = 1
@@ -191,12 +192,8 @@ class QuantizationPlan:
         data = dataclasses.asdict(self)
         data["rounded"] = None if self.rounded is None else Path(self.rounded).name
         text = json.dumps({"format": _FORMAT, "version": _VERSION, **data}, indent=1)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            file.write_text(text + "\n", encoding="utf-8")
 
 
 def load_plan(path: Path) -> QuantizationPlan:

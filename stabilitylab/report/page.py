@@ -7,10 +7,8 @@ Figures are inline SVG, or PNG where a map has so many cells that SVG would be l
 from __future__ import annotations
 
 import base64
-import errno
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +18,8 @@ import jinja2
 from markupsafe import Markup
 
 from stabilitylab.charts.look import DARK, LIGHT, Chart, library
-from stabilitylab.errors import InputError
 from stabilitylab.figures.palette import ALARM, COLOURS, INK
+from stabilitylab.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -137,30 +135,11 @@ class Page:
     def write(self, path: Path) -> Path:
         """Write the page under its name only when it is whole, and return its path.
 
-        Raises InputError where the folder may not be written; a full disk is an OSError that names the file.
+        Raises what ``whole_file`` raises.
         """
         text = self.html()
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            try:
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
-        except OSError as error:
-            if error.errno in (
-                errno.EACCES,
-                errno.EPERM,
-                errno.EROFS,
-                errno.ENOENT,
-                errno.ENOTDIR,
-                errno.EISDIR,
-            ):
-                raise InputError(
-                    f"cannot write {path}: {os.strerror(error.errno)}; choose another place"
-                ) from None
-            error.filename = str(path)
-            raise
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
         return path
 
 

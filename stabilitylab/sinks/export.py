@@ -27,6 +27,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.runs.parts import SCHEMA, list_parts, read_rows, step_limits
 from stabilitylab.telemetry import SCALAR
+from stabilitylab.whole_file import whole_file
 
 PLAIN = pa.schema([(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in SCHEMA])
 
@@ -59,7 +60,9 @@ def export(
         name for name, wanted in (("csv", csv), ("parquet", parquet), ("tensorboard", tensorboard)) if wanted
     ]
     if len(kinds) != 1:
-        raise InputError("export writes one kind at a time: give --csv, --parquet or --tensorboard")
+        raise InputError(
+            "export writes one kind at a time: give --csv, --parquet or --tensorboard; --wide goes with the first two"
+        )
     if wide and tensorboard:
         raise InputError("--wide is a shape of tables: leave it out with --tensorboard")
     tables, near = _tables(run, loss)
@@ -67,14 +70,11 @@ def export(
     if not target.parent.is_dir():
         raise InputError(f"--out {target}: there is no folder {target.parent}")
     chosen = _chosen(tables, only)
-    try:
-        count = (
-            _into_tensorboard(chosen, target)
-            if tensorboard
-            else _into_table(_wide(chosen) if wide else chosen, target, is_csv=csv)
-        )
-    except PermissionError as error:
-        raise InputError(f"--out {target} cannot be written: {error.strerror}") from None
+    count = (
+        _into_tensorboard(chosen, target)
+        if tensorboard
+        else _into_table(_wide(chosen) if wide else chosen, target, is_csv=csv)
+    )
     if not count:
         raise InputError(f"{run} holds nothing that --only {only!r} matches")
     print(f"{target}: {count:,} {'rows' if not tensorboard else 'values'}")
@@ -158,25 +158,20 @@ def _wide(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _into_table(tables: Iterator[pa.Table], target: Path, *, is_csv: bool) -> int:
-    """Write under another name first: a whole file replaces an existing one, or nothing does."""
     first = next(tables, None)
     if first is None:
         return 0
-    count, fresh = 0, target.with_name(target.name + ".tmp")
-    open_writer: Callable[[], pyarrow.csv.CSVWriter | pq.ParquetWriter] = (
-        (lambda: pyarrow.csv.CSVWriter(str(fresh), first.schema))
-        if is_csv
-        else (lambda: pq.ParquetWriter(str(fresh), first.schema, compression="zstd"))
-    )
-    try:
+    count = 0
+    with whole_file(target) as file:
+        open_writer: Callable[[], pyarrow.csv.CSVWriter | pq.ParquetWriter] = (
+            (lambda: pyarrow.csv.CSVWriter(str(file), first.schema))
+            if is_csv
+            else (lambda: pq.ParquetWriter(str(file), first.schema, compression="zstd"))
+        )
         with open_writer() as writer:
             for table in itertools.chain([first], tables):
                 writer.write_table(table)
                 count += len(table)
-        fresh.replace(target)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
     return count
 
 

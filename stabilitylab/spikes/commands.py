@@ -21,6 +21,7 @@ from stabilitylab.logs.recognise import open_logs
 from stabilitylab.logs.source import remove_temporary
 from stabilitylab.spikes.episodes import KINDS, Episode
 from stabilitylab.spikes.log_scan import Scan, scan_log
+from stabilitylab.whole_file import whole_file
 
 
 def spikes(
@@ -138,10 +139,9 @@ def precursors(runs: Annotated[Path, tyro.conf.Positional], *, json: bool = Fals
 def _write_picture(scan: Scan, log: Log, plot: Path) -> None:
     from stabilitylab.spikes.picture import draw
 
-    try:
-        draw(scan, log.path.name).savefig(plot, dpi=150)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise InputError(f"--plot {plot} cannot be written: {error.strerror}") from None
+    picture = draw(scan, log.path.name)
+    with whole_file(plot) as file:
+        picture.savefig(file, dpi=150, format=plot.suffix[1:].lower())
 
 
 def _show(scan: Scan, log: Log) -> None:

@@ -142,7 +142,7 @@ def test_table_and_picture(tmp_path, capsys, curve):
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="must end in"):
         spikes((path,), plot=tmp_path / "log.bmp")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="No such file or directory; choose another place"):
         spikes((path,), plot=tmp_path / "nowhere" / "log.png")
 
 
