@@ -1,4 +1,4 @@
-"""The suites' text is made once; where it stands nothing is started and nothing said."""
+"""Suites make their text once; where it exists they start nothing and say nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark's own judgement: which module was told, and what counts as right or next to it."""
+"""The benchmark's own judgement: which module a diagnosis names, and what counts as right or as a neighbour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics of experiments, from run folders whose numbers are known."""
+"""The metrics of experiments, from run folders with known numbers."""
 
 from __future__ import annotations
 

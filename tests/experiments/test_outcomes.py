@@ -129,7 +129,7 @@ def test_a_recovered_spike_is_found_and_others_are_not():
 
 
 def test_harm_is_nothing_where_nothing_is_withheld_and_that_of_the_updates_else(data_folder: Path):  # noqa: F811
-    """A fork without a change is the run to the bit; with its updates withheld it is the state that it came from."""
+    """A fork without a change is the run to the bit; with all updates withheld it stays at the state that it came from."""
     small = {"model.layers": "1", "model.hidden": "16", "model.heads": "2", "steps": "60", "batch.rows": "2"}
     arm = STUDY.arms[0]
     cell = dataclasses.replace(STUDY, settings={**STUDY.settings, **small}).cell(arm, 0, data_folder)
@@ -144,7 +144,7 @@ def test_harm_is_nothing_where_nothing_is_withheld_and_that_of_the_updates_else(
 
 
 def test_the_restart_ladders_shift_and_ramp_are_whole_windows_of_the_sampler():
-    """A mixture is drawn window by window: English alone up to the shift, the ramp in steps after it."""
+    """The sampler draws a mixture window by window: English alone up to the shift, the ramp in steps after it."""
     window_at = [(SHIFT * ROWS + part * RAMP * ROWS // 4) for part in range(5)]
     assert SHIFT * ROWS % WINDOW == RAMP * ROWS % WINDOW == 0
     for ramped, shares in ((False, (0.7,) * 4), (True, (0.175, 0.175, 0.525, 0.525))):

@@ -1,4 +1,4 @@
-"""A question's report: frontier and verdicts first, from suites and studies alike; what broke is named; nothing is loaded."""
+"""A question's report: frontier and verdicts first, from suites and studies alike; it names what broke, and loads nothing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ STUDY = Study(
 
 
 def run_at(folder: Path, *, breaks: bool, seed: int) -> None:
-    """60 steps that fall, or 40 of which the last fifteen are not finite and whose cause was found."""
+    """60 steps that fall, or 40 of which the last fifteen are not finite, with a diagnosis of the cause."""
     dice = np.random.default_rng(seed)
     loss = (
         4 + 2 * np.exp(-np.arange(40 if breaks else 60) / 20) + dice.normal(size=40 if breaks else 60) * 0.01

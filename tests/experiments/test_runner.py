@@ -1,4 +1,4 @@
-"""A suite's runs are those of ``glm train`` alone, whatever becomes of the processes they are in; failures are told once."""
+"""A suite's runs are those of ``glm train`` alone, whatever happens to their processes; the runner reports a failure once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TINY = Suite(
 
 
 class Here(Executor):
-    """Runs in this process; breaks under the first ``breaks`` submissions."""
+    """Runs in this process; breaks at each of the first ``breaks`` submissions."""
 
     def __init__(self, breaks: list[int]) -> None:
         self.breaks = breaks

@@ -1,4 +1,4 @@
-"""Trials: the collapse that counts, the frontier, forks, and that a trial is the run that ``glm train`` makes."""
+"""Trials: the collapse that counts, the frontier, forks; a trial is the run that ``glm train`` makes."""
 
 from __future__ import annotations
 

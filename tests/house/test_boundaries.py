@@ -71,7 +71,7 @@ OF_OTHERS = {
 
 
 def test_private_interfaces_of_torch_are_told_in_one_place() -> None:
-    """What stands elsewhere is in the tables of ``compat``, and what is in them stands somewhere."""
+    """The tables of ``compat`` have every private name of torch used elsewhere, and no unused one."""
     told = set(re.findall(r"\b_[A-Za-z]\w*", str(stabilitylab.compat.__doc__)))
     assert {"_C", "_version", "_int_mm"} <= told
     others = {name for names in OF_OTHERS.values() for name in names}

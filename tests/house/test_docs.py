@@ -25,7 +25,7 @@ def test_every_finding_is_told_among_the_surprises() -> None:
 
 
 def test_prose_is_wrapped() -> None:
-    """At 132 columns; a word that is longer, a table, code and a picture are as long as they are."""
+    """At 132 columns, except for longer words, tables, code and pictures."""
     whole = re.compile(r"```.*?```|^(?: {4}|\||!\[|:::).*?$", re.S | re.M)
     for page in (
         *PAGES,
@@ -79,7 +79,7 @@ HEADINGS = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
 
 
 def changelog_faults(text: str) -> list[str]:
-    """Headings of a changelog's releases that are none of the standard ones, twice there, or out of order."""
+    """Headings of a changelog's releases that are not standard, stand twice, or are out of order."""
     faults = []
     for release in re.split(r"^## ", text, flags=re.M)[1:]:
         headings = re.findall(r"^#{3,} (.*)", release, flags=re.M)

@@ -1,4 +1,4 @@
-"""A small run of ``glm train`` on text in two languages with tasks of a user's, and a tokenizer of ten tokens."""
+"""A small run of ``glm train`` on text in two languages with a user's tasks, and a tokenizer of ten tokens."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(task_data, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def causal_run(task_data, tmp_path_factory):
-    """The same of next tokens, with learned positions."""
+    """The same with next-token prediction and learned positions."""
     return train(task_data, tmp_path_factory.mktemp("runs") / "causal", "gpt3-like")
 
 

@@ -119,7 +119,7 @@ def test_a_wide_beam_finds_the_best_of_all_texts(seed, penalty):
 
 
 def nucleus(probabilities, p):
-    """The smallest set of tokens with at least p, by looking at every set: of equal size, the most probable."""
+    """The smallest set of tokens with probability p or more, by trying every set; of equal sizes, the most probable."""
     tokens = range(len(probabilities))
     for size in range(1, len(probabilities) + 1):
         sets = itertools.combinations(tokens, size)

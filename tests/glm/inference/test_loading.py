@@ -1,4 +1,4 @@
-"""Models come back from disk bit for bit, and what is no model is one clear line."""
+"""Models come back from disk bit for bit; what is no model gives one clear line."""
 
 from __future__ import annotations
 

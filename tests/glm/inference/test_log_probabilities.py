@@ -1,4 +1,4 @@
-"""Log-probabilities against a naive full forward pass in float64, and what is made of them."""
+"""Log-probabilities against a naive full forward pass in float64, and what is computed from them."""
 
 from __future__ import annotations
 

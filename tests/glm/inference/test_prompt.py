@@ -1,4 +1,4 @@
-"""Prompts are laid out as training rows are, and wrong ones are one clear line."""
+"""Prompts have the layout of training rows; wrong ones give one clear line."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def test_draws_are_of_the_rows_that_a_replica_has():
 
 
 def test_replicas_of_experts_count_their_loads_together(results):
-    """The bias that follows from them is the local one to the bit, as it is written and as it is read again."""
+    """The bias that follows from the loads is the local one to the bit, when written and when read again."""
     (one,) = (one for one in LIKE_LOCAL if one.name == "experts-112")
     config = alone(one.config)
     same = local(config.to_json(), config, one.steps, 2).model
@@ -206,7 +206,7 @@ def test_a_checkpoint_is_the_same_bits_under_every_topology_and_stage_of_zero(re
 
 @pytest.mark.parametrize("name", ["fp16-221", "fp16-212-zero3"])
 def test_any_topologys_checkpoint_continues_in_one_process(results, name):
-    """And the local engine's masters and moments are what the file says."""
+    """The local engine's masters and moments are those of the file."""
     written = read(results, name)
     engine = LocalEngine(alone(worlds.world("", (1, 1, 1), precision="fp16").config))
     engine.load_tensors(written.model, written.optimizer)
@@ -232,7 +232,7 @@ def test_no_element_is_kept_twice(results, one):
         assert max(held) - min(held) <= len(checkpoints.load(path).model)
 
 
-# Numbers that come from a sample of a tensor's elements, of which ranks take others.
+# Numbers from a sample of a tensor's elements; each rank samples others.
 SAMPLED = {
     "update": {"rms", "weight_rms", "ratio"},
     "activation": {"outlier_6rms_fraction", "massive_fraction"},
@@ -305,7 +305,7 @@ def test_what_one_process_notices_all_respond_to(results, data_folder):
 
 
 def test_replicas_build_each_row_once():
-    """However rows and micro-batches divide, in the order in which one process has them."""
+    """However rows and micro-batches divide, and in the order of one process."""
     from glm.parallel.engine import ParallelEngine
 
     for rows, micro, replicas in itertools.product(range(1, 10), range(1, 5), range(1, 4)):
@@ -326,8 +326,8 @@ def test_a_replica_without_rows_builds_an_empty_batch(data):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_spike_that_one_process_detects_is_answered_by_all(results, data, policy):
-    """Real spikes, the real detector on the first process only: the others do the same steps on the same rows to the last bit, and
-    the run is that of one process."""
+    """Real spikes, the real detector on the first process only: the other process takes the same steps on the same rows to the last
+    bit, and the run is that of one process."""
     zero, one = (json.loads((results / f"spiking-{rank}.json").read_text())[policy] for rank in (0, 1))
     assert zero == one
     ours = answer(spiking(policy), LocalEngine(spiking(policy)), data)
@@ -353,7 +353,7 @@ def split_losses(results):
 
 
 def test_small_probabilities_are_not_lost_in_fp16_of_a_shared_vocabulary(split_losses):
-    """As of one process (``tests/glm/model/test_vocabulary_loss.py``, where the bound is derived)."""
+    """As with one process (``tests/glm/model/test_vocabulary_loss.py`` derives the bound)."""
     dtype, gap, _, scale, _ = CASES["lifted"]
     hidden, weight, target = inputs(dtype, gap)
     h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))

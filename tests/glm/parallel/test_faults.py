@@ -56,7 +56,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_one_line_of_all_and_the_run
 
 
 def test_wrong_input_is_one_line_under_torchrun_too(data_folder, tmp_path):
-    """Other kinds, without a launcher: test_refusals.py."""
+    """``test_refusals.py`` has the other kinds, without a launcher."""
     with Launched(data_folder, tmp_path / "run", Shape(tensor=1, pipeline=1, data=2)) as run:
         run.launch("--parallel.data", "3")
         assert run.finish() != 0
@@ -75,7 +75,7 @@ def exit_codes(run: Launched) -> set[str]:
 
 @pytest.mark.slow
 def test_twenty_faults_in_one_run(data_folder, tmp_path):
-    """Of every kind, on 2 x 2 x 1."""
+    """Faults of every kind, on 2 x 2 x 1."""
     faults = random.Random(0).sample(MIX, len(MIX))
     shape = Shape(steps=STEPS_EACH * (len(faults) + 1))
     outcome = compare(data_folder, tmp_path, shape, faults, seed=0)

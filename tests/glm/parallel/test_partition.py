@@ -208,7 +208,7 @@ def test_stages_draw_the_weights_of_one_process(model, stages):
 
 
 def test_to_build_a_rank_takes_no_symbolic_mathematics():
-    """SymPy and what torch has over it would be half a second of every rank."""
+    """SymPy, and torch's modules that use it, would cost every rank half a second."""
     program = """
 import sys
 from glm.model.config import ModelConfig

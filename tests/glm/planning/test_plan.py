@@ -149,7 +149,7 @@ def test_the_bubble_and_what_is_in_flight_are_those_of_the_schedule(stages, micr
 
 
 def one_forward_one_backward(p: int, m: int, *, forward: float, backward: float) -> tuple[float, list[int]]:
-    """Seconds of a simulated schedule, and each stage's largest number of micro-batches between forward and backward."""
+    """Seconds of a simulated schedule, and the most micro-batches that each stage has between forward and backward."""
     orders = []
     for stage in range(p):
         warm = min(p - 1 - stage, m)

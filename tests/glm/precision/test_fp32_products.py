@@ -15,7 +15,7 @@ matmul = importlib.import_module("glm.precision.matmul")
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_fp32_products_are_those_of_fp64_within_rounding(bias):
-    """And so are their gradients; a sum over n terms is off by n 2^-24 of what it sums at most."""
+    """Products and their gradients; a sum over n terms is off by at most n 2^-24 of the sum of magnitudes."""
     g = torch.Generator().manual_seed(2)
     x, w = torch.randn(3, 50, 24, generator=g), torch.randn(40, 24, generator=g)
     b = torch.randn(40, generator=g) if bias else None
@@ -31,7 +31,7 @@ def test_fp32_products_are_those_of_fp64_within_rounding(bias):
 
 
 def test_a_part_of_a_wider_matrix_is_multiplied_by_the_same_code(monkeypatch):
-    """oneDNN's code for matrices with gaps is hundreds of times slower: it is never given one."""
+    """oneDNN's code for matrices with gaps is hundreds of times slower, so it never gets one."""
     given = []
     plain = torch.ops.mkldnn._linear_pointwise
 

@@ -93,7 +93,7 @@ def test_the_weight_gradient_of_rotated_operands():
 
 def test_stochastic_gradients_are_right_on_average_and_a_function_of_seed_update_and_layer():
     layer, x = layer_and_input()
-    # Scales rounded up cut nothing off, so that every number lies between two of the format's.
+    # Scales rounded up cut nothing off, so every number lies between two of the format's.
     config = EmulationConfig(recipe="mxfp4", gradients="mxfp4-up", products="grad-input", sites="*")
     emulation = Emulation(layer, config, seed=1)
     w = q(layer.one.weight.detach().T, "mxfp4")

@@ -1,4 +1,4 @@
-"""A run that is lost ends early and counts as complete; a spike that recovers, or no patience at all, ends nothing."""
+"""A lost run ends early and counts as complete; neither a spike that recovers nor a patience of 0 ends a run."""
 
 from __future__ import annotations
 

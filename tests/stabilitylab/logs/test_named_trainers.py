@@ -1,4 +1,4 @@
-"""Lines and files of trainers that docs/logs.md names, in versions and settings that print them otherwise."""
+"""Lines and files of trainers that docs/logs.md names, in versions and settings that print differently."""
 
 import json
 import math
@@ -23,7 +23,7 @@ FAIRSEQ = (
 
 
 def test_a_loss_that_megatron_leaves_out_is_nan_beside_one_of_further_tokens(tmp_path):
-    """``mtp_1 loss`` goes on where ``lm loss`` is NaN; a window that was skipped holds none."""
+    """``mtp_1 loss`` goes on where ``lm loss`` is NaN; a skipped window has no loss."""
     lines = [
         MEGATRON.format(k=k, loss="" if k in (4, 6) else f" lm loss: {9 - k}.0E+00 |", skipped=k == 6)
         for k in range(1, 8)
@@ -84,7 +84,7 @@ def test_xtuners_loss_is_the_one_of_all_ranks(tmp_path):
 
 
 def test_several_runs_in_a_folder_are_told_apart(tmp_path, capsys):
-    """YOLO's exp, exp2, exp10; MMEngine's folder a start. One that holds nothing is named."""
+    """YOLO's exp, exp2, exp10; MMEngine's one folder for each start. The command names an empty one."""
     for name, x in (("exp", 3), ("exp2", 2), ("exp10", 1)):
         (file := tmp_path / "train" / name / "results.csv").parent.mkdir(parents=True)
         file.write_text(

@@ -1,4 +1,4 @@
-"""Losses that go by another name, and records over several lines."""
+"""Losses under another name, and records over several lines."""
 
 import json
 

@@ -54,7 +54,7 @@ def test_files_of_several_formats_are_widened(tmp_path):
 
 
 class _Rounds(nn.Module):
-    """Gives a layer what its weight's format says, as T5 and Mamba do."""
+    """Casts a layer's input to its weight's format, as T5 and Mamba do."""
 
     def __init__(self):
         super().__init__()

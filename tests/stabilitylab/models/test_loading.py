@@ -1,4 +1,4 @@
-"""Models opened from folders: what they are, what they compute, and what is refused."""
+"""Models opened from folders: what they are, what they compute, and which ones are refused."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_a_part_of_a_split_gguf_is_refused(tmp_path):
 
 
 def test_gguf_is_read_once_and_left_as_it_was(tmp_path):
-    """Readers and tables are shared while a file is open, and nobody else's afterwards."""
+    """Readers and tables are shared while a file is open, and gone afterwards."""
     gguf = pytest.importorskip("gguf")
     from stabilitylab.models.gguf_file import opened_once
 

@@ -1,4 +1,4 @@
-"""Text in blocks, tokens in windows: nothing lost, nothing twice, limits kept."""
+"""Text in blocks, tokens in windows: none lost, none twice, limits kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What machines and users do to a monitor: nothing leaks, nothing crashes the training, nothing is hidden."""
+"""Whatever machines and users do to a monitor, nothing leaks, nothing crashes the training, nothing stays hidden."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training loops do: micro-batches, recomputation, evaluation, passes that raise, tied and frozen layers."""
+"""Passes of training loops: micro-batches, recomputation, evaluation, passes that raise, tied and frozen layers."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class Stage(nn.Module):
 
 
 def pipeline(rank: int, out: Path) -> None:
-    """Each rank has other layers, and sees other sites from the second step on."""
+    """Each rank has its own layers, and sees other sites from the second step on."""
     torch.manual_seed(0)
     whole, sink = GPT(), Recording()
     stage = Stage(whole, rank)

@@ -1,4 +1,4 @@
-"""Each criterion on sites whose outliers are known."""
+"""Each criterion on sites with known outliers."""
 
 from __future__ import annotations
 

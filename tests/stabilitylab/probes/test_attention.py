@@ -190,7 +190,7 @@ def test_attention_written_by_hand(flat: bool, heads: int) -> None:
 
 
 class Told(CausalAttention):
-    """Shows its scores by a module, before they are halved for the softmax."""
+    """Shows its scores through a module, before it halves them for the softmax."""
 
     def __init__(self) -> None:
         super().__init__(2, flat=False)
@@ -271,7 +271,7 @@ def test_ways_to_call_a_softmax(way: str, flat: bool) -> None:
 @pytest.mark.parametrize("hidden", [-1e4, -1e9, -math.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("added", [False, True])
 def test_masks_are_no_scores(hidden: float, added: bool) -> None:
-    """Whatever number hides a key, set or added."""
+    """Whichever number masks a key, set or added."""
     scores = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(4, 4, dtype=torch.bool).triu(1)
     masked = scores + hidden * mask if added and hidden != -math.inf else scores.masked_fill(mask, hidden)
@@ -307,7 +307,7 @@ def test_numbers_of_heads_that_change() -> None:
 
 
 class OtherAttention(nn.Module):
-    """A kernel that is not known, as flex_attention's or another package's is not."""
+    """Attention through a kernel that the probe does not know, such as flex_attention's."""
 
     def __init__(self) -> None:
         super().__init__()

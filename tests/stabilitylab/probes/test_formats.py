@@ -57,7 +57,7 @@ def test_integers_against_float64():
 
 
 def test_a_sample_knows_the_whole_tensors_scale():
-    """A massive first token is in no sampled row, and yet the others are rounded by its scale."""
+    """No sampled row holds the massive first token, yet its scale rounds the others."""
     torch.manual_seed(2)
     x = torch.randn(64, 32)
     x[0, 3] = 500.0

@@ -16,7 +16,7 @@ from tests.stabilitylab.recording import Recording
 
 
 def rows(sink):
-    """[(step, metric, value)], single numbers told apart by their index where there are several."""
+    """[(step, metric, value)]; an index distinguishes several numbers of one metric."""
     return [
         (step, name if index < 0 else f"{name}[{index}]", value)
         for (step, name, index), value in sink.rows.items()
@@ -81,7 +81,7 @@ def test_power_iteration_finds_the_largest_singular_value_of_a_still_matrix():
 
 
 def test_a_gradient_before_a_norm_is_at_right_angles_to_the_weight():
-    """The loss does not change with a weight's size where its output is normed over all that it feeds."""
+    """The loss does not depend on a weight's size where a norm follows over all of its output."""
 
     class Normed(nn.Module):
         def __init__(self):

@@ -217,7 +217,7 @@ def test_rows_of_floats_may_be_rounded_and_multiplied_some_at_a_time(layer, name
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("rows", [1, 17, 64])
 def test_rows_of_the_factor_are_those_of_the_whole_one(rows, order):
-    """Fewer rows than columns: U from a diagonal and what the rows span, against inverse and Cholesky factor in float64."""
+    """Fewer rows than columns: U from a diagonal and the rows' span, against inverse and Cholesky factor in float64."""
     columns = 90
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
     x *= torch.linspace(0.1, 5, columns)
@@ -340,7 +340,7 @@ def test_without_moments_it_says_what_is_missing(layer):
     ],
 )
 def test_the_weight_stays_what_it_was(name, turned):
-    """Of GPT-2's layers schemes are given a transposed view of the model's own numbers."""
+    """For GPT-2's layers schemes get a transposed view of the model's own numbers."""
     torch.manual_seed(0)
     held = torch.randn(64, 96)
     weight = held.T if turned else held

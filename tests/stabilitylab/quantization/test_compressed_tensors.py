@@ -92,7 +92,7 @@ def test_words_are_packed_low_first():
 
 
 def test_a_mixed_plan_keeps_its_numbers(llama_folder, tmp_path):
-    """Read back by our own reader of stored formats, where it reads them."""
+    """Our own reader of stored formats reads them back, where it knows the format."""
     model = open_text_model(llama_folder)
     schemes = ["fp8-e4m3-row", "mxfp4", "nvfp4", "w8a8-token", "fp8-e4m3-tensor"]
     plan = plan_of(model, tmp_path, schemes)

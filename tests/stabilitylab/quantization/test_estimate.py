@@ -208,7 +208,7 @@ def test_an_interrupted_pass_is_taken_up(model, windows, inputs, tmp_path, monke
 
 
 def test_a_pass_that_is_whole_is_not_run_again(model, windows, layers, inputs, monkeypatch):
-    """Where only what comes after the layers is left, the pass backward has nothing to tell."""
+    """Where only the steps after the layers are left, the backward pass does not run."""
     if not model.predicts:
         pytest.skip("its count is of the pass itself")
     schemes, raw = [scheme_of("int4-row")], []
@@ -247,7 +247,7 @@ def iter_ranges(inputs):
 
 
 class InPlace(nn.Module):
-    """A block whose gradient torch cannot take: it changes what an operator before needs."""
+    """A block whose gradient torch cannot take: it changes in place what an earlier operator needs."""
 
     def __init__(self, inner):
         super().__init__()

@@ -287,7 +287,7 @@ def test_tiles_are_reused():
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_inference_mode_and_back(name):
-    """What a call in inference mode leaves behind serves calls outside of it."""
+    """What a call in inference mode keeps works in calls outside of it."""
     _, quantized, x = make(name, (40, 300), 200)
     tiles._scratch.__dict__.clear()
     with torch.inference_mode():

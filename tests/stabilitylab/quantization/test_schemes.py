@@ -1,4 +1,4 @@
-"""Number formats, rotations and schemes of one's own: what they compute, what is stored, what is refused."""
+"""Number formats, rotations and a user's own schemes: what they compute, store and refuse."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_formats_are_planned_written_and_opened(llama_folder, tmp_path):
 
 
 def test_the_outcome_is_told_on_a_third_text(llama_folder, tmp_path):
-    """Not on the one that plans were chosen by; measured here again, by other means."""
+    """Not on the text that chose the plan; the test measures it again, by other means."""
     assert planned(tmp_path, llama_folder, "int4-row", "int8-row", budget="0.4") == 0
     plan = load_plan(tmp_path / "plan.json")
     assert (plan.tokens, plan.told_tokens) == ((32, 64), 64)

@@ -1,4 +1,4 @@
-"""Embeddings in plans: one matrix for lookups and for the output that is tied to it."""
+"""Embeddings in plans: one matrix for lookups and for the output tied to it."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def test_pages_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no chromium with chromedriver is installed")
 def test_a_person_reads_the_report(report: tuple[Page, str], tmp_path: Path) -> None:
-    """Wide and on a phone, in light and in dark: it fits, its figures are drawn, nothing is logged."""
+    """Wide and on a phone, in light and in dark: the page fits, draws its figures and logs nothing."""
     page, html = report
     file = tmp_path / "report.html"
     file.write_text(html, encoding="utf-8")
@@ -353,7 +353,7 @@ def test_what_became_of_the_loss_is_said() -> None:
 
 
 def test_a_mark_stands_on_its_curve_though_the_onset_is_no_extreme(tmp_path: Path) -> None:
-    """What is drawn of 10,000 values are extremes; the triangle of an onset that is none stood at the upper edge."""
+    """Of 10,000 values the chart draws the extremes; the mark of an onset that is no extreme once stood at the upper edge."""
     values = pd.Series(3 + 0.01 * np.random.default_rng(0).standard_normal(10_000), name="loss")
     values.iloc[5_000:5_020] = np.linspace(3.2, 9, 20)
     chart = charts.curves({"run": [values]}, title="Loss", marks={"run": [Mark(5_000, 5_019, "spike")]})

@@ -1,4 +1,4 @@
-"""What is exported is what the run recorded, read back by independent readers."""
+"""Exports hold what the run recorded, as independent readers read them back."""
 
 import math
 

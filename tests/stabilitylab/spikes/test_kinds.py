@@ -359,7 +359,7 @@ def test_the_end_of_a_plateau_is_no_excursion(df):
 
 
 def test_the_first_losses_of_small_batches_are_none():
-    """Of a fine-tuning loop with batches of 4: what three values differ by is no trend."""
+    """From a fine-tuning loop with batches of 4: the difference of three values is no trend."""
     losses = [
         0.21,
         0.69,

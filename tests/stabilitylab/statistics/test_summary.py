@@ -329,7 +329,7 @@ def test_a_large_tensor_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_places_among_limits_are_comparisons(dtype: torch.dtype) -> None:
-    """What an accelerator counts by, beside comparing with each limit."""
+    """The accelerator's way to count, beside comparisons with each limit."""
     limits_71, *_, one, ascending, place = on_device._constants(torch.device("cpu"), dtype)
     exact = limits_71[:, 0].to(dtype)  # the limits themselves, rounded; some leave the format
     x = torch.cat([exact, exact * 0.999, exact * 1.001, torch.tensor([math.nan, 1, 1e-6]).to(dtype)]).abs()

@@ -227,7 +227,7 @@ def test_the_rules_are_those_of_the_page():
 
 
 def test_a_folder_that_may_not_be_entered_is_waited_for(log, tmp_path, monkeypatch):
-    """``is_dir`` raises where the network's file system does not answer, or rights were taken away."""
+    """``is_dir`` raises where a network file system does not answer, or without the rights to enter."""
     watched = Watched(log, tmp_path / "state")
     append(log, "".join(megatron(k, x) for k, x in enumerate(losses(100))))
     watched.look()

@@ -1,4 +1,4 @@
-"""Saved states go on to the bit; what cannot be is refused."""
+"""Runs continue from saved states to the bit; combinations that cannot work are refused in a line."""
 
 from __future__ import annotations
 
