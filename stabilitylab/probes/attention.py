@@ -6,10 +6,10 @@ untouched, and nothing forms a second product Q K'; ``statistics.scores`` says w
 unfused path, the probe takes the exact scores from the softmax there.
 
 *Materialised*: the probe takes the argument [B, H, T, S] of a softmax over the last dimension that a module of the model calls, and
-[B * H, T, S] where the module gives H by ``num_heads`` or the like, or has attention in its class name (then H = 1). Where a module
-attends with a second number of heads H, their site is ``path:H``. A model may say itself which scores count, by a module whose
-output is the score tensor before the softmax, by default one named ``scores``: its parent is the site, and the probe ignores the
-parent's softmaxes.
+[B * H, T, S] where the module gives H by ``num_heads`` or the like, or has attention in its class name (then H = 1). The first
+number of heads that a module shows has the module's site, any further number H the site ``path:H``. A model may say itself which
+scores count, by a module whose output is the score tensor before the softmax, by default one named ``scores``: its parent is the
+site, and the probe ignores the parent's softmaxes.
 
 It does not see attention that comes through neither (flex_attention, kernels of other packages, attention without a softmax). It
 warns once of every class with attention in its name that ran in the first measured pass and showed no scores.
