@@ -11,16 +11,20 @@ from stabilitylab.errors import InputError, run_command
 
 # Name -> its arguments, what it does, and where its function is.
 COMMANDS = {
-    "run": ("SUITE", "compute the runs that it lacks, until its claims are decided if asked", "commands:run"),
-    "report": ("SUITE", "verdicts, curves and every run of it as one HTML page", "commands:report"),
-    "verdicts": ("[SUITE ...]", "verdicts alone, of one, some or all", "commands:verdicts"),
-    "survival": ("STUDY", "how long each arm's runs live", "surviving:show_survival"),
+    "run": (
+        "SUITE",
+        "compute the runs that it lacks, until its claims are decided if asked",
+        "commands.suites:run",
+    ),
+    "report": ("SUITE", "verdicts, curves and every run of it as one HTML page", "commands.suites:report"),
+    "verdicts": ("[SUITE ...]", "verdicts alone, of one, some or all", "commands.suites:verdicts"),
+    "survival": ("STUDY", "how long each arm's runs live", "commands.survival:show_survival"),
     "judge": (
         "TABLE.csv",
         "runs of your own, one a row: is one group better, or was it the seed?",
-        "judging:judge",
+        "commands.judge_table:judge",
     ),
-    "list": ("", "the suites and studies there are", "listing:list_suites"),
+    "list": ("", "the suites and studies there are", "commands.catalog:list_suites"),
 }
 
 

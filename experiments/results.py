@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.arm import Arm, Suite
+from experiments.execution.runner import jobs_of
 from experiments.metrics import METRICS, Metric, measure
 from experiments.program import program
-from experiments.runner import jobs_of
 from experiments.study import Outcome, Study, values_of
 from experiments.study import judged as judged_study
 from experiments.trial import collapse_onset

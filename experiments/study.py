@@ -129,7 +129,7 @@ def run_study(
         seeds: how many; None: as planned.
         budget: seconds after which no new seed begins.
         until_decided: no new seed begins once every claim is decided, alone and within the study's family.
-        through: measures cells (arm, seed), in their order (``experiments.cells``); None: one after the other, here.
+        through: measures cells (arm, seed), in their order (``experiments.execution.cells``); None: one after the other, here.
     """
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)

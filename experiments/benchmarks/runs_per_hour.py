@@ -4,7 +4,7 @@ A run is 4 layers of 64, rows of 128, 8 rows, 200 steps, monitored every tenth w
 side:
 
     former    `python -m glm train` in the tree given by --former, one process a run, one thread
-    now       `glm train` in workers of this build that live from round to round (``experiments.worker``)
+    now       `glm train` in workers of this build that live from round to round (``experiments.execution.worker``)
     off       the same without telemetry and TensorBoard
     plain     a loop of torch.nn modules without anything (``_plain_loop.py``), in such a worker
 
@@ -32,9 +32,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments import executors, worker
 from experiments.benchmarks._plain_loop import plain_run
 from experiments.data import build
+from experiments.execution import executors, worker
 from stabilitylab.command_line import parse
 
 SIDE_BY_SIDE = 2

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.asked import load
+from experiments.lookup import load
 from experiments.study import Study
 from experiments.suites import SUITES
 from glm.commands.train import parse_command, preset_config

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import executors
-from experiments.cells import through
-from experiments.runner import jobs_of, run_suite
+from experiments.execution import executors
+from experiments.execution.cells import through
+from experiments.execution.runner import jobs_of, run_suite
 from experiments.study import run_study, values_of
 from glm.cli import main
 from stabilitylab.errors import InputError
@@ -146,7 +146,7 @@ STUDY = Light(
 
 
 def test_a_study_through_processes_one_of_which_is_killed(tmp_path: Path) -> None:
-    from experiments.asked import load
+    from experiments.lookup import load
 
     file = tmp_path / "light.py"
     file.write_text(STUDY)
@@ -183,7 +183,7 @@ def test_a_suites_runs_are_those_of_the_command_alone(kind: str, data_folder: Pa
 PARENT = """
 import dataclasses, sys
 from pathlib import Path
-from experiments.runner import run_suite
+from experiments.execution.runner import run_suite
 from tests.experiments.test_executors import LONGER
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import charts
 from experiments.arm import Arm, Suite
 from experiments.cli import main
-from experiments.report import write_report
+from experiments.execution.runner import jobs_of
+from experiments.report import charts
+from experiments.report.headline import cause_sentence, lead, telling_sentence
+from experiments.report.page import write_report
 from experiments.results import FRONTIER, FRONTIER_OUTCOME, results_of
-from experiments.runner import jobs_of
 from experiments.study import Outcome, Study, shares_of
-from experiments.telling import cause_sentence, lead, telling_sentence
 from experiments.verdicts import Claim, effect_words, evidence_words, judge, seeds_words
 from stabilitylab.charts.look import library
 from stabilitylab.errors import InputError
@@ -193,7 +193,7 @@ def test_evidence_grows_with_seeds(suite_folder: Path) -> None:
 def test_the_command_prints_the_verdicts_and_where_the_report_is(
     suite_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.commands.load", lambda name: SUITE)
+    monkeypatch.setattr("experiments.commands.suites.load", lambda name: SUITE)
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["report", "tiny", "--out", str(suite_folder)]) == 0
     said = capsys.readouterr().out
@@ -208,8 +208,8 @@ def test_a_run_tells_of_all_seeds_that_are_there(
     suite_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = dataclasses.replace(SUITE, seeds=(0, 1, 2, 3))
-    monkeypatch.setattr("experiments.commands.load", lambda name: few)
-    monkeypatch.setattr("experiments.runner.run_suite", lambda *_, **__: None)
+    monkeypatch.setattr("experiments.commands.suites.load", lambda name: few)
+    monkeypatch.setattr("experiments.execution.runner.run_suite", lambda *_, **__: None)
     monkeypatch.setenv("COLUMNS", "120")
     words = ["run", "tiny", "--out", str(suite_folder), "--data", str(suite_folder)]
     assert main(words) == 0

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import executors
 from experiments.arm import Arm, Suite
-from experiments.runner import jobs_of, run_suite
+from experiments.execution import executors
+from experiments.execution.runner import jobs_of, run_suite
 from glm.cli import main
 from stabilitylab.errors import InputError
 

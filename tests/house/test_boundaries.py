@@ -39,6 +39,7 @@ def test_a_wrong_arrow_is_found(tmp_path):
         "glm/train": "from glm.parallel.engine import ParallelEngine",
         "glm/attic": "",
         "stabilitylab/sinks": "from stabilitylab.report import page",
+        "experiments/execution": "from experiments.report import page",
     }.items():
         folder = tmp_path / package
         folder.mkdir(parents=True)
@@ -51,6 +52,7 @@ def test_a_wrong_arrow_is_found(tmp_path):
         "glm/train/bad.py",
         "glm/attic/bad.py",
         "stabilitylab/sinks/bad.py",
+        "experiments/execution/bad.py",
     }
 
 

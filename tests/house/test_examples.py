@@ -39,7 +39,7 @@ def model_and_text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_every_example_is_tried() -> None:
-    # A suite is no script: tests/experiments/test_asked.py runs and judges it.
+    # A suite is no script: tests/experiments/test_lookup.py runs and judges it.
     assert {path.name for path in EXAMPLES.glob("*.py")} == {*SAYS, "own_suite.py"}
 
 

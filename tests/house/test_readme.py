@@ -92,9 +92,9 @@ def test_the_tree_is_the_one_that_stands():
             assert (ROOT / package / match[1]).exists(), f"{package}/{match[1]}"
 
 
-@pytest.mark.parametrize("package", ["stabilitylab", "glm"])
+@pytest.mark.parametrize("package", ["stabilitylab", "glm", "experiments"])
 def test_every_room_is_in_the_tree(package):
-    lines = ARCHITECTURE.partition(f"    {package}/ ")[2].partition("\n    experiments/")[0].splitlines()[1:]
+    lines = ARCHITECTURE.partition(f"    {package}/ ")[2].partition("\n    examples/")[0].splitlines()[1:]
     told = {match[1] for line in lines if (match := re.match(r"      (\w+)/ ", line))}
     rooms = {room for room in ROOMS[package] if (ROOT / package / room).is_dir()}
     assert rooms <= told, rooms - told

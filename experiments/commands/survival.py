@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.asked import load
+from experiments.lookup import load
 from experiments.outcomes import Survival, survival
 from experiments.program import program
 from experiments.study import Study, values_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from experiments import charts
+from experiments.report import charts
 from experiments.results import Made, Results
 from experiments.verdicts import effect_words, evidence_words
 

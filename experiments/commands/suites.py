@@ -16,18 +16,18 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from experiments.adding import run_adding, seconds, with_found
 from experiments.arm import Suite
-from experiments.asked import load, made
-from experiments.cells import through
-from experiments.executors import Kept
-from experiments.executors import chosen as executor_named
+from experiments.execution.cells import through
+from experiments.execution.executors import Kept
+from experiments.execution.executors import chosen as executor_named
+from experiments.execution.sequential import run_adding, seconds, with_found
+from experiments.execution.worker import keep_freed_memory
+from experiments.lookup import load, made
 from experiments.program import program
 from experiments.results import Results, results_of
 from experiments.study import Study, run_study, shares_of
 from experiments.suites import SUITES
 from experiments.verdicts import effect_words, evidence_words, record, seeds_words
-from experiments.worker import keep_freed_memory
 from stabilitylab.errors import InputError
 
 # From this many columns on an effect and its interval fit one line.
@@ -101,7 +101,7 @@ def run(
             _show_verdicts(console, [results_of(chosen, out)])
         _show_shares(console, chosen, out)
         return 0
-    from experiments.runner import run_suite
+    from experiments.execution.runner import run_suite
 
     with Kept(*opened) as kept:
         if executor != "local":
@@ -145,8 +145,8 @@ def report(suite: SuiteName, *, out: Path | None = None) -> int:
 
 
 def _report(console: Console, asked: Suite | Study, out: Path) -> None:
-    from experiments.report import write_report
-    from experiments.telling import cause_sentence, telling_sentence
+    from experiments.report.headline import cause_sentence, telling_sentence
+    from experiments.report.page import write_report
 
     results = results_of(asked, out)
     path = write_report(asked, out, results=results)

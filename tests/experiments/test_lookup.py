@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import commands, runner
-from experiments.adding import MOST_SEEDS, first_seeds, run_adding, seconds, with_found
 from experiments.arm import Arm, Suite
-from experiments.asked import checked, load
 from experiments.cli import main
-from experiments.listing import question_in
+from experiments.commands.catalog import question_in
+from experiments.execution import runner
+from experiments.execution.sequential import MOST_SEEDS, first_seeds, run_adding, seconds, with_found
+from experiments.lookup import checked, load
+from experiments.suites import SUITES
 from experiments.verdicts import Claim, judge_all
 from stabilitylab.errors import InputError
 from tests.experiments.test_runner import Here
@@ -240,7 +241,7 @@ def test_a_cluster_that_does_not_answer_is_told_of_before_text_is_made(
     def nobody(address: str) -> None:
         raise InputError(f"no Dask scheduler answers at {address}")
 
-    monkeypatch.setattr("experiments.executors.Dask", nobody)
+    monkeypatch.setattr("experiments.execution.executors.Dask", nobody)
     monkeypatch.setattr("experiments.data.build", lambda *_, **__: pytest.fail("text was made"))
     monkeypatch.chdir(tmp_path)
     assert main(["run", str(example), "--executor", "dask:127.0.0.1:9"]) == 2
@@ -272,14 +273,14 @@ def test_a_file_may_hold_a_study_and_import_its_neighbours(tmp_path: Path) -> No
 
 
 def test_every_name_of_the_list_is_checked() -> None:
-    assert all(dataclasses.is_dataclass(load(name)) for name in commands.SUITES)
+    assert all(dataclasses.is_dataclass(load(name)) for name in SUITES)
 
 
 def test_the_list_tells_every_suites_question(capsys: pytest.CaptureFixture[str]) -> None:
     """It reads them from the source; the suites themselves say the same."""
     assert main(["list"]) == 0
     told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-    assert told == {name: load(name).question for name in commands.SUITES}
+    assert told == {name: load(name).question for name in SUITES}
 
 
 def test_a_question_that_is_computed_is_not_told() -> None:

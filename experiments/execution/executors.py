@@ -21,7 +21,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiments import worker
+from experiments.execution import worker
 from stabilitylab.errors import InputError
 
 T = TypeVar("T")

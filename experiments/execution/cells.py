@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.asked import load
+from experiments.lookup import load
 from experiments.study import Measured, Study
 from stabilitylab.errors import InputError
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from experiments import worker
 from experiments.arm import Arm, Suite
-from experiments.executors import Kept, chosen
+from experiments.execution import worker
+from experiments.execution.executors import Kept, chosen
 from stabilitylab.errors import InputError
 from stabilitylab.runs import Run
 from stabilitylab.runs.folder import RunFolder
@@ -90,7 +90,7 @@ def run_suite(
         out: where the runs go.
         parallel: runs at a time; None: one per core, or the executor's number.
         steps: updates per run instead of the suite's own.
-        executor: a name of ``experiments.executors``, a function that opens one, or a kept one.
+        executor: a name of ``experiments.execution.executors``, a function that opens one, or a kept one.
 
     Raises:
         InputError: the folder holds runs of another length, which the suite would compare as if of this one. Or a run failed, after

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from experiments import charts
 from experiments.arm import Arm, Suite
 from experiments.metrics import Metric
+from experiments.report import charts
+from experiments.report.headline import cause_of, lead
 from experiments.results import FRONTIER, Made, Results, results_of
 from experiments.study import Outcome, Study, yes_or_no
-from experiments.telling import cause_of, lead
 from experiments.verdicts import Verdict, effect_words, evidence_words, seeds_words
 from stabilitylab.report import Content, Page, Said, Section, Statements, Table, TableCell
 from stabilitylab.report import sections as shown
