@@ -14,7 +14,7 @@ for what happens beyond it. A trial can begin from a state, so K forks of one st
     out of course   the loss's running median of 9 exceeds its lowest value so far by ``margin`` nats, or is not finite
     collapse        the last such stretch, where it lasts to the end and 10 steps at least: its first step is the onset (an
                     excursion that recovers is none)
-    dead            lost for good, by the rule of ``glm/train/lost.py``, for 10 steps
+    dead            lost for good, by the rule of ``glm/train/lost_run.py``, for 10 steps
 
 Skipped updates of a loss scale that finds its level count as none of these.
 """
@@ -44,7 +44,7 @@ from glm.train.engine import LocalEngine
 from glm.train.events import Callback, StepInfo
 from glm.train.gradient_summary import GradientSummary
 from glm.train.loop import Trainer
-from glm.train.lost import LostRule
+from glm.train.lost_run import LostRule
 from glm.train.state_ring import StateRing
 from stabilitylab.telemetry import Event
 

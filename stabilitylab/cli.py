@@ -60,7 +60,7 @@ def report(run: RunPath, *, out: Path | None = None) -> int:
         out: file to write; by default report.html in the run folder, or NAME-report.html beside the log.
     """
     from stabilitylab.report import run_report
-    from stabilitylab.report.of_log import run_at
+    from stabilitylab.report.log_page import run_at
 
     loaded = run_at(run)
     near = loaded.folder.report if run.is_dir() else run.with_name(f"{run.stem}-report.html")
@@ -76,7 +76,7 @@ def compare(runs: RunPaths, *, out: Path) -> int:
         out: file to write.
     """
     from stabilitylab.report import comparison
-    from stabilitylab.report.of_log import runs_at
+    from stabilitylab.report.log_page import runs_at
 
     loaded = [run for path in runs for run in runs_at(path)]
     if len(loaded) < 2:
@@ -91,7 +91,7 @@ def show(run: RunPath) -> int:
     Args:
         run: run folder, or a log of any format in docs/logs.md.
     """
-    from stabilitylab.report.of_log import run_at
+    from stabilitylab.report.log_page import run_at
     from stabilitylab.report.terminal import show_run
 
     show_run(run_at(run))

@@ -40,9 +40,10 @@ torch's own internal operators stand where they compute numbers, each with a twi
 So do attributes of its objects, which are plain dicts and numbers; we read them where a call would cost too much or say too little:
 
     attribute                                    used in                                      noticed by
-    Module._parameters, _buffers, _modules       models, quantization, model_structure.py,    test_held.py, test_fused_experts.py,
-                                                 glm/inference/quantized.py                   test_model_structure.py
-    Module._non_persistent_buffers_set           models/held.py                               test_held.py
+    Module._parameters, _buffers, _modules       models, quantization, model_structure.py,    test_half_storage.py,
+                                                 glm/inference/quantized_model.py             test_fused_experts.py,
+                                                                                              test_model_structure.py
+    Module._non_persistent_buffers_set           models/half_storage.py                       test_half_storage.py
     Module._apply                                quantization/linear.py, format_scheme.py     test_linear.py, test_schemes.py
     Module._compiled_call_impl                   probes/compiled.py                           test_compiled.py
     Module._forward_hooks, _forward_pre_hooks    glm/model/attention.py                       glm's test_loop.py

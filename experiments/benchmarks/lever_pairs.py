@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from experiments.suites._proxy import proxy_text
 from glm.commands.train import parse_command, train
 from glm.errors import InputError
-from glm.train.idle_settings import refuse_idle
+from glm.train.unused_settings import refuse_idle
 from stabilitylab.command_line import parse
 from stabilitylab.errors import InputError as Refused
 from stabilitylab.runs import load_run

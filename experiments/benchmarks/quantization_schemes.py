@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from stabilitylab.models import Window, open_text_model
-from stabilitylab.quantization.moments import Moments
+from stabilitylab.quantization.input_moments import Moments
 from stabilitylab.quantization.ranges import layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
 from stabilitylab.quantization.schemes import scheme_of

@@ -32,7 +32,7 @@ from glm.commands.train import preset_config, with_vocabulary
 from glm.inference.decoding import Decoder, Timing
 from glm.inference.loading import OpenedModel, open_model
 from glm.inference.prompt import Prompt
-from glm.inference.quantized import open_quantized
+from glm.inference.quantized_model import open_quantized
 from glm.model.transformer import Transformer
 
 VARIANTS = {
@@ -49,7 +49,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from glm.inference.loading import open_model
-from glm.inference.quantized import open_quantized
+from glm.inference.quantized_model import open_quantized
 def kept(name):  # of this process alone: what getrusage calls the peak begins with that of its parent
     line = next(line for line in open("/proc/self/status") if line.startswith(name))
     return 1024 * int(line.split()[1])

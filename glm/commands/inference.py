@@ -16,11 +16,11 @@ from rich.console import Console
 from glm.device import chosen_device
 from glm.inference.decoding import DecodingConfig, Timing
 from glm.inference.evaluation import EvaluationPart, evaluate_model
-from glm.inference.exporting import export_model
 from glm.inference.generation import fill
 from glm.inference.loading import OpenedModel, open_model
+from glm.inference.model_export import export_model
 from glm.inference.multiple_choice import Normalise
-from glm.inference.quantized import is_quantized, open_quantized
+from glm.inference.quantized_model import is_quantized, open_quantized
 from glm.precision.policy import Precision
 
 ModelPath = Annotated[Path, tyro.conf.Positional]

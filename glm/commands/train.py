@@ -34,17 +34,17 @@ from glm.distributed.launch import joined, speaks
 from glm.distributed.process_group import EverywhereError, EverywhereOSError, ProcessGroup
 from glm.errors import InputError
 from glm.parallel.topology import checked
-from glm.planning.fits import check_fits
+from glm.planning.device_memory import check_fits
 from glm.presets import PRESETS
 from glm.train import checkpoint as checkpoints
 from glm.train.config import MAY_CHANGE, TrainConfig, differences, from_json
 from glm.train.engine import Engine, LocalEngine
 from glm.train.events import Callback
-from glm.train.idle_settings import idle_settings, refuse_idle
 from glm.train.loop import Trainer
-from glm.train.lost import EndsWhenLost
+from glm.train.lost_run import EndsWhenLost
 from glm.train.monitoring import MonitorCallback
 from glm.train.progress import ProgressCallback
+from glm.train.unused_settings import idle_settings, refuse_idle
 from stabilitylab.command_line import parse
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks.trackers import names_of

@@ -3,7 +3,7 @@
     W^ = g / sigma(W) W,     sigma(W) = u' W v,     g from 1
 
 Power iteration finds u and v, the leading singular vectors: exact enough at the start, and one step further after every update
-(``glm.model.following``), so that a forward pass changes nothing and a recomputed one is the same. They are buffers, which a
+(``glm.model.weight_followers``), so that a forward pass changes nothing and a recomputed one is the same. They are buffers, which a
 checkpoint keeps. The gradient goes through sigma with u and v held constant. Bounded spectral norms bound how low the entropy of
 attention can fall.
 """

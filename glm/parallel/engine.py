@@ -39,12 +39,12 @@ from glm.distributed.process_group import LaunchedProcesses
 from glm.errors import InputError
 from glm.model.dropout import row_keys
 from glm.model.experts import expert_loads, share_loads
-from glm.model.following import follow_all
+from glm.model.weight_followers import follow_all
 from glm.parallel import checkpoint as sharded
-from glm.parallel.building import build, shapes_of
 from glm.parallel.groups import Groups
 from glm.parallel.optimizer import ShardedAdamW
 from glm.parallel.partition import shares
+from glm.parallel.sharded_init import build, shapes_of
 from glm.parallel.topology import checked
 from glm.precision import LossScaler, PrecisionPolicy
 from glm.train.async_checkpoint import CheckpointWriter

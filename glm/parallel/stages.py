@@ -87,7 +87,7 @@ class Stages(PipelineModule):  # type: ignore[misc]
     """This rank's stage.
 
     Args:
-        model: this rank's part, from ``glm.parallel.building``.
+        model: this rank's part, from ``glm.parallel.sharded_init``.
         config: the model's shape.
         axes: DeepSpeed's topology.
         tensor: the ranks that share each layer; None: no other.

@@ -5,7 +5,7 @@
 An event's number is its place among the run's episodes, as ``stabilitylab spikes RUN`` lists them. From the newest kept state
 before it (``flight/``, ``checkpoints/``) the command trains the run on unchanged to a few steps before the onset; the control from
 there repeats the run to the last bit, and the command says whether it did. Then forks go without the update of a parameter group,
-without a batch, at half the rate, in fp32, ... (``stabilitylab/attribution/without.py`` has the table), side by side over the
+without a batch, at half the rate, in fp32, ... (``stabilitylab/attribution/ablation.py`` has the table), side by side over the
 cores, and the search narrows the answer down within the budget. ``RUN/attribution/`` keeps the forks: after an interruption the
 same command goes on where it was.
 
@@ -32,8 +32,8 @@ from glm.errors import InputError
 from glm.train.config import TrainConfig
 from glm.train.event_options import event_parser, parsed
 from glm.train.fork_loop import ForkLoop
-from glm.train.machine import device_of, machine, otherwise, threads, threads_of
 from glm.train.replay_forks import config_of, data_of, episode_of, state_before
+from glm.train.reproducibility import device_of, machine, otherwise, threads, threads_of
 from stabilitylab.attribution import Attribution, Fork, LoopState, attribute
 from stabilitylab.attribution.forks import signal_of
 from stabilitylab.attribution.search import BEFORE

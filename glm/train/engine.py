@@ -28,10 +28,10 @@ from glm.distributed.process_group import ProcessGroup, SingleProcess
 from glm.errors import InputError
 from glm.model.dropout import row_keys
 from glm.model.experts import expert_loads
-from glm.model.following import follow_all, has_followers
 from glm.model.passes import unnoted
 from glm.model.scaling import rate_factors
 from glm.model.transformer import Transformer
+from glm.model.weight_followers import follow_all, has_followers
 from glm.precision import LossScaler, PrecisionPolicy
 from glm.train import checkpoint as checkpoints
 from glm.train.async_checkpoint import CheckpointWriter

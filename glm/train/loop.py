@@ -23,9 +23,9 @@ from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig
 from glm.train.engine import Engine
 from glm.train.events import Callback, StepInfo
-from glm.train.idle_settings import idle_by_hand
 from glm.train.intervention import Intervention
 from glm.train.state_ring import StateRing
+from glm.train.unused_settings import idle_by_hand
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Policy, Responder
 from stabilitylab.telemetry import Event
@@ -78,7 +78,7 @@ class Trainer:
         self.samples = 0
         self.tokens = 0
         self.stop_requested = False
-        # Set by a callback that gives the run up (``glm/train/lost.py``): the run then ends, complete.
+        # Set by a callback that gives the run up (``glm/train/lost_run.py``): the run then ends, complete.
         self.lost = False
         self._ring = ring_for(config, answers=responder is not None)
         # The newest state saved, or being saved.

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from glm.data.batch import Batch
 from glm.data.loader import Loader
-from glm.train.batches import BatchDescriber
+from glm.train.batch_rebuild import BatchDescriber
 from glm.train.config import MonitorConfig
 from glm.train.engine import Engine
 from glm.train.events import Callback, StepInfo
 from glm.train.gradient_summary import GradientSummary
 from glm.train.heldout import heldout_loss, heldout_rows
 from glm.train.loop import Trainer
-from glm.train.machine import machine
 from glm.train.range_probe import GradientRangeProbe
+from glm.train.reproducibility import machine
 from stabilitylab import Monitor
 from stabilitylab.monitoring.schedule import Schedule
 from stabilitylab.probes.base import Probe

@@ -39,8 +39,6 @@ from glm.errors import InputError
 from glm.train.checkpoint import Checkpoint
 from glm.train.config import TrainConfig, differences
 from glm.train.event_options import event_parser, parsed
-from glm.train.idle_settings import refuse_idle
-from glm.train.machine import device_of, machine_of, otherwise, threads, threads_of
 from glm.train.monitoring import MonitorCallback
 from glm.train.replay_forks import (
     Change,
@@ -52,6 +50,8 @@ from glm.train.replay_forks import (
     trainer_of,
 )
 from glm.train.replay_report import LATER, LOSS, show, verdict_of, write_report
+from glm.train.reproducibility import device_of, machine_of, otherwise, threads, threads_of
+from glm.train.unused_settings import refuse_idle
 from stabilitylab.command_line import parse
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from stabilitylab.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from stabilitylab.attribution.ablation import Without as Without
     from stabilitylab.attribution.forks import Fork as Fork
     from stabilitylab.attribution.loop import Loop as Loop
     from stabilitylab.attribution.loop import LoopState as LoopState
     from stabilitylab.attribution.proof import Attribution as Attribution
     from stabilitylab.attribution.search import attribute as attribute
-    from stabilitylab.attribution.without import Without as Without
 
 # Name -> the module that has it, imported on first use: a report shows what forks proved, and must not load torch.
 _PUBLIC = {
@@ -20,7 +20,7 @@ _PUBLIC = {
     "Fork": "stabilitylab.attribution.forks",
     "Loop": "stabilitylab.attribution.loop",
     "LoopState": "stabilitylab.attribution.loop",
-    "Without": "stabilitylab.attribution.without",
+    "Without": "stabilitylab.attribution.ablation",
     "attribute": "stabilitylab.attribution.search",
 }
 __all__ = ["Attribution", "Fork", "Loop", "LoopState", "Without", "attribute"]

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
+from stabilitylab.attribution.ablation import Without
 from stabilitylab.attribution.fork_verdicts import Yardstick
 from stabilitylab.attribution.forks import Fork, Forks, Usual
 from stabilitylab.attribution.loop import Loop, LoopState
-from stabilitylab.attribution.without import Without
 
 
 class Trains(Protocol):

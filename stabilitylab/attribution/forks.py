@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from stabilitylab.attribution import fork_verdicts
-from stabilitylab.attribution.acts import (
+from stabilitylab.attribution.ablation import Without
+from stabilitylab.attribution.fork_verdicts import ForkVerdict, Yardstick
+from stabilitylab.attribution.interventions import (
     Act,
     BoundUpdates,
     ClipNorm,
@@ -32,17 +34,15 @@ from stabilitylab.attribution.acts import (
     ScaleRate,
     ShrinkGradient,
 )
-from stabilitylab.attribution.fork_verdicts import ForkVerdict, Yardstick
 from stabilitylab.attribution.loop import Loop, LoopState, Subject
-from stabilitylab.attribution.module_acts import (
+from stabilitylab.attribution.module_interventions import (
     BoundOutputGradients,
     BoundOutputs,
     BoundScores,
     FullPrecision,
 )
 from stabilitylab.attribution.observation import Observation
-from stabilitylab.attribution.outside import KeepSettings, PutBack
-from stabilitylab.attribution.without import Without
+from stabilitylab.attribution.undo_changes import KeepSettings, PutBack
 from stabilitylab.errors import InputError
 
 

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from stabilitylab.attribution.ablation import Without
 from stabilitylab.attribution.fork_verdicts import ForkVerdict
 from stabilitylab.attribution.forks import Fork
-from stabilitylab.attribution.without import Without
 
 
 class KeptForks:

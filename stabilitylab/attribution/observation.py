@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabilitylab.attribution.acts import Act, Optimizer
+from stabilitylab.attribution.interventions import Act, Optimizer
 from stabilitylab.attribution.loop import Subject
-from stabilitylab.attribution.module_acts import AttentionCalls, first_tensor, largest_scores, rms_of
-from stabilitylab.attribution.outside import LastUpdate, settings_of
+from stabilitylab.attribution.module_interventions import AttentionCalls, first_tensor, largest_scores, rms_of
+from stabilitylab.attribution.undo_changes import LastUpdate, settings_of
 from stabilitylab.model_structure import blocks, is_embedding, is_linear, is_norm, named_modules
 
 QUIET, GREW, JUMP, LOUD = 3, 3.0, 1.5, 10.0

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stabilitylab.attribution.ablation import Without
 from stabilitylab.attribution.fork_verdicts import EVENT, HALVES, PREVENTS, Yardstick
 from stabilitylab.attribution.forks import Fork
-from stabilitylab.attribution.without import Without
 from stabilitylab.spikes.episodes import Episode
 from stabilitylab.telemetry import Event
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stabilitylab.attribution.ablation import Without
 from stabilitylab.attribution.fork_verdicts import Yardstick
 from stabilitylab.attribution.forks import Forks
 from stabilitylab.attribution.observation import Observation
 from stabilitylab.attribution.parameter_globs import embedding_weights
-from stabilitylab.attribution.without import Without
 
 # Batches before the onset, each to leave out by itself; the first serves for comparison.
 BATCHES = 4

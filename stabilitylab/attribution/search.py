@@ -6,8 +6,8 @@
 First it trains the control: the same steps with nothing left out, which must repeat the original to the last bit. It watches which
 sites grow, what changes between updates, and what is usual. Then it trains one fork of each kind that could matter
 (``questions.py``), reads the verdicts (``proof.py``), and narrows the answer down to the smallest set of parameters or modules
-(``smallest.py``), to rows of a batch or an embedding, to the fewest steps. Forks begin ``before`` steps ahead of the onset; where
-no fork from there prevents the event, it was decided earlier, and the search goes back three times as far.
+(``delta_debugging.py``), to rows of a batch or an embedding, to the fewest steps. Forks begin ``before`` steps ahead of the onset;
+where no fork from there prevents the event, it was decided earlier, and the search goes back three times as far.
 
 Two terms: updates are *needed* where the event does not come without them, *enough* where it comes with them alone.
 """
@@ -20,16 +20,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from stabilitylab.attribution.ablation import Without
 from stabilitylab.attribution.executors import InThisProcess, SideBySide, Trains
 from stabilitylab.attribution.fork_verdicts import WATCHED, Yardstick, yardstick
 from stabilitylab.attribution.forks import Fork, Forks, Usual, signal_of
 from stabilitylab.attribution.kept_forks import KeptForks, about
 from stabilitylab.attribution.loop import Loop, LoopState
-from stabilitylab.attribution.narrowing import Narrowing
+from stabilitylab.attribution.minimization import Narrowing
 from stabilitylab.attribution.observation import QUIET, Observation
 from stabilitylab.attribution.proof import CHANGES, Attribution, conclude
 from stabilitylab.attribution.questions import rounds
-from stabilitylab.attribution.without import Without
 from stabilitylab.errors import InputError
 from stabilitylab.spikes.episodes import Episode
 

@@ -4,9 +4,18 @@
 a scale and how the scale is stored; ``reference`` is the float64 oracle.
 """
 
+from stabilitylab.formats.block_scaled import (
+    SCALED_FORMATS,
+    Quantized,
+    ScaledFormat,
+    dequantize,
+    fake_quantize,
+    quantize,
+    scaled_format,
+)
+from stabilitylab.formats.chunked_rounding import quantize_rows, row_parts, some_rows
 from stabilitylab.formats.format_watch import FormatWatch
 from stabilitylab.formats.hadamard import rotate, rotation_signs, unrotate
-from stabilitylab.formats.in_parts import quantize_rows, row_parts, some_rows
 from stabilitylab.formats.number_format import (
     BF16,
     E2M1,
@@ -24,16 +33,7 @@ from stabilitylab.formats.number_format import (
     round_to,
     unpack_4bit,
 )
-from stabilitylab.formats.scaled import (
-    SCALED_FORMATS,
-    Quantized,
-    ScaledFormat,
-    dequantize,
-    fake_quantize,
-    quantize,
-    scaled_format,
-)
-from stabilitylab.formats.searched import quantize_searched
+from stabilitylab.formats.scale_search import quantize_searched
 from stabilitylab.formats.what_if import FormatError, gaussian_error, what_if, what_if_format, what_if_sums
 
 __all__ = [

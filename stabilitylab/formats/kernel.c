@@ -2,7 +2,7 @@
  *
  *     s = scale of A = max |x| in the block        k = |x| / s in steps of the element, rounded        x^ = sign(x) s k step
  *
- * The results equal those of the torch operations in scaled.py and number_format.py bit for bit (these also give the formulas'
+ * The results equal those of the torch operations in block_scaled.py and number_format.py bit for bit (these also give the formulas'
  * sources): every operation here is one of theirs, in their order, without contraction or reassociation. Only exact steps differ: a
  * step of the format is a power of two, so the kernel multiplies by its inverse; it compares |x| by its bits, where NaN is above
  * infinity.

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.errors import InputError
-from stabilitylab.formats.number_format import NumberFormat, round_to
-from stabilitylab.formats.scaled import (
+from stabilitylab.formats.block_scaled import (
     SCALED_FORMATS,
     BlockShape,
     ScaledFormat,
@@ -33,6 +32,7 @@ from stabilitylab.formats.scaled import (
     _scales,
     scaled_format,
 )
+from stabilitylab.formats.number_format import NumberFormat, round_to
 
 _INTEGERS = {
     bits: NumberFormat(

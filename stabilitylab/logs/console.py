@@ -16,7 +16,9 @@ from itertools import islice
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.any_text import (
+from stabilitylab.logs.columns import counter_of, is_loss
+from stabilitylab.logs.console_formats import FORMATS
+from stabilitylab.logs.free_text import (
     ANY_LINE,
     ANY_TEXT,
     HEADING,
@@ -26,11 +28,9 @@ from stabilitylab.logs.any_text import (
     prepared,
     prepared_english,
 )
-from stabilitylab.logs.columns import counter_of, is_loss
-from stabilitylab.logs.console_formats import FORMATS
 from stabilitylab.logs.languages import is_foreign
+from stabilitylab.logs.line_templates import Plans, ReadLine
 from stabilitylab.logs.pattern import LineValues, TextFormat, next_place, own_formats, pairs, plain_text
-from stabilitylab.logs.plans import Plans, ReadLine
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.segment_columns import STEP_ABOVE
 from stabilitylab.logs.source import LogFile

@@ -76,7 +76,7 @@ class TextFormat:
         words: in small letters; every line in which the trigger matches holds one. Searching for them is some twenty times faster
             than for a trigger that does not begin with a word; without words the reader searches for the trigger.
         prepare: applied first to each piece of text.
-        steady: the reading of a line does not depend on how large its numbers are (``plans``).
+        steady: the reading of a line does not depend on how large its numbers are (``line_templates``).
         loose: other trainers print such lines too; where they hold more, they are read as any trainer's.
         one_part: lines belong to one run, whether they name a rank or not.
         least: a file with fewer records is read as any trainer's.

@@ -17,17 +17,18 @@ from pathlib import Path
 from stabilitylab.errors import InputError
 from stabilitylab.logs.aim_store import read_aim
 from stabilitylab.logs.binary import binary_error
-from stabilitylab.logs.boxes import read_boxes
+from stabilitylab.logs.boxed_records import read_boxes
 from stabilitylab.logs.console import read_console
 from stabilitylab.logs.csv_rows import delimiter_of, is_blank_table, read_csv_rows
 from stabilitylab.logs.huggingface import read_huggingface_console
 from stabilitylab.logs.json_document import read_json_document
 from stabilitylab.logs.json_lines import read_json_lines
-from stabilitylab.logs.labelled import LabelledPieces, UnlabelledSource, is_labelled
+from stabilitylab.logs.json_wrapped import DocumentSource, UnwrappedSource, UnwrappingPieces, key_of
 from stabilitylab.logs.languages import EnglishSource, is_foreign
 from stabilitylab.logs.locate import in_folder, is_tensorboard, version_of
 from stabilitylab.logs.log import Log
 from stabilitylab.logs.pattern import number
+from stabilitylab.logs.rank_labels import LabelledPieces, UnlabelledSource, is_labelled
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.record_lines import read_record_lines
 from stabilitylab.logs.rows import logs_of
@@ -42,7 +43,6 @@ from stabilitylab.logs.trackers import (
     read_sqlite,
     read_wandb,
 )
-from stabilitylab.logs.wrapped import DocumentSource, UnwrappedSource, UnwrappingPieces, key_of
 
 # Numbers with their names beside them: a sentence, not a table's header.
 _SAID = re.compile(r"(?<!\d)[:=]\s*[-+]?\d")  # not metrics/mAP_0.5:0.95

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stabilitylab.logs.any_text import (
+from stabilitylab.logs.columns import counter_of, is_evaluation, is_loss
+from stabilitylab.logs.free_text import (
     HEADING,
     MAY_HEAD,
     RIGHT_ABOVE,
@@ -27,12 +28,11 @@ from stabilitylab.logs.any_text import (
     prepared,
     prepared_english,
 )
-from stabilitylab.logs.columns import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.languages import is_foreign
 from stabilitylab.logs.line_numbers import named, placed
+from stabilitylab.logs.line_templates import Plans, ReadLine
 from stabilitylab.logs.loss_column import FEWEST, is_count, loss_of, missed
 from stabilitylab.logs.pattern import NUMBER, LineValues, next_place, number, plain_text
-from stabilitylab.logs.plans import Plans, ReadLine
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import LogFile
 

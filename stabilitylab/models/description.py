@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from stabilitylab.errors import InputError
-from stabilitylab.models import gguf_config, gguf_file, held
+from stabilitylab.models import gguf_config, gguf_file, half_storage
 from stabilitylab.models.fused_experts import split_experts
 
 # What transformers raises over files that it cannot read; anything else is a defect.
@@ -108,17 +108,17 @@ class Described:
 
     def built(self, dtype: torch.dtype) -> Any:
         """The model without its parameters, its buffers computed for a format."""
-        with held.without_parameters():
+        with half_storage.without_parameters():
             return self.loader.from_config(self.config, dtype=dtype)
 
     def held(self, narrow: Any) -> Any:
         """Turns a model read in 16 bits into one that computes in fp32 and holds its weights as they are; None where that fails."""
         module = self.built(torch.float32).eval()
-        if not held.transplant(narrow, module):
+        if not half_storage.transplant(narrow, module):
             return None
         prepare(module)
-        held.hold(module)
-        return module if held.computes_wide(module) else None
+        half_storage.hold(module)
+        return module if half_storage.computes_wide(module) else None
 
     def tokenizer(self) -> Any:
         import transformers

@@ -4,9 +4,9 @@ Nothing from the folder is executed: code that it brings along is not trusted, s
 only where torch's weights-only loading takes them. Nothing is fetched. Decoders open with their language-model head, everything
 else as the bare encoder, whose output is the last hidden states.
 
-Nothing is read wrongly in silence. Codes with scales beside them become numbers first (``dequantized.py``) or are refused. A weight
-inside a block that the loader did not understand is an error. A note counts what lies outside the opened model (heads, towers,
-layers that predict further tokens). Fused experts are taken apart into linear layers (``fused_experts.py``).
+Nothing is read wrongly in silence. Codes with scales beside them become numbers first (``dequantization.py``) or are refused. A
+weight inside a block that the loader did not understand is an error. A note counts what lies outside the opened model (heads,
+towers, layers that predict further tokens). Fused experts are taken apart into linear layers (``fused_experts.py``).
 
 Limits: encoder-decoder models need a second text and are refused. A GGUF file's weights are dequantized, so they lie on their
 file's grid: fair for studying activations, biased for judging another quantization of the weights.
@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from stabilitylab.errors import InputError
-from stabilitylab.models import gguf_config, gguf_file, held
-from stabilitylab.models.dequantized import plain_folder
+from stabilitylab.models import gguf_config, gguf_file, half_storage
+from stabilitylab.models.dequantization import plain_folder
 from stabilitylab.models.description import Described, describe, prepare, quiet
-from stabilitylab.models.intact import check_complete, check_floats, check_reads_text, mismatched
-from stabilitylab.models.left_aside import left_aside, other_frequencies, own_code
-from stabilitylab.models.room import require_room, surely_fits
+from stabilitylab.models.ignored_contents import left_aside, other_frequencies, own_code
+from stabilitylab.models.memory_check import require_room, surely_fits
+from stabilitylab.models.opened_model_checks import check_complete, check_floats, check_reads_text, mismatched
 from stabilitylab.models.text_model import TextModel
 from stabilitylab.models.tokenization import longest, windows, words_of
 from stabilitylab.models.weight_files import StoredTensor, pickled_tensors, require_weights
@@ -50,7 +50,7 @@ def open_folder(path: Path, dtype: torch.dtype, *, hold: bool = False) -> TextMo
     Args:
         path: what it found.
         dtype: format of weights and activations.
-        hold: keep weights in the file's 16 bits while the model computes in fp32 (``held.py``), where that can be done.
+        hold: keep weights in the file's 16 bits while the model computes in fp32 (``half_storage.py``), where that can be done.
 
     Raises:
         InputError: transformers is missing, or cannot read the files.
@@ -67,7 +67,7 @@ def open_folder(path: Path, dtype: torch.dtype, *, hold: bool = False) -> TextMo
     with plain_or_given as (plain, stored, said), gguf_file.opened_once(dtype):
         described = describe(path, plain)
         # A copy in a temporary folder is gone before the model is: its pages cannot be kept.
-        narrow = held.format_of(stored) if hold and dtype is torch.float32 and plain == path else None
+        narrow = half_storage.format_of(stored) if hold and dtype is torch.float32 and plain == path else None
         if folder and not stored:
             require_weights(folder)
             stored = pickled_tensors(folder)

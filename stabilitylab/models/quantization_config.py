@@ -1,6 +1,6 @@
 """What a folder's config says of how its weights were quantized, where that changes what their numbers mean.
 
-Codes with scales show by themselves how to read them (``dequantized.py``). Of what the config says beside them we refuse:
+Codes with scales show by themselves how to read them (``dequantization.py``). Of what the config says beside them we refuse:
 
     floats, and a method     a loader with that method's library would quantize them, one without it asks for the library
     a rotation of inputs     compressed-tensors' transforms that a layer applies when it runs: its weights alone are another model

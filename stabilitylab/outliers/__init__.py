@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from stabilitylab.outliers.scan import WorstChannel as WorstChannel
     from stabilitylab.outliers.scan import scan_outliers as scan_outliers
     from stabilitylab.outliers.scan_sites import Site as Site
-    from stabilitylab.outliers.training import RunOutliers as RunOutliers
-    from stabilitylab.outliers.training import run_outliers as run_outliers
-    from stabilitylab.outliers.training import run_page as run_page
+    from stabilitylab.outliers.telemetry_outliers import RunOutliers as RunOutliers
+    from stabilitylab.outliers.telemetry_outliers import run_outliers as run_outliers
+    from stabilitylab.outliers.telemetry_outliers import run_page as run_page
 
 # Name -> the module that has it, imported on first use: what counts outliers must not load what draws them.
 _PUBLIC = {
@@ -29,14 +29,14 @@ _PUBLIC = {
     "Criterion": "stabilitylab.outliers.criteria",
     "MarkedShare": "stabilitylab.outliers.criteria",
     "OutlierScan": "stabilitylab.outliers.scan",
-    "RunOutliers": "stabilitylab.outliers.training",
+    "RunOutliers": "stabilitylab.outliers.telemetry_outliers",
     "Site": "stabilitylab.outliers.scan_sites",
     "WorstChannel": "stabilitylab.outliers.scan",
     "outlier_page": "stabilitylab.outliers.page",
     "reading": "stabilitylab.outliers.criteria",
     "register_criterion": "stabilitylab.outliers.criteria",
-    "run_outliers": "stabilitylab.outliers.training",
-    "run_page": "stabilitylab.outliers.training",
+    "run_outliers": "stabilitylab.outliers.telemetry_outliers",
+    "run_page": "stabilitylab.outliers.telemetry_outliers",
     "scan_outliers": "stabilitylab.outliers.scan",
 }
 __all__ = [

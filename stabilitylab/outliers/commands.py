@@ -88,7 +88,7 @@ def _scan(
 
 
 def _run(path: Path, *, json: bool, html: Path | None) -> None:
-    from stabilitylab.outliers.training import run_outliers, run_page, run_record, show_run
+    from stabilitylab.outliers.telemetry_outliers import run_outliers, run_page, run_record, show_run
     from stabilitylab.runs import load_run
 
     if not path.exists():

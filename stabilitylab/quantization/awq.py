@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stabilitylab.quantization.moments import Moments
+from stabilitylab.quantization.input_moments import Moments
 
 _STEPS = 10
 _ROWS = 256

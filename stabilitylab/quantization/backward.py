@@ -6,9 +6,9 @@
 
 In each stage the layers' inputs x and the gradients d f / d y at their outputs exist, and go with the stage. Beside the model,
 memory holds the blocks' outputs, G for every draw of f, and one block's graph on one window (checkpointing at every block: Chen et
-al., arXiv:1604.06174). Stage L runs a few tokens at a time (pieces.py). What the functions of all draws share goes back once;
-gradients at layers are kept in bf16. Blocks must speak to each other through their outputs alone, which restart.py tries; where
-they do not, the whole model is the only stage.
+al., arXiv:1604.06174). Stage L runs a few tokens at a time (logit_chunks.py). What the functions of all draws share goes back once;
+gradients at layers are kept in bf16. Blocks must speak to each other through their outputs alone, which block_restart.py tries;
+where they do not, the whole model is the only stage.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window
 from stabilitylab.models.freed_memory import let_go_of_pages
-from stabilitylab.models.held import products_of_rows
-from stabilitylab.models.pieces import Pieces, Stop, part_of, stopping
+from stabilitylab.models.half_storage import products_of_rows
+from stabilitylab.models.logit_chunks import Pieces, Stop, part_of, stopping
 from stabilitylab.models.text_model import output_of
-from stabilitylab.quantization.restart import Restart
+from stabilitylab.quantization.block_restart import Restart
 
 # Given a window, its output [B, T, ...] and the place of its first token in the text's window, it returns a scalar that all draws
 # share, or None, and a function that gives each draw's own part by the draw's number. The gradients are those of the sums.

@@ -2,7 +2,7 @@
 
     h_0 = blocks[0](start of the model)      on every window
     h_b = blocks[b](h_(b-1))                 on every window, before block b + 1 is made
-    output = end of the model (h_L)          some tokens at a time (pieces.py)
+    output = end of the model (h_L)          some tokens at a time (logit_chunks.py)
 
 Memory holds the latest block's outputs on the text, T C numbers, and one block. Each stage lets the blocks in front answer at once
 and stops the model behind its own block. So the model makes everything else that it gives to blocks (positions, masks) as ever, and
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.models import TextModel, Window
-from stabilitylab.models.pieces import Pieces, Stop, answering, largest_stack, part_of, stopping
+from stabilitylab.models.logit_chunks import Pieces, Stop, answering, largest_stack, part_of, stopping
 
 # Called with a block's path; while the context that it returns lasts, the block has the layers that are wanted.
 Layers = Callable[[str], AbstractContextManager[None]]

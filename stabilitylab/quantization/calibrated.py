@@ -6,7 +6,7 @@
 
 SCHEME is any of this package with scales of its own for groups, rows or blocks: int4-g64-asym-mse, w8a8-token, nvfp4, mxfp4, ....
 The stored form is SCHEME's (AWQ adds a factor a channel), so kernels, files and exports know it already. Beside the weight, these
-schemes need the moments of its input (moments.py).
+schemes need the moments of its input (input_moments.py).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from stabilitylab.formats import dequantize, row_parts, some_rows
 from stabilitylab.models.freed_memory import give_back_memory, let_go_of_pages
 from stabilitylab.models.weight_checks import is_finite
 from stabilitylab.quantization.awq import awq_scales
-from stabilitylab.quantization.factors import Factor
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme, fingerprint_of_weight
 from stabilitylab.quantization.gptq import gptq
+from stabilitylab.quantization.gptq_factors import Factor
 from stabilitylab.quantization.grids import FormatGrid, IntegerGrid
+from stabilitylab.quantization.input_moments import Moments
 from stabilitylab.quantization.linear import QuantizedLinear
-from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.scheme import Scheme
-from stabilitylab.quantization.stored import StoredWeight, joined, quantize_weight
+from stabilitylab.quantization.stored_weight import StoredWeight, joined, quantize_weight
 
 Method = Literal["gptq", "gptqo", "awq"]
 _WHOLE = 1 << 25  # weights of up to this many numbers are rounded whole; larger ones

@@ -15,25 +15,25 @@ from rich.text import Text
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, open_text_model
 from stabilitylab.models.fused_experts import expert_groups
-from stabilitylab.quantization.assembly import assembled_plan
 from stabilitylab.quantization.calibrated import needs_moments
-from stabilitylab.quantization.ends import Ends, measured_ends, output_layers
 from stabilitylab.quantization.export_forms import held_schemes, holds_embeddings, instead
 from stabilitylab.quantization.exports import require_form, require_format, save_as
 from stabilitylab.quantization.kv_cache import CacheBudget, cache_lines, cache_plan, require_cache
 from stabilitylab.quantization.latency import BATCHES, KEPT, measure_latencies
-from stabilitylab.quantization.measuring import By, begun, layers_file, measured_layers
-from stabilitylab.quantization.pace import Pace
 from stabilitylab.quantization.plan import Budget, QuantizationPlan, load_plan
+from stabilitylab.quantization.plan_assembly import assembled_plan
 from stabilitylab.quantization.plan_search import Advisor, most_verified
 from stabilitylab.quantization.ranges import layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers
-from stabilitylab.quantization.rounded import RoundedWeights
+from stabilitylab.quantization.rounded_weights import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
+from stabilitylab.quantization.sensitivity_pass import By, begun, layers_file, measured_layers
 from stabilitylab.quantization.tables import outcome_rows, whole_model
-from stabilitylab.quantization.texts import text_notes, tokenizer_mark
+from stabilitylab.quantization.text_checks import text_notes, tokenizer_mark
+from stabilitylab.quantization.time_left import Pace
 from stabilitylab.quantization.verification import Twins, Verification, block_count
 from stabilitylab.quantization.vocabulary import embedding_matrices
+from stabilitylab.quantization.vocabulary_sensitivity import Ends, measured_ends, output_layers
 
 DEFAULT_SCHEMES = (
     "w8a8-token",

@@ -40,7 +40,7 @@ from stabilitylab.models.freed_memory import give_back_memory
 from stabilitylab.models.text_model import rows_at_once
 from stabilitylab.quantization.backward import Backward, LayerCall
 from stabilitylab.quantization.calibrated import needs_moments
-from stabilitylab.quantization.moments import Moments
+from stabilitylab.quantization.input_moments import Moments
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.replacement import quantized
 from stabilitylab.quantization.schemes import LinearScheme

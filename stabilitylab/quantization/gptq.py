@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stabilitylab.quantization.factors import Factor
+from stabilitylab.quantization.gptq_factors import Factor
 
 _BLOCK = 128
 

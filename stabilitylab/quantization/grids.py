@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stabilitylab.formats import Quantized, quantize, round_to
 from stabilitylab.quantization.scheme import Scheme
-from stabilitylab.quantization.stored import StoredWeight, affine_rows, pack_nibbles, scale_format
+from stabilitylab.quantization.stored_weight import StoredWeight, affine_rows, pack_nibbles, scale_format
 
 
 class IntegerGrid:

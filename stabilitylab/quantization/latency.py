@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stabilitylab.models import linear_weight
 from stabilitylab.models.freed_memory import give_back_memory
-from stabilitylab.models.held import is_held
+from stabilitylab.models.half_storage import is_held
 from stabilitylab.quantization.replacement import quantized
 from stabilitylab.quantization.schemes import LinearScheme, nearest
 

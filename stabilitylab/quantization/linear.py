@@ -10,8 +10,8 @@ For inference only. The output has the input's format; inside, W8A8 is float32 a
 dequantized weights where they are few. Where they are more than twice the tokens, x_O goes through the integer product as two
 digits, 127 * 508 steps to its largest value (finer than fp16, in which LLM.int8() keeps it).
 
-The weights are buffers in the canonical form (stored.py). The first call on a device hands them to a kernel in its own layout;
-``state_dict``, a move to another device, and copying take them back first.
+The weights are buffers in the canonical form (stored_weight.py). The first call on a device hands them to a kernel in its own
+layout; ``state_dict``, a move to another device, and copying take them back first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.models.freed_memory import let_go_of_pages
 from stabilitylab.quantization.kernels import IntegerKernel, WeightKernel, integer_kernel, weight_kernel
 from stabilitylab.quantization.scheme import INT8_RANGE, Scheme
-from stabilitylab.quantization.stored import StoredWeight, quantize_weight
+from stabilitylab.quantization.stored_weight import StoredWeight, quantize_weight
 from stabilitylab.quantization.weight_on_paper import HasWeightOnPaper
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from stabilitylab.errors import InputError
 from stabilitylab.quantization.latency import KEPT
-from stabilitylab.quantization.rounded import RoundedWeights
+from stabilitylab.quantization.rounded_weights import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
 from stabilitylab.whole_file import whole_file
 
@@ -118,10 +118,10 @@ class QuantizationPlan:
         notes: what the search had to correct.
         sensitivity: path -> {"shape", "range", "effects": scheme -> {"error", "harm", "loss", "bytes"}}.
         latency: "NxK" -> scheme -> batch -> seconds.
-        rounded: folder of weights that were rounded for their inputs (rounded.py); in the file its name beside the plan. None
-            where no layer was.
+        rounded: folder of weights that were rounded for their inputs (rounded_weights.py); in the file its name beside the plan.
+            None where no layer was.
         cache: keys and values of past tokens (``kv_cache.cache_plan``); None where they were not measured.
-        tokenizer: mark of how text became tokens (``texts.tokenizer_mark``).
+        tokenizer: mark of how text became tokens (``text_checks.tokenizer_mark``).
     """
 
     model: str

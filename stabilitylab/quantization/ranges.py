@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window, linear_weight
-from stabilitylab.models.pieces import Pieces
+from stabilitylab.models.logit_chunks import Pieces
 
 # A channel counts as an outlier if it reaches this many times the layer's median channel.
 OUTLIER_RATIO = 10.0

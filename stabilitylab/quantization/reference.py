@@ -1,6 +1,6 @@
 """What each scheme computes, in plain float64: the oracle of every kernel.
 
-    y = x_q W_q' + b,    x_q the activations after rounding (scheme.py), W_q the stored weights (stored.py)
+    y = x_q W_q' + b,    x_q the activations after rounding (scheme.py), W_q the stored weights (stored_weight.py)
 
 Which integer an activation becomes is decided in float32, as in every layer here: in another format a value next to the middle
 between two integers may fall to the other side.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.quantization.scheme import INT8_RANGE, Scheme
-from stabilitylab.quantization.stored import StoredWeight
+from stabilitylab.quantization.stored_weight import StoredWeight
 
 
 def reference_linear(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.models import linear_layers, linear_weight, shared_parameters
-from stabilitylab.models.held import is_held
+from stabilitylab.models.half_storage import is_held
 from stabilitylab.quantization.calibrated import needs_moments
-from stabilitylab.quantization.moments import Moments
+from stabilitylab.quantization.input_moments import Moments
 from stabilitylab.quantization.schemes import LinearScheme
 from stabilitylab.quantization.weight_on_paper import HasWeightOnPaper
 

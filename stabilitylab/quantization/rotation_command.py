@@ -18,7 +18,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, open_text_model
 from stabilitylab.models.description import describe, quiet
 from stabilitylab.models.fused_experts import SplitExperts
-from stabilitylab.models.held import format_of
+from stabilitylab.models.half_storage import format_of
 from stabilitylab.models.weight_files import stored_tensors
 from stabilitylab.quantization import folded_rotation
 from stabilitylab.quantization.serialization import copy_companions, new_folder

@@ -3,7 +3,7 @@
     NAME            integers: see scheme.py                    w8a8-token, mixed, int4-g64-asym-mse
     FORMAT          floating-point: see format_scheme.py       nvfp4, fp8-e4m3-row/fp8-e4m3-row
     ...-gptq, -awq  rounded for its inputs: see calibrated.py  int4-g64-asym-mse-gptq, nvfp4-awq
-    ...-had         any after a rotation: see rotated.py       w8a8-token-had, nvfp4/nvfp4-gptq-had
+    ...-had         any after a rotation: see rotated_linear.py       w8a8-token-had, nvfp4/nvfp4-gptq-had
 
 A scheme of your own is whatever has a ``name`` and makes a layer:
 
@@ -27,8 +27,8 @@ from torch import Tensor
 from stabilitylab.errors import InputError
 from stabilitylab.quantization.calibrated import METHODS, CalibratedScheme
 from stabilitylab.quantization.format_scheme import FormatScheme
-from stabilitylab.quantization.moments import Moments
-from stabilitylab.quantization.rotated import RotatedLinear, rotated_weight, signs_for
+from stabilitylab.quantization.input_moments import Moments
+from stabilitylab.quantization.rotated_linear import RotatedLinear, rotated_weight, signs_for
 from stabilitylab.quantization.scheme import NAMED, Scheme
 
 ROTATED = "-had"

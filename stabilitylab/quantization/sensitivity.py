@@ -7,9 +7,9 @@ For every linear layer and scheme, on windows of text:
     loss     increase per target, likewise
     bytes    of the stored weights, beside 2 a weight in 16 bits
 
-Each run restarts the model at the layer's block (restart.py), so a text of T tokens costs about layers x schemes / 2 runs over T
-tokens. Beside the model, memory holds one window's block outputs and log-probabilities, one block's layer inputs, one quantized
-layer.
+Each run restarts the model at the layer's block (block_restart.py), so a text of T tokens costs about layers x schemes / 2 runs
+over T tokens. Beside the model, memory holds one window's block outputs and log-probabilities, one block's layer inputs, one
+quantized layer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, linear_weight
+from stabilitylab.quantization.block_restart import Restart
 from stabilitylab.quantization.divergence import Divergence, ReferenceOutput
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
-from stabilitylab.quantization.restart import Restart
-from stabilitylab.quantization.rounded import RoundedWeights
+from stabilitylab.quantization.rounded_weights import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme
 
 Progress = Callable[[int, int], None]

@@ -1,8 +1,8 @@
 """A quantized model on disk: the original's folder with one safetensors file in the canonical form, and the plan.
 
-    model.safetensors    for a quantized layer PATH its buffers PATH.values, PATH.scales, ... (stored.py); everything else under
-                         its own name. Shared tensors once, an embedding and an output tied to it too. In the header: layout of
-                         each layer, shared names, fingerprint; version 2 where embeddings are quantized.
+    model.safetensors    for a quantized layer PATH its buffers PATH.values, PATH.scales, ... (stored_weight.py); everything else
+                         under its own name. Shared tensors once, an embedding and an output tied to it too. In the header:
+                         layout of each layer, shared names, fingerprint; version 2 where embeddings are quantized.
     plan.json            the plan
     config.json, ...     the original's, except its weights
 

@@ -19,10 +19,10 @@ from stabilitylab.errors import InputError
 from stabilitylab.formats import Quantized, scaled_format
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme
 from stabilitylab.quantization.linear import QuantizedLinear
-from stabilitylab.quantization.rotated import RotatedLinear
+from stabilitylab.quantization.rotated_linear import RotatedLinear
 from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.schemes import LinearScheme, RotatedScheme, scheme_of
-from stabilitylab.quantization.stored import StoredWeight
+from stabilitylab.quantization.stored_weight import StoredWeight
 
 
 def twin_layout(path: str, twin: Any, scheme: str) -> dict[str, Any]:

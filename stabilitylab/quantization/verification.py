@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window, linear_weight
 from stabilitylab.models.freed_memory import give_back_memory, let_go_of_pages
-from stabilitylab.models.pieces import largest_stack
+from stabilitylab.models.logit_chunks import largest_stack
 from stabilitylab.models.text_model import loss_of
 from stabilitylab.quantization.blockwise import Blockwise, Layers, as_it_is
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
-from stabilitylab.quantization.rounded import RoundedWeights
+from stabilitylab.quantization.rounded_weights import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme
 from stabilitylab.quantization.vocabulary import EmbeddingMatrix
 

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from stabilitylab.formats import dequantize
 from stabilitylab.model_structure import token_embeddings
-from stabilitylab.models.held import is_held, look_up, multiplies
+from stabilitylab.models.half_storage import is_held, look_up, multiplies
 from stabilitylab.quantization.calibrated import CalibratedScheme, needs_moments
 from stabilitylab.quantization.format_scheme import FormatLinear, FormatScheme
+from stabilitylab.quantization.input_moments import Moments
 from stabilitylab.quantization.linear import QuantizedLinear
-from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.replacement import replaced
-from stabilitylab.quantization.rounded import RoundedScheme
+from stabilitylab.quantization.rounded_weights import RoundedScheme
 from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.schemes import LinearScheme, RotatedScheme, nearest
 from stabilitylab.quantization.weight_on_paper import WeightOnPaper

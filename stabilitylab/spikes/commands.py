@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.any_text import ANY_TEXT
 from stabilitylab.logs.columns import STEP
 from stabilitylab.logs.commands import left_out_of
+from stabilitylab.logs.free_text import ANY_TEXT
 from stabilitylab.logs.log import Log
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.logs.source import remove_temporary

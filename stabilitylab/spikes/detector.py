@@ -35,10 +35,10 @@ from dataclasses import asdict
 from typing import Any
 
 from stabilitylab.spikes.baseline import Baseline
+from stabilitylab.spikes.degenerate_values import HOLE, Burst, Stillness, burst_event, is_finite
 from stabilitylab.spikes.excursion import Excursions
 from stabilitylab.spikes.loss_scale_collapse import ScaleWatch
 from stabilitylab.spikes.reasons import REASONS, Reasons
-from stabilitylab.spikes.stillness import HOLE, Burst, Stillness, burst_event, is_finite
 from stabilitylab.spikes.verdict import Transition
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS, LOSS_SCALES, SKIPPED, Event
 

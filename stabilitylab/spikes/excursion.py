@@ -32,7 +32,7 @@ from stabilitylab.spikes.baseline import (
     median,
     ripple_of,
 )
-from stabilitylab.spikes.beginnings import at_creep, at_mean, at_value
+from stabilitylab.spikes.early_excursion import at_creep, at_mean, at_value
 from stabilitylab.spikes.onsets import (
     UP_VALUES,
     block_is_out,

@@ -21,13 +21,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.spikes.baseline import BLOCK, GROUP
+from stabilitylab.spikes.degenerate_values import LARGEST
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import Episode, episodes_of
 from stabilitylab.spikes.excursion import Excursions
 from stabilitylab.spikes.reasons import changes
 from stabilitylab.spikes.series import MOST_VALUES, library, take_quiet, take_still
 from stabilitylab.spikes.smoothing import smoothing_factor, undone
-from stabilitylab.spikes.stillness import LARGEST
 from stabilitylab.spikes.two_sided import second_look
 from stabilitylab.telemetry import LOSS, LOSS_SCALES, SKIPPED, Event
 

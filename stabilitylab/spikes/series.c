@@ -1,6 +1,6 @@
 /* The fast path through long logs: ordinary values of a signal, rolling medians, and the spike score's windows.
 
-   The Python twins are baseline.py with excursion.py, stillness.py, and pandas. From ordinary values this code learns
+   The Python twins are baseline.py with excursion.py, degenerate_values.py, and pandas. From ordinary values this code learns
    the same baseline to the bit: the same operations in the same order, compiled without fusing or reordering. Where a
    value may begin an excursion, the pass ends before it, and Python judges. */
 
@@ -240,7 +240,7 @@ stop:
     return at;
 }
 
-/* stillness.py's ``skip``: state is previous, equal, since, repeats, longest, values. */
+/* degenerate_values.py's ``skip``: state is previous, equal, since, repeats, longest, values. */
 void stabilitylab_still(const double *values, const int64_t *steps, int64_t count, double gain, double *state) {
     double previous = state[0], equal = state[1], since = state[2], repeats = state[3], longest = state[4];
     double seen = state[5];

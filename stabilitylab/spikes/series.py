@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from stabilitylab.c_compiler import built, switched_off
 from stabilitylab.spikes import baseline as b
+from stabilitylab.spikes.degenerate_values import REPEAT_GAIN, Stillness
 from stabilitylab.spikes.excursion import Excursions
-from stabilitylab.spikes.stillness import REPEAT_GAIN, Stillness
 from stabilitylab.spikes.verdict import END_SHARE
 
 _log = logging.getLogger("stabilitylab")

@@ -1,9 +1,9 @@
 """A second look at a finished log, to both sides: what the online detector, which sees value by value, cannot know.
 
-Excursions over a running median (``bumps.py``), steps up for good and slow rises (``rises.py``) join what the first pass found. A
-finding that overlaps an episode of the first pass is the same episode; a hard batch that turns out longer is a spike. A divergence
-that falls back at once within 512 values was a long spike with a flat top. In a sparse log, a single value that the noise itself
-explains is no spike.
+Excursions over a running median (``bumps.py``), steps up for good and slow rises (``sustained_rises.py``) join what the first pass
+found. A finding that overlaps an episode of the first pass is the same episode; a hard batch that turns out longer is a spike. A
+divergence that falls back at once within 512 values was a long spike with a flat top. In a sparse log, a single value that the
+noise itself explains is no spike.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from stabilitylab.spikes.bumps import (
     is_even,
     joined,
 )
+from stabilitylab.spikes.degenerate_values import LARGEST
 from stabilitylab.spikes.episodes import Episode
-from stabilitylab.spikes.rises import is_recovering, jumps, slow_rise, step_up
-from stabilitylab.spikes.stillness import LARGEST
+from stabilitylab.spikes.sustained_rises import is_recovering, jumps, slow_rise, step_up
 from stabilitylab.spikes.verdict import FIRST_CHECK, HARD_STEPS
 
 LEAST_VALUES = 20

@@ -22,8 +22,8 @@ from stabilitylab.watching.alerts import plain as plain_text
 from stabilitylab.watching.kept_state import KeptState, default_folder
 from stabilitylab.watching.notifiers import Command, Notifier, Webhook
 from stabilitylab.watching.options import Options
-from stabilitylab.watching.piped import piped
 from stabilitylab.watching.rules import rules_named
+from stabilitylab.watching.standard_input import piped
 from stabilitylab.watching.watch import Watch
 
 FAILED = 3

@@ -18,7 +18,7 @@ from experiments.study import Study
 from experiments.suites import SUITES
 from glm.commands.train import parse_command, preset_config
 from glm.train.config import TrainConfig
-from glm.train.idle_settings import refuse_idle
+from glm.train.unused_settings import refuse_idle
 
 # Flags of the command, not of the configuration.
 BESIDE = ("data", "out", "device")

@@ -30,7 +30,7 @@ with tempfile.TemporaryDirectory() as folder:
         ("import stabilitylab.cli, glm.cli", {TORCH, "pandas", "numpy"}),
         ("import stabilitylab.logs.commands, stabilitylab.spikes.commands", {TORCH, "matplotlib"}),
         ("import stabilitylab.watching.commands, stabilitylab.watching.watch", {TORCH, "pandas"}),
-        ("import stabilitylab.report.of_log, stabilitylab.report.terminal", {TORCH, "matplotlib", "scipy"}),
+        ("import stabilitylab.report.log_page, stabilitylab.report.terminal", {TORCH, "matplotlib", "scipy"}),
         # The compiler takes as long as the rest of torch, SciPy's functions alone a tenth of a short run.
         ("import stabilitylab.monitoring.monitor", {COMPILER, "scipy", "matplotlib"}),
         ("import glm.commands.train", {COMPILER, "scipy", "pandas", "matplotlib", "tensorboard"}),

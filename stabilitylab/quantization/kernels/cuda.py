@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from stabilitylab.quantization.kernels.tiles import padded
 from stabilitylab.quantization.scheme import Scheme
-from stabilitylab.quantization.stored import StoredWeight, quantize_weight
+from stabilitylab.quantization.stored_weight import StoredWeight, quantize_weight
 
 _INNER_TILES = 8
 

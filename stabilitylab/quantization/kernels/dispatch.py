@@ -16,7 +16,7 @@ from stabilitylab.quantization.kernels.packed import (
     packed_int8_agrees,
 )
 from stabilitylab.quantization.kernels.tiles import TiledInt8, TiledWeight
-from stabilitylab.quantization.stored import StoredWeight
+from stabilitylab.quantization.stored_weight import StoredWeight
 
 
 class WeightKernel(Protocol):

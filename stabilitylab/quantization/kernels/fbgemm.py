@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stabilitylab.quantization.stored import StoredWeight
+from stabilitylab.quantization.stored_weight import StoredWeight
 
 Way = Literal["direct", "corrected", "split"]
 

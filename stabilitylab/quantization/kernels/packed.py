@@ -26,7 +26,7 @@ from stabilitylab.quantization.kernels.tiles import (
     tiled_product,
 )
 from stabilitylab.quantization.scheme import Scheme
-from stabilitylab.quantization.stored import StoredWeight, pack_nibbles, quantize_weight
+from stabilitylab.quantization.stored_weight import StoredWeight, pack_nibbles, quantize_weight
 
 
 def few_rows(bits: int) -> int:

@@ -10,7 +10,7 @@ import threading
 import torch
 from torch import Tensor
 
-from stabilitylab.quantization.stored import StoredWeight
+from stabilitylab.quantization.stored_weight import StoredWeight
 
 _TILE_ELEMENTS = 1 << 20  # 4 MB of float32
 # An accelerator has no such cache, and each operation costs it more than a tile of that size: 128 MB of bf16.

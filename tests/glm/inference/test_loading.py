@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glm.errors import InputError
-from glm.inference.exporting import export_model
 from glm.inference.loading import open_model, trained_on
+from glm.inference.model_export import export_model
 from glm.model.transformer import Transformer
 from glm.train import checkpoint as checkpoints
 from glm.train.config import from_json

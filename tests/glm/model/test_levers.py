@@ -21,12 +21,12 @@ from glm.model.config import (
     ScalingConfig,
 )
 from glm.model.feed_forward import FeedForward
-from glm.model.following import follow_all
 from glm.model.norms import make_norm
 from glm.model.positions import score_bias
 from glm.model.spectral import SpectralLinear
 from glm.model.transformer import Transformer
 from glm.model.vocabulary_loss import vocabulary_loss
+from glm.model.weight_followers import follow_all
 from glm.parallel.topology import checked
 from glm.precision import PrecisionPolicy
 from glm.train.engine import rate_factors_of

@@ -18,9 +18,9 @@ from glm.model.config import ModelConfig
 from glm.train.attribute import attribute_command, seconds_of
 from glm.train.config import BatchConfig, CheckpointConfig, MonitorConfig, TrainConfig
 from glm.train.fork_loop import ForkLoop
-from glm.train.machine import device_of, machine, machine_of, otherwise, threads, threads_of
 from glm.train.rate_schedule import ScheduleConfig
 from glm.train.replay_forks import Change, ReplayForks, trainer_of
+from glm.train.reproducibility import device_of, machine, machine_of, otherwise, threads, threads_of
 from stabilitylab.attribution import LoopState, Without
 from stabilitylab.attribution.fork_verdicts import Yardstick
 from stabilitylab.attribution.forks import Forks, Usual

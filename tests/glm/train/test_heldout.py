@@ -15,7 +15,7 @@ from glm.train.checkpoint import load_newest
 from glm.train.config import TrainConfig, from_json
 from glm.train.engine import LocalEngine
 from glm.train.heldout import heldout_loss, heldout_rows
-from glm.train.machine import device_of
+from glm.train.reproducibility import device_of
 from stabilitylab.runs import load_run
 
 SMALL = {

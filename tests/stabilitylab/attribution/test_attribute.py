@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stabilitylab.attribution import LoopState, attribute
-from stabilitylab.attribution.narrowing import standing_out
+from stabilitylab.attribution.minimization import standing_out
 from stabilitylab.attribution.proof import Conclusion
 from stabilitylab.errors import InputError
 from stabilitylab.telemetry import Event

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from stabilitylab.attribution import LoopState, Without
+from stabilitylab.attribution.delta_debugging import smallest
 from stabilitylab.attribution.fork_verdicts import HALVES, NOTHING, PREVENTS, Yardstick, verdict, yardstick
 from stabilitylab.attribution.forks import Forks, Usual
-from stabilitylab.attribution.module_acts import AttentionCalls, BoundScores, bounded, largest_scores
+from stabilitylab.attribution.module_interventions import AttentionCalls, BoundScores, bounded, largest_scores
 from stabilitylab.attribution.observation import Observation
-from stabilitylab.attribution.smallest import smallest
 from stabilitylab.errors import InputError
 from tests.stabilitylab.attribution.loops import Loop
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stabilitylab.formats import SCALED_FORMATS, fake_quantize, rotate, rotation_signs, scaled
+from stabilitylab.formats import SCALED_FORMATS, block_scaled, fake_quantize, rotate, rotation_signs
 from stabilitylab.formats.kernel import is_kernels, kernel
 
 pytestmark = pytest.mark.skipif(kernel() is None, reason="no C compiler")
@@ -23,7 +23,7 @@ def matrix(rows, columns):
 
 def by_torch(monkeypatch, *arguments, **named):
     with monkeypatch.context() as patch:
-        patch.setattr(scaled, "is_kernels", lambda *given: False)
+        patch.setattr(block_scaled, "is_kernels", lambda *given: False)
         return fake_quantize(*arguments, **named)
 
 
@@ -49,7 +49,7 @@ def test_bits_are_those_of_torch_operations(name, rounding, monkeypatch):
             x.bfloat16(),
         ):
             one, other = (torch.Generator().manual_seed(1) for _ in range(2))
-            kind = scaled.scaled_format(name)
+            kind = block_scaled.scaled_format(name)
             assert is_kernels(given, kind.element, kind.scale, kind.block)
             mine = fake_quantize(given, name, rounding=rounding, generator=one)
             torchs = by_torch(monkeypatch, given, name, rounding=rounding, generator=other)
@@ -68,7 +68,7 @@ def test_what_is_transposed_stays_so():
 
 
 def test_the_kernel_leaves_alone_what_it_cannot_do(monkeypatch):
-    e4m3, wide = scaled.scaled_format("fp8-e4m3-row"), torch.ones(2, 20_000)
+    e4m3, wide = block_scaled.scaled_format("fp8-e4m3-row"), torch.ones(2, 20_000)
     assert not is_kernels(wide, e4m3.element, e4m3.scale, e4m3.block)
     assert is_kernels(wide, e4m3.element, e4m3.scale, (None, None))
     x = torch.randn(4, 32, requires_grad=True)

@@ -8,8 +8,8 @@ import pyarrow.feather
 import pytest
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.any_text import ANY_TEXT
 from stabilitylab.logs.console import ConsolePieces
+from stabilitylab.logs.free_text import ANY_TEXT
 from stabilitylab.logs.reading import Reading
 from stabilitylab.logs.recognise import open_logs, reading_of
 from tests.stabilitylab.logs.told import losses, many

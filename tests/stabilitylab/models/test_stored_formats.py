@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stabilitylab.errors import InputError
 from stabilitylab.models import open_text_model
-from stabilitylab.models.dequantized import dequantized, understood
+from stabilitylab.models.dequantization import dequantized, understood
 from stabilitylab.models.weight_files import stored_tensors
 from tests.stabilitylab.models import tiny
 

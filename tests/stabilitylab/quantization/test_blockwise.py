@@ -8,12 +8,12 @@ import weakref
 import pytest
 import torch
 
-from stabilitylab.models.pieces import largest_stack
+from stabilitylab.models.logit_chunks import largest_stack
 from stabilitylab.models.text_model import output_of
 from stabilitylab.quantization import QuantizedLinear
 from stabilitylab.quantization.blockwise import Blockwise
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
-from stabilitylab.quantization.rounded import RoundedWeights
+from stabilitylab.quantization.rounded_weights import RoundedWeights
 from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.verification import Twins, Verification
 

@@ -18,8 +18,8 @@ from stabilitylab.formats.number_format import decode, encode
 from stabilitylab.quantization import Scheme, quantize_weight
 from stabilitylab.quantization.awq import awq_scales
 from stabilitylab.quantization.calibrated import CalibratedScheme, needs_moments
-from stabilitylab.quantization.factors import RowsFactor
-from stabilitylab.quantization.moments import Moments
+from stabilitylab.quantization.gptq_factors import RowsFactor
+from stabilitylab.quantization.input_moments import Moments
 from stabilitylab.quantization.schemes import scheme_of
 
 N, K, T = 24, 160, 600
@@ -59,7 +59,8 @@ def surgeon(weight, x, round_column, *, order, group=K):
 
 
 class Affine:
-    """int4 with zero points in groups, its scales from whatever weights it is opened with, by the same definition as stored.py."""
+    """int4 with zero points in groups, its scales from whatever weights it is opened with, by the same definition as
+    stored_weight.py."""
 
     def __init__(self, weight, scheme, group):
         self.scheme, self.group = scheme, group
@@ -174,7 +175,7 @@ def test_awq_takes_the_best_exponent(layer):
 
 
 def _some_rows_at_a_time(monkeypatch, rows):
-    for place in ("stabilitylab.quantization.calibrated", "stabilitylab.formats.in_parts"):
+    for place in ("stabilitylab.quantization.calibrated", "stabilitylab.formats.chunked_rounding"):
         monkeypatch.setattr(f"{place}._WHOLE", rows * K)
         monkeypatch.setattr(f"{place}._AT_ONCE", rows * K)
 

@@ -16,14 +16,14 @@ from stabilitylab.models import open_text_model
 from stabilitylab.models.text_model import output_of
 from stabilitylab.quantization.backward import Backward
 from stabilitylab.quantization.estimate import Estimated, EstimatedLayer, assembled, estimate_sensitivity
-from stabilitylab.quantization.measuring import begun, layers_file, measured_layers
-from stabilitylab.quantization.pace import Pace
+from stabilitylab.quantization.plan_checkpoint import SoFar, mark_of
 from stabilitylab.quantization.ranges import layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers, quantized
-from stabilitylab.quantization.resuming import SoFar, mark_of
-from stabilitylab.quantization.rounded import RoundedWeights
+from stabilitylab.quantization.rounded_weights import RoundedWeights
 from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.sensitivity import measure_sensitivity
+from stabilitylab.quantization.sensitivity_pass import begun, layers_file, measured_layers
+from stabilitylab.quantization.time_left import Pace
 from tests.stabilitylab.quantization.folders import TEXT
 
 

@@ -17,7 +17,7 @@ from stabilitylab.models.fused_experts import split_experts
 from stabilitylab.quantization import folded_rotation
 from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.plan import load_plan
-from stabilitylab.quantization.rotated import signs_for
+from stabilitylab.quantization.rotated_linear import signs_for
 from stabilitylab.quantization.schemes import scheme_of
 from tests.stabilitylab.quantization.folders import TEXT, write_tokenizer
 

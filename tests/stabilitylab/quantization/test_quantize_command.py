@@ -16,7 +16,7 @@ from stabilitylab.quantization import QuantizedLinear
 from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.loading import open_quantized
 from stabilitylab.quantization.plan import load_plan
-from stabilitylab.quantization.resuming import SoFar
+from stabilitylab.quantization.plan_checkpoint import SoFar
 from stabilitylab.quantization.serialization import save_quantized
 from tests.stabilitylab.quantization.folders import TEXT, edit_weight, write_llama
 

@@ -13,10 +13,10 @@ from stabilitylab.errors import InputError
 from stabilitylab.models import linear_layers, open_text_model
 from stabilitylab.quantization import QuantizedLinear
 from stabilitylab.quantization.applying import quantize_layers
+from stabilitylab.quantization.block_restart import Restart
 from stabilitylab.quantization.latency import KEPT, measure_latencies
 from stabilitylab.quantization.ranges import ChannelRange, layer_inputs
 from stabilitylab.quantization.replacement import put, quantizable_layers, replaced
-from stabilitylab.quantization.restart import Restart
 from stabilitylab.quantization.sensitivity import measure_sensitivity, reached_layers
 from stabilitylab.quantization.verification import Twins, Verification
 from tests.stabilitylab.quantization.folders import TEXT, write_llama

@@ -9,12 +9,11 @@ from torch.nn import functional as F
 
 from stabilitylab.models import open_text_model
 from stabilitylab.quantization.applying import quantize_layers
-from stabilitylab.quantization.ends import Ends, output_layers
+from stabilitylab.quantization.input_moments import Moments
 from stabilitylab.quantization.linear import QuantizedLinear
-from stabilitylab.quantization.moments import Moments
 from stabilitylab.quantization.ranges import layer_inputs
 from stabilitylab.quantization.replacement import quantizable_layers
-from stabilitylab.quantization.rounded import RoundedWeights
+from stabilitylab.quantization.rounded_weights import RoundedWeights
 from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.verification import Twins
 from stabilitylab.quantization.vocabulary import (
@@ -22,6 +21,7 @@ from stabilitylab.quantization.vocabulary import (
     embedding_matrices,
     rows_of,
 )
+from stabilitylab.quantization.vocabulary_sensitivity import Ends, output_layers
 from tests.stabilitylab.quantization.folders import TEXT, write_bert, write_llama
 
 SCHEMES = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stabilitylab.models import open_text_model
-from stabilitylab.models.held import without_parameters
+from stabilitylab.models.half_storage import without_parameters
 from stabilitylab.quantization.applying import quantize_layers
 from stabilitylab.quantization.linear import QuantizedLinear
 from stabilitylab.quantization.loading import open_quantized

@@ -15,11 +15,11 @@ from stabilitylab.quantization.plan import Budget, PlannedLayer, QuantizationPla
 from stabilitylab.quantization.plan_search import Advice, reason
 from stabilitylab.quantization.ranges import Inputs
 from stabilitylab.quantization.replacement import quantizable_layers
-from stabilitylab.quantization.rounded import RoundedWeights
+from stabilitylab.quantization.rounded_weights import RoundedWeights
 from stabilitylab.quantization.scheme import Scheme
 from stabilitylab.quantization.schemes import scheme_of
 from stabilitylab.quantization.sensitivity import LayerSensitivity
-from stabilitylab.quantization.texts import tokenizer_mark
+from stabilitylab.quantization.text_checks import tokenizer_mark
 from stabilitylab.quantization.vocabulary import EmbeddingMatrix
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from stabilitylab.attribution.acts import Act
+from stabilitylab.attribution.interventions import Act
 from stabilitylab.attribution.loop import Subject
 
 LOOSE = 2.0

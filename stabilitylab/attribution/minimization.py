@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from stabilitylab.attribution.acts import Act
+from stabilitylab.attribution.ablation import Without
+from stabilitylab.attribution.delta_debugging import smallest
 from stabilitylab.attribution.fork_verdicts import Yardstick
 from stabilitylab.attribution.forks import Fork, Forks
+from stabilitylab.attribution.interventions import Act
 from stabilitylab.attribution.observation import GREW, Observation
 from stabilitylab.attribution.parameter_globs import embedding_weights, groups_by_glob
 from stabilitylab.attribution.proof import Conclusion
-from stabilitylab.attribution.smallest import smallest
-from stabilitylab.attribution.without import Without
 from stabilitylab.model_structure import parameter_groups
 
 Ask = Callable[[Sequence[Without]], list[Fork | None]]

@@ -18,8 +18,8 @@ NAMES = [*SCALED_FORMATS, "fp8-e4m3-block48", "fp8-e5m2-tile24"]
 
 @pytest.fixture
 def parts(monkeypatch):
-    monkeypatch.setattr("stabilitylab.formats.in_parts._WHOLE", 1000)
-    monkeypatch.setattr("stabilitylab.formats.in_parts._AT_ONCE", 800)
+    monkeypatch.setattr("stabilitylab.formats.chunked_rounding._WHOLE", 1000)
+    monkeypatch.setattr("stabilitylab.formats.chunked_rounding._AT_ONCE", 800)
 
 
 def sample(rows=301, columns=40):

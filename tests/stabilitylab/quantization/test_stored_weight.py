@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stabilitylab.errors import InputError
 from stabilitylab.quantization import Scheme, quantize_weight
 from stabilitylab.quantization.scheme import GROUPS, NAMED
-from stabilitylab.quantization.stored import pack_nibbles, unpack_nibbles
+from stabilitylab.quantization.stored_weight import pack_nibbles, unpack_nibbles
 
 WEIGHT_ONLY = [
     f"int{bits}-{share}{zero}{search}"
@@ -144,7 +144,7 @@ def test_chunks_do_not_show(monkeypatch):
     weight = torch.randn(64, 96)
     for name in ("int4-g32-asym-mse", "w8a8-tensor", "int8-row"):
         whole = quantize_weight(weight, Scheme.parse(name))
-        monkeypatch.setattr("stabilitylab.quantization.stored._CHUNK", 96 * 5)
+        monkeypatch.setattr("stabilitylab.quantization.stored_weight._CHUNK", 96 * 5)
         parts = quantize_weight(weight, Scheme.parse(name))
         monkeypatch.undo()
         assert torch.equal(whole.values, parts.values)

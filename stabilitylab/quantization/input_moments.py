@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.formats import rotate
-from stabilitylab.quantization.factors import Factor, RowsFactor, WholeFactor
+from stabilitylab.quantization.gptq_factors import Factor, RowsFactor, WholeFactor
 
 _DAMPING = 0.01  # GPTQ's: a share of the mean of the diagonal, added to it
 _WORTH_ONE = 4.0  # tokens of running text that are worth one drawn alone

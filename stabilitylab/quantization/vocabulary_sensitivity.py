@@ -2,7 +2,7 @@
 
 Gradients at an output of V numbers would take draws x tokens x V numbers, and a matrix with two uses is off at both ends of the
 model. So runs measure these few layers: with all uses of a matrix quantized, the divergence from the model's own output
-(divergence.py), a few tokens at a time (pieces.py).
+(divergence.py), a few tokens at a time (logit_chunks.py).
 
     error    ||W_q - W|| / ||W|| of the matrix' numbers
     harm     as in sensitivity.py
@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from stabilitylab.model_structure import blocks
 from stabilitylab.models import TextModel, Window, linear_layers, linear_weight
 from stabilitylab.models.freed_memory import give_back_memory, let_go_of_pages
-from stabilitylab.models.pieces import Pieces, part_of
+from stabilitylab.models.logit_chunks import Pieces, part_of
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.divergence import Divergence, ReferenceOutput
-from stabilitylab.quantization.moments import Moments
-from stabilitylab.quantization.pace import Pace
+from stabilitylab.quantization.input_moments import Moments
+from stabilitylab.quantization.plan_checkpoint import SoFar
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.replacement import quantizable_layers, quantized, replaced
-from stabilitylab.quantization.resuming import SoFar
-from stabilitylab.quantization.rounded import RoundedWeights, dear
+from stabilitylab.quantization.rounded_weights import RoundedWeights, dear
 from stabilitylab.quantization.schemes import LinearScheme
 from stabilitylab.quantization.sensitivity import Effect, LayerSensitivity
+from stabilitylab.quantization.time_left import Pace
 from stabilitylab.quantization.vocabulary import EmbeddingMatrix, rows_of
 
 _AT_ONCE = 1 << 22

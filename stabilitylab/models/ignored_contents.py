@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from stabilitylab.errors import InputError
 from stabilitylab.model_structure import stacks
-from stabilitylab.models.dequantized import COMPANION, OF_ACTIVATIONS
+from stabilitylab.models.dequantization import COMPANION, OF_ACTIVATIONS
 from stabilitylab.models.weight_files import StoredTensor
 
 # Tensors that models compute for themselves, and old files hold.

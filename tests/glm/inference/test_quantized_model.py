@@ -14,10 +14,10 @@ from glm.cli import main
 from glm.distributed.process_group import SingleProcess
 from glm.errors import InputError
 from glm.inference.decoding import DecodingConfig
-from glm.inference.exporting import export_model
 from glm.inference.generation import fill
 from glm.inference.loading import OpenedModel, open_model
-from glm.inference.quantized import NAMED, open_quantized
+from glm.inference.model_export import export_model
+from glm.inference.quantized_model import NAMED, open_quantized
 from glm.train import checkpoint as checkpoints
 from glm.train.async_checkpoint import CheckpointWriter
 from stabilitylab.cli import main as stabilitylab

@@ -14,8 +14,8 @@ from glm.errors import InputError
 from glm.presets import PRESETS
 from glm.train.config import TrainConfig
 from glm.train.engine import LocalEngine
-from glm.train.idle_settings import IDLE, fields_of, idle_by_hand, idle_settings, refuse_idle
 from glm.train.loop import Trainer
+from glm.train.unused_settings import IDLE, fields_of, idle_by_hand, idle_settings, refuse_idle
 
 
 def changed(config: Any, **settings: Any) -> Any:

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stabilitylab.models import open_text_model
-from stabilitylab.models.held import computes_wide, hold, is_held, look_up, products_of_rows
-from stabilitylab.models.pieces import Pieces
+from stabilitylab.models.half_storage import computes_wide, hold, is_held, look_up, products_of_rows
+from stabilitylab.models.logit_chunks import Pieces
 from tests.stabilitylab.models.tiny import TEXT, bert, gemma3, gpt2, llama, save
 
 
@@ -99,7 +99,7 @@ def test_gradients_of_few_outputs_come_from_their_rows():
 @pytest.mark.parametrize("build", [llama, gpt2, gemma3])
 def test_pieces_are_the_whole_output(tmp_path, build, monkeypatch):
     model = open_text_model(save(build(), tmp_path))
-    monkeypatch.setattr("stabilitylab.models.pieces._NUMBERS", 5 * 32)
+    monkeypatch.setattr("stabilitylab.models.logit_chunks._NUMBERS", 5 * 32)
     pieces = Pieces(model)
     for window in model.windows([TEXT], 32, 64):
         whole = model.run(window)
@@ -115,7 +115,7 @@ def test_ends_that_mix_tokens_are_run_whole(tmp_path, monkeypatch):
     model = open_text_model(save(llama(), tmp_path))
     head = model.module.lm_head
     head.register_forward_pre_hook(lambda _module, arguments: (arguments[0].cumsum(1),))
-    monkeypatch.setattr("stabilitylab.models.pieces._NUMBERS", 5 * 32)
+    monkeypatch.setattr("stabilitylab.models.logit_chunks._NUMBERS", 5 * 32)
     window = next(model.windows([TEXT], 32, 32))
     ((same, output),) = Pieces(model).outputs(window)
     assert same is window

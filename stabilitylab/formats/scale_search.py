@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stabilitylab.formats.scaled import (
+from stabilitylab.formats.block_scaled import (
     Quantized,
     ScaledFormat,
     block_sums,

@@ -19,11 +19,11 @@ from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, linear_weight
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.estimate import DRAWS, EstimatedLayer, estimate_sensitivity
-from stabilitylab.quantization.pace import Pace
-from stabilitylab.quantization.resuming import SoFar, mark_of
-from stabilitylab.quantization.rounded import RoundedWeights, dear
+from stabilitylab.quantization.plan_checkpoint import SoFar, mark_of
+from stabilitylab.quantization.rounded_weights import RoundedWeights, dear
 from stabilitylab.quantization.schemes import LinearScheme
 from stabilitylab.quantization.sensitivity import LayerSensitivity, measure_sensitivity, reached_layers
+from stabilitylab.quantization.time_left import Pace
 
 By = Literal["gradients", "runs"]
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from stabilitylab.cli import main
-from stabilitylab.report.of_log import run_at, runs_at
+from stabilitylab.report.log_page import run_at, runs_at
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabilitylab.attribution.acts import Act, Optimizer
+from stabilitylab.attribution.interventions import Act, Optimizer
 from stabilitylab.attribution.loop import Subject
 
 # A group's settings: every number or pair of numbers, except counters.

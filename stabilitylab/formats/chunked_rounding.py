@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stabilitylab.formats.scaled import (
+from stabilitylab.formats.block_scaled import (
     Quantized,
     ScaledFormat,
     block_maxima,
@@ -21,7 +21,7 @@ from stabilitylab.formats.scaled import (
     scaled_format,
     scales_of,
 )
-from stabilitylab.formats.searched import quantize_searched
+from stabilitylab.formats.scale_search import quantize_searched
 
 _WHOLE = 1 << 25  # matrices of up to this many numbers are rounded whole; larger ones
 _AT_ONCE = 1 << 20  # in parts of this many numbers

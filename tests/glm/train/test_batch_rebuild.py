@@ -7,7 +7,7 @@ from glm.data.config import ObjectiveConfig
 from glm.data.loader import Loader
 from glm.data.shards import open_data
 from glm.model.config import ModelConfig
-from glm.train.batches import BatchDescriber
+from glm.train.batch_rebuild import BatchDescriber
 from glm.train.config import BatchConfig, MonitorConfig, TrainConfig
 from stabilitylab.runs.folder import RunFolder
 

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from stabilitylab.logs import plans
-from stabilitylab.logs.any_text import ANY_TEXT
+from stabilitylab.logs import line_templates
 from stabilitylab.logs.console import _reader
 from stabilitylab.logs.console_formats import FORMATS
+from stabilitylab.logs.free_text import ANY_TEXT
 
 LINES = [
     "iter {i}: loss {f}, time {f}ms, mfu {f}%",
@@ -39,7 +39,7 @@ class Number:
 
 @pytest.mark.parametrize("line", LINES)
 def test_plans_read_what_the_format_reads(line, monkeypatch):
-    monkeypatch.setattr(plans, "_WARM", 2)
+    monkeypatch.setattr(line_templates, "_WARM", 2)
     draw = random.Random(0)
     numbers = {
         "i": Number(draw, lambda d: d.randint(0, 10 ** d.randint(1, 7))),
@@ -49,7 +49,7 @@ def test_plans_read_what_the_format_reads(line, monkeypatch):
     }
     for one in (ANY_TEXT, *(some for some in FORMATS if some.steady)):
         read = _reader(one)
-        planned = plans.Plans(read)
+        planned = line_templates.Plans(read)
         for _ in range(60):
             text = line.format(**numbers)
             assert repr(planned.read(text)) == repr(read(text)), (one.name, text)
@@ -64,7 +64,7 @@ def test_most_lines_are_read_by_plans():
         calls += 1
         return direct(line)
 
-    planned = plans.Plans(read)
+    planned = line_templates.Plans(read)
     for k in range(5000):
         planned.read(f"2026-11-29 10:00:{k % 60:02d},1 step {k}/9999 | loss {k / 7:.4f} | lr 1.5e-05")
     assert calls < 150

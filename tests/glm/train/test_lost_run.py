@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glm.cli import main
-from glm.train.lost import LostRule
+from glm.train.lost_run import LostRule
 from stabilitylab.runs import load_run
 
 

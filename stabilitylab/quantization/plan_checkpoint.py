@@ -2,7 +2,7 @@
 
     {"mark": ...}                              what was measured on: model, text, schemes; another mark begins anew
     {"path": ..., "schemes": {...}}            a layer, a line each, written when it is done
-    {"end": {...}}                             an embedding or output (ends.py)
+    {"end": {...}}                             an embedding or output (vocabulary_sensitivity.py)
     {"latencies": {...}}                       of all shapes
     {"text": ..., "plan": ..., "loss": ...}    a whole plan on a text, both by their marks
 
@@ -23,7 +23,7 @@ from stabilitylab.quantization.latency import Latencies
 from stabilitylab.quantization.ranges import ChannelRange
 from stabilitylab.quantization.schemes import LinearScheme
 from stabilitylab.quantization.sensitivity import Effect, LayerSensitivity
-from stabilitylab.quantization.texts import mark_of_windows
+from stabilitylab.quantization.text_checks import mark_of_windows
 
 
 class SoFar:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitylab.models import TextModel, Window
-from stabilitylab.models.pieces import Stop, answering, largest_stack, stopping
+from stabilitylab.models.logit_chunks import Stop, answering, largest_stack, stopping
 
 
 class Restart:

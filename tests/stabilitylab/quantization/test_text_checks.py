@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from stabilitylab.errors import InputError
-from stabilitylab.models import open_text_model, room
-from stabilitylab.quantization import texts
-from stabilitylab.quantization.texts import text_notes, tokenizer_mark
+from stabilitylab.models import memory_check, open_text_model
+from stabilitylab.quantization import text_checks
+from stabilitylab.quantization.text_checks import text_notes, tokenizer_mark
 from tests.stabilitylab.quantization.folders import TEXT
 
 
@@ -35,26 +35,26 @@ def test_a_text_of_many_tokens_gets_a_note(llama_folder, tmp_path, monkeypatch):
     file.write_text(TEXT)
     # Characters are tokens here, and the vocabulary says so.
     assert text_notes(model, file, 2.0, 2.5) == []
-    monkeypatch.setattr(texts, "_WORDS", 10)
+    monkeypatch.setattr(text_checks, "_WORDS", 10)
     (note,) = text_notes(model, file, 2.0, 2.5)
     assert "1.0 bytes a token" in note
     assert len(text_notes(model, file, 2.0, 4.5)) == 2
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(llama_folder, monkeypatch):
-    there = room.available_memory()
+    there = memory_check.available_memory()
     assert there is None or there > 0
-    monkeypatch.setattr(room, "available_memory", lambda: 10_000)
+    monkeypatch.setattr(memory_check, "available_memory", lambda: 10_000)
     with pytest.raises(InputError, match=r"GB in float32, and 0\.0 GB of memory are free"):
         open_text_model(llama_folder)
     weights = sum(p.numel() for p in open_in_plenty(llama_folder, monkeypatch).module.parameters())
     # Twice the room in half the bytes: float16 fits where float32 does not.
-    monkeypatch.setattr(room, "available_memory", lambda: 3 * weights)
+    monkeypatch.setattr(memory_check, "available_memory", lambda: 3 * weights)
     with pytest.raises(InputError):
         open_text_model(llama_folder)
     assert open_text_model(llama_folder, dtype=torch.float16).name
 
 
 def open_in_plenty(folder, monkeypatch):
-    monkeypatch.setattr(room, "available_memory", lambda: 1 << 40)
+    monkeypatch.setattr(memory_check, "available_memory", lambda: 1 << 40)
     return open_text_model(folder)
