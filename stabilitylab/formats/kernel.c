@@ -2,10 +2,10 @@
  *
  *     s = scale of A = max |x| in the block        k = |x| / s in steps of the element, rounded        x^ = sign(x) s k step
  *
- * The results equal those of the torch operations in block_scaled.py and number_format.py bit for bit (these also give the formulas'
- * sources): every operation here is one of theirs, in their order, without contraction or reassociation. Only exact steps differ: a
- * step of the format is a power of two, so the kernel multiplies by its inverse; it compares |x| by its bits, where NaN is above
- * infinity.
+ * The results equal those of the torch operations in block_scaled.py and number_format.py bit for bit (these also give the
+ * formulas' sources): every operation here is one of theirs, in their order, without contraction or reassociation. Only exact steps
+ * differ: a step of the format is a power of two, so the kernel multiplies by its inverse; it compares |x| by its bits, where NaN is
+ * above infinity.
  *
  * The matrix lies row by row. The caller does not transpose a transposed operand but its blocks, so the same code handles blocks of
  * 1 x 32 along the summed dimension on either side. The kernel goes through a band of as many rows as a block has in chunks that

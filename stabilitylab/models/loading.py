@@ -36,8 +36,7 @@ def open_text_model(
         path: a HuggingFace folder, a GGUF file, or whatever an installed package registers.
         dtype: format of weights and activations.
         hold: with fp32, keep weights in the 16 bits of their file and widen them while they are multiplied (``half_storage.py``),
-        where
-            that can be done: the same numbers in about the file's memory, but ``module``'s weights are then in 16 bits.
+            where that can be done: the same numbers in about the file's memory, but ``module``'s weights are then in 16 bits.
 
     Raises:
         InputError: there is no model, or it cannot be read.
