@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--length", type=int, default=512, help="tokens a window")
     parser.add_argument("--model", type=Path, help="a model's folder or GGUF file; left out: SmolLM2-135M")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="stop after so many, whatever was read"
+        "--seconds", type=float, default=float("inf"), help="stop after this many, whatever was read"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

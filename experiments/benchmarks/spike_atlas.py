@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="experiments.benchmarks spike_atlas")
     parser.add_argument("--spikes", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("atlas"))
-    parser.add_argument("--minutes", type=float, help="stop after so many")
+    parser.add_argument("--minutes", type=float, help="stop after this many")
     parser.add_argument("--only", help="recipes whose name holds this")
     parser.add_argument("--score", action="store_true", help="make none: judge those that are there")
     parser.add_argument("--forensics", choices=("seen", "held-out"), help="of that half; no forks")

@@ -119,7 +119,7 @@ class SinkThread:
         self._waiting = 0
         self._dropped = 0
         self._step = 0
-        self._thread = threading.Thread(target=self._run, name="stabilitylab-delivery", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="stabilitylab-sinks", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 

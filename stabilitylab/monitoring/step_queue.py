@@ -102,14 +102,14 @@ class Ended:
 
 
 class StepQueue:
-    """Takes ended steps through judgement to delivery.
+    """Takes ended steps through judgement to the sinks.
 
     Args:
         probes: by name, to finish their numbers.
         detector: judges; None for no judgement.
-        delivery: takes the readings and events.
+        sink_thread: takes the readings and events.
         alarms: kinds of event after which the monitor watches training more closely.
-        flush_every: steps between handovers to the delivery; events go at once.
+        flush_every: steps between handovers to it; events go at once.
         told: tells people of alarms; None for nobody.
     """
 
@@ -117,7 +117,7 @@ class StepQueue:
         self,
         probes: Sequence[Probe],
         detector: Detector | None,
-        delivery: SinkThread,
+        sink_thread: SinkThread,
         *,
         alarms: frozenset[str],
         flush_every: int,
@@ -127,7 +127,7 @@ class StepQueue:
         self._detector, self._told = detector, told
         loss, norm = getattr(detector, "loss", LOSS), getattr(detector, "gradient_norm", GRADIENT_NORM)
         self._watched = (loss, norm, *_WATCHED)
-        self._sink_thread = delivery
+        self._sink_thread = sink_thread
         self._alarms = alarms
         self._flush_every = flush_every
         self._flush = Flush()

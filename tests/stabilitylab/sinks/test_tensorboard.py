@@ -314,7 +314,7 @@ def test_a_person_sees_the_dashboard(run: Path, tmp_path: Path) -> None:
         server.wait(timeout=PATIENCE)
 
 
-def test_the_main_branch_is_what_blocks_put_out() -> None:
+def test_the_residual_stream_is_what_blocks_put_out() -> None:
     """A block's own parts may be numbered too, in a Sequential."""
     overview = Overview()
     sites = ("layers.0", "layers.0.feed_forward.2", "layers.0.feed_forward.2:input", "layers.1")
