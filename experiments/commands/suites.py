@@ -29,6 +29,7 @@ from experiments.study import Study, run_study, shares_of
 from experiments.suites import SUITES
 from experiments.verdicts import effect_words, evidence_words, record, seeds_words
 from stabilitylab.errors import InputError
+from stabilitylab.narrow_tables import print_table
 
 # From this many columns on an effect and its interval fit one line.
 WIDE = 110
@@ -209,7 +210,7 @@ def _show_shares(console: Console, study: Study, out: Path) -> None:
     table = Table("share", "arm", "runs", "", "95 % interval, exact", title=study.name, title_justify="left")
     for title, arm, count, of, low, high in shares:
         table.add_row(title, arm, f"{count} of {of}", f"{count / of:.2f}", f"[{low:.2f}, {high:.2f}]")
-    console.print(table)
+    print_table(console, table)
 
 
 def _show_verdicts(console: Console, found: Sequence[Results]) -> None:
@@ -240,7 +241,7 @@ def _show_verdicts(console: Console, found: Sequence[Results]) -> None:
                 effect_words(verdict, results.outcomes[verdict.claim.metric]).replace(" [", f"{between}["),
                 evidence_words(one.e_value),
             )
-        console.print(table)
+        print_table(console, table)
     verdicts = [verdict for results in found for verdict in results.verdicts]
     legend = [
         "seeds: those that the verdict took of those that were run",

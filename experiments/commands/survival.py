@@ -20,6 +20,7 @@ from experiments.outcomes import Survival, survival
 from experiments.program import program
 from experiments.study import Study, values_of
 from stabilitylab.errors import InputError
+from stabilitylab.narrow_tables import print_table
 
 Name = Annotated[str, tyro.conf.Positional]
 
@@ -73,7 +74,7 @@ def show_survival(study: Name, *, runs: Path = Path("runs"), json: bool = False)
                 f"{alive:.0%}",
                 f"[{low:.0%}, {high:.0%}]" if math.isfinite(low) else "",
             )
-        Console().print(table)
+        print_table(Console(), table)
     return 0
 
 

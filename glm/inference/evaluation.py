@@ -30,6 +30,7 @@ from glm.inference.cloze import ClozeResult, last_words
 from glm.inference.loading import OpenedModel, trained_on
 from glm.inference.multiple_choice import Normalise, TaskResult, answer_tasks
 from glm.inference.perplexity import Perplexity, perplexities
+from stabilitylab.narrow_tables import print_table
 
 EvaluationPart = Literal["perplexity", "last-words", "tasks"]
 PARTS: tuple[EvaluationPart, ...] = ("perplexity", "last-words", "tasks")
@@ -79,11 +80,11 @@ class Evaluation:
     def show(self, console: Console) -> None:
         """Print the tables."""
         if self.perplexity:
-            console.print(_perplexity_table(self.perplexity))
+            print_table(console, _perplexity_table(self.perplexity))
         if self.last_words:
-            console.print(_last_words_table(self.last_words))
+            print_table(console, _last_words_table(self.last_words))
         if self.tasks:
-            console.print(task_table("zero-shot tasks, held out", self.tasks))
+            print_table(console, task_table("zero-shot tasks, held out", self.tasks))
         if self.held_out is False:
             console.print(
                 "[yellow]The model was trained on another data folder: what is held out here may have been trained on there.[/]"

@@ -37,6 +37,7 @@ from glm.train.reproducibility import device_of, machine, otherwise, threads, th
 from stabilitylab.attribution import Attribution, Fork, LoopState, attribute
 from stabilitylab.attribution.forks import signal_of
 from stabilitylab.attribution.search import BEFORE
+from stabilitylab.narrow_tables import print_table
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Episode
@@ -258,7 +259,7 @@ def show(console: Console, proof: Attribution) -> None:
         table.add_column(name, justify="right")
     for row in proof.rows:
         table.add_row(*row)
-    console.print(table)
+    print_table(console, table)
     if proof.untried:
         console.print(f"the budget ended before {len(proof.untried)} more", highlight=False)
 

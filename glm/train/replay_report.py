@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from stabilitylab.narrow_tables import print_table
 from stabilitylab.report import comparison
 from stabilitylab.report.page import Section, Table
 from stabilitylab.runs import Run
@@ -88,7 +89,7 @@ def show(console: Console, original: Run, episode: Episode, forks: Sequence[Run]
         table.add_column(column, overflow="fold")
     for row in rows(original, episode, forks):
         table.add_row(*row)
-    console.print(table)
+    print_table(console, table)
 
 
 def write_report(folder: Path, original: Run, episode: Episode, forks: Sequence[Run]) -> Path:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from stabilitylab.errors import InputError
 from stabilitylab.forecast.layer_forecast import FACTOR, Forecast, LayerForecast, forecast_run
+from stabilitylab.narrow_tables import print_table
 from stabilitylab.runs import load_run
 
 
@@ -48,7 +49,7 @@ def forecast(
         console.print(f"{name}: {found.sentence(name)}", highlight=False, markup=False)
     told = [one for one in found.layers if not one.has_left and one.earliest <= found.until]
     if told:
-        console.print(_table(told[:rows]))
+        print_table(console, _table(told[:rows]))
         if len(told) > rows:
             console.print(f"and {len(told) - rows} more: --rows {len(told)}", highlight=False)
     console.print(

@@ -32,6 +32,7 @@ from rich.text import Text
 from stabilitylab.errors import InputError
 from stabilitylab.figures.curves import by_depth, curves
 from stabilitylab.figures.maps import heat_map
+from stabilitylab.narrow_tables import print_table
 from stabilitylab.outliers import words
 from stabilitylab.outliers.record import number
 from stabilitylab.report.page import Page, Picture, Section, Table, TableCell
@@ -143,7 +144,7 @@ def show_run(found: RunOutliers, console: Console) -> None:
     table.add_column("at")
     for statistic, _, first, last, largest, where in _rows(found):
         table.add_row(statistic, first, last, largest, Text(where))
-    console.print(table)
+    print_table(console, table)
     console.print(
         "Shares are means over sites, the rest the largest of any site. Telemetry keeps no channels: for the criteria that mark "
         "dimensions, read a text through a checkpoint (--text FILE)."

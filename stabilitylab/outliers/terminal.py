@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stabilitylab.narrow_tables import print_table
 from stabilitylab.outliers import words
 from stabilitylab.outliers.criteria import CRITERIA, reading
 from stabilitylab.outliers.scan import OutlierScan
@@ -38,7 +39,7 @@ def show_scan(scan: OutlierScan, console: Console, *, worst: int = 8) -> None:
         table.add_row(
             criterion.name, criterion.marks, words.share(found), words.share(branch), reading(found)
         )
-    console.print(table)
+    print_table(console, table)
     for sentence in (*words.answer(scan), words.depth(scan), words.first_positions(scan), *words.notes(scan)):
         if sentence:
             console.print(Text(sentence))
@@ -61,4 +62,4 @@ def show_scan(scan: OutlierScan, console: Console, *, worst: int = 8) -> None:
             words.short(one.elsewhere),
             words.fraction(one.over_6),
         )
-    console.print(channels)
+    print_table(console, channels)

@@ -15,6 +15,7 @@ from rich.text import Text
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, open_text_model
 from stabilitylab.models.fused_experts import expert_groups
+from stabilitylab.narrow_tables import print_table
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.export_forms import held_schemes, holds_embeddings, instead
 from stabilitylab.quantization.exports import require_form, require_format, save_as
@@ -310,7 +311,7 @@ def show(plan: QuantizationPlan, console: Console) -> None:
         table.add_column(heading, justify="right", min_width=8 if heading == what else None)
     for row in outcome_rows(plan):
         table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+    print_table(console, table)
     for layer_path, layer in plan.layers.items():
         console.print(Text(f"{layer_path}: {layer.reason}"), soft_wrap=True)
     for layer_path, why in plan.kept.items():

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from stabilitylab.figures.numbers import plain
 from stabilitylab.monitoring.sentences import event_line
+from stabilitylab.narrow_tables import print_table
 from stabilitylab.report.close_ups import course
 from stabilitylab.report.episodes_section import counted, key_message
 from stabilitylab.report.page import Statements
@@ -37,7 +38,7 @@ def show_run(run: Run) -> None:
     for line in lines:
         console.print(Text(line), highlight=False, soft_wrap=True)
     console.print()
-    console.print(_table(run))
+    print_table(console, _table(run))
 
 
 def _key_message(run: Run) -> list[str]:

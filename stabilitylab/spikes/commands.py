@@ -19,6 +19,7 @@ from stabilitylab.logs.free_text import ANY_TEXT
 from stabilitylab.logs.log import Log
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.logs.source import remove_temporary
+from stabilitylab.narrow_tables import print_table
 from stabilitylab.spikes.episodes import KINDS, Episode
 from stabilitylab.spikes.log_scan import Scan, scan_log
 from stabilitylab.whole_file import whole_file
@@ -131,7 +132,7 @@ def precursors(runs: Annotated[Path, tyro.conf.Positional], *, json: bool = Fals
             str(one.runs),
         )
     console = Console()
-    console.print(table)
+    print_table(console, table)
     if not any(one.episodes for one in records):
         console.print("no episodes: nothing to warn of", highlight=False)
 
@@ -148,7 +149,7 @@ def _show(scan: Scan, log: Log) -> None:
     console = Console()
     title = f"{log.path.name}, {log.name}" if log.name else log.path.name
     if scan.episodes:
-        console.print(_table(scan.episodes, title))
+        print_table(console, _table(scan.episodes, title))
         for numbers, said in _what_else(scan.episodes):
             console.print(f"{numbers}: {said}", highlight=False, soft_wrap=True)
     count = Counter(episode.kind for episode in scan.episodes)
