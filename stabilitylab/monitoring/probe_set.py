@@ -132,11 +132,15 @@ class ProbeSet:
             self._read(self._gradients(), {}, 1.0)
         if not (self._read_already or self._warned) and self._context.parameters:
             self._warned = True
-            _log.warning(
-                "no parameter had a gradient at step %d: call monitor.step or monitor.gradients_ready before "
-                "zero_grad; a GradScaler, which leaves steps out, is given to the monitor as scaler=",
-                self._step,
-            )
+            _log.warning("no parameter had a gradient at step %d: %s", self._step, self._why_no_gradient())
+
+    def _why_no_gradient(self) -> str:
+        if not any(p.requires_grad for p in self._context.parameters.values()):
+            return "all are frozen (requires_grad is False), so there are no gradients and updates to record"
+        return (
+            "call monitor.step or monitor.gradients_ready before zero_grad; a GradScaler, which leaves steps out, is given to the "
+            "monitor as scaler="
+        )
 
     def manifest(self) -> Manifest:
         """What the probes found in the step, and its places in the buffer."""

@@ -76,7 +76,7 @@ def episode_section(runs: Runs) -> Section:
                 if episode.height is None or not np.isfinite(episode.height)
                 else plain(_round(episode.height))
             )
-            end = "open" if episode.end is None else str(episode.end)
+            end = "open" if episode.end is None or episode.to_the_end else str(episode.end)
             rows.append(
                 [name, episode.kind, str(episode.onset), str(episode.peak), end, height, episode.signal]
             )

@@ -214,6 +214,16 @@ def test_gradients_gone_before_they_were_read_are_said_once(caplog: pytest.LogCa
     assert caplog.text.count("before zero_grad") == 1
 
 
+def test_a_frozen_model_is_told_apart(caplog: pytest.LogCaptureFixture) -> None:
+    frozen = small().requires_grad_(False)
+    with Monitor(frozen, every=1, detector=None) as monitor:
+        for step in range(2):
+            frozen(torch.ones(2, 8))
+            monitor.step(step)
+    assert caplog.text.count("all are frozen") == 1
+    assert "zero_grad" not in caplog.text
+
+
 def test_parameters_that_join_the_optimizer_are_measured() -> None:
     model, sink = small(), Recording()
     first, last = model[0], model[2]

@@ -30,7 +30,7 @@ from stabilitylab.report import (
     run_report,
 )
 from stabilitylab.report import layers_section as layers
-from stabilitylab.report.episodes_section import counted, outcome
+from stabilitylab.report.episodes_section import counted, episode_section, outcome
 from stabilitylab.report.run_labels import labelled
 from stabilitylab.report.terminal import show_run
 from stabilitylab.runs import load_run
@@ -335,6 +335,16 @@ def test_a_run_of_one_step_went_nowhere(tmp_path: Path, capsys: pytest.CaptureFi
     assert run_report(load_run(tmp_path)).lead == "1 step recorded; the loss was 8 at its only step."
     show_run(load_run(tmp_path))
     assert ": The loss was 8 at its only step.\n" in capsys.readouterr().out
+
+
+def test_an_episode_at_the_end_of_a_run_is_open(tmp_path: Path) -> None:
+    run = load_run(long_run(tmp_path))
+    *_, last = (event for event in run.events if "onset" in event.data)
+    last.data["to_the_end"] = True
+    (table,) = (part for part in episode_section({"run": [run]}).parts if isinstance(part, Table))
+    ends = [row[table.columns.index("end")] for row in table.rows]
+    assert ends[-1] == "open"
+    assert ends.count("open") == 1
 
 
 def test_what_became_of_the_loss_is_said() -> None:
