@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -52,11 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if words[0] not in COMMANDS:
             raise InputError(f"{program()} has no command {words[0]!r}: choose one of {', '.join(COMMANDS)}")
-        from stabilitylab.command_line import needs_extra, parse
+        from stabilitylab.command_line import leave_at_interrupt, needs_extra, parse
 
         module, _, function = COMMANDS[words[0]][2].partition(":")
         try:
-            form = getattr(importlib.import_module(f"experiments.{module}"), function)
+            with leave_at_interrupt() if arguments is None else contextlib.nullcontext():
+                form = getattr(importlib.import_module(f"experiments.{module}"), function)
         except ModuleNotFoundError as error:
             raise needs_extra(program(), error) from None
         code: int = parse(form, words[1:], program=f"{program()} {words[0]}")

@@ -16,6 +16,7 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -52,7 +53,7 @@ def run_program(program: str, commands: Mapping[str, tuple[str, str]], words: Se
         # Both programs belong to one distribution.
         return run_command(lambda: print(f"{program} {__version__}"))
     sleep_while_waiting()
-    importing = imports_uncollected if is_whole_process else contextlib.nullcontext
+    importing = _importing if is_whole_process else contextlib.nullcontext
     return run_command(lambda: _command(program, commands, words[0], words[1:], importing))
 
 
@@ -79,6 +80,34 @@ def imports_uncollected() -> Iterator[None]:
         atexit.register(gc.freeze)
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def leave_at_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once in this context, which only imports and so has nothing to put in order.
+
+    Packages catch exceptions of their own imports (of optional parts, of compiled ones). A KeyboardInterrupt that is caught there
+    is lost, and what goes on is a package without half of its names.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # nohup's, or a caller's own
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        os.write(2, b"interrupted\n")  # a signal may come in the middle of a print
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    with leave_at_interrupt(), imports_uncollected():
+        yield
 
 
 def sleep_while_waiting() -> None:

@@ -167,3 +167,26 @@ def test_a_refusal_stays_one_where_nobody_reads(tmp_path: Path) -> None:
     os.close(writing)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ")
+
+
+def test_an_interrupt_that_an_import_would_swallow(tmp_path: Path) -> None:
+    (tmp_path / "swallowing.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\n"
+        "except BaseException:\n    pass\n"
+        "def work() -> None:\n    print('half imported')\n"
+    )
+    program = (
+        "import signal, sys\nfrom stabilitylab.command_line import run_program\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\nsys.argv = ['program', 'work']\n"
+        "sys.exit(run_program('program', {'work': ('swallowing', '')}, None))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
