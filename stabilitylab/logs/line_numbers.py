@@ -79,6 +79,11 @@ _RATIO = re.compile(r"(?<![\w./])(\d+)(?:/\s?| of )(\d+)(?![\w./])")
 _LOSS_PERCENT = re.compile(r"(\btrain(?:ing)? loss\s*[:=]\s*\d+\.\d+)\s?%", re.IGNORECASE)
 _PARTED = re.compile(r"\.\.(?=[A-Za-z])")  # seconds..Epoch 3/10..
 _LEADERS = re.compile(r"\s*\.{3,}:?\s*")  # loss ......... 2.31
+# loss -> 2.31, loss => 2.31, loss := 2.31; not "from 2.31 -> 2.28", whose arrow stands between numbers.
+_ARROW = re.compile(
+    r"(?<=[A-Za-z_)\]])(?<!\binf)(?<!\bnan)\s*(?:-{1,2}>|=>|→|:=)\s*(?=[-+]?(?:[\d.]|nan\b|inf\b))",
+    re.IGNORECASE,
+)
 _WITHIN = re.compile(r"[\[(]\s*(\d+)\s*/\s*(\d+)\b")
 # A norm of several groups: the first.
 _NORMS = re.compile(r"(\w*norm)\s*[=:]\s*\{['\"]\w+['\"]:\s*(?=[-+\d.n])", re.IGNORECASE)
@@ -156,6 +161,8 @@ def named(line: str) -> tuple[str, LineValues]:
         line = _UNIT.sub(r"\1,", line)
     if "..." in line:
         line = _LEADERS.sub(": ", line)
+    if ">" in line or "→" in line or ":=" in line:
+        line = _ARROW.sub(": ", line)
     if "%" in line:
         line = _LOSS_PERCENT.sub(r"\1", line)
     if ".." in line:
