@@ -28,8 +28,8 @@ from experiments.results import Results, results_of
 from experiments.study import Study, run_study, shares_of
 from experiments.suites import SUITES
 from experiments.verdicts import effect_words, evidence_words, record, seeds_words
+from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.errors import InputError
-from stabilitylab.narrow_tables import print_table
 
 # From this many columns on an effect and its interval fit one line.
 WIDE = 110

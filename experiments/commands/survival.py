@@ -19,8 +19,8 @@ from experiments.lookup import load
 from experiments.outcomes import Survival, survival
 from experiments.program import program
 from experiments.study import Study, values_of
+from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.errors import InputError
-from stabilitylab.narrow_tables import print_table
 
 Name = Annotated[str, tyro.conf.Positional]
 

@@ -30,7 +30,7 @@ from glm.inference.cloze import ClozeResult, last_words
 from glm.inference.loading import OpenedModel, trained_on
 from glm.inference.multiple_choice import Normalise, TaskResult, answer_tasks
 from glm.inference.perplexity import Perplexity, perplexities
-from stabilitylab.narrow_tables import print_table
+from stabilitylab.command_line.narrow_tables import print_table
 
 EvaluationPart = Literal["perplexity", "last-words", "tasks"]
 PARTS: tuple[EvaluationPart, ...] = ("perplexity", "last-words", "tasks")

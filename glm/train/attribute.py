@@ -37,7 +37,7 @@ from glm.train.reproducibility import device_of, machine, otherwise, threads, th
 from stabilitylab.attribution import Attribution, Fork, LoopState, attribute
 from stabilitylab.attribution.forks import signal_of
 from stabilitylab.attribution.search import BEFORE
-from stabilitylab.narrow_tables import print_table
+from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.runs import Run, load_run
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.spikes import Episode

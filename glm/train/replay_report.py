@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from stabilitylab.narrow_tables import print_table
+from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.report import comparison
 from stabilitylab.report.page import Section, Table
 from stabilitylab.runs import Run

@@ -12,9 +12,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.errors import InputError
 from stabilitylab.forecast.layer_forecast import FACTOR, Forecast, LayerForecast, forecast_run
-from stabilitylab.narrow_tables import print_table
 from stabilitylab.runs import load_run
 
 

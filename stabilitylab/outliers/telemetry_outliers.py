@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.errors import InputError
 from stabilitylab.figures.curves import by_depth, curves
 from stabilitylab.figures.maps import heat_map
-from stabilitylab.narrow_tables import print_table
 from stabilitylab.outliers import words
 from stabilitylab.outliers.record import number
 from stabilitylab.report.page import Page, Picture, Section, Table, TableCell

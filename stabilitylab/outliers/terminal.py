@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stabilitylab.narrow_tables import print_table
+from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.outliers import words
 from stabilitylab.outliers.criteria import CRITERIA, reading
 from stabilitylab.outliers.scan import OutlierScan

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.errors import InputError
 from stabilitylab.models import TextModel, Window, open_text_model
 from stabilitylab.models.fused_experts import expert_groups
-from stabilitylab.narrow_tables import print_table
 from stabilitylab.quantization.calibrated import needs_moments
 from stabilitylab.quantization.export_forms import held_schemes, holds_embeddings, instead
 from stabilitylab.quantization.exports import require_form, require_format, save_as

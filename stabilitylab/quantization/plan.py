@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stabilitylab.command_line.whole_file import whole_file
 from stabilitylab.errors import InputError
 from stabilitylab.quantization.latency import KEPT
 from stabilitylab.quantization.rounded_weights import RoundedWeights
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
-from stabilitylab.whole_file import whole_file
 
 _FORMAT = "stabilitylab-quantization-plan"
 _VERSION = 1

@@ -18,8 +18,8 @@ import jinja2
 from markupsafe import Markup
 
 from stabilitylab.charts.look import DARK, LIGHT, Chart, library
+from stabilitylab.command_line.whole_file import whole_file
 from stabilitylab.figures.palette import ALARM, COLOURS, INK
-from stabilitylab.whole_file import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.figures.numbers import plain
 from stabilitylab.monitoring.sentences import event_line
-from stabilitylab.narrow_tables import print_table
 from stabilitylab.report.close_ups import course
 from stabilitylab.report.episodes_section import counted, key_message
 from stabilitylab.report.page import Statements

@@ -23,11 +23,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import tyro
 
+from stabilitylab.command_line.whole_file import whole_file
 from stabilitylab.errors import InputError
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.runs.parts import SCHEMA, list_parts, read_rows, step_limits
 from stabilitylab.telemetry import SCALAR
-from stabilitylab.whole_file import whole_file
 
 PLAIN = pa.schema([(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in SCHEMA])
 

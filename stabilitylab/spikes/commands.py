@@ -12,6 +12,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from stabilitylab.command_line.narrow_tables import print_table
+from stabilitylab.command_line.whole_file import whole_file
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import STEP
 from stabilitylab.logs.commands import left_out_of
@@ -19,10 +21,8 @@ from stabilitylab.logs.free_text import ANY_TEXT
 from stabilitylab.logs.log import Log
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.logs.source import remove_temporary
-from stabilitylab.narrow_tables import print_table
 from stabilitylab.spikes.episodes import KINDS, Episode
 from stabilitylab.spikes.log_scan import Scan, scan_log
-from stabilitylab.whole_file import whole_file
 
 
 def spikes(

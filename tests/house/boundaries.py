@@ -22,8 +22,8 @@ FORBIDDEN = {
 # The rooms of a floor, lowest first. A room imports rooms below it, never one above, so there is no cycle.
 ROOMS = {
     "stabilitylab": (
-        "errors", "whole_file", "narrow_tables", "lazy_names", "compat", "command_line", "c_compiler", "telemetry", "forward_watch",
-        "formats", "statistics", "model_structure", "runs", "figures", "charts", "probes", "logs", "models", "spikes",
+        "errors", "lazy_names", "compat", "command_line", "c_compiler", "telemetry", "forward_watch", "formats",
+        "statistics", "model_structure", "runs", "figures", "charts", "probes", "logs", "models", "spikes",
         "attribution", "sinks", "monitoring", "watching", "forecast", "report", "outliers", "quantization", "integrations",
         "laboratory", "demo", "cli",
     ),

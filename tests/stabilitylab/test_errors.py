@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from stabilitylab.cli import main
+from stabilitylab.command_line.whole_file import whole_file
 from stabilitylab.errors import InputError, run_command
-from stabilitylab.whole_file import whole_file
 from tests.patience import PATIENCE
 from tests.stabilitylab import story
 

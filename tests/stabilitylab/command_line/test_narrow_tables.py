@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stabilitylab.narrow_tables import print_table
+from stabilitylab.command_line.narrow_tables import print_table
 
 NAMES = ("precision/-/nonfinite_activation_gradients", "train/-/[loss]")
 NUMBERS = ("1,234.5", "0.00012345", "none", "")
