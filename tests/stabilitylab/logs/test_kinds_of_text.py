@@ -1,6 +1,7 @@
 """Text that is more than one record a line: boxes, tables below prose, ranks behind labels, counters above, other losses."""
 
 import json
+import math
 import zipfile
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 from stabilitylab.errors import InputError
 from stabilitylab.logs.console import ConsolePieces
 from stabilitylab.logs.free_text import ANY_TEXT
+from stabilitylab.logs.line_numbers import named
 from stabilitylab.logs.reading import Reading
 from stabilitylab.logs.recognise import open_logs, reading_of
 from tests.stabilitylab.logs.told import losses, many
@@ -334,3 +336,16 @@ def test_a_zip_of_one_log_and_feather(tmp_path):
     assert losses(tmp_path / "log.feather")[1:] == ([1, 2, 3], [3.0, 1.0]) or losses(
         tmp_path / "log.feather"
     )[2] == [3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        ("step 5 loss 2.31 -> 2.28 lr 0.001", {"step": 5.0, "loss": 2.31, "lr": 0.001}),
+        ("step 5 grad inf -> 2.0 loss 1.5", {"step": 5.0, "grad": math.inf, "loss": 1.5}),
+        ("epoch 3 | loss -> 2.31 acc := 0.4", {"epoch": 3.0, "loss": 2.31, "acc": 0.4}),
+    ],
+)
+def test_an_arrow_names_a_number_only_after_a_name(line: str, values: dict[str, float]) -> None:
+    """Between two numbers it tells what the first became."""
+    assert named(line)[1] == values
