@@ -38,8 +38,8 @@ def build(kind: str, source: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of the wheel that the sdist builds."""
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the sdist holds."""
     folder = tmp_path_factory.mktemp("packaging")
     source = folder / "source"
     # A copy of what git knows: a build leaves folders behind, and the clone stays as it is.
@@ -54,7 +54,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # Python before 3.11.4, which Debian 12 has, knows no filter; what we have just packed needs none.
         archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
         archive.extractall(folder / "sdist")
-    (unpacked,) = (folder / "sdist").iterdir()
+    (root,) = (folder / "sdist").iterdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def installed(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the wheel that the sdist builds."""
+    folder = tmp_path_factory.mktemp("installed")
     with zipfile.ZipFile(build("wheel", unpacked, folder)) as archive:
         archive.extractall(folder / "site")
     return folder / "site"
@@ -75,6 +82,23 @@ def test_site_packages_gets_two_names(installed: Path) -> None:
         assert {path.suffix for path in wanted} >= {".c", ".h", ".py"}
         missing = [p for p in wanted if not (installed / p.relative_to(ROOT)).is_file()]
         assert not missing
+
+
+def test_an_editable_installation_is_found_beside_a_clone(unpacked: Path, tmp_path: Path) -> None:
+    """A folder named like the package, beside a script, is a package of its own to Python, unless a path leads to the real one."""
+    with zipfile.ZipFile(build("editable", unpacked, tmp_path)) as archive:
+        archive.extractall(tmp_path / "site")
+    (file,) = (tmp_path / "site").glob("*.pth")
+    assert file.read_text().strip() == str(unpacked)
+    (tmp_path / "stabilitylab" / "docs").mkdir(parents=True)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import site\nsite.addsitedir({str(tmp_path / 'site')!r})\nimport stabilitylab; print(stabilitylab.__file__)"
+    )
+    # -S: whatever else is installed here does not count.
+    command = [sys.executable, "-S", str(script)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    assert done.stdout.strip() == str(unpacked / "stabilitylab" / "__init__.py"), done.stderr
 
 
 def test_experiments_are_run_from_inside_the_package(installed: Path, tmp_path: Path) -> None:
