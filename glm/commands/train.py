@@ -46,6 +46,7 @@ from glm.train.monitoring import MonitorCallback
 from glm.train.progress import ProgressCallback
 from glm.train.unused_settings import idle_settings, refuse_idle
 from stabilitylab.command_line import parse
+from stabilitylab.command_line.whole_file import whole_file
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.sinks.trackers import names_of
 from stabilitylab.telemetry import Event
@@ -242,7 +243,7 @@ def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool, console: Cons
     """Write or check ``config.json``. Returns whether there is a state to resume."""
     file: Path = run.config
     if not file.is_file():
-        _write_atomically(file, config.to_json())
+        _write_config(file, config)
         return False
     states = checkpoints.list_checkpoints(run.checkpoints)
     if not resume:
@@ -262,7 +263,7 @@ def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool, console: Cons
             f"{run.path} was trained with other settings ({'; '.join(changed[:3])}"
             f"{', ...' if len(changed) > 3 else ''}): resume with the same ones, or choose another --out"
         )
-    _write_atomically(file, config.to_json())
+    _write_config(file, config)
     if states:
         _tell_of_a_jump(old, config, step=max(step for step, _ in states), console=console)
     return bool(states)
@@ -279,6 +280,11 @@ def _tell_of_a_jump(old: TrainConfig, new: TrainConfig, *, step: int, console: C
         )
 
 
+def _write_config(file: Path, config: TrainConfig) -> None:
+    with whole_file(file) as partial:
+        partial.write_text(config.to_json(), encoding="utf-8")
+
+
 def _restore(trainer: Trainer, run: RunFolder) -> None:
     state, problems = trainer.engine.load_newest(run.checkpoints)
     trainer.restore(state)
@@ -287,12 +293,6 @@ def _restore(trainer: Trainer, run: RunFolder) -> None:
     for problem in problems:
         trainer.tell(Event(step=trainer.step, kind="recovered", data={"problem": problem}))
     trainer.tell(Event(step=trainer.step, kind="rewind", data={"why": "resumed from a checkpoint"}))
-
-
-def _write_atomically(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 @contextmanager

@@ -37,12 +37,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        if error.filename not in (
-            None,
-            str(partial),
-            str(target),
-            str(path),
-        ):  # of something that the writer read
+        # Of something that the writer read.
+        if error.filename not in (None, str(partial), str(target), str(path)):
             raise
         if error.errno in (*REFUSED_PATH, errno.ENOENT):
             raise InputError(
