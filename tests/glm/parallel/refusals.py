@@ -25,6 +25,7 @@ from glm.distributed.process_group import SingleProcess
 from glm.train import checkpoint as checkpoints
 from glm.train.async_checkpoint import CheckpointWriter
 from tests.glm.parallel.ranks import prepare
+from tests.ports import free_port
 
 RANKS = 2
 
@@ -99,13 +100,8 @@ def main(folder: Path, data: Path) -> int:
             shutil.copytree(model, folder / name)
             for file in (folder / name / "checkpoints").glob("*/state.json"):
                 file.write_text("{}")
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            port = taken.getsockname()[1]
-            if name == "port":
-                taken.listen()
-            else:
-                taken.close()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1] if name == "port" else free_port()
             found[name] = in_two(folder / "said" / name, work, port)
     print(json.dumps(found))
     return 0

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import socket
 import sys
 import traceback
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from stabilitylab.telemetry import Event
 from tests.glm.parallel.ranks import prepare
 from tests.glm.parallel.spiking import POLICIES, answer, spiking
 from tests.glm.parallel.split_loss import split_losses
+from tests.ports import free_port
 
 TOPOLOGIES = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2))
 RESPONDING = (1, 2, 2)
@@ -331,9 +331,7 @@ def main(folder: Path, data: Path) -> int:
     runs.append(("responding", math.prod(RESPONDING), lambda: run_responding(folder, data)))
     runs.append(("two", 2, lambda: run_two(folder, data)))
     for name, ranks, work in runs:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         children = []
         for rank in range(ranks):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.multiprocessing as mp
 from stabilitylab import Monitor
 from stabilitylab.errors import InputError
 from stabilitylab.statistics.updates import SAMPLE
+from tests.ports import free_port
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording
 
@@ -111,9 +111,7 @@ def _plain(precision: str) -> Rows:
 def under_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[int, str], Rows]]:
     """What both ranks recorded, by case."""
     out = tmp_path_factory.mktemp("deepspeed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (out / "port").write_text(str(free.getsockname()[1]))
+    (out / "port").write_text(str(free_port()))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DS_ACCELERATOR", "cpu")
         # Its server imports once and forks both.

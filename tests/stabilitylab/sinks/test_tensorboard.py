@@ -37,8 +37,9 @@ from stabilitylab.sinks.dashboard import (
 from stabilitylab.sinks.event_file import EventFile
 from stabilitylab.telemetry import Event, Key, Samples
 from tests.patience import PATIENCE
+from tests.ports import free_port
 from tests.stabilitylab import story
-from tests.stabilitylab.browser import CHROMEDRIVER, CHROMIUM, browser, free_port, wait_for_server
+from tests.stabilitylab.browser import CHROMEDRIVER, CHROMIUM, browser, wait_for_server
 from tests.stabilitylab.sinks.event_files import loss_of, newest_text, read, scalars
 
 OVERVIEW = [LOSS, NORM, SCALE, "Overview/4 learning rate", SCORE, BRANCH, SHARE]
