@@ -118,8 +118,8 @@ class Event:
     the responder's ``response`` and the result of it or of a replay (``outcome``), ``recovered`` (the run passed over a damaged
     checkpoint), ``parameters-joined`` (an optimizer got more of them), ``DEPARTURES`` (a site far out of its baseline; weights,
     moments or settings that no update moved), ``gradients-changed`` (a loop clips by hand, so gradients are recorded after it),
-    ``attribution`` (what forks proved), ``at-risk`` (the rate's margin is used up; only where asked for), and ``checkpoint-lost``
-    and ``telemetry-lost`` (one could not be written; training went on).
+    ``empty-steps`` (an optimizer steps without gradients), ``attribution`` (what forks proved), ``at-risk`` (the rate's margin is
+    used up; only where asked for), and ``checkpoint-lost`` and ``telemetry-lost`` (one could not be written; training went on).
     """
 
     step: int

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from stabilitylab.monitoring.clipping import ClipWatch, Untouched
+from stabilitylab.monitoring.empty_steps import EmptySteps
 from stabilitylab.monitoring.grad_scaler import ScalerState
 from stabilitylab.monitoring.loop_values import LoopValues
 from stabilitylab.monitoring.optimizers import Handles, Optimizers
@@ -67,6 +68,7 @@ class ProbeSet:
         self._placing = {probe.name: Placing(context.is_sharded, shard) for probe in self.probes}
         self._scale = ScalerState(scaler, optimizers.each, context.buffer)
         self.loop_values = LoopValues(context, optimizers, self._scale)
+        self._empty_steps = EmptySteps(context.parameters, lambda kind, data: tell(self._step, kind, data))
         self._failed: set[str] = set()
         self._handles: list[Handles | ClipWatch | Untouched] = []
         self._alone = alone
@@ -85,7 +87,7 @@ class ProbeSet:
             for probe in self.probes:
                 probe.attach(self._context)
             self._handles.append(self._optimizers.register_step_pre_hook(self._optimizer_begins))
-            self._handles.append(self._optimizers.register_step_post_hook(self._optimizer_ends))
+            self._handles.append(self._optimizers.register_step_post_hook(self._optimizer_stepped))
             self._scale.watch(decided=self._scaler_decided, unscaled=self._unscaled)
             self._handles.append(ClipWatch(self._clipping))
             if self._alone and self._optimizers:
@@ -187,9 +189,14 @@ class ProbeSet:
         self.loop_values.stepping(optimizer)
         # With a closure the backward pass is still to come, inside the step.
         if not any(callable(argument) for argument in (*args, *kwargs.values())):
-            self._optimizer_ends(optimizer, args, kwargs)
+            self._empty_steps.begins(optimizer)
+            self._take_at_step(optimizer)
 
-    def _optimizer_ends(self, optimizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _optimizer_stepped(self, optimizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._empty_steps.ends(optimizer)
+        self._take_at_step(optimizer)
+
+    def _take_at_step(self, optimizer: Any) -> None:
         if self._armed and not self._taken:
             self._take([p for group in optimizer.param_groups for p in group["params"]], at_the_step=True)
 
@@ -197,7 +204,7 @@ class ProbeSet:
         self.loop_values.decided()
         if self._armed and not self._taken:
             for optimizer in self._scale.decided():
-                self._optimizer_ends(optimizer, (), {})
+                self._take_at_step(optimizer)
 
     def _unscaled(self) -> None:
         if self._untouched is not None:

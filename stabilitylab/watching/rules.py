@@ -43,6 +43,7 @@ RULES = {
         Rule("parameter-changed", "warning", "run folders: weights moved without an update"),
         Rule("moments-changed", "warning", "run folders: Adam's second moments fell by more than a step can do"),
         Rule("optimizer-changed", "warning", "run folders: a setting of the optimizer jumped"),
+        Rule("empty-steps", "warning", "run folders: an optimizer steps without gradients, and changes nothing"),
         Rule("telemetry-lost", "warning", "run folders: telemetry could not be written"),
         Rule("hard-batch", "notice", "one or two values out of line that recovered; said with --tell hard-batch"),
         Rule("over", "notice", "an episode is over"),

@@ -29,7 +29,7 @@ FLUSH_SECONDS = 3.0
 # A file just being replaced, or a network disk that does not answer, counts only after so long.
 UNREACHABLE_SECONDS = 60.0
 # A run folder's own events that are passed on, besides the detector's.
-KINDS_OF_RUNS = frozenset(KINDS) | DEPARTURES | {"telemetry-lost"}
+KINDS_OF_RUNS = frozenset(KINDS) | DEPARTURES | {"empty-steps", "telemetry-lost"}
 # This much text of no known format is more than a trainer's preface.
 _UNKNOWN_BYTES = 1 << 20
 
