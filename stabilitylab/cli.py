@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from stabilitylab.command_line import run_program
+from stabilitylab.command_line.whole_file import told_beside
 from stabilitylab.errors import InputError
 
 COMMANDS = {
@@ -64,7 +65,8 @@ def report(run: RunPath, *, out: Path | None = None) -> int:
 
     loaded = run_at(run)
     near = loaded.folder.report if run.is_dir() else run.with_name(f"{run.stem}-report.html")
-    print(run_report(loaded).write(_writable(out or near)))
+    file = _writable(out or near)
+    print(run_report(loaded).write(file), file=told_beside(file))
     return 0
 
 
@@ -81,7 +83,7 @@ def compare(runs: RunPaths, *, out: Path) -> int:
     loaded = [run for path in runs for run in runs_at(path)]
     if len(loaded) < 2:
         raise InputError(f"compare takes two run folders or more, got {len(loaded)}: a log may stand for one")
-    print(comparison(loaded).write(_writable(out)))
+    print(comparison(loaded).write(_writable(out)), file=told_beside(out))
     return 0
 
 

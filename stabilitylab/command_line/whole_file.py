@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from stabilitylab.errors import REFUSED_PATH, InputError
 
@@ -28,7 +30,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     # Cut, since a file's name may be as long as the system allows.
     partial = target.with_name(f".{target.name[:64]}.{os.getpid()}.partial")
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        if _is_stream(path):
             yield path
             return
         try:
@@ -46,3 +48,14 @@ def whole_file(path: Path) -> Iterator[Path]:
             ) from None
         error.filename = str(path)
         raise
+
+
+def told_beside(path: Path) -> TextIO:
+    """Where to say that the file is written: standard output, or standard error where the file is a stream (``/dev/stdout``), which
+    would end in that sentence."""
+    return sys.stderr if _is_stream(path) else sys.stdout
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether the path is a device, a pipe or a socket."""
+    return path.exists() and not (path.is_file() or path.is_dir())

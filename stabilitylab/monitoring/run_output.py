@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from stabilitylab.command_line.whole_file import whole_file
 from stabilitylab.errors import InputError
 from stabilitylab.model_structure import describe
 from stabilitylab.monitoring.schedule import Schedule
@@ -92,10 +93,9 @@ class RunOutput:
         """Write the structure whole or not at all; a full disk costs the run its order, not the run."""
         file = self.run.structure
         try:
-            fresh = file.with_suffix(".tmp")
-            fresh.write_text(json.dumps(self._structure), encoding="utf-8")
-            fresh.replace(file)
-        except OSError as error:
+            with whole_file(file) as partial:
+                partial.write_text(json.dumps(self._structure), encoding="utf-8")
+        except (OSError, InputError) as error:
             _log.warning("%s could not be written (%s): sites are read off their paths", file, error)
 
     def _last_held(self) -> int | None:

@@ -23,7 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import tyro
 
-from stabilitylab.command_line.whole_file import whole_file
+from stabilitylab.command_line.whole_file import told_beside, whole_file
 from stabilitylab.errors import InputError
 from stabilitylab.runs.folder import RunFolder
 from stabilitylab.runs.parts import SCHEMA, list_parts, read_rows, step_limits
@@ -77,7 +77,7 @@ def export(
     )
     if not count:
         raise InputError(f"{run} holds nothing that --only {only!r} matches")
-    print(f"{target}: {count:,} {'rows' if not tensorboard else 'values'}")
+    print(f"{target}: {count:,} {'rows' if not tensorboard else 'values'}", file=told_beside(target))
     return 0
 
 
