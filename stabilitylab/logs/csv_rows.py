@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.columns import is_evaluation
 from stabilitylab.logs.pattern import LineValues, number, without_colours
-from stabilitylab.logs.reading import Reading, Row, text_rows
+from stabilitylab.logs.reading import MODES, Reading, Row, text_rows
 from stabilitylab.logs.source import LogFile
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 NULLS = frozenset(("", "null", "none", "n/a", "na", "-", "<na>"))
 _METRIC_NAMES = ("metric", "metric_name", "metric.name", "metricname", "key", "tag", "variable", "name")
@@ -71,7 +75,33 @@ def read_csv_rows(source: LogFile) -> Reading:
             f"{source.name} has no header: its first row is numbers; "
             f"put the columns' names above it, such as {delimiter.join(('step', 'loss'))}"
         )
-    names = [cell.strip() for cell in cells]
+    return _reading_of([cell.strip() for cell in cells], delimiter, source)
+
+
+def read_tables(
+    names: Sequence[str], tables: Callable[[], Iterator[pa.RecordBatch]], source: LogFile
+) -> Reading:
+    """Every row of Arrow's tables, read as the same cells of a CSV file would be."""
+    reading = _reading_of(list(names), "\t", source)
+    assert reading.pieces is not None
+    make = reading.pieces
+
+    def rows() -> Iterator[Row]:
+        reading.left_out.clear()
+        pieces = make()
+        assert isinstance(pieces, CsvPieces)
+        pieces.state["names"] = list(names)
+        for table in tables():
+            for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                pieces.state["row"] += 1
+                yield from pieces.row(["" if cell is None else str(cell) for cell in row])
+
+    reading.rows, reading.pieces = rows, None
+    return reading
+
+
+def _reading_of(names: list[str], delimiter: str, source: LogFile) -> Reading:
+    """The reader of rows below these names."""
     runs = {m["run"] for name in names if (m := _WANDB.match(name))}
     form = "W&B panel export" if runs and any(n.endswith("__MIN") for n in names) else "CSV"
     parts = [
@@ -88,6 +118,7 @@ def read_csv_rows(source: LogFile) -> Reading:
         next((names[lower.index(n)] for n in _METRIC_NAMES if n in lower), None) if "value" in lower else None
     )
     of_run = next((names[lower.index(n)] for n in RUN_NAMES if n in lower), None)
+    modes = [name for name in names if name.lower() in MODES]
     if lower == ["wall time", "step", "value"]:
         form = "TensorBoard CSV export"
     elif {"step", "value"} <= {*lower} <= {"step", "value", *_CLOCKS}:
@@ -95,7 +126,7 @@ def read_csv_rows(source: LogFile) -> Reading:
     reading = Reading(
         format=form,
         rows=lambda: text_rows(source, reading),
-        pieces=lambda: CsvPieces(reading, delimiter, several, parts, long, of_run),
+        pieces=lambda: CsvPieces(reading, delimiter, several, parts, long, of_run, modes),
     )
     if form in ("TensorBoard CSV export", "CSV of one tag"):
         reading.losses = (names[lower.index("value")],)
@@ -116,6 +147,7 @@ class CsvPieces:
         parts: columns whose sum is the loss (YOLO).
         long: the column that names each row's value, where there is one.
         of_run: the column that names each row's run, where there is one.
+        modes: the columns whose words tell training from validation.
     """
 
     def __init__(
@@ -126,9 +158,10 @@ class CsvPieces:
         parts: Sequence[str],
         long: str | None = None,
         of_run: str | None = None,
+        modes: Sequence[str] = (),
     ) -> None:
         self._reading, self._delimiter, self._several, self._parts = reading, delimiter, several, parts
-        self._long, self._of_run = long, of_run
+        self._long, self._of_run, self._modes = long, of_run, modes
         self.state: dict[str, Any] = {"names": [], "row": 0}
 
     def end(self) -> Iterator[Row]:
@@ -137,7 +170,7 @@ class CsvPieces:
 
     def take(self, piece: bytes) -> Iterator[Row]:
         """The rows of these lines."""
-        reading, delimiter, state, parts = self._reading, self._delimiter, self.state, self._parts
+        reading, delimiter, state = self._reading, self._delimiter, self.state
         for line in _lines(_decoded(piece, first=not state["names"]), delimiter):
             if not line or (len(line) == 1 and not line[0].strip()):
                 continue
@@ -157,31 +190,37 @@ class CsvPieces:
             if len(cells) != len(names):
                 reading.left_out["rows of too few or too many cells"] += 1
                 continue
-            values: LineValues = {}
-            for name, cell in zip(names, cells, strict=True):
-                if name == self._of_run:
-                    continue
-                name = "epoch" if name.lower() == "epoch" else name
-                value = _value(cell, delimiter)
-                if value is not None or _null(cell):
-                    values[name] = value
-                elif "loss" in name.lower() or name.lower() in ("step", "iteration", "global_step"):
-                    reading.damage(
-                        "cells that are no numbers",
-                        f"column {name!r}, row {state['row']}: {cell[:40]!r} is not a number",
-                    )
-            named = dict(zip(names, cells, strict=True)) if self._long or self._of_run else {}
-            if self._long is not None:
-                values = {n: v for n, v in values.items() if n.lower() != "value"}
-                value = next(c for n, c in named.items() if n.lower() == "value")
-                values[named[self._long]] = _value(value, delimiter)
-            if len(parts) > 1:
-                held = [values.get(part) for part in parts]
-                values["train/loss"] = None if None in held else sum(x for x in held if x is not None)
-            if self._several:
-                yield from _side_by_side(values)
-            else:
-                yield _part(self._of_run, named), values
+            yield from self.row(cells)
+
+    def row(self, cells: Sequence[str]) -> Iterator[Row]:
+        """The rows of one line of cells, below the names in ``state``."""
+        reading, names, parts = self._reading, self.state["names"], self._parts
+        named = dict(zip(names, cells, strict=True)) if self._long or self._of_run or self._modes else {}
+        if any(is_evaluation(named[mode]) for mode in self._modes if mode in named):
+            reading.left_out["rows of validation"] += 1
+            return
+        values: LineValues = {}
+        for name, cell in zip(names, cells, strict=True):
+            if name == self._of_run:
+                continue
+            name = "epoch" if name.lower() == "epoch" else name
+            value = _value(cell, self._delimiter)
+            if value is not None or _null(cell):
+                values[name] = value
+            elif "loss" in name.lower() or name.lower() in ("step", "iteration", "global_step"):
+                where = f"column {name!r}, row {self.state['row']}"
+                reading.damage("cells that are no numbers", f"{where}: {cell[:40]!r} is not a number")
+        if self._long is not None:
+            values = {n: v for n, v in values.items() if n.lower() != "value"}
+            value = next(c for n, c in named.items() if n.lower() == "value")
+            values[named[self._long]] = _value(value, self._delimiter)
+        if len(parts) > 1:
+            held = [values.get(part) for part in parts]
+            values["train/loss"] = None if None in held else sum(x for x in held if x is not None)
+        if self._several:
+            yield from _side_by_side(values)
+        else:
+            yield _part(self._of_run, named), values
 
 
 def _part(column: str | None, cells: Mapping[str, str]) -> str:

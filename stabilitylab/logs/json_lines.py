@@ -14,10 +14,9 @@ from typing import Any
 
 from stabilitylab.logs.columns import is_evaluation
 from stabilitylab.logs.pattern import LineValues, number, plain_text
-from stabilitylab.logs.reading import Reading, Row, text_rows
+from stabilitylab.logs.reading import MODES, Reading, Row, text_rows
 from stabilitylab.logs.source import LogFile
 
-MODES = ("mode", "split", "phase", "stage", "type", "event", "kind")
 PARTS = ("rank", "run", "run_name", "run_id", "local_rank", "process_index")
 # The keys under which a record of one value holds its name.
 NAMED_BY = ("key", "metric", "metric_name", "metricName", "name", "tag")

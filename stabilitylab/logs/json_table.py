@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import STEP
-from stabilitylab.logs.json_lines import MODES, PARTS
+from stabilitylab.logs.json_lines import PARTS
 from stabilitylab.logs.log import Log, RowBlock, whole_steps
-from stabilitylab.logs.reading import Reading
+from stabilitylab.logs.reading import MODES, Reading
 from stabilitylab.logs.segment_columns import SegmentColumns, columns_of, notes_of
 from stabilitylab.logs.source import LONGEST_LINE, LogFile
 from stabilitylab.logs.table_files import floats_of

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from stabilitylab.logs.source import LogFile
 
 Row = tuple[str, Mapping[str, float | None]]
+# Columns whose words tell training from validation.
+MODES = ("mode", "split", "phase", "stage", "type", "event", "kind")
 
 
 class LinePieces(Protocol):

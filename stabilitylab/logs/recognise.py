@@ -119,14 +119,14 @@ def _one(path: Path, *, loss: str | None, step: str | None, pattern: str | None)
     head = source.head()
     if not head.strip():
         raise InputError(f"{path} is empty: a log needs a header and at least one row")
-    if head.startswith(b"PAR1"):
-        from stabilitylab.logs.table_files import ParquetLog
+    if head.startswith((b"PAR1", b"ARROW1", b"FEA1")):
+        from stabilitylab.logs.table_files import ArrowLog, ParquetLog, read_table_file
 
-        return [ParquetLog.open(source.on_disk(), loss=loss, step=step)]
-    if head.startswith((b"ARROW1", b"FEA1")):
-        from stabilitylab.logs.table_files import ArrowLog
-
-        return [ArrowLog.open(source.on_disk(), loss=loss, step=step)]
+        file = source.on_disk()
+        if (rows := read_table_file(file)) is not None:
+            return list(logs_of(rows, path, loss=loss, step=step))
+        kind = ParquetLog if head.startswith(b"PAR1") else ArrowLog
+        return [kind.open(file, loss=loss, step=step)]
     if is_tensorboard(path, head):
         from stabilitylab.logs.tensorboard import TensorBoardLog
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.columns import STEP, choose_columns
-from stabilitylab.logs.csv_rows import RUN_NAMES, delimiter_of
+from stabilitylab.logs.csv_rows import RUN_NAMES, delimiter_of, read_tables
 from stabilitylab.logs.log import BLOCK_ROWS, Log, RowBlock, whole_steps
+from stabilitylab.logs.reading import MODES, Reading
 from stabilitylab.logs.source import LogFile
 from stabilitylab.telemetry import LOSS
 
@@ -86,8 +87,8 @@ class CsvLog(_TableLog):
         if odd or any(name.endswith("__MIN") or _NUMBER.fullmatch(name) for name in names):
             return None
         lower = {name.lower() for name in names}
-        if "value" in lower or lower & {*RUN_NAMES}:
-            return None  # perhaps a table of one value per row, or of several runs
+        if lower & {"value", *RUN_NAMES, *MODES}:
+            return None  # perhaps a table of one value per row, of several runs, or of validation too
         try:
             columns = choose_columns(names, source=source.path, loss=loss, step=step)
         except InputError:
@@ -200,6 +201,30 @@ class ArrowLog(_TableLog):
                     yield batch.slice(at, BLOCK_ROWS)
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"{self.path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def read_table_file(path: Path) -> Reading | None:
+    """The rows of a Parquet or Arrow file whose columns of text tell runs or validation apart, or that holds one value a row; None:
+    it has no such column."""
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    schema = _parquet(path).schema_arrow if is_parquet else _arrow(path).schema
+    lower = {name.lower(): name for name in schema.names}
+    if {"family", "site", "statistic"} <= lower.keys() or not (
+        "value" in lower
+        or any(n in lower and not _is_number(schema.field(lower[n]).type) for n in MODES)
+        or lower.keys() & {*RUN_NAMES}
+    ):
+        return None
+    kind: type[_TableLog] = ParquetLog if is_parquet else ArrowLog
+    every = kind(path=path, columns={name: name for name in schema.names})
+    reading = read_tables(schema.names, every._batches, LogFile(path))
+    reading.format = "Parquet" if is_parquet else "Arrow"
+    return reading
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 
 def _arrow(path: Path) -> pa.RecordBatchFileReader:

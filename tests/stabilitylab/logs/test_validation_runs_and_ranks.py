@@ -1,0 +1,35 @@
+"""Rows and lines of validation, of several runs or of several ranks, that only a word or a number beside them tells apart."""
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+from stabilitylab.logs.recognise import open_logs
+from tests.stabilitylab.logs.told import losses
+
+
+@pytest.mark.parametrize("column", ["phase", "Split", "mode"])
+def test_a_column_of_words_tells_a_tables_validation(tmp_path, column):
+    rows = [(k, word, 9 - k / 10 + 5 * (word != "train")) for k in range(1, 6) for word in ("train", "val")]
+    table = f"step,{column},loss\n" + "".join(f"{k},{word},{x}\n" for k, word, x in rows)
+    (tmp_path / "a.csv").write_text(table)
+    arrow = pa.table({name: [row[i] for row in rows] for i, name in enumerate(("step", column, "loss"))})
+    pyarrow.parquet.write_table(arrow, tmp_path / "a.parquet")
+    pyarrow.feather.write_feather(arrow, str(tmp_path / "a.feather"))
+    for name in ("a.csv", "a.parquet", "a.feather"):
+        log, steps, values = losses(tmp_path / name)
+        assert (steps, values) == ([1, 2, 3, 4, 5], pytest.approx([8.9, 8.8, 8.7, 8.6, 8.5]))
+        assert log.left_out == {"rows of validation": 5}
+
+
+def test_parquet_of_runs_and_of_one_value_a_row(tmp_path):
+    rows = [(run, name, k, 3.0 - k / 10) for k in range(4) for run in "ab" for name in ("train/loss", "lr")]
+    arrow = pa.table(
+        {name: [row[i] for row in rows] for i, name in enumerate(("run", "metric", "step", "value"))}
+    )
+    pyarrow.parquet.write_table(arrow, tmp_path / "a.parquet")
+    logs = open_logs([tmp_path / "a.parquet"])
+    assert [log.name for log in logs] == ["a", "b"]
+    assert logs[0].columns["train/-/loss"] == "train/loss"
+    assert losses(tmp_path / "a.parquet", run="b")[1:] == ([0, 1, 2, 3], [3.0, 2.9, 2.8, 2.7])
