@@ -21,6 +21,9 @@ _STARTS = (
 )
 
 
+_CONTROLS = bytes({*range(1, 32)} - {*b"\t\n\r\b\f\x1b"})
+
+
 class NoLogError(InputError):
     """A file of a known kind that is no log, and that will not become one."""
 
@@ -46,6 +49,13 @@ def binary_kind(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it, and give the log in it"
     return _UNKNOWN
+
+
+def has_holes(head: bytes) -> bool:
+    """Whether it is text but for NUL bytes, such as a crash of the machine leaves in a file."""
+    text = head.replace(b"\0", b"")
+    odd = len(text) - len(text.translate(None, _CONTROLS))
+    return binary_kind(head) == _UNKNOWN and b"\n" in text and odd * 500 <= len(text)
 
 
 def one_in_zip(path: Path) -> tuple[str | None, str]:

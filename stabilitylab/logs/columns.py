@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.languages import in_english
+from stabilitylab.logs.languages import in_english, is_english
 from stabilitylab.telemetry import (
     BATCH_SIZE,
     DATA_PHASE,
@@ -157,9 +157,15 @@ _BEST = re.compile(r"(^|_)(best|min|max|lowest)(_|$)")
 _OF_TARGETS = frozenset({"ce_loss", "cross_entropy_loss", "crossentropyloss", "nll_loss"})
 # Terms that only steady a model: beside them the cross-entropy is the loss.
 _SMALL_TERM = re.compile(
-    r"(^|_)(z|zloss|aux\w*|router|balanc\w*|load|lb|moe|mtp|reg\w*|penalty|entropy)(_|$)"
+    r"(^|_)(z|zloss|aux\w*|router|balanc\w*|load|lb|moe|mtp|reg\w*|penalty|entropy|kl\w*)(_|$)"
 )
 _POLICY = re.compile(r"(^|_)(policy|pg|actor|surrogate)(_|$)")
+# Never offered as the loss: counters by other names, times, rates, norms, settings.
+_NO_LOSS = re.compile(
+    r"(^|_)(t|ts|time\w*|date|datetime|secs?|seconds?|ms|eta|elapsed|duration|hours?|minutes?|epochs?|steps?|iters?|iterations?|"
+    r"it|batch|batches|rounds?|idx|index|id|n|count|counts|tokens?|samples?|seen|tps|speed|throughput|mfu|mem|memory|gpu|rank|seed|"
+    r"lrs?|learning|rate|grads?|gradients?|gradnorm|norms?|gnorm|scale|momentum|beta\d?|decay|acc|accuracy|percent)(_|$)"
+)
 # A store's summaries of a step's several values: their mean is the loss, the others are not.
 _STATISTIC = re.compile(r"[/._](num|count|std|min|max|median|sum|variance)$", re.IGNORECASE)
 
@@ -195,7 +201,7 @@ def choose_columns(
                 raise InputError(f"{source} has no column {given!r}: its columns are {_list(names)}")
             chosen[wanted] = given
     if LOSS not in chosen:
-        chosen[LOSS] = _loss(names, plain, source, counts)
+        chosen[LOSS] = _loss(names, plain, source, counts, fractions)
     rows = (counts or {}).get(chosen[LOSS], 0)
     for signal, usual in _NAMES.items():
         if signal in chosen or signal == LOSS:
@@ -212,6 +218,11 @@ def choose_columns(
         ]
         if not found and signal in _LIKE:
             found = _alike(signal, names, plain)
+        if signal == STEP and not found:  # data/step beside data/loss
+            beside = [
+                n for n in names if "/" in n and _group(n) == _group(chosen[LOSS]) and n != chosen[LOSS]
+            ]
+            found = [n for word in usual for n in beside if _tail(n) == word and not is_evaluation(n)]
         if signal == STEP:
             # beside another counter, a "step" with fractions counts nothing: it is a step size
             alone = not any(counter_of(n) and n not in fractions for n in names)
@@ -228,7 +239,11 @@ def choose_columns(
 
 
 def _loss(
-    names: Sequence[str], plain: Mapping[str, str], source: Path, counts: Mapping[str, int] | None
+    names: Sequence[str],
+    plain: Mapping[str, str],
+    source: Path,
+    counts: Mapping[str, int] | None,
+    fractions: Collection[str],
 ) -> str:
     """The loss as a person would choose it: of training, the total, of each step."""
     named = [n for n in names if is_loss(n) and not _BOUND.search(n) and not _SCALE.search(plain[n])]
@@ -245,7 +260,8 @@ def _loss(
                 f"{source} has no loss column of training: it holds validation losses only ({_list(named)}); "
                 f"to judge one: {_paste(named)}"
             )
-        others = [n for n in names if not counter_of(n) and not is_evaluation(n)]
+        others = [n for n in names if not (counter_of(n) or is_evaluation(n) or _NO_LOSS.search(plain[n]))]
+        others.sort(key=lambda n: n not in fractions)  # whole numbers count something
         such = f": {_paste(others, 3)}" if 0 < len(others) <= _MOST_OFFERED else ""
         raise InputError(
             f"{source} has no loss column: its columns are {_list(names)}; name one with --loss{such}"
@@ -256,6 +272,9 @@ def _loss(
     totals = [n for n in found if _TOTAL.search(plain[n])]
     if len(totals) == 1 and _has_parts(found, plain):
         return totals[0]
+    own = [n for n in found if not _AVERAGE.search(plain[n])]
+    if len(found) == 2 and len(own) == 1 and not _SMALL_TERM.search(plain[own[0]]):
+        return own[0]  # gpt_loss beside its running loss_mean
     for words in (_NAMES[LOSS], _POLICY_LOSSES if len(totals) != 1 else ()):
         for spell in (lambda n: plain[n], _tail):
             for word in words:
@@ -336,8 +355,9 @@ def is_loss(name: str) -> bool:
 
 
 def _english(name: str) -> str:
-    """The English for a name in another language's letters."""
-    return name if name.isascii() else in_english(name)
+    """The English for a name in another language."""
+    spoken = name.replace("_", " ")
+    return name if is_english(spoken) else in_english(spoken)
 
 
 @lru_cache(4096)

@@ -36,9 +36,12 @@ from stabilitylab.logs.segment_columns import STEP_ABOVE
 from stabilitylab.logs.source import LogFile
 
 _RANK = re.compile(
-    r"^\[(?:rank|default)\s?(\d+)\]:|\brank(?:[= ]|: )?(\d+)[\]:, ]|^\(\w+ pid=(\d+)", re.IGNORECASE
-)  # torchrun, loggers, Ray
-_RANK_WORD = re.compile(r"[rR](?:ank|ANK)|^\[|^\(")
+    r"^\[(?:rank|default)\s?(\d+)\]:|\brank(?:[=: ]|: )?(\d+)(?:/\d+)?[\]):,| ]|^\(\w+ pid=(\d+)"  # torchrun, loggers, Ray
+    r"|[\[(](?:gpu|cuda|device|worker|process|proc)[ :=#]?(\d{1,3})(?:/\d+)?[\])]"  # [GPU0]
+    r"|\((\d+)/\d+\) Epoch \d+, batch \d+,",  # icefall
+    re.IGNORECASE,
+)
+_RANK_WORD = re.compile(r"[rR](?:ank|ANK)|^\[|^\(|[\[(](?:[GCDWPgcdwp]\w+[ :=#]?)?\d+(?:/\d+)?[\])]")
 _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
 _TOLD = "\0told"  # the losses that already have the step above
 _HEADED = "\0headed"  # whether a heading of validation stands above
@@ -282,7 +285,7 @@ def _reader(one: TextFormat) -> Callable[[str], ReadLine]:
             or (rank := _RANK.search(line)) is None
         ):
             return values, ""
-        return values, f"process {rank[3]}" if rank[3] else f"rank {rank[1] or rank[2]}"
+        return values, f"process {rank[3]}" if rank[3] else f"rank {next(filter(None, rank.groups()))}"
 
     return read
 

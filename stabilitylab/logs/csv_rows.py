@@ -28,7 +28,9 @@ RUN_NAMES = ("run_name", "run.name", "run_id", "run id", "run_uuid", "run", "run
 _NAME = r"[A-Za-z][\w./%()-]*"
 _HINT = re.compile(r"sep=")  # tells Excel the delimiter
 _CLOCKS = ("wall time", "timestamp", "time", "relative time", "datetime")
-_DECIMAL_COMMA = re.compile(r"^-?\d+,\d+(?:[eE][-+]?\d+)?$")
+_DECIMAL_COMMA = re.compile(r"^-?(?:\d+|\d{1,3}(?:\.\d{3})+),\d+(?:[eE][-+]?\d+)?$")
+_THOUSANDS = re.compile(r"^-?[1-9]\d{0,2}(?:\.\d{3})+$")  # 12.000 beside 2,31
+_RULE = re.compile(r"\s*-{2,}[\s-]*")
 _WANDB = re.compile(r"^(?P<run>.+) - (?P<metric>[^ ].*?)(?:__MIN|__MAX)?$")
 
 
@@ -199,6 +201,8 @@ class CsvPieces:
         if any(is_evaluation(named[mode]) for mode in self._modes if mode in named):
             reading.left_out["rows of validation"] += 1
             return
+        if self._delimiter != "," and any(map(_DECIMAL_COMMA.match, cells)):
+            cells = [cell.replace(".", "") if _THOUSANDS.match(cell) else cell for cell in cells]
         values: LineValues = {}
         for name, cell in zip(names, cells, strict=True):
             if name == self._of_run:
@@ -231,7 +235,7 @@ def _part(column: str | None, cells: Mapping[str, str]) -> str:
 
 def _lines(text: Sequence[str], delimiter: str) -> Iterator[list[str]]:
     if delimiter == " ":
-        return (line.split() for line in text)
+        return (line.split() for line in text if not _RULE.fullmatch(line))
     if delimiter == "|":
         cells = (line.strip().strip("|").split("|") for line in text)
         return (line for line in cells if not all(re.fullmatch(r"[\s:+-]*", cell) for cell in line))
@@ -257,7 +261,7 @@ def _is_header(cells: list[str], names: list[str], delimiter: str) -> bool:
 
 def _value(cell: str, delimiter: str) -> float | None:
     if delimiter != "," and _DECIMAL_COMMA.match(cell):
-        cell = cell.replace(",", ".")
+        cell = cell.replace(".", "").replace(",", ".")
     lower = cell.strip().lower()
     if lower in ("true", "false"):
         return float(lower == "true")

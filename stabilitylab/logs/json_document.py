@@ -27,6 +27,8 @@ from stabilitylab.logs.source import LogFile
 
 _LARGEST = 1 << 30
 _BETWEEN = re.compile(r"[\s,]*")
+_STEP_KEY = re.compile(r"((?:step|iteration|iter|epoch|global_step)?[_ -]?)(\d+)", re.IGNORECASE)
+_FEWEST = 3
 Records = list[Mapping[str, Any]]
 
 
@@ -192,6 +194,19 @@ def _points(values: list[Any]) -> Mapping[str, Any] | None:
     return None
 
 
+def _by_step(document: Mapping[str, Any]) -> Records | None:
+    """The records of {"1": {...}, "2": {...}} or {"epoch_1": {...}, ...}; None: they are named otherwise."""
+    told = [(_STEP_KEY.fullmatch(name), value) for name, value in document.items()]
+    records: Records = [
+        {key[1].strip("_- ").lower() or "step": int(key[2]), **value}
+        for key, value in told
+        if key and isinstance(value, dict)
+    ]
+    if len(records) < _FEWEST or len(records) < len(told) or len({next(iter(one)) for one in records}) > 1:
+        return None
+    return records if any("loss" in name.lower() for one in records for name in numbers(one)) else None
+
+
 def _longest(document: Any, depth: int = 0) -> Records | None:
     """The longest list of records, or table of columns, anywhere in the document."""
     if isinstance(document, list):
@@ -207,6 +222,8 @@ def _longest(document: Any, depth: int = 0) -> Records | None:
             for step, value in zip(curve["x"], curve["y"], strict=False):
                 rows.setdefault(step, {"step": step})[name] = value
         return [rows[step] for step in sorted(rows)]
+    if by_step := _by_step(document):
+        return by_step
     columns = {
         name: column
         for name, column in document.items()

@@ -20,6 +20,7 @@ from stabilitylab.logs.source import LogFile
 PARTS = ("rank", "run", "run_name", "run_id", "local_rank", "process_index")
 # The keys under which a record of one value holds its name.
 NAMED_BY = ("key", "metric", "metric_name", "metricName", "name", "tag")
+VALUES = ("value", "val", "metric_value", "v")  # and its value
 _RATIO = re.compile(r"^(\d+)/\d+$")
 
 
@@ -74,8 +75,8 @@ class JsonPieces:
                 continue
             if "event_type" in record and "key" in record:
                 record = _event(record)
-            elif "value" in record:
-                record = _one_value(record)
+            elif (held := next((n for n in VALUES if n in record), None)) is not None:
+                record = _one_value(record, held)
             part = part_of(record)
             if part is None:
                 reading.left_out["rows of validation"] += 1
@@ -97,13 +98,13 @@ def _event(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**metadata, **told} if isinstance(metadata, dict) else told
 
 
-def _one_value(record: dict[str, Any]) -> dict[str, Any]:
+def _one_value(record: dict[str, Any], held: str) -> dict[str, Any]:
     """{"name": "loss", "value": 2.3, "step": 1} as {"loss": 2.3, "step": 1}."""
     name = next((n for n in NAMED_BY if isinstance(record.get(n), str)), None)
     if name is None or any("loss" in n.lower() for n in numbers(record)):
         return record
-    kept = {n: value for n, value in record.items() if n not in (name, "value")}
-    return {**kept, record[name]: record["value"]}
+    kept = {n: value for n, value in record.items() if n not in (name, held)}
+    return {**kept, record[name]: record[held]}
 
 
 def part_of(record: Mapping[str, Any]) -> str | None:

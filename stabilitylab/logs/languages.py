@@ -92,6 +92,11 @@ def is_foreign(head: str) -> bool:
     return several >= _FEWEST_WORDS or has_decimal_commas(head)
 
 
+def is_english(name: str) -> bool:
+    """Whether no word of the table, and no sign of East Asia, is in a column's name."""
+    return _WORD.search(name) is None and (name.isascii() or name.translate(_SIGNS) == name)
+
+
 def has_decimal_commas(text: str) -> bool:
     """Whether the text writes numbers as 2,31: some that are not thousands, and more of them than with a point."""
     commas = len(_SURELY_COMMA.findall(text))

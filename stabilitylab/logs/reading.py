@@ -41,7 +41,7 @@ class Reading:
         losses: the format's names of its loss, best first.
         left_out: reason -> number of records.
         notes: sentences about the whole log.
-        example: the first damage found, as the end of a sentence that begins with the log's name.
+        examples: the first damage found, as the end of a sentence that begins with the log's name; copies share it.
         pieces: makes a reader of pieces, for a text that may grow; None: the text can only be read as a whole.
     """
 
@@ -51,13 +51,14 @@ class Reading:
     losses: tuple[str, ...] = ()
     left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
-    example: str = ""
+    examples: list[str] = field(default_factory=list)
     pieces: Callable[[], LinePieces] | None = None
 
     def damage(self, reason: str, example: str) -> None:
         """Count a record that cannot be read, and keep the first as the example."""
         self.left_out[f"damaged: {reason}"] += 1
-        self.example = self.example or example
+        if not self.examples:
+            self.examples.append(example)
 
 
 def text_rows(source: LogFile, reading: Reading) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.aim_store import read_aim
-from stabilitylab.logs.binary import binary_error
+from stabilitylab.logs.binary import binary_error, has_holes
 from stabilitylab.logs.boxed_records import read_boxes
 from stabilitylab.logs.console import read_console
 from stabilitylab.logs.csv_rows import delimiter_of, is_blank_table, read_csv_rows
@@ -32,7 +32,7 @@ from stabilitylab.logs.rank_labels import LabelledPieces, UnlabelledSource, is_l
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.record_lines import read_record_lines
 from stabilitylab.logs.rows import logs_of
-from stabilitylab.logs.source import LogFile, standard_input
+from stabilitylab.logs.source import LogFile, WithoutHoles, standard_input
 from stabilitylab.logs.swanlab import SWANLAB, read_swanlab
 from stabilitylab.logs.table_in_text import TableSource, TableStart, table_in
 from stabilitylab.logs.trackers import (
@@ -159,7 +159,10 @@ def _text(source: LogFile, head: bytes, pattern: str | None) -> Reading:
         found = read_console(source, pattern=pattern)
         assert found is not None
         return found
-    if b"\0" in head[:4096] or head.startswith(b"\x80"):
+    if b"\0" in head and has_holes(head):
+        source = WithoutHoles(source.path, source.name)
+        head = source.head()
+    elif b"\0" in head[:4096] or head.startswith(b"\x80"):
         raise binary_error(source.name, head)
     if is_labelled(head):
         return _labelled(source)

@@ -188,7 +188,7 @@ def logs_of(reading: Reading, path: Path, *, loss: str | None, step: str | None)
     bad = sum(count for reason, count in reading.left_out.items() if reason.startswith("damaged"))
     if bad > MOST_BAD * (rows + bad):
         more = f", and {bad - 1:,} more of {rows + bad:,}" if bad > 1 else ""
-        raise InputError(f"{path}, {reading.example}{more}: repair or remove it")
+        raise InputError(f"{path}, {reading.examples[0]}{more}: repair or remove it")
     if not rows:
         raise InputError(f"{path} holds no values ({reading.format}): is it the training log?")
     if (

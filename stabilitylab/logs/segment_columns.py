@@ -24,13 +24,14 @@ from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 STEP_ABOVE = "step in the line above"  # in a text; believed where every loss has one
 # Names of what rises with the steps but does not count them.
 _CLOCK = re.compile(
-    r"time|elapsed|second|duration|eta|date|byte|mem|epoch|\bpid\b|(^|[_ /])(ms|s|t|min|hours?)$",
+    r"time|elapsed|second|duration|eta|date|byte|mem|epoch|\bpid\b|/sec\b|(^|[_ /])(ms|s|ts|t|min|hours?)$",
     re.IGNORECASE,
 )
 _AMOUNT = re.compile(r"^(?:steps|iterations|iters|updates)$", re.IGNORECASE)
 _AMOUNTS = 0.25  # share of rows in which an amount falls
 _BARE_TOTAL = re.compile(r"(?:train(?:ing)?[ _/])?(?:total|overall)\b", re.IGNORECASE)
 
+_A_DATE = 1e9  # seconds since 1970; nothing counts from there
 _FEW = 32  # fewer rows are not worth columns
 _INFINITE = (math.inf, -math.inf)
 
@@ -215,6 +216,7 @@ def _counting(part: SegmentColumns, columns: Mapping[str, str]) -> str | None:
             and not part.repeated[name]
             and not _CLOCK.search(name)
             and math.isfinite(part.last[name])
+            and part.first[name] < _A_DATE
         ):
             return name
     return None

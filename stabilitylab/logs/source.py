@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -52,7 +53,7 @@ class LogFile:
     def open(self) -> BinaryIO:
         """The bytes, decompressed, and as UTF-8 where they were UTF-16."""
         raw = self._decompressed()
-        marks = raw.read(2)
+        marks = b"".join(self._guarded(raw, 2, once=True))
         raw.close()
         raw = self._decompressed()
         if marks in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -94,19 +95,29 @@ class LogFile:
         return Path(copy.name)
 
     def _guarded(self, file: BinaryIO, size: int, *, once: bool = False) -> Iterator[bytes]:
+        # read() would lose with EOFError what it has decompressed so far
+        read = getattr(file, "read1", file.read)
+        pieces: list[bytes] = []
+        held = 0
         try:
-            while piece := file.read(size):
-                yield piece
-                if once:
-                    return
+            while piece := read(size - held):
+                pieces.append(piece)
+                held += len(piece)
+                if held >= size:
+                    yield b"".join(pieces)
+                    pieces, held = [], 0
+                    if once:
+                        return
         except EOFError:  # a compressed file still being written, or cut short: read what is there
-            return
+            pass
         except Exception as error:
-            if isinstance(error, OSError | lzma.LZMAError | zipfile.BadZipFile) or type(
+            if isinstance(error, OSError | lzma.LZMAError | zipfile.BadZipFile | zlib.error) or type(
                 error
             ).__module__.startswith("zstandard"):
                 raise InputError(f"{self.name} cannot be decompressed: {error}") from None
             raise
+        if held:
+            yield b"".join(pieces)
 
     def _decompressed(self) -> BinaryIO:
         if self.compression == "gzip":
@@ -129,6 +140,19 @@ class LogFile:
             )
             return cast(BinaryIO, io.BufferedReader(reader))
         return self.path.open("rb")
+
+
+class WithoutHoles(LogFile):
+    """A text without its NUL bytes: blocks that a crash left unwritten, or UTF-16 without its mark."""
+
+    def head(self, size: int = 1 << 16) -> bytes:
+        """The first bytes."""
+        return super().head(size).replace(b"\0", b"")
+
+    def chunks(self) -> Iterator[bytes]:
+        """All bytes, in pieces that end with a line."""
+        for chunk in super().chunks():
+            yield chunk.replace(b"\0", b"")
 
 
 class _Utf8(io.RawIOBase):

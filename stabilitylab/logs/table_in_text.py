@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from stabilitylab.logs.pattern import number
+from stabilitylab.logs.pattern import number, without_colours
 from stabilitylab.logs.source import LogFile
 
 _DRAWN = str.maketrans(
@@ -81,6 +81,7 @@ class TableSource(LogFile):
 
 
 def _typed(text: bytes) -> bytes:
+    text = without_colours(text) if b"\x1b" in text else text
     return text if text.isascii() else text.decode("utf-8", errors="replace").translate(_DRAWN).encode()
 
 

@@ -33,3 +33,32 @@ def test_parquet_of_runs_and_of_one_value_a_row(tmp_path):
     assert [log.name for log in logs] == ["a", "b"]
     assert logs[0].columns["train/-/loss"] == "train/loss"
     assert losses(tmp_path / "a.parquet", run="b")[1:] == ([0, 1, 2, 3], [3.0, 2.9, 2.8, 2.7])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[rank {r}/4] step {k} loss {x:.4f}",
+        "12:00:00 | rank {r} | step {k} loss {x:.4f}",
+        "[GPU{r}] step {k} loss {x:.4f}",
+        "12:00:00 (worker {r}/4) step {k} loss {x:.4f}",
+        "2023-01-01 12:00:00,123 INFO [train.py:912] ({r}/4) Epoch 1, batch {k}, loss[loss={x:.4g}, over 12.00 frames. ], "
+        "tot_loss[loss=9.9, over 123.00 frames. ], batch size: 50, lr: 2.25e-02",
+    ],
+)
+def test_how_lines_name_their_rank(tmp_path, line):
+    (path := tmp_path / "a.log").write_text(
+        "".join(line.format(r=r, k=k, x=9 - k / 10 + r) + "\n" for k in range(1, 9) for r in range(4))
+    )
+    assert [log.name for log in open_logs([path])] == ["rank 0", "rank 1", "rank 2", "rank 3"]
+    assert losses(path, run="rank 2")[1:] == (
+        list(range(1, 9)),
+        pytest.approx([11 - k / 10 for k in range(1, 9)]),
+    )
+
+
+def test_a_place_in_brackets_is_no_rank(tmp_path):
+    (path := tmp_path / "a.log").write_text(
+        "".join(f"[train.py:12] ({k}/40) loss {9 - k / 10:.4f}\n" for k in range(1, 9))
+    )
+    assert losses(path)[1] == list(range(1, 9))

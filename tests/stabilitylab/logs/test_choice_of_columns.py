@@ -1,0 +1,89 @@
+"""Which column is the loss, which one counts, and what a refusal offers."""
+
+import json
+
+import pytest
+
+from stabilitylab.errors import InputError
+from stabilitylab.logs.recognise import open_logs
+from stabilitylab.telemetry import LOSS
+from tests.stabilitylab.logs.told import losses, many
+
+
+def json_lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_refusal_offers_neither_counters_nor_times_nor_rates(tmp_path):
+    rows = [
+        {"train_steps_done": k, "elapsed_s": 1.5 * k, "lr": 0.1 / k, "count": k, "wer": 9 / k}
+        for k in range(1, 9)
+    ]
+    with pytest.raises(InputError) as refusal:
+        open_logs([json_lines(tmp_path / "a.jsonl", *rows)])
+    assert str(refusal.value).endswith("name one with --loss: --loss wer")
+    rows = [{"words": 10 * k, "update": k, "penalty": 9 / k} for k in range(1, 9)]
+    with pytest.raises(InputError) as refusal:
+        open_logs([json_lines(tmp_path / "a.jsonl", *rows)])
+    assert str(refusal.value).endswith("--loss penalty or --loss words")
+
+
+def test_the_counter_stands_beside_its_loss_not_in_a_time(tmp_path):
+    rows = [{"ts": 1.7e9 + k, "event": "train", "data": {"step": 5 * k, "loss": 9 / k}} for k in range(1, 9)]
+    _, steps, _ = losses(json_lines(tmp_path / "a.jsonl", *rows))
+    assert steps == list(range(5, 41, 5))
+    rows = [{"created": 1_700_000_000 + k, "loss": 9 / k} for k in range(1, 9)]
+    assert losses(json_lines(tmp_path / "a.jsonl", *rows))[1] == list(range(8))
+
+
+def test_a_speed_that_rises_counts_nothing(tmp_path):
+    line = "Progress: {k}.0% words/sec/thread: 12{k} lr:  0.099 avg.loss:  {x:.6f} ETA:   0h 0m12s"
+    (path := tmp_path / "a.log").write_text(many(line))
+    assert "step" not in losses(path)[0].columns
+
+
+def test_a_running_mean_is_not_the_loss_beside_it(tmp_path):
+    """OpenRLHF's bar; an auxiliary term beside a mean is not the loss."""
+    line = " {k}%|## | {k}/9 [00:01<00:09,  1.20it/s, gpt_loss={x:.3f}, loss_mean=9.2, lr=1e-5]"
+    (path := tmp_path / "a.log").write_text(many(line))
+    assert losses(path)[0].columns[LOSS] == "gpt_loss"
+    path.write_text(many("step {k} aux_loss 0.01{k} mean_loss {x:.3f}"))
+    assert losses(path)[0].columns[LOSS] == "mean_loss"
+
+
+def test_names_of_columns_in_another_language(tmp_path):
+    (path := tmp_path / "a.csv").write_text(
+        "Schritt;Verlust;Lernrate\n" + many("{k};{x};0,1").replace(".", ",")
+    )
+    log, steps, values = losses(path)
+    assert (steps, values) == ([1, 2, 3, 4, 5], [8.9, 8.8, 8.7, 8.6, 8.5])
+    assert log.columns["train/-/learning_rate"] == "Lernrate"
+
+
+def test_points_part_thousands_where_commas_part_fractions(tmp_path):
+    (path := tmp_path / "a.csv").write_text("step;loss\n9.000;1.203,5\n10.000;1.102,5\n11.000;999,5\n")
+    assert losses(path)[1:] == ([9000, 10000, 11000], [1203.5, 1102.5, 999.5])
+
+
+def test_a_coloured_table(tmp_path):
+    """skorch marks the best value of each column."""
+    head = "  epoch    train_loss    valid_loss     dur\n-------  ------------  ------------  ------\n"
+    rows = many("      {k}        \x1b[36m{x:.4f}\x1b[0m        \x1b[35m9.1234\x1b[0m  0.0512")
+    (path := tmp_path / "a.log").write_text(head + rows)
+    assert losses(path)[1:] == ([1, 2, 3, 4, 5], [8.9, 8.8, 8.7, 8.6, 8.5])
+
+
+@pytest.mark.parametrize("key", ["{}", "epoch_{}", "step {}"])
+def test_a_json_object_of_steps(tmp_path, key):
+    document = {key.format(10 * k): {"train_loss": 9 / k, "val_loss": 9.9} for k in range(1, 6)}
+    for indent in (None, 1):
+        (path := tmp_path / "a.json").write_text(json.dumps(document, indent=indent))
+        assert losses(path)[1:] == ([10, 20, 30, 40, 50], [9.0, 4.5, 3.0, 2.25, 1.8])
+
+
+def test_one_value_a_line_under_a_short_name(tmp_path):
+    rows = [{"key": key, "step": k, "val": k / 10} for k in range(1, 6) for key in ("loss", "lr")]
+    log, steps, values = losses(json_lines(tmp_path / "a.jsonl", *rows))
+    assert (steps, values) == ([1, 2, 3, 4, 5], [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert log.columns["train/-/learning_rate"] == "lr"
