@@ -13,6 +13,7 @@ line.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from stabilitylab.logs.columns import counter_of, is_loss
 from stabilitylab.logs.pattern import NUMBER, LineValues, number
@@ -135,45 +136,52 @@ _CALLED = re.compile(
 )
 
 
+def _parted(both: re.Match[str]) -> str:
+    """Two names with their two numbers one after the other, where they are losses; else the text as it was."""
+    stem, tail = both["stem"] or "", both["tail"] or ""
+    if not is_loss(f"{stem}{both['a']}{both['b']}{tail}"):
+        return both[0]
+    before = f"{stem} " if stem else both["open"] or ""
+    return f"{before}{both['a']}{tail}: {both['x']}, {before}{both['b']}{tail}: {both['y']}"
+
+
+def _spelt_out(found: re.Match[str]) -> str:
+    return f"{found[1]}: " if found[1] else found[2]
+
+
+# What hinders reading a line and what stands in its place, in this order. The signs, one of which is in every line that has the
+# hindrance, spare the others the search.
+_REWRITES: tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    (("] ",), _ABSL, ""),
+    (("_", ":"), _CALLED, ""),
+    (("{",), _NORMS, r"\1="),
+    (("<", "metricName"), _SPELT_OUT, _spelt_out),
+    ((":",), _TAKEN, ""),
+    (("|g", "‖", "∇"), _BARRED_NORM, "grad_norm"),
+    (("η",), _ETA, "lr"),
+    (("=", ":"), _GLUED, " "),
+    (("=", ": "), _OF_EACH, r"\1 "),
+    (("/", "|"), _PAIRED, _parted),
+    ((" ",), _UNIT, r"\1,"),
+    (("...",), _LEADERS, ": "),
+    ((">", "→", ":="), _ARROW, ": "),
+    (("%",), _LOSS_PERCENT, r"\1"),
+    (("..",), _PARTED, " "),
+    (("last",), _SPAN, ""),
+    ((" - ",), _DASHED, r"\1 \2"),
+    (("-",), _DASHED_TO, r"\1 \2"),
+    (("-",), _RANGE, r"\1\2"),
+)
+
+
 def named(line: str) -> tuple[str, LineValues]:
     """The line without what hinders reading it, and its numbers by name."""
     values: LineValues = {}
-    line = _ABSL.sub("", line)
-    if "_" in line or ":" in line:
-        line = _CALLED.sub("", line)
-    if "{" in line:
-        line = _NORMS.sub(r"\1=", line)
-    if "<" in line or "metricName" in line:
-        line = _SPELT_OUT.sub(lambda m: f"{m[1]}: " if m[1] else m[2], line)
-    if _TAKEN.search(line):
-        line = _TAKEN.sub("", line)
-    if "|g" in line or "‖" in line or "∇" in line:
-        line = _BARRED_NORM.sub("grad_norm", line)
-    if "η" in line:
-        line = _ETA.sub("lr", line)
-    if _GLUED.search(line):
-        line = _GLUED.sub(" ", line)
-    if "=" in line or ": " in line:
-        line = _OF_EACH.sub(r"\1 ", line)
-    if "/" in line or "|" in line:
-        line = _PAIRED.sub(_parted, line)
-    if _UNIT.search(line):
-        line = _UNIT.sub(r"\1,", line)
-    if "..." in line:
-        line = _LEADERS.sub(": ", line)
-    if ">" in line or "→" in line or ":=" in line:
-        line = _ARROW.sub(": ", line)
-    if "%" in line:
-        line = _LOSS_PERCENT.sub(r"\1", line)
-    if ".." in line:
-        line = _PARTED.sub(" ", line)
-    if "last" in line:
-        line = _SPAN.sub("", line)
-    if " - " in line:
-        line = _DASHED.sub(r"\1 \2", line)
-    if "-" in line:
-        line = _DASHED_TO.sub(r"\1 \2", line)
-        line = _RANGE.sub(r"\1\2", line)
+    for signs, hindrance, instead in _REWRITES:
+        for sign in signs:
+            if sign in line:
+                line = hindrance.sub(instead, line)
+                break
     if told := _LOSS_AT.search(line):
         line = line[: told.end("loss")] + line[told.end() :]
         if told["then"]:
@@ -212,30 +220,26 @@ def placed(line: str, values: LineValues) -> LineValues:
         values = {name: value for name, value in values.items() if name.lower() != "epoch"}
         epoch, at, length = (float(text.replace(",", "")) for text in place.groups())
         values["step"] = epoch * length + at
-    elif not counted and (steps := _STEPS.search(line)):
-        values["step"] = float(steps[1])
-    elif not counted and (two := _PAIR_OF_COUNTS.match(line)):
-        values["epoch"], values["step"] = float(two[1]), float(two[2])
-    elif not counted and (both := _TWO_PLACES.search(line)):
-        values["epoch"], values["step"] = float(both[1] or both[3]), float(both[2] or both[4])
-    elif not counted and (glued := _GLUED_STEP.search(line)):
-        values["step"] = float(glued[1])
-    elif not counted and (bar := _BAR.search(line)):
-        values["step"], values[OF] = float(bar[1]), float(bar[2])
-    elif not counted and (within := _WITHIN.search(line)):
-        values["step"], values[OF] = float(within[1]), float(within[2])
-    elif not counted and (opens := _OPENS.match(line)):
-        values["step"], values[OF] = float(opens[1]), number(opens[2] or "")
+    elif not counted:
+        values |= _uncounted(line)
     return values
 
 
-def _parted(both: re.Match[str]) -> str:
-    """Two names with their two numbers one after the other, where they are losses; else the text as it was."""
-    stem, tail = both["stem"] or "", both["tail"] or ""
-    if not is_loss(f"{stem}{both['a']}{both['b']}{tail}"):
-        return both[0]
-    before = f"{stem} " if stem else both["open"] or ""
-    return f"{before}{both['a']}{tail}: {both['x']}, {before}{both['b']}{tail}: {both['y']}"
+def _uncounted(line: str) -> LineValues:
+    """The step, and perhaps the epoch, of a line in which no name counts; empty where it shows none."""
+    if steps := _STEPS.search(line):
+        return {"step": float(steps[1])}
+    if two := _PAIR_OF_COUNTS.match(line):
+        return {"epoch": float(two[1]), "step": float(two[2])}
+    if both := _TWO_PLACES.search(line):
+        return {"epoch": float(both[1] or both[3]), "step": float(both[2] or both[4])}
+    if glued := _GLUED_STEP.search(line):
+        return {"step": float(glued[1])}
+    if within := _BAR.search(line) or _WITHIN.search(line):
+        return {"step": float(within[1]), OF: float(within[2])}
+    if opens := _OPENS.match(line):
+        return {"step": float(opens[1]), OF: number(opens[2] or "")}
+    return {}
 
 
 def _name(said: str) -> str:
