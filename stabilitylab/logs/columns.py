@@ -246,6 +246,47 @@ def _loss(
     fractions: Collection[str],
 ) -> str:
     """The loss as a person would choose it: of training, the total, of each step."""
+    found = _training_losses(names, plain, source, counts, fractions)
+    totals = [n for n in found if _TOTAL.search(plain[n])]
+    if len(totals) == 1 and _has_parts(found, plain):
+        return totals[0]
+    own = [n for n in found if not _AVERAGE.search(plain[n])]
+    if len(found) == 2 and len(own) == 1 and not _SMALL_TERM.search(plain[own[0]]):
+        return own[0]  # gpt_loss beside its running loss_mean
+    for usual in (_NAMES[LOSS], _POLICY_LOSSES if len(totals) != 1 else ()):
+        if (named := _of_a_usual_name(found, plain, usual, counts)) is not None:
+            return named
+    stems = {
+        re.sub("_(step|epoch)$", "", plain[n]): n for n in reversed(found) if not plain[n].endswith("_epoch")
+    }
+    if len(found) == 1 or len(stems) == 1:
+        return found[0] if len(found) == 1 else next(iter(stems.values()))
+    for narrowed in (
+        totals,
+        [n for n in found if plain[n] != "losses"],  # a list of them
+        [n for n in found if not _AVERAGE.search(plain[n])],
+        [n for n in found if _POLICY.search(plain[n])],
+        [n for n in found if re.search(r"(^|_)(tr|trn)(_|$)", plain[n])],
+    ):
+        if len(narrowed) == 1:
+            return narrowed[0]
+    raise InputError(
+        f"{source} has several loss columns: {_list(found)}; name one with --loss: {_paste(found)}"
+    )
+
+
+def _training_losses(
+    names: Sequence[str],
+    plain: Mapping[str, str],
+    source: Path,
+    counts: Mapping[str, int] | None,
+    fractions: Collection[str],
+) -> list[str]:
+    """The columns that could be the loss of training, at least one.
+
+    Raises:
+        InputError: there is none; the message offers the other columns.
+    """
     named = [n for n in names if is_loss(n) and not _BOUND.search(n) and not _SCALE.search(plain[n])]
     found = [n for n in named if not is_evaluation(n)]
     found = [n for n in found if not _STATISTIC.search(n)] or found
@@ -269,36 +310,20 @@ def _loss(
     bounds = [n for n in names if _ELBO.search(plain[n]) and n not in named and not is_evaluation(n)]
     if bounds and not any("loss" in plain[n] for n in found):  # a likelihood is a part of the bound
         found += bounds
-    totals = [n for n in found if _TOTAL.search(plain[n])]
-    if len(totals) == 1 and _has_parts(found, plain):
-        return totals[0]
-    own = [n for n in found if not _AVERAGE.search(plain[n])]
-    if len(found) == 2 and len(own) == 1 and not _SMALL_TERM.search(plain[own[0]]):
-        return own[0]  # gpt_loss beside its running loss_mean
-    for words in (_NAMES[LOSS], _POLICY_LOSSES if len(totals) != 1 else ()):
-        for spell in (lambda n: plain[n], _tail):
-            for word in words:
-                for ending in ("", "_step", "_epoch"):
-                    fit = [n for n in found if spell(n) == word + ending]
-                    if fit and not (word in _OF_TARGETS and _has_other_terms(found, fit, plain)):
-                        return max(fit, key=lambda n: counts[n]) if counts else fit[0]
-    stems = {
-        re.sub("_(step|epoch)$", "", plain[n]): n for n in reversed(found) if not plain[n].endswith("_epoch")
-    }
-    if len(found) == 1 or len(stems) == 1:
-        return found[0] if len(found) == 1 else next(iter(stems.values()))
-    for narrowed in (
-        totals,
-        [n for n in found if plain[n] != "losses"],  # a list of them
-        [n for n in found if not _AVERAGE.search(plain[n])],
-        [n for n in found if _POLICY.search(plain[n])],
-        [n for n in found if re.search(r"(^|_)(tr|trn)(_|$)", plain[n])],
-    ):
-        if len(narrowed) == 1:
-            return narrowed[0]
-    raise InputError(
-        f"{source} has several loss columns: {_list(found)}; name one with --loss: {_paste(found)}"
-    )
+    return found
+
+
+def _of_a_usual_name(
+    found: Sequence[str], plain: Mapping[str, str], usual: Sequence[str], counts: Mapping[str, int] | None
+) -> str | None:
+    """The column with the first of the usual names, whole before behind a prefix, of each step before of an epoch."""
+    for spell in (lambda n: plain[n], _tail):
+        for word in usual:
+            for ending in ("", "_step", "_epoch"):
+                fit = [n for n in found if spell(n) == word + ending]
+                if fit and not (word in _OF_TARGETS and _has_other_terms(found, fit, plain)):
+                    return max(fit, key=lambda n: counts[n]) if counts else fit[0]
+    return None
 
 
 def _has_other_terms(found: Sequence[str], fit: Sequence[str], plain: Mapping[str, str]) -> bool:

@@ -34,6 +34,38 @@ def read_json_lines(source: LogFile, *, among_text: bool = False) -> Reading:
     return reading
 
 
+def read_known_json_lines(source: LogFile, head: bytes) -> Reading:
+    """Objects, one per line, with the format, losses and steps of the trainer whose keys the head shows."""
+    reading = read_json_lines(source, among_text=not head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"))
+    if b'"num_updates"' in head or is_fairseq(source):
+        reading.format, reading.step = "fairseq", "num_updates"
+    elif b'"_step"' in head and b'"_runtime"' in head:
+        reading.format = "W&B history"
+    elif b'"global_step/max_steps"' in head:
+        reading.format = "ms-swift"
+    elif b'"current_steps"' in head and b'"total_steps"' in head:
+        reading.format = "LLaMA-Factory"
+    elif b'"mode": "train"' in head:
+        reading.format = "MMCV JSON"
+    elif b":::MLLOG {" in head:
+        reading.format, reading.losses = "MLPerf", ("train_loss", "loss")
+        counters = ("samples_count", "step_num", "epoch_num")
+        reading.step = next((n for n in counters if f'"{n}"'.encode() in head), None)
+    elif b'"learning/loss"' in head:
+        reading.format = "MaxText"
+    return reading
+
+
+def is_fairseq(source: LogFile) -> bool:
+    """Whether it is fairseq's or metaseq's console with JSON in it; the first record may come after pages of configuration."""
+    for count, chunk in enumerate(source.chunks()):
+        if re.search(rb"train_inner[^\r\n]*\{\"", chunk):
+            return True
+        if count == 1:
+            break
+    return False
+
+
 class JsonPieces:
     """Reads objects, one per line.
 

@@ -67,12 +67,13 @@ def loss_of(rows: Sequence[LineValues]) -> str | None:
         for name, x in row.items():
             if x is not None:
                 columns.setdefault(name, []).append(x)
-    likely = {n: c for n, c in columns.items() if not is_count(n) and len(c) >= FEWEST and _is_measured(c)}
-    said = {n: spoken(n) for n in likely}
-    rising = {n for n in likely if _BOUND.search(said[n]) and _rises(likely[n])}  # the negative is the loss
+    said = {
+        n: spoken(n) for n, c in columns.items() if not is_count(n) and len(c) >= FEWEST and _is_measured(c)
+    }
+    rising = {n for n in said if _BOUND.search(said[n]) and _rises(columns[n])}  # the negative is the loss
     could = [
         n
-        for n in likely
+        for n in said
         if not _NO_LOSS.search(_PER.sub("", said[n])) and not _is_complement(n, columns) and n not in rising
     ]
     counted = any(_is_counter(n, c) and len(c) >= FEWEST for n, c in columns.items())
@@ -80,39 +81,48 @@ def loss_of(rows: Sequence[LineValues]) -> str | None:
         return ""
     if not could or not (counted or any(_SIGNALS["norm"].search(s) for s in said.values())):
         return None
-    totals = [n for n in could if _TOTAL.search(said[n])]
-    trains = any(seek.search(s) for s in map(spoken, columns) for seek in _SIGNALS.values())
-    parts = [n for n in could if n not in totals]
-    if (
-        len(totals) == 1
-        and (trains or parts)
-        and not any(_exceeds(row, n, totals[0]) for row in rows for n in parts)
-    ):
-        return totals[0]
+    said = {n: said[n] for n in could}
+    if (total := _total_of(said, columns, rows)) is not None:
+        return total
     if not counted:
         return None
-    for number_, family in enumerate(_FAMILIES):
-        if number_ == _OF_PARTS and (
-            whole := [n for n in could if _TRAIN.fullmatch(said[n]) and _falls(likely[n])]
-        ):
-            return whole[0]
-        fit = [n for n in could if family.search(said[n])]
-        fit = [n for n in fit if _TRAIN.search(said[n])] or fit
-        plain = [n for n in fit if all(said[n] in said[other] for other in fit)]
-        if fit and not number_ and any(_BOUND.search(spoken(n)) for n in columns):
-            return ""
-        if (
-            fit
-            and _A_PART.search(said[fit[0]])
-            and any(_PARTS.search(spoken(n)) for n in columns if n not in fit)
-        ):
-            return ""
-        if len(plain) == 1:
-            return plain[0]
-        if fit:
-            return ""
-    falling = [n for n in could if (_TRAIN.search(said[n]) or _SUM.search(said[n])) and _falls(likely[n])]
+    if (named := _of_a_family(said, columns)) is not None:
+        return named
+    falling = [n for n, s in said.items() if (_TRAIN.search(s) or _SUM.search(s)) and _falls(columns[n])]
     return falling[0] if len(falling) == 1 else ""
+
+
+def _total_of(
+    said: Mapping[str, str], columns: Mapping[str, list[float]], rows: Sequence[LineValues]
+) -> str | None:
+    """The one candidate called a total, beside parts that never exceed it or beside a rate, norm or scale of training."""
+    totals = [n for n in said if _TOTAL.search(said[n])]
+    parts = [n for n in said if n not in totals]
+    trains = any(seek.search(s) for s in map(spoken, columns) for seek in _SIGNALS.values())
+    if len(totals) != 1 or not (trains or parts):
+        return None
+    return None if any(_exceeds(row, n, totals[0]) for row in rows for n in parts) else totals[0]
+
+
+def _of_a_family(said: Mapping[str, str], columns: Mapping[str, list[float]]) -> str | None:
+    """The candidate of the first family of names that has one; "" where it has several, or names one part of several."""
+    others = {n: spoken(n) for n in columns}
+    for rank, family in enumerate(_FAMILIES):
+        if rank == _OF_PARTS:
+            whole = [n for n, s in said.items() if _TRAIN.fullmatch(s) and _falls(columns[n])]
+            if whole:
+                return whole[0]
+        fit = [n for n, s in said.items() if family.search(s)]
+        fit = [n for n in fit if _TRAIN.search(said[n])] or fit
+        if not fit:
+            continue
+        if rank == 0 and any(_BOUND.search(s) for s in others.values()):
+            return ""
+        if _A_PART.search(said[fit[0]]) and any(_PARTS.search(s) for n, s in others.items() if n not in fit):
+            return ""
+        plain = [n for n in fit if all(said[n] in said[other] for other in fit)]
+        return plain[0] if len(plain) == 1 else ""
+    return None
 
 
 def missed(rows: Sequence[LineValues], beside: Reading) -> str | None:

@@ -22,7 +22,7 @@ from stabilitylab.logs.console import read_console
 from stabilitylab.logs.csv_rows import delimiter_of, is_blank_table, read_csv_rows
 from stabilitylab.logs.huggingface import read_huggingface_console
 from stabilitylab.logs.json_document import read_json_document
-from stabilitylab.logs.json_lines import read_json_lines
+from stabilitylab.logs.json_lines import is_fairseq, read_known_json_lines
 from stabilitylab.logs.json_wrapped import DocumentSource, UnwrappedSource, UnwrappingPieces, key_of
 from stabilitylab.logs.languages import EnglishSource, is_foreign
 from stabilitylab.logs.locate import in_folder, is_tensorboard, version_of
@@ -140,7 +140,7 @@ def _one(path: Path, *, loss: str | None, step: str | None, pattern: str | None)
     if pattern is None and head.startswith(b"{") and path.stat().st_size > _LONG_LINES:
         from stabilitylab.logs.json_table import JsonTableLog
 
-        reading = _known_lines(source, head)
+        reading = read_known_json_lines(source, head)
         table = JsonTableLog.open_clean(source, head, reading, loss=loss, step=step)
         if table is not None:
             return [table]
@@ -170,22 +170,13 @@ def _text(source: LogFile, head: bytes, pattern: str | None) -> Reading:
     if start[:1] == b"{" and (key := key_of(start)) is not None:
         return _wrapped(source, key)
     first = start.split(b"\n", 1)[0].strip()
-    if start[:1] in (b"{", b"[") and not first.startswith((b"{'", b"[rank", b"[default", b"[2")):
-        if source.path.stat().st_size < _DOCUMENT_BYTES and (
-            first in (b"{", b"[") or not _object(first) or b"\n" not in start.strip()
-        ):
-            if (lines := DocumentSource.of(source)) is not None:
-                return replace(_text(lines, lines.head(), None), pieces=None)
-            document = read_json_document(source)
-            if document is not None:
-                return document
-        second = start.partition(b"\n")[2].partition(b"\n")[0].strip()
-        if start[:1] == b"{" or (_is_json(first) and _is_json(second)) or source.path.suffix == ".jsonl":
-            return _known_lines(source, head)
+    begins_as_json = start[:1] in (b"{", b"[") and not first.startswith((b"{'", b"[rank", b"[default", b"[2"))
+    if begins_as_json and (reading := _json(source, head, start, first)) is not None:
+        return reading
     if source.path.suffix.lower() in (".jsonl", ".ndjson") and not isinstance(source, UnwrappedSource):
-        return _known_lines(source, head)
-    if re.search(rb'[\]\-:|] \{"[^\r\n]*"loss"', head) or b":::MLLOG {" in head or _fairseq(source):
-        return _known_lines(source, head)
+        return read_known_json_lines(source, head)
+    if re.search(rb'[\]\-:|] \{"[^\r\n]*"loss"', head) or b":::MLLOG {" in head or is_fairseq(source):
+        return read_known_json_lines(source, head)
     if source.path.parent.name == "metrics" and re.fullmatch(rb"\d{12,} \S+ \d+", first):
         return read_mlflow_metric(source.path)
     if _is_table(source.path, head):
@@ -193,6 +184,31 @@ def _text(source: LogFile, head: bytes, pattern: str | None) -> Reading:
         if b"loss" not in (first + top).lower() and (below := table_in(source)) is not None and below.offset:
             return _below(source, below)
         return read_csv_rows(source)
+    return _console(source, head, first.decode("utf-8", errors="replace"))
+
+
+def _json(source: LogFile, head: bytes, start: bytes, first: bytes) -> Reading | None:
+    """The reader of one JSON document, or of a JSON object a line; None where the text only begins like one."""
+    if source.path.stat().st_size < _DOCUMENT_BYTES and (
+        first in (b"{", b"[") or not _object(first) or b"\n" not in start.strip()
+    ):
+        if (lines := DocumentSource.of(source)) is not None:
+            return replace(_text(lines, lines.head(), None), pieces=None)
+        document = read_json_document(source)
+        if document is not None:
+            return document
+    second = start.partition(b"\n")[2].partition(b"\n")[0].strip()
+    if start[:1] == b"{" or (_is_json(first) and _is_json(second)) or source.path.suffix == ".jsonl":
+        return read_known_json_lines(source, head)
+    return None
+
+
+def _console(source: LogFile, head: bytes, header: str) -> Reading:
+    """The reader of what a trainer printed: a known one's console, boxes, a table, or any text that names a loss.
+
+    Raises:
+        InputError: it is none of these.
+    """
     found = read_huggingface_console(source) or read_console(source)
     if found is None or found.format == "text":
         found = read_boxes(source) or found
@@ -201,7 +217,6 @@ def _text(source: LogFile, head: bytes, pattern: str | None) -> Reading:
         told = 0 if found is None else sum(1 for _ in islice(found.rows(), table.rows))
         if told < table.rows:
             return _below(text, table)
-    header = first.decode("utf-8", errors="replace")
     parted = delimiter_of(header) in ",;\t" and delimiter_of(header) in header
     names = parted and "loss" in header.lower() and not header.lstrip()[:1].isdigit()
     if found is None and names and not _SAID.search(header):
@@ -243,37 +258,6 @@ def _labelled(source: LogFile) -> Reading:
         return inner
     outer = replace(inner, rows=lambda: text_rows(source, outer), pieces=lambda: LabelledPieces(pieces))
     return outer
-
-
-def _known_lines(source: LogFile, head: bytes) -> Reading:
-    reading = read_json_lines(source, among_text=not head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"))
-    if b'"num_updates"' in head or _fairseq(source):
-        reading.format, reading.step = "fairseq", "num_updates"
-    elif b'"_step"' in head and b'"_runtime"' in head:
-        reading.format = "W&B history"
-    elif b'"global_step/max_steps"' in head:
-        reading.format = "ms-swift"
-    elif b'"current_steps"' in head and b'"total_steps"' in head:
-        reading.format = "LLaMA-Factory"
-    elif b'"mode": "train"' in head:
-        reading.format = "MMCV JSON"
-    elif b":::MLLOG {" in head:
-        reading.format, reading.losses = "MLPerf", ("train_loss", "loss")
-        counters = ("samples_count", "step_num", "epoch_num")
-        reading.step = next((n for n in counters if f'"{n}"'.encode() in head), None)
-    elif b'"learning/loss"' in head:
-        reading.format = "MaxText"
-    return reading
-
-
-def _fairseq(source: LogFile) -> bool:
-    """Whether it is fairseq's or metaseq's console with JSON in it; the first record may come after pages of configuration."""
-    for count, chunk in enumerate(source.chunks()):
-        if re.search(rb"train_inner[^\r\n]*\{\"", chunk):
-            return True
-        if count == 1:
-            break
-    return False
 
 
 def _object(line: bytes) -> bool:
