@@ -154,8 +154,9 @@ def is_embedding(module: nn.Module) -> bool:
     (``VocabParallelEmbedding``)."""
     if isinstance(module, nn.Embedding):
         return True
-    table = module._parameters.get("weight")
-    return type(module).__name__.endswith("Embedding") and isinstance(table, Tensor) and table.dim() == 2
+    if not type(module).__name__.endswith("Embedding"):
+        return False
+    return any(name == "weight" and p.dim() == 2 for name, p in module.named_parameters(recurse=False))
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:

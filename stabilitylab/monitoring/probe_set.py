@@ -22,8 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stabilitylab.model_structure import clean, named_parameters
 from stabilitylab.monitoring.clipping import ClipWatch, Untouched
 from stabilitylab.monitoring.empty_steps import EmptySteps
 from stabilitylab.monitoring.grad_scaler import ScalerState
@@ -32,6 +33,7 @@ from stabilitylab.monitoring.optimizers import Handles, Optimizers
 from stabilitylab.monitoring.rank_gather import Manifest
 from stabilitylab.probes.base import Context, Placing, Probe
 from stabilitylab.probes.compiled import forget_graphs
+from stabilitylab.probes.hooking import takes_hooks
 from stabilitylab.statistics.buffer import Slots
 
 _log = logging.getLogger("stabilitylab")
@@ -76,7 +78,10 @@ class ProbeSet:
         self._armed: list[Probe] = []
         # Names of the parameters already read in this step; all once the loop has announced its gradients.
         self._read_already: set[str] = set()
-        self._taken = self._warned = self._changed = False
+        self._taken = self._warned = self._changed = self._stepped = False
+        named = named_parameters(context.model)
+        # Not those given instead of the model's, like fp32 masters.
+        self._models_own = {name for name, p in context.parameters.items() if named.get(name) is p}
         self._step = 0
 
     def attach(self) -> None:
@@ -84,6 +89,7 @@ class ProbeSet:
         try:
             if self._context.compiled:
                 forget_graphs(self._context.model)
+            _warn_of_scripted(self._context.model)
             for probe in self.probes:
                 probe.attach(self._context)
             self._handles.append(self._optimizers.register_step_pre_hook(self._optimizer_begins))
@@ -103,7 +109,7 @@ class ProbeSet:
         for probe in self.probes:
             probe.arm(probe in self._armed)
         self._context.buffer.advance()
-        self._taken = False
+        self._taken = self._stepped = False
         self._read_already.clear()
         self.loop_values.begin()
         self._step = step
@@ -132,17 +138,40 @@ class ProbeSet:
             return
         if not (self._taken or self._read_already or self._optimizers):
             self._read(self._gradients(), {}, 1.0)
-        if not (self._read_already or self._warned) and self._context.parameters:
+        if not self._warned and len(self._read_already) < len(self._context.parameters):
+            self._warn_of_missing_gradients()
+
+    def _warn_of_missing_gradients(self) -> None:
+        if replaced := self._replaced():
+            self._warned = True
+            _log.warning(
+                "the model no longer has %d of the parameters that the monitor watches (%s): after replacing parameters, close it "
+                "and make a new one, with the optimizer of the new ones",
+                len(replaced),
+                ", ".join([*replaced[:3], *(["..."] if len(replaced) > 3 else [])]),
+            )
+        elif not self._read_already:
             self._warned = True
             _log.warning("no parameter had a gradient at step %d: %s", self._step, self._why_no_gradient())
+
+    def _replaced(self) -> list[str]:
+        """The parameters without a gradient that were the model's when the monitor was made, and are so no more."""
+        named = self._context.parameters
+        missing = [n for n in self._models_own - self._read_already if named[n].requires_grad]
+        now = {id(p) for p in named_parameters(self._context.model).values()} if missing else set()
+        return sorted(name for name in missing if id(named[name]) not in now)
 
     def _why_no_gradient(self) -> str:
         if not any(p.requires_grad for p in self._context.parameters.values()):
             return "all are frozen (requires_grad is False), so there are no gradients and updates to record"
-        return (
-            "call monitor.step or monitor.gradients_ready before zero_grad; a GradScaler, which leaves steps out, is given to the "
-            "monitor as scaler="
-        )
+        if not self._optimizers:
+            return "call monitor.step or monitor.gradients_ready before zero_grad"
+        if not self._stepped:
+            return (
+                "the monitor's optimizer did not step; if another one steps now, make a new monitor with it, and if a GradScaler "
+                "leaves steps out, give it to the monitor as scaler="
+            )
+        return "the optimizer stepped without any: call zero_grad() after its step, not before"
 
     def manifest(self) -> Manifest:
         """What the probes found in the step, and its places in the buffer."""
@@ -186,6 +215,7 @@ class ProbeSet:
             self._context.guarded(probe.name, probe.gradients)(gradients, norms, scale)
 
     def _optimizer_begins(self, optimizer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._stepped = True
         self.loop_values.stepping(optimizer)
         # With a closure the backward pass is still to come, inside the step.
         if not any(callable(argument) for argument in (*args, *kwargs.values())):
@@ -256,3 +286,15 @@ class ProbeSet:
                 "telemetry lost: the probe %s failed (%s); training goes on without it", name, reason
             )
             self._tell(self._step, "telemetry-lost", {"probe": name, "reason": reason})
+
+
+def _warn_of_scripted(model: nn.Module) -> None:
+    scripted = [
+        clean(path) or "the model" for path, module in model.named_modules() if not takes_hooks(module)
+    ]
+    outermost = [path for path in scripted if not any(path.startswith(f"{above}.") for above in scripted)]
+    if scripted:
+        _log.warning(
+            "TorchScript takes no hooks, so the activations of %s are not seen; gradients and updates are",
+            "the model" if scripted[0] == "the model" else ", ".join(outermost),
+        )

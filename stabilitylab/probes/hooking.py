@@ -32,6 +32,11 @@ from stabilitylab.statistics.buffer import Slots
 Function = Callable[..., Any]
 
 
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether hooks can be put on the module; TorchScript's, which run outside Python, raise where one tries."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
 class HookingProbe:
     """The base class of probes with hooks; see the module's docstring."""
 
@@ -105,10 +110,12 @@ class HookingProbe:
         return self._states[-1]
 
     def _before_forward(self, module: nn.Module, hook: Function, **how: bool) -> None:
-        self._handles.append(module.register_forward_pre_hook(Hook(hook), **how))
+        if takes_hooks(module):
+            self._handles.append(module.register_forward_pre_hook(Hook(hook), **how))
 
     def _after_forward(self, module: nn.Module, hook: Function, **how: bool) -> None:
-        self._handles.append(module.register_forward_hook(Hook(hook), **how))
+        if takes_hooks(module):
+            self._handles.append(module.register_forward_hook(Hook(hook), **how))
 
     def _around_step(self, before: Function, after: Function) -> None:
         """Hook the optimizer, if there is one."""

@@ -214,6 +214,64 @@ def test_gradients_gone_before_they_were_read_are_said_once(caplog: pytest.LogCa
     assert caplog.text.count("before zero_grad") == 1
 
 
+def test_an_optimizer_that_no_longer_steps_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, every=1, detector=None) as monitor:
+        for step in range(4):
+            if step == 2:
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            model(torch.ones(2, 8)).sum().backward()
+            optimizer.step()
+            monitor.step(step)
+    assert "no parameter had a gradient at step 2: the monitor's optimizer did not step" in caplog.text
+    assert caplog.text.count("\n") == 1
+
+
+def test_gradients_gone_before_the_optimizers_step_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, every=1, detector=None) as monitor:
+        for step in range(2):
+            model(torch.ones(2, 8)).sum().backward()
+            optimizer.zero_grad()
+            optimizer.step()
+            monitor.step(step)
+    assert "step 0: the optimizer stepped without any: call zero_grad() after its step" in caplog.text
+    assert caplog.text.count("\n") == 1
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["one", "all"])
+def test_parameters_that_were_replaced_are_named(whole: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, every=1, detector=None) as monitor:
+        for step in range(4):
+            if step == 2:
+                for module in model if whole else model[:1]:
+                    module.weight = nn.Parameter(module.weight.detach().clone())
+                    module.bias = nn.Parameter(module.bias.detach().clone())
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(step)
+    names = "6 of the parameters that the monitor watches (0.bias, 0.weight, 1.bias, ...)"
+    if not whole:
+        names = "2 of the parameters that the monitor watches (0.bias, 0.weight)"
+    assert f"the model no longer has {names}" in caplog.text
+    assert caplog.text.count("parameters that the monitor watches") == 1
+
+
+def test_masters_are_no_parameters_that_were_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    model = small()
+    masters = {name: p.detach().double() for name, p in model.named_parameters()}
+    with Monitor(model, every=1, parameters=masters, detector=None) as monitor:
+        for step in range(2):
+            masters["0.weight"].grad = torch.ones_like(masters["0.weight"])
+            monitor.step(step)
+    assert not caplog.text
+
+
 def test_a_frozen_model_is_told_apart(caplog: pytest.LogCaptureFixture) -> None:
     frozen = small().requires_grad_(False)
     with Monitor(frozen, every=1, detector=None) as monitor:
