@@ -189,41 +189,59 @@ def _climbed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) -> 
 
 
 def _departed(episode: Episode, seen: Evidence, moved: Sequence[ChangeOnset]) -> Suspect:
-    first = moved[0] if moved else None
+    """What the sites that left say by themselves: in the forward pass, in the backward pass, else by when they left."""
     if not moved and episode.kind == "hard-batch":
         return Suspect(cause="batch", step=episode.onset)
     if (early := _updates_alone(seen, moved)) is not None:
         return Suspect(cause="optimizer", step=early.step, departure=early)
-    if first is None:
+    if not moved:
         cause = "batch" if seen.is_sudden else "unknown"
         return Suspect(cause=cause, step=episode.onset if seen.is_sudden else None)
-    tied = _as_executed([one for one in moved if one.since < first.step])
+    step = moved[0].step
+    tied = _as_executed([one for one in moved if one.since < step])
     strong = _strong(tied)
     forward = [one for one in strong if one.family in FORWARD and one.is_local]
-    faults = [one for one in forward if _lasts(one, episode) or one.ratio >= _OF_A_BATCH]
-    backward = [one for one in tied if one.family not in FORWARD]
-    many = sum(one.family == "gradient" for one in backward) >= max(2.0, _MANY * seen.gradients)
     if strong and strong[0].family == "activation" and _is_given(strong[0].site, seen):
         return Suspect(cause="batch", step=strong[0].step, departure=strong[0])
+    faults = [one for one in forward if _lasts(one, episode) or one.ratio >= _OF_A_BATCH]
     if faults:
         return _with_scores(faults[0], faults, seen.heads)
+    backward = [one for one in tied if one.family not in FORWARD]
+    many = sum(one.family == "gradient" for one in backward) >= max(2.0, _MANY * seen.gradients)
+    if (fault := _backward_fault(episode, seen, step, backward, forward=forward, many=many)) is not None:
+        return _at(fault)
+    if step >= episode.onset:
+        return Suspect(cause="batch", step=step, departure=tied[0])
+    if forward:
+        return _at(forward[0])
+    if backward and many and not any(one.family in FORWARD for one in tied):
+        return Suspect(cause="optimizer", step=step, departure=backward[0])
+    return _at(tied[0])
+
+
+def _backward_fault(
+    episode: Episode,
+    seen: Evidence,
+    step: int,
+    backward: Sequence[ChangeOnset],
+    *,
+    forward: Sequence[ChangeOnset],
+    many: bool,
+) -> ChangeOnset | None:
+    """The gradient or update that no batch explains; None where a batch does. ``many``: many gradients left in ``step``."""
     # A batch's effect starts at the loss; what begins later in the backward pass is a fault there.
     if not any(one.order[1] <= _nearest(seen) and one.ratio >= _OF_A_BATCH for one in backward):
         beyond = [one for one in _strong(backward) if one.ratio >= _OF_A_BATCH**2]
         if beyond and not forward:
-            return _at(beyond[0])
+            return beyond[0]
     alone = [one for one in _strong(backward) if one.is_local]
+    if not alone:
+        return None
     # The lower the loss was, the more a hard batch multiplies every gradient, from the one nearest to the loss on.
-    of_batch = episode.kind == "hard-batch" and bool(alone) and alone[0].order[1] <= _nearest(seen)
-    if alone and not (many and first.step >= episode.onset and (of_batch or alone[0].ratio < _OF_A_BATCH**2)):
-        return _at(alone[0])
-    if first.step >= episode.onset:
-        return Suspect(cause="batch", step=first.step, departure=tied[0])
-    if forward:
-        return _at(forward[0])
-    if backward and many and not any(one.family in FORWARD for one in tied):
-        return Suspect(cause="optimizer", step=first.step, departure=backward[0])
-    return _at(tied[0])
+    of_batch = episode.kind == "hard-batch" and alone[0].order[1] <= _nearest(seen)
+    if many and step >= episode.onset and (of_batch or alone[0].ratio < _OF_A_BATCH**2):
+        return None
+    return alone[0]
 
 
 def _is_given(site: str, seen: Evidence) -> bool:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from stabilitylab.spikes.bumps import (
     COARSE,
+    BumpSpan,
     Vector,
     coarse_excursions,
     deviations,
@@ -120,6 +121,7 @@ def wave_period(steps_N: NDArray[np.int64], values_N: Vector) -> int | None:
 
 
 def _look(found: list[Episode], steps_N: NDArray[np.int64], values_N: Vector, signal: str) -> list[Episode]:
+    """``found`` with what one stretch of rising steps shows: added, replaced, or begun earlier."""
     if len(steps_N) < LEAST_VALUES:
         return found
     usable_N = np.abs(values_N) < LARGEST
@@ -135,16 +137,8 @@ def _look(found: list[Episode], steps_N: NDArray[np.int64], values_N: Vector, si
         calmer = [_not_lasting(one) for one in own]
         found = [one for one in found if one not in own] + calmer
         own = calmer
-    spans = excursions(values_N, sparse=interval > HARD_STEPS)
-    for width in COARSE:
-        spans = joined(spans, coarse_excursions(values_N, width))
     states = [one for one in own if one.kind in STATES]
-    if (span := step_up(values_N) or slow_rise(values_N)) is not None:
-        if not is_recovering(values_N, span[0]):
-            spans = [one for one in spans if one[1] < span[0]] + [span]
-        elif not any(one[1] >= span[0] for one in spans):
-            spans.append((span[0], span[1], "spike"))
-    for first, last, kind in spans:
+    for first, last, kind in _spans(values_N, sparse=interval > HARD_STEPS):
         onset, end = int(steps_N[first]), int(steps_N[last])
         if kind == "divergence":
             seen = next((one for one in own if one.kind == "divergence" and _end(one) >= onset), None)
@@ -156,11 +150,7 @@ def _look(found: list[Episode], steps_N: NDArray[np.int64], values_N: Vector, si
             # An episode that began with it is the same, a later one is not.
             end = int(steps_N[min(last, first + NEAR)])
         covering = [one for one in own if one.onset <= end and _end(one) >= onset]
-        if any(one.kind not in ("hard-batch", "spike") for one in covering):
-            continue
-        if kind != "divergence" and any(one in states for one in covering):
-            continue
-        if kind == "hard-batch" and covering:
+        if _says_as_much(covering, kind, states):
             continue
         told = next((one.told for one in covering), None)
         for one in covering:
@@ -168,6 +158,28 @@ def _look(found: list[Episode], steps_N: NDArray[np.int64], values_N: Vector, si
             own.remove(one)
         found.append(_episode(first, last, kind, steps_N, values_N, signal, told))
     return found
+
+
+def _spans(values_N: Vector, *, sparse: bool) -> list[BumpSpan]:
+    """Excursions, fine and coarse, and the rise that lasts, if any: it replaces what comes after its first value."""
+    spans = excursions(values_N, sparse=sparse)
+    for width in COARSE:
+        spans = joined(spans, coarse_excursions(values_N, width))
+    if (rise := step_up(values_N) or slow_rise(values_N)) is not None:
+        if not is_recovering(values_N, rise[0]):
+            return [one for one in spans if one[1] < rise[0]] + [rise]
+        if not any(one[1] >= rise[0] for one in spans):
+            spans.append((rise[0], rise[1], "spike"))
+    return spans
+
+
+def _says_as_much(covering: Sequence[Episode], kind: str, states: Sequence[Episode]) -> bool:
+    """Whether the first pass' episodes in the same steps already say what a new one of ``kind`` would."""
+    return (
+        any(one.kind not in ("hard-batch", "spike") for one in covering)
+        or (kind != "divergence" and any(one in states for one in covering))
+        or (kind == "hard-batch" and bool(covering))
+    )
 
 
 def _came_back(one: Episode, steps_N: NDArray[np.int64], values_N: Vector) -> Episode:
