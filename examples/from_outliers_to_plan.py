@@ -9,8 +9,8 @@ from pathlib import Path
 from stabilitylab.models import open_text_model
 from stabilitylab.outliers import scan_outliers
 from stabilitylab.outliers.words import answer
-from stabilitylab.quantization.commands import make_plan
 from stabilitylab.quantization.plan import Budget
+from stabilitylab.quantization.plan_making import make_plan
 from stabilitylab.quantization.schemes import scheme_of
 
 

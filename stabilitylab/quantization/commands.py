@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -14,27 +13,17 @@ from rich.text import Text
 
 from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.errors import InputError
-from stabilitylab.models import TextModel, Window, open_text_model
-from stabilitylab.models.fused_experts import expert_groups
-from stabilitylab.quantization.calibrated import needs_moments
+from stabilitylab.models import open_text_model
 from stabilitylab.quantization.export_forms import held_schemes, holds_embeddings, instead
 from stabilitylab.quantization.exports import require_form, require_format, save_as
-from stabilitylab.quantization.kv_cache import CacheBudget, cache_lines, cache_plan, require_cache
-from stabilitylab.quantization.latency import BATCHES, KEPT, measure_latencies
+from stabilitylab.quantization.kv_cache import CacheBudget, cache_lines
+from stabilitylab.quantization.latency import BATCHES
 from stabilitylab.quantization.plan import Budget, QuantizationPlan, load_plan
-from stabilitylab.quantization.plan_assembly import assembled_plan
-from stabilitylab.quantization.plan_search import Advisor, most_verified
-from stabilitylab.quantization.ranges import layer_inputs
-from stabilitylab.quantization.replacement import quantizable_layers
-from stabilitylab.quantization.rounded_weights import RoundedWeights
+from stabilitylab.quantization.plan_making import make_plan
 from stabilitylab.quantization.schemes import LinearScheme, scheme_of
-from stabilitylab.quantization.sensitivity_pass import By, begun, layers_file, measured_layers
-from stabilitylab.quantization.tables import outcome_rows, whole_model
-from stabilitylab.quantization.text_checks import text_notes, tokenizer_mark
-from stabilitylab.quantization.time_left import Pace
-from stabilitylab.quantization.verification import Twins, Verification, block_count
-from stabilitylab.quantization.vocabulary import embedding_matrices
-from stabilitylab.quantization.vocabulary_sensitivity import Ends, measured_ends, output_layers
+from stabilitylab.quantization.sensitivity_pass import By, layers_file
+from stabilitylab.quantization.tables import outcome_rows
+from stabilitylab.quantization.text_checks import tokenizer_mark
 
 DEFAULT_SCHEMES = (
     "w8a8-token",
@@ -158,144 +147,6 @@ def quantize(
     return 0
 
 
-def make_plan(
-    model: TextModel,
-    text: Path,
-    budget: Budget,
-    schemes: Sequence[LinearScheme],
-    *,
-    tokens: int = 512,
-    verify_tokens: int = 4096,
-    length: int | None = None,
-    by: By = "gradients",
-    work: Path | None = None,
-    cache: CacheBudget | None = None,
-    embeddings: bool = True,
-    console: Console | None = None,
-) -> QuantizationPlan:
-    """Measure, choose, verify.
-
-    Args:
-        model: unchanged afterwards.
-        text: UTF-8 file.
-        budget: what the plan may spend.
-        schemes: the schemes to choose from.
-        tokens: tokens of the text on which to measure every layer and scheme.
-        verify_tokens: tokens of the text after them, on which to verify whole plans; as many after those tell the outcome.
-        length: tokens of a window.
-        by: how to measure layers' sensitivities: see ``measured_layers``.
-        cache: what the KV cache may take; None measures none.
-        embeddings: whether to plan them.
-        work: the file that the plan will go to; an interrupted pass leaves what it measured beside it, and the next takes that up.
-        console: where to show progress.
-
-    Raises:
-        InputError: the text gives no tokens, no layer can be quantized, or the budget cannot be met.
-    """
-    console = console or Console(quiet=True)
-    if tokens < 1 or verify_tokens < 1:
-        raise InputError(f"tokens ({tokens}) and verify-tokens ({verify_tokens}) must be at least 1")
-    if work is None and any(needs_moments(scheme) for scheme in schemes):
-        raise InputError(
-            "schemes that round for their inputs need a place for the rounded weights: give the plan's file"
-        )
-    if cache is not None:
-        require_cache(model)  # before the hours, not after
-    measured, fresh, third = _split(model, text, tokens, verify_tokens, length)
-    rounded = None if work is None else RoundedWeights(work.with_suffix(".rounded"))
-    pace = Pace(console)
-    matrices = embedding_matrices(model.module)
-    outputs = output_layers(model, matrices)
-    matrices = matrices if embeddings else {}
-    tied = {path: layer for matrix in matrices.values() for path, layer in matrix.outputs.items()}
-    with torch.no_grad():
-        inputs = layer_inputs(model, measured, quantizable_layers(model.module) | tied)
-    outputs = {path: layer for path, layer in outputs.items() if path in inputs.largest}
-    so_far = begun(model, measured, schemes, work)
-    sensitivity, said = measured_layers(
-        model,
-        measured,
-        schemes,
-        inputs.largest,
-        sensitivity=by,
-        so_far=so_far,
-        rounded=rounded,
-        pace=pace,
-        apart=outputs,
-    )
-    schemes = [scheme for scheme in schemes if scheme.name in sensitivity[0].effects]
-    first, last = measured_ends(
-        Ends(model, measured, inputs.largest), matrices, list(outputs), schemes, rounded, pace, so_far
-    )
-    sensitivity = [*first, *sensitivity, *last]
-    if so_far.latencies is None:
-        with torch.inference_mode(), pace.of("timing layers"):
-            so_far.add_latencies(
-                measure_latencies(model.module, inputs.samples, inputs.largest, schemes, batches=BATCHES)
-            )
-    latencies = so_far.latencies
-    assert latencies is not None
-    twins = Twins(model.module, inputs.largest, rounded, matrices)
-    stretch = pace.of(
-        "verifying whole plans, blocks of at most so many", most_verified(budget) * block_count(model)
-    )
-    with torch.inference_mode(), stretch:
-        second = fresh or measured
-        verification = Verification(model, second, twins, so_far.losses(second), pace.step)
-        advice = Advisor(sensitivity, latencies, verification, expert_groups(model.module)).advise(budget)
-        # A plan chosen for its loss on a text looks better there than it is, so another text tells the outcome.
-        told = Verification(model, third, twins, so_far.losses(third), pace.step) if third else verification
-        outcome = advice.told_on(told)
-    kept = None
-    if cache is not None:
-        with pace.of("measuring keys and values in few bits"):
-            kept = cache_plan(model, fresh or measured, third, cache)
-    if rounded is not None:
-        chosen = {path: scheme_of(name) for path, name in advice.assignment.items() if name != KEPT}
-        meant = {
-            path: matrices[path].scheme(one) if path in matrices else one for path, one in chosen.items()
-        }
-        rounded.keep_only(
-            (path, one.name) for path, one in meant.items() if one is not None and needs_moments(one)
-        )
-    share = whole_model(model.module, advice.assignment, outcome.planned, outcome.singles[KEPT])
-    notes = [
-        *model.notes,
-        *said,
-        *share,
-        *advice.notes,
-        *text_notes(model, text, verification.loss, told.loss),
-    ]
-    if not fresh:
-        notes.append("the text ends with the measured part: plans were verified on that same part")
-    elif not third:
-        notes.append(
-            "the text ends with the part on which plans were verified: the outcome is told on that same part"
-        )
-    else:
-        notes.append(
-            f"the plan was chosen at {advice.planned.loss:+.4f} on the second text; on the third it is {outcome.planned.loss:+.4f}"
-        )
-        if budget.kind == "loss" and outcome.planned.loss > budget.value:
-            notes.append(f"on the third text the plan is beyond the {budget.text}: give more --verify-tokens")
-    return assembled_plan(
-        model,
-        budget,
-        sensitivity,
-        latencies,
-        outcome,
-        inputs,
-        loss=told.loss,
-        tokens=(sum(window.tokens for window in measured), verification.tokens),
-        told_tokens=told.tokens,
-        notes=notes,
-        rounded=rounded,
-        cache=kept,
-        matrices=matrices,
-        embeddings=embeddings,
-    )
-
-
 def show(plan: QuantizationPlan, console: Console) -> None:
     """The plan on a terminal."""
     what = "loss" if plan.criterion == "loss" else "error"
@@ -370,24 +221,3 @@ def _existing(plan: Path, text: Path | None, budget: Budget | None) -> Quantizat
     if budget is not None:
         raise InputError(f"a budget needs --text FILE to be measured on; without, {plan} is applied as it is")
     return load_plan(plan)
-
-
-def _split(
-    model: TextModel, text: Path, tokens: int, verify_tokens: int, length: int | None
-) -> tuple[list[Window], list[Window], list[Window]]:
-    """Windows to measure on, windows after them to choose by, and windows after those to tell the outcome on."""
-    if length is None:
-        length = 256 if model.longest is None else min(256, model.longest)
-    measured: list[Window] = []
-    fresh: list[Window] = []
-    third: list[Window] = []
-    count = 0
-    for window in model.windows(text, length, tokens + 2 * verify_tokens):
-        count += window.tokens
-        if not measured or count <= tokens:
-            measured.append(window)
-        elif not fresh or count <= tokens + verify_tokens:
-            fresh.append(window)
-        else:
-            third.append(window)
-    return measured, fresh, third

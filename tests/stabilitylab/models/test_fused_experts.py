@@ -13,8 +13,8 @@ from stabilitylab.model_structure import linear_layers, stacks, weights_outside_
 from stabilitylab.models import open_text_model
 from stabilitylab.models.fused_experts import SplitExperts, split_experts
 from stabilitylab.outliers.scan import scan_outliers
-from stabilitylab.quantization.commands import make_plan
 from stabilitylab.quantization.plan import Budget
+from stabilitylab.quantization.plan_making import make_plan
 from stabilitylab.quantization.schemes import scheme_of
 from tests.stabilitylab.models import tiny
 

@@ -11,10 +11,10 @@ import torch
 from stabilitylab.errors import InputError
 from stabilitylab.formats import Quantized, dequantize
 from stabilitylab.models import open_text_model
-from stabilitylab.quantization.commands import make_plan
 from stabilitylab.quantization.compressed_tensors import _packed, save_compressed_tensors
 from stabilitylab.quantization.exports import save_as
 from stabilitylab.quantization.plan import Budget, PlannedLayer, load_plan
+from stabilitylab.quantization.plan_making import make_plan
 from stabilitylab.quantization.replacement import quantizable_layers
 from stabilitylab.quantization.schemes import scheme_of
 from tests.stabilitylab.quantization.folders import TEXT

@@ -272,7 +272,7 @@ def test_a_cache_that_is_none_is_refused_before_anything_is_measured(
     def measured(*_arguments, **_named):
         raise AssertionError("measured first")
 
-    monkeypatch.setattr("stabilitylab.quantization.commands.layer_inputs", measured)
+    monkeypatch.setattr("stabilitylab.quantization.plan_making.layer_inputs", measured)
     (tmp_path / "text").write_text(TEXT)
     command = [str(bert_folder), "--plan", tmp_path / "plan.json", "--text", tmp_path / "text"]
     refused(capsys, [*command, "--kv-context", "64"], "keeps no keys and values of past tokens")
