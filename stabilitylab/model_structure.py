@@ -33,6 +33,7 @@ from typing import Any, Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from stabilitylab.errors import InputError
 
@@ -66,10 +67,14 @@ def bare(model: nn.Module) -> nn.Module:
     """The model itself, without DDP, DeepSpeed's engine and other wrappers around it.
 
     Raises:
-        InputError: ``model`` is no module.
+        InputError: ``model`` is no module, or has lazy layers that no forward pass has given their shapes yet.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}: the monitor attaches to a torch.nn.Module")
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise InputError(
+            f"{lazy[0]} is a parameter without a shape, of a lazy layer: run a forward pass, then make optimizer and monitor"
+        )
     while True:
         inner = unwrapped(model)
         if any(kind.__name__ in _AROUND for kind in type(model).__mro__):

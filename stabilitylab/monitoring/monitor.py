@@ -39,7 +39,7 @@ from stabilitylab.monitoring.lifetime import Lifetime
 from stabilitylab.monitoring.loop_values import Numbers
 from stabilitylab.monitoring.optimizers import Optimizers
 from stabilitylab.monitoring.probe_set import ProbeSet
-from stabilitylab.monitoring.rank_gather import several
+from stabilitylab.monitoring.rank_gather import has_process_group, several
 from stabilitylab.monitoring.run_output import RunOutput
 from stabilitylab.monitoring.schedule import Schedule
 from stabilitylab.monitoring.sink_thread import SinkThread
@@ -162,7 +162,7 @@ class Monitor:
             scaler=scaler,
             shard=shard,
             tell=self._tell,
-            alone=self._ranks is None,
+            alone=not has_process_group(),
         )
         self._said: set[str] = set()
         self._detector = (default_detector() if detector == "default" else detector) if self._writes else None

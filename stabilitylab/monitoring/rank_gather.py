@@ -117,7 +117,12 @@ def _same(a: Manifest, b: Manifest) -> bool:
 
 def several(group: dist.ProcessGroup | Literal["default"] | None) -> RankGather | None:
     """The processes of a group; None where there is but one."""
-    if group is None or not dist.is_available() or not dist.is_initialized():
+    if group is None or not has_process_group():
         return None
     ranks = RankGather(None if group == "default" else group)
     return ranks if ranks.size > 1 else None
+
+
+def has_process_group() -> bool:
+    """Whether gradients may be reduced over processes between backward pass and step; DDP does so with a single one too."""
+    return dist.is_available() and dist.is_initialized()

@@ -73,6 +73,15 @@ class HandMade:
     def step(self) -> None: ...
 
 
+def test_lazy_layers_are_refused_until_they_have_weights() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2))
+    with pytest.raises(InputError, match=r"^0\.weight is a parameter without a shape.*forward pass") as error:
+        Monitor(model)
+    assert "\n" not in str(error.value)
+    model(torch.randn(2, 8))
+    Monitor(model, torch.optim.SGD(model.parameters()), detector=None).close()
+
+
 @pytest.mark.parametrize("optimizer", [HandMade(), "adam", [HandMade()], torch.optim.SGD])
 def test_what_is_no_optimizer_is_refused(optimizer: Any) -> None:
     with pytest.raises(InputError, match=r"^optimizer is a \w+: .*gradients_ready") as error:

@@ -332,3 +332,20 @@ def test_tensor_parallel_ranks_are_one_model(tmp_path: Path) -> None:
         # The gradient of what all ranks have is not summed over them here, as tensor parallelism would do.
         if not key[1].endswith(SAMPLED) and not key[1].startswith("activation_gradient/norm/"):
             assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), key
+
+
+def test_ddp_of_one_process_is_no_clipping_by_hand(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model, sink = DistributedDataParallel(nn.Linear(8, 2)), Recording()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Monitor(model, optimizer, every=1, sinks=[sink], detector=None) as monitor:
+            for step in range(3):
+                model(torch.randn(4, 8)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                monitor.step(step)
+    finally:
+        dist.destroy_process_group()
+    assert (2, "gradient/weight/l2", -1) in sink.rows
+    assert not sink.events
