@@ -50,22 +50,6 @@ class Topology:
             for replica in range(self.data)
         ]
 
-    def data_groups(self) -> list[list[int]]:
-        """Ranks that hold the same parts and see different rows."""
-        return [
-            [self.rank(stage, replica, i) for replica in range(self.data)]
-            for stage in range(self.pipeline)
-            for i in range(self.tensor)
-        ]
-
-    def pipeline_groups(self) -> list[list[int]]:
-        """Ranks that pass activations along, first stage first."""
-        return [
-            [self.rank(stage, replica, i) for stage in range(self.pipeline)]
-            for replica in range(self.data)
-            for i in range(self.tensor)
-        ]
-
 
 def _check_levers(parallel: ParallelConfig, model: ModelConfig) -> None:
     """Raises InputError for levers that several processes cannot run."""

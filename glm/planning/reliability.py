@@ -39,7 +39,6 @@ class Reliability:
         checkpoint: C.
         restart: R.
         interval: Daly's best tau.
-        young: Young's.
         goodput: share of time spent in training that is kept, at ``interval``.
     """
 
@@ -47,7 +46,6 @@ class Reliability:
     checkpoint: float
     restart: float
     interval: float
-    young: float
     goodput: float
 
 
@@ -92,6 +90,5 @@ def reliability(
         checkpoint=write,
         restart=restart,
         interval=interval,
-        young=young_interval(write, between),
         goodput=goodput(interval, write, restart, between),
     )

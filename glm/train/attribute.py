@@ -148,7 +148,7 @@ def _attribute_event(run: Run, asked: Asked, console: Console) -> Attribution:
         open_loop=functools.partial(ForkLoop.of_run, asked.run.resolve(), folder.resolve(), device)
         if several
         else None,
-        tell=_Progress(console, asked.budget),
+        tell=_Progress(console),
         otherwise=otherwise(run, machine(device)),
     )
     _recorded(asked.run, [proof.event], console)
@@ -219,7 +219,7 @@ def _original(run: Run, metric: str, begin: int) -> dict[int, float]:
 class _Progress:
     """Prints one line for each fork that ends."""
 
-    def __init__(self, console: Console, budget: float) -> None:
+    def __init__(self, console: Console) -> None:
         self._console, self._count = console, 0
 
     def __call__(self, fork: Fork) -> None:

@@ -169,11 +169,6 @@ class ReplayFork:
         return [info.loss for info in self.steps]
 
     @property
-    def gradient_norms(self) -> list[float]:
-        """One per step, before clipping."""
-        return [info.gradient_norm for info in self.steps]
-
-    @property
     def episodes(self) -> list[Episode]:
         """The detector's episodes."""
         return episodes_of(self.events)

@@ -32,6 +32,7 @@ from stabilitylab.figures.palette import ALARM
 # Points of all curves of a chart together, and the fewest of one.
 POINTS, FEWEST = 24_000, 60
 MOST_POINTS = 2_000
+POINTS_OF_A_LAYER = 400
 FEW = 4
 # More shaded stretches than these hide the curves: then only onsets are marked.
 MOST_SHADED = 12
@@ -158,17 +159,15 @@ def by_depth(
     return Chart(figure=made, caption=caption, legend=legend_of(entries) if len(values) > 1 else {})
 
 
-def layer_curves(
-    matrix: pd.DataFrame, *, title: str, unit: str = "", caption: str = "", points: int = 400
-) -> Chart:
+def layer_curves(matrix: pd.DataFrame, *, title: str) -> Chart:
     """One layer's values over the steps, and a choice of which layer: rows the layers, columns the steps."""
     layers = [str(site) for site in matrix.index]
-    steps, values = _stretches(matrix, points)
+    steps, values = _stretches(matrix, POINTS_OF_A_LAYER)
     every = values[np.isfinite(values)]
-    made = panel(title, y=unit, y_axis_type="log" if positive(every) else "linear")
+    made = panel(title, y_axis_type="log" if positive(every) else "linear")
     if not every.size:
         not_recorded(made)
-        return Chart(figure=made, caption=caption)
+        return Chart(figure=made)
     columns = {f"c{i}": single(row) for i, row in enumerate(values)}
     first = int(np.argmax(np.max(np.where(np.isfinite(values), values, -np.inf), axis=1)))
     source = _source({"x": steps.astype(np.int32), "y": columns[f"c{first}"], **columns})
@@ -178,7 +177,7 @@ def layer_curves(
     number_axis(made.yaxis[0])
     step_axis(made.xaxis[0])
     choices = {words(layer): f"c{i}" for i, layer in enumerate(layers)}
-    return Chart(figure=made, caption=caption, choices=choices, chosen=words(layers[first]))
+    return Chart(figure=made, choices=choices, chosen=words(layers[first]))
 
 
 def _stretches(matrix: pd.DataFrame, points: int) -> tuple[np.ndarray, np.ndarray]:

@@ -172,14 +172,11 @@ def step_axis(axis: Any) -> None:
     axis.ticker = BasicTicker(min_interval=1, desired_num_ticks=7)
 
 
-def legend_of(
-    entries: Mapping[str, Sequence[Any]], palette: Mapping[str, str] | None = None
-) -> dict[str, Entry]:
-    """Names under the chart, each with what a click on it hides or shows; ``palette``: colours other than the usual order."""
-    ways = [(palette or {}).get(name, colour) for name, colour in zip(entries, colours(), strict=False)]
+def legend_of(entries: Mapping[str, Sequence[Any]]) -> dict[str, Entry]:
+    """Names under the chart, each with its colour and with what a click on it hides or shows."""
     return {
         name: Entry(colour, tuple(one.id for one in shown))
-        for (name, shown), colour in zip(entries.items(), ways, strict=True)
+        for (name, shown), colour in zip(entries.items(), colours(), strict=False)
         if shown
     }
 

@@ -25,8 +25,6 @@ from stabilitylab.errors import InputError
 from stabilitylab.formats.what_if import FormatError, what_if_format, what_if_values
 from stabilitylab.forward_watch import ForwardHook, ForwardWatch
 
-OPERANDS = ("input", "weight", "gradient")
-
 
 class FormatWatch(ForwardWatch):
     """Measures while it is entered; keeps what it measured.

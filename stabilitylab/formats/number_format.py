@@ -118,7 +118,6 @@ def round_to(
     rounding: Rounding = "nearest",
     saturate: bool = True,
     generator: torch.Generator | None = None,
-    is_finite: bool = False,
 ) -> Tensor:
     """x on the format's numbers, in fp32.
 
@@ -129,7 +128,6 @@ def round_to(
         saturate: finite numbers beyond the largest become the largest; otherwise infinity, or NaN where there is none.
             Infinity itself stays, or is NaN where the format has none, or the largest number where it has neither.
         generator: of the stochastic rounding, on x's device; None: torch's default.
-        is_finite: whether all of x is known to be finite: that saves five passes over it.
     """
     wide = x.float()
     # On a CPU torch reads FP8 more slowly than all of the arithmetic below runs.
@@ -147,7 +145,7 @@ def round_to(
         rounded = _with_sign(count.mul_(step), wide)
         beyond = None if saturate else rounded.abs() > format.largest
         rounded = rounded.clamp_(-format.largest, format.largest)
-    return rounded if is_finite and beyond is None else _with_specials(rounded, wide, format, beyond)
+    return _with_specials(rounded, wide, format, beyond)
 
 
 def encode(

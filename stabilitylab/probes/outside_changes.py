@@ -32,7 +32,6 @@ CALM = 4
 LEAST = 1e-3  # relative change of a norm: formats and reductions stay far below
 SETTING_FACTOR = 1.5
 _RATES = ("lr", "rate", "initial", "step", "maximize", "capturable")
-HALVED = 0.5**2  # of the squared norm of second moments
 MOST = 16
 SLACK = 0.8
 

@@ -150,9 +150,9 @@ def outliers(runs: Runs) -> Section:
     return _section("Activation outliers", [chart], text)
 
 
-def block_grid(run: Run, statistic: str = "absmax") -> RecordedGrid:
-    """A statistic of every block's output: rows the blocks by depth, columns the steps."""
-    values, known = _grid(run, "activation", statistic)
+def block_grid(run: Run) -> RecordedGrid:
+    """The largest magnitude of every block's output: rows the blocks by depth, columns the steps."""
+    values, known = _grid(run, "activation", "absmax")
     places = run.places
     numbers = {
         site: (places.stack_of(str(site)), number)

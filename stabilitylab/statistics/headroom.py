@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FP16_MAX = 65504.0
-FP16_MIN_NORMAL = 2.0**-14
-FP16_MIN_SUBNORMAL = 2.0**-24
 FP8_E4M3_MAX = 448.0
 FP8_E5M2_MAX = 57344.0
 

@@ -99,10 +99,6 @@ class Judge:
         """End the run."""
         return [(self.piece, event) for event in self.detector.finish()]
 
-    def is_waiting(self) -> bool:
-        """Whether rows have come, but no loss could be chosen among them."""
-        return not self.columns and self._part.rows > 0
-
     # -----------------------------------------------------------------------------------------------------------
 
     def _choose(self, reading: Reading) -> None:

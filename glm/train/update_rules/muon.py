@@ -121,4 +121,4 @@ def matrix_rows(model: nn.Module, *, per_head: bool) -> dict[str, tuple[int, ...
     return found
 
 
-MUON = UpdateRule(names=("momentum",), directions=muon, of_matrices=True)
+MUON = UpdateRule(names=("momentum",), directions=muon)

@@ -45,13 +45,11 @@ class UpdateRule:
     Attributes:
         names: of the tensors in a weight's state.
         directions: u of every tensor at update t, from 1.
-        of_matrices: for hidden matrices only; AdamW updates the rest.
         make: makes the first state; None: zeros in the weight's shape.
     """
 
     names: tuple[str, ...]
     directions: Callable[[Tensors, int, OptimizerConfig], list[Tensor]]
-    of_matrices: bool = False
     make: Callable[[Tensor], State] | None = None
 
     def state(self, weight: Tensor) -> State:

@@ -82,6 +82,5 @@ def _refresh(state: State) -> None:
 SOAP = UpdateRule(
     names=("exp_avg", "exp_avg_sq", "left", "right", "left_basis", "right_basis"),
     directions=soap,
-    of_matrices=True,
     make=_state,
 )
