@@ -250,6 +250,9 @@ def _loss(
     totals = [n for n in found if _TOTAL.search(plain[n])]
     if len(totals) == 1 and _has_parts(found, plain):
         return totals[0]
+    raw = [n for n in found if plain[n] in ("batch_loss", "step_loss", "loss_step")]
+    if len(found) == 2 and len(raw) == 1 and any(plain[n] == "loss" for n in found):
+        return raw[0]  # AllenNLP's loss is the mean since the epoch began
     own = [n for n in found if not _AVERAGE.search(plain[n])]
     if len(found) == 2 and len(own) == 1 and not _SMALL_TERM.search(plain[own[0]]):
         return own[0]  # gpt_loss beside its running loss_mean
@@ -302,6 +305,7 @@ def _training_losses(
                 f"to judge one: {_paste(named)}"
             )
         others = [n for n in names if not (counter_of(n) or is_evaluation(n) or _NO_LOSS.search(plain[n]))]
+        others = [n for n in others if re.match(r"\w", n)]  # not a place known only by its length
         others.sort(key=lambda n: n not in fractions)  # whole numbers count something
         such = f": {_paste(others, 3)}" if 0 < len(others) <= _MOST_OFFERED else ""
         raise InputError(

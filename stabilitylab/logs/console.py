@@ -43,6 +43,9 @@ _RANK = re.compile(
 )
 _RANK_WORD = re.compile(r"[rR](?:ank|ANK)|^\[|^\(|[\[(](?:[GCDWPgcdwp]\w+[ :=#]?)?\d+(?:/\d+)?[\])]")
 _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
+# tqdm's and ignite's bars: [00:12<01:30; without a length [00:12, 1.2it/s
+_DRAWN = re.compile(r"\[\d+:\d\d(?::\d\d)?(?:<|, +[\d.?]+(?:it/s|s/it))")
+BAR = "\0bar"  # of a record that a bar shows; no number of the log
 _TOLD = "\0told"  # the losses that already have the step above
 _HEADED = "\0headed"  # whether a heading of validation stands above
 _SIGNALS = {
@@ -152,7 +155,9 @@ class ConsolePieces:
         self._read = Plans(_reader(one)).read if one.steady else _reader(one)
         # rank -> its record before; the start of a record whose further lines may come with the next piece; rank -> the last record
         # given out
+        # "bars": rank -> the last state of a bar, which the next may draw anew; "anew": rank -> whether bars do
         self.state: dict[str, Any] = {"before": {}, "rest": "", "last": {}, "above": {}}
+        self.state |= {"bars": {}, "anew": {}}
 
     def take(self, piece: bytes) -> Iterator[Row]:
         """The complete records."""
@@ -166,7 +171,9 @@ class ConsolePieces:
     def end(self) -> Iterator[Row]:
         """The last record of several lines."""
         rest, self.state["rest"] = self.state["rest"], ""
-        return self._rows(rest.encode("utf-8", "surrogateescape"))
+        yield from self._rows(rest.encode("utf-8", "surrogateescape"))
+        for rank in [*self.state.get("bars", ())]:  # a watch kept by an earlier version has none
+            yield from self._bar_ends(rank)
 
     def _rows(self, piece: bytes) -> Iterator[Row]:
         state = self.state
@@ -174,10 +181,39 @@ class ConsolePieces:
         for rank, values in records:
             if values is None:
                 self._reading.left_out["lines of validation, of the start, or without a loss"] += 1
-            elif self._is_repeated(rank, values):
-                self._reading.left_out["records printed twice"] += 1
+            elif values.pop(BAR, None) is not None:
+                yield from self._of_bar(rank, values)
             else:
-                yield rank, values
+                yield from self._bar_ends(rank)
+                if self._is_repeated(rank, values):
+                    self._reading.left_out["records printed twice"] += 1
+                else:
+                    yield rank, values
+
+    def _of_bar(self, rank: str, values: LineValues) -> Iterator[Row]:
+        """The record of a bar's last state at a step. tqdm draws a step first with the numbers of the one before."""
+        held = self.state.setdefault("bars", {}).get(rank)
+        if held is not None and "step" in values and held.get("step") == values["step"]:
+            anew = self.state.setdefault("anew", {})
+            anew[rank] = anew.get(rank, False) or repr(held) != repr(values)
+            self._reading.left_out["states of a bar drawn anew"] += 1
+        else:
+            yield from self._bar_ends(rank, values)
+        self.state["bars"][rank] = values
+
+    def _bar_ends(self, rank: str, then: LineValues | None = None) -> Iterator[Row]:
+        """The record held back, unless a full bar only repeats the one before."""
+        held = self.state.get("bars", {}).pop(rank, None)
+        if held is None:
+            return
+        last = self.state["last"].get(rank)
+        self.state["last"][rank] = held
+        goes_on = then is not None and (then.get("step") or 0.0) > (held.get("step") or 0.0)
+        if not goes_on and self.state.get("anew", {}).get(rank) and last is not None and _is_same(held, last):
+            self._reading.left_out["states of a bar drawn anew"] += 1
+            self.state["last"][rank] = last
+        else:
+            yield rank, held
 
     def _is_repeated(self, rank: str, values: LineValues) -> bool:
         """Whether two loggers printed one record: the same numbers at the same step, one after the other."""
@@ -189,6 +225,14 @@ class ConsolePieces:
             self._step = next((name for name in values if counter_of(name) and name != "epoch"), "")
         step = self._step
         return step in values and last.get(step) == values[step] and repr(last) == repr(values)
+
+
+def _is_same(a: LineValues, b: LineValues) -> bool:
+    """Whether two states of a bar differ in nothing but the step."""
+    one, other = (
+        [item for item in values.items() if item[0] != "step" and item[0][0] != "/"] for values in (a, b)
+    )
+    return repr(one) == repr(other)
 
 
 def _unfinished(one: TextFormat, piece: bytes) -> int:
@@ -266,6 +310,8 @@ def _records(
             done = one.finish(values, before.get(part, {}))
             before[part] = values
             values = done
+            if values and ("<" in line or "it/s" in line) and _DRAWN.search(line):
+                values[BAR] = 1.0
         yield part, values
     if count == hits and spent is not None:
         spent.append(one)

@@ -21,7 +21,7 @@ from stabilitylab.logs.source import LogFile
 if TYPE_CHECKING:
     import pyarrow as pa
 
-NULLS = frozenset(("", "null", "none", "n/a", "na", "-", "<na>"))
+NULLS = frozenset(("", "null", "none", "n/a", "na", "-", "<na>", "no log", "no_log"))
 _METRIC_NAMES = ("metric", "metric_name", "metric.name", "metricname", "key", "tag", "variable", "name")
 # Columns that name a row's run or process.
 RUN_NAMES = ("run_name", "run.name", "run_id", "run id", "run_uuid", "run", "run.hash", "rank", "local_rank")

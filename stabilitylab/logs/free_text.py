@@ -59,7 +59,9 @@ class AnyText(TextFormat):
         losses = [name for name in values if is_loss(name) and not NO_LOSS.search(name)]
         if not losses:
             return None
-        if all(is_evaluation(name) for name in losses) or is_of_validation(line, self.strict):
+        if self.strict and all(is_evaluation(name) for name in losses):
+            return {}
+        if is_of_validation(line, self.strict) and not any(_OF_TRAINING.search(name) for name in losses):
             return {}
         return placed(line, values)
 

@@ -37,7 +37,7 @@ _DRAWN_ANEW = re.compile(rb"\s*[^\r\n|{}]{0,80}?\d+%\|[^|\r\n]*\|\s(\d+)/(\d+) \
 _BEFORE = 4096
 _FEW_FALLS = 8  # least records between two restarts
 _TOLD = re.compile(
-    rb"(?:(?i:step|iteration|iter)\W{0,3}\d+\b[^{}\r\n]{0,40}|\[\w+\s+\d+\]\s*)\{(?=')[^{}\r\n]*'loss':"
+    rb"(?:(?i:step|iteration|iter|itr?|updates?)\W{0,3}\d+\b[^{}\r\n]{0,40}|\[\w+\s+\d+\]\s*)\{(?=')[^{}\r\n]*'loss':"
 )
 
 

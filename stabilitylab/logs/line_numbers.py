@@ -41,7 +41,8 @@ _ABSL = re.compile(r"^[IWEF]\d{4} [\d:.]+\s+\d+ [\w.]+:\d+\] ")
 _BAR = re.compile(r"\s(\d+)/(\d+) \[\d")
 # A number that opens the line, also in brackets, but not a time of day or a date.
 _OPENS = re.compile(
-    r"^\s*(?:[A-Z]+:[\w.]*:\s*)?[\[(]?\s*(\d+)\s*(?:(?:st|nd|rd|th)\b|[|,:\])#](?!\d)|/(\d+)(?=[\])(,:|\s]|\.\s))"
+    r"^\s*(?:[A-Z]+:[\w.]*:\s*)?(?:\[?(?:\d{4}[-/]\d\d[-/]\d\d[T ])?\d\d:\d\d:\d\d(?:[.,]\d+)?Z?\]?[ \t|:-]*)?"
+    r"[\[(]?\s*(\d+)\s*(?:(?:st|nd|rd|th)\b|[|,:\])#](?!\d)|/(\d+)(?=[\])(,:|\s]|\.\s)|\s(?=(?:\w+_)?loss\b))"
 )
 _TWO_PLACES = re.compile(
     r"[\[(]\s*(\d+)\s*/\s*\d+\s*[\])][\s:-]{0,8}[\[(]\s*(\d+)\s*/\s*\d+\b|(?i:epoch)\W{0,3}(\d+)\W{1,3}\[(\d+)\](?!/)"
@@ -90,6 +91,10 @@ _WITHIN = re.compile(r"[\[(]\s*(\d+)\s*/\s*(\d+)\b")
 _NORMS = re.compile(r"(\w*norm)\s*[=:]\s*\{['\"]\w+['\"]:\s*(?=[-+\d.n])", re.IGNORECASE)
 # |g|=0.9, ||grad||: 0.9, ‖∇L‖ 0.9, η=1e-4
 _BARRED_NORM = re.compile(r"(?:\|{1,2}|‖)(?:g|grad|∇|∇L)(?:\|{1,2}|‖)(?=\s*[:=]?\s*[-+\d.n])", re.IGNORECASE)
+_OWNER = re.compile(r"(?<=\w)'s (?=\w)")  # LightGBM's training's l2
+_DEVIATION = re.compile(
+    r"(?<=\d)(?: ?±| ?\+/?- ?|\+) ?\d+\.\d+(?:e[-+]?\d+)?", re.IGNORECASE
+)  # XGBoost's 0.48+0.01
 _ETA = re.compile(r"(?<!\w)η(?=\s*[:=]?\s*\d)")
 # Katib's {metricName: loss, metricValue: 2.3}; SageMaker's <loss>=2.3
 _SPELT_OUT = re.compile(r"metricName: ([\w./-]+), metricValue: |<(\w+)>")
@@ -154,6 +159,8 @@ def _spelt_out(found: re.Match[str]) -> str:
 _REWRITES: tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (("] ",), _ABSL, ""),
     (("_", ":"), _CALLED, ""),
+    (("'s ",), _OWNER, "_"),
+    (("+", "±"), _DEVIATION, ""),
     (("{",), _NORMS, r"\1="),
     (("<", "metricName"), _SPELT_OUT, _spelt_out),
     ((":",), _TAKEN, ""),

@@ -27,7 +27,7 @@ _FAMILIES = tuple(
         "cross ?entropy|xentropy|ce|xe|nll|neg log likelihood|negative log likelihood",
         "objective|obj|cost|costs|criterion",
         "bce|elbo|l|free energy",
-        "mse|rmse|mae|error|err|errors|recon|reconstruction|residual|misfit|deviance|impurity",
+        "l1|l2|mape|quantile|huber|poisson|tweedie|mse|rmse|mae|error|err|errors|recon|reconstruction|residual|misfit|deviance|impurity",
         "ppl|perplexity|pplx|bpc|bpd|bpb|bits per \\w+|bits (?:dim|char|byte|token|word)|nats",
     )
 )
@@ -55,7 +55,7 @@ _NO_COUNTER = re.compile(
 )
 _SIGNALS = {
     "rate": re.compile(r"\b(?:lrs?|learning rate)\b"),
-    "norm": re.compile(r"\b(?:grad(?:ient)? ?norm|gnorm|gn|norm)\b"),
+    "norm": re.compile(r"\b(?:l2 grads|grad(?:ient)? ?norm|gnorm|gn|norm)\b"),
     "scale": re.compile(r"\bloss scale\b"),
 }
 

@@ -2,6 +2,9 @@
 
     0: step 1 loss 2.31             Slurm
     [1,0]<stdout>: step 1 loss 2.31  Open MPI
+    [pod/trainer-0/main] step 1      kubectl logs --prefix
+    trainer-0  | step 1              Docker Compose
+    node01: step 1                   pdsh
 
 The reader takes the label off and reads each rank's lines as a file of their own. It believes labels where nearly every line at the
 start has one and they come again: a number that opens a line may also be its step.
@@ -17,7 +20,11 @@ from typing import Any
 from stabilitylab.logs.reading import LinePieces, Row
 from stabilitylab.logs.source import LogFile
 
-_LABEL = re.compile(rb"^(?:\s*(\d{1,5}): |\[\d+,(\d+)\]<std(?:out|err)>: ?)")
+_LABEL = re.compile(
+    rb"^(?:\s*(\d{1,5}): |\[\d+,(\d+)\]<std(?:out|err)>: ?|\[pod/([^\]\s]+)\] "
+    rb"|(?!(?i:epoch|step|iter|batch|round|phase|stage|fold))([A-Za-z][\w.-]*[-_]\d+) +\| "
+    rb"|((?:node|host|worker|trainer|nid|ip)[\w.-]*\d[\w.-]*): )"
+)
 _FEWEST = 8
 _SHARE = 0.9
 
@@ -25,14 +32,20 @@ _SHARE = 0.9
 def is_labelled(head: bytes) -> bool:
     """Whether a launcher's labels open the lines."""
     lines = [line for line in head.splitlines() if line.strip()]
-    labels = Counter(found[1] or found[2] for line in lines if (found := _LABEL.match(line)))
+    labels = Counter(_said(found) for line in lines if (found := _LABEL.match(line)))
     count = sum(labels.values())
     return (
         count >= _FEWEST
         and count >= _SHARE * len(lines)
         and count >= 2 * len(labels)
-        and min(int(label) for label in labels) <= 1
+        and min(int(label) if label.isdigit() else 0 for label in labels) <= 1
     )
+
+
+def _said(label: re.Match[bytes]) -> str:
+    """The rank or the name in a label."""
+    said = next(group for group in label.groups() if group is not None).decode("utf-8", "replace")
+    return (said.lstrip("0") or "0") if said.isdigit() else said
 
 
 def by_label(piece: bytes) -> dict[str, bytes]:
@@ -40,7 +53,7 @@ def by_label(piece: bytes) -> dict[str, bytes]:
     out: dict[str, list[bytes]] = {}
     for line in piece.splitlines(keepends=True):
         found = _LABEL.match(line)
-        rank = "" if found is None else (found[1] or found[2]).decode().lstrip("0") or "0"
+        rank = "" if found is None else _said(found)
         out.setdefault(rank, []).append(line[found.end() :] if found else line)
     return {rank: b"".join(lines) for rank, lines in out.items()}
 
@@ -97,4 +110,4 @@ class LabelledPieces:
 
 def _named(rank: str, rows: Iterator[Row]) -> Iterator[Row]:
     for part, values in rows:
-        yield part or (f"rank {rank}" if rank else ""), values
+        yield part or (f"rank {rank}" if rank.isdigit() else rank), values

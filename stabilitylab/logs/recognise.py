@@ -34,7 +34,7 @@ from stabilitylab.logs.record_lines import read_record_lines
 from stabilitylab.logs.rows import logs_of
 from stabilitylab.logs.source import LogFile, WithoutHoles, standard_input
 from stabilitylab.logs.swanlab import SWANLAB, read_swanlab
-from stabilitylab.logs.table_in_text import TableSource, TableStart, table_in
+from stabilitylab.logs.table_in_text import ShownSource, TableSource, TableStart, table_in
 from stabilitylab.logs.trackers import (
     SQLITE,
     WANDB,
@@ -213,6 +213,8 @@ def _console(source: LogFile, head: bytes, header: str) -> Reading:
     if found is None or found.format == "text":
         found = read_boxes(source) or found
     text = EnglishSource(source) if is_foreign(head.decode("utf-8", "replace")) else source
+    if found is None and b"\r" in head.replace(b"\r\n", b""):  # fastprogress draws bars over its table
+        text = ShownSource(text)
     if (found is None or found.format == "text") and (table := table_in(text)) is not None:
         told = 0 if found is None else sum(1 for _ in islice(found.rows(), table.rows))
         if told < table.rows:

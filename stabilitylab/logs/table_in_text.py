@@ -24,6 +24,7 @@ _DRAWN = str.maketrans(
 _RULE = re.compile(r"^[\s|+:=-]*$")
 _DASHES = re.compile(rb"\s*-+(?:[ \t]+-+)+[ \t\r]*\n")
 _MARKS = re.compile(r"(?m:(?<=\d)[ \t]+(?:\*|←|✓|✔|★|<-)[^\d\r\n|]*(?=\r?$))".encode())  # 2.31 * best
+_OVERWRITTEN = re.compile(rb"[^\n]*\r(?=[^\r\n])")
 _ROWS = 3  # rows that confirm a header
 
 
@@ -57,6 +58,23 @@ def table_in(source: LogFile) -> TableStart | None:
                 best = TableStart(start, rows)
         at = small.find(b"loss", end)
     return best
+
+
+class ShownSource(LogFile):
+    """A source whose lines are as a terminal shows them: what a bar wrote before a carriage return is overwritten."""
+
+    def __init__(self, source: LogFile) -> None:
+        super().__init__(source.path, source.name)
+        self._inner = source
+
+    def head(self, size: int = 1 << 16) -> bytes:
+        """The first bytes."""
+        return next(self.chunks(), b"")[:size]
+
+    def chunks(self) -> Iterator[bytes]:
+        """All bytes."""
+        for chunk in self._inner.chunks():
+            yield _OVERWRITTEN.sub(b"", chunk)
 
 
 class TableSource(LogFile):
