@@ -147,7 +147,7 @@ class Overview:
         for number, one in zip(
             key[role == _Roles.SCALAR].tolist(), value[role == _Roles.SCALAR].tolist(), strict=True
         ):
-            scalars |= dict.fromkeys(roles.tags[number], one)
+            scalars[roles.tags[number]] = one
         for name, code, tag in (("branch", _Roles.BRANCH, BRANCH), ("score", _Roles.SCORE, SCORE)):
             here = role == code
             if here.any():
@@ -156,7 +156,7 @@ class Overview:
                     self.maps[name].add(step, roles.rows[number], one)
         here = role == _Roles.FORMAT
         for number, one in zip(key[here].tolist(), value[here].tolist(), strict=True):
-            (tag,) = roles.tags[number]
+            tag = roles.tags[number]
             scalars[tag] = float(np.maximum(scalars.get(tag, -np.inf), one))  # NaN, where there is one
         here = role == _Roles.NORM
         if here.any():
@@ -181,39 +181,34 @@ class _Roles:
 
     def __init__(self, keys: tuple[Key, ...], places: Places) -> None:
         self.keys = keys
-        self.tags: dict[int, list[str]] = {}
+        self.tags: dict[int, str] = {}
         self.rows = [places.block_of(key.site) if key.family == "gradient" else key.site for key in keys]
         self.role = np.zeros(len(keys), dtype=np.int8)
-        shared = False
         for number, key in enumerate(keys):
-            if key.family in ("train", "precision") and key.site == "-":
+            role, tag = self._of(key, places)
+            if tag == SHARE and SHARE in self.tags.values():  # that of the first embedding is shown
+                continue
+            self.role[number] = role
+            if tag is not None:
+                self.tags[number] = tag
+
+    def _of(self, key: Key, places: Places) -> tuple[int, str | None]:
+        """A key's role, and the tag of a number that is shown by itself."""
+        match key.family, key.statistic:
+            case (("train" | "precision"), _) if key.site == "-":
                 place = f"/{key.index}" if key.index != SCALAR else ""
-                self.tags[number] = [f"{key.family}/{key.statistic}{place}"]
-                if key.metric in _DIRECT:
-                    self.tags[number] = [_DIRECT[key.metric]]
-                self.role[number] = self.SCALAR
-            elif (
-                key.family == "gradient"
-                and key.statistic == "share"
-                and places.is_embedding(key.site)
-                and not shared
-            ):
-                shared = True
-                self.tags[number] = [SHARE]
-                self.role[number] = self.SCALAR
-            elif key.family == "gradient" and key.statistic == "l2":
-                self.role[number] = self.NORM
-            elif key.family == "attention" and key.statistic == "score_max":
-                self.role[number] = self.SCORE
-            elif key.family == "format" and key.statistic.endswith("_error"):
-                self.tags[number] = [FORMAT.format(key.statistic.removesuffix("_error"))]
-                self.role[number] = self.FORMAT
-            elif (
-                key.family == "activation"
-                and key.statistic == "absmax"
-                and places.block_number(key.site) is not None
-            ):
-                self.role[number] = self.BRANCH
+                return self.SCALAR, _DIRECT.get(key.metric, f"{key.family}/{key.statistic}{place}")
+            case "gradient", "share" if places.is_embedding(key.site):
+                return self.SCALAR, SHARE
+            case "gradient", "l2":
+                return self.NORM, None
+            case "attention", "score_max":
+                return self.SCORE, None
+            case "format", statistic if statistic.endswith("_error"):
+                return self.FORMAT, FORMAT.format(statistic.removesuffix("_error"))
+            case "activation", "absmax" if places.block_number(key.site) is not None:
+                return self.BRANCH, None
+        return self.NONE, None
 
 
 def sketch(overview: Overview, events: Sequence[Event]) -> Sketch:
