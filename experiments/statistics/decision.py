@@ -16,7 +16,7 @@ guarantees hold for that stopping. No verdict rests on fewer than four runs an a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from experiments.statistics.choice import LEAST_SEEDS, Scale, fitting, looks
 from experiments.statistics.law import Law
+from experiments.statistics.stake import Stake
 from stabilitylab.errors import InputError
 
 Direction = Literal["less", "more"]
@@ -129,27 +130,39 @@ def decide(
     if not n:
         return NOTHING
     censored = int(np.isinf(a).sum() + (0 if b is None else np.isinf(b).sum()))
-    if not sequential:
-        law = fitting(a, b, scale=scale, paired=paired)
-        found = law.look(alpha, sequential=False)
-        # Two one-sided tests at alpha are an interval of level 1 - 2 alpha within the margin.
-        narrow = law.look(min(2 * alpha, 1.0), sequential=False)
-        within = margin is not None and -margin < narrow.low and narrow.high < margin
-        return ClaimDecision(
-            verdict=_word(within, found.sign, direction) if n >= LEAST_SEEDS else "undecided",
-            n=n,
-            effect=found.effect,
-            low=found.low,
-            high=found.high,
-            e_value=math.exp(min(found.log_e, 700.0)),
-            p_value=p_value(law) if n >= LEAST_SEEDS else 1.0,
-            detectable=law.detectable(alpha, sequential=False) if n >= LEAST_SEEDS else math.inf,
-            law=law.name,
-            censored=censored,
-        )
+    if sequential:
+        found = _while_looking(looks(a, b, scale=scale, paired=paired), n, margin, direction, alpha)
+    else:
+        found = _at_the_end(fitting(a, b, scale=scale, paired=paired), n, margin, direction, alpha)
+    return replace(found, censored=censored)
+
+
+def _at_the_end(law: Law, n: int, margin: float | None, direction: Direction, alpha: float) -> ClaimDecision:
+    """One look, when all runs are in."""
+    found = law.look(alpha, sequential=False)
+    # Two one-sided tests at alpha are an interval of level 1 - 2 alpha within the margin.
+    narrow = law.look(min(2 * alpha, 1.0), sequential=False)
+    within = margin is not None and -margin < narrow.low and narrow.high < margin
+    return ClaimDecision(
+        verdict=_word(within, found.sign, direction) if n >= LEAST_SEEDS else "undecided",
+        n=n,
+        effect=found.effect,
+        low=found.low,
+        high=found.high,
+        e_value=math.exp(min(found.log_e, 700.0)),
+        p_value=p_value(law) if n >= LEAST_SEEDS else 1.0,
+        detectable=law.detectable(alpha, sequential=False) if n >= LEAST_SEEDS else math.inf,
+        law=law.name,
+    )
+
+
+def _while_looking(
+    stakes: Iterable[tuple[int, Stake]], n: int, margin: float | None, direction: Direction, alpha: float
+) -> ClaimDecision:
+    """A look after every run: the first that decides stands."""
     word: Word = "undecided"
     largest, seen, stake = 0.0, n, None
-    for runs, now in looks(a, b, scale=scale, paired=paired):
+    for runs, now in stakes:
         if word == "undecided":
             seen, stake = runs, now
         if runs < LEAST_SEEDS:
@@ -172,7 +185,6 @@ def decide(
         p_value=min(1.0, math.exp(-largest)) if n >= LEAST_SEEDS else 1.0,
         detectable=stake.detectable(alpha) if seen >= LEAST_SEEDS else math.inf,
         law=stake.name,
-        censored=censored,
     )
 
 
