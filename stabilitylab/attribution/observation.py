@@ -119,7 +119,7 @@ class Observation(Act):
 
     def before(self, subject: Subject, optimizer: Optimizer) -> None:
         self.forward(subject)
-        now = [settings_of(group) for group in optimizer.param_groups]
+        now = settings_of(optimizer)
         before = self._settings.get(id(optimizer))
         if before is not None and (keys := self._jumped(before, now)):
             self.settings.setdefault(subject.step, set()).update(keys)

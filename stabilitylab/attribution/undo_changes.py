@@ -15,9 +15,7 @@ from torch import Tensor
 
 from stabilitylab.attribution.interventions import Act, Optimizer
 from stabilitylab.attribution.loop import Subject
-
-# A group's settings: every number or pair of numbers, except counters.
-_COUNTERS = ("step", "params")
+from stabilitylab.probes.optimizer_settings import setting_names
 
 
 class LastUpdate:
@@ -116,7 +114,7 @@ class KeepSettings(Act):
         self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def before(self, subject: Subject, optimizer: Optimizer) -> None:
-        now = [settings_of(group) for group in optimizer.param_groups]
+        now = settings_of(optimizer)
         usual = self._usual.setdefault(id(optimizer), now)
         for group, mine, kept in zip(optimizer.param_groups, now, usual, strict=False):
             if mine != kept:
@@ -133,17 +131,23 @@ class KeepSettings(Act):
         self._kept.clear()
 
 
-def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's settings, with tensors copied."""
-    found: dict[str, Any] = {}
-    for key, value in group.items():
-        if key in _COUNTERS:
-            continue
-        if isinstance(value, Tensor) and value.numel() == 1:
-            found[key] = value.detach().clone()
-        elif isinstance(value, (int, float, tuple)) and not isinstance(value, bool):
-            found[key] = value
-    return found
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The settings of each parameter group, with tensors copied."""
+    names = setting_names(optimizer)
+    return [
+        {
+            name: value.detach().clone() if isinstance(value, Tensor) else value
+            for name, value in group.items()
+            if name in names and _is_setting(value)
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def _is_setting(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, (int, float, tuple)) and not isinstance(value, bool)
 
 
 def _same(now: Tensor, kept: Tensor) -> bool:

@@ -8,8 +8,8 @@ steps in succession
 
 must agree. In one step Adam's second moment v = beta2 v + (1 - beta2) g^2 falls to beta2 v at the lowest: where it falls further,
 something else changed it. The settings of a parameter group (beta1, beta2, weight decay, epsilon, ...; not the rate, which is
-recorded anyway) stay or move little. A parameter's change counts only after ``CALM`` steps without one, since a regular change
-(weights normalised after every step) belongs to the loop.
+recorded anyway) stay or move little (``optimizer_settings.py`` says which they are). A parameter's change counts only after
+``CALM`` steps without one, since a regular change (weights normalised after every step) belongs to the loop.
 
 The events are ``parameter-changed`` (site, factor of its norm), ``moments-changed`` (site, factor) and ``optimizer-changed``
 (setting, before, after): at most one of each kind per step, with the first parameter that changed and the number of them.
@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stabilitylab.probes.optimizer_settings import setting_names
 from stabilitylab.statistics.updates import Update, take_before
 
 FIELDS = ("outside2", "then2", "now2")
@@ -176,12 +177,13 @@ def _told(kind: str, changes: Sequence[tuple[str, float]], of: int) -> list[Even
     return [(kind, {"site": site, "factor": factor, "count": len(changes), "of": of, "sites": sites})]
 
 
-def settings_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The numeric settings of all parameter groups by name, without rates and counters: ``0.weight_decay``, ``0.beta2``."""
+def numeric_settings(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The numeric settings of all parameter groups by name, without rates and state: ``0.weight_decay``, ``0.beta2``."""
+    settings = {name for name in setting_names(optimizer) if not any(word in name for word in _RATES)}
     found: dict[str, float] = {}
-    for i, group in enumerate(groups):
+    for i, group in enumerate(optimizer.param_groups):
         for name, value in group.items():
-            if name == "params" or any(word in name for word in _RATES):
+            if name not in settings:
                 continue
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 found[f"{i}.{name}"] = float(value)

@@ -38,7 +38,13 @@ from stabilitylab.probes.base import Found, KeyTable, Readings
 from stabilitylab.probes.gradients import local_part
 from stabilitylab.probes.hooking import HookingProbe
 from stabilitylab.probes.outside_changes import FIELDS as OUTSIDE
-from stabilitylab.probes.outside_changes import BetweenSteps, OutsideChanges, jumps, least_beta2, settings_of
+from stabilitylab.probes.outside_changes import (
+    BetweenSteps,
+    OutsideChanges,
+    jumps,
+    least_beta2,
+    numeric_settings,
+)
 from stabilitylab.probes.second_moments import SecondMoments
 from stabilitylab.statistics import native
 from stabilitylab.statistics.buffer import Slots
@@ -134,7 +140,7 @@ class UpdateProbe(HookingProbe):
                     self._moments.before(p, states.get(p, {}), group)
         with torch.no_grad():
             take_before([entry.update for entry in chosen])
-        self._look_between(chosen, settings_of(optimizer.param_groups))
+        self._look_between(chosen, numeric_settings(optimizer))
         self._ready = True
 
     def _look_between(self, chosen: Sequence[_Entry], settings: dict[str, float]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stabilitylab import Monitor
-from stabilitylab.probes.outside_changes import OutsideChanges, jumps, settings_of
+from stabilitylab.probes.outside_changes import OutsideChanges, jumps, numeric_settings
 from stabilitylab.probes.updates import UpdateProbe
 from stabilitylab.telemetry import Event, Samples
 
@@ -118,11 +118,35 @@ def test_the_optimizer_s_state_and_settings() -> None:
     assert changes(slow, every_step=True) == []
 
 
+class DistanceFree(torch.optim.SGD):
+    """Keeps a counter, a sum and an estimate in its parameter groups, as schedule-free and D-adapting optimizers do."""
+
+    def __init__(self, parameters: Any, lr: float = 1.0, *, growth: float = 2.0, **further: Any) -> None:
+        super().__init__(parameters, lr, **further)
+        for group in self.param_groups:
+            group.update(k=0, weight_sum=0.0, d=1e-6, growth=growth)
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            group.update(k=group["k"] + 1, weight_sum=group["weight_sum"] + 1, d=group["d"] * group["growth"])
+
+
+def test_an_optimizers_own_state_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "DistanceFree", DistanceFree, raising=False)
+    assert changes(None, optimizer="DistanceFree") == []
+    for name in ("growth", "momentum", "weight_decay"):
+        (event,) = changes(
+            lambda _, o, name=name: o.param_groups[0].update({name: 0.5}), optimizer="DistanceFree"
+        )
+        assert (event.kind, event.step, event.data["setting"]) == ("optimizer-changed", AT, name)
+
+
 def test_of_a_beta_the_part_that_is_forgotten_counts() -> None:
     def of(beta2: float) -> dict[str, float]:
-        return settings_of([{"params": [], "lr": 1.0, "betas": (0.9, beta2), "eps": 1e-8, "amsgrad": False}])
+        return numeric_settings(torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0, betas=(0.9, beta2)))
 
-    assert of(0.999) == {"0.beta1": 0.9, "0.beta2": 0.999, "0.eps": 1e-8}
+    assert of(0.999) == {"0.beta1": 0.9, "0.beta2": 0.999, "0.eps": 1e-8, "0.weight_decay": 1e-2}
     assert jumps(of(0.95), of(0.96)) == ()
     assert jumps(of(0.999), of(0.99)) == (("beta2", 0.999, 0.99),)
     assert jumps({}, of(0.99)) == ()
