@@ -1,4 +1,4 @@
-"""Tells a person of an alarm at once: one line in the log, and the loop's own ``on_event``.
+"""Reports an alarm at once: one line in the log, and the loop's own ``on_event``.
 
     step 812: spike: loss has risen by 0.87 over its level of 2.314, since step 808; before it update/-/rms_over_rate (12 steps)
     step 30: non-finite: loss is nan; first in layers.3.feed_forward.down (activation)
@@ -6,10 +6,10 @@
     step 500: parameter-changed: weights moved without an update; first in layers.1.feed_forward.0.weight
 
 The logger is ``stabilitylab``, at WARNING, so without any setting the line goes to standard error;
-``logging.getLogger("stabilitylab").setLevel(logging.ERROR)`` silences it. ``Alarms`` tells of an episode when it begins and when it
-turns into another kind, not when it ends, and not of hard batches, which recover by themselves.
+``logging.getLogger("stabilitylab").setLevel(logging.ERROR)`` silences it. ``Alarms`` reports an episode when it begins and when its
+kind changes, but not when it ends; it does not report hard batches, which recover by themselves.
 
-``Alarms`` logs the first exception of ``on_event`` and goes on calling it: training does not die of its instruments.
+``Alarms`` logs the first exception of ``on_event`` and keeps calling it: monitoring never stops training.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _log = logging.getLogger("stabilitylab")
 
 
 class Alarms:
-    """Tells of alarms.
+    """Reports alarms.
 
     Args:
-        on_event: called with each event told; None for the log alone.
+        on_event: called with each reported event; None for the log alone.
         loss: the metric whose height is a difference; other heights are logarithms.
     """
 

@@ -8,13 +8,13 @@ But torch's clipping functions are wrappers made by one decorator, and a wrapper
                     -> _clip_grads_with_norm_(parameters, max_norm, norm)         the cells' contents are exchanged
     clip_grad_value_(parameters, value)                                           for as long as somebody watches
 
-So the watch sees clipping under any name, also from within accelerate, Lightning, the Trainer and torchtitan, and gets the norm
-that torch computes for free at every step.
+So the watch sees clipping under any name, also from within accelerate, Lightning, the Trainer and torchtitan, and at every step
+gets for free the norm that torch computes.
 
-The watch does not see clipping by hand. ``Untouched`` then notices, by version counter and address, that a gradient is no longer as
-the backward pass left it. It cannot tell a reduction by hand from clipping, and works for one process only.
+The watch does not see hand-written clipping. There ``Untouched`` notices, by version counter and address, that a gradient is no
+longer as the backward pass left it. It cannot tell a hand-written reduction from clipping, and works for one process only.
 
-Limits: should torch build these functions otherwise, the monitor sees nothing before the optimizer's step; nothing else breaks.
+Limits: if torch ever builds these functions differently, the monitor sees nothing before the optimizer's step; nothing else breaks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Decides which probes measure a step, and sends their numbers to the host: of this process alone, or of all ranks.
 
-``arm`` decides whether to measure a step when the step before it ends, so that an unmeasured step needs no hooks. All ranks go by
-the last alarm that all know of: a rank that measured alone would wait for the others for ever.
+``arm`` decides whether to measure a step when the step before it ends, so that an unmeasured step needs no hooks. All ranks use the
+last alarm that is known to all: a rank that measured alone would wait for the others forever.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Collection:
         ranks: the processes whose telemetry becomes one; None for this one alone.
 
     Attributes:
-        alarm: the step of the last alarm that all ranks know of.
+        alarm: the step of the last alarm that is known to all ranks.
         next: the step that has begun.
     """
 

@@ -1,12 +1,12 @@
 """Notices an optimizer that steps although none of its parameters has a gradient, and so changes nothing.
 
-torch's optimizers pass over a parameter whose ``.grad`` is None. Two slips make every step such a one, without an error and with a
-loss that looks like a learning rate too small: ``zero_grad()`` between the backward pass and the step, and an optimizer made of
-another model's parameters (of a copy, or of the model before it was wrapped or converted).
+torch's optimizers skip a parameter whose ``.grad`` is None. Two mistakes make every step an empty one, without an error and with a
+loss curve that looks as if the learning rate were too small: ``zero_grad()`` between the backward pass and the step, and an
+optimizer built from another model's parameters (those of a copy, or of the model before it was wrapped or converted).
 
     empty step:  p.grad is None for every p before the step, and the step leaves the smallest p as it was, bit for bit
 
-The second half keeps optimizers out that hold gradients elsewhere (Transformer Engine's ``decoupled_grad``, fused backward passes).
+The second half excludes optimizers that hold gradients elsewhere (Transformer Engine's ``decoupled_grad``, fused backward passes).
 A healthy step costs one look at one ``.grad``.
 """
 
@@ -28,7 +28,7 @@ IN_A_ROW = 3
 
 
 class EmptySteps:
-    """Counts each optimizer's empty steps in a row, and tells of the third, once.
+    """Counts each optimizer's consecutive empty steps, and reports the third, once.
 
     Args:
         model_parameters: by name, those of the model that is trained.

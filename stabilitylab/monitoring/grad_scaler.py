@@ -4,9 +4,9 @@ GradScaler multiplies the loss, and with it every gradient of the backward pass,
 only. So the scale of a backward pass is the one at the end of the step before. The scaler's own bookkeeping shows whether the
 gradients still hold it: ``unscale_`` divides it out, or ``scaler.step`` does.
 
-Where ``scaler.step`` finds non-finite gradients, it leaves out the optimizer's step, and with it the optimizer's hooks. So
-``watch`` replaces ``step`` and ``unscale_`` of this one scaler by methods that also call back when they are done; ``release`` gives
-it back its own.
+Where ``scaler.step`` finds non-finite gradients, it skips the optimizer's step, and with it the optimizer's hooks. So ``watch``
+replaces ``step`` and ``unscale_`` of this one scaler by methods that also call back when they are done; ``release`` restores the
+originals.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A loop that dies without ``close`` loses nothing: ``Lifetime`` closes what is open when the process ends.
 
-It holds the object weakly, so that it may be garbage-collected before; a forked child has nothing to write.
+It holds only a weak reference, so the object may be garbage-collected earlier; a forked child has nothing to write.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class _Closes(Protocol):
 
 
 class Lifetime:
-    """The lifetime of one object, from here to its ``close`` or the end of the process.
+    """The lifetime of one object, until its ``close`` or the end of the process.
 
     Args:
-        of: closed at the end, before anything opened earlier.
+        of: the object, closed at the end before anything that was opened earlier.
     """
 
     def __init__(self, of: _Closes) -> None:

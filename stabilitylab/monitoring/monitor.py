@@ -1,4 +1,4 @@
-"""The monitor, the one coordinator: attach to a model, measure some steps, write the numbers.
+"""The monitor, which coordinates everything else: it attaches to a model, measures some steps and writes the numbers.
 
     with Monitor(model, optimizer, out="runs/mine", every=10) as monitor:
         for step, batch in enumerate(batches):
@@ -9,8 +9,8 @@
             optimizer.zero_grad()
             monitor.step(step, loss=loss)
 
-The loop need not say what its optimizer, scaler and clipping show: the rate used, the loss scale, the gradient norm before clipping
-(``loop_values``).
+The loop need not pass what its optimizer, scaler and clipping reveal: the learning rate used, the loss scale, the gradient norm
+before clipping (``loop_values``).
 
 The monitor observes and never changes training: weights, random numbers and kernels are those of the run without it. Steps count
 optimizer updates from 0.
@@ -69,23 +69,23 @@ class Monitor:
             ``optimizer`` (accelerate's).
         out: run folder to make and write (Parquet, TensorBoard, events.jsonl): a path, or a ``RunFolder`` that the caller has
             claimed. None: only ``sinks``. Where it holds a run, this one supersedes it from its own first step on.
-        every: measure each n-th step; 0: only the step's own values. ``schedule`` says more.
-        gradients_every: another cadence for the gradients.
+        every: measure every n-th step; 0: record only the values that the loop passes. ``schedule`` gives finer control.
+        gradients_every: a separate cadence for the gradients.
         probes: what to measure; by default ``all_probes()``.
         schedule: a ``Schedule`` instead of ``every``.
         sinks: further sinks; without ``out``, the only ones.
-        trackers: experiment trackers that get a few numbers (``sinks.tracker``): "wandb", "mlflow", "trackio".
+        trackers: experiment trackers that receive a few numbers (``sinks.tracker``): "wandb", "mlflow", "trackio".
         sites: one glob or several over module and parameter paths.
         detector: judges loss, gradient norm, rate and loss scale of every step (of the metrics that its ``loss`` and
-            ``gradient_norm`` name, if it has these attributes); None for no judgement. The monitor drops one that raises.
+            ``gradient_norm`` name, if it has these attributes); None for none. The monitor drops a detector that raises.
         on_event: called at once with the event in ``events.jsonl`` of each spike, divergence, non-finite value, loss-scale collapse
             or site's departure. The log gets a warning line in any case (``alarms.py``).
         parameters: the trained tensors by name, where they are not the model's own (fp32 masters of a
             half-precision model): their ``.grad`` is read.
         tensorboard: with ``out``: whether to write TensorBoard files beside the Parquet ones.
         flush_every: steps between handovers to the sinks; events go at once.
-        scaler: torch's loss scaler, if the loop uses one: the monitor records numbers without its factor, and gradients also of a
-            step that it leaves out.
+        scaler: torch's loss scaler, if the loop uses one: the monitor divides its factor out of the numbers, and also records the
+            gradients of a step that the scaler skips.
         describe_batch: step -> the documents of its batch, for the diagnoses written at the end.
         group: processes whose telemetry becomes one, written by its first rank; by default all, where
             ``torch.distributed`` is running. None: this process alone. All must call ``step`` for the same
@@ -93,14 +93,14 @@ class Monitor:
         sharded: globs of parameters of which each tensor-parallel rank holds a shard (the monitor adds their sums), and of
             attention modules, outputs (``path``) and inputs (``path:input``) of which each has some heads or channels (it lays them
             side by side). It knows DTensor parameters (FSDP2) by itself; all others count as alike on every rank.
-        scattered: globs of parameters of which every element is on one rank only, whatever else the rank is (ZeRO): the monitor
-            adds sums over all ranks.
+        scattered: globs of parameters whose every element is on exactly one rank, in whatever group (ZeRO): the monitor adds sums
+            over all ranks.
         shard: the part of ``sharded`` tensors that this process holds: its tensor-parallel rank; by default its rank.
         recorder: with ``out``: measure every step, hold this many of the last steps in memory, and write them in full when an
             alarm begins; without an alarm the monitor writes only what ``every`` asks for. 0: off.
 
     Raises:
-        InputError: an argument is none of these. The monitor then leaves no hook, no thread, no claim behind.
+        InputError: an argument is invalid. The monitor then leaves no hook, no thread and no claim on the folder behind.
     """
 
     # Until construction is done there is nothing to close.
@@ -208,7 +208,7 @@ class Monitor:
     # What the training loop calls.
 
     def start_step(self, step: int) -> None:
-        """Optional: name the step that begins, where it is not the last one plus one (after a resume)."""
+        """Optional: give the number of the step that begins, where it is not the last one plus one (after a resume)."""
         step = step_number(step)
         if self._open() and step != self._collection.next:
             self._arm(step)
@@ -221,7 +221,7 @@ class Monitor:
         scale: float = 1.0,
         loss_scale: float | None = None,
     ) -> None:
-        """Read the gradients now: reduced, not yet clipped. Needed where a loop clips by other means than torch's.
+        """Read the gradients now: reduced, not yet clipped. Needed only where a loop clips without torch's functions.
 
         Args:
             gradients: by parameter name; by default every parameter's ``.grad``. If several calls give the same one, the last
@@ -237,22 +237,22 @@ class Monitor:
             self._probe_set.gradients_ready(gradients, norms, scale, loss_scale)
 
     def step(self, step: int, **values: float | Tensor | None) -> list[Event]:
-        """End the step: collect its numbers, judge them, hand them on.
+        """End the step: collect its numbers, pass them to the detector and to the sinks.
 
         Args:
             step: number of the optimizer update, from 0. A number not above the last one means that training went back: the monitor
                 records a ``rewind`` to it.
             values: the step's own numbers, as floats, arrays or tensors of one element: ``loss``, ``gradient_norm``,
-                ``learning_rate``, ``tokens``, ``seconds``, ``skipped``, ``loss_scale``, and any others. The monitor leaves out
-                None, and records NaN for what is no number. The rate that an optimizer's step used precedes one given here, which a
-                scheduler may have moved on; any other given value precedes what the monitor has seen. Values are recorded and
-                change no measurement.
+                ``learning_rate``, ``tokens``, ``seconds``, ``skipped``, ``loss_scale``, and any others. The monitor ignores None,
+                and records NaN for anything that is not a number. The learning rate that the optimizer's step used takes precedence
+                over one passed here, which a scheduler may already have changed; any other passed value takes precedence over what
+                the monitor has seen. Values are recorded and change no measurement.
 
         Returns:
             The detector's events for this step; on an accelerator, for the steps whose numbers have arrived.
 
         Raises:
-            InputError: ``step`` is no whole number.
+            InputError: ``step`` is not a whole number.
         """
         step = step_number(step)
         if not self._open():
@@ -299,21 +299,22 @@ class Monitor:
         self._queue.event(event)
 
     def rewind(self, step: int, **data: Any) -> None:
-        """Record that training goes back to ``step`` and on from there: records from it on are superseded."""
+        """Record that training goes back to ``step`` and continues from there: everything recorded from that step on is
+        superseded."""
         step = step_number(step)
         if self._open():
             self.event(Event(step=step, kind="rewind", data=data))
             self._arm(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a resumed run needs to go on judging as if it had not stopped; plain JSON."""
+        """The state with which a resumed run continues detection as if it had not stopped; plain JSON."""
         state: dict[str, Any] = {"last": self._last, "alarm": self._queue.alarm}
         if self._detector is not None:
             state["detector"] = self._detector.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         self._last = state["last"]
         self._queue.alarm = self._collection.alarm = state["alarm"]
         if self._detector is not None and "detector" in state:
@@ -348,7 +349,7 @@ class Monitor:
 
     @property
     def backlog(self) -> int:
-        """Steps handed over that the sinks do not have yet."""
+        """The number of steps that are on their way to the sinks."""
         return self._sink_thread.waiting
 
     def __enter__(self) -> Monitor:

@@ -1,4 +1,4 @@
-"""Shows the optimizers of a run as one, to read and hook, never to call.
+"""Presents the optimizers of a run as one, for reading and hooking, never for stepping.
 
 Some runs have one optimizer, some have one for the matrices and another for the rest (Muon and AdamW), some one inside a wrapper
 that forwards to it (accelerate's). The monitor reads ``param_groups`` and ``state`` and hooks the steps; ``Optimizers`` offers
@@ -33,7 +33,7 @@ class Optimizers:
         known: the ids of their parameters.
 
     Raises:
-        InputError: something given is no optimizer like torch's.
+        InputError: an element is not an optimizer with torch's interface.
     """
 
     def __init__(self, given: Any) -> None:

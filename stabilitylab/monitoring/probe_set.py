@@ -9,9 +9,10 @@ It reads each parameter's gradient once per step, at the first of these moments:
     the scaler has decided     it found them non-finite and left the optimizer's step, and so the hook, out
     the end of the step        there is no optimizer
 
-Where a loop clips by hand, the probes see only the gradients that the optimizer gets, and an event ``gradients-changed`` says so.
+Where a loop clips with its own code, the probes see only the gradients that the optimizer gets, and an event ``gradients-changed``
+says so.
 
-It leaves a probe that raises out from the next step on, and training goes on.
+A probe that raises is dropped from the next step on, and training continues.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class ProbeSet:
         optimizers: have their steps hooked.
         scaler: torch's loss scaler, or None.
         shard: the part of sharded tensors that this process holds.
-        tell: called with the step, kind and data of what deserves an event.
+        tell: called with the step, kind and data of each event to record.
         alone: whether this process has the whole gradient as soon as its backward pass is over.
     """
 

@@ -1,4 +1,4 @@
-"""Makes the telemetry of several processes that train one model one, in one collective per measured step.
+"""Merges the telemetry of several processes that train one model, in one collective per measured step.
 
 Every rank packs what its probes found into bytes: a header, then the buffer. One all-gather carries them to all; rank 0 joins them
 by the names of the sites (``statistics.gathering``), and it alone judges and writes.
@@ -8,10 +8,10 @@ by the names of the sites (``statistics.gathering``), and it alone judges and wr
 The *manifest* says which bytes belong to which site. There is one for every set of probes that measure together (gradients every
 step, the rest every tenth), and a new one only when other sites appear, which is rare. Every rank sees from the headers that a
 manifest is new to it; then all exchange manifests once and remember them. The alarm travels along so that all ranks measure more
-densely from the same step on: a rank that measured alone would wait for the others for ever.
+densely from the same step on: a rank that measured alone would wait for the others forever.
 
 All ranks must call ``Monitor.step`` with the same steps. The idea of one packed collective comes from OLMo-core's and ZClip's
-batched metric reduction; theirs carry finished numbers, so means of kurtoses; ours carries sums.
+batched metric reduction; theirs carry finished numbers, and hence means of kurtoses; ours carries sums.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _same(a: Manifest, b: Manifest) -> bool:
 
 
 def several(group: dist.ProcessGroup | Literal["default"] | None) -> RankGather | None:
-    """The processes of a group; None where there is but one."""
+    """The processes of a group; None where there is only one."""
     if group is None or not has_process_group():
         return None
     ranks = RankGather(None if group == "default" else group)

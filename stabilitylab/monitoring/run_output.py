@@ -83,7 +83,7 @@ class RunOutput:
         return Event(step=step, kind="rewind", data={"reason": "a run was begun again in its folder"})
 
     def tell_order(self, context: Context) -> None:
-        """Record the order in which the first measured step's forward pass came to the sites."""
+        """Record the order in which the first measured step's forward pass reached the sites."""
         if context.is_ordering and context.order:
             context.is_ordering = False
             self._structure["order"] = list(context.order)

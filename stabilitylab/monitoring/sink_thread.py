@@ -1,9 +1,9 @@
-"""Takes numbers from the monitor to the sinks in its own thread: training never waits for a disk.
+"""Passes numbers from the monitor to the sinks in its own thread: training never waits for a disk.
 
 The monitor posts each flush; the thread turns it into ``Samples`` and hands it to every sink in order. A sink that raises loses
 only that flush: an event ``telemetry-lost`` reports the loss (once when it begins, once with the total when the sink works again or
-the run ends), and the other sinks and the training go on. Should the sinks fall behind by ``LIMIT`` steps, the thread drops further
-samples and reports it the same way; it never drops events.
+the run ends), and the other sinks and the training continue. If the sinks fall behind by ``LIMIT`` steps, the thread drops further
+samples and reports that in the same way; it never drops events.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class SinkThread:
 
     Args:
         sinks: in the order of writing. The event log, if any, comes first.
-        watch: looks at every site of every measured step; None for nobody.
-        told: tells people of the events that the readings reveal; None for nobody.
+        watch: looks at every site of every measured step; None for none.
+        told: reports the events that the readings reveal; None for none.
     """
 
     def __init__(

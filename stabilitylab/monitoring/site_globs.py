@@ -1,4 +1,4 @@
-"""Globs over module and parameter paths: which the user asked for, and which match nothing in the model."""
+"""Globs over module and parameter paths: what the user asked for, and which globs match nothing in the model."""
 
 from __future__ import annotations
 

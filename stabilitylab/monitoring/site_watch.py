@@ -1,11 +1,11 @@
-"""Sites that leave their own baseline by far, as it happens: the event ``site-departure``.
+"""Reports sites that move far from their own baseline, as it happens: the event ``site-departure``.
 
 A head's scores, or one parameter's gradient, may grow thirtyfold without moving the loss: softmax bounds the one, Adam and clipping
 the other. For every site the logarithm y of a positive statistic (``FOLLOWED``, without the update, which follows the rate) has a
 running level and a running mean deviation d (``spikes/site_levels.py``). A site has left where y - level > max(SIGMAS d, ln
 FACTOR), and still does after subtracting the rise that three sites in four of its family share: a hard batch moves them all. A rise
-of ``ANY`` counts even if all share it, for no batch does that. The event names the first site in order of execution and how many
-left with it; for ``QUIET`` steps no other follows. The event itself never acts.
+of ``ANY`` counts even if all sites share it, since no batch causes that. The event names the first site in order of execution and
+how many left with it; for ``QUIET`` steps no other follows. The event itself never acts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ended steps, in order: their numbers arrive, the detector judges them, and they go to the sinks.
+"""Queues finished steps, in order: their numbers arrive, the detector judges them, and they go to the sinks.
 
 The detector gets the step's own numbers and, for measured steps, the largest attention score of the whole model
 (``attention/-/score_max``) and the RMS of its update over the learning rate (``update/-/rms_over_rate``).
@@ -102,15 +102,15 @@ class Ended:
 
 
 class StepQueue:
-    """Takes ended steps through judgement to the sinks.
+    """Passes finished steps through the detector to the sinks.
 
     Args:
         probes: by name, to finish their numbers.
-        detector: judges; None for no judgement.
+        detector: judges the values; None for none.
         sink_thread: takes the readings and events.
         alarms: kinds of event after which the monitor watches training more closely.
         flush_every: steps between handovers to it; events go at once.
-        told: tells people of alarms; None for nobody.
+        told: reports alarms; None for none.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """What the training loop hands over at a step's end: its number, and its own values by name.
 
-A step that is no number is a mistake in the loop's code, which shows at the first step: an ``InputError``. A value that is no
-number may turn up in the middle of a long run, and training does not die of its instruments: the monitor records NaN, and warns
-once by name.
+A step that is not a number is a mistake in the loop's code, which shows at the first step: an ``InputError``. A value that is not a
+number may turn up in the middle of a long run, and monitoring never stops training: the monitor records NaN, and warns once per
+name.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _log = logging.getLogger("stabilitylab")
 
 
 def step_number(step: Any) -> int:
-    """A step as an int: also from NumPy's integers and integer tensors of one element.
+    """A step as an int; accepts NumPy's integers and integer tensors of one element.
 
     Raises:
-        InputError: ``step`` is no whole number.
+        InputError: ``step`` is not a whole number.
     """
     try:
         return operator.index(step)
@@ -43,7 +43,8 @@ class Values:
         self._said: set[str] = set()
 
     def numbers(self, given: Mapping[str, Any]) -> dict[str, float | Tensor]:
-        """Name -> float, or a tensor of one element on an accelerator, which is read once it has arrived; without None."""
+        """Name -> float, or a tensor of one element on an accelerator, which is read once it has arrived. Values of None are left
+        out."""
         return {self._name(name): self._number(name, v) for name, v in given.items() if v is not None}
 
     def _name(self, name: str) -> str:

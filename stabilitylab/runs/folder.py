@@ -92,7 +92,7 @@ class RunFolder:
     def is_being_written(self) -> bool | None:
         """Whether a process of this machine has claimed the folder; None where the system cannot tell.
 
-        It reads the system's list of locks: taking the lock to find out would block a run that begins.
+        It reads the system's list of locks, since taking the lock to find out would block a run that is about to start.
         """
         try:
             lock = (self.path / ".lock").stat()

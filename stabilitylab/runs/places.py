@@ -1,10 +1,10 @@
-"""A site's place in a model: its stack and block, whether it is the embedding, and when a step comes to it.
+"""A site's place in a model: its stack and block, whether it is the embedding, and when a step reaches it.
 
 A monitored run records it in ``model_structure.json``: the structure from ``stabilitylab.model_structure``, and ``order``, the
 sites in the order of the first measured forward pass. For sites not in it, and for runs without one, ``Places`` reads paths by
 convention: the outermost number in a path is the block's (``layers.3``, ``transformer.h.3``), and the token embedding has a usual
-name (``embedding.weight``, ``model.embed_tokens.weight``, ``transformer.wte.weight``, ``shared.weight``). For a model that follows
-none of them every parameter stays a row of its own, and there is no embedding share.
+name (``embedding.weight``, ``model.embed_tokens.weight``, ``transformer.wte.weight``, ``shared.weight``). In a model that follows
+none of these conventions every parameter remains its own row, and there is no embedding share.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Places:
         self.order: list[str] = list(known.get("order", ()))
 
     def block_of(self, site: str) -> str:
-        """``layers.3`` for itself and any site in it (``layers.3.attention.query.weight``); a site in no block is its own."""
+        """``layers.3`` for itself and any site in it (``layers.3.attention.query.weight``); a site outside all blocks is returned
+        unchanged."""
         module = site.removesuffix(":input")
         if self._number:
             parts = module.split(".")

@@ -2,7 +2,7 @@
 
 ``Run`` reads nothing before the caller asks for it, and then only what is needed: a metric's rows lie together in the files, and it
 skips row groups of other families and statistics. It keeps what it has read, so the next metric of the same family and statistic
-costs nothing. Superseded history (``rewind`` in ``runs/folder.py``) never shows.
+costs nothing. Superseded history (``rewind`` in ``runs/folder.py``) never appears.
 
 Non-finite values are values. In a reduction (the largest over heads), a NaN makes the result NaN.
 """
@@ -173,7 +173,7 @@ class Run:
     def matrix(self, family: str, statistic: str, index: Index = None) -> pd.DataFrame:
         """A statistic at every site: one row per site in the model's order, one column per step.
 
-        NaN also where nothing was recorded; ``recorded`` tells the two apart.
+        NaN also where nothing was recorded; ``recorded`` distinguishes the two.
 
         Args:
             family: for example "activation".
