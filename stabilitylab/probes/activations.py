@@ -2,10 +2,10 @@
 
 Forward hooks see them, and exist only while a step is measured. A site is a module's output under the module's path, or the input
 of a linear or norm layer under ``<path>:input``. Where a module returns several tensors the first floating-point one counts. A
-tensor met twice (a norm's output is the next layer's input) is summarised once and reported under both names. The last dimension
+tensor seen twice (a norm's output is the next layer's input) is summarised once and reported under both names. The last dimension
 holds the channels.
 
-The probe counts forward passes in training mode or with gradients on; it leaves out the second forward pass of activation
+The probe counts forward passes in training mode or with gradients enabled; it ignores the second forward pass of activation
 recomputation, which runs inside the backward pass. It combines the micro-batches of a step.
 
 Family ``activation``, site = module path or ``<path>:input``:

@@ -7,12 +7,12 @@ unfused path, the probe takes the exact scores from the softmax there.
 
 *Materialised*: the probe takes the argument [B, H, T, S] of a softmax over the last dimension that a module of the model calls, and
 [B * H, T, S] where the module gives H by ``num_heads`` or the like, or has attention in its class name (then H = 1). The first
-number of heads that a module shows has the module's site, any further number H the site ``path:H``. A model may say itself which
-scores count, by a module whose output is the score tensor before the softmax, by default one named ``scores``: its parent is the
+number of heads that a module shows has the module's site, any further number H the site ``path:H``. A model may declare which
+scores count, with a module whose output is the score tensor before the softmax, by default one named ``scores``: its parent is the
 site, and the probe ignores the parent's softmaxes.
 
-It does not see attention that comes through neither (flex_attention, kernels of other packages, attention without a softmax). It
-warns once of every class with attention in its name that ran in the first measured pass and showed no scores.
+It does not see attention that uses neither path (flex_attention, kernels of other packages, attention without a softmax). It warns
+once about every class with attention in its name that ran in the first measured pass without showing scores.
 
 Under ``torch.compile`` it sees softmaxes of four dimensions, and fused attention on CPUs where the flash kernel takes the call (no
 dropout, as many key heads as query heads); it does not see other compiled fused attention (``attention_calls``).

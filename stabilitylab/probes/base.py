@@ -1,4 +1,4 @@
-"""The probe protocol: a probe listens to one kind of number while armed, and hands over a step's readings when asked.
+"""The probe protocol: while armed, a probe records one kind of number, and returns a step's readings when asked.
 
 The life of a probe under the monitor:
 
@@ -11,13 +11,13 @@ The life of a probe under the monitor:
         finish(gathered) -> readings     later, when the numbers are on the host, in another thread
     detach()                             removes every handle
 
-A probe with an attribute ``is_costly`` keeps its cadence under a flight recorder; the others then measure every step.
+A probe with an attribute ``is_costly`` keeps its cadence under a flight recorder, where all others measure every step.
 
 Two methods are optional. The monitor calls ``name_parameters()`` when parameters have joined ``context.parameters``.
 ``companions(gathered, numbers)`` gives, for a measured step, numbers of the whole model by metric name (``attention/-/score_max``),
 which the detector judges beside the step's own ``numbers``.
 
-A probe must not change what the model computes: no random numbers, no in-place change, no other kernel.
+A probe must not change what the model computes: it draws no random numbers, changes nothing in place and selects no other kernel.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Placing:
 
 
 class KeyTable:
-    """Remembers the keys of the last set of sites, so that an equal set gives the same tuple."""
+    """Remembers the keys of the last set of sites, so that an equal set returns the same tuple."""
 
     def __init__(self, family: str, statistics: Sequence[str]) -> None:
         self._family, self._statistics = family, tuple(statistics)
@@ -155,7 +155,7 @@ class Context:
     _frames: int = 0
 
     def passed(self, site: str) -> None:
-        """Note that the forward pass has come to a site, as long as the context records the order of execution."""
+        """Note that the forward pass has reached a site, as long as the context records the order of execution."""
         if self.is_ordering:
             self.order.setdefault(site)
 

@@ -1,4 +1,4 @@
-"""The curvature of the loss along the coming update, and so how much higher a learning rate a run would bear.
+"""The curvature of the loss along the coming update, and hence how much higher a learning rate the run would tolerate.
 
 Adam steps along d = P^-1 g, P = sqrt(v / (1 - b2^t)) + eps. In P's own metric the curvature along d is
 
@@ -9,9 +9,9 @@ A quadratic is stable under the update with first-moment coefficient b1 and rate
     threshold = (2 + 2 b1) / ((1 - b1) eta)           38 / eta at b1 = .9      margin = threshold / lambda
 
 (Cohen et al., Adaptive gradient methods at the edge of stability, 2207.14484; spikes follow when the curvature exceeds it:
-2506.04805.) A margin of 1.6 means that the run bears 1.6 times its rate. While it stays below 1 the component along d grows from
-step to step. For SGD P = 1 and, with momentum m <- b1 m + (1 - dampening) g, threshold = (2 + 2 b1) / ((1 - dampening) eta).
-Parameters with a rate of their own count with it. lambda is a Rayleigh quotient, at most the largest eigenvalue of P^-1 H: the
+2506.04805.) A margin of 1.6 means that the run tolerates 1.6 times its rate. While it stays below 1 the component along d grows
+from step to step. For SGD P = 1 and, with momentum m <- b1 m + (1 - dampening) g, threshold = (2 + 2 b1) / ((1 - dampening) eta).
+Parameters with their own rate count with that rate. lambda is a Rayleigh quotient, at most the largest eigenvalue of P^-1 H: the
 margin is an upper bound.
 
 A measured step takes one more forward and backward pass of the same batch, at shifted weights. ``backward`` makes it:
@@ -64,7 +64,7 @@ class CurvatureProbe(HookingProbe):
     Args:
         backward: computes the present batch's loss at the present weights, and its backward pass.
         at_risk: a margin; two measurements in a row below it make an event ``at-risk``, once until the margin rises above it again.
-            None: no event, as it is wrong more often than an alarm may be (docs/attribution.md).
+            None: no event, since it would be wrong more often than an alarm may be (docs/attribution.md).
     """
 
     name = "curvature"

@@ -1,4 +1,4 @@
-"""What formats of few bits would cost the operands of every linear layer, followed over training.
+"""What low-bit formats would cost the operands of every linear layer, followed over training.
 
 Operands are a layer's input, its weight and the gradient of its output: the three that a product in a format takes. The probe
 samples ``ROWS`` rows of each, from the middles of equal stretches (so not the first token, whose state is often massive; a scale

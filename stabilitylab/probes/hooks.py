@@ -1,8 +1,8 @@
 """Hooks that stay with the model they were put on.
 
 Users copy (``copy.deepcopy`` for an average of weights) and pickle (``torch.save(model)``) a watched model like any other. Plain
-hooks would go along: the probes would watch the copy as if it were the model, and a nested function cannot be pickled. A ``Hook``
-leaves in the copy a function of the standard library that does nothing.
+hooks would be copied too: the probes would watch the copy as if it were the model, and a nested function cannot be pickled. A
+``Hook`` leaves in the copy a function of the standard library that does nothing.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ def tensor_in(value: Any) -> Tensor | None:
 
 
 def watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """For each watched module: its path, itself, and whether it is a linear or norm layer (else an embedding or a block, of which
-    only the output counts)."""
+    """For each watched module: its path, the module, and whether it is a linear or norm layer (else an embedding or a block, of
+    which only the output counts)."""
     residual_stream = {id(block) for block in blocks(model).values()}
     for path, module in named_modules(model):
         layer = is_linear(module) or is_norm(module)

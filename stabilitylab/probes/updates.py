@@ -1,4 +1,4 @@
-"""What the optimizer does with the gradients: how far each parameter moves, and whether Adam's scale fits.
+"""What the optimizer does with the gradients: how far each parameter moves, and whether Adam's second moment keeps up with them.
 
 The probe samples the weights in the optimizer's step pre-hook and compares them in its post-hook (``statistics.updates``). It reads
 Adam's moments from the optimizer's state where that holds some (``second_moments.py``); other optimizers have the first three

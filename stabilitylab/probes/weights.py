@@ -1,4 +1,4 @@
-"""How large weights are, in which directions, and at which angles gradients and updates stand to them.
+"""How large weights are, in which directions, and at which angles to gradients and updates.
 
 The largest singular value comes from power iteration, v <- W'Wv / |W'Wv|, sigma = |Wv|. The probe keeps v from one measured step to
 the next: weights move slowly, so a few iterations follow them. The value is a lower bound, and may be too low in the first measured

@@ -1,4 +1,4 @@
-"""Find spikes as they begin, tell their kinds apart, explain them and respond to them."""
+"""Find spikes as they begin, distinguish their kinds, explain them and respond to them."""
 
 from stabilitylab.spikes.detector import SpikeDetector
 from stabilitylab.spikes.episodes import KINDS, Episode, episodes_of

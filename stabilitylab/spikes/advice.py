@@ -1,9 +1,10 @@
 """What to try after a diagnosis, in one line: the change, the reason, and the command where ``glm replay`` can repeat the run.
 
 ``glm replay`` trains again from before an event with one thing changed, so it takes minutes to see whether advice helps. The advice
-is the field's: PaLM left batches out (2204.02311, section 5.1), OPT-175B lowered the rate and the clipping bound (2205.01068,
-section 2.5), ViT-22B normed queries and keys (2302.05442), Gemma 2 capped scores (2408.00118), StableAdamW bounds updates where v
-lags behind (2304.13013). Where recorded runs tried the same, the line says how often it helped (``treatment_outcomes.py``).
+comes from the literature: PaLM skipped batches (2204.02311, section 5.1), OPT-175B lowered the rate and the clipping bound
+(2205.01068, section 2.5), ViT-22B normed queries and keys (2302.05442), Gemma 2 capped scores (2408.00118), StableAdamW bounds
+updates where v lags behind (2304.13013). Where recorded runs tried the same, the line says how often it helped
+(``treatment_outcomes.py``).
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def advice(run: Run, suspect: Suspect, number: int | None) -> str:
 
 
 def told_now(run: Run, diagnosis: Mapping[str, Any]) -> list[str]:
-    """The sentences of a recorded diagnosis, its advice brought up to date (replays may have run since) with the run's path from
-    here."""
+    """The sentences of a recorded diagnosis, with its advice brought up to date (replays may have run since) and the run's path as
+    seen from here."""
     sentences = [str(one) for one in diagnosis["sentences"]]
     line = diagnosis.get("advice")
     if not line or line not in sentences or diagnosis.get("outside") is not None:

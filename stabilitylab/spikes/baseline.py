@@ -1,4 +1,4 @@
-"""What to expect of a signal's next value, and how far off is too far: a baseline that learns before it judges.
+"""Predicts a signal's next value, and how large a deviation is too large: a baseline that learns before it judges.
 
 The baseline learns from ordinary values in blocks of 16, x_1 ... x_16. A block moves
 
@@ -32,8 +32,8 @@ little there, means of four still do. A tail counts only where it belongs to the
 quantile below the block's middle), or leans up, its shoulders (1.5 to 3 s) fuller above than below by half or more. Even noise with
 high values out is even noise with spikes.
 
-``floor`` is the smallest rise worth a word whatever the noise: 3 % of the level of a loss for a single value, .6 of it for means; a
-factor of 2 of a norm. It vanishes with the level, so a loss around zero is judged by its noise alone.
+``floor`` is the smallest rise worth reporting, whatever the noise: 3 % of the level of a loss for a single value, .6 of it for
+means; a factor of 2 of a norm. It vanishes with the level, so a loss around zero is judged by its noise alone.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Baseline:
 
     @property
     def even(self) -> bool:
-        """Whether the noise is known to reach down no further than a Gaussian's, and not to lean up."""
+        """Whether the noise is known to reach down no further than a Gaussian's, and not to be skewed upwards."""
         if self.blocks < SHAPE_KNOWN:
             return False
         return self.deepest < DEEPEST and self.upper < EVEN * max(self.lower, 1e-3)
@@ -278,7 +278,7 @@ class Baseline:
             self.tail = min(MOST_TAIL, self.tail * TAIL_STEP**values)
 
     def shift(self, by: float) -> None:
-        """Move the whole baseline, as the signal's unit has changed."""
+        """Shift the whole baseline, since the signal's unit has changed."""
         self.level += by
         self.slow += by
         self.lowest += by

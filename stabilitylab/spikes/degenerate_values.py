@@ -1,4 +1,4 @@
-"""Values that no longer say anything: NaN and infinity, a dead loss, a frozen loss.
+"""Values that carry no information: NaN and infinity, a dead loss, a frozen loss.
 
 *Non-finite* values that return within 32 finite ones are one burst (one rank in four, every second value). A value at the end of
 float32's or float64's range counts as infinite: stores that cannot hold infinity write that instead.

@@ -21,10 +21,10 @@ verdicts:
   changed rate's factor.
 - ``skipped``: an overflow that a loss scaler (scale above 1) catches is routine: its non-finite norm makes no event.
 
-NaN is a value and makes the event ``non-finite``; leave a value that was not logged out of ``values``. Neither enters a baseline
-nor interrupts the watch. A loss of exactly 0 beside a non-finite norm comes from a NaN filter, and is part of the same burst.
-Values of one step may come in several calls; the detector ignores a signal's second value at a step. A step that goes back is a
-restart: the detector forgets what it supersedes (see ``excursion.py``).
+NaN is a value and causes the event ``non-finite``; omit a value that was not logged from ``values``. Neither enters a baseline nor
+interrupts detection. A loss of exactly 0 beside a non-finite norm comes from a NaN filter, and is part of the same burst. Values of
+one step may come in several calls; the detector ignores a signal's second value at a step. A step that goes back is a restart: the
+detector forgets what it supersedes (see ``excursion.py``).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LEAD_STEPS = 64
 
 
 class SpikeDetector:
-    """Feed it each step's numbers; it returns events as episodes begin, change their kind, and end.
+    """Takes each step's numbers and returns events as episodes begin, change their kind, and end.
 
     Args:
         loss: the metric that is the loss.
@@ -113,7 +113,7 @@ class SpikeDetector:
         return events
 
     def finish(self) -> list[Event]:
-        """Close what is open, as the run ends."""
+        """Close open episodes, since the run has ended."""
         events: list[Event] = []
         for name, burst in list(self._bursts.items()):
             events += self._end_burst(burst.end, name, now=True)
@@ -365,7 +365,8 @@ class SpikeDetector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where ``state_dict`` was taken. The detector ignores the state of an older version and learns anew."""
+        """Continue exactly where ``state_dict`` was taken. The detector ignores the state of an older version and starts learning
+        afresh."""
         if "stillness" not in state or len(state["loss"]["baseline"]) != len(self._loss.baseline.state()):
             self._episode = state["episode"]
             return
@@ -387,5 +388,5 @@ class SpikeDetector:
 
 
 def burst_is_over(still: Burst) -> bool:
-    """Whether the loss lives again: it has shown two other values."""
+    """Whether the loss is alive again: it has shown two other values."""
     return still.finite >= 2

@@ -1,4 +1,4 @@
-"""What the telemetry says about one episode: ``forensics.py`` finds it, ``words.py`` puts it into sentences."""
+"""What the telemetry says about one episode: ``forensics.py`` derives it, ``words.py`` puts it into sentences."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Diagnosis:
         overflow: step at which numbers first went non-finite, and the tensor and site where.
         loss_scale: at the onset and the lowest within the episode.
         learning_rate_change: step and factor.
-        learning_rate_climb: how the rate rose by degrees to the run's highest, where that is the suspect.
+        learning_rate_climb: how the rate rose gradually to the run's highest, where that is the suspect.
         outside: the event of a change from outside: kind, step and data; None if there was none, or it is not the suspect.
         disturbs: the effect of a cause outside the forward pass on it: the first site that left, and the one that left furthest.
         stack: in which stack of blocks the site lies, in a model that has several.

@@ -1,17 +1,17 @@
-"""Episodes, which the detector finds: from the first value out of line to the last.
+"""Episodes, which the detector finds: from the first outlying value to the last.
 
 | kind | meaning |
 | --- | --- |
-| hard-batch | one or two steps out of line that recover by themselves: the data, not the state |
+| hard-batch | one or two outlying steps that recover by themselves: the data, not the state |
 | spike | an excursion of the run's state that recovers |
 | divergence | an excursion less than half recovered when the log ends, or after 128 values |
 | non-finite | NaN, infinity, or a number at the end of its type's range |
-| dead | a loss that is exactly 0 again and again, far below its level |
+| dead | a loss that is exactly 0 repeatedly, far below its level |
 | frozen | a value that repeats itself more often than chance explains |
 | loss-scale-collapse | an established loss scale fell to a sixteenth without growing once |
 
-The detector tells an episode in events of its kind, which share ``data["episode"]``: ``phase`` is "onset" when it begins (with the
-kind that is likely then), "change" when the kind turns out to be another, "end" when it is over. ``episodes_of`` folds them.
+The detector reports an episode as events of its kind, which share ``data["episode"]``: ``phase`` is "onset" when it begins (with
+the kind that is likely then), "change" when it turns out to be of another kind, "end" when it is over. ``episodes_of`` folds them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Episode:
 
     Attributes:
         kind: see the table above.
-        onset: step of the first value out of line.
+        onset: step of the first outlying value.
         peak: step of the highest value.
-        end: step of the last value out of line; None while the episode goes on.
+        end: step of the last outlying value; None while the episode lasts.
         height: peak above the baseline at onset, in the signal's unit (nats for a loss, log2 for a loss
             scale, natural log for other signals); None for non-finite values.
         signal: the metric or log column that shows it.
-        told: the step at which the online detector tells it; None: only the whole log shows it.
-        to_the_end: whether it was going on when the log ended.
+        told: the step at which the online detector reports it; None: only the whole log shows it.
+        to_the_end: whether it was still open when the log ended.
         level: the baseline before it, in the signal's unit.
         end_level: the signal's median over the 64 values after the end; None where there are none.
         precursors: signal -> steps by which it left its baseline before this one did.
@@ -63,7 +63,7 @@ class Episode:
 
 
 def episodes_of(events: Iterable[Event]) -> list[Episode]:
-    """The episodes that ``events`` tell, in the order of their onsets, each with its latest known kind and extent."""
+    """The episodes that ``events`` report, in the order of their onsets, each with its latest known kind and extent."""
     latest: dict[tuple[int, str], Event] = {}
     for event in events:
         if event.kind in KINDS and "episode" in event.data:

@@ -1,4 +1,4 @@
-"""The evidence around an episode: all that the rules of ``suspects.py`` ask about."""
+"""The evidence around an episode: everything that the rules of ``suspects.py`` need."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MEASURED = (("activation", "absmax"), ("gradient", "l2"))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Climb:
-    """A rate that rose by degrees, from ``low`` at step ``since`` to ``high`` at ``step``, the highest of the run so far."""
+    """A rate that rose gradually, from ``low`` at step ``since`` to ``high`` at ``step``, the highest of the run so far."""
 
     since: int
     low: float
@@ -43,7 +43,7 @@ class Evidence:
         nearest: the parameters whose gradients the backward pass computes first.
         heads: attention module whose scores the run followed -> its number of heads.
         execution: when a step comes to a site.
-        climb: how the rate rose by degrees to the run's highest so far.
+        climb: how the rate rose gradually to the run's highest so far.
         is_sudden: whether half of the signal's rise came in its first step, in which the run measured layers and gradients.
     """
 
@@ -60,7 +60,7 @@ class Evidence:
 
 
 def gather(run: Run, episode: Episode, departures: Sequence[ChangeOnset]) -> Evidence:
-    """Collect everything that the rules ask about."""
+    """Collect everything that the rules need."""
     onset = episode.onset
     near = [event for event in run.events if onset - LEAD_STEPS <= event.step <= onset + AFTER]
     shares = run.near("gradient", "l2", onset - LEAD_STEPS, onset + AFTER)

@@ -109,12 +109,12 @@ class Excursions:
         return self._follow(self.open, step, value, gap)
 
     def pass_over(self, step: int) -> None:
-        """Note a step without a usable value (NaN), which is no gap in the log."""
+        """Note a step without a usable value (NaN), so that it does not count as a gap in the log."""
         if self.last_step is not None and step > self.last_step:
             self.last_step = step
 
     def finish(self) -> list[Transition]:
-        """Give the verdict on what is still open, as the log ends here."""
+        """Give the verdict on an open excursion, since the log ends here."""
         return [] if self.open is None else [self._close(verdict_at_end(self.open))]
 
     def _learn_interval(self, gone: int) -> None:

@@ -1,4 +1,4 @@
-"""The diagnoses of a run that is over, and the outcomes of its responses, as events for ``events.jsonl``, TensorBoard and the
+"""The diagnoses of a finished run, and the outcomes of its responses, as events for ``events.jsonl``, TensorBoard and the
 report."""
 
 from __future__ import annotations

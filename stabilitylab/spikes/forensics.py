@@ -4,8 +4,8 @@ Forensics ranks sites by when they left their own baseline (``change_onsets.py``
 rules of ``suspects.py`` derive the cause, and its name, from the earliest sites and from changes from outside. ``advice.py`` says
 what to try.
 
-Closeness in time does not prove a cause: the sentences say what moved, in which order, and how finely the run measured it. The same
-batch may do no harm to another state (PaLM, 2204.02311, section 5.1).
+Proximity in time does not prove a cause: the sentences say what moved, in which order, and how finely the run measured it. The same
+batch may be harmless in another state (PaLM, 2204.02311, section 5.1).
 
 Forensics explains a departure that the loss does not show (``site-departure`` and the changes from outside) like an episode, under
 its own kind.

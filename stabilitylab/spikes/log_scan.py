@@ -4,7 +4,7 @@ The scan reads logs in their own order, and a step that goes back is a restart. 
 log is out of order rather than restarted: the scan then sorts it by step, if it has at most ``SORTABLE`` rows. It keeps up to as
 many losses for the second look to both sides (``two_sided.py``).
 
-For a run folder the scan gives the recorded episodes: those that the run acted on and told elsewhere.
+For a run folder the scan returns the recorded episodes: those that the run responded to and reported elsewhere.
 """
 
 from __future__ import annotations

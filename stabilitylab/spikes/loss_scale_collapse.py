@@ -1,12 +1,12 @@
-"""Tells the collapse of a dynamic loss scale from its routine.
+"""Distinguishes the collapse of a dynamic loss scale from its routine.
 
 The scaler halves a dynamic scale at an overflow and doubles it after a window without one. Routine is a search from the start value
-down to one that fits, and later an occasional halving that a doubling makes good. Four halvings of an established scale without a
+down to one that fits, and later an occasional halving that a doubling reverses. Four halvings of an established scale without a
 doubling between them are not routine: no window passed. GLM-130B's scale fell so some 30 steps before the loss broke away
 (2210.02414, section 3.3), OPT-175B's ran to zero with its divergences (2205.01068, section 2.5).
 
 A scale is *established* when it grew to its value (it passed a window), or held for 16 values at the start. After a restart or a
-gap of more than 16 usual intervals in which it did not grow, the watch begins anew.
+gap of more than 16 usual intervals in which it did not grow, the watch starts afresh.
 """
 
 from __future__ import annotations

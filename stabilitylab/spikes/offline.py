@@ -45,8 +45,8 @@ def find_episodes(
         steps: whole numbers, one per value; None: 0, 1, 2, ...
         values: the losses; NaN and infinity are values that were seen.
         signal: the name the episodes carry.
-        finish: the log ends here, so the function closes and judges what is open and takes the second look, to both sides; False:
-            what the detector has said by now.
+        finish: the log ends here, so the function closes and judges open episodes and takes the second look, to both sides; False:
+            only what the detector has reported so far.
 
     Raises:
         InputError: steps and values differ in length, or are not one-dimensional.

@@ -14,8 +14,8 @@ An *episode* is a spike, a divergence or non-finite values of the loss. An alarm
     precision = right / (right + wrong)        recall = episodes with an alarm 1 to horizon steps before / all
     lead      = steps from the first such alarm to the onset; the median over the episodes that had one
 
-The interval of measurement bounds the lead: a signal measured every tenth step can only lead by its last measurement. Small numbers
-of episodes give coarse figures: the counts stand beside them.
+The interval of measurement bounds the lead: a signal measured every tenth step can only lead by its last measurement. Few episodes
+give coarse figures: the counts are listed beside them.
 """
 
 from __future__ import annotations

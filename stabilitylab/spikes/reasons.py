@@ -72,7 +72,7 @@ class Reasons:
         return told
 
     def go_back(self, step: int) -> None:
-        """Forget changes at or after ``step``."""
+        """Forget changes at or after ``step``, to which the run has gone back."""
         self.changes = {name: change for name, change in self.changes.items() if change[0] < step}
 
     def state_dict(self) -> dict[str, Any]:

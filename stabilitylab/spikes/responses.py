@@ -11,23 +11,23 @@
 | escalate | the rungs of ``LADDER`` one after the other | |
 
 The responder decides at the onset of an episode, or when it turns out worse than thought, but not within ``cooldown`` steps of the
-run's beginning or of the last decision; only a non-finite loss does not wait, nor an event graver than the last one answered. It
-answers an episode that begins in a cooldown when that is over, if the episode still goes on. Under ``escalate`` an episode within
-``memory`` steps of the last decision takes the next rung, later ones begin at the first. After ``budget`` decisions the responder
-says so once and stands aside: a run that needs more needs a person.
+run's beginning or of the last decision; only a non-finite loss and an event graver than the last one do not wait. It responds to an
+episode that begins in a cooldown when that is over, if the episode is still open. Under ``escalate`` an episode within ``memory``
+steps of the last decision takes the next rung, later ones begin at the first. After ``budget`` decisions the responder reports this
+once and does nothing further: a run that needs more needs a person.
 
-An episode at a spot from which the run has gone back before shows that going back was not enough. The second decision there goes
-back ``rollback_steps`` further, leaves twice as many batches out and lowers the rate by ``rate_factor`` as well, the third doubles
-that; after ``AT_ONE_SPOT`` decisions the responder leaves the spot to itself and keeps the budget.
+An episode in a stretch that the run has gone back over before shows that going back was not enough. The second decision there goes
+back ``rollback_steps`` further, skips twice as many batches and also lowers the rate by ``rate_factor``; the third doubles that.
+After ``AT_ONE_SPOT`` decisions the responder leaves that stretch alone and keeps the budget.
 
 Your own policy is any object with the methods of ``Policy``: ``glm.train.loop.Trainer(..., responder=mine)``.
 
-The detector tells ``dead`` and ``frozen`` losses, but the responder does not answer them. A loss of exactly 0, or one that repeats
-itself, comes from a mask that leaves no target, a log that repeats a value, or updates that are left out: no batch, rate or older
-state mends that, and going back would train the same steps again for nothing.
+The detector reports ``dead`` and ``frozen`` losses, but the responder does not respond to them. A loss of exactly 0, or one that
+repeats itself, comes from a mask that leaves no target, a log that repeats a value, or skipped updates: no batch, rate or older
+state fixes that, and going back would only repeat the same steps.
 
 After a non-finite loss the state cannot be trusted: whatever the policy, the decision then also goes back to before the onset and
-leaves its batch out.
+skips that batch.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class ResponderConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What the loop must do now. Fields that do not concern it are None or 0.
+    """What the loop must do now. Fields that do not apply are None or 0.
 
     Attributes:
         kind: a policy's name, ``continue``, or ``give-up`` (continue, and say that the budget is spent).
@@ -116,7 +116,7 @@ class Decision:
         alpha: EGS's alpha from here on.
         clip: bound of the gradient norm from here on.
         back_to: continue from the state before this step (or an older one, if that is not kept).
-        skip_batches: leave this many batches out from ``back_to`` on.
+        skip_batches: skip this many batches from ``back_to`` on.
         reason: the data and kind of the event that led to it.
         used: decisions so far, this one included.
     """
@@ -139,7 +139,7 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Decides about episodes. To extend it, write your own; nothing has to be registered."""
+    """Decides how to respond to episodes. Any object with these methods is a policy; none has to be registered."""
 
     def decide(self, events: Sequence[Event], step: int) -> Decision:
         """What to do after ``step``, at which the detector noticed ``events``; ``Decision(kind="continue", step=step)`` for
@@ -153,7 +153,7 @@ class Policy(Protocol):
 
 
 class Responder:
-    """Takes decisions, and keeps what escalation, cooldown and budget need. It must outlive the rollbacks that it orders.
+    """Takes decisions, and keeps the state for escalation, cooldown and budget. It must outlive the rollbacks that it orders.
 
     Args:
         config: policy and limits.

@@ -85,7 +85,7 @@ def _constants() -> ctypes.Array[ctypes.c_double]:
 
 
 def take_quiet(state: Excursions, steps_N: NDArray[np.int64], values_N: Vector) -> int:
-    """Let a quiet signal take ordinary values in, up to one that its own code must judge.
+    """Feed ordinary values to a quiet signal, up to one that the detector's own code must judge.
 
     Args:
         state: has no open excursion and knows its noise; left as ``update`` would have left it.

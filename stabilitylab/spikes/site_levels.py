@@ -29,7 +29,7 @@ class SiteLevels:
         self.seen = np.zeros(count, dtype=np.int64)
 
     def rise(self, values: Array) -> Array:
-        """How far each site's logarithm is over its level, -inf where that is not known; then learns from the values.
+        """How far each site's logarithm is above its level, -inf where that is unknown; then learn from the values.
 
         Args:
             values: one per site; ``rise`` passes over those not finite or not positive.

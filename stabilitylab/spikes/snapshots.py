@@ -1,4 +1,4 @@
-"""A baseline as it was at earlier steps, sparser with age: the detector judges a run that goes back by what was known there."""
+"""Snapshots of a baseline at earlier steps, sparser with age, so that a run that goes back is judged by what was known there."""
 
 from __future__ import annotations
 

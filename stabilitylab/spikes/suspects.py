@@ -1,4 +1,4 @@
-"""From the evidence around an episode to its first suspect: the rules, in the order in which they are tried.
+"""Derives the first suspect from the evidence around an episode: the rules, in the order in which they are tried.
 
 | cause | pattern | site |
 | --- | --- | --- |

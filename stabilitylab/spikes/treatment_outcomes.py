@@ -4,8 +4,8 @@
                      and without another event, hard batches aside
     of a replay      the fork's verdict is "prevented": nothing like the event came in it (``glm replay`` writes that)
 
-An outcome that is not known yet (the run ended sooner) is not recorded. A run's outcomes are its own, those of its forks under
-``replays/``, and those of the runs beside it: a suite's arms, or whatever else lies in the same folder.
+An outcome that is not known yet (the run ended sooner) is not recorded. A run's outcomes include its own, those of its forks under
+``replays/``, and those of the runs next to it: a suite's arms, or whatever else is in the same folder.
 
 An outcome's ``treatment`` is a policy's word (skip-batch, lower-rate, clip, ...) or the name of the setting that a fork changed. A
 fork that changed several settings says nothing about any one of them, and counts under all their names joined.

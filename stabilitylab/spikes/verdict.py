@@ -167,5 +167,5 @@ class Smoothing:
 
 
 def is_noise(now: Open, baseline: Baseline) -> bool:
-    """Whether values went as far and as often to the other side, so that the noise has grown and the state has not left."""
+    """Whether values went as far and as often to the other side, so that the noise has grown rather than the state has left."""
     return now.low >= max(1, 0.3 * now.out) and now.height < 3 * baseline.limit()
