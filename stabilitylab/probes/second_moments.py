@@ -138,9 +138,16 @@ def _found(p: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
             if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
                 continue
             first, second = local_part(first)[0], local_part(second)[0]
+            if not (_holds_numbers(first) and _holds_numbers(second)):
+                continue
             if first.numel() == second.numel() == count:
                 return first, second
     return None
+
+
+def _holds_numbers(moment: Tensor) -> bool:
+    """Whether a moment's elements are its numbers; those of eight bits are codes, whose scales lie elsewhere (FlashAdamW)."""
+    return moment.is_floating_point() and moment.itemsize > 1
 
 
 def _levels(state: Mapping[str, Any], below: int) -> Iterator[Mapping[str, Any]]:

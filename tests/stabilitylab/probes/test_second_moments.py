@@ -22,11 +22,14 @@ class Kept(torch.optim.Optimizer):
         how: bias (torch's), none (divided out by a beta2 that grows, as StableAdamW and heavyball do), scaled (Prodigy's), rows
             (one number a row, Adam-mini's).
         prefix: before and after the names in the state, heavyball's way; the state then lies one level down.
+        codes: type of the moments in the state.
     """
 
-    def __init__(self, parameters: Any, how: str, prefix: str = "") -> None:
+    def __init__(
+        self, parameters: Any, how: str, prefix: str = "", codes: torch.dtype = torch.float32
+    ) -> None:
         super().__init__(parameters, {"lr": 0.01, "betas": (0.9, BETA2), "eps": 1e-8})
-        self.how, self.prefix = how, prefix
+        self.how, self.prefix, self.codes = how, prefix, codes
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -40,7 +43,8 @@ class Kept(torch.optim.Optimizer):
                 square = square * (1e-9 if self.how == "scaled" else 1.0)
                 beta2 = BETA2 * (1 - BETA2 ** (t - 1)) / (1 - BETA2**t) if self.how == "none" else BETA2
                 v = own.get(names[1], torch.zeros_like(square))
-                own[names[0]], own[names[1]] = torch.ones_like(square), beta2 * v + (1 - beta2) * square
+                own[names[0]] = torch.ones_like(square).to(self.codes)
+                own[names[1]] = (beta2 * v.float() + (1 - beta2) * square).to(self.codes)
                 p.sub_(0.01 * p.grad.sign())
 
 
@@ -94,6 +98,14 @@ def test_what_is_no_mean_of_the_squared_gradient_is_not_compared_with_it() -> No
     assert math.isfinite(sink.rows[2, "update/0.weight/second_moment_l2", -1])
     assert (2, "update/0.weight/rms_t", -1) not in sink.rows
     assert (2, "update/0.weight/below_epsilon_fraction", -1) not in sink.rows
+
+
+@pytest.mark.parametrize("codes", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_codes_of_eight_bits_are_no_moments(codes: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STABILITYLAB_STRICT", "1")
+    sink, _ = trained(lambda parameters: Kept(parameters, "bias", codes=codes), 0)
+    assert sink.rows[2, "update/0.weight/rms", -1] == pytest.approx(0.01, rel=1e-4)
+    assert (2, "update/0.weight/second_moment_l2", -1) not in sink.rows
 
 
 def test_moments_of_another_size_are_left_alone() -> None:
