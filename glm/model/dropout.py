@@ -4,8 +4,8 @@
 
 Each row draws its own mask, so the mask is the same however micro-batches and replicas split the update's rows. A place is a site
 of the whole model (0 the embedding, then two per layer), so the mask is the same in whichever pipeline stage a layer lies; and
-tensor ranks that hold the same activations drop the same ones without exchanging a word. Recomputed activations get the keys that
-they had. A resumed run draws what the first would have drawn.
+tensor ranks that hold the same activations drop the same ones without communicating. Recomputed activations get the keys that they
+had. A resumed run draws what the first would have drawn.
 
 ``mix`` is SplitMix64's finaliser (Steele, Lea and Flood 2014). torch's own generator draws the numbers, as in ``F.dropout``.
 

@@ -35,7 +35,7 @@ class Experts(nn.Module):
 
     Attributes:
         load_E: choices of each expert since the last update, dropped ones included; None: none yet.
-        dropped: choices that experts' capacity left out since then.
+        dropped: choices dropped since then for lack of experts' capacity.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -97,7 +97,7 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def follow(self, *, applied: bool) -> None:
-        """After an update, or a skipped one: move the bias towards an even load, and count anew."""
+        """After an update, or a skipped one: move the bias towards an even load, and reset the counts."""
         if applied and self.bias_E is not None and self.load_E is not None:
             load_E = self.load_E.to(torch.float32)
             self.bias_E += self.bias_rate * torch.sign(load_E.mean() - load_E).to(self.bias_E.dtype)

@@ -1,4 +1,4 @@
-"""Modules that follow the weights outside the gradient: the engine tells them once per update, at its end."""
+"""Modules that follow the weights outside the gradient: the engine calls them once per update, at its end."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ before it (``flight/``, ``checkpoints/``) the command trains the run on unchange
 there repeats the run to the last bit, and the command says whether it did. Then forks go without the update of a parameter group,
 without a batch, at half the rate, in fp32, ... (``stabilitylab/attribution/ablation.py`` has the table), side by side over the
 cores, and the search narrows the answer down within the budget. ``RUN/attribution/`` keeps the forks: after an interruption the
-same command goes on where it was.
+same command resumes where it stopped.
 
 The result is an event ``attribution`` in ``events.jsonl`` and a section of the run's report.
 """
@@ -64,7 +64,7 @@ class Asked:
         device: device to train forks on; None: the kind of device that trained the run.
         from_start: train from the beginning where the run kept no state.
         json: print the result as JSON.
-        html: file to write a page of its own to.
+        html: file to write a page about it to.
     """
 
     run: Path

@@ -1,6 +1,6 @@
 """Everything that determines a run's numbers, in one frozen value.
 
-``config.json`` of a run folder is exactly this. Where the data lies and where the run goes are not part of it: they may move. The
+``config.json`` of a run folder is exactly this. The locations of the data and of the run are not part of it: both may move. The
 command line is generated from it (``--model.norm deepnorm``, ``--precision fp16``).
 """
 
@@ -79,8 +79,8 @@ class MonitorConfig:
         sites: glob of the module and parameter paths to watch.
         tensorboard: write TensorBoard files beside the Parquet ones.
         weights_every: steps between measurements of the weights themselves (norms, largest singular values, angles); 0: never.
-        curvature_every: steps between measurements of how much more rate the run would bear, each one more forward and backward
-            pass; 0: never. AdamW, fp32, one process only.
+        curvature_every: steps between measurements of how much higher a learning rate the run would tolerate, each one more forward
+            and backward pass; 0: never. AdamW, fp32, one process only.
         formats_every: steps between measurements of what formats of few bits would cost every linear layer, which
             ``stabilitylab forecast`` extrapolates; 0: never.
         recorder: measure every step, hold this many of the last steps in memory, and write them in full when something breaks;

@@ -4,8 +4,8 @@
             at its minimum
 
 A spike that recovers within the patience does not count, nor does a skipped update of a loss scale that finds its level. Searches
-for the rate that a model bears (``experiments``) count a lost run as collapsed; it ends as complete, with ``lost`` in its last
-event.
+for the highest rate that a model survives (``experiments``) count a lost run as collapsed; it ends as complete, with ``lost`` in
+its last event.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the gradient lies in the format that it was accumulated in, before the loss scale is taken out.
+"""Where the gradient lies in the range of its accumulation format, before the loss scale is divided out.
 
 Only the trainer has these gradients, so it hands them over (``take``). ``glm.precision.gradient_range`` counts; the monitor merges
 the counts over ranks, in its one collective.

@@ -51,7 +51,7 @@ class Restart:
         return list(self._held)
 
     def block_of(self, path: str) -> int:
-        """The block in which a layer lies; 0 for layers outside."""
+        """The number of the block that contains a layer; 0 for layers outside all blocks."""
         if self._blocks and path.startswith(f"{self._name}."):
             return int(path.removeprefix(f"{self._name}.").split(".")[0])
         return 0

@@ -5,9 +5,9 @@
     output = end of the model (h_L)          some tokens at a time (logit_chunks.py)
 
 Memory holds the latest block's outputs on the text, T C numbers, and one block. Each stage lets the blocks in front answer at once
-and stops the model behind its own block. So the model makes everything else that it gives to blocks (positions, masks) as ever, and
-the output is that of a whole run bit for bit. A run on a few tokens tries that; models whose blocks know more of each other than
-their outputs are read whole.
+and stops the model behind its own block. So the model computes everything else that it passes to blocks (positions, masks) as
+usual, and the output is that of a whole run bit for bit. A run on a few tokens tries that; models whose blocks know more of each
+other than their outputs are read whole.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def quantize(
         batch: rows at which --budget-latency counts: 1, 32 or 256.
         schemes: the schemes to choose from.
         tokens: tokens of the text on which to measure every layer and scheme.
-        verify_tokens: tokens of the text after them, on which to verify whole plans and choose one; as many after those tell the
-            outcome of the chosen one.
+        verify_tokens: tokens of the text after those, on which to verify whole plans and choose one; as many again give the
+            reported outcome of the chosen plan.
         length: tokens of a window; by default 256, or fewer where the model takes fewer.
         sensitivity: how to measure what the schemes do to a layer: by gradients of the output, in one backward pass for all, or by
             a run of the model for each layer and scheme.

@@ -101,7 +101,7 @@ def save_compressed_tensors(model: TextModel, plan: QuantizationPlan, out: Path)
         out: folder to make.
 
     Raises:
-        InputError: ``out`` stands already, the plan is for another model, or a scheme has no form in compressed-tensors.
+        InputError: ``out`` already exists, the plan is for another model, or a scheme has no form in compressed-tensors.
     """
     plan.require(model.fingerprint, model.name)
     refuse_layers(model, NAME)

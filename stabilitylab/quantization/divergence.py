@@ -1,4 +1,4 @@
-"""How far a quantized model's output lies from the model's own.
+"""How far a quantized model's output is from the original model's.
 
 For a model that predicts tokens, per target t with distributions p (the model's own) and q (the quantized one's):
 

@@ -51,7 +51,7 @@ class Export:
 
     Attributes:
         name: for ``--format``.
-        save: writes a model quantized by a plan to a path that does not stand yet; returns the bytes of its weights.
+        save: writes a model quantized by a plan to a path that does not exist yet; returns the bytes of its weights.
         holds: whether a quantized layer's numbers have an exact form in it.
         instead: schemes whose layers it holds, to say where it does not.
         embeddings: whether it holds quantized embeddings.
@@ -151,8 +151,8 @@ def held_schemes(format: str, schemes: Sequence[LinearScheme]) -> tuple[list[Lin
 
 
 def refuse_layers(model: TextModel, format: str) -> None:
-    """Raises InputError where a model's layers have no form in a format whatever their scheme: experts that were taken apart are no
-    layers of the file, and some weights lie the other way round."""
+    """Raises InputError where a format cannot represent a model's layers whatever their scheme: experts that were split are not
+    layers of the file, and some weights are stored transposed."""
     if any(isinstance(module, SplitExperts) for module in model.module.modules()):
         raise InputError(
             f"{model.name} has experts, whose layers are not written as {format}: leave out --format"

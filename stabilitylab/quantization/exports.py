@@ -45,7 +45,7 @@ def save_as(format: str, model: TextModel, plan: QuantizationPlan, out: Path) ->
     """Write a model quantized by a plan in one of the formats; returns the bytes of its weights.
 
     Raises:
-        InputError: ``out`` stands already, the plan is for another model, a scheme has no exact form there, or the package that
+        InputError: ``out`` already exists, the plan is for another model, a scheme has no exact form there, or the package that
             writes it is missing.
     """
     from stabilitylab.quantization.compressed_tensors import save_compressed_tensors

@@ -6,18 +6,18 @@ gain commutes with every orthogonal Q. So the rotation moves gains into the weig
     embedding   E Q                 readers (q, k, v, gate, up, router, output)   (W diag(g)) Q,  g = 1
     writers (o, down)   Q' W, b Q
 
-Inside attention it also turns the values of each head of d numbers, since a mixture of rows commutes with what stands behind it.
-v_proj becomes R' W_v (its bias b R) and o_proj W_o R, with R the same for every head and so for grouped queries. Norms of q and k,
-per head, stand behind the turned products and see what they saw. An output tied to the embedding is untied: only the output takes
-the last gain.
+Inside attention it also rotates the values of each head of d numbers, since a mixture of rows commutes with what follows it. v_proj
+becomes R' W_v (its bias b R) and o_proj W_o R, with R the same for every head and so for grouped queries. Norms of q and k, per
+head, come after the rotated products and see the same inputs as before. An output tied to the embedding is untied: only the output
+absorbs the last gain.
 
 Q = D (C x H): random signs, Sylvester's H of the largest power of two in the size, and for the odd rest m Hartley's orthogonal C[i,
 j] = (cos + sin)(2 pi i j / m) / sqrt(m). No entry is beyond sqrt(2 / size), so a steady channel of size a is spread to at most a
 sqrt(2 / size). What down_proj reads stays as it was: behind the gate only a rotation in every call could turn it (-had). Channels
 that a gain held down weigh in full again: rounding sees the stream with its massive channels, where -had turns norm(x) g.
 
-A norm on what a layer writes (Gemma 2 and 3, OLMo 2) stands between the writer and the stream, and its gain does not commute with
-Q; LayerNorm takes a mean besides. ``rotate`` refuses such models, as any with a weight that is not accounted for.
+A norm on a layer's output (Gemma 2 and 3, OLMo 2) comes between the layer and the stream, and its gain does not commute with Q;
+LayerNorm also subtracts a mean. ``rotate`` refuses such models, and any with a weight that is not accounted for.
 
 Source: QuaRot, arXiv:2404.00456, section 4, stage 1; SliceGPT, arXiv:2401.15024, section 3; SpinQuant, arXiv:2405.16406, R1 and R2.
 """
@@ -116,7 +116,7 @@ def exact_logits(model: Any) -> Tensor:
 
 
 def rounding_bound(model: nn.Module) -> float:
-    """How far logits of equivalent models may lie apart in float64, as a share of the largest.
+    """How far the logits of equivalent models may differ in float64, as a share of the largest.
 
     A sum of K products is off by K u at most, u = 2^-53; a model adds up what some ten products of each of its L blocks are off.
     """

@@ -114,7 +114,7 @@ class FormatLinear(HasWeightOnPaper, nn.Module):
         bias: [N], or None.
         smooth: [K], factors already in the weights' columns, by which x is divided; or None.
         fingerprint: of the float32 weights that the layer was made from.
-        columns: K, where codes of 4 bits lie two in a byte already; None: each has a byte.
+        columns: K, where 4-bit codes are already packed two to a byte; None: each has its own byte.
     """
 
     codes: Tensor

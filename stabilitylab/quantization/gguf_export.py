@@ -64,7 +64,7 @@ def save_gguf(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
         out: folder to make: ``model.gguf``, configuration and tokenizer, plan and card.
 
     Raises:
-        InputError: gguf is missing, ``out`` stands already, the plan is for another model, or the model or a scheme has no form.
+        InputError: gguf is missing, ``out`` already exists, the plan is for another model, or the model or a scheme has no form.
     """
     config, architecture = require_gguf(model)
     import gguf

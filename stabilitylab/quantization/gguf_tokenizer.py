@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file: pieces, merges, what they mean, and how text is cut into words before merging.
 
-llama.cpp knows cuts by name (``tokenizer.ggml.pre``) and takes ids that a file leaves out from GPT-2 (11 for begin and end). So the
-export writes everything that llama.cpp would guess: the name where ``tokenizer.json`` cuts as one of the table below, ids of
+llama.cpp knows pre-tokenizers by name (``tokenizer.ggml.pre``) and takes ids that a file omits from GPT-2 (11 for begin and end).
+So the export writes everything that llama.cpp would guess: the name where ``tokenizer.json`` cuts as one of the table below, ids of
 special tokens, whether a text begins or ends with one, the chat template. Added pieces that are not special are matched before the
 text is cut; GGUF calls them user-defined. A model that came from a GGUF file keeps that file's own fields.
 
@@ -39,7 +39,7 @@ def write_tokenizer(writer: Any, model: TextModel, folder: Path, config: Any) ->
     Args:
         writer: gguf's.
         model: the original.
-        folder: where its tokenizer.json and tokenizer_config.json lie.
+        folder: the folder with its tokenizer.json and tokenizer_config.json.
         config: the model's.
 
     Returns:

@@ -107,7 +107,7 @@ class Moments:
         Layers with one input share their moments, so a factor once made is kept.
 
         Args:
-            order: columns of large S[k, k] first; otherwise as they stand.
+            order: columns of large S[k, k] first; otherwise in their own order.
         """
         if order not in self._factors:
             self._factors[order] = self._factored(order)

@@ -150,7 +150,7 @@ def cache_plan(
     Args:
         model: not quantized.
         windows: to choose a format on.
-        third: to tell the chosen one's loss on; without any: ``windows``.
+        third: to report the chosen format's loss on; if empty, ``windows``.
         budget: where no format fits, none is chosen.
 
     Returns:

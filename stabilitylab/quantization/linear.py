@@ -1,4 +1,4 @@
-"""``QuantizedLinear``: what stands where an ``nn.Linear`` stood.
+"""``QuantizedLinear``, the replacement of an ``nn.Linear``.
 
     weight-only      y = x W_q' + b
     W8A8             y = s_x (q W_q') + b,         q = round(x / s_x),  s_x = max|x| / 127.5 over the tensor or the token

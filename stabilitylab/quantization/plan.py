@@ -109,10 +109,10 @@ class QuantizationPlan:
         loss: the unchanged model's on the verification text; None for encoders.
         budget: asked for.
         tokens: of the text that sensitivities were measured on, and of the one that plans were chosen by.
-        told_tokens: of the third text, which tells the outcomes and the loss; 0 in plans from before there was one.
+        told_tokens: of the third text, on which outcomes and loss are reported; 0 in plans from before there was one.
         machine: where times were measured.
         layers: path -> decision.
-        kept: path -> why a linear layer is no part of the plan.
+        kept: path -> why a linear layer is not part of the plan.
         planned: outcome of this plan.
         singles: scheme's name -> outcome with that scheme in every layer; ``KEPT`` is the model as it is.
         notes: what the search had to correct.

@@ -1,4 +1,4 @@
-"""The plan as it is kept: every layer's decision and its reason, what the plan leaves out and why, and every number behind."""
+"""The plan as it is stored: every layer's decision and its reason, what the plan leaves out and why, and all numbers behind it."""
 
 from __future__ import annotations
 

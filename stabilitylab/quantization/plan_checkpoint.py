@@ -1,4 +1,4 @@
-"""What was measured so far, in a file from which an interrupted plan goes on.
+"""What was measured so far, in a file from which an interrupted plan resumes.
 
     {"mark": ...}                              what was measured on: model, text, schemes; another mark begins anew
     {"path": ..., "schemes": {...}}            a layer, a line each, written when it is done

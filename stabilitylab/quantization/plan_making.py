@@ -1,4 +1,4 @@
-"""Makes a plan: measures layers, chooses a scheme for each, verifies whole plans, and tells the outcome on a text of its own.
+"""Makes a plan: measures layers, chooses a scheme for each, verifies whole plans, and reports the outcome on a separate text.
 
 first text     what enters each layer, what each scheme does to it     ``measured_layers``, ``measured_ends``
 second text    the loss of whole plans, by which one is chosen         ``Advisor``, ``Verification``
@@ -73,12 +73,13 @@ def make_plan(
         budget: what the plan may spend.
         schemes: the schemes to choose from.
         tokens: tokens of the text on which to measure every layer and scheme.
-        verify_tokens: tokens of the text after them, on which to verify whole plans; as many after those tell the outcome.
+        verify_tokens: tokens of the text after those, on which to verify whole plans; as many again give the reported outcome.
         length: tokens of a window.
         by: how to measure layers' sensitivities: see ``measured_layers``.
         cache: what the KV cache may take; None measures none.
         embeddings: whether to plan them.
-        work: the file that the plan will go to; an interrupted pass leaves what it measured beside it, and the next takes that up.
+        work: the file that the plan will go to; an interrupted pass leaves what it measured next to it, and the next pass resumes
+            from that.
         console: where to show progress.
 
     Raises:

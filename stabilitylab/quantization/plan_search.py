@@ -6,7 +6,7 @@ Choosing assumes that harms add up (divergence.py says why they should). So the 
     loss               proposals under a shrinking or growing allowance are verified until the loss increase fits closely
 
 Last, no plan may lose against one scheme everywhere: if a single scheme that keeps the budget, with no more bytes, has a smaller
-verified loss, that single scheme is the plan, and a note says so. Of equal proposals the search takes the one of fewer bytes.
+verified loss, that single scheme is the plan, and a note says so. Of equal proposals the search takes the one with fewer bytes.
 
 A verification is a run over the whole text, so the search verifies single schemes only where they could win by the sum of their
 harms; for the others it tells that sum.
@@ -36,7 +36,7 @@ _NEAR = 1.1  # single schemes are verified where the sum of their harms is withi
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What the search came to.
+    """The result of the search.
 
     Attributes:
         assignment: path -> scheme's name or ``KEPT``.

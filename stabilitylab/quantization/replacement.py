@@ -1,6 +1,6 @@
 """Puts quantized layers in the place of linear ones, and takes them back.
 
-A layer that stands in a model under several paths is one layer: every path gets its quantized twin. A layer that shares its weight
+A layer that appears in a model under several paths is one layer: every path gets its quantized twin. A layer that shares its weight
 with something else (an output projection tied to the embedding) stays as it is here: quantizing it alone would not save a byte.
 vocabulary.py quantizes both together as one matrix.
 """
@@ -64,7 +64,7 @@ def quantized(
 
 
 def put(module: nn.Module, path: str, layer: nn.Module) -> None:
-    """Set a layer at a path, and wherever else the layer there stands too."""
+    """Set a layer at a path, and at every other path of the layer that was there."""
     before = module.get_submodule(path)
     if isinstance(layer, HasWeightOnPaper):
         dtype = None if is_held(before) else getattr(getattr(before, "weight", None), "dtype", None)
@@ -77,7 +77,7 @@ def put(module: nn.Module, path: str, layer: nn.Module) -> None:
 
 @contextmanager
 def replaced(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The model with other layers in some places; afterwards it is what it was."""
+    """The model with other layers in some places; afterwards it is restored."""
     before = {path: module.get_submodule(path) for path in layers}
     try:
         for path, layer in layers.items():

@@ -79,7 +79,7 @@ def write_rotated(
         rounded weights.
 
     Raises:
-        InputError: ``out`` stands already, the model cannot be rotated, or the rotated one is not equivalent.
+        InputError: ``out`` already exists, the model cannot be rotated, or the rotated one is not equivalent.
     """
     module: Any = model.module
     folded_rotation.require_rotatable(module)

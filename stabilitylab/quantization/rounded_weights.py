@@ -2,7 +2,7 @@
 
     FOLDER/<digest of layer and scheme>.safetensors    buffers of the quantized layer, its layout in the header
 
-A plan's folder stands beside it under its name, with ``.rounded`` in place of ``.json``. When the plan is made, only weights that
+A plan's folder is next to it and has its name, with ``.rounded`` in place of ``.json``. When the plan is made, only weights that
 were rounded for a text's inputs stay there: all others can be made again.
 """
 
@@ -34,7 +34,7 @@ _PARTIAL = "partial"
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedScheme:
-    """A scheme whose rounded weights of one layer lie in a file.
+    """A scheme whose rounded weights of one layer are in a file.
 
     Attributes:
         name: of the scheme.

@@ -1,9 +1,11 @@
-"""Sensitivities of all layers, either way; an interrupted pass goes on where it was, and says how much time is left.
+"""Sensitivities of all layers, by gradients or by runs; an interrupted pass resumes where it stopped, and says how much time is
+left.
 
     gradients    one pass backward, a rounding and a product for each layer and scheme (estimate.py)
     runs         a run of the model from the layer's block on, for each layer, scheme and window (sensitivity.py)
 
-Where gradients cannot be had (a model changes tensors in place, or its operators have none), runs measure, and a note says so.
+Where gradients are not available (a model changes tensors in place, or its operators have none), sensitivities come from runs, and
+a note says so.
 """
 
 from __future__ import annotations

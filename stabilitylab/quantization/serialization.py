@@ -51,7 +51,7 @@ def save_quantized(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
         out: folder to make.
 
     Raises:
-        InputError: ``out`` stands already, or the plan is for another model.
+        InputError: ``out`` already exists, or the plan is for another model.
     """
     plan.require(model.fingerprint, model.name)
     with new_folder(out) as partial:
@@ -68,7 +68,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into: it takes its name when all of it is written, and is gone if it was not.
 
     Raises:
-        InputError: ``out`` stands already.
+        InputError: ``out`` already exists.
     """
     if out.exists():
         raise InputError(f"{out} exists already: give another place, or remove it")

@@ -1,4 +1,4 @@
-"""Shows how far a long measurement is and how long it will take: as a bar on a terminal, as a line now and then in a pipe."""
+"""Shows how far a long measurement is and how long it will take: as a bar on a terminal, as an occasional line in a pipe."""
 
 from __future__ import annotations
 

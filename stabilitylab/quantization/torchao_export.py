@@ -51,7 +51,7 @@ def save_torchao(model: TextModel, plan: QuantizationPlan, out: Path) -> int:
         out: folder to make.
 
     Raises:
-        InputError: torchao is missing, ``out`` stands already, the plan is for another model, or a scheme has no form in torchao.
+        InputError: torchao is missing, ``out`` already exists, the plan is for another model, or a scheme has no form in torchao.
     """
     require_torchao()
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict

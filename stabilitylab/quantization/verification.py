@@ -60,7 +60,7 @@ class Twins:
         self._matrices = matrices or {}
 
     def of(self, schemes: Mapping[str, LinearScheme]) -> dict[str, nn.Module]:
-        """Path -> the layer that stands there."""
+        """Path -> the layer to put there."""
         found: dict[str, nn.Module] = {}
         for path, scheme in schemes.items():
             found |= self._made(path, scheme)
@@ -69,7 +69,7 @@ class Twins:
     def by_block(
         self, schemes: Mapping[str, LinearScheme], blocks: Sequence[str]
     ) -> dict[str | None, dict[str, LinearScheme]]:
-        """Schemes by the block in which a layer stands; None: in none, or in several."""
+        """Schemes by the block that contains the layer; None: in none, or in several."""
         places: dict[int, list[str]] = {}
         for name, found in self._module.named_modules(remove_duplicate=False):
             places.setdefault(id(found), []).append(name)

@@ -42,7 +42,7 @@ class QuantizedEmbedding(nn.Module):
     """Looks up rows of a quantized matrix.
 
     Args:
-        table: the embedding in whose place it stands; its weight is not kept.
+        table: the embedding that it replaces; its weight is not kept.
         matrix: the rows, as a quantized layer that is never called.
     """
 
@@ -132,7 +132,7 @@ class EmbeddingMatrix:
         return found if self.outputs else replace(found, activations=None)
 
     def twins(self, scheme: LinearScheme) -> dict[str, nn.Module]:
-        """Path -> what stands there when it is quantized; ``scheme`` is one that ``scheme()`` returned."""
+        """Path -> the quantized layer to put there; ``scheme`` is one that ``scheme()`` returned."""
         return self.places(self.made(scheme))
 
     def made(self, scheme: LinearScheme, moments: Moments | None = None) -> Any:

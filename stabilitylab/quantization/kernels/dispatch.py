@@ -45,7 +45,7 @@ class IntegerKernel(Protocol):
 
 
 def weight_kernel(stored: StoredWeight) -> WeightKernel:
-    """The kernel for weight-only schemes, on the device where ``stored`` lies."""
+    """The kernel for weight-only schemes, on the device of ``stored``."""
     kind = stored.values.device.type
     one_a_row = stored.scales.shape[1] == 1
     if kind == "cpu" and stored.bits == 4 and (one_a_row or stored.group in (32, 64, 128)):
@@ -60,7 +60,7 @@ def weight_kernel(stored: StoredWeight) -> WeightKernel:
 
 
 def integer_kernel(stored: StoredWeight) -> IntegerKernel:
-    """The kernel for int8 activations, on the device where ``stored`` lies."""
+    """The kernel for int8 activations, on the device of ``stored``."""
     if stored.scales.shape[0] == 1 and stored.shape[0] > 1:
         stored = replace(stored, scales=stored.scales.expand(stored.shape[0], 1))
     device = stored.values.device

@@ -1,4 +1,5 @@
-"""Dequantizes a tile of rows into a scratch that stays in cache, multiplies, goes on: right for any scheme, shape and device.
+"""Dequantizes a tile of rows into a scratch buffer that stays in cache and multiplies it, tile by tile: correct for any scheme,
+shape and device.
 
 The weights leave memory as bytes, not as floats, so from a few dozen rows on this costs little more than the product in floats.
 """
