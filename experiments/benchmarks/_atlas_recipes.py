@@ -36,7 +36,7 @@ class Recipe:
         all that follow. rate: the step's over the usual one. beta2: the run's. aged: from update ``AGED`` on the moments are those
         of a run of a million updates. climb: the rate's factor at each update from ``CLIMBS`` on. clip: of the gradient norm; 0:
         none. precision: "fp32", or that of autocast. planted: whether it is done at a step, and not a setting of the whole run;
-        ``lasts``: it goes on after its step.
+        ``lasts``: it continues after its step.
     """
 
     name: str

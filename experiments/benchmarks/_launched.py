@@ -88,7 +88,7 @@ class Line:
 
     @property
     def back_to(self) -> int | None:
-        """The step of the checkpoint from which the run goes on, where it tells that."""
+        """The step of the checkpoint from which the run continues, where it tells that."""
         found = _BACK.match(self.text)
         return int(found[1]) if found else None
 

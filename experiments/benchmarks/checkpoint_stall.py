@@ -37,7 +37,7 @@ HOW = ("none", "synchronous", "asynchronous")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The cost of a checkpoint, written while training goes on or not.
+    """The cost of a checkpoint, written while training continues or not.
 
     Attributes:
         layers: layers of the model.

@@ -9,7 +9,7 @@ It runs two trainings of several processes under torchrun, the same in everythin
 | writing | SIGKILL of one rank while a checkpoint is half-written | the same, from the checkpoint before |
 | hang | SIGSTOP of one rank | the others give it up after ``parallel.timeout``, then the same |
 | launcher | SIGKILL of torchrun alone | the ranks notice, save and end; a new launch continues |
-| full | one rank's files may no longer grow (as on a full disk) | the run loses that checkpoint and tells so; training goes on |
+| full | one rank's files may no longer grow (as on a full disk) | the run loses that checkpoint and tells so; training continues |
 | damaged | SIGKILL of all ranks, a bit of the newest checkpoint flipped | training takes the one before, and tells so |
 | missing | SIGKILL of launcher and ranks, a file of the newest checkpoint removed | a new launch does the same |
 

@@ -13,7 +13,7 @@ onset lies within 16 steps from the plant on:
 No diagnosis counts as wrong. In runs without a plant every diagnosis and every departure is false.
 
 With ``--runs`` the run folders stay, and the benchmark explains existing ones anew without training them again: so an interrupted
-benchmark goes on where it was, and judges a changed rule on the same runs in minutes.
+benchmark resumes where it stopped, and judges a changed rule on the same runs in minutes.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python -m experiments.benchmarks spike_atlas --forensics seen|held-out [--seed 100] --spikes 60 --out FOLDER
 
 The benchmark runs recipes of ``_atlas_recipes.py`` with one seed after another, always one of the kind with the fewest spikes,
-until there are ``--spikes`` of them or the minutes are over; it keeps finished ones, so the same command goes on. For each spike it
+until there are ``--spikes`` of them or the minutes are over; it keeps finished ones, so the same command resumes. For each spike it
 writes
 
     atlas/spikes.jsonl           recipe, seed, plant, diagnosis, every fork's verdict

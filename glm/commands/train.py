@@ -270,7 +270,7 @@ def _prepare(run: RunFolder, config: TrainConfig, *, resume: bool, console: Cons
 
 
 def _tell_of_a_jump(old: TrainConfig, new: TrainConfig, *, step: int, console: Console) -> None:
-    """Warn where a changed schedule gives another rate at the step where training goes on: a sudden change makes spikes."""
+    """Warn where a changed schedule gives another rate at the step where training continues: a sudden change makes spikes."""
     before, now = (one.schedule.learning_rate(step, one.steps) for one in (old, new))
     if before > 0 and not 2 / 3 < now / before < 1.5:
         console.print(

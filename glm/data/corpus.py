@@ -1,6 +1,6 @@
 """Builds a corpus from the default packages, or from the user's files.
 
-Every source (a package, a file) becomes one Parquet file of documents, or one per task; a killed build goes on after the last
+Every source (a package, a file) becomes one Parquet file of documents, or one per task; a killed build resumes after the last
 source that it finished.
 """
 

@@ -154,7 +154,7 @@ class Decoder:
         self._timing.decode_seconds += time.perf_counter() - started
 
     def reorder(self, rows_W: Tensor) -> None:
-        """Row w goes on from the former row ``rows_W[w]``."""
+        """Row w continues the former row ``rows_W[w]``."""
         self._cache.reorder(rows_W)
 
     def _extend(self, tokens_WT: Tensor, positions: Tensor, visible_W1TS: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def prepare(path: Path) -> Prepared:
 
 
 def find_files(path: Path) -> Files:
-    """The parts of the model in a folder. Raises InputError where there is none."""
+    """The parts of the model in a folder. Raises InputError if there is none."""
     if not path.exists():
         raise InputError(f"{path} does not exist: give a run folder, a checkpoint in it, or an export")
     if not path.is_dir():

@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
     @torch.no_grad()
     def set_gain(self, gain: float) -> None:
-        """The same gain for every channel. Raises InputError where there is none."""
+        """The same gain for every channel. Raises InputError if there is none."""
         if self.weight is not None:
             self.weight.fill_(gain - self.offset)
         elif gain != 1.0:

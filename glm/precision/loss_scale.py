@@ -85,7 +85,7 @@ class LossScaler:
         return self.scale
 
     def state_dict(self) -> dict[str, float | int | bool]:
-        """Plain numbers: everything that ``load_state_dict`` needs to go on exactly."""
+        """Plain numbers: everything that ``load_state_dict`` needs to continue exactly."""
         return {
             "scale": self.scale,
             "hysteresis_left": self.hysteresis_left,

@@ -1,4 +1,4 @@
-"""Writes checkpoints to disk while training goes on.
+"""Writes checkpoints to disk while training continues.
 
     begin     put the present state together: training waits for this alone
     write     a thread writes the tensors, flushes them to disk and computes their checksums while training steps
@@ -9,7 +9,7 @@ meet in every step, agree on what the processes must agree on (all have written;
 and no process waits for another's disk. A checkpoint appears at the end of the step in which its last process has written: a kill
 before that leaves the previous one, whole, and a ``.partial`` folder that the next one removes.
 
-To write while training goes on takes a copy: 12 bytes a parameter over all processes, until it is written.
+To write while training continues takes a copy: 12 bytes a parameter over all processes, until it is written.
 """
 
 from __future__ import annotations

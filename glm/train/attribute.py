@@ -156,7 +156,7 @@ def _attribute_event(run: Run, asked: Asked, console: Console) -> Attribution:
 
 
 def _recorded(path: Path, events: Sequence[Event], console: Console) -> None:
-    """Write events to the run, unless another process writes there: the result is worth reading even while the run goes on."""
+    """Write events to the run, unless another process writes there: the result is worth reading even while the run continues."""
     folder = RunFolder(path)
     try:
         folder.claim()

@@ -81,7 +81,7 @@ class MonitorConfig:
         weights_every: steps between measurements of the weights themselves (norms, largest singular values, angles); 0: never.
         curvature_every: steps between measurements of how much higher a learning rate the run would tolerate, each one more forward
             and backward pass; 0: never. AdamW, fp32, one process only.
-        formats_every: steps between measurements of what formats of few bits would cost every linear layer, which
+        formats_every: steps between measurements of what low-bit formats would cost every linear layer, which
             ``stabilitylab forecast`` extrapolates; 0: never.
         recorder: measure every step, hold this many of the last steps in memory, and write them in full when something breaks;
             0: off.
@@ -117,7 +117,7 @@ class CheckpointConfig:
     Attributes:
         every: updates between checkpoints; the last state is always saved. 0: only the last.
         keep: number of newest checkpoints that stay.
-        asynchronous: write from a copy while training goes on; the copy takes up to 12 bytes a parameter until it is written.
+        asynchronous: write from a copy while training continues; the copy takes up to 12 bytes a parameter until it is written.
         ring: number of recent states to hold in memory, each 12 bytes a parameter. When something breaks, the loop writes one from
             before it to ``flight/``, for ``glm replay``. 0: none. With a responder the ring holds as many as rolling back takes.
         ring_every: steps between these states; the responder's ring sets its own.

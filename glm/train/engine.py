@@ -140,7 +140,7 @@ class Engine(Protocol):
         """
 
     def load_tensors(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-        """Load weights and moments as ``tensors`` gave them. Raises InputError if they belong to another model."""
+        """Load weights and moments as ``tensors`` returned them. Raises InputError if they belong to another model."""
 
     def begin_save(self, folder: Path, checkpoint: Checkpoint, *, background: bool) -> CheckpointWriter:
         """Begin to write a checkpoint whose tensors are as ``tensors`` gives them: from a copy in another thread, or at once.
@@ -153,14 +153,14 @@ class Engine(Protocol):
 
     def load_newest(self, folder: Path) -> tuple[Checkpoint, list[str]]:
         """The newest whole checkpoint, its tensors as ``load_tensors`` takes them, and one line about each newer, damaged one.
-        Raises InputError where there is none.
+        Raises InputError if there is none.
         """
 
     def state_dict(self) -> dict[str, Any]:
         """The rest of the engine's state, as JSON can hold it."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
 
 
 class Updates:

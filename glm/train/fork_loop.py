@@ -2,7 +2,7 @@
 
 A fork's update is the trainer's own (``Trainer.advance``), so a control repeats the run to the last bit. This module adds what
 interventions need: the trained tensors are the fp32 masters, rounded into the model when an intervention writes to them; the
-optimizer's step computes the clipping factor, from norms taken anew when an intervention has changed a gradient.
+optimizer's step computes the clipping factor, from norms recomputed when an intervention has changed a gradient.
 
 Limits: the local engine only. A fork does not repeat a responder's decisions, so its first decision ends the comparison with the
 original.

@@ -254,7 +254,7 @@ class Trainer:
 
     def save(self) -> OSError | None:
         """Begin a checkpoint of the present state, and unless it is asynchronous finish it. Returns why it could not be written;
-        the older ones then stay, and training goes on.
+        the older ones then stay, and training continues.
         """
         if self.run is None:
             return None

@@ -171,7 +171,7 @@ class MixedPrecisionAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def measure_again(self) -> None:
-        """Take the norms anew, where something changed the gradients after ``gradients``."""
+        """Compute the norms again, where something changed the gradients after ``gradients``."""
         if self._summary is not None:
             found = {name: master.grad for name, master in self._masters.items() if master.grad is not None}
             norms, total = self._norms(found)

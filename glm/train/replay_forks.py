@@ -59,7 +59,7 @@ class Change:
         only: globs of the only ones to update.
         hold_steps: number of updates under ``hold`` and ``only``; None: all of the fork's.
         rate_factor: on the scheduled learning rate.
-        renew_second_moments: globs of parameters whose second moments begin anew at the fork.
+        renew_second_moments: globs of parameters whose second moments start afresh at the fork.
     """
 
     config: TrainConfig | None = None

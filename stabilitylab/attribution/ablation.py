@@ -15,8 +15,8 @@
 | norm | what of the gradient's norm exceeds 1 (Pascanu et al., 1211.5063) | |
 | tensor norms | what of each tensor's exceeds 1.05 times its usual one (AdaGC, 2502.11034) | parameters |
 | stale moments | what of an update exceeds Adam's own scale: / max(1, RMS_t) (StableAdamW, 2304.13013) | |
-| past of moments | the second moments' past: they begin anew | |
-| past of momentum | the first moments' past: they begin anew | |
+| past of moments | the second moments' past: they start afresh | |
+| past of momentum | the first moments' past: they start afresh | |
 | embedding gradient | nine tenths of the embedding's gradient (GLM-130B, 2210.02414) | parameters |
 | rounding | half precision inside these modules: they compute in fp32 | modules |
 | outputs | what of a module's output exceeds twice its usual RMS | modules |

@@ -1,4 +1,4 @@
-"""Keeps trained forks, one JSON line each, so that an interrupted attribution goes on."""
+"""Keeps trained forks, one JSON line each, so that an interrupted attribution resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class KeptForks:
 
     Args:
         file: None: keep them in memory alone.
-        about: names what they are forks of; a file about another event begins anew.
+        about: names what they are forks of; a file about another event starts afresh.
     """
 
     def __init__(self, file: Path | None, about: str) -> None:

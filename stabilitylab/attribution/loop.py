@@ -14,7 +14,7 @@ A loop may also have these, each for interventions that need it:
 
     parameters                          the trained tensors by name, where they are not the model's own (fp32 masters)
     weights_changed()                   an intervention wrote to them: round them into the model's weights
-    gradients_changed()                 it wrote to their gradients: earlier norms are of no use
+    gradients_changed()                 it wrote to their gradients: earlier norms are invalid
     settings_changed()                  it wrote to the optimizer's groups, for loops that compute with a copy
     gradient_factor()                   the clipping factor that the coming update will apply; without it 1
     row_losses(index)                   (loss, gradient norm) of each row of a batch, at the present weights

@@ -58,7 +58,7 @@ class Attribution:
         seconds: spent.
         settings: names of the optimizer's settings that jumped.
         otherwise: how forks differ from the original, where known.
-        ignores_index: a fork without a batch gives the same numbers: the loop's data go on by themselves.
+        ignores_index: a fork without a batch gives the same numbers: the loop's data advance by themselves.
     """
 
     episode: Episode

@@ -71,7 +71,7 @@ def attribute(
         groups: globs of parameters, instead of each block's parts.
         thorough: ask everything, even where a change from outside explains the event; narrow updates down even where something else
             prevents it.
-        memory: a file that keeps forks, to go on after an interruption.
+        memory: a file that keeps forks, to resume after an interruption.
         processes: forks side by side; more than one needs ``open_loop``, which makes the loop in each process.
         tell: called with each fork as it ends.
         otherwise: how forks differ from the original ("2 threads, the run 8"), to tell where the control departs.

@@ -1,7 +1,7 @@
 """Figures of values over steps and over depth, and of arms beside each other. style.py has their look, maps.py the maps.
 
 Seeds are thin and their mean thick. A value that is not finite cannot be drawn at its place: it becomes a cross at the upper edge.
-Figures are plain matplotlib figures, so that a notebook can go on working with them.
+Figures are plain matplotlib figures, so that a notebook can keep working with them.
 """
 
 from __future__ import annotations

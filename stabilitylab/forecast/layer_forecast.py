@@ -112,7 +112,7 @@ def forecast_run(
     Args:
         run: with telemetry of the probe ``formats``.
         factor: of the limit, over 1.
-        until: the last step to tell of; by default four times as many as there were.
+        until: the last step to forecast; by default four times as many as there were.
         seen: look at steps up to here only.
 
     Raises:

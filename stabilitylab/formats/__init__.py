@@ -1,4 +1,4 @@
-"""Emulate number formats of few bits on any machine, bit for bit: codes, scales, and what they cost a tensor.
+"""Emulate low-bit number formats on any machine, bit for bit: codes, scales, and what they cost a tensor.
 
 ``quantize`` and ``dequantize`` are pure functions of tensors; a format such as ``scaled_format("nvfp4")`` says which numbers share
 a scale and how the scale is stored; ``reference`` is the float64 oracle.

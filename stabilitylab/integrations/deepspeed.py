@@ -3,7 +3,7 @@
     from stabilitylab.integrations.deepspeed import watch
 
     monitor = watch(engine, out="runs/mine", every=10)
-    ...                                  # engine.backward(loss), engine.step(), as ever
+    ...                                  # engine.backward(loss), engine.step(), as usual
     monitor.close()
 
 ``watch`` replaces ``engine.step`` by a method that reads the gradients before an update and tells the monitor afterwards, and

@@ -13,7 +13,7 @@ The Trainer has no event between the backward pass and clipping; the monitor not
 clips by other means (FSDP, DeepSpeed), the monitor reads clipped gradients, in the optimizer's step. The learning rate is the one
 that the step used.
 
-The Trainer does not tell of an interruption (Ctrl-C in a notebook, out of memory): the monitor writes the rest at the next call of
+The Trainer does not report an interruption (Ctrl-C in a notebook, out of memory): the monitor writes the rest at the next call of
 ``train``, or when the process ends. A second ``train`` that resumes from a checkpoint goes on in the same folder, and supersedes
 (``rewind``) what the first recorded after the checkpoint. One that begins at step 0 is another run: where the folder holds one
 already, the monitor writes beside it, into ``mine-2``, and says so.

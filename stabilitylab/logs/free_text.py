@@ -83,7 +83,7 @@ def prepared_english(chunk: bytes) -> bytes:
 class LogSigns:
     """Whether lines with a loss are a log, since a sentence, a setting or a stack trace names one too.
 
-    A log has three lines of one loss with a counter or two different values, or two lines whose counter goes on.
+    A log has three lines of one loss with a counter or two different values, or two lines whose counter advances.
     """
 
     LINES = 3

@@ -128,7 +128,7 @@ class HuggingFacePieces:
 
 
 def _rises(bars: list[int | None]) -> bool:
-    """Whether bars rise from record to record, or fall back only where a run goes on from a checkpoint."""
+    """Whether bars rise from record to record, or fall back only where a run continues from a checkpoint."""
     told = [bar for bar in bars if bar is not None]
     if len(told) < len(bars) or not told:
         return False

@@ -48,7 +48,7 @@ class _Followed:
             self.kept.add(step, (levels.level.copy(), levels.deviation.copy(), levels.seen.copy()))
 
     def go_back(self, step: int) -> None:
-        """Restore the levels as they were before ``step``; start anew where none are known."""
+        """Restore the levels as they were before ``step``; start afresh where none are known."""
         state = self.kept.before(step)
         self.levels, self.since_kept = SiteLevels(len(self.at)), 0
         if state is not None:

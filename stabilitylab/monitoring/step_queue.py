@@ -62,7 +62,7 @@ class Detector(Protocol):
         """The detector's memory, as plain JSON."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
 
 
 def default_detector() -> Detector:
@@ -231,7 +231,7 @@ class StepQueue:
         return events
 
     def _guarded(self, judge: Callable[[], Sequence[Event]], step: int) -> list[Event]:
-        """The detector's events. One that raises is dropped, and training goes on."""
+        """The detector's events. One that raises is dropped, and training continues."""
         try:
             return list(judge())
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Which formats of few bits each linear layer bears, what breaks it where it does not, and what a remedy would change.
+"""Which low-bit formats each linear layer tolerates, what breaks it where it does not, and what a remedy would change.
 
 A layer bears a format if rounding its input, and its weight, errs less than ``FACTOR`` times as much as on normal numbers: no bit
 is lost to outliers. Every token, and every output channel, counts alike: e = sqrt(mean_t |x^_t - x_t|^2 / |x_t|^2), since over the

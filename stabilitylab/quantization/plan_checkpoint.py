@@ -1,6 +1,6 @@
 """What was measured so far, in a file from which an interrupted plan resumes.
 
-    {"mark": ...}                              what was measured on: model, text, schemes; another mark begins anew
+    {"mark": ...}                              what was measured on: model, text, schemes; another mark starts afresh
     {"path": ..., "schemes": {...}}            a layer, a line each, written when it is done
     {"end": {...}}                             an embedding or output (vocabulary_sensitivity.py)
     {"latencies": {...}}                       of all shapes

@@ -13,7 +13,7 @@ less than what it takes off the logits' (SmolLM2-135M: experiments/RESULTS.md). 
     of other packages       nothing: the matrix stays as it is
 
 A plan takes a matrix only where embeddings and linear layers alone hold it, and only where the model runs without their weights
-being there: one that multiplies with ``embedding.weight`` itself would go on using the numbers that the plan counts as gone.
+being there: one that multiplies with ``embedding.weight`` itself would keep using the numbers that the plan counts as gone.
 """
 
 from __future__ import annotations

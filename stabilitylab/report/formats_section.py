@@ -1,4 +1,4 @@
-"""Which formats of few bits a run's layers bear, and which they are forecast to leave, from what the probe ``formats`` recorded."""
+"""Which low-bit formats a run's layers tolerate, and which they are forecast to leave, from what the probe ``formats`` recorded."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """An existing run, for reading. Raises InputError where there is none."""
+        """An existing run, for reading. Raises InputError if there is none."""
         run = cls(path)
         if not run.path.is_dir():
             raise InputError(f"{run.path} is not a run folder: there is no such directory")

@@ -1,7 +1,7 @@
 """A sink takes the monitor's numbers. It has two methods; anything that has them is a sink.
 
 The monitor calls ``write`` once per flush, with the samples and the events since the last one, and ``close`` at the end. A sink
-that raises loses what it got: the monitor reports ``telemetry-lost`` and training goes on.
+that raises loses what it got: the monitor reports ``telemetry-lost`` and training continues.
 """
 
 from __future__ import annotations

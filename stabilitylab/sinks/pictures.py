@@ -158,7 +158,7 @@ class Artist:
         return self._process is not None
 
     def finished(self) -> tuple[dict[str, bytes], float] | None:
-        """Tag -> PNG and the seconds that drawing took; None while it goes on.
+        """Tag -> PNG and the seconds that drawing took; None while drawing is under way.
 
         Returns no pictures where drawing failed: the next ones, or the last, which the training process draws, show the same.
         """

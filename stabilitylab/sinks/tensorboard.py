@@ -58,7 +58,7 @@ class TensorBoardSink:
         places: places of sites in the model; by default from their paths.
 
     Raises:
-        OSError: from ``write`` and ``close``, when the disk does not take a record. The sink goes on with later records.
+        OSError: from ``write`` and ``close``, when the disk does not take a record. The sink continues with later records.
     """
 
     def __init__(

@@ -17,8 +17,8 @@ come at the end and as often as drawing takes a hundredth of the time, at most o
 alert when an episode begins and when it turns into another kind, at most one in ``ALERT_SECONDS``; hard batches send none.
 
 ``write`` keeps numbers in memory and returns. The tracker's library may wait for a network, raise or hang in this thread: the sink
-tells of a failure once, keeps numbers (thinned) for the next try, and at the end abandons a hanging library after
-``CLOSE_SECONDS``. The monitor reports that as ``telemetry-lost``; training goes on.
+reports a failure once, keeps numbers (thinned) for the next try, and at the end abandons a hanging library after
+``CLOSE_SECONDS``. The monitor reports that as ``telemetry-lost``; training continues.
 """
 
 from __future__ import annotations

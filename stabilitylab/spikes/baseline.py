@@ -27,7 +27,7 @@ A single value is
 and an excursion begins too where the mean of four residuals, each clipped at the limit of ordinary, exceeds 7 s4, or that of a
 block 7 s16. Seven deviations are the rarity that OLMo 2's spike score uses (2501.00656, section 3.1). The tail factor k is 1 in
 Gaussian noise; where more than one value in a hundred lies over the band, each multiplies k by 1.1 (a quantile by stochastic
-approximation, Robbins and Monro 1951), and a tail that is heavy at 3 s goes on being heavy beyond, hence k^2: a single value tells
+approximation, Robbins and Monro 1951), and a tail that is heavy at 3 s remains heavy beyond, hence k^2: a single value tells
 little there, means of four still do. A tail counts only where it belongs to the noise: where noise reaches as far down (the same
 quantile below the block's middle), or leans up, its shoulders (1.5 to 3 s) fuller above than below by half or more. Even noise with
 high values out is even noise with spikes.

@@ -333,7 +333,7 @@ class SpikeDetector:
         return Event(step=step, kind=now.kind, data=data)
 
     def _go_back(self, step: int) -> None:
-        """Forget what happened from ``step`` on, as the run goes on from there."""
+        """Forget what happened from ``step`` on, as the run continues from there."""
         self._left = {name: steps for name, steps in self._left.items() if steps[0] < step}
         self._bursts = {name: burst for name, burst in self._bursts.items() if burst.onset < step}
         if self._still is not None and self._still.onset >= step:

@@ -127,7 +127,7 @@ def _climb(run: Run, first: int) -> Climb | None:
 
 
 def _is_sudden(run: Run, episode: Episode) -> bool:
-    """Whether half of the signal's rise came in its first step. A drifting state moves it by degrees."""
+    """Whether half of the signal's rise came in its first step. A drifting state moves it gradually."""
     if episode.height is None or episode.signal.count("/") < 2:  # a site, and no signal
         return False
     signal = run.series(episode.signal)

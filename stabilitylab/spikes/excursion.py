@@ -338,7 +338,7 @@ class Excursions:
     # history
 
     def _restart(self, step: int) -> None:
-        """Take the baseline back to an earlier step, from which the run goes on."""
+        """Take the baseline back to an earlier step, from which the run continues."""
         state = self.snapshots.before(step)
         self.open = None
         self.creep_onset = None

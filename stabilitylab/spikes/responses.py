@@ -149,7 +149,7 @@ class Policy(Protocol):
         """The state that a resumed run needs, ready for JSON."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
 
 
 class Responder:
@@ -270,7 +270,7 @@ class Responder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         self.used = state["used"]
         self.rung = state["rung"]
         self.quiet_until = state["quiet_until"]

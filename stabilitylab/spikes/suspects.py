@@ -5,7 +5,7 @@
 | parameter | weights moved between two steps without an update, before any site left or with it | the parameter |
 | optimizer | a setting jumped, moments fell by more than a step can do, or updates left before all else | |
 | learning-rate | the rate jumped by half or more within 64 steps before the onset, and no site had left before it did | |
-| | or it had doubled by degrees, past all that the run had borne, and sites left one after another, none by a jump | |
+| | or it had doubled gradually, beyond all that it had survived, and sites left one after another, none by a jump | |
 | overflow | an activation left the format before any other site left, or the loss scale collapsed | the tensor's module |
 | | (a site of another module that left eightfold earlier in the same step led to it) | |
 | batch | sites left in the step of the loss, many gradients among them, and came back; or a hard batch left none; or the | |
@@ -25,7 +25,7 @@ rules pass over a rise of less than a fifth of the largest, on the log scale.
 
 Updates follow rate and gradients, and under Adam rise by themselves where gradients agree from step to step: they point to the
 optimizer only where they left alone, or a third of them before all else, or one by more than Adam can move by itself while its
-gradient stood. A rate that is too high moves all of them together: sites follow over some steps, each by degrees, while a fault of
+gradient stood. A rate that is too high moves all of them together: sites follow over some steps, each gradually, while a fault of
 one place shows there at once. An optimizer that bounds its update by its own second moment (StableAdamW) moves most in the step
 after; that is later than the gradient, and so does no harm here.
 """

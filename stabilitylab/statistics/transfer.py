@@ -1,7 +1,7 @@
 """Moves a step's numbers from the device to the host as one *packet* of bytes, for which nobody waits.
 
 On an accelerator the copy to pinned memory queues behind earlier work, and an event tells when it has arrived; the training thread
-goes on queueing meanwhile. On a CPU the transfer copies the numbers at once, as the next step overwrites them.
+keeps queueing meanwhile. On a CPU the transfer copies the numbers at once, as the next step overwrites them.
 
 ``Seen`` says which part of a packet belongs to which site. It is plain data, so that one rank can read another's packet.
 """

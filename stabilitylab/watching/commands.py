@@ -224,7 +224,7 @@ class _Screen:
     """Lines on standard output, and on a terminal a panel under them.
 
     A closed terminal, or a pipe whose reader has left, raises OSError at any write. Output then goes nowhere, and ``is_gone`` says
-    so; the screen does not decide whether the watch goes on.
+    so; the screen does not decide whether the watch continues.
     """
 
     def __init__(self, *, live: bool) -> None:
@@ -299,7 +299,7 @@ class _Screen:
             self._written(live.stop)
 
     def refresh(self, watched: Watch) -> None:
-        """Draw the panel anew; without one, check whether somebody still reads, as a quiet log writes nothing for days."""
+        """Redraw the panel; without one, check whether somebody still reads, as a quiet log writes nothing for days."""
         if self._live is None:
             self.is_gone |= _has_no_reader()
             return

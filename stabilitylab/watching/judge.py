@@ -5,7 +5,7 @@ appear later join. While the choice is uncertain (several losses) the judge hold
 watch ends with the sentence that ``spikes`` would say.
 
 A step that goes back is a restart of the run; one that falls back to the start of counting begins another run, with a detector of
-its own. A file written anew (Lightning writes its CSV again when a column is added) repeats rows already judged: the judge passes
+its own. A rewritten file (Lightning writes its CSV again when a column is added) repeats rows already judged: the judge passes
 over them.
 """
 

@@ -1,4 +1,4 @@
-"""Keeps a watch's state on disk, so that it goes on after a kill and says nothing twice.
+"""Keeps a watch's state on disk, so that it continues after a kill and reports nothing twice.
 
     FOLDER/state.json     followers and judges, replaced as a whole every few seconds
     FOLDER/alerts.jsonl   one line per alert before the watch says it, and one when a webhook has taken it
@@ -100,7 +100,7 @@ class KeptState:
         Args:
             alert: about to be said.
             posted: whether a webhook will get it.
-            quiet: whether it stays unsaid for ever.
+            quiet: whether it stays unsaid forever.
         """
         if alert.id in self._told:
             return False

@@ -3,7 +3,7 @@
 *Command.* The watch splits it into words once, by the shell's rules but without a shell; no part of an alert ever enters it. The
 facts are environment variables (``alerts``). It may run for a minute; a failure is one line.
 
-*Webhook.* A POST of JSON, with a time-out and retries after 1, 2 and 4 seconds where the server fails, is too busy or cannot be
+*Webhook.* A POST of JSON, with a timeout and retries after 1, 2 and 4 seconds where the server fails, is too busy or cannot be
 reached; any other answer is final. The watch tries an abandoned alert once more after a minute, then at growing intervals, and as
 soon as the server has taken another. It follows no redirects. An address holds its secret, so messages name only the host, and
 ``env:NAME`` takes it from the environment, hidden from the process list.

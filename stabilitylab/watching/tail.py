@@ -3,7 +3,7 @@
     grows                               reads only the new bytes
     another file has its name (rotated) reads the rest of the old one first, then the new one from its start
     shorter than what was read,
-    or other bytes where reading ended  cut or written anew: reads from the start
+    or other bytes where reading ended  cut or rewritten: reads from the start
 
 The tail keeps the offset where reading ended, and the last bytes before it (the mark). A file that holds the mark at that place
 counts as the same, so the tail finds it again after a restart, also under another name beside it (``log.1``).
@@ -54,7 +54,7 @@ class Tail:
             self.close()
 
     def close(self) -> None:
-        """Close the file; reading goes on where it stopped."""
+        """Close the file; reading continues where it stopped."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
