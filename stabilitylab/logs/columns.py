@@ -58,6 +58,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
             "timesteps",
             "env_steps",
             "totalenvinteracts",
+            "total_env_interacts",
         ),
         *("num_env_steps_sampled_lifetime", "num_env_steps_sampled", "training_iteration", "n_updates"),
     ),
@@ -157,8 +158,9 @@ _BEST = re.compile(r"(^|_)(best|min|max|lowest)(_|$)")
 _OF_TARGETS = frozenset({"ce_loss", "cross_entropy_loss", "crossentropyloss", "nll_loss"})
 # Terms that only steady a model: beside them the cross-entropy is the loss.
 _SMALL_TERM = re.compile(
-    r"(^|_)(z|zloss|aux\w*|router|balanc\w*|load|lb|moe|mtp|reg\w*|penalty|entropy|kl\w*)(_|$)"
+    r"(^|_)(z|zloss|aux\w*|router|balanc\w*|load|lb|moe|mtp|reg\w*|penalty|(?<!cross_)entropy)(_|$)"
 )
+_STEADYING = re.compile(r"(^|_)(z|zloss|aux|auxiliary|router|balanc\w*|load|lb|moe)(_|$)")  # never alone
 _POLICY = re.compile(r"(^|_)(policy|pg|actor|surrogate)(_|$)")
 # Never offered as the loss: counters by other names, times, rates, norms, settings.
 _NO_LOSS = re.compile(
@@ -254,7 +256,7 @@ def _loss(
     if len(found) == 2 and len(raw) == 1 and any(plain[n] == "loss" for n in found):
         return raw[0]  # AllenNLP's loss is the mean since the epoch began
     own = [n for n in found if not _AVERAGE.search(plain[n])]
-    if len(found) == 2 and len(own) == 1 and not _SMALL_TERM.search(plain[own[0]]):
+    if len(found) == 2 and len(own) == 1 and not re.search(f"{_SMALL_TERM.pattern}|(^|_)kl", plain[own[0]]):
         return own[0]  # gpt_loss beside its running loss_mean
     for usual in (_NAMES[LOSS], _POLICY_LOSSES if len(totals) != 1 else ()):
         if (named := _of_a_usual_name(found, plain, usual, counts)) is not None:
@@ -267,6 +269,7 @@ def _loss(
     for narrowed in (
         totals,
         [n for n in found if plain[n] != "losses"],  # a list of them
+        [n for n in found if not _SMALL_TERM.search(plain[n])] if _is_target(found, plain) else [],
         [n for n in found if not _AVERAGE.search(plain[n])],
         [n for n in found if _POLICY.search(plain[n])],
         [n for n in found if re.search(r"(^|_)(tr|trn)(_|$)", plain[n])],
@@ -298,23 +301,33 @@ def _training_losses(
     if counts and any(counts[n] for n in found):
         most = max(counts[n] for n in found)
         found = [n for n in found if counts[n] * 20 > most]  # an average at the end is no curve
-    if not found:
-        if named:
-            raise InputError(
-                f"{source} has no loss column of training: it holds validation losses only ({_list(named)}); "
-                f"to judge one: {_paste(named)}"
-            )
-        others = [n for n in names if not (counter_of(n) or is_evaluation(n) or _NO_LOSS.search(plain[n]))]
-        others = [n for n in others if re.match(r"\w", n)]  # not a place known only by its length
-        others.sort(key=lambda n: n not in fractions)  # whole numbers count something
-        such = f": {_paste(others, 3)}" if 0 < len(others) <= _MOST_OFFERED else ""
+    if found and not all(map(steadies, found)):
+        return found + _bounds(names, plain, named, found)
+    others = [n for n in names if not (counter_of(n) or is_evaluation(n) or _NO_LOSS.search(plain[n]))]
+    others = [n for n in others if re.match(r"\w", n)]  # not a place known only by its length
+    others.sort(key=lambda n: (n in found, n not in fractions))  # whole numbers count something
+    if found:
         raise InputError(
-            f"{source} has no loss column: its columns are {_list(names)}; name one with --loss{such}"
+            f"{source} has no loss but terms that steady a model ({_list(found)}); name one with --loss: {_paste(others)}"
         )
-    bounds = [n for n in names if _ELBO.search(plain[n]) and n not in named and not is_evaluation(n)]
-    if bounds and not any("loss" in plain[n] for n in found):  # a likelihood is a part of the bound
-        found += bounds
-    return found
+    if named:
+        raise InputError(
+            f"{source} has no loss column of training: it holds validation losses only ({_list(named)}); "
+            f"to judge one: {_paste(named)}"
+        )
+    such = f": {_paste(others, 3)}" if 0 < len(others) <= _MOST_OFFERED else ""
+    raise InputError(
+        f"{source} has no loss column: its columns are {_list(names)}; name one with --loss{such}"
+    )
+
+
+def _bounds(
+    names: Sequence[str], plain: Mapping[str, str], named: Sequence[str], found: Sequence[str]
+) -> list[str]:
+    """The evidence bounds beside a likelihood, which is a part of them."""
+    if any("loss" in plain[n] for n in found):
+        return []
+    return [n for n in names if _ELBO.search(plain[n]) and n not in named and not is_evaluation(n)]
 
 
 def _of_a_usual_name(
@@ -335,6 +348,16 @@ def _has_other_terms(found: Sequence[str], fit: Sequence[str], plain: Mapping[st
     return any(
         n not in fit and not _AVERAGE.search(plain[n]) and not _SMALL_TERM.search(plain[n]) for n in found
     )
+
+
+def _is_target(found: Sequence[str], plain: Mapping[str, str]) -> bool:
+    """Whether what stands beside terms that only steady a model is a likelihood or cross-entropy."""
+    return any(plain[n] in _OTHER_LOSSES for n in found)
+
+
+def steadies(name: str) -> bool:
+    """Whether a loss of this name is one that only steadies a model."""
+    return _STEADYING.search(_plain(name)) is not None
 
 
 def _has_parts(found: Sequence[str], plain: Mapping[str, str]) -> bool:
@@ -397,7 +420,8 @@ def counter_of(name: str) -> bool:
 
 @lru_cache(4096)
 def _plain(name: str) -> str:
-    plain = re.sub(r"[^0-9a-z]+", "_", _english(name).strip().lower()).strip("_")
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", _english(name).strip())  # trainLoss, globalStep
+    plain = re.sub(r"[^0-9a-z]+", "_", parted.lower()).strip("_")
     for prefix in ("train_", "training_", "precision_"):
         if plain != "training_loss":
             plain = plain.removeprefix(prefix)

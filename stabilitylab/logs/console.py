@@ -47,12 +47,15 @@ _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
 _DRAWN = re.compile(r"\[\d+:\d\d(?::\d\d)?(?:<|, +[\d.?]+(?:it/s|s/it))")
 BAR = "\0bar"  # of a record that a bar shows; no number of the log
 _TOLD = "\0told"  # the losses that already have the step above
+_TRAINS = "\0trains"  # whether a heading of training has come
+_ANNOUNCED = "\0announced"  # whether the heading above is "Evaluating..."
 _HEADED = "\0headed"  # whether a heading of validation stands above
 _SIGNALS = {
     "epoch": re.compile(r"^epochs?$"),
     "rate": re.compile(r"^(?:lr|learning[ _]rate)$"),
     "norm": re.compile(r"grad.*norm|gnorm|^norm$"),
 }
+_NO_STEPS = frozenset({"epoch", _TOLD, _HEADED, _TRAINS, _ANNOUNCED})
 _BACK = re.compile(rb"\x08+")
 _LINE_END = re.compile(rb"[\r\n]")
 _ABOVE = 2048  # bytes before a record that are searched for a counter
@@ -295,7 +298,11 @@ def _records(
                 _look_above(one.above, chunk, max(looked, start - _ABOVE), start, above)
             looked = end
             headed = above.get(_HEADED)
-            if values and headed and _is_below(headed, values):
+            if headed and values == {}:  # what the heading announced has come
+                above[_ANNOUNCED] = not above.get(_TRAINS)
+            if values and headed and _goes_on(values, before.get(part, {}), above.get(_ANNOUNCED, False)):
+                above[_HEADED] = False
+            elif values and headed and _is_below(headed, values):
                 values = {}
         if values is None:
             continue
@@ -345,6 +352,8 @@ def _look_above(seek: re.Pattern[bytes], chunk: bytes, start: int, end: int, abo
     if not any(word in between for word in MAY_HEAD):
         return
     for heading in HEADING.finditer(chunk, start, end):
+        above[_TRAINS] = above.get(_TRAINS, False) or heading[1] is not None
+        above[_ANNOUNCED] = heading[0].rstrip().endswith(b"...") and not above[_TRAINS]
         above[_HEADED] = heading[1] is None and (chunk[heading.end() : end].isspace() + 1)
 
 
@@ -353,6 +362,19 @@ def _is_below(heading: int, values: LineValues) -> bool:
     if any("train" in name.lower() for name in values if is_loss(name)):
         return False
     return heading == RIGHT_ABOVE or not any(counter_of(name) for name in values)
+
+
+def _goes_on(values: LineValues, before: LineValues, announced: bool) -> bool:
+    """Whether a record below a heading is the next of training: the same names, and a counter further on; below "Evaluating...",
+    and below a line of validation, the same names are enough where no heading of training ends what that begins."""
+    names = [name for name in values if not name.startswith("\0")]
+    if not before or names != [name for name in before if not name.startswith("\0") and name != STEP_ABOVE]:
+        return False
+    counters = [name for name in names if counter_of(name)]
+    if not counters:
+        return announced
+    further = [(values[n] or 0.0) - (before[n] or 0.0) for n in counters]
+    return min(further) >= 0 and max(further) > 0
 
 
 def _hits(one: TextFormat, chunk: bytes) -> Callable[[int], int]:
@@ -367,11 +389,11 @@ def _from_above(values: LineValues, above: dict[str, Any]) -> None:
     """Add what stands above: an epoch holds until the next is announced, a step for the first loss of each name below it."""
     if "epoch" in above and "epoch" not in values:
         values["epoch"] = above["epoch"]
-    if all(name in ("epoch", _TOLD, _HEADED) for name in above):
+    if all(name in _NO_STEPS for name in above):
         return
     losses = [name for name in values if is_loss(name)]
     told = above.setdefault(_TOLD, [])
-    for name in [name for name in above if name not in ("epoch", _TOLD, _HEADED)]:
+    for name in [name for name in above if name not in _NO_STEPS]:
         if any(loss in told for loss in losses):
             del above[name]
         else:

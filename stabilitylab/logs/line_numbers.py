@@ -42,8 +42,10 @@ _BAR = re.compile(r"\s(\d+)/(\d+) \[\d")
 # A number that opens the line, also in brackets, but not a time of day or a date.
 _OPENS = re.compile(
     r"^\s*(?:[A-Z]+:[\w.]*:\s*)?(?:\[?(?:\d{4}[-/]\d\d[-/]\d\d[T ])?\d\d:\d\d:\d\d(?:[.,]\d+)?Z?\]?[ \t|:-]*)?"
-    r"[\[(]?\s*(\d+)\s*(?:(?:st|nd|rd|th)\b|[|,:\])#](?!\d)|/(\d+)(?=[\])(,:|\s]|\.\s)|\s(?=(?:\w+_)?loss\b))"
+    r"[\[(#]?\s*(\d+)\s*(?:(?:st|nd|rd|th)\b|[|,:\])#](?!\d)|/(\d+)(?=[\])(,:|\s]|\.\s)|\s(?=(?:\w+_)?loss\b))"
 )
+_LETTERS = re.compile(r"\bE\d+[ /,|:-]{0,3}[SBI](\d+)\b")  # E1 S50
+_NUMBERED = re.compile(r"(?:^|[\s|\]>-])#(\d+)(?=[\s,;:|]|$)")  # #12
 _TWO_PLACES = re.compile(
     r"[\[(]\s*(\d+)\s*/\s*\d+\s*[\])][\s:-]{0,8}[\[(]\s*(\d+)\s*/\s*\d+\b|(?i:epoch)\W{0,3}(\d+)\W{1,3}\[(\d+)\](?!/)"
 )  # [epoch/epochs][place/length]
@@ -236,6 +238,8 @@ def _uncounted(line: str) -> LineValues:
     """The step, and perhaps the epoch, of a line in which no name counts; empty where it shows none."""
     if steps := _STEPS.search(line):
         return {"step": float(steps[1])}
+    if told := _LETTERS.search(line) or _NUMBERED.search(line):
+        return {"step": float(told[1])}
     if two := _PAIR_OF_COUNTS.match(line):
         return {"epoch": float(two[1]), "step": float(two[2])}
     if both := _TWO_PLACES.search(line):

@@ -18,6 +18,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.logs.aim_store import read_aim
 from stabilitylab.logs.binary import binary_error, has_holes
 from stabilitylab.logs.boxed_records import read_boxes
+from stabilitylab.logs.columns import is_evaluation, is_loss, steadies
 from stabilitylab.logs.console import read_console
 from stabilitylab.logs.csv_rows import delimiter_of, is_blank_table, read_csv_rows
 from stabilitylab.logs.huggingface import read_huggingface_console
@@ -46,6 +47,7 @@ from stabilitylab.logs.trackers import (
 
 # Numbers with their names beside them: a sentence, not a table's header.
 _SAID = re.compile(r"(?<!\d)[:=]\s*[-+]?\d")  # not metrics/mAP_0.5:0.95
+_EXAMINED = 1000  # records
 _DOCUMENT_BYTES = 256 << 20
 _LONG_LINES = 1 << 16  # in shorter files, reading JSON line by line is as fast
 
@@ -224,13 +226,20 @@ def _console(source: LogFile, head: bytes, header: str) -> Reading:
     if found is None and names and not _SAID.search(header):
         return read_csv_rows(source)
     if found is None or found.format == "text":
-        found = read_record_lines(source, found) or found
+        beside = found if found is not None and _holds_a_loss(found) else None
+        found = read_record_lines(source, beside) or found
     if found is None:
         raise InputError(
             f"{source.name} is no log of a trainer known here (docs/logs.md): describe its lines "
             "with --pattern 'step {step} loss {loss}'"
         )
     return found
+
+
+def _holds_a_loss(found: Reading) -> bool:
+    """Whether some record holds a loss of training that is more than a term beside it."""
+    rows = islice(found.rows(), _EXAMINED)
+    return any(is_loss(n) and not is_evaluation(n) and not steadies(n) for _, row in rows for n in row)
 
 
 def _below(source: LogFile, table: TableStart) -> Reading:

@@ -145,7 +145,9 @@ class RecordPieces:
         headed = layout is None or layout.headed
         for line in _lines_with(layout.words, piece) if layout and layout.words else piece.splitlines():
             if headed and (heading := HEADING.match(line)):
-                self.state["headed"] = 0 if heading[1] else RIGHT_ABOVE
+                self.state["trains"] = self.state.get("trains", False) or heading[1] is not None
+                announced = heading[0].rstrip().endswith(b"...") and not self.state["trains"]
+                self.state["headed"] = 0 if heading[1] else RIGHT_ABOVE - announced
             elif _HAS_NUMBER.search(line):
                 values, _ = self._read(plain_text(line))
                 if values and not (headed and self._is_of_validation(values)):
@@ -155,8 +157,10 @@ class RecordPieces:
         """Whether a heading of validation stands above; it holds until a counter comes that is not right below it."""
         above: int = self.state["headed"]
         counts = any(is_count(name) for name in values)
-        if above and counts != (above == RIGHT_ABOVE):
-            self.state["headed"] = 0 if counts else 1
+        if above == RIGHT_ABOVE:  # of a text that also announces training, until it does
+            self.state["headed"] = RIGHT_ABOVE if counts and self.state.get("trains") else 1
+        elif counts:
+            self.state["headed"] = 0
         below = above == RIGHT_ABOVE or (above > 0 and not counts)
         return below and not any("train" in name.lower() for name in values if not is_count(name))
 

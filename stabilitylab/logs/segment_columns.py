@@ -214,12 +214,19 @@ def _counting(part: SegmentColumns, columns: Mapping[str, str]) -> str | None:
             and name not in part.fractions
             and part.backward[name] == part.resets[name]
             and not part.repeated[name]
-            and not _CLOCK.search(name)
+            and (not _CLOCK.search(name) or _is_even(part, name))
             and math.isfinite(part.last[name])
             and part.first[name] < _A_DATE
         ):
             return name
     return None
+
+
+def _is_even(part: SegmentColumns, name: str) -> bool:
+    """Whether a letter (s=50, t=100) counts steps, not seconds: from 0, 1 or one interval on, at an even interval as far as the
+    ends show."""
+    interval, rest = divmod(part.last[name] - part.first[name], max(part.counts[name] - 1, 1))
+    return len(name) == 1 and not rest and part.counts[name] > _FEW and part.first[name] in (0, 1, interval)
 
 
 def _others(part: SegmentColumns, loss: str) -> str:

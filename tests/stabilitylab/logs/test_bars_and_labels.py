@@ -139,3 +139,45 @@ def test_big_visions_norms(tmp_path):
     log, steps, _ = losses(path)
     assert steps == [1, 2, 3, 4, 5]
     assert log.columns["train/-/gradient_norm"] == "l2_grads"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["step {k} loss {x:.2f}", "k={k} loss={x:.2f}", "#{k} loss: {x:.2f}", "iter {k}: objective {x:.2f}"],
+)
+@pytest.mark.parametrize("heading", ["Evaluating...", "INFO - Running validation\nValidation", "Testing..."])
+def test_an_evaluation_announced_hides_no_training(tmp_path, line, heading):
+    """The lines below are training's again, though no heading says so."""
+    rows = many(line, 40).splitlines(keepends=True)
+    for at in (10, 20, 30):
+        rows[at - 1] += f"{heading}\neval: val_loss 9.99\n"
+    (path := tmp_path / "a.log").write_text("".join(rows))
+    _, steps, values = losses(path)
+    expected = [9 - k / 10 for k in range(1, 41)]
+    if heading.endswith("..."):
+        assert (steps, values) == (list(range(1, 41)), pytest.approx(expected))
+    else:
+        assert len(values) >= 37
+        assert {*steps} <= {*range(1, 41)}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "#{k} | loss {x:.2f}",
+        "12:00:01 | #{k} | loss {x:.2f}",
+        "s={k} tokens=4{k} loss={x:.2f}",
+        "E1 S{k} | loss {x:.2f}",
+        "  t={k} - loss = {x:.2f}",
+    ],
+)
+def test_a_letter_or_a_sign_counts(tmp_path, line):
+    (path := tmp_path / "a.log").write_text(many(line, 40))
+    assert losses(path)[1] == list(range(1, 41))
+
+
+def test_seconds_under_a_letter_count_nothing(tmp_path):
+    (path := tmp_path / "a.log").write_text(
+        "".join(f"s={3 * k + k % 2} loss={9 - k / 10:.2f}\n" for k in range(1, 41))
+    )
+    assert losses(path)[1] == list(range(40))

@@ -87,3 +87,35 @@ def test_one_value_a_line_under_a_short_name(tmp_path):
     log, steps, values = losses(json_lines(tmp_path / "a.jsonl", *rows))
     assert (steps, values) == ([1, 2, 3, 4, 5], [0.1, 0.2, 0.3, 0.4, 0.5])
     assert log.columns["train/-/learning_rate"] == "lr"
+
+
+@pytest.mark.parametrize(
+    ("line", "chosen"),
+    [
+        ("step {k} cross-entropy {x} z_loss 0.0001", "cross-entropy"),
+        ("step {k} nll {x} aux_loss 0.01", "nll"),
+        ("step {k} trainLoss {x} aux_loss 0.01", "trainLoss"),
+        ("step {k} cross_entropy_loss {x} avg_loss 9.5", "cross_entropy_loss"),
+        ("step {k} objective {x} aux_loss 0.01{k}", "objective"),
+        ("step {k} objective {x} eta 0:10:0{k}\nval_loss 9.9", "objective"),
+    ],
+)
+def test_beside_terms_that_steady_a_model(tmp_path, line, chosen):
+    (path := tmp_path / "a.log").write_text(many(line, 9))
+    assert losses(path)[0].columns[LOSS] == chosen
+
+
+def test_a_steadying_term_alone_is_no_loss(tmp_path):
+    rows = [{"step": k, "objective": 9 / k, "aux_loss": 0.01 / k} for k in range(1, 6)]
+    with pytest.raises(InputError, match="no loss but terms that steady a model") as refusal:
+        losses(json_lines(tmp_path / "a.jsonl", *rows))
+    assert str(refusal.value).endswith("--loss objective or --loss aux_loss")
+
+
+def test_names_whose_words_a_capital_letter_parts(tmp_path):
+    rows = [
+        {"globalStep": 5 * k, "trainLoss": 9 / k, "learningRate": 0.1, "gradNorm": 1.5} for k in range(1, 6)
+    ]
+    log, steps, _ = losses(json_lines(tmp_path / "a.jsonl", *rows))
+    assert steps == [5, 10, 15, 20, 25]
+    assert [*log.columns.values()] == ["trainLoss", "globalStep", "gradNorm", "learningRate"]
