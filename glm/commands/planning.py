@@ -10,7 +10,7 @@ from rich.console import Console
 
 from glm.errors import InputError
 from glm.planning.hardware import parse_cluster
-from glm.planning.reliability import GPU_HOURS_PER_FAILURE, RESTART_SECONDS, reliability
+from glm.planning.reliability import GPU_HOURS_PER_FAILURE, RESTART_SECONDS, Reliability, reliability
 from glm.planning.scenarios import scenarios
 from glm.planning.serving import serving_plans
 from glm.planning.shape import Shape, shape_of
@@ -24,7 +24,7 @@ from glm.planning.tables import (
     serving_values,
     time_table,
 )
-from glm.planning.topology_search import require_plans, search
+from glm.planning.topology_search import TrainingPlan, require_plans, search
 from glm.presets import PRESETS
 
 # The columns of a plan need this much; a narrower terminal wraps them.
@@ -96,16 +96,9 @@ def plan(
         return 0
     rows_an_update = batch or max(1, round(5.5 * cluster.gpus))
     found = require_plans(search(shape, cluster, rows_an_update, precision), cluster, rows_an_update)
+    failing = {"gpu_hours_per_failure": gpu_hours_per_failure, "restart": restart}
     what = (
-        scenarios(
-            shape,
-            cluster,
-            rows_an_update,
-            tokens=tokens,
-            precision=precision,
-            gpu_hours_per_failure=gpu_hours_per_failure,
-            restart=restart,
-        )
+        scenarios(shape, cluster, rows_an_update, tokens=tokens, precision=precision, **failing)
         if what_if
         else []
     )
@@ -120,27 +113,22 @@ def plan(
         f"{precision}; in the way of the others: {out or 'nothing'}"
     )
     best = found.plans[:shown]
-    console.print()
-    console.print(time_table(best))
-    console.print()
-    console.print(memory_table(best, cluster))
-    failures = reliability(
-        shape,
-        gpus=cluster.gpus,
-        nodes=cluster.nodes,
-        gpu_hours_per_failure=gpu_hours_per_failure,
-        restart=restart,
-    )
-    days = tokens / (best[0].time.tokens_per_second * failures.goodput) / 86_400
-    console.print(
-        f"\nQuickest: {best[0].time.tokens_per_second:,.0f} tokens/s. A failure every {duration(failures.between_failures)}, a "
+    failures = reliability(shape, gpus=cluster.gpus, nodes=cluster.nodes, **failing)
+    tables = [time_table(best), memory_table(best, cluster), _quickest(best[0], failures, tokens)]
+    for part in [*tables, *([scenario_table(what, tokens)] if what else [])]:
+        console.print()
+        console.print(part)
+    return 0
+
+
+def _quickest(best: TrainingPlan, failures: Reliability, tokens: float) -> str:
+    """How long the whole run takes by the quickest plan, failures included."""
+    days = tokens / (best.time.tokens_per_second * failures.goodput) / 86_400
+    return (
+        f"Quickest: {best.time.tokens_per_second:,.0f} tokens/s. A failure every {duration(failures.between_failures)}, a "
         f"checkpoint of {duration(failures.checkpoint)} every {duration(failures.interval)}: {failures.goodput:.1%} of the time is "
         f"kept, and {tokens:,.0f} tokens take {days:,.1f} days."
     )
-    if what:
-        console.print()
-        console.print(scenario_table(what, tokens))
-    return 0
 
 
 def _headline(preset: str, shape: Shape) -> str:
