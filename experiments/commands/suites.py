@@ -78,12 +78,14 @@ def run(
     out = out or Path("runs") / chosen.name
     opened = executor_named(executor, parallel, out)
     made(out)
+    console = Console()
     if isinstance(chosen, Study):
         if executor != "local":
             # A silent cluster must fail before the command makes text, which takes minutes.
             opened[0]().shutdown(wait=False)
         keep_freed_memory()
-        text = data or chosen.data(Path("data") / chosen.data.__name__)
+        text = _text(chosen, data)
+        here = (parallel, executor) == (None, "local")
         run_study(
             chosen,
             data=text,
@@ -91,15 +93,9 @@ def run(
             seeds=seeds,
             budget=limit,
             until_decided=until_decided,
-            through=None
-            if (parallel, executor) == (None, "local")
-            else through(*opened, asked=suite, data=text),
+            through=None if here else through(*opened, asked=suite, data=text),
         )
-        console = Console()
-        if report:
-            _report(console, chosen, out)
-        else:
-            _show_verdicts(console, [results_of(chosen, out)])
+        _show_outcome(console, chosen, out, report=report)
         _show_shares(console, chosen, out)
         return 0
     from experiments.execution.runner import run_suite
@@ -107,7 +103,7 @@ def run(
     with Kept(*opened) as kept:
         if executor != "local":
             kept.opened()
-        text = data or chosen.data(Path("data") / chosen.data.__name__)
+        text = _text(chosen, data)
         whole = run_adding(
             chosen,
             lambda part: run_suite(part, data=text, out=out, steps=steps, executor=kept),
@@ -119,17 +115,25 @@ def run(
         )
     # Seeds from an earlier, longer command count too, as for report and verdicts.
     whole = with_found(whole, out)
-    console = Console()
-    if report:
-        _report(console, whole, out)
-        return 0
-    _show_verdicts(console, [results_of(whole, out)])
-    console.print(f"runs: {out}", soft_wrap=True)
-    console.print(
-        f"next: {program()} report {suite}" + ("" if out == Path("runs") / whole.name else f" --out {out}"),
-        soft_wrap=True,
-    )
+    _show_outcome(console, whole, out, report=report)
+    if not report:
+        elsewhere = "" if out == Path("runs") / whole.name else f" --out {out}"
+        console.print(f"runs: {out}", soft_wrap=True)
+        console.print(f"next: {program()} report {suite}{elsewhere}", soft_wrap=True)
     return 0
+
+
+def _text(chosen: Suite | Study, data: Path | None) -> Path:
+    """The folder of shards to train on: the given one, else the suite's own, made at first use."""
+    return data or chosen.data(Path("data") / chosen.data.__name__)
+
+
+def _show_outcome(console: Console, chosen: Suite | Study, out: Path, *, report: bool) -> None:
+    """The report, where it is asked for; else the verdicts alone."""
+    if report:
+        _report(console, chosen, out)
+    else:
+        _show_verdicts(console, [results_of(chosen, out)])
 
 
 def report(suite: SuiteName, *, out: Path | None = None) -> int:
