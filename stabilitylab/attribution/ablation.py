@@ -31,28 +31,47 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-KINDS = (
-    "updates",
-    "other updates",
-    "rows of updates",
-    "batch",
-    "data",
-    "batch rows",
-    "outside weights",
-    "outside moments",
-    "settings",
-    "rate",
-    "norm",
-    "tensor norms",
-    "stale moments",
-    "past of moments",
-    "past of momentum",
-    "embedding gradient",
-    "rounding",
-    "outputs",
-    "output gradients",
-    "scores",
-)
+# kind -> what a fork went without, for a table; and how a sentence begins that says what did not come, unless by "Without ...".
+_WORDS: dict[str, tuple[str, str | None]] = {
+    "updates": ("updates of {0.where}", None),
+    "other updates": ("all updates but those of {0.where}", None),
+    "rows of updates": ("updates of {0.place}", None),
+    "batch": ("batch {0.rows[0]}", None),
+    "data": ("the batches from {0.rows[0]} on (earlier ones instead)", None),
+    "batch rows": ("{0.rows_of_batch} of batch {0.rows[0]}", None),
+    "outside weights": ("changes of {0.place} between updates", None),
+    "outside moments": ("changes of the optimizer's state of {0.where} between updates", None),
+    "settings": ("changes of the optimizer's settings", None),
+    "rate": ("half of the learning rate", "At half the learning rate"),
+    "norm": ("gradient norm beyond 1 (clipping)", "With the gradient's norm clipped at 1"),
+    "tensor norms": (
+        "gradient norm of {0.where} beyond its usual",
+        "With the gradient norm of {0.where} kept at its usual",
+    ),
+    "stale moments": (
+        "updates beyond Adam's scale (StableAdamW)",
+        "With updates bounded by Adam's own scale (StableAdamW)",
+    ),
+    "past of moments": ("the second moments' past (reset)", "With the second moments reset"),
+    "past of momentum": ("the first moments' past (reset)", "With the first moments reset"),
+    "embedding gradient": (
+        "nine tenths of the embedding's gradient",
+        "With a tenth of the embedding's gradient",
+    ),
+    "rounding": ("half precision in {0.where} (fp32)", "With {0.where} in fp32"),
+    "outputs": (
+        "output of {0.where} beyond twice its usual",
+        "With the output of {0.where} kept at its usual size",
+    ),
+    "output gradients": (
+        "gradient at the output of {0.where} beyond twice its usual",
+        "With the gradient at the output of {0.where} kept at its usual size",
+    ),
+    "scores": (
+        "attention scores of {0.where} beyond twice their usual (QK-clip)",
+        "With the attention scores of {0.where} kept at their usual size (QK-clip)",
+    ),
+}
 _SHOWN = 3
 
 
@@ -101,73 +120,25 @@ class Without:
         """The sites, and the rows of a table."""
         if self.kind not in ("outside weights", "rows of updates") or not self.rows:
             return self.where
-        return f"{self.where} row{'s' * (len(self.rows) > 1)} {_few(self.rows)}"
+        return f"{self.where} {_few(self.rows)}"
+
+    @property
+    def rows_of_batch(self) -> str:
+        """The rows withheld from a batch."""
+        return _few(self.rows[1:])
 
     @property
     def words(self) -> str:
         """What the fork went without, for a table."""
-        match self.kind:
-            case "":
-                return "nothing (control)"
-            case "updates":
-                said = f"updates of {self.where}"
-            case "other updates":
-                said = f"all updates but those of {self.where}"
-            case "rows of updates":
-                said = f"updates of {self.place}"
-            case "batch":
-                said = f"batch {self.rows[0]}"
-            case "data":
-                said = f"the batches from {self.rows[0]} on (earlier ones instead)"
-            case "batch rows":
-                said = f"row{'s' * (len(self.rows) > 2)} {_few(self.rows[1:])} of batch {self.rows[0]}"
-            case "outside weights":
-                said = f"changes of {self.place} between updates"
-            case "outside moments":
-                said = f"changes of the optimizer's state of {self.where} between updates"
-            case "settings":
-                said = "changes of the optimizer's settings"
-            case "rate":
-                said = "half of the learning rate"
-            case "norm":
-                said = "gradient norm beyond 1 (clipping)"
-            case "tensor norms":
-                said = f"gradient norm of {self.where} beyond its usual"
-            case "stale moments":
-                said = "updates beyond Adam's scale (StableAdamW)"
-            case "past of moments":
-                said = "the second moments' past (reset)"
-            case "past of momentum":
-                said = "the first moments' past (reset)"
-            case "embedding gradient":
-                said = "nine tenths of the embedding's gradient"
-            case "rounding":
-                said = f"half precision in {self.where} (fp32)"
-            case "outputs":
-                said = f"output of {self.where} beyond twice its usual"
-            case "output gradients":
-                said = f"gradient at the output of {self.where} beyond twice its usual"
-            case _:
-                said = f"attention scores of {self.where} beyond twice their usual (QK-clip)"
-        return said + self._when()
+        if not self.kind:
+            return "nothing (control)"
+        return _WORDS[self.kind][0].format(self) + self._when()
 
     @property
     def opening(self) -> str:
         """The beginning of a sentence that says what did not come."""
-        found = {
-            "rate": "At half the learning rate",
-            "norm": "With the gradient's norm clipped at 1",
-            "tensor norms": f"With the gradient norm of {self.where} kept at its usual",
-            "stale moments": "With updates bounded by Adam's own scale (StableAdamW)",
-            "past of moments": "With the second moments reset",
-            "past of momentum": "With the first moments reset",
-            "embedding gradient": "With a tenth of the embedding's gradient",
-            "rounding": f"With {self.where} in fp32",
-            "outputs": f"With the output of {self.where} kept at its usual size",
-            "output gradients": f"With the gradient at the output of {self.where} kept at its usual size",
-            "scores": f"With the attention scores of {self.where} kept at their usual size (QK-clip)",
-        }
-        return found[self.kind] + self._when() if self.kind in found else f"Without {self.words}"
+        opening = _WORDS[self.kind][1] if self.kind else None
+        return f"Without {self.words}" if opening is None else opening.format(self) + self._when()
 
     def _when(self) -> str:
         if self.first is None:
@@ -191,4 +162,4 @@ class Without:
 
 
 def _few(rows: tuple[int, ...]) -> str:
-    return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    return f"row{'s' * (len(rows) > 1)} " + ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
