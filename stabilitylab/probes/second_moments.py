@@ -55,16 +55,20 @@ class SecondMoments:
         self, p: Tensor, gradient: Tensor | None, state: Mapping[str, Any], group: Mapping[str, Any]
     ) -> AdamMoments | None:
         """A parameter's moments after the step; None if there are none. Their correction is NaN where v is no mean of g^2."""
-        found, betas = _found(p, state), group.get("betas")
-        if found is None or not betas:
+        found, beta2 = _found(p, state), _beta2(group)
+        if found is None or beta2 is None:
             return None
-        first, second = found
-        beta2, step = float(betas[1]), _step(state, group)
+        first, second, is_decoded = found
+        step, epsilon = _step(state, group), group.get("eps") or 1e-8
         grown = None if step is None else 1.0 - beta2**step
         kind = self._kind(p, gradient, second, group, beta2, grown)
         correction = math.nan if kind is None else 1.0 if grown is None or not kind else grown
+        if not isinstance(
+            epsilon, (float, int, Tensor)
+        ):  # CAME has two, neither of which is added to sqrt(v)
+            correction, epsilon = math.nan, math.nan
         return AdamMoments(
-            first=first, second=second, correction=correction, epsilon=float(group.get("eps") or 1e-8)
+            first=first, second=second, correction=correction, epsilon=float(epsilon), is_decoded=is_decoded
         )
 
     def done(self) -> None:
@@ -128,8 +132,17 @@ def _step(state: Mapping[str, Any], group: Mapping[str, Any]) -> float | Tensor 
     return None if step is None else float(step)
 
 
-def _found(p: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """First and second moment: this rank's parts."""
+def _beta2(group: Mapping[str, Any]) -> float | None:
+    """The share of v that a step keeps: of the pair of them, or by itself (optimi's, but for Adan, whose v has beta3)."""
+    betas = group.get("betas")
+    if isinstance(betas, (tuple, list)) and len(betas) > 1:
+        return float(betas[1])
+    beta2 = None if "beta3" in group else group.get("beta2")
+    return None if beta2 is None else float(beta2)
+
+
+def _found(p: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Tensor, bool] | None:
+    """First and second moment, this rank's parts, and whether they were decoded."""
     count = local_part(p.detach())[0].numel()
     for inner in (state,) if SECOND in state else _levels(state, 2):
         names = [SECOND] if SECOND in inner else [n for n in inner if isinstance(n, str) and SECOND in n]
@@ -138,11 +151,20 @@ def _found(p: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
             if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
                 continue
             first, second = local_part(first)[0], local_part(second)[0]
-            if not (_holds_numbers(first) and _holds_numbers(second)):
+            if not (first.numel() == second.numel() == count):
                 continue
-            if first.numel() == second.numel() == count:
-                return first, second
+            if _is_code(first) or _is_code(second):
+                # torchao's low-bit optimizers.
+                first, second = first.dequantize(), second.dequantize()
+                return first, second, True
+            if _holds_numbers(first) and _holds_numbers(second):
+                return first, second, False
     return None
+
+
+def _is_code(moment: Tensor) -> bool:
+    """Whether codes and scales lie in one object, which gives its numbers by ``dequantize``."""
+    return type(moment).dequantize is not Tensor.dequantize
 
 
 def _holds_numbers(moment: Tensor) -> bool:

@@ -194,7 +194,11 @@ class UpdateProbe(HookingProbe):
             moments = self._moments.read(p, gradient, states.get(p, {}), group)
             if moments is not None and not moments.is_of_gradients:
                 gradient = None
-            if slots.device.type == "cpu" and update.prepare(gradient, moments, buffer.address(slots)):
+            if moments is not None and moments.is_decoded:
+                # At once: decoded moments of a whole model would take the memory that their codes save.
+                with torch.no_grad():
+                    buffer.view(slots)[: len(FIELDS)].copy_(update.after(gradient, moments))
+            elif slots.device.type == "cpu" and update.prepare(gradient, moments, buffer.address(slots)):
                 jobs.append(update.address)
             else:
                 others.append((update, gradient, moments))

@@ -39,12 +39,14 @@ ONE_IN = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamMoments:
-    """Adam's state for one parameter: moments m and v, 1 - beta2^t, epsilon."""
+    """Adam's state for one parameter: moments m and v, 1 - beta2^t, epsilon; whether m and v were decoded for this look, and should
+    not be kept for a later one."""
 
     first: Tensor
     second: Tensor
     correction: float | Tensor
     epsilon: float
+    is_decoded: bool = False
 
     @property
     def is_of_gradients(self) -> bool:

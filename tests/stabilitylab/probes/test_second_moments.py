@@ -15,6 +15,26 @@ from tests.stabilitylab.recording import Recording
 BETA2 = 0.99
 
 
+class Coded(Tensor):
+    """Codes of eight bits with their scale in one object, the way of torchao's low-bit optimizers; it can do little else."""
+
+    @staticmethod
+    def __new__(cls, plain: Tensor) -> Coded:
+        made: Coded = Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype)  # type: ignore[attr-defined]
+        return made
+
+    def __init__(self, plain: Tensor) -> None:
+        self.scale = plain.abs().max() / 127 + 1e-30
+        self.codes = (plain / self.scale).round().to(torch.int8)
+
+    def dequantize(self) -> Tensor:
+        return self.codes * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{function} of codes")
+
+
 class Kept(torch.optim.Optimizer):
     """Signs of gradients as steps, and v kept in one of several ways.
 
@@ -98,6 +118,71 @@ def test_what_is_no_mean_of_the_squared_gradient_is_not_compared_with_it() -> No
     assert math.isfinite(sink.rows[2, "update/0.weight/second_moment_l2", -1])
     assert (2, "update/0.weight/rms_t", -1) not in sink.rows
     assert (2, "update/0.weight/below_epsilon_fraction", -1) not in sink.rows
+
+
+def test_codes_that_decode_themselves_are_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STABILITYLAB_STRICT", "1")
+
+    class Low(Kept):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                group["step"] = group.get("step", 0) + 1
+                for p in group["params"]:
+                    own, v = self.state[p], p.grad.square() * (1 - BETA2)
+                    if own:
+                        v += BETA2 * own["exp_avg_sq"].dequantize()
+                    own["exp_avg"], own["exp_avg_sq"] = Coded(p.grad), Coded(v)
+                    p.sub_(0.01 * p.grad.sign())
+
+    sink, gradients = trained(lambda parameters: Low(parameters, "bias"), 0)
+    for step in range(3):
+        m, v = gradients[step].float(), unbiased(gradients[: step + 1]) * (1 - BETA2 ** (step + 1))
+        found = [
+            sink.rows[step, f"update/0.weight/{name}", -1] for name in ("first_moment_l2", "second_moment_l2")
+        ]
+        # Half a code of 127 at each element, against elements of some tenth of the largest.
+        assert found == pytest.approx([float(m.norm()), float(v.norm())], rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler that torchao calls
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_torchaos_low_bit_optimizers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizers = pytest.importorskip("torchao.optim")
+    monkeypatch.setenv("STABILITYLAB_STRICT", "1")
+    model, sink = nn.Linear(256, 64), Recording()  # it leaves small parameters as they are
+    optimizer = getattr(optimizers, name)(model.parameters())
+    with Monitor(model, optimizer, every=1, sinks=[sink], detector=None) as monitor:
+        for step in range(2):
+            model(torch.randn(8, 256)).square().mean().backward()
+            optimizer.step()
+            monitor.step(step)
+            optimizer.zero_grad()
+    state = optimizer.state[model.weight]
+    for statistic, moment in (("first_moment_l2", "exp_avg"), ("second_moment_l2", "exp_avg_sq")):
+        expected = float(state[moment].dequantize().double().norm())
+        assert sink.rows[1, f"update/weight/{statistic}", -1] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["two epsilons", "beta2 by itself"])
+def test_settings_of_other_forms(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CAME's pair of epsilons, neither of which is Adam's, and optimi's beta2 outside of a pair."""
+    monkeypatch.setenv("STABILITYLAB_STRICT", "1")
+
+    def optimizer_of(parameters: Any) -> Kept:
+        optimizer = Kept(parameters, "bias")
+        for group in optimizer.param_groups:
+            if setting == "two epsilons":
+                group["eps"] = (1e-30, 1e-16)
+            else:
+                group["beta1"], group["beta2"] = group.pop("betas")
+        return optimizer
+
+    sink, gradients = trained(optimizer_of, 0)
+    assert math.isfinite(sink.rows[2, "update/0.weight/second_moment_l2", -1])
+    rms_t = sink.rows.get((2, "update/0.weight/rms_t", -1))
+    expected = float((gradients[2].square() / unbiased(gradients)).mean().sqrt())
+    assert rms_t == (None if setting == "two epsilons" else pytest.approx(expected, rel=1e-4))
 
 
 @pytest.mark.parametrize("codes", [torch.int8, torch.uint8, torch.float8_e4m3fn])
