@@ -15,7 +15,7 @@ from stabilitylab.telemetry import Samples
 
 
 class LinesSink:
-    """Anything with ``write`` and ``close`` is a sink. One that raises loses what it was given; training goes on."""
+    """Anything with ``write`` and ``close`` is a sink. One that raises loses what it was given; training continues."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

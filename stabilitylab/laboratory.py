@@ -43,6 +43,4 @@ def folder_of_experiments() -> Path:
     for folder in (_HERE / "_bundled", _HERE.parent):
         if (folder / "experiments" / "cli.py").is_file():
             return folder
-    raise InputError(
-        "the experiments are not part of this installation: install stabilitylab anew, or clone it"
-    )
+    raise InputError("the experiments are not part of this installation: reinstall stabilitylab, or clone it")

@@ -122,7 +122,7 @@ def _sentence(decision: ClaimDecision, arm: str, baseline: str, column: str, bet
         return f"{said}: {arm} is worse than {baseline}; better would be {better} {column}"
     if decision.verdict == "equivalent":
         return f"{said}: {arm} and {baseline} differ by less than what matters"
-    return f"{said}: {arm} and {baseline} are not told apart"
+    return f"{said}: {arm} and {baseline} cannot be distinguished"
 
 
 def _rows(table: Path) -> list[dict[str, str]]:
@@ -137,11 +137,11 @@ def _rows(table: Path) -> list[dict[str, str]]:
                 if len(cells) != len(header):
                     raise InputError(
                         f"{table}, line {reader.line_num} has {len(cells)} cells where the header has {len(header)}: "
-                        "mend the line"
+                        "fix the line"
                     )
                 rows.append(dict(zip(header, (cell.strip() for cell in cells), strict=True)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no CSV text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not CSV text"
         raise InputError(f"{table} cannot be read ({reason}): give a CSV file, one row a run") from None
     if len(set(header)) != len(header):
         raise InputError(f"{table} has a column twice: {', '.join(header)}")
@@ -188,7 +188,7 @@ def _group(
             continue
         number = _number(row[column], worst)
         if number is None:
-            raise InputError(f"{table}, run {line - 1}: {column} is {row[column]!r}, which is no number")
+            raise InputError(f"{table}, run {line - 1}: {column} is {row[column]!r}, which is not a number")
         found.append((number, row))
     if not found:
         names = list(dict.fromkeys(row[group] for row in rows))

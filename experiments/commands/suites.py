@@ -170,7 +170,9 @@ def _filter(results: Results) -> str:
         return ""
     worst = next(iter(results.broken), results.runs[0])
     alike = worst.run.name.removeprefix(worst.arm)
-    return f", then filter its runs by {alike.lstrip('-')} and tick them: of so many it shows none by itself"
+    return (
+        f", then filter its runs by {alike.lstrip('-')} and tick them: of that many it ticks none by default"
+    )
 
 
 def verdicts(suites: SuiteNames = (), /, *, runs: Path = Path("runs"), json: bool = False) -> int:

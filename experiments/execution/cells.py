@@ -57,7 +57,7 @@ def through(
                         if deaths[cell] >= DEATHS:
                             raise InputError(
                                 f"{cell[0]}, seed {cell[1]}: its process died {DEATHS} times (out of memory?); what was measured "
-                                "is kept, and the command given again goes on from there"
+                                "is kept, and the same command resumes from there"
                             ) from None
                     waiting = deque(chain((cell for cell, _ in running), waiting))
                     running.clear()

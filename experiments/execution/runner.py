@@ -130,7 +130,7 @@ def run_suite(
             waiting = [job for job in (*broken, *waiting) if deaths[job.name] < DEATHS]
     if failed:
         raise InputError(
-            f"{len(failed)} of the suite's runs failed: {_causes(failed)}; mend the cause and give the command again"
+            f"{len(failed)} of the suite's runs failed: {_causes(failed)}; fix the cause and run the command again"
         )
 
 

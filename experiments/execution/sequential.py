@@ -99,7 +99,7 @@ def run_adding(
             return part
         if budget is not None and time.monotonic() - started > budget and at < len(asked):
             few = (
-                f": a verdict needs {LEAST_SEEDS}, give the command again to go on"
+                f": a verdict needs {LEAST_SEEDS}, run the command again to continue"
                 if at < LEAST_SEEDS
                 else ""
             )

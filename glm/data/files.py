@@ -75,7 +75,7 @@ def find_tasks(paths: tuple[Path, ...]) -> list[Path]:
     for path in paths:
         template = path.with_suffix(".jinja")
         if path.suffix != ".jsonl":
-            raise InputError(f"{path} is no task: give .jsonl files of records")
+            raise InputError(f"{path} is not a task file: give .jsonl files of records")
         for file in (path, template):
             if not file.is_file():
                 raise InputError(

@@ -310,7 +310,7 @@ def seconds_of(text: str) -> float:
     """90, 90s, 10m or 1h in seconds. Raises InputError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if found is None or not float(found[1]) > 0:
-        raise InputError(f"--budget {text!r} is no time: give seconds, or 90s, 10m, 1h")
+        raise InputError(f"--budget {text!r} is not a time: give seconds, or 90s, 10m, 1h")
     return float(found[1]) * _SECONDS[found[2]]
 
 

@@ -199,7 +199,7 @@ class ConsolePieces:
         if held is not None and "step" in values and held.get("step") == values["step"]:
             anew = self.state.setdefault("anew", {})
             anew[rank] = anew.get(rank, False) or repr(held) != repr(values)
-            self._reading.left_out["states of a bar drawn anew"] += 1
+            self._reading.left_out["states of a redrawn bar"] += 1
         else:
             yield from self._bar_ends(rank, values)
         self.state["bars"][rank] = values
@@ -213,7 +213,7 @@ class ConsolePieces:
         self.state["last"][rank] = held
         goes_on = then is not None and (then.get("step") or 0.0) > (held.get("step") or 0.0)
         if not goes_on and self.state.get("anew", {}).get(rank) and last is not None and _is_same(held, last):
-            self._reading.left_out["states of a bar drawn anew"] += 1
+            self._reading.left_out["states of a redrawn bar"] += 1
             self.state["last"][rank] = last
         else:
             yield rank, held

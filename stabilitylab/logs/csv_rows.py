@@ -213,7 +213,7 @@ class CsvPieces:
                 values[name] = value
             elif "loss" in name.lower() or name.lower() in ("step", "iteration", "global_step"):
                 where = f"column {name!r}, row {self.state['row']}"
-                reading.damage("cells that are no numbers", f"{where}: {cell[:40]!r} is not a number")
+                reading.damage("cells that are not numbers", f"{where}: {cell[:40]!r} is not a number")
         if self._long is not None:
             values = {n: v for n, v in values.items() if n.lower() != "value"}
             value = next(c for n, c in named.items() if n.lower() == "value")

@@ -98,12 +98,12 @@ class JsonPieces:
                 if not line.endswith((b"\n", b"\r")):
                     reading.left_out["a last line cut short"] += 1
                 elif start > 0 or self._among_text:
-                    reading.left_out["lines that are no records"] += 1
+                    reading.left_out["lines that are not records"] += 1
                 else:
                     reading.damage("lines that are not JSON", f"{where} is not JSON")
                 continue
             if not isinstance(record, dict):
-                reading.damage("lines that are no JSON object", f"{where} is no JSON object")
+                reading.damage("lines that are not JSON objects", f"{where} is no JSON object")
                 continue
             if "event_type" in record and "key" in record:
                 record = _event(record)
@@ -119,7 +119,7 @@ class JsonPieces:
             )
             if bad is not None:
                 said = str(record[bad])[:40]
-                reading.damage("values that are no numbers", f"{where}, {bad!r}: {said!r} is not a number")
+                reading.damage("values that are not numbers", f"{where}, {bad!r}: {said!r} is not a number")
             yield part, values
 
 

@@ -231,7 +231,7 @@ def _arrow(path: Path) -> pa.RecordBatchFileReader:
     try:
         return pa.ipc.open_file(pa.memory_map(str(path)))
     except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is no whole Arrow file: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} is not a complete Arrow file: {str(error).splitlines()[0]}") from None
 
 
 def _parquet(path: Path) -> pq.ParquetFile:

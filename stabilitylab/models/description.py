@@ -216,7 +216,7 @@ def first_line(error: BaseException) -> str:
         said = (
             said
             if " " in said
-            else f"{said!r} is missing or unknown: mend the config, or install a newer transformers"
+            else f"{said!r} is missing or unknown: fix the config, or install a newer transformers"
         )
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     first = " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else type(error).__name__

@@ -62,6 +62,6 @@ def check_floats(path: Path, module: Any, stored: Mapping[str, StoredTensor]) ->
         )
         if one is not None and one.dtype not in FLOATS and parameter.is_floating_point():
             raise InputError(
-                f"{path} stores {one.name} as {one.dtype}, which is no number format of weights without a scale: give the "
+                f"{path} stores {one.name} as {one.dtype}, which is not a number format of weights without a scale: give the "
                 "checkpoint in bf16, or dequantize it with the library that wrote it"
             )

@@ -98,7 +98,7 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        raise InputError(f"{index} is no index of weight files: give the whole checkpoint") from None
+        raise InputError(f"{index} is not an index of weight files: give the whole checkpoint") from None
     # A name is a file of this folder, wherever the index would have it lead.
     files = [folder / Path(str(name)).name for name in names]
     for file in files:
@@ -123,7 +123,7 @@ def _header(file: Path) -> dict[str, Any]:
         size = file.stat().st_size
     except (OSError, ValueError, struct.error, TypeError, AttributeError, KeyError, IndexError):
         raise InputError(
-            f"{file.parent}: cannot read its weights ({file.name} is no safetensors file): give the whole, intact checkpoint"
+            f"{file.parent}: cannot read its weights ({file.name} is not a safetensors file): give the whole, intact checkpoint"
         ) from None
     if size != ends:
         what = (

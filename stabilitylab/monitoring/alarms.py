@@ -71,7 +71,7 @@ class Alarms:
         except Exception:
             if not self._has_failed:
                 self._has_failed = True
-                _log.exception("on_event failed at step %d; training goes on", event.step)
+                _log.exception("on_event failed at step %d; training continues", event.step)
 
 
 def _as_one(events: Sequence[Event]) -> list[Event]:

@@ -137,7 +137,7 @@ def _tell(parameters: Sequence[Tensor], norm: Tensor | None) -> None:
         try:
             told(parameters, norm)
         except Exception:
-            _log.exception("gradients could not be read before they were clipped; training goes on")
+            _log.exception("gradients could not be read before they were clipped; training continues")
 
 
 class Untouched:

@@ -271,7 +271,7 @@ class ProbeSet:
         reason = "gradients were changed in place between the backward pass and the optimizer's step"
         self._tell(self._step, "gradients-changed", {"reason": reason})
         _log.warning(
-            "%s (step %d), as by a clipping of one's own: what is recorded of them is after it; for before it, call "
+            "%s (step %d), as by your own clipping: what is recorded of them is after it; for before it, call "
             "monitor.gradients_ready() there",
             reason,
             self._step,
@@ -284,7 +284,7 @@ class ProbeSet:
             self._failed.add(name)
             reason = f"{type(error).__name__}: {error}"
             _log.warning(
-                "telemetry lost: the probe %s failed (%s); training goes on without it", name, reason
+                "telemetry lost: the probe %s failed (%s); training continues without it", name, reason
             )
             self._tell(self._step, "telemetry-lost", {"probe": name, "reason": reason})
 

@@ -202,7 +202,7 @@ class SinkThread:
         if first:
             reason = f"{type(error).__name__}: {error}"
             _log.warning(
-                "telemetry lost: %s could not write (%s); training goes on", type(sink).__name__, reason
+                "telemetry lost: %s could not write (%s); training continues", type(sink).__name__, reason
             )
             data = {"sink": type(sink).__name__, "values": values, "reason": reason}
             self._reports.append(Event(step=self._step, kind="telemetry-lost", data=data))

@@ -237,7 +237,7 @@ class StepQueue:
         except Exception as error:
             name, reason = type(self._detector).__name__, f"{type(error).__name__}: {error}"
             self._detector = None
-            _log.exception("the detector %s failed at step %d; training goes on without it", name, step)
+            _log.exception("the detector %s failed at step %d; training continues without it", name, step)
             return [Event(step=step, kind="telemetry-lost", data={"detector": name, "reason": reason})]
 
 

@@ -56,7 +56,7 @@ class Values:
         except InputError:
             pass
         plain = name.replace("/", ".").strip(".") or "unnamed"
-        self._say(name, f"the name is no family/site/statistic: recorded as {plain!r}")
+        self._say(name, f"the name is not family/site/statistic: recorded as {plain!r}")
         return plain
 
     def _number(self, name: str, value: Any) -> float | Tensor:
@@ -74,7 +74,7 @@ class Values:
                 return float(value.reshape(()))
             raise ValueError(f"a {type(value).__name__}")
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            self._say(name, f"it is no number ({error}): NaN is recorded")
+            self._say(name, f"it is not a number ({error}): NaN is recorded")
             return float("nan")
 
     def _say(self, name: str, what: str) -> None:

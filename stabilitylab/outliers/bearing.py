@@ -80,7 +80,7 @@ class Bearing:
         several = len(self.layers)
         broken = [layer for layer in self.layers if not layer.bears(format)]
         if not broken:
-            return f"All {several} layers bear it as they are."
+            return f"All {several} layers tolerate it as they are."
         causes = [layer.broken[format].cause for layer in broken]
         told = ", ".join(f"{causes.count(cause)} by {_WORDS[cause]}" for cause in _WORDS if cause in causes)
         helped = {
@@ -88,7 +88,7 @@ class Bearing:
             for name in ("rotated", "smoothed")
         }
         return (
-            f"{several - len(broken)} of {several} layers bear it; {len(broken)} do not: {told}. A rotation would mend "
+            f"{several - len(broken)} of {several} layers tolerate it; {len(broken)} do not: {told}. A rotation would fix "
             f"{helped['rotated']} of them, smoothing {helped['smoothed']}."
         )
 

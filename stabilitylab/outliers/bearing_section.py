@@ -54,7 +54,7 @@ def bearing_section(found: Bearing) -> Section:
     if rows:
         parts.append(Table(columns=columns, rows=rows[:_MOST], note=note))
     return Section(
-        title="Which formats each layer bears",
+        title="Which formats each layer tolerates",
         text=(
             "To store or compute in fewer bits, numbers are rounded to those that a format has, under scales that some of them "
             "share. One that is far larger than its neighbours coarsens all of them. A layer bears a format if rounding its input "
@@ -75,7 +75,9 @@ def decision_sentence(found: Bearing) -> str:
     broken = [
         f"{_NAMES[name]} breaks {several - count}" for name, count in bearing.items() if count < several
     ]
-    first = f"All {several} linear layers bear {_listed(whole)}" if whole else f"Of {several} linear layers"
+    first = (
+        f"All {several} linear layers tolerate {_listed(whole)}" if whole else f"Of {several} linear layers"
+    )
     return "; ".join([first, *broken]) + "."
 
 

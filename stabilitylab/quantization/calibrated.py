@@ -87,12 +87,12 @@ class CalibratedScheme:
         """
         if moments is None:
             raise InputError(
-                f"{name}: {self.name} rounds for a text's inputs: make the plan anew with --text, or keep the file of rounded "
+                f"{name}: {self.name} rounds for a text's inputs: make the plan again with --text, or keep the file of rounded "
                 "weights beside it"
             )
         weight = weight.detach()
         if not is_finite(weight):
-            raise InputError(f"{name} holds NaN or infinity: mend the model before it is quantized")
+            raise InputError(f"{name} holds NaN or infinity: fix the model before you quantize it")
         if self.method == "awq":
             return self._scaled(weight, bias, moments, name)
         factor = moments.factor(order=self.method == "gptqo")

@@ -85,7 +85,7 @@ class FormatScheme:
     ) -> FormatLinear:
         """A linear layer of W [N, K] in this scheme. Raises InputError where a weight is not finite."""
         if not is_finite(weight):
-            raise InputError(f"{name} holds NaN or infinity: mend the model before it is quantized")
+            raise InputError(f"{name} holds NaN or infinity: fix the model before you quantize it")
         stored = self.quantize(weight.detach())
         return FormatLinear(stored, self, bias=bias, fingerprint=fingerprint_of_weight(weight))
 

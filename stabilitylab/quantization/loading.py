@@ -35,7 +35,7 @@ def open_quantized(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
     if header is None:
         raise InputError(f"{path} is not a quantized model: stabilitylab quantize --apply writes them")
     if not recognises(path):
-        raise InputError(f"{path} is no transformers model: open it with the program that it came from")
+        raise InputError(f"{path} is not a transformers model: open it with the program that it came from")
     # The reader of transformers' folders knows how; only the weights come from elsewhere.
     described = describe(path)
     with quiet():

@@ -184,7 +184,7 @@ class QuantizationPlan:
         if self.tokenizer is not None and tokenizer is not None and tokenizer != self.tokenizer:
             raise InputError(
                 f"the plan was made for {self.model} with another tokenizer than {name} has now: its text became other tokens, so "
-                "what was measured is not this model's; make the plan anew"
+                "what was measured is not this model's; make the plan again"
             )
 
     def write(self, path: Path) -> None:

@@ -192,7 +192,7 @@ def _outcome_notes(texts: Texts, budget: Budget, advice: Advice, outcome: Advice
         return ["the text ends with the measured part: plans were verified on that same part"]
     if not texts.third:
         return [
-            "the text ends with the part on which plans were verified: the outcome is told on that same part"
+            "the text ends with the part on which plans were verified: the outcome is measured on that same part"
         ]
     notes = [
         f"the plan was chosen at {advice.planned.loss:+.4f} on the second text; on the third it is {outcome.planned.loss:+.4f}"

@@ -45,7 +45,7 @@ def rotate(
     if out.exists():
         raise InputError(f"{out} exists already: give another place, or remove it")
     if not 0 <= seed < 2**32:
-        raise InputError(f"--seed {seed} is no seed: give a whole number from 0 to 4294967295")
+        raise InputError(f"--seed {seed} is not a seed: give a whole number from 0 to 4294967295")
     opened = open_text_model(model)
     chosen = _DTYPES[dtype] if dtype is not None else _stored_in(model)
     bound, apart, rounded = write_rotated(opened, out, chosen, seed)

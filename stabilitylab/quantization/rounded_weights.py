@@ -69,7 +69,7 @@ class RoundedScheme:
                 "the plan anew"
             )
         if header["weight"] != fingerprint_of_weight(weight):
-            raise InputError(f"{name}: {self.file} was rounded from another weight: make the plan anew")
+            raise InputError(f"{name}: {self.file} was rounded from another weight: make the plan again")
         twin: Any = read_twin(
             self.file, set(names), _PREFIX, header, torch.float32 if bias is None else bias.dtype
         )

@@ -114,7 +114,7 @@ def quantize_weight(
         let_go_of_pages([given])
         digest.update(part.cpu().contiguous().numpy().tobytes())
         if not bool(part.isfinite().all()):
-            raise InputError(f"{name} holds NaN or infinity: mend the model before it is quantized")
+            raise InputError(f"{name} holds NaN or infinity: fix the model before you quantize it")
         part = part if smooth is None else part * smooth.to(part)
         codes, scale, zero = affine_rows(part, scheme, group, one_scale)
         held = pack_nibbles(codes) if scheme.bits == 4 else (codes.to(torch.int16) - 128).to(torch.int8)

@@ -67,7 +67,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+", encoding="utf-8")
         except (FileExistsError, NotADirectoryError):
-            raise InputError(f"{self.path} cannot be a run folder: a file stands in the way") from None
+            raise InputError(f"{self.path} cannot be a run folder: a file is in the way") from None
         except OSError as error:
             if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise

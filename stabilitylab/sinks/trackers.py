@@ -57,7 +57,7 @@ def open_trackers(names: Iterable[str], folder: Path | None) -> list[Sink]:
         except Exception as error:
             said = (str(error).splitlines() or [""])[0][:200]
             _log.warning(
-                "%s cannot begin a run (%s: %s); training goes on without it",
+                "%s cannot begin a run (%s: %s); training continues without it",
                 name,
                 type(error).__name__,
                 said,

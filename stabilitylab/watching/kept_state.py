@@ -64,7 +64,7 @@ class KeptState:
         except BlockingIOError:
             self._lock.close()
             raise InputError(
-                f"{folder} is the state of another watch that goes on: end it, or give --state another folder"
+                f"{folder} is the state of another watch that is still running: end it, or give --state another folder"
             ) from None
         except OSError as error:
             raise InputError(

@@ -393,7 +393,7 @@ def test_runs_that_died_are_said(capsys, table):
     ("change", "words", "error"),
     [
         (("", ""), ("--value", "loss"), "no column 'loss'"),
-        (("", ""), ("--value", "note"), "is 'x', which is no number"),
+        (("", ""), ("--value", "note"), "is 'x', which is not a number"),
         (("a,0", "c,0"), ("--paired", "--group", "seed"), "no run of seed 'a'"),
         (("a,1", "a,0"), ("--paired",), "occurs twice"),
         (("val_loss", "loss"), ("--margin", "-1"), "above 0"),

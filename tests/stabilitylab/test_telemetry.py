@@ -249,6 +249,6 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither telemetry/ nor events"):
         RunFolder.open(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="a file stands in the way"):
+    with pytest.raises(InputError, match="a file is in the way"):
         RunFolder(tmp_path / "file").claim()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -237,7 +237,7 @@ def test_a_tracker_that_is_none_is_refused_before_anything_is_made(tmp_path, cap
 def test_wrong_places_are_named(data_folder, tmp_path, capsys):
     refused(arguments(tmp_path / "none", tmp_path / "run"), capsys, "not a finished shards")
     (tmp_path / "file").write_text("")
-    refused(arguments(data_folder, tmp_path / "file"), capsys, "a file stands in the way")
+    refused(arguments(data_folder, tmp_path / "file"), capsys, "a file is in the way")
     refused(["train", "glm-tinny", "--data", "x"], capsys, "there is no preset 'glm-tinny'", "glm-tiny")
     refused(["train"], capsys, "needs a preset first")
     refused(["trian"], capsys, "no command 'trian'", "train")

@@ -261,7 +261,7 @@ def test_task_names_are_refused_where_they_clash(tmp_path):
         find_tasks((tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.jsonl"))
     with pytest.raises(InputError, match="rename it"):
         find_tasks((tmp_path / "describe-zh.jsonl",))
-    with pytest.raises(InputError, match="is no task"):
+    with pytest.raises(InputError, match="is not a task file"):
         find_tasks((tmp_path / "plain.txt",))
 
 

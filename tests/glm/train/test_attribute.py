@@ -242,7 +242,7 @@ def test_refusals(lost, data_folder, tmp_path, capsys):
         assert re.search(match, line)
 
     refused("choose one of 1", lost, "--event", 99)
-    refused("is no time", lost, "--event", 1, "--budget", "soon")
+    refused("is not a time", lost, "--event", 1, "--budget", "soon")
     refused("too small for one fork", lost, "--event", 1, "--budget", "0.001s", "--processes", 1)
     refused("matches no parameter", lost, "--event", 1, "--group", "layers.7", "--processes", 1)
     config = json.loads((lost / "config.json").read_text())

@@ -29,7 +29,7 @@ def test_of_a_bars_states_at_a_step_the_last_counts(tmp_path):
     log, steps, values = losses(path)
     assert steps == list(range(15))
     assert values == pytest.approx([9 - k / 10 for k in range(15)])
-    assert log.left_out == {"states of a bar drawn anew": 18}
+    assert log.left_out == {"states of a redrawn bar": 18}
 
 
 def test_a_bars_losses_that_stay_are_kept(tmp_path):

@@ -106,7 +106,7 @@ def test_a_monitor_that_cannot_be_made_leaves_nothing(tmp_path: Path, broken: st
             Monitor(model, optimizer, out=run, probes=[*all_probes(), Broken()], **options)  # type: ignore[list-item]
     else:
         run.write_text("a file")
-        with pytest.raises(InputError, match="a file stands in the way"):
+        with pytest.raises(InputError, match="a file is in the way"):
             Monitor(model, optimizer, out=run, **options)
         run.unlink()
     assert hooks(model, optimizer) == 0

@@ -45,7 +45,7 @@ def test_gradients_and_updates_are_those_of_the_plain_model(
         f"TorchScript takes no hooks, so the activations of {part} are not seen; gradients and updates are"
     ]
     expected = recorded(plain)
-    # An embedding within it is not known as one, so its rows are not told apart.
+    # An embedding within it is not known as one, so its rows cannot be distinguished.
     wanted = {at for at in expected if at[1].startswith(("gradient/", "update/")) and "/top_row" not in at[1]}
     assert wanted <= found.keys()
     for at in found:

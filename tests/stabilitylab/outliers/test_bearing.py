@@ -63,7 +63,7 @@ def test_tokens_weights_and_what_is_spread():
     assert expert.broken["int8-tensor"].cause == "tokens"
     sentence = Bearing(layers=[tokens, heavy, spread]).sentence("int8-tensor")
     assert sentence.startswith(
-        "0 of 3 layers bear it; 3 do not: 1 by single tokens, 1 by large values in many places, 1 by their"
+        "0 of 3 layers tolerate it; 3 do not: 1 by single tokens, 1 by large values in many places, 1 by their"
     )
 
 
@@ -91,11 +91,11 @@ def test_the_command_tells_it(folder, tmp_path, capsys):
         == 0
     )
     told = capsys.readouterr().out
-    assert "fp8-e4m3-tensor: All 22 layers bear it as they are." in told
+    assert "fp8-e4m3-tensor: All 22 layers tolerate it as they are." in told
     page = (tmp_path / "p.html").read_text()
-    assert page.index("Which formats each layer bears") < page.index("How many outliers")
+    assert page.index("Which formats each layer tolerates") < page.index("How many outliers")
     # The decision is the first thing that is read.
-    lead = re.search(r"All 22 linear layers bear ([^.]*)\.", page)
+    lead = re.search(r"All 22 linear layers tolerate ([^.]*)\.", page)
     assert lead is not None
     assert "FP8 E4M3, one scale a tensor" in lead[1]
     assert "int8, one scale a tensor breaks" in lead[1]

@@ -62,7 +62,7 @@ def test_page(model, text, tmp_path, capsys):
     for outside in ('src="http', 'href="http', "@import", "url(http", "<link", "<script"):
         assert outside not in html
     for title in (
-        "Which formats each layer bears",
+        "Which formats each layer tolerates",
         "How many outliers",
         "The worst channels",
         "Where they are",

@@ -228,7 +228,7 @@ def test_what_stands_is_not_overwritten(llama, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
     assert main(["rotate", str(llama), str(tmp_path / "other"), "--seed", "-1"]) == 2
-    assert "--seed -1 is no seed" in capsys.readouterr().err
+    assert "--seed -1 is not a seed" in capsys.readouterr().err
 
 
 def test_the_format_is_the_files_unless_another_is_asked_for(tmp_path):

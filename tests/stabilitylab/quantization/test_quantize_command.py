@@ -154,7 +154,7 @@ def test_a_plan_for_another_tokenizer_is_refused(made, tmp_path, capsys):
     words = data["model"]["vocab"]
     words["a"], words["e"] = words["e"], words["a"]
     file.write_text(json.dumps(data))
-    refused(capsys, [folder, "--plan", made / "plan.json"], "another tokenizer", "make the plan anew")
+    refused(capsys, [folder, "--plan", made / "plan.json"], "another tokenizer", "make the plan again")
 
 
 def test_weights_that_are_not_finite_are_refused(made, tmp_path, capsys):

@@ -241,7 +241,7 @@ def test_two_sinks_in_one_folder(tmp_path: Path) -> None:
 
 def test_a_file_stands_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "telemetry").write_text("x")
-    with pytest.raises(InputError, match="a file stands in the way"):
+    with pytest.raises(InputError, match="a file is in the way"):
         ParquetSink(tmp_path / "telemetry")
 
 
