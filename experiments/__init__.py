@@ -1,0 +1,1 @@
+"""Questions about stability: arms, seeds, statistics and verdicts."""

@@ -1,0 +1,1 @@
+"""From text to batches: corpus, tokenizer, shards, blank infilling and the loader."""

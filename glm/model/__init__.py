@@ -1,0 +1,1 @@
+"""The model: embedding, attention, feed-forward layers, blocks and the vocabulary loss."""

@@ -25,6 +25,7 @@ def duration(seconds: float) -> str:
 
 
 def gib(size: float) -> str:
+    """Bytes in GiB, with one decimal."""
     return f"{size / GIB:.1f}"
 
 

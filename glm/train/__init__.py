@@ -1,0 +1,1 @@
+"""Training: configuration, loop, engine, optimizers, checkpoints, replay and attribution."""

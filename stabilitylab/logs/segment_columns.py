@@ -137,6 +137,17 @@ class SegmentColumns:
 def columns_of(
     reading: Reading, part: SegmentColumns, path: Path, *, loss: str | None, step: str | None
 ) -> dict[str, str]:
+    """Signal -> its column in one segment, by the names and by what the columns hold.
+
+    Args:
+        reading: the log's reader, which may know its losses and its step by name.
+        part: the segment.
+        path: the log, for messages.
+        loss, step: columns that the user named.
+
+    Raises:
+        InputError: no loss column, or several that could be.
+    """
     names = list(dict.fromkeys([*part.counts, *part.nulls]))
     if loss is None:
         loss = next((name for name in reading.losses if part.counts[name]), None) or _bare_total(part)
@@ -235,6 +246,7 @@ def _others(part: SegmentColumns, loss: str) -> str:
 
 
 def notes_of(part: SegmentColumns, columns: Mapping[str, str]) -> list[str]:
+    """What a reader should know about a segment: nulls in one column, a loss that stops, a loss of 0 beside a non-finite norm."""
     loss, norm = columns[LOSS], columns.get(GRADIENT_NORM)
     notes = []
     if part.nulls[loss] and any(part.counts[n] > part.counts[loss] for n in columns.values() if n != loss):

@@ -209,6 +209,7 @@ def _read(path: Path, what: str, loader: Any, folder: str, **options: Any) -> An
 
 
 def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
     said = str(error)
     if isinstance(error, KeyError) and error.args:
         # A name that is not in a table, or a sentence.

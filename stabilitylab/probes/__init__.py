@@ -1,0 +1,1 @@
+"""Where numbers come from: gradients, activations, attention scores, updates, weights, precision and formats."""

@@ -141,6 +141,13 @@ def joined(spans: list[BumpSpan], more: list[BumpSpan]) -> list[BumpSpan]:
 
 
 def excursions(values_N: Vector, *, sparse: bool, floor: float = LOSS_FLOOR) -> list[BumpSpan]:
+    """Excursions of single values and of means of four.
+
+    Args:
+        values_N: finite.
+        sparse: whether a value stands for several steps, so that a single one may be a spike.
+        floor: the smallest rise that counts, as a share of the running median.
+    """
     n = len(values_N)
     half = int(np.clip(n // 5, 5, 25))
     trend_N, scale_N = _trend(values_N, half)
@@ -197,6 +204,7 @@ def _rises(values_N: Vector, residual_N: Vector, first: int, last: int) -> bool:
 
 
 def deviations(values_N: Vector) -> Vector:
+    """The residual of each value over the running median, in units of the scale around it."""
     trend_N, scale_N = _trend(values_N, int(np.clip(len(values_N) // 5, 5, 25)))
     return (values_N - trend_N) / np.maximum(scale_N, 1e-9 * np.abs(trend_N) + 1e-300)
 

@@ -36,6 +36,7 @@ BLOCKS = 48
 
 
 def step_up(values_N: Vector) -> BumpSpan | None:
+    """The step up for good, from its first value to the end; None where there is none."""
     n = len(values_N)
     w = int(np.clip(n // 6, 5, 16))
     if n < 4 * w:
@@ -70,6 +71,7 @@ def step_up(values_N: Vector) -> BumpSpan | None:
 
 
 def slow_rise(values_N: Vector) -> BumpSpan | None:
+    """The slow rise, from where it begins to the end; None where there is none."""
     n = len(values_N)
     width = max(4, n // BLOCKS)
     count = n // width

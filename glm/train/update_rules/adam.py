@@ -38,6 +38,7 @@ def _take_in(tensors: Tensors, t: int, config: OptimizerConfig) -> tuple[list[Te
 
 
 def adamw(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:
+    """u of AdamW; advances both moments."""
     mean, size = _take_in(tensors, t, config)
     torch._foreach_add_(size, config.epsilon)
     torch._foreach_div_(mean, size)
@@ -45,11 +46,13 @@ def adamw(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:
 
 
 def adam_atan2(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:
+    """u of Adam-atan2; advances both moments."""
     mean, size = _take_in(tensors, t, config)
     return [torch.atan2(m, s).mul_(ATAN2_FACTOR) for m, s in zip(mean, size, strict=True)]
 
 
 def ademamix(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:
+    """u of AdEMAMix; advances its three moments."""
     mean, size = _take_in(tensors, t, config)
     slow = [state["exp_avg_slow"] for state in tensors.states]
     torch._foreach_lerp_(slow, list(tensors.gradients), 1 - slow_beta(t, config))
@@ -75,6 +78,7 @@ def slow_beta(t: int, config: OptimizerConfig) -> float:
 
 
 def lion(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:
+    """u of Lion; advances its momentum."""
     gradients = list(tensors.gradients)
     momentum = [state["exp_avg"] for state in tensors.states]
     directions = list(torch._foreach_lerp(momentum, gradients, 1 - config.beta1))

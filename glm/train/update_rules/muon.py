@@ -37,6 +37,7 @@ CACHED = 2**19
 
 
 def muon(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:
+    """u of Muon for weights that are matrices; advances the momentum."""
     gradients, constants = list(tensors.gradients), config.muon
     momenta = [state["momentum"] for state in tensors.states]
     torch._foreach_lerp_(momenta, gradients, 1 - constants.momentum)

@@ -36,6 +36,7 @@ def _state(weight: Tensor) -> State:
 
 
 def soap(tensors: Tensors, t: int, config: OptimizerConfig) -> list[Tensor]:
+    """u of SOAP for weights that are matrices; advances moments, preconditioners and bases."""
     return [
         _direction(gradient, state, t, config)
         for gradient, state in zip(tensors.gradients, tensors.states, strict=True)
