@@ -145,6 +145,7 @@ _MOST_ALIKE = 4  # more would be one norm per layer
 _OTHER_LOSSES = frozenset(
     {"xent", "nll", "cross_entropy", "crossentropy", "train_xent", "train_nll"}
 )  # names of losses without the word
+_LONE_LOSSES = frozenset({"ce", "xe", "objective", "cost"})  # where no column is called a loss
 _COUNTERS = frozenset({*_NAMES[STEP], "epoch", "epochs"})
 EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
 _BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel's curve
@@ -160,6 +161,7 @@ _OF_TARGETS = frozenset({"ce_loss", "cross_entropy_loss", "crossentropyloss", "n
 _SMALL_TERM = re.compile(
     r"(^|_)(z|zloss|aux\w*|router|balanc\w*|load|lb|moe|mtp|reg\w*|penalty|(?<!cross_)entropy)(_|$)"
 )
+_PART = re.compile(f"{_SMALL_TERM.pattern}|(^|_)kl")
 _STEADYING = re.compile(r"(^|_)(z|zloss|aux|auxiliary|router|balanc\w*|load|lb|moe)(_|$)")  # never alone
 _POLICY = re.compile(r"(^|_)(policy|pg|actor|surrogate)(_|$)")
 # Never offered as the loss: counters by other names, times, rates, norms, settings.
@@ -256,7 +258,7 @@ def _loss(
     if len(found) == 2 and len(raw) == 1 and any(plain[n] == "loss" for n in found):
         return raw[0]  # AllenNLP's loss is the mean since the epoch began
     own = [n for n in found if not _AVERAGE.search(plain[n])]
-    if len(found) == 2 and len(own) == 1 and not re.search(f"{_SMALL_TERM.pattern}|(^|_)kl", plain[own[0]]):
+    if len(found) == 2 and len(own) == 1 and not _PART.search(plain[own[0]]):
         return own[0]  # gpt_loss beside its running loss_mean
     for usual in (_NAMES[LOSS], _POLICY_LOSSES if len(totals) != 1 else ()):
         if (named := _of_a_usual_name(found, plain, usual, counts)) is not None:
@@ -270,7 +272,7 @@ def _loss(
         totals,
         [n for n in found if plain[n] != "losses"],  # a list of them
         [n for n in found if not _SMALL_TERM.search(plain[n])] if _is_target(found, plain) else [],
-        [n for n in found if not _AVERAGE.search(plain[n])],
+        [n for n in found if not (_AVERAGE.search(plain[n]) or _PART.search(plain[n]))],
         [n for n in found if _POLICY.search(plain[n])],
         [n for n in found if re.search(r"(^|_)(tr|trn)(_|$)", plain[n])],
     ):
@@ -303,6 +305,8 @@ def _training_losses(
         found = [n for n in found if counts[n] * 20 > most]  # an average at the end is no curve
     if found and not all(map(steadies, found)):
         return found + _bounds(names, plain, named, found)
+    if not named and len(alone := [n for n in names if _tail(n) in _LONE_LOSSES]) == 1:
+        return alone
     others = [n for n in names if not (counter_of(n) or is_evaluation(n) or _NO_LOSS.search(plain[n]))]
     others = [n for n in others if re.match(r"\w", n)]  # not a place known only by its length
     others.sort(key=lambda n: (n in found, n not in fractions))  # whole numbers count something
@@ -398,6 +402,11 @@ def _paste(names: Sequence[str], most: int = 6) -> str:
 def is_evaluation(name: str) -> bool:
     """Whether a column is about validation or test rather than training."""
     return EVALUATION.search(re.sub(r"[^0-9a-z]+", "_", _english(name).lower())) is not None
+
+
+def may_be_loss(name: str) -> bool:
+    """Whether a column of this name is taken for the loss, at least where no other is called one."""
+    return is_loss(name) or _tail(name) in _LONE_LOSSES
 
 
 @lru_cache(4096)

@@ -25,7 +25,7 @@ NULLS = frozenset(("", "null", "none", "n/a", "na", "-", "<na>", "no log", "no_l
 _METRIC_NAMES = ("metric", "metric_name", "metric.name", "metricname", "key", "tag", "variable", "name")
 # Columns that name a row's run or process.
 RUN_NAMES = ("run_name", "run.name", "run_id", "run id", "run_uuid", "run", "run.hash", "rank", "local_rank")
-_NAME = r"[A-Za-z][\w./%()-]*"
+_NAME = r"[A-Za-z_][\w./%()-]*"
 _HINT = re.compile(r"sep=")  # tells Excel the delimiter
 _CLOCKS = ("wall time", "timestamp", "time", "relative time", "datetime")
 _DECIMAL_COMMA = re.compile(r"^-?(?:\d+|\d{1,3}(?:\.\d{3})+),\d+(?:[eE][-+]?\d+)?$")

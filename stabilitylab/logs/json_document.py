@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stabilitylab.errors import InputError
+from stabilitylab.logs.columns import may_be_loss
 from stabilitylab.logs.json_lines import NAMED_BY, numbers, part_of
 from stabilitylab.logs.pattern import LineValues
 from stabilitylab.logs.reading import Reading, Row
@@ -204,7 +205,7 @@ def _by_step(document: Mapping[str, Any]) -> Records | None:
     ]
     if len(records) < _FEWEST or len(records) < len(told) or len({next(iter(one)) for one in records}) > 1:
         return None
-    return records if any("loss" in name.lower() for one in records for name in numbers(one)) else None
+    return records if any(may_be_loss(name) for one in records for name in numbers(one)) else None
 
 
 def _longest(document: Any, depth: int = 0) -> Records | None:
@@ -212,7 +213,7 @@ def _longest(document: Any, depth: int = 0) -> Records | None:
     if isinstance(document, list):
         objects: Records = [record for record in document if isinstance(record, dict)]
         objects = _by_key(objects) or objects
-        named = any("loss" in name.lower() for o in objects for name in numbers(o))
+        named = any(may_be_loss(name) for o in objects for name in numbers(o))
         return objects if named else None
     if not isinstance(document, dict) or depth > 4:
         return None
@@ -230,8 +231,8 @@ def _longest(document: Any, depth: int = 0) -> Records | None:
         if isinstance(column, list) and column and not isinstance(column[0], dict | list)
     }
     found: list[Records] = []
-    if any("loss" in name.lower() for name in columns):
-        length = max(len(column) for name, column in columns.items() if "loss" in name.lower())
+    if any(may_be_loss(name) for name in columns):
+        length = max(len(column) for name, column in columns.items() if may_be_loss(name))
         same = {name: column for name, column in columns.items() if len(column) == length}
         found.append([dict(zip(same, row, strict=True)) for row in zip(*same.values(), strict=True)])
     found += [one for value in document.values() if (one := _longest(value, depth + 1))]

@@ -27,6 +27,7 @@ _CLOCK = re.compile(
     r"time|elapsed|second|duration|eta|date|byte|mem|epoch|\bpid\b|/sec\b|(^|[_ /])(ms|s|ts|t|min|hours?)$",
     re.IGNORECASE,
 )
+_LIKE_STEPS = re.compile(r"step|iter(?!m)", re.IGNORECASE)  # step_id, timestep, iter_idx
 _AMOUNT = re.compile(r"^(?:steps|iterations|iters|updates)$", re.IGNORECASE)
 _AMOUNTS = 0.25  # share of rows in which an amount falls
 _BARE_TOTAL = re.compile(r"(?:train(?:ing)?[ _/])?(?:total|overall)\b", re.IGNORECASE)
@@ -217,15 +218,16 @@ def _bare_total(part: SegmentColumns) -> str | None:
 def _counting(part: SegmentColumns, columns: Mapping[str, str]) -> str | None:
     """A column with another name that counts (``gen 3``, ``round: 12``, ``40/300``): whole numbers that rise in every row."""
     loss = columns[LOSS]
-    for name in part.counts:
+    for name in sorted(part.counts, key=lambda name: _LIKE_STEPS.search(name) is None):
         if (
             part.counts[name] >= max(part.counts[loss], 3)
             and part.last_row[name] >= part.last_row[loss]
             and name not in (*columns.values(), STEP_ABOVE)
             and name not in part.fractions
             and part.backward[name] == part.resets[name]
-            and not part.repeated[name]
-            and (not _CLOCK.search(name) or _is_even(part, name))
+            and part.repeated[name] * 4
+            <= (part.counts[name] if _LIKE_STEPS.search(name) else 0)  # rows of evaluation
+            and (not _CLOCK.search(name) or _is_even(part, name) or _LIKE_STEPS.search(name))
             and math.isfinite(part.last[name])
             and part.first[name] < _A_DATE
         ):

@@ -204,23 +204,29 @@ class ArrowLog(_TableLog):
 
 
 def read_table_file(path: Path) -> Reading | None:
-    """The rows of a Parquet or Arrow file whose columns of text tell runs or validation apart, or that holds one value a row; None:
-    it has no such column."""
+    """The rows of a Parquet or Arrow file whose columns of text tell runs or validation apart, that holds one value a row, or in
+    which no column is named like a step; None: it is none of these."""
     with path.open("rb") as file:
         is_parquet = file.read(4) == b"PAR1"
     schema = _parquet(path).schema_arrow if is_parquet else _arrow(path).schema
     lower = {name.lower(): name for name in schema.names}
-    if {"family", "site", "statistic"} <= lower.keys() or not (
-        "value" in lower
-        or any(n in lower and not _is_number(schema.field(lower[n]).type) for n in MODES)
-        or lower.keys() & {*RUN_NAMES}
-    ):
+    if {"family", "site", "statistic"} <= lower.keys():
+        return None
+    tells = any(n in lower and not _is_number(schema.field(lower[n]).type) for n in MODES)
+    if not tells and not lower.keys() & {"value", *RUN_NAMES} and _names_a_step(schema.names, path):
         return None
     kind: type[_TableLog] = ParquetLog if is_parquet else ArrowLog
     every = kind(path=path, columns={name: name for name in schema.names})
     reading = read_tables(schema.names, every._batches, LogFile(path))
     reading.format = "Parquet" if is_parquet else "Arrow"
     return reading
+
+
+def _names_a_step(names: list[str], path: Path) -> bool:
+    try:
+        return STEP in choose_columns(names, source=path)
+    except InputError:
+        return False
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -148,7 +148,7 @@ def _is_header(line: str) -> bool:
     return (
         len(cells) > 1
         and not line.rstrip().endswith((".", ":"))
-        and all(re.fullmatch(r"[A-Za-z#%][\w ./@%()\[\]#-]*", cell) for cell in cells)
+        and all(re.fullmatch(r"[A-Za-z#%_][\w ./@%()\[\]#-]*", cell) for cell in cells)
     )
 
 

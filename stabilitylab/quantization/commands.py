@@ -136,7 +136,7 @@ def quantize(
         print(plan.read_text(encoding="utf-8"), end="")
     if apply is not None:
         size = save_as(format, opened, made, apply)
-        console.print(f"written: {apply} ({size / 1e6:.1f} MB of weights)", highlight=False)
+        console.print(f"written: {apply} ({size / 1e6:.1f} MB of weights)", markup=False, highlight=False)
     if html is not None:
         from stabilitylab.quantization.page import plan_page
 

@@ -58,7 +58,10 @@ def rotate(
         soft_wrap=True,
     )
     console.print(
-        f"written: {out} ({size / 1e6:.1f} MB of weights in {_name(chosen)})", highlight=False, soft_wrap=True
+        f"written: {out} ({size / 1e6:.1f} MB of weights in {_name(chosen)})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
     return 0
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.command_line.whole_file import whole_file
@@ -151,10 +152,12 @@ def _show(scan: Scan, log: Log) -> None:
     if scan.episodes:
         print_table(console, _table(scan.episodes, title))
         for numbers, said in _what_else(scan.episodes):
-            console.print(f"{numbers}: {said}", highlight=False, soft_wrap=True)
+            console.print(f"{numbers}: {said}", markup=False, highlight=False, soft_wrap=True)
     count = Counter(episode.kind for episode in scan.episodes)
     found = ", ".join(f"{count[kind]} {kind}" for kind in KINDS if count[kind]) or "no episodes"
-    console.print(f"{title}: {found} in {scan.values:,} loss values", highlight=False, soft_wrap=True)
+    console.print(
+        f"{title}: {found} in {scan.values:,} loss values", markup=False, highlight=False, soft_wrap=True
+    )
     console.print(
         f"spike score (7 sigma, 1,000 values): {scan.spike_score:.3g}; "
         f"detrended: {scan.detrended_spike_score:.3g}",
@@ -162,9 +165,9 @@ def _show(scan: Scan, log: Log) -> None:
         soft_wrap=True,
     )
     for sentence in _explanations(log):
-        console.print(sentence, highlight=False, soft_wrap=True)
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     for note in _notes(scan, log):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _notes(scan: Scan, log: Log) -> list[str]:
@@ -221,7 +224,7 @@ def _explanations(log: Log) -> list[str]:
 
 
 def _table(episodes: list[Episode], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("#", justify="right")
     table.add_column("kind", no_wrap=True)
     for name in ("onset", "peak", "end", "height", "level", "told"):
@@ -237,7 +240,7 @@ def _table(episodes: list[Episode], title: str) -> Table:
             "" if one.height is None else f"{one.height:.3g}",
             _levels(one),
             "afterwards" if one.told is None else str(one.told),
-            one.signal,
+            Text(one.signal),
         )
     return table
 

@@ -40,13 +40,13 @@ def draw(scan: Scan, title: str) -> Figure:
         positive = high[high > 0]
         if len(positive) == len(high) and len(high) and high.max() > 30 * np.median(high):
             axis.set_yscale("log")
-        axis.set_ylabel(name)
+        axis.set_ylabel(name, parse_math=False)
         axis.margins(x=0.01)
         for episode in scan.episodes:
             end = episode.onset if episode.end is None else episode.end
             axis.axvspan(episode.onset, end, color=COLOURS[episode.kind], alpha=0.6, linewidth=1.5)
     axes[-1].set_xlabel("step")
-    axes[0].set_title(title, loc="left")
+    axes[0].set_title(title, loc="left", parse_math=False)
     seen = [kind for kind in COLOURS if any(episode.kind == kind for episode in scan.episodes)]
     if seen:
         handles = [Line2D([], [], color=COLOURS[kind], linewidth=5, label=kind) for kind in seen]

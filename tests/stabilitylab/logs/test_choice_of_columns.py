@@ -2,10 +2,13 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.recognise import open_logs
+from stabilitylab.spikes.commands import spikes
 from stabilitylab.telemetry import LOSS
 from tests.stabilitylab.logs.told import losses, many
 
@@ -119,3 +122,65 @@ def test_names_whose_words_a_capital_letter_parts(tmp_path):
     log, steps, _ = losses(json_lines(tmp_path / "a.jsonl", *rows))
     assert steps == [5, 10, 15, 20, 25]
     assert [*log.columns.values()] == ["trainLoss", "globalStep", "gradNorm", "learningRate"]
+
+
+def test_names_are_no_markup(tmp_path, capsys):
+    """A run called [/] ended ``spikes`` in a traceback, and one called [red] lost its name."""
+    runs = ("[/]", "[red]a")
+    rows = [
+        {"run": run, "step": k, "loss": 3 - k / 100 + 5 * (k == 60), "[b]": k}
+        for run in runs
+        for k in range(99)
+    ]
+    path = json_lines(tmp_path / "[bold]a.jsonl", *rows)
+    spikes((path,))
+    said = capsys.readouterr().out
+    assert all(f"[bold]a.jsonl, {run}: 1 " in said for run in runs)
+    assert all(f"[bold]a.jsonl, {run} " in said for run in runs)  # the tables' titles
+
+
+@pytest.mark.parametrize("name", ["step_id", "iter_idx", "timestep", "n_steps", "total_steps"])
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_other_names_of_steps_come_before_amounts(tmp_path, name, form):
+    rows = [{"": k, "tokens": 4096 * k, "loss": 9 / k, name: 5 * k} for k in range(1, 41)]
+    path = tmp_path / f"a.{form}"
+    if form == "csv":
+        path.write_text(
+            ",".join(rows[0]) + "\n" + "".join(",".join(map(str, r.values())) + "\n" for r in rows)
+        )
+    elif form == "jsonl":
+        evaluated = [{name: row[name], "eval_loss": 9.0} for row in rows]
+        some = [one for k, row in enumerate(rows) for one in ((row, evaluated[k]) if k % 8 == 7 else (row,))]
+        json_lines(path, *some)
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    assert losses(path)[1] == list(range(5, 201, 5))
+
+
+def test_amounts_that_stand_still_count_nothing(tmp_path):
+    rows = [{"total_steps": 1000, "n_steps": 8, "it": k, "loss": 9 / k} for k in range(1, 41)]
+    assert losses(json_lines(tmp_path / "a.jsonl", *rows))[1] == list(range(1, 41))
+
+
+def test_a_part_is_not_the_loss_because_the_rest_is_an_average(tmp_path):
+    for part in ("aux_loss", "kl_loss"):
+        rows = [{"step": k, part: 0.01, "avg_train_loss": 9 / k} for k in range(1, 9)]
+        with pytest.raises(InputError, match="several loss columns"):
+            losses(json_lines(tmp_path / "a.jsonl", *rows))
+
+
+@pytest.mark.parametrize("name", ["ce", "train/ce", "objective", "nll"])
+def test_losses_without_the_word_in_tables_and_documents(tmp_path, name):
+    rows = [{"step": k, "lr": 0.1, name: 9 / k} for k in range(1, 6)]
+    (tmp_path / "a.csv").write_text(f"step,lr,{name}\n" + "".join(f"{k},0.1,{9 / k}\n" for k in range(1, 6)))
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "b.json").write_text(json.dumps({key: [row[key] for row in rows] for key in rows[0]}))
+    json_lines(tmp_path / "a.jsonl", *rows)
+    for file in ("a.csv", "a.json", "b.json", "a.jsonl"):
+        assert losses(tmp_path / file)[2] == [9.0, 4.5, 3.0, 2.25, 1.8]
+
+
+def test_a_files_name_is_no_formula(tmp_path):
+    (path := tmp_path / r"cost$\frac$.log").write_text(many("step {k} loss {x}", 40))
+    spikes((path,), plot=(picture := tmp_path / "a.png"))
+    assert picture.stat().st_size > 1000

@@ -208,7 +208,7 @@ def test_bad_parquet_tensorboard_and_folders(tmp_path):
     with pytest.raises(InputError, match="not a whole Parquet file"):
         spikes((bad,))
     pq.write_table(pa.table({"loss": [["a"], ["b"]]}), bad)
-    with pytest.raises(InputError, match="not numbers"):
+    with pytest.raises(InputError, match="is not a number"):
         spikes((bad,))
     events = tmp_path / "events.out.tfevents.1"
     events.write_bytes(b"not a record")
