@@ -10,7 +10,8 @@ quartiles over elements are near neither (another basis, scale or gradient), thi
 two; where no element has moved yet, not in that step. After some 1 / (1 - beta2) steps the kinds agree, and the check ends.
 
 Moments are found by name, ``exp_avg_sq`` and ``exp_avg``, alone or inside another name, one level down or two (heavyball:
-``state[0]["update_by_adam_exp_avg_sq_0"]``), where they have as many elements as the parameter.
+``state[0]["update_by_adam_exp_avg_sq_0"]``), or ``state1`` and ``state2`` (bitsandbytes), where they have as many elements as the
+parameter.
 """
 
 from __future__ import annotations
@@ -144,22 +145,28 @@ def _beta2(group: Mapping[str, Any]) -> float | None:
 def _found(p: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, Tensor, bool] | None:
     """First and second moment, this rank's parts, and whether they were decoded."""
     count = local_part(p.detach())[0].numel()
+    for first, second in _named(state):
+        if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+            continue
+        first, second = local_part(first)[0], local_part(second)[0]
+        if not (first.numel() == second.numel() == count):
+            continue
+        if _is_code(first) or _is_code(second):
+            # torchao's low-bit optimizers.
+            first, second = first.dequantize(), second.dequantize()
+            return first, second, True
+        if _holds_numbers(first) and _holds_numbers(second):
+            return first, second, False
+    return None
+
+
+def _named(state: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """What the state holds under the names of first and second moments."""
     for inner in (state,) if SECOND in state else _levels(state, 2):
         names = [SECOND] if SECOND in inner else [n for n in inner if isinstance(n, str) and SECOND in n]
         for name in sorted(names, key=len):  # AMSGrad's maximum of v is called max_exp_avg_sq
-            first, second = inner.get(name.replace(SECOND, FIRST)), inner[name]
-            if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
-                continue
-            first, second = local_part(first)[0], local_part(second)[0]
-            if not (first.numel() == second.numel() == count):
-                continue
-            if _is_code(first) or _is_code(second):
-                # torchao's low-bit optimizers.
-                first, second = first.dequantize(), second.dequantize()
-                return first, second, True
-            if _holds_numbers(first) and _holds_numbers(second):
-                return first, second, False
-    return None
+            yield inner.get(name.replace(SECOND, FIRST)), inner[name]
+    yield state.get("state1"), state.get("state2")
 
 
 def _is_code(moment: Tensor) -> bool:

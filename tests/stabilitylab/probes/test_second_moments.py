@@ -43,20 +43,26 @@ class Kept(torch.optim.Optimizer):
             (one number a row, Adam-mini's).
         prefix: before and after the names in the state, heavyball's way; the state then lies one level down.
         codes: type of the moments in the state.
+        names: of the moments.
     """
 
     def __init__(
-        self, parameters: Any, how: str, prefix: str = "", codes: torch.dtype = torch.float32
+        self,
+        parameters: Any,
+        how: str,
+        prefix: str = "",
+        codes: torch.dtype = torch.float32,
+        names: tuple[str, str] = ("exp_avg", "exp_avg_sq"),
     ) -> None:
         super().__init__(parameters, {"lr": 0.01, "betas": (0.9, BETA2), "eps": 1e-8})
-        self.how, self.prefix, self.codes = how, prefix, codes
+        self.how, self.prefix, self.codes, self.names = how, prefix, codes, names
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             group["step"] = t = group.get("step", 0) + 1
             for p in group["params"]:
-                names = [f"{self.prefix}{n}{'_0' * bool(self.prefix)}" for n in ("exp_avg", "exp_avg_sq")]
+                names = [f"{self.prefix}{n}{'_0' * bool(self.prefix)}" for n in self.names]
                 own = self.state[p].setdefault(0, {}) if self.prefix else self.state[p]
                 square = p.grad.square()
                 square = square.mean(1) if self.how == "rows" and p.dim() > 1 else square
@@ -102,7 +108,8 @@ def unbiased(gradients: list[Tensor]) -> Tensor:
     lambda parameters: Kept(parameters, "bias"),
     lambda parameters: Kept(parameters, "none"),
     lambda parameters: Kept(parameters, "none", prefix="update_by_adam_"),
-], ids=["torch", "amsgrad", "bias", "none", "nested"])  # fmt: skip
+    lambda parameters: Kept(parameters, "bias", names=("state1", "state2")),
+], ids=["torch", "amsgrad", "bias", "none", "nested", "bitsandbytes"])  # fmt: skip
 def test_rms_t_of_a_v_with_and_without_its_bias(optimizer_of: Any, attached: int) -> None:
     sink, gradients = trained(optimizer_of, attached)
     for step in range(attached, attached + 3):
