@@ -174,17 +174,13 @@ class Monitor:
         try:
             written = self._schedule
             if recorder and out is not None:
-                # A probe that makes its own pass keeps its cadence: that costs far more than holding steps in memory.
-                costly = {n: every for n, every in written.probes.items() if n in self._probe_set.costly}
-                self._schedule = Schedule(every=1, probes=costly, dense_after=written.dense_after)
+                self._schedule = written.for_recorder(self._probe_set.costly)
             self._collection.arm(self._schedule, 0, first=True)
             if out is not None and self._writes:
                 self._run_output = RunOutput(
                     out, tensorboard=tensorboard, recorder=recorder, schedule=written, model=model
                 )
-            own = list(self._run_output.sinks) if self._run_output is not None else []
-            if tracked and self._writes:
-                own += open_trackers(tracked, self._run_output.run.path if self._run_output else None)
+            own = self._own_sinks(tracked)
             told = Alarms(on_event, loss=getattr(self._detector, "loss", LOSS)) if self._writes else None
             watch = SiteWatch(self._context.order) if self._detector is not None else None
             self._sink_thread = SinkThread([*own, *sinks] if self._writes else (), watch=watch, told=told)
@@ -369,6 +365,13 @@ class Monitor:
             _log.warning("a monitor was dropped without close(): what it had seen is written")
 
     # Inside.
+
+    def _own_sinks(self, trackers: Sequence[str]) -> list[Sink]:
+        """The run folder's sinks, and the trackers'."""
+        own = list(self._run_output.sinks) if self._run_output is not None else []
+        if trackers and self._writes:
+            own += open_trackers(trackers, self._run_output.run.path if self._run_output else None)
+        return own
 
     def _open(self) -> bool:
         if self._closed:

@@ -6,7 +6,7 @@ after an event of a kind in ``dense_after``. It cannot foresee the event, so the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from stabilitylab.errors import InputError
@@ -35,6 +35,12 @@ class Schedule:
                 raise InputError(f"schedule: {name} is {every!r}; give a whole number of steps; 0 is never")
         if self.dense_steps < 0:
             raise InputError(f"schedule: dense_steps is {self.dense_steps}; give 0 or more")
+
+    def for_recorder(self, costly: Collection[str]) -> Schedule:
+        """The same for a flight recorder, which holds every step. The ``costly`` probes, which make a pass of their own, keep their
+        cadence: that pass costs far more than holding steps in memory."""
+        kept = {name: every for name, every in self.probes.items() if name in costly}
+        return Schedule(every=1, probes=kept, dense_after=self.dense_after)
 
     def due(self, probe: str, step: int, last_event: int | None = None) -> bool:
         """Whether ``probe`` measures ``step``, given the step of the latest alarm."""
