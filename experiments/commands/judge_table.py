@@ -71,16 +71,10 @@ def judge(
             )
     worst = math.inf if better == "lower" else -math.inf
     sides = [_group(table, rows, group, name, column, worst) for name in (arm, baseline)]
-    left_out = 0
+    values = [[number for number, _ in side] for side in sides]
     if paired:
-        keyed = [_by_seed(table, side, seed) for side in sides]
-        shared = [one for one in keyed[0] if one in keyed[1]]
-        if not shared:
-            raise InputError(f"{arm} and {baseline} share no {seed}: judge them as groups, without --paired")
-        left_out = sum(len(one) - len(shared) for one in keyed)
-        values = [[one[s] for s in shared] for one in keyed]
-    else:
-        values = [[number for number, _ in side] for side in sides]
+        values = _by_shared_seeds([_by_seed(table, side, seed) for side in sides], (arm, baseline), seed)
+    left_out = sum(map(len, sides)) - sum(map(len, values))
     decision = decide(
         *values,
         paired=paired,
@@ -195,6 +189,14 @@ def _group(
         listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
         raise InputError(f"{table} has no run of {group} {name!r}: choose among {listed}")
     return found
+
+
+def _by_shared_seeds(keyed: list[dict[str, float]], names: tuple[str, str], seed: str) -> list[list[float]]:
+    """Both sides' values of the seeds that they share, in the arm's order."""
+    shared = [one for one in keyed[0] if one in keyed[1]]
+    if not shared:
+        raise InputError(f"{names[0]} and {names[1]} share no {seed}: judge them as groups, without --paired")
+    return [[side[one] for one in shared] for side in keyed]
 
 
 def _by_seed(table: Path, side: list[tuple[float, dict[str, str]]], seed: str) -> dict[str, float]:
