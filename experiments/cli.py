@@ -14,18 +14,18 @@ from stabilitylab.errors import InputError, run_command
 COMMANDS = {
     "run": (
         "SUITE",
-        "compute the runs that it lacks, until its claims are decided if asked",
+        "compute the missing runs; --until-decided adds seeds until its claims are decided",
         "commands.suites:run",
     ),
-    "report": ("SUITE", "verdicts, curves and every run of it as one HTML page", "commands.suites:report"),
-    "verdicts": ("[SUITE ...]", "verdicts alone, of one, some or all", "commands.suites:verdicts"),
-    "survival": ("STUDY", "how long each arm's runs live", "commands.survival:show_survival"),
+    "report": ("SUITE", "write its verdicts, curves and runs as one HTML page", "commands.suites:report"),
+    "verdicts": ("[SUITE ...]", "show the verdicts of one, some or all suites", "commands.suites:verdicts"),
+    "survival": ("STUDY", "show how long the runs of each arm survive", "commands.survival:show_survival"),
     "judge": (
         "TABLE.csv",
-        "runs of your own, one a row: is one group better, or was it the seed?",
+        "compare your own runs, one per row: is one group better, or was it the seed?",
         "commands.judge_table:judge",
     ),
-    "list": ("", "the suites and studies there are", "commands.catalog:list_suites"),
+    "list": ("", "list the suites and studies", "commands.catalog:list_suites"),
 }
 
 
@@ -38,7 +38,7 @@ def usage() -> str:
             "",
             *rows,
             "",
-            "SUITE, STUDY: a name of the list, or a Python file of your own.",
+            "SUITE, STUDY: a name from the list, or your own Python file.",
         ]
     )
 

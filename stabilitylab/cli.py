@@ -15,33 +15,39 @@ from stabilitylab.errors import InputError
 COMMANDS = {
     "demo": (
         "stabilitylab.demo",
-        "a small model breaks, is found, named and shown: ten seconds, no download",
+        "watch a small model break, and see where and why: ten seconds, no download",
     ),
-    "report": ("stabilitylab.cli", "one self-contained HTML page about a run"),
-    "compare": ("stabilitylab.cli", "several runs over each other, as HTML"),
-    "show": ("stabilitylab.cli", "a run's last values and its events, on the terminal"),
+    "report": ("stabilitylab.cli", "write a self-contained HTML page about a run"),
+    "compare": ("stabilitylab.cli", "compare several runs on one HTML page"),
+    "show": ("stabilitylab.cli", "show a run's last values and its events on the terminal"),
     "spikes": ("stabilitylab.spikes.commands", "find spikes in a training log or run folder"),
-    "inspect": ("stabilitylab.logs.commands", "what a training log holds, without judging it"),
-    "watch": ("stabilitylab.watching.commands", "follow a growing log or run, and say what is found"),
-    "export": ("stabilitylab.sinks.export", "a run's numbers as CSV, Parquet or TensorBoard"),
-    "forecast": ("stabilitylab.forecast.commands", "which layer leaves which number format when, of a run"),
+    "inspect": ("stabilitylab.logs.commands", "show how a training log is read, without judging it"),
+    "watch": ("stabilitylab.watching.commands", "follow a growing log or run, and report what is found"),
+    "export": ("stabilitylab.sinks.export", "export a run's numbers as CSV, Parquet or TensorBoard"),
+    "forecast": (
+        "stabilitylab.forecast.commands",
+        "predict which layer of a run leaves which number format, and when",
+    ),
     "precursors": (
         "stabilitylab.spikes.commands",
-        "how well each signal warned of a folder of runs' episodes",
+        "measure how well each signal warned of the episodes in a folder of runs",
     ),
     "outliers": (
         "stabilitylab.outliers.commands",
-        "which activations of a model stand out, by every criterion",
+        "find the outlier activations of a model, by every criterion in use",
     ),
     "quantize": (
         "stabilitylab.quantization.commands",
-        "a quantization scheme for every layer of a model, measured, and applied",
+        "choose a quantization scheme for every layer by measuring, and apply it",
     ),
     "rotate": (
         "stabilitylab.quantization.rotation_command",
-        "an equivalent model with its outlier channels spread, a rotation folded into its weights",
+        "write an equivalent model whose outlier channels a rotation has spread, folded into its weights",
     ),
-    "experiments": ("stabilitylab.laboratory", "head-to-head experiments on stability, and their verdicts"),
+    "experiments": (
+        "stabilitylab.laboratory",
+        "run head-to-head experiments on stability, and show their verdicts",
+    ),
 }
 
 RunPath = Annotated[Path, tyro.conf.Positional]
