@@ -303,6 +303,8 @@ def _records(
             if values and headed and _goes_on(values, before.get(part, {}), above.get(_ANNOUNCED, False)):
                 above[_HEADED] = False
             elif values and headed and _is_below(headed, values):
+                if not any(counter_of(name) for name in values):  # what the heading announced has come
+                    above[_HEADED], above[_ANNOUNCED] = 1, not above.get(_TRAINS)
                 values = {}
         if values is None:
             continue
@@ -373,6 +375,8 @@ def _goes_on(values: LineValues, before: LineValues, announced: bool) -> bool:
     counters = [name for name in names if counter_of(name)]
     if not counters:
         return announced
+    if "epoch" in counters and (values["epoch"] or 0.0) > (before["epoch"] or 0.0):
+        return True
     further = [(values[n] or 0.0) - (before[n] or 0.0) for n in counters]
     return min(further) >= 0 and max(further) > 0
 

@@ -26,13 +26,17 @@ _OF_VALIDATION = re.compile(
 _OF_WHAT = re.compile(r" (?:epoch|set|loss|error|results?|metrics|avg|average|mean)\b", re.IGNORECASE)
 # "Validation:", "--- Test results ---", "Val Epoch [3/10]" on a line of its own; the first group is training's.
 HEADING = re.compile(
-    rb"(?im:^(?:[\d:.,/ T-]+ )?(?:\[?[A-Z]+\]?[ :-]+)?[ \t=*#>-]{0,40}"
+    rb"(?im:^(?:\[?[\d:.,/ T-]+\]? )?(?:\[?[A-Z]+\]?[ :-]+(?:[\w.]+:)?)?[ \t=*#>-]{0,40}"
     rb"(?:(train(?:ing)?)|valid(?:ation)?|val|test(?:ing)?|eval(?:uation|uating)?)\b"
     rb"(?: (?:set|phase|results?|metrics?|summary|stats|performance|error))*[ :.=*#-]*"
     rb"(?:epoch\W*\d+(?:\W*\d+)?)?[\])]?[ \t:.=*#-]*\r?$)"
 )
 MAY_HEAD = (b"train", b"val", b"test")  # and evaluation
 RIGHT_ABOVE = 2  # a heading of validation stands right above
+# Python's own words on an exception or a warning, which may name a loss: "RuntimeError: loss 3 is nan".
+_OF_A_PROGRAM = re.compile(
+    r"\s*(?:[\w.]*(?:Error|Exception|Warning): |File \"|warnings\.warn\()|\S*:\d+: \w*Warning: |.{0,60}? \w+Warning: "
+)
 _OF_TRAINING = re.compile(r"train", re.IGNORECASE)
 _LOSS = re.compile(r"loss|xent|nll", re.IGNORECASE)
 _INFO = b" Info: "
@@ -55,6 +59,8 @@ class AnyText(TextFormat):
 
     def read(self, line: str) -> LineValues | None:
         """The numbers of a line; None: it holds no loss."""
+        if ("Error" in line or "arning" in line or "File " in line) and _OF_A_PROGRAM.match(line):
+            return None
         line, values = named(line)
         losses = [name for name in values if is_loss(name) and not NO_LOSS.search(name)]
         if not losses:

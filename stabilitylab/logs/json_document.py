@@ -107,6 +107,8 @@ def _stream(text: str) -> Records | None:
         try:
             record, end = decoder.raw_decode(text, at)
         except ValueError:
+            if text[at] != "{":
+                return None  # settings above a text
             break  # cut short
         if not isinstance(record, dict) or (not records and "\n" not in text[at:end]):
             return None

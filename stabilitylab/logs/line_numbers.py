@@ -36,7 +36,10 @@ _PAIR = re.compile(
 _PLACE = re.compile(
     r"(?:epoch|\btrain)\W{0,3}(\d+)(?:/\d+\]?)?\W{0,4}\[\s*(\d[\d,]*)\s*/\s*(\d[\d,]*)\b", re.IGNORECASE
 )
-_PAIR_OF_COUNTS = re.compile(r"^\s*\[\s*(\d+),\s*(\d+)\](?!<)")  # PyTorch's CIFAR tutorial: [epoch, batch]
+_PAIR_OF_COUNTS = re.compile(
+    r"^\s*\[\s*(\d+),\s*(\d+)\](?!<)|[\s:]\[\s*(\d+),\s*(\d+)\](?=[\s:]*(?:\w+ ){0,2}\w*loss\b)",
+    re.IGNORECASE,
+)  # PyTorch's CIFAR tutorial: [epoch, batch]
 _ABSL = re.compile(r"^[IWEF]\d{4} [\d:.]+\s+\d+ [\w.]+:\d+\] ")
 _BAR = re.compile(r"\s(\d+)/(\d+) \[\d")
 # A number that opens the line, also in brackets, but not a time of day or a date.
@@ -240,8 +243,8 @@ def _uncounted(line: str) -> LineValues:
         return {"step": float(steps[1])}
     if told := _LETTERS.search(line) or _NUMBERED.search(line):
         return {"step": float(told[1])}
-    if two := _PAIR_OF_COUNTS.match(line):
-        return {"epoch": float(two[1]), "step": float(two[2])}
+    if two := _PAIR_OF_COUNTS.search(line):
+        return {"epoch": float(two[1] or two[3]), "step": float(two[2] or two[4])}
     if both := _TWO_PLACES.search(line):
         return {"epoch": float(both[1] or both[3]), "step": float(both[2] or both[4])}
     if glued := _GLUED_STEP.search(line):

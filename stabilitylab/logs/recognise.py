@@ -47,6 +47,7 @@ from stabilitylab.logs.trackers import (
 
 # Numbers with their names beside them: a sentence, not a table's header.
 _SAID = re.compile(r"(?<!\d)[:=]\s*[-+]?\d")  # not metrics/mAP_0.5:0.95
+_LINES = 60
 _EXAMINED = 1000  # records
 _DOCUMENT_BYTES = 256 << 20
 _LONG_LINES = 1 << 16  # in shorter files, reading JSON line by line is as fast
@@ -200,7 +201,11 @@ def _json(source: LogFile, head: bytes, start: bytes, first: bytes) -> Reading |
         if document is not None:
             return document
     second = start.partition(b"\n")[2].partition(b"\n")[0].strip()
-    if start[:1] == b"{" or (_is_json(first) and _is_json(second)) or source.path.suffix == ".jsonl":
+    if (
+        (start[:1] == b"{" and _mostly_objects(start))
+        or (_is_json(first) and _is_json(second))
+        or source.path.suffix == ".jsonl"
+    ):
         return read_known_json_lines(source, head)
     return None
 
@@ -269,6 +274,12 @@ def _labelled(source: LogFile) -> Reading:
         return inner
     outer = replace(inner, rows=lambda: text_rows(source, outer), pieces=lambda: LabelledPieces(pieces))
     return outer
+
+
+def _mostly_objects(start: bytes) -> bool:
+    """Whether at least a third of the lines open an object, as one that prints its settings first does not."""
+    lines = [line for line in start.splitlines()[:_LINES] if line.strip()]
+    return 3 * sum(line.lstrip().startswith(b"{") for line in lines) >= len(lines)
 
 
 def _object(line: bytes) -> bool:

@@ -33,6 +33,7 @@ _AMOUNTS = 0.25  # share of rows in which an amount falls
 _BARE_TOTAL = re.compile(r"(?:train(?:ing)?[ _/])?(?:total|overall)\b", re.IGNORECASE)
 
 _A_DATE = 1e9  # seconds since 1970; nothing counts from there
+_NEARLY_ALL = 0.9  # of the losses have a counter; the others are another's, such as a validation's
 _FEW = 32  # fewer rows are not worth columns
 _INFINITE = (math.inf, -math.inf)
 
@@ -220,8 +221,8 @@ def _counting(part: SegmentColumns, columns: Mapping[str, str]) -> str | None:
     loss = columns[LOSS]
     for name in sorted(part.counts, key=lambda name: _LIKE_STEPS.search(name) is None):
         if (
-            part.counts[name] >= max(part.counts[loss], 3)
-            and part.last_row[name] >= part.last_row[loss]
+            part.counts[name] >= max(_NEARLY_ALL * part.counts[loss], 3)
+            and part.last_row[name] >= _NEARLY_ALL * part.last_row[loss]
             and name not in (*columns.values(), STEP_ABOVE)
             and name not in part.fractions
             and part.backward[name] == part.resets[name]
