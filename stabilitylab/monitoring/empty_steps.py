@@ -4,10 +4,11 @@ torch's optimizers skip a parameter whose ``.grad`` is None. Two mistakes make e
 loss curve that looks as if the learning rate were too small: ``zero_grad()`` between the backward pass and the step, and an
 optimizer built from another model's parameters (those of a copy, or of the model before it was wrapped or converted).
 
-    empty step:  p.grad is None for every p before the step, and the step leaves the smallest p as it was, bit for bit
+    empty step:  p.grad is None for every p before the step, and since the first such step nothing has changed in the smallest p
+                 and in some elements of the largest, bit for bit
 
-The second half excludes optimizers that hold gradients elsewhere (Transformer Engine's ``decoupled_grad``, fused backward passes).
-A healthy step costs one look at one ``.grad``.
+The second half excludes optimizers that hold gradients elsewhere (Transformer Engine's ``decoupled_grad``) and those that have
+stepped already, within the backward pass (LOMO, layerwise GaLore). A healthy step costs one look at one ``.grad``.
 """
 
 from __future__ import annotations
@@ -23,12 +24,28 @@ from stabilitylab.compat import is_dtensor
 
 _log = logging.getLogger("stabilitylab")
 
-# A GAN's optimizers take turns, a warm-up may freeze all for a step: only several in a row are a slip.
-IN_A_ROW = 3
+# A GAN's optimizers take turns, and a warm-up from a rate of zero moves nothing at first: only many in a row are a mistake.
+IN_A_ROW = 20
+# Of the largest parameter: in a format of few bits a step may change only the elements near zero.
+ELEMENTS = 4096
+
+
+class _Streak:
+    """Empty steps in a row: their number, and some elements with their values before the first."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.steps = 0
+        in_order = sorted(parameters, key=Tensor.numel)
+        self._watched = [in_order[0], in_order[-1].reshape(-1)[:ELEMENTS]]
+        self._before = [one.clone() for one in self._watched]
+
+    @property
+    def is_unchanged(self) -> bool:
+        return all(map(torch.equal, self._watched, self._before))
 
 
 class EmptySteps:
-    """Counts each optimizer's consecutive empty steps, and reports the third, once.
+    """Counts each optimizer's consecutive empty steps, and reports the twentieth, once.
 
     Args:
         model_parameters: by name, those of the model that is trained.
@@ -40,39 +57,40 @@ class EmptySteps:
     ) -> None:
         self._mine = {id(p) for p in model_parameters.values()}
         self._tell = tell
-        self._count: dict[int, int] = {}
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._streaks: dict[int, _Streak] = {}
+        self._done: set[int] = set()
 
     def begins(self, optimizer: Any) -> None:
         """Look at the gradients of an optimizer that is about to step."""
         key = id(optimizer)
-        if self._count.get(key, 0) >= IN_A_ROW:
+        if key in self._done:
             return
         if any(p.grad is not None for p in _parameters(optimizer)):
-            self._count.pop(key, None)
-            return
-        # A rank of several may hold parts of no elements.
-        filled = [p for p in map(_here, _parameters(optimizer)) if p.numel()]
-        if filled:
-            smallest = min(filled, key=Tensor.numel)
-            self._before[key] = smallest, smallest.clone()
+            self._streaks.pop(key, None)
+        elif key not in self._streaks:
+            # A rank of several may hold parts of no elements.
+            filled = [p for p in _parameters(optimizer) if _here(p).numel()]
+            if parameters := [p for p in filled if p.requires_grad] or filled:
+                self._streaks[key] = _Streak([_here(p) for p in parameters])
 
     def ends(self, optimizer: Any) -> None:
         """Count the step, if it was empty."""
-        parameter, before = self._before.pop(id(optimizer), (None, None))
-        if parameter is None or before is None:
+        if (streak := self._streaks.get(id(optimizer))) is None:
             return
-        if not torch.equal(parameter, before):
-            # Its gradients lie elsewhere: no reason to look again.
-            self._count[id(optimizer)] = IN_A_ROW
-            return
-        self._count[id(optimizer)] = count = self._count.get(id(optimizer), 0) + 1
-        if count == IN_A_ROW:
+        streak.steps += 1
+        if not streak.is_unchanged:
+            self._finish(optimizer)  # its gradients lie elsewhere
+        elif streak.steps == IN_A_ROW:
+            self._finish(optimizer)
             name = type(optimizer).__name__
             reason = f"{name} stepped {IN_A_ROW} times in a row, and none of its parameters had a gradient: it changes nothing"
             cure = self._cure(optimizer)
             self._tell("empty-steps", {"optimizer": name, "reason": f"{reason}; {cure}"})
             _log.warning("%s; %s", reason, cure)
+
+    def _finish(self, optimizer: Any) -> None:
+        del self._streaks[id(optimizer)]
+        self._done.add(id(optimizer))
 
     def _cure(self, optimizer: Any) -> str:
         if not any(id(p) in self._mine for p in _parameters(optimizer)):

@@ -172,7 +172,10 @@ class ProbeSet:
                 "the monitor's optimizer did not step; if another one steps now, make a new monitor with it, and if a GradScaler "
                 "leaves steps out, give it to the monitor as scaler="
             )
-        return "the optimizer stepped without any: call zero_grad() after its step, not before"
+        return (
+            "the optimizer stepped without any: call zero_grad() after its step, not before (those that are used up within the "
+            "backward pass are not seen)"
+        )
 
     def manifest(self) -> Manifest:
         """What the probes found in the step, and its places in the buffer."""
