@@ -153,8 +153,8 @@ def test_gradients_that_lie_elsewhere() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_optimizer_that_has_stepped_within_the_backward_pass(dtype: torch.dtype) -> None:
-    """Each parameter is updated and its gradient dropped as soon as that is there, by steps of Adam's size and a rate that grows from
-    zero; the loop steps a dummy of all."""
+    """Each parameter is updated as soon as its gradient is there, and the gradient dropped; the loop steps a dummy of all. Steps
+    are as large as Adam's, at a rate that grows from zero."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 2, bias=False)).to(dtype)
     model[1].bias.requires_grad_(False)
