@@ -224,7 +224,9 @@ def diagnosis_section(runs: Runs) -> Section:
     count = ""
     if len(rows) > MOST_ROWS:
         count = f" The first {MOST_ROWS} of {len(rows)}; events.jsonl has all."
-    note = "What is close in time is not thereby the cause; the table of causes stands in stabilitylab/spikes/forensics.py."
+    note = (
+        "Proximity in time does not prove a cause; the table of causes is in stabilitylab/spikes/suspects.py."
+    )
     return Section(
         title="Causes",
         text=(

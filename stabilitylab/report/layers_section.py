@@ -36,7 +36,7 @@ def gradients(runs: Runs) -> Section:
         if several
     }
     parts += _maps(grids, "Gradient norm, layer by step")
-    text = "Each row of a map is one block, its parameters' norms joined; what lies in no block has a row of its own."
+    text = "Each row of a map is one block, with its parameters' norms combined; parameters outside all blocks have their own rows."
     return _section("Gradients", parts, text)
 
 

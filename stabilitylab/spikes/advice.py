@@ -20,16 +20,16 @@ from stabilitylab.spikes.treatment_outcomes import TRIED, record_of
 
 _TRY = {
     "learning-rate": (
-        "go back to the rate that the run bore, or warm up to the new one more slowly",
+        "go back to the last stable rate, or warm up to the new one more slowly",
         "--responder.policy lower-rate",
     ),
-    "batch": ("leave this batch out: from another state it may do no harm", "--responder.policy skip-batch"),
+    "batch": ("skip this batch: from another state it may do no harm", "--responder.policy skip-batch"),
     "attention": (
         "norm queries and keys or cap the scores, so that they cannot grow",
         "--model.attention.soft-cap 30 --model.attention.softmax fp32",
     ),
     "activation": (
-        "lower the rate from before it, and look at this layer's norm and weights",
+        "lower the rate from a state before it, and look at this layer's norm and weights",
         "--responder.policy lower-rate",
     ),
     "gradient": ("clip gradients, so that one tensor cannot set the step", "--optimizer.clip 0.3"),
@@ -39,10 +39,11 @@ _TRY = {
 OF_OPTIMIZER = "--optimizer.update-clipping"
 _OUTSIDE = {
     "parameter-changed": (
-        "find what writes to it between steps (loading, averaging, a hook, memory), and go back to before it: no update did this"
+        "find what writes to it between steps (loading, averaging, a hook, memory), and go back to a state before it: "
+        "no update did this"
     ),
     "moments-changed": "keep the optimizer's state when resuming, or warm the rate up again after it was lost",
-    "optimizer-changed": "put the setting back, or change it over some hundred steps",
+    "optimizer-changed": "restore the setting, or change it over several hundred steps",
 }
 
 
