@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from stabilitylab.logs.columns import counter_of, is_loss
+from stabilitylab.logs.column_names import counter_of, is_loss
 from stabilitylab.logs.pattern import LineValues, number, plain_text
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import LogFile

@@ -1,9 +1,7 @@
-"""Chooses a log's loss, gradient norm, step and other columns by their names, as a person would.
+"""Chooses a log's loss, gradient norm, step and other columns by their names (``column_names``), as a person would.
 
-It compares names in lower case with ``/``, ``-`` and blanks as ``_`` and without a leading ``train_``; where none fits as a whole,
-by their last part (``learning/loss``). ``_NAMES`` below, and docs/logs.md, list each signal's names, best first. Among losses it
-prefers training to everything else (columns of validation are never the training loss), the total to its parts, ``_step`` to
-``_epoch``, and a curve to the average at the end.
+Among losses it prefers training to everything else (columns of validation are never the training loss), the total to its parts,
+``_step`` to ``_epoch``, and a curve to the average at the end.
 """
 
 from __future__ import annotations
@@ -11,121 +9,23 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.languages import in_english, is_english
-from stabilitylab.telemetry import (
-    BATCH_SIZE,
-    DATA_PHASE,
-    GRADIENT_NORM,
-    LEARNING_RATE,
-    LOSS,
-    LOSS_SCALES,
-    SKIPPED,
+from stabilitylab.logs.column_names import (
+    LONE_LOSSES,
+    NAMES,
+    OTHER_LOSSES,
+    STEP,
+    counter_of,
+    is_evaluation,
+    is_loss,
+    last_part,
+    plain_name,
+    steadies,
 )
+from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS
 
-STEP = "step"
-_NAMES: Mapping[str, tuple[str, ...]] = {
-    STEP: (
-        *(
-            "num_updates",
-            "global_step",
-            "trainer_global_step",
-            "optimizer_step",
-            "current_steps",
-            "current_step",
-        ),
-        *(
-            "stability_step",
-            "global_step_max_steps",
-            "step",
-            "steps",
-            "iteration",
-            "iterations",
-            "iter",
-            "iters",
-        ),
-        *("it", "update", "updates", "num_steps", "nupdates", "global_steps", "opt_step", "optimizer_steps"),
-        *("itr", "iter_num", "num_iter", "n_iter", "step_num", "step_count", "learner_steps"),
-        *("batch", "batch_idx", "minibatch"),
-        # Reinforcement learning: steps of the environment before iterations.
-        *(
-            "total_timesteps",
-            "timesteps_total",
-            "num_timesteps",
-            "timesteps",
-            "env_steps",
-            "totalenvinteracts",
-            "total_env_interacts",
-        ),
-        *("num_env_steps_sampled_lifetime", "num_env_steps_sampled", "training_iteration", "n_updates"),
-    ),
-    LOSS: (
-        *(
-            "loss",
-            "lm_loss",
-            "training_loss",
-            "total_loss",
-            "loss_total",
-            "loss_train",
-            "loss_train_total",
-            "global_avg_loss",
-        ),
-        *(
-            "avg_loss",
-            "loss_avg",
-            "mean_loss",
-            "loss_mean",
-            "ce_loss",
-            "cross_entropy_loss",
-            "crossentropyloss",
-        ),
-        *(
-            "reduced_train_loss",
-            "reduced_llm_loss",
-            "llm_loss",
-            "step_loss",
-            "batch_loss",
-            "smooth_loss",
-            "nll_loss",
-        ),
-        "average_loss",
-    ),
-    GRADIENT_NORM: (
-        *(
-            "grad_norm",
-            "gradient_norm",
-            "global_grad_norm",
-            "grad_norm_total",
-            "total_grad_norm",
-            "gnorm",
-            "gn",
-            "norm",
-        ),
-        *("gradnorm", "raw_grad_norm", "l2_norm_grad_global", "global_norm", "total_norm", "l2_grads"),
-        *("grad_2_0_norm_total", "grad_2_norm_total", "grad_inf_norm_total"),  # Lightning's
-        "grad",
-    ),
-    LOSS_SCALES[0]: ("loss_scale", "scale", "grad_scale", "scaler_scale"),
-    LEARNING_RATE: (
-        "lr",
-        "learning_rate",
-        "lr_group_0",
-        "lr_group0",
-        "lr_pg0",
-        "lr_adamw",
-        "lr_adam",
-        "lr_sgd",
-    ),
-    SKIPPED: (
-        *("skipped", "overflow", "step_skipped", "skipped_iterations", "number_of_skipped_iterations"),
-        *("skipped_iter", "skipped_steps"),
-    ),
-    BATCH_SIZE: ("batch_size", "global_batch_size"),
-    DATA_PHASE: ("data_phase", "curriculum_step", "curriculum_seqlen", "sequence_length", "seq_length"),
-}
 _POLICY_LOSSES = ("policy_loss", "pg_loss", "actor_loss")  # of reinforcement learning, beside the value loss
 # Names that also count behind a path (time/total_timesteps); a "step" may belong to anything.
 _STEP_TAILS = frozenset({"total_timesteps", "global_step", "num_updates"})
@@ -142,12 +42,6 @@ _LIKE: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
 }
 _MOST_OFFERED = 8  # with more columns the error lists them and proposes none
 _MOST_ALIKE = 4  # more would be one norm per layer
-_OTHER_LOSSES = frozenset(
-    {"xent", "nll", "cross_entropy", "crossentropy", "train_xent", "train_nll"}
-)  # names of losses without the word
-_LONE_LOSSES = frozenset({"ce", "xe", "objective", "cost"})  # where no column is called a loss
-_COUNTERS = frozenset({*_NAMES[STEP], "epoch", "epochs"})
-EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
 _BOUND = re.compile(r"__(MIN|MAX)$")  # the band that W&B exports around a panel's curve
 _SCALE = re.compile(r"loss_scal|scale$")
 _SETTING = re.compile(r"(config|hparams?|args|hyperparameters)[/.]")
@@ -162,7 +56,6 @@ _SMALL_TERM = re.compile(
     r"(^|_)(z|zloss|aux\w*|router|balanc\w*|load|lb|moe|mtp|reg\w*|penalty|(?<!cross_)entropy)(_|$)"
 )
 _PART = re.compile(f"{_SMALL_TERM.pattern}|(^|_)kl")
-_STEADYING = re.compile(r"(^|_)(z|zloss|aux|auxiliary|router|balanc\w*|load|lb|moe)(_|$)")  # never alone
 _POLICY = re.compile(r"(^|_)(policy|pg|actor|surrogate)(_|$)")
 # Never offered as the loss: counters by other names, times, rates, norms, settings.
 _NO_LOSS = re.compile(
@@ -197,7 +90,7 @@ def choose_columns(
         InputError: no loss column, or several that could be; the message names the columns.
     """
     names = list(names)
-    plain = {name: _plain(name) for name in names}
+    plain = {name: plain_name(name) for name in names}
     chosen: dict[str, str] = {}
     for wanted, given in ((LOSS, loss), (STEP, step)):
         if given is not None:
@@ -207,14 +100,14 @@ def choose_columns(
     if LOSS not in chosen:
         chosen[LOSS] = _loss(names, plain, source, counts, fractions)
     rows = (counts or {}).get(chosen[LOSS], 0)
-    for signal, usual in _NAMES.items():
+    for signal, usual in NAMES.items():
         if signal in chosen or signal == LOSS:
             continue
         found = [
             name
             for word in usual
             for name in names
-            if (plain[name] == word or ((signal != STEP or word in _STEP_TAILS) and _tail(name) == word))
+            if (plain[name] == word or ((signal != STEP or word in _STEP_TAILS) and last_part(name) == word))
             and not is_evaluation(name)
             and not _BOUND.search(name)
             and not _SETTING.match(name)
@@ -226,7 +119,7 @@ def choose_columns(
             beside = [
                 n for n in names if "/" in n and _group(n) == _group(chosen[LOSS]) and n != chosen[LOSS]
             ]
-            found = [n for word in usual for n in beside if _tail(n) == word and not is_evaluation(n)]
+            found = [n for word in usual for n in beside if last_part(n) == word and not is_evaluation(n)]
         if signal == STEP:
             # beside another counter, a "step" with fractions counts nothing: it is a step size
             alone = not any(counter_of(n) and n not in fractions for n in names)
@@ -260,7 +153,7 @@ def _loss(
     own = [n for n in found if not _AVERAGE.search(plain[n])]
     if len(found) == 2 and len(own) == 1 and not _PART.search(plain[own[0]]):
         return own[0]  # gpt_loss beside its running loss_mean
-    for usual in (_NAMES[LOSS], _POLICY_LOSSES if len(totals) != 1 else ()):
+    for usual in (NAMES[LOSS], _POLICY_LOSSES if len(totals) != 1 else ()):
         if (named := _of_a_usual_name(found, plain, usual, counts)) is not None:
             return named
     stems = {
@@ -305,7 +198,7 @@ def _training_losses(
         found = [n for n in found if counts[n] * 20 > most]  # an average at the end is no curve
     if found and not all(map(steadies, found)):
         return found + _bounds(names, plain, named, found)
-    if not named and len(alone := [n for n in names if _tail(n) in _LONE_LOSSES]) == 1:
+    if not named and len(alone := [n for n in names if last_part(n) in LONE_LOSSES]) == 1:
         return alone
     others = [n for n in names if not (counter_of(n) or is_evaluation(n) or _NO_LOSS.search(plain[n]))]
     others = [n for n in others if re.match(r"\w", n)]  # not a place known only by its length
@@ -338,7 +231,7 @@ def _of_a_usual_name(
     found: Sequence[str], plain: Mapping[str, str], usual: Sequence[str], counts: Mapping[str, int] | None
 ) -> str | None:
     """The column with the first of the usual names, whole before behind a prefix, of each step before of an epoch."""
-    for spell in (lambda n: plain[n], _tail):
+    for spell in (lambda n: plain[n], last_part):
         for word in usual:
             for ending in ("", "_step", "_epoch"):
                 fit = [n for n in found if spell(n) == word + ending]
@@ -356,12 +249,7 @@ def _has_other_terms(found: Sequence[str], fit: Sequence[str], plain: Mapping[st
 
 def _is_target(found: Sequence[str], plain: Mapping[str, str]) -> bool:
     """Whether what stands beside terms that only steady a model is a likelihood or cross-entropy."""
-    return any(plain[n] in _OTHER_LOSSES for n in found)
-
-
-def steadies(name: str) -> bool:
-    """Whether a loss of this name is one that only steadies a model."""
-    return _STEADYING.search(_plain(name)) is not None
+    return any(plain[n] in OTHER_LOSSES for n in found)
 
 
 def _has_parts(found: Sequence[str], plain: Mapping[str, str]) -> bool:
@@ -396,51 +284,6 @@ def _group(name: str) -> str:
 
 def _paste(names: Sequence[str], most: int = 6) -> str:
     return " or ".join(f"--loss {shlex.quote(name)}" for name in names[:most])
-
-
-@lru_cache(4096)
-def is_evaluation(name: str) -> bool:
-    """Whether a column is about validation or test rather than training."""
-    return EVALUATION.search(re.sub(r"[^0-9a-z]+", "_", _english(name).lower())) is not None
-
-
-def may_be_loss(name: str) -> bool:
-    """Whether a column of this name is taken for the loss, at least where no other is called one."""
-    return is_loss(name) or _tail(name) in _LONE_LOSSES
-
-
-@lru_cache(4096)
-def is_loss(name: str) -> bool:
-    """Whether a name is that of a loss, of training or anything else."""
-    return "loss" in _english(name).lower() or _tail(name) in _OTHER_LOSSES
-
-
-def _english(name: str) -> str:
-    """The English for a name in another language."""
-    spoken = name.replace("_", " ")
-    return name if is_english(spoken) else in_english(spoken)
-
-
-@lru_cache(4096)
-def counter_of(name: str) -> bool:
-    """Whether a column of this name counts steps or epochs."""
-    return _plain(name) in _COUNTERS
-
-
-@lru_cache(4096)
-def _plain(name: str) -> str:
-    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", _english(name).strip())  # trainLoss, globalStep
-    plain = re.sub(r"[^0-9a-z]+", "_", parted.lower()).strip("_")
-    for prefix in ("train_", "training_", "precision_"):
-        if plain != "training_loss":
-            plain = plain.removeprefix(prefix)
-    return plain
-
-
-@lru_cache(4096)
-def _tail(name: str) -> str:
-    """The last part of a path (``learning/loss``) or of a tracker's title (``RUN - train/loss``)."""
-    return _plain(re.split(r"/| - |\.", name.strip())[-1])
 
 
 def _list(names: Sequence[str], most: int = 20) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from stabilitylab.logs.columns import STEP
+from stabilitylab.logs.column_names import STEP
 from stabilitylab.logs.log import Log
 from stabilitylab.logs.recognise import open_logs
 from stabilitylab.logs.source import remove_temporary

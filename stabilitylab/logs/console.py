@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import counter_of, is_loss
+from stabilitylab.logs.column_names import counter_of, is_loss
 from stabilitylab.logs.console_formats import FORMATS
 from stabilitylab.logs.free_text import (
     ANY_LINE,

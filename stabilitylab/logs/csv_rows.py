@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import is_evaluation
+from stabilitylab.logs.column_names import is_evaluation
 from stabilitylab.logs.pattern import LineValues, number, without_colours
 from stabilitylab.logs.reading import MODES, Reading, Row, text_rows
 from stabilitylab.logs.source import LogFile

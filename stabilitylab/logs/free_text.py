@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from stabilitylab.logs.columns import counter_of, is_evaluation, is_loss
+from stabilitylab.logs.column_names import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.languages import in_english
 from stabilitylab.logs.line_numbers import NO_LOSS, OF, named, placed
 from stabilitylab.logs.pattern import ABOVE, LineValues, TextFormat

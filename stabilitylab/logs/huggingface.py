@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from stabilitylab.logs.columns import counter_of
+from stabilitylab.logs.column_names import counter_of
 from stabilitylab.logs.pattern import NUMBER, LineValues, number
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import LogFile

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import may_be_loss
+from stabilitylab.logs.column_names import may_be_loss
 from stabilitylab.logs.json_lines import NAMED_BY, numbers, part_of
 from stabilitylab.logs.pattern import LineValues
 from stabilitylab.logs.reading import Reading, Row

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stabilitylab.logs.columns import is_evaluation
+from stabilitylab.logs.column_names import is_evaluation
 from stabilitylab.logs.pattern import LineValues, number, plain_text
 from stabilitylab.logs.reading import MODES, Reading, Row, text_rows
 from stabilitylab.logs.source import LogFile

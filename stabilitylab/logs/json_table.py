@@ -20,7 +20,7 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import STEP
+from stabilitylab.logs.column_names import STEP
 from stabilitylab.logs.json_lines import PARTS
 from stabilitylab.logs.log import Log, RowBlock, whole_steps
 from stabilitylab.logs.reading import MODES, Reading

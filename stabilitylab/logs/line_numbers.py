@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from stabilitylab.logs.columns import counter_of, is_loss
+from stabilitylab.logs.column_names import counter_of, is_loss
 from stabilitylab.logs.pattern import NUMBER, LineValues, number
 
 # The length in which the step is a place; no number of the log.

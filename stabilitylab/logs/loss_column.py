@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import pairwise
 from statistics import median
 
-from stabilitylab.logs.columns import counter_of, is_evaluation, is_loss
+from stabilitylab.logs.column_names import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.pattern import LineValues
 from stabilitylab.logs.reading import Reading
 

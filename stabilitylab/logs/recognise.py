@@ -18,7 +18,7 @@ from stabilitylab.errors import InputError
 from stabilitylab.logs.aim_store import read_aim
 from stabilitylab.logs.binary import binary_error, has_holes
 from stabilitylab.logs.boxed_records import read_boxes
-from stabilitylab.logs.columns import is_evaluation, is_loss, steadies
+from stabilitylab.logs.column_names import is_evaluation, is_loss, steadies
 from stabilitylab.logs.console import read_console
 from stabilitylab.logs.csv_rows import delimiter_of, is_blank_table, read_csv_rows
 from stabilitylab.logs.huggingface import read_huggingface_console

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stabilitylab.logs.columns import counter_of, is_evaluation, is_loss
+from stabilitylab.logs.column_names import counter_of, is_evaluation, is_loss
 from stabilitylab.logs.free_text import (
     HEADING,
     MAY_HEAD,

@@ -13,7 +13,8 @@ from typing import Self
 import numpy as np
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import STEP, choose_columns
+from stabilitylab.logs.column_names import STEP
+from stabilitylab.logs.columns import choose_columns
 from stabilitylab.logs.log import BLOCK_ROWS, Log, RowBlock, whole_steps
 from stabilitylab.telemetry import GRADIENT_NORM, LEARNING_RATE, LOSS, LOSS_SCALES, SKIPPED
 

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import STEP, counter_of
+from stabilitylab.logs.column_names import STEP, counter_of
 from stabilitylab.logs.log import BLOCK_ROWS, Log, RowBlock, whole_steps
 from stabilitylab.logs.reading import Reading, Row
 from stabilitylab.logs.segment_columns import SegmentColumns, columns_of, notes_of

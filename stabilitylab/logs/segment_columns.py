@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import STEP, choose_columns, counter_of, is_evaluation, is_loss
+from stabilitylab.logs.column_names import STEP, counter_of, is_evaluation, is_loss
+from stabilitylab.logs.columns import choose_columns
 from stabilitylab.logs.reading import Reading
 from stabilitylab.telemetry import GRADIENT_NORM, LOSS
 

@@ -15,7 +15,8 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import STEP, choose_columns
+from stabilitylab.logs.column_names import STEP
+from stabilitylab.logs.columns import choose_columns
 from stabilitylab.logs.csv_rows import RUN_NAMES, delimiter_of, read_tables
 from stabilitylab.logs.log import BLOCK_ROWS, Log, RowBlock, whole_steps
 from stabilitylab.logs.reading import MODES, Reading

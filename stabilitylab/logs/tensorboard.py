@@ -30,7 +30,8 @@ from typing import Any, Self
 import numpy as np
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import EVALUATION, STEP, choose_columns
+from stabilitylab.logs.column_names import EVALUATION, STEP
+from stabilitylab.logs.columns import choose_columns
 from stabilitylab.logs.log import Log, RowBlock
 from stabilitylab.logs.records import PEEK, LoggedRecord, gather
 

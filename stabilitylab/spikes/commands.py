@@ -16,7 +16,7 @@ from rich.text import Text
 from stabilitylab.command_line.narrow_tables import print_table
 from stabilitylab.command_line.whole_file import whole_file
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import STEP
+from stabilitylab.logs.column_names import STEP
 from stabilitylab.logs.commands import left_out_of
 from stabilitylab.logs.free_text import ANY_TEXT
 from stabilitylab.logs.log import Log

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.binary import NoLogError
-from stabilitylab.logs.columns import STEP
+from stabilitylab.logs.column_names import STEP
 from stabilitylab.logs.reading import LinePieces, Reading, Row
 from stabilitylab.logs.recognise import open_logs, reading_of
 from stabilitylab.logs.source import LogFile

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import STEP
+from stabilitylab.logs.column_names import STEP
 from stabilitylab.logs.reading import Reading
 from stabilitylab.logs.rows import Steps
 from stabilitylab.logs.segment_columns import STEP_ABOVE, SegmentColumns, columns_of

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stabilitylab.errors import InputError
-from stabilitylab.logs.columns import STEP, is_evaluation
+from stabilitylab.logs.column_names import STEP, is_evaluation
 from stabilitylab.logs.json_lines import numbers
 from stabilitylab.logs.pattern import LineValues, number
 from stabilitylab.logs.reading import Reading, Row
