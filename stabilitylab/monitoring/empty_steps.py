@@ -5,10 +5,11 @@ loss curve that looks as if the learning rate were too small: ``zero_grad()`` be
 optimizer built from another model's parameters (those of a copy, or of the model before it was wrapped or converted).
 
     empty step:  p.grad is None for every p before the step, and since the first such step nothing has changed in the smallest p
-                 and in some elements of the largest, bit for bit
+                 and in some elements of the largest, bit for bit; of the model's, where the optimizer holds none of them
 
 The second half excludes optimizers that hold gradients elsewhere (Transformer Engine's ``decoupled_grad``) and those that have
-stepped already, within the backward pass (LOMO, layerwise GaLore). A healthy step costs one look at one ``.grad``.
+stepped already, within the backward pass (LOMO; layerwise GaLore, for which the loop steps a dummy). A healthy step costs one look
+at one ``.grad``.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class EmptySteps:
     def __init__(
         self, model_parameters: Mapping[str, Tensor], tell: Callable[[str, Mapping[str, Any]], None]
     ) -> None:
+        self._model = model_parameters
         self._mine = {id(p) for p in model_parameters.values()}
         self._tell = tell
         self._streaks: dict[int, _Streak] = {}
@@ -68,8 +70,9 @@ class EmptySteps:
         if any(p.grad is not None for p in _parameters(optimizer)):
             self._streaks.pop(key, None)
         elif key not in self._streaks:
+            held = [p for p in _parameters(optimizer) if id(p) in self._mine] or self._model.values()
             # A rank of several may hold parts of no elements.
-            filled = [p for p in _parameters(optimizer) if _here(p).numel()]
+            filled = [p for p in held if _here(p).numel()]
             if parameters := [p for p in filled if p.requires_grad] or filled:
                 self._streaks[key] = _Streak([_here(p) for p in parameters])
 

@@ -151,8 +151,9 @@ def test_gradients_that_lie_elsewhere() -> None:
     assert not told(model, optimizer, once)
 
 
+@pytest.mark.parametrize("holds", ["the model's", "one of its own"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_optimizer_that_has_stepped_within_the_backward_pass(dtype: torch.dtype) -> None:
+def test_an_optimizer_that_has_stepped_within_the_backward_pass(dtype: torch.dtype, holds: str) -> None:
     """Each parameter is updated as soon as its gradient is there, and the gradient dropped; the loop steps a dummy of all. Steps
     are as large as Adam's, at a rate that grows from zero."""
     torch.manual_seed(0)
@@ -168,7 +169,8 @@ def test_an_optimizer_that_has_stepped_within_the_backward_pass(dtype: torch.dty
     for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(update)
-    optimizer = torch.optim.SGD(model.parameters())
+    dummy = [nn.Parameter(torch.zeros(1, 1))]
+    optimizer = torch.optim.SGD(model.parameters() if holds == "the model's" else dummy)
 
     def once(step: int) -> None:
         nonlocal now
@@ -181,7 +183,9 @@ def test_an_optimizer_that_has_stepped_within_the_backward_pass(dtype: torch.dty
 
 def test_parts_of_no_elements_are_not_judged() -> None:
     model = small()
-    optimizer = torch.optim.SGD([nn.Parameter(torch.empty(0))])
+    model.append(nn.Identity())
+    model[3].part = nn.Parameter(torch.empty(0))
+    optimizer = torch.optim.SGD([model[3].part])
 
     def once(step: int) -> None:
         backward(model)
