@@ -125,7 +125,11 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 OTHER_LOSSES = frozenset(
     {"xent", "nll", "cross_entropy", "crossentropy", "train_xent", "train_nll"}
 )  # names of losses without the word
-LONE_LOSSES = frozenset({"ce", "xe", "objective", "cost"})  # where no column is called a loss
+# Where no column is called a loss, best first; an error only where training's is told from validation's.
+LONE_LOSSES = (
+    *(frozenset({"ce", "xe"}), frozenset({"objective", "cost"}), frozenset({"bpb", "bpc", "bpd"})),
+    *(frozenset({"perplexity", "ppl"}), frozenset({"rmse", "mse"})),
+)
 _COUNTERS = frozenset({*NAMES[STEP], "epoch", "epochs"})
 EVALUATION = re.compile(r"(^|_)(val|valid|validation|eval|evaluation|test|dev)(_|$)")
 _STEADYING = re.compile(r"(^|_)(z|zloss|aux|auxiliary|router|balanc\w*|load|lb|moe)(_|$)")  # never alone
@@ -139,7 +143,12 @@ def is_evaluation(name: str) -> bool:
 
 def may_be_loss(name: str) -> bool:
     """Whether a column of this name is taken for the loss, at least where no other is called one."""
-    return is_loss(name) or last_part(name) in LONE_LOSSES
+    return is_loss(name) or any(is_lone_loss(name, family) for family in LONE_LOSSES)
+
+
+def is_lone_loss(name: str, family: frozenset[str]) -> bool:
+    """Whether a name is one of those that stand for a loss where nothing is called one; of errors, only training's."""
+    return last_part(name) in family and (family is not LONE_LOSSES[-1] or name.lower().startswith("train"))
 
 
 @lru_cache(4096)

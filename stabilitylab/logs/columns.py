@@ -19,6 +19,7 @@ from stabilitylab.logs.column_names import (
     STEP,
     counter_of,
     is_evaluation,
+    is_lone_loss,
     is_loss,
     last_part,
     plain_name,
@@ -198,8 +199,9 @@ def _training_losses(
         found = [n for n in found if counts[n] * 20 > most]  # an average at the end is no curve
     if found and not all(map(steadies, found)):
         return found + _bounds(names, plain, named, found)
-    if not named and len(alone := [n for n in names if last_part(n) in LONE_LOSSES]) == 1:
-        return alone
+    for family in LONE_LOSSES if not named else ():
+        if len(alone := [n for n in names if is_lone_loss(n, family) and not is_evaluation(n)]) == 1:
+            return alone
     others = [n for n in names if not (counter_of(n) or is_evaluation(n) or _NO_LOSS.search(plain[n]))]
     others = [n for n in others if re.match(r"\w", n)]  # not a place known only by its length
     others.sort(key=lambda n: (n in found, n not in fractions))  # whole numbers count something

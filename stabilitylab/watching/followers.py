@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from stabilitylab.errors import InputError
 from stabilitylab.logs.binary import NoLogError
-from stabilitylab.logs.column_names import STEP
+from stabilitylab.logs.column_names import STEP, may_be_loss
 from stabilitylab.logs.reading import LinePieces, Reading, Row
 from stabilitylab.logs.recognise import open_logs, reading_of
 from stabilitylab.logs.source import LogFile
@@ -30,6 +30,7 @@ from stabilitylab.watching.tail import Tail
 BATCH = 50_000
 # The watch examines a text first taken for "any trainer's" again until it has given this many rows.
 _PROBATION = 20
+_LOOKED = 1000  # rows without a loss, after which the format is no longer in doubt
 
 
 @dataclass(slots=True)
@@ -87,7 +88,10 @@ class TextFollower:
     ) -> None:
         self.path, self._pattern = path, pattern
         self._tail = Tail(path, state["tail"] if state else None)
-        self._rows = state["rows"] if state else 0
+        self._rows = (
+            state["rows"] if state else 0
+        )  # from the first that names a loss on: settings may stand above
+        self._looked = 0
         self._pieces: LinePieces | None = None
         self._saved = state
         self.reading = reading
@@ -130,7 +134,9 @@ class TextFollower:
             assert self._pieces is not None
             rows = self._pieces.take(piece)
             while some := list(islice(rows, BATCH)):
-                self._rows += len(some)
+                self._looked += len(some)
+                if self._looked > _LOOKED or any(may_be_loss(n) for _, values in some for n in values):
+                    self._rows += len(some)
                 batch.rows += some
                 yield batch
                 batch = NewRows()

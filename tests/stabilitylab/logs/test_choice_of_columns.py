@@ -184,3 +184,18 @@ def test_a_files_name_is_no_formula(tmp_path):
     (path := tmp_path / r"cost$\frac$.log").write_text(many("step {k} loss {x}", 40))
     spikes((path,), plot=(picture := tmp_path / "a.png"))
     assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("header", "chosen"),
+    [
+        ("step,bpb,val_bpb", "bpb"),
+        ("step,perplexity,eval_perplexity", "perplexity"),
+        ("step,train_rmse,test_rmse", "train_rmse"),
+    ],
+)
+def test_what_stands_for_a_loss_in_a_table(tmp_path, header, chosen):
+    (path := tmp_path / "a.csv").write_text(f"{header}\n" + many("{k},{x},99.5"))
+    log, _, values = losses(path)
+    assert log.columns[LOSS] == chosen
+    assert values == [8.9, 8.8, 8.7, 8.6, 8.5]

@@ -244,3 +244,28 @@ def test_a_folder_that_may_not_be_entered_is_waited_for(log, tmp_path, monkeypat
     append(log, megatron(100, 2.0))
     assert watched.look() == []
     assert watched.watch.values == 101  # an open file is read all the same
+
+
+def test_settings_that_stand_alone_at_first_do_not_settle_the_format(log, tmp_path):
+    """A trainer that prints its arguments as JSON was watched as a log of JSON lines, and no spike was ever told."""
+    watched = Watched(log, tmp_path / "state")
+    log.write_text('{"lr": 0.1, "loss": "ce"}\n')
+    watched.look()
+    append(log, "".join(f"step {k} loss {x:.4f}\n" for k, x in enumerate(losses(700, spike=600))))
+    watched.look()
+    assert watched.rules() == ["spike", "over"]
+
+
+def test_a_bars_states_are_one_value_a_step(log, tmp_path):
+    watched = Watched(log, tmp_path / "state")
+    told = [f"{x:.4f}" for x in losses(700, spike=600)]
+    states = [
+        f"\r  1%|#   | {k}/700 [00:01<09:00, 1.20it/s, loss={x}]"
+        for k in range(700)
+        for x in (told[max(k - 1, 0)], told[k])
+    ]
+    for begin in range(0, len(states), 333):
+        append(log, "".join(states[begin : begin + 333]))
+        watched.look()
+    assert watched.rules() == ["spike", "over"]
+    assert watched.watch.judges[""].curves[LOSS].step in (698, 699)
