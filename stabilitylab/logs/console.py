@@ -31,17 +31,11 @@ from stabilitylab.logs.free_text import (
 from stabilitylab.logs.languages import is_foreign
 from stabilitylab.logs.line_templates import Plans, ReadLine
 from stabilitylab.logs.pattern import LineValues, TextFormat, next_place, own_formats, pairs, plain_text
+from stabilitylab.logs.rank_labels import rank_in
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.segment_columns import STEP_ABOVE
 from stabilitylab.logs.source import LogFile
 
-_RANK = re.compile(
-    r"^\[(?:rank|default)\s?(\d+)\]:|\brank(?:[=: ]|: )?(\d+)(?:/\d+)?[\]):,| ]|^\(\w+ pid=(\d+)"  # torchrun, loggers, Ray
-    r"|[\[(](?:gpu|cuda|device|worker|process|proc)[ :=#]?(\d{1,3})(?:/\d+)?[\])]"  # [GPU0]
-    r"|\((\d+)/\d+\) Epoch \d+, batch \d+,",  # icefall
-    re.IGNORECASE,
-)
-_RANK_WORD = re.compile(r"[rR](?:ank|ANK)|^\[|^\(|[\[(](?:[GCDWPgcdwp]\w+[ :=#]?)?\d+(?:/\d+)?[\])]")
 _FOLLOWS = re.compile(r"^\s+(?:\| > )?['\"]?[A-Za-z]")
 # tqdm's and ignite's bars: [00:12<01:30; without a length [00:12, 1.2it/s
 _DRAWN = re.compile(r"\[\d+:\d\d(?::\d\d)?(?:<|, +[\d.?]+(?:it/s|s/it))")
@@ -333,14 +327,7 @@ def _reader(one: TextFormat) -> Callable[[str], ReadLine]:
 
     def read(line: str) -> ReadLine:
         values = one.read(line)
-        if (
-            one.one_part
-            or values is None
-            or not _RANK_WORD.search(line)
-            or (rank := _RANK.search(line)) is None
-        ):
-            return values, ""
-        return values, f"process {rank[3]}" if rank[3] else f"rank {next(filter(None, rank.groups()))}"
+        return values, "" if one.one_part or values is None else rank_in(line)
 
     return read
 

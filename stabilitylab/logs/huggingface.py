@@ -19,6 +19,7 @@ from typing import Any
 
 from stabilitylab.logs.column_names import counter_of
 from stabilitylab.logs.pattern import NUMBER, LineValues, number
+from stabilitylab.logs.rank_labels import rank_in
 from stabilitylab.logs.reading import Reading, Row, text_rows
 from stabilitylab.logs.source import LogFile
 
@@ -48,6 +49,9 @@ def read_huggingface_console(source: LogFile) -> Reading | None:
         return None
     if _TOLD.search(source.head()):
         return None  # another trainer's dictionary, behind its own step
+    lines = source.head().decode("utf-8", "replace").splitlines()
+    if len({rank_in(line) for line in lines if "'loss':" in line}) > 1:
+        return None  # several processes; the Trainer prints from one
     bars = [bar for values, bar, _ in first if "loss" in values]
     anew = _is_drawn_anew(bars, [below for values, _, below in first if "loss" in values])
     believed = anew or _rises(bars)

@@ -14,6 +14,7 @@ from typing import Any
 
 from stabilitylab.logs.column_names import is_evaluation
 from stabilitylab.logs.pattern import LineValues, number, plain_text
+from stabilitylab.logs.rank_labels import rank_in
 from stabilitylab.logs.reading import MODES, Reading, Row, text_rows
 from stabilitylab.logs.source import LogFile
 
@@ -113,6 +114,7 @@ class JsonPieces:
             if part is None:
                 reading.left_out["rows of validation"] += 1
                 continue
+            part = part or (rank_in(text[:start]) if start > 0 else "")
             values = numbers(record)
             bad = next(
                 (k for k, v in record.items() if "loss" in k and isinstance(v, str) and k not in values), None

@@ -25,8 +25,24 @@ _LABEL = re.compile(
     rb"|(?!(?i:epoch|step|iter|batch|round|phase|stage|fold))([A-Za-z][\w.-]*[-_]\d+) +\| "
     rb"|((?:node|host|worker|trainer|nid|ip)[\w.-]*\d[\w.-]*): )"
 )
+_RANK = re.compile(
+    r"^\[(?:rank|default)\s?(\d+)\]:|^\(\w+ pid=(\d+)"  # torchrun, Ray
+    r"|(?:\b|(?<=local_)|(?<=global_))rank[=: _]{0,2}(\d+)(?:/\d+)?(?=[\]):,| >]|$)"
+    r"|[\[(](?:gpu|cuda|device|worker|process|proc|r)[ :=#]?(\d{1,3})(?:/\d+)?[\])]"  # [GPU0]
+    r"|^(?:process |cuda:)(\d{1,3})(?=:| \|)"
+    r"|\((\d+)/\d+\) Epoch \d+, batch \d+,",  # icefall
+    re.IGNORECASE,
+)
+_RANK_WORD = re.compile(r"[rR](?:ank|ANK)|^[\[(pPcC]|[\[(](?:[GCDWPRgcdwpr]\w*[ :=#]?)?\d+(?:/\d+)?[\])]")
 _FEWEST = 8
 _SHARE = 0.9
+
+
+def rank_in(line: str) -> str:
+    """The part that a line's own words name: "rank 3", or Ray's process; "" where they name none."""
+    if not _RANK_WORD.search(line) or (rank := _RANK.search(line)) is None:
+        return ""
+    return f"process {rank[2]}" if rank[2] else f"rank {next(filter(None, rank.groups()))}"
 
 
 def is_labelled(head: bytes) -> bool:

@@ -48,6 +48,8 @@ from stabilitylab.logs.trackers import (
 # Numbers with their names beside them: a sentence, not a table's header.
 _SAID = re.compile(r"(?<!\d)[:=]\s*[-+]?\d")  # not metrics/mAP_0.5:0.95
 _LINES = 60
+# What opens like JSON and is none: a dictionary of Python's, a date, a rank or a logger's level in brackets.
+_LABEL = re.compile(rb"\{'|\[2|\[(?!null|true|false|NaN|Infinity)[A-Za-z]")
 _EXAMINED = 1000  # records
 _DOCUMENT_BYTES = 256 << 20
 _LONG_LINES = 1 << 16  # in shorter files, reading JSON line by line is as fast
@@ -173,7 +175,7 @@ def _text(source: LogFile, head: bytes, pattern: str | None) -> Reading:
     if start[:1] == b"{" and (key := key_of(start)) is not None:
         return _wrapped(source, key)
     first = start.split(b"\n", 1)[0].strip()
-    begins_as_json = start[:1] in (b"{", b"[") and not first.startswith((b"{'", b"[rank", b"[default", b"[2"))
+    begins_as_json = start[:1] in (b"{", b"[") and not _LABEL.match(first)
     if begins_as_json and (reading := _json(source, head, start, first)) is not None:
         return reading
     if source.path.suffix.lower() in (".jsonl", ".ndjson") and not isinstance(source, UnwrappedSource):
