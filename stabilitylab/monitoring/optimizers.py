@@ -6,10 +6,16 @@ these four over all of them.
 
 Parameters may join later (``add_param_group``: adapters, layers thawed one after the other). ``joined`` names them, so that a norm
 over "all parameters" stays one.
+
+A compiled step (``torch.compile(optimizer.step)``) would trace the hooks, which read and write what no graph may. So the compiler
+is kept out of them: ``torch.compiler.disable`` makes it break the graph there. That call imports the compiler, which takes longer
+than a small model's first steps, so ``follow_compiler`` makes it once something else has imported the compiler; a step traced
+before that goes unseen.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +47,9 @@ class Optimizers:
         self.each: tuple[Any, ...] = tuple(_inner(optimizer) for optimizer in several)
         # Optimizers may hold tensors outside the model (another model's, flat masters): those stay out.
         self.known = {id(p) for p in self._parameters()}
+        self._hooks: list[StepHook] = []
+        self._is_compiler_here = False
+        self.follow_compiler()
 
     def __bool__(self) -> bool:
         return bool(self.each)
@@ -55,13 +64,30 @@ class Optimizers:
         """The state of all."""
         return {p: state for optimizer in self.each for p, state in optimizer.state.items()}
 
-    def register_step_pre_hook(self, hook: Callable[..., Any]) -> Handles:
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> StepHook:
         """Call the hook before each step of any, with the optimizer that steps."""
-        return Handles([optimizer.register_step_pre_hook(hook) for optimizer in self.each])
+        return self._placed(hook, "register_step_pre_hook")
 
-    def register_step_post_hook(self, hook: Callable[..., Any]) -> Handles:
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> StepHook:
         """Call the hook after each step of any, with the optimizer that steps."""
-        return Handles([optimizer.register_step_post_hook(hook) for optimizer in self.each])
+        return self._placed(hook, "register_step_post_hook")
+
+    def _placed(self, hook: Callable[..., Any], register: str) -> StepHook:
+        placed = StepHook([getattr(optimizer, register) for optimizer in self.each], hook)
+        placed.place(is_compiler_here=self._is_compiler_here)
+        self._hooks = [one for one in self._hooks if one.is_in_place] + [placed]
+        return placed
+
+    def follow_compiler(self) -> bool:
+        """Keep the compiler out of the hooks if it has been imported since the last call; whether it has."""
+        if self._is_compiler_here or not compiler_is_imported():
+            return False
+        self._is_compiler_here = True
+        for hook in self._hooks:
+            if hook.is_in_place:
+                hook.remove()
+                hook.place(is_compiler_here=True)
+        return True
 
     def joined(self, model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters that joined an optimizer since the last call and are not among the ``named`` ones: by the model's name, or
@@ -83,16 +109,47 @@ class Optimizers:
         return [p for group in self.param_groups for p in group["params"]]
 
 
-class Handles:
-    """Several handles, removed as one."""
+class StepHook:
+    """A hook on the steps of several optimizers, removed as one.
 
-    def __init__(self, handles: Sequence[Any]) -> None:
-        self._handles = handles
+    Args:
+        register: the optimizers' methods that take the hook.
+        hook: called with the optimizer, and the arguments of its step.
+    """
+
+    def __init__(self, register: Sequence[Callable[..., Any]], hook: Callable[..., Any]) -> None:
+        self._register, self._hook = register, hook
+        self._handles: list[Any] = []
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether steps call the hook."""
+        return bool(self._handles)
+
+    def place(self, *, is_compiler_here: bool) -> None:
+        """Hook the steps, such that the compiler does not trace into the hook."""
+        disable: Any = torch.compiler.disable
+        hook = disable(self._hook) if is_compiler_here else _unless_traced(self._hook)
+        self._handles = [register(hook) for register in self._register]
 
     def remove(self) -> None:
-        """Remove all."""
+        """Take the hook away."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+
+
+def compiler_is_imported() -> bool:
+    """Whether anything has imported the compiler, without which nothing is compiled."""
+    return "torch._dynamo" in sys.modules
+
+
+def _unless_traced(hook: Callable[..., Any]) -> Callable[..., None]:
+    def outside(*arguments: Any) -> None:
+        if not torch.compiler.is_compiling():
+            hook(*arguments)
+
+    return outside
 
 
 def _inner(given: Any) -> Any:

@@ -30,7 +30,7 @@ from stabilitylab.monitoring.clipping import ClipWatch, Untouched
 from stabilitylab.monitoring.empty_steps import EmptySteps
 from stabilitylab.monitoring.grad_scaler import ScalerState
 from stabilitylab.monitoring.loop_values import LoopValues
-from stabilitylab.monitoring.optimizers import Handles, Optimizers
+from stabilitylab.monitoring.optimizers import Optimizers, StepHook
 from stabilitylab.monitoring.rank_gather import Manifest
 from stabilitylab.probes.base import Context, Placing, Probe
 from stabilitylab.probes.compiled import forget_graphs
@@ -73,7 +73,7 @@ class ProbeSet:
         self.loop_values = LoopValues(context, optimizers, self._scale)
         self._empty_steps = EmptySteps(context.parameters, lambda kind, data: tell(self._step, kind, data))
         self._failed: set[str] = set()
-        self._handles: list[Handles | ClipWatch | Untouched] = []
+        self._handles: list[StepHook | ClipWatch | Untouched] = []
         self._alone = alone
         self._untouched: Untouched | None = None
         self._armed: list[Probe] = []
@@ -135,7 +135,8 @@ class ProbeSet:
 
     def end(self) -> None:
         """End the step: read gradients that nobody announced."""
-        if not self._armed:
+        is_unseen = self._optimizers.follow_compiler() and not self._stepped
+        if not self._armed or is_unseen:
             return
         if not (self._taken or self._read_already or self._optimizers):
             self._read(self._gradients(), {}, 1.0)

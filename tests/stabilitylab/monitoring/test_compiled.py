@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stabilitylab import Monitor
+from stabilitylab.monitoring import optimizers
 from stabilitylab.probes.compiled import is_compiled, watchers
 from tests.stabilitylab.gpt import GPT, batch, next_token_loss
 from tests.stabilitylab.recording import Recording
@@ -194,3 +195,41 @@ def test_weights_are_bit_identical_under_inductor() -> None:
             monitor.close()
         weights.append(inner.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["before the monitor", "after it"])
+def test_a_compiled_optimizers_step(
+    known: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The compiler breaks its graph at the hooks; one that is first imported after the monitor was made is noticed after a step."""
+
+    def trained(*, compile_step: bool, watch: bool) -> tuple[list[torch.Tensor], Recording]:
+        torch.manual_seed(0)
+        model, sink = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2)), Recording()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        monitor = Monitor(model, optimizer, every=2, sinks=[sink], detector=None) if watch else None
+        step_optimizer = optimizer.step
+        if compile_step:
+            step_optimizer = torch.compile(optimizer.step, backend="eager")
+        for step in range(5):
+            model(torch.randn(4, 8)).square().mean().backward()
+            step_optimizer()
+            optimizer.zero_grad()
+            if monitor is not None:
+                monkeypatch.undo()
+                monitor.step(step)
+        if monitor is not None:
+            monitor.close()
+        return list(model.parameters()), sink
+
+    _, plain = trained(compile_step=False, watch=True)
+    expected, _ = trained(compile_step=True, watch=False)
+    if not known:
+        monkeypatch.setattr(optimizers, "compiler_is_imported", lambda: False)
+    found, sink = trained(compile_step=True, watch=True)
+    assert all(map(torch.equal, found, expected))
+    assert not sink.events
+    assert not [text for text in caplog.messages if "no parameter had a gradient" in text]
+    for step in (0, 2, 4) if known else (2, 4):
+        for metric in ("gradient/0.weight/l2", "update/0.weight/rms", "train/-/learning_rate"):
+            assert sink.rows[step, metric, -1] == pytest.approx(plain.rows[step, metric, -1], rel=1e-3)
