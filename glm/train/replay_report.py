@@ -95,9 +95,10 @@ def show(console: Console, original: Run, episode: Episode, forks: Sequence[Run]
 def write_report(folder: Path, original: Run, episode: Episode, forks: Sequence[Run]) -> Path:
     """Write the table and the usual comparison as ``report.html`` in ``folder``."""
     page = comparison(forks)
-    page.title = f"Replays of the {episode.kind} at step {episode.onset}"
+    page.title = f"Replays of the event at step {episode.onset}: {episode.kind}"
     note = (
         "Each fork trains on the same batches from the same state; the one called unchanged repeats the run. "
+        f"Highest loss: from step {episode.onset} on. Last loss: the mean of the last {LAST} steps. "
         "Milder: the loss rose less than half as far. Later: it began 10 steps or more after the original."
     )
     table = Table(columns=COLUMNS, rows=rows(original, episode, forks), note=note)

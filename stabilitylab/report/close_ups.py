@@ -33,9 +33,10 @@ def close_ups(run: Run) -> Section | None:
     series = {metric: run.series(metric) for metric, _ in _SHOWN}
     longest = max((len(one) for one in series.values()), default=0)
     episodes = episodes_of(run.events)
-    places = _places(episodes)
-    if not places or longest <= _WHOLE:
+    if not episodes or longest <= _WHOLE:
         return None
+    steps = [step for one in series.values() if len(one) for step in (one.index[0], one.index[-1])]
+    places = _places(episodes, int(min(steps)), int(max(steps)))
     found = diagnoses(run)
     parts: list[Chart] = []
     for first, last in places:
@@ -97,8 +98,8 @@ def _named(episodes: Sequence[Episode], first: int, last: int) -> str:
     return f"{one.kind.replace('-', ' ').capitalize()} at step {one.onset:,}"
 
 
-def _places(episodes: Sequence[Episode]) -> list[tuple[int, int]]:
-    """First and last step of each window; episodes that share a window are shown once."""
+def _places(episodes: Sequence[Episode], begin: int, stop: int) -> list[tuple[int, int]]:
+    """First and last step of each window, within the run's own (begin, stop); episodes that share a window are shown once."""
     gravest = sorted(episodes, key=lambda e: (e.kind == "hard-batch", -_height(e)))
     windows: list[tuple[int, int]] = []
     for one in gravest:
@@ -107,7 +108,7 @@ def _places(episodes: Sequence[Episode]) -> list[tuple[int, int]]:
         if len(windows) == MOST:
             break
         end = one.onset if one.end is None else min(max(one.end, one.onset), one.onset + AROUND)
-        windows.append((max(0, one.onset - AROUND), end + AROUND))
+        windows.append((max(begin, one.onset - AROUND), min(end + AROUND, stop)))
     return sorted(windows)
 
 

@@ -185,7 +185,7 @@ def _of_a_log(run: Run) -> Statements:
     ]
     more = f"{len(found) - len(said)} more stand below. " if len(found) > len(said) else ""
     return Statements(
-        said=said, note=more + "A log does not tell why: a run that is monitored does (attach)."
+        said=said, note=more + "A log does not tell why; a monitored run does (docs/attach.md)."
     )
 
 

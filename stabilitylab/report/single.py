@@ -48,7 +48,8 @@ def _outcomes(runs: Mapping[str, Run]) -> Section:
     for label, run in runs.items():
         found = sections.diagnoses(run) if run.kind == "folder" else []
         # Of several the gravest: a hard batch that came first says nothing of the divergence that ended the run.
-        first = f" {min(found, key=_gravity)['sentences'][0]}" if found else ""
+        gravest = min(found, key=_gravity)["sentences"][0] if found else ""
+        first = f" {gravest[0].upper()}{gravest[1:]}" if gravest else ""
         episodes = len(episodes_of(run.events))
         said.append(
             Said(

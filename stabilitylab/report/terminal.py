@@ -33,8 +33,9 @@ def show_run(run: Run) -> None:
     if len(loss):
         said.append(f"The{course(loss)[3:]}")
     # Names come from the run: none of them is markup.
-    lines = [f"{run.path}: {'. '.join(filter(None, said))}.", *_key_message(run), ""]
-    lines += event_lines([event for event in run.events if event.kind != "diagnosis"])
+    lines = [f"{run.path}: {'. '.join(filter(None, said))}.", *_key_message(run)]
+    if told := event_lines([event for event in run.events if event.kind != "diagnosis"]):
+        lines += ["", *told]
     for line in lines:
         console.print(Text(line), highlight=False, soft_wrap=True)
     console.print()

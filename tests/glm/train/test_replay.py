@@ -81,7 +81,9 @@ def test_an_unchanged_replay_is_bit_identical(run, capsys):
         assert ours.index.tolist() == list(range(16, 28))
         assert ours.tolist() == original.series(name).loc[16:27].tolist()
     assert set(fork.rows("gradient", "l2")["step"]) == set(range(16, 28))  # in full resolution
-    assert (run / "replays" / "event-1" / "report.html").is_file()
+    page = (run / "replays" / "event-1" / "report.html").read_text(encoding="utf-8")
+    assert "Replays of the event at step " in page
+    assert "Last loss: the mean of the last 5 steps." in page
     with pytest.raises(InputError, match="already holds this fork"):
         replay_command([str(run), "--event", "1", "--before", "6", "--steps", "12"])
 

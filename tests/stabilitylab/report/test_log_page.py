@@ -42,6 +42,24 @@ def test_its_page_and_its_lines(log, capsys):
     assert "spike that began at step 300" in capsys.readouterr().out
 
 
+def test_an_episode_is_shown_up_to_the_last_step_that_there_is(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("step,loss\n" + "".join(f"{k + 7},{x}\n" for k, x in enumerate(curve(spike=360))))
+    assert main(["report", str(path)]) == 0
+    page = (tmp_path / "train-report.html").read_text(encoding="utf-8")
+    assert "Spike at step 367: loss, steps 267 to 406" in page
+
+
+def test_a_calm_log_has_one_blank_line_before_its_numbers(tmp_path, capsys):
+    path = tmp_path / "train.csv"
+    path.write_text("step,loss\n" + "".join(f"{k},{x}\n" for k, x in enumerate(curve(spike=400))))
+    assert main(["show", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "calm: " in said
+    assert "\n\n" in said
+    assert "\n\n\n" not in said
+
+
 def test_runs_of_one_log_are_compared(log, capsys):
     two = log.with_name("two.jsonl")
     two.write_text(

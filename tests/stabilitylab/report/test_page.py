@@ -389,7 +389,7 @@ def test_a_comparison_says_which_settings_differ(tmp_path: Path) -> None:
     assert isinstance(told, Statements)
     assert [(one.text, one.word) for one in told.said] == [("a", "3 episodes"), ("b", "3 episodes")]
     # Two spikes came before it; what ended the run is what is said.
-    assert all("non-finite at step 8000. First suspect: " in one.detail for one in told.said)
+    assert all(". Non-finite at step 8000. First suspect: " in one.detail for one in told.said)
     assert isinstance(table, Table)
     assert list(table.columns) == ["setting", "a", "b"]
     assert [list(row) for row in table.rows] == [["optimizer.rate", "0.1", "0.2"], ["extra", "–", "True"]]
