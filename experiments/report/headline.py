@@ -16,7 +16,9 @@ def lead(results: Results) -> str:
     if cause := cause_sentence(results):
         said.append(cause)
     if results.verdicts:
-        said.append(f"Of {len(results.verdicts)} claims {decided} are decided.")
+        many = f"Of {len(results.verdicts)} claims {decided} {'is' if decided == 1 else 'are'} decided."
+        one = f"The claim is {results.verdicts[0].judgement}."
+        said.append(one if len(results.verdicts) == 1 else many)
     return " ".join(said)
 
 

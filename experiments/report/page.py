@@ -111,7 +111,7 @@ def verdict_detail(verdict: Verdict, outcome: Metric | Outcome) -> str:
     )
     title = outcome.title.removesuffix(", log2") if of_rates else outcome.title
     effect, seeds = effect_words(verdict, outcome), seeds_words(verdict)
-    return f"{title}: {sides}; effect {effect}; {seeds} seeds{seen}{alone}"
+    return f"{title}: {sides}; effect {effect}; {seeds} seed{'' if seeds == '1' else 's'}{seen}{alone}"
 
 
 def how_sure(results: Results) -> Section:
@@ -123,20 +123,22 @@ def how_sure(results: Results) -> Section:
             seeds_words(verdict).replace(" ", NBSP),
             effect_words(verdict, results.outcomes[verdict.claim.metric]),
             evidence_words(verdict.decision.e_value),
-            "yes" if verdict.holds else "no",
+            "–" if verdict.judgement == "undecided" else "yes" if verdict.holds else "no",
         ]
         for number, verdict in charts.numbered(results)
     ]
     parts: list[Content] = [charts.effects_chart(results)] if results.alive and results.verdicts else []
-    if results.verdicts:
+    if any(charts.evidence_of(one, results.outcomes[one.claim.metric])[0] for one in results.verdicts):
         parts.append(charts.evidence_chart(results))
+    if results.verdicts:
         columns = ["claim", "verdict", "seeds", "effect, 95 % interval", "e-value", "holds among all"]
         parts.append(Table(columns=columns, rows=rows))
-    text = (
+    many = (
         f"Of {len(results.claims)} claims without any effect {0.05 * len(results.claims):.1f} false verdicts would be expected at "
-        "most; the last column says which hold when all are judged together (Holm).",
+        "most; the last column says which hold when all are judged together (Holm)."
     )
-    return Section(title="How sure", text=text, parts=parts)
+    one = "A claim without any effect would get a false verdict with a probability of 5 % at most."
+    return Section(title="How sure", text=(one if len(results.claims) == 1 else many,), parts=parts)
 
 
 # ----------------------------------------------------------------------------------------------------- what the runs did

@@ -14,7 +14,7 @@ from experiments.cli import main
 from experiments.execution.runner import jobs_of
 from experiments.report import charts
 from experiments.report.headline import cause_sentence, lead, telling_sentence
-from experiments.report.page import write_report
+from experiments.report.page import how_sure, verdict_detail, write_report
 from experiments.results import FRONTIER, FRONTIER_OUTCOME, results_of
 from experiments.study import Outcome, Study, shares_of
 from experiments.verdicts import Claim, effect_words, evidence_words, judge, seeds_words
@@ -202,6 +202,20 @@ def test_the_command_prints_the_verdicts_and_where_the_report_is(
     assert str(suite_folder / "report.html") in said
     # Of 48 runs TensorBoard shows none by itself.
     assert "filter its runs by rate0.25-seed0" in said
+
+
+def test_one_claim_after_one_seed_is_told_in_the_singular(suite_folder: Path) -> None:
+    suite = dataclasses.replace(SUITE, seeds=(0,), claims=SUITE.claims[:1])
+    results = results_of(suite, suite_folder)
+    assert lead(results).endswith(" The claim is undecided.")
+    section = how_sure(results)
+    assert section.text == (
+        "A claim without any effect would get a false verdict with a probability of 5 % at most.",
+    )
+    *charts_of, table = section.parts
+    assert len(charts_of) == 1  # of effects: the evidence begins with four seeds
+    assert table.rows[0][-1] == "–"
+    assert "; 1 seed" in verdict_detail(results.verdicts[0], results.outcomes[FRONTIER])
 
 
 def test_a_run_tells_of_all_seeds_that_are_there(
