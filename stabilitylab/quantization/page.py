@@ -73,6 +73,9 @@ _TRADE = (
 )
 
 
+LINEAR = 1e-3  # smaller losses are all alike
+
+
 def _trade(plan: QuantizationPlan, what: str) -> Figure:
     """Loss over bytes."""
     with mpl.rc_context(STYLE):
@@ -89,7 +92,12 @@ def _trade(plan: QuantizationPlan, what: str) -> Figure:
         axes.plot(
             plan.planned.bytes / whole, plan.planned.loss, "D", color=INK, markersize=9, label="the plan"
         )
-        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_yscale("symlog", linthresh=LINEAR)
+        low, high = axes.get_ylim()
+        if (
+            high < LINEAR
+        ):  # within the linear part alone the scale would label its odd ends, one over the other
+            axes.set_ylim(min(low, -LINEAR), LINEAR)
         axes.set_xlabel("share of 16-bit bytes")
         axes.set_ylabel(what)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -9,6 +9,7 @@ import torch
 
 from stabilitylab.errors import InputError
 from stabilitylab.quantization.latency import KEPT
+from stabilitylab.quantization.page import _trade
 from stabilitylab.quantization.plan import Budget, PlanFigures, PlannedLayer, QuantizationPlan, load_plan
 from stabilitylab.quantization.plan_search import Advisor, reason
 from stabilitylab.quantization.ranges import ChannelRange
@@ -142,6 +143,14 @@ def plan(**changes):
         "latency": {},
     }
     return QuantizationPlan(**{**fields, **changes})
+
+
+def test_losses_near_zero_are_drawn_between_round_ticks():
+    made = PlanFigures(bytes=100, seconds={1: 0.5, 32: 1.0}, loss=5.3e-5, schemes={"mixed": 1})
+    (axes,) = _trade(plan(planned=made, singles={KEPT: made}), "loss").axes
+    assert axes.get_ylim() == (-1e-3, 1e-3)
+    (axes,) = _trade(plan(), "loss").axes  # a loss of .01
+    assert axes.get_ylim()[1] > 0.01
 
 
 def test_a_plan_is_its_file(tmp_path):
