@@ -94,9 +94,8 @@ def _trade(plan: QuantizationPlan, what: str) -> Figure:
         )
         axes.set_yscale("symlog", linthresh=LINEAR)
         low, high = axes.get_ylim()
-        if (
-            high < LINEAR
-        ):  # within the linear part alone the scale would label its odd ends, one over the other
+        # Within the linear part alone the scale would label its odd ends, one over the other.
+        if high < LINEAR:
             axes.set_ylim(min(low, -LINEAR), LINEAR)
         axes.set_xlabel("share of 16-bit bytes")
         axes.set_ylabel(what)
