@@ -128,9 +128,9 @@ def test_versions_are_told_alike() -> None:
     (torch,) = (name.partition(">=")[2] for name in project["dependencies"] if name.startswith("torch>"))
     for name, pattern in {
         "Makefile": r"^OLDEST_TORCH := torch==(\S+)$",
-        "CONTRIBUTING.md": r"with torch (\S+), and with the newest",
-        "docs/attach.md": r"torch (\S+), the oldest allowed",
-        "stabilitylab/compat.py": r"torch (\S+), the oldest supported",
+        "CONTRIBUTING.md": r"with\s+torch\s+(\S+),\s+and\s+with\s+the\s+newest",
+        "docs/attach.md": r"torch\s+(\S+),\s+the\s+oldest\s+allowed",
+        "stabilitylab/compat.py": r"torch\s+(\S+),\s+the\s+oldest\s+supported",
     }.items():
         assert re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE) == [torch], name
     assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
