@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PORT = "29500"
 # A thread of gloo drops the tensors of a finished collective just after their waiter has gone on, and needs Python's lock for it.
 # DeepSpeed's module keeps groups, and with them these threads, until the interpreter ends, where asking for that lock aborts the
-# process: a complete run ended with "terminate called without an active exception", once in some thousand ranks.
+# process: a complete run ended with "terminate called without an active exception" (seen once).
 SECONDS_TO_LET_GO = 0.05
 
 
