@@ -32,30 +32,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from stabilitylab import Event, Monitor
+from stabilitylab import Monitor
 from stabilitylab.errors import InputError
+from stabilitylab.sinks.in_memory import MemorySink
 from stabilitylab.spikes import KINDS
-from stabilitylab.telemetry import Samples
 
 STEPS, RATE, INPUTS = 24, 1e-3, 96
-FIRST = "update/0.weight"
+FIRST = "0.weight"
 Make = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-class Kept:
-    """A sink that keeps names and steps of metrics, and events."""
-
-    def __init__(self) -> None:
-        self.steps: dict[str, set[int]] = {}
-        self.events: list[Event] = []
-
-    def write(self, samples: Samples, events: Sequence[Event]) -> None:
-        for step, key, _ in samples:
-            self.steps.setdefault(key.metric, set()).add(step)
-        self.events += events
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def main(names: Sequence[str]) -> int:
@@ -122,14 +106,16 @@ def trial(make: Make) -> tuple[str, bool | None]:
         expected = trained(make, None)
     except Exception as error:  # of any package
         return f"not tried, {type(error).__name__}: {' '.join(str(error).split())[:100]}", None
-    sink = Kept()
+    sink = MemorySink()
     try:
         found = trained(make, sink)
     except Exception as error:  # what the sweep looks for
         return f"FAULT, {type(error).__name__}: {' '.join(str(error).split())[:100]}", False
     same = all(torch.equal(a, b) or bool((a != a).any()) for a, b in zip(found, expected, strict=True))
-    updates = len(sink.steps.get(f"{FIRST}/rms", ()))
-    rms_t = "yes" if f"{FIRST}/rms_t" in sink.steps else "no"
+    frame = sink.frame
+    of_first = frame[(frame["family"] == "update") & (frame["site"] == FIRST)]
+    updates = int((of_first["statistic"] == "rms").sum())
+    rms_t = "yes" if (of_first["statistic"] == "rms_t").any() else "no"
     alarms = [event for event in sink.events if event.kind not in KINDS]
     told = ", ".join(f"{event.kind} at {event.step}" for event in alarms[:3]) or "none"
     passed = same and updates == STEPS // 2 and not alarms
@@ -137,7 +123,7 @@ def trial(make: Make) -> tuple[str, bool | None]:
     return said if passed else f"FAULT, {said}", passed
 
 
-def trained(make: Make, sink: Kept | None) -> list[torch.Tensor]:
+def trained(make: Make, sink: MemorySink | None) -> list[torch.Tensor]:
     """The weights after some steps, watched if there is a sink."""
     random.seed(0)
     torch.manual_seed(0)

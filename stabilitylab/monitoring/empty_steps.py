@@ -15,13 +15,14 @@ at one ``.grad``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stabilitylab.compat import is_dtensor
+from stabilitylab.monitoring.optimizers import parameters_of
 
 _log = logging.getLogger("stabilitylab")
 
@@ -67,10 +68,10 @@ class EmptySteps:
         key = id(optimizer)
         if key in self._done:
             return
-        if any(p.grad is not None for p in _parameters(optimizer)):
+        if any(p.grad is not None for p in parameters_of(optimizer)):
             self._streaks.pop(key, None)
         elif key not in self._streaks:
-            held = [p for p in _parameters(optimizer) if id(p) in self._mine] or self._model.values()
+            held = [p for p in parameters_of(optimizer) if id(p) in self._mine] or self._model.values()
             # A rank of several may hold parts of no elements.
             filled = [p for p in held if _here(p).numel()]
             if parameters := [p for p in filled if p.requires_grad] or filled:
@@ -96,15 +97,11 @@ class EmptySteps:
         self._done.add(id(optimizer))
 
     def _cure(self, optimizer: Any) -> str:
-        if not any(id(p) in self._mine for p in _parameters(optimizer)):
+        if not any(id(p) in self._mine for p in parameters_of(optimizer)):
             return "make it of the parameters of the model that is trained: it holds none of them"
-        if not any(p.requires_grad for p in _parameters(optimizer)):
+        if not any(p.requires_grad for p in parameters_of(optimizer)):
             return "all of them are frozen (requires_grad is False)"
         return "call zero_grad() after its step, not between backward() and the step"
-
-
-def _parameters(optimizer: Any) -> Iterator[Tensor]:
-    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def _here(parameter: Any) -> Tensor:

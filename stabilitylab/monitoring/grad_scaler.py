@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
+from stabilitylab.monitoring.optimizers import parameters_of
 from stabilitylab.statistics.buffer import Buffer, Slots
 
 
@@ -102,7 +103,7 @@ class ScalerState:
         # Each of several optimizers is read when it steps, and they must agree.
         if self._scaler is None or not holders or len(self._optimizers) == 1:
             return gradients, bool(holders)
-        held = {id(p) for optimizer in holders for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for optimizer in holders for p in parameters_of(optimizer)}
         scale = self._scaler._scale
         if scale is None:
             return gradients, True

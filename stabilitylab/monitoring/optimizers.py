@@ -16,7 +16,7 @@ before that goes unseen.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Optimizers:
         several = given if isinstance(given, Sequence) else () if given is None else (given,)
         self.each: tuple[Any, ...] = tuple(_inner(optimizer) for optimizer in several)
         # Optimizers may hold tensors outside the model (another model's, flat masters): those stay out.
-        self.known = {id(p) for p in self._parameters()}
+        self.known = {id(p) for p in parameters_of(self)}
         self._hooks: list[StepHook] = []
         self._is_compiler_here = False
         self.follow_compiler()
@@ -92,7 +92,7 @@ class Optimizers:
     def joined(self, model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters that joined an optimizer since the last call and are not among the ``named`` ones: by the model's name, or
         where the model does not know them, by their place in the optimizer."""
-        if all(id(p) in self.known for p in self._parameters()):
+        if all(id(p) in self.known for p in parameters_of(self)):
             return {}
         seen = {id(p) for p in named.values()}
         names = {id(p): name for name, p in named_parameters(model).items()}
@@ -102,11 +102,8 @@ class Optimizers:
                 if id(p) not in self.known and id(p) not in seen:
                     name = names.get(id(p), "")
                     found[name if name and name not in named else f"optimizer.{g}.{i}"] = p
-        self.known |= {id(p) for p in self._parameters()}
+        self.known |= {id(p) for p in parameters_of(self)}
         return found
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
 
 class StepHook:
@@ -137,6 +134,11 @@ class StepHook:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def parameters_of(optimizer: Any) -> Iterator[Tensor]:
+    """The parameters of all groups, in their order."""
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def compiler_is_imported() -> bool:

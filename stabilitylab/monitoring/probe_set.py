@@ -30,7 +30,7 @@ from stabilitylab.monitoring.clipping import ClipWatch, Untouched
 from stabilitylab.monitoring.empty_steps import EmptySteps
 from stabilitylab.monitoring.grad_scaler import ScalerState
 from stabilitylab.monitoring.loop_values import LoopValues
-from stabilitylab.monitoring.optimizers import Optimizers, StepHook
+from stabilitylab.monitoring.optimizers import Optimizers, StepHook, parameters_of
 from stabilitylab.monitoring.rank_gather import Manifest
 from stabilitylab.probes.base import Context, Placing, Probe
 from stabilitylab.probes.compiled import forget_graphs
@@ -233,7 +233,7 @@ class ProbeSet:
 
     def _take_at_step(self, optimizer: Any) -> None:
         if self._armed and not self._taken:
-            self._take([p for group in optimizer.param_groups for p in group["params"]], at_the_step=True)
+            self._take(list(parameters_of(optimizer)), at_the_step=True)
 
     def _scaler_decided(self) -> None:
         self.loop_values.decided()

@@ -64,9 +64,8 @@ class SecondMoments:
         grown = None if step is None else 1.0 - beta2**step
         kind = self._kind(p, gradient, second, group, beta2, grown)
         correction = math.nan if kind is None else 1.0 if grown is None or not kind else grown
-        if not isinstance(
-            epsilon, (float, int, Tensor)
-        ):  # CAME has two, neither of which is added to sqrt(v)
+        # CAME has two, neither of which is added to sqrt(v).
+        if not isinstance(epsilon, (float, int, Tensor)):
             correction, epsilon = math.nan, math.nan
         return AdamMoments(
             first=first, second=second, correction=correction, epsilon=float(epsilon), is_decoded=is_decoded
